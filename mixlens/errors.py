@@ -1,0 +1,21 @@
+"""Every error mixlens raises on purpose. A message is three sentences: what was asked, what was found, what to do."""
+
+
+class MixlensError(Exception):
+    """Base of all errors that mixlens raises on purpose."""
+
+
+class BadInput(MixlensError, ValueError):
+    """An argument, a document or a file that cannot be used as it is."""
+
+
+class MissingSignal(MixlensError, LookupError):
+    """A statistic or a view needs a signal that the trace was recorded without."""
+
+
+class ModelError(MixlensError):
+    """A model that cannot be loaded, or is not what was asked for."""
+
+
+class RunError(MixlensError):
+    """A run directory that is incomplete, altered, or holds something else."""

@@ -1,0 +1,1 @@
+"""Loading Mixtral models, and the one place that knows how transformers lays them out."""

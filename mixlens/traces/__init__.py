@@ -1,0 +1,1 @@
+"""Recording what every expert does, and the trace that comes of it."""
