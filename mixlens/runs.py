@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -81,19 +81,26 @@ class RunWriter:
             record = {"files": {name: self._write(name, write) for name, write in files.items()}, **counts}
             _write_json(self.path / f"shard-{index:05d}.json", record)
 
-    def finish(self, meta: Mapping[str, Any], files: Mapping[str, Callable[[Path], None]]) -> None:
-        """Write the last files and `meta.json`; after this the run is complete."""
+    def finish(
+        self, meta: Mapping[str, Any], files: Mapping[str, Callable[[Path], None]], *, drop: Sequence[str] = ()
+    ) -> None:
+        """Write the last files and `meta.json`; after this the run is complete.
+
+        drop   shard files whose content has gone into the last files, and that are deleted
+        """
         with _disk_errors(self.path):
             shards = self.done
-            listed = {name: entry for record in shards.values() for name, entry in record["files"].items()}
+            listed = {
+                name: entry for record in shards.values() for name, entry in record["files"].items() if name not in drop
+            }
             listed |= {name: self._write(name, write) for name, write in files.items()}
             listed[PLAN] = _entry(self.path / PLAN)
             _write_json(
                 self.path / META,
                 {"format": _FORMAT, "kind": self.kind, **meta, "shards": len(shards), "files": listed},
             )
-            for index in shards:
-                (self.path / f"shard-{index:05d}.json").unlink()
+            for name in (*drop, *(f"shard-{index:05d}.json" for index in shards)):
+                (self.path / name).unlink()
         self.complete = True
 
     def _write(self, name: str, write: Callable[[Path], None]) -> dict[str, Any]:

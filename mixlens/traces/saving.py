@@ -76,7 +76,7 @@ def run_meta(trace: Trace, counts: list[dict[str, int]], provenance: dict[str, A
 
 
 def finish(writer: RunWriter, frame: pd.DataFrame, vocabulary: pd.Series | None, meta: dict[str, Any]) -> None:
-    files = {"sequences.parquet": store.write_sequences(frame.rename_axis("sequence"))}
+    files = {"sequences.parquet": store.write_sequences(frame)}
     if vocabulary is not None:
         files["vocabulary.parquet"] = store.write_vocabulary(vocabulary)
     writer.finish(meta, files)

@@ -175,7 +175,13 @@ class _Lazy(dict):
 
 
 def write_sequences(frame: pd.DataFrame) -> Callable[[Path], None]:
-    return lambda path: pq.write_table(pa.Table.from_pandas(frame, preserve_index=True), path, compression="zstd")
+    """Writer of a sequence table, its index as the column `sequence`."""
+    table = pa.Table.from_pandas(frame.rename_axis("sequence").reset_index(), preserve_index=False)
+    return lambda path: pq.write_table(table, path, compression="zstd")
+
+
+def read_sequences(path: Path) -> pd.DataFrame:
+    return pq.read_table(path).to_pandas(ignore_metadata=True).set_index("sequence")
 
 
 def write_vocabulary(pieces: pd.Series) -> Callable[[Path], None]:

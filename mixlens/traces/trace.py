@@ -93,7 +93,7 @@ class Trace:
         if run.kind != "trace":
             raise BadInput(f"A trace was to be opened at {path}. The run is a {run.kind}. Use mixlens.open(path).")
         parts = [DiskPart(run, index, run.meta["top_k"]) for index in range(run.meta["shards"])]
-        frame = pd.read_parquet(run.file("sequences.parquet"))
+        frame = store.read_sequences(run.file("sequences.parquet"))
         trace = from_parts(parts, frame, run.meta, run.meta["layers"])
         trace.path = Path(path)
         if "vocabulary.parquet" in run.meta["files"]:

@@ -1,0 +1,135 @@
+"""Where transformers puts the parts of a mixture of experts. The one file that knows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from mixlens.errors import ModelError
+
+# Written by transformers on saving, or about the run rather than the model.
+_VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "output_router_logits")
+
+
+@dataclass(frozen=True)
+class MoeLayer:
+    """One decoder layer and its parts.
+
+    gate     gives (logits [T, E], weights [T, k] float32, ids [T, k]) over the flat tokens of a batch, padding included
+    experts  is called with (hidden [T, H], ids [T, k], weights [T, k])
+    """
+
+    index: int
+    decoder: nn.Module
+    attention: nn.Module
+    moe: nn.Module
+    gate: nn.Module
+    experts: nn.Module
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The stack of layers below the language-model head."""
+    return getattr(model, "model", model)
+
+
+def moe_layers(model: nn.Module) -> list[MoeLayer]:
+    """Every mixture-of-experts layer of `model`, in order.
+
+    Raises ModelError when the model has none, or has layers without experts.
+    """
+    layers = getattr(decoder_of(model), "layers", None)
+    found = [
+        MoeLayer(index, layer, layer.self_attn, layer.mlp, layer.mlp.gate, layer.mlp.experts)
+        for index, layer in enumerate(layers if layers is not None else ())
+        if hasattr(getattr(layer, "mlp", None), "gate") and hasattr(layer.mlp, "experts")
+    ]
+    if layers is None or not found or len(found) != len(layers):
+        raise ModelError(
+            f"Expert routing was asked of a {type(model).__name__}. It has {len(found)} mixture-of-experts layers of "
+            f"{len(layers) if layers is not None else 0}. Give a Mixtral model, such as mistralai/Mixtral-8x7B-v0.1."
+        )
+    return found
+
+
+def n_experts(model: nn.Module) -> int:
+    return int(_config(model).num_local_experts)
+
+
+def top_k(model: nn.Module) -> int:
+    return int(_config(model).num_experts_per_tok)
+
+
+def check_config(config: Any, name: str) -> None:
+    """Raise ModelError unless `config` is that of a Mixtral as mixlens knows it."""
+    if getattr(config, "num_local_experts", 0) < 2 or config.model_type != "mixtral":
+        raise ModelError(
+            f"{name} was to be loaded. It is a {config.model_type} model"
+            f"{'' if getattr(config, 'num_local_experts', 0) >= 2 else ', not a mixture of experts'}. "
+            "Give a Mixtral model, such as mistralai/Mixtral-8x7B-v0.1."
+        )
+    if getattr(config, "sliding_window", None) is not None:
+        raise ModelError(
+            f"{name} was to be loaded. Its config has sliding_window={config.sliding_window}; no Mixtral has a sliding "
+            "window, and attention would silently see less. Set sliding_window to null in config.json if the weights "
+            "are Mixtral's, else use the library the model was made with."
+        )
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """Provenance of a loaded model, as plain JSON values."""
+    config = _config(model)
+    kept = {key: value for key, value in config.to_dict().items() if key not in _VOLATILE}
+    digest = hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
+    devices = sorted({str(p.device) for p in model.parameters()})
+    return {
+        "name": str(getattr(model, "name_or_path", "") or config._name_or_path or type(model).__name__),
+        "revision": getattr(config, "_commit_hash", None),
+        "config_sha256": digest,
+        "router_sha256": _router_fingerprint(model),
+        "class": type(model).__name__,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "dtype": str(getattr(model, "dtype", "")).removeprefix("torch."),
+        "experts_implementation": getattr(config, "_experts_implementation", None),
+        "attention_implementation": getattr(config, "_attn_implementation", None),
+        "devices": devices,
+    }
+
+
+def context_length(model: nn.Module) -> int:
+    return int(_config(model).max_position_embeddings)
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where token ids go: the device of the embedding, or the one accelerate moves it to."""
+    embedding = decoder_of(model).get_input_embeddings()
+    hook = getattr(embedding, "_hf_hook", None)
+    device = getattr(hook, "execution_device", None)
+    if device is not None:
+        return torch.device(device)
+    return next(embedding.parameters()).device
+
+
+def _config(model: nn.Module) -> Any:
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "num_local_experts"):
+        raise ModelError(
+            f"A mixture of experts was expected. Got a {type(model).__name__} whose config names no experts. "
+            "Give a Mixtral model, such as mistralai/Mixtral-8x7B-v0.1."
+        )
+    return config
+
+
+def _router_fingerprint(model: nn.Module) -> str | None:
+    """Hash of all router weights: tells checkpoints of one architecture apart. None where they are offloaded."""
+    digest = hashlib.sha256()
+    for layer in moe_layers(model):
+        weight = layer.gate.weight
+        if weight.device.type == "meta":
+            return None
+        digest.update(weight.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()

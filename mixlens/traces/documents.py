@@ -1,0 +1,136 @@
+"""From what a caller has (strings, dicts, a datasets.Dataset) to documents, token ids and shards."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mixlens.errors import BadInput
+
+OVERLONG = ("error", "truncate", "split")
+
+
+@dataclass(frozen=True)
+class Document:
+    number: int
+    id: Any
+    text: str
+    columns: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Token ids of one sequence, and the columns of its row."""
+
+    ids: np.ndarray
+    columns: dict[str, Any]
+
+
+class Documents:
+    """The caller's documents, checked once; can be gone through again and again.
+
+    documents  strings, mappings with a text column and any others, or a datasets.Dataset
+    column     name of the text column
+
+    `digest` is the SHA-256 of all texts and columns. Raises BadInput for no documents, for one that is not text or is
+    empty, for a missing column, and for ids that occur twice.
+    """
+
+    def __init__(self, documents: Iterable[Any], column: str) -> None:
+        if isinstance(documents, str | Mapping):
+            raise BadInput(
+                f"Documents were to be recorded. A single {type(documents).__name__} was given. Put it into a list."
+            )
+        self.column = column
+        self._documents = documents if hasattr(documents, "__getitem__") else list(documents)
+        self.digest, self.count = self._check()
+
+    def __iter__(self) -> Iterator[Document]:
+        for number, raw in enumerate(self._documents):
+            columns = dict(raw) if isinstance(raw, Mapping) else {self.column: raw}
+            if self.column not in columns:
+                raise BadInput(
+                    f"Document {number} was to be recorded. It has the columns {', '.join(map(str, columns))} and none "
+                    f"called {self.column!r}. Name the text column: settings=RecordSettings(text=...)."
+                )
+            text = columns.pop(self.column)
+            if not isinstance(text, str) or not text:
+                found = "an empty text" if text == "" else f"{type(text).__name__}, not text"
+                raise BadInput(f"Document {number} was to be recorded. It is {found}. Leave it out, or give a string.")
+            if reserved := columns.keys() & {"sequence", "length"}:
+                raise BadInput(
+                    f"Document {number} was to be recorded. It has a column called {', '.join(sorted(reserved))}, which "
+                    "mixlens writes itself. Rename it."
+                )
+            own = next((columns.pop(name) for name in ("document_id", "id") if name in columns), number)
+            yield Document(number, own, text, {str(key): _plain(value) for key, value in columns.items()})
+
+    def _check(self) -> tuple[str, int]:
+        digest, seen, first, count = hashlib.sha256(), set(), None, 0
+        for document in self:
+            first = document.columns.keys() if first is None else first
+            if document.columns.keys() != first:
+                odd = sorted(document.columns.keys() ^ first)
+                raise BadInput(
+                    f"Document {document.number} was to be recorded. It differs from document 0 in the columns "
+                    f"{', '.join(odd)}. Give every document the same columns."
+                )
+            if document.id in seen:
+                raise BadInput(
+                    f"Document {document.number} was to be recorded. Its id {document.id!r} was used before. Give "
+                    "every document its own id, or none."
+                )
+            seen.add(document.id)
+            digest.update(json.dumps([document.id, document.text, document.columns], default=str).encode())
+            count += 1
+        if not count:
+            raise BadInput("Documents were to be recorded. There are none. Give at least one text.")
+        return digest.hexdigest(), count
+
+
+@dataclass
+class Tally:
+    """What reading the documents did to them."""
+
+    truncated_documents: int = 0
+    truncated_tokens: int = 0
+    split_documents: int = 0
+
+
+def pieces_of(document: Document, ids: list[int], max_length: int, overlong: str, tally: Tally) -> list[Piece]:
+    """The sequences of one document; a longer one than `max_length` is an error, truncated, or cut in pieces.
+
+    Raises BadInput for a document without tokens, and for a long one when `overlong` is "error".
+    """
+    name = f"Document {document.number} (id {document.id!r})"
+    if not ids:
+        raise BadInput(f"{name} was to be recorded. Its text has no tokens. Leave it out, or give a string.")
+    if len(ids) > max_length:
+        if overlong == "error":
+            raise BadInput(
+                f"{name} was to be recorded. It has {len(ids):,} tokens, and the limit is {max_length:,}. Choose "
+                'settings=RecordSettings(overlong="truncate") or "split" (--overlong on the command line).'
+            )
+        if overlong == "truncate":
+            tally.truncated_documents += 1
+            tally.truncated_tokens += len(ids) - max_length
+            ids = ids[:max_length]
+        else:
+            tally.split_documents += 1
+    array = np.asarray(ids, np.int64)
+    cuts = range(0, len(array), max_length)
+    return [Piece(array[i : i + max_length], {"document_id": document.id, **document.columns}) for i in cuts]
+
+
+def _plain(value: Any) -> Any:
+    """A column value as Parquet can hold it: nested values become JSON text."""
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, np.generic):
+        return value.item()
+    return json.dumps(value, default=str)

@@ -1,0 +1,103 @@
+"""What can be recorded, by name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from mixlens.errors import BadInput
+
+SITES = {
+    "resid_pre": "residual stream before the layer [token, hidden]",
+    "resid_post": "residual stream after the layer [token, hidden]",
+    "attn_out": "output of attention, before it is added [token, hidden]",
+    "moe_in": "input of the router and the experts, after the norm [token, hidden]",
+    "moe_out": "output of the experts, before it is added [token, hidden]",
+    "expert_out": "output of each chosen expert, before its weight [token, slot, hidden]",
+    "expert_norm": "Euclidean norm of each chosen expert's output [token, slot]",
+    "expert_neurons": "neurons inside each chosen expert, before down_proj [token, slot, neuron]",
+}
+EXPERT_SITES = ("expert_out", "expert_norm", "expert_neurons")
+OPTIONS = ("router_logits", "logprob", "top_logprobs")
+TOKENS = ("all", "last", "prompt", "generated")
+DEFAULT = ("router_logits", "logprob")
+TOP = 64
+
+
+@dataclass(frozen=True)
+class Site:
+    """Activations to record.
+
+    name    one of SITES
+    layers  layer numbers; None for all
+    dtype   "float16" or "float32" on disk
+    tokens  "all", "last" (of each sequence), "prompt" or "generated"
+    """
+
+    name: str
+    layers: tuple[int, ...] | None = None
+    dtype: str = "float16"
+    tokens: str = "all"
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What one recording keeps beside expert ids and weights."""
+
+    router_logits: bool
+    logprob: bool
+    top_logprobs: bool
+    sites: tuple[Site, ...]
+
+    @property
+    def needs_logits(self) -> bool:
+        return self.logprob or self.top_logprobs
+
+    def plan(self) -> dict[str, Any]:
+        sites = [{"name": s.name, "layers": s.layers, "dtype": s.dtype, "tokens": s.tokens} for s in self.sites]
+        options = [name for name in OPTIONS if getattr(self, name)]
+        return {"options": options, "sites": sites}
+
+
+def parse_signals(signals: Iterable[str | Site], n_layers: int) -> Signals:
+    """Signals from names and Sites, every Site with its layers spelled out.
+
+    Raises BadInput for an unknown name, layer, dtype or token selection.
+    """
+    given = [signals] if isinstance(signals, str | Site) else list(signals)
+    options = [s for s in given if isinstance(s, str) and s in OPTIONS]
+    sites = [_site(s, n_layers) for s in given if not (isinstance(s, str) and s in OPTIONS)]
+    names = [site.name for site in sites]
+    if len(set(names)) != len(names):
+        raise BadInput(f"The sites {', '.join(names)} were asked for. One is named twice. Give every site once.")
+    return Signals(**{name: name in options for name in OPTIONS}, sites=tuple(sites))
+
+
+def _site(signal: str | Site, n_layers: int) -> Site:
+    site = Site(signal) if isinstance(signal, str) else signal
+    if not isinstance(site, Site):
+        raise BadInput(
+            f"The signal {site!r} was asked for. It is neither a name nor a Site. "
+            f"Names are {', '.join([*OPTIONS, *SITES])}."
+        )
+    if site.name not in SITES:
+        near = difflib.get_close_matches(site.name, [*OPTIONS, *SITES], n=1)
+        raise BadInput(
+            f"The signal {site.name!r} was asked for. There is no such signal{f'; {near[0]} is near' if near else ''}. "
+            f"Give one of {', '.join([*OPTIONS, *SITES])}."
+        )
+    layers = tuple(range(n_layers)) if site.layers is None else tuple(int(layer) for layer in site.layers)
+    unknown = [layer for layer in layers if not 0 <= layer < n_layers]
+    if unknown or not layers:
+        raise BadInput(
+            f"Site {site.name} was asked for in layers {list(layers)}. The model has layers 0 to {n_layers - 1}. "
+            "Give numbers among them."
+        )
+    if site.dtype not in ("float16", "float32") or site.tokens not in TOKENS:
+        raise BadInput(
+            f"Site {site.name} was asked for with dtype={site.dtype!r} and tokens={site.tokens!r}. Dtypes are float16 "
+            f"and float32, tokens are {', '.join(TOKENS)}. Give one of each."
+        )
+    return Site(site.name, tuple(sorted(set(layers))), site.dtype, site.tokens)
