@@ -1,0 +1,27 @@
+"""open: the object that a run directory holds, whatever its kind."""
+
+from __future__ import annotations
+
+import os
+
+from mixlens.errors import RunError
+from mixlens.runs import open_run
+from mixlens.traces.trace import Trace
+
+_KINDS = {"trace": Trace.open}
+
+
+def open(path: str | os.PathLike, *, check: bool = True) -> Trace:
+    """The run at `path`, read lazily.
+
+    check  compare every file with its checksum when it is first read; False compares sizes only
+
+    Raises RunError when there is no run, when it is not finished, or is of a kind that this version does not know.
+    """
+    kind = open_run(path, check=check).kind
+    if kind not in _KINDS:
+        raise RunError(
+            f"The run at {path} was to be opened. It is a {kind}; this version of mixlens opens {', '.join(_KINDS)}. "
+            "Use the version that wrote it."
+        )
+    return _KINDS[kind](path, check=check)
