@@ -1,0 +1,20 @@
+"""Figures of routing statistics: each takes a Dataset and `ax=`, and returns the Axes; grids return a Figure."""
+
+from mixlens.show.figures import by_layer, entropy, expert_share, expert_share_grid, information, repetition
+from mixlens.show.matrices import coactivation, facet, share_heatmap, specialization, transitions
+from mixlens.show.passage import text
+
+__all__ = [
+    "by_layer",
+    "coactivation",
+    "entropy",
+    "expert_share",
+    "expert_share_grid",
+    "facet",
+    "information",
+    "repetition",
+    "share_heatmap",
+    "specialization",
+    "text",
+    "transitions",
+]

@@ -1,0 +1,208 @@
+"""How figures look: expert colours, type sizes fit for papers, and Axes made without pyplot."""
+
+from __future__ import annotations
+
+import io
+import os
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib import font_manager
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.transforms import blended_transform_factory
+
+# Petroff's sequence (arXiv 2107.02270), told apart under the common colour-vision deficiencies.
+EXPERT_COLOURS = ("#3f90da", "#ffa90e", "#bd1f01", "#832db6", "#a96b59", "#e76300", "#b9ac70", "#92dadd")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*")
+INK, MUTED, FAINT = "#1b1b1f", "#5c5c66", "#d6d6dc"
+DIVERGING = "RdBu_r"
+COLUMN, PAGE = 3.3, 7.0  # inches: one column, and the whole width, of a two-column paper
+
+PAPER: dict[str, Any] = {
+    "font.size": 8,
+    "axes.titlesize": 8.5,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+    "legend.handlelength": 1.2,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "lines.linewidth": 1.1,
+    "lines.markersize": 3.5,
+    "figure.dpi": 110,
+    "savefig.dpi": 220,
+    "pdf.fonttype": 42,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "mixlens",  # the same figure gives the same bytes
+}
+
+
+def expert_colours(n_experts: int) -> list[str]:
+    """One colour an expert: the eight of `EXPERT_COLOURS`, then the same eight lighter and darker in turn.
+
+    Beyond eight the digit, which every figure shows as well, is what tells experts apart.
+    """
+    shades = [0.0, 0.45, -0.4, 0.7, -0.65, 0.25, -0.2, 0.85]
+    return [
+        _shade(EXPERT_COLOURS[i % len(EXPERT_COLOURS)], shades[i // len(EXPERT_COLOURS) % len(shades)])
+        for i in range(n_experts)
+    ]
+
+
+def _shade(colour: str, amount: float) -> str:
+    target = 1.0 if amount > 0 else 0.0
+    red, green, blue = (channel + (target - channel) * abs(amount) for channel in to_rgb(colour))
+    return to_hex((red, green, blue))
+
+
+class PaperFigure(Figure):
+    """A Figure that pyplot does not know, and that a notebook shows."""
+
+    def save(self, path: str | os.PathLike) -> Path:
+        """Write the figure; the ending says the form, and pdf and svg are vector."""
+        with matplotlib.rc_context(PAPER):
+            self.savefig(path, bbox_inches="tight")
+        return Path(path)
+
+    def png(self, dpi: int = 220) -> bytes:
+        return self._bytes("png", dpi=dpi)
+
+    def svg(self) -> bytes:
+        """The figure as SVG with text as paths and no background."""
+        return self._bytes("svg", transparent=True, metadata={"Date": None})
+
+    def _bytes(self, form: str, **options: Any) -> bytes:
+        file = io.BytesIO()
+        with matplotlib.rc_context(PAPER):
+            self.savefig(file, format=form, bbox_inches="tight", pad_inches=0.04, **options)
+        return file.getvalue()
+
+    def _repr_png_(self) -> bytes:
+        return self.png(dpi=150)
+
+
+class PaperAxes(Axes):
+    """Axes that a notebook shows when they are the value of a cell."""
+
+    def save(self, path: str | os.PathLike) -> Path:
+        """Write the figure of these axes; the ending says the form, and pdf and svg are vector."""
+        return _paper_figure(self).save(path)
+
+    def _repr_png_(self) -> bytes:
+        return _paper_figure(self)._repr_png_()
+
+
+def _paper_figure(ax: Axes) -> PaperFigure:
+    figure = ax.get_figure(root=True)
+    assert isinstance(figure, PaperFigure)
+    return figure
+
+
+def paper_figure(width: float, height: float) -> PaperFigure:
+    """An empty figure, in inches; call it, and draw, within `paper()`."""
+    return PaperFigure(figsize=(width, height), layout="constrained")
+
+
+def paper() -> Any:
+    """Context in which new Axes have the paper style; nothing is left changed after it."""
+    return matplotlib.rc_context(PAPER)
+
+
+def add_axes(figure: Figure, rows: int = 1, columns: int = 1, index: int = 1, **options: Any) -> PaperAxes:
+    ax = figure.add_subplot(rows, columns, index, axes_class=PaperAxes, **options)
+    # Ticks are made when first drawn, with the rc of that moment; sizes given here stay.
+    ax.tick_params(labelsize=PAPER["xtick.labelsize"], width=0.6, length=2.5)
+    return ax
+
+
+@contextmanager
+def drawing(ax: Axes | None, width: float = COLUMN, height: float = 2.4) -> Iterator[Axes]:
+    """The caller's Axes as they are, or new ones in paper style."""
+    if ax is not None:
+        yield ax
+        return
+    with paper():
+        yield add_axes(paper_figure(width, height))
+
+
+def relative_size(factor: float) -> float:
+    return matplotlib.rcParams["font.size"] * factor
+
+
+def heading(ax: Axes, title: str, note: str) -> None:
+    """A title over a small, wrapped note; from the figure's left edge, unless axes stand side by side."""
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    alone = isinstance(ax, PaperAxes) and _columns(ax) == 1
+    inches = figure.get_size_inches()[0] * (0.98 if alone else ax.get_position().width)
+    x = blended_transform_factory(figure.transFigure, ax.transAxes) if alone else ax.transAxes
+    size = relative_size(0.8)
+    lines = textwrap.wrap(printable(note), max(24, int(inches * 72 / (size * 0.56))))
+    small_print = ax.annotate(
+        "\n".join(lines),
+        (0.01 if alone else 0, 1),
+        xytext=(0, 4),
+        xycoords=x,
+        textcoords="offset points",
+        va="bottom",
+        fontsize=size,
+        color=MUTED,
+        linespacing=1.15,
+        annotation_clip=False,
+        gid="note",
+    )
+    small_print.set_in_layout(False)  # the title above it keeps the room; its width must not narrow the axes
+    written = ax.set_title(printable(title), loc="left", pad=6 + len(lines) * size * 1.2, fontweight="bold")
+    if alone:
+        written.set_x(0.01)
+        written.set_transform(x + ax.titleOffsetTrans)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _columns(ax: Axes) -> int:
+    place = ax.get_subplotspec()
+    return 1 if place is None else place.get_gridspec().ncols
+
+
+def note_of(ax: Axes) -> str:
+    """The note that `heading` wrote under the title of `ax`."""
+    return " ".join(t.get_text() for t in ax.texts if t.get_gid() == "note").replace("\n", " ")
+
+
+def drop_note(ax: Axes, title: str) -> None:
+    """Leave only a short title, where the note of a neighbour already says the rest."""
+    for text in list(ax.texts):
+        if text.get_gid() == "note":
+            text.remove()
+    ax.set_title(printable(title), loc="left", fontweight="bold", pad=3)
+
+
+def percent(value: float, position: int | None = None) -> str:
+    """Tick label of a share."""
+    return f"{100 * value:.4g} %"
+
+
+def printable(text: object, family: str = "DejaVu Sans") -> str:
+    """`text` for matplotlib: no formula is read into it, and a character that the font lacks is □."""
+    known = _characters(family)
+    return "".join(r"\$" if c == "$" else c if ord(c) in known or c == "\n" else "□" for c in str(text))
+
+
+@cache
+def _characters(family: str) -> frozenset[int]:
+    font = font_manager.get_font(font_manager.findfont(family))
+    return frozenset(font.get_charmap())
