@@ -21,21 +21,23 @@ SHAPES = {
 def tiny_mixtral(shape: str = "8x7b", seed: int = 0, **changes: object) -> MixtralForCausalLM:
     """A random Mixtral of a few thousand parameters, whose router is far from uniform."""
     torch.manual_seed(seed)
-    config = MixtralConfig(
-        vocab_size=128,
-        hidden_size=32,
-        intermediate_size=64,
-        head_dim=8,
-        num_local_experts=8,
-        num_experts_per_tok=2,
-        max_position_embeddings=512,
-        sliding_window=None,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        initializer_range=0.2,
-        **{**SHAPES[shape], **changes},
-    )
+    settings = {
+        "vocab_size": 128,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "head_dim": 8,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 512,
+        "sliding_window": None,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "initializer_range": 0.2,
+        **SHAPES[shape],
+        **changes,
+    }
+    config = MixtralConfig(**settings)
     return MixtralForCausalLM(config).eval()
 
 

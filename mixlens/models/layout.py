@@ -13,7 +13,15 @@ from torch import nn
 from mixlens.errors import ModelError
 
 # Written by transformers on saving, or about the run rather than the model.
-_VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "output_router_logits")
+_VOLATILE = (
+    "_name_or_path",
+    "architectures",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "use_cache",
+    "output_router_logits",
+)
 
 
 @dataclass(frozen=True)

@@ -147,7 +147,7 @@ def _check_memory(name: str, config: Any, dtype: torch.dtype, device_map: str | 
     gpus = range(torch.cuda.device_count()) if spread else sorted({_cuda_index(p) for p in places} - {None})
     if (named := sorted(p for p in places if _cuda_index(p) is not None)) and not torch.cuda.is_available():
         raise ModelError(
-            f"{name} was to be loaded onto {', '.join(named)}. torch sees no CUDA device here. Give device_map=\"cpu\", "
+            f'{name} was to be loaded onto {", ".join(named)}. torch sees no CUDA device here. Give device_map="cpu", '
             "or nothing for the best place there is."
         )
     had = {f"cuda:{index}": torch.cuda.mem_get_info(index)[0] for index in gpus}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,18 @@ _PENDING_TOKENS = 4096
 _ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds")
 
 
+@dataclass(frozen=True)
+class _Generation:
+    """A call of generate: the mask of its prompt [rows, columns], and the ids that end a row."""
+
+    prompt_mask: torch.Tensor
+    stop_ids: frozenset[int]
+
+    @property
+    def prompt_columns(self) -> int:
+        return self.prompt_mask.shape[1]
+
+
 @dataclass
 class _Batch:
     """Rows that are being read or generated together, over one or many forwards."""
@@ -33,8 +45,7 @@ class _Batch:
     rows: int
     columns: int = 0
     cache: Any = None
-    prompt_columns: int | None = None
-    stop_ids: frozenset[int] = frozenset()
+    generation: _Generation | None = None
     position: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     finished: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
     waiting: torch.Tensor | None = None  # logits after each row's last token, until the next token is known
@@ -76,7 +87,7 @@ class Recorder:
         self._tap: Tap | None = None
         self._handles: list[Any] = []
         self._batch: _Batch | None = None
-        self._generating: tuple[int, frozenset[int]] | None = None
+        self._generating: _Generation | None = None
         self._pending: list[_Call] = []
         self._columns: dict[str, list[np.ndarray]] = {}
         self._sites: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
@@ -187,10 +198,11 @@ class Recorder:
         stop = option("eos_token_id")
         stop = frozenset() if stop is None else frozenset(np.atleast_1d(torch.as_tensor(stop).cpu()).tolist())
         custom = kwargs.get("stopping_criteria") is not None or option("stop_strings") is not None
+        prompt_stop = stop
         if custom and len(inputs) > 1 and option("pad_token_id") is not None:
             # Rows that another criterion ended are fed the pad token from then on.
             stop |= {int(option("pad_token_id"))}
-        self._generating, self._batch = (inputs.shape[1], stop), None
+        self._generating, self._batch = _Generation(_prompt_mask(inputs, option, prompt_stop), stop), None
         try:
             return self._generate(*args, **kwargs)
         finally:
@@ -218,12 +230,16 @@ class Recorder:
             batch = self._new_batch(rows, past)
         mask = given.get("attention_mask")
         mask = mask[:, -columns:] if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
-        if mask is None and rows > 1 and not going_on and self.lengths is None:
+        if mask is None and batch.generation is not None:
+            # generate drops a mask of ones, and makes a four-dimensional one for a static cache.
+            prompt = batch.generation.prompt_mask[:, batch.columns : batch.columns + columns]
+            mask = torch.nn.functional.pad(prompt, (0, columns - prompt.shape[1]), value=1)
+        elif mask is None and rows > 1 and not going_on and self.lengths is None:
             raise BadInput(
                 f"A Recorder saw a batch of {rows} rows without a two-dimensional attention mask. Padding cannot be "
                 "told from text. Pass attention_mask=, or Recorder(model, lengths=[tokens of each row])."
             )
-        if mask is None and not going_on and self.lengths is not None:
+        elif mask is None and not going_on and self.lengths is not None:
             mask = self._mask_of_lengths(rows, columns)
         self._batch = batch
         self._call = _Call(batch, ids, mask, (rows, columns), batch.columns, {}, None)
@@ -231,8 +247,7 @@ class Recorder:
         self._listen(True, decoding=self._generating is not None and going_on)
 
     def _new_batch(self, rows: int, past: int) -> _Batch:
-        prompt_columns, stop_ids = self._generating or (None, frozenset())
-        batch = _Batch(self._n_sequences, rows, columns=past, prompt_columns=prompt_columns, stop_ids=stop_ids)
+        batch = _Batch(self._n_sequences, rows, columns=past, generation=self._generating)
         batch.position, batch.finished = np.full(rows, past), np.zeros(rows, bool)
         self._n_sequences += rows
         return batch
@@ -252,7 +267,8 @@ class Recorder:
 
     def _after(self, _module: nn.Module, _args: Any, output: Any) -> None:
         call, self._call = self._call, None
-        assert call is not None and self._tap is not None
+        assert call is not None
+        assert self._tap is not None
         self._listen(False)
         call.raw = self._tap.take()
         cache = getattr(output, "past_key_values", None)
@@ -278,12 +294,14 @@ class Recorder:
         ids = np.full((rows, columns), -1) if call.ids is None else call.ids.cpu().numpy()
         valid = np.ones((rows, columns), bool) if call.mask is None else call.mask.cpu().numpy().astype(bool)
         generated = np.zeros(columns, bool)
-        if batch.prompt_columns is not None:
-            generated = call.start + np.arange(columns) >= batch.prompt_columns
+        stop_ids: frozenset[int] = frozenset()
+        if batch.generation is not None:
+            generated = call.start + np.arange(columns) >= batch.generation.prompt_columns
+            stop_ids = batch.generation.stop_ids
         elif call.start > 0 and columns == 1:
             generated[:] = True
         for column in np.flatnonzero(generated):
-            batch.finished |= np.isin(ids[:, column], list(batch.stop_ids))
+            batch.finished |= np.isin(ids[:, column], list(stop_ids))
             valid[:, column] &= ~batch.finished
         flat = np.flatnonzero(valid)
         row, column = np.divmod(flat, columns)
@@ -347,3 +365,13 @@ def _padded(values: np.ndarray, rows: int, columns: int, known: int) -> np.ndarr
     full = np.full((rows, columns, *values.shape[1:]), np.nan if values.dtype.kind == "f" else -1, values.dtype)
     full[:, columns - known :] = values.reshape(rows, known, *values.shape[1:])
     return full
+
+
+def _prompt_mask(inputs: torch.Tensor, option: Callable[[str], Any], stop_ids: frozenset[int]) -> torch.Tensor:
+    """The prompt's mask as generate itself sees it: given, or told from the pad token, or all ones."""
+    if (given := option("attention_mask")) is not None:
+        return given
+    pad = option("pad_token_id")
+    if inputs.ndim == 2 and pad is not None and int(pad) not in stop_ids:
+        return (inputs != int(pad)).long()
+    return torch.ones(inputs.shape[:2], dtype=torch.long)

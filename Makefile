@@ -1,0 +1,35 @@
+# make demo: record and report the bundled model.   make test: the tests.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test lint browser slow clean
+
+demo: $(INSTALLED)
+	$(BIN)/mixlens demo --out out/demo
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+
+browser: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m browser
+
+slow: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m slow
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.installed-test: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,browser,dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) out

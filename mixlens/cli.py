@@ -1,0 +1,245 @@
+"""The command line: mixlens record | stats | report | info | demo."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mixlens.errors import BadInput, MixlensError
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+
+# What `mixlens stats` can compute: the name of a function in mixlens.stats, and what it tells.
+STATISTICS = {
+    "expert_share": "share of each expert, by layer",
+    "load_balance": "spread of the load over experts, by layer",
+    "routing_entropy": "entropy of the router, in bits",
+    "router_confidence": "how sure the router is of its choice",
+    "repetition": "how often consecutive tokens choose the same expert",
+    "coactivation": "which experts are chosen together",
+    "transitions": "which expert follows which from layer to layer",
+    "position_profile": "share by position in the sequence",
+    "domain_specialization": "share of a domain's tokens that choose an expert",
+    "domain_information": "bits that an expert choice tells of the domain",
+    "vocabulary_specialization": "how much a token type keeps to one expert",
+    "predictability": "how well a token's identity predicts its expert",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; gives the exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    arguments = _parser().parse_args(argv)
+    try:
+        result = arguments.run(arguments)
+    except MixlensError as error:
+        _say_failure(error, as_json=arguments.json)
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    if result is not None:
+        print(json.dumps(result, indent=1, default=str) if arguments.json else _plain(result))
+    return 0
+
+
+def _say_failure(error: MixlensError, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"error": type(error).__name__, "message": str(error)}))
+    print(f"mixlens: {error}", file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mixlens", description="See what every expert of a Mixtral model does.", allow_abbrev=False
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    record = _command(commands, "record", _record, "record routing of a corpus into a run directory")
+    record.add_argument("model", help='Hub id, folder, or "demo"')
+    record.add_argument("documents", nargs="+", help="JSON Lines (.jsonl, .jsonl.gz) or text files (one document each)")
+    record.add_argument("--out", required=True, help="run directory; a stopped run there goes on")
+    record.add_argument("--text", default="text", metavar="COLUMN", help="text column of JSON Lines (default: text)")
+    record.add_argument(
+        "--signals",
+        default="router_logits,logprob",
+        help="comma-separated: router_logits, logprob, top_logprobs, or sites such as moe_out (default: %(default)s)",
+    )
+    record.add_argument("--limit", type=int, metavar="N", help="only the first N documents of every file")
+    record.add_argument("--max-length", type=int, metavar="TOKENS", help="tokens a sequence (default: the context)")
+    record.add_argument(
+        "--overlong", choices=("error", "truncate", "split"), default="error", help="what to do with longer documents"
+    )
+    record.add_argument("--batch-tokens", type=int, metavar="TOKENS", help="tokens a forward")
+    record.add_argument("--device-map", help='as in accelerate, such as "auto" or "cpu"')
+    record.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    record.add_argument("--revision", help="branch, tag or commit on the Hub")
+
+    stats = _command(commands, "stats", _stats, "print a statistic of a run, with intervals and n")
+    stats.add_argument("path", metavar="RUN", help="run directory")
+    stats.add_argument("statistic", choices=list(STATISTICS), metavar="STATISTIC", help=", ".join(STATISTICS))
+    stats.add_argument("--by", metavar="COLUMN", help="sequence column, such as domain")
+    stats.add_argument("--layers", metavar="L,L,...", help="only these layers")
+    stats.add_argument("--csv", metavar="FILE", help="write the table there instead")
+
+    report = _command(commands, "report", _report, "write one HTML file about one run or several")
+    report.add_argument("paths", nargs="+", metavar="RUN", help="run directories")
+    report.add_argument("--out", default="report.html", help="the file to write (default: %(default)s)")
+
+    info = _command(commands, "info", _info, "say what a run holds, or what is installed")
+    info.add_argument("path", nargs="?", metavar="RUN", help="run directory; left out: versions and devices")
+    info.add_argument("--verify", action="store_true", help="check every file of the run against its checksum")
+
+    demo = _command(commands, "demo", _demo, "record and report the bundled model on the bundled samples")
+    demo.add_argument("--out", default="out/demo", help="folder for the run and report.html (default: %(default)s)")
+    return parser
+
+
+def _command(commands: Any, name: str, run: Callable[..., Any], what: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".", allow_abbrev=False)
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _record(arguments: argparse.Namespace) -> dict[str, Any]:
+    from mixlens.models.load import load
+    from mixlens.traces.record import RecordSettings, record
+
+    documents = [d for path in arguments.documents for d in read_documents(Path(path), arguments.limit)]
+    model = load(arguments.model, device_map=arguments.device_map, dtype=arguments.dtype, revision=arguments.revision)
+    settings = RecordSettings(
+        text=arguments.text,
+        max_length=arguments.max_length,
+        overlong=arguments.overlong,
+        batch_tokens=arguments.batch_tokens,
+    )
+    signals = [name for name in arguments.signals.split(",") if name]
+    trace = record(model, documents, out=arguments.out, signals=signals, settings=settings)
+    return {"run": arguments.out, **trace.meta["counts"], "signals": [*trace.signals, *trace.sites]}
+
+
+def _stats(arguments: argparse.Namespace) -> Any:
+    from mixlens import stats
+    from mixlens.show.tables import to_frame
+    from mixlens.traces.trace import Trace
+
+    trace = Trace.open(arguments.path)
+    if arguments.layers:
+        trace = trace.select(layers=_numbers(arguments.layers))
+    data: xr.Dataset = getattr(stats, arguments.statistic)(trace, **({"by": arguments.by} if arguments.by else {}))
+    frame = to_frame(data)
+    if arguments.csv:
+        frame.to_csv(arguments.csv, index=False)
+        return {"written": arguments.csv, "rows": len(frame)}
+    if arguments.json:
+        rows = json.loads(frame.to_json(orient="records"))
+        return {"statistic": arguments.statistic, "attrs": _jsonable(data.attrs), "rows": rows}
+    print(frame.to_string(index=False, float_format=lambda value: f"{value:.4f}"))
+    print(f"\n{data.attrs.get('formula', '')}\nsource: {data.attrs.get('source', '')}")
+    return None
+
+
+def _report(arguments: argparse.Namespace) -> dict[str, Any]:
+    from mixlens.show.report import report
+
+    path = report(arguments.paths if len(arguments.paths) > 1 else arguments.paths[0], arguments.out)
+    return {"report": str(path)}
+
+
+def _info(arguments: argparse.Namespace) -> dict[str, Any]:
+    from mixlens.runs import open_run, versions
+
+    if arguments.path is None:
+        import torch
+
+        installed = versions("mixlens", "torch", "transformers", "accelerate", "datasets", "safetensors")
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        return {**installed, "devices": names or ["cpu"]}
+    run = open_run(arguments.path)
+    if arguments.verify and (faults := run.verify()):
+        from mixlens.errors import RunError
+
+        raise RunError(
+            f"The run {arguments.path} was to be verified. {len(faults)} of its {len(run.meta['files'])} files are at "
+            f"fault: {'; '.join(faults)}. Restore them from a copy, or record again into a new folder."
+        )
+    kept = ("kind", "created", "model", "counts", "signals", "sites", "versions")
+    said = {key: run.meta[key] for key in kept if key in run.meta}
+    return {**said, "files": len(run.meta["files"]), "verified": bool(arguments.verify)}
+
+
+def _demo(arguments: argparse.Namespace) -> dict[str, Any]:
+    from mixlens.models.demo import DEMO, demo_documents
+    from mixlens.models.load import load
+    from mixlens.show.report import report
+    from mixlens.traces.record import record
+
+    folder = Path(arguments.out)
+    trace = record(load(DEMO), demo_documents(), out=folder / "run")
+    path = report(trace, folder / "report.html")
+    return {"run": str(folder / "run"), "report": str(path), **trace.meta["counts"]}
+
+
+def read_documents(path: Path, limit: int | None = None) -> list[Any]:
+    """Documents of a JSON Lines file, one mapping a line, or of a text file, which is one document.
+
+    Raises BadInput when the file cannot be read, naming the line.
+    """
+    import gzip
+
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8") as file:
+            if ".jsonl" not in path.suffixes:
+                return [{"document_id": str(path), "text": file.read()}]
+            documents = []
+            for number, line in enumerate(file, 1):
+                if limit is not None and len(documents) >= limit:
+                    break
+                try:
+                    documents.append(json.loads(line))
+                except json.JSONDecodeError as error:
+                    raise BadInput(
+                        f"Documents were to be read from {path}. Line {number} is not JSON: {error}. "
+                        "Give one JSON object a line."
+                    ) from error
+            return documents
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(
+            f"Documents were to be read from {path}. The file cannot be read: {error}. Give a JSON Lines file (.jsonl "
+            "or .jsonl.gz) or a text file in UTF-8."
+        ) from error
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise BadInput(f"Layers {text!r} were asked for. They are no numbers. Give them as 0,15,31.") from error
+
+
+def _jsonable(attrs: dict[Any, Any]) -> dict[str, Any]:
+    return {str(key): value.tolist() if hasattr(value, "tolist") else value for key, value in attrs.items()}
+
+
+def _plain(result: dict[str, Any]) -> str:
+    width = max(len(key) for key in result)
+    return "\n".join(f"{key:<{width}}  {_flat(value)}" for key, value in result.items())
+
+
+def _flat(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_flat(inner)}" for key, inner in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""load: what it gives, and what it says when it cannot."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import tiny_mixtral
+
+from mixlens import BadInput, ModelError, load
+from mixlens.models.layout import describe
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("checkpoint")
+    tiny_mixtral().save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def variant(checkpoint, tmp_path):
+    def make(**changes):
+        shutil.copytree(checkpoint, tmp_path / "model")
+        config = json.loads((checkpoint / "config.json").read_text())
+        (tmp_path / "model" / "config.json").write_text(json.dumps(config | changes))
+        return tmp_path / "model"
+
+    return make
+
+
+def test_it_is_the_transformers_model_itself(checkpoint, capsys):
+    model = load(checkpoint, device_map="cpu")
+    assert type(model).__name__ == "MixtralForCausalLM"
+    assert not model.training
+    assert model.dtype == torch.float32
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, tiny_mixtral()(ids).logits)
+    assert "top-2 of 8 experts, float32 on cpu, experts by grouped_mm" in capsys.readouterr().err
+
+
+def test_dtype_and_experts_are_as_asked(checkpoint):
+    model = load(checkpoint, dtype="bfloat16", experts="eager", device_map="cpu", verbose=False)
+    assert model.dtype == torch.bfloat16
+    assert model.config._experts_implementation == "eager"
+
+
+def test_provenance_tells_checkpoints_of_one_shape_apart(checkpoint):
+    same, other = describe(load(checkpoint, verbose=False)), describe(tiny_mixtral(seed=1))
+    assert same["config_sha256"] == other["config_sha256"]
+    assert same["router_sha256"] == describe(tiny_mixtral())["router_sha256"] != other["router_sha256"]
+    json.dumps(same)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sliding_window": 4096}, "sliding_window=4096.*Set sliding_window to null"),
+        ({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, "is a llama model"),
+        ({"num_hidden_layers": 6}, "lacks 18 weights .*layers.4"),
+        ({"hidden_size": 6144, "intermediate_size": 16384, "num_hidden_layers": 56}, r"need [\d,]+ bytes .* are free"),
+    ],
+)
+def test_a_config_that_will_not_do_is_said(variant, changes, message):
+    with pytest.raises(ModelError, match=message):
+        load(variant(**changes), device_map="cpu", verbose=False)
+
+
+def test_weights_that_are_not_there_or_broken(variant):
+    path = variant()
+    weights = path / "model.safetensors"
+    with weights.open("r+b") as file:
+        file.truncate(5000)
+    with pytest.raises(ModelError, match="could not be read.*whole"):
+        load(path, verbose=False)
+    weights.unlink()
+    with pytest.raises(ModelError, match="could not be read.*pickled weights"):
+        load(path, verbose=False)
+
+
+def test_pickled_weights_are_not_read(variant):
+    path = variant()
+    (path / "model.safetensors").unlink()
+    torch.save({}, path / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"pickled weights \(\.bin\) are not read"):
+        load(path, verbose=False)
+
+
+def test_the_hub_out_of_reach_and_a_folder_without_config(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match="the Hub did not give its config: the Hub"):
+        load("mistralai/Mixtral-8x7B-v0.1", verbose=False)
+    with pytest.raises(ModelError, match=r"has no config\.json"):
+        load(tmp_path, verbose=False)
+
+
+def test_arguments_that_cannot_be(checkpoint):
+    with pytest.raises(BadInput, match="dtype='int3'"):
+        load(checkpoint, dtype="int3")
+    with pytest.raises(BadInput, match="experts='fastest'"):
+        load(checkpoint, experts="fastest", verbose=False)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
+def test_a_device_that_is_not_here(checkpoint):
+    with pytest.raises(ModelError, match="torch sees no CUDA device"):
+        load(checkpoint, device_map={"": "cuda:0"})

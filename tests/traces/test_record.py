@@ -1,0 +1,290 @@
+"""record: documents to a trace, killed and resumed, in one process and in two."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import Letters
+from datasets import Dataset
+
+from mixlens import BadInput, Recorder, RecordSettings, RunError, Site, Trace, record
+from mixlens.traces.signals import SITES
+
+TEXTS = ["one", "two and more words", "a", "the fourth document is rather longer than the others " * 3, "five"]
+DOCUMENTS = [{"text": text, "domain": "ab"[i % 2], "id": f"d{i}"} for i, text in enumerate(TEXTS)]
+EVERYTHING = ("router_logits", "logprob", "top_logprobs", *SITES)
+QUIET = RecordSettings(progress=False)
+SMALL = RecordSettings(shard_tokens=20, batch_tokens=40, progress=False)
+
+
+def assert_equal_traces(a: Trace, b: Trace, atol: float = 2e-3) -> None:
+    assert a.signals == b.signals
+    assert a.n_tokens == b.n_tokens
+    for name in a.signals:
+        if name == "top_id" and atol > 0:
+            continue  # ids of equal probability come in either order
+        left, right = a.read(name).astype(float), b.read(name).astype(float)
+        np.testing.assert_allclose(left, right, atol=0 if name in ("expert_id", "token_id") else atol, err_msg=name)
+    for site in a.sites:
+        np.testing.assert_allclose(a.activations(site), b.activations(site), atol=0.02, rtol=2e-3, err_msg=site)
+
+
+@pytest.mark.parametrize("batch_tokens", [8, 64, 4096])
+def test_batching_and_chunking_change_nothing(model, letters, batch_tokens):
+    settings = RecordSettings(batch_tokens=batch_tokens, progress=False)
+    trace = record(model, DOCUMENTS, tokenizer=letters, signals=EVERYTHING, settings=settings)
+    rows = [torch.tensor(letters(text)["input_ids"]) for text in TEXTS]
+    with torch.no_grad(), Recorder(model, signals=EVERYTHING) as recorder:
+        for row in rows:
+            model(row[None])
+    alone = recorder.trace(trace.sequences[["document_id", "domain"]])
+    assert_equal_traces(trace, alone)
+    assert trace.sequences["document_id"].tolist() == ["d0", "d1", "d2", "d3", "d4"]
+
+
+def test_disk_and_memory_hold_the_same(model, letters, tmp_path):
+    in_memory = record(model, DOCUMENTS, tokenizer=letters, signals=EVERYTHING, settings=SMALL)
+    on_disk = record(model, DOCUMENTS, tokenizer=letters, signals=EVERYTHING, settings=SMALL, out=tmp_path / "run")
+    assert on_disk.meta["shards"] > 1
+    assert_equal_traces(in_memory, on_disk, atol=0)
+    pd.testing.assert_frame_equal(in_memory.sequences, on_disk.sequences, check_dtype=False, check_index_type=False)
+
+
+def test_strings_and_datasets_are_documents_too(small_model, letters):
+    from_dicts = record(small_model, DOCUMENTS, tokenizer=letters, settings=QUIET)
+    from_dataset = record(small_model, Dataset.from_list(DOCUMENTS), tokenizer=letters, settings=QUIET)
+    from_strings = record(small_model, TEXTS, tokenizer=letters, settings=QUIET)
+    assert_equal_traces(from_dicts, from_dataset, atol=0)
+    assert_equal_traces(from_dicts, from_strings, atol=0)
+    assert from_dataset.sequences["domain"].tolist() == ["a", "b", "a", "b", "a"]
+
+
+def test_a_complete_run_is_opened_and_not_computed_again(small_model, letters, tmp_path):
+    record(small_model, DOCUMENTS, tokenizer=letters, settings=QUIET, out=tmp_path / "run")
+    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "run").iterdir()}
+    record(small_model, DOCUMENTS, tokenizer=letters, settings=QUIET, out=tmp_path / "run")
+    assert before == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "run").iterdir()}
+
+
+RUN = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+from conftest import Letters, tiny_mixtral
+from test_record import DOCUMENTS, SMALL
+import mixlens as ml
+
+class Deadly(list):
+    gone_through = 0
+    def __iter__(self):
+        Deadly.gone_through += 1
+        for i, document in enumerate(list.__iter__(self)):
+            if Deadly.gone_through == 2 and i == {fatal}:
+                os.kill(os.getpid(), signal.{signal})
+            yield document
+
+ml.record(tiny_mixtral(), Deadly(DOCUMENTS), tokenizer=Letters(), out={out!r}, settings=SMALL)
+"""
+
+
+def run_script(out: Path, *, fatal: int = -1, signal_name: str = "SIGKILL", launcher: tuple[str, ...] = ()) -> int:
+    script = out.parent / f"{out.name}.py"
+    script.write_text(
+        RUN.format(tests=str(Path(__file__).parent.parent), out=str(out), fatal=fatal, signal=signal_name).replace(
+            "from test_record", f"sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom test_record"
+        )
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *launcher, str(script)], env=environment, capture_output=True, timeout=300
+    ).returncode
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    """Bytes of every file, times in meta.json aside."""
+    files = {path.name: path.read_bytes() for path in run.iterdir()}
+    meta = json.loads(files["meta.json"])
+    del meta["created"], meta["reading"]["started"]
+    return {**files, "meta.json": json.dumps(meta).encode()}
+
+
+@pytest.mark.parametrize("signal_name", ["SIGKILL", "SIGINT"])
+def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, signal_name):
+    assert run_script(tmp_path / "whole") == 0
+    assert run_script(tmp_path / "killed", fatal=4, signal_name=signal_name) != 0
+    left = {path.name for path in (tmp_path / "killed").iterdir()}
+    assert "shard-00000.json" in left
+    assert "meta.json" not in left
+    with pytest.raises(RunError, match=r"stopped after [1-9] complete shards"):
+        Trace.open(tmp_path / "killed")
+    kept = (tmp_path / "killed" / "routing-00000.safetensors").stat().st_mtime_ns
+    assert run_script(tmp_path / "killed") == 0
+    assert (tmp_path / "killed" / "routing-00000.safetensors").stat().st_mtime_ns == kept
+    assert contents(tmp_path / "whole") == contents(tmp_path / "killed")
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_run_of_one(tmp_path):
+    assert run_script(tmp_path / "one") == 0
+    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1")
+    assert run_script(tmp_path / "two", launcher=launcher) == 0
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_layers_on_cpu_and_disk_record_the_same(small_model, letters, tmp_path):
+    from accelerate import dispatch_model
+
+    small_model.save_pretrained(tmp_path / "model")
+    expected = record(small_model, DOCUMENTS, tokenizer=letters, signals=EVERYTHING, settings=QUIET)
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    places |= {f"model.layers.{i}": "disk" if i % 2 else "cpu" for i in range(4)}
+    split = dispatch_model(small_model, places, main_device="cpu", offload_dir=tmp_path / "offload")
+    assert split.model.layers[1].mlp.experts.gate_up_proj.device.type == "meta"
+    found = record(split, DOCUMENTS, tokenizer=letters, signals=EVERYTHING, settings=QUIET)
+    assert_equal_traces(expected, found, atol=0)
+
+
+def test_truncating_and_splitting_are_said_and_counted(small_model, letters, tmp_path):
+    cut = RecordSettings(max_length=20, overlong="truncate", progress=False)
+    trace = record(small_model, DOCUMENTS, tokenizer=letters, settings=cut, out=tmp_path / "cut")
+    long = len(letters(TEXTS[3])["input_ids"])
+    assert trace.meta["reading"]["truncated_documents"] == 1
+    assert trace.meta["reading"]["truncated_tokens"] == long - 20
+    split = RecordSettings(max_length=20, overlong="split", progress=False)
+    trace = record(small_model, DOCUMENTS, tokenizer=letters, settings=split, out=tmp_path / "split")
+    assert (trace.sequences["document_id"] == "d3").sum() == -(-long // 20)
+    assert trace.sequences.loc[trace.sequences["document_id"] == "d3", "length"].sum() == long
+    assert trace.meta["counts"]["documents"] == 5
+
+
+@pytest.mark.parametrize(
+    ("documents", "settings", "message"),
+    [
+        ([], QUIET, "There are none"),
+        ("one text", QUIET, "single str"),
+        ([{"text": "a"}, {"text": 7}], QUIET, "Document 1 .* int, not text"),
+        (["a", ""], QUIET, "Document 1 .* an empty text"),
+        ([{"body": "a"}], QUIET, r"columns body and none called 'text'.*RecordSettings\(text="),
+        ([{"text": "a", "domain": "x"}, {"text": "b"}], QUIET, "Document 1 .* in the columns domain"),
+        ([{"text": "a", "id": 1}, {"text": "b", "id": 1}], QUIET, "id 1 was used before"),
+        ([{"text": "a", "length": 3}], QUIET, "column called length"),
+        (["abc" * 500], QUIET, r"1,501 tokens, and the limit is 512.*truncate"),
+        (["a"], RecordSettings(max_length=1000), "context is 512"),
+        (["a"], RecordSettings(overlong="drop"), "error, truncate, split"),
+        (["a"], RecordSettings(batch_tokens=0), "batch_tokens=0"),
+    ],
+)
+def test_bad_documents_are_named(small_model, letters, documents, settings, message):
+    with pytest.raises(BadInput, match=message):
+        record(small_model, documents, tokenizer=letters, settings=settings)
+
+
+def test_a_document_that_fails_late_keeps_the_shards_before_it(small_model, letters, tmp_path):
+    documents = [*DOCUMENTS, {"text": "x" * 600, "domain": "a", "id": "long"}]
+    with pytest.raises(BadInput, match="id 'long'"):
+        record(small_model, documents, tokenizer=letters, settings=SMALL, out=tmp_path / "run")
+    assert (tmp_path / "run" / "shard-00000.json").exists()
+
+
+def test_another_run_in_the_folder_is_left_alone(small_model, letters, tmp_path):
+    record(small_model, DOCUMENTS, tokenizer=letters, settings=QUIET, out=tmp_path / "run")
+    with pytest.raises(RunError, match="holds another run: documents is 5, asked 4"):
+        record(small_model, DOCUMENTS[:4], tokenizer=letters, settings=QUIET, out=tmp_path / "run")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    with pytest.raises(RunError, match=r"not empty .*thesis\.tex"):
+        record(small_model, DOCUMENTS, tokenizer=letters, settings=QUIET, out=tmp_path / "mine")
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_of_ours(small_model, letters, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(RunError, match="Writing failed"):
+        record(small_model, DOCUMENTS, tokenizer=letters, settings=QUIET, out=tmp_path / "file" / "run")
+
+
+FULL_DISK = """
+import resource, signal, sys
+sys.path[:0] = [{tests!r}, {here!r}]
+from conftest import Letters, tiny_mixtral
+from test_record import DOCUMENTS, SMALL
+import mixlens as ml
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+model, limit = tiny_mixtral(), resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit))
+try:
+    ml.record(model, DOCUMENTS, tokenizer=Letters(), out={out!r}, settings=SMALL, signals=["router_logits"])
+except ml.RunError as error:
+    print(error)
+"""
+
+
+def test_a_disk_that_takes_no_more_leaves_what_was_complete(small_model, letters, tmp_path):
+    here = Path(__file__).parent
+    script = FULL_DISK.format(tests=str(here.parent), here=str(here), out=str(tmp_path / "run"))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert "Writing failed" in done.stdout, done.stderr
+    assert "What was complete before is kept" in done.stdout
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert "shard-00000.json" in names
+    assert not [name for name in names if name.endswith(".partial")]
+    trace = record(
+        small_model, DOCUMENTS, tokenizer=letters, out=tmp_path / "run", settings=SMALL, signals=["router_logits"]
+    )
+    assert trace.n_tokens == sum(len(letters(t)["input_ids"]) for t in TEXTS)
+
+
+def test_an_altered_shard_is_named(small_model, letters, tmp_path):
+    trace = record(small_model, DOCUMENTS, tokenizer=letters, settings=SMALL, out=tmp_path / "run")
+    victim = tmp_path / "run" / "routing-00001.safetensors"
+    whole = victim.read_bytes()
+    victim.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(RunError, match=r"routing-00001\.safetensors .* does not match the checksum"):
+        Trace.open(trace.path).read("expert_id")
+    victim.write_bytes(whole[:-10])
+    with pytest.raises(RunError, match=r"routing-00001\.safetensors .* bytes where"):
+        Trace.open(trace.path).read("expert_id")
+    victim.unlink()
+    with pytest.raises(RunError, match=r"routing-00001\.safetensors .* is missing"):
+        Trace.open(trace.path).read("expert_id")
+
+
+def test_bytes_on_disk_for_the_shape_of_8x7b(tmp_path):
+    rng = np.random.default_rng(0)
+    tokens, layers = 20_000, 32
+    weight = rng.uniform(0.5, 1, (tokens, layers, 1))
+    trace = Trace.from_arrays(
+        rng.integers(0, 8, (tokens, layers, 2)), n_experts=8, weight=np.concatenate([weight, 1 - weight], -1)
+    )
+    trace.save(tmp_path / "run")
+    routing = sum(path.stat().st_size for path in (tmp_path / "run").glob("routing-*"))
+    assert routing / tokens < 130
+
+
+def test_the_signals_are_those_that_were_asked_for(small_model, letters):
+    bare = record(small_model, DOCUMENTS, tokenizer=letters, signals=(), settings=QUIET)
+    assert bare.signals == ("sequence", "position", "token_id", "phase", "expert_id", "weight")
+    one = record(small_model, DOCUMENTS, tokenizer=letters, signals=[Site("moe_out", layers=(2,))], settings=QUIET)
+    assert one.sites == {"moe_out": (2,)}
+
+
+def test_an_interrupt_says_how_to_go_on(small_model, tmp_path, capsys):
+    class Interrupting(Letters):
+        calls = 0
+
+        def __call__(self, text: str) -> dict[str, list[int]]:
+            Interrupting.calls += 1
+            if Interrupting.calls == 4:
+                signal.raise_signal(signal.SIGINT)
+            return super().__call__(text)
+
+    with pytest.raises(KeyboardInterrupt):
+        record(small_model, DOCUMENTS, tokenizer=Interrupting(), out=tmp_path / "run", settings=SMALL)
+    assert "the same call goes on from there" in capsys.readouterr().err

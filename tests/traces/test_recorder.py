@@ -1,0 +1,294 @@
+"""The Recorder against a plain full forward of each sequence alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_mixtral
+
+from mixlens import BadInput, ModelError, Recorder, Site
+from mixlens.traces.signals import SITES
+
+LENGTHS = [5, 17, 1, 9]
+# Rounding differs between batch shapes; a router this close to a tie may fall either way.
+MARGIN = 1e-4
+
+
+def prompts(seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, 128, (n,), generator=generator) for n in LENGTHS]
+
+
+def padded(rows: list[torch.Tensor], side: str) -> dict[str, torch.Tensor]:
+    width = max(map(len, rows))
+    ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
+    for row, tokens in enumerate(rows):
+        where = slice(width - len(tokens), None) if side == "left" else slice(len(tokens))
+        ids[row, where], mask[row, where] = tokens, 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def oracle(model, rows):
+    """Expert ids, weights and router logits [token, layer, ...] of each row alone, by hooks written out here."""
+    found = []
+    for tokens in rows:
+        seen, handles = [], []
+        for layer in model.model.layers:
+            handles.append(layer.mlp.gate.register_forward_hook(lambda _m, _a, out, seen=seen: seen.append(out)))
+        with torch.no_grad():
+            logits = model(tokens[None]).logits[0]
+        for handle in handles:
+            handle.remove()
+        found.append(
+            {
+                "router_logits": torch.stack([s[0] for s in seen], 1).numpy(),
+                "weight": torch.stack([s[1] for s in seen], 1).numpy(),
+                "expert_id": torch.stack([s[2] for s in seen], 1).numpy(),
+                "logits": logits,
+            }
+        )
+    return found
+
+
+def assert_same_routing(trace, expected):
+    logits = np.concatenate([e["router_logits"] for e in expected])
+    ids = np.concatenate([e["expert_id"] for e in expected])
+    ranked = np.sort(logits, -1)[..., ::-1]
+    clear = ((ranked[..., 0] - ranked[..., 1]) > MARGIN) & ((ranked[..., 1] - ranked[..., 2]) > MARGIN)
+    assert clear.mean() > 0.9
+    np.testing.assert_array_equal(trace.read("expert_id")[clear], ids[clear])
+    np.testing.assert_allclose(
+        trace.read("weight")[clear], np.concatenate([e["weight"] for e in expected])[clear], atol=1e-3
+    )
+    np.testing.assert_allclose(trace.read("router_logits"), logits, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_padded_batch_records_what_each_row_alone_routes(model, side):
+    rows = prompts()
+    with torch.no_grad(), Recorder(model) as recorder:
+        model(**padded(rows, side))
+    trace = recorder.trace()
+    assert trace.sequences["length"].tolist() == LENGTHS
+    np.testing.assert_array_equal(trace.read("token_id"), torch.cat(rows))
+    np.testing.assert_array_equal(trace.read("position"), np.concatenate([np.arange(n) for n in LENGTHS]))
+    assert_same_routing(trace, oracle(model, rows))
+
+
+def test_lengths_stand_in_for_a_mask(small_model):
+    rows = prompts()
+    with torch.no_grad(), Recorder(small_model, lengths=LENGTHS) as recorder:
+        small_model(padded(rows, "right")["input_ids"])
+    np.testing.assert_array_equal(recorder.trace().read("token_id"), torch.cat(rows))
+
+
+def test_a_prompt_read_in_chunks_with_a_cache_is_one_sequence(model):
+    tokens = prompts()[1]
+    with torch.no_grad(), Recorder(model, signals=["router_logits", "logprob", "top_logprobs"]) as recorder:
+        first = model(tokens[None, :6], use_cache=True)
+        second = model(tokens[None, 6:13], past_key_values=first.past_key_values)
+        model(tokens[None, 13:], past_key_values=second.past_key_values)
+    trace = recorder.trace()
+    np.testing.assert_array_equal(trace.read("position"), np.arange(len(tokens)))
+    expected = oracle(model, [tokens])
+    assert_same_routing(trace, expected)
+    logp = torch.log_softmax(expected[0]["logits"].float(), -1)
+    np.testing.assert_allclose(trace.read("logprob")[1:], logp[:-1].gather(1, tokens[1:, None])[:, 0], atol=1e-4)
+    assert np.isnan(trace.read("logprob")[0])
+    best = logp.topk(64)
+    np.testing.assert_allclose(trace.read("top_logprob"), best.values, atol=1e-4)
+    tail = trace.read("top_logprob").astype(float)
+    total = np.exp(tail).sum(1) + np.exp(trace.read("tail_logprob").astype(float))
+    np.testing.assert_allclose(total, 1, atol=1e-5)
+
+
+def test_logits_are_bit_for_bit_the_same(model):
+    batch = padded(prompts(), "left")
+    everything = ["router_logits", "logprob", "top_logprobs", *SITES]
+    with torch.no_grad():
+        before = model(**batch).logits
+        with Recorder(model, signals=everything), Recorder(model):
+            during = model(**batch).logits
+        after = model(**batch).logits
+    assert torch.equal(before, during)
+    assert torch.equal(before, after)
+
+
+def test_generation_is_the_same_and_hooks_are_gone_after_an_exception(small_model):
+    batch = padded(prompts(), "left")
+    plain = small_model.generate(**batch, max_new_tokens=8, do_sample=False)
+    implementation = small_model.config._experts_implementation
+    with pytest.raises(ZeroDivisionError), Recorder(small_model, signals=[*SITES]):  # noqa: PT012
+        recorded = small_model.generate(**batch, max_new_tokens=8, do_sample=False)
+        raise ZeroDivisionError
+    assert torch.equal(plain, recorded)
+    hooks = [m for m in small_model.modules() if m._forward_hooks or m._forward_pre_hooks]
+    assert not hooks
+    assert "generate" not in vars(small_model)
+    assert small_model.config._experts_implementation == implementation
+
+
+def test_a_recorder_within_a_recorder_gives_generate_back_in_turn(small_model):
+    ids = prompts()[0][None]
+    with Recorder(small_model) as outer:
+        with Recorder(small_model) as inner:
+            small_model.generate(ids, max_new_tokens=3)
+        small_model.generate(ids, max_new_tokens=3)
+    assert "generate" not in vars(small_model)
+    assert len(inner.trace().sequences) == 1
+    assert len(outer.trace().sequences) == 2
+
+
+def test_generation_has_one_row_for_every_token_that_a_forward_saw(model):
+    rows = prompts()
+    stop = 77  # a token these random models do produce becomes the end of sequence
+    alone = []
+    for tokens in rows:
+        with Recorder(model) as recorder:
+            out = model.generate(tokens[None], max_new_tokens=10, do_sample=False, eos_token_id=stop, pad_token_id=0)
+        trace = recorder.trace()
+        seen = out[0, :-1].numpy()
+        np.testing.assert_array_equal(trace.read("token_id"), seen)
+        np.testing.assert_array_equal(trace.read("phase"), np.arange(len(seen)) >= len(tokens))
+        alone.append(trace)
+    with Recorder(model) as recorder:
+        model.generate(**padded(rows, "left"), max_new_tokens=10, do_sample=False, eos_token_id=stop, pad_token_id=0)
+    together = recorder.trace()
+    np.testing.assert_array_equal(together.read("token_id"), np.concatenate([t.read("token_id") for t in alone]))
+    np.testing.assert_array_equal(together.read("phase"), np.concatenate([t.read("phase") for t in alone]))
+    np.testing.assert_allclose(
+        together.read("router_logits"), np.concatenate([t.read("router_logits") for t in alone]), atol=2e-2
+    )
+
+
+def test_a_row_that_ends_early_is_not_recorded_past_its_end(small_model):
+    rows = prompts()
+    free = small_model.generate(**padded(rows, "left"), max_new_tokens=10, do_sample=False)[:, -10:]
+    stop = int(free[0, 3])
+    ends = [int((row == stop).nonzero()[0]) if (row == stop).any() else None for row in free]
+    assert any(end is None for end in ends), "some row must go on for the test to mean anything"
+    with Recorder(small_model) as recorder:
+        small_model.generate(
+            **padded(rows, "left"), max_new_tokens=10, do_sample=False, eos_token_id=stop, pad_token_id=stop
+        )
+    generated = recorder.trace().select(phase="generated")
+    counts = np.bincount(generated.read("sequence"), minlength=len(rows))
+    assert counts.tolist() == [9 if end is None else end for end in ends]
+
+
+def test_sites_agree_with_transformers_and_with_each_other(model):
+    tokens = prompts()[1]
+    signals = [Site(name, dtype="float32") for name in SITES]
+    with torch.no_grad(), Recorder(model, signals=["router_logits", *signals]) as recorder:
+        hidden = model(tokens[None], output_hidden_states=True).hidden_states
+    trace = recorder.trace()
+    site = {name: trace.activations(name).values for name in SITES}
+    np.testing.assert_array_equal(site["resid_pre"], torch.stack(hidden[:-1], 2)[0])
+    np.testing.assert_allclose(site["resid_post"], site["resid_pre"] + site["attn_out"] + site["moe_out"], atol=1e-4)
+    weight = np.concatenate([e["weight"] for e in oracle(model, [tokens])])
+    mixed = (site["expert_out"] * weight[..., None]).sum(2)
+    np.testing.assert_allclose(mixed, site["moe_out"], atol=1e-4)
+    np.testing.assert_allclose(np.linalg.norm(site["expert_out"], axis=-1), site["expert_norm"], rtol=1e-4)
+    down = torch.stack([layer.mlp.experts.down_proj for layer in model.model.layers]).detach().numpy()
+    chosen = down[np.arange(down.shape[0])[None, :, None], trace.read("expert_id")]
+    np.testing.assert_allclose(
+        np.einsum("tlshn,tlsn->tlsh", chosen, site["expert_neurons"]), site["expert_out"], atol=1e-3
+    )
+
+
+@pytest.mark.parametrize(("tokens", "rows"), [("last", [12, 24]), ("prompt", [8, 8]), ("generated", [4, 4])])
+def test_token_selection_of_a_site(small_model, tokens, rows):
+    ids = torch.stack([prompts(1)[1][:8], prompts(2)[1][:8]])
+    with Recorder(small_model, signals=[Site("moe_out", layers=(1, 3), tokens=tokens)]) as recorder:
+        small_model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, eos_token_id=None)
+    found = recorder.trace().activations("moe_out")
+    assert found.layer.values.tolist() == [1, 3]
+    if tokens == "last":
+        assert found.position.values.tolist() == [11, 11]
+    else:
+        assert np.bincount(found.sequence.values).tolist() == rows
+
+
+def test_activations_that_half_precision_cannot_hold_are_refused(small_model):
+    small_model.model.embed_tokens.weight.data *= 1e6
+    with (
+        torch.no_grad(),
+        pytest.raises(BadInput, match=r"too large.*dtype=\"float32\""),
+        Recorder(
+            small_model, signals=["resid_pre"]
+        ),
+    ):
+        small_model(prompts()[0][None])
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"num_beams": 2}, "beam search"),
+        ({"use_cache": False}, "without a cache"),
+        ({"prompt_lookup_num_tokens": 2}, "assisted decoding"),
+    ],
+)
+def test_generation_that_cannot_be_counted_is_refused(small_model, options, what):
+    with pytest.raises(BadInput, match=what), Recorder(small_model):
+        small_model.generate(prompts()[0][None], max_new_tokens=2, **options)
+
+
+def test_a_batch_without_mask_or_lengths_is_refused(small_model):
+    with pytest.raises(BadInput, match="Padding cannot be told from text"), Recorder(small_model):
+        small_model(torch.ones(2, 4, dtype=torch.long))
+
+
+def test_what_a_failed_forward_left_does_not_enter_the_trace(small_model):
+    tokens = prompts()[0]
+    bomb = small_model.model.layers[2].register_forward_pre_hook(lambda *_: 1 / 0)
+    with torch.no_grad(), Recorder(small_model) as recorder:
+        with pytest.raises(ZeroDivisionError):
+            small_model(tokens[None])
+        bomb.remove()
+        small_model(tokens[None])
+    trace = recorder.trace()
+    np.testing.assert_array_equal(trace.read("token_id"), tokens)
+    assert len(trace.sequences) == 1
+
+
+def test_recomputation_during_backward_is_not_recorded(small_model):
+    small_model.train()
+    small_model.gradient_checkpointing_enable()
+    tokens = prompts()[1]
+    with Recorder(small_model) as recorder:
+        small_model(tokens[None], labels=tokens[None], use_cache=False).loss.backward()
+    assert recorder.trace().n_tokens == len(tokens)
+
+
+def test_unknown_signals_name_the_near_one(small_model):
+    with pytest.raises(BadInput, match=r"'moe_outt'.*moe_out is near"):
+        Recorder(small_model, signals=["moe_outt"])
+    with pytest.raises(BadInput, match="layers 0 to 3"):
+        Recorder(small_model, signals=[Site("moe_out", layers=(4,))])
+
+
+def test_a_model_without_experts_is_refused():
+    with pytest.raises(ModelError, match="0 mixture-of-experts layers"):
+        Recorder(torch.nn.Linear(2, 2))
+
+
+def test_an_empty_recorder_says_so(small_model):
+    with Recorder(small_model) as recorder:
+        pass
+    with pytest.raises(BadInput, match="No forward ran inside it"):
+        recorder.trace()
+
+
+def test_other_top_k_and_expert_counts():
+    model = tiny_mixtral(num_local_experts=16, num_experts_per_tok=4)
+    rows = prompts()
+    with torch.no_grad(), Recorder(model) as recorder:
+        model(**padded(rows, "right"))
+    trace = recorder.trace()
+    assert (trace.n_experts, trace.top_k) == (16, 4)
+    np.testing.assert_allclose(trace.read("weight").sum(-1), 1, atol=1e-6)
+    np.testing.assert_array_equal(
+        np.sort(trace.read("expert_id"), -1), np.sort(np.concatenate([e["expert_id"] for e in oracle(model, rows)]), -1)
+    )

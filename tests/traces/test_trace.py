@@ -1,0 +1,211 @@
+"""Trace: built from arrays, selected, joined, saved, opened, and read without mixlens."""
+
+from __future__ import annotations
+
+import duckdb
+import numpy as np
+import pandas as pd
+import pytest
+
+from mixlens import BadInput, MissingSignal, RunError, Trace, concat
+from mixlens.traces.pieces import display_pieces
+
+LENGTHS = [4, 1, 7, 30, 2]
+SEQUENCES = pd.DataFrame({"document_id": ["a", "b", "b", "c", "d"], "domain": ["x", "y", "y", "x", "y"]})
+
+
+def make(lengths=LENGTHS, sequences=SEQUENCES, seed=0, layers=3, experts=8, top_k=2) -> Trace:
+    rng = np.random.default_rng(seed)
+    n = sum(lengths)
+    logits = rng.normal(size=(n, layers, experts)).astype(np.float32)
+    ids = np.argsort(-logits, -1)[..., :top_k]
+    weight = np.exp(np.take_along_axis(logits, ids, -1))
+    tokens = {
+        "sequence": np.repeat(np.arange(len(lengths)), lengths),
+        "token_id": rng.integers(0, 20, n),
+        "phase": rng.integers(0, 2, n),
+        "logprob": rng.normal(size=n),
+    }
+    weight /= weight.sum(-1, keepdims=True)
+    return Trace.from_arrays(
+        ids, n_experts=experts, weight=weight, router_logits=logits, tokens=tokens, sequences=sequences
+    )
+
+
+def assert_equal(a: Trace, b: Trace) -> None:
+    assert a.signals == b.signals
+    for name in a.signals:
+        np.testing.assert_array_equal(a.read(name), b.read(name), err_msg=name)
+        assert a.read(name).dtype == b.read(name).dtype
+    pd.testing.assert_frame_equal(a.sequences, b.sequences, check_index_type=False)
+
+
+def test_positions_count_within_each_sequence():
+    np.testing.assert_array_equal(make().read("position"), np.concatenate([np.arange(n) for n in LENGTHS]))
+
+
+def test_weights_come_back_within_half_precision():
+    rng = np.random.default_rng(1)
+    weight = rng.dirichlet(np.ones(3), size=(50, 4))
+    ids = rng.integers(0, 8, (50, 4, 3))
+    found = Trace.from_arrays(ids, n_experts=8, weight=weight).read("weight")
+    np.testing.assert_allclose(found, weight, atol=1e-3)
+    np.testing.assert_allclose(found.sum(-1), 1, atol=1e-6)
+    unnormalised = weight * 0.5
+    np.testing.assert_allclose(
+        Trace.from_arrays(ids, n_experts=8, weight=unnormalised).read("weight"), unnormalised, atol=1e-3
+    )
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 1000])
+def test_blocks_never_split_a_sequence_and_keep_the_order(tokens):
+    trace = make()
+    blocks = list(trace.blocks("sequence", "expert_id", tokens=tokens))
+    np.testing.assert_array_equal(np.concatenate([b["expert_id"] for b in blocks]), trace.read("expert_id"))
+    owners = [set(b["sequence"].tolist()) for b in blocks]
+    assert sum(map(len, owners)) == len(LENGTHS)
+    assert all(len(b["sequence"]) <= max(tokens, max(LENGTHS)) for b in blocks)
+
+
+def test_saved_and_opened_it_is_the_same(tmp_path):
+    trace = make()
+    assert_equal(trace, trace.save(tmp_path / "run"))
+    assert_equal(trace, Trace.open(tmp_path / "run"))
+    assert trace.save(tmp_path / "run").n_tokens == trace.n_tokens  # the same again: nothing to do
+    with pytest.raises(RunError, match="holds another run: input_sha256"):
+        make(seed=1).save(tmp_path / "run")
+
+
+def test_selection_is_what_a_boolean_mask_over_everything_gives(tmp_path):
+    for trace in (make(), make().save(tmp_path / "run")):
+        view = trace.select(
+            where={"domain": "x"}, layers=[2, 0], phase="generated", tokens=range(10), positions=(1, 20)
+        )
+        owner, position = trace.read("sequence"), trace.read("position")
+        mask = np.isin(owner, [0, 3]) & (trace.read("phase") == 1) & (trace.read("token_id") < 10)
+        mask &= (position >= 1) & (position < 20)
+        assert 0 < mask.sum() < trace.n_tokens
+        assert view.n_tokens == mask.sum()
+        for name in ("expert_id", "weight", "router_logits"):
+            np.testing.assert_array_equal(view.read(name), trace.read(name)[mask][:, [2, 0]])
+        np.testing.assert_array_equal(view.read("sequence"), owner[mask])
+        assert view.layers.tolist() == [2, 0]
+        again = view.select(layers=0)
+        np.testing.assert_array_equal(again.read("expert_id"), trace.read("expert_id")[mask][:, [0]])
+
+
+def test_a_selection_can_be_saved(tmp_path):
+    view = make().select(where=SEQUENCES["domain"] == "y", layers=[1])
+    saved = view.save(tmp_path / "run")
+    assert saved.sequences["document_id"].tolist() == ["b", "b", "d"]
+    np.testing.assert_array_equal(saved.read("expert_id"), view.read("expert_id"))
+
+
+def test_joined_traces_keep_documents_and_renumber_sequences():
+    a, b = make(), make(seed=1)
+    joined = concat([a.select(where={"domain": "y"}), b])
+    assert joined.n_tokens == 10 + sum(LENGTHS)
+    np.testing.assert_array_equal(
+        joined.read("expert_id"),
+        np.concatenate([a.select(where={"domain": "y"}).read("expert_id"), b.read("expert_id")]),
+    )
+    assert joined.sequences["document_id"].tolist() == ["b", "b", "d", *SEQUENCES["document_id"]]
+    assert set(joined.read("sequence")) == set(joined.sequences.index)
+    with pytest.raises(BadInput, match="has 2 layers"):
+        concat([a, make(layers=2)])
+
+
+def test_other_forms_say_the_same(tmp_path):
+    trace = make()
+    table = trace.to_pandas()
+    assert len(table) == trace.n_tokens * 3 * 2
+    row = table.iloc[17]
+    token, layer, slot = np.unravel_index(17, (trace.n_tokens, 3, 2))
+    assert row["expert_id"] == trace.read("expert_id")[token, layer, slot]
+    assert (row["layer"], row["slot"], row["token_id"]) == (layer, slot, trace.read("token_id")[token])
+    data = trace.to_xarray()
+    assert data["expert_id"].dims == ("token", "layer", "slot")
+    assert data["domain"].values.tolist() == SEQUENCES["domain"].repeat(LENGTHS).tolist()
+    path = trace.to_parquet(tmp_path / "long.parquet")
+    counted = duckdb.sql(f"select layer, count(*) from '{path}' where expert_id = 3 group by layer order by layer")
+    assert counted.fetchall() == [(i, int((trace.read("expert_id")[:, i] == 3).sum())) for i in range(3)]
+
+
+def test_run_files_are_read_without_mixlens(tmp_path):
+    from safetensors.numpy import load_file
+
+    trace = make().save(tmp_path / "run")
+    tokens = duckdb.sql(f"select token_id, phase from '{tmp_path}/run/tokens-*.parquet'").df()
+    np.testing.assert_array_equal(tokens["token_id"], trace.read("token_id"))
+    joined = duckdb.sql(
+        f"select domain, count(*) n from '{tmp_path}/run/tokens-*.parquet' join '{tmp_path}/run/sequences.parquet' "
+        "using (sequence) group by domain order by domain"
+    ).fetchall()
+    assert joined == [("x", 34), ("y", 10)]
+    routing = load_file(tmp_path / "run" / "routing-00000.safetensors")
+    assert routing["expert_id"].dtype == np.uint8
+    assert routing["weight"].shape == (sum(LENGTHS), 3, 1)
+
+
+def test_a_missing_signal_says_what_there_is_and_how_to_get_it():
+    bare = Trace.from_arrays(np.zeros((3, 2, 2), int), n_experts=8, meta={"source": "a vLLM server"})
+    with pytest.raises(MissingSignal, match=r"routing_entropy needs router_logits\. This trace has .*expert_id.* "
+                       r"\(source: a vLLM server\)\. Record with a local model"):  # fmt: skip
+        bare.require("routing_entropy", "router_logits")
+    with pytest.raises(MissingSignal, match="has none"):
+        bare.activations("moe_out")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"expert_id": np.zeros((3, 2))}, r"shape \(3, 2\) and dtype float64"),
+        ({"expert_id": np.full((3, 2, 2), 8)}, "run from 8 to 8"),
+        ({"expert_id": np.zeros((3, 2, 2), int), "weight": np.zeros((3, 2))}, r"weight.*shape \(3, 2\)"),
+        ({"expert_id": np.zeros((3, 2, 2), int), "tokens": {"sequence": [1, 0, 2]}}, "do not run 0, 1, 2"),
+        ({"expert_id": np.zeros((3, 2, 2), int), "tokens": {"word": [1, 0, 2]}}, "token column 'word'"),
+        ({"expert_id": np.zeros((3, 2, 2), int), "sequences": SEQUENCES}, "a table of 5 sequences"),
+    ],
+)
+def test_arrays_that_do_not_fit_are_refused(arguments, message):
+    with pytest.raises(BadInput, match=message):
+        Trace.from_arrays(n_experts=8, **arguments)
+
+
+def test_selections_that_cannot_be_made_say_why():
+    with pytest.raises(BadInput, match="columns are document_id, length, domain"):
+        make().select(where={"topic": "x"})
+    with pytest.raises(BadInput, match="layers 0 to 2"):
+        make().select(layers=[5])
+    with pytest.raises(BadInput, match="prompt and generated"):
+        make().select(phase="answer")
+
+
+def test_opening_what_is_no_run(tmp_path):
+    with pytest.raises(RunError, match="is not there"):
+        Trace.open(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RunError, match=r"holds no plan\.json"):
+        Trace.open(tmp_path / "empty")
+
+
+def test_an_empty_selection_reads_as_empty_columns():
+    empty = make().select(tokens=[999])
+    assert empty.n_tokens == 0
+    assert empty.read("expert_id").shape == (0, 3, 2)
+
+
+def test_display_rich_and_plain_are_escaped():
+    trace = Trace.from_arrays(
+        np.zeros((1, 2, 2), int), n_experts=8, sequences=pd.DataFrame({"document_id": ["<script>alert(1)</script>"]})
+    )
+    assert "<script>" not in trace._repr_html_()
+    assert "1 tokens in 1 documents, 2 layers, top-2 of 8" in repr(trace)
+
+
+def test_pieces_show_bytes_as_the_character_they_make():
+    pieces = ["▁the", "<0xF0>", "<0x9F>", "<0x98>", "<0x80>", "<0xE2>", "a", "</s>"]
+    vocabulary = pd.Series(pieces)
+    shown = display_pieces([*range(8), 99], vocabulary)
+    assert shown == [" the", "", "", "", "😀", "⟨E2⟩", "a", "</s>", "#99"]
+    assert display_pieces([5], None) == ["#5"]
