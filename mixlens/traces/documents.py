@@ -64,8 +64,8 @@ class Documents:
                 raise BadInput(f"Document {number} was to be recorded. It is {found}. Leave it out, or give a string.")
             if reserved := columns.keys() & {"sequence", "length"}:
                 raise BadInput(
-                    f"Document {number} was to be recorded. It has a column called {', '.join(sorted(reserved))}, which "
-                    "mixlens writes itself. Rename it."
+                    f"Document {number} was to be recorded. It has a column called {', '.join(sorted(reserved))}, "
+                    "which mixlens writes itself. Rename it."
                 )
             own = next((columns.pop(name) for name in ("document_id", "id") if name in columns), number)
             yield Document(number, own, text, {str(key): _plain(value) for key, value in columns.items()})
