@@ -241,7 +241,7 @@ def _uniform_lines(ax: Axes, data: xr.Dataset) -> None:
 def _value_axis(ax: Axes, data: xr.Dataset) -> None:
     if wording.is_fraction(data):
         ax.yaxis.set_major_formatter(percent)
-        ax.set_ylabel(f"share {wording.denominator(data)}".rstrip())
+        ax.set_ylabel(f"share {wording.denominator(data)}" if wording.denominator(data) else "")
     else:
         ax.set_ylabel(wording.unit(data))
 

@@ -48,6 +48,7 @@ PAPER: dict[str, Any] = {
     "savefig.dpi": 220,
     "pdf.fonttype": 42,
     "svg.fonttype": "path",
+    "text.hinting": "none",  # widths that do not depend on the resolution
     "svg.hashsalt": "mixlens",  # the same figure gives the same bytes
 }
 

@@ -56,6 +56,11 @@ MEASURES = {
     "first": "first choice repeats",
     "either": "first or second choice repeats",
 }
+_LABELS = {
+    "repetition": ("choice", ("first", "either")),
+    "load_balance": ("measure", ("cv", "max_over_mean", "switch_loss")),
+    "router_confidence": ("measure", ("p1", "p1_minus_p2", "w2_over_w1")),
+}
 _FRACTIONS = ("fraction", "share")
 
 
@@ -134,10 +139,13 @@ def level(data: xr.Dataset) -> str:
 
 def uniform(data: xr.Dataset) -> xr.DataArray | None:
     """Value under uniform routing, with the dimensions it depends on; None where there is none."""
-    value = data["uniform"] if "uniform" in data else data.attrs.get("uniform")
+    value = data.attrs.get("uniform")
     if value is None:
         return None
-    array = value if isinstance(value, xr.DataArray) else xr.DataArray(float(value))
+    array = xr.DataArray(np.asarray(value, float))
+    if array.ndim:  # one value for each label, in the statistic's own order, of which some may be selected
+        dim, labels = _LABELS[statistic(data)]
+        array = xr.DataArray(array, {dim: list(labels)}).sel({dim: data[dim]})
     return array if np.isfinite(array).any() else None
 
 

@@ -1,0 +1,140 @@
+"""Tables of a statistic: tidy for pandas, wide and sortable for a page, Markdown and LaTeX for a paper."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from mixlens.show import wording
+from mixlens.show.html import escape
+
+_VALUES = ("estimate", "ci_low", "ci_high", "n", "n_documents")
+
+
+def tidy(data: xr.Dataset) -> pd.DataFrame:
+    """One row a number: a column for every dimension, then estimate, ci_low, ci_high, n and n_documents.
+
+    Values have the unit of the statistic; shares are fractions, not per cent.
+    """
+    order = [str(d) for d in data["estimate"].dims]
+    values = data[[name for name in _VALUES if name in data]]
+    scalars = [name for name, coord in values.coords.items() if coord.ndim == 0]
+    frame = values.drop_vars(scalars).to_dataframe(dim_order=order or None) if order else _single(values)
+    extra = [name for name in frame.columns if name not in _VALUES]
+    return frame.drop(columns=extra).reset_index(drop=not order)
+
+
+def _single(values: xr.Dataset) -> pd.DataFrame:
+    return pd.DataFrame({name: [values[name].item()] for name in values.data_vars})
+
+
+def wide(data: xr.Dataset) -> pd.DataFrame:
+    """One row for every combination of all dimensions but the last, which goes across; cells are (estimate, low, high).
+
+    n and n_documents stand in columns of their own, or as a range where they differ along the last dimension.
+    """
+    *down, across = [str(d) for d in data["estimate"].dims]
+    stacked = np.stack([data[name].transpose(*down, across).to_numpy() for name in _VALUES[:3]], axis=-1)
+    sizes = [data.sizes[d] for d in down]
+    rows = []
+    for place in np.ndindex(*sizes):
+        at = dict(zip(down, place, strict=True))
+        row: dict[str, object] = {d: data[d].to_numpy()[i] for d, i in at.items()}
+        cells = zip(data[across].to_numpy(), stacked[place], strict=True)
+        row |= {_column(across, value): tuple(map(float, cell)) for value, cell in cells}
+        row |= {name: wording.span(_part(data[name], at)) for name in ("n", "n_documents") if name in data}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _part(counts: xr.DataArray, at: dict[str, int]) -> xr.DataArray:
+    return counts.isel({d: i for d, i in at.items() if d in counts.dims})
+
+
+def _column(dim: str, value: object) -> str:
+    return f"{dim} {value}" if dim in ("expert", "layer") else f"j = {value}" if dim == "expert_j" else str(value)
+
+
+def html_table(data: xr.Dataset, caption: str = "") -> str:
+    """A sortable table: estimate over its interval in every cell; shares in per cent.
+
+    A column sorts when its heading is pressed, numbers as numbers, missing ones last.
+    """
+    frame = wide(data)
+    text = f"{caption or wording.title(data)}. {unit_note(data)}"
+    head = "".join(f'<th scope="col"><button type="button">{escape(name)}</button></th>' for name in frame.columns)
+    body = "".join(
+        f"<tr>{''.join(_cell(value, data) for value in row)}</tr>" for row in frame.itertuples(index=False, name=None)
+    )
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption or wording.title(data))}">'
+        f'<table class="sortable"><caption>{escape(text)}</caption>'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def unit_note(data: xr.Dataset) -> str:
+    """What a cell says: its unit, its interval, and the value under uniform routing."""
+    scale = f"Per cent {wording.denominator(data)}".rstrip() if wording.is_fraction(data) else wording.unit(data)
+    parts = [scale.capitalize(), f"{wording.level(data)} over documents below each number", wording.uniform_note(data)]
+    return "; ".join(part for part in parts if part) + "."
+
+
+def _cell(value: object, data: xr.Dataset) -> str:
+    if isinstance(value, tuple):
+        estimate, low, high = value
+        if not math.isfinite(estimate):
+            return '<td data-v="">–</td>'
+        interval = f"{wording.plain(low, data)} to {wording.plain(high, data)}"
+        return f'<td data-v="{estimate:.6g}">{wording.plain(estimate, data)}<small>{interval}</small></td>'
+    if isinstance(value, str) and value.replace(",", "").isdigit():
+        return f'<td data-v="{value.replace(",", "")}">{value}</td>'
+    text = wording.label(value)
+    return f"<td>{escape(text)}</td>"
+
+
+def to_markdown(data: xr.Dataset) -> str:
+    """The wide table in Markdown, cells as "12.3 [11.9, 12.8]"."""
+    header, rows = _texts(data)
+    lines = [header, ["---"] * len(header), *rows]
+    escaped = [[cell.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in escaped) + f"\n\n{unit_note(data)}\n"
+
+
+_LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}"}
+_LATEX |= {"^": r"\textasciicircum{}", "–": "--"}
+
+
+def to_latex(data: xr.Dataset) -> str:
+    """The wide table as a LaTeX tabular with booktabs rules."""
+    header, rows = _texts(data)
+    lines = [r" & ".join("".join(_LATEX.get(c, c) for c in cell) for cell in line) + r" \\" for line in (header, *rows)]
+    columns = "l" + "r" * (len(header) - 1)
+    return "\n".join(
+        [
+            f"% {unit_note(data)}",
+            rf"\begin{{tabular}}{{{columns}}}",
+            r"\toprule",
+            lines[0],
+            r"\midrule",
+            *lines[1:],
+            r"\bottomrule",
+            r"\end{tabular}",
+            "",
+        ]
+    )
+
+
+def _texts(data: xr.Dataset) -> tuple[list[str], list[list[str]]]:
+    frame = wide(data)
+
+    def text(value: object) -> str:
+        if not isinstance(value, tuple):
+            return wording.label(value)
+        estimate, low, high = (wording.plain(v, data) for v in value)
+        return "–" if estimate == "–" else f"{estimate} [{low}, {high}]"
+
+    return [str(c) for c in frame.columns], [[text(v) for v in row] for row in frame.itertuples(index=False, name=None)]
