@@ -36,11 +36,11 @@ class MoeLayer:
     decoder: nn.Module
     attention: nn.Module
     moe: nn.Module
-    gate: nn.Module
+    gate: Any
     experts: nn.Module
 
 
-def decoder_of(model: nn.Module) -> nn.Module:
+def decoder_of(model: Any) -> Any:
     """The stack of layers below the language-model head."""
     return getattr(model, "model", model)
 

@@ -49,13 +49,19 @@ def load(
     device_map = device_map if device_map is not None else ("auto" if accelerated else None)
     resolved = _resolve_dtype(dtype, config, on_cpu=device_map in (None, "cpu"))
     _check_memory(str(model), config, resolved, device_map)
-    options = {"dtype": resolved, "revision": revision, "use_safetensors": True, "trust_remote_code": False}
+    options: dict[str, Any] = {
+        "dtype": resolved,
+        "revision": revision,
+        "use_safetensors": True,
+        "trust_remote_code": False,
+    }
     try:
-        loaded, info = AutoModelForCausalLM.from_pretrained(
+        read: Any = AutoModelForCausalLM.from_pretrained(
             name, config=config, device_map=device_map, output_loading_info=True, **options
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _weights_error(str(model), error) from error
+    loaded, info = read
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
             f"{model} was to be loaded. Its checkpoint lacks {len(missing)} weights ({', '.join(missing[:3])} ...); "
@@ -144,7 +150,9 @@ def _check_memory(name: str, config: Any, dtype: torch.dtype, device_map: str | 
     if "disk" in places:
         return
     spread = bool(places & {"auto", "balanced", "balanced_low_0", "sequential"})
-    gpus = range(torch.cuda.device_count()) if spread else sorted({_cuda_index(p) for p in places} - {None})
+    gpus = (
+        range(torch.cuda.device_count()) if spread else sorted({i for p in places if (i := _cuda_index(p)) is not None})
+    )
     if (named := sorted(p for p in places if _cuda_index(p) is not None)) and not torch.cuda.is_available():
         raise ModelError(
             f'{name} was to be loaded onto {", ".join(named)}. torch sees no CUDA device here. Give device_map="cpu", '

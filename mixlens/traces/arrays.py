@@ -17,7 +17,7 @@ def part_of_arrays(
     n_experts: int,
     weight: Any,
     router_logits: Any,
-    tokens: Mapping[str, Any] | pd.DataFrame,
+    tokens: Mapping[Any, Any] | pd.DataFrame,
     sequences: pd.DataFrame | None,
 ) -> tuple[store.MemoryPart, pd.DataFrame]:
     """The part and the sequence table of `Trace.from_arrays`, whose docstring has the shapes and errors."""
@@ -39,7 +39,7 @@ def part_of_arrays(
     if router_logits is not None:
         logits = _shaped("router_logits", router_logits, (n, n_layers, n_experts))
         arrays["router_logits"] = logits.astype(np.float16)
-    given = {str(name): np.asarray(tokens[name]) for name in tokens}
+    given = {str(name): np.asarray(values) for name, values in dict(tokens).items()}
     for name, values in given.items():
         if name not in store.TOKEN_COLUMNS:
             raise BadInput(
