@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,9 +11,10 @@ import torch
 from torch import nn
 
 from mixlens.errors import BadInput
-from mixlens.models.layout import decoder_of, describe, moe_layers, n_experts
+from mixlens.models.layout import describe, moe_layers, n_experts
 from mixlens.runs import now, versions
 from mixlens.traces import store
+from mixlens.traces.following import Call, Follower, place
 from mixlens.traces.hooks import Raw, Tap, routing_arrays, site_array
 from mixlens.traces.logprobs import score
 from mixlens.traces.signals import DEFAULT, Signals, Site, parse_signals
@@ -22,46 +22,6 @@ from mixlens.traces.trace import Trace, from_parts
 
 PACKAGES = ("mixlens", "torch", "transformers", "accelerate", "numpy", "pyarrow", "safetensors")
 _PENDING_TOKENS = 4096
-_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds")
-
-
-@dataclass(frozen=True)
-class _Generation:
-    """A call of generate: the mask of its prompt [rows, columns], and the ids that end a row."""
-
-    prompt_mask: torch.Tensor
-    stop_ids: frozenset[int]
-
-    @property
-    def prompt_columns(self) -> int:
-        return self.prompt_mask.shape[1]
-
-
-@dataclass
-class _Batch:
-    """Rows that are being read or generated together, over one or many forwards."""
-
-    first: int
-    rows: int
-    columns: int = 0
-    cache: Any = None
-    generation: _Generation | None = None
-    position: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    finished: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
-    waiting: torch.Tensor | None = None  # logits after each row's last token, until the next token is known
-
-
-@dataclass
-class _Call:
-    """One forward, with everything that is needed to sort its tokens out later."""
-
-    batch: _Batch
-    ids: torch.Tensor | None
-    mask: torch.Tensor | None
-    shape: tuple[int, int]
-    start: int
-    raw: Raw
-    logits: torch.Tensor | None
 
 
 class Recorder:
@@ -83,41 +43,27 @@ class Recorder:
     ) -> None:
         self.model: Any = model
         self.signals: Signals = parse_signals(signals, len(moe_layers(model)))
-        self.lengths = None if lengths is None else np.asarray(lengths, np.int64)
+        self._follower = Follower(model, "A Recorder", before=self._before, after=self._after, lengths=lengths)
         self._tap: Tap | None = None
-        self._handles: list[Any] = []
-        self._batch: _Batch | None = None
-        self._generating: _Generation | None = None
-        self._pending: list[_Call] = []
+        self._handle: Any = None
+        self._pending: list[Call] = []
         self._columns: dict[str, list[np.ndarray]] = {}
         self._sites: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
-        self._n_sequences = 0
         self._n_recorded = 0
-        self._call: _Call | None = None
 
     # ------------------------------------------------------------------ in and out
 
     def __enter__(self) -> Recorder:
-        decoder = decoder_of(self.model)
         self._tap = Tap(self.model, self.signals)
-        self._handles = [
-            decoder.register_forward_pre_hook(self._before, with_kwargs=True),
-            decoder.register_forward_hook(self._after),
-        ]
+        self._follower.open()
         if self.signals.needs_logits and hasattr(self.model, "lm_head"):
-            self._handles.append(self.model.lm_head.register_forward_hook(self._on_logits))
-        if hasattr(self.model, "generate"):
-            self._generate, self._outer = self.model.generate, vars(self.model).get("generate")
-            self.model.generate = self._wrapped_generate
+            self._handle = self.model.lm_head.register_forward_hook(self._on_logits)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if hasattr(self.model, "generate"):
-            del self.model.generate
-            if self._outer is not None:  # another Recorder is round this one
-                self.model.generate = self._outer
-        for handle in self._handles:
-            handle.remove()
+        self._follower.close()
+        if self._handle is not None:
+            self._handle.remove()
         if self._tap is not None:
             self._tap.close()
         if exception[0] is None:
@@ -137,10 +83,10 @@ class Recorder:
         order = np.argsort(columns["sequence"], kind="stable")
         columns = {name: values[order] for name, values in columns.items()}
         present, columns["sequence"] = np.unique(columns["sequence"], return_inverse=True)
-        table = pd.DataFrame(index=pd.RangeIndex(self._n_sequences)) if sequences is None else sequences
-        if len(table) != self._n_sequences:
+        table = pd.DataFrame(index=pd.RangeIndex(self._follower.n_rows)) if sequences is None else sequences
+        if len(table) != self._follower.n_rows:
             raise BadInput(
-                f"A table of {len(table)} sequences was given. The Recorder saw {self._n_sequences}. "
+                f"A table of {len(table)} sequences was given. The Recorder saw {self._follower.n_rows}. "
                 "Give one row for every row of every batch, in order."
             )
         frame = table.reset_index(drop=True).iloc[present].reset_index(drop=True)
@@ -173,106 +119,21 @@ class Recorder:
             row, value = row[kept], value[kept]
         return row, value, site.layers or ()
 
-    # ------------------------------------------------------------------ generate
-
-    def _wrapped_generate(self, *args: Any, **kwargs: Any) -> Any:
-        config = kwargs.get("generation_config") or self.model.generation_config
-
-        def option(name: str) -> Any:
-            return kwargs[name] if name in kwargs else getattr(config, name, None)
-
-        refused = {
-            "beam search": (option("num_beams") or 1) > 1,
-            "assisted decoding": kwargs.get("assistant_model") is not None or bool(option("prompt_lookup_num_tokens")),
-            "generation without a cache": option("use_cache") is False,
-        }
-        for what, asked in refused.items():
-            if asked:
-                raise BadInput(
-                    f"A Recorder was put round generate with {what}. It reads tokens more than once, or takes them "
-                    "back, so they cannot be counted. Sample or decode greedily, one beam, with the cache."
-                )
-        inputs = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids", kwargs.get("inputs_embeds")))
-        if inputs is None:
-            raise BadInput("A Recorder was put round generate. No input_ids were given. Pass the prompt's token ids.")
-        stop = option("eos_token_id")
-        stop = frozenset() if stop is None else frozenset(np.atleast_1d(torch.as_tensor(stop).cpu()).tolist())
-        custom = kwargs.get("stopping_criteria") is not None or option("stop_strings") is not None
-        prompt_stop = stop
-        if custom and len(inputs) > 1 and option("pad_token_id") is not None:
-            # Rows that another criterion ended are fed the pad token from then on.
-            stop |= {int(option("pad_token_id"))}
-        self._generating, self._batch = _Generation(_prompt_mask(inputs, option, prompt_stop), stop), None
-        try:
-            return self._generate(*args, **kwargs)
-        finally:
-            self._generating = self._batch = None
-
     # ------------------------------------------------------------------ one forward
 
-    def _before(self, _module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _before(self, call: Call) -> None:
         assert self._tap is not None
-        given = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
-        ids, embeds, cache = given.get("input_ids"), given.get("inputs_embeds"), given.get("past_key_values")
-        rows, columns = (ids if ids is not None else embeds).shape[:2]
-        past = int(cache.get_seq_length()) if cache is not None else 0
-        if self._call is not None:  # the forward before this one failed half-way
-            self._tap.take()
-            self._batch = None
-        batch = self._batch
-        going_on = batch is not None and past > 0 and cache is batch.cache and rows == batch.rows
-        if going_on and past != batch.columns:
-            raise BadInput(
-                f"A Recorder followed a cached decode of {batch.columns} tokens. The cache now holds {past}: tokens "
-                "were taken back or added outside. Start a new cache, or record the two parts separately."
-            )
-        if not going_on:
-            batch = self._new_batch(rows, past)
-        mask = given.get("attention_mask")
-        mask = mask[:, -columns:] if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
-        if mask is None and batch.generation is not None:
-            # generate drops a mask of ones, and makes a four-dimensional one for a static cache.
-            prompt = batch.generation.prompt_mask[:, batch.columns : batch.columns + columns]
-            mask = torch.nn.functional.pad(prompt, (0, columns - prompt.shape[1]), value=1)
-        elif mask is None and rows > 1 and not going_on and self.lengths is None:
-            raise BadInput(
-                f"A Recorder saw a batch of {rows} rows without a two-dimensional attention mask. Padding cannot be "
-                "told from text. Pass attention_mask=, or Recorder(model, lengths=[tokens of each row])."
-            )
-        elif mask is None and not going_on and self.lengths is not None:
-            mask = self._mask_of_lengths(rows, columns)
-        self._batch = batch
-        self._call = _Call(batch, ids, mask, (rows, columns), batch.columns, {}, None)
-        batch.columns += columns
-        self._listen(True, decoding=self._generating is not None and going_on)
-
-    def _new_batch(self, rows: int, past: int) -> _Batch:
-        batch = _Batch(self._n_sequences, rows, columns=past, generation=self._generating)
-        batch.position, batch.finished = np.full(rows, past), np.zeros(rows, bool)
-        self._n_sequences += rows
-        return batch
-
-    def _mask_of_lengths(self, rows: int, columns: int) -> torch.Tensor:
-        assert self.lengths is not None
-        if len(self.lengths) != rows or self.lengths.max(initial=0) > columns:
-            raise BadInput(
-                f"A Recorder was given lengths={self.lengths.tolist()}. The batch has {rows} rows of {columns} tokens. "
-                "Give the number of tokens of every row."
-            )
-        return torch.arange(columns)[None] < torch.as_tensor(self.lengths)[:, None]
+        self._tap.take()  # of a forward that failed half-way
+        self._listen(True, decoding=self._follower.generating and call.going_on)
 
     def _on_logits(self, _module: nn.Module, _args: Any, output: torch.Tensor) -> None:
         if self._pending and self._pending[-1].logits is None:
             self._pending[-1].logits = output.detach()
 
-    def _after(self, _module: nn.Module, _args: Any, output: Any) -> None:
-        call, self._call = self._call, None
-        assert call is not None
+    def _after(self, call: Call, _output: Any) -> None:
         assert self._tap is not None
         self._listen(False)
         call.raw = self._tap.take()
-        cache = getattr(output, "past_key_values", None)
-        call.batch.cache = cache if cache is not None else call.batch.cache
         # Before this call is added: the logits of the one before have arrived by now.
         if sum(c.shape[0] * c.shape[1] for c in self._pending) >= _PENDING_TOKENS:
             self._flush()
@@ -289,30 +150,16 @@ class Recorder:
         for call in pending:
             self._sort_out(call)
 
-    def _sort_out(self, call: _Call) -> None:
-        batch, (rows, columns) = call.batch, call.shape
-        ids = np.full((rows, columns), -1) if call.ids is None else call.ids.cpu().numpy()
-        valid = np.ones((rows, columns), bool) if call.mask is None else call.mask.cpu().numpy().astype(bool)
-        generated = np.zeros(columns, bool)
-        stop_ids: frozenset[int] = frozenset()
-        if batch.generation is not None:
-            generated = call.start + np.arange(columns) >= batch.generation.prompt_columns
-            stop_ids = batch.generation.stop_ids
-        elif call.start > 0 and columns == 1:
-            generated[:] = True
-        for column in np.flatnonzero(generated):
-            batch.finished |= np.isin(ids[:, column], list(stop_ids))
-            valid[:, column] &= ~batch.finished
-        flat = np.flatnonzero(valid)
-        row, column = np.divmod(flat, columns)
-        position = batch.position[:, None] + valid.cumsum(1) - 1
-        batch.position = batch.position + valid.sum(1)
+    def _sort_out(self, call: Call) -> None:
+        placed = place(call)
+        flat = np.flatnonzero(placed.valid)
+        row, column = np.divmod(flat, call.shape[1])
         arrays = {
-            "sequence": batch.first + row,
-            "position": position[row, column],
-            "token_id": ids[row, column].astype(np.int64),
-            "phase": generated[column].astype(np.uint8),
-            **self._scores(call, ids, valid),
+            "sequence": call.batch.first + row,
+            "position": placed.position[row, column],
+            "token_id": placed.ids[row, column].astype(np.int64),
+            "phase": placed.generated[column].astype(np.uint8),
+            **self._scores(call, placed.ids, placed.valid),
         }
         picked = torch.from_numpy(flat)
         arrays |= routing_arrays(call.raw, picked)
@@ -329,7 +176,7 @@ class Recorder:
         value = site_array(raw, site.name, site.dtype, torch.from_numpy(flat[wanted]))
         self._sites.setdefault(site.name, []).append((self._n_recorded + np.flatnonzero(wanted), value))
 
-    def _scores(self, call: _Call, ids: np.ndarray, valid: np.ndarray) -> dict[str, np.ndarray]:
+    def _scores(self, call: Call, ids: np.ndarray, valid: np.ndarray) -> dict[str, np.ndarray]:
         """logprob of each valid token from the logits before it, and the distribution after it."""
         if not self.signals.needs_logits:
             return {}
@@ -365,13 +212,3 @@ def _padded(values: np.ndarray, rows: int, columns: int, known: int) -> np.ndarr
     full = np.full((rows, columns, *values.shape[1:]), np.nan if values.dtype.kind == "f" else -1, values.dtype)
     full[:, columns - known :] = values.reshape(rows, known, *values.shape[1:])
     return full
-
-
-def _prompt_mask(inputs: torch.Tensor, option: Callable[[str], Any], stop_ids: frozenset[int]) -> torch.Tensor:
-    """The prompt's mask as generate itself sees it: given, or told from the pad token, or all ones."""
-    if (given := option("attention_mask")) is not None:
-        return given
-    pad = option("pad_token_id")
-    if inputs.ndim == 2 and pad is not None and int(pad) not in stop_ids:
-        return (inputs != int(pad)).long()
-    return torch.ones(inputs.shape[:2], dtype=torch.long)
