@@ -1,5 +1,6 @@
 """Figures of routing statistics: each takes a Dataset and `ax=`, and returns the Axes; grids return a Figure."""
 
+from mixlens.show import view
 from mixlens.show.figures import by_layer, entropy, expert_share, expert_share_grid, information, repetition
 from mixlens.show.matrices import coactivation, facet, share_heatmap, specialization, transitions
 from mixlens.show.passage import text
@@ -17,4 +18,5 @@ __all__ = [
     "specialization",
     "text",
     "transitions",
+    "view",
 ]

@@ -124,10 +124,12 @@ def by_layer(data: xr.Dataset, ax: Axes | None = None) -> Axes:
     data   any Dataset with a `layer` dimension and at most a dozen other values
     """
     series = list(wording.groups(data, "layer"))
-    if "layer" not in data.dims or len(series) > 16:
+    units = {wording.unit(part) for _, part in series}
+    if "layer" not in data.dims or len(series) > 16 or len(units) > 1:
         raise BadInput(
             f"{wording.title(data)} was to be drawn by layer. The data has dimensions "
-            f"{dict(data['estimate'].sizes)}. Select with data.sel(...) until layer and at most 16 lines remain."
+            f"{dict(data['estimate'].sizes)} and is in {' and '.join(sorted(units))}. "
+            "Select with data.sel(...) until layer and at most 16 lines of one unit remain."
         )
     with drawing(ax, PAGE * 0.8 if len(series) > 5 else COLUMN, 2.4) as ax:
         _lines(ax, series)
@@ -234,7 +236,7 @@ def _titled(data: xr.Dataset) -> str:
 
 def _uniform_lines(ax: Axes, data: xr.Dataset) -> None:
     value = wording.uniform(data)
-    for level in [] if value is None else np.unique(value):
+    for level in [] if value is None else np.unique(value.to_numpy()[np.isfinite(value)]):
         ax.axhline(float(level), color=INK, linestyle=(0, (4, 3)), linewidth=0.8, zorder=2.5)
 
 

@@ -203,4 +203,5 @@ def _digits(ax: Axes, data: xr.Dataset, centre: float, limit: float) -> None:
             fontsize=size,
             color="white" if dark[i, j] else "black",
             fontweight="bold" if apart[i, j] else "normal",
+            in_layout=False,
         )

@@ -37,7 +37,8 @@ def wide(data: xr.Dataset) -> pd.DataFrame:
     n and n_documents stand in columns of their own, or as a range where they differ along the last dimension.
     """
     *down, across = [str(d) for d in data["estimate"].dims]
-    stacked = np.stack([data[name].transpose(*down, across).to_numpy() for name in _VALUES[:3]], axis=-1)
+    missing = xr.full_like(data["estimate"], np.nan)
+    stacked = np.stack([data.get(v, missing).transpose(*down, across).to_numpy() for v in _VALUES[:3]], axis=-1)
     sizes = [data.sizes[d] for d in down]
     rows = []
     for place in np.ndindex(*sizes):
@@ -63,11 +64,12 @@ def html_table(data: xr.Dataset, caption: str = "") -> str:
 
     A column sorts when its heading is pressed, numbers as numbers, missing ones last.
     """
-    frame = wide(data)
+    frame, parts = wide(data), _parts(data)
     text = f"{caption or wording.title(data)}. {unit_note(data)}"
     head = "".join(f'<th scope="col"><button type="button">{escape(name)}</button></th>' for name in frame.columns)
     body = "".join(
-        f"<tr>{''.join(_cell(value, data) for value in row)}</tr>" for row in frame.itertuples(index=False, name=None)
+        f"<tr>{''.join(_cell(value, part) for value, part in zip(row, parts, strict=True))}</tr>"
+        for row in frame.itertuples(index=False, name=None)
     )
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption or wording.title(data))}">'
@@ -79,8 +81,16 @@ def html_table(data: xr.Dataset, caption: str = "") -> str:
 def unit_note(data: xr.Dataset) -> str:
     """What a cell says: its unit, its interval, and the value under uniform routing."""
     scale = f"Per cent {wording.denominator(data)}".rstrip() if wording.is_fraction(data) else wording.unit(data)
-    parts = [scale.capitalize(), f"{wording.level(data)} over documents below each number", wording.uniform_note(data)]
+    interval = f"{wording.level(data)} over documents with each number" if "ci_low" in data else ""
+    parts = [scale.capitalize(), interval, wording.uniform_note(data)]
     return "; ".join(part for part in parts if part) + "."
+
+
+def _parts(data: xr.Dataset) -> list[xr.Dataset]:
+    """For every column of the wide table the Dataset that knows its unit."""
+    *down, across = data["estimate"].dims
+    counts = [name for name in ("n", "n_documents") if name in data]
+    return [data] * len(down) + [data.isel({across: i}) for i in range(data.sizes[across])] + [data] * len(counts)
 
 
 def _cell(value: object, data: xr.Dataset) -> str:
@@ -88,8 +98,9 @@ def _cell(value: object, data: xr.Dataset) -> str:
         estimate, low, high = value
         if not math.isfinite(estimate):
             return '<td data-v="">–</td>'
-        interval = f"{wording.plain(low, data)} to {wording.plain(high, data)}"
-        return f'<td data-v="{estimate:.6g}">{wording.plain(estimate, data)}<small>{interval}</small></td>'
+        interval = f"<small>{wording.plain(low, data)} to {wording.plain(high, data)}</small>"
+        shown = interval if math.isfinite(low) else ""
+        return f'<td data-v="{estimate:.6g}">{wording.plain(estimate, data)}{shown}</td>'
     if isinstance(value, str) and value.replace(",", "").isdigit():
         return f'<td data-v="{value.replace(",", "")}">{value}</td>'
     text = wording.label(value)
@@ -129,12 +140,13 @@ def to_latex(data: xr.Dataset) -> str:
 
 
 def _texts(data: xr.Dataset) -> tuple[list[str], list[list[str]]]:
-    frame = wide(data)
+    frame, parts = wide(data), _parts(data)
 
-    def text(value: object) -> str:
+    def text(value: object, part: xr.Dataset) -> str:
         if not isinstance(value, tuple):
             return wording.label(value)
-        estimate, low, high = (wording.plain(v, data) for v in value)
-        return "–" if estimate == "–" else f"{estimate} [{low}, {high}]"
+        estimate, low, high = (wording.plain(v, part) for v in value)
+        return estimate if low == "–" else f"{estimate} [{low}, {high}]"
 
-    return [str(c) for c in frame.columns], [[text(v) for v in row] for row in frame.itertuples(index=False, name=None)]
+    rows = frame.itertuples(index=False, name=None)
+    return list(frame.columns), [[text(v, part) for v, part in zip(row, parts, strict=True)] for row in rows]

@@ -60,7 +60,9 @@ _LABELS = {
     "repetition": ("choice", ("first", "either")),
     "load_balance": ("measure", ("cv", "max_over_mean", "switch_loss")),
     "router_confidence": ("measure", ("p1", "p1_minus_p2", "w2_over_w1")),
+    "agreement": ("measure", ("top1", "overlap", "jensen_shannon")),
 }
+_UNITS = {"jensen_shannon": "bits"}
 _FRACTIONS = ("fraction", "share")
 
 
@@ -79,7 +81,10 @@ def denominator(data: xr.Dataset) -> str:
 
 
 def unit(data: xr.Dataset) -> str:
-    return str(data.attrs.get("unit", ""))
+    """Unit of the numbers; that of the measure, where one is selected that has its own."""
+    measure = data.coords.get("measure")
+    own = _UNITS.get(str(measure.item())) if measure is not None and measure.ndim == 0 else None
+    return own or str(data.attrs.get("unit", ""))
 
 
 def is_fraction(data: xr.Dataset) -> bool:
@@ -133,8 +138,7 @@ def span(counts: xr.DataArray) -> str:
 
 
 def level(data: xr.Dataset) -> str:
-    share = data.attrs.get("level")
-    return "interval" if share is None else f"{100 * float(share):g} % interval"
+    return f"{100 * float(data.attrs['level']):g} % interval"
 
 
 def uniform(data: xr.Dataset) -> xr.DataArray | None:
@@ -145,7 +149,7 @@ def uniform(data: xr.Dataset) -> xr.DataArray | None:
     array = xr.DataArray(np.asarray(value, float))
     if array.ndim:  # one value for each label, in the statistic's own order, of which some may be selected
         dim, labels = _LABELS[statistic(data)]
-        array = xr.DataArray(array, {dim: list(labels)}).sel({dim: data[dim]})
+        array = xr.DataArray(array.to_numpy(), {dim: list(labels)}).sel({dim: data[dim]})
     return array if np.isfinite(array).any() else None
 
 

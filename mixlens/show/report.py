@@ -1,0 +1,93 @@
+"""report: one HTML file about one run or several, which needs nothing else and asks nobody."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from mixlens import runs as run_files
+from mixlens import show, stats
+from mixlens.errors import BadInput, MixlensError
+from mixlens.show import sections, wording
+from mixlens.show.analysis import Analysis, analyse
+from mixlens.show.html import escape, page, paragraphs, picture
+from mixlens.show.tables import html_table
+from mixlens.traces.trace import Trace
+
+Report = Trace | str | os.PathLike
+
+# What a kind of run brings into a report: its analysis, then sections of it by title.
+_KINDS: Mapping[str, tuple[Callable[[Trace, str], Analysis], Mapping[str, Callable[[Analysis], str]]]] = {
+    "trace": (analyse, sections.SECTIONS),
+}
+
+
+def report(runs: Report | Sequence[Report], path: str | os.PathLike, *, title: str | None = None) -> Path:
+    """Write one HTML file with summary, figures, live text, tables, methods and provenance of `runs`.
+
+    runs    a trace, the folder of one, or several of them
+    path    of the file, which is overwritten
+    title   heading; made from the model and the run names when not given
+
+    The page loads nothing and opens offline. A statistic whose signal is missing is listed with the reason.
+    Returns the path. Raises BadInput when there are no runs or no tokens; RunError when a folder cannot be opened.
+    """
+    single = isinstance(runs, Trace | str | os.PathLike)
+    given: list[Report] = [runs] if single else list(runs)  # pyright: ignore[reportAssignmentType]
+    if not given:
+        raise BadInput("A report was to be written. No run was given. Give a trace, a run folder, or a list of them.")
+    opened = [_open(run, i) for i, run in enumerate(given)]
+    blocks: list[tuple[str, str]] = []
+    for kind, trace, name in opened:
+        analysis_of, parts = _KINDS[kind]
+        analysis = analysis_of(trace, name)
+        prefix = f"{name}: " if len(opened) > 1 else ""
+        blocks += [(prefix + heading, part(analysis)) for heading, part in parts.items()]
+    blocks += _agreements(opened)
+    models = dict.fromkeys(str(trace.meta.get("model", {}).get("name", "a model")) for _, trace, _ in opened)
+    title = title or f"Routing of {' and '.join(models)}"
+    Path(path).write_text(_page(title, [block for block in blocks if block[1]]), "utf-8")
+    return Path(path)
+
+
+def _open(run: Report, number: int) -> tuple[str, Trace, str]:
+    trace = run if isinstance(run, Trace) else Trace.open(run)
+    if not trace.n_tokens:
+        raise BadInput(
+            f"A report on {_name(trace, number)} was to be written. It has no tokens. Record some text first."
+        )
+    return "trace", trace, _name(trace, number)
+
+
+def _name(trace: Trace, number: int) -> str:
+    return trace.path.name if trace.path is not None else f"trace {number + 1}"
+
+
+def _agreements(opened: list[tuple[str, Trace, str]]) -> list[tuple[str, str]]:
+    """How far the first trace and each other one of the same text agree."""
+    (_, first, first_name), *others = opened
+    blocks = []
+    for _, other, name in others:
+        try:
+            data = stats.agreement(first, other)
+        except MixlensError as error:
+            blocks.append((f"{first_name} and {name}", paragraphs(f"Not computed: {error}")))
+            continue
+        text = f"How far {first_name} and {name} route the same tokens alike. {wording.sample(data)}."
+        figure = picture(show.by_layer(data.sel(measure=["top1", "overlap"])), text, text)
+        blocks.append((f"{first_name} and {name}", figure + html_table(data, "Agreement")))
+    return blocks
+
+
+def _page(title: str, blocks: list[tuple[str, str]]) -> str:
+    links = "".join(f'<li><a href="#s{i}">{escape(heading)}</a></li>' for i, (heading, _) in enumerate(blocks))
+    body = "".join(
+        f'<section id="s{i}"><h2>{escape(heading)}</h2>{html}</section>' for i, (heading, html) in enumerate(blocks)
+    )
+    made = f"mixlens {run_files.versions('mixlens').get('mixlens', '')}, {run_files.now()}"
+    return page(
+        title,
+        f'<nav aria-label="sections"><ul>{links}</ul></nav>'
+        f'<main><h1>{escape(title)}</h1><p class="lead">{escape(made)}</p>{body}</main>',
+    )
