@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from mixlens.runs import open_run
 from mixlens.traces import store
 from mixlens.traces.arrays import part_of_arrays
 from mixlens.traces.pieces import display_pieces
+from mixlens.traces.processes import processes
 from mixlens.traces.store import GENERATED, PROMPT, DiskPart, Part
 from mixlens.traces.views import Source, column, conditions, keep_tokens, row_mask, spans
 
@@ -46,7 +47,7 @@ class Trace:
         self.n_experts: int = int(self.meta["n_experts"])
         self.top_k: int = int(self.meta["top_k"])
         self.path: Path | None = None
-        self.reduce = None
+        self.reduce: Callable[[np.ndarray], np.ndarray] | None = None
         self._vocabulary: pd.Series | None = None
 
     # ------------------------------------------------------------------ making
@@ -118,13 +119,14 @@ class Trace:
 
     @cached_property
     def n_tokens(self) -> int:
-        if all(source.whole for source in self._sources):
+        if self.reduce is None and all(source.whole for source in self._sources):
             return int(self.sequences["length"].sum())
         return sum(len(block["sequence"]) for block in self.blocks("sequence"))
 
     @property
     def signals(self) -> tuple[str, ...]:
-        shared = frozenset.intersection(*(s.part.names for s in self._sources)) if self._sources else frozenset()
+        known = [s.part.names for s in self._sources] or [frozenset(self.meta.get("signals", ()))]
+        shared = frozenset.intersection(*known)
         order = [*store.TOKEN_COLUMNS, *store.ROUTING, *store.NEXT_TOKEN]
         return tuple(name for name in order if name in shared)
 
@@ -268,6 +270,19 @@ class Trace:
         view = Trace(sources, sequences, self.meta, kept_layers)
         view.path, view._vocabulary, view.reduce = self.path, self._vocabulary, self.reduce
         return view
+
+    def local(self) -> Trace:
+        """This process's share of the shards, for statistics that are added up over all processes.
+
+        Every process of `accelerate launch` calls the same statistic on its share, and each gets the result of the
+        whole trace. In a single process it is the trace itself.
+        """
+        peers = processes()
+        if peers.world == 1:
+            return self
+        share = Trace(self._sources[peers.rank :: peers.world], self.sequences, self.meta, self.layers)
+        share.path, share._vocabulary, share.reduce = self.path, self._vocabulary, peers.sum
+        return share
 
     def pieces(self, token_ids: Sequence[int] | np.ndarray) -> list[str]:
         """The text of single tokens; "#id" where the tokenizer was not known."""
