@@ -131,13 +131,13 @@ def by_layer(data: xr.Dataset, ax: Axes | None = None) -> Axes:
             f"{dict(data['estimate'].sizes)} and is in {' and '.join(sorted(units))}. "
             "Select with data.sel(...) until layer and at most 16 lines of one unit remain."
         )
-    with drawing(ax, PAGE * 0.8 if len(series) > 5 else COLUMN, 2.4) as ax:
+    with drawing(ax, PAGE * 0.8 if len(series) > 5 else COLUMN, 2.5) as ax:
         _lines(ax, series)
         if len(series) > 1:
             _legend(ax)
         _layer_axis(ax, data)
         _value_axis(ax, data)
-        _uniform_lines(ax, data)
+        _uniform_lines(ax, data, series)
         heading(ax, _titled(data), wording.note(data, drawn="whiskers"))
     return ax
 
@@ -145,10 +145,10 @@ def by_layer(data: xr.Dataset, ax: Axes | None = None) -> Axes:
 def _lines(ax: Axes, series: list[tuple[str, xr.Dataset]]) -> None:
     colours = expert_colours(len(series))
     step = 0.5 / max(len(series), 8)  # whiskers of neighbouring lines stand side by side
-    line = {"linewidth": 0.5, "alpha": 0.6} if len(series) > 5 else {"linewidth": 1.1, "alpha": 1.0}
+    width, alpha = (0.5, 0.6) if len(series) > 5 else (1.1, 1.0)
     for i, (name, part) in enumerate(series):
         at = part["layer"].to_numpy() + (i - (len(series) - 1) / 2) * step
-        ax.plot(at, part["estimate"], color=colours[i], **line)
+        ax.plot(at, part["estimate"], color=colours[i], linewidth=width, alpha=alpha)
         marker = MARKERS[i % len(MARKERS)]
         ax.plot(at, part["estimate"], color=colours[i], marker=marker, linestyle="", label=printable(name))
         ax.vlines(at, part["ci_low"], part["ci_high"], color=colours[i], linewidth=1)
@@ -234,16 +234,24 @@ def _titled(data: xr.Dataset) -> str:
     return f"{wording.title(data)}, {selected}" if selected else wording.title(data)
 
 
-def _uniform_lines(ax: Axes, data: xr.Dataset) -> None:
+def _uniform_lines(ax: Axes, data: xr.Dataset, series: Sequence[tuple[str, xr.Dataset]] = ()) -> None:
+    """Dashed lines at the uniform levels; in the colour of its line in `series`, where each has a level of its own."""
+    style = {"linestyle": (0, (4, 3)), "linewidth": 0.8, "zorder": 2.5}
     value = wording.uniform(data)
-    for level in [] if value is None else np.unique(value.to_numpy()[np.isfinite(value)]):
-        ax.axhline(float(level), color=INK, linestyle=(0, (4, 3)), linewidth=0.8, zorder=2.5)
+    levels = [] if value is None else np.unique(value.to_numpy()[np.isfinite(value)])
+    if len(levels) == 1:
+        ax.axhline(float(levels[0]), color=INK, **style)
+        return
+    for (_, part), colour in zip(series, expert_colours(len(series)), strict=True):
+        if (own := wording.uniform(part)) is not None:
+            ax.axhline(float(own), color=colour, **style)
 
 
 def _value_axis(ax: Axes, data: xr.Dataset) -> None:
     if wording.is_fraction(data):
         ax.yaxis.set_major_formatter(percent)
-        ax.set_ylabel(f"share {wording.denominator(data)}" if wording.denominator(data) else "")
+        of = wording.denominator(data)
+        ax.set_ylabel(f"share {of}" if of else "", fontsize=relative_size(0.9))
     else:
         ax.set_ylabel(wording.unit(data))
 

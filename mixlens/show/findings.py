@@ -21,8 +21,7 @@ def findings(analysis: Analysis) -> list[str]:
 def furthest(data: xr.Dataset) -> xr.Dataset | None:
     """The one number furthest from uniform, or the largest where there is no uniform; None when all are missing."""
     expected = wording.uniform(data)
-    distance = data["estimate"] if expected is None else np.abs(data["estimate"] - expected)
-    return _at(data, distance)
+    return _at(data, data["estimate"] if expected is None else abs(data["estimate"] - expected))
 
 
 def largest(data: xr.Dataset) -> xr.Dataset | None:

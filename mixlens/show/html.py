@@ -42,7 +42,7 @@ def picture(drawn: Axes | Figure, alt: str, caption: str) -> str:
     assert isinstance(figure, PaperFigure)
     head, body = figure.svg().decode("utf-8").split("<defs>", 1)
     source = base64.b64encode(f"{head}{_DARK}<defs>{body}".encode()).decode("ascii")
-    width = round(figure.get_size_inches()[0] * 96 * 1.15)
+    width = round(figure.get_size_inches()[0] * 140)
     return (
         f'<figure style="max-width:{width}px"><img alt="{escape(alt)}" src="data:image/svg+xml;base64,{source}">'
         f"<figcaption>{escape(caption)}</figcaption></figure>"

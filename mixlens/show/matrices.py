@@ -129,8 +129,9 @@ def _share_colorbar(figure: Figure, panels: list[PaperAxes], data: xr.Dataset) -
 
 
 def _limit(data: xr.Dataset) -> float:
-    distance = np.abs(data["estimate"] - _centre(data)).max()
-    return float(distance) if np.isfinite(distance) and distance > 0 else 1e-9
+    """Largest distance from the centre, but a fifth of it at least: noise round uniform is not to look vivid."""
+    distance = float(np.abs(data["estimate"] - _centre(data)).max())
+    return max(distance if np.isfinite(distance) else 0.0, abs(_centre(data)) / 5, 1e-9)
 
 
 def _centre(data: xr.Dataset) -> float:
@@ -187,7 +188,9 @@ def _digits(ax: Axes, data: xr.Dataset, centre: float, limit: float) -> None:
     assert figure is not None
     box = ax.get_position()
     width, height = figure.get_size_inches() * 72 * 0.8
-    size = min(7.0, box.height * height / values.shape[0] * 0.8, box.width * width / values.shape[1] / 1.5)
+    decimals = 1 if limit < 0.05 else 0
+    across = box.width * width / values.shape[1] / (1.5 + 0.8 * decimals)
+    size = min(7.0, box.height * height / values.shape[0] * 0.8, across)
     if size < _SMALLEST_DIGITS:
         return
     apart = (data["ci_low"] > centre) | (data["ci_high"] < centre)
@@ -197,7 +200,7 @@ def _digits(ax: Axes, data: xr.Dataset, centre: float, limit: float) -> None:
         ax.text(
             j + 0.5,
             i + 0.5,
-            wording.plain(value, data).removesuffix(".0") if not np.isfinite(value) else f"{100 * value:.0f}",
+            f"{100 * value:.{decimals}f}" if np.isfinite(value) else "–",
             ha="center",
             va="center_baseline",
             fontsize=size,

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
 from mixlens.errors import BadInput
-from mixlens.show.style import MUTED, PAGE, drawing, expert_colours, heading, printable
+from mixlens.show.style import MUTED, PAGE, drawing, expert_colours, heading, own_figure, printable
 from mixlens.traces.trace import Trace
 
 _FAMILY = "DejaVu Sans Mono"
@@ -36,7 +36,7 @@ def text(
         pieces = [f"t{start + i}" for i in range(len(choices))]
     with drawing(ax, PAGE, 2.6) as drawn:
         if ax is None:  # the type is set to a grid of characters, which a layout engine must not move afterwards
-            drawn.figure.set_layout_engine("none")
+            own_figure(drawn).set_layout_engine("none")
             drawn.set_position((0.01, 0.01, 0.98, 0.84))
         drawn.set_axis_off()
         shown = _flow(drawn, pieces, choices, expert_colours(trace.n_experts))

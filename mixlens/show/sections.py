@@ -63,7 +63,7 @@ def shares(analysis: Analysis) -> str:
             if np.isfinite(part["estimate"]).any():
                 parts.append(_figure(show.by_layer(part), part, f"{wording.label(measure)}, by layer."))
         parts.append(_table(balance, "Load balance"))
-    return "".join(parts)
+    return _figures_first(parts)
 
 
 def domains(analysis: Analysis) -> str:
@@ -77,7 +77,7 @@ def domains(analysis: Analysis) -> str:
     if (data := analysis.found.get("domain_information")) is not None:
         text = "How much a token's experts say about its domain, beside the same with domains permuted over documents."
         parts += [_figure(show.information(data), data, text), _table(data, "Information between expert and domain")]
-    return "".join(parts)
+    return _figures_first(parts)
 
 
 def router(analysis: Analysis) -> str:
@@ -87,10 +87,10 @@ def router(analysis: Analysis) -> str:
         parts += [_figure(show.entropy(data), data, text), _table(data, "Routing entropy")]
     if (data := analysis.found.get("router_confidence")) is not None:
         known = [m for m in data["measure"].to_numpy() if np.isfinite(data.sel(measure=m)["estimate"]).any()]
-        text = "How strongly the router prefers its first expert. Uniform levels follow the order of the legend."
+        text = "How strongly the router prefers its first expert; dashed in the same colour: uniform routing."
         parts.append(_figure(show.by_layer(data.sel(measure=known)), data.sel(measure=known), text))
         parts.append(_table(data, "Router confidence"))
-    return "".join(parts)
+    return _figures_first(parts)
 
 
 def sequence(analysis: Analysis) -> str:
@@ -108,7 +108,7 @@ def sequence(analysis: Analysis) -> str:
         text = "Share of assignments by position in the sequence, at the middle layer."
         parts.append(_figure(show.specialization(data), wording.at_layer(data, None), text))
         parts.append(_table(data, "Expert share by position"))
-    return "".join(parts)
+    return _figures_first(parts)
 
 
 def together(analysis: Analysis) -> str:
@@ -127,7 +127,7 @@ def together(analysis: Analysis) -> str:
         text = "How much the first choice at one layer says about the first choice at the next."
         parts.append(_figure(show.by_layer(mutual), mutual, text))
         parts += [_table(mutual, "Mutual information between layers"), _table(data, "Transitions")]
-    return "".join(parts)
+    return _figures_first(parts)
 
 
 def vocabulary(analysis: Analysis) -> str:
@@ -141,7 +141,7 @@ def vocabulary(analysis: Analysis) -> str:
     if (data := analysis.found.get("vocabulary_specialization")) is not None:
         text = "Share of a token type's occurrences that choose its most frequent expert, averaged over types."
         parts += [_figure(show.by_layer(data), data, text), _table(data, "Vocabulary specialization")]
-    return "".join(parts)
+    return _figures_first(parts)
 
 
 def text(analysis: Analysis) -> str:
@@ -226,6 +226,11 @@ def _figure(drawn: Axes | Figure, data: xr.Dataset, text: str) -> str:
     return picture(drawn, f"{text}{far}", f"{text} {'; '.join(a for a in about if a)}.")
 
 
+def _figures_first(parts: list[str]) -> str:
+    """Small figures stand side by side, and the tables follow them."""
+    return "".join(sorted(parts, key=lambda part: not part.startswith("<figure")))
+
+
 def _table(data: xr.Dataset, name: str) -> str:
     return details(f"Table: {name}", html_table(data, name))
 
@@ -243,8 +248,8 @@ def _mutual_information(data: xr.Dataset) -> xr.Dataset:
     mutual = data[["n_documents"]].assign(
         estimate=data["mi_bits"], ci_low=data["mi_ci_low"], ci_high=data["mi_ci_high"], n=data["n"].sum("expert")
     )
-    attrs = {k: v for k, v in data.attrs.items() if k not in ("uniform", "unit")}
-    return mutual.assign_attrs(attrs | {"statistic": "mutual information between layers", "unit": "bits"})
+    own = {"statistic": "mutual_information_between_layers", "unit": "bits", "uniform": 0.0}
+    return mutual.assign_attrs(data.attrs | own)
 
 
 def _json(name: str, value: Any) -> str:

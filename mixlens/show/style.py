@@ -25,7 +25,7 @@ INK, MUTED, FAINT = "#1b1b1f", "#5c5c66", "#d6d6dc"
 DIVERGING = "RdBu_r"
 COLUMN, PAGE = 3.3, 7.0  # inches: one column, and the whole width, of a two-column paper
 
-PAPER: dict[str, Any] = {
+PAPER: Any = {
     "font.size": 8,
     "axes.titlesize": 8.5,
     "axes.labelsize": 8,
@@ -34,6 +34,7 @@ PAPER: dict[str, Any] = {
     "legend.fontsize": 7,
     "legend.frameon": False,
     "legend.handlelength": 1.2,
+    "axes.facecolor": "none",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.linewidth": 0.6,
@@ -85,12 +86,12 @@ class PaperFigure(Figure):
 
     def svg(self) -> bytes:
         """The figure as SVG with text as paths and no background."""
-        return self._bytes("svg", transparent=True, metadata={"Date": None})
+        return self._bytes("svg", facecolor="none", metadata={"Date": None})
 
     def _bytes(self, form: str, **options: Any) -> bytes:
         file = io.BytesIO()
         with matplotlib.rc_context(PAPER):
-            self.savefig(file, format=form, bbox_inches="tight", pad_inches=0.04, **options)
+            self.savefig(file, format=form, **options)
         return file.getvalue()
 
     def _repr_png_(self) -> bytes:
@@ -102,13 +103,14 @@ class PaperAxes(Axes):
 
     def save(self, path: str | os.PathLike) -> Path:
         """Write the figure of these axes; the ending says the form, and pdf and svg are vector."""
-        return _paper_figure(self).save(path)
+        return own_figure(self).save(path)
 
     def _repr_png_(self) -> bytes:
-        return _paper_figure(self)._repr_png_()
+        return own_figure(self)._repr_png_()
 
 
-def _paper_figure(ax: Axes) -> PaperFigure:
+def own_figure(ax: Axes) -> PaperFigure:
+    """The figure of axes that `drawing` made."""
     figure = ax.get_figure(root=True)
     assert isinstance(figure, PaperFigure)
     return figure
@@ -124,8 +126,9 @@ def paper() -> Any:
     return matplotlib.rc_context(PAPER)
 
 
-def add_axes(figure: Figure, rows: int = 1, columns: int = 1, index: int = 1, **options: Any) -> PaperAxes:
-    ax = figure.add_subplot(rows, columns, index, axes_class=PaperAxes, **options)
+def add_axes(figure: Figure, rows: int = 1, columns: int = 1, index: int = 1) -> PaperAxes:
+    ax = figure.add_subplot(rows, columns, index, axes_class=PaperAxes)
+    assert isinstance(ax, PaperAxes)
     # Ticks are made when first drawn, with the rc of that moment; sizes given here stay.
     ax.tick_params(labelsize=PAPER["xtick.labelsize"], width=0.6, length=2.5)
     return ax
@@ -168,7 +171,9 @@ def heading(ax: Axes, title: str, note: str) -> None:
         gid="note",
     )
     small_print.set_in_layout(False)  # the title above it keeps the room; its width must not narrow the axes
-    written = ax.set_title(printable(title), loc="left", pad=6 + len(lines) * size * 1.2, fontweight="bold")
+    bold = relative_size(1.06)
+    shown = "\n".join(textwrap.wrap(printable(title), max(20, int(inches * 72 / (bold * 0.66)))))
+    written = ax.set_title(shown, loc="left", pad=6 + len(lines) * size * 1.2, fontweight="bold")
     if alone:
         written.set_x(0.01)
         written.set_transform(x + ax.titleOffsetTrans)  # pyright: ignore[reportAttributeAccessIssue]
@@ -192,7 +197,7 @@ def drop_note(ax: Axes, title: str) -> None:
     ax.set_title(printable(title), loc="left", fontweight="bold", pad=3)
 
 
-def percent(value: float, position: int | None = None) -> str:
+def percent(value: float, position: float | None = None) -> str:
     """Tick label of a share."""
     return f"{100 * value:.4g} %"
 

@@ -25,6 +25,7 @@ TITLES = {
     "vocabulary_specialization": "Vocabulary specialization",
     "predictability": "Predictability of the first choice",
     "agreement": "Agreement of two traces",
+    "mutual_information_between_layers": "Mutual information between layers",
 }
 DENOMINATORS = {
     "expert_share": "of assignments",
@@ -33,7 +34,7 @@ DENOMINATORS = {
     "repetition": "of consecutive tokens",
     "coactivation": "of tokens that chose i",
     "transitions": "of tokens that chose i first",
-    "vocabulary_specialization": "of a token type's occurrences",
+    "vocabulary_specialization": "of a type's occurrences",
     "predictability": "of held-out tokens",
     "agreement": "of tokens",
 }
@@ -125,7 +126,7 @@ def sample(data: xr.Dataset) -> str:
 def _per(counts: xr.DataArray) -> str:
     """ " per domain", where every domain has a count of its own."""
     owners = [str(d) for d in counts.dims if d not in ("layer", "measure", "choice") and counts.sizes[d] > 1]
-    return f" per {' and '.join(owners)}" if owners else ""
+    return f" per {' and '.join(owners)}".replace("_", " ") if owners else ""
 
 
 def span(counts: xr.DataArray) -> str:
@@ -157,8 +158,9 @@ def uniform_note(data: xr.Dataset) -> str:
     value = uniform(data)
     if value is None:
         return ""
-    numbers = list(dict.fromkeys(number(float(v), data) for v in np.ravel(value) if math.isfinite(v)))
-    return f"uniform routing: {' and '.join(numbers)} {denominator(data)}".rstrip()
+    scale, sign = (100, " %") if is_fraction(data) else (1, f" {unit(data)}" if unit(data) == "bits" else "")
+    numbers = list(dict.fromkeys(f"{scale * v:.4g}{sign}" for v in np.ravel(value) if math.isfinite(v)))
+    return f"uniform routing: {', '.join(numbers)} {denominator(data)}".rstrip()
 
 
 def note(data: xr.Dataset, *, drawn: str, line: str = "dashed") -> str:
