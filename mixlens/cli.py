@@ -176,14 +176,17 @@ def _info(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _demo(arguments: argparse.Namespace) -> dict[str, Any]:
     from mixlens.models.demo import DEMO, demo_documents
+    from mixlens.models.layout import describe
     from mixlens.models.load import load
     from mixlens.show.report import report
     from mixlens.traces.record import record
 
-    folder = Path(arguments.out)
-    trace = record(load(DEMO), demo_documents(), out=folder / "run")
+    folder, model = Path(arguments.out), load(DEMO)
+    # Named after the weights: a newer demo model gets a run of its own beside the old one.
+    run = folder / f"run-{str(describe(model)['router_sha256'])[:8]}"
+    trace = record(model, demo_documents(), out=run)
     path = report(trace, folder / "report.html")
-    return {"run": str(folder / "run"), "report": str(path), **trace.meta["counts"]}
+    return {"run": str(run), "report": str(path), **trace.meta["counts"]}
 
 
 def read_documents(path: Path, limit: int | None = None) -> list[Any]:
