@@ -1,0 +1,27 @@
+"""Routing statistics: plain arrays compute, xarray labels, and every number has an interval and its n."""
+
+from mixlens.stats.agreement import agreement
+from mixlens.stats.bootstrap import Bootstrap
+from mixlens.stats.domains import domain_information, domain_specialization
+from mixlens.stats.published import table5
+from mixlens.stats.routing import expert_share, load_balance, position_profile, router_confidence, routing_entropy
+from mixlens.stats.structure import coactivation, repetition, transitions
+from mixlens.stats.tokens import predictability, vocabulary_specialization
+
+__all__ = [
+    "Bootstrap",
+    "agreement",
+    "coactivation",
+    "domain_information",
+    "domain_specialization",
+    "expert_share",
+    "load_balance",
+    "position_profile",
+    "predictability",
+    "repetition",
+    "router_confidence",
+    "routing_entropy",
+    "table5",
+    "transitions",
+    "vocabulary_specialization",
+]

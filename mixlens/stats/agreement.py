@@ -1,0 +1,142 @@
+"""Whether two runs over the same tokens route them alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from typing import TYPE_CHECKING
+
+import numpy as np
+import xarray as xr
+
+from mixlens.errors import BadInput
+from mixlens.stats.bootstrap import DEFAULT, Bootstrap
+from mixlens.stats.counts import OLMOE, Block, By, Clusters, count, described, summarise
+from mixlens.stats.softmax import BLOCK_OF_LOGITS, entropy_bits, softmax_tiles
+
+if TYPE_CHECKING:
+    from mixlens.traces.trace import Trace
+
+
+def agreement(a: Trace, b: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
+    """How alike two traces of the same tokens are routed, as means over tokens of three measures.
+
+    top1            the strongest expert is the same; independent uniform routing gives 1/E
+    overlap         |S and S'| / k; independent uniform routing gives k/E. With checkpoints of one training run this is
+                    router saturation (Muennighoff et al. 2024, eq. 5)
+    jensen_shannon  divergence of the router's distributions, H((p + q) / 2) - (H(p) + H(q)) / 2, in bits, 0 to 1; NaN
+                    unless both traces have router_logits, which attrs["missing"] then says
+
+    Needs    expert_id  uint8 [token, layer, slot] in both; router_logits [token, layer, expert] for jensen_shannon
+    Returns  Dataset    fraction, ci_low, ci_high [*by, layer, measure] (jensen_shannon: bits); n (tokens) [*by]; `by`
+                        takes the sequence columns of the first trace
+    Raises   BadInput   where layers, experts or tokens differ, naming the first sequence and position that do; or for
+                        an unknown column in `by`
+    """
+    a.require("agreement", "expert_id")
+    b.require("agreement", "expert_id")
+    _same_shape(a, b)
+    has_logits = "router_logits" in a.signals and "router_logits" in b.signals
+    names = ("expert_id", "router_logits") if has_logits else ("expert_id",)
+    clusters = Clusters.of(a, by, 3 * a.n_layers)
+
+    def add(block: Block, totals: dict[str, np.ndarray]) -> None:
+        measures = np.full((a.n_layers, 3, block.n_tokens), np.nan, np.float32)
+        measures[:, 1] = 0
+        ids, others = block.by_layer("expert_id"), block.by_layer("other expert_id")
+        measures[:, 0] = ids[:, 0] == others[:, 0]
+        for i, j in product(range(a.top_k), repeat=2):
+            measures[:, 1] += ids[:, i] == others[:, j]
+        measures[:, 1] /= a.top_k
+        if has_logits:
+            pairs = zip(softmax_tiles(block["router_logits"]), softmax_tiles(block["other router_logits"]), strict=True)
+            for (tokens, *p), (_, *q) in pairs:
+                measures[:, 2, tokens] = _jensen_shannon_bits(p, q)
+        totals["measures"][block.clusters] += block.sums(measures)
+
+    counts = count(a, clusters, {"measures": (a.n_layers, 3)}, _side_by_side(a, b, names), add)
+    data = summarise(
+        counts,
+        lambda sums: sums["measures"] / sums["n"],
+        {"measure": ["top1", "overlap", "jensen_shannon"]},
+        bootstrap,
+    )
+    missing = {} if has_logits else {"missing": "jensen_shannon needs router_logits in both traces"}
+    return described(
+        data, a, bootstrap,
+        statistic="agreement", unit="fraction", uniform=[1 / a.n_experts, a.top_k / a.n_experts, float("nan")],
+        formula="mean_t 1[e1 = e1']; mean_t |S and S'| / k; mean_t JS(p, p')", source=f"{OLMOE}, eq. 5; Lin 1991",
+        **missing,
+    )  # fmt: skip
+
+
+def _jensen_shannon_bits(p: list[np.ndarray], q: list[np.ndarray]) -> np.ndarray:
+    """[layer, token] from z, exp z and Z of both."""
+    middle = (p[1] / p[2][:, None] + q[1] / q[2][:, None]) / 2
+    logarithm = np.log2(np.maximum(middle, np.finfo(np.float32).tiny))
+    divergence = -(middle * logarithm).sum(1) - (entropy_bits(*p) + entropy_bits(*q)) / 2
+    return np.maximum(divergence, 0)
+
+
+def _same_shape(a: Trace, b: Trace) -> None:
+    for what, of_a, of_b in (
+        ("layers", a.layers.tolist(), b.layers.tolist()),
+        ("experts a layer", a.n_experts, b.n_experts),
+        ("experts a token", a.top_k, b.top_k),
+    ):
+        if of_a != of_b:
+            raise BadInput(
+                f"The agreement of two traces was asked for. The first has {what} {of_a}, the second {of_b}. "
+                "Select the same layers, and compare runs of one architecture."
+            )
+
+
+def _side_by_side(a: Trace, b: Trace, names: tuple[str, ...]) -> Iterator[dict[str, np.ndarray]]:
+    """Columns of both traces for the same tokens; those of `b` are called "other ..."."""
+    keys = ("sequence", "position", *(["token_id"] if "token_id" in a.signals and "token_id" in b.signals else []))
+    left, right = (trace.blocks(*keys, *names, tokens=BLOCK_OF_LOGITS) for trace in (a, b))
+    of_a, of_b = next(left, None), next(right, None)
+    while of_a is not None and of_b is not None:
+        n = min(len(of_a["sequence"]), len(of_b["sequence"]))
+        differs = np.zeros(n, bool)
+        for key in keys:
+            differs |= of_a[key][:n] != of_b[key][:n]
+        if differs.any():
+            at = int(differs.argmax())
+            raise _different_tokens({key: (int(of_a[key][at]), int(of_b[key][at])) for key in keys})
+        yield {
+            "sequence": of_a["sequence"][:n],
+            **{name: of_a[name][:n] for name in names},
+            **{f"other {name}": of_b[name][:n] for name in names},
+        }
+        of_a, of_b = _rest(of_a, n, left), _rest(of_b, n, right)
+    if of_a is not None or of_b is not None:
+        which = "first" if of_a is not None else "second"
+        longer = of_a or of_b or {}
+        raise BadInput(
+            f"The agreement of two traces was asked for. The {which} goes on at sequence {longer['sequence'][0]}, "
+            f"position {longer['position'][0]}, where the other ends. Select the same sequences, phase and positions."
+        )
+
+
+def _rest(
+    block: dict[str, np.ndarray], n: int, following: Iterator[dict[str, np.ndarray]]
+) -> dict[str, np.ndarray] | None:
+    """What is left of a block after n tokens, or the next one that has any; None at the end."""
+    rest: dict[str, np.ndarray] | None = {name: values[n:] for name, values in block.items()}
+    while rest is not None and len(rest["sequence"]) == 0:
+        rest = next(following, None)
+    return rest
+
+
+def _different_tokens(found: dict[str, tuple[int, int]]) -> BadInput:
+    (sequence, other_sequence), (position, other_position) = found["sequence"], found["position"]
+    place = f"sequence {sequence}, position {position}"
+    if (sequence, position) != (other_sequence, other_position):
+        what = f"At {place} of the first, the second has sequence {other_sequence}, position {other_position}"
+    else:
+        what = f"They differ first at {place}: token {found['token_id'][0]} and token {found['token_id'][1]}"
+    return BadInput(
+        f"The agreement of two traces was asked for. {what}. Record both runs on the same documents with the same "
+        "tokenizer, or select the tokens that they share."
+    )

@@ -1,0 +1,162 @@
+"""Uncertainty: a bootstrap over documents, since the tokens of one document are not independent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+
+from mixlens.errors import BadInput
+
+# Beyond this many documents the jackknife and the bootstrap agree on the standard error, so only one is computed.
+_JACKKNIFE_DOCUMENTS = 256
+
+_normal_cdf = np.vectorize(NormalDist().cdf, otypes=[float])
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """How intervals are computed: documents are drawn with replacement, `replicates` times.
+
+    level       coverage aimed at
+    replicates  number of bootstrap samples
+    seed        of the draws; the same seed gives the same interval
+
+    The interval is the expanded percentile interval (Hesterberg 2015, section 5.2): the percentiles are those of a
+    t distribution instead of a normal one, because plain percentiles cover too little with few documents. Two more
+    corrections, both needed for documents of unequal length. The number of documents is Kish's effective number,
+    (sum n_d)^2 / sum n_d^2; and where the jackknife's standard error is larger than the bootstrap's, the percentiles
+    are widened by their ratio. Statistics that are biased in small samples (a coefficient of variation, a mutual
+    information) have their replicates moved back by twice the bias that the bootstrap finds, for estimate and
+    replicates each carry it once. An interval always holds its estimate.
+
+    Raises BadInput for a level outside (0, 1) or fewer than 10 replicates.
+    """
+
+    level: float = 0.95
+    replicates: int = 1000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.level < 1:
+            raise BadInput(f"Intervals of level {self.level} were asked for. A level lies between 0 and 1. Give 0.95.")
+        if self.replicates < 10:
+            raise BadInput(
+                f"Intervals from {self.replicates} replicates were asked for. At least 10 are needed. "
+                "Give 1000 for a level of 0.95."
+            )
+
+    def resample(self, n: int, stream: int = 0) -> Resamples:
+        """Weights of `n` documents in every replicate; `stream` keeps the draws of different groups independent."""
+        drawn = np.random.default_rng([self.seed, stream]).multinomial(n, np.full(n, 1 / n), size=self.replicates)
+        left_out = 1 - np.eye(n) if n <= _JACKKNIFE_DOCUMENTS else np.empty((0, n))
+        return Resamples(np.concatenate([np.ones((1, n)), left_out, drawn]), len(left_out))
+
+    def reach(self, documents: np.ndarray) -> np.ndarray:
+        """Standard errors that the expanded percentile interval reaches out, for effective numbers of documents."""
+        n = np.maximum(documents, 1.01)
+        return np.sqrt(n / (n - 1)) * t_quantile((1 + self.level) / 2, np.maximum(n - 1, 1.0))
+
+
+DEFAULT = Bootstrap()
+
+
+@dataclass(frozen=True)
+class Resamples:
+    """Weights of n documents [resample, n]: first all of them, then each left out once, then the bootstrap draws."""
+
+    weights: np.ndarray
+    n_left_out: int
+
+    def sums(self, counts: np.ndarray) -> np.ndarray:
+        """Counts of each document [n, ...] added up in every resample: [..., resample]."""
+        n = len(counts)
+        return (counts.reshape(n, -1).T @ self.weights.T).reshape(*counts.shape[1:], len(self.weights))
+
+    def centred(self, values: np.ndarray) -> np.ndarray:
+        """Values [..., resample] with the bootstrap replicates moved so that their mean is the estimate."""
+        split = 1 + self.n_left_out
+        replicates = values[..., split:]
+        moved = replicates - (_mean(replicates) - values[..., 0])[..., None]
+        return np.concatenate([values[..., :split], moved], axis=-1)
+
+    def interval(
+        self, values: np.ndarray, reach: np.ndarray, floor: np.ndarray | float | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Lower and upper bounds [...] of a statistic evaluated in every resample.
+
+        values  [..., resample], the statistic of `sums`
+        reach   [...] standard errors to reach out, from `Bootstrap.reach`; bounds are NaN where it is NaN
+        floor   None for a ratio of sums; for a statistic that is biased in small samples its smallest possible value:
+                the interval is corrected for the bias and cut off there
+        """
+        split = 1 + self.n_left_out
+        estimate, replicates = values[..., 0], np.sort(values[..., split:], axis=-1)
+        n_valid = np.isfinite(replicates).sum(-1)
+        z = reach * _jackknife_ratio(values[..., 1:split], replicates)
+        tail = _normal_cdf(-np.nan_to_num(z, nan=0.0))
+        low = _sorted_quantile(replicates, n_valid, tail)
+        high = _sorted_quantile(replicates, n_valid, 1 - tail)
+        if floor is not None:
+            bias = _mean(replicates) - estimate
+            low, high = np.maximum(low - 2 * bias, floor), np.maximum(high - 2 * bias, floor)
+        known = np.isfinite(z) & np.isfinite(estimate) & (n_valid > 0)
+        return (
+            np.where(known, np.minimum(low, estimate), np.nan),
+            np.where(known, np.maximum(high, estimate), np.nan),
+        )
+
+
+def effective_documents(sizes: np.ndarray) -> np.ndarray:
+    """Kish's effective number of documents, from tokens of each [document, ...]; NaN where fewer than 2 have any."""
+    total, squares = sizes.sum(0), (sizes * sizes).sum(0)
+    several = (sizes > 0).sum(0) >= 2
+    return np.where(several, total * total / np.where(squares > 0, squares, 1), np.nan)
+
+
+def t_quantile(p: float, degrees: np.ndarray) -> np.ndarray:
+    """Quantile p > 1/2 of Student's t for real degrees of freedom >= 1, to about 1e-4 of itself.
+
+    With t = sqrt(df) tan(a) the density is proportional to cos(a)^(df - 1), which is integrated on a grid for some
+    df and interpolated in 1/df between them.
+    """
+    inverse = np.linspace(0, 1, 101)[1:]
+    angle = np.linspace(0, np.pi / 2, 20_001)
+    nodes = [NormalDist().inv_cdf(p)]
+    for df in 1 / inverse:
+        density = np.cos(angle) ** (df - 1)
+        upper = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2)])
+        nodes.append(np.sqrt(df) * np.tan(np.interp((2 * p - 1) * upper[-1], upper, angle)))
+    return np.exp(np.interp(1 / degrees, np.concatenate([[0], inverse]), np.log(nodes)))
+
+
+def _jackknife_ratio(left_out: np.ndarray, replicates: np.ndarray) -> np.ndarray:
+    """Jackknife over bootstrap standard error, within 1 and 1.5; 1 where either is not known."""
+    n = left_out.shape[-1]
+    if n < 2:
+        return np.ones(replicates.shape[:-1])
+    jackknife = (n - 1) / np.sqrt(n) * _deviation(left_out)
+    bootstrap = np.sqrt(n / (n - 1)) * _deviation(replicates)
+    ratio = np.divide(jackknife, bootstrap, out=np.ones_like(jackknife), where=bootstrap > 0)
+    return np.clip(np.nan_to_num(ratio, nan=1.0), 1.0, 1.5)
+
+
+def _mean(values: np.ndarray) -> np.ndarray:
+    valid = np.isfinite(values)
+    return np.where(valid, values, 0).sum(-1) / np.maximum(valid.sum(-1), 1)
+
+
+def _deviation(values: np.ndarray) -> np.ndarray:
+    """Standard deviation of the finite values along the last axis."""
+    return np.sqrt(_mean((values - _mean(values)[..., None]) ** 2))
+
+
+def _sorted_quantile(ordered: np.ndarray, n_valid: np.ndarray, p: np.ndarray) -> np.ndarray:
+    """Quantile p [...] of values sorted along the last axis, of which the first n_valid [...] are numbers."""
+    at = p * np.maximum(n_valid - 1, 0)
+    below = at.astype(np.intp)
+    above = np.minimum(below + 1, np.maximum(n_valid - 1, 0))
+    low = np.take_along_axis(ordered, below[..., None], -1)[..., 0]
+    high = np.take_along_axis(ordered, above[..., None], -1)[..., 0]
+    return low + (high - low) * (at - below)

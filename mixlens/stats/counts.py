@@ -1,0 +1,292 @@
+"""One pass over a trace: counts of every document, and the Dataset with intervals that is made from them.
+
+Every statistic is a function of counts that are summed over documents. A pass keeps the counts of each document, so
+that the bootstrap can sum them again with other weights: one matrix product, and the trace is never read twice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from mixlens.errors import BadInput
+from mixlens.stats.bootstrap import Bootstrap, effective_documents
+
+if TYPE_CHECKING:
+    from mixlens.traces.trace import Trace
+
+By = str | Sequence[str] | None
+
+# Counts kept (256 MB), documents or bundles of documents a group, and numbers evaluated at a time (32 MB).
+_MOST_COUNTS, _FEWEST_BUNDLES, _MOST_BUNDLES = 2**25, 50, 1000
+_MOST_VALUES = 2**22
+
+JIANG = "Jiang et al. 2024, Mixtral of Experts, arXiv 2401.04088"
+OLMOE = "Muennighoff et al. 2024, OLMoE, arXiv 2409.02060"
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """What the bootstrap draws: the documents of each group.
+
+    by           {sequence column: its labels}, the dimensions of the groups
+    of_sequence  [sequence number] cluster of each sequence
+    group        [cluster] group, counted over the product of the labels
+    document     [sequence number] document within its group, for counting documents
+
+    A cluster is a document. Where there are more documents than counts fit in memory, or more than 1,000 a group,
+    documents are put together at random into bundles of equal number; bundles are as independent as documents are.
+    """
+
+    by: Mapping[str, np.ndarray]
+    of_sequence: np.ndarray
+    group: np.ndarray
+    document: np.ndarray
+
+    @classmethod
+    def of(cls, trace: Trace, by: By, features: int) -> Clusters:
+        """Clusters for `features` counts each, grouped by sequence columns.
+
+        Raises BadInput for a column that is not there, has missing values, or has the name of a dimension.
+        """
+        columns = _columns(trace, by)
+        group, labels = np.zeros(len(trace.sequences), np.int64), {}
+        for name in columns:
+            code, found = pd.factorize(trace.sequences[name], sort=True)
+            labels[name] = np.asarray(found.astype(object) if isinstance(found, pd.CategoricalIndex) else found)
+            group = group * len(found) + code
+        n_groups = math.prod(len(found) for found in labels.values())
+        document_id, _ = pd.factorize(trace.sequences["document_id"])
+        document, first = pd.factorize(group * (document_id.max(initial=0) + 1) + document_id)
+        group_of_document = np.empty(len(first), np.int64)
+        group_of_document[document] = group
+        most = int(np.clip(_MOST_COUNTS // max(1, features * n_groups), _FEWEST_BUNDLES, _MOST_BUNDLES))
+        bundle = _bundles(group_of_document, most)
+        cluster, found = pd.factorize(bundle)
+        group_of_cluster = np.empty(len(found), np.int64)
+        group_of_cluster[cluster] = group_of_document
+        numbers = trace.sequences.index.to_numpy(np.int64)
+        return cls(labels, _scatter(numbers, cluster[document]), group_of_cluster, _scatter(numbers, document))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(len(labels) for labels in self.by.values())
+
+    @property
+    def n_groups(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Columns of a few whole sequences.
+
+    columns   as `Trace.blocks` gives them, without "sequence"
+    sequence  [token]
+    clusters  the distinct clusters at hand
+    local     [token] index into `clusters`
+    """
+
+    columns: Mapping[str, np.ndarray]
+    sequence: np.ndarray
+    clusters: np.ndarray
+    local: np.ndarray
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.columns[name]
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.local)
+
+    def by_layer(self, name: str) -> np.ndarray:
+        """Column [token, layer, x] as a contiguous [layer, x, token]: what follows walks through memory in order."""
+        return np.ascontiguousarray(self.columns[name].transpose(1, 2, 0))
+
+    def count(self, codes: np.ndarray, size: int, where: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """How often each code 0 .. size-1 comes up in each cluster [cluster, size]; codes [..., token of `where`]."""
+        out = np.zeros(len(self.clusters) * size, np.int64)
+        # Three times as fast as np.bincount, which looks for the smallest and the largest first.
+        np.add.at(out, (self.local[where] * size + codes).ravel(), np.int64(1))
+        return out.reshape(-1, size)
+
+    def sums(self, values: np.ndarray) -> np.ndarray:
+        """Numbers or booleans [..., token] added up in each cluster [cluster, ...]."""
+        values = values.view(np.uint8) if values.dtype == bool else values
+        starts = np.flatnonzero(np.diff(self.local, prepend=-1))
+        of_run = np.add.reduceat(values, starts, axis=-1, dtype=np.float64)
+        out = np.zeros((len(self.clusters), *values.shape[:-1]))
+        np.add.at(out, self.local[starts], np.moveaxis(of_run, -1, 0))
+        return out
+
+    def follows(self) -> np.ndarray:
+        """[token] whether the token comes directly after the one before it, in one sequence; needs "position"."""
+        out = np.zeros(self.n_tokens, bool)
+        out[1:] = (np.diff(self.sequence) == 0) & (np.diff(self["position"]) == 1)
+        return out
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Counts of every cluster, each [cluster, layer, ...], and tokens [cluster]."""
+
+    clusters: Clusters
+    totals: dict[str, np.ndarray]
+    tokens: np.ndarray
+    n_documents: np.ndarray
+    layers: np.ndarray
+
+
+def count(
+    trace: Trace,
+    clusters: Clusters,
+    shapes: Mapping[str, tuple[int, ...]],
+    blocks: Iterable[dict[str, np.ndarray]],
+    add: Callable[[Block, dict[str, np.ndarray]], None],
+) -> Counts:
+    """Run once through `blocks`, which have the column "sequence"; `add` puts each block into the totals.
+
+    shapes  {name: shape without the cluster}, for totals of float64 that start at 0
+    """
+    n = len(clusters.group)
+    totals = {name: np.zeros((n, *shape)) for name, shape in shapes.items()}
+    tokens = np.zeros(n)
+    of_document = np.zeros(int(clusters.document.max(initial=-1)) + 1)
+    for columns in blocks:
+        columns = dict(columns)
+        sequence = columns.pop("sequence")
+        if len(sequence) == 0:
+            continue
+        present, local = np.unique(clusters.of_sequence[sequence], return_inverse=True)
+        block = Block(columns, sequence, present, local)
+        tokens[present] += np.bincount(local)
+        of_document += np.bincount(clusters.document[sequence], minlength=len(of_document))
+        add(block, totals)
+    totals = {name: reduced(trace, array) for name, array in totals.items()}
+    numbers = np.flatnonzero(clusters.document >= 0)
+    group_of_document = np.zeros(len(of_document), np.int64)
+    group_of_document[clusters.document[numbers]] = clusters.group[clusters.of_sequence[numbers]]
+    seen = reduced(trace, of_document) > 0
+    n_documents = np.bincount(group_of_document[seen], minlength=clusters.n_groups)
+    return Counts(clusters, totals, reduced(trace, tokens), n_documents, trace.layers)
+
+
+def reduced(trace: Trace, array: np.ndarray) -> np.ndarray:
+    """An array summed over the processes that share the trace; the array itself where there is one process."""
+    return array if trace.reduce is None else trace.reduce(array)
+
+
+def summarise(
+    counts: Counts,
+    statistic: Callable[[dict[str, np.ndarray]], np.ndarray],
+    dims: Mapping[str, Any],
+    bootstrap: Bootstrap,
+    *,
+    size: tuple[np.ndarray, tuple[str, ...]] | None = None,
+    floor: np.ndarray | float | None = None,
+) -> xr.Dataset:
+    """The Dataset of a statistic: estimate, ci_low, ci_high [*by, layer, *dims], n and n_documents.
+
+    statistic  from {name: sums [layer, ..., resample]} to values [layer, *dims, resample]; where `size` has no
+               dimensions, {"n": [resample]} is among the sums
+    dims       {name: labels} after layer
+    size       tokens behind each number as ([cluster, ...], names of those dimensions); tokens of the group if None
+    floor      as in `Resamples.interval`; broadcasts against [layer, *dims]
+    """
+    clusters = counts.clusters
+    sizes, size_dims = (counts.tokens, ()) if size is None else size
+    labels = {"layer": counts.layers, **{name: np.asarray(values) for name, values in dims.items()}}
+    shape = tuple(len(values) for values in labels.values())
+    estimate, low, high = np.full((3, clusters.n_groups, *shape), np.nan)
+    members_of = [np.flatnonzero((clusters.group == g) & (counts.tokens > 0)) for g in range(clusters.n_groups)]
+    n = np.stack([sizes[members].sum(0) for members in members_of]) if members_of else sizes[:0]
+    reach = bootstrap.reach(np.stack([effective_documents(sizes[members]) for members in members_of] or [sizes[:0]]))
+    for group, members in enumerate(members_of):
+        if len(members) == 0:
+            continue
+        resamples = bootstrap.resample(len(members), group)
+        along = [len(labels[name]) if name in size_dims else 1 for name in labels]
+        reach_here = np.broadcast_to(reach[group].reshape(along), shape)
+        behind = {} if size_dims else {"n": resamples.sums(sizes[members])}
+        step = max(1, _MOST_VALUES // (len(resamples.weights) * _features(counts.totals)))
+        for start in range(0, shape[0], step):
+            layers = slice(start, start + step)
+            sums = {name: resamples.sums(total[members, layers]) for name, total in counts.totals.items()}
+            with np.errstate(divide="ignore", invalid="ignore"):
+                values = statistic(sums | behind)
+            estimate[group, layers] = values[..., 0]
+            bounds = resamples.interval(values, reach_here[layers], floor)
+            low[group, layers], high[group, layers] = bounds
+    grouped = tuple(clusters.by)
+
+    def named(values: np.ndarray, names: tuple[str, ...]) -> tuple[tuple[str, ...], np.ndarray]:
+        return (*grouped, *names), values.reshape((*clusters.shape, *values.shape[1:]))
+
+    return xr.Dataset(
+        {
+            "estimate": named(estimate, tuple(labels)),
+            "ci_low": named(low, tuple(labels)),
+            "ci_high": named(high, tuple(labels)),
+            "n": named(np.rint(n).astype(np.int64), size_dims),
+            "n_documents": named(counts.n_documents, ()),
+        },
+        coords={**clusters.by, **labels},
+    )
+
+
+def described(data: xr.Dataset, trace: Trace, bootstrap: Bootstrap, **attrs: Any) -> xr.Dataset:
+    """The Dataset with its attributes: those given, the model, and how the intervals were made."""
+    model = trace.meta.get("model")
+    name = model.get("name") if isinstance(model, Mapping) else model
+    how = {"level": bootstrap.level, "replicates": bootstrap.replicates, "seed": bootstrap.seed}
+    return data.assign_attrs({**attrs, **how, "model": name or "unknown"})
+
+
+def _columns(trace: Trace, by: By) -> list[str]:
+    columns = [by] if isinstance(by, str) else list(by or [])
+    there = [str(name) for name in trace.sequences.columns]
+    for name in columns:
+        if name not in there:
+            raise BadInput(
+                f"A statistic by {name!r} was asked for. The sequences have the columns {', '.join(there)}. "
+                "Give one of them, or record documents that have the column."
+            )
+        if name in ("layer", "expert", "expert_j", "measure", "choice", "position_bin") or columns.count(name) > 1:
+            raise BadInput(
+                f"A statistic by {', '.join(columns)} was asked for. {name!r} names a dimension of the result already. "
+                "Name each column once, and rename one that is called like a dimension."
+            )
+        n_missing = int(trace.sequences[name].isna().sum())
+        if n_missing:
+            raise BadInput(
+                f"A statistic by {name!r} was asked for. {n_missing} of {len(trace.sequences)} sequences have no "
+                f"{name}. Leave them out with trace.select(where=trace.sequences[{name!r}].notna())."
+            )
+    return columns
+
+
+def _bundles(group: np.ndarray, most: int) -> np.ndarray:
+    """[document] bundle within its group, at most `most` a group, chosen at random; as one number over all groups."""
+    shuffled = np.random.default_rng(0).permutation(len(group))
+    order = shuffled[np.argsort(group[shuffled], kind="stable")]
+    first = np.searchsorted(group[order], group[order])
+    bundle = np.empty(len(group), np.int64)
+    bundle[order] = group[order] * most + (np.arange(len(group)) - first) % most
+    return bundle
+
+
+def _scatter(numbers: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """[sequence number] value, -1 for numbers that are not there."""
+    out = np.full(int(numbers.max(initial=-1)) + 1, -1, np.int64)
+    out[numbers] = values
+    return out
+
+
+def _features(totals: Mapping[str, np.ndarray]) -> int:
+    return sum(math.prod(total.shape[2:]) for total in totals.values())

@@ -1,0 +1,251 @@
+"""Who is chosen how often, and how sure the router is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+import xarray as xr
+
+from mixlens.errors import BadInput, MissingSignal
+from mixlens.stats.bootstrap import DEFAULT, Bootstrap
+from mixlens.stats.counts import JIANG, Block, By, Clusters, count, described, summarise
+from mixlens.stats.softmax import BLOCK_OF_LOGITS, entropy_bits, second_largest, softmax_tiles
+
+if TYPE_CHECKING:
+    from mixlens.traces.trace import Trace
+
+
+def expert_share(trace: Trace, *, by: By = None, slot: str = "any", bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
+    """Share of the choices that fall on each expert.
+
+    sum over tokens of 1[e in S] / (k N); with slot="first" the share of tokens whose strongest expert is e. Uniform
+    routing gives 1/E (Jiang et al. 2024, Fig. 7).
+
+    Needs    expert_id  uint8 [token, layer, slot]
+    Returns  Dataset    fraction, ci_low, ci_high [*by, layer, expert]; n (tokens) [*by]; shares sum to 1 over experts
+    Raises   BadInput   for an unknown column in `by`, or a slot that is not "any" or "first"
+    """
+    if slot not in ("any", "first"):
+        raise BadInput(f"The expert share of slot {slot!r} was asked for. Slots are any and first. Give one of them.")
+    trace.require("expert_share", "expert_id")
+    n_slots = trace.top_k if slot == "any" else 1
+    clusters = Clusters.of(trace, by, trace.n_layers * trace.n_experts)
+
+    def add(block: Block, totals: dict[str, np.ndarray]) -> None:
+        for layer, ids in enumerate(block.by_layer("expert_id")):
+            totals["chosen"][block.clusters, layer] += block.count(ids[:n_slots], trace.n_experts)
+
+    shapes = {"chosen": (trace.n_layers, trace.n_experts)}
+    counts = count(trace, clusters, shapes, trace.blocks("sequence", "expert_id"), add)
+    data = summarise(
+        counts,
+        lambda sums: sums["chosen"] / (n_slots * sums["n"]),
+        {"expert": range(trace.n_experts)},
+        bootstrap,
+    )
+    return described(
+        data, trace, bootstrap,
+        statistic="expert_share", unit="fraction", uniform=1 / trace.n_experts, slot=slot,
+        formula="sum_t 1[e in S_t] / (k N)" if slot == "any" else "sum_t 1[e = first choice of t] / N",
+        source=f"{JIANG}, Fig. 7",
+    )  # fmt: skip
+
+
+def load_balance(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
+    """How evenly tokens are spread over the experts of each layer, in three measures.
+
+    cv             standard deviation over mean of the experts' token counts; balanced 0
+    max_over_mean  tokens of the busiest expert over the mean; balanced 1
+    switch_loss    E * sum_e f_e P_e, with f_e the share of tokens that choose e (they sum to k) and P_e the mean
+                   router probability; balanced k, collapsed onto k experts at most E (Fedus et al. 2021, eq. 4, per
+                   layer). NaN without router_logits, which attrs["missing"] then says
+
+    All three are biased upwards in small samples; the estimate is the plain one, the interval is corrected for it.
+
+    Needs    expert_id  uint8 [token, layer, slot]; router_logits float [token, layer, expert] for switch_loss
+    Returns  Dataset    ratio, ci_low, ci_high [*by, layer, measure]; n (tokens) [*by]
+    Raises   BadInput   for an unknown column in `by`
+    """
+    trace.require("load_balance", "expert_id")
+    has_logits = "router_logits" in trace.signals
+    names = ("sequence", "expert_id", *(["router_logits"] if has_logits else []))
+    clusters = Clusters.of(trace, by, 2 * trace.n_layers * trace.n_experts)
+
+    def add(block: Block, totals: dict[str, np.ndarray]) -> None:
+        for layer, ids in enumerate(block.by_layer("expert_id")):
+            totals["chosen"][block.clusters, layer] += block.count(ids, trace.n_experts)
+        if not has_logits:
+            totals["probability"] += np.nan
+            return
+        probability = np.empty((trace.n_layers, trace.n_experts, block.n_tokens), np.float32)
+        for tokens, _, exponential, total in softmax_tiles(block["router_logits"]):
+            np.divide(exponential, total[:, None], out=probability[..., tokens])
+        totals["probability"][block.clusters] += block.sums(probability)
+
+    def measures(sums: dict[str, np.ndarray]) -> np.ndarray:
+        chosen, mean = sums["chosen"], sums["chosen"].mean(-2)
+        switch = trace.n_experts * (chosen * sums["probability"]).sum(-2) / sums["n"] ** 2
+        return np.stack([chosen.std(-2) / mean, chosen.max(-2) / mean, switch], axis=-2)
+
+    shape = (trace.n_layers, trace.n_experts)
+    shapes = {"chosen": shape, "probability": shape}
+    counts = count(trace, clusters, shapes, trace.blocks(*names, tokens=BLOCK_OF_LOGITS), add)
+    dims = {"measure": ["cv", "max_over_mean", "switch_loss"]}
+    data = summarise(counts, measures, dims, bootstrap, floor=np.array([0.0, 1.0, 0.0]))
+    missing = {} if has_logits else {"missing": "switch_loss needs router_logits"}
+    return described(
+        data, trace, bootstrap,
+        statistic="load_balance", unit="ratio", uniform=[0.0, 1.0, float(trace.top_k)],
+        formula="cv = sd(N_e) / mean(N_e); max_over_mean = max(N_e) / mean(N_e); switch_loss = E sum_e f_e P_e",
+        source="Fedus et al. 2021, Switch Transformers, arXiv 2101.03961, eq. 4, for each layer", **missing,
+    )  # fmt: skip
+
+
+def routing_entropy(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
+    """How undecided the router is: mean entropy of its distribution over experts, in bits.
+
+    mean over tokens of -sum_e p_e log2 p_e, p = softmax(router_logits). At most log2(E), reached by uniform routing.
+
+    Needs    router_logits  float [token, layer, expert]
+    Returns  Dataset        bits, ci_low, ci_high [*by, layer]; n (tokens) [*by]
+    Raises   MissingSignal  if the trace has no router logits; BadInput for an unknown column in `by`
+    """
+    trace.require("routing_entropy", "router_logits")
+    clusters = Clusters.of(trace, by, trace.n_layers)
+
+    def add(block: Block, totals: dict[str, np.ndarray]) -> None:
+        bits = np.empty((trace.n_layers, block.n_tokens), np.float32)
+        for tokens, *parts in softmax_tiles(block["router_logits"]):
+            bits[:, tokens] = entropy_bits(*parts)
+        totals["bits"][block.clusters] += block.sums(bits)
+
+    counts = count(
+        trace,
+        clusters,
+        {"bits": (trace.n_layers,)},
+        trace.blocks("sequence", "router_logits", tokens=BLOCK_OF_LOGITS),
+        add,
+    )
+    data = summarise(counts, lambda sums: sums["bits"] / sums["n"], {}, bootstrap)
+    return described(
+        data, trace, bootstrap,
+        statistic="routing_entropy", unit="bits", uniform=float(np.log2(trace.n_experts)),
+        formula="mean_t -sum_e p_e log2 p_e, p = softmax(router_logits)", source="Shannon 1948",
+    )  # fmt: skip
+
+
+def router_confidence(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
+    """How strongly the router prefers its first expert, as means over tokens of three measures.
+
+    p1            probability of the likeliest expert under softmax(router_logits)
+    p1_minus_p2   its lead over the second
+    w2_over_w1    weight of the second chosen expert over that of the first
+
+    What the trace has no signal for is NaN, and attrs["missing"] says so.
+
+    Needs    router_logits  float [token, layer, expert] for p1, p1_minus_p2; weight [token, layer, slot] for w2_over_w1
+    Returns  Dataset        fraction, ci_low, ci_high [*by, layer, measure]; n (tokens) [*by]
+    Raises   MissingSignal  if the trace has neither; BadInput for an unknown column in `by`
+    """
+    signals = [name for name in ("router_logits", "weight") if name in trace.signals]
+    if not signals:
+        raise MissingSignal(
+            f"router_confidence needs router_logits or weight. This trace has {', '.join(trace.signals)}. "
+            "Record with a local model, or give them to Trace.from_arrays."
+        )
+    has_second = "weight" in signals and trace.top_k >= 2
+    clusters = Clusters.of(trace, by, 3 * trace.n_layers)
+
+    def add(block: Block, totals: dict[str, np.ndarray]) -> None:
+        measures = np.full((trace.n_layers, 3, block.n_tokens), np.nan, np.float32)
+        if "router_logits" in signals:
+            for tokens, z, _, total in softmax_tiles(block["router_logits"]):
+                measures[:, 0, tokens] = 1 / total
+                measures[:, 1, tokens] = (1 - np.exp(second_largest(z))) / total
+        if has_second:
+            first, second = block.by_layer("weight")[:, :2].swapaxes(0, 1)
+            np.divide(second, first, out=measures[:, 2], where=first > 0)
+        totals["measures"][block.clusters] += block.sums(measures)
+
+    blocks = trace.blocks("sequence", *signals, tokens=BLOCK_OF_LOGITS)
+    counts = count(trace, clusters, {"measures": (trace.n_layers, 3)}, blocks, add)
+    data = summarise(
+        counts,
+        lambda sums: sums["measures"] / sums["n"],
+        {"measure": ["p1", "p1_minus_p2", "w2_over_w1"]},
+        bootstrap,
+    )
+    lacking = []
+    if "router_logits" not in signals:
+        lacking.append("p1 and p1_minus_p2 need router_logits")
+    if not has_second:
+        lacking.append("w2_over_w1 needs the weights of two experts a token")
+    missing = {"missing": "; ".join(lacking)} if lacking else {}
+    return described(
+        data, trace, bootstrap,
+        statistic="router_confidence", unit="fraction", uniform=[1 / trace.n_experts, 0.0, 1.0],
+        formula="mean_t p_(1); mean_t p_(1) - p_(2); mean_t w_2 / w_1; p = softmax(router_logits), sorted",
+        source=f"{JIANG}, section 2.1 (the gate)", **missing,
+    )  # fmt: skip
+
+
+def position_profile(
+    trace: Trace, *, by: By = None, edges: Sequence[int] | None = None, bootstrap: Bootstrap = DEFAULT
+) -> xr.Dataset:
+    """Expert share as a function of where in its sequence a token stands.
+
+    sum over tokens of the bin of 1[e in S] / (k N_bin); bin i holds the positions edges[i] <= p < edges[i + 1], and
+    the last one everything from its edge on.
+
+    edges    first positions of the bins, ascending; None for 0, 1, 2, 4, 8 ... up to the longest sequence
+
+    Needs    expert_id  uint8 [token, layer, slot]; position
+    Returns  Dataset    fraction, ci_low, ci_high [*by, position_bin, layer, expert]; n (tokens) [*by, position_bin];
+                        coordinate position_start [position_bin]; NaN for a bin without tokens
+    Raises   BadInput   for edges that do not ascend from 0 or more, or an unknown column in `by`
+    """
+    trace.require("position_profile", "expert_id", "position")
+    longest = int(trace.sequences["length"].max()) if len(trace.sequences) else 1
+    starts = np.array([0, *(2**i for i in range(max(1, longest - 1).bit_length()))] if edges is None else list(edges))
+    if len(starts) == 0 or starts.dtype.kind not in "iu" or starts[0] < 0 or (np.diff(starts) <= 0).any():
+        raise BadInput(
+            f"position_profile was asked for with edges {starts.tolist()}. They do not ascend from 0 or more. "
+            "Give the first position of every bin, such as edges=(0, 1, 16, 256)."
+        )
+    n_bins = len(starts)
+    clusters = Clusters.of(trace, by, trace.n_layers * n_bins * trace.n_experts)
+
+    def add(block: Block, totals: dict[str, np.ndarray]) -> None:
+        bins = np.searchsorted(starts, block["position"], side="right") - 1
+        inside = np.flatnonzero(bins >= 0)
+        totals["tokens"][block.clusters] += block.count(bins[inside], n_bins, inside)
+        offset = bins[inside] * trace.n_experts
+        for layer, ids in enumerate(block.by_layer("expert_id")):
+            found = block.count(offset + ids[:, inside], n_bins * trace.n_experts, inside)
+            totals["chosen"][block.clusters, layer] += found.reshape(-1, n_bins, trace.n_experts)
+
+    shapes = {"chosen": (trace.n_layers, n_bins, trace.n_experts), "tokens": (n_bins,)}
+    counts = count(trace, clusters, shapes, trace.blocks("sequence", "position", "expert_id"), add)
+    data = summarise(
+        counts,
+        lambda sums: sums["chosen"] / sums["chosen"].sum(-2, keepdims=True),
+        {"position_bin": _bin_names(starts), "expert": range(trace.n_experts)},
+        bootstrap,
+        size=(counts.totals.pop("tokens"), ("position_bin",)),
+    )
+    data = data.transpose(*clusters.by, "position_bin", "layer", "expert").assign_coords(
+        position_start=("position_bin", starts)
+    )
+    return described(
+        data, trace, bootstrap,
+        statistic="position_profile", unit="fraction", uniform=1 / trace.n_experts,
+        formula="sum_{t in bin} 1[e in S_t] / (k N_bin)", source=f"{JIANG}, Fig. 7, split by position",
+    )  # fmt: skip
+
+
+def _bin_names(starts: np.ndarray) -> list[str]:
+    names = [str(a) if b == a + 1 else f"{a}-{b - 1}" for a, b in pairwise(starts)]
+    return [*names, f"{starts[-1]}+"]

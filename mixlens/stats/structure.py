@@ -1,0 +1,183 @@
+"""How choices hang together: along the text, within a token, and from layer to layer."""
+
+from __future__ import annotations
+
+from itertools import combinations, product
+from math import comb
+from typing import TYPE_CHECKING
+
+import numpy as np
+import xarray as xr
+
+from mixlens.errors import BadInput
+from mixlens.stats.bootstrap import DEFAULT, Bootstrap
+from mixlens.stats.counts import JIANG, OLMOE, Block, By, Clusters, count, described, summarise
+
+if TYPE_CHECKING:
+    from mixlens.traces.trace import Trace
+
+
+def repetition(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
+    """How often consecutive tokens go to the same expert.
+
+    first    share of consecutive pairs of tokens whose strongest expert is the same; uniform 1/E
+    either   share of pairs that have an expert in common among their k; uniform 1 - C(E-k, k) / C(E, k)
+
+    A pair lies in one sequence and is never counted across a gap (Jiang et al. 2024, Table 5, "first" and "first or
+    second choice").
+
+    Needs    expert_id  uint8 [token, layer, slot]; position
+    Returns  Dataset    fraction, ci_low, ci_high [*by, layer, choice]; n (pairs) [*by]; NaN without a pair
+    Raises   BadInput   for an unknown column in `by`
+    """
+    trace.require("repetition", "expert_id", "position")
+    clusters = Clusters.of(trace, by, 2 * trace.n_layers)
+
+    def add(block: Block, totals: dict[str, np.ndarray]) -> None:
+        follows = block.follows()
+        totals["pairs"][block.clusters] += block.sums(follows)
+        repeated = np.zeros((2, block.n_tokens), bool)
+        for layer, ids in enumerate(block.by_layer("expert_id")):
+            np.equal(ids[0, 1:], ids[0, :-1], out=repeated[0, 1:])
+            repeated[1] = repeated[0]
+            for a, b in product(range(trace.top_k), repeat=2):
+                repeated[1, 1:] |= ids[a, 1:] == ids[b, :-1]
+            repeated &= follows
+            totals["repeated"][block.clusters, layer] += block.sums(repeated)
+
+    shapes = {"repeated": (trace.n_layers, 2), "pairs": ()}
+    counts = count(trace, clusters, shapes, trace.blocks("sequence", "position", "expert_id"), add)
+    data = summarise(
+        counts,
+        lambda sums: sums["repeated"] / sums["n"],
+        {"choice": ["first", "either"]},
+        bootstrap,
+        size=(counts.totals.pop("pairs"), ()),
+    )
+    e, k = trace.n_experts, trace.top_k
+    return described(
+        data, trace, bootstrap,
+        statistic="repetition", unit="fraction", uniform=[1 / e, 1 - comb(e - k, k) / comb(e, k)],
+        formula="first: P(e1_t = e1_{t-1}); either: P(S_t and S_{t-1} have an expert in common)",
+        source=f"{JIANG}, Table 5",
+    )  # fmt: skip
+
+
+def coactivation(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
+    """How often a token that chose expert i also chose expert j.
+
+    P(j | i) = n(i and j) / n(i), over all unordered pairs of slots (Muennighoff et al. 2024, eq. 6). Each row sums to
+    k - 1; uniform routing gives (k - 1) / (E - 1).
+
+    Needs    expert_id  uint8 [token, layer, slot]
+    Returns  Dataset    fraction, ci_low, ci_high [*by, layer, expert, expert_j]; n (tokens that chose i)
+                        [*by, layer, expert]; NaN on the diagonal and where expert i was never chosen
+    Raises   BadInput   for a trace with one expert a token, or an unknown column in `by`
+    """
+    trace.require("coactivation", "expert_id")
+    if trace.top_k < 2:
+        raise BadInput(
+            "coactivation was asked for. This trace has one expert a token, so no two go together. "
+            "Use transitions or repetition."
+        )
+    e, k = trace.n_experts, trace.top_k
+    clusters = Clusters.of(trace, by, trace.n_layers * e * e)
+
+    def add(block: Block, totals: dict[str, np.ndarray]) -> None:
+        for layer, ids in enumerate(block.by_layer("expert_id")):
+            for a, b in combinations(range(k), 2):
+                found = block.count(_joint(ids[a], ids[b], e), e * e)
+                totals["together"][block.clusters, layer] += found.reshape(-1, e, e)
+
+    counts = count(trace, clusters, {"together": (trace.n_layers, e, e)}, trace.blocks("sequence", "expert_id"), add)
+    together = counts.totals["together"]
+    together += together.swapaxes(-1, -2).copy()
+    off_diagonal = np.where(np.eye(e, dtype=bool), np.nan, 1.0)[..., None]
+    data = summarise(
+        counts,
+        lambda sums: (k - 1) * sums["together"] / sums["together"].sum(-2, keepdims=True) * off_diagonal,
+        {"expert": range(e), "expert_j": range(e)},
+        bootstrap,
+        size=(together.sum(-1) / (k - 1), ("layer", "expert")),
+    )
+    return described(
+        data, trace, bootstrap,
+        statistic="coactivation", unit="fraction", uniform=(k - 1) / (e - 1), formula="P(j | i) = N_ij / N_i",
+        source=f"{OLMOE}, eq. 6",
+    )  # fmt: skip
+
+
+def transitions(trace: Trace, *, by: By = None, gap: int = 1, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
+    """Where tokens go `gap` layers on: the first choice there, given the first choice here.
+
+    P(first choice at layer l + gap = j | first choice at l = i) = n(i, j) / n(i), and the mutual information of the
+    two choices, sum_ij p_ij log2 (p_ij / (p_i p_j)), 0 for independent layers and at most log2(E).
+
+    The mutual information is the plain one of the counts, which is biased upwards in small samples. Its interval is
+    for the true value: it is corrected for the bias, and reaches up to the estimate where that lies above it.
+
+    Needs    expert_id  uint8 [token, layer, slot]
+    Returns  Dataset    fraction, ci_low, ci_high [*by, layer, expert, expert_j]; n (tokens whose first choice is i)
+                        [*by, layer, expert]; mi_bits, mi_ci_low, mi_ci_high [*by, layer]; layer is the one left from;
+                        NaN where expert i was never chosen first
+    Raises   BadInput   where no two layers of the trace lie `gap` apart, or for an unknown column in `by`
+    """
+    trace.require("transitions", "expert_id")
+    index = {int(layer): i for i, layer in enumerate(trace.layers)}
+    here = [layer for layer in index if layer + gap in index]
+    if gap < 1 or not here:
+        raise BadInput(
+            f"transitions over {gap} layers were asked for. The trace has the layers {', '.join(map(str, index))}. "
+            "Give a gap of at least 1 that lies between two of them."
+        )
+    e = trace.n_experts
+    clusters = Clusters.of(trace, by, len(here) * e * e)
+
+    def add(block: Block, totals: dict[str, np.ndarray]) -> None:
+        first = block.by_layer("expert_id")[:, 0]
+        for i, layer in enumerate(here):
+            codes = _joint(first[index[layer]], first[index[layer + gap]], e)
+            totals["moves"][block.clusters, i] += block.count(codes, e * e).reshape(-1, e, e)
+
+    counts = count(trace, clusters, {"moves": (len(here), e, e)}, trace.blocks("sequence", "expert_id"), add)
+    moves, layers = counts.totals["moves"], np.array(here)
+    data = summarise(
+        counts,
+        lambda sums: sums["moves"] / sums["moves"].sum(-2, keepdims=True),
+        {"layer": layers, "expert": range(e), "expert_j": range(e)},
+        bootstrap,
+        size=(moves.sum(-1), ("layer", "expert")),
+    )
+    information = summarise(
+        counts, lambda sums: mutual_information_bits(sums["moves"]), {"layer": layers}, bootstrap, floor=0.0
+    )
+    data = data.assign(
+        mi_bits=information["estimate"], mi_ci_low=information["ci_low"], mi_ci_high=information["ci_high"]
+    )
+    return described(
+        data, trace, bootstrap,
+        statistic="transitions", unit="fraction", uniform=1 / e, gap=gap,
+        formula="P(j | i) = N(e1_l = i, e1_{l+gap} = j) / N(e1_l = i); I = sum_ij p_ij log2(p_ij / (p_i p_j))",
+        source="Markov transition matrix of first choices; Shannon 1948",
+    )  # fmt: skip
+
+
+def mutual_information_bits(joint: np.ndarray) -> np.ndarray:
+    """Mutual information of two choices from their joint counts [..., i, j, resample], in bits [..., resample].
+
+    H(i) + H(j) - H(i, j), which needs no products of the margins. NaN where all counts are 0.
+    """
+    total = joint.sum((-3, -2))
+    rows, columns = joint.sum(-2), joint.sum(-3)
+    nats = _x_log_x(joint).sum((-3, -2)) - _x_log_x(rows).sum(-2) - _x_log_x(columns).sum(-2) + _x_log_x(total)
+    with np.errstate(invalid="ignore"):
+        return np.maximum(nats / total, 0) / np.log(2)
+
+
+def _x_log_x(x: np.ndarray) -> np.ndarray:
+    return x * np.log(np.where(x > 0, x, 1))
+
+
+def _joint(i: np.ndarray, j: np.ndarray, n: int) -> np.ndarray:
+    """One code i * n + j; in the narrowest type that holds it, for the pass is bound by memory traffic."""
+    return np.multiply(i, n, dtype=np.uint16) + j

@@ -1,0 +1,199 @@
+"""How much of routing the token itself explains, and how much its context.
+
+Both statistics need tables by token type, too large to keep for each document. They read the trace several times, as
+many layers at once as fit into half a gigabyte.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from mixlens.errors import BadInput
+from mixlens.stats.bootstrap import DEFAULT, Bootstrap
+from mixlens.stats.contexts import BACK_OFF, Features, layer_groups, occurrences, predictions
+from mixlens.stats.counts import OLMOE, Block, By, Clusters, Counts, count, described, reduced, summarise
+
+if TYPE_CHECKING:
+    from mixlens.traces.trace import Trace
+
+_FOLDS = 5
+
+
+def vocabulary_specialization(
+    trace: Trace, *, by: By = None, min_count: int = 10, bootstrap: Bootstrap = DEFAULT
+) -> xr.Dataset:
+    """How much a token type keeps to one expert: its best expert's share, averaged over types.
+
+    mean over token types x with N_x >= min_count of max_e N_xe / N_x, with N_xe the occurrences of x that choose e in
+    any slot (Muennighoff et al. 2024, eq. 8). The maximum is biased upwards for rare types: compare only numbers with
+    the same min_count and about the same number of tokens.
+
+    The interval takes the types and the best expert of each as given: documents are resampled in the linear
+    approximation of the mean, since the counts of every type cannot be kept for every document.
+
+    Needs    expert_id  uint8 [token, layer, slot]; token_id
+    Returns  Dataset    fraction, ci_low, ci_high [*by, layer]; n (tokens of the types counted) and n_types [*by]; NaN
+                        where no type is frequent enough
+    Raises   MissingSignal  if the trace has no token ids; BadInput for a min_count below 1 or an unknown column in `by`
+    """
+    trace.require("vocabulary_specialization", "expert_id", "token_id")
+    if min_count < 1:
+        raise BadInput(
+            f"vocabulary_specialization with min_count={min_count} was asked for. A type occurs at least once. "
+            "Give 10, as in the OLMoE paper."
+        )
+    clusters = Clusters.of(trace, by, trace.n_layers)
+    types = _Types.of(trace, clusters, min_count)
+    columns = ("sequence", "token_id", "expert_id")
+    parts = []
+    for layers in layer_groups(trace, 4 * trace.n_experts * len(types.n)):
+        best, share = types.best(trace, layers)
+        mean = types.mean(share)
+
+        def add(block: Block, totals: dict[str, np.ndarray], layers=layers, best=best, share=share, mean=mean) -> None:
+            row = types.rows(block.sequence, block["token_id"])
+            known = np.flatnonzero(row >= 0)
+            row, group = row[known], types.group[row[known]]
+            totals["tokens"][block.clusters] += block.count(np.zeros_like(known), 1, known)[:, 0]
+            value = np.zeros((len(layers), block.n_tokens))
+            for i, ids in enumerate(block["expert_id"][known][:, layers].transpose(1, 2, 0)):
+                hit = (ids == best[i][row]).any(0)
+                value[i, known] = mean[i][group] + types.leverage[row] * (hit - share[i][row])
+            totals["share"][block.clusters] += block.sums(value)
+
+        parts.append(count(trace, clusters, {"share": (len(layers),), "tokens": ()}, trace.blocks(*columns), add))
+    counts = _joined(parts, "share")
+    data = summarise(
+        counts, lambda sums: sums["share"] / sums["n"], {}, bootstrap, size=(parts[0].totals["tokens"], ())
+    )
+    data["n_types"] = (tuple(clusters.by), types.n_of_group.reshape(clusters.shape))
+    return described(
+        data, trace, bootstrap,
+        statistic="vocabulary_specialization", unit="fraction", min_count=min_count,
+        formula="mean_x max_e N_xe / N_x over token types with N_x >= min_count", source=f"{OLMOE}, eq. 8",
+    )  # fmt: skip
+
+
+def predictability(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
+    """How well the first choice can be told from the text: accuracy on documents that were held out.
+
+    majority            always the most frequent expert: chance
+    token               the expert most frequent for the token's identity
+    token_and_previous  the expert most frequent for the token and the one before it: what context adds, at least
+
+    Documents are dealt into 5 folds; each is predicted from the others. Each distribution is smoothed with the coarser
+    one, worth 4 observations: p(e | x) is proportional to N_xe + 4 p(e), p(e | x, previous) to N_yxe + 4 p(e | x).
+    Pairs of tokens are hashed into 2**24 buckets, of which the 131,072 most frequent, seen at least twice, are kept.
+
+    Needs    expert_id  uint8 [token, layer, slot]; token_id, position
+    Returns  Dataset    fraction, ci_low, ci_high [*by, layer, measure]; n (tokens) [*by]; the predictors are learnt
+                        from the whole trace, whatever `by` is
+    Raises   MissingSignal  if the trace has no token ids; BadInput for fewer than two documents or an unknown column
+                        in `by`
+    """
+    trace.require("predictability", "expert_id", "token_id", "position")
+    clusters = Clusters.of(trace, by, 3 * trace.n_layers)
+    fold, n_folds = _folds(trace, len(clusters.of_sequence), bootstrap.seed)
+    features = Features.of(trace, fold, n_folds)
+    parts = []
+    for layers in layer_groups(trace, 4 * trace.n_experts * features.n_rows):
+        best = predictions(trace, features, layers)
+
+        def add(block: Block, totals: dict[str, np.ndarray], layers=layers, best=best) -> None:
+            rows = features.rows({**block.columns, "sequence": block.sequence})
+            correct = np.empty((3, block.n_tokens), bool)
+            for i, layer in enumerate(layers):
+                first = np.ascontiguousarray(block["expert_id"][:, layer, 0])
+                for measure, row in enumerate(rows):
+                    np.equal(best[i][row], first, out=correct[measure])
+                totals["correct"][block.clusters, i] += block.sums(correct)
+
+        blocks = trace.blocks("sequence", "position", "token_id", "expert_id")
+        parts.append(count(trace, clusters, {"correct": (len(layers), 3)}, blocks, add))
+    data = summarise(
+        _joined(parts, "correct"),
+        lambda sums: sums["correct"] / sums["n"],
+        {"measure": ["majority", "token", "token_and_previous"]},
+        bootstrap,
+    )
+    return described(
+        data, trace, bootstrap,
+        statistic="predictability", unit="fraction", folds=n_folds, back_off=BACK_OFF,
+        formula="held-out accuracy of argmax_e p(e), p(e | token), p(e | token, previous token)",
+        source="bigram model with back-off, cross-validated over documents",
+    )  # fmt: skip
+
+
+class _Types:
+    """The token types of each group that occur at least min_count times, one row each.
+
+    n           [row] occurrences
+    group       [row]
+    leverage    [row] weight of one occurrence in the mean over types, times the tokens of all types of the group
+    """
+
+    def __init__(self, group_of_sequence: np.ndarray, occurs: np.ndarray, min_count: int) -> None:
+        frequent = occurs >= min_count
+        self.group_of_sequence = group_of_sequence
+        self.row_of = np.where(frequent, np.cumsum(frequent).reshape(frequent.shape) - 1, -1)
+        self.n, self.group = occurs[frequent], np.nonzero(frequent)[0]
+        self.n_of_group = frequent.sum(1)
+        tokens = np.where(frequent, occurs, 0).sum(1)
+        self.leverage = tokens[self.group] / (self.n_of_group[self.group] * self.n)
+
+    @classmethod
+    def of(cls, trace: Trace, clusters: Clusters, min_count: int) -> _Types:
+        group_of_sequence = np.where(clusters.of_sequence >= 0, np.append(clusters.group, 0)[clusters.of_sequence], 0)
+        return cls(group_of_sequence, occurrences(trace, group_of_sequence, clusters.n_groups), min_count)
+
+    def rows(self, sequence: np.ndarray, token_id: np.ndarray) -> np.ndarray:
+        """[token] row of each token's type, -1 where it is too rare."""
+        return self.row_of[self.group_of_sequence[sequence], token_id]
+
+    def best(self, trace: Trace, layers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The expert that each type chooses most [layer, row], and the share of its occurrences that do."""
+        n_rows = len(self.n)
+        table = np.zeros((len(layers), trace.n_experts * n_rows), np.int32)
+        for columns in trace.blocks("sequence", "token_id", "expert_id"):
+            row = self.rows(columns["sequence"], columns["token_id"])
+            known = np.flatnonzero(row >= 0)
+            for i, ids in enumerate(columns["expert_id"][known][:, layers].transpose(1, 2, 0)):
+                for of_slot in ids:
+                    np.add.at(table[i], of_slot * np.int64(n_rows) + row[known], np.int32(1))
+        table = reduced(trace, table).reshape(len(layers), trace.n_experts, n_rows)
+        return table.argmax(1).astype(np.uint8), table.max(1) / self.n
+
+    def mean(self, share: np.ndarray) -> np.ndarray:
+        """Mean over types of shares [layer, row], for each group [layer, group]."""
+        n_groups = len(self.n_of_group)
+        sums = np.stack([np.bincount(self.group, weights=row, minlength=n_groups) for row in share])
+        return sums / np.maximum(self.n_of_group, 1)
+
+
+def _folds(trace: Trace, n_numbers: int, seed: int) -> tuple[np.ndarray, int]:
+    """Fold of each sequence number, documents with tokens dealt out at random, and the number of folds."""
+    tokens = np.zeros(n_numbers, np.int64)
+    for columns in trace.blocks("sequence"):
+        tokens += np.bincount(columns["sequence"], minlength=n_numbers)
+    present = reduced(trace, tokens)[trace.sequences.index] > 0
+    document, ids = pd.factorize(trace.sequences["document_id"][present])
+    if len(ids) < 2:
+        raise BadInput(
+            f"predictability was asked for. The trace has {len(ids)} document with tokens, so none can be held out. "
+            "Record at least two documents, or give document_id in the sequences."
+        )
+    n_folds = min(_FOLDS, len(ids))
+    fold = np.zeros(n_numbers, np.int64)
+    fold[trace.sequences.index[present]] = (np.random.default_rng(seed).permutation(len(ids)) % n_folds)[document]
+    return fold, n_folds
+
+
+def _joined(parts: list[Counts], name: str) -> Counts:
+    """Counts of groups of layers, one total of which is put together along the layers."""
+    total = np.concatenate([part.totals[name] for part in parts], axis=1)
+    return replace(parts[0], totals={name: total})
