@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from mixlens.models.load import load
     from mixlens.show import view
     from mixlens.show.report import report
+    from mixlens.traces import edits
+    from mixlens.traces.edits import edit
     from mixlens.traces.record import RecordSettings, record
     from mixlens.traces.recorder import Recorder
     from mixlens.traces.signals import Site
@@ -34,16 +36,16 @@ _HOME = {
     "Trace": "mixlens.traces.trace",
     "concat": "mixlens.traces.trace",
     "demo_documents": "mixlens.models.demo",
+    "edit": "mixlens.traces.edits",
     "load": "mixlens.models.load",
     "open": "mixlens.kinds",
     "record": "mixlens.traces.record",
     "report": "mixlens.show.report",
-    "show": None,
-    "stats": None,
     "view": "mixlens.show",
 }
+_MODULES = {"edits": "mixlens.traces.edits", "show": "mixlens.show", "stats": "mixlens.stats"}
 
-__all__ = [  # noqa: PLE0604
+__all__ = [
     "BadInput",
     "MissingSignal",
     "MixlensError",
@@ -55,6 +57,8 @@ __all__ = [  # noqa: PLE0604
     "Trace",
     "concat",
     "demo_documents",
+    "edit",
+    "edits",
     "load",
     "open",
     "record",
@@ -66,10 +70,9 @@ __all__ = [  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _HOME and name not in _MODULES:
         raise AttributeError(f"module 'mixlens' has no attribute {name!r}; it has {', '.join(__all__)}")
-    home = _HOME[name]
-    value = import_module(f"mixlens.{name}") if home is None else getattr(import_module(home), name)
+    value = import_module(_MODULES[name]) if name in _MODULES else getattr(import_module(_HOME[name]), name)
     globals()[name] = value
     return value
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from mixlens.errors import BadInput
 from mixlens.models.layout import MoeLayer, moe_layers
+from mixlens.traces.patches import Replaced, replaced_in
 from mixlens.traces.signals import EXPERT_SITES, Signals
 
 Raw = dict[str, dict[int, torch.Tensor]]
@@ -87,6 +88,12 @@ def routing_arrays(raw: Raw, rows: torch.Tensor) -> dict[str, np.ndarray]:
 
     The last slot's weight is one minus the rest, unless an edit has broken that; then all slots are kept.
     """
+    choices = {value.shape[-1] for value in raw["expert_id"].values()}
+    if len(choices) > 1:
+        raise BadInput(
+            f"Routing was to be recorded under an edit. Layers choose {sorted(choices)} experts a token, and a "
+            "trace has one number for all. Give top_k without layers=, or do not record."
+        )
     ids, weight = gather(raw["expert_id"], rows), gather(raw["weight"], rows)
     normalised = bool(((weight.float().sum(-1) - 1).abs() < 1e-3).all())
     arrays = {
@@ -151,7 +158,7 @@ def _capture_experts(model: Any, layers: list[MoeLayer], wanted: dict[str, set[i
         sites = [site for site, indices in wanted.items() if index in indices]
         if tap.listening and sites:
             for site, value in _chosen_experts(module, hidden.detach(), ids, sites).items():
-                tap._keep(site, index, value)
+                tap._keep(site, index, _with_edits(site, value, replaced_in(module)))
         return output
 
     ALL_EXPERTS_FUNCTIONS[name] = experts_forward
@@ -182,3 +189,14 @@ def _chosen_experts(module: Any, hidden: torch.Tensor, ids: torch.Tensor, sites:
             if "expert_norm" in found:
                 found["expert_norm"][token, slot] = output.float().norm(dim=-1).to(output.dtype)
     return found
+
+
+def _with_edits(site: str, value: torch.Tensor, replaced: Replaced | None) -> torch.Tensor:
+    """What the model goes on with where an edit replaces outputs; neurons were computed all the same."""
+    if replaced is None or site == "expert_neurons":
+        return value
+    stand_in = torch.zeros(()) if replaced.value is None else replaced.value
+    if site == "expert_norm":
+        stand_in = stand_in.float().norm(dim=-1) if stand_in.ndim else stand_in
+        return torch.where(replaced.hit, stand_in.to(value), value)
+    return torch.where(replaced.hit[..., None], stand_in.to(value), value)

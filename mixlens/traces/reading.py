@@ -11,6 +11,7 @@ from torch import nn
 
 from mixlens.models.layout import decoder_of, input_device
 from mixlens.traces import store
+from mixlens.traces.editing import refuse_rows
 from mixlens.traces.hooks import Raw, Tap, routing_arrays, site_array
 from mixlens.traces.logprobs import score
 from mixlens.traces.signals import Signals, Site
@@ -30,6 +31,7 @@ class Reader:
         self._tap: Tap | None = None
 
     def __enter__(self) -> Reader:
+        refuse_rows(self.model)
         self._tap = Tap(self.model, self.signals)
         self._was_training = self.model.training
         self.model.eval()

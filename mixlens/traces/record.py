@@ -15,10 +15,11 @@ from torch import nn
 from tqdm import tqdm
 
 from mixlens.errors import BadInput
-from mixlens.models.layout import context_length, describe, input_device, moe_layers, n_experts, top_k
+from mixlens.models.layout import context_length, describe, input_device, moe_layers, n_experts
 from mixlens.runs import RunWriter, now, versions
 from mixlens.traces import saving, store
 from mixlens.traces.documents import OVERLONG, Documents, Piece, Tally, pieces_of
+from mixlens.traces.editing import edits_of, top_k_of
 from mixlens.traces.processes import Processes, processes
 from mixlens.traces.reading import Reader
 from mixlens.traces.recorder import PACKAGES
@@ -84,6 +85,7 @@ def record(
         "overlong": settings.overlong,
         "batch_tokens": reader.batch_tokens,
         "shard_tokens": settings.shard_tokens,
+        **({"edits": edits} if (edits := edits_of(model)) else {}),
     }
     peers = processes()
     if out is None:
@@ -222,7 +224,7 @@ def _meta(model: nn.Module, plan: dict[str, Any], source: str) -> dict[str, Any]
         "versions": versions(*PACKAGES),
         "settings": plan,
         "n_experts": n_experts(model),
-        "top_k": top_k(model),
+        "top_k": top_k_of(model),
     }
 
 

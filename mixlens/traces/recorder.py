@@ -14,6 +14,7 @@ from mixlens.errors import BadInput
 from mixlens.models.layout import describe, moe_layers, n_experts
 from mixlens.runs import now, versions
 from mixlens.traces import store
+from mixlens.traces.editing import edits_of
 from mixlens.traces.following import Call, Follower, place
 from mixlens.traces.hooks import Raw, Tap, routing_arrays, site_array
 from mixlens.traces.logprobs import score
@@ -50,6 +51,7 @@ class Recorder:
         self._columns: dict[str, list[np.ndarray]] = {}
         self._sites: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
         self._n_recorded = 0
+        self._edits: dict[str, None] = {}
 
     # ------------------------------------------------------------------ in and out
 
@@ -99,7 +101,7 @@ class Recorder:
             "created": now(),
             "model": describe(self.model),
             "versions": versions(*PACKAGES),
-            "settings": {"signals": self.signals.plan()},
+            "settings": {"signals": self.signals.plan(), **({"edits": list(self._edits)} if self._edits else {})},
             "n_experts": n_experts(self.model),
             "top_k": columns["expert_id"].shape[-1],
         }
@@ -123,6 +125,7 @@ class Recorder:
 
     def _before(self, call: Call) -> None:
         assert self._tap is not None
+        self._edits |= dict.fromkeys(edits_of(self.model))
         self._tap.take()  # of a forward that failed half-way
         self._listen(True, decoding=self._follower.generating and call.going_on)
 
