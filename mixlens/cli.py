@@ -126,14 +126,14 @@ def _record(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _stats(arguments: argparse.Namespace) -> Any:
     from mixlens import stats
-    from mixlens.show.tables import to_frame
+    from mixlens.show.tables import tidy
     from mixlens.traces.trace import Trace
 
     trace = Trace.open(arguments.path)
     if arguments.layers:
         trace = trace.select(layers=_numbers(arguments.layers))
     data: xr.Dataset = getattr(stats, arguments.statistic)(trace, **({"by": arguments.by} if arguments.by else {}))
-    frame = to_frame(data)
+    frame = tidy(data)
     if arguments.csv:
         frame.to_csv(arguments.csv, index=False)
         return {"written": arguments.csv, "rows": len(frame)}

@@ -1,0 +1,124 @@
+"""The command line, as a script and as a person would use it."""
+
+from __future__ import annotations
+
+import gzip
+import json
+
+import pandas as pd
+import pytest
+
+from mixlens import Trace, cli, demo_documents
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    path = tmp_path_factory.mktemp("corpus") / "samples.jsonl.gz"
+    kept = [d for d in demo_documents() if d["domain"] in ("french", "github", "mathematics")]
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(document) + "\n" for document in kept)
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(corpus, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "run"
+    assert cli.main(["record", "demo", str(corpus), "--out", str(out), "--device-map", "cpu"]) == 0
+    return out
+
+
+def said(capsys, *argv: str) -> tuple[int, dict]:
+    code = cli.main([*argv, "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_record_leaves_a_run_that_opens(run):
+    trace = Trace.open(run)
+    assert set(trace.sequences["domain"]) == {"french", "github", "mathematics"}
+    assert {"router_logits", "logprob"} <= set(trace.signals)
+
+
+def test_record_again_goes_on_to_the_same_end(run, corpus, capsys):
+    code, result = said(capsys, "record", "demo", str(corpus), "--out", str(run), "--device-map", "cpu")
+    assert code == 0
+    assert result["tokens"] == Trace.open(run).n_tokens
+
+
+def test_every_statistic_prints(run, capsys):
+    for name in cli.STATISTICS:
+        code, result = said(capsys, "stats", str(run), name, "--layers", "0,7" if name != "transitions" else "0,1")
+        assert code == 0
+        assert result["rows"], name
+        assert {"estimate", "ci_low", "ci_high", "n"} <= set(result["rows"][0]), name
+
+
+def test_stats_for_a_person_and_as_csv(run, capsys, tmp_path):
+    assert cli.main(["stats", str(run), "repetition", "--by", "domain"]) == 0
+    text = capsys.readouterr().out
+    assert "mathematics" in text
+    assert "Jiang et al. 2024" in text
+    assert cli.main(["stats", str(run), "expert_share", "--csv", str(tmp_path / "share.csv")]) == 0
+    table = pd.read_csv(tmp_path / "share.csv")
+    assert table.groupby("layer")["estimate"].sum().tolist() == pytest.approx([1] * 8)
+
+
+def test_report_and_info(run, capsys, tmp_path):
+    assert cli.main(["report", str(run), "--out", str(tmp_path / "r.html")]) == 0
+    assert "<html" in (tmp_path / "r.html").read_text("utf-8")[:500]
+    capsys.readouterr()
+    code, result = said(capsys, "info", str(run), "--verify")
+    assert (code, result["kind"], result["verified"]) == (0, "trace", True)
+    code, result = said(capsys, "info")
+    assert "transformers" in result
+
+
+def test_info_verify_names_an_altered_file(corpus, tmp_path, capsys):
+    cli.main(["record", "demo", str(corpus), "--out", str(tmp_path / "run"), "--limit", "2"])
+    victim = tmp_path / "run" / "sequences.parquet"
+    victim.write_bytes(victim.read_bytes()[:-1])
+    capsys.readouterr()
+    code, result = said(capsys, "info", str(tmp_path / "run"), "--verify")
+    assert code == cli.EXIT_FAILED
+    assert "sequences.parquet has" in result["message"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["info", "nowhere"], "The folder is not there"),
+        (["report", "nowhere"], "The folder is not there"),
+        (["record", "demo", "nothing.jsonl", "--out", "x"], "cannot be read"),
+        (["record", "nowhere/model", "BAD", "--out", "x"], "Line 2 is not JSON"),
+        (["record", "demo", "GOOD", "--out", "x", "--text", "body"], "none called 'body'"),
+        (["record", "demo", "GOOD", "--out", "x", "--signals", "moe_ot"], "moe_out is near"),
+        (["record", "demo", "GOOD", "--out", "x", "--max-length", "3"], "limit is 3"),
+        (["stats", "RUN", "repetition", "--by", "topic"], "topic"),
+        (["stats", "RUN", "repetition", "--layers", "0,nine"], "no numbers"),
+        (["stats", "RUN", "repetition", "--layers", "99"], "layers 0 to 7"),
+    ],
+)
+def test_mistakes_end_with_a_message_and_a_status(argv, message, run, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "good.jsonl").write_text('{"text": "one text of several words"}\n')
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\nnot json\n')
+    names = {"RUN": str(run), "GOOD": "good.jsonl", "BAD": "bad.jsonl"}
+    code = cli.main([names.get(word, word) for word in argv])
+    error = capsys.readouterr().err
+    assert code == cli.EXIT_FAILED
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_wrong_usage_is_status_2(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["stats", "run", "no_such_statistic"])
+    assert stop.value.code == cli.EXIT_USAGE
+    assert "expert_share" in capsys.readouterr().err
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in ("record", "stats", "report", "info", "demo"))
