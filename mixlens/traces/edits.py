@@ -217,7 +217,7 @@ def _numbers(numbers: Numbers) -> tuple[int, ...]:
 def _finite(name: str, value: float) -> None:
     if not np.isfinite(value):
         raise BadInput(
-            f"Router logits were to be changed with a {name} of {value}. It is not a number. Give a finite one."
+            f"Router logits were to be changed with a {name} of {value}. It is not finite. Give a finite number."
         )
 
 

@@ -1,0 +1,250 @@
+"""Edits round generate, record, offloaded layers and failures; and what they refuse."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from accelerate import dispatch_model
+from conftest import tiny_mixtral
+
+import mixlens as ml
+from mixlens import BadInput, edits
+from mixlens.traces.conditions import Where
+
+PROMPT = torch.randint(3, 128, (2, 6), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture(scope="module")
+def net():
+    return tiny_mixtral()
+
+
+def hooks_of(model) -> int:
+    kinds = ("_forward_hooks", "_forward_pre_hooks")
+    return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
+
+
+def forward(model, *chosen, ids=PROMPT, **options):
+    with torch.no_grad(), ml.Recorder(model) as recorder:
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **options}
+        if chosen:
+            with ml.edit(model, *chosen):
+                return model(**inputs).logits, recorder.trace()
+        return model(**inputs).logits, recorder.trace()
+
+
+# ---------------------------------------------------------------- coming and going
+
+
+def test_nothing_is_left_after_an_edit_or_an_exception(net):
+    before, names = hooks_of(net), set(vars(net))
+    chosen = [edits.forbid(0, 1), edits.ablate(1, 2, how="zero"), edits.force(2, 3, where=Where(phase="prompt"))]
+    forward(net, *chosen)
+    assert (hooks_of(net), set(vars(net))) == (before, names)
+    outer, inner = ml.edit(net, *chosen), ml.edit(net, edits.temperature(2.0))
+    with pytest.raises(IndexError), outer, inner:
+        net(torch.full((1, 4), 10_000))
+    assert (hooks_of(net), set(vars(net))) == (before, names)
+
+
+def test_nothing_is_left_after_an_edit_that_was_refused(net):
+    before, names = hooks_of(net), set(vars(net))
+    with pytest.raises(BadInput), ml.edit(net, edits.forbid(99, 1)):
+        pass
+    assert (hooks_of(net), set(vars(net))) == (before, names)
+
+
+def test_a_forward_that_fails_half_way_leaves_the_next_one_right(net):
+    edit = edits.force(1, 3, where=Where(positions=2))
+    plain = forward(net, edit)[0]
+    with torch.no_grad(), ml.edit(net, edit):
+        with pytest.raises(IndexError):
+            net(torch.full((1, 4), 10_000))
+        assert torch.equal(net(PROMPT, attention_mask=torch.ones_like(PROMPT)).logits, plain)
+
+
+# ---------------------------------------------------------------- generate and record
+
+
+def test_generate_under_an_edit(net):
+    options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(PROMPT), "eos_token_id": None}
+    with ml.Recorder(net) as recorder, ml.edit(net, edits.forbid(None, [0, 4])):
+        tokens = net.generate(PROMPT, **options)
+    trace = recorder.trace()
+    assert not np.isin(trace.read("expert_id"), [0, 4]).any()
+    # Without the cache the same tokens have the same routing.
+    _, again = forward(net, edits.forbid(None, [0, 4]), ids=tokens[:, :-1])
+    np.testing.assert_array_equal(trace.read("expert_id"), again.read("expert_id"))
+
+
+def test_only_generated_tokens(net):
+    options = {"max_new_tokens": 5, "do_sample": False, "attention_mask": torch.ones_like(PROMPT), "eos_token_id": None}
+    with ml.Recorder(net) as recorder, ml.edit(net, edits.force(None, 7, where=Where(phase="generated"))):
+        net.generate(PROMPT, **options)
+    trace = recorder.trace()
+    chose = (trace.read("expert_id") == 7).any(-1)
+    assert chose[trace.read("phase") == 1].all()
+    np.testing.assert_array_equal(chose[trace.read("phase") == 0], (forward(net)[1].read("expert_id") == 7).any(-1))
+
+
+def test_a_generation_is_replayed_step_by_step(net):
+    options = {"do_sample": True, "attention_mask": torch.ones_like(PROMPT), "eos_token_id": None}
+    same = PROMPT[:1].repeat(2, 1)  # two continuations of one prompt
+    torch.manual_seed(0)
+    with ml.Recorder(net, signals=()) as recorder, ml.edit(net, edits.add(1.0, experts=3)):
+        tokens = net.generate(same, max_new_tokens=6, **options)
+    recorded = recorder.trace()
+    _, replayed = forward(net, edits.replay(recorded), ids=tokens[:, :-1])
+    one, other = np.sort(recorded.read("expert_id"), -1), np.sort(replayed.read("expert_id"), -1)
+    np.testing.assert_array_equal(one, other)
+    torch.manual_seed(0)
+    with ml.Recorder(net, signals=()) as again, ml.edit(net, edits.add(1.0, experts=3), edits.replay(recorded)):
+        assert torch.equal(net.generate(same, max_new_tokens=6, **options), tokens)
+    np.testing.assert_array_equal(np.sort(again.trace().read("expert_id"), -1), one)
+
+
+def test_record_under_an_edit_says_so_and_needs_no_order_of_rows(net, letters, tmp_path):
+    texts = ["a", "hello there", "abc", "hello"]
+    quiet = ml.RecordSettings(progress=False)
+    with ml.edit(net, edits.forbid(None, 2, where=Where(positions=[0, 1]))):
+        trace = ml.record(net, texts, tokenizer=letters, out=tmp_path / "run", settings=quiet)
+    chose = (trace.read("expert_id") == 2).any((1, 2))
+    assert not chose[trace.read("position") < 2].any()
+    assert chose.any()
+    assert "Forbid" in trace.meta["settings"]["edits"][0]
+    with ml.edit(net, edits.replay(trace)):
+        again = ml.record(net, texts, tokenizer=letters, settings=quiet)
+    np.testing.assert_array_equal(np.sort(again.read("expert_id"), -1), np.sort(trace.read("expert_id"), -1))
+    with pytest.raises(ml.RunError, match="edits"):
+        ml.record(net, texts, tokenizer=letters, out=tmp_path / "run", settings=quiet)
+
+
+def test_record_with_another_top_k(net, letters, tmp_path):
+    for k in (1, 4):
+        with ml.edit(net, edits.top_k(k)):
+            trace = ml.record(
+                net, ["hello"], tokenizer=letters, out=tmp_path / str(k), settings=ml.RecordSettings(progress=False)
+            )
+        assert trace.top_k == k
+        assert trace.read("weight").shape[-1] == k
+        assert np.abs(trace.read("weight").sum(-1) - 1).max() < 1e-6
+
+
+# ---------------------------------------------------------------- layouts and places
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+def test_every_experts_implementation(implementation):
+    net = tiny_mixtral()
+    chosen = [edits.forbid(0, 1), edits.ablate(1, 2, how="zero"), edits.reroute(2, 3, 4), edits.top_k(3)]
+    expected = forward(net, *chosen)[0]
+    net.set_experts_implementation(implementation)
+    torch.testing.assert_close(forward(net, *chosen)[0], expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_offloaded_layers(tmp_path, place):
+    chosen = [
+        edits.forbid(0, 1),
+        edits.ablate(1, 2, how="zero", where=Where(positions=range(3))),
+        edits.ablate(1, 3, how="mean", mean=torch.ones(32)),
+        edits.force(2, 3, where=Where(phase="prompt")),
+    ]
+    expected = forward(tiny_mixtral(), *chosen)[0]
+    net = tiny_mixtral()
+    parts = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", "model.layers.3"]
+    device_map = dict.fromkeys(parts, "cpu") | {f"model.layers.{i}": place for i in range(3)}
+    net = dispatch_model(net, device_map, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
+    assert place == "cpu" or net.model.layers[0].mlp.experts.down_proj.is_meta
+    assert torch.equal(forward(net, *chosen)[0], expected)
+
+
+# ---------------------------------------------------------------- what is refused
+
+REFUSED = {
+    "unknown layer": (lambda _: edits.forbid(4, 1), r"layers \[4\]. The model has layers 0 to 3"),
+    "unknown expert": (lambda _: edits.force(1, 8), r"experts \[8\]. The model has experts 0 to 7"),
+    "unknown target": (lambda _: edits.reroute(1, 2, 9), r"experts \[9\]"),
+    "too few left": (
+        lambda _: edits.forbid(1, range(7)),
+        "7 of 8 experts .* 1 would remain, and every token chooses 2",
+    ),
+    "too many forced": (lambda _: edits.force(1, range(3)), "3 experts were to be forced in layer 1"),
+    "top 0": (lambda _: edits.top_k(0), "0 experts. The model has 8"),
+    "top 9": (lambda _: edits.top_k(9), "9 experts. The model has 8"),
+    "no token": (lambda _: edits.forbid(1, 1, where=Where(positions=99)), "None of the tokens in 2 rows met"),
+    "no phase": (lambda _: edits.forbid(1, 1, where=Where(phase="generated")), "None of the tokens"),
+    "bad phase": (lambda _: edits.forbid(1, 1, where=Where(phase="middle")), "Phases are prompt and generated"),
+    "bad position": (lambda _: edits.forbid(1, 1, where=Where(positions=-1)), "counted from 0"),
+    "no experts": (lambda _: edits.forbid(1, []), "One of the two lists is empty"),
+    "weight": (lambda _: edits.force(1, [1, 2], weight=0.6), "of at most 0.5"),
+    "temperature": (lambda _: edits.temperature(0.0), "must be above 0"),
+    "infinite": (lambda _: edits.add(float("inf")), "not finite"),
+    "itself": (lambda _: edits.reroute(1, 2, 2), "The target is the same expert"),
+    "no mean": (lambda _: edits.ablate(1, 2, how="mean"), "no mean"),
+    "other tokens": (lambda t: edits.replay(t.select(where={"document_id": 1})), "row 0. The row has token"),
+    "layers of a replay": (lambda t: edits.replay(t.select(layers=[0, 1])), r"The trace has layers \[0, 1\]"),
+    "part of a replay": (lambda t: edits.replay(t.select(positions=(2, 4))), "lack tokens"),
+    "site": (lambda _: edits.patch("resid", torch.zeros(32), layer=1), "Sites to patch are resid_pre"),
+    "norm": (lambda _: edits.patch("expert_norm", torch.zeros(32), layer=1), "Sites to patch are"),
+    "shape": (lambda _: edits.patch("moe_out", torch.zeros(31), layer=1), r"shape \[31\]. The site has \[32\]"),
+    "slots": (
+        lambda _: edits.patch("expert_out", torch.zeros(3, 32), layer=1),
+        r"shape \[3, 32\]. The site has \[2, 32\]",
+    ),
+    "positions": (lambda _: edits.patch("moe_out", torch.zeros(3, 32), layer=1), "names 0 positions"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_done_is_said(net, case):
+    make, message = REFUSED[case]
+    trace = forward(net)[1]
+    with pytest.raises(BadInput, match=message):
+        forward(net, make(trace))
+
+
+def test_together_too_few_experts_remain(net):
+    here = Where(positions=range(3))
+    with pytest.raises(BadInput, match="would remain"):
+        forward(net, edits.forbid(1, range(4)), edits.forbid(1, range(4, 7)))
+    with pytest.raises(BadInput, match=r"For 6 tokens .* forbid all but fewer than the 2"):
+        forward(net, edits.forbid(1, range(4)), edits.forbid(1, range(4, 7), where=here))
+    with pytest.raises(BadInput, match=r"For 6 tokens .* force more than the 2"):
+        forward(net, edits.force(1, [1, 2]), edits.force(1, 3, where=here))
+    forward(net, edits.top_k(1), edits.forbid(1, range(7)))
+
+
+def test_a_replay_of_another_shape_of_model(net):
+    other = forward(tiny_mixtral(num_experts_per_tok=3))[1]
+    with pytest.raises(BadInput, match="top-3 of 8 experts, the model top-2 of 8"):
+        forward(net, edits.replay(other))
+
+
+def test_a_replay_names_the_position_that_differs(net):
+    _, trace = forward(net)
+    changed = PROMPT.clone()
+    changed[1, 4] += 1
+    message = (
+        f"row 1. The row has token {changed[1, 4]} at position 4, where the nearest recorded sequence, 1, has token "
+        f"{PROMPT[1, 4]}"
+    )
+    with pytest.raises(BadInput, match=message):
+        forward(net, edits.replay(trace), ids=changed)
+    longer = torch.cat([PROMPT, PROMPT[:, :1]], 1)
+    with pytest.raises(BadInput, match="at position 6, where the nearest recorded sequence, 0, ends there"):
+        forward(net, edits.replay(trace), ids=longer)
+
+
+def test_layers_with_different_k_cannot_be_recorded(net):
+    with pytest.raises(BadInput, match=r"Layers choose \[1, 2\] experts"):
+        forward(net, edits.top_k(1, layers=[0, 2]))
+    with torch.no_grad(), ml.edit(net, edits.top_k(1, layers=[0, 2])):
+        net(PROMPT)
+
+
+def test_rows_mean_nothing_to_record(net, letters):
+    message = "Documents are batched by length"
+    with pytest.raises(BadInput, match=message), ml.edit(net, edits.forbid(0, 1, where=Where(rows=0))):
+        ml.record(net, ["ab", "c"], tokenizer=letters)
