@@ -34,6 +34,8 @@ from mixlens.show.style import (
     relative_size,
 )
 
+_FEW = 4  # lines whose legend fits below the axes
+
 
 def expert_share(data: xr.Dataset, ax: Axes | None = None, *, layer: int | None = None, x: str = "expert") -> Axes:
     """How often each expert of a layer is chosen, by group (Jiang et al. 2024, Fig. 7).
@@ -131,7 +133,7 @@ def by_layer(data: xr.Dataset, ax: Axes | None = None) -> Axes:
             f"{dict(data['estimate'].sizes)} and is in {' and '.join(sorted(units))}. "
             "Select with data.sel(...) until layer and at most 16 lines of one unit remain."
         )
-    with drawing(ax, PAGE * 0.8 if len(series) > 5 else COLUMN, 2.5) as ax:
+    with drawing(ax, *_size(len(series))) as ax:
         _lines(ax, series)
         if len(series) > 1:
             _legend(ax)
@@ -185,7 +187,7 @@ def repetition(
     """
     data = data.sel(choice=choice)
     series = list(wording.groups(data, "layer"))
-    with drawing(ax, PAGE * 0.8 if len(series) > 5 else COLUMN, 2.6) as ax:
+    with drawing(ax, *_size(len(series) + (published is not None))) as ax:
         _lines(ax, [(name or "this trace", part) for name, part in series])
         note = wording.note(data, drawn="whiskers")
         if published is not None:
@@ -218,7 +220,7 @@ def information(data: xr.Dataset, ax: Axes | None = None) -> Axes:
 
     data   from stats.domain_information  [layer, measure]
     """
-    with drawing(ax) as ax:
+    with drawing(ax, *_size(2)) as ax:
         _lines(ax, list(wording.groups(data.sel(measure=["mutual_information", "permuted"]), "layer")))
         _layer_axis(ax, data)
         _value_axis(ax, data)
@@ -264,8 +266,12 @@ def _layer_axis(ax: Axes, data: xr.Dataset) -> None:
 
 
 def _legend(ax: Axes) -> None:
-    """Beside the axes when there are many entries, so that nothing drawn is covered."""
-    if len(ax.get_legend_handles_labels()[1]) > 3:
-        ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=relative_size(0.85))
-    else:
-        ax.legend(loc="best", fontsize=relative_size(0.85))
+    """Beside the axes, or below them when there are few entries, so that nothing drawn is covered."""
+    few = len(ax.get_legend_handles_labels()[1]) <= _FEW
+    place = {"loc": "upper left", "bbox_to_anchor": (0.0, -0.2)} if few else {"loc": "center left"}
+    ax.legend(**{"bbox_to_anchor": (1.0, 0.5), **place}, fontsize=relative_size(0.85))
+
+
+def _size(n_series: int) -> tuple[float, float]:
+    """Inches of a line figure, with room for its legend."""
+    return (COLUMN, 2.4 + 0.16 * (n_series if n_series > 1 else 0)) if n_series <= _FEW else (PAGE * 0.8, 2.6)

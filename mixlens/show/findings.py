@@ -76,7 +76,7 @@ def _share(data: xr.Dataset) -> list[str]:
         return []
     return [
         f"Expert share furthest from uniform: {place(cell)}, {wording.with_interval(cell)} of assignments, where "
-        f"{wording.uniform_note(data)} {_n(cell)}. {_of_many(data)}"
+        f"uniform routing gives {wording.uniform_text(data)} {_n(cell)}. {_of_many(data)}"
     ]
 
 
@@ -98,7 +98,7 @@ def _specialization(data: xr.Dataset) -> list[str]:
         return []
     return [
         f"Most specialised: {place(cell)}, chosen by {wording.with_interval(cell)} of the domain's tokens, where "
-        f"{wording.uniform_note(data)} {_n(cell)}. {_of_many(data)}"
+        f"uniform routing gives {wording.uniform_text(data)} {_n(cell)}. {_of_many(data)}"
     ]
 
 
@@ -138,7 +138,7 @@ def _entropy(data: xr.Dataset) -> list[str]:
     return [
         f"The router is most decided at layer {int(low['layer'])}, with an entropy of {wording.with_interval(low)}, "
         f"and least at layer {int(high['layer'])}, with {wording.with_interval(high)}; "
-        f"{wording.uniform_note(data)} {_n(low)}."
+        f"uniform routing gives {wording.uniform_text(data)} {_n(low)}."
     ]
 
 
@@ -149,7 +149,8 @@ def _coactivation(data: xr.Dataset) -> list[str]:
     i, j = int(cell["expert"]), int(cell["expert_j"])
     return [
         f"Company furthest from uniform: at layer {int(cell['layer'])} tokens of expert {i} also go to expert {j} in "
-        f"{wording.with_interval(cell)}, where {wording.uniform_note(data)} {_n(cell)}. {_of_many(data)}"
+        f"{wording.with_interval(cell)}, where uniform routing gives {wording.uniform_text(data)} {_n(cell)}. "
+        f"{_of_many(data)}"
     ]
 
 

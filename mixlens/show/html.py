@@ -43,9 +43,10 @@ def picture(drawn: Axes | Figure, alt: str, caption: str) -> str:
     head, body = figure.svg().decode("utf-8").split("<defs>", 1)
     source = base64.b64encode(f"{head}{_DARK}<defs>{body}".encode()).decode("ascii")
     width = round(figure.get_size_inches()[0] * 140)
+    wide = ' class="wide" tabindex="0"' if width > 700 else ""  # on a phone it scrolls instead of shrinking
     return (
-        f'<figure style="max-width:{width}px"><img alt="{escape(alt)}" src="data:image/svg+xml;base64,{source}">'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
+        f'<figure style="max-width:{width}px"><div{wide}><img alt="{escape(alt)}" '
+        f'src="data:image/svg+xml;base64,{source}"></div><figcaption>{escape(caption)}</figcaption></figure>'
     )
 
 

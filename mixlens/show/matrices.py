@@ -173,6 +173,8 @@ def _colorbar(figure: Figure, mesh: ScalarMappable, beside: list, data: xr.Datas
     bar = figure.colorbar(mesh, ax=beside, format=FuncFormatter(percent), fraction=0.06, pad=0.02, aspect=25)
     bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
     bar.ax.tick_params(labelsize=6, length=2, width=0.5)
+    low, high = mesh.get_clim()
+    bar.ax.set_ylim(max(0.0, low or 0.0), min(1.0, high or 1.0))  # the scale is symmetric, shares end at 0 and 1
     bar.set_label(f"share {wording.denominator(data)}", fontsize=7)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,28 +19,44 @@ from mixlens.show.findings import findings, furthest, place
 from mixlens.show.html import bullets, details, escape, paragraphs, picture
 from mixlens.show.tables import html_table
 from mixlens.stats import table5
+from mixlens.traces.trace import Trace
 
-_MOST_SEQUENCES, _MOST_TOKENS = 12, 1024
+_MOST_SEQUENCES, _MOST_TOKENS = 12, 1024  # in the live text
+_FEW_DOCUMENTS = 20
 
 
 def summary(analysis: Analysis) -> str:
-    trace, model = analysis.trace, analysis.trace.meta.get("model", {})
+    trace = analysis.trace
     facts = {
-        "model": model.get("name", "unknown"),
+        "model": model_name(trace),
         "tokens": f"{trace.n_tokens:,}",
         "sequences": f"{len(trace.sequences):,}",
         "documents": f"{analysis.n_documents:,}",
         "domains": f"{trace.sequences['domain'].nunique():,}" if "domain" in trace.sequences else "none given",
         "layers": f"{trace.n_layers}",
         "experts": f"{trace.n_experts}, {trace.top_k} a token",
-        "signals": ", ".join(trace.signals),
     }
-    cells = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in list(facts.items())[:-1])
-    few = f"The intervals rest on {analysis.n_documents} documents, which is few." if analysis.n_documents < 20 else ""
+    cells = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in facts.items())
+    few = _few_documents(analysis)
     return (
         f'<dl class="facts">{cells}</dl>{paragraphs(few)}<h3>Findings</h3>{bullets(findings(analysis))}'
         '<p class="note">In brackets: interval from a bootstrap over documents. n counts what the number rests on.</p>'
     )
+
+
+def model_name(trace: Trace) -> str:
+    """The model's name on the Hub, or the last part of its folder."""
+    name = str(trace.meta.get("model", {}).get("name", "a model"))
+    return Path(name).name if Path(name).is_absolute() else name
+
+
+def _few_documents(analysis: Analysis) -> str:
+    by_domain = analysis.found.get("expert_share by domain")
+    fewest = analysis.n_documents if by_domain is None else int(by_domain["n_documents"].min())
+    if fewest >= _FEW_DOCUMENTS:
+        return ""
+    whose = "Intervals" if by_domain is None else "Intervals by domain"
+    return f"{whose} rest on as few as {fewest} documents: take them as rough."
 
 
 def shares(analysis: Analysis) -> str:

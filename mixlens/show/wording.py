@@ -154,13 +154,19 @@ def uniform(data: xr.Dataset) -> xr.DataArray | None:
     return array if np.isfinite(array).any() else None
 
 
-def uniform_note(data: xr.Dataset) -> str:
+def uniform_text(data: xr.Dataset) -> str:
+    """The value under uniform routing with its denominator, as "12.5 % of assignments"; empty where there is none."""
     value = uniform(data)
     if value is None:
         return ""
     scale, sign = (100, " %") if is_fraction(data) else (1, f" {unit(data)}" if unit(data) == "bits" else "")
     numbers = list(dict.fromkeys(f"{scale * v:.4g}{sign}" for v in np.ravel(value) if math.isfinite(v)))
-    return f"uniform routing: {', '.join(numbers)} {denominator(data)}".rstrip()
+    return f"{', '.join(numbers)} {denominator(data)}".rstrip()
+
+
+def uniform_note(data: xr.Dataset) -> str:
+    text = uniform_text(data)
+    return f"uniform routing: {text}" if text else ""
 
 
 def note(data: xr.Dataset, *, drawn: str, line: str = "dashed") -> str:
