@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -38,13 +39,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         result = arguments.run(arguments)
+        if result is not None:
+            print(json.dumps(result, indent=1, default=str) if arguments.json else _plain(result))
+        sys.stdout.flush()
     except MixlensError as error:
         _say_failure(error, as_json=arguments.json)
         return EXIT_FAILED
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    if result is not None:
-        print(json.dumps(result, indent=1, default=str) if arguments.json else _plain(result))
+    except BrokenPipeError:  # the reader (head, a pager) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     return 0
 
 

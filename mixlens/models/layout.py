@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from mixlens.errors import ModelError
+from mixlens.models.demo import DEMO, demo_path
 
 # Written by transformers on saving, or about the run rather than the model.
 _VOLATILE = (
@@ -93,9 +94,10 @@ def describe(model: nn.Module) -> dict[str, Any]:
     config = _config(model)
     kept = {key: value for key, value in config.to_dict().items() if key not in _VOLATILE}
     digest = hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
+    name = str(getattr(model, "name_or_path", "") or config._name_or_path or type(model).__name__)
     devices = sorted({str(p.device) for p in model.parameters()})
     return {
-        "name": str(getattr(model, "name_or_path", "") or config._name_or_path or type(model).__name__),
+        "name": DEMO if name == str(demo_path()) else name,
         "revision": getattr(config, "_commit_hash", None),
         "config_sha256": digest,
         "router_sha256": _router_fingerprint(model),

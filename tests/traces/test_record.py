@@ -91,7 +91,12 @@ class Deadly(list):
                 os.kill(os.getpid(), signal.{signal})
             yield document
 
-ml.record(tiny_mixtral(), Deadly(DOCUMENTS), tokenizer=Letters(), out={out!r}, settings=SMALL)
+trace = ml.record(tiny_mixtral(), Deadly(DOCUMENTS), tokenizer=Letters(), out={out!r}, settings=SMALL)
+if "WORLD_SIZE" in os.environ:
+    share = trace.local()
+    assert share.n_tokens < trace.n_tokens
+    assert ml.stats.repetition(share, by="domain").equals(ml.stats.repetition(trace, by="domain"))
+    assert ml.stats.expert_share(share).equals(ml.stats.expert_share(trace))
 """
 
 
@@ -132,7 +137,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, signal_name):
 
 
 @pytest.mark.slow
-def test_two_processes_write_the_run_of_one(tmp_path):
+def test_two_processes_write_the_run_of_one_and_add_their_statistics_up(tmp_path):
     assert run_script(tmp_path / "one") == 0
     launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1")
     assert run_script(tmp_path / "two", launcher=launcher) == 0
