@@ -49,14 +49,27 @@ class Bootstrap:
 
     def resample(self, n: int, stream: int = 0) -> Resamples:
         """Weights of `n` documents in every replicate; `stream` keeps the draws of different groups independent."""
-        drawn = np.random.default_rng([self.seed, stream]).multinomial(n, np.full(n, 1 / n), size=self.replicates)
         left_out = 1 - np.eye(n) if n <= _JACKKNIFE_DOCUMENTS else np.empty((0, n))
-        return Resamples(np.concatenate([np.ones((1, n)), left_out, drawn]), len(left_out))
+        return Resamples(np.concatenate([np.ones((1, n)), left_out, self._draw(n, stream)]), len(left_out))
 
-    def reach(self, documents: np.ndarray) -> np.ndarray:
-        """Standard errors that the expanded percentile interval reaches out, for effective numbers of documents."""
-        n = np.maximum(documents, 1.01)
-        return np.sqrt(n / (n - 1)) * t_quantile((1 + self.level) / 2, np.maximum(n - 1, 1.0))
+    def resample_within(self, group: np.ndarray) -> Resamples:
+        """Weights of documents that are drawn within their group [document], so that every group keeps its number."""
+        weights = np.ones((1 + self.replicates, len(group)))
+        for stream, label in enumerate(np.unique(group)):
+            members = np.flatnonzero(group == label)
+            weights[1:, members] = self._draw(len(members), stream)
+        return Resamples(weights, 0)
+
+    def reach(self, documents: np.ndarray, n_groups: int = 1) -> np.ndarray:
+        """Standard errors that the expanded percentile interval reaches out, for effective numbers of documents.
+
+        sqrt(n / (n - 1)) t(n - 1); for n documents drawn within g groups sqrt(n / (n - g)) t(n - g).
+        """
+        n = np.maximum(documents, 1.01 * n_groups)
+        return np.sqrt(n / (n - n_groups)) * t_quantile((1 + self.level) / 2, np.maximum(n - n_groups, 1.0))
+
+    def _draw(self, n: int, stream: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, stream]).multinomial(n, np.full(n, 1 / n), size=self.replicates)
 
 
 DEFAULT = Bootstrap()

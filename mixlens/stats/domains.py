@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xarray as xr
 
-from mixlens.stats.bootstrap import DEFAULT, Bootstrap, effective_documents
+from mixlens.stats.bootstrap import DEFAULT, Bootstrap, Resamples, effective_documents
 from mixlens.stats.counts import OLMOE, Block, Clusters, Counts, count, described, summarise
 from mixlens.stats.structure import mutual_information_bits
 
@@ -56,35 +56,32 @@ def domain_information(
     excess              the difference; the measure to read
 
     The interval of mutual_information is for its true value, corrected for the upward bias of small samples, and
-    reaches up to the estimate where that lies above it. The interval of excess has the spread of the bootstrap.
+    reaches up to the estimate where that lies above it. The interval of excess has the spread of the bootstrap. Both
+    draw documents within their domain, whose size is part of the question and not of the uncertainty.
 
     Needs    expert_id  uint8 [token, layer, slot]; the column `by` of the sequences
-    Returns  Dataset    bits, ci_low, ci_high [layer, measure]; n (tokens), n_documents; intervals are NaN where fewer
-                        than two documents are at hand
+    Returns  Dataset    bits, ci_low, ci_high [layer, measure]; n (tokens), n_documents; intervals are NaN where a
+                        domain has one document only
     Raises   BadInput   for an unknown column in `by`
     """
     trace.require("domain_information", "expert_id")
     counts = _choices(trace, by)
     members = np.flatnonzero(counts.tokens > 0)
     chosen, group = counts.totals["chosen"][members], counts.clusters.group[members]
-    shape = (trace.n_layers, 3)
-    estimate, low, high = np.full((3, *shape), np.nan)
+    estimate, low, high = np.full((3, trace.n_layers, 3), np.nan)
     if len(members):
-        resamples = bootstrap.resample(len(members))
-        reach = np.broadcast_to(bootstrap.reach(effective_documents(counts.tokens[members])), trace.n_layers)
-        chance = _permuted(chosen, group, counts.clusters.n_groups, bootstrap.seed)
-        tails = np.quantile(chance, [(1 - bootstrap.level) / 2, (1 + bootstrap.level) / 2], axis=-1)
-        for layer in range(trace.n_layers):
-            joint = [resamples.sums(chosen[:, layer] * (group == g)[:, None]) for g in range(counts.clusters.n_groups)]
-            values = mutual_information_bits(np.stack(joint))
-            plain, baseline, at = values[0], chance[layer].mean(), slice(layer, layer + 1)
-            estimate[layer] = plain, baseline, plain - baseline
-            bounds = resamples.interval(values[None], reach[at], floor=0.0)
-            around = resamples.interval(resamples.centred(values)[None], reach[at])
-            low[layer] = bounds[0][0], tails[0, layer], around[0][0] - baseline
-            high[layer] = bounds[1][0], tails[1, layer], around[1][0] - baseline
-        if len(members) < 2:
-            low[:], high[:] = np.nan, np.nan
+        resamples = bootstrap.resample_within(group)
+        values = _information(chosen, group, resamples)
+        chance = _permuted(chosen, group, bootstrap.seed)
+        plain, baseline = values[:, 0], chance.mean(-1)
+        documents = effective_documents(counts.tokens[members])
+        reach = np.broadcast_to(bootstrap.reach(documents, len(np.unique(group))), plain.shape)
+        of_plain = resamples.interval(values, reach, floor=0.0)
+        of_chance = np.quantile(chance, [(1 - bootstrap.level) / 2, (1 + bootstrap.level) / 2], axis=-1)
+        of_excess = resamples.interval(resamples.centred(values) - baseline[:, None], reach)
+        estimate = np.stack([plain, baseline, plain - baseline], axis=-1)
+        if np.unique(group, return_counts=True)[1].min() > 1:
+            low, high = np.stack([of_plain, of_chance, of_excess], axis=-1)
     dims = ("layer", "measure")
     data = xr.Dataset(
         {
@@ -116,12 +113,22 @@ def _choices(trace: Trace, by: str | Sequence[str]) -> Counts:
     return count(trace, clusters, shapes, trace.blocks("sequence", "expert_id"), add)
 
 
-def _permuted(chosen: np.ndarray, group: np.ndarray, n_groups: int, seed: int) -> np.ndarray:
-    """Mutual information [layer, permutation] with the documents' domains permuted."""
+def _information(chosen: np.ndarray, group: np.ndarray, resamples: Resamples) -> np.ndarray:
+    """Mutual information [layer, resample] of expert and group, from choices [document, layer, expert]."""
+    parts = [(resamples.weights[:, group == g], chosen[group == g]) for g in np.unique(group)]
+    layers = []
+    for layer in range(chosen.shape[1]):
+        joint = np.stack([of_group[:, layer].T @ weights.T for weights, of_group in parts])
+        layers.append(mutual_information_bits(joint))
+    return np.stack(layers)
+
+
+def _permuted(chosen: np.ndarray, group: np.ndarray, seed: int) -> np.ndarray:
+    """Mutual information [layer, permutation] with the documents' groups permuted."""
     rng = np.random.default_rng([seed, _PERMUTATION_STREAM])
-    flat, values = chosen.reshape(len(chosen), -1), []
+    groups = np.unique(group)
+    flat, joint = chosen.reshape(len(chosen), -1), []
     for _ in range(_PERMUTATIONS):
-        member = rng.permutation(group) == np.arange(n_groups)[:, None]
-        joint = (member.astype(np.float64) @ flat).reshape(n_groups, *chosen.shape[1:])
-        values.append(mutual_information_bits(joint.transpose(1, 0, 2)[..., None])[..., 0])
-    return np.stack(values, axis=-1)
+        member = rng.permutation(group) == groups[:, None]
+        joint.append((member.astype(np.float64) @ flat).reshape(len(groups), *chosen.shape[1:]))
+    return mutual_information_bits(np.stack(joint, axis=-1).swapaxes(0, 1))

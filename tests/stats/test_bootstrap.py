@@ -1,0 +1,136 @@
+"""The intervals: what they cover, and when there is none."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from mixlens.errors import BadInput
+from mixlens.stats import Bootstrap, domain_information, expert_share, load_balance, transitions
+from mixlens.stats.bootstrap import effective_documents, t_quantile
+from mixlens.traces.trace import Trace
+
+SHARES = np.array([0.25, 0.2, 0.15, 0.12, 0.1, 0.08, 0.06, 0.04])
+
+
+def clustered(rng, shares, *, n_documents, spread, concentration, n_layers, length=60, sequences=None):
+    """Documents of lognormal length, `length` tokens in the mean; the tokens of each follow its own Dirichlet draw around `shares`.
+
+    Every layer is an experiment of its own. `shares` [choice], or [document, choice] where documents differ.
+    """
+    lengths = np.maximum(10, rng.lognormal(-(spread**2) / 2, spread, n_documents) * length).astype(int)
+    document = np.repeat(np.arange(n_documents), lengths)
+    layers = []
+    for _ in range(n_layers):
+        draw = rng.standard_gamma(np.broadcast_to(shares * concentration, (n_documents, shares.shape[-1])))
+        edges = (draw / draw.sum(-1, keepdims=True)).cumsum(-1)[document, :-1]
+        layers.append((rng.random(len(document))[:, None] > edges).sum(-1))
+    return np.stack(layers, axis=1), {"sequence": document}, sequences
+
+
+def covers(data, truth, low="ci_low", high="ci_high"):
+    return ((data[low] <= truth) & (truth <= data[high])).values
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.8], ids=["equal lengths", "unequal lengths"])
+@pytest.mark.parametrize("n_documents", [20, 40, 100])
+def test_intervals_of_shares_cover_what_they_say(n_documents, spread):
+    rng, hits = np.random.default_rng(n_documents), []
+    for seed in range(15):
+        ids, tokens, _ = clustered(rng, SHARES, n_documents=n_documents, spread=spread, concentration=30, n_layers=16)
+        trace = Trace.from_arrays(ids[..., None], n_experts=8, tokens=tokens)
+        hits.append(covers(expert_share(trace, bootstrap=Bootstrap(seed=seed, replicates=400)), SHARES))
+    # 240 experiments of 8 shares: the binomial error of one share's coverage is 1.4 %, of their mean about half that.
+    assert 0.93 <= np.mean(hits) <= 0.97
+
+
+def test_intervals_of_biased_statistics_cover_what_they_say():
+    rng, hits = np.random.default_rng(1), {"cv": [], "mutual information": [], "excess": []}
+    joint = np.outer(SHARES, SHARES[::-1]) * np.exp(rng.normal(0, 0.6, (8, 8)))
+    joint /= joint.sum()
+    information = (joint * np.log2(joint / np.outer(joint.sum(1), joint.sum(0)))).sum()
+    domains = np.stack([SHARES, SHARES[::-1]])
+    of_domains = (domains * np.log2(domains / domains.mean(0))).sum() / 2
+    settings = {"n_documents": 40, "spread": 0.5, "n_layers": 6, "length": 150}
+    for seed in range(15):
+        bootstrap = Bootstrap(seed=seed, replicates=400)
+        ids, tokens, _ = clustered(rng, SHARES, concentration=30, **settings)
+        balance = load_balance(Trace.from_arrays(ids[..., None], n_experts=8, tokens=tokens), bootstrap=bootstrap)
+        hits["cv"].append(covers(balance.sel(measure="cv"), SHARES.std() * 8))
+
+        pairs, tokens, _ = clustered(rng, joint.ravel(), concentration=100, **settings)
+        ids = np.stack([pairs // 8, pairs % 8], axis=-1).reshape(len(pairs), 12, 1)
+        found = transitions(Trace.from_arrays(ids, n_experts=8, tokens=tokens), bootstrap=bootstrap)
+        hits["mutual information"].append(covers(found, information, "mi_ci_low", "mi_ci_high")[::2])
+
+        label = np.arange(40) % 2
+        ids, tokens, table = clustered(
+            rng, domains[label], concentration=30, sequences=pd.DataFrame({"domain": label}), **settings
+        )
+        trace = Trace.from_arrays(ids[..., None], n_experts=8, tokens=tokens, sequences=table)
+        hits["excess"].append(covers(domain_information(trace, bootstrap=bootstrap).sel(measure="excess"), of_domains))
+    for name, found in hits.items():
+        assert 0.91 <= np.mean(found) <= 0.99, name
+
+
+def test_one_document_has_no_interval(make_trace):
+    found = expert_share(make_trace(n_documents=1))
+    assert np.isfinite(found["estimate"]).all()
+    assert np.isnan(found["ci_low"]).all()
+    assert np.isnan(found["ci_high"]).all()
+    alone = expert_share(make_trace(), by="document_id")
+    assert np.isnan(alone["ci_low"]).all()
+    assert (alone["n_documents"] == 1).all()
+
+
+def test_a_document_of_several_sequences_is_drawn_as_one(make_trace):
+    trace = make_trace()
+    apart = make_trace()
+    apart.sequences["document_id"] = np.arange(len(apart.sequences))
+    one, many = expert_share(trace), expert_share(apart)
+    assert one["n_documents"] == 9
+    assert many["n_documents"] == len(trace.sequences) > 9
+    np.testing.assert_array_equal(one["estimate"], many["estimate"])
+    assert not np.allclose(one["ci_low"], many["ci_low"])
+
+
+def test_the_same_seed_gives_the_same_interval(make_trace):
+    trace = make_trace()
+    first, again, other = (expert_share(trace, bootstrap=Bootstrap(seed=s)) for s in (1, 1, 2))
+    assert first.identical(again)
+    assert not np.array_equal(first["ci_low"], other["ci_low"])
+    assert first.attrs["seed"] == 1
+    assert first.attrs["level"] == 0.95
+    assert first.attrs["replicates"] == 1000
+
+
+def test_a_higher_level_gives_a_wider_interval(make_trace):
+    trace = make_trace()
+    narrow, wide = (expert_share(trace, bootstrap=Bootstrap(level=level)) for level in (0.5, 0.99))
+    assert (wide["ci_low"] <= narrow["ci_low"]).all()
+    assert (wide["ci_high"] >= narrow["ci_high"]).all()
+    assert ((wide["ci_high"] - wide["ci_low"]) > (narrow["ci_high"] - narrow["ci_low"])).mean() > 0.9
+
+
+def test_quantiles_of_t_are_those_of_the_tables():
+    degrees = np.array([1, 2, 5, 10, 30, 120, 1e9])
+    expected = [12.7062, 4.3027, 2.5706, 2.2281, 2.0423, 1.9799, 1.9600]
+    np.testing.assert_allclose(t_quantile(0.975, degrees), expected, rtol=2e-4)
+
+
+def test_effective_documents_are_fewer_where_lengths_differ():
+    sizes = np.array([[10, 30, 5, 0], [10, 10, 0, 0], [10, 0, 0, 0]], float)
+    np.testing.assert_allclose(effective_documents(sizes), [3, 1.6, np.nan, np.nan])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"level": 95}, "level 95 were asked for. A level lies between 0 and 1. Give 0.95."),
+        ({"replicates": 1}, "Intervals from 1 replicates were asked for. At least 10 are needed. Give 1000"),
+    ],
+)
+def test_settings_that_make_no_interval_are_refused(settings, message):
+    with pytest.raises(BadInput, match=message):
+        Bootstrap(**settings)
