@@ -49,7 +49,7 @@ class Reader:
         start = np.concatenate([[0], np.cumsum(lengths)])
         tokens = _Gathered(int(start[-1]))
         sites = {site.name: _SiteRows(site) for site in self.signals.sites}
-        for rows in _batches(lengths, self.batch_tokens):
+        for rows in batches(lengths, self.batch_tokens):
             for offset, ids, raw, states in self._forwards([sequences[row] for row in rows]):
                 valid = offset + np.arange(ids.shape[1])[None] < lengths[rows][:, None]
                 row, column = np.nonzero(valid)
@@ -151,7 +151,7 @@ class _SiteRows:
         return row[order], value[order], self.site.layers or ()
 
 
-def _batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
+def batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
     """Rows of each batch: neighbours in length, rows x longest within the budget, the longest batch first."""
     order = np.argsort(-lengths, kind="stable")
     begin = 0

@@ -71,10 +71,10 @@ def record(
     Raises BadInput for documents that cannot be read as asked, RunError when `out` holds something else or cannot be
     written, ModelError when the model has no experts.
     """
-    reader = Reader(model, parse_signals(signals, len(moe_layers(model))), _batch_tokens(model, settings))
-    tokenizer = tokenizer if tokenizer is not None else _tokenizer_of(model)
+    reader = Reader(model, parse_signals(signals, len(moe_layers(model))), batch_size(model, settings))
+    tokenizer = tokenizer if tokenizer is not None else tokenizer_of(model)
     corpus = Documents(documents, settings.text)
-    limit = _limit(model, settings)
+    limit = length_limit(model, settings)
     plan = {
         "input_sha256": corpus.digest,
         "documents": corpus.count,
@@ -89,7 +89,7 @@ def record(
     }
     peers = processes()
     if out is None:
-        return _record_in_memory(model, reader, _shards(corpus, tokenizer, limit, settings, Tally()), tokenizer, plan)
+        return _record_in_memory(model, reader, shards_of(corpus, tokenizer, limit, settings, Tally()), tokenizer, plan)
     if not peers.leads:
         peers.wait()
     writer = RunWriter(out, "trace", plan, leader=peers.leads)
@@ -110,7 +110,7 @@ class _Corpus:
 
 
 @dataclass(frozen=True)
-class _Shard:
+class Shard:
     index: int
     first_sequence: int
     documents: int
@@ -121,9 +121,9 @@ class _Shard:
         return sum(len(piece.ids) for piece in self.pieces)
 
 
-def _shards(
+def shards_of(
     documents: Documents, tokenizer: Any, limit: int, settings: RecordSettings, tally: Tally
-) -> Iterator[_Shard]:
+) -> Iterator[Shard]:
     """Fixed slices of the documents, whoever computes them: a shard closes with the document that fills it."""
     index, first, tokens, count, pieces = 0, 0, 0, 0, []
     for document in documents:
@@ -131,14 +131,14 @@ def _shards(
         pieces += (new := pieces_of(document, ids, limit, settings.overlong, tally))
         tokens, count = tokens + sum(len(piece.ids) for piece in new), count + 1
         if tokens >= settings.shard_tokens:
-            yield _Shard(index, first, count, pieces)
+            yield Shard(index, first, count, pieces)
             index, first, tokens, count, pieces = index + 1, first + len(pieces), 0, 0, []
     if pieces:
-        yield _Shard(index, first, count, pieces)
+        yield Shard(index, first, count, pieces)
 
 
 def _record_in_memory(
-    model: nn.Module, reader: Reader, shards: Iterator[_Shard], tokenizer: Any, plan: dict[str, Any]
+    model: nn.Module, reader: Reader, shards: Iterator[Shard], tokenizer: Any, plan: dict[str, Any]
 ) -> Trace:
     parts, tables = [], []
     with reader:
@@ -153,7 +153,7 @@ def _record_in_memory(
 
 def _record_to_disk(model: nn.Module, reader: Reader, writer: RunWriter, corpus: _Corpus, peers: Processes) -> None:
     tally, done, started = Tally(), writer.done, now()
-    shards = _shards(corpus.documents, corpus.tokenizer, corpus.limit, corpus.settings, tally)
+    shards = shards_of(corpus.documents, corpus.tokenizer, corpus.limit, corpus.settings, tally)
     hidden = not (corpus.settings.progress and peers.leads)
     try:
         with reader, tqdm(total=corpus.documents.count, unit="doc", disable=hidden, desc="recording") as bar:
@@ -211,7 +211,7 @@ def _join_tables(tables: list[Any], path: Any) -> None:
             joined.write_table(pq.read_table(table).cast(schema))
 
 
-def _sequence_rows(shard: _Shard) -> pd.DataFrame:
+def _sequence_rows(shard: Shard) -> pd.DataFrame:
     rows = [{**piece.columns, "length": len(piece.ids)} for piece in shard.pieces]
     return pd.DataFrame(rows, index=pd.RangeIndex(shard.first_sequence, shard.first_sequence + len(rows)))
 
@@ -236,7 +236,7 @@ def vocabulary_of(tokenizer: Any) -> pd.Series | None:
     return pieces.sort_index()
 
 
-def _tokenizer_of(model: nn.Module) -> Any:
+def tokenizer_of(model: nn.Module) -> Any:
     from transformers import AutoTokenizer
 
     name = getattr(model, "name_or_path", "")
@@ -249,13 +249,13 @@ def _tokenizer_of(model: nn.Module) -> Any:
         ) from error
 
 
-def _batch_tokens(model: nn.Module, settings: RecordSettings) -> int:
+def batch_size(model: nn.Module, settings: RecordSettings) -> int:
     if settings.batch_tokens is not None:
         return _positive("batch_tokens", settings.batch_tokens)
     return 4096 if input_device(model).type == "cpu" else 16_384
 
 
-def _limit(model: nn.Module, settings: RecordSettings) -> int:
+def length_limit(model: nn.Module, settings: RecordSettings) -> int:
     if settings.overlong not in OVERLONG:
         raise BadInput(
             f"Documents were to be recorded with overlong={settings.overlong!r}. Choices are {', '.join(OVERLONG)}. "
