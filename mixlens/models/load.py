@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import psutil
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging
 
 from mixlens.errors import BadInput, ModelError
 from mixlens.models.demo import DEMO, demo_path
@@ -35,7 +37,7 @@ def load(
     dtype       None is the checkpoint's own on an accelerator and float32 on a CPU
     revision    branch, tag or commit on the Hub
     experts     transformers' experts implementation; None picks the fastest for the device
-    verbose     print one line on what was loaded, and how, to stderr
+    verbose     show progress, and print one line on what was loaded, and how, to stderr
 
     Only safetensors are read and no code of the repository is run.
 
@@ -56,9 +58,10 @@ def load(
         "trust_remote_code": False,
     }
     try:
-        read: Any = AutoModelForCausalLM.from_pretrained(
-            name, config=config, device_map=device_map, output_loading_info=True, **options
-        )
+        with _progress_bar(shown=verbose):
+            read: Any = AutoModelForCausalLM.from_pretrained(
+                name, config=config, device_map=device_map, output_loading_info=True, **options
+            )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _weights_error(str(model), error) from error
     loaded, info = read
@@ -176,6 +179,19 @@ def _cuda_index(place: str) -> int | None:
         return int(place)
     kind, _, number = place.partition(":")
     return int(number or 0) if kind == "cuda" else None
+
+
+@contextmanager
+def _progress_bar(*, shown: bool) -> Iterator[None]:
+    """transformers' own bar, which in a saved notebook is a widget without its state."""
+    if shown or not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
 
 
 def _experts(model: Any, asked: str | None) -> str:
