@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +65,18 @@ def moe_layers(model: nn.Module) -> list[MoeLayer]:
             f"{len(layers) if layers is not None else 0}. Give a Mixtral model, such as mistralai/Mixtral-8x7B-v0.1."
         )
     return found
+
+
+@contextmanager
+def only_layers(model: nn.Module, start: int, stop: int) -> Iterator[None]:
+    """The decoder runs layers `start` to `stop` - 1 alone, then its norm: for hidden states kept from before."""
+    decoder: Any = decoder_of(model)
+    layers = decoder.layers
+    decoder.layers = nn.ModuleList(layers[start:stop])
+    try:
+        yield
+    finally:
+        decoder.layers = layers
 
 
 def n_experts(model: nn.Module) -> int:
