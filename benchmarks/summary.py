@@ -1,0 +1,75 @@
+"""Prints the committed results as the Markdown tables of README.md.
+
+python benchmarks/summary.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> None:
+    tables = {"recording": recording, "memory": memory, "computing": computing, "importing": importing}
+    for path in sorted(RESULTS.glob("*.json")):
+        result = json.loads(path.read_text("utf-8"))
+        if result.get("benchmark") in tables:
+            print(f"### {path.name}\n\n{where(result['measured_on'])}\n")
+            print("\n".join(tables[result["benchmark"]](result)), end="\n\n")
+
+
+def where(on: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in on["versions"].items())
+    threads = f", {on['threads']} threads" if "threads" in on else ""
+    load = f"{on['load_average_at_start'][0]} at the start, {on['load_average_at_end'][0]} at the end"
+    machine = f"{on['gpu'] or 'no GPU'}; CPU {on['cpu']}, {on['cores']} cores{threads}"
+    return f"{on['date']}; {machine}; load {load}; {versions}."
+
+
+def recording(result: dict[str, Any]) -> Iterator[str]:
+    settings = result["settings"]
+    rows, columns = settings["batch"]
+    yield f"{settings['parameters'] / 1e6:,.0f}M parameters, {settings['dtype']}, batch of {rows} x {columns} tokens.\n"
+    yield "| against the bare forward | ratio | 95 % interval | bare, s | pairs |\n|---|---|---|---|---|"
+    for name, r in result["results"].items():
+        interval = f"{r['ci_low']:.3f} to {r['ci_high']:.3f}"
+        yield f"| {name} | {r['ratio']:.3f} | {interval} | {r['bare_s']:.2f} | {r['pairs']} |"
+    for name, reason in result["skipped"].items():
+        yield f"| {name} | | {reason} | | |"
+
+
+def memory(result: dict[str, Any]) -> Iterator[str]:
+    yield "| tokens | shards | peak, MiB | of which recording | routing files, bytes a token | all files |"
+    yield "|---|---|---|---|---|---|"
+    for run in (result["results"]["small"], result["results"]["large"]):
+        peak, growth = (f"{run[key] / 2**20:.0f}" for key in ("peak_bytes", "growth_bytes"))
+        routing, every = run["routing_bytes_a_token"], run["all_bytes_a_token"]
+        yield f"| {run['tokens']:,} | {run['shards']} | {peak} | {growth} | {routing} | {every} |"
+
+
+def computing(result: dict[str, Any]) -> Iterator[str]:
+    settings = result["settings"]
+    large, small = (f"{settings[key]:,} tokens, s" for key in ("large_tokens", "small_tokens"))
+    yield f"| statistic, with intervals | {large} | {small} | growth |\n|---|---|---|---|"
+    for name, times in result["results"]["statistics"].items():
+        yield f"| {name} | {times['large_s']:.2f} | {times['small_s']:.2f} | {times['growth']:.2f} |"
+    yield f"\n| {settings['small_tokens']:,} tokens | mixlens, with intervals, s | pandas, without, s | same estimates |"
+    yield "|---|---|---|---|"
+    for name, times in result["results"]["pandas_on_small"].items():
+        same = "yes" if times["same"] else "no"
+        yield f"| {name} | {times['mixlens_s']:.2f} | {times['pandas_s']:.2f} | {same} |"
+
+
+def importing(result: dict[str, Any]) -> Iterator[str]:
+    r = result["results"]
+    yield "| median, s | fastest | slowest | processes | imports torch |\n|---|---|---|---|---|"
+    torch = "yes" if r["imports_torch"] else "no"
+    yield f"| {r['median_s']} | {r['fastest_s']} | {r['slowest_s']} | {r['processes']} | {torch} |"
+
+
+if __name__ == "__main__":
+    main()
