@@ -57,7 +57,7 @@ def computing(result: dict[str, Any]) -> Iterator[str]:
     yield f"| statistic, with intervals | {large} | {small} | growth |\n|---|---|---|---|"
     for name, times in result["results"]["statistics"].items():
         yield f"| {name} | {times['large_s']:.2f} | {times['small_s']:.2f} | {times['growth']:.2f} |"
-    yield f"\n| {settings['small_tokens']:,} tokens | mixlens, with intervals, s | pandas, without, s | same estimates |"
+    yield f"\n| {settings['small_tokens']:,} tokens | mixlens with intervals, s | pandas without, s | same estimates |"
     yield "|---|---|---|---|"
     for name, times in result["results"]["pandas_on_small"].items():
         same = "yes" if times["same"] else "no"
