@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from mixlens.errors import BadInput
 
@@ -44,8 +45,11 @@ class Documents:
     def __init__(self, documents: Iterable[Any], column: str) -> None:
         if isinstance(documents, str | Mapping):
             raise BadInput(
-                f"Documents were to be recorded. A single {type(documents).__name__} was given. Put it into a list."
+                f"Documents were to be recorded. A single {type(documents).__name__} was given. Give a list of "
+                "documents, or one split of a dataset."
             )
+        if isinstance(documents, pd.DataFrame):
+            documents = documents.to_dict("records")
         self.column = column
         self._documents = documents if hasattr(documents, "__getitem__") else list(documents)
         self.digest, self.count = self._check()
@@ -72,6 +76,7 @@ class Documents:
 
     def _check(self) -> tuple[str, int]:
         digest, seen, first, count = hashlib.sha256(), set(), None, 0
+        kinds: dict[str, str] = {}
         for document in self:
             first = document.columns.keys() if first is None else first
             if document.columns.keys() != first:
@@ -86,6 +91,12 @@ class Documents:
                     "every document its own id, or none."
                 )
             seen.add(document.id)
+            for name, value in {"id": document.id, **document.columns}.items():
+                if value is not None and kinds.setdefault(name, kind := _kind(value)) != kind:
+                    raise BadInput(
+                        f"Document {document.number} was to be recorded. Its column {name!r} holds a {kind}, where "
+                        f"documents before it have a {kinds[name]}. Give every column values of one kind."
+                    )
             digest.update(json.dumps([document.id, document.text, document.columns], default=str).encode())
             count += 1
         if not count:
@@ -125,6 +136,10 @@ def pieces_of(document: Document, ids: list[int], max_length: int, overlong: str
     array = np.asarray(ids, np.int64)
     cuts = range(0, len(array), max_length)
     return [Piece(array[i : i + max_length], {"document_id": document.id, **document.columns}) for i in cuts]
+
+
+def _kind(value: Any) -> str:
+    return "text" if isinstance(value, str) else "truth value" if isinstance(value, bool) else "number"
 
 
 def _plain(value: Any) -> Any:

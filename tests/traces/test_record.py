@@ -62,8 +62,10 @@ def test_disk_and_memory_hold_the_same(model, letters, tmp_path):
 def test_strings_and_datasets_are_documents_too(small_model, letters):
     from_dicts = record(small_model, DOCUMENTS, tokenizer=letters, settings=QUIET)
     from_dataset = record(small_model, Dataset.from_list(DOCUMENTS), tokenizer=letters, settings=QUIET)
+    from_frame = record(small_model, pd.DataFrame(DOCUMENTS), tokenizer=letters, settings=QUIET)
     from_strings = record(small_model, TEXTS, tokenizer=letters, settings=QUIET)
     assert_equal_traces(from_dicts, from_dataset, atol=0)
+    assert_equal_traces(from_dicts, from_frame, atol=0)
     assert_equal_traces(from_dicts, from_strings, atol=0)
     assert from_dataset.sequences["domain"].tolist() == ["a", "b", "a", "b", "a"]
 
@@ -181,6 +183,13 @@ def test_truncating_and_splitting_are_said_and_counted(small_model, letters, tmp
         ([{"text": "a", "domain": "x"}, {"text": "b"}], QUIET, "Document 1 .* in the columns domain"),
         ([{"text": "a", "id": 1}, {"text": "b", "id": 1}], QUIET, "id 1 was used before"),
         ([{"text": "a", "length": 3}], QUIET, "column called length"),
+        (
+            [{"text": "a", "year": 1}, {"text": "b", "year": "two"}],
+            QUIET,
+            "Document 1 .* 'year' holds a text, .* number",
+        ),
+        ([{"text": "a", "id": 1}, {"text": "b", "id": "b"}], QUIET, "'id' holds a text"),
+        ({"train": TEXTS}, QUIET, "one split of a dataset"),
         (["abc" * 500], QUIET, r"1,501 tokens, and the limit is 512.*truncate"),
         (["a"], RecordSettings(max_length=1000), "context is 512"),
         (["a"], RecordSettings(overlong="drop"), "error, truncate, split"),
@@ -190,6 +199,25 @@ def test_truncating_and_splitting_are_said_and_counted(small_model, letters, tmp
 def test_bad_documents_are_named(small_model, letters, documents, settings, message):
     with pytest.raises(BadInput, match=message):
         record(small_model, documents, tokenizer=letters, settings=settings)
+
+
+def test_columns_of_any_plain_value_come_back(small_model, letters, tmp_path):
+    rows = [
+        {"text": "a", "year": 1999, "score": None, "tags": ["x", "y"]},
+        {"text": "b", "year": 2001.5, "score": 0.5, "tags": None},
+        {"text": "c", "year": 7, "score": 1, "tags": {"k": 1}},
+    ]
+    settings = RecordSettings(shard_tokens=1, progress=False)
+    trace = record(small_model, rows, tokenizer=letters, settings=settings, out=tmp_path / "run")
+    assert trace.meta["shards"] == 3
+    assert trace.sequences["year"].tolist() == [1999, 2001.5, 7]
+    assert trace.sequences["score"].isna().tolist() == [True, False, False]
+    assert trace.sequences["tags"].tolist()[::2] == ['["x", "y"]', '{"k": 1}']
+
+
+def test_a_model_of_no_known_place_needs_its_tokenizer_named(small_model):
+    with pytest.raises(BadInput, match=r"None was found there\. Pass tokenizer="):
+        record(small_model, TEXTS, settings=QUIET)
 
 
 def test_a_document_that_fails_late_keeps_the_shards_before_it(small_model, letters, tmp_path):
