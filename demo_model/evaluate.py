@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Mix
 import mixlens as ml
 from demo_model.data import DOMAINS, read_documents
 
-PROMPT_CHARACTERS, NEW_TOKENS = 60, 120
+PROMPT_CHARACTERS, NEW_TOKENS, ABLATION_DOCUMENTS = 60, 120, 6
 POSITION_EDGES = (0, 64, 128, 256, 512, 1024, 1536, 2048, 2560, 3072, 3584, 4096)
 
 
@@ -170,7 +170,8 @@ def main() -> None:
     result = measure(model, tokenizer, options.data)
     result["samples_bits_per_byte"] = round(bits_per_byte(model, tokenizer, [s["text"] for s in samples]), 4)
     trained = information(model, tokenizer, documents)
-    result["ablation"] = ablation(model, tokenizer, {d: t[:12] for d, t in validation.items()}, trained.pop("share"))
+    some = {domain: texts[:ABLATION_DOCUMENTS] for domain, texts in validation.items()}
+    result["ablation"] = ablation(model, tokenizer, some, trained.pop("share"))
     result["routing"] = {"trained": trained}
     for seed in range(options.seeds):
         torch.manual_seed(seed)

@@ -38,7 +38,7 @@ CONFIG = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
     "bos_token_id": 1,
     "eos_token_id": 2,
-    "router_aux_loss_coef": 0.01,
+    "router_aux_loss_coef": 0.02,
 }
 WARM_UP = 500_000  # tokens
 FALL = 0.28  # share of the tokens over which the learning rate falls to zero
