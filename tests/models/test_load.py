@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import tiny_mixtral
+from tiny import tiny_mixtral
 
 from mixlens import BadInput, ModelError, load
 from mixlens.models.layout import describe

@@ -7,7 +7,7 @@ import pytest
 import torch
 import xarray as xr
 from accelerate import dispatch_model
-from conftest import tiny_mixtral
+from tiny import tiny_mixtral
 
 import mixlens as ml
 from mixlens.traces.ablating import Ablator

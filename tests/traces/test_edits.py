@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_mixtral
+from tiny import tiny_mixtral
 
 import mixlens as ml
 from mixlens import edits

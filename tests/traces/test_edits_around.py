@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import dispatch_model
-from conftest import tiny_mixtral
+from tiny import tiny_mixtral
 
 import mixlens as ml
 from mixlens import BadInput, edits

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from conftest import tiny_mixtral
+from tiny import tiny_mixtral
 
 from mixlens import RecordSettings, record
 

@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import Letters
 from datasets import Dataset
+from tiny import Letters
 
 from mixlens import BadInput, Recorder, RecordSettings, RunError, Site, Trace, record
 from mixlens.traces.signals import SITES
@@ -80,7 +80,7 @@ def test_a_complete_run_is_opened_and_not_computed_again(small_model, letters, t
 RUN = """
 import os, signal, sys
 sys.path.insert(0, {tests!r})
-from conftest import Letters, tiny_mixtral
+from tiny import Letters, tiny_mixtral
 from test_record import DOCUMENTS, SMALL
 import mixlens as ml
 
@@ -246,7 +246,7 @@ def test_a_folder_that_cannot_be_made_is_an_error_of_ours(small_model, letters, 
 FULL_DISK = """
 import resource, signal, sys
 sys.path[:0] = [{tests!r}, {here!r}]
-from conftest import Letters, tiny_mixtral
+from tiny import Letters, tiny_mixtral
 from test_record import DOCUMENTS, SMALL
 import mixlens as ml
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_mixtral
+from tiny import tiny_mixtral
 
 from mixlens import BadInput, ModelError, Recorder, Site
 from mixlens.traces.signals import SITES
