@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mixlens import show, stats
     from mixlens.errors import BadInput, MissingSignal, MixlensError, ModelError, RunError
+    from mixlens.importance import Ablation, expert_importance, measure_importance
     from mixlens.models.demo import demo_documents
     from mixlens.models.load import load
     from mixlens.show import view
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "Ablation": "mixlens.importance",
     "BadInput": "mixlens.errors",
     "MissingSignal": "mixlens.errors",
     "MixlensError": "mixlens.errors",
@@ -37,7 +39,9 @@ _HOME = {
     "concat": "mixlens.traces.trace",
     "demo_documents": "mixlens.models.demo",
     "edit": "mixlens.traces.edits",
+    "expert_importance": "mixlens.importance",
     "load": "mixlens.models.load",
+    "measure_importance": "mixlens.importance",
     "open": "mixlens.kinds",
     "record": "mixlens.traces.record",
     "report": "mixlens.show.report",
@@ -46,6 +50,7 @@ _HOME = {
 _MODULES = {"edits": "mixlens.traces.edits", "show": "mixlens.show", "stats": "mixlens.stats"}
 
 __all__ = [
+    "Ablation",
     "BadInput",
     "MissingSignal",
     "MixlensError",
@@ -59,7 +64,9 @@ __all__ = [
     "demo_documents",
     "edit",
     "edits",
+    "expert_importance",
     "load",
+    "measure_importance",
     "open",
     "record",
     "report",

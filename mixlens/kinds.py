@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from mixlens.errors import RunError
 from mixlens.runs import open_run
+from mixlens.stats.importance import open_importance
 from mixlens.traces.trace import Trace
 
-_KINDS = {"trace": Trace.open}
+_KINDS = {"trace": Trace.open, "importance": open_importance}
 
 
-def open(path: str | os.PathLike, *, check: bool = True) -> Trace:
-    """The run at `path`, read lazily.
+def open(path: str | os.PathLike, *, check: bool = True) -> Any:
+    """The run at `path`, read lazily: a Trace, or the sums over documents of an importance run.
 
     check  compare every file with its checksum when it is first read; False compares sizes only
 

@@ -18,7 +18,7 @@ FLOORS = [
     {"mixlens.runs", "mixlens.models"},
     {"mixlens.traces"},
     {"mixlens.stats"},
-    {"mixlens.kinds"},
+    {"mixlens.kinds", "mixlens.importance"},
     {"mixlens.show"},
     {"mixlens.cli"},
 ]

@@ -3,6 +3,7 @@
 from mixlens.stats.agreement import agreement
 from mixlens.stats.bootstrap import Bootstrap
 from mixlens.stats.domains import domain_information, domain_specialization
+from mixlens.stats.importance import expert_importance
 from mixlens.stats.published import table5
 from mixlens.stats.routing import expert_share, load_balance, position_profile, router_confidence, routing_entropy
 from mixlens.stats.structure import coactivation, repetition, transitions
@@ -14,6 +15,7 @@ __all__ = [
     "coactivation",
     "domain_information",
     "domain_specialization",
+    "expert_importance",
     "expert_share",
     "load_balance",
     "position_profile",

@@ -115,7 +115,7 @@ class Output:
     how: str = field(init=False)
 
     def __post_init__(self) -> None:
-        digest = None if self.means is None else _digest(*self.means.values())
+        digest = None if self.means is None else digest_of(*self.means.values())
         object.__setattr__(self, "how", "zero" if digest is None else f"mean {digest}")
 
     def replace(self, layer: int, ids: torch.Tensor, rows: Rows, index: Any) -> tuple[torch.Tensor, Any]:
@@ -157,7 +157,7 @@ class Patch:
     content: str = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "content", f"{tuple(self.values.shape)} {_digest(self.values)}")
+        object.__setattr__(self, "content", f"{tuple(self.values.shape)} {digest_of(self.values)}")
 
     @property
     def experts(self) -> tuple[int, ...]:
@@ -233,7 +233,8 @@ def values_of(
     return found, np.full(len(positions), -1), positions
 
 
-def _digest(*tensors: torch.Tensor) -> str:
+def digest_of(*tensors: torch.Tensor) -> str:
+    """A short fingerprint of values, for plans and for telling edits apart."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())

@@ -1,0 +1,101 @@
+"""Importance maps from documents: against forwards under edits, and as runs that resume."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from tiny import Letters, tiny_mixtral
+
+import mixlens as ml
+from mixlens import Ablation, BadInput, RecordSettings, RunError
+
+DOCUMENTS = [
+    {"id": f"d{i}", "domain": domain, "text": text}
+    for i, (domain, text) in enumerate(
+        [("code", "def f(x):"), ("prose", "It was night."), ("code", "return x"), ("prose", "Rain fell"), ("code", "x")]
+    )
+]
+SETTINGS = RecordSettings(progress=False, shard_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def net():
+    return tiny_mixtral()
+
+
+def measure(net, documents=DOCUMENTS, **options):
+    return ml.measure_importance(net, documents, tokenizer=Letters(), **{"settings": SETTINGS, **options})
+
+
+def test_sums_are_those_of_recording_under_the_same_edit(net):
+    measured = measure(net)
+    assert measured.document_id.values.tolist() == ["d0", "d1", "d2", "d3", "d4"]
+    quiet = RecordSettings(progress=False)
+
+    def loss_by_document(trace) -> np.ndarray:
+        logprob, sequence = trace.read("logprob"), trace.read("sequence")
+        return np.array([-np.nansum(logprob[sequence == s]) for s in range(len(DOCUMENTS))])
+
+    whole = loss_by_document(ml.record(net, DOCUMENTS, tokenizer=Letters(), settings=quiet))
+    np.testing.assert_allclose(measured.value, whole, atol=1e-4)
+    for layer, expert in [(0, 1), (1, 6), (3, 3)]:
+        with ml.edit(net, ml.edits.ablate(layer, expert)):
+            without = loss_by_document(ml.record(net, DOCUMENTS, tokenizer=Letters(), settings=quiet))
+        np.testing.assert_allclose(measured.change.sel(layer=layer, expert=expert), without - whole, atol=1e-4)
+
+
+def test_pieces_of_a_document_are_added_up(net):
+    split = RecordSettings(progress=False, max_length=6, overlong="split")
+    measured = measure(net, settings=split)
+    assert measured.sizes["document"] == len(DOCUMENTS)
+    np.testing.assert_array_equal(measured.length, [len(d["text"]) + 1 for d in DOCUMENTS])
+    pieces = [-(-len(text) // 6) for text in (d["text"] + "B" for d in DOCUMENTS)]
+    np.testing.assert_array_equal(measured.tokens, measured.length - pieces)
+
+
+def test_a_run_that_was_stopped_resumes_to_the_same_numbers(net, tmp_path, monkeypatch):
+    whole = measure(net, out=tmp_path / "whole")
+    in_memory = measure(net)
+    xr.testing.assert_identical(whole, in_memory)
+    from mixlens.traces.ablating import Ablator
+
+    calls, own = [], Ablator.measure
+
+    def stops(self, *args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return own(self, *args)
+
+    monkeypatch.setattr(Ablator, "measure", stops)
+    with pytest.raises(KeyboardInterrupt):
+        measure(net, out=tmp_path / "stopped")
+    with pytest.raises(RunError, match="stopped after 1 complete shards"):
+        ml.open(tmp_path / "stopped")
+    xr.testing.assert_identical(measure(net, out=tmp_path / "stopped"), whole)
+    n_shards = len(list((tmp_path / "whole").glob("importance-*.safetensors")))
+    assert len(calls) == 1 + n_shards
+    xr.testing.assert_identical(ml.open(tmp_path / "stopped"), whole)
+    assert len(calls) == 1 + n_shards
+    with pytest.raises(RunError, match="ablation"):
+        measure(net, out=tmp_path / "whole", ablation=Ablation(how="zero"))
+
+
+def test_a_map_by_domain_with_a_metric_of_ones_own(net):
+    def right(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return logits.argmax(-1) == target
+
+    data = ml.expert_importance(
+        net, DOCUMENTS, by="domain", tokenizer=Letters(), settings=SETTINGS, ablation=Ablation(metric=right, layers=[2])
+    )
+    assert data.estimate.dims == ("domain", "layer", "expert")
+    assert data.estimate.shape == (2, 1, 8)
+    assert "right" in data.attrs["metric"]
+    assert float(abs(data.share.sum("expert") - 1).max()) < 1e-9
+
+
+def test_unknown_layers(net):
+    with pytest.raises(BadInput, match="layers 0 to 3"):
+        measure(net, ablation=Ablation(layers=[2, 4]))
