@@ -65,7 +65,8 @@ def expert_share_grid(
     """
     present = data["layer"].to_numpy()
     layers = list(dict.fromkeys(present[[0, len(present) // 2, -1]])) if layers is None else list(layers)
-    top = 1.12 * float(data.sel(layer=layers)["ci_high"].max())
+    drawn = data.sel(layer=layers)  # with a single document there is no interval
+    top = 1.12 * float(drawn["ci_high"].fillna(drawn["estimate"]).max())
     with paper():
         figure = paper_figure(width, 0.6 + 1.7 * len(layers))
         axes = [add_axes(figure, len(layers), 1, i + 1) for i in range(len(layers))]

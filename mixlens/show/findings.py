@@ -164,7 +164,7 @@ def _transitions(data: xr.Dataset) -> list[str]:
     return [
         f"First choices of neighbouring layers hang together most between layers {layer} and {layer + gap}: mutual "
         f"information {float(best['mi_bits']):.3f} bits [{low:.3f}, {high:.3f}], independent layers give 0 "
-        f"(n = {n:,} tokens, {wording.span(best['n_documents'])} documents)."
+        f"(n = {n:,} tokens, {wording.counted(wording.span(best['n_documents']), 'document')})."
     ]
 
 

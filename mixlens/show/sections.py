@@ -56,6 +56,8 @@ def _few_documents(analysis: Analysis) -> str:
     if fewest >= _FEW_DOCUMENTS:
         return ""
     whose = "Intervals" if by_domain is None else "Intervals by domain"
+    if fewest == 1:
+        return f"{whose} need at least two documents; where there is one, none is given."
     return f"{whose} rest on as few as {fewest} documents: take them as rough."
 
 

@@ -11,6 +11,7 @@ import xarray as xr
 from mixlens.show import wording
 from mixlens.show.html import escape
 
+_COUNTS = {"n": "n", "n_documents": "documents"}
 _VALUES = ("estimate", "ci_low", "ci_high", "n", "n_documents")
 
 
@@ -34,8 +35,9 @@ def _single(values: xr.Dataset) -> pd.DataFrame:
 def wide(data: xr.Dataset) -> pd.DataFrame:
     """One row for every combination of all dimensions but the last, which goes across; cells are (estimate, low, high).
 
-    n and n_documents stand in columns of their own, or as a range where they differ along the last dimension.
+    Layers never go across. n and documents stand in columns of their own, as a range where they differ in the row.
     """
+    data = _laid_out(data)
     *down, across = [str(d) for d in data["estimate"].dims]
     missing = xr.full_like(data["estimate"], np.nan)
     stacked = np.stack([data.get(v, missing).transpose(*down, across).to_numpy() for v in _VALUES[:3]], axis=-1)
@@ -46,7 +48,7 @@ def wide(data: xr.Dataset) -> pd.DataFrame:
         row: dict[str, object] = {d: data[d].to_numpy()[i] for d, i in at.items()}
         cells = zip(data[across].to_numpy(), stacked[place], strict=True)
         row |= {_column(across, value): tuple(map(float, cell)) for value, cell in cells}
-        row |= {name: wording.span(_part(data[name], at)) for name in ("n", "n_documents") if name in data}
+        row |= {title: wording.span(_part(data[name], at)) for name, title in _COUNTS.items() if name in data}
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -56,7 +58,12 @@ def _part(counts: xr.DataArray, at: dict[str, int]) -> xr.DataArray:
 
 
 def _column(dim: str, value: object) -> str:
-    return f"{dim} {value}" if dim in ("expert", "layer") else f"j = {value}" if dim == "expert_j" else str(value)
+    return f"expert {value}" if dim == "expert" else f"j = {value}" if dim == "expert_j" else wording.label(value)
+
+
+def _laid_out(data: xr.Dataset) -> xr.Dataset:
+    last = data["estimate"].dims[-1:]
+    return data if last and last[0] != "layer" else data.expand_dims({"": ["estimate"]}, axis=-1)
 
 
 def html_table(data: xr.Dataset, caption: str = "") -> str:
@@ -66,7 +73,10 @@ def html_table(data: xr.Dataset, caption: str = "") -> str:
     """
     frame, parts = wide(data), _parts(data)
     text = f"{caption or wording.title(data)}. {unit_note(data)}"
-    head = "".join(f'<th scope="col"><button type="button">{escape(name)}</button></th>' for name in frame.columns)
+    head = "".join(
+        f'<th scope="col"><button type="button">{escape(name.replace("_", " "))}</button></th>'
+        for name in frame.columns
+    )
     body = "".join(
         f"<tr>{''.join(_cell(value, part) for value, part in zip(row, parts, strict=True))}</tr>"
         for row in frame.itertuples(index=False, name=None)
@@ -88,8 +98,9 @@ def unit_note(data: xr.Dataset) -> str:
 
 def _parts(data: xr.Dataset) -> list[xr.Dataset]:
     """For every column of the wide table the Dataset that knows its unit."""
+    data = _laid_out(data)
     *down, across = data["estimate"].dims
-    counts = [name for name in ("n", "n_documents") if name in data]
+    counts = [name for name in _COUNTS if name in data]
     return [data] * len(down) + [data.isel({across: i}) for i in range(data.sizes[across])] + [data] * len(counts)
 
 

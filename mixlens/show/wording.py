@@ -111,16 +111,21 @@ def plain(value: float, data: xr.Dataset) -> str:
 def with_interval(cell: xr.Dataset) -> str:
     """ "12.3 % [11.9, 12.8]" for a Dataset without dimensions."""
     low, high = (plain(float(cell[name]), cell) for name in ("ci_low", "ci_high"))
-    return f"{number(float(cell['estimate']), cell)} [{low}, {high}]"
+    interval = "no interval" if low == "–" else f"{low}, {high}"
+    return f"{number(float(cell['estimate']), cell)} [{interval}]"
 
 
 def sample(data: xr.Dataset) -> str:
     """ "n = 9,876 to 12,003 tokens, 30 documents": the smallest and largest n behind the numbers of `data`."""
-    things = "token pairs" if statistic(data) == "repetition" else "tokens"
-    text = f"n = {span(data['n'])} {things}{_per(data['n'])}"
+    thing = "token pair" if statistic(data) == "repetition" else "token"
+    text = f"n = {counted(span(data['n']), thing)}{_per(data['n'])}"
     if "n_documents" not in data:
         return text
-    return f"{text}, {span(data['n_documents'])} documents{_per(data['n_documents'])}"
+    return f"{text}, {counted(span(data['n_documents']), 'document')}{_per(data['n_documents'])}"
+
+
+def counted(count: str, thing: str) -> str:
+    return f"{count} {thing}" if count == "1" else f"{count} {thing}s"
 
 
 def _per(counts: xr.DataArray) -> str:
@@ -225,6 +230,6 @@ def only(data: xr.Dataset, what: str, *own: str) -> xr.Dataset:
         first = data[extra[0]].to_numpy()
         raise BadInput(
             f"{what} draws {' x '.join(own)}. The data also has {', '.join(extra)} ({len(first)} values). "
-            f"Select one first, data.sel({extra[0]}={first[0]!r}), or draw all of them with show.facet."
+            f"Select one first, data.sel({extra[0]}={first[0].item()!r}), or draw all of them with show.facet."
         )
     return data

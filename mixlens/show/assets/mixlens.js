@@ -52,7 +52,7 @@ function sortBy(table, head) {
   const key = (row) => row.cells[column].dataset.v ?? row.cells[column].textContent;
   const rows = [...table.tBodies[0].rows].map((row) => ({ row, text: key(row), number: parseFloat(key(row)) }));
   const numeric = rows.some((r) => !Number.isNaN(r.number)) && rows.every((r) => r.text === "" || !Number.isNaN(+r.text));
-  const compare = numeric ? (a, b) => a.number - b.number : (a, b) => a.text.localeCompare(b.text);
+  const compare = numeric ? (a, b) => a.number - b.number : (a, b) => a.text.localeCompare(b.text, "en", { numeric: true });
   const missing = (r) => numeric && Number.isNaN(r.number); // what is missing comes last either way
   rows.sort((a, b) => missing(a) - missing(b) || (descending ? compare(b, a) : compare(a, b)));
   table.tBodies[0].append(...rows.map((r) => r.row));

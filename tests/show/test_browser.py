@@ -1,0 +1,239 @@
+"""The report and the views in Debian's Chromium, from file://, with every other request refused and counted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from show_samples import HOSTILE, make_trace
+
+from mixlens.show import view
+from mixlens.show.report import report
+
+pytestmark = pytest.mark.browser
+CHROMIUM = Path("/usr/bin/chromium")
+FLAGS = [
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+]
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+    if not CHROMIUM.exists():
+        pytest.skip(f"{CHROMIUM} is not there; apt-get install chromium")
+    with playwright.sync_playwright() as tool:
+        browser = tool.chromium.launch(executable_path=str(CHROMIUM), args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(chromium):
+    """Open a file; what the page logs, throws and asks for is in `log`, `errors` and `requests`."""
+    contexts = []
+
+    def visit(path: Path, **options) -> SimpleNamespace:
+        context = chromium.new_context(**{"viewport": {"width": 1100, "height": 900}, **options})
+        contexts.append(context)
+        page = context.new_page()
+        seen = SimpleNamespace(page=page, log=[], errors=[], requests=[])
+        page.on("console", lambda message: seen.log.append(message.text))
+        page.on("pageerror", lambda error: seen.errors.append(str(error)))
+        page.on("dialog", lambda dialog: (seen.errors.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+
+        def gate(route):
+            if route.request.url.startswith(("file:", "blob:", "data:")):
+                return route.continue_()
+            seen.requests.append(route.request.url)
+            return route.abort()
+
+        page.route("**/*", gate)
+        page.goto(path.as_uri())
+        page.wait_for_selector('[data-ready="1"]', state="attached", timeout=20_000)
+        return seen
+
+    yield visit
+    for context in contexts:
+        context.close()
+
+
+@pytest.fixture(scope="module")
+def report_file(trace, tmp_path_factory) -> Path:
+    return report(trace, tmp_path_factory.mktemp("browser") / "report.html")
+
+
+@pytest.fixture(scope="module")
+def view_file(trace, tmp_path_factory) -> Path:
+    return view.tokens(trace, [0, 7], layer=0).save(tmp_path_factory.mktemp("browser") / "view.html")
+
+
+def clean(seen: SimpleNamespace) -> bool:
+    return (seen.log, seen.errors, seen.requests) == ([], [], [])
+
+
+def text_of_view(page) -> str:
+    return page.locator(".mixlens .text").text_content()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_report_opens_offline_with_a_clean_console(visit, report_file, scheme):
+    seen = visit(report_file, color_scheme=scheme, offline=True)
+    broken = seen.page.evaluate("[...document.images].filter(i => !i.complete || !i.naturalWidth).length")
+    assert broken == 0
+    assert clean(seen)
+
+
+def test_report_fits_a_phone(visit, report_file):
+    seen = visit(report_file, viewport={"width": 390, "height": 800})
+    assert seen.page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_three_arrow_presses_move_the_layer_by_three(visit, view_file):
+    seen = visit(view_file)
+    slider = seen.page.locator('.mixlens input[type="range"]')
+    slider.focus()
+    for _ in range(3):
+        seen.page.keyboard.press("ArrowRight")
+    assert slider.input_value() == "3"
+    assert seen.page.locator(".mixlens output").text_content() == "3"
+    assert clean(seen)
+
+
+def test_arrow_keys_on_the_slider_stay_in_the_view(visit, view_file):
+    page = visit(view_file).page
+    page.evaluate("window.heard = 0; document.addEventListener('keydown', () => window.heard++)")
+    page.locator('.mixlens input[type="range"]').focus()
+    page.keyboard.press("ArrowRight")
+    page.locator(".mixlens .text").focus()
+    page.keyboard.press("ArrowDown")
+    assert page.evaluate("window.heard") == 0
+
+
+def test_colours_are_the_trace_at_the_chosen_layer(visit, view_file, trace):
+    page = visit(view_file).page
+    page.locator(".mixlens select").select_option("1")
+    page.locator(".mixlens .text").focus()
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowDown")
+    page.wait_for_timeout(100)
+    names = page.locator(".mixlens .text span.t").evaluate_all("spans => spans.map(s => s.className)")
+    ids = trace.read("expert_id")[trace.read("sequence") == 7, 2]
+    assert names == [f"t e{first} s{second}" for first, second in ids]
+
+
+def test_readout_by_hover_click_and_keys(visit, view_file, trace):
+    page = visit(view_file).page
+    page.locator(".mixlens select").select_option("1")
+    rows = trace.read("sequence") == 7
+    ids, logprob = trace.read("expert_id")[rows, 0], trace.read("logprob")[rows]
+    readout = page.locator(".mixlens .readout")
+    tokens = page.locator(".mixlens .text span.t")
+    tokens.nth(5).hover()
+    assert "position5" in readout.text_content().replace(" ", "")
+    tokens.nth(9).click()
+    tokens.nth(5).hover()
+    shown = readout.text_content()
+    assert "position9" in shown
+    assert f"{ids[9, 0]} (weight" in shown
+    assert f"{logprob[9]:.2f} nat" in shown
+    assert "bits" in shown
+    page.locator(".mixlens .text").focus()
+    page.keyboard.press("ArrowRight")
+    assert "position10" in readout.text_content()
+    page.keyboard.press("Home")
+    assert "none (first token)" in readout.text_content()
+
+
+def test_focus_mode_fades_the_other_experts(visit, view_file, trace):
+    page = visit(view_file).page
+    page.locator(".mixlens select").select_option("1")
+    page.locator(".mixlens button.expert").nth(4).click()
+    faded = page.locator(".mixlens .text span.t").evaluate_all("spans => spans.map(s => s.classList.contains('off'))")
+    ids = trace.read("expert_id")[trace.read("sequence") == 7, 0]
+    assert faded == [4 not in chosen for chosen in ids]
+
+
+def test_hostile_text_shows_as_text(visit, view_file, report_file):
+    for path in (view_file, report_file):
+        seen = visit(path)
+        shown = text_of_view(seen.page)
+        for piece in (HOSTILE[0], HOSTILE[1], HOSTILE[2], HOSTILE[3], HOSTILE[4], HOSTILE[8]):
+            assert piece.replace("▁", " ") in shown
+        assert "⟨E2⟩" in shown
+        assert "(10,000 characters)" in shown
+        assert seen.page.locator(".mixlens .text script, .mixlens .text img").count() == 0
+        assert clean(seen)
+
+
+def test_tables_sort_numbers_as_numbers_and_back(visit, report_file):
+    page = visit(report_file).page
+    page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true })")
+    table = page.locator("table.sortable").nth(0)
+    head = table.locator("th").nth(1)
+    keys = "rows => rows.map(r => parseFloat(r.cells[1].dataset.v))"
+    head.locator("button").click()
+    ascending = table.locator("tbody tr").evaluate_all(keys)
+    assert ascending == sorted(ascending)
+    assert head.get_attribute("aria-sort") == "ascending"
+    head.locator("button").press("Enter")
+    assert table.locator("tbody tr").evaluate_all(keys) == sorted(ascending, reverse=True)
+    assert head.get_attribute("aria-sort") == "descending"
+
+
+def test_view_follows_the_notebooks_theme(visit, view_file):
+    page = visit(view_file, color_scheme="light").page
+    frame = page.locator(".mixlens .frame")
+    assert frame.get_attribute("data-theme") == "light"
+    page.evaluate("document.body.dataset.jpThemeLight = 'false'")
+    page.wait_for_timeout(50)
+    assert frame.get_attribute("data-theme") == "dark"
+
+
+def test_one_output_in_a_page_that_is_not_ours(visit, trace, tmp_path):
+    path = tmp_path / "notebook.html"
+    outputs = "".join(f"<div>{view.tokens(trace, n)._repr_html_()}</div>" for n in (0, 1))
+    path.write_text(f"<!doctype html><meta charset=utf-8><body>{outputs}</body>", "utf-8")
+    seen = visit(path)
+    seen.page.wait_for_function("document.querySelectorAll('[data-ready=\"1\"]').length === 2")
+    assert clean(seen)
+
+
+def test_without_scripts_the_picture_stands(chromium, view_file):
+    context = chromium.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto(view_file.as_uri())
+    assert page.locator(".mixlens img").is_visible()
+    assert page.locator(".mixlens img").get_attribute("alt").startswith("Text of sequence 0, arxiv")
+    assert page.locator(".mixlens table tr").count() == 9
+    context.close()
+
+
+def test_a_layer_step_is_quick_with_ten_thousand_tokens(visit, tmp_path):
+    long = make_trace(domains=("arxiv",), documents=1, tokens=10_000, layers=32)
+    seen = visit(view.tokens(long, layer=0).save(tmp_path / "long.html"))
+    steps = seen.page.evaluate(
+        """async () => {
+            const slider = document.querySelector(".mixlens").shadowRoot.querySelector("input[type=range]");
+            const times = [];
+            for (let layer = 1; layer < 32; layer++) {
+                await new Promise(requestAnimationFrame);
+                const start = performance.now();
+                slider.value = layer;
+                slider.dispatchEvent(new Event("input"));
+                slider.getRootNode().querySelector(".text").getBoundingClientRect();
+                times.push(performance.now() - start);
+            }
+            return times.sort((a, b) => a - b);
+        }"""
+    )
+    assert steps[len(steps) // 2] < 50

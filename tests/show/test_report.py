@@ -1,0 +1,143 @@
+import re
+from html import unescape
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from show_samples import HOSTILE, make_trace
+
+from mixlens import stats
+from mixlens.errors import BadInput, RunError
+from mixlens.show.analysis import analyse
+from mixlens.show.findings import findings
+from mixlens.show.report import report
+from mixlens.traces.trace import Trace
+
+
+@pytest.fixture(scope="module")
+def saved(trace, tmp_path_factory) -> Trace:
+    return trace.save(tmp_path_factory.mktemp("runs") / "sample")
+
+
+@pytest.fixture(scope="module")
+def page(saved, tmp_path_factory) -> str:
+    return report(saved.path, tmp_path_factory.mktemp("report") / "report.html").read_text("utf-8")
+
+
+class Addresses(HTMLParser):
+    """Every address in an attribute that a browser would load or follow."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.found = []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.found += [value for name, value in attrs if name in ("src", "href", "srcset", "action", "data", "poster")]
+
+
+def captions(page: str) -> list[str]:
+    return [unescape(text) for text in re.findall(r"<figcaption>(.*?)</figcaption>", page)]
+
+
+def test_every_section_is_there(page):
+    headings = re.findall(r"<h2>(.*?)</h2>", page)
+    for heading in ("Summary", "Text", "Expert share", "Domains", "Along the text", "Router", "Methods", "Provenance"):
+        assert heading in headings
+    assert re.findall(r'<a href="#(s\d+)">', page) == re.findall(r'<section id="(s\d+)">', page)
+
+
+def test_every_caption_has_its_n_and_every_figure_its_words(page):
+    assert len(captions(page)) > 12
+    for caption in captions(page):
+        assert "n = " in caption, caption
+    for alt in re.findall(r'<img alt="(.*?)"', page):
+        assert len(alt) > 30
+
+
+def test_every_finding_has_interval_and_n(trace):
+    sentences = findings(analyse(trace, "sample"))
+    assert len(sentences) >= 9
+    for sentence in sentences:
+        assert re.search(r"\[[\d.-]+, [\d.-]+\]", sentence), sentence
+        assert re.search(r"\(n = [\d,]+ (tokens|token pairs), [\d,]+ documents\)", sentence), sentence
+
+
+def test_findings_are_the_numbers_of_the_statistics(trace):
+    data = stats.domain_specialization(trace, by="domain")
+    far = np.abs(data["estimate"].to_numpy() - 0.25)
+    domain, layer, expert = np.unravel_index(far.argmax(), far.shape)
+    cell = data.isel(domain=domain, layer=layer, expert=expert)
+    expected = (
+        f"Most specialised: {data['domain'].to_numpy()[domain]}, layer {layer}, expert {expert}, chosen by "
+        f"{100 * float(cell['estimate']):.1f} % [{100 * float(cell['ci_low']):.1f}, {100 * float(cell['ci_high']):.1f}]"
+    )
+    assert any(sentence.startswith(expected) for sentence in findings(analyse(trace, "sample")))
+
+
+def test_nothing_is_loaded(page):
+    assert "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline' blob:; img-src data:" in page
+    assert not re.findall(r"<(?:link|iframe|object|embed|base)\b(?! rel=\"icon\" href=\"data:,\")", page)
+    for address in Addresses(page).found:
+        assert address.startswith(("data:", "#")), address
+    assert not re.findall(r"@import|url\(\s*['\"]?(?!data:)http", page)
+
+
+def test_published_figures_are_another_models(page):
+    assert "Mixtral-8x7B, another model, as published" in page
+
+
+def test_provenance_is_at_the_end(page, saved):
+    last = page.rsplit("<h2>", 1)[1]
+    assert last.startswith("Provenance")
+    assert "plan.json" in last
+    assert f"{len(saved.meta['files'])} files of" in last
+    assert "sha256" in last
+    assert re.search(r"Report written 20\d\d-", last)
+
+
+def test_hostile_text_does_not_become_markup(page):
+    assert HOSTILE[0].strip("▁") not in page
+    assert HOSTILE[2] not in page
+    assert page.count("<script>") == page.count("</script>")
+
+
+def test_hostile_names_do_not_become_markup(tmp_path):
+    trace = make_trace(domains=("<script>alert(3)</script>", "$a_1$ & 🙂"), documents=3, tokens=20, layers=2)
+    trace.meta["model"] = {"name": "</title><script>alert(4)</script>"}
+    page = report(trace, tmp_path / "r.html", title="<b>bold</b>").read_text("utf-8")
+    assert "<script>alert" not in page
+    assert "<b>bold</b>" not in page
+
+
+def test_what_cannot_be_computed_is_named_with_its_reason(tmp_path, trace):
+    bare = Trace.from_arrays(trace.read("expert_id"), n_experts=8, tokens={"sequence": trace.read("sequence")})
+    page = report(bare, tmp_path / "bare.html").read_text("utf-8")
+    missing = unescape(page.split("<h2>Not computed</h2>")[1].split("</section>")[0])
+    assert "routing_entropy needs router_logits. This trace has sequence, position, phase, expert_id" in missing
+    assert "vocabulary_specialization needs token_id" in missing
+    assert "statistics by domain" in missing
+    assert "switch_loss needs router_logits" in missing
+    assert "<h2>Expert share</h2>" in page
+
+
+def test_several_runs_come_with_their_agreement(tmp_path):
+    ids = make_trace(domains=("arxiv",), documents=4, tokens=20, layers=2).read("expert_id")
+    first, other = (Trace.from_arrays(part, n_experts=8) for part in (ids, ids[:60]))
+    saved = first.save(tmp_path / "saved")
+    page = report([saved.path, first, other], tmp_path / "three.html").read_text("utf-8")
+    assert "<h2>saved: Summary</h2>" in page
+    assert "<h2>trace 2: Summary</h2>" in page
+    assert "How far saved and trace 2 route the same tokens alike. n = 80 tokens, 1 document." in page
+    assert "<h2>saved and trace 3</h2><p>Not computed: " in page
+
+
+def test_nothing_to_report_on(tmp_path):
+    with pytest.raises(BadInput, match="No run was given"):
+        report([], tmp_path / "r.html")
+    with pytest.raises(RunError, match="is not there"):
+        report(tmp_path / "nowhere", tmp_path / "r.html")
+    empty = Trace.from_arrays(np.zeros((0, 2, 2), int), n_experts=4)
+    with pytest.raises(BadInput, match="It has no tokens"):
+        report(empty, tmp_path / "r.html")
+    assert not (tmp_path / "r.html").exists()

@@ -1,0 +1,120 @@
+import base64
+import gzip
+import json
+import re
+
+import numpy as np
+import pytest
+from show_samples import HOSTILE, N_EXPERTS, make_trace
+
+from mixlens.errors import BadInput
+from mixlens.show import view
+from mixlens.show.packing import pack
+from mixlens.traces.trace import Trace
+
+_TYPES = {"uint8": np.uint8, "int32": np.dtype("<i4"), "float32": np.dtype("<f4")}
+
+
+def unpack(text: str) -> tuple[dict, dict[str, np.ndarray]]:
+    raw = gzip.decompress(base64.b64decode(text))
+    length = int.from_bytes(raw[:4], "little")
+    header = json.loads(raw[4 : 4 + length])
+    arrays = {
+        name: np.frombuffer(raw, _TYPES[dtype], int(np.prod(shape)), 4 + length + offset).reshape(shape)
+        for name, (dtype, shape, offset) in header["arrays"].items()
+    }
+    return header, arrays
+
+
+def test_packed_arrays_come_back():
+    arrays = {
+        "a": np.arange(7, dtype=np.uint8),
+        "b": np.array([[1.5, np.nan]], np.float32),
+        "c": np.array([], np.int32),
+    }
+    header, back = unpack(pack({"text": "שלום 🙂 \udc80"}, arrays))
+    assert header["text"].startswith("שלום 🙂")
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(back[name], array)
+
+
+def test_view_carries_what_the_trace_says(trace):
+    header, arrays = unpack(view.tokens(trace, [3, 0], layer=2).packed)
+    in_view = np.isin(trace.read("sequence"), [0, 3])
+    np.testing.assert_array_equal(arrays["expert"], trace.read("expert_id")[in_view].transpose(2, 1, 0))
+    np.testing.assert_allclose(
+        arrays["weight"][0] / 255, trace.read("weight")[in_view][..., 0].T, atol=0.5 / 255 + 1e-6
+    )
+    np.testing.assert_allclose(arrays["logprob"], trace.read("logprob")[in_view])
+    assert header["starts"] == [0, 60, 120]
+    assert header["layer"] == 2
+    texts = [header["pieces"][i] for i in arrays["piece"]]
+    assert texts == trace.pieces(trace.read("token_id")[in_view])
+    logits = trace.read("router_logits")[in_view].astype(float)
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    bits = -(p * np.log2(p)).sum(-1)
+    np.testing.assert_allclose(arrays["entropy"] / 255 * np.log2(N_EXPERTS), bits.T, atol=0.5 * 3 / 255 + 1e-3)
+
+
+def test_one_output_with_a_picture_first(trace):
+    html = view.tokens(trace, 1)._repr_html_()
+    before_script = html.split("<script>")[0]
+    assert re.search(
+        r'<img alt="Text of sequence 1, arxiv \(document arxiv-1\) at layer 2 of sample, n = 60 tokens', html
+    )
+    assert "data:image/png;base64," in before_script
+    assert "<figcaption>" in before_script
+    assert "<table" in before_script
+    assert html.count("<script>") == html.count("</script>") == 1
+
+
+def test_static_form_has_only_what_a_sanitiser_keeps(trace):
+    static = view.tokens(trace, 1).static
+    assert not re.search(r"<(style|svg|script|link|iframe)", static)
+    assert not re.search(r"\s(on\w+|class|role|aria-\w+)=", static)
+
+
+def test_hostile_text_is_never_markup(trace):
+    page = view.tokens(trace, 0).to_html()
+    assert HOSTILE[0].strip("▁") not in page
+    assert HOSTILE[2] not in page
+    assert page.count("<script>") == page.count("</script>") == 2
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert "10,000 characters" in page
+
+
+def test_page_of_its_own_has_no_address_to_load(trace, tmp_path):
+    page = view.tokens(trace, 0).save(tmp_path / "view.html").read_text("utf-8")
+    assert not re.findall(r"(?:src|href|action)\s*=\s*[\"']?(?!data:)[a-z]+:", page)
+    assert "default-src 'none'" in page
+
+
+def test_a_trace_with_ids_alone_can_be_seen():
+    bare = Trace.from_arrays(np.tile([0, 1], (5, 2, 1)), n_experts=4)
+    header, arrays = unpack(view.tokens(bare).packed)
+    assert set(arrays) == {"expert", "position", "phase"}
+    assert "pieces" not in header
+
+
+def test_weights_that_do_not_sum_to_one_are_all_kept():
+    ids = np.tile([0, 1], (3, 1, 1))
+    odd = Trace.from_arrays(ids, n_experts=4, weight=np.full((3, 1, 2), 0.25))
+    assert unpack(view.tokens(odd).packed)[1]["weight"].shape == (2, 1, 3)
+
+
+def test_unknown_sequences_and_layers_are_named(trace):
+    with pytest.raises(BadInput, match="Sequence 77 was to be shown"):
+        view.tokens(trace, 77)
+    with pytest.raises(BadInput, match="Layer 8 was to be shown"):
+        view.tokens(trace, 0, layer=8)
+
+
+def test_ten_thousand_tokens_stay_below_one_megabyte():
+    long = make_trace(domains=("arxiv",), documents=1, tokens=10_000, layers=32)
+    plain = Trace.from_arrays(
+        long.read("expert_id"),
+        n_experts=8,
+        weight=long.read("weight"),
+        tokens={"token_id": long.read("token_id"), "logprob": long.read("logprob")},
+    )
+    assert len(view.tokens(plain).packed) < 1_000_000
