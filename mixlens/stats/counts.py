@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 By = str | Sequence[str] | None
 
-# Counts kept (256 MB), documents or bundles of documents a group, and numbers evaluated at a time (32 MB).
-_MOST_COUNTS, _FEWEST_BUNDLES, _MOST_BUNDLES = 2**25, 50, 1000
-_MOST_VALUES = 2**22
+# Counts kept (128 MB), documents or bundles of documents a group, and numbers evaluated at a time (8 MB).
+_MOST_COUNTS, _FEWEST_BUNDLES, _MOST_BUNDLES = 2**24, 50, 512
+_MOST_VALUES = 2**20
 
 JIANG = "Jiang et al. 2024, Mixtral of Experts, arXiv 2401.04088"
 OLMOE = "Muennighoff et al. 2024, OLMoE, arXiv 2409.02060"
@@ -40,7 +40,7 @@ class Clusters:
     group        [cluster] group, counted over the product of the labels
     document     [sequence number] document within its group, for counting documents
 
-    A cluster is a document. Where there are more documents than counts fit in memory, or more than 1,000 a group,
+    A cluster is a document. Where there are more documents than counts fit in memory, or more than 512 a group,
     documents are put together at random into bundles of equal number; bundles are as independent as documents are.
     """
 

@@ -115,20 +115,19 @@ def _choices(trace: Trace, by: str | Sequence[str]) -> Counts:
 
 def _information(chosen: np.ndarray, group: np.ndarray, resamples: Resamples) -> np.ndarray:
     """Mutual information [layer, resample] of expert and group, from choices [document, layer, expert]."""
-    parts = [(resamples.weights[:, group == g], chosen[group == g]) for g in np.unique(group)]
-    layers = []
-    for layer in range(chosen.shape[1]):
-        joint = np.stack([of_group[:, layer].T @ weights.T for weights, of_group in parts])
-        layers.append(mutual_information_bits(joint))
-    return np.stack(layers)
+    joint = np.stack(
+        [Resamples(resamples.weights[:, group == g], 0).sums(chosen[group == g]) for g in np.unique(group)]
+    )
+    return np.stack([mutual_information_bits(of_layer) for of_layer in joint.swapaxes(0, 1)])
 
 
 def _permuted(chosen: np.ndarray, group: np.ndarray, seed: int) -> np.ndarray:
     """Mutual information [layer, permutation] with the documents' groups permuted."""
     rng = np.random.default_rng([seed, _PERMUTATION_STREAM])
-    groups = np.unique(group)
-    flat, joint = chosen.reshape(len(chosen), -1), []
-    for _ in range(_PERMUTATIONS):
-        member = rng.permutation(group) == groups[:, None]
-        joint.append((member.astype(np.float64) @ flat).reshape(len(groups), *chosen.shape[1:]))
-    return mutual_information_bits(np.stack(joint, axis=-1).swapaxes(0, 1))
+    groups, flat, found = np.unique(group), chosen.reshape(len(chosen), -1), []
+    for _ in range(_PERMUTATIONS // 10):
+        dealt = np.stack([rng.permutation(group) for _ in range(10)])
+        members = (dealt[:, None] == groups[:, None]).astype(np.float64)
+        joint = (members.reshape(-1, len(group)) @ flat).reshape(10, len(groups), *chosen.shape[1:])
+        found.append(mutual_information_bits(joint.transpose(2, 1, 3, 0)))
+    return np.concatenate(found, axis=-1)

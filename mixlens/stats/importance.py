@@ -48,12 +48,7 @@ def expert_importance(
             continue
         here = measured.isel(document=members)
         tokens = here.tokens.values.astype(float)
-        resamples = bootstrap.resample(len(members), one)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            values = resamples.sums(here.change.values) / resamples.sums(tokens)
-        reach = np.broadcast_to(bootstrap.reach(effective_documents(tokens[:, None]))[0], inner)
-        estimate[one] = values[..., 0]
-        low[one], high[one] = resamples.interval(values, reach)
+        estimate[one], low[one], high[one] = per_token(here.change.values, tokens, bootstrap, one)
         share[one] = here.chosen.values.sum(0) / (measured.attrs["top_k"] * here.length.values.sum())
         value[one] = here.value.values.sum() / tokens.sum()
         n[one], n_documents[one] = int(tokens.sum()), len(members)
@@ -74,6 +69,17 @@ def expert_importance(
             "seed": bootstrap.seed,
         },
     )
+
+
+def per_token(
+    sums: np.ndarray, tokens: np.ndarray, bootstrap: Bootstrap, stream: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(estimate, ci_low, ci_high) [...] of sums over documents [document, ...] for each of their tokens [document]."""
+    resamples = bootstrap.resample(len(tokens), stream)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        values = resamples.sums(sums) / resamples.sums(tokens)
+    reach = np.broadcast_to(bootstrap.reach(effective_documents(tokens[:, None]))[0], sums.shape[1:])
+    return values[..., 0], *resamples.interval(values, reach)
 
 
 def open_importance(path: str | os.PathLike, *, check: bool = True) -> xr.Dataset:

@@ -61,8 +61,10 @@ def vocabulary_specialization(
             row, group = row[known], types.group[row[known]]
             totals["tokens"][block.clusters] += block.count(np.zeros_like(known), 1, known)[:, 0]
             value = np.zeros((len(layers), block.n_tokens))
-            for i, ids in enumerate(block["expert_id"][known][:, layers].transpose(1, 2, 0)):
-                hit = (ids == best[i][row]).any(0)
+            for i, ids in enumerate(block.by_layer("expert_id")[layers]):
+                hit = np.zeros(len(known), bool)
+                for of_slot in ids[:, known]:
+                    hit |= of_slot == best[i][row]
                 value[i, known] = mean[i][group] + types.leverage[row] * (hit - share[i][row])
             totals["share"][block.clusters] += block.sums(value)
 

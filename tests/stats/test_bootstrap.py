@@ -15,9 +15,10 @@ SHARES = np.array([0.25, 0.2, 0.15, 0.12, 0.1, 0.08, 0.06, 0.04])
 
 
 def clustered(rng, shares, *, n_documents, spread, concentration, n_layers, length=60, sequences=None):
-    """Documents of lognormal length, `length` tokens in the mean; the tokens of each follow its own Dirichlet draw around `shares`.
+    """Documents of lognormal length, whose tokens follow a Dirichlet draw of their own around `shares`.
 
-    Every layer is an experiment of its own. `shares` [choice], or [document, choice] where documents differ.
+    Every layer is an experiment of its own. `shares` [choice], or [document, choice] where documents differ; `length`
+    is the mean number of tokens.
     """
     lengths = np.maximum(10, rng.lognormal(-(spread**2) / 2, spread, n_documents) * length).astype(int)
     document = np.repeat(np.arange(n_documents), lengths)
