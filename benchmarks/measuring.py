@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
+import mixlens
 from mixlens.runs import now, versions
 
-PACKAGES = ("mixlens", "torch", "transformers", "numpy", "pandas", "xarray", "nnsight", "transformer-lens")
+PACKAGES = ("torch", "transformers", "numpy", "pandas", "xarray", "nnsight", "transformer-lens")
 
 
 def seconds(run: Callable[[], Any], settle: Callable[[], None] = lambda: None) -> float:
@@ -66,7 +67,7 @@ def header(*, torch: Any = None) -> dict[str, Any]:
         "load_average_at_start": [round(load, 2) for load in os.getloadavg()],
         "system": f"{platform.system()} {platform.machine()}",
         "gpu": None,
-        "versions": versions(*PACKAGES),
+        "versions": {"mixlens": mixlens.__version__, **versions(*PACKAGES)},
     }
     if torch is not None:
         found["threads"] = torch.get_num_threads()
