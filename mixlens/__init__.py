@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mixlens import show, stats
+    from mixlens.contributions import expert_contributions, expert_outputs
     from mixlens.errors import BadInput, MissingSignal, MixlensError, ModelError, RunError
     from mixlens.importance import Ablation, expert_importance, measure_importance
     from mixlens.models.demo import demo_documents
     from mixlens.models.load import load
     from mixlens.show import view
     from mixlens.show.report import report
+    from mixlens.sweep import topk_sweep
     from mixlens.traces import edits
     from mixlens.traces.edits import edit
     from mixlens.traces.record import RecordSettings, record
@@ -39,12 +41,15 @@ _HOME = {
     "concat": "mixlens.traces.trace",
     "demo_documents": "mixlens.models.demo",
     "edit": "mixlens.traces.edits",
+    "expert_contributions": "mixlens.contributions",
     "expert_importance": "mixlens.importance",
+    "expert_outputs": "mixlens.contributions",
     "load": "mixlens.models.load",
     "measure_importance": "mixlens.importance",
     "open": "mixlens.kinds",
     "record": "mixlens.traces.record",
     "report": "mixlens.show.report",
+    "topk_sweep": "mixlens.sweep",
     "view": "mixlens.show",
 }
 _MODULES = {"edits": "mixlens.traces.edits", "show": "mixlens.show", "stats": "mixlens.stats"}
@@ -64,7 +69,9 @@ __all__ = [
     "demo_documents",
     "edit",
     "edits",
+    "expert_contributions",
     "expert_importance",
+    "expert_outputs",
     "load",
     "measure_importance",
     "open",
@@ -72,6 +79,7 @@ __all__ = [
     "report",
     "show",
     "stats",
+    "topk_sweep",
     "view",
 ]
 

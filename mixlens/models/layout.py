@@ -79,6 +79,16 @@ def only_layers(model: nn.Module, start: int, stop: int) -> Iterator[None]:
         decoder.layers = layers
 
 
+def final_scale(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """What the last norm multiplies hidden states [T, H] by, element by element: [T, H] float32.
+
+    The norm is linear once its root mean square is held fixed.
+    """
+    norm: Any = decoder_of(model).norm
+    hidden = hidden.float()
+    return norm.weight.float() * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
+
+
 def n_experts(model: nn.Module) -> int:
     return int(_config(model).num_local_experts)
 

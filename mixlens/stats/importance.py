@@ -35,7 +35,7 @@ def expert_importance(
     Raises   BadInput   for an unknown column in `by`
     """
     columns = [by] if isinstance(by, str) else list(by or [])
-    labels, group = _groups(measured, columns)
+    labels, group = groups_of(measured, columns)
     shape = tuple(len(values) for values in labels.values())
     n_groups = int(np.prod(shape, dtype=int))
     inner = (measured.sizes["layer"], measured.sizes["expert"])
@@ -114,7 +114,11 @@ def _documents(run: Run) -> dict[str, Any]:
     return pq.read_table(Path(run.file("documents.parquet"))).to_pydict()
 
 
-def _groups(measured: xr.Dataset, columns: list[str]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def groups_of(measured: xr.Dataset, columns: list[str]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """({column: its labels}, group of each document, counted over the product of the labels).
+
+    Raises BadInput for a column that is not there, or that some documents lack.
+    """
     there = [str(name) for name in measured.coords if measured[name].dims == ("document",)]
     labels: dict[str, np.ndarray] = {}
     group = np.zeros(measured.sizes["document"], np.int64)

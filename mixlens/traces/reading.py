@@ -50,7 +50,7 @@ class Reader:
         tokens = _Gathered(int(start[-1]))
         sites = {site.name: _SiteRows(site) for site in self.signals.sites}
         for rows in batches(lengths, self.batch_tokens):
-            for offset, ids, raw, states in self._forwards([sequences[row] for row in rows]):
+            for offset, ids, raw, states in self.forwards([sequences[row] for row in rows]):
                 valid = offset + np.arange(ids.shape[1])[None] < lengths[rows][:, None]
                 row, column = np.nonzero(valid)
                 target = start[rows][row] + offset + column
@@ -69,7 +69,7 @@ class Reader:
         }
         return store.MemoryPart(arrays, {name: rows.sorted() for name, rows in sites.items()})
 
-    def _forwards(self, sequences: list[np.ndarray]) -> Iterator[tuple[int, np.ndarray, Raw, torch.Tensor]]:
+    def forwards(self, sequences: list[np.ndarray]) -> Iterator[tuple[int, np.ndarray, Raw, torch.Tensor]]:
         """(offset, ids [rows, columns], raw signals, last hidden states [rows x columns, H]) of each forward."""
         assert self._tap is not None
         longest = max(len(ids) for ids in sequences)

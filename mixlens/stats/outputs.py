@@ -1,0 +1,34 @@
+"""What sizes of expert outputs tell."""
+
+from __future__ import annotations
+
+import numpy as np
+import xarray as xr
+
+SUPER_EXPERTS = "Su et al. 2025, Unveiling Super Experts in Mixture-of-Experts Large Language Models, arXiv 2507.23279"
+
+
+def super_experts(outputs: xr.Dataset) -> xr.Dataset:
+    """Experts whose down projection puts out numbers far larger than the others'.
+
+    max_abs > P99.5 of all experts and max_abs > max / 10 (Su et al. 2025). The largest of all always passes both
+    tests, so read `over_median` beside it: without a super expert it is near 1.
+
+    Needs    outputs  max_abs [layer, expert], as expert_outputs gives it
+    Returns  Dataset  is_super, max_abs, over_median (max_abs over the median expert's) [layer, expert]
+    """
+    largest = outputs.max_abs
+    known = largest.values[np.isfinite(largest.values)]
+    limit = max(float(np.percentile(known, 99.5)), float(known.max()) / 10) if len(known) else np.nan
+    median = float(np.median(known)) if len(known) else np.nan
+    return xr.Dataset(
+        # At P99.5 itself stands the largest when all are equal: then none is above.
+        {"is_super": largest > limit, "max_abs": largest, "over_median": largest / median},
+        attrs={
+            "statistic": "super_experts",
+            "limit": limit,
+            "formula": "max_abs > P99.5 and max_abs > max / 10",
+            "source": SUPER_EXPERTS,
+            "model": outputs.attrs.get("model", "unknown"),
+        },
+    )
