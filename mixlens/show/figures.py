@@ -188,7 +188,8 @@ def repetition(
     """
     data = data.sel(choice=choice)
     series = list(wording.groups(data, "layer"))
-    with drawing(ax, *_size(len(series) + (published is not None))) as ax:
+    width, height = _size(len(series) + (published is not None))
+    with drawing(ax, width, height if published is None else height + 0.4) as ax:  # the note is longer
         _lines(ax, [(name or "this trace", part) for name, part in series])
         note = wording.note(data, drawn="whiskers")
         if published is not None:

@@ -102,6 +102,7 @@ def facet(draw: Callable[..., Axes], data: xr.Dataset, dim: str, *, columns: int
     draw   an axes-level function of this module or of `figures`, as `facet(share_heatmap, share, "domain")`
     """
     values = data[dim].to_numpy()
+    columns = min(columns, len(values))
     rows = -(-len(values) // columns)
     shared: dict[str, Any] = {"limit": _limit(data)} if draw is share_heatmap else {}  # one scale for all
     with paper():

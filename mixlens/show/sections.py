@@ -34,7 +34,7 @@ def summary(analysis: Analysis) -> str:
         "documents": f"{analysis.n_documents:,}",
         "domains": f"{trace.sequences['domain'].nunique():,}" if "domain" in trace.sequences else "none given",
         "layers": f"{trace.n_layers}",
-        "experts": f"{trace.n_experts}, {trace.top_k} a token",
+        "experts": f"{trace.n_experts}, top {trace.top_k}",
     }
     cells = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in facts.items())
     few = _few_documents(analysis)

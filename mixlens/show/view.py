@@ -53,18 +53,18 @@ class View:
         return Path(path)
 
 
-def tokens(trace: Trace, sequence: int | Sequence[int] = 0, *, layer: int | None = None) -> View:
+def tokens(trace: Trace, sequence: int | Sequence[int] | None = None, *, layer: int | None = None) -> View:
     """The text of one or several sequences, each token underlined by its experts, with a layer slider and a readout.
 
-    sequence   sequence number or numbers (trace.sequences.index)
+    sequence   sequence number or numbers (trace.sequences.index); the first one when not given
     layer      layer number to start at; the middle one when not given
 
     Weights and entropies are kept in a byte each: they are right to 0.002 and to 0.2 % of log2(experts).
 
     Raises BadInput for a sequence or layer that is not there.
     """
-    numbers = [sequence] if isinstance(sequence, int | np.integer) else list(sequence)
-    numbers = sorted(dict.fromkeys(passage.sequence_number(trace, int(n)) for n in numbers))
+    wanted = list(sequence) if isinstance(sequence, Sequence | np.ndarray) else [sequence]
+    numbers = sorted({passage.sequence_number(trace, n) for n in wanted or [None]})
     number = passage.layer_number(trace, layer)
     header, arrays = token_arrays(trace, numbers)
     header |= {

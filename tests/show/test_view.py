@@ -118,3 +118,12 @@ def test_ten_thousand_tokens_stay_below_one_megabyte():
         tokens={"token_id": long.read("token_id"), "logprob": long.read("logprob")},
     )
     assert len(view.tokens(plain).packed) < 1_000_000
+
+
+def test_the_first_sequence_of_a_selection_is_shown_by_default(trace):
+    selected = trace.select(where={"domain": "github"}, layers=[1, 3])
+    made = view.tokens(selected)
+    header, arrays = unpack(made.packed)
+    assert made.title == "Routing of sequence 6, github (document github-6)"
+    assert header["layers"] == [1, 3]
+    np.testing.assert_array_equal(arrays["expert"][:, 1], trace.read("expert_id")[trace.read("sequence") == 6, 3].T)
