@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from mixlens.importance import Ablation, expert_importance, measure_importance
     from mixlens.models.demo import demo_documents
     from mixlens.models.load import load
+    from mixlens.models.similarity import expert_similarity
     from mixlens.show import view
     from mixlens.show.report import report
     from mixlens.sweep import topk_sweep
@@ -44,6 +45,7 @@ _HOME = {
     "expert_contributions": "mixlens.contributions",
     "expert_importance": "mixlens.importance",
     "expert_outputs": "mixlens.contributions",
+    "expert_similarity": "mixlens.models.similarity",
     "load": "mixlens.models.load",
     "measure_importance": "mixlens.importance",
     "open": "mixlens.kinds",
@@ -72,6 +74,7 @@ __all__ = [
     "expert_contributions",
     "expert_importance",
     "expert_outputs",
+    "expert_similarity",
     "load",
     "measure_importance",
     "open",

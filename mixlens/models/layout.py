@@ -79,6 +79,21 @@ def only_layers(model: nn.Module, start: int, stop: int) -> Iterator[None]:
         decoder.layers = layers
 
 
+def expert_weights(layer: MoeLayer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """w1 (gate) [E, I, H], w2 (down) [E, H, I] and w3 (up) [E, I, H] of a layer, as views.
+
+    Raises ModelError where they are offloaded, or held in another layout.
+    """
+    fused, down = (getattr(layer.experts, name, None) for name in ("gate_up_proj", "down_proj"))
+    if not isinstance(fused, torch.Tensor) or not isinstance(down, torch.Tensor) or fused.is_meta or down.is_meta:
+        raise ModelError(
+            f"The expert weights of layer {layer.index} were to be read. They are offloaded, or not held as one tensor "
+            'for all experts. Load the model whole and unquantized, such as ml.load(..., device_map="cpu").'
+        )
+    w1, w3 = fused.chunk(2, dim=1)
+    return w1, down, w3
+
+
 def final_scale(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     """What the last norm multiplies hidden states [T, H] by, element by element: [T, H] float32.
 

@@ -9,6 +9,7 @@ from mixlens.stats.published import table5
 from mixlens.stats.routing import expert_share, load_balance, position_profile, router_confidence, routing_entropy
 from mixlens.stats.structure import coactivation, repetition, transitions
 from mixlens.stats.tokens import predictability, vocabulary_specialization
+from mixlens.stats.weights import similarity_and_coactivation
 
 __all__ = [
     "Bootstrap",
@@ -24,6 +25,7 @@ __all__ = [
     "repetition",
     "router_confidence",
     "routing_entropy",
+    "similarity_and_coactivation",
     "super_experts",
     "table5",
     "transitions",

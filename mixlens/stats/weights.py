@@ -1,0 +1,74 @@
+"""How weights and routing go together."""
+
+from __future__ import annotations
+
+import numpy as np
+import xarray as xr
+
+from mixlens.errors import BadInput
+
+
+def similarity_and_coactivation(
+    similarity: xr.DataArray, coactivation: xr.Dataset, *, permutations: int = 2000, seed: int = 0
+) -> xr.Dataset:
+    """Whether experts that are alike are chosen together: correlation over pairs, tested by permuting experts.
+
+    Pearson's r over all pairs i < j between their similarity and (P(j|i) + P(i|j)) / 2. Pairs that share an expert are
+    not independent, so the null distribution relabels whole experts of one of the two matrices (Mantel 1967).
+
+    similarity    [layer, expert, expert_j], such as expert_similarity(model).router_cosine
+    coactivation  from stats.coactivation, with layer, expert and expert_j
+
+    Returns  Dataset  r, null_low, null_high (2.5 % and 97.5 % of the permutations), p (two-sided), n (pairs) [layer]
+    Raises   BadInput where layers or experts differ
+    """
+    together = coactivation["estimate"]
+    wanted = {"layer", "expert", "expert_j"}
+    if set(similarity.dims) != wanted or set(together.dims) != wanted:
+        raise BadInput(
+            f"Similarity {similarity.dims} was to be compared with co-activation {together.dims}. Both need layer, "
+            "expert and expert_j and nothing else. Select one matrix, or one domain, first."
+        )
+    if not np.array_equal(similarity.layer, together.layer) or similarity.sizes["expert"] != together.sizes["expert"]:
+        raise BadInput(
+            f"Similarity of layers {similarity.layer.values.tolist()} was to be compared with co-activation of layers "
+            f"{together.layer.values.tolist()}. Layers and experts must be the same. Select those that both have."
+        )
+    alike = similarity.transpose("layer", "expert", "expert_j").values
+    chosen = together.transpose("layer", "expert", "expert_j").values
+    chosen = (chosen + chosen.transpose(0, 2, 1)) / 2
+    count = alike.shape[1]
+    pairs = np.triu_indices(count, 1)
+    random = np.random.default_rng(seed)
+    labels = np.stack([random.permutation(count) for _ in range(permutations)])
+    found = []
+    for one, other in zip(alike, chosen, strict=True):
+        r = float(_pearson(one[pairs][None], other[pairs])[0])
+        null = _pearson(np.stack([one[np.ix_(order, order)][pairs] for order in labels]), other[pairs])
+        extreme = (np.abs(null) >= abs(r) - 1e-12).sum() + 1
+        p = extreme / (permutations + 1) if np.isfinite(r) else np.nan
+        found.append((r, *np.nanquantile(null, [0.025, 0.975]), p) if np.isfinite(r) else (np.nan,) * 4)
+    table = np.array(found).T
+    data = {name: ("layer", row) for name, row in zip(("r", "null_low", "null_high", "p"), table, strict=True)}
+    n = np.isfinite(chosen[:, pairs[0], pairs[1]]).sum(1)
+    return xr.Dataset(
+        data | {"n": ("layer", n)},
+        {"layer": similarity.layer.values},
+        {
+            "statistic": "similarity_and_coactivation",
+            "formula": "Pearson's r over pairs i < j; null: experts of one matrix relabelled",
+            "source": "Mantel 1967",
+            "permutations": permutations,
+            "seed": seed,
+            "model": coactivation.attrs.get("model", "unknown"),
+        },
+    )
+
+
+def _pearson(rows: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Correlation of each row [n, pairs] with `other` [pairs], over the pairs that both have."""
+    known = np.isfinite(other)
+    rows, other = rows[:, known], other[known]
+    rows, other = rows - rows.mean(1, keepdims=True), other - other.mean()
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return rows @ other / np.sqrt((rows**2).sum(1) * (other**2).sum())
