@@ -45,7 +45,7 @@ def report(runs: Report | Sequence[Report], path: str | os.PathLike, *, title: s
         prefix = f"{name}: " if len(opened) > 1 else ""
         blocks += [(prefix + heading, part(analysis)) for heading, part in parts.items()]
     blocks += _agreements(opened)
-    models = dict.fromkeys(sections.model_name(trace) for _, trace, _ in opened)
+    models = dict.fromkeys(wording.model_name(trace) for _, trace, _ in opened)
     title = title or f"Routing of {' and '.join(models)}"
     Path(path).write_text(_page(title, [block for block in blocks if block[1]]), "utf-8")
     return Path(path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,6 @@ from mixlens.show.findings import findings, furthest, place
 from mixlens.show.html import bullets, details, escape, paragraphs, picture
 from mixlens.show.tables import html_table
 from mixlens.stats import table5
-from mixlens.traces.trace import Trace
 
 _MOST_SEQUENCES, _MOST_TOKENS = 12, 1024  # in the live text
 _FEW_DOCUMENTS = 20
@@ -28,7 +26,7 @@ _FEW_DOCUMENTS = 20
 def summary(analysis: Analysis) -> str:
     trace = analysis.trace
     facts = {
-        "model": model_name(trace),
+        "model": wording.model_name(trace),
         "tokens": f"{trace.n_tokens:,}",
         "sequences": f"{len(trace.sequences):,}",
         "documents": f"{analysis.n_documents:,}",
@@ -42,12 +40,6 @@ def summary(analysis: Analysis) -> str:
         f'<dl class="facts">{cells}</dl>{paragraphs(few)}<h3>Findings</h3>{bullets(findings(analysis))}'
         '<p class="note">In brackets: interval from a bootstrap over documents. n counts what the number rests on.</p>'
     )
-
-
-def model_name(trace: Trace) -> str:
-    """The model's name on the Hub, or the last part of its folder."""
-    name = str(trace.meta.get("model", {}).get("name", "a model"))
-    return Path(name).name if Path(name).is_absolute() else name
 
 
 def _few_documents(analysis: Analysis) -> str:

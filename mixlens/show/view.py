@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mixlens.show import passage
+from mixlens.show import passage, wording
 from mixlens.show.html import page
 from mixlens.show.live import mount_script
 from mixlens.show.packing import pack, token_arrays
@@ -92,7 +92,7 @@ def _static(trace: Trace, number: int, layer: int) -> str:
     counts = np.bincount(ids[:, 0], minlength=trace.n_experts)
     most = ", ".join(f"expert {e} for {counts[e]}" for e in np.argsort(-counts, kind="stable")[:3])
     caption = (
-        f"Text of {_label(trace, number)} at layer {layer} of {trace.meta.get('model', {}).get('name', 'the model')}, "
+        f"Text of {_label(trace, number)} at layer {layer} of {wording.model_name(trace)}, "
         f"n = {len(ids):,} tokens. First choices: {most} tokens ..."
     )
     return (

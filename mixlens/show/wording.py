@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import numpy as np
 import xarray as xr
 
 from mixlens.errors import BadInput
+from mixlens.traces.trace import Trace
 
 TITLES = {
     "expert_share": "Expert share",
@@ -233,3 +235,10 @@ def only(data: xr.Dataset, what: str, *own: str) -> xr.Dataset:
             f"Select one first, data.sel({extra[0]}={first[0].item()!r}), or draw all of them with show.facet."
         )
     return data
+
+
+def model_name(trace: Trace) -> str:
+    """The model's name on the Hub, or the last part of its folder."""
+    model = trace.meta.get("model", {})
+    name = str(model.get("name", "a model") if isinstance(model, Mapping) else model)
+    return Path(name).name if Path(name).is_absolute() else name

@@ -208,6 +208,32 @@ def test_one_output_in_a_page_that_is_not_ours(visit, trace, tmp_path):
     assert clean(seen)
 
 
+@pytest.mark.parametrize("attached", [True, False])
+def test_live_where_a_notebook_makes_the_scripts_anew(chromium, trace, attached):
+    """JupyterLab and VS Code set innerHTML, then replace each script by a copy, before or after the node is shown."""
+    context = chromium.new_context()
+    page = context.new_page()
+    errors = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.evaluate(
+        """([html, attached]) => {
+            const node = document.createElement("div");
+            if (attached) document.body.append(node);
+            node.innerHTML = html;
+            for (const old of node.querySelectorAll("script")) {
+                const script = document.createElement("script");
+                script.textContent = old.textContent;
+                old.replaceWith(script);
+            }
+            if (!attached) document.body.append(node);
+        }""",
+        [view.tokens(trace, 3)._repr_html_(), attached],
+    )
+    page.wait_for_selector('[data-ready="1"]', state="attached", timeout=10_000)
+    assert errors == []
+    context.close()
+
+
 def test_without_scripts_the_picture_stands(chromium, view_file):
     context = chromium.new_context(java_script_enabled=False)
     page = context.new_page()
@@ -237,3 +263,10 @@ def test_a_layer_step_is_quick_with_ten_thousand_tokens(visit, tmp_path):
         }"""
     )
     assert steps[len(steps) // 2] < 50
+
+
+def test_printing_paints_what_was_not_yet_in_sight(visit, tmp_path):
+    long = make_trace(domains=("arxiv",), documents=1, tokens=3000)
+    page = visit(view.tokens(long).save(tmp_path / "long.html")).page
+    page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+    assert page.locator(".mixlens .text span.t").count() == 3000

@@ -8,6 +8,7 @@ from show_samples import HOSTILE, make_trace
 
 from mixlens import stats
 from mixlens.errors import BadInput, RunError
+from mixlens.show import wording
 from mixlens.show.analysis import analyse
 from mixlens.show.findings import findings
 from mixlens.show.report import report
@@ -141,3 +142,16 @@ def test_nothing_to_report_on(tmp_path):
     with pytest.raises(BadInput, match="It has no tokens"):
         report(empty, tmp_path / "r.html")
     assert not (tmp_path / "r.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("mistralai/Mixtral-8x7B-v0.1", "mistralai/Mixtral-8x7B-v0.1"),
+        ({"name": "/models/mine"}, "mine"),
+        ({}, "a model"),
+    ],
+)
+def test_a_model_is_called_by_its_name_or_folder(model, name):
+    trace = Trace.from_arrays(np.zeros((1, 1, 1), int), n_experts=2, meta={"model": model})
+    assert wording.model_name(trace) == name

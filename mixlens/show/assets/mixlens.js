@@ -154,8 +154,8 @@ function tokens(frame, data) {
     paintVisible();
   }
 
-  function paintVisible() {
-    for (const chunk of visible) {
+  function paintVisible(chunks = visible) {
+    for (const chunk of chunks) {
       if (chunk.stamp === state.stamp) continue;
       chunk.stamp = state.stamp;
       const offset = starts[state.sequence];
@@ -278,6 +278,8 @@ function tokens(frame, data) {
   digits.addEventListener("change", () => text.classList.toggle("digits", digits.checked));
   chooser.addEventListener("change", () => { state.sequence = Number(chooser.value); build(); });
   experts.forEach((button, e) => button.addEventListener("click", () => setFocus(e)));
+
+  addEventListener("beforeprint", () => paintVisible(text.children));
 
   slider.value = state.layer;
   layerName.textContent = layers[state.layer];
