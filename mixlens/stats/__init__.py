@@ -4,6 +4,7 @@ from mixlens.stats.agreement import agreement
 from mixlens.stats.bootstrap import Bootstrap
 from mixlens.stats.domains import domain_information, domain_specialization
 from mixlens.stats.importance import expert_importance
+from mixlens.stats.moved import moved
 from mixlens.stats.outputs import super_experts
 from mixlens.stats.published import table5
 from mixlens.stats.routing import expert_share, load_balance, position_profile, router_confidence, routing_entropy
@@ -20,6 +21,7 @@ __all__ = [
     "expert_importance",
     "expert_share",
     "load_balance",
+    "moved",
     "position_profile",
     "predictability",
     "repetition",

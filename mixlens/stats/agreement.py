@@ -35,7 +35,7 @@ def agreement(a: Trace, b: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAU
     """
     a.require("agreement", "expert_id")
     b.require("agreement", "expert_id")
-    _same_shape(a, b)
+    same_shape(a, b)
     has_logits = "router_logits" in a.signals and "router_logits" in b.signals
     names = ("expert_id", "router_logits") if has_logits else ("expert_id",)
     clusters = Clusters.of(a, by, 3 * a.n_layers)
@@ -54,7 +54,7 @@ def agreement(a: Trace, b: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAU
                 measures[:, 2, tokens] = _jensen_shannon_bits(p, q)
         totals["measures"][block.clusters] += block.sums(measures)
 
-    counts = count(a, clusters, {"measures": (a.n_layers, 3)}, _side_by_side(a, b, names), add)
+    counts = count(a, clusters, {"measures": (a.n_layers, 3)}, side_by_side(a, b, names), add)
     data = summarise(
         counts,
         lambda sums: sums["measures"] / sums["n"],
@@ -78,7 +78,7 @@ def _jensen_shannon_bits(p: list[np.ndarray], q: list[np.ndarray]) -> np.ndarray
     return np.maximum(divergence, 0)
 
 
-def _same_shape(a: Trace, b: Trace) -> None:
+def same_shape(a: Trace, b: Trace) -> None:
     for what, of_a, of_b in (
         ("layers", a.layers.tolist(), b.layers.tolist()),
         ("experts a layer", a.n_experts, b.n_experts),
@@ -91,7 +91,7 @@ def _same_shape(a: Trace, b: Trace) -> None:
             )
 
 
-def _side_by_side(a: Trace, b: Trace, names: tuple[str, ...]) -> Iterator[dict[str, np.ndarray]]:
+def side_by_side(a: Trace, b: Trace, names: tuple[str, ...]) -> Iterator[dict[str, np.ndarray]]:
     """Columns of both traces for the same tokens; those of `b` are called "other ..."."""
     keys = ("sequence", "position", *(["token_id"] if "token_id" in a.signals and "token_id" in b.signals else []))
     left, right = (trace.blocks(*keys, *names, tokens=BLOCK_OF_LOGITS) for trace in (a, b))

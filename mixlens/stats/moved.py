@@ -1,0 +1,58 @@
+"""Which experts moved between two runs over the same tokens."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import xarray as xr
+
+from mixlens.stats.agreement import same_shape, side_by_side
+from mixlens.stats.bootstrap import DEFAULT, Bootstrap
+from mixlens.stats.counts import Block, By, Clusters, count, described, summarise
+
+if TYPE_CHECKING:
+    from mixlens.traces.trace import Trace
+
+
+def moved(a: Trace, b: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
+    """What became of each expert from trace a to trace b of the same tokens: base and Instruct, or two checkpoints.
+
+    share_change  (N_e(b) - N_e(a)) / (k N), the change of its share
+    kept          N_e(a and b) / N_e(a), the part of its tokens that still choose it; NaN where none did. Independent
+                  uniform routing gives k/E
+
+    Tokens are paired, and the bootstrap draws documents with both of their routings.
+
+    Needs    expert_id  uint8 [token, layer, slot] in both
+    Returns  Dataset    fraction, ci_low, ci_high [*by, layer, expert, measure]; n (tokens) [*by]
+    Raises   BadInput   where layers, experts or tokens differ, naming the first sequence and position that do; or for
+                        an unknown column in `by`
+    """
+    a.require("moved", "expert_id")
+    b.require("moved", "expert_id")
+    same_shape(a, b)
+    shape = (a.n_layers, a.n_experts)
+
+    def add(block: Block, totals: dict[str, np.ndarray]) -> None:
+        experts = np.arange(a.n_experts)
+        for layer in range(a.n_layers):
+            before = (block["expert_id"][:, layer, :, None] == experts).any(1).T
+            after = (block["other expert_id"][:, layer, :, None] == experts).any(1).T
+            for name, chosen in (("before", before), ("after", after), ("both", before & after)):
+                totals[name][block.clusters, layer] += block.sums(chosen)
+
+    def measures(sums: dict[str, np.ndarray]) -> np.ndarray:
+        change = (sums["after"] - sums["before"]) / (a.top_k * sums["n"])
+        return np.stack([change, sums["both"] / sums["before"]], axis=2)
+
+    clusters = Clusters.of(a, by, 3 * a.n_layers * a.n_experts)
+    counts = count(
+        a, clusters, dict.fromkeys(("before", "after", "both"), shape), side_by_side(a, b, ("expert_id",)), add
+    )
+    data = summarise(counts, measures, {"expert": range(a.n_experts), "measure": ["share_change", "kept"]}, bootstrap)
+    return described(
+        data, a, bootstrap,
+        statistic="moved", unit="fraction", uniform=[0.0, a.top_k / a.n_experts],
+        formula="(N_e(b) - N_e(a)) / (k N); N_e(a and b) / N_e(a)", source="mixlens",
+    )  # fmt: skip
