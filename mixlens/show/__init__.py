@@ -2,6 +2,7 @@
 
 from mixlens.show import view
 from mixlens.show.figures import by_layer, entropy, expert_share, expert_share_grid, information, repetition
+from mixlens.show.importance import importance, importance_against_share, importance_by_domain, topk_curve
 from mixlens.show.matrices import coactivation, facet, share_heatmap, specialization, transitions
 from mixlens.show.passage import text
 
@@ -12,11 +13,15 @@ __all__ = [
     "expert_share",
     "expert_share_grid",
     "facet",
+    "importance",
+    "importance_against_share",
+    "importance_by_domain",
     "information",
     "repetition",
     "share_heatmap",
     "specialization",
     "text",
+    "topk_curve",
     "transitions",
     "view",
 ]

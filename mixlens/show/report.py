@@ -15,7 +15,7 @@ from mixlens.show.html import escape, page, paragraphs, picture
 from mixlens.show.tables import html_table
 from mixlens.traces.trace import Trace
 
-Report = Trace | str | os.PathLike
+RunOrPath = Trace | str | os.PathLike
 
 # What a kind of run brings into a report: its analysis, then sections of it by title.
 _KINDS: Mapping[str, tuple[Callable[[Trace, str], Analysis], Mapping[str, Callable[[Analysis], str]]]] = {
@@ -23,7 +23,7 @@ _KINDS: Mapping[str, tuple[Callable[[Trace, str], Analysis], Mapping[str, Callab
 }
 
 
-def report(runs: Report | Sequence[Report], path: str | os.PathLike, *, title: str | None = None) -> Path:
+def report(runs: RunOrPath | Sequence[RunOrPath], path: str | os.PathLike, *, title: str | None = None) -> Path:
     """Write one HTML file with summary, figures, live text, tables, methods and provenance of `runs`.
 
     runs    a trace, the folder of one, or several of them
@@ -31,12 +31,18 @@ def report(runs: Report | Sequence[Report], path: str | os.PathLike, *, title: s
     title   heading; made from the model and the run names when not given
 
     The page loads nothing and opens offline. A statistic whose signal is missing is listed with the reason.
-    Returns the path. Raises BadInput when there are no runs or no tokens; RunError when a folder cannot be opened.
+    Returns the path. Raises BadInput when there are no runs, no tokens, or no folder to write to; RunError when a run
+    cannot be opened.
     """
     single = isinstance(runs, Trace | str | os.PathLike)
-    given: list[Report] = [runs] if single else list(runs)  # pyright: ignore[reportAssignmentType]
+    given: list[RunOrPath] = [runs] if single else list(runs)  # pyright: ignore[reportAssignmentType]
     if not given:
         raise BadInput("A report was to be written. No run was given. Give a trace, a run folder, or a list of them.")
+    if Path(path).is_dir() or not Path(path).parent.is_dir():
+        raise BadInput(
+            f"A report was to be written to {path}. That is a folder, or lies in one that is not there. "
+            "Give the path of a file in an existing folder."
+        )
     opened = [_open(run, i) for i, run in enumerate(given)]
     blocks: list[tuple[str, str]] = []
     for kind, trace, name in opened:
@@ -51,7 +57,7 @@ def report(runs: Report | Sequence[Report], path: str | os.PathLike, *, title: s
     return Path(path)
 
 
-def _open(run: Report, number: int) -> tuple[str, Trace, str]:
+def _open(run: RunOrPath, number: int) -> tuple[str, Trace, str]:
     trace = run if isinstance(run, Trace) else Trace.open(run)
     if not trace.n_tokens:
         raise BadInput(

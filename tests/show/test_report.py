@@ -141,6 +141,9 @@ def test_nothing_to_report_on(tmp_path):
     empty = Trace.from_arrays(np.zeros((0, 2, 2), int), n_experts=4)
     with pytest.raises(BadInput, match="It has no tokens"):
         report(empty, tmp_path / "r.html")
+    for path in (tmp_path, tmp_path / "nowhere" / "r.html"):
+        with pytest.raises(BadInput, match="Give the path of a file in an existing folder"):
+            report(empty, path)
     assert not (tmp_path / "r.html").exists()
 
 
