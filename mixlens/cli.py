@@ -1,4 +1,4 @@
-"""The command line: mixlens record | stats | report | info | demo."""
+"""The command line: mixlens record | importance | stats | report | info | demo."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from mixlens.errors import BadInput, MixlensError
 
 if TYPE_CHECKING:
     import xarray as xr
+
+    from mixlens.traces.record import RecordSettings
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -66,24 +68,19 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     record = _command(commands, "record", _record, "record routing of a corpus into a run directory")
-    record.add_argument("model", help='Hub id, folder, or "demo"')
-    record.add_argument("documents", nargs="+", help="JSON Lines (.jsonl, .jsonl.gz) or text files (one document each)")
-    record.add_argument("--out", required=True, help="run directory; a stopped run there goes on")
-    record.add_argument("--text", default="text", metavar="COLUMN", help="text column of JSON Lines (default: text)")
+    _reading_arguments(record)
     record.add_argument(
         "--signals",
         default="router_logits,logprob",
         help="comma-separated: router_logits, logprob, top_logprobs, or sites such as moe_out (default: %(default)s)",
     )
-    record.add_argument("--limit", type=int, metavar="N", help="only the first N documents of every file")
-    record.add_argument("--max-length", type=int, metavar="TOKENS", help="tokens a sequence (default: the context)")
-    record.add_argument(
-        "--overlong", choices=("error", "truncate", "split"), default="error", help="what to do with longer documents"
-    )
-    record.add_argument("--batch-tokens", type=int, metavar="TOKENS", help="tokens a forward")
-    record.add_argument("--device-map", help='as in accelerate, such as "auto" or "cpu"')
-    record.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
-    record.add_argument("--revision", help="branch, tag or commit on the Hub")
+
+    importance = _command(commands, "importance", _importance, "measure the loss without each expert of each layer")
+    _reading_arguments(importance)
+    importance.add_argument("--by", metavar="COLUMN", help="document column, such as domain")
+    importance.add_argument("--how", choices=("reroute", "zero"), default="reroute", help="default: %(default)s")
+    importance.add_argument("--layers", metavar="L,L,...", help="only these layers")
+    importance.add_argument("--csv", metavar="FILE", help="write the table there instead")
 
     stats = _command(commands, "stats", _stats, "print a statistic of a run, with intervals and n")
     stats.add_argument("path", metavar="RUN", help="run directory")
@@ -105,6 +102,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _reading_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help='Hub id, folder, or "demo"')
+    parser.add_argument("documents", nargs="+", help="JSON Lines (.jsonl, .jsonl.gz) or text files (one document each)")
+    parser.add_argument("--out", required=True, help="run directory; a stopped run there goes on")
+    parser.add_argument("--text", default="text", metavar="COLUMN", help="text column of JSON Lines (default: text)")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N documents of every file")
+    parser.add_argument("--max-length", type=int, metavar="TOKENS", help="tokens a sequence (default: the context)")
+    parser.add_argument(
+        "--overlong", choices=("error", "truncate", "split"), default="error", help="what to do with longer documents"
+    )
+    parser.add_argument("--batch-tokens", type=int, metavar="TOKENS", help="tokens a forward")
+    parser.add_argument("--device-map", help='as in accelerate, such as "auto" or "cpu"')
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+
+
 def _command(commands: Any, name: str, run: Callable[..., Any], what: str) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".", allow_abbrev=False)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -113,38 +126,58 @@ def _command(commands: Any, name: str, run: Callable[..., Any], what: str) -> ar
 
 
 def _record(arguments: argparse.Namespace) -> dict[str, Any]:
-    from mixlens.models.load import load
     from mixlens.traces.record import RecordSettings, record
 
-    documents = [d for path in arguments.documents for d in read_documents(Path(path), arguments.limit)]
-    model = load(arguments.model, device_map=arguments.device_map, dtype=arguments.dtype, revision=arguments.revision)
-    settings = RecordSettings(
-        text=arguments.text,
-        max_length=arguments.max_length,
-        overlong=arguments.overlong,
-        batch_tokens=arguments.batch_tokens,
-    )
+    documents, model, settings = _read(arguments, RecordSettings())
     signals = [name for name in arguments.signals.split(",") if name]
     trace = record(model, documents, out=arguments.out, signals=signals, settings=settings)
     return {"run": arguments.out, **trace.meta["counts"], "signals": [*trace.signals, *trace.sites]}
 
 
+def _importance(arguments: argparse.Namespace) -> Any:
+    from mixlens.importance import SETTINGS, Ablation, measure_importance
+    from mixlens.stats import expert_importance
+
+    documents, model, settings = _read(arguments, SETTINGS)
+    ablation = Ablation(how=arguments.how, layers=_numbers(arguments.layers) if arguments.layers else None)
+    measured = measure_importance(model, documents, out=arguments.out, ablation=ablation, settings=settings)
+    return _table(expert_importance(measured, by=arguments.by), arguments)
+
+
+def _read(arguments: argparse.Namespace, settings: RecordSettings) -> tuple[list[Any], Any, RecordSettings]:
+    """Documents, model and settings, as the arguments have them."""
+    from dataclasses import replace
+
+    from mixlens.models.load import load
+
+    documents = [d for path in arguments.documents for d in read_documents(Path(path), arguments.limit)]
+    model = load(arguments.model, device_map=arguments.device_map, dtype=arguments.dtype, revision=arguments.revision)
+    names = ("text", "max_length", "overlong", "batch_tokens")
+    return documents, model, replace(settings, **{name: getattr(arguments, name) for name in names})
+
+
 def _stats(arguments: argparse.Namespace) -> Any:
     from mixlens import stats
-    from mixlens.show.tables import tidy
     from mixlens.traces.trace import Trace
 
     trace = Trace.open(arguments.path)
     if arguments.layers:
         trace = trace.select(layers=_numbers(arguments.layers))
     data: xr.Dataset = getattr(stats, arguments.statistic)(trace, **({"by": arguments.by} if arguments.by else {}))
+    return _table(data, arguments)
+
+
+def _table(data: xr.Dataset, arguments: argparse.Namespace) -> Any:
+    """A statistic as a CSV file, as JSON or as printed columns, as the arguments have it."""
+    from mixlens.show.tables import tidy
+
     frame = tidy(data)
     if arguments.csv:
         frame.to_csv(arguments.csv, index=False)
         return {"written": arguments.csv, "rows": len(frame)}
     if arguments.json:
         rows = json.loads(frame.to_json(orient="records"))
-        return {"statistic": arguments.statistic, "attrs": _jsonable(data.attrs), "rows": rows}
+        return {"statistic": data.attrs["statistic"], "attrs": _jsonable(data.attrs), "rows": rows}
     print(frame.to_string(index=False, float_format=lambda value: f"{value:.4f}"))
     print(f"\n{data.attrs.get('formula', '')}\nsource: {data.attrs.get('source', '')}")
     return None

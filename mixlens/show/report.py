@@ -5,17 +5,22 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import xarray as xr
 
 from mixlens import runs as run_files
 from mixlens import show, stats
 from mixlens.errors import BadInput, MixlensError
+from mixlens.kinds import open as open_any
 from mixlens.show import sections, wording
 from mixlens.show.analysis import Analysis, analyse
 from mixlens.show.html import escape, page, paragraphs, picture
+from mixlens.show.importance_sections import importance_sections
 from mixlens.show.tables import html_table
 from mixlens.traces.trace import Trace
 
-RunOrPath = Trace | str | os.PathLike
+RunOrPath = Trace | xr.Dataset | str | os.PathLike
 
 # What a kind of run brings into a report: its analysis, then sections of it by title.
 _KINDS: Mapping[str, tuple[Callable[[Trace, str], Analysis], Mapping[str, Callable[[Analysis], str]]]] = {
@@ -26,7 +31,7 @@ _KINDS: Mapping[str, tuple[Callable[[Trace, str], Analysis], Mapping[str, Callab
 def report(runs: RunOrPath | Sequence[RunOrPath], path: str | os.PathLike, *, title: str | None = None) -> Path:
     """Write one HTML file with summary, figures, live text, tables, methods and provenance of `runs`.
 
-    runs    a trace, the folder of one, or several of them
+    runs    a trace, what measure_importance gives, the folder of one of these, or several of them
     path    of the file, which is overwritten
     title   heading; made from the model and the run names when not given
 
@@ -34,7 +39,7 @@ def report(runs: RunOrPath | Sequence[RunOrPath], path: str | os.PathLike, *, ti
     Returns the path. Raises BadInput when there are no runs, no tokens, or no folder to write to; RunError when a run
     cannot be opened.
     """
-    single = isinstance(runs, Trace | str | os.PathLike)
+    single = isinstance(runs, Trace | xr.Dataset | str | os.PathLike)
     given: list[RunOrPath] = [runs] if single else list(runs)  # pyright: ignore[reportAssignmentType]
     if not given:
         raise BadInput("A report was to be written. No run was given. Give a trace, a run folder, or a list of them.")
@@ -45,25 +50,35 @@ def report(runs: RunOrPath | Sequence[RunOrPath], path: str | os.PathLike, *, ti
         )
     opened = [_open(run, i) for i, run in enumerate(given)]
     blocks: list[tuple[str, str]] = []
-    for kind, trace, name in opened:
-        analysis_of, parts = _KINDS[kind]
-        analysis = analysis_of(trace, name)
+    for kind, run, name in opened:
         prefix = f"{name}: " if len(opened) > 1 else ""
+        if kind == "importance":
+            blocks += [(prefix + heading, html) for heading, html in importance_sections(run).items()]
+            continue
+        analysis_of, parts = _KINDS[kind]
+        analysis = analysis_of(run, name)
         blocks += [(prefix + heading, part(analysis)) for heading, part in parts.items()]
-    blocks += _agreements(opened)
-    models = dict.fromkeys(wording.model_name(trace) for _, trace, _ in opened)
+    blocks += _agreements([run for run in opened if run[0] == "trace"])
+    models = dict.fromkeys(_model(run) for _, run, _ in opened)
     title = title or f"Routing of {' and '.join(models)}"
     Path(path).write_text(_page(title, [block for block in blocks if block[1]]), "utf-8")
     return Path(path)
 
 
-def _open(run: RunOrPath, number: int) -> tuple[str, Trace, str]:
-    trace = run if isinstance(run, Trace) else Trace.open(run)
+def _open(run: RunOrPath, number: int) -> tuple[str, Any, str]:
+    trace = run if isinstance(run, Trace | xr.Dataset) else open_any(run)
+    if isinstance(trace, xr.Dataset):
+        name = f"importance {number + 1}" if isinstance(run, Trace | xr.Dataset) else Path(run).name
+        return "importance", trace, name
     if not trace.n_tokens:
         raise BadInput(
             f"A report on {_name(trace, number)} was to be written. It has no tokens. Record some text first."
         )
     return "trace", trace, _name(trace, number)
+
+
+def _model(run: Trace | xr.Dataset) -> str:
+    return wording.model_name(run) if isinstance(run, Trace) else Path(str(run.attrs["model"])).name
 
 
 def _name(trace: Trace, number: int) -> str:
@@ -72,6 +87,8 @@ def _name(trace: Trace, number: int) -> str:
 
 def _agreements(opened: list[tuple[str, Trace, str]]) -> list[tuple[str, str]]:
     """How far the first trace and each other one of the same text agree."""
+    if not opened:
+        return []
     (_, first, first_name), *others = opened
     blocks = []
     for _, other, name in others:
