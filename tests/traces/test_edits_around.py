@@ -143,6 +143,44 @@ def test_every_experts_implementation(implementation):
     torch.testing.assert_close(forward(net, *chosen)[0], expected, atol=1e-4, rtol=1e-4)
 
 
+class ExpertByExpert(torch.nn.Module):
+    """The experts of a fused module as one nn.Linear for each projection of each expert."""
+
+    def __init__(self, fused):
+        super().__init__()
+        self.experts = torch.nn.ModuleList()
+        for gate_up, down in zip(fused.gate_up_proj.detach(), fused.down_proj.detach(), strict=True):
+            expert = torch.nn.ModuleDict()
+            for name, weight in zip(("w1", "w3", "w2"), (*gate_up.chunk(2), down), strict=True):
+                expert[name] = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+                expert[name].weight.data = weight.clone()
+            self.experts.append(expert)
+
+    def forward(self, hidden, ids, weights):
+        out = torch.zeros_like(hidden)
+        for number, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == number)
+            value = expert["w2"](torch.nn.functional.silu(expert["w1"](hidden[token])) * expert["w3"](hidden[token]))
+            out.index_add_(0, token, value * weights[token, slot, None])
+        return out
+
+
+def test_experts_held_one_by_one():
+    chosen = [
+        edits.forbid(0, 1),
+        edits.ablate(1, [2, 5], how="zero"),
+        edits.ablate(1, 3, how="mean", mean=torch.ones(32)),
+        edits.reroute(2, 3, 4),
+        edits.patch("expert_out", torch.ones(32), layer=3, expert=6),
+        edits.top_k(3),
+    ]
+    net = tiny_mixtral()
+    expected = forward(net, *chosen)[0]
+    for layer in net.model.layers:
+        layer.mlp.experts = ExpertByExpert(layer.mlp.experts)
+    torch.testing.assert_close(forward(net, *chosen)[0], expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("place", ["cpu", "disk"])
 def test_offloaded_layers(tmp_path, place):
     chosen = [
