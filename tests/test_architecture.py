@@ -18,6 +18,7 @@ FLOORS = [
     {"mixlens.runs", "mixlens.models"},
     {"mixlens.traces"},
     {"mixlens.stats"},
+    {"mixlens.bench"},
     {"mixlens.kinds", "mixlens.importance", "mixlens.contributions", "mixlens.sweep"},
     {"mixlens.show"},
     {"mixlens.cli"},

@@ -1,0 +1,327 @@
+"""What records of requests say: pure functions, so that every number can be computed again from what was saved."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from mixlens.bench.decode import ROLE, TOKEN, Event
+from mixlens.bench.events import OUTCOMES, Record
+from mixlens.errors import BadInput
+from mixlens.stats.bootstrap import DEFAULT, Bootstrap, t_quantile
+
+# Where a number of output tokens comes from, best first.
+USAGE, CHUNK_USAGE, RETOKENISED, CHUNKS = "usage", "chunk usage", "retokenised", "chunks"
+# Metrics of a request, and what each is.
+METRICS = {
+    "ttft_s": "sent to the first event that carries a token",
+    "tpot_s": "(last token - first token) / (N - 1)",
+    "itl_s": "time between tokens, where every chunk is one token",
+    "inter_chunk_s": "time between events that carry tokens, however many",
+    "e2e_token_s": "sent to the last token",
+    "e2e_stream_s": "sent to the end of the stream",
+    "scheduled_ttft_s": "due to the first token (open loop)",
+    "scheduled_e2e_s": "due to the last token (open loop)",
+    "connect_s": "opening a connection, where one was opened; in no other metric",
+    "headers_s": "sent to the answer's headers",
+    "output_tokens_per_s": "(N - 1) / (last token - first token), of one request",
+}
+STATISTICS = ("mean", "p50", "p90", "p95", "p99")
+# Below this many samples a 99th percentile is the maximum by another name.
+P99_SAMPLES = 100
+# The window of a level is cut in so many slices for the interval of its throughput.
+_SLICES = 10
+
+CountTokens = Callable[[str], int]
+
+
+def output_tokens(record: Record, count_tokens: CountTokens | None = None) -> tuple[int, str]:
+    """N, the number of output tokens, and where it comes from.
+
+    The server's usage at the end of the answer; else the usage of the last chunk that carries a token; else the whole
+    text counted by `count_tokens`; else the number of chunks, which is too low where a chunk holds several tokens.
+    """
+    chunks = [event for event in record.events if event.kind == TOKEN]
+    if not chunks:
+        return 0, CHUNKS
+    after = record.events[record.events.index(chunks[-1]) :]
+    final = [e.output_tokens for e in after if e.output_tokens and e.kind != ROLE and (e.kind != TOKEN or e.finish)]
+    if final:
+        return final[-1], USAGE
+    running = [event.output_tokens for event in chunks if event.output_tokens]
+    if running:
+        return running[-1], CHUNK_USAGE
+    if count_tokens is not None:
+        return count_tokens(record.text), RETOKENISED
+    return len(chunks), CHUNKS
+
+
+def request_table(records: Iterable[Record], count_tokens: CountTokens | None = None) -> pd.DataFrame:
+    """One row a request: its load, outcome, tokens and METRICS; NaN where a metric has no value.
+
+    A request that failed has NaN in every metric: what it took to fail is no latency. TPOT and output speed need two
+    events that carry tokens, since one event has no duration.
+    """
+    rows = [_row(record, count_tokens) for record in records]
+    columns = ["level", "index", "phase", "outcome", "status", "detail", "provider", "input_tokens", "output_tokens"]
+    frame = pd.DataFrame(rows, columns=[*columns, "token_source", "chunks", "cost_usd", *(m for m in METRICS)])
+    return frame.drop(columns=["inter_chunk_s", "itl_s"])
+
+
+def _row(record: Record, count_tokens: CountTokens | None) -> dict[str, object]:
+    n, source = output_tokens(record, count_tokens)
+    stamps = _stamps(record)
+    row = {
+        "level": record.level,
+        "index": record.index,
+        "phase": record.phase,
+        "outcome": record.outcome,
+        "status": np.nan if record.status is None else record.status,
+        "detail": record.detail,
+        "provider": _last(record.events, "provider"),
+        "input_tokens": _number(_last(record.events, "input_tokens")),
+        "output_tokens": n if stamps.size else np.nan,
+        "token_source": source if stamps.size else "",
+        "chunks": stamps.size,
+        "cost_usd": _number(_last(record.events, "cost_usd")),
+    }
+    if record.outcome != "ok" or record.sent_s is None:
+        return row
+    sent, first, last = record.sent_s, stamps[0], stamps[-1]
+    row["ttft_s"], row["e2e_token_s"], row["e2e_stream_s"] = first - sent, last - sent, record.ended_s - sent
+    if record.connected_s is not None:
+        row["connect_s"] = record.connected_s - record.started_s
+    if record.headers_s is not None:
+        row["headers_s"] = record.headers_s - sent
+    if record.scheduled_s is not None:
+        row["scheduled_ttft_s"], row["scheduled_e2e_s"] = first - record.scheduled_s, last - record.scheduled_s
+    if n >= 2 and last > first:
+        row["tpot_s"] = (last - first) / (n - 1)
+        row["output_tokens_per_s"] = (n - 1) / (last - first)
+    return row
+
+
+def summary(
+    records: Iterable[Record], *, count_tokens: CountTokens | None = None, bootstrap: Bootstrap = DEFAULT
+) -> xr.Dataset:
+    """Mean and percentiles of every metric over the measured requests that succeeded, by level.
+
+    Percentiles interpolate linearly between order statistics; intervals come from a bootstrap over requests, whose
+    chunks stay together. The 99th percentile is NaN below 100 samples.
+
+    Returns  Dataset  estimate, ci_low, ci_high, n (requests, or gaps between chunks), n_requests
+                      [level, metric, statistic]; NaN where no request succeeded
+    """
+    records = list(records)
+    groups = _by_level(records)
+    shape = (len(groups), len(METRICS), len(STATISTICS))
+    estimate, low, high = np.full((3, *shape), np.nan)
+    n, n_requests = np.zeros((2, *shape), np.int64)
+    for at, measured in enumerate(groups.values()):
+        table = request_table(measured, count_tokens)
+        for metric_at, metric in enumerate(METRICS):
+            values, owner = _samples(metric, measured, table, count_tokens)
+            n[at, metric_at], n_requests[at, metric_at] = len(values), len(np.unique(owner))
+            estimate[at, metric_at], low[at, metric_at], high[at, metric_at] = _estimates(values, owner, bootstrap)
+    dims = ("level", "metric", "statistic")
+    arrays = {"estimate": estimate, "ci_low": low, "ci_high": high, "n": n, "n_requests": n_requests}
+    return xr.Dataset(
+        {name: (dims, array) for name, array in arrays.items()},
+        coords={"level": list(groups), "metric": list(METRICS), "statistic": list(STATISTICS)},
+        attrs={
+            "statistic": "summary",
+            "unit": "seconds, output_tokens_per_s tokens a second",
+            "formula": "; ".join(f"{name}: {what}" for name, what in METRICS.items()),
+            "p99": f"NaN below {P99_SAMPLES} samples",
+            "source": "recorded by mixlens, token counts from "
+            + (", ".join(token_sources(records, count_tokens)) or "nowhere"),
+            "level": bootstrap.level,
+            "replicates": bootstrap.replicates,
+            "seed": bootstrap.seed,
+        },
+    )
+
+
+def throughput(
+    records: Iterable[Record], *, count_tokens: CountTokens | None = None, level: float = 0.95
+) -> pd.DataFrame:
+    """What the system delivered by level: all measured requests together, over the time they took together.
+
+    The window runs from the first measured request sent to the last one ended; tokens of failed requests do not count.
+    The interval is that of batch means: the window in ten slices, a t interval of their rates; NaN below ten successes.
+
+    Returns  DataFrame  level, metric (output_tokens_per_s, requests_per_s), estimate, ci_low, ci_high, n (successes),
+                        window_s; NaN where no request succeeded
+    """
+    rows = []
+    for name, measured in _by_level(records).items():
+        succeeded = [record for record in measured if record.outcome == "ok" and record.sent_s is not None]
+        starts = [record.sent_s for record in measured if record.sent_s is not None]
+        if succeeded:
+            window = (min(starts), max(record.ended_s for record in measured))
+            seconds = window[1] - window[0]
+        else:
+            window, seconds = (np.nan, np.nan), np.nan
+        tokens = [(s, w) for record in succeeded for s, w in _weighted_stamps(record, count_tokens)]
+        ends = [(record.ended_s, 1.0) for record in succeeded]
+        for metric, marks in (("output_tokens_per_s", tokens), ("requests_per_s", ends)):
+            estimate, low, high = _rate(marks, window, len(succeeded), level)
+            rows.append((name, metric, estimate, low, high, len(succeeded), seconds))
+    columns = ["level", "metric", "estimate", "ci_low", "ci_high", "n", "window_s"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a request must keep to count as good; None for no limit. Seconds."""
+
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+    e2e_token_s: float | None = None
+
+    @property
+    def stated(self) -> dict[str, float]:
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+def goodput(records: Iterable[Record], limits: Limits, *, count_tokens: CountTokens | None = None) -> pd.DataFrame:
+    """Measured requests that kept every stated limit, by level: their share of all requests, and how many a second.
+
+    Requests that failed kept none. A single token has no time between tokens to exceed; where TPOT has no value for
+    another reason the limit counts as not kept.
+
+    Returns  DataFrame  level, good (requests), good_frac, good_per_s, n (measured requests); NaN where none succeeded
+    Raises   BadInput   when no limit is stated
+    """
+    if not limits.stated:
+        raise BadInput(
+            "Goodput was asked for. No limit is stated. Give at least one, as in Limits(ttft_s=2.0, tpot_s=0.2)."
+        )
+    rows, records = [], list(records)
+    windows = throughput(records, count_tokens=count_tokens).set_index("level")["window_s"]
+    for name, measured in _by_level(records).items():
+        table = request_table(measured, count_tokens)
+        kept = table["outcome"] == "ok"
+        for metric, limit in limits.stated.items():
+            within = table[metric] <= limit
+            kept &= within | (table["output_tokens"] == 1) if metric == "tpot_s" else within
+        n, good, none = len(table), int(kept.sum()), not (table["outcome"] == "ok").any()
+        seconds = float(windows.loc[[name]].iloc[0])
+        rows.append((name, good, np.nan if none else good / n, np.nan if none else good / seconds, n))
+    return pd.DataFrame(rows, columns=["level", "good", "good_frac", "good_per_s", "n"])
+
+
+def outcomes(records: Iterable[Record]) -> pd.DataFrame:
+    """How requests ended: level, phase, outcome, status, n; an outcome that did not happen has no row."""
+    records = list(records)
+    counts = Counter((r.level, r.phase, r.outcome, np.nan if r.status is None else r.status) for r in records)
+    levels, kinds = list(dict.fromkeys(r.level for r in records)), list(OUTCOMES)
+    rows = sorted(
+        ((*key, n) for key, n in counts.items()), key=lambda row: (levels.index(row[0]), row[1], kinds.index(row[2]))
+    )
+    return pd.DataFrame(rows, columns=["level", "phase", "outcome", "status", "n"])
+
+
+def token_sources(records: Iterable[Record], count_tokens: CountTokens | None = None) -> dict[str, int]:
+    """Where the token counts of the measured successes come from, and for how many requests each."""
+    measured = (record for record in records if record.outcome == "ok" and record.phase == "measured")
+    return dict(Counter(output_tokens(record, count_tokens)[1] for record in measured))
+
+
+def _by_level(records: Iterable[Record]) -> dict[str, list[Record]]:
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        if record.phase == "measured":
+            groups.setdefault(record.level, []).append(record)
+    return groups
+
+
+def _stamps(record: Record) -> np.ndarray:
+    return np.array([event.at_s for event in record.events if event.kind == TOKEN])
+
+
+def _samples(
+    metric: str, records: Sequence[Record], table: pd.DataFrame, count_tokens: CountTokens | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Values of a metric, and the request each belongs to."""
+    if metric not in ("inter_chunk_s", "itl_s"):
+        values = table[metric].to_numpy(float)
+        owner = np.flatnonzero(np.isfinite(values))
+        return values[owner], owner
+    gaps, owner = [np.empty(0)], [np.empty(0, np.int64)]
+    for at, record in enumerate(records):
+        stamps = _stamps(record)
+        one_each = metric == "inter_chunk_s" or output_tokens(record, count_tokens)[0] == len(stamps)
+        counted = output_tokens(record, count_tokens)[1] != CHUNKS or metric == "inter_chunk_s"
+        if record.outcome == "ok" and one_each and counted:
+            gaps.append(np.diff(stamps))
+            owner.append(np.full(len(stamps) - 1, at))
+    return np.concatenate(gaps), np.concatenate(owner)
+
+
+def _estimates(values: np.ndarray, owner: np.ndarray, bootstrap: Bootstrap) -> np.ndarray:
+    """Estimate, lower and upper bound [3, statistic], with requests drawn whole."""
+    result = np.full((3, len(STATISTICS)), np.nan)
+    if not len(values):
+        return result
+    order = np.argsort(values, kind="stable")
+    ordered, requests = values[order], np.unique(owner, return_inverse=True)[1][order]
+    count = requests.max() + 1
+    if count < 2:
+        result[0] = _statistics(ordered, np.ones(len(ordered)))
+    else:
+        resamples = bootstrap.resample(int(count))
+        replicates = np.stack([_statistics(ordered, drawn[requests]) for drawn in resamples.weights], axis=-1)
+        reach = np.full(len(STATISTICS), bootstrap.reach(np.array([float(count)]))[0])
+        result[0] = replicates[:, 0]
+        result[1], result[2] = resamples.interval(replicates, reach)
+    if len(values) < P99_SAMPLES:
+        result[:, STATISTICS.index("p99")] = np.nan
+    return result
+
+
+def _statistics(ordered: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """STATISTICS of sorted values of which each counts `weight` times; NaN when none counts."""
+    cumulated = weight.cumsum()
+    total = cumulated[-1]
+    if not total:
+        return np.full(len(STATISTICS), np.nan)
+    at = np.array([0.5, 0.9, 0.95, 0.99]) * (total - 1)
+    low = ordered[np.searchsorted(cumulated, np.floor(at), side="right")]
+    high = ordered[np.searchsorted(cumulated, np.ceil(at), side="right")]
+    return np.concatenate([[weight @ ordered / total], low + (high - low) * (at - np.floor(at))])
+
+
+def _weighted_stamps(record: Record, count_tokens: CountTokens | None) -> list[tuple[float, float]]:
+    stamps = _stamps(record)
+    each = output_tokens(record, count_tokens)[0] / len(stamps)
+    return [(float(stamp), each) for stamp in stamps]
+
+
+def _rate(
+    marks: Sequence[tuple[float, float]], window: tuple[float, float], n: int, level: float
+) -> tuple[float, float, float]:
+    """Weights of the marks a second, with the t interval of the slices' rates."""
+    start, end = window
+    if not marks or not end > start:
+        return np.nan, np.nan, np.nan
+    stamps, weights = np.array(marks).T
+    estimate = float(weights.sum() / (end - start))
+    if n < _SLICES:
+        return estimate, np.nan, np.nan
+    slices = np.histogram(stamps, bins=_SLICES, range=(start, end), weights=weights)[0] * _SLICES / (end - start)
+    reach = float(t_quantile((1 + level) / 2, np.array([_SLICES - 1.0]))[0] * slices.std(ddof=1) / np.sqrt(_SLICES))
+    return estimate, max(estimate - reach, 0.0), estimate + reach
+
+
+def _last(events: Sequence[Event], name: str) -> object:
+    return next((value for event in reversed(events) if (value := getattr(event, name)) is not None), None)
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, int | float) else np.nan

@@ -1,0 +1,90 @@
+"""Server-sent events out of bytes that may be split anywhere, each with the time its last byte arrived."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+_LINE_END = re.compile(rb"\r\n|\r|\n")
+# A line longer than this is no event of a language model; without a bound a hostile server could fill the memory.
+MAX_LINE_BYTES = 8 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One comment or one event of a stream.
+
+    at_s     seconds, when the byte that completed it arrived
+    comment  True for a comment line, which carries no data
+    event    the event's name, "" when it has none
+    data     its data lines joined by newlines; the text of a comment
+    """
+
+    at_s: float
+    comment: bool
+    event: str
+    data: str
+
+
+class SSEParser:
+    """Incremental parser of an event stream (WHATWG HTML, section 9.2).
+
+    Lines end in CR, LF or CRLF, wherever the bytes were split; a CR ends its line at once, so that no event waits for
+    a line feed that may never come. `feed` gives the messages that a piece of the stream completes; what was
+    never completed gives none.
+    """
+
+    def __init__(self) -> None:
+        self._line = bytearray()
+        self._data: list[str] = []
+        self._event = ""
+        self._after_cr = False
+        self._first = True
+
+    def feed(self, piece: bytes, at_s: float) -> list[Message]:
+        """Messages completed by `piece`, which arrived at `at_s`.
+
+        Raises ValueError when a line grows beyond MAX_LINE_BYTES.
+        """
+        if not piece:
+            return []
+        rest = piece[1:] if self._after_cr and piece.startswith(b"\n") else piece
+        self._after_cr = piece.endswith(b"\r")
+        messages: list[Message] = []
+        *ended, rest = _LINE_END.split(rest)
+        for end in ended:
+            self._line += end
+            line = bytes(self._line)
+            self._line.clear()
+            messages += self._end_of(line, at_s)
+        self._line += rest
+        if len(self._line) > MAX_LINE_BYTES:
+            raise ValueError(f"a line of the stream is longer than {MAX_LINE_BYTES:,} bytes")
+        return messages
+
+    def close(self, at_s: float) -> list[Message]:
+        """The event that lacks nothing but its blank line, when the stream has ended: some servers leave it out."""
+        if self._line or not self._data:
+            return []
+        return self._end_of(b"", at_s)
+
+    def _end_of(self, line: bytes, at_s: float) -> list[Message]:
+        if self._first:
+            line, self._first = line.removeprefix(b"\xef\xbb\xbf"), False
+        if not line:
+            return self._dispatch(at_s)
+        text = line.decode("utf-8", errors="replace")
+        if text.startswith(":"):
+            return [Message(at_s, True, "", text[1:].removeprefix(" "))]
+        field, _, value = text.partition(":")
+        value = value.removeprefix(" ")
+        if field == "data":
+            self._data.append(value)
+        elif field == "event":
+            self._event = value
+        return []
+
+    def _dispatch(self, at_s: float) -> list[Message]:
+        event, data = self._event, self._data
+        self._event, self._data = "", []
+        return [Message(at_s, False, event, "\n".join(data))] if data else []

@@ -1,0 +1,199 @@
+"""Endpoint: a model behind a URL, and how it wants to be asked. Making one sends nothing and reads no key."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+from mixlens.errors import BadInput
+
+# Where each protocol is spoken, below the endpoint's URL.
+PATHS = {
+    "openai-chat": "/chat/completions",
+    "openai-completions": "/completions",
+    "anthropic": "/messages",
+    "modelslab": "/chat/completions",
+}
+# What the same model is called in different places.
+ALIASES = {
+    "mistralai/mixtral-8x7b-instruct": (
+        "mistral/mixtral-8x7b-instruct",
+        "mistralai-mixtral-8x7b-instruct",
+        "mistralai/mixtral-8x7b-instruct-v0.1",
+    ),
+    "mistralai/mixtral-8x22b-instruct": (
+        "mistral/mixtral-8x22b-instruct",
+        "mistralai-mixtral-8x22b-instruct",
+        "mistralai/mixtral-8x22b-instruct-v0.1",
+    ),
+}
+CONTEXTS = {"mistralai/mixtral-8x7b-instruct": 32_768, "mistralai/mixtral-8x22b-instruct": 65_536}
+
+_SECRET_HEADERS = {"authorization", "proxy-authorization", "x-api-key", "api-key", "cookie"}
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A model behind a URL.
+
+    url       up to the version, as in "http://127.0.0.1:8000/v1"; the address of the protocol itself is taken as it is
+    model     the name that the server knows it by
+    protocol  "openai-chat", "openai-completions", "anthropic" (Messages), or "modelslab" (its own body, with model_id)
+    key_env   name of the environment variable that holds the key, or None. It is read when a request is made, sent as
+              "Authorization: Bearer ..." (by "modelslab" in the body), and written nowhere
+    extra     more fields of the body, such as {"temperature": 0}; None leaves out a field that would be sent
+    headers   more headers, such as {"X-Title": "mixlens"}
+    context   tokens of the context, where known
+
+    Raises BadInput for a URL that is no http(s) address or carries a secret, for a protocol that is not known, for
+    headers that would hold a key, and for a key that would leave this machine unencrypted.
+    """
+
+    url: str
+    model: str = field(kw_only=True)
+    protocol: str = field(default="openai-chat", kw_only=True)
+    key_env: str | None = field(default=None, kw_only=True)
+    extra: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
+    headers: Mapping[str, str] = field(default_factory=dict, kw_only=True)
+    context: int | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        try:
+            parts = urlsplit(self.url)
+            host, _ = parts.hostname, parts.port
+        except ValueError:
+            parts, host = urlsplit(""), None
+        if parts.scheme not in ("http", "https") or not host:
+            raise BadInput(
+                f"An endpoint at {self.url!r} was asked for. That is no http or https address. "
+                'Give one as "http://127.0.0.1:8000/v1".'
+            )
+        if parts.username or parts.password or parts.query or parts.fragment:
+            raise BadInput(
+                f"An endpoint at {host} was asked for. Its URL carries a user, a password or a query, which would be "
+                "written into run directories. Give the plain address, and the key by key_env=."
+            )
+        if self.protocol not in PATHS:
+            raise BadInput(
+                f"An endpoint of protocol {self.protocol!r} was asked for. There is no such protocol. "
+                f"Give one of {', '.join(PATHS)}."
+            )
+        if secret := sorted({name.lower() for name in self.headers} & _SECRET_HEADERS) + sorted(
+            {"key"} & {*self.extra}
+        ):
+            raise BadInput(
+                f"An endpoint at {host} was asked for with {secret[0]!r} among its headers or fields. Those are "
+                "written into run directories, and a key never is. Name the variable that holds the key by key_env=."
+            )
+        if self.key_env is not None and parts.scheme == "http" and not self.is_local:
+            raise BadInput(
+                f"An endpoint at {host} was asked for with the key of {self.key_env}. The address is http, so that "
+                "the key could be read on its way. Use https."
+            )
+
+    @property
+    def host(self) -> str:
+        return urlsplit(self.url).hostname or ""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the server is on this machine."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+    @property
+    def address(self) -> str:
+        """Where requests go."""
+        base, path = self.url.rstrip("/"), PATHS[self.protocol]
+        return base if base.endswith(path) else base + path
+
+    def key(self) -> str | None:
+        """The key, from the environment; None for an endpoint without one.
+
+        Raises BadInput when the variable is not set, or does not hold what could be a key. It is not quoted.
+        """
+        if self.key_env is None:
+            return None
+        key = os.environ.get(self.key_env, "").strip()
+        if not key:
+            raise BadInput(
+                f"A request to {self.host} needs a key. The environment variable {self.key_env} is not set. "
+                "Set it in the shell that starts this; keys are taken from nowhere else."
+            )
+        if not re.fullmatch(r"[!-~]{8,}", key):
+            raise BadInput(
+                f"A request to {self.host} needs a key. What {self.key_env} holds is shorter than 8 characters, or has "
+                "blanks or characters beyond ASCII. Set it to the key alone."
+            )
+        return key
+
+    def request(self, prompt: str, *, max_tokens: int, key: str | None = None) -> tuple[dict[str, str], dict[str, Any]]:
+        """Headers and body of a request that streams the answer to `prompt`."""
+        headers = {"Accept": "text/event-stream, application/json", "Accept-Encoding": "identity", **self.headers}
+        body: dict[str, Any] = {"model": self.model, "stream": True, "max_tokens": max_tokens}
+        if self.protocol == "openai-completions":
+            body["prompt"] = prompt
+        else:
+            body["messages"] = [{"role": "user", "content": prompt}]
+        if self.protocol.startswith("openai"):
+            body["stream_options"] = {"include_usage": True}
+        if self.protocol == "anthropic":
+            headers["anthropic-version"] = "2023-06-01"
+        if self.protocol == "modelslab":
+            body["model_id"] = body.pop("model")
+        body = {name: value for name, value in (body | dict(self.extra)).items() if value is not None}
+        if key is not None and self.protocol == "modelslab":
+            body["key"] = key
+        elif key is not None:
+            headers["Authorization"] = f"Bearer {key}"
+        return headers, body
+
+    def plan(self) -> dict[str, Any]:
+        """What a run directory keeps of it: everything but the key, which it does not hold."""
+        kept = {"url": self.url, "model": self.model, "protocol": self.protocol, "context": self.context}
+        return {**kept, "key_env": self.key_env, "extra": dict(self.extra), "headers": dict(self.headers)}
+
+    @classmethod
+    def openrouter(
+        cls, model: str = "mistralai/mixtral-8x7b-instruct", *, providers: Sequence[str] = (), **fields: Any
+    ) -> Endpoint:
+        """OpenRouter; with `providers` only these answer, and no other steps in (as "deepinfra")."""
+        model = canonical(model)
+        pinned = {"provider": {"only": list(providers), "allow_fallbacks": False}} if providers else {}
+        fields = {"key_env": "OPENROUTER_API_KEY", "context": CONTEXTS.get(model), **fields}
+        fields["extra"] = {**pinned, **fields.get("extra", {})}
+        return cls("https://openrouter.ai/api/v1", model=model, **fields)
+
+    @classmethod
+    def deepinfra(cls, model: str = "mistralai/Mixtral-8x7B-Instruct-v0.1", **fields: Any) -> Endpoint:
+        """DeepInfra's OpenAI-compatible address; models go by their names on the Hub."""
+        fields = {"key_env": "DEEPINFRA_API_KEY", "context": CONTEXTS.get(canonical(model)), **fields}
+        return cls("https://api.deepinfra.com/v1/openai", model=model, **fields)
+
+    @classmethod
+    def modelslab(cls, model: str = "mistralai-mixtral-8x7b-instruct", **fields: Any) -> Endpoint:
+        """ModelsLab, with its own body unless `protocol` says "openai-chat" or "anthropic"."""
+        fields = {
+            "key_env": "MODELSLAB_API_KEY",
+            "protocol": "modelslab",
+            "context": CONTEXTS.get(canonical(model)),
+        } | fields
+        base = "https://modelslab.com/api/v7/llm"
+        return cls(base + "/v1" if fields["protocol"] == "anthropic" else base, model=model, **fields)
+
+
+# By name, for the command line.
+PRESETS = {"openrouter": Endpoint.openrouter, "deepinfra": Endpoint.deepinfra, "modelslab": Endpoint.modelslab}
+
+
+def canonical(model: str) -> str:
+    """The one name of a model that goes by several; a name that is not known stays as it is."""
+    found = (name for name, others in ALIASES.items() if model.lower() in (name, *others))
+    return next(found, model)

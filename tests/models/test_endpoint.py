@@ -1,0 +1,110 @@
+"""Endpoints: what they send, and that a key is read late and kept nowhere."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from mixlens.errors import BadInput
+from mixlens.models.endpoint import Endpoint, canonical
+
+KEY = "sk-test-0123456789"
+LOCAL = "http://127.0.0.1:8000/v1"
+
+
+def test_each_protocol_has_its_address_and_body():
+    headers, body = Endpoint(LOCAL, model="m").request("Hi", max_tokens=8)
+    assert body["messages"] == [{"role": "user", "content": "Hi"}]
+    assert body["stream_options"] == {"include_usage": True}
+    assert "Authorization" not in headers
+    completions = Endpoint(LOCAL, model="m", protocol="openai-completions")
+    assert completions.request("Hi", max_tokens=8)[1]["prompt"] == "Hi"
+    anthropic = Endpoint(LOCAL, model="m", protocol="anthropic")
+    headers, body = anthropic.request("Hi", max_tokens=8, key=KEY)
+    assert headers["Authorization"] == f"Bearer {KEY}"
+    assert headers["anthropic-version"] == "2023-06-01"
+    assert "stream_options" not in body
+    addresses = [e.address for e in (Endpoint(LOCAL + "/chat/completions", model="m"), completions, anthropic)]
+    assert addresses == [LOCAL + "/chat/completions", LOCAL + "/completions", LOCAL + "/messages"]
+
+
+def test_modelslab_has_a_body_of_its_own():
+    endpoint = Endpoint.modelslab()
+    headers, body = endpoint.request("Hi", max_tokens=8, key=KEY)
+    assert endpoint.address == "https://modelslab.com/api/v7/llm/chat/completions"
+    assert (body["model_id"], body["key"]) == ("mistralai-mixtral-8x7b-instruct", KEY)
+    assert "model" not in body
+    assert "Authorization" not in headers
+    assert Endpoint.modelslab(protocol="anthropic").address == "https://modelslab.com/api/v7/llm/v1/messages"
+
+
+def test_presets_and_pinning():
+    small, large = (
+        Endpoint.openrouter(),
+        Endpoint.openrouter("mistralai/mixtral-8x22b-instruct", providers=["deepinfra"]),
+    )
+    assert (small.model, small.context) == ("mistralai/mixtral-8x7b-instruct", 32_768)
+    assert (large.context, large.address) == (65_536, "https://openrouter.ai/api/v1/chat/completions")
+    body = large.request("Hi", max_tokens=8)[1]
+    assert body["provider"] == {"only": ["deepinfra"], "allow_fallbacks": False}
+    assert Endpoint.deepinfra().address == "https://api.deepinfra.com/v1/openai/chat/completions"
+    assert Endpoint.deepinfra().context == 32_768
+
+
+@pytest.mark.parametrize(
+    "name", ["mistral/mixtral-8x7b-instruct", "mistralai-mixtral-8x7b-instruct", "mistralai/Mixtral-8x7B-Instruct-v0.1"]
+)
+def test_one_model_has_several_names(name):
+    assert canonical(name) == "mistralai/mixtral-8x7b-instruct"
+    assert Endpoint.openrouter(name).model == "mistralai/mixtral-8x7b-instruct"
+    assert canonical("another") == "another"
+
+
+def test_extra_fields_come_last_and_none_leaves_one_out():
+    endpoint = Endpoint(LOCAL, model="m", extra={"temperature": 0, "stream_options": None})
+    body = endpoint.request("Hi", max_tokens=8)[1]
+    assert body["temperature"] == 0
+    assert "stream_options" not in body
+
+
+def test_a_key_is_read_when_it_is_needed_and_kept_nowhere(monkeypatch):
+    monkeypatch.delenv("MY_KEY", raising=False)
+    endpoint = Endpoint("https://example.invalid/v1", model="m", key_env="MY_KEY")
+    with pytest.raises(BadInput, match="variable MY_KEY is not set. Set it"):
+        endpoint.key()
+    monkeypatch.setenv("MY_KEY", KEY + "\n")
+    assert endpoint.key() == KEY
+    endpoint.request("Hi", max_tokens=8, key=KEY)
+    assert KEY not in repr(endpoint) + json.dumps(endpoint.plan())
+    monkeypatch.setenv("MY_KEY", "two words here")
+    with pytest.raises(BadInput, match="has blanks") as caught:
+        endpoint.key()
+    assert "two words" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"url": "127.0.0.1:8000"}, "That is no http or https address. Give one as"),
+        ({"url": "http://["}, "no http or https address"),
+        ({"url": "https://u:p@example.invalid/v1"}, "carries a user, a password or a query"),
+        ({"url": "https://example.invalid/v1?key=abc"}, "carries a user, a password or a query"),
+        ({"protocol": "openai"}, "There is no such protocol. Give one of openai-chat"),
+        ({"headers": {"X-API-Key": "abc"}}, "'x-api-key' among its headers"),
+        ({"extra": {"key": "abc"}}, "'key' among its headers"),
+        ({"url": "http://example.invalid/v1", "key_env": "K"}, "The address is http, .* Use https"),
+    ],
+)
+def test_endpoints_that_are_refused(fields, message):
+    with pytest.raises(BadInput, match=message) as caught:
+        Endpoint(**{"url": LOCAL, "model": "m", **fields})
+    assert "abc" not in str(caught.value)
+
+
+def test_an_endpoint_needs_no_torch():
+    script = "import sys, mixlens.models.endpoint; print({'torch', 'httpx', 'pandas'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
