@@ -14,8 +14,9 @@ from mixlens.errors import BadInput
 from mixlens.models.layout import describe, final_scale, moe_layers, n_experts
 from mixlens.traces.documents import Documents, Piece, Tally
 from mixlens.traces.hooks import Raw
+from mixlens.traces.pieces import display_pieces
 from mixlens.traces.reading import Reader, batches
-from mixlens.traces.record import RecordSettings, batch_size, length_limit, shards_of, tokenizer_of
+from mixlens.traces.record import RecordSettings, batch_size, length_limit, shards_of, tokenizer_of, vocabulary_of
 from mixlens.traces.signals import Site, parse_signals
 
 SETTINGS = RecordSettings()
@@ -78,7 +79,8 @@ def expert_contributions(
     in it.
 
     Returns  Dataset  logit, norm (of the weighted output), expert_id, weight [token, layer, slot]; logit is NaN at the
-                      end of a sequence. Coordinates of tokens: document_id, sequence, position, token_id, next_id
+                      end of a sequence. Coordinates of tokens: document_id, sequence, position, token_id, next_id,
+                      and piece, the text
     Raises   BadInput for documents that cannot be read as asked, and where the unembedding is offloaded
     """
     head: Any = model.lm_head
@@ -87,6 +89,7 @@ def expert_contributions(
             "Contributions to logits were asked for. The unembedding (lm_head) is offloaded. Keep it on a device: "
             'device_map={"lm_head": 0, ...}.'
         )
+    tokenizer = tokenizer if tokenizer is not None else tokenizer_of(model)
     mean_row = head.weight.float().mean(0)
     last = len(moe_layers(model)) - 1
     parts: list[tuple[list[dict[str, Any]], dict[str, np.ndarray]]] = []
@@ -115,6 +118,7 @@ def expert_contributions(
     coords: dict[str, Any] = {name: ("token", np.array([row[name] for row in rows], object)[order]) for name in rows[0]}
     for name in ("sequence", "position", "token_id", "next_id"):
         coords[name] = ("token", coords[name][1].astype(np.int64))
+    coords["piece"] = ("token", display_pieces(coords["token_id"][1], vocabulary_of(tokenizer)))
     data = {name: (("token", "layer", "slot"), values) for name, values in joined.items()}
     attrs = {"statistic": "expert_contributions", "unit": "logit", "model": describe(model)["name"]}
     return xr.Dataset(data, {**coords, "layer": range(last + 1)}, attrs)

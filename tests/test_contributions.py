@@ -93,6 +93,7 @@ def test_contributions_with_attention_and_embedding_add_up_to_the_logit(net):
         ids, gates, attention, last, moe_in, embedding, logits = seen_by_hand(net, document["text"])
         here = found.isel(token=np.flatnonzero(found.sequence.values == number))
         np.testing.assert_array_equal(here.token_id, ids)
+        assert len(here.piece) == len(ids)
         assert np.isnan(here.logit.values[-1]).all()
         assert here.next_id.values[-1] == -1
         for t in range(len(ids) - 1):

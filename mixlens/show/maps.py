@@ -7,6 +7,7 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.colors import CenteredNorm
 
+from mixlens.errors import BadInput
 from mixlens.show import wording
 from mixlens.show.style import (
     COLUMN,
@@ -93,6 +94,41 @@ def importance_against_share(data: xr.Dataset, ax: Axes | None = None) -> Axes:
     return ax
 
 
+def contributions(
+    data: xr.Dataset, ax: Axes | None = None, *, sequence: int | None = None, positions: tuple[int, int] = (0, 64)
+) -> Axes:
+    """What the chosen experts of each layer add to the logit of the next token, along a text.
+
+    data       from expert_contributions  [token, layer, slot]; the slots of a layer are added up
+    sequence   sequence number; the first one when not given
+    positions  (first, stop) within the sequence
+
+    Raises BadInput for a sequence or positions that are not there.
+    """
+    number = int(data["sequence"].to_numpy()[0]) if sequence is None else sequence
+    place = data["position"].to_numpy()
+    here = (data["sequence"].to_numpy() == number) & (place >= positions[0]) & (place < positions[1])
+    if not here.any():
+        raise BadInput(
+            f"Contributions in sequence {number}, positions {positions[0]} to {positions[1] - 1}, were to be drawn. "
+            f"The data has sequences {', '.join(map(str, np.unique(data['sequence'].to_numpy())[:8]))}. Give one of them, "
+            "and positions within it."
+        )
+    part = data.isel(token=np.flatnonzero(here)).transpose("layer", "token", "slot")
+    with drawing(ax, PAGE, 1.2 + 0.13 * max(part.sizes["layer"], 8)) as ax:
+        values = part["logit"].sum("slot", skipna=False).to_numpy()
+        _mesh(ax, values, "logit of the next token")
+        pieces = [printable(piece).replace("\n", "↵") for piece in part["piece"].to_numpy()]
+        size = min(6.0, 380 / len(pieces))
+        ax.set_xticks(np.arange(len(pieces)) + 0.5, pieces, rotation=90, fontsize=size)
+        step = -(-part.sizes["layer"] // 24)
+        ax.set_yticks(np.arange(0, part.sizes["layer"], step) + 0.5, map(str, part["layer"].to_numpy()[::step]))
+        ax.set_ylabel("layer")
+        note = f"sequence {number}; column: the token read; direct effect on the token that came next; grey: none came"
+        heading(ax, "Contribution of experts", note)
+    return ax
+
+
 def topk_curve(data: xr.Dataset, ax: Axes | None = None) -> Axes:
     """Loss when every token chooses k experts, one line a domain; the model's own k is dashed.
 
@@ -122,6 +158,12 @@ def _apart(data: xr.Dataset) -> np.ndarray:
 
 
 def _cells(ax: Axes, data: xr.Dataset, values: np.ndarray, apart: np.ndarray) -> None:
+    _mesh(ax, values, _label(data))
+    row, column = np.nonzero(apart)
+    ax.plot(column + 0.5, row + 0.5, marker=".", markersize=2, linestyle="", color=INK)
+
+
+def _mesh(ax: Axes, values: np.ndarray, label: str) -> None:
     finite = np.abs(values[np.isfinite(values)])
     limit = float(finite.max()) if finite.size and finite.max() > 0 else 1.0
     ax.set_facecolor(FAINT)
@@ -131,14 +173,12 @@ def _cells(ax: Axes, data: xr.Dataset, values: np.ndarray, apart: np.ndarray) ->
     ax.invert_yaxis()
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
-    row, column = np.nonzero(apart)
-    ax.plot(column + 0.5, row + 0.5, marker=".", markersize=2, linestyle="", color=INK)
     figure = ax.get_figure(root=True)
     assert figure is not None
     bar = figure.colorbar(mesh, ax=ax, fraction=0.05, pad=0.02, aspect=25)
     bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
     bar.ax.tick_params(labelsize=6, length=2, width=0.5)
-    bar.set_label(_label(data), fontsize=7)
+    bar.set_label(label, fontsize=7)
 
 
 def _label(data: xr.Dataset) -> str:

@@ -90,3 +90,23 @@ def test_a_domain_is_to_be_selected(data):
 def test_figures_are_saved_and_drawn_on_given_axes(data, tmp_path):
     show.importance_by_domain(data).save(tmp_path / "map.png")
     assert (tmp_path / "map.png").stat().st_size > 1000
+
+
+def test_contributions_along_a_text():
+    logit = np.random.default_rng(0).normal(size=(7, 4, 2))
+    logit[[3, 6]] = np.nan  # the ends of two sequences
+    tokens = {
+        "sequence": ("token", [0, 0, 0, 0, 1, 1, 1]),
+        "position": ("token", [0, 1, 2, 3, 0, 1, 2]),
+        "piece": ("token", ["a", " $b$", "\n", "c", "d", "e", "f"]),
+    }
+    data = xr.Dataset({"logit": (("token", "layer", "slot"), logit)}, {**tokens, "layer": range(4)})
+    ax = show.contributions(data, positions=(1, 4))
+    drawn = ax.collections[0].get_array().reshape(4, 3)
+    np.testing.assert_allclose(drawn.filled(np.nan), logit[1:4].sum(-1).T)
+    assert drawn.mask[:, 2].all()
+    assert [label.get_text() for label in ax.get_xticklabels()] == [r" \$b\$", "↵", "c"]
+    ax = show.contributions(data, sequence=1)
+    np.testing.assert_allclose(ax.collections[0].get_array().reshape(4, 3)[:, :2], logit[4:6].sum(-1).T)
+    with pytest.raises(BadInput, match="The data has sequences 0, 1"):
+        show.contributions(data, sequence=5)
