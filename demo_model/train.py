@@ -43,7 +43,7 @@ CONFIG = {
 WARM_UP = 500_000  # tokens
 FALL = 0.28  # share of the tokens over which the learning rate falls to zero
 # From this share of the tokens on: sequence length, sequences a step.
-STAGES = ((0.0, 128, 72), (0.3, 256, 36), (0.72, 1024, 12), (0.94, 4096, 6))
+STAGES = ((0.0, 128, 72), (0.3, 256, 36), (0.72, 1024, 12), (0.93, 4096, 4))
 LEARNING_RATE = {"muon": 0.02, "embed": 6e-3, "other": 3e-3}
 LOG_EVERY, SAVE_EVERY, VALIDATE_EVERY = 50, 50, 500
 

@@ -41,12 +41,15 @@ def expert_counts(model, tokenizer, texts):
     """Tokens of every expert in every layer, counted one document at a time."""
     config = model.config
     counts = torch.zeros(config.num_hidden_layers, config.num_local_experts)
-    handles = [
-        layer.mlp.gate.register_forward_hook(
-            lambda module, inputs, outputs, row=row: row.add_(torch.bincount(outputs[2].flatten(), minlength=len(row)))
-        )
-        for layer, row in zip(model.model.layers, counts, strict=True)
-    ]
+
+    def count(row):
+        def hook(module, inputs, outputs):
+            row.add_(torch.bincount(outputs[2].flatten(), minlength=len(row)))
+
+        return hook
+
+    gates = [layer.mlp.gate for layer in model.model.layers]
+    handles = [gate.register_forward_hook(count(row)) for gate, row in zip(gates, counts, strict=True)]
     with torch.no_grad():
         for text in texts:
             model.model(torch.tensor([tokenizer(text)["input_ids"]]), use_cache=False)
