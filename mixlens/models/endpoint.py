@@ -90,6 +90,15 @@ class Endpoint:
                 f"An endpoint at {host} was asked for with {secret[0]!r} among its headers or fields. Those are "
                 "written into run directories, and a key never is. Name the variable that holds the key by key_env=."
             )
+        if wrong := [
+            n
+            for n, v in self.headers.items()
+            if not re.fullmatch(r"[!-9;-~]+", n) or not v.isprintable() or not v.isascii()
+        ]:
+            raise BadInput(
+                f"An endpoint at {host} was asked for with a header {wrong[0]!r}. Its name or value has characters "
+                "that HTTP does not allow. Use printable ASCII."
+            )
         if self.key_env is not None and parts.scheme == "http" and not self.is_local:
             raise BadInput(
                 f"An endpoint at {host} was asked for with the key of {self.key_env}. The address is http, so that "

@@ -94,6 +94,7 @@ def test_a_key_is_read_when_it_is_needed_and_kept_nowhere(monkeypatch):
         ({"url": "https://example.invalid/v1?key=abc"}, "carries a user, a password or a query"),
         ({"protocol": "openai"}, "There is no such protocol. Give one of openai-chat"),
         ({"headers": {"X-API-Key": "abc"}}, "'x-api-key' among its headers"),
+        ({"headers": {"X-Title": "é"}}, "a header 'X-Title'. .* Use printable ASCII"),
         ({"extra": {"key": "abc"}}, "'key' among its headers"),
         ({"url": "http://example.invalid/v1", "key_env": "K"}, "The address is http, .* Use https"),
     ],
