@@ -1,0 +1,148 @@
+"""Bench: a finished benchmark, from memory or from its run directory; every number is computed from its records."""
+
+from __future__ import annotations
+
+import html
+import os
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import xarray as xr
+
+from mixlens.bench import metrics
+from mixlens.bench.events import Record, read_records
+from mixlens.bench.metrics import CountTokens, Limits
+from mixlens.errors import RunError
+from mixlens.runs import open_run
+from mixlens.stats.bootstrap import DEFAULT, Bootstrap
+
+RESULTS = "results.jsonl"
+# Columns of the overview: heading, metric and statistic, factor, decimals.
+_OVERVIEW = (
+    ("TTFT p50 [ms]", "ttft_s", "p50", 1e3, 0),
+    ("TTFT p95 [ms]", "ttft_s", "p95", 1e3, 0),
+    ("TPOT p50 [ms]", "tpot_s", "p50", 1e3, 1),
+    ("end to end p50 [s]", "e2e_token_s", "p50", 1.0, 2),
+    ("a request [tok/s]", "output_tokens_per_s", "p50", 1.0, 1),
+)
+_SYSTEM = (("system [tok/s]", "output_tokens_per_s"), ("system [requests/s]", "requests_per_s"))
+
+
+class Bench:
+    """Records of requests, and what they say.
+
+    records       every request, warm-up and failures among them
+    meta          endpoint, load, versions, date; what stopped the run, if something did
+    path          of the run directory, None in memory
+    count_tokens  counts answers whose server reports no usage; not kept on disk
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        meta: dict[str, Any],
+        *,
+        path: Path | None = None,
+        count_tokens: CountTokens | None = None,
+    ) -> None:
+        self.records, self.meta, self.path, self.count_tokens = list(records), meta, path, count_tokens
+
+    @classmethod
+    def open(cls, path: str | os.PathLike, *, check: bool = True) -> Bench:
+        """The benchmark at `path`. Raises RunError when there is none, or a run of another kind."""
+        run = open_run(path, check=check)
+        if run.kind != "bench":
+            raise RunError(
+                f"A benchmark was to be opened at {path}. The run there is a {run.kind}. Use mixlens.open, which opens "
+                "a run of any kind."
+            )
+        return cls(list(read_records(run.file(RESULTS))), run.meta, path=run.path)
+
+    @property
+    def succeeded(self) -> int:
+        """How many measured requests succeeded."""
+        return sum(record.outcome == "ok" for record in self.records if record.phase == "measured")
+
+    def requests(self) -> pd.DataFrame:
+        """One row a request, as metrics.request_table."""
+        return metrics.request_table(self.records, self.count_tokens)
+
+    def summary(self, *, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
+        """Mean and percentiles of every metric with intervals, as metrics.summary."""
+        return metrics.summary(self.records, count_tokens=self.count_tokens, bootstrap=bootstrap)
+
+    def throughput(self) -> pd.DataFrame:
+        """Of the system, as metrics.throughput."""
+        return metrics.throughput(self.records, count_tokens=self.count_tokens)
+
+    def goodput(self, limits: Limits) -> pd.DataFrame:
+        """Under stated limits, as metrics.goodput."""
+        return metrics.goodput(self.records, limits, count_tokens=self.count_tokens)
+
+    def outcomes(self) -> pd.DataFrame:
+        """How requests ended, as metrics.outcomes."""
+        return metrics.outcomes(self.records)
+
+    def table(self, *, bootstrap: Bootstrap = DEFAULT) -> pd.DataFrame:
+        """Every number with its interval and n in tidy form; of the system under system_... with statistic "rate".
+
+        Returns  DataFrame  level, metric, statistic, estimate, ci_low, ci_high, n; NaN for what has no value
+        """
+        columns = ["level", "metric", "statistic", "estimate", "ci_low", "ci_high", "n"]
+        requests = self.summary(bootstrap=bootstrap).to_dataframe().reset_index()
+        system = self.throughput()
+        system = system.assign(metric="system_" + system["metric"], statistic="rate")
+        return pd.concat(
+            [part[columns] for part in (requests, system) if len(part)] or [requests[columns]]
+        ).reset_index(drop=True)
+
+    def overview(self) -> pd.DataFrame:
+        """One row a level, as text: requests that succeeded, latencies and rates with intervals; n/a for no value."""
+        numbers = {(r["level"], r["metric"], r["statistic"]): r for r in self.table().to_dict("records")}
+        rows = {}
+        for level, group in self.requests().query("phase == 'measured'").groupby("level", sort=False):
+            row = {"succeeded": f"{(group['outcome'] == 'ok').sum()} of {len(group)}"}
+            for heading, metric, statistic, factor, decimals in _OVERVIEW:
+                row[heading] = _text(numbers[level, metric, statistic], factor, decimals)
+            for heading, metric in _SYSTEM:
+                row[heading] = _text(numbers[level, "system_" + metric, "rate"], 1.0, 2)
+            rows[level] = row
+        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("load")
+
+    def remarks(self) -> list[str]:
+        """What must be said beside the numbers: source of token counts, warm-up, failures, what stopped the run."""
+        sources = metrics.token_sources(self.records, self.count_tokens)
+        counted = ", ".join(f"{name} ({n} requests)" for name, n in sources.items()) or "n/a, no request succeeded"
+        warm = [record for record in self.records if record.phase == "warm-up"]
+        failed = Counter((r.outcome, r.phase) for r in self.records if r.outcome != "ok")
+        told = [f"{n} {outcome} ({phase})" for (outcome, phase), n in failed.items()]
+        return [
+            f"{self.meta['endpoint']['model']} at {self.meta['endpoint']['url']}, {self.meta['created']}.",
+            f"Token counts from: {counted}. Intervals: {DEFAULT.level:.0%}.",
+            f"Warm-up, in no number: {len(warm)} requests{_first_answer(warm, self.count_tokens)}.",
+            f"Failures, in no number: {', '.join(told) or 'none'}.",
+            *([f"Stopped early by {self.meta['stopped']}."] if self.meta.get("stopped") else []),
+        ]
+
+    def __repr__(self) -> str:
+        return "\n".join([self.overview().T.to_string() if self.records else "no requests", *self.remarks()])
+
+    def _repr_html_(self) -> str:
+        said = "".join(f"<div>{html.escape(remark)}</div>" for remark in self.remarks())
+        return f"<div class='mixlens-bench'>{self.overview().to_html(border=0)}{said}</div>"
+
+
+def _text(row: dict[Hashable, Any], factor: float, decimals: int) -> str:
+    estimate, low, high = (float(row[name]) * factor for name in ("estimate", "ci_low", "ci_high"))
+    if estimate != estimate:
+        return "n/a"
+    interval = "" if low != low else f" [{low:.{decimals}f}, {high:.{decimals}f}]"
+    return f"{estimate:.{decimals}f}{interval}"
+
+
+def _first_answer(warm: Sequence[Record], count_tokens: CountTokens | None) -> str:
+    first = metrics.request_table(warm, count_tokens)["ttft_s"].dropna()
+    return f", the first with TTFT {first.iloc[0] * 1e3:.0f} ms" if len(first) else ""

@@ -1,0 +1,152 @@
+"""Load: requests in a closed loop at given concurrencies, or in an open loop at given rates, within caps."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+
+from mixlens.bench.events import Record
+from mixlens.bench.metrics import output_tokens, request_table
+from mixlens.bench.prompts import Workload
+from mixlens.bench.request import Job, Sender
+
+Keep = Callable[[Record], None]
+
+
+@dataclass(frozen=True)
+class Level:
+    """A load: so many requests at a time (closed loop), or so many a second whatever happens (open loop)."""
+
+    concurrency: int | None = None
+    rate: float | None = None
+    arrivals: str = "poisson"
+
+    @property
+    def name(self) -> str:
+        return f"{self.arrivals} {self.rate:g}/s" if self.rate else f"concurrency {self.concurrency}"
+
+    def due(self, n: int, seed: int) -> list[float]:
+        """Seconds after the start at which n requests of an open loop are due; the first one at once."""
+        assert self.rate
+        if self.arrivals == "constant":
+            return [i / self.rate for i in range(n)]
+        draw, at, times = random.Random(f"{seed} {self.name}"), 0.0, []
+        for _ in range(n):
+            times.append(at)
+            at += draw.expovariate(self.rate)
+        return times
+
+
+@dataclass
+class Caps:
+    """What a run may use. A request starts only if its worst case still fits; one that has started is let finish.
+
+    seconds  after which no request starts; None for no cap
+    dollars  that all requests together may cost; None for no cap
+    price    dollars per million tokens, in and out; needed for a cap on dollars
+    """
+
+    seconds: float | None = None
+    dollars: float | None = None
+    price: tuple[float, float] | None = None
+    spent_usd: float = 0.0
+    stopped: str | None = None
+    interrupt: threading.Event = field(default_factory=threading.Event)
+
+    def admit(self, job: Job, now_s: float) -> float | None:
+        """Dollars set aside for the request, or None when it may not start; `stopped` then says why."""
+        if self.interrupt.is_set():
+            self.stopped = "interrupted"
+        elif self.seconds is not None and now_s >= self.seconds:
+            self.stopped = f"the cap of {self.seconds:g} seconds"
+        elif self.dollars is not None:
+            worst = self._worst_usd(job)
+            if self.spent_usd + worst > self.dollars:
+                self.stopped = f"the cap of ${self.dollars:g}"
+            else:
+                self.spent_usd += worst
+                return worst
+        return None if self.stopped else 0.0
+
+    def settle(self, set_aside_usd: float, record: Record) -> None:
+        """Replace what was set aside by what the request cost, where that is known."""
+        if self.dollars is None or self.price is None:
+            return
+        row = request_table([record]).iloc[0]
+        if row["cost_usd"] == row["cost_usd"]:
+            cost = float(row["cost_usd"])
+        elif record.outcome in ("http", "connect", "tls"):
+            cost = 0.0
+        elif row["input_tokens"] == row["input_tokens"] and record.outcome == "ok":
+            cost = (row["input_tokens"] * self.price[0] + output_tokens(record)[0] * self.price[1]) / 1e6
+        else:
+            return
+        self.spent_usd += cost - set_aside_usd
+
+    def _worst_usd(self, job: Job) -> float:
+        # No tokenizer makes more tokens than bytes; 64 more for a chat template.
+        assert self.price is not None
+        return ((len(job.prompt.encode()) + 64) * self.price[0] + job.max_tokens * self.price[1]) / 1e6
+
+
+@dataclass
+class Driver:
+    """Sends the requests of every level in turn, and hands each record to `keep` as soon as it is there."""
+
+    sender: Sender
+    workload: Workload
+    caps: Caps
+    clock: Callable[[], float]
+    keep: Keep
+    _number: Iterator[int] = field(default_factory=count)
+
+    async def run(self, levels: Sequence[Level], requests: int, warmup: int) -> None:
+        """`requests` measured requests a level, after `warmup` for each place of a closed loop."""
+        for level in levels:
+            slots = level.concurrency or 1
+            await self._closed(self._jobs(level, "warm-up", warmup * slots), slots)
+            jobs = self._jobs(level, "measured", requests)
+            if level.rate:
+                await self._open(jobs, level.due(requests, self.workload.seed))
+            else:
+                await self._closed(jobs, slots)
+
+    async def _closed(self, jobs: list[Job], slots: int) -> None:
+        waiting = iter(jobs)
+
+        async def worker() -> None:
+            for job in waiting:
+                if not await self._one(job):
+                    return
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(slots, len(jobs))):
+                group.create_task(worker())
+
+    async def _open(self, jobs: list[Job], due: list[float]) -> None:
+        start = self.clock()
+        async with asyncio.TaskGroup() as group:
+            for job, after in zip(jobs, due, strict=True):
+                await asyncio.sleep(max(start + after - self.clock(), 0.0))
+                if self.caps.stopped:
+                    return
+                group.create_task(self._one(Job(**{**vars(job), "scheduled_s": start + after})))
+
+    async def _one(self, job: Job) -> bool:
+        set_aside = self.caps.admit(job, self.clock())
+        if set_aside is None:
+            return False
+        record = await self.sender.send(job)
+        self.caps.settle(set_aside, record)
+        self.keep(record)
+        return True
+
+    def _jobs(self, level: Level, phase: str, n: int) -> list[Job]:
+        return [
+            Job(i, level.name, phase, self.workload.prompt(next(self._number)), self.workload.output_tokens)
+            for i in range(n)
+        ]

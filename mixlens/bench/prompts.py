@@ -1,0 +1,82 @@
+"""What a benchmark asks: prompts of a given length, each of its own, or the caller's."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mixlens.errors import BadInput
+
+# Short common words: most tokenizers have each, with its blank, as one token.
+_WORDS = """
+air area art back body book business car case change child city company country day door education end eye face fact
+family father force friend game girl group guy hand head health history home hour house idea issue job kind law level
+life line lot man member minute moment money month morning mother name night office parent part party people person
+place point power problem program question reason research result right room school service side state story student
+study system teacher team thing time war water way week woman word work world year
+""".split()  # noqa: SIM905
+_TASK = "Write a long story with these words."
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Prompts and the length of their answers.
+
+    prompt_tokens  length of a made prompt: random common words, of which no two prompts share a beginning, so that a
+                   prefix cache gains nothing. Counted by `count_tokens`; without it a word counts as a token, and the
+                   server's own count is in the results
+    output_tokens  the most tokens an answer may have
+    prompts        the caller's prompts instead, used in turn, over again when there are fewer than requests
+    count_tokens   text to number of tokens, as lambda text: len(tokenizer(text).input_ids); also counts answers whose
+                   server reports no usage
+    seed           of the made prompts
+
+    Raises BadInput for lengths below 1 (prompts: below 16), or an empty list of prompts.
+    """
+
+    prompt_tokens: int = 256
+    output_tokens: int = 128
+    prompts: Sequence[str] | None = None
+    count_tokens: Callable[[str], int] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.output_tokens < 1 or (self.prompts is None and self.prompt_tokens < 16):
+            raise BadInput(
+                f"Prompts of {self.prompt_tokens} tokens with answers of {self.output_tokens} were asked for. A made "
+                "prompt has at least 16 tokens, an answer at least 1. Give larger numbers."
+            )
+        if self.prompts is not None and not (self.prompts and all(isinstance(p, str) and p for p in self.prompts)):
+            raise BadInput(
+                "A benchmark on given prompts was asked for. There are none, or one is empty or no string. "
+                "Give a list of texts."
+            )
+
+    def prompt(self, number: int) -> str:
+        """The prompt of the request with this number, the same at every call."""
+        if self.prompts is not None:
+            return self.prompts[number % len(self.prompts)]
+        draw = random.Random(f"{self.seed} {number}")
+        words = [*draw.choices(_WORDS, k=max(self.prompt_tokens - len(_TASK.split()), 8))]
+        text = _made(words)
+        while self.count_tokens is not None and (over := self.count_tokens(text) - self.prompt_tokens) > 0 and words:
+            del words[-max(1, over // 2) :]
+            text = _made(words)
+        return text
+
+    def plan(self) -> dict[str, Any]:
+        """What decides the prompts, as plain values."""
+        kept: dict[str, Any] = {"output_tokens": self.output_tokens}
+        if self.prompts is None:
+            counted = "words" if self.count_tokens is None else "count_tokens"
+            return {**kept, "prompt_tokens": self.prompt_tokens, "counted_by": counted, "seed": self.seed}
+        digest = hashlib.sha256("\0".join(self.prompts).encode("utf-8", "surrogatepass")).hexdigest()
+        return {**kept, "prompts": len(self.prompts), "distinct": len({*self.prompts}), "prompts_sha256": digest}
+
+
+def _made(words: Sequence[str]) -> str:
+    # The words come first: two prompts that begin alike would share a cached prefix.
+    return f"{' '.join(words)}. {_TASK}"
