@@ -34,12 +34,14 @@ def recording(result: dict[str, Any]) -> Iterator[str]:
     settings = result["settings"]
     rows, columns = settings["batch"]
     yield f"{settings['parameters'] / 1e6:,.0f}M parameters, {settings['dtype']}, batch of {rows} x {columns} tokens.\n"
-    yield "| against the bare forward | ratio | 95 % interval | bare, s | pairs |\n|---|---|---|---|---|"
+    yield "| against the bare forward | ratio | 95 % interval | in processor time | bare, s | pairs |"
+    yield "|---|---|---|---|---|---|"
     for name, r in result["results"].items():
         interval = f"{r['ci_low']:.3f} to {r['ci_high']:.3f}"
-        yield f"| {name} | {r['ratio']:.3f} | {interval} | {r['bare_s']:.2f} | {r['pairs']} |"
+        work = "{ratio:.3f} ({ci_low:.3f} to {ci_high:.3f})".format(**r["processor_time"])
+        yield f"| {name} | {r['ratio']:.3f} | {interval} | {work} | {r['bare_s']:.2f} | {r['pairs']} |"
     for name, reason in result["skipped"].items():
-        yield f"| {name} | | {reason} | | |"
+        yield f"| {name} | | {reason} | | | |"
 
 
 def memory(result: dict[str, Any]) -> Iterator[str]:
