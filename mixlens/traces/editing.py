@@ -13,7 +13,7 @@ from mixlens.errors import BadInput
 from mixlens.models.layout import moe_layers, n_experts, top_k
 from mixlens.traces.conditions import Where
 from mixlens.traces.following import Call, Follower, place
-from mixlens.traces.patches import Output, Patch, hook_experts, hook_site
+from mixlens.traces.patches import PATCHED_EXPERTS, Output, Patch, forget_replaced, hook_experts, hook_site
 from mixlens.traces.replays import Replay, check_experts, possible_layers
 from mixlens.traces.rerouting import Forbid, Force, Reroute, Rescale, Routing, TopK
 
@@ -92,6 +92,8 @@ class Editing:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        for layer in self.layers:
+            forget_replaced(layer.experts)
         following = any(not one.everywhere for one in self.active)
         if following and self._follower is None:
             self._follower = Follower(self.model, "An edit", before=self._before, strict=False)
@@ -108,7 +110,7 @@ class Editing:
                 if stage == "gate":
                     self._handles.append(_hook_gate(layer.gate, edits, layer.index, top_k(self.model)))
                 elif stage == "experts":
-                    self._handles += hook_experts(layer.experts, edits, layer.index)
+                    self._handles += hook_experts(layer, edits)
                 else:
                     self._handles.append(hook_site(layer, stage, edits))
 
@@ -159,7 +161,7 @@ def refuse_rows(model: nn.Module) -> None:
 
 def _stage(edit: Edit) -> str:
     if isinstance(edit, Patch):
-        return "experts" if edit.site == "expert_out" else edit.site
+        return "experts" if edit.site in PATCHED_EXPERTS else edit.site
     return "experts" if isinstance(edit, Output) else "gate"
 
 
@@ -200,7 +202,8 @@ def _check(one: Active, model: nn.Module, n_layers: int) -> None:
         possible_layers(edit.trace, edit.layers, n_layers)
         check_experts(edit.trace, count, top_k_of(model))
     if isinstance(edit, Patch | Output):
-        edit.check(int(cast(Any, model).config.hidden_size), top_k_of(model), count)
+        config = cast(Any, model).config
+        edit.check(int(config.hidden_size), int(config.intermediate_size), top_k_of(model))
 
 
 def _check_choices(layer: int, edits: list[Active], count: int, k: int) -> None:

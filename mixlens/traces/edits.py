@@ -22,7 +22,7 @@ from torch import nn
 from mixlens.errors import BadInput
 from mixlens.traces.conditions import EVERYWHERE, Where
 from mixlens.traces.editing import Edit, editing_of, release
-from mixlens.traces.patches import Output, Patch, values_of
+from mixlens.traces.patches import PATCHED_EXPERTS, Output, Patch, values_of
 from mixlens.traces.replays import Replay
 from mixlens.traces.rerouting import Forbid, Force, Reroute, Rescale, TopK
 from mixlens.traces.signals import SITES
@@ -183,21 +183,22 @@ def replay(trace: Trace, *, weights: bool = False, layers: Numbers | None = None
 def patch(site: str, values: Any, *, layer: int, expert: int | None = None, where: Where = EVERYWHERE) -> Edit:
     """Activations put in place of the model's own: activation patching, also of single experts.
 
-    site    resid_pre, resid_post, attn_out, moe_in, moe_out, or expert_out (before the weight)
+    site    resid_pre, resid_post, attn_out, moe_in, moe_out, expert_out (before the weight), or expert_neurons (which
+            needs the weights at hand: not for offloaded or unfused experts)
     values  [hidden]: the same for every token meant. [n, hidden]: one for each of where.positions, in any row. An
             xarray as Trace.activations(site) gives it: to each row, as a Recorder would number it, and position its
-            own; positions without a value are left as they are. For expert_out without `expert`, [slot, hidden] in
-            place of [hidden]
-    expert  for expert_out: only the slots that chose this expert
+            own; positions without a value are left as they are. For sites of experts without `expert`, [slot,
+            hidden] in place of [hidden]; neurons instead of hidden for expert_neurons
+    expert  for sites of experts: only the slots that chose this expert
 
     Raises BadInput when site or shapes do not fit.
     """
-    if site not in SITES or site in ("expert_norm", "expert_neurons"):
-        known = [name for name in SITES if name not in ("expert_norm", "expert_neurons")]
+    known = [name for name in SITES if name != "expert_norm"]  # a norm does not say what to put in its place
+    if site not in known:
         raise BadInput(f"{site!r} was to be patched. Sites to patch are {', '.join(known)}. Give one of them.")
-    if expert is not None and site != "expert_out":
+    if expert is not None and site not in PATCHED_EXPERTS:
         raise BadInput(
-            f"{site} of expert {expert} was to be patched. Only expert_out is an expert's. Leave expert out."
+            f"{site} of expert {expert} was to be patched. Only expert_out and expert_neurons are. Leave expert out."
         )
     found, sequences, positions = values_of(site, values, int(layer), expert, where)
     return Patch(site, found, (int(layer),), expert, sequences, positions, where)

@@ -192,8 +192,12 @@ def _chosen_experts(module: Any, hidden: torch.Tensor, ids: torch.Tensor, sites:
 
 
 def _with_edits(site: str, value: torch.Tensor, replaced: Replaced | None) -> torch.Tensor:
-    """What the model goes on with where an edit replaces outputs; neurons were computed all the same."""
-    if replaced is None or site == "expert_neurons":
+    """What the model goes on with where an edit replaces outputs; their neurons are those computed, or patched."""
+    if replaced is None:
+        return value
+    if site == "expert_neurons":
+        for hit, neurons in replaced.neurons:
+            value = torch.where(hit[..., None], neurons.to(value), value)
         return value
     stand_in = torch.zeros(()) if replaced.value is None else replaced.value
     if site == "expert_norm":

@@ -10,12 +10,15 @@ import numpy as np
 import torch
 import xarray as xr
 from torch import nn
+from torch.nn import functional as F
 
 from mixlens.errors import BadInput
+from mixlens.models.layout import MoeLayer, expert_weights
 from mixlens.traces.conditions import EVERYWHERE, Where
 from mixlens.traces.following import Placed
 from mixlens.traces.rerouting import Layers, Rows
 
+PATCHED_EXPERTS = ("expert_out", "expert_neurons")
 _REPLACED = "_mixlens_replaced"
 
 
@@ -26,11 +29,13 @@ class Replaced:
     hit      bool [T, k], the slots that are replaced
     value    [T, k, H]; None where all of them are zero
     weights  [T, k], the weights before those of replaced slots were taken out
+    neurons  pairs of bool [T, k] and [T, k, I], what patches put in place of neurons, the later on top
     """
 
     hit: torch.Tensor
     weights: torch.Tensor
     value: torch.Tensor | None = None
+    neurons: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
     def put(self, hit: torch.Tensor, value: torch.Tensor | None, like: torch.Tensor) -> None:
         """value [T, k, H] or what broadcasts to it; None is zero."""
@@ -53,10 +58,15 @@ def replaced_in(experts: nn.Module) -> Replaced | None:
     return vars(experts).get(_REPLACED)
 
 
-def hook_experts(experts: nn.Module, edits: list[Any], layer: int) -> list[Any]:
+def forget_replaced(experts: nn.Module) -> None:
+    """Leave nothing behind of a forward that failed half-way."""
+    vars(experts).pop(_REPLACED, None)
+
+
+def hook_experts(layer: MoeLayer, edits: list[Any]) -> list[Any]:
     """Hooks that take replaced slots out of the experts' sum and add what stands for them; gives their handles.
 
-    Needs no weights: works whatever the layout of experts, quantized or offloaded.
+    Needs no weights, except for patches of neurons: works whatever the layout of experts, quantized or offloaded.
     """
 
     def before(module: nn.Module, args: tuple) -> tuple:
@@ -65,6 +75,8 @@ def hook_experts(experts: nn.Module, edits: list[Any], layer: int) -> list[Any]:
         for active in edits:
             hit, value = active.edit.replace(layer, ids, active.rows_on(ids.device), active.index)
             replaced.put(hit, value, hidden)
+            if isinstance(active.edit, Patch) and active.edit.site == "expert_neurons":
+                replaced.neurons.append((hit, active.edit.slots(ids, active.index)))
         setattr(module, _REPLACED, replaced)
         return hidden, ids, weights.masked_fill(replaced.hit, 0), *rest
 
@@ -72,12 +84,12 @@ def hook_experts(experts: nn.Module, edits: list[Any], layer: int) -> list[Any]:
         return vars(module).pop(_REPLACED).added(output)
 
     return [
-        experts.register_forward_pre_hook(before, prepend=True),
-        experts.register_forward_hook(after, prepend=True),
+        layer.experts.register_forward_pre_hook(before, prepend=True),
+        layer.experts.register_forward_hook(after, prepend=True),
     ]
 
 
-def hook_site(layer: Any, site: str, edits: list[Any]) -> Any:
+def hook_site(layer: MoeLayer, site: str, edits: list[Any]) -> Any:
     """A hook that puts the patches' values at a site of a layer; gives its handle."""
 
     def patched(value: torch.Tensor) -> torch.Tensor:
@@ -118,15 +130,15 @@ class Output:
         digest = None if self.means is None else digest_of(*self.means.values())
         object.__setattr__(self, "how", "zero" if digest is None else f"mean {digest}")
 
-    def replace(self, layer: int, ids: torch.Tensor, rows: Rows, index: Any) -> tuple[torch.Tensor, Any]:
+    def replace(self, layer: MoeLayer, ids: torch.Tensor, rows: Rows, index: Any) -> tuple[torch.Tensor, Any]:
         hit = torch.isin(ids, torch.tensor(self.experts, device=ids.device))
         hit = hit if rows is None else hit & rows[:, None]
         if self.means is None:
             return hit, None
-        means = self.means[layer].to(ids.device)
+        means = self.means[layer.index].to(ids.device)
         return hit, means[ids.clamp(max=len(means) - 1)]
 
-    def check(self, hidden: int, top_k: int, n_experts: int) -> None:
+    def check(self, hidden: int, neurons: int, top_k: int) -> None:
         """Raises BadInput unless means have the model's width."""
         for layer, mean in (self.means or {}).items():
             if mean.shape[-1] != hidden:
@@ -141,8 +153,8 @@ class Patch:
     """Values at a site of one layer.
 
     values     [hidden] for every token meant, or [n, hidden]; [slot, hidden] or [n, slot, hidden] for all slots of
-               expert_out
-    expert     for expert_out: the slots that chose this expert; None for all slots
+               expert_out; likewise with neurons for expert_neurons
+    expert     for sites of experts: the slots that chose this expert; None for all slots
     sequences  int64 [n] and
     positions  int64 [n]: the row, as a Recorder would number it, or -1 for any, and the position of each value
     """
@@ -189,20 +201,38 @@ class Patch:
         values = self._at_tokens(index, flat)
         return values.expand_as(flat).clone() if rows is None else torch.where(rows[:, None], values, flat)
 
-    def replace(self, layer: int, ids: torch.Tensor, rows: Rows, index: Any) -> tuple[torch.Tensor, Any]:
-        hit = torch.ones_like(ids, dtype=torch.bool) if self.expert is None else ids == self.expert
+    def slots(self, ids: torch.Tensor, index: Any) -> torch.Tensor:
+        """The values for every slot [T, k, ...], or what broadcasts to it."""
         values = self._at_tokens(index, self.values.to(ids.device))
-        return hit if rows is None else hit & rows[:, None], values if self.expert is None else values[..., None, :]
+        return values if self.expert is None else values[..., None, :]
 
-    def check(self, hidden: int, top_k: int, n_experts: int) -> None:
+    def replace(self, layer: MoeLayer, ids: torch.Tensor, rows: Rows, index: Any) -> tuple[torch.Tensor, Any]:
+        hit = torch.ones_like(ids, dtype=torch.bool) if self.expert is None else ids == self.expert
+        hit = hit if rows is None else hit & rows[:, None]
+        values = self.slots(ids, index)
+        return hit, _down(layer, ids, hit, values) if self.site == "expert_neurons" else values
+
+    def check(self, hidden: int, neurons: int, top_k: int) -> None:
         """Raises BadInput unless the values have the shape of the site."""
-        own = (top_k, hidden) if self.site == "expert_out" and self.expert is None else (hidden,)
+        width = neurons if self.site == "expert_neurons" else hidden
+        own = (top_k, width) if self.site in PATCHED_EXPERTS and self.expert is None else (width,)
         given = tuple(self.values.shape[0 if self.positions is None else 1 :])
         if given != own:
             raise BadInput(
                 f"{self.site} was to be patched with values of shape {list(self.values.shape)}. The site has "
                 f"{list(own)} a token. Give {list(own)}, or [n, {', '.join(map(str, own))}] with n positions."
             )
+
+
+def _down(layer: MoeLayer, ids: torch.Tensor, hit: torch.Tensor, neurons: torch.Tensor) -> torch.Tensor:
+    """[T, k, H], what the chosen experts' w2 makes of these neurons, where they are hit."""
+    _, w2, _ = expert_weights(layer)
+    neurons = neurons.to(w2).expand(*ids.shape, -1)
+    value = w2.new_zeros((*ids.shape, w2.shape[1]))
+    for expert in ids[hit].unique().tolist():
+        token, slot = torch.where(hit & (ids == expert))
+        value[token, slot] = F.linear(neurons[token, slot], w2[expert])
+    return value
 
 
 def values_of(
@@ -222,7 +252,7 @@ def values_of(
         found = torch.as_tensor(np.ascontiguousarray(own.values))
         return found, own.sequence.values.astype(np.int64), own.position.values.astype(np.int64)
     found = torch.as_tensor(values).detach()
-    if found.ndim == (2 if site == "expert_out" and expert is None else 1):
+    if found.ndim == (2 if site in PATCHED_EXPERTS and expert is None else 1):
         return found, None, None
     positions = np.asarray(() if where.positions is None else where.positions, np.int64)
     if len(positions) != len(found):

@@ -9,13 +9,13 @@ import xarray as xr
 from tiny import tiny_mixtral
 
 import mixlens as ml
-from mixlens import BadInput, edits
+from mixlens import BadInput, ModelError, edits
 from mixlens.traces.conditions import Where
 
 LAYER = 1
 CLEAN = torch.randint(3, 128, (2, 9), generator=torch.Generator().manual_seed(2))
 OTHER = torch.randint(3, 128, (2, 9), generator=torch.Generator().manual_seed(3))
-SITES = ("resid_pre", "resid_post", "attn_out", "moe_in", "moe_out", "expert_out")
+SITES = ("resid_pre", "resid_post", "attn_out", "moe_in", "moe_out", "expert_out", "expert_neurons")
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +123,30 @@ def test_a_recording_of_the_last_token_patches_only_that(net):
     patched, _ = forward(net, OTHER, edits.patch("resid_post", values, layer=3))
     torch.testing.assert_close(patched[:, -1], logits[:, -1], atol=1e-5, rtol=1e-5)
     assert torch.equal(patched[:, :-1], plain[:, :-1])
+
+
+def test_neurons_of_one_expert_against_its_down_projection(net):
+    neurons = torch.linspace(-1, 1, 64)
+    _, trace = forward(net, CLEAN, edits.patch("expert_neurons", neurons, layer=LAYER, expert=3))
+    chose = trace.read("expert_id")[:, LAYER] == 3
+    assert chose.any()
+    down = net.model.layers[LAYER].mlp.experts.down_proj[3].detach() @ neurons
+    outputs, kept = (trace.activations(site).sel(layer=LAYER).values for site in ("expert_out", "expert_neurons"))
+    np.testing.assert_allclose(outputs[chose], np.broadcast_to(down, outputs[chose].shape), atol=1e-5)
+    np.testing.assert_array_equal(kept[chose], np.broadcast_to(neurons, kept[chose].shape))
+    same = forward(net, CLEAN, edits.patch("expert_out", down, layer=LAYER, expert=3))[0]
+    torch.testing.assert_close(
+        forward(net, CLEAN, edits.patch("expert_neurons", neurons, layer=LAYER, expert=3))[0], same
+    )
+
+
+def test_neurons_need_the_weights():
+    net = tiny_mixtral()
+    net.model.layers[LAYER].mlp.experts.to("meta")
+    with pytest.raises(ModelError, match="offloaded"), torch.no_grad():  # noqa: SIM117
+        with ml.edit(net, edits.patch("expert_neurons", torch.zeros(64), layer=LAYER, expert=3)):
+            net(CLEAN)
+    assert not [name for module in net.modules() for name in vars(module) if name.startswith("_mixlens")]
 
 
 def test_the_later_of_two_patches_of_one_site_holds(net):
