@@ -100,14 +100,17 @@ first = favourites["rank"] == 1
 clear = favourites["low"] > 0
 strongest = favourites["change in loss"].idxmax()
 best = favourites.loc[strongest]
+elsewhere = importance.sel(layer=strongest, expert=int(best["expert"])).drop_sel(domain="mathematics")
+runner_up = elsewhere.isel(domain=int(elsewhere.estimate.values.argmax()))
 print(
     f"In {first.sum()} of {len(favourites)} layers the expert that mathematics over-uses matters most to mathematics; "
     f"in {(first & clear).sum()} of them the interval excludes zero."
 )
 print(
     f"It costs most in layer {strongest}: without expert {best['expert']:.0f} mathematics loses "
-    f"{best['change in loss']:.3f} [{best['low']:.3f}, {best['high']:.3f}] nats a token, "
-    f"the worst of the other domains {best['largest elsewhere']:.3f}."
+    f"{best['change in loss']:.3f} [{best['low']:.3f}, {best['high']:.3f}] nats a token; next comes "
+    f"{runner_up.domain.item()} with {float(runner_up.estimate):.3f} "
+    f"[{float(runner_up.ci_low):.3f}, {float(runner_up.ci_high):.3f}]."
 )
 
 # %% [markdown]
