@@ -8,10 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mixlens import show, stats
+    from mixlens.bench.bench import Bench
+    from mixlens.bench.metrics import Limits
+    from mixlens.bench.prompts import Workload
+    from mixlens.bench.run import BenchSettings, benchmark
     from mixlens.contributions import expert_contributions, expert_outputs
     from mixlens.errors import BadInput, MissingSignal, MixlensError, ModelError, RunError
     from mixlens.importance import Ablation, expert_importance, measure_importance
     from mixlens.models.demo import demo_documents
+    from mixlens.models.endpoint import Endpoint
     from mixlens.models.load import load
     from mixlens.models.similarity import expert_similarity
     from mixlens.show import view
@@ -31,6 +36,10 @@ __version__ = "0.1.0"
 _HOME = {
     "Ablation": "mixlens.importance",
     "BadInput": "mixlens.errors",
+    "Bench": "mixlens.bench.bench",
+    "BenchSettings": "mixlens.bench.run",
+    "Endpoint": "mixlens.models.endpoint",
+    "Limits": "mixlens.bench.metrics",
     "MissingSignal": "mixlens.errors",
     "MixlensError": "mixlens.errors",
     "ModelError": "mixlens.errors",
@@ -39,6 +48,8 @@ _HOME = {
     "Recorder": "mixlens.traces.recorder",
     "Site": "mixlens.traces.signals",
     "Trace": "mixlens.traces.trace",
+    "Workload": "mixlens.bench.prompts",
+    "benchmark": "mixlens.bench.run",
     "concat": "mixlens.traces.trace",
     "demo_documents": "mixlens.models.demo",
     "edit": "mixlens.traces.edits",
@@ -59,6 +70,10 @@ _MODULES = {"edits": "mixlens.traces.edits", "show": "mixlens.show", "stats": "m
 __all__ = [
     "Ablation",
     "BadInput",
+    "Bench",
+    "BenchSettings",
+    "Endpoint",
+    "Limits",
     "MissingSignal",
     "MixlensError",
     "ModelError",
@@ -67,6 +82,8 @@ __all__ = [
     "RunError",
     "Site",
     "Trace",
+    "Workload",
+    "benchmark",
     "concat",
     "demo_documents",
     "edit",

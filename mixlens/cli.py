@@ -1,4 +1,4 @@
-"""The command line: mixlens record | importance | stats | report | info | demo."""
+"""The command line: mixlens record | importance | stats | report | bench | cost | info | demo."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mixlens.bench.commands import add_commands
 from mixlens.errors import BadInput, MixlensError
 
 if TYPE_CHECKING:
@@ -96,6 +98,8 @@ def _parser() -> argparse.ArgumentParser:
     info = _command(commands, "info", _info, "say what a run holds, or what is installed")
     info.add_argument("path", nargs="?", metavar="RUN", help="run directory; left out: versions and devices")
     info.add_argument("--verify", action="store_true", help="check every file of the run against its checksum")
+
+    add_commands(partial(_command, commands))
 
     demo = _command(commands, "demo", _demo, "record and report the bundled model on the bundled samples")
     demo.add_argument("--out", default="out/demo", help="folder for the run and report.html (default: %(default)s)")

@@ -1,0 +1,77 @@
+"""mixlens bench and mixlens cost, as a script and as a person would use them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from bench_server import Script, answer, serving
+
+from mixlens import cli
+
+FEW = ["--requests", "2", "--prompt-tokens", "16", "--output-tokens", "4"]
+
+
+def test_bench_prints_a_table_and_leaves_a_run(tmp_path, capsys):
+    with serving(Script(answer())) as url:
+        assert cli.main(["bench", url, "--model", "m", *FEW, "--out", str(tmp_path / "run")]) == 0
+    text = capsys.readouterr().out
+    assert "TTFT p50 [ms]" in text
+    assert "2 of 2" in text
+    assert cli.main(["info", str(tmp_path / "run"), "--verify"]) == 0
+
+
+def test_bench_for_a_script(tmp_path, capsys):
+    with serving(Script(answer())) as url:
+        load = ["--rate", "50", "--arrivals", "constant", "--out", str(tmp_path / "run"), "--json"]
+        assert cli.main(["bench", url, "--model", "m", *FEW, *load]) == 0
+    result = json.loads(capsys.readouterr().out)
+    [ttft] = [row for row in result["rows"] if (row["metric"], row["statistic"]) == ("ttft_s", "p50")]
+    assert (ttft["n"], ttft["level"]) == (2, "constant 50/s")
+    assert next(row for row in result["rows"] if row["statistic"] == "p99")["estimate"] is None
+
+
+def test_no_success_is_a_failure_and_its_requests_stay(tmp_path, capsys):
+    refusal = Script([b'{"error":{"message":"no credit"}}'], status=402)
+    with serving(refusal) as url:
+        assert cli.main(["bench", url, "--model", "m", *FEW, "--out", str(tmp_path / "run")]) == cli.EXIT_FAILED
+    said = capsys.readouterr().err
+    assert "No measured request succeeded: 3 http (no credit)" in said
+    assert len((tmp_path / "run" / "results.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["http://127.0.0.1:9/v1"], "No model is named"),
+        (["nowhere", "--model", "m"], "no http or https address"),
+        (["http://127.0.0.1:9/v1", "--model", "m", "--provider", "x"], "Only OpenRouter chooses"),
+        (["http://127.0.0.1:9/v1", "--model", "m", "--concurrency", "one"], "no list of numbers"),
+        (["http://127.0.0.1:9/v1", "--model", "m", "--prompts", "nothing.txt"], "cannot be read"),
+        (["openrouter", "--provider", "deepinfra"], "OPENROUTER_API_KEY is not set"),
+    ],
+)
+def test_mistakes_of_bench_send_nothing(argv, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OPENROUTER_API_KEY", raising=False)
+    assert cli.main(["bench", *argv]) == cli.EXIT_FAILED
+    assert message in capsys.readouterr().err
+
+
+def test_cost_says_what_and_when(capsys):
+    assert cli.main(["cost", "--input-tokens", "1000", "--output-tokens", "500"]) == 0
+    text = capsys.readouterr().out
+    assert all(dollars in text for dollars in ("0.00020", "0.00100", "0.00081"))
+    assert "gathered 20" in text
+    assert cli.main(["cost", "--input-tokens", "1000", "--output-tokens", "500", "--months", "2", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["rows"]) == 14
+
+
+def test_bench_starts_without_torch():
+    script = (
+        "import sys, mixlens.bench.run, mixlens.cli; print({'torch', 'transformers', 'matplotlib'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
