@@ -73,24 +73,6 @@ def main() -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(demo_path() / "tokenizer.json"))
     batch = batch_of_text(tokenizer, shape)
     settle = torch.cuda.synchronize if shape.device == "cuda" else lambda: None
-    compare = partial(interleaved, settle=settle)
-    results: dict[str, Any] = {}
-    skipped: dict[str, str] = {}
-    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        folders = (Path(folder) / str(number) for number in count())
-        bare = partial(model, **batch)
-        results["Recorder and save"] = compare(bare, partial(recorder, model, batch, folders), pairs=options.pairs)
-        forwards, record = recording_of(model, tokenizer, shape.documents, folders)
-        results["record"] = compare(forwards, record, pairs=options.pairs)
-        for name, prepare in OTHERS.items() if options.others else ():
-            try:
-                results[name] = compare(bare, prepare(model, tokenizer, batch), pairs=options.others)
-            except ImportError as error:
-                skipped[name] = f"not installed ({error})"
-                print(f"{name} skipped: {skipped[name]}")
-    for name, found in results.items():
-        interval = f"[{found['ci_low']:.4f}, {found['ci_high']:.4f}]"
-        print(f"{name:40} {found['ratio']:.4f} {interval}, bare {found['bare_s']} s")
     settings = {
         "shape": options.shape,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -99,7 +81,33 @@ def main() -> None:
         "batch": [shape.rows, shape.columns],
         "documents_of_record": shape.documents,
     }
-    write(options.out, "recording", measured_on, {"settings": settings, "results": results, "skipped": skipped})
+    results: dict[str, Any] = {}
+    skipped: dict[str, str] = {}
+
+    def save() -> None:
+        write(options.out, "recording", measured_on, {"settings": settings, "results": results, "skipped": skipped})
+
+    def measure(name: str, bare: Callable[[], Any], other: Callable[[], Any], pairs: int) -> None:
+        found = results[name] = interleaved(bare, other, pairs=pairs, settle=settle)
+        interval = f"[{found['ci_low']:.4f}, {found['ci_high']:.4f}]"
+        print(f"{name:40} {found['ratio']:.4f} {interval}, bare {found['bare_s']} s", flush=True)
+        if options.out:  # after each, so that a long measurement can be stopped
+            save()
+
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        folders = (Path(folder) / str(number) for number in count())
+        bare = partial(model, **batch)
+        measure("Recorder and save", bare, partial(recorder, model, batch, folders), options.pairs)
+        measure("record", *recording_of(model, tokenizer, shape.documents, folders), options.pairs)
+        for name, prepare in OTHERS.items() if options.others else ():
+            try:
+                other = prepare(model, tokenizer, batch)
+            except ImportError as error:
+                skipped[name] = f"not installed ({error})"
+                print(f"{name} skipped: {skipped[name]}")
+            else:
+                measure(name, bare, other, options.others)
+    save()
 
 
 def random_model(shape: Shape) -> Any:
