@@ -46,16 +46,29 @@ def xz_bits_per_byte(documents: list[str]) -> float:
     return 8 * len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)) / len(data)
 
 
-def bits_by_position(model: MixtralForCausalLM, streams: dict[str, np.ndarray], length: int = 4096) -> dict[str, list]:
-    """Mean bits a token by position, over windows of consecutive documents of one domain each."""
-    bits = [
-        token_bits(model, stream[start : start + length].tolist())
+def bits_by_position(model: MixtralForCausalLM, streams: dict[str, np.ndarray], length: int = 4096) -> dict:
+    """Mean bits a token by position, over windows of consecutive documents of one domain each.
+
+    What stands at a position differs from bin to bin, so the last quarter is also read with only a quarter before it:
+    the same tokens at earlier positions. The difference, over windows, is what the positions cost.
+    """
+    windows = [
+        stream[start : start + length].tolist()
         for stream in streams.values()
         for start in range(0, len(stream) - length + 1, length)
     ]
-    mean = torch.stack(bits).mean(0)
+    bits = torch.stack([token_bits(model, window) for window in windows])
+    quarter = length // 4
+    early = torch.stack([token_bits(model, window[length // 2 :])[-quarter:].mean() for window in windows])
+    cost = bits[:, -quarter:].mean(1) - early
     bins = list(pairwise(POSITION_EDGES))
-    return {"windows": len(bits), "bins": bins, "bits_per_token": [round(mean[a:b].mean().item(), 4) for a, b in bins]}
+    return {
+        "windows": len(windows),
+        "bins": bins,
+        "bits_per_token": [round(bits[:, a:b].mean().item(), 4) for a, b in bins],
+        "last_quarter_whole_less_half_window": round(cost.mean().item(), 4),
+        "standard_error": round((cost.std() / len(windows) ** 0.5).item(), 4),
+    }
 
 
 @contextmanager
