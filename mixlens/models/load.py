@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import tempfile
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +30,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     revision: str | None = None,
     experts: str | None = None,
+    offload_folder: str | os.PathLike | None = None,
     verbose: bool = True,
 ) -> Any:
     """A Mixtral as `MixtralForCausalLM`, ready to be read from.
@@ -37,6 +41,7 @@ def load(
     dtype       None is the checkpoint's own on an accelerator and float32 on a CPU
     revision    branch, tag or commit on the Hub
     experts     transformers' experts implementation; None picks the fastest for the device
+    offload_folder  where layers that device_map sends to disk are kept; None is a temporary folder, gone with the model
     verbose     show progress, and print one line on what was loaded, and how, to stderr
 
     Only safetensors are read and no code of the repository is run.
@@ -49,7 +54,7 @@ def load(
     check_config(config, str(model))
     accelerated = torch.accelerator.is_available()
     device_map = device_map if device_map is not None else ("auto" if accelerated else None)
-    resolved = _resolve_dtype(dtype, config, on_cpu=device_map in (None, "cpu"))
+    resolved = _resolve_dtype(dtype, config, on_cpu=_places(device_map) <= {"cpu", "disk"})
     _check_memory(str(model), config, resolved, device_map)
     options: dict[str, Any] = {
         "dtype": resolved,
@@ -57,14 +62,22 @@ def load(
         "use_safetensors": True,
         "trust_remote_code": False,
     }
+    temporary = None
+    if device_map not in (None, "cpu"):  # only then can layers go to disk
+        temporary = tempfile.mkdtemp(prefix="mixlens-offload-") if offload_folder is None else None
+        options["offload_folder"] = temporary or offload_folder
     try:
         with _progress_bar(shown=verbose):
             read: Any = AutoModelForCausalLM.from_pretrained(
                 name, config=config, device_map=device_map, output_loading_info=True, **options
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
         raise _weights_error(str(model), error) from error
     loaded, info = read
+    if temporary is not None:
+        weakref.finalize(loaded, shutil.rmtree, temporary, ignore_errors=True)
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
             f"{model} was to be loaded. Its checkpoint lacks {len(missing)} weights ({', '.join(missing[:3])} ...); "
@@ -149,7 +162,7 @@ def _resolve_dtype(dtype: str | torch.dtype | None, config: Any, *, on_cpu: bool
 
 def _check_memory(name: str, config: Any, dtype: torch.dtype, device_map: str | Mapping[str, Any] | None) -> None:
     """Compare what the weights need with what is free where they may go; disk counts as endless."""
-    places = set(map(str, device_map.values())) if isinstance(device_map, Mapping) else {str(device_map or "cpu")}
+    places = _places(device_map)
     if "disk" in places:
         return
     spread = bool(places & {"auto", "balanced", "balanced_low_0", "sequential"})
@@ -172,6 +185,10 @@ def _check_memory(name: str, config: Any, dtype: torch.dtype, device_map: str | 
             f"({needed / 2**30:.1f} GiB), and {sum(had.values()):,} are free ({free}). Free memory, use a smaller "
             'dtype, or give a device_map with "disk" for some layers.'
         )
+
+
+def _places(device_map: str | Mapping[str, Any] | None) -> set[str]:
+    return set(map(str, device_map.values())) if isinstance(device_map, Mapping) else {str(device_map or "cpu")}
 
 
 def _cuda_index(place: str) -> int | None:
@@ -213,9 +230,9 @@ def _experts(model: Any, asked: str | None) -> str:
 
 def _summary(name: str, model: Any) -> str:
     config = model.config
-    devices = sorted({str(p.device) for p in model.parameters()})
+    devices = sorted({"offloaded" if p.is_meta else str(p.device) for p in model.parameters()})
     experts = config._experts_implementation
-    decode = " (batched_mm in generate's decode)" if experts == "grouped_mm" and devices != ["cpu"] else ""
+    decode = " (batched_mm in generate's decode)" if experts == "grouped_mm" and model.device.type != "cpu" else ""
     return (
         f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, {config.num_hidden_layers} layers, "
         f"top-{config.num_experts_per_tok} of {config.num_local_experts} experts, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from tiny import tiny_mixtral
 
-from mixlens import BadInput, ModelError, load
+from mixlens import BadInput, ModelError, Recorder, load
 from mixlens.models.layout import describe
 
 
@@ -102,6 +103,26 @@ def test_arguments_that_cannot_be(checkpoint):
         load(checkpoint, dtype="int3")
     with pytest.raises(BadInput, match="experts='fastest'"):
         load(checkpoint, experts="fastest", verbose=False)
+
+
+def test_layers_go_to_disk_and_leave_nothing_behind(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    places = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    places |= {f"model.layers.{i}": "disk" if i % 2 else "cpu" for i in range(4)}
+    model = load(checkpoint, device_map=places, dtype="float32", verbose=False)
+    assert model.model.layers[1].mlp.experts.gate_up_proj.device.type == "meta"
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad(), Recorder(model, signals=["expert_norm"]) as split:
+        logits = model(ids).logits
+    whole = tiny_mixtral()
+    with torch.no_grad(), Recorder(whole, signals=["expert_norm"]) as plain:
+        torch.testing.assert_close(logits, whole(ids).logits)
+    found = split.trace().activations("expert_norm") - plain.trace().activations("expert_norm")
+    assert abs(found).max() < 1e-2
+    assert list(tmp_path.iterdir())
+    del model, split
+    gc.collect()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
