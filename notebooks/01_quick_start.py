@@ -27,7 +27,9 @@ print(trace)
 # along; here there is a domain for each.
 
 # %%
-trace.sequences.groupby("domain")["length"].agg(["count", "sum"]).rename(columns={"count": "documents", "sum": "tokens"})
+trace.sequences.groupby("domain")["length"].agg(["count", "sum"]).rename(
+    columns={"count": "documents", "sum": "tokens"}
+)
 
 # %% [markdown]
 # ## Which experts serve which domain?
