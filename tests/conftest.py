@@ -19,11 +19,6 @@ def model(request: pytest.FixtureRequest) -> MixtralForCausalLM:
 
 
 @pytest.fixture
-def small_model() -> MixtralForCausalLM:
-    return tiny_mixtral()
-
-
-@pytest.fixture
 def letters() -> Letters:
     return Letters()
 

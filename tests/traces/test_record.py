@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
-from tiny import Letters
+from tiny import Letters, tiny_mixtral
 
 from mixlens import BadInput, Recorder, RecordSettings, RunError, Site, Trace, record
 from mixlens.traces.signals import SITES
@@ -59,21 +59,21 @@ def test_disk_and_memory_hold_the_same(model, letters, tmp_path):
     pd.testing.assert_frame_equal(in_memory.sequences, on_disk.sequences, check_dtype=False, check_index_type=False)
 
 
-def test_strings_and_datasets_are_documents_too(small_model, letters):
-    from_dicts = record(small_model, DOCUMENTS, tokenizer=letters, settings=QUIET)
-    from_dataset = record(small_model, Dataset.from_list(DOCUMENTS), tokenizer=letters, settings=QUIET)
-    from_frame = record(small_model, pd.DataFrame(DOCUMENTS), tokenizer=letters, settings=QUIET)
-    from_strings = record(small_model, TEXTS, tokenizer=letters, settings=QUIET)
+def test_strings_and_datasets_are_documents_too(model, letters):
+    from_dicts = record(model, DOCUMENTS, tokenizer=letters, settings=QUIET)
+    from_dataset = record(model, Dataset.from_list(DOCUMENTS), tokenizer=letters, settings=QUIET)
+    from_frame = record(model, pd.DataFrame(DOCUMENTS), tokenizer=letters, settings=QUIET)
+    from_strings = record(model, TEXTS, tokenizer=letters, settings=QUIET)
     assert_equal_traces(from_dicts, from_dataset, atol=0)
     assert_equal_traces(from_dicts, from_frame, atol=0)
     assert_equal_traces(from_dicts, from_strings, atol=0)
     assert from_dataset.sequences["domain"].tolist() == ["a", "b", "a", "b", "a"]
 
 
-def test_a_complete_run_is_opened_and_not_computed_again(small_model, letters, tmp_path):
-    record(small_model, DOCUMENTS, tokenizer=letters, settings=QUIET, out=tmp_path / "run")
+def test_a_complete_run_is_opened_and_not_computed_again(model, letters, tmp_path):
+    record(model, DOCUMENTS, tokenizer=letters, settings=QUIET, out=tmp_path / "run")
     before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "run").iterdir()}
-    record(small_model, DOCUMENTS, tokenizer=letters, settings=QUIET, out=tmp_path / "run")
+    record(model, DOCUMENTS, tokenizer=letters, settings=QUIET, out=tmp_path / "run")
     assert before == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "run").iterdir()}
 
 
@@ -146,27 +146,27 @@ def test_two_processes_write_the_run_of_one_and_add_their_statistics_up(tmp_path
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
-def test_layers_on_cpu_and_disk_record_the_same(small_model, letters, tmp_path):
+def test_layers_on_cpu_and_disk_record_the_same(model, letters, tmp_path):
     from accelerate import dispatch_model
 
-    small_model.save_pretrained(tmp_path / "model")
-    expected = record(small_model, DOCUMENTS, tokenizer=letters, signals=EVERYTHING, settings=QUIET)
+    model.save_pretrained(tmp_path / "model")
+    expected = record(model, DOCUMENTS, tokenizer=letters, signals=EVERYTHING, settings=QUIET)
     places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
-    places |= {f"model.layers.{i}": "disk" if i % 2 else "cpu" for i in range(4)}
-    split = dispatch_model(small_model, places, main_device="cpu", offload_dir=tmp_path / "offload")
+    places |= {f"model.layers.{i}": "disk" if i % 2 else "cpu" for i in range(len(model.model.layers))}
+    split = dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path / "offload")
     assert split.model.layers[1].mlp.experts.gate_up_proj.device.type == "meta"
     found = record(split, DOCUMENTS, tokenizer=letters, signals=EVERYTHING, settings=QUIET)
     assert_equal_traces(expected, found, atol=0)
 
 
-def test_truncating_and_splitting_are_said_and_counted(small_model, letters, tmp_path):
+def test_truncating_and_splitting_are_said_and_counted(model, letters, tmp_path):
     cut = RecordSettings(max_length=20, overlong="truncate", progress=False)
-    trace = record(small_model, DOCUMENTS, tokenizer=letters, settings=cut, out=tmp_path / "cut")
+    trace = record(model, DOCUMENTS, tokenizer=letters, settings=cut, out=tmp_path / "cut")
     long = len(letters(TEXTS[3])["input_ids"])
     assert trace.meta["reading"]["truncated_documents"] == 1
     assert trace.meta["reading"]["truncated_tokens"] == long - 20
     split = RecordSettings(max_length=20, overlong="split", progress=False)
-    trace = record(small_model, DOCUMENTS, tokenizer=letters, settings=split, out=tmp_path / "split")
+    trace = record(model, DOCUMENTS, tokenizer=letters, settings=split, out=tmp_path / "split")
     assert (trace.sequences["document_id"] == "d3").sum() == -(-long // 20)
     assert trace.sequences.loc[trace.sequences["document_id"] == "d3", "length"].sum() == long
     assert trace.meta["counts"]["documents"] == 5
@@ -196,51 +196,51 @@ def test_truncating_and_splitting_are_said_and_counted(small_model, letters, tmp
         (["a"], RecordSettings(batch_tokens=0), "batch_tokens=0"),
     ],
 )
-def test_bad_documents_are_named(small_model, letters, documents, settings, message):
+def test_bad_documents_are_named(model, letters, documents, settings, message):
     with pytest.raises(BadInput, match=message):
-        record(small_model, documents, tokenizer=letters, settings=settings)
+        record(model, documents, tokenizer=letters, settings=settings)
 
 
-def test_columns_of_any_plain_value_come_back(small_model, letters, tmp_path):
+def test_columns_of_any_plain_value_come_back(model, letters, tmp_path):
     rows = [
         {"text": "a", "year": 1999, "score": None, "tags": ["x", "y"]},
         {"text": "b", "year": 2001.5, "score": 0.5, "tags": None},
         {"text": "c", "year": 7, "score": 1, "tags": {"k": 1}},
     ]
     settings = RecordSettings(shard_tokens=1, progress=False)
-    trace = record(small_model, rows, tokenizer=letters, settings=settings, out=tmp_path / "run")
+    trace = record(model, rows, tokenizer=letters, settings=settings, out=tmp_path / "run")
     assert trace.meta["shards"] == 3
     assert trace.sequences["year"].tolist() == [1999, 2001.5, 7]
     assert trace.sequences["score"].isna().tolist() == [True, False, False]
     assert trace.sequences["tags"].tolist()[::2] == ['["x", "y"]', '{"k": 1}']
 
 
-def test_a_model_of_no_known_place_needs_its_tokenizer_named(small_model):
+def test_a_model_of_no_known_place_needs_its_tokenizer_named(model):
     with pytest.raises(BadInput, match=r"None was found there\. Pass tokenizer="):
-        record(small_model, TEXTS, settings=QUIET)
+        record(model, TEXTS, settings=QUIET)
 
 
-def test_a_document_that_fails_late_keeps_the_shards_before_it(small_model, letters, tmp_path):
+def test_a_document_that_fails_late_keeps_the_shards_before_it(model, letters, tmp_path):
     documents = [*DOCUMENTS, {"text": "x" * 600, "domain": "a", "id": "long"}]
     with pytest.raises(BadInput, match="id 'long'"):
-        record(small_model, documents, tokenizer=letters, settings=SMALL, out=tmp_path / "run")
+        record(model, documents, tokenizer=letters, settings=SMALL, out=tmp_path / "run")
     assert (tmp_path / "run" / "shard-00000.json").exists()
 
 
-def test_another_run_in_the_folder_is_left_alone(small_model, letters, tmp_path):
-    record(small_model, DOCUMENTS, tokenizer=letters, settings=QUIET, out=tmp_path / "run")
+def test_another_run_in_the_folder_is_left_alone(model, letters, tmp_path):
+    record(model, DOCUMENTS, tokenizer=letters, settings=QUIET, out=tmp_path / "run")
     with pytest.raises(RunError, match="holds another run: documents is 5, asked 4"):
-        record(small_model, DOCUMENTS[:4], tokenizer=letters, settings=QUIET, out=tmp_path / "run")
+        record(model, DOCUMENTS[:4], tokenizer=letters, settings=QUIET, out=tmp_path / "run")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
     with pytest.raises(RunError, match=r"not empty .*thesis\.tex"):
-        record(small_model, DOCUMENTS, tokenizer=letters, settings=QUIET, out=tmp_path / "mine")
+        record(model, DOCUMENTS, tokenizer=letters, settings=QUIET, out=tmp_path / "mine")
 
 
-def test_a_folder_that_cannot_be_made_is_an_error_of_ours(small_model, letters, tmp_path):
+def test_a_folder_that_cannot_be_made_is_an_error_of_ours(model, letters, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(RunError, match="Writing failed"):
-        record(small_model, DOCUMENTS, tokenizer=letters, settings=QUIET, out=tmp_path / "file" / "run")
+        record(model, DOCUMENTS, tokenizer=letters, settings=QUIET, out=tmp_path / "file" / "run")
 
 
 FULL_DISK = """
@@ -259,7 +259,7 @@ except ml.RunError as error:
 """
 
 
-def test_a_disk_that_takes_no_more_leaves_what_was_complete(small_model, letters, tmp_path):
+def test_a_disk_that_takes_no_more_leaves_what_was_complete(letters, tmp_path):
     here = Path(__file__).parent
     script = FULL_DISK.format(tests=str(here.parent), here=str(here), out=str(tmp_path / "run"))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
@@ -269,13 +269,13 @@ def test_a_disk_that_takes_no_more_leaves_what_was_complete(small_model, letters
     assert "shard-00000.json" in names
     assert not [name for name in names if name.endswith(".partial")]
     trace = record(
-        small_model, DOCUMENTS, tokenizer=letters, out=tmp_path / "run", settings=SMALL, signals=["router_logits"]
+        tiny_mixtral(), DOCUMENTS, tokenizer=letters, out=tmp_path / "run", settings=SMALL, signals=["router_logits"]
     )
     assert trace.n_tokens == sum(len(letters(t)["input_ids"]) for t in TEXTS)
 
 
-def test_an_altered_shard_is_named(small_model, letters, tmp_path):
-    trace = record(small_model, DOCUMENTS, tokenizer=letters, settings=SMALL, out=tmp_path / "run")
+def test_an_altered_shard_is_named(model, letters, tmp_path):
+    trace = record(model, DOCUMENTS, tokenizer=letters, settings=SMALL, out=tmp_path / "run")
     victim = tmp_path / "run" / "routing-00001.safetensors"
     whole = victim.read_bytes()
     victim.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
@@ -301,14 +301,14 @@ def test_bytes_on_disk_for_the_shape_of_8x7b(tmp_path):
     assert routing / tokens < 130
 
 
-def test_the_signals_are_those_that_were_asked_for(small_model, letters):
-    bare = record(small_model, DOCUMENTS, tokenizer=letters, signals=(), settings=QUIET)
+def test_the_signals_are_those_that_were_asked_for(model, letters):
+    bare = record(model, DOCUMENTS, tokenizer=letters, signals=(), settings=QUIET)
     assert bare.signals == ("sequence", "position", "token_id", "phase", "expert_id", "weight")
-    one = record(small_model, DOCUMENTS, tokenizer=letters, signals=[Site("moe_out", layers=(2,))], settings=QUIET)
+    one = record(model, DOCUMENTS, tokenizer=letters, signals=[Site("moe_out", layers=(2,))], settings=QUIET)
     assert one.sites == {"moe_out": (2,)}
 
 
-def test_an_interrupt_says_how_to_go_on(small_model, tmp_path, capsys):
+def test_an_interrupt_says_how_to_go_on(model, tmp_path, capsys):
     class Interrupting(Letters):
         calls = 0
 
@@ -319,5 +319,5 @@ def test_an_interrupt_says_how_to_go_on(small_model, tmp_path, capsys):
             return super().__call__(text)
 
     with pytest.raises(KeyboardInterrupt):
-        record(small_model, DOCUMENTS, tokenizer=Interrupting(), out=tmp_path / "run", settings=SMALL)
+        record(model, DOCUMENTS, tokenizer=Interrupting(), out=tmp_path / "run", settings=SMALL)
     assert "the same call goes on from there" in capsys.readouterr().err

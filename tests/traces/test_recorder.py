@@ -76,10 +76,10 @@ def test_a_padded_batch_records_what_each_row_alone_routes(model, side):
     assert_same_routing(trace, oracle(model, rows))
 
 
-def test_lengths_stand_in_for_a_mask(small_model):
+def test_lengths_stand_in_for_a_mask(model):
     rows = prompts()
-    with torch.no_grad(), Recorder(small_model, lengths=LENGTHS) as recorder:
-        small_model(padded(rows, "right")["input_ids"])
+    with torch.no_grad(), Recorder(model, lengths=LENGTHS) as recorder:
+        model(padded(rows, "right")["input_ids"])
     np.testing.assert_array_equal(recorder.trace().read("token_id"), torch.cat(rows))
 
 
@@ -115,27 +115,27 @@ def test_logits_are_bit_for_bit_the_same(model):
     assert torch.equal(before, after)
 
 
-def test_generation_is_the_same_and_hooks_are_gone_after_an_exception(small_model):
+def test_generation_is_the_same_and_hooks_are_gone_after_an_exception(model):
     batch = padded(prompts(), "left")
-    plain = small_model.generate(**batch, max_new_tokens=8, do_sample=False)
-    implementation = small_model.config._experts_implementation
-    with pytest.raises(ZeroDivisionError), Recorder(small_model, signals=[*SITES]):  # noqa: PT012
-        recorded = small_model.generate(**batch, max_new_tokens=8, do_sample=False)
+    plain = model.generate(**batch, max_new_tokens=8, do_sample=False)
+    implementation = model.config._experts_implementation
+    with pytest.raises(ZeroDivisionError), Recorder(model, signals=[*SITES]):  # noqa: PT012
+        recorded = model.generate(**batch, max_new_tokens=8, do_sample=False)
         raise ZeroDivisionError
     assert torch.equal(plain, recorded)
-    hooks = [m for m in small_model.modules() if m._forward_hooks or m._forward_pre_hooks]
+    hooks = [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
     assert not hooks
-    assert "generate" not in vars(small_model)
-    assert small_model.config._experts_implementation == implementation
+    assert "generate" not in vars(model)
+    assert model.config._experts_implementation == implementation
 
 
-def test_a_recorder_within_a_recorder_gives_generate_back_in_turn(small_model):
+def test_a_recorder_within_a_recorder_gives_generate_back_in_turn(model):
     ids = prompts()[0][None]
-    with Recorder(small_model) as outer:
-        with Recorder(small_model) as inner:
-            small_model.generate(ids, max_new_tokens=3)
-        small_model.generate(ids, max_new_tokens=3)
-    assert "generate" not in vars(small_model)
+    with Recorder(model) as outer:
+        with Recorder(model) as inner:
+            model.generate(ids, max_new_tokens=3)
+        model.generate(ids, max_new_tokens=3)
+    assert "generate" not in vars(model)
     assert len(inner.trace().sequences) == 1
     assert len(outer.trace().sequences) == 2
 
@@ -162,16 +162,14 @@ def test_generation_has_one_row_for_every_token_that_a_forward_saw(model):
     )
 
 
-def test_a_row_that_ends_early_is_not_recorded_past_its_end(small_model):
+def test_a_row_that_ends_early_is_not_recorded_past_its_end(model):
     rows = prompts()
-    free = small_model.generate(**padded(rows, "left"), max_new_tokens=10, do_sample=False)[:, -10:]
+    free = model.generate(**padded(rows, "left"), max_new_tokens=10, do_sample=False)[:, -10:]
     stop = int(free[0, 3])
     ends = [int((row == stop).nonzero()[0]) if (row == stop).any() else None for row in free]
     assert any(end is None for end in ends), "some row must go on for the test to mean anything"
-    with Recorder(small_model) as recorder:
-        small_model.generate(
-            **padded(rows, "left"), max_new_tokens=10, do_sample=False, eos_token_id=stop, pad_token_id=stop
-        )
+    with Recorder(model) as recorder:
+        model.generate(**padded(rows, "left"), max_new_tokens=10, do_sample=False, eos_token_id=stop, pad_token_id=stop)
     generated = recorder.trace().select(phase="generated")
     counts = np.bincount(generated.read("sequence"), minlength=len(rows))
     assert counts.tolist() == [9 if end is None else end for end in ends]
@@ -198,10 +196,10 @@ def test_sites_agree_with_transformers_and_with_each_other(model):
 
 
 @pytest.mark.parametrize(("tokens", "rows"), [("last", [12, 24]), ("prompt", [8, 8]), ("generated", [4, 4])])
-def test_token_selection_of_a_site(small_model, tokens, rows):
+def test_token_selection_of_a_site(model, tokens, rows):
     ids = torch.stack([prompts(1)[1][:8], prompts(2)[1][:8]])
-    with Recorder(small_model, signals=[Site("moe_out", layers=(1, 3), tokens=tokens)]) as recorder:
-        small_model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, eos_token_id=None)
+    with Recorder(model, signals=[Site("moe_out", layers=(1, 3), tokens=tokens)]) as recorder:
+        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, eos_token_id=None)
     found = recorder.trace().activations("moe_out")
     assert found.layer.values.tolist() == [1, 3]
     if tokens == "last":
@@ -210,16 +208,14 @@ def test_token_selection_of_a_site(small_model, tokens, rows):
         assert np.bincount(found.sequence.values).tolist() == rows
 
 
-def test_activations_that_half_precision_cannot_hold_are_refused(small_model):
-    small_model.model.embed_tokens.weight.data *= 1e6
+def test_activations_that_half_precision_cannot_hold_are_refused(model):
+    model.model.embed_tokens.weight.data *= 1e6
     with (
         torch.no_grad(),
         pytest.raises(BadInput, match=r"too large.*dtype=\"float32\""),
-        Recorder(
-            small_model, signals=["resid_pre"]
-        ),
+        Recorder(model, signals=["resid_pre"]),
     ):
-        small_model(prompts()[0][None])
+        model(prompts()[0][None])
 
 
 @pytest.mark.parametrize(
@@ -230,43 +226,44 @@ def test_activations_that_half_precision_cannot_hold_are_refused(small_model):
         ({"prompt_lookup_num_tokens": 2}, "assisted decoding"),
     ],
 )
-def test_generation_that_cannot_be_counted_is_refused(small_model, options, what):
-    with pytest.raises(BadInput, match=what), Recorder(small_model):
-        small_model.generate(prompts()[0][None], max_new_tokens=2, **options)
+def test_generation_that_cannot_be_counted_is_refused(model, options, what):
+    with pytest.raises(BadInput, match=what), Recorder(model):
+        model.generate(prompts()[0][None], max_new_tokens=2, **options)
 
 
-def test_a_batch_without_mask_or_lengths_is_refused(small_model):
-    with pytest.raises(BadInput, match="Padding cannot be told from text"), Recorder(small_model):
-        small_model(torch.ones(2, 4, dtype=torch.long))
+def test_a_batch_without_mask_or_lengths_is_refused(model):
+    with pytest.raises(BadInput, match="Padding cannot be told from text"), Recorder(model):
+        model(torch.ones(2, 4, dtype=torch.long))
 
 
-def test_what_a_failed_forward_left_does_not_enter_the_trace(small_model):
+def test_what_a_failed_forward_left_does_not_enter_the_trace(model):
     tokens = prompts()[0]
-    bomb = small_model.model.layers[2].register_forward_pre_hook(lambda *_: 1 / 0)
-    with torch.no_grad(), Recorder(small_model) as recorder:
+    bomb = model.model.layers[2].register_forward_pre_hook(lambda *_: 1 / 0)
+    with torch.no_grad(), Recorder(model) as recorder:
         with pytest.raises(ZeroDivisionError):
-            small_model(tokens[None])
+            model(tokens[None])
         bomb.remove()
-        small_model(tokens[None])
+        model(tokens[None])
     trace = recorder.trace()
     np.testing.assert_array_equal(trace.read("token_id"), tokens)
     assert len(trace.sequences) == 1
 
 
-def test_recomputation_during_backward_is_not_recorded(small_model):
-    small_model.train()
-    small_model.gradient_checkpointing_enable()
+def test_recomputation_during_backward_is_not_recorded(model):
+    model.train()
+    model.gradient_checkpointing_enable()
     tokens = prompts()[1]
-    with Recorder(small_model) as recorder:
-        small_model(tokens[None], labels=tokens[None], use_cache=False).loss.backward()
+    with Recorder(model) as recorder:
+        model(tokens[None], labels=tokens[None], use_cache=False).loss.backward()
     assert recorder.trace().n_tokens == len(tokens)
 
 
-def test_unknown_signals_name_the_near_one(small_model):
+def test_unknown_signals_name_the_near_one(model):
     with pytest.raises(BadInput, match=r"'moe_outt'.*moe_out is near"):
-        Recorder(small_model, signals=["moe_outt"])
-    with pytest.raises(BadInput, match="layers 0 to 3"):
-        Recorder(small_model, signals=[Site("moe_out", layers=(4,))])
+        Recorder(model, signals=["moe_outt"])
+    n_layers = len(model.model.layers)
+    with pytest.raises(BadInput, match=f"layers 0 to {n_layers - 1}"):
+        Recorder(model, signals=[Site("moe_out", layers=(n_layers,))])
 
 
 def test_a_model_without_experts_is_refused():
@@ -274,8 +271,8 @@ def test_a_model_without_experts_is_refused():
         Recorder(torch.nn.Linear(2, 2))
 
 
-def test_an_empty_recorder_says_so(small_model):
-    with Recorder(small_model) as recorder:
+def test_an_empty_recorder_says_so(model):
+    with Recorder(model) as recorder:
         pass
     with pytest.raises(BadInput, match="No forward ran inside it"):
         recorder.trace()
