@@ -136,6 +136,7 @@ class Follower:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._batch = self._call = None  # they hold the key-value cache
 
     def _wrapped_generate(self, *args: Any, **kwargs: Any) -> Any:
         config = kwargs.get("generation_config") or self.model.generation_config
