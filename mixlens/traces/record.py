@@ -116,10 +116,6 @@ class Shard:
     documents: int
     pieces: list[Piece]
 
-    @property
-    def tokens(self) -> int:
-        return sum(len(piece.ids) for piece in self.pieces)
-
 
 def shards_of(
     documents: Documents, tokenizer: Any, limit: int, settings: RecordSettings, tally: Tally
@@ -145,7 +141,7 @@ def _record_in_memory(
         for shard in shards:
             parts.append(reader.read([piece.ids for piece in shard.pieces], shard.first_sequence))
             tables.append(_sequence_rows(shard))
-    meta = _meta(model, plan, "record")
+    meta = _meta(model, plan)
     trace = from_parts(parts, pd.concat(tables), meta, range(len(moe_layers(model))))
     trace._vocabulary = vocabulary_of(tokenizer)
     return trace
@@ -173,20 +169,17 @@ def _record_to_disk(model: nn.Module, reader: Reader, writer: RunWriter, corpus:
     peers.wait()
     if peers.leads:
         _finish(model, reader.signals, writer, corpus, {"started": started, **vars(tally)})
-    peers.wait()
 
 
 def _finish(model: nn.Module, signals: Signals, writer: RunWriter, corpus: _Corpus, reading: dict[str, Any]) -> None:
     records = writer.done
     counts = [{k: v for k, v in records[i].items() if k != "files"} for i in range(len(records))]
     tables = [writer.path / f"sequences-{index:05d}.parquet" for index in records]
-    routing = [name for name in ("router_logits",) if getattr(signals, name)]
-    scores = ["logprob"] if signals.logprob else []
-    scores += list(store.NEXT_TOKEN) if signals.top_logprobs else []
-    present = {"sequence", "position", "token_id", "phase", "expert_id", "weight", *routing, *scores}
-    names = [n for n in (*store.TOKEN_COLUMNS, *store.ROUTING, *store.NEXT_TOKEN) if n in present]
+    left_out = {name for name in ("router_logits", "logprob") if not getattr(signals, name)}
+    left_out |= set() if signals.top_logprobs else set(store.NEXT_TOKEN)
+    names = [n for n in (*store.TOKEN_COLUMNS, *store.ROUTING, *store.NEXT_TOKEN) if n not in left_out]
     meta = {
-        **_meta(model, writer.plan, "record"),
+        **_meta(model, writer.plan),
         "reading": reading,
         "layers": list(range(len(moe_layers(model)))),
         "signals": names,
@@ -216,9 +209,9 @@ def _sequence_rows(shard: Shard) -> pd.DataFrame:
     return pd.DataFrame(rows, index=pd.RangeIndex(shard.first_sequence, shard.first_sequence + len(rows)))
 
 
-def _meta(model: nn.Module, plan: dict[str, Any], source: str) -> dict[str, Any]:
+def _meta(model: nn.Module, plan: dict[str, Any]) -> dict[str, Any]:
     return {
-        "source": source,
+        "source": "record",
         "created": now(),
         "model": describe(model),
         "versions": versions(*PACKAGES),

@@ -203,11 +203,18 @@ class Recorder:
             flat = call.logits.reshape(rows * known, -1)
             top = score(lambda x: x, flat, torch.from_numpy(target.reshape(-1)), top=self.signals.top_logprobs)
             logprob[:, columns - known + 1 :] = top.pop("logprob").reshape(rows, known)[:, :-1]
-            batch.waiting = call.logits[:, -1].clone()
+            batch.waiting = _last_of_rows(call.logits, tail_valid)
         result = {"logprob": logprob[valid]} if self.signals.logprob else {}
         if self.signals.top_logprobs:
             result |= {name: _padded(values, rows, columns, known)[valid] for name, values in top.items()}
         return result
+
+
+def _last_of_rows(logits: torch.Tensor, valid: np.ndarray) -> torch.Tensor:
+    """Logits [rows, vocabulary] after each row's last token, padding on either side; NaN for a row without one."""
+    last = valid.shape[1] - 1 - valid[:, ::-1].argmax(1)
+    chosen = logits[torch.arange(len(logits)), torch.from_numpy(last)]
+    return chosen.masked_fill(torch.from_numpy(~valid.any(1))[:, None].to(chosen.device), torch.nan)
 
 
 def _padded(values: np.ndarray, rows: int, columns: int, known: int) -> np.ndarray:

@@ -103,6 +103,23 @@ def test_a_prompt_read_in_chunks_with_a_cache_is_one_sequence(model):
     np.testing.assert_allclose(total, 1, atol=1e-5)
 
 
+def test_a_right_padded_prompt_that_is_decoded_on_scores_the_next_token_after_the_last_one(model):
+    rows, following = prompts(), torch.tensor([[9], [8], [7], [6]])
+    batch = padded(rows, "right")
+    with torch.no_grad(), Recorder(model) as recorder:
+        cache = model(**batch, use_cache=True).past_key_values
+        mask = torch.cat([batch["attention_mask"], torch.ones(4, 1, dtype=torch.long)], 1)
+        places = torch.tensor(LENGTHS)[:, None]
+        model(following, attention_mask=mask, position_ids=places, past_key_values=cache)
+    trace = recorder.trace()
+    for i, tokens in enumerate(rows):
+        whole = torch.cat([tokens, following[i]])
+        with torch.no_grad():
+            logp = torch.log_softmax(model(whole[None]).logits[0], -1)
+        found = trace.select(where=trace.sequences.index.to_series() == i).read("logprob")
+        np.testing.assert_allclose(found[1:], logp[:-1].gather(1, whole[1:, None])[:, 0], atol=1e-4)
+
+
 def test_logits_are_bit_for_bit_the_same(model):
     batch = padded(prompts(), "left")
     everything = ["router_logits", "logprob", "top_logprobs", *SITES]
