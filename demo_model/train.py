@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
@@ -43,7 +44,7 @@ CONFIG = {
 WARM_UP = 500_000  # tokens
 FALL = 0.28  # share of the tokens over which the learning rate falls to zero
 # From this share of the tokens on: sequence length, sequences a step.
-STAGES = ((0.0, 128, 72), (0.3, 256, 36), (0.72, 1024, 12), (0.93, 4096, 4))
+STAGES = ((0.0, 128, 72), (0.3, 256, 36), (0.68, 1024, 12), (0.86, 4096, 4))
 LEARNING_RATE = {"muon": 0.02, "embed": 6e-3, "other": 3e-3}
 LOG_EVERY, SAVE_EVERY, VALIDATE_EVERY = 50, 50, 500
 
@@ -117,15 +118,22 @@ class Optimizer:
             for parameter, master in self.pairs:
                 parameter.copy_(master)
 
-    def state_dict(self) -> dict:
-        return {"masters": [m for _, m in self.pairs], "parts": [part.state_dict() for part in self.parts]}
+    def tensors(self) -> dict[str, Tensor]:
+        """The float32 weights and the running means, by name and number of the weight."""
+        named = {}
+        for number, (_, master) in enumerate(self.pairs):
+            state = next((part.state[master] for part in self.parts if master in part.state), {})
+            named |= {f"{number}.weight": master} | {f"{number}.{name}": value for name, value in state.items()}
+        return named
 
-    def load_state_dict(self, state: dict) -> None:
-        for part, saved in zip(self.parts, state["parts"], strict=True):
-            part.load_state_dict(saved)
-        with torch.no_grad():
-            for (parameter, master), saved in zip(self.pairs, state["masters"], strict=True):
-                parameter.copy_(master.copy_(saved))
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Go on from what `tensors()` of another run gave."""
+        owner = {id(p): part for part in self.parts for group in part.param_groups for p in group["params"]}
+        for number, (parameter, master) in enumerate(self.pairs):
+            saved = {name.split(".")[1]: value for name, value in tensors.items() if name.startswith(f"{number}.")}
+            with torch.no_grad():
+                parameter.copy_(master.copy_(saved.pop("weight")))
+            owner[id(master)].state[master] = saved
 
 
 @dataclass
@@ -147,10 +155,21 @@ def stage(tokens: int, total: float) -> tuple[int, int]:
     return next((length, rows) for share, length, rows in reversed(STAGES) if tokens >= share * total)
 
 
-def save(path: Path, **state: object) -> None:
+def save(path: Path, optimizer: Optimizer, router_loss: RouterLoss, progress: Progress) -> None:
     """Replace a checkpoint in one go, so that a run killed here keeps the one before."""
-    torch.save(state, path.with_suffix(".partial"))
+    tensors = optimizer.tensors() | {"shares": router_loss.shares, "seconds": torch.tensor(progress.seconds)}
+    tensors |= {"step": torch.tensor(progress.step), "tokens": torch.tensor(progress.tokens)}
+    save_file(tensors, path.with_suffix(".partial"))
     os.replace(path.with_suffix(".partial"), path)
+
+
+def resume(path: Path, optimizer: Optimizer, router_loss: RouterLoss, device: torch.device) -> Progress:
+    """Put a checkpoint's state back; how far it was."""
+    tensors = load_file(path)
+    router_loss.shares = tensors.pop("shares")
+    progress = Progress(*(tensors.pop(name).item() for name in ("step", "tokens", "seconds")))
+    optimizer.load({name: value.to(device) for name, value in tensors.items()})
+    return progress
 
 
 def main() -> None:
@@ -179,11 +198,9 @@ def main() -> None:
     experts = "sorted" if device.type == "cpu" else "grouped_mm"
     model.set_experts_implementation(experts)
     router_loss, optimizer, progress = RouterLoss(model), Optimizer(model), Progress()
-    checkpoint, log_path = options.out / "checkpoint.pt", options.out / "log.jsonl"
+    checkpoint, log_path = options.out / "checkpoint.safetensors", options.out / "log.jsonl"
     if options.resume:
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
-        optimizer.load_state_dict(state["optimizer"])
-        router_loss.shares, progress = state["shares"].cpu(), Progress(**state["progress"])
+        progress = resume(checkpoint, optimizer, router_loss, device)
     lines = log_path.read_text("utf-8").splitlines() if options.resume else []
     log_path.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= progress.step), "utf-8")
     backbone = model.model
@@ -228,7 +245,7 @@ def main() -> None:
             with open(log_path, "a", encoding="utf-8") as log:
                 log.write(json.dumps(line) + "\n")
         if progress.step % SAVE_EVERY == 0 or done:
-            save(checkpoint, optimizer=optimizer.state_dict(), shares=router_loss.shares, progress=vars(progress))
+            save(checkpoint, optimizer, router_loss, progress)
             model.save_pretrained(options.out / "export")
     tokenizer.save_pretrained(options.out / "export")
 
