@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mixlens.bench.run import BenchSettings, benchmark
     from mixlens.contributions import expert_contributions, expert_outputs
     from mixlens.errors import BadInput, MissingSignal, MixlensError, ModelError, RunError
+    from mixlens.evals.log import Log
     from mixlens.importance import Ablation, expert_importance, measure_importance
     from mixlens.models.demo import demo_documents
     from mixlens.models.endpoint import Endpoint
@@ -40,6 +41,7 @@ _HOME = {
     "BenchSettings": "mixlens.bench.run",
     "Endpoint": "mixlens.models.endpoint",
     "Limits": "mixlens.bench.metrics",
+    "Log": "mixlens.evals.log",
     "MissingSignal": "mixlens.errors",
     "MixlensError": "mixlens.errors",
     "ModelError": "mixlens.errors",
@@ -74,6 +76,7 @@ __all__ = [
     "BenchSettings",
     "Endpoint",
     "Limits",
+    "Log",
     "MissingSignal",
     "MixlensError",
     "ModelError",

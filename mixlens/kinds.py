@@ -7,15 +7,16 @@ from typing import Any
 
 from mixlens.bench.bench import Bench
 from mixlens.errors import RunError
+from mixlens.evals.log import Log
 from mixlens.runs import open_run
 from mixlens.stats.importance import open_importance
 from mixlens.traces.trace import Trace
 
-_KINDS = {"trace": Trace.open, "importance": open_importance, "bench": Bench.open}
+_KINDS = {"trace": Trace.open, "importance": open_importance, "bench": Bench.open, "eval": Log.open}
 
 
 def open(path: str | os.PathLike, *, check: bool = True) -> Any:
-    """The run at `path`, read lazily: a Trace, a Bench, or the sums over documents of an importance run.
+    """The run at `path`, read lazily: a Trace, a Bench, a Log, or the sums over documents of an importance run.
 
     check  compare every file with its checksum when it is first read; False compares sizes only
 

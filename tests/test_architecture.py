@@ -18,7 +18,7 @@ FLOORS = [
     {"mixlens.runs", "mixlens.models"},
     {"mixlens.traces"},
     {"mixlens.stats"},
-    {"mixlens.bench"},
+    {"mixlens.bench", "mixlens.evals"},
     {"mixlens.kinds", "mixlens.importance", "mixlens.contributions", "mixlens.sweep"},
     {"mixlens.show"},
     {"mixlens.cli"},

@@ -1,0 +1,1 @@
+"""Benchmark scores on lm-eval: the runner, its protocols and checks, the log of every sample, published references."""

@@ -1,0 +1,116 @@
+"""Log: a finished evaluation, from memory or from its run directory; every score is computed from its samples."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from mixlens.errors import RunError
+from mixlens.evals.scoring import score_table
+from mixlens.runs import open_run
+
+RESULTS, LM_EVAL_RESULTS = "results.jsonl", "lm_eval_results.json"
+
+
+class Log:
+    """Every sample of an evaluation, and the scores.
+
+    records  one dict a sample, as lines of results.jsonl:
+             task       lm-eval's name of the task, such as "mmlu_5shot_anatomy"
+             sample_id  index in the data set's split; (task, sample_id) is unique
+             doc_hash   sha256 of the document, so that two logs can be seen to hold the same question
+             group      subject or language, None where the benchmark has none
+             prompt     what the model was given, as one text
+             target     the gold answer, as text
+             response   the first generated answer, or the text of the choice with the highest log-probability
+             responses  every generated answer before any filter; None for a log-likelihood task
+             choices    texts whose log-probability was asked for; None for a generative task
+             logprobs   of the choices, in natural units (sum over tokens)
+             gold       index of the right choice; None where there is none
+             metrics    {metric: value}; a value is None where the sample could not be scored
+             correct    the value of the task's primary metric
+    meta     model, tasks (by task: benchmark, protocol, metrics, primary, data), settings, versions, date
+    path     of the run directory, None in memory
+    """
+
+    def __init__(self, records: Sequence[dict[str, Any]], meta: dict[str, Any], *, path: Path | None = None) -> None:
+        self.records, self.meta, self.path = list(records), meta, path
+
+    @classmethod
+    def open(cls, path: str | os.PathLike, *, check: bool = True) -> Log:
+        """The evaluation at `path`. Raises RunError when there is none, or a run of another kind."""
+        run = open_run(path, check=check)
+        if run.kind != "eval":
+            raise RunError(
+                f"An evaluation was to be opened at {path}. The run there is a {run.kind}. Use mixlens.open, which "
+                "opens a run of any kind."
+            )
+        with run.file(RESULTS).open(encoding="utf-8") as file:
+            records = [json.loads(line) for line in file]
+        return cls(records, run.meta, path=run.path)
+
+    @cached_property
+    def samples(self) -> pd.DataFrame:
+        """One row a sample: the fields of a record, and a column for every metric; NaN where it was not scored."""
+        frame = pd.DataFrame([{k: v for k, v in r.items() if k != "metrics"} | r["metrics"] for r in self.records])
+        numeric = [name for name in [*self.metrics, "correct"] if name in frame]
+        return frame.astype(dict.fromkeys(numeric, float)) if numeric else frame
+
+    @cached_property
+    def scores(self) -> pd.DataFrame:
+        """One row a task and metric with its 95 % interval, then micro and macro, as scoring.score_table."""
+        return score_table(self.samples, self.meta["tasks"])
+
+    @property
+    def tasks(self) -> list[str]:
+        return list(self.meta["tasks"])
+
+    @property
+    def metrics(self) -> list[str]:
+        """Every metric of every task, each once."""
+        return list(dict.fromkeys(name for about in self.meta["tasks"].values() for name in about["metrics"]))
+
+    def remarks(self) -> list[str]:
+        """What must be said beside the scores: model, protocols, number of samples, versions."""
+        model, versions = self.meta["model"], self.meta["versions"]
+        limit = self.meta["settings"].get("limit")
+        cut = "" if limit is None else f" Only the first {limit} samples of every task: no score of the benchmark."
+        unscored = int(self.scores["unscored"].sum())
+        lost = f" {unscored} values could not be scored and are in no mean." if unscored else ""
+        return [
+            f"{model['name']}, {self.meta['created']}; lm-eval {versions.get('lm_eval', 'n/a')}.",
+            f"{len(self.records)} samples. Intervals: 95 %.{cut}{lost}",
+        ]
+
+    def __repr__(self) -> str:
+        return "\n".join([self._shown().to_string(index=False), *self.remarks()])
+
+    def _repr_html_(self) -> str:
+        said = "".join(f"<div>{html.escape(remark)}</div>" for remark in self.remarks())
+        return f"<div class='mixlens-log'>{self._shown().to_html(border=0, index=False)}{said}</div>"
+
+    def _shown(self) -> pd.DataFrame:
+        """Scores as text; of a benchmark of several tasks its averages alone."""
+        several = {b for b, n in self.scores.groupby("benchmark")["task"].nunique().items() if n > 1}
+        rows = []
+        for row in self.scores.to_dict("records"):
+            if row["benchmark"] in several and not row["average"]:
+                continue
+            rows.append(
+                {
+                    "benchmark": row["benchmark"],
+                    "metric": " ".join(filter(None, (row["metric"], row["average"]))),
+                    "score": "n/a" if row["score"] != row["score"] else f"{row['score']:.4f}",
+                    "95 %": "n/a" if row["ci_low"] != row["ci_low"] else f"[{row['ci_low']:.4f}, {row['ci_high']:.4f}]",
+                    "n": row["n"],
+                    "protocol": row["protocol"],
+                }
+            )
+        return pd.DataFrame(rows, columns=["benchmark", "metric", "score", "95 %", "n", "protocol"])

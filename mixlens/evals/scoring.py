@@ -1,0 +1,103 @@
+"""Scores from samples: means with intervals, micro and macro averages. Plain tables in, plain tables out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+COLUMNS = [
+    "benchmark", "task", "metric", "average", "score", "ci_low", "ci_high", "n", "unscored", "interval", "protocol",
+]  # fmt: skip
+_LEVEL, _REPLICATES, _SEED = 0.95, 2000, 0
+
+
+def score_table(samples: pd.DataFrame, tasks: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+    """One row for every task and metric, then the benchmark's micro and macro average over its tasks.
+
+    samples  one row a sample: task, and a column for every metric, NaN where a sample could not be scored
+    tasks    by task: benchmark, protocol, and metrics, each {"aggregation": name, "score", "stderr": lm-eval's own}
+
+    score is the mean over scored samples, in [0, 1] for a fraction correct; for a metric that lm-eval does not average
+    (aggregation other than "mean", "nanmean") it is lm-eval's own. "micro" weighs samples alike, "macro" tasks alike.
+    Intervals of 95 %: Wilson's for a fraction; percentiles of a bootstrap, drawn within tasks, for other means and for
+    macro; lm-eval's standard error for its own aggregations. A task without a scored sample is NaN, never 0.
+
+    Returns  DataFrame  benchmark, task, metric, average ("", "micro", "macro"), score, ci_low, ci_high, n, unscored,
+                        interval, protocol
+    """
+    rows: list[dict[str, Any]] = []
+    by_task = {str(name): frame for name, frame in samples.groupby("task", sort=False)} if len(samples) else {}
+    for benchmark, members in _benchmarks(tasks).items():
+        values: dict[str, list[np.ndarray]] = {}
+        for name in members:
+            about = tasks[name]
+            frame = by_task.get(name, pd.DataFrame())
+            for metric, how in about["metrics"].items():
+                column = frame[metric].to_numpy(float) if metric in frame else np.empty(0)
+                row = {"benchmark": benchmark, "task": name, "metric": metric, "protocol": about["protocol"]}
+                if how["aggregation"] in ("mean", "nanmean"):
+                    rows.append(row | {"average": ""} | _mean([column]))
+                    values.setdefault(metric, []).append(column)
+                else:
+                    rows.append(row | {"average": ""} | _own(column, how))
+        if len(members) > 1:
+            shared = {"benchmark": benchmark, "task": benchmark, "protocol": tasks[members[0]]["protocol"]}
+            for metric, columns in values.items():
+                rows.append(shared | {"metric": metric, "average": "micro"} | _mean([np.concatenate(columns)]))
+                rows.append(shared | {"metric": metric, "average": "macro"} | _mean(columns, macro=True))
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def wilson(successes: float, n: int, level: float = _LEVEL) -> tuple[float, float]:
+    """Wilson's score interval of a fraction (Wilson 1927); NaN without samples."""
+    if n == 0:
+        return np.nan, np.nan
+    z, p = NormalDist().inv_cdf((1 + level) / 2), successes / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def _benchmarks(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
+    members: dict[str, list[str]] = {}
+    for name, about in tasks.items():
+        members.setdefault(about["benchmark"], []).append(name)
+    return members
+
+
+def _mean(columns: list[np.ndarray], *, macro: bool = False) -> dict[str, Any]:
+    scored = [column[np.isfinite(column)] for column in columns]
+    n, unscored = sum(map(len, scored)), sum(map(len, columns)) - sum(map(len, scored))
+    counts = {"n": n, "unscored": unscored}
+    if n == 0 or (macro and not all(map(len, scored))):
+        return {"score": np.nan, "ci_low": np.nan, "ci_high": np.nan, "interval": "", **counts}
+    score = float(np.mean([column.mean() for column in scored]))
+    if not macro and np.isin(scored[0], (0, 1)).all():
+        low, high = wilson(float(scored[0].sum()), n)
+        return {"score": score, "ci_low": low, "ci_high": high, "interval": "Wilson", **counts}
+    if n == len(scored):
+        return {"score": score, "ci_low": np.nan, "ci_high": np.nan, "interval": "", **counts}
+    rng = np.random.default_rng(_SEED)
+    draws = np.mean([_resampled(column, rng) for column in scored], axis=0)
+    low, high = np.quantile(draws, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
+    bounds = {"ci_low": min(float(low), score), "ci_high": max(float(high), score)}
+    return {"score": score, **bounds, "interval": "bootstrap", **counts}
+
+
+def _resampled(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Means [replicate] of samples drawn with replacement."""
+    return np.array([values[rng.integers(len(values), size=len(values))].mean() for _ in range(_REPLICATES)])
+
+
+def _own(column: np.ndarray, how: Mapping[str, Any]) -> dict[str, Any]:
+    """lm-eval's aggregate, such as a perplexity or an F1, which no mean over samples gives."""
+    score, error = how.get("score"), how.get("stderr")
+    score = np.nan if score is None else float(score)
+    half = NormalDist().inv_cdf((1 + _LEVEL) / 2) * (np.nan if error is None else float(error))
+    known = bool(np.isfinite(half))
+    bounds = {"ci_low": score - half, "ci_high": score + half, "interval": "lm-eval's stderr" if known else ""}
+    return {"score": score, **bounds, "n": len(column), "unscored": 0}
