@@ -49,17 +49,12 @@ class Reader:
         start = np.concatenate([[0], np.cumsum(lengths)])
         tokens = _Gathered(int(start[-1]))
         sites = {site.name: _SiteRows(site) for site in self.signals.sites}
-        for rows in batches(lengths, self.batch_tokens):
-            for offset, ids, raw, states in self.forwards([sequences[row] for row in rows]):
-                valid = offset + np.arange(ids.shape[1])[None] < lengths[rows][:, None]
-                row, column = np.nonzero(valid)
-                target = start[rows][row] + offset + column
-                picked = torch.from_numpy(np.flatnonzero(valid))
-                tokens.put(target, routing_arrays(raw, picked))
-                if self.signals.needs_logits:
-                    self._score(tokens, target, states, picked, start, sequences)
-                for rows_of_site in sites.values():
-                    rows_of_site.add(raw, picked, target, target == start[rows + 1][row] - 1)
+        for target, picked, raw, states in self.placed(sequences):
+            tokens.put(target, routing_arrays(raw, picked))
+            if self.signals.needs_logits:
+                self._score(tokens, target, states, picked, start, sequences)
+            for rows_of_site in sites.values():
+                rows_of_site.add(raw, picked, target, np.isin(target, start[1:] - 1))
         arrays = {
             "sequence": np.repeat(np.arange(len(sequences)), lengths) + first_sequence,
             "position": np.arange(start[-1]) - np.repeat(start[:-1], lengths),
@@ -68,6 +63,19 @@ class Reader:
             **tokens.arrays,
         }
         return store.MemoryPart(arrays, {name: rows.sorted() for name, rows in sites.items()})
+
+    def placed(self, sequences: list[np.ndarray]) -> Iterator[tuple[np.ndarray, torch.Tensor, Raw, torch.Tensor]]:
+        """(tokens, counted through all sequences [n]; their rows in the batch [n]; raw signals; last hidden states).
+
+        One for every forward that reading the sequences takes, whatever the order of batches; padding is left out.
+        """
+        lengths = np.array([len(ids) for ids in sequences])
+        start = np.concatenate([[0], np.cumsum(lengths)])
+        for rows in batches(lengths, self.batch_tokens):
+            for offset, ids, raw, states in self.forwards([sequences[row] for row in rows]):
+                valid = offset + np.arange(ids.shape[1])[None] < lengths[rows][:, None]
+                row, column = np.nonzero(valid)
+                yield start[rows][row] + offset + column, torch.from_numpy(np.flatnonzero(valid)), raw, states
 
     def forwards(self, sequences: list[np.ndarray]) -> Iterator[tuple[int, np.ndarray, Raw, torch.Tensor]]:
         """(offset, ids [rows, columns], raw signals, last hidden states [rows x columns, H]) of each forward."""
