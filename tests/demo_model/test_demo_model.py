@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
-from demo_model import train
+from demo_model import card, train
 from demo_model.data import DOMAINS, read_documents
 from demo_model.evaluate import bits_per_byte, without_expert
 from demo_model.kernels import cross_entropy
@@ -98,6 +98,15 @@ def test_bits_per_byte_of_the_samples(model, tokenizer, samples):
     figures = json.loads((PACKAGE / "eval.json").read_text("utf-8"))
     found = bits_per_byte(model, tokenizer, [s["text"] for s in samples])
     assert found == pytest.approx(figures["samples_bits_per_byte"], abs=0.01)
+
+
+def test_card_has_the_figures_of_the_evaluation():
+    folder = REPOSITORY / "demo_model"
+    evaluation = json.loads((folder / "evaluation.json").read_text("utf-8"))
+    written = (folder / "README.md").read_text("utf-8")
+    assert card.fill(written, evaluation) == written
+    with pytest.raises(ValueError, match="one block 'routing'; it has 0"):
+        card.fill(written.replace("<!-- routing -->", ""), evaluation)
 
 
 def test_load_is_balanced_in_every_layer(model, tokenizer, samples):
