@@ -3,8 +3,10 @@
 from mixlens.stats.agreement import agreement
 from mixlens.stats.bootstrap import Bootstrap
 from mixlens.stats.domains import domain_information, domain_specialization
+from mixlens.stats.flips import flips, flips_by_margin
 from mixlens.stats.importance import expert_importance
 from mixlens.stats.moved import moved
+from mixlens.stats.next_tokens import next_tokens
 from mixlens.stats.outputs import super_experts
 from mixlens.stats.published import table5
 from mixlens.stats.routing import expert_share, load_balance, position_profile, router_confidence, routing_entropy
@@ -20,8 +22,11 @@ __all__ = [
     "domain_specialization",
     "expert_importance",
     "expert_share",
+    "flips",
+    "flips_by_margin",
     "load_balance",
     "moved",
+    "next_tokens",
     "position_profile",
     "predictability",
     "repetition",

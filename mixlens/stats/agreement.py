@@ -91,10 +91,13 @@ def same_shape(a: Trace, b: Trace) -> None:
             )
 
 
-def side_by_side(a: Trace, b: Trace, names: tuple[str, ...]) -> Iterator[dict[str, np.ndarray]]:
-    """Columns of both traces for the same tokens; those of `b` are called "other ..."."""
+def side_by_side(
+    a: Trace, b: Trace, names: tuple[str, ...], of_the_first: tuple[str, ...] = ()
+) -> Iterator[dict[str, np.ndarray]]:
+    """Columns of both traces for the same tokens, and some of `a` alone; those of `b` are called "other ..."."""
     keys = ("sequence", "position", *(["token_id"] if "token_id" in a.signals and "token_id" in b.signals else []))
-    left, right = (trace.blocks(*keys, *names, tokens=BLOCK_OF_LOGITS) for trace in (a, b))
+    left = a.blocks(*keys, *names, *of_the_first, tokens=BLOCK_OF_LOGITS)
+    right = b.blocks(*keys, *names, tokens=BLOCK_OF_LOGITS)
     of_a, of_b = next(left, None), next(right, None)
     while of_a is not None and of_b is not None:
         n = min(len(of_a["sequence"]), len(of_b["sequence"]))
@@ -105,8 +108,7 @@ def side_by_side(a: Trace, b: Trace, names: tuple[str, ...]) -> Iterator[dict[st
             at = int(differs.argmax())
             raise _different_tokens({key: (int(of_a[key][at]), int(of_b[key][at])) for key in keys})
         yield {
-            "sequence": of_a["sequence"][:n],
-            **{name: of_a[name][:n] for name in names},
+            **{name: of_a[name][:n] for name in dict.fromkeys(("sequence", *names, *of_the_first))},
             **{f"other {name}": of_b[name][:n] for name in names},
         }
         of_a, of_b = _rest(of_a, n, left), _rest(of_b, n, right)

@@ -1,0 +1,131 @@
+"""Where two runs over the same tokens choose other experts: first flips, how they build up, and at what margins."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import xarray as xr
+
+from mixlens.errors import BadInput
+from mixlens.stats.agreement import same_shape, side_by_side
+from mixlens.stats.bootstrap import DEFAULT, Bootstrap
+from mixlens.stats.counts import Block, By, Clusters, count, described, summarise
+
+if TYPE_CHECKING:
+    from mixlens.traces.trace import Trace
+
+# Upper edges of the margins, in logits. Fixed, so that figures of different models can be laid side by side.
+MARGINS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, np.inf)
+
+
+def flips(a: Trace, b: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
+    """Tokens whose set of experts differs between two traces of the same tokens, layer by layer.
+
+    With C_l = 1 where the sets S_l and S'_l of a token differ,
+    changed        P(C_l)
+    first          P(C_l and no C_m for m < l), where the first flip happens; sums to 1 - P(never)
+    so_far         P(C_m for some m <= l), how flips build up with depth
+    after_flip     P(C_l | some C_m, m < l), among tokens that have flipped before
+    without_flip   P(C_l | no C_m, m < l), among tokens that have not
+
+    "Before" means the layers that the traces have.
+
+    Needs    expert_id  uint8 [token, layer, slot] in both
+    Returns  Dataset    fraction, ci_low, ci_high [*by, layer, measure]; NaN where no token meets the condition; n
+                        (tokens) [*by]
+    Raises   BadInput   where layers, experts or tokens differ, naming the first sequence and position that do; or for
+                        an unknown column in `by`
+    """
+    a.require("flips", "expert_id")
+    b.require("flips", "expert_id")
+    same_shape(a, b)
+    names = ("changed", "first", "so_far", "flipped_before", "changed_after")
+
+    def add(block: Block, totals: dict[str, np.ndarray]) -> None:
+        changed = _differ(block)
+        so_far = np.logical_or.accumulate(changed, axis=0)
+        before = np.concatenate([np.zeros_like(so_far[:1]), so_far[:-1]])
+        found = (changed, changed & ~before, so_far, before, changed & before)
+        for name, values in zip(names, found, strict=True):
+            totals[name][block.clusters] += block.sums(values)
+
+    def measures(sums: dict[str, np.ndarray]) -> np.ndarray:
+        n, before = sums["n"], sums["flipped_before"]
+        whole = [sums[name] / n for name in ("changed", "first", "so_far")]
+        return np.stack([*whole, sums["changed_after"] / before, sums["first"] / (n - before)], axis=1)
+
+    clusters = Clusters.of(a, by, 5 * a.n_layers)
+    counts = count(a, clusters, dict.fromkeys(names, (a.n_layers,)), side_by_side(a, b, ("expert_id",)), add)
+    labels = ["changed", "first", "so_far", "after_flip", "without_flip"]
+    return described(
+        summarise(counts, measures, {"measure": labels}, bootstrap), a, bootstrap,
+        statistic="flips", unit="fraction", source="mixlens",
+        formula="C_l = 1[S_l != S'_l]; P(C_l), P(C_l and none before), P(any C_m, m <= l), P(C_l | any or none before)",
+    )  # fmt: skip
+
+
+def flips_by_margin(
+    a: Trace, b: Trace, *, by: By = None, pooled: bool = True, bootstrap: Bootstrap = DEFAULT
+) -> xr.Dataset:
+    """How often a token's experts differ, by how near the first run's router was to a tie.
+
+    The margin is the router logit of the weakest of the k strongest experts less that of the best expert left out. A
+    flip at a small margin is a tie that rounding decides; one at a large margin is a router that reads something else.
+
+    pooled   all layers together; else layer by layer
+
+    Needs    expert_id      uint8 [token, layer, slot] in both
+             router_logits  [token, layer, expert] in the first
+    Returns  Dataset        fraction, ci_low, ci_high [*by, (layer,) margin], the coordinates margin and margin_from
+                            the upper and lower ends in logits; n (choices in the bin) of the same shape
+    Raises   BadInput       as flips; and where every expert is chosen, so that there is no margin
+    """
+    a.require("flips_by_margin", "expert_id", "router_logits")
+    b.require("flips_by_margin", "expert_id")
+    same_shape(a, b)
+    if a.top_k == a.n_experts:
+        raise BadInput(
+            f"flips_by_margin was asked for. Every token chooses all {a.n_experts} experts, so there is none left out. "
+            "Compare traces whose tokens choose some of the experts."
+        )
+    n_layers, n_bins = 1 if pooled else a.n_layers, len(MARGINS)
+
+    def add(block: Block, totals: dict[str, np.ndarray]) -> None:
+        changed = _differ(block)
+        logits = np.sort(block["router_logits"], axis=-1)
+        margin = (logits[..., -a.top_k] - logits[..., -a.top_k - 1]).T
+        codes = np.minimum(np.searchsorted(MARGINS, margin, side="right"), n_bins - 1)
+        for layer in range(a.n_layers):
+            for one in range(n_bins):
+                here = codes[layer] == one
+                into = 0 if pooled else layer
+                totals["choices"][block.clusters, into, one] += block.sums(here)
+                totals["flipped"][block.clusters, into, one] += block.sums(here & changed[layer])
+
+    clusters = Clusters.of(a, by, 2 * n_layers * n_bins)
+    shapes = {"flipped": (n_layers, n_bins), "choices": (n_layers, n_bins)}
+    counts = count(a, clusters, shapes, side_by_side(a, b, ("expert_id",), ("router_logits",)), add)
+    counts = replace(counts, layers=counts.layers[:n_layers])
+    data = summarise(
+        counts,
+        lambda sums: sums["flipped"] / sums["choices"],
+        {"margin": MARGINS},
+        bootstrap,
+        size=(counts.totals["choices"], ("layer", "margin")),
+    )
+    data = (data.isel(layer=0, drop=True) if pooled else data).assign_coords(
+        margin_from=("margin", np.array([0.0, *MARGINS[:-1]]))
+    )
+    return described(
+        data, a, bootstrap,
+        statistic="flips_by_margin", unit="fraction", source="mixlens",
+        formula="P(S != S' | margin), margin = z_(k) - z_(k+1) of the first run's router logits",
+    )  # fmt: skip
+
+
+def _differ(block: Block) -> np.ndarray:
+    """bool [layer, token], whether the two sets of experts differ."""
+    ids, others = np.sort(block.by_layer("expert_id"), axis=1), np.sort(block.by_layer("other expert_id"), axis=1)
+    return (ids != others).any(axis=1)

@@ -1,0 +1,119 @@
+"""What two runs over the same tokens say of the next token: losses, and how far their predictions lie apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import xarray as xr
+
+from mixlens.stats.agreement import same_shape, side_by_side
+from mixlens.stats.bootstrap import DEFAULT, Bootstrap
+from mixlens.stats.counts import Block, By, Clusters, Counts, count, described, summarise
+
+if TYPE_CHECKING:
+    from mixlens.traces.trace import Trace
+
+_TOP = ("top_id", "top_logprob", "tail_logprob")
+_ROWS = 1024  # tokens at a time: 4 MB of pairs of stored tokens
+LOSSES = ("loss_a", "loss_b", "loss_difference", "perplexity_a", "perplexity_b", "perplexity_ratio")
+
+
+def next_tokens(a: Trace, b: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
+    """How two runs predict the same tokens, as means over predicted tokens with paired intervals.
+
+    loss_a, loss_b           -mean log p(token | earlier ones), nats
+    loss_difference          loss_b - loss_a, of the same tokens, nats
+    perplexity_a, _b         exp of the losses
+    perplexity_ratio         exp(loss_difference)
+    same_top                 share of tokens for which both hold the same next token for the most probable
+    kl_at_least              lower bound of the mean KL(p_a || p_b), nats: the tokens that both runs have among their
+                             stored top ones, and all others as a single outcome. By the data-processing inequality
+                             joining outcomes never makes the divergence larger; quantization_impact gives the exact one
+
+    The bootstrap draws documents with the values of both runs. All measures are over the same tokens: those with one
+    before them in their sequence.
+
+    Needs    logprob  float32 [token] in both; top_id, top_logprob [token, 64] and tail_logprob [token] in both for
+             same_top and kl_at_least, which are NaN without them, as attrs["missing"] then says
+    Returns  Dataset  estimate, ci_low, ci_high [*by, measure]; n (predicted tokens) [*by]
+    Raises   BadInput where layers, experts or tokens differ, naming the first sequence and position that do; or for
+                      an unknown column in `by`
+    """
+    a.require("next_tokens", "logprob", "position")
+    b.require("next_tokens", "logprob", "position")
+    same_shape(a, b)
+    has_top = all(name in trace.signals for trace in (a, b) for name in _TOP)
+    clusters = Clusters.of(a, by, 8)
+
+    def add(block: Block, totals: dict[str, np.ndarray]) -> None:
+        known = block.follows() & np.isfinite(block["logprob"]) & np.isfinite(block["other logprob"])
+        losses = np.stack([-block["logprob"], -block["other logprob"]]).astype(np.float64)
+        totals["losses"][block.clusters, 0] += block.sums(np.where(known, losses, 0))
+        totals["predicted"][block.clusters] += block.sums(known)
+        if has_top:
+            predicts = np.flatnonzero(known) - 1
+            apart = np.zeros((2, block.n_tokens))
+            apart[:, predicts] = _apart(block, predicts)
+            totals["apart"][block.clusters, 0] += block.sums(apart)
+
+    names = ("position", "logprob", *(_TOP if has_top else ()))
+    shapes = {"losses": (1, 2), "apart": (1, 2), "predicted": ()}
+    counts = count(a, clusters, shapes, side_by_side(a, b, names), add)
+    predicted = counts.totals.pop("predicted")
+    counts = Counts(clusters, counts.totals, counts.tokens, counts.n_documents, counts.layers[:1])
+    missing = {} if has_top else {"missing": "same_top and kl_at_least need top_logprobs in both traces"}
+    data = summarise(
+        counts, _measures(has_top), {"measure": [*LOSSES, "same_top", "kl_at_least"]}, bootstrap, size=(predicted, ())
+    )
+    return described(
+        data.isel(layer=0, drop=True), a, bootstrap,
+        statistic="next_tokens", unit="nats", source="mixlens; Cover and Thomas 2006, section 2.8 (data processing)",
+        formula="-mean log p(t); exp of it; 1[argmax p_a = argmax p_b]; KL over {shared top tokens, all others}",
+        **missing,
+    )  # fmt: skip
+
+
+def _measures(has_top: bool) -> Callable[[dict[str, np.ndarray]], np.ndarray]:
+    def measures(sums: dict[str, np.ndarray]) -> np.ndarray:
+        a, b = np.moveaxis(sums["losses"] / sums["n"], 1, 0)
+        same, divergence = np.moveaxis(sums["apart"] / (sums["n"] if has_top else np.nan), 1, 0)
+        return np.stack([a, b, b - a, np.exp(a), np.exp(b), np.exp(b - a), same, divergence], axis=1)
+
+    return measures
+
+
+def _apart(block: Block, rows: np.ndarray) -> np.ndarray:
+    """[2, row]: whether the most probable next token is the same, and the lower bound of the divergence."""
+    columns = {name: block[name][rows] for name in (*_TOP, *(f"other {name}" for name in _TOP))}
+    found = np.zeros((2, len(rows)))
+    found[0] = columns["top_id"][:, 0] == columns["other top_id"][:, 0]
+    found[1] = coarse_divergence([columns[name] for name in _TOP], [columns[f"other {name}"] for name in _TOP])
+    return found
+
+
+def coarse_divergence(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> np.ndarray:
+    """KL(p_a || p_b) [row] in nats over {tokens both know, all others}; a and b are (ids, log p [row, n], log tail).
+
+    What a run has beside the shared tokens goes to its tail: the tail stays a sum of positive numbers.
+    """
+    out = np.empty(len(a[0]))
+    for start in range(0, len(out), _ROWS):
+        rows = slice(start, start + _ROWS)
+        (ids, p, tail), (other_ids, q, other_tail) = ([values[rows] for values in side] for side in (a, b))
+        p, q = p.astype(np.float64), q.astype(np.float64)
+        match = ids[:, :, None] == other_ids[:, None, :]
+        shared, theirs = match.any(2), np.take_along_axis(q, match.argmax(2), 1)
+        rest, other_rest = _joined(p, shared, tail), _joined(q, match.any(1), other_tail)
+        of_shared = np.where(shared, np.exp(p) * (p - theirs), 0).sum(1)
+        has_rest = np.isfinite(rest)
+        of_rest = np.exp(rest) * (np.where(has_rest, rest, 0) - np.where(has_rest, other_rest, 0))
+        out[rows] = of_shared + of_rest
+    return np.maximum(out, 0)
+
+
+def _joined(logp: np.ndarray, shared: np.ndarray, tail: np.ndarray) -> np.ndarray:
+    """log of the probability [row] of everything that is not shared."""
+    others = np.where(shared, -np.inf, logp)
+    return np.logaddexp.reduce(np.concatenate([others, tail[:, None].astype(np.float64)], axis=1), axis=1)
