@@ -11,9 +11,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from mixlens.errors import ModelError
 from mixlens.models.demo import DEMO, demo_path
+from mixlens.models.quantize_linears import dequantized
+from mixlens.models.unfuse import UnfusedExperts
 
 # Written by transformers on saving, or about the run rather than the model.
 _VOLATILE = (
@@ -80,18 +83,48 @@ def only_layers(model: nn.Module, start: int, stop: int) -> Iterator[None]:
 
 
 def expert_weights(layer: MoeLayer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """w1 (gate) [E, I, H], w2 (down) [E, H, I] and w3 (up) [E, I, H] of a layer, as views.
+    """w1 (gate) [E, I, H], w2 (down) [E, H, I] and w3 (up) [E, I, H] of a layer.
+
+    Views of the fused tensors; of experts with Linears of their own copies, dequantized where they are quantized.
 
     Raises ModelError where they are offloaded, or held in another layout.
     """
+    if isinstance(layer.experts, UnfusedExperts) and not any(p.is_meta for p in layer.experts.parameters()):
+        w1, w2, w3 = (
+            torch.stack([dequantized(getattr(expert, name)) for expert in layer.experts]) for name in ("w1", "w2", "w3")
+        )
+        return w1, w2, w3
     fused, down = (getattr(layer.experts, name, None) for name in ("gate_up_proj", "down_proj"))
     if not isinstance(fused, torch.Tensor) or not isinstance(down, torch.Tensor) or fused.is_meta or down.is_meta:
         raise ModelError(
-            f"The expert weights of layer {layer.index} were to be read. They are offloaded, or not held as one tensor "
-            'for all experts. Load the model whole and unquantized, such as ml.load(..., device_map="cpu").'
+            f"The expert weights of layer {layer.index} were to be read. They are offloaded, or not held in a layout "
+            'that mixlens knows. Load the model whole with ml.load(..., device_map="cpu").'
         )
     w1, w3 = fused.chunk(2, dim=1)
     return w1, down, w3
+
+
+def expert_neurons(experts: Any, expert: int, hidden: torch.Tensor) -> torch.Tensor:
+    """What stands between the two halves of one expert [n, I], from hidden states [n, H], whatever the layout.
+
+    Where accelerate offloads fused experts: only inside their forward.
+    """
+    if isinstance(experts, UnfusedExperts):
+        return experts[expert].neurons(hidden)
+    gate, up = F.linear(hidden, experts.gate_up_proj[expert]).chunk(2, dim=-1)
+    return experts.act_fn(gate) * up
+
+
+def expert_down(experts: Any, expert: int, neurons: torch.Tensor) -> torch.Tensor:
+    """Output of one expert [n, H], before its weight, from its neurons [n, I]."""
+    if isinstance(experts, UnfusedExperts):
+        return experts[expert].w2(neurons)
+    if experts.down_proj.is_meta:
+        raise ModelError(
+            f"Neurons of expert {expert} were to be put through its w2. The weights are offloaded, and come only for "
+            'the forward of all experts. Load the model whole, as by ml.load(..., device_map="cpu").'
+        )
+    return F.linear(neurons, experts.down_proj[expert])
 
 
 def final_scale(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:

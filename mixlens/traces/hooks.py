@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from mixlens.errors import BadInput
-from mixlens.models.layout import MoeLayer, moe_layers
+from mixlens.models.layout import MoeLayer, expert_down, expert_neurons, moe_layers
 from mixlens.traces.patches import Replaced, replaced_in
 from mixlens.traces.signals import EXPERT_SITES, Signals
 
@@ -178,12 +177,11 @@ def _chosen_experts(module: Any, hidden: torch.Tensor, ids: torch.Tensor, sites:
     found = {site: hidden.new_zeros((*ids.shape, *shapes[site])) for site in sites}
     for expert in ids.unique().tolist():
         token, slot = torch.where(ids == expert)
-        gate, up = F.linear(hidden[token], module.gate_up_proj[expert]).chunk(2, dim=-1)
-        neurons = module.act_fn(gate) * up
+        neurons = expert_neurons(module, expert, hidden[token])
         if "expert_neurons" in found:
             found["expert_neurons"][token, slot] = neurons
         if "expert_out" in found or "expert_norm" in found:
-            output = F.linear(neurons, module.down_proj[expert])
+            output = expert_down(module, expert, neurons)
             if "expert_out" in found:
                 found["expert_out"][token, slot] = output
             if "expert_norm" in found:

@@ -10,10 +10,9 @@ import numpy as np
 import torch
 import xarray as xr
 from torch import nn
-from torch.nn import functional as F
 
 from mixlens.errors import BadInput
-from mixlens.models.layout import MoeLayer, expert_weights
+from mixlens.models.layout import MoeLayer, expert_down
 from mixlens.traces.conditions import EVERYWHERE, Where
 from mixlens.traces.following import Placed
 from mixlens.traces.rerouting import Layers, Rows
@@ -226,12 +225,11 @@ class Patch:
 
 def _down(layer: MoeLayer, ids: torch.Tensor, hit: torch.Tensor, neurons: torch.Tensor) -> torch.Tensor:
     """[T, k, H], what the chosen experts' w2 makes of these neurons, where they are hit."""
-    _, w2, _ = expert_weights(layer)
-    neurons = neurons.to(w2).expand(*ids.shape, -1)
-    value = w2.new_zeros((*ids.shape, w2.shape[1]))
+    neurons = neurons.to(layer.gate.weight.dtype).expand(*ids.shape, -1)
+    value = neurons.new_zeros((*ids.shape, layer.gate.weight.shape[1]))
     for expert in ids[hit].unique().tolist():
         token, slot = torch.where(hit & (ids == expert))
-        value[token, slot] = F.linear(neurons[token, slot], w2[expert])
+        value[token, slot] = expert_down(layer.experts, expert, neurons[token, slot])
     return value
 
 
