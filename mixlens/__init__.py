@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from mixlens.bench.metrics import Limits
     from mixlens.bench.prompts import Workload
     from mixlens.bench.run import BenchSettings, benchmark
+    from mixlens.compare import Comparison, compare
     from mixlens.contributions import expert_contributions, expert_outputs
-    from mixlens.errors import BadInput, MissingSignal, MixlensError, ModelError, RunError
+    from mixlens.errors import BadInput, EndpointError, MissingSignal, MixlensError, ModelError, RunError
     from mixlens.evals.log import Log
     from mixlens.importance import Ablation, expert_importance, measure_importance
     from mixlens.models.demo import demo_documents
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from mixlens.models.similarity import expert_similarity
     from mixlens.show import view
     from mixlens.show.report import report
-    from mixlens.sweep import topk_sweep
+    from mixlens.sweep import measure_topk, topk_sweep
     from mixlens.traces import edits
     from mixlens.traces.edits import edit
     from mixlens.traces.record import RecordSettings, record
@@ -39,7 +40,9 @@ _HOME = {
     "BadInput": "mixlens.errors",
     "Bench": "mixlens.bench.bench",
     "BenchSettings": "mixlens.bench.run",
+    "Comparison": "mixlens.compare",
     "Endpoint": "mixlens.models.endpoint",
+    "EndpointError": "mixlens.errors",
     "Limits": "mixlens.bench.metrics",
     "Log": "mixlens.evals.log",
     "MissingSignal": "mixlens.errors",
@@ -52,6 +55,7 @@ _HOME = {
     "Trace": "mixlens.traces.trace",
     "Workload": "mixlens.bench.prompts",
     "benchmark": "mixlens.bench.run",
+    "compare": "mixlens.compare",
     "concat": "mixlens.traces.trace",
     "demo_documents": "mixlens.models.demo",
     "edit": "mixlens.traces.edits",
@@ -61,6 +65,7 @@ _HOME = {
     "expert_similarity": "mixlens.models.similarity",
     "load": "mixlens.models.load",
     "measure_importance": "mixlens.importance",
+    "measure_topk": "mixlens.sweep",
     "open": "mixlens.kinds",
     "record": "mixlens.traces.record",
     "report": "mixlens.show.report",
@@ -74,7 +79,9 @@ __all__ = [
     "BadInput",
     "Bench",
     "BenchSettings",
+    "Comparison",
     "Endpoint",
+    "EndpointError",
     "Limits",
     "Log",
     "MissingSignal",
@@ -87,6 +94,7 @@ __all__ = [
     "Trace",
     "Workload",
     "benchmark",
+    "compare",
     "concat",
     "demo_documents",
     "edit",
@@ -97,6 +105,7 @@ __all__ = [
     "expert_similarity",
     "load",
     "measure_importance",
+    "measure_topk",
     "open",
     "record",
     "report",

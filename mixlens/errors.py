@@ -19,3 +19,7 @@ class ModelError(MixlensError):
 
 class RunError(MixlensError):
     """A run directory that is incomplete, altered, or holds something else."""
+
+
+class EndpointError(MixlensError):
+    """A server that refused, failed, or gave no answer that can be used."""

@@ -7,10 +7,17 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from mixlens.errors import BadInput
+
+if TYPE_CHECKING:
+    import httpx
+
+    from mixlens.models.calls import Completion
+
+Messages = Sequence[Mapping[str, Any]]
 
 # Where each protocol is spoken, below the endpoint's URL.
 PATHS = {
@@ -143,26 +150,87 @@ class Endpoint:
             )
         return key
 
-    def request(self, prompt: str, *, max_tokens: int, key: str | None = None) -> tuple[dict[str, str], dict[str, Any]]:
-        """Headers and body of a request that streams the answer to `prompt`."""
-        headers = {"Accept": "text/event-stream, application/json", "Accept-Encoding": "identity", **self.headers}
-        body: dict[str, Any] = {"model": self.model, "stream": True, "max_tokens": max_tokens}
+    def request(
+        self, prompt: str | Messages, *, max_tokens: int, key: str | None = None, stream: bool = True
+    ) -> tuple[dict[str, str], dict[str, Any]]:
+        """Headers and body of a request for the answer to a text, or to messages of {"role", "content"}.
+
+        Raises BadInput for messages to "openai-completions", which takes a text.
+        """
+        headers, secret = self.key_fields(key)
+        headers = {"Accept-Encoding": "identity", **headers}
+        headers["Accept"] = "text/event-stream, application/json" if stream else "application/json"
+        body: dict[str, Any] = {"model": self.model, "stream": stream, "max_tokens": max_tokens}
         if self.protocol == "openai-completions":
+            if not isinstance(prompt, str):
+                raise BadInput(
+                    f"Messages were to be sent to {self.host}. Its protocol, openai-completions, takes one text. "
+                    'Give a string, or make the endpoint with protocol="openai-chat".'
+                )
             body["prompt"] = prompt
         else:
-            body["messages"] = [{"role": "user", "content": prompt}]
-        if self.protocol.startswith("openai"):
+            body |= _messages(prompt, self.protocol)
+        if self.protocol.startswith("openai") and stream:
             body["stream_options"] = {"include_usage": True}
-        if self.protocol == "anthropic":
-            headers["anthropic-version"] = "2023-06-01"
         if self.protocol == "modelslab":
             body["model_id"] = body.pop("model")
-        body = {name: value for name, value in (body | dict(self.extra)).items() if value is not None}
+        return headers, {k: v for k, v in (body | dict(self.extra)).items() if v is not None} | secret
+
+    def key_fields(self, key: str | None) -> tuple[dict[str, str], dict[str, str]]:
+        """Headers of every call, the key among them, and the field of the body that "modelslab" has it in instead."""
+        headers = {**self.headers}
+        if self.protocol == "anthropic":
+            headers["anthropic-version"] = "2023-06-01"
         if key is not None and self.protocol == "modelslab":
-            body["key"] = key
-        elif key is not None:
-            headers["Authorization"] = f"Bearer {key}"
-        return headers, body
+            return headers, {"key": key}
+        return headers | ({} if key is None else {"Authorization": f"Bearer {key}"}), {}
+
+    def complete(
+        self,
+        prompt: str | Messages,
+        *,
+        max_tokens: int = 256,
+        logprobs: int | None = None,
+        echo: bool = False,
+        retries: int = 4,
+        client: httpx.Client | None = None,
+        **fields: Any,
+    ) -> Completion:
+        """The whole answer to a text or to messages, not streamed: for evaluations, not for measuring.
+
+        max_tokens  at most; 0 with `echo` scores the prompt alone
+        logprobs    log-probabilities of the tokens, and of so many alternatives each (0 for none); None does not ask
+        echo        the answer begins with the prompt, whose tokens have log-probabilities too ("openai-completions")
+        retries     how often a refusal for now (408, 409, 429, 5xx), a lost connection or a timeout is tried again,
+                    after the time that the server asks for, or 0.5, 1, 2 ... seconds, at most 60
+        client      httpx.Client to use, so that many calls share connections; one is made for this call without
+        fields      more of the body, as temperature=0 or stop=["\n"]; they come before the endpoint's `extra`
+
+        Log-probabilities that the server did not give are None. Safe to call from several threads.
+        Raises EndpointError when there is no answer; BadInput for what the protocol cannot ask.
+        """
+        from mixlens.models.calls import complete
+
+        asked = {"max_tokens": max_tokens, "logprobs": logprobs, "echo": echo, **fields}
+        return complete(self, prompt, asked, retries=retries, client=client)
+
+    def models(self) -> list[dict[str, Any]]:
+        """The models that the server lists, as it describes them; each has an "id".
+
+        Raises EndpointError when it gives no list.
+        """
+        from mixlens.models.calls import list_models
+
+        return list_models(self)
+
+    def count_tokens(self, prompt: str | Messages) -> int:
+        """How many input tokens a request would have, by the server's own count ("anthropic": vLLM, ModelsLab).
+
+        Raises EndpointError when the server does not count; BadInput for a protocol that has no such call.
+        """
+        from mixlens.models.calls import count_tokens
+
+        return count_tokens(self, prompt)
 
     def plan(self) -> dict[str, Any]:
         """What a run directory keeps of it: everything but the key, which it does not hold."""
@@ -206,3 +274,16 @@ def canonical(model: str) -> str:
     """The one name of a model that goes by several; a name that is not known stays as it is."""
     found = (name for name, others in ALIASES.items() if model.lower() in (name, *others))
     return next(found, model)
+
+
+def _messages(prompt: str | Messages, protocol: str) -> dict[str, Any]:
+    """The field, or fields, of a body that hold the conversation."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
+    if not messages or not all("role" in message for message in messages):
+        raise BadInput(
+            f"A request with {len(messages)} messages was to be sent. There is none, or one has no role. "
+            'Give at least one {"role": "user", "content": ...}.'
+        )
+    if protocol != "anthropic" or messages[0]["role"] != "system":
+        return {"messages": messages}
+    return {"system": messages[0]["content"], "messages": messages[1:]}

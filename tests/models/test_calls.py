@@ -1,0 +1,192 @@
+"""Completions, model lists and token counts, from real servers on loopback that refuse, lose and answer."""
+
+from __future__ import annotations
+
+import httpx
+import pytest
+from json_server import Call, Reply, answering
+
+from mixlens.errors import BadInput, EndpointError
+from mixlens.models.endpoint import Endpoint
+
+KEY = "sk-loopback-0123456789"
+NOW = {"Retry-After": "0"}
+CHAT = {
+    "model": "m",
+    "provider": "DeepInfra",
+    "choices": [
+        {
+            "message": {"role": "assistant", "content": "Two"},
+            "finish_reason": "stop",
+            "logprobs": {
+                "content": [
+                    {"token": "T", "logprob": -0.5, "top_logprobs": [{"token": "T", "logprob": -0.5}]},
+                    {"token": "wo", "logprob": -0.25, "top_logprobs": [{"token": "en", "logprob": -2.0}]},
+                ]
+            },
+        }
+    ],
+    "usage": {"prompt_tokens": 7, "completion_tokens": 2, "cost": 1e-6},
+}
+ECHOED = {
+    "choices": [
+        {
+            "text": "A B",
+            "finish_reason": "length",
+            "logprobs": {
+                "tokens": ["A", " B"],
+                "token_logprobs": [None, -1.5],
+                "top_logprobs": [None, {" B": -1.5, " C": -2.5}],
+                "text_offset": [0, 1],
+            },
+        }
+    ],
+    "usage": {"prompt_tokens": 2, "completion_tokens": 0},
+}
+
+
+def test_a_chat_completion_has_text_usage_and_log_probabilities():
+    with answering(lambda call: Reply(CHAT)) as (url, calls):
+        found = Endpoint(url, model="m", extra={"temperature": 1, "seed": 3}).complete(
+            [{"role": "system", "content": "Count."}, {"role": "user", "content": "1 + 1"}],
+            max_tokens=5,
+            logprobs=1,
+            temperature=0,
+            stop=["\n"],
+        )
+    assert (found.text, found.finish, found.input_tokens, found.output_tokens) == ("Two", "stop", 7, 2)
+    assert (found.provider, found.cost_usd, found.attempts) == ("DeepInfra", 1e-6, 1)
+    assert (found.tokens, found.logprobs, found.offsets) == (("T", "wo"), (-0.5, -0.25), None)
+    assert found.top_logprobs == ({"T": -0.5}, {"en": -2.0})
+    [call] = calls
+    assert call.path == "/v1/chat/completions"
+    assert call.body["stream"] is False
+    assert "stream_options" not in call.body
+    assert [call.body[name] for name in ("temperature", "seed", "stop", "logprobs", "top_logprobs", "max_tokens")] == [
+        0,
+        3,
+        ["\n"],
+        True,
+        1,
+        5,
+    ]
+
+
+def test_an_echoed_prompt_is_scored():
+    with answering(lambda call: Reply(ECHOED)) as (url, calls):
+        endpoint = Endpoint(url, model="m", protocol="openai-completions")
+        found = endpoint.complete("A B", max_tokens=0, logprobs=2, echo=True)
+    assert (found.tokens, found.logprobs, found.offsets) == (("A", " B"), (None, -1.5), (0, 1))
+    assert found.top_logprobs == ({}, {" B": -1.5, " C": -2.5})
+    assert [calls[0].body[name] for name in ("prompt", "echo", "logprobs", "max_tokens")] == ["A B", True, 2, 0]
+
+
+def test_log_probabilities_that_a_server_leaves_out_are_missing():
+    plain = {"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}]}
+    with answering(lambda call: Reply(plain)) as (url, _):
+        found = Endpoint(url, model="m").complete("Hi", logprobs=0)
+    assert (found.logprobs, found.tokens, found.top_logprobs, found.output_tokens) == (None, None, None, None)
+
+
+def test_anthropic_and_modelslab_have_their_own_forms(monkeypatch):
+    monkeypatch.setenv("LOOPBACK_KEY", KEY)
+    message = {
+        "type": "message",
+        "content": [{"type": "text", "text": "Two"}],
+        "stop_reason": "end_turn",
+        "usage": {"input_tokens": 4, "output_tokens": 1},
+    }
+    asked = [{"role": "system", "content": "Count."}, {"role": "user", "content": "1 + 1"}]
+    with answering(lambda call: Reply(message)) as (url, calls):
+        found = Endpoint(url, model="m", protocol="anthropic", key_env="LOOPBACK_KEY").complete(asked)
+    assert (found.text, found.finish, found.output_tokens) == ("Two", "end_turn", 1)
+    assert (calls[0].body["system"], calls[0].body["messages"]) == ("Count.", asked[1:])
+    with answering(lambda call: Reply(CHAT)) as (url, calls):
+        assert Endpoint(url, model="m", protocol="modelslab", key_env="LOOPBACK_KEY").complete("Hi").text == "Two"
+    assert (calls[0].body["model_id"], calls[0].body["key"]) == ("m", KEY)
+
+
+def test_refusals_for_now_and_lost_connections_are_tried_again():
+    replies = [
+        Reply({"error": "slow"}, 429, NOW),
+        Reply({}, 503, NOW),
+        Reply(b"<html>", 200, NOW),
+        Reply(CHAT),
+    ]
+    with answering(lambda call: replies[call.number]) as (url, calls), pytest.raises(EndpointError, match="<html>"):
+        Endpoint(url, model="m").complete("Hi")
+    assert len(calls) == 3
+    with answering(lambda call: [replies[0], Reply("cut"), replies[3]][call.number]) as (url, calls):
+        assert Endpoint(url, model="m").complete("Hi").attempts == 3
+    with answering(lambda call: Reply({}, 500, NOW)) as (url, calls), pytest.raises(EndpointError, match="3 tries"):
+        Endpoint(url, model="m").complete("Hi", retries=2)
+    assert len(calls) == 3
+
+
+def test_refusals_for_good_are_not_and_the_key_is_not_quoted(monkeypatch):
+    monkeypatch.setenv("LOOPBACK_KEY", KEY)
+    refusal = Reply({"error": {"message": f"Incorrect key {KEY}"}}, 401)
+    with (
+        answering(lambda call: refusal) as (url, calls),
+        pytest.raises(EndpointError, match=r"After 1 try .* status 401, .*Incorrect key \[key\].* Check") as error,
+    ):
+        Endpoint(url, model="m", key_env="LOOPBACK_KEY").complete("Hi")
+    assert len(calls) == 1
+    assert KEY not in str(error.value)
+
+
+def test_calls_can_share_connections():
+    with answering(lambda call: Reply(CHAT)) as (url, _), httpx.Client() as client:
+        assert [Endpoint(url, model="m").complete("Hi", client=client).text for _ in range(2)] == ["Two", "Two"]
+        assert not client.is_closed
+
+
+@pytest.mark.parametrize("payload", [{"choices": []}, [], {"data": 1}, {"choices": [{"message": None}]}])
+def test_an_answer_of_another_form_is_said_to_be_one(payload):
+    with answering(lambda call: Reply(payload)) as (url, _), pytest.raises(EndpointError, match="not of the form of"):
+        Endpoint(url, model="m").complete("Hi")
+
+
+def test_what_a_protocol_cannot_ask_is_not_sent():
+    chat, text = (Endpoint("http://127.0.0.1:9/v1", model="m", protocol=p) for p in ("anthropic", "openai-completions"))
+    with pytest.raises(BadInput, match="Only openai-completions does that"):
+        chat.complete("Hi", echo=True)
+    with pytest.raises(BadInput, match="The protocol anthropic has none"):
+        chat.complete("Hi", logprobs=1)
+    with pytest.raises(BadInput, match="takes one text"):
+        text.complete([{"role": "user", "content": "Hi"}])
+    with pytest.raises(BadInput, match="There is none, or one has no role"):
+        chat.complete([])
+    with pytest.raises(BadInput, match="has no such call"):
+        text.count_tokens("Hi")
+
+
+def test_models_are_listed_in_every_form():
+    forms = {"openai": {"data": [{"id": "a", "context": 1}]}, "named": {"models": ["a"]}, "bare": [{"model_id": "a"}]}
+    for form in forms.values():
+        with answering(lambda call, form=form: Reply(form)) as (url, calls):
+            assert [one["id"] for one in Endpoint(url, model="m").models()] == ["a"]
+        assert (calls[0].method, calls[0].path) == ("GET", "/v1/models")
+    with answering(lambda call: Reply({"data": None})) as (url, _), pytest.raises(EndpointError, match="no list"):
+        Endpoint(url, model="m").models()
+
+
+def test_modelslab_lists_its_models_below_its_anthropic_address():
+    with answering(lambda call: Reply({"data": [{"id": "a"}]})) as (url, calls):
+        base = url.removesuffix("/v1") + "/api/v7/llm"
+        Endpoint(base, model="m", protocol="modelslab").models()
+        Endpoint(base + "/v1", model="m", protocol="anthropic").models()
+    assert [call.path for call in calls] == ["/api/v7/llm/v1/models"] * 2
+
+
+def test_input_tokens_are_counted_by_the_server():
+    def reply(call: Call) -> Reply:
+        return Reply({"input_tokens": len(call.body["messages"][0]["content"].split())})
+
+    with answering(reply) as (url, calls):
+        endpoint = Endpoint(url, model="m", protocol="anthropic", extra={"temperature": 0})
+        assert endpoint.count_tokens("one two three") == 3
+    assert calls[0].path == "/v1/messages/count_tokens"
+    assert sorted(calls[0].body) == ["messages", "model"]
+    with answering(lambda call: Reply({})) as (url, _), pytest.raises(EndpointError, match="no input_tokens"):
+        Endpoint(url, model="m", protocol="anthropic").count_tokens("x")
