@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+import os
+from collections.abc import Iterable
+from typing import Any, cast
 
 import numpy as np
 import torch
 import xarray as xr
+from accelerate.utils import align_module_device
 from torch import nn
 
-from mixlens.errors import BadInput
-from mixlens.models.layout import describe, final_scale, moe_layers, n_experts
-from mixlens.traces.documents import Documents, Piece, Tally
-from mixlens.traces.hooks import Raw
-from mixlens.traces.pieces import display_pieces
-from mixlens.traces.reading import Reader, batches
-from mixlens.traces.record import RecordSettings, batch_size, length_limit, shards_of, tokenizer_of, vocabulary_of
-from mixlens.traces.signals import Site, parse_signals
+from mixlens.measuring import Corpus, lengths_of, measure_documents, sum_documents
+from mixlens.models.layout import decoder_of, describe, final_scale, moe_layers, n_experts
+from mixlens.stats import contributions as stats
+from mixlens.traces.editing import top_k_of
+from mixlens.traces.reading import Reader
+from mixlens.traces.record import RecordSettings, Shard
+from mixlens.traces.signals import Signals, Site, parse_signals
 
 SETTINGS = RecordSettings()
 
@@ -41,19 +42,22 @@ def expert_outputs(
     hidden: int = model.config.hidden_size  # type: ignore[attr-defined, assignment, union-attr]
     n, norm, weighted, largest = np.zeros((4, layers, count))
     total = torch.zeros(layers, count, hidden, dtype=torch.float64)
-    for _, valid, raw, _ in _read(model, documents, ["expert_out"], tokenizer, settings):
-        for layer, output in raw["expert_out"].items():
-            ids = raw["expert_id"][layer].masked_fill(~valid.to(output.device)[:, None], -1)
-            weight = raw["weight"][layer]
-            for expert in ids[ids >= 0].unique().tolist():
-                chosen = ids == expert
-                values = output[chosen].float()
-                size = values.norm(dim=-1)
-                n[layer, expert] += len(values)
-                norm[layer, expert] += float(size.sum())
-                weighted[layer, expert] += float((size * weight[chosen]).sum())
-                largest[layer, expert] = max(largest[layer, expert], float(values.abs().max()))
-                total[layer, expert] += values.double().sum(0).cpu()
+    corpus = Corpus.of(model, documents, tokenizer, settings)
+    with Reader(model, parse_signals(["expert_out"], layers), corpus.batch_tokens) as reader:
+        for shard in corpus.shards():
+            for _, picked, raw, _ in reader.placed([piece.ids for piece in shard.pieces]):
+                for layer, output in raw["expert_out"].items():
+                    here = picked.to(output.device)
+                    ids, weight = raw["expert_id"][layer][here], raw["weight"][layer][here].float()
+                    for expert in ids.unique().tolist():
+                        chosen = ids == expert
+                        values = output[here][chosen].float()
+                        size = values.norm(dim=-1)
+                        n[layer, expert] += len(values)
+                        norm[layer, expert] += float(size.sum())
+                        weighted[layer, expert] += float((size * weight[chosen]).sum())
+                        largest[layer, expert] = max(largest[layer, expert], float(values.abs().max()))
+                        total[layer, expert] += values.sum(0, dtype=torch.float64).cpu()
     with np.errstate(invalid="ignore", divide="ignore"):
         numbers = {"max_abs": np.where(n > 0, largest, np.nan), "norm": norm / n, "weighted_norm": weighted / n, "n": n}
         data: dict[str, Any] = {name: (("layer", "expert"), values) for name, values in numbers.items()}
@@ -63,11 +67,11 @@ def expert_outputs(
     return dataset.assign(n=dataset.n.astype(np.int64))
 
 
-@torch.inference_mode()
 def expert_contributions(
     model: nn.Module,
     documents: Iterable[Any],
     *,
+    out: str | os.PathLike | None = None,
     tokenizer: Any = None,
     settings: RecordSettings = SETTINGS,
 ) -> xr.Dataset:
@@ -78,78 +82,69 @@ def expert_contributions(
     layers and the embedding, this is the next token's logit less the mean logit. Effects through later layers are not
     in it.
 
-    Returns  Dataset  logit, norm (of the weighted output), expert_id, weight [token, layer, slot]; logit is NaN at the
-                      end of a sequence. Coordinates of tokens: document_id, sequence, position, token_id, next_id,
-                      and piece, the text
-    Raises   BadInput for documents that cannot be read as asked, and where the unembedding is offloaded
+    out  run directory; None keeps the result in memory alone. A run that was stopped goes on where it stopped. Under
+         `accelerate launch` every process then reads its share of the shards, and each returns the whole
+
+    Returns  Dataset   all float32 or uint8 [token, layer, slot], slots strongest first:
+                         logit      what the expert adds to the next token's logit; NaN at the end of a sequence
+                         norm       Euclidean norm of its weighted output
+                         peak       largest |number| of its output before the weight
+                         expert_id  which expert
+                         weight     its weight
+                       Coordinates along token, in input order: document_id and the documents' other columns, sequence
+                       (counted from 0), position (in the sequence), token_id, next_id (-1 at the end of a sequence)
+                       and piece, the token's text. Of one sequence: data.isel(token=data.sequence.values == 3).
+                       stats.expert_contribution makes means with intervals of it, by expert
+    Raises   BadInput  for documents that cannot be read as asked; RunError as record
     """
-    head: Any = model.lm_head
-    if head.weight.is_meta:
-        raise BadInput(
-            "Contributions to logits were asked for. The unembedding (lm_head) is offloaded. Keep it on a device: "
-            'device_map={"lm_head": 0, ...}.'
-        )
-    tokenizer = tokenizer if tokenizer is not None else tokenizer_of(model)
-    mean_row = head.weight.float().mean(0)
     last = len(moe_layers(model)) - 1
-    parts: list[tuple[list[dict[str, Any]], dict[str, np.ndarray]]] = []
-    sites = ["expert_out", Site("resid_post", (last,))]
-    for tokens, valid, raw, _ in _read(model, documents, sites, tokenizer, settings):
-        picked = valid.nonzero()[:, 0]
-        known = torch.tensor([row["next_id"] for row in tokens])
-        stream = raw["resid_post"][last].flatten(0, 1)
-        scale = final_scale(model, stream[picked.to(stream.device)]).to(head.weight.device)
-        direction = scale * (head.weight[known.clamp(min=0).to(scale.device)].float() - mean_row)
-        found: dict[str, list[np.ndarray]] = {"logit": [], "norm": [], "expert_id": [], "weight": []}
-        for layer in sorted(raw["expert_out"]):
-            output = raw["expert_out"][layer]
-            here = picked.to(output.device)
-            weight = raw["weight"][layer][here].float()
-            added = output[here].float() * weight[..., None]
-            logit = torch.einsum("tsh,th->ts", added, direction.to(added.device)).cpu()
-            found["logit"].append(logit.masked_fill(known[:, None] < 0, torch.nan).numpy())
-            found["norm"].append(added.norm(dim=-1).cpu().numpy())
-            found["expert_id"].append(raw["expert_id"][layer][here].cpu().numpy())
-            found["weight"].append(weight.cpu().numpy())
-        parts.append((tokens, {name: np.stack(values, 1) for name, values in found.items()}))
-    rows = [row for tokens, _ in parts for row in tokens]
-    order = np.lexsort([[row["position"] for row in rows], [row["sequence"] for row in rows]])
-    joined = {name: np.concatenate([arrays[name] for _, arrays in parts])[order] for name in parts[0][1]}
-    coords: dict[str, Any] = {name: ("token", np.array([row[name] for row in rows], object)[order]) for name in rows[0]}
-    for name in ("sequence", "position", "token_id", "next_id"):
-        coords[name] = ("token", coords[name][1].astype(np.int64))
-    coords["piece"] = ("token", display_pieces(coords["token_id"][1], vocabulary_of(tokenizer)))
-    data = {name: (("token", "layer", "slot"), values) for name, values in joined.items()}
-    attrs = {"statistic": "expert_contributions", "unit": "logit", "model": describe(model)["name"]}
-    return xr.Dataset(data, {**coords, "layer": range(last + 1)}, attrs)
+    signals = parse_signals(["expert_out", Site("resid_post", (last,))], last + 1)
+    corpus = Corpus.of(model, documents, tokenizer, settings)
+
+    def measure(shard: Shard) -> dict[str, np.ndarray]:
+        return _contributions(model, shard, signals, corpus.batch_tokens)
+
+    measured = measure_documents(
+        model, corpus, stats.KIND, measure=measure, about={"norm": "last, held"}, out=out, vocabulary=True
+    )
+    return stats.contributions_dataset(measured)
 
 
-def _read(
-    model: nn.Module, documents: Iterable[Any], sites: list[str | Site], tokenizer: Any, settings: RecordSettings
-) -> Iterator[tuple[list[dict[str, Any]], torch.Tensor, Raw, torch.Tensor]]:
-    """(valid tokens in order, bool [T] which of the batch they are, raw signals, last states) of every forward."""
-    corpus = Documents(documents, settings.text)
-    tokenizer = tokenizer if tokenizer is not None else tokenizer_of(model)
-    batch_tokens, limit = batch_size(model, settings), length_limit(model, settings)
-    with Reader(model, parse_signals(sites, len(moe_layers(model))), batch_tokens) as reader:
-        for shard in shards_of(corpus, tokenizer, limit, settings, Tally()):
-            lengths = np.array([len(piece.ids) for piece in shard.pieces])
-            for rows in batches(lengths, batch_tokens):
-                pieces = [shard.pieces[row] for row in rows]
-                for offset, ids, raw, states in reader.forwards([piece.ids for piece in pieces]):
-                    valid = offset + np.arange(ids.shape[1])[None] < lengths[rows][:, None]
-                    tokens = list(_tokens(pieces, rows + shard.first_sequence, offset, ids.shape[1]))
-                    yield tokens, torch.from_numpy(valid.reshape(-1)), raw, states
-
-
-def _tokens(pieces: list[Piece], sequences: np.ndarray, offset: int, columns: int) -> Iterator[dict[str, Any]]:
-    for piece, sequence in zip(pieces, sequences.tolist(), strict=True):
-        for position in range(offset, min(offset + columns, len(piece.ids))):
-            following = int(piece.ids[position + 1]) if position + 1 < len(piece.ids) else -1
-            yield {
-                "document_id": piece.columns["document_id"],
-                "sequence": sequence,
-                "position": position,
-                "token_id": int(piece.ids[position]),
-                "next_id": following,
-            }
+@torch.inference_mode()
+def _contributions(model: nn.Module, shard: Shard, signals: Signals, batch_tokens: int) -> dict[str, np.ndarray]:
+    """Arrays along the tokens of a shard, and the length of every document."""
+    sequences, lengths = [piece.ids for piece in shard.pieces], lengths_of(shard)
+    position = np.concatenate([np.arange(length) for length in lengths])
+    token_id = np.concatenate(sequences)
+    following = np.append(token_id[1:], 0)
+    ends = np.append(position[1:] == 0, True)
+    last, k = len(moe_layers(model)) - 1, top_k_of(model)
+    head, norm = cast(Any, model).lm_head, decoder_of(model).norm
+    found = {name: np.full((len(token_id), last + 1, k), np.nan, np.float32) for name in ("logit", "norm", "peak")}
+    found["weight"] = np.zeros_like(found["norm"])
+    expert_id = np.zeros(found["norm"].shape, np.uint8)
+    with align_module_device(head), Reader(model, signals, batch_tokens) as reader:
+        rows: torch.Tensor = head.weight
+        mean = rows.mean(0, dtype=torch.float32)
+        for target, picked, raw, _ in reader.placed(sequences):
+            stream = raw["resid_post"][last].flatten(0, 1)
+            with align_module_device(norm):
+                scale = final_scale(model, stream[picked.to(stream.device)]).to(rows.device)
+            direction = scale * (rows[torch.from_numpy(following[target]).to(rows.device)].float() - mean)
+            for layer, output in raw["expert_out"].items():
+                here = picked.to(output.device)
+                weight, value = raw["weight"][layer][here].float(), output[here].float()
+                added = value * weight[..., None]
+                logit = torch.einsum("tsh,th->ts", added, direction.to(added.device)).cpu().numpy()
+                found["logit"][target, layer] = np.where(ends[target, None], np.nan, logit)
+                found["norm"][target, layer] = added.norm(dim=-1).cpu().numpy()
+                found["peak"][target, layer] = value.abs().amax(-1).cpu().numpy()
+                found["weight"][target, layer] = weight.cpu().numpy()
+                expert_id[target, layer] = raw["expert_id"][layer][here].cpu().numpy()
+    return {
+        **found,
+        "expert_id": expert_id,
+        "position": position.astype(np.int32),
+        "token_id": token_id.astype(np.int32),
+        "length": sum_documents(shard, lengths),
+    }

@@ -9,10 +9,19 @@ from mixlens.bench.bench import Bench
 from mixlens.errors import RunError
 from mixlens.evals.log import Log
 from mixlens.runs import open_run
+from mixlens.stats.contributions import open_contributions
 from mixlens.stats.importance import open_importance
+from mixlens.stats.topk import open_topk
 from mixlens.traces.trace import Trace
 
-_KINDS = {"trace": Trace.open, "importance": open_importance, "bench": Bench.open, "eval": Log.open}
+_KINDS = {
+    "trace": Trace.open,
+    "importance": open_importance,
+    "contributions": open_contributions,
+    "topk": open_topk,
+    "bench": Bench.open,
+    "eval": Log.open,
+}
 
 
 def open(path: str | os.PathLike, *, check: bool = True) -> Any:

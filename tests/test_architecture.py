@@ -19,7 +19,8 @@ FLOORS = [
     {"mixlens.traces"},
     {"mixlens.stats"},
     {"mixlens.bench", "mixlens.evals"},
-    {"mixlens.kinds", "mixlens.importance", "mixlens.contributions", "mixlens.sweep"},
+    {"mixlens.kinds", "mixlens.importance", "mixlens.contributions", "mixlens.measuring", "mixlens.sweep"},
+    {"mixlens.compare", "mixlens.impact"},
     {"mixlens.show"},
     {"mixlens.cli"},
 ]

@@ -2,6 +2,7 @@
 
 from mixlens.stats.agreement import agreement
 from mixlens.stats.bootstrap import Bootstrap
+from mixlens.stats.contributions import expert_contribution
 from mixlens.stats.domains import domain_information, domain_specialization
 from mixlens.stats.flips import flips, flips_by_margin
 from mixlens.stats.importance import expert_importance
@@ -12,6 +13,7 @@ from mixlens.stats.published import table5
 from mixlens.stats.routing import expert_share, load_balance, position_profile, router_confidence, routing_entropy
 from mixlens.stats.structure import coactivation, repetition, transitions
 from mixlens.stats.tokens import predictability, vocabulary_specialization
+from mixlens.stats.topk import topk_sweep
 from mixlens.stats.weights import similarity_and_coactivation
 
 __all__ = [
@@ -20,6 +22,7 @@ __all__ = [
     "coactivation",
     "domain_information",
     "domain_specialization",
+    "expert_contribution",
     "expert_importance",
     "expert_share",
     "flips",
@@ -35,6 +38,7 @@ __all__ = [
     "similarity_and_coactivation",
     "super_experts",
     "table5",
+    "topk_sweep",
     "transitions",
     "vocabulary_specialization",
 ]

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
-import pyarrow.parquet as pq
 import xarray as xr
-from safetensors.numpy import load_file
 
-from mixlens.errors import BadInput
-from mixlens.runs import Run, open_run
-from mixlens.stats.bootstrap import DEFAULT, Bootstrap, effective_documents
+from mixlens.stats.bootstrap import DEFAULT, Bootstrap
+from mixlens.stats.measured import Measured, groups_of, intervals_by, ratio, read_measured
 
 KIND = "importance"
 
@@ -34,8 +29,7 @@ def expert_importance(
                         n (predicted tokens), n_documents [*by]
     Raises   BadInput   for an unknown column in `by`
     """
-    columns = [by] if isinstance(by, str) else list(by or [])
-    labels, group = groups_of(measured, columns)
+    labels, group = groups_of(measured, by)
     shape = tuple(len(values) for values in labels.values())
     n_groups = int(np.prod(shape, dtype=int))
     inner = (measured.sizes["layer"], measured.sizes["expert"])
@@ -48,7 +42,7 @@ def expert_importance(
             continue
         here = measured.isel(document=members)
         tokens = here.tokens.values.astype(float)
-        estimate[one], low[one], high[one] = per_token(here.change.values, tokens, bootstrap, one)
+        estimate[one], low[one], high[one] = ratio(here.change.values, tokens, bootstrap, one)
         share[one] = here.chosen.values.sum(0) / (measured.attrs["top_k"] * here.length.values.sum())
         value[one] = here.value.values.sum() / tokens.sum()
         n[one], n_documents[one] = int(tokens.sum()), len(members)
@@ -64,76 +58,23 @@ def expert_importance(
             "statistic": "expert_importance",
             "formula": "sum_d (v_d without the expert - v_d) / sum_d n_d",
             "source": "paired ablation, measured by mixlens",
-            "level": bootstrap.level,
-            "replicates": bootstrap.replicates,
-            "seed": bootstrap.seed,
+            **intervals_by(bootstrap),
         },
     )
-
-
-def per_token(
-    sums: np.ndarray, tokens: np.ndarray, bootstrap: Bootstrap, stream: int = 0
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(estimate, ci_low, ci_high) [...] of sums over documents [document, ...] for each of their tokens [document]."""
-    resamples = bootstrap.resample(len(tokens), stream)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        values = resamples.sums(sums) / resamples.sums(tokens)
-    reach = np.broadcast_to(bootstrap.reach(effective_documents(tokens[:, None]))[0], sums.shape[1:])
-    return values[..., 0], *resamples.interval(values, reach)
 
 
 def open_importance(path: str | os.PathLike, *, check: bool = True) -> xr.Dataset:
     """The sums over documents that an importance run holds; `expert_importance` makes the map of them.
 
-    Raises RunError when the run is not there, unfinished, altered or of another kind.
+    Raises RunError when the run is not there, unfinished or altered, BadInput when it is of another kind.
     """
-    run = open_run(path, check=check)
-    if run.kind != KIND:
-        raise BadInput(f"An importance run was to be opened at {path}. It is a {run.kind}. Use mixlens.open(path).")
-    return measured_dataset(_arrays(run), _documents(run), run.meta)
+    return importance_dataset(read_measured(path, KIND, check=check))
 
 
-def measured_dataset(
-    arrays: Mapping[str, np.ndarray], documents: Mapping[str, Any], meta: Mapping[str, Any]
-) -> xr.Dataset:
+def importance_dataset(measured: Measured) -> xr.Dataset:
     """Sums over documents: change, chosen [document, layer, expert]; value, tokens, length [document]."""
-    inner = ("document", "layer", "expert")
-    data = {name: (inner[: array.ndim], array) for name, array in arrays.items()}
-    coords = {name: ("document", np.asarray(values, dtype=object)) for name, values in documents.items()}
+    meta, inner = measured.meta, ("document", "layer", "expert")
+    data = {name: (inner[: array.ndim], array) for name, array in measured.arrays.items()}
+    coords = {**measured.coords(), "layer": meta["layers"], "expert": np.arange(meta["n_experts"])}
     attrs = {"kind": KIND, "model": meta["model"]["name"], "top_k": meta["top_k"], **meta["ablation"]}
-    return xr.Dataset(data, {**coords, "layer": meta["layers"], "expert": np.arange(meta["n_experts"])}, attrs)
-
-
-def _arrays(run: Run) -> dict[str, np.ndarray]:
-    names = sorted(name for name in run.meta["files"] if name.startswith("importance-"))
-    shards = [load_file(run.file(name)) for name in names]
-    return {name: np.concatenate([shard[name] for shard in shards]) for name in shards[0]}
-
-
-def _documents(run: Run) -> dict[str, Any]:
-    return pq.read_table(Path(run.file("documents.parquet"))).to_pydict()
-
-
-def groups_of(measured: xr.Dataset, columns: list[str]) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """({column: its labels}, group of each document, counted over the product of the labels).
-
-    Raises BadInput for a column that is not there, or that some documents lack.
-    """
-    there = [str(name) for name in measured.coords if measured[name].dims == ("document",)]
-    labels: dict[str, np.ndarray] = {}
-    group = np.zeros(measured.sizes["document"], np.int64)
-    for name in columns:
-        if name not in there:
-            raise BadInput(
-                f"Importance by {name!r} was asked for. The documents have the columns {', '.join(there)}. "
-                "Give one of them, or measure documents that have the column."
-            )
-        values = measured[name].values
-        if any(value is None for value in values):
-            raise BadInput(
-                f"Importance by {name!r} was asked for. Some documents have no {name}. Give every document one, or "
-                "leave those out: measured.isel(document=...)."
-            )
-        labels[name], code = np.unique(values, return_inverse=True)
-        group = group * len(labels[name]) + code
-    return labels, group
+    return xr.Dataset(data, coords, attrs)

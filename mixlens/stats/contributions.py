@@ -1,0 +1,130 @@
+"""What experts contribute: sizes of their weighted outputs, and what they add to the logit of the next token."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from mixlens.errors import BadInput
+from mixlens.stats.bootstrap import DEFAULT, Bootstrap
+from mixlens.stats.measured import Measured, groups_of, intervals_by, ratio, read_measured
+from mixlens.traces.pieces import display_pieces
+
+KIND = "contributions"
+MEASURES = {"logit": "mean over tokens that chose the expert of w o . (s * (u_next - mean_v u_v))",
+            "norm": "mean over tokens that chose the expert of |w o|"}  # fmt: skip
+
+
+def expert_contribution(
+    contributions: xr.Dataset,
+    *,
+    measure: str = "logit",
+    by: str | Sequence[str] | None = None,
+    bootstrap: Bootstrap = DEFAULT,
+) -> xr.Dataset:
+    """What an expert contributes to the tokens that choose it.
+
+    sum_t c_te / n_e, over the n_e tokens that chose the expert; for logits those whose next token is known.
+
+    measure  "logit", what its weighted output adds to the logit of the token that came next, less the mean logit; or
+             "norm", the Euclidean norm of its weighted output
+
+    Needs    contributions  as expert_contributions or open gives them
+    Returns  Dataset   in logits, or of the hidden states' unit, ci_low, ci_high, n (tokens that chose the expert)
+                       [*by, layer, expert]; max_abs, the largest |number| it put out before its weight, [*by, layer,
+                       expert], for super_experts; n_documents [*by]. NaN where nobody chose the expert
+    Raises   BadInput  for another measure, and an unknown column in `by`
+    """
+    if measure not in MEASURES:
+        raise BadInput(
+            f"Contributions in {measure!r} were asked for. Measures are {', '.join(MEASURES)}. Give one of them."
+        )
+    sums, n, peak, documents = _by_document(contributions, measure)
+    labels, group = groups_of(documents, by)
+    shape = tuple(len(values) for values in labels.values())
+    n_groups = int(np.prod(shape, dtype=int))
+    estimate, low, high, largest = np.full((4, n_groups, *sums.shape[1:]), np.nan)
+    chosen = np.zeros(estimate.shape, np.int64)
+    n_documents = np.zeros(n_groups, np.int64)
+    for one in range(n_groups):
+        here = np.flatnonzero(group == one)
+        if not len(here):
+            continue
+        estimate[one], low[one], high[one] = ratio(sums[here], n[here], bootstrap, one)
+        chosen[one], n_documents[one] = n[here].sum(0), len(here)
+        largest[one] = np.where(chosen[one] > 0, peak[here].max(0), np.nan)
+    dims, inner = (*labels, "layer", "expert"), sums.shape[1:]
+    numbers = {"estimate": estimate, "ci_low": low, "ci_high": high, "n": chosen, "max_abs": largest}
+    return xr.Dataset(
+        {name: (dims, values.reshape(*shape, *inner)) for name, values in numbers.items()}
+        | {"n_documents": (tuple(labels), n_documents.reshape(shape))},
+        {**labels, "layer": contributions.layer.values, "expert": range(inner[1])},
+        {
+            "statistic": "expert_contribution",
+            "measure": measure,
+            "unit": "logits" if measure == "logit" else "norm",
+            "formula": MEASURES[measure],
+            "source": "direct logit attribution, measured by mixlens" if measure == "logit" else "measured by mixlens",
+            "model": contributions.attrs["model"],
+            **intervals_by(bootstrap),
+        },
+    )
+
+
+def open_contributions(path: str | os.PathLike, *, check: bool = True) -> xr.Dataset:
+    """The contributions along every text that a run holds, as expert_contributions gives them, in memory.
+
+    Raises RunError when the run is not there, unfinished or altered, BadInput when it is of another kind.
+    """
+    return contributions_dataset(read_measured(path, KIND, check=check))
+
+
+def contributions_dataset(measured: Measured) -> xr.Dataset:
+    """logit, norm, peak, expert_id, weight [token, layer, slot], with where every token stands as coordinates."""
+    arrays, meta = dict(measured.arrays), measured.meta
+    number = np.repeat(np.arange(len(measured.documents)), arrays.pop("length"))
+    position, token_id = arrays.pop("position").astype(np.int64), arrays.pop("token_id").astype(np.int64)
+    following = np.append(token_id[1:], -1)
+    following[np.append(position[1:] == 0, True)] = -1
+    coords = {name: ("token", values[number]) for name, (_, values) in measured.coords().items()}
+    coords |= {
+        "sequence": ("token", np.cumsum(position == 0) - 1),
+        "position": ("token", position),
+        "token_id": ("token", token_id),
+        "next_id": ("token", following),
+        "piece": ("token", display_pieces(token_id, measured.vocabulary)),
+    }
+    data = {name: (("token", "layer", "slot"), values) for name, values in arrays.items()}
+    attrs = {
+        "kind": KIND,
+        "statistic": "expert_contributions",
+        "unit": "logit",
+        "model": meta["model"]["name"],
+        "n_experts": meta["n_experts"],
+    }
+    return xr.Dataset(data, {**coords, "layer": range(arrays["logit"].shape[1])}, attrs)
+
+
+def _by_document(data: xr.Dataset, measure: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, xr.Dataset]:
+    """(sums, tokens that chose, largest |number| put out), all [document, layer, expert], and the documents."""
+    number, ids = pd.factorize(data.document_id.values)
+    count, layers, experts = len(ids), data.sizes["layer"], int(data.attrs["n_experts"])
+    sums, n, peak = np.zeros((3, count * experts, layers))
+    for layer in range(layers):
+        here = data.isel(layer=layer)
+        values = here[measure].values
+        known = np.isfinite(values)
+        cell = (number[:, None] * experts + here.expert_id.values)[known]
+        sums[:, layer] = np.bincount(cell, values[known].astype(np.float64), minlength=count * experts)
+        n[:, layer] = np.bincount(cell, minlength=count * experts)
+        np.maximum.at(peak[:, layer], cell, here.peak.values[known])
+    first = np.unique(number, return_index=True)[1]
+    columns = [str(name) for name in data.coords if data[name].dims == ("token",)]
+    own = [name for name in columns if name not in ("sequence", "position", "token_id", "next_id", "piece")]
+    documents = xr.Dataset(coords={name: ("document", data[name].values[first]) for name in own})
+    sums, n, peak = (array.reshape(count, experts, layers).swapaxes(1, 2) for array in (sums, n, peak))
+    return sums, n.astype(np.int64), peak, documents

@@ -1,0 +1,97 @@
+"""What measurements over documents share: the run they are kept in, groups of documents, and ratios of their sums."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import xarray as xr
+from safetensors.numpy import load_file
+
+from mixlens.errors import BadInput
+from mixlens.runs import open_run
+from mixlens.stats.bootstrap import Bootstrap, effective_documents
+from mixlens.traces.store import read_vocabulary
+
+VOCABULARY = "vocabulary.parquet"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured: arrays along documents or tokens, the documents' columns, and how it came about."""
+
+    arrays: dict[str, np.ndarray]
+    documents: pd.DataFrame
+    meta: dict[str, Any]
+    vocabulary: pd.Series | None = None
+
+    def coords(self) -> dict[str, Any]:
+        """The documents' columns, along the dimension `document`."""
+        return {str(name): ("document", self.documents[name].to_numpy(object)) for name in self.documents}
+
+
+def read_measured(path: str | os.PathLike, kind: str, *, check: bool = True) -> Measured:
+    """The run of this kind at `path`, in memory.
+
+    Raises RunError when the run is not there, unfinished or altered, and BadInput when it is of another kind.
+    """
+    run = open_run(path, check=check)
+    if run.kind != kind:
+        raise BadInput(f"A run of {kind} was to be opened at {path}. It is a {run.kind}. Use mixlens.open(path).")
+    names = sorted(name for name in run.meta["files"] if name.startswith(f"{kind}-"))
+    shards = [load_file(run.file(name)) for name in names]
+    arrays = {name: np.concatenate([shard[name] for shard in shards]) for name in shards[0]}
+    columns = pq.read_table(run.file("documents.parquet")).to_pydict()
+    documents = pd.DataFrame({name: pd.Series(values, dtype=object) for name, values in columns.items()})
+    vocabulary = read_vocabulary(run.file(VOCABULARY)) if VOCABULARY in run.meta["files"] else None
+    return Measured(arrays, documents, run.meta, vocabulary)
+
+
+def groups_of(measured: xr.Dataset, by: str | Sequence[str] | None) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """({column: its labels}, group of each document, counted over the product of the labels).
+
+    Raises BadInput for a column that is not there, or that some documents lack.
+    """
+    there = [str(name) for name in measured.coords if measured[name].dims == ("document",)]
+    labels: dict[str, np.ndarray] = {}
+    group = np.zeros(measured.sizes["document"], np.int64)
+    for name in [by] if isinstance(by, str) else list(by or []):
+        if name not in there:
+            raise BadInput(
+                f"Numbers by {name!r} were asked for. The documents have the columns {', '.join(there)}. "
+                "Give one of them, or measure documents that have the column."
+            )
+        values = measured[name].values
+        if any(value is None or value != value for value in values):
+            raise BadInput(
+                f"Numbers by {name!r} were asked for. Some documents have no {name}. Give every document one, or "
+                "leave those out: measured.isel(document=...)."
+            )
+        labels[name], code = np.unique(values, return_inverse=True)
+        group = group * len(labels[name]) + code
+    return labels, group
+
+
+def ratio(
+    sums: np.ndarray, counts: np.ndarray, bootstrap: Bootstrap, stream: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(estimate, ci_low, ci_high) [...] of sums over documents [document, ...] for each of what they count.
+
+    counts  [document], the same for all numbers, or [document, ...]
+    """
+    resamples = bootstrap.resample(len(counts), stream)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        values = resamples.sums(sums) / resamples.sums(counts.astype(float))
+    documents = effective_documents(counts.reshape(len(counts), -1).astype(float))
+    reach = bootstrap.reach(documents).reshape(counts.shape[1:])
+    return values[..., 0], *resamples.interval(values, np.broadcast_to(reach, sums.shape[1:]))
+
+
+def intervals_by(bootstrap: Bootstrap) -> dict[str, Any]:
+    """How intervals were computed, for the attributes of a Dataset."""
+    return {"level": bootstrap.level, "replicates": bootstrap.replicates, "seed": bootstrap.seed}
