@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from mixlens.bench.metrics import Limits
     from mixlens.bench.prompts import Workload
     from mixlens.bench.run import BenchSettings, benchmark
-    from mixlens.compare import Comparison, compare
+    from mixlens.comparing import Comparison, compare
     from mixlens.contributions import expert_contributions, expert_outputs
     from mixlens.errors import BadInput, EndpointError, MissingSignal, MixlensError, ModelError, RunError
     from mixlens.evals.log import Log
@@ -40,7 +40,7 @@ _HOME = {
     "BadInput": "mixlens.errors",
     "Bench": "mixlens.bench.bench",
     "BenchSettings": "mixlens.bench.run",
-    "Comparison": "mixlens.compare",
+    "Comparison": "mixlens.comparing",
     "Endpoint": "mixlens.models.endpoint",
     "EndpointError": "mixlens.errors",
     "Limits": "mixlens.bench.metrics",
@@ -55,7 +55,7 @@ _HOME = {
     "Trace": "mixlens.traces.trace",
     "Workload": "mixlens.bench.prompts",
     "benchmark": "mixlens.bench.run",
-    "compare": "mixlens.compare",
+    "compare": "mixlens.comparing",
     "concat": "mixlens.traces.trace",
     "demo_documents": "mixlens.models.demo",
     "edit": "mixlens.traces.edits",

@@ -20,7 +20,7 @@ FLOORS = [
     {"mixlens.stats"},
     {"mixlens.bench", "mixlens.evals"},
     {"mixlens.kinds", "mixlens.importance", "mixlens.contributions", "mixlens.measuring", "mixlens.sweep"},
-    {"mixlens.compare", "mixlens.impact"},
+    {"mixlens.comparing", "mixlens.impact"},
     {"mixlens.show"},
     {"mixlens.cli"},
 ]

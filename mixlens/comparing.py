@@ -1,0 +1,196 @@
+"""compare: what differs between two runs of one kind."""
+
+from __future__ import annotations
+
+import html
+import os
+from importlib import import_module
+from typing import Any
+
+import pandas as pd
+import xarray as xr
+
+from mixlens.bench.bench import Bench
+from mixlens.errors import BadInput, MissingSignal
+from mixlens.evals.log import Log
+from mixlens.kinds import open as open_any
+from mixlens.stats.agreement import agreement, same_shape
+from mixlens.stats.bootstrap import DEFAULT, Bootstrap
+from mixlens.stats.counts import By
+from mixlens.stats.flips import flips, flips_by_margin
+from mixlens.stats.next_tokens import next_tokens
+from mixlens.traces.trace import Trace
+
+_OTHERS = {Log: ("mixlens.evals.paired", "compare_logs"), Bench: ("mixlens.bench.comparison", "compare_benches")}
+
+
+def compare(
+    run_a: Trace | Log | Bench | str | os.PathLike,
+    run_b: Trace | Log | Bench | str | os.PathLike,
+    *,
+    bootstrap: Bootstrap = DEFAULT,
+) -> Any:
+    """What differs between two runs of one kind, with paired intervals.
+
+    run_a, run_b  objects or paths of run directories
+    bootstrap     of traces: how intervals over documents are computed
+
+    Two traces of the same tokens give a Comparison of routing and predictions. Two logs of the same samples are
+    compared by mixlens.evals.paired.compare_logs, two benchmarks by mixlens.bench.comparison.compare_benches.
+
+    Raises BadInput for runs of different kinds, and for traces whose tokens, tokenizers or layers differ, naming the
+    first difference; RunError when a run cannot be opened.
+    """
+    a, b = (open_any(run) if isinstance(run, str | os.PathLike) else run for run in (run_a, run_b))
+    if isinstance(a, Trace) and isinstance(b, Trace):
+        return Comparison(a, b, bootstrap=bootstrap)
+    for kind, (module, function) in _OTHERS.items():
+        if isinstance(a, kind) and isinstance(b, kind):
+            return getattr(import_module(module), function)(a, b)
+    raise BadInput(
+        f"Two runs were to be compared. The first is {_kind(a)}, the second {_kind(b)}. Give two traces, two "
+        "evaluations or two benchmarks."
+    )
+
+
+class Comparison:
+    """Two traces of the same tokens: how alike they are routed, where they part, and what they predict.
+
+    a, b       the traces
+    names      what they are called in tables
+    bootstrap  how intervals over documents are computed
+
+    Every statistic is computed when first asked for, and kept. Raises BadInput where layers, experts, tokenizers or
+    tokens differ, naming the first difference.
+    """
+
+    def __init__(self, a: Trace, b: Trace, *, bootstrap: Bootstrap = DEFAULT) -> None:
+        a.require("compare", "expert_id")
+        b.require("compare", "expert_id")
+        same_shape(a, b)
+        _same_tokenizer(a, b)
+        self.a, self.b, self.bootstrap = a, b, bootstrap
+        self.names = _names(a, b)
+        self._kept: dict[Any, xr.Dataset] = {}
+        self.flips()  # goes through both: different tokens are found here
+
+    def agreement(self, *, by: By = None) -> xr.Dataset:
+        """As stats.agreement: same first expert, shared experts, Jensen-Shannon divergence [*by, layer, measure]."""
+        return self._keep(agreement, by)
+
+    def flips(self, *, by: By = None) -> xr.Dataset:
+        """As stats.flips: where tokens first choose other experts, and how that builds up [*by, layer, measure]."""
+        return self._keep(flips, by)
+
+    def flips_by_margin(self, *, by: By = None) -> xr.Dataset:
+        """As stats.flips_by_margin, all layers together [*by, margin]."""
+        return self._keep(flips_by_margin, by)
+
+    def next_tokens(self, *, by: By = None) -> xr.Dataset:
+        """As stats.next_tokens: losses, perplexities, same top token, lower bound of KL [*by, measure]."""
+        return self._keep(next_tokens, by)
+
+    def _keep(self, statistic: Any, by: By) -> xr.Dataset:
+        key = statistic.__name__, by if by is None or isinstance(by, str) else tuple(by)
+        if key not in self._kept:
+            self._kept[key] = statistic(self.a, self.b, by=by, bootstrap=self.bootstrap)
+        return self._kept[key]
+
+    def missing(self) -> dict[str, str]:
+        """Statistics, or parts of them, that the traces lack signals for, and why."""
+        found = {}
+        for name in ("agreement", "flips_by_margin", "next_tokens"):
+            try:
+                lacking = getattr(self, name)().attrs.get("missing")
+            except (MissingSignal, BadInput) as error:
+                found[name] = str(error)
+            else:
+                if lacking:
+                    found[f"part of {name}"] = f"{lacking}."
+        return found
+
+    def overview(self) -> pd.DataFrame:
+        """The main numbers, one a row.
+
+        Returns  DataFrame  estimate, ci_low, ci_high, unit, n (tokens); NaN for what the traces lack signals for
+        """
+        found = self.flips().estimate
+        last, worst = found.layer.values[-1], found.layer.values[int(found.sel(measure="changed").argmax("layer"))]
+        rows = {
+            f"other experts in layer {found.layer.values[0]}": _row(self.flips(), layer=found.layer.values[0]),
+            f"other experts in layer {worst}, the most of any": _row(self.flips(), layer=worst),
+            f"other experts in some layer up to {last}": _row(self.flips(), "so_far", layer=last),
+        }
+        if "logprob" in self.a.signals and "logprob" in self.b.signals:
+            data = self.next_tokens()
+            rows |= {
+                f"perplexity of {self.names[0]}": _row(data, "perplexity_a", ""),
+                f"perplexity of {self.names[1]}": _row(data, "perplexity_b", ""),
+                "loss, second less first": _row(data, "loss_difference", "nats a token"),
+                "same most probable next token": _row(data, "same_top", "fraction"),
+                "KL(first || second), at least": _row(data, "kl_at_least", "nats a token"),
+            }
+        return pd.DataFrame.from_dict(rows, orient="index")
+
+    def _title(self) -> str:
+        n = self.flips()
+        return (
+            f"{self.names[0]} and {self.names[1]}: {int(n.n):,} tokens of {int(n.n_documents):,} documents; "
+            f"{self.bootstrap.level:.0%} intervals of paired differences, over documents"
+        )
+
+    def __repr__(self) -> str:
+        return f"{self._title()}\n{_shown(self.overview()).to_string()}"
+
+    def _repr_html_(self) -> str:
+        lacking = "".join(f"<div>{html.escape(text)}</div>" for text in self.missing().values())
+        return f"<div><p>{html.escape(self._title())}</p>{_shown(self.overview()).to_html(escape=True)}{lacking}</div>"
+
+
+def _row(data: xr.Dataset, measure: str = "changed", unit: str = "fraction", layer: Any = None) -> dict[str, Any]:
+    cell = data.sel(measure=measure) if layer is None else data.sel(measure=measure, layer=layer)
+    return {name: float(cell[name]) for name in ("estimate", "ci_low", "ci_high")} | {"unit": unit, "n": int(cell.n)}
+
+
+def _shown(overview: pd.DataFrame) -> pd.DataFrame:
+    def text(row: pd.Series) -> str:
+        if row.estimate != row.estimate:
+            return "not available"
+        scale, sign = (100, " %") if row.unit == "fraction" else (1, f" {row.unit}".rstrip())
+        numbers = [f"{scale * row[name]:.4g}" for name in ("estimate", "ci_low", "ci_high")]
+        return f"{numbers[0]}{sign}" + (
+            f" [{numbers[1]}, {numbers[2]}]" if row.ci_low == row.ci_low else " [no interval]"
+        )
+
+    return pd.DataFrame({"": overview.apply(text, axis=1), "n": overview["n"]})
+
+
+def _kind(run: Any) -> str:
+    if isinstance(run, xr.Dataset):
+        return f"a run of {run.attrs.get('kind', 'another kind')}"
+    return {"Trace": "a trace", "Log": "an evaluation", "Bench": "a benchmark"}.get(
+        type(run).__name__, f"of {type(run).__name__}"
+    )
+
+
+def _names(a: Trace, b: Trace) -> tuple[str, str]:
+    """Folder names where the runs have any, else those of the models; told apart where they are the same."""
+    models = [trace.meta.get("model", {}) for trace in (a, b)]
+    named = [str(model.get("name", "") if isinstance(model, dict) else model).rsplit("/", 1)[-1] for model in models]
+    found = [trace.path.name if trace.path is not None else name for trace, name in zip((a, b), named, strict=True)]
+    if found[0] == found[1]:
+        return f"{found[0] or 'run'} (first)", f"{found[1] or 'run'} (second)"
+    return found[0] or "first run", found[1] or "second run"
+
+
+def _same_tokenizer(a: Trace, b: Trace) -> None:
+    if a.vocabulary is None or b.vocabulary is None:
+        return
+    first, second = a.vocabulary.align(b.vocabulary)
+    differs = first.notna() & second.notna() & (first != second)
+    if differs.any():
+        token = differs.index[differs][0]
+        raise BadInput(
+            f"Two traces were to be compared. Their tokenizers differ: token {token} is {first[token]!r} in the first "
+            f"and {second[token]!r} in the second. Record both with the same tokenizer."
+        )
