@@ -1,4 +1,4 @@
-"""The command line: mixlens record | importance | stats | report | bench | cost | info | demo."""
+"""The command line: mixlens record | importance | contributions | topk | stats | report | bench | info | demo ..."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mixlens import intervening_commands
+from mixlens.arguments import numbers, read, reading_arguments, table
 from mixlens.bench.commands import add_commands
-from mixlens.errors import BadInput, MixlensError
+from mixlens.errors import MixlensError
 
 if TYPE_CHECKING:
     import xarray as xr
-
-    from mixlens.traces.record import RecordSettings
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -70,19 +70,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     record = _command(commands, "record", _record, "record routing of a corpus into a run directory")
-    _reading_arguments(record)
+    reading_arguments(record)
     record.add_argument(
         "--signals",
         default="router_logits,logprob",
         help="comma-separated: router_logits, logprob, top_logprobs, or sites such as moe_out (default: %(default)s)",
     )
-
-    importance = _command(commands, "importance", _importance, "measure the loss without each expert of each layer")
-    _reading_arguments(importance)
-    importance.add_argument("--by", metavar="COLUMN", help="document column, such as domain")
-    importance.add_argument("--how", choices=("reroute", "zero"), default="reroute", help="default: %(default)s")
-    importance.add_argument("--layers", metavar="L,L,...", help="only these layers")
-    importance.add_argument("--csv", metavar="FILE", help="write the table there instead")
 
     stats = _command(commands, "stats", _stats, "print a statistic of a run, with intervals and n")
     stats.add_argument("path", metavar="RUN", help="run directory")
@@ -99,27 +92,12 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("path", nargs="?", metavar="RUN", help="run directory; left out: versions and devices")
     info.add_argument("--verify", action="store_true", help="check every file of the run against its checksum")
 
+    intervening_commands.add_commands(partial(_command, commands))
     add_commands(partial(_command, commands))
 
     demo = _command(commands, "demo", _demo, "record and report the bundled model on the bundled samples")
     demo.add_argument("--out", default="out/demo", help="folder for the run and report.html (default: %(default)s)")
     return parser
-
-
-def _reading_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help='Hub id, folder, or "demo"')
-    parser.add_argument("documents", nargs="+", help="JSON Lines (.jsonl, .jsonl.gz) or text files (one document each)")
-    parser.add_argument("--out", required=True, help="run directory; a stopped run there goes on")
-    parser.add_argument("--text", default="text", metavar="COLUMN", help="text column of JSON Lines (default: text)")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N documents of every file")
-    parser.add_argument("--max-length", type=int, metavar="TOKENS", help="tokens a sequence (default: the context)")
-    parser.add_argument(
-        "--overlong", choices=("error", "truncate", "split"), default="error", help="what to do with longer documents"
-    )
-    parser.add_argument("--batch-tokens", type=int, metavar="TOKENS", help="tokens a forward")
-    parser.add_argument("--device-map", help='as in accelerate, such as "auto" or "cpu"')
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
 
 
 def _command(commands: Any, name: str, run: Callable[..., Any], what: str) -> argparse.ArgumentParser:
@@ -132,32 +110,10 @@ def _command(commands: Any, name: str, run: Callable[..., Any], what: str) -> ar
 def _record(arguments: argparse.Namespace) -> dict[str, Any]:
     from mixlens.traces.record import RecordSettings, record
 
-    documents, model, settings = _read(arguments, RecordSettings())
+    documents, model, settings = read(arguments, RecordSettings())
     signals = [name for name in arguments.signals.split(",") if name]
     trace = record(model, documents, out=arguments.out, signals=signals, settings=settings)
     return {"run": arguments.out, **trace.meta["counts"], "signals": [*trace.signals, *trace.sites]}
-
-
-def _importance(arguments: argparse.Namespace) -> Any:
-    from mixlens.importance import SETTINGS, Ablation, measure_importance
-    from mixlens.stats import expert_importance
-
-    documents, model, settings = _read(arguments, SETTINGS)
-    ablation = Ablation(how=arguments.how, layers=_numbers(arguments.layers) if arguments.layers else None)
-    measured = measure_importance(model, documents, out=arguments.out, ablation=ablation, settings=settings)
-    return _table(expert_importance(measured, by=arguments.by), arguments)
-
-
-def _read(arguments: argparse.Namespace, settings: RecordSettings) -> tuple[list[Any], Any, RecordSettings]:
-    """Documents, model and settings, as the arguments have them."""
-    from dataclasses import replace
-
-    from mixlens.models.load import load
-
-    documents = [d for path in arguments.documents for d in read_documents(Path(path), arguments.limit)]
-    model = load(arguments.model, device_map=arguments.device_map, dtype=arguments.dtype, revision=arguments.revision)
-    names = ("text", "max_length", "overlong", "batch_tokens")
-    return documents, model, replace(settings, **{name: getattr(arguments, name) for name in names})
 
 
 def _stats(arguments: argparse.Namespace) -> Any:
@@ -166,25 +122,9 @@ def _stats(arguments: argparse.Namespace) -> Any:
 
     trace = Trace.open(arguments.path)
     if arguments.layers:
-        trace = trace.select(layers=_numbers(arguments.layers))
+        trace = trace.select(layers=numbers(arguments.layers, "Layers"))
     data: xr.Dataset = getattr(stats, arguments.statistic)(trace, **({"by": arguments.by} if arguments.by else {}))
-    return _table(data, arguments)
-
-
-def _table(data: xr.Dataset, arguments: argparse.Namespace) -> Any:
-    """A statistic as a CSV file, as JSON or as printed columns, as the arguments have it."""
-    from mixlens.show.tables import tidy
-
-    frame = tidy(data)
-    if arguments.csv:
-        frame.to_csv(arguments.csv, index=False)
-        return {"written": arguments.csv, "rows": len(frame)}
-    if arguments.json:
-        rows = json.loads(frame.to_json(orient="records"))
-        return {"statistic": data.attrs["statistic"], "attrs": _jsonable(data.attrs), "rows": rows}
-    print(frame.to_string(index=False, float_format=lambda value: f"{value:.4f}"))
-    print(f"\n{data.attrs.get('formula', '')}\nsource: {data.attrs.get('source', '')}")
-    return None
+    return table(data, arguments)
 
 
 def _report(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -229,48 +169,6 @@ def _demo(arguments: argparse.Namespace) -> dict[str, Any]:
     trace = record(model, demo_documents(), out=run)
     path = report(trace, folder / "report.html")
     return {"run": str(run), "report": str(path), **trace.meta["counts"]}
-
-
-def read_documents(path: Path, limit: int | None = None) -> list[Any]:
-    """Documents of a JSON Lines file, one mapping a line, or of a text file, which is one document.
-
-    Raises BadInput when the file cannot be read, naming the line.
-    """
-    import gzip
-
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            if ".jsonl" not in path.suffixes:
-                return [{"document_id": str(path), "text": file.read()}]
-            documents = []
-            for number, line in enumerate(file, 1):
-                if limit is not None and len(documents) >= limit:
-                    break
-                try:
-                    documents.append(json.loads(line))
-                except json.JSONDecodeError as error:
-                    raise BadInput(
-                        f"Documents were to be read from {path}. Line {number} is not JSON: {error}. "
-                        "Give one JSON object a line."
-                    ) from error
-            return documents
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(
-            f"Documents were to be read from {path}. The file cannot be read: {error}. Give a JSON Lines file (.jsonl "
-            "or .jsonl.gz) or a text file in UTF-8."
-        ) from error
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise BadInput(f"Layers {text!r} were asked for. They are no numbers. Give them as 0,15,31.") from error
-
-
-def _jsonable(attrs: dict[Any, Any]) -> dict[str, Any]:
-    return {str(key): value.tolist() if hasattr(value, "tolist") else value for key, value in attrs.items()}
 
 
 def _plain(result: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -15,16 +16,16 @@ _COUNTS = {"n": "n", "n_documents": "documents"}
 _VALUES = ("estimate", "ci_low", "ci_high", "n", "n_documents")
 
 
-def tidy(data: xr.Dataset) -> pd.DataFrame:
-    """One row a number: a column for every dimension, then estimate, ci_low, ci_high, n and n_documents.
+def tidy(data: xr.Dataset, *, also: Sequence[str] = ()) -> pd.DataFrame:
+    """One row a number: a column for every dimension, then estimate, ci_low, ci_high, n, n_documents and those `also`.
 
     Values have the unit of the statistic; shares are fractions, not per cent.
     """
     order = [str(d) for d in data["estimate"].dims]
-    values = data[[name for name in _VALUES if name in data]]
+    values = data[[name for name in (*_VALUES, *also) if name in data]]
     scalars = [name for name, coord in values.coords.items() if coord.ndim == 0]
     frame = values.drop_vars(scalars).to_dataframe(dim_order=order or None) if order else _single(values)
-    extra = [name for name in frame.columns if name not in _VALUES]
+    extra = [name for name in frame.columns if name not in (*_VALUES, *also)]
     return frame.drop(columns=extra).reset_index(drop=not order)
 
 
