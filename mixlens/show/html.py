@@ -8,7 +8,7 @@ from html import escape as _escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mixlens.show.live import asset, module_script
+from mixlens.show.live import ALL, asset, module_script
 from mixlens.show.style import INK, MUTED, PaperFigure
 
 # No request of any kind can leave the page: scripts and styles are its own, pictures are data.
@@ -31,7 +31,7 @@ def page(title: str, body: str) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
         f"<title>{escape(title)}</title><style>{asset('report.css')}</style>"
-        f"<script>{module_script()}.then(m=>m.ready(document))</script></head>"
+        f"<script>{module_script(*ALL)}.then(m=>m.ready(document))</script></head>"
         f"<body>{body}</body></html>\n"
     )
 

@@ -1,4 +1,4 @@
-"""Script that puts the JavaScript module into a page, once, and lets it bring a view to life."""
+"""Script that puts a JavaScript module into a page, once, and lets it bring a view to life."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ from pathlib import Path
 
 _ASSETS = Path(__file__).parent / "assets"
 _MODULES = "window.mixlensModules"
+# The files that each kind of view needs beside core.js, in order.
+_FILES = {
+    "tokens": ("routing.js", "tokens.js"),
+}
+ALL = tuple(_FILES)
 
 
 @cache
@@ -16,22 +21,28 @@ def asset(name: str) -> str:
     return (_ASSETS / name).read_text("utf-8")
 
 
-def module_script() -> str:
+@cache
+def module_source(*kinds: str) -> str:
+    """Source of the ES module that has the views `kinds`: plain files, one after the other."""
+    files = dict.fromkeys(name for kind in kinds for name in _FILES[kind])
+    return f"const CSS={_string(asset('mixlens.css'))};\n" + "".join(asset(name) for name in ("core.js", *files))
+
+
+def module_script(*kinds: str) -> str:
     """A JavaScript expression: the promise of the module, loaded from a blob the first time a page asks for it."""
-    source, css = (_string(asset(name)) for name in ("mixlens.js", "mixlens.css"))
-    load = f'import(URL.createObjectURL(new Blob([{source}],{{type:"text/javascript"}}))).then(m=>({{...m,css:{css}}}))'
-    return f"(({_MODULES}??={{}})[{_string(_version())}]??={load})"
+    blob = f'new Blob([{_string(module_source(*kinds))}],{{type:"text/javascript"}})'
+    return f"(({_MODULES}??={{}})[{_string(_version(*kinds))}]??=import(URL.createObjectURL({blob})))"
 
 
 def mount_script(kind: str, packed: str, *, load: bool) -> str:
     """A script element that makes the element before it the live view `kind`.
 
-    load   whether the module comes along; False on a page that has it already
+    load   whether the module comes along; False on a page that has the module of all kinds already
     """
-    module = module_script() if load else f"{_MODULES}[{_string(_version())}]"
+    module = module_script(kind) if load else f"{_MODULES}[{_string(_version(*ALL))}]"
     return (
         f"<script>(()=>{{const host=document.currentScript.previousElementSibling;"
-        f"{module}.then(m=>m.mount(host,{_string(kind)},{_string(packed)},m.css))"
+        f"{module}.then(m=>m.mount(host,{_string(kind)},{_string(packed)}))"
         '.catch(e=>console.warn("mixlens: the view stays a picture.",e))})()</script>'
     )
 
@@ -42,5 +53,5 @@ def _string(text: str) -> str:
 
 
 @cache
-def _version() -> str:
-    return hashlib.sha256((asset("mixlens.js") + asset("mixlens.css")).encode()).hexdigest()[:12]
+def _version(*kinds: str) -> str:
+    return hashlib.sha256(module_source(*kinds).encode()).hexdigest()[:12]

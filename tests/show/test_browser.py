@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from show_samples import HOSTILE, make_trace
 
@@ -105,7 +106,7 @@ def test_three_arrow_presses_move_the_layer_by_three(visit, view_file):
     for _ in range(3):
         seen.page.keyboard.press("ArrowRight")
     assert slider.input_value() == "3"
-    assert seen.page.locator(".mixlens output").text_content() == "3"
+    assert seen.page.locator(".mixlens .slider output").text_content() == "3"
     assert clean(seen)
 
 
@@ -121,7 +122,7 @@ def test_arrow_keys_on_the_slider_stay_in_the_view(visit, view_file):
 
 def test_colours_are_the_trace_at_the_chosen_layer(visit, view_file, trace):
     page = visit(view_file).page
-    page.locator(".mixlens select").select_option("1")
+    page.locator(".mixlens select").first.select_option("1")
     page.locator(".mixlens .text").focus()
     page.keyboard.press("ArrowDown")
     page.keyboard.press("ArrowDown")
@@ -133,7 +134,7 @@ def test_colours_are_the_trace_at_the_chosen_layer(visit, view_file, trace):
 
 def test_readout_by_hover_click_and_keys(visit, view_file, trace):
     page = visit(view_file).page
-    page.locator(".mixlens select").select_option("1")
+    page.locator(".mixlens select").first.select_option("1")
     rows = trace.read("sequence") == 7
     ids, logprob = trace.read("expert_id")[rows, 0], trace.read("logprob")[rows]
     readout = page.locator(".mixlens .readout")
@@ -156,7 +157,7 @@ def test_readout_by_hover_click_and_keys(visit, view_file, trace):
 
 def test_focus_mode_fades_the_other_experts(visit, view_file, trace):
     page = visit(view_file).page
-    page.locator(".mixlens select").select_option("1")
+    page.locator(".mixlens select").first.select_option("1")
     page.locator(".mixlens button.expert").nth(4).click()
     faded = page.locator(".mixlens .text span.t").evaluate_all("spans => spans.map(s => s.classList.contains('off'))")
     ids = trace.read("expert_id")[trace.read("sequence") == 7, 0]
@@ -244,25 +245,67 @@ def test_without_scripts_the_picture_stands(chromium, view_file):
     context.close()
 
 
-def test_a_layer_step_is_quick_with_ten_thousand_tokens(visit, tmp_path):
-    long = make_trace(domains=("arxiv",), documents=1, tokens=10_000, layers=32)
-    seen = visit(view.tokens(long, layer=0).save(tmp_path / "long.html"))
-    steps = seen.page.evaluate(
-        """async () => {
-            const slider = document.querySelector(".mixlens").shadowRoot.querySelector("input[type=range]");
-            const times = [];
-            for (let layer = 1; layer < 32; layer++) {
-                await new Promise(requestAnimationFrame);
-                const start = performance.now();
-                slider.value = layer;
-                slider.dispatchEvent(new Event("input"));
-                slider.getRootNode().querySelector(".text").getBoundingClientRect();
-                times.push(performance.now() - start);
-            }
-            return times.sort((a, b) => a - b);
-        }"""
-    )
-    assert steps[len(steps) // 2] < 50
+STEPS = """async () => {
+    const slider = document.querySelector(".mixlens").shadowRoot.querySelector("input[type=range]");
+    const times = [];
+    for (let layer = 1; layer < 32; layer++) {
+        await new Promise(requestAnimationFrame);
+        const start = performance.now();
+        slider.value = layer;
+        slider.dispatchEvent(new Event("input"));
+        slider.getRootNode().querySelector(".text").getBoundingClientRect();
+        times.push(performance.now() - start);
+    }
+    return times.sort((a, b) => a - b);
+}"""
+
+
+@pytest.mark.parametrize("tokens", [10_000, 50_000])
+def test_a_layer_step_costs_the_same_however_long_the_text(visit, tmp_path, tokens):
+    """Only what is in sight is painted: the work of a step, counted, not timed."""
+    long = make_trace(domains=("arxiv",), documents=1, tokens=tokens, layers=4)
+    page = visit(view.tokens(long, layer=0).save(tmp_path / "long.html")).page
+    page.wait_for_timeout(300)
+    assert page.locator(".mixlens .text span").count() < 4_000
+    page.locator(".mixlens .text").focus()
+    page.keyboard.press("End")
+    page.keyboard.press("ArrowDown")
+    last = page.locator(".mixlens .text [data-cursor]")
+    first, second = long.read("expert_id")[-1, 1]
+    assert f"e{first} s{second}" in last.get_attribute("class")
+    assert page.locator(".mixlens .text span").count() < 8_000
+
+
+def test_search_finds_what_spans_tokens_and_steps_on(visit, view_file, trace):
+    page = visit(view_file).page
+    page.locator(".mixlens select").first.select_option("1")
+    pieces = trace.pieces(trace.read("token_id")[trace.read("sequence") == 7])
+    wanted = (pieces[20] + pieces[21]).strip()
+    whole = "".join(pieces).lower()
+    search = page.locator(".mixlens input[type=search]")
+    search.fill(wanted)
+    search.press("Enter")
+    n = whole.count(wanted.lower())
+    assert page.locator(".mixlens .search output").text_content() == f"1 of {n}"
+    assert page.locator(".mixlens .text .hit").count() >= 2
+    start = len("".join(pieces[: int(page.locator(".mixlens .text [data-cursor]").evaluate("s => s.token - 60"))]))
+    assert start <= whole.index(wanted.lower())
+    search.fill("no such words")
+    search.press("Enter")
+    assert page.locator(".mixlens .search output").text_content() == "0 tokens"
+
+
+def test_jumps_to_where_an_expert_is_strongest(visit, view_file, trace):
+    page = visit(view_file).page
+    page.locator(".mixlens select").first.select_option("1")
+    page.locator(".mixlens button.expert").nth(4).click()
+    page.get_by_label("next token where the expert is strongest at this layer").click()
+    rows = trace.read("sequence") == 7
+    ids, weight = trace.read("expert_id")[rows, 0], trace.read("weight")[rows, 0]
+    of_expert = np.where(ids == 4, weight, 0).sum(-1)
+    at = page.locator(".mixlens .text [data-cursor]").evaluate("s => s.token - 60")
+    assert of_expert[at] >= of_expert.max() - 0.008
+    assert f"1 of {(of_expert > 0).sum()}" in page.locator(".mixlens .stepper").first.text_content()
 
 
 def test_printing_paints_what_was_not_yet_in_sight(visit, tmp_path):

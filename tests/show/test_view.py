@@ -1,10 +1,10 @@
-import base64
 import gzip
 import json
 import re
 
 import numpy as np
 import pytest
+import xarray as xr
 from show_samples import HOSTILE, N_EXPERTS, make_trace
 
 from mixlens.errors import BadInput
@@ -12,15 +12,23 @@ from mixlens.show import view
 from mixlens.show.packing import pack
 from mixlens.traces.trace import Trace
 
-_TYPES = {"uint8": np.uint8, "int32": np.dtype("<i4"), "float32": np.dtype("<f4")}
+_TYPES = {"uint8": np.uint8, "int8": np.int8, "uint16": "<u2", "int32": "<i4", "float32": "<f4"}
+_DIGITS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz!#:%/()*+-;,=.?@^_[{|}~"
+
+
+def bytes_of(text: str) -> bytes:
+    """Five digits of base 85 hold four bytes."""
+    values = [_DIGITS.index(c) for c in text] + [84] * (-len(text) % 5)
+    groups = np.array(values, np.uint64).reshape(-1, 5) @ np.array([85**i for i in (4, 3, 2, 1, 0)], np.uint64)
+    return groups.astype(">u4").tobytes()[: len(text) * 4 // 5]
 
 
 def unpack(text: str) -> tuple[dict, dict[str, np.ndarray]]:
-    raw = gzip.decompress(base64.b64decode(text))
+    raw = gzip.decompress(bytes_of(text))
     length = int.from_bytes(raw[:4], "little")
     header = json.loads(raw[4 : 4 + length])
     arrays = {
-        name: np.frombuffer(raw, _TYPES[dtype], int(np.prod(shape)), 4 + length + offset).reshape(shape)
+        name: np.frombuffer(raw, np.dtype(_TYPES[dtype]), int(np.prod(shape)), 4 + length + offset).reshape(shape)
         for name, (dtype, shape, offset) in header["arrays"].items()
     }
     return header, arrays
@@ -41,11 +49,15 @@ def test_packed_arrays_come_back():
 def test_view_carries_what_the_trace_says(trace):
     header, arrays = unpack(view.tokens(trace, [3, 0], layer=2).packed)
     in_view = np.isin(trace.read("sequence"), [0, 3])
-    np.testing.assert_array_equal(arrays["expert"], trace.read("expert_id")[in_view].transpose(2, 1, 0))
+    ids = trace.read("expert_id")[in_view]
+    np.testing.assert_array_equal(arrays["pair"], (ids[..., 0] * 8 + ids[..., 1]).T)
+    second = trace.read("weight")[in_view][..., 1].T
+    np.testing.assert_allclose(arrays["weight"][0] * header["weight_step"], second, atol=0.004)
+    logprob = trace.read("logprob")[in_view]
     np.testing.assert_allclose(
-        arrays["weight"][0] / 255, trace.read("weight")[in_view][..., 0].T, atol=0.5 / 255 + 1e-6
+        np.where(arrays["surprise"] == 65535, np.nan, arrays["surprise"] / -1000.0), logprob, atol=0.0005 + 1e-6
     )
-    np.testing.assert_allclose(arrays["logprob"], trace.read("logprob")[in_view])
+    np.testing.assert_array_equal(arrays["step"].cumsum(), trace.read("position")[in_view])
     assert header["starts"] == [0, 60, 120]
     assert header["layer"] == 2
     texts = [header["pieces"][i] for i in arrays["piece"]]
@@ -53,7 +65,7 @@ def test_view_carries_what_the_trace_says(trace):
     logits = trace.read("router_logits")[in_view].astype(float)
     p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     bits = -(p * np.log2(p)).sum(-1)
-    np.testing.assert_allclose(arrays["entropy"] / 255 * np.log2(N_EXPERTS), bits.T, atol=0.5 * 3 / 255 + 1e-3)
+    np.testing.assert_allclose(arrays["entropy"] / 31 * np.log2(N_EXPERTS), bits.T, atol=0.5 * 3 / 31 + 1e-3)
 
 
 def test_one_output_with_a_picture_first(trace):
@@ -92,7 +104,7 @@ def test_page_of_its_own_has_no_address_to_load(trace, tmp_path):
 def test_a_trace_with_ids_alone_can_be_seen():
     bare = Trace.from_arrays(np.tile([0, 1], (5, 2, 1)), n_experts=4)
     header, arrays = unpack(view.tokens(bare).packed)
-    assert set(arrays) == {"expert", "position", "phase"}
+    assert set(arrays) == {"pair", "step", "phase"}
     assert "pieces" not in header
 
 
@@ -109,15 +121,52 @@ def test_unknown_sequences_and_layers_are_named(trace):
         view.tokens(trace, 0, layer=8)
 
 
-def test_ten_thousand_tokens_stay_below_one_megabyte():
+def test_ten_thousand_tokens_with_entropy_save_in_one_megabyte():
     long = make_trace(domains=("arxiv",), documents=1, tokens=10_000, layers=32)
-    plain = Trace.from_arrays(
-        long.read("expert_id"),
-        n_experts=8,
-        weight=long.read("weight"),
-        tokens={"token_id": long.read("token_id"), "logprob": long.read("logprob")},
-    )
-    assert len(view.tokens(plain).packed) < 1_000_000
+    saved = json.dumps({"text/html": view.tokens(long)._repr_html_(), "text/plain": repr(view.tokens(long))})
+    assert unpack(view.tokens(long).packed)[1].keys() >= {"pair", "weight", "entropy", "surprise", "token_id"}
+    assert len(saved.encode()) < 1_000_000
+
+
+def test_more_than_two_choices_keep_a_plane_each():
+    ids = np.array([[[3, 1, 2]], [[0, 2, 3]]])
+    arrays = unpack(view.tokens(Trace.from_arrays(ids, n_experts=4)).packed)[1]
+    np.testing.assert_array_equal(arrays["expert"], ids.transpose(2, 1, 0))
+
+
+def contributions_of(trace) -> xr.Dataset:
+    rng = np.random.default_rng(1)
+    ids = trace.read("expert_id")
+    logit = rng.normal(size=ids.shape)
+    logit[trace.read("position") == 59] = np.nan
+    data = {"logit": logit, "norm": rng.exponential(size=ids.shape), "expert_id": ids}
+    coords = {name: ("token", trace.read(name)) for name in ("sequence", "position")}
+    dims = ("token", "layer", "slot")
+    return xr.Dataset({k: (dims, v) for k, v in data.items()}, {**coords, "layer": trace.layers})
+
+
+def test_contributions_ride_along_whatever_their_order(trace):
+    data = contributions_of(trace)
+    shuffled = data.isel(token=np.random.default_rng(2).permutation(data.sizes["token"]))
+    header, arrays = unpack(view.tokens(trace, 5, contributions=shuffled).packed)
+    mine = trace.read("sequence") == 5
+    for name in ("logit", "norm"):
+        step = header["steps"][name]
+        values = data[name].to_numpy()[mine].transpose(2, 1, 0).clip(-127 * step, 127 * step)
+        shown = np.where(arrays[name] == -128, np.nan, arrays[name] * step)
+        np.testing.assert_allclose(shown, values, atol=0.501 * step)
+
+
+def test_contributions_of_other_tokens_are_refused(trace):
+    data = contributions_of(trace)
+    with pytest.raises(BadInput, match="60 of 60 tokens are not in them"):
+        view.tokens(trace, 5, contributions=data.isel(token=slice(0, 120)))
+    with pytest.raises(BadInput, match="their expert ids are others"):
+        view.tokens(trace, 5, contributions=data.assign(expert_id=(data.expert_id + 1) % 8))
+
+
+def test_its_plain_form_is_one_short_line(trace):
+    assert repr(view.tokens(trace, 0)) == "View: Routing of sequence 0, arxiv (document arxiv-0)"
 
 
 def test_the_first_sequence_of_a_selection_is_shown_by_default(trace):
@@ -126,4 +175,4 @@ def test_the_first_sequence_of_a_selection_is_shown_by_default(trace):
     header, arrays = unpack(made.packed)
     assert made.title == "Routing of sequence 6, github (document github-6)"
     assert header["layers"] == [1, 3]
-    np.testing.assert_array_equal(arrays["expert"][:, 1], trace.read("expert_id")[trace.read("sequence") == 6, 3].T)
+    np.testing.assert_array_equal(arrays["pair"][1], trace.read("expert_id")[trace.read("sequence") == 6, 3] @ [8, 1])

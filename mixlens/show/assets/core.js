@@ -1,0 +1,199 @@
+// Live views of mixlens: plain ES code for notebooks, saved pages, the report and anywidget. No request, no library.
+// show/live.py joins the files that a view needs into one module. Text that comes from a model reaches the page
+// through textContent alone.
+
+const VIEWS = {};
+const TYPES = { uint8: Uint8Array, int8: Int8Array, uint16: Uint16Array, int32: Int32Array, float32: Float32Array };
+const DIGITS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz!#:%/()*+-;,=.?@^_[{|}~";
+
+/** Bytes of base-85 text: five digits hold four bytes, most significant first. */
+function bytesOf(text) {
+  const value = new Uint8Array(128);
+  for (let i = 0; i < 85; i++) value[DIGITS.charCodeAt(i)] = i;
+  const groups = Math.ceil(text.length / 5);
+  const bytes = new DataView(new ArrayBuffer(4 * groups));
+  for (let group = 0; group < groups; group++) {
+    let number = 0;
+    for (let i = 5 * group; i < 5 * group + 5; i++) number = number * 85 + (i < text.length ? value[text.charCodeAt(i)] : 84);
+    bytes.setUint32(4 * group, number);
+  }
+  return new Uint8Array(bytes.buffer, 0, Math.floor((text.length * 4) / 5));
+}
+
+/** Header and arrays that show/packing.py packed. */
+export async function unpack(text) {
+  const stream = new Blob([bytesOf(text)]).stream().pipeThrough(new DecompressionStream("gzip"));
+  const raw = await new Response(stream).arrayBuffer();
+  const length = new DataView(raw).getUint32(0, true);
+  const header = JSON.parse(new TextDecoder().decode(new Uint8Array(raw, 4, length)));
+  const arrays = {};
+  for (const [name, [type, shape, offset]] of Object.entries(header.arrays)) {
+    const size = shape.reduce((a, b) => a * b, 1);
+    arrays[name] = new TYPES[type](raw, 4 + length + offset, size);
+  }
+  return { ...header, arrays, shapes: header.arrays };
+}
+
+/** Put the live view of `kind` into the shadow root of `host`, over its static content. */
+export async function mount(host, kind, packed) {
+  const data = await unpack(packed);
+  const root = host.shadowRoot ?? host.attachShadow({ mode: "open" });
+  const frame = element("div", { class: "frame" });
+  followTheme(frame);
+  root.replaceChildren(element("style", { text: CSS + expertRules(data.colours ?? []) }), frame);
+  VIEWS[kind](frame, data);
+  keepKeys(frame);
+  host.dataset.ready = "1";
+}
+
+/** The form for anywidget: what is selected in any view of the page is the widget's `selection`. */
+export default {
+  async render({ model, el }) {
+    const host = element("div", { class: "mixlens" });
+    el.append(host);
+    await mount(host, model.get("kind"), model.get("packed"));
+    const hear = ({ detail: { from, ...selection } }) => {
+      model.set("selection", { ...model.get("selection"), ...selection });
+      model.save_changes();
+    };
+    document.addEventListener(CHANNEL, hear);
+    const told = () => document.dispatchEvent(new CustomEvent(CHANNEL, { detail: { ...model.get("asked"), from: model } }));
+    model.on("change:asked", told);
+    return () => {
+      document.removeEventListener(CHANNEL, hear);
+      model.off("change:asked", told);
+    };
+  },
+};
+
+// ---------------------------------------------------------------------------------------------- linked views
+
+const CHANNEL = "mixlens-select";
+
+/** Hear what other views on the page select, by apply({layer, expert, domain}); returns the function that tells them. */
+function link(frame, apply) {
+  document.addEventListener(CHANNEL, ({ detail }) => {
+    if (detail.from !== frame && frame.isConnected) apply(detail);
+  });
+  return (selection) => document.dispatchEvent(new CustomEvent(CHANNEL, { detail: { ...selection, from: frame } }));
+}
+
+/** A notebook takes keys for its own commands unless they stop here; those with Ctrl or Meta are left to it. */
+function keepKeys(frame) {
+  frame.addEventListener("keydown", (event) => {
+    if (!event.ctrlKey && !event.metaKey) event.stopPropagation();
+  });
+}
+
+// ---------------------------------------------------------------------------------------------- pages
+
+/** What a page of its own wants once its module is loaded. */
+export function ready(page) {
+  const start = () => sortTables(page);
+  if (page.readyState === "loading") page.addEventListener("DOMContentLoaded", start);
+  else start();
+}
+
+/** Sort the rows of every table.sortable under `root` when a column's button is pressed. */
+export function sortTables(root) {
+  for (const table of root.querySelectorAll("table.sortable")) {
+    table.tHead.addEventListener("click", (event) => {
+      const head = event.target.closest("button")?.closest("th");
+      if (head) sortBy(table, head);
+    });
+  }
+}
+
+function sortBy(table, head) {
+  const descending = head.getAttribute("aria-sort") === "ascending";
+  const column = head.cellIndex;
+  const key = (row) => row.cells[column].dataset.v ?? row.cells[column].textContent;
+  const rows = [...table.tBodies[0].rows].map((row) => ({ row, text: key(row), number: parseFloat(key(row)) }));
+  const numeric = rows.some((r) => !Number.isNaN(r.number)) && rows.every((r) => r.text === "" || !Number.isNaN(+r.text));
+  const compare = numeric ? (a, b) => a.number - b.number : (a, b) => a.text.localeCompare(b.text, "en", { numeric: true });
+  const missing = (r) => numeric && Number.isNaN(r.number); // what is missing comes last either way
+  rows.sort((a, b) => missing(a) - missing(b) || (descending ? compare(b, a) : compare(a, b)));
+  table.tBodies[0].append(...rows.map((r) => r.row));
+  for (const other of head.parentElement.cells) other.removeAttribute("aria-sort");
+  head.setAttribute("aria-sort", descending ? "descending" : "ascending");
+}
+
+// ---------------------------------------------------------------------------------------------- shared
+
+function element(name, { text, ...attributes }, children = []) {
+  const node = document.createElement(name);
+  for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
+  if (text !== undefined) node.textContent = text;
+  node.append(...children);
+  return node;
+}
+
+/** An SVG element. */
+function drawn(name, { text, ...attributes }, children = []) {
+  const node = document.createElementNS("http://www.w3.org/2000/svg", name);
+  for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
+  if (text !== undefined) node.textContent = text;
+  node.append(...children);
+  return node;
+}
+
+/** A labelled range input over `values`; `slider.show(index)` moves it without telling `chosen`. */
+function sliderOver(name, values, chosen) {
+  const input = element("input", { type: "range", min: 0, max: values.length - 1, step: 1, "aria-label": name });
+  const output = element("output", {});
+  const slider = element("label", { class: "slider" }, [`${name} `, input, output]);
+  slider.show = (index) => {
+    input.value = index;
+    output.textContent = values[index];
+    input.setAttribute("aria-valuetext", `${name} ${values[index]}`);
+  };
+  input.addEventListener("input", () => { slider.show(Number(input.value)); chosen(Number(input.value)); });
+  return slider;
+}
+
+/** A labelled select over `values`; `chooser.show(index)` moves it without telling `chosen`. */
+function chooserOf(name, values, chosen) {
+  const select = element("select", { "aria-label": name });
+  select.append(...values.map((value, i) => element("option", { value: i, text: String(value) })));
+  select.addEventListener("change", () => chosen(Number(select.value)));
+  const chooser = element("label", {}, [`${name} `, select]);
+  chooser.show = (index) => { select.value = index; };
+  return chooser;
+}
+
+/** Buttons, one an expert; `buttons.show(expert)` presses one without telling `chosen`; -1 is none. */
+function expertButtons(count, chosen) {
+  const buttons = Array.from({ length: count }, (_, e) =>
+    element("button", { type: "button", class: `expert e${e}`, text: String(e), "aria-pressed": "false", title: `only expert ${e}` }));
+  const group = element("span", { class: "experts", role: "group", "aria-label": "show one expert only" }, ["expert ", ...buttons]);
+  group.show = (expert) => buttons.forEach((button, e) => button.setAttribute("aria-pressed", String(e === expert)));
+  buttons.forEach((button, e) => button.addEventListener("click", () => chosen(e)));
+  return group;
+}
+
+function expertRules(colours) {
+  return colours.map((colour, e) =>
+    `.e${e}{--first:${colour};--ink:${inkOn(colour)}}.s${e}{--second:${colour}}.digits .e${e}::after{content:"${e}"}`).join("");
+}
+
+function inkOn(colour) {
+  const linear = [1, 3, 5].map((i) => (parseInt(colour.slice(i, i + 2), 16) / 255) ** 2.2);
+  return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] > 0.18 ? "#000" : "#fff";
+}
+
+/** Dark or light as the notebook says, else as the system says; follows when it changes. */
+function followTheme(frame) {
+  const system = matchMedia("(prefers-color-scheme: dark)");
+  const apply = () => {
+    const { jpThemeLight } = document.body.dataset;
+    const code = document.body.className.match(/\bvscode-(dark|light|high-contrast)\b/)?.[1];
+    const page = `${document.documentElement.className} ${document.body.className}`.match(/(?:^|\s)(dark|light)(?:\s|$)/)?.[1];
+    const dark = jpThemeLight ? jpThemeLight === "false" : code ? code !== "light" : page ? page === "dark" : system.matches;
+    frame.dataset.theme = dark ? "dark" : "light";
+  };
+  apply();
+  system.addEventListener("change", apply);
+  const watch = new MutationObserver(apply);
+  watch.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-light", "class"] });
+  watch.observe(document.documentElement, { attributes: true, attributeFilter: ["class"] });
+}
