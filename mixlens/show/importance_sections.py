@@ -19,7 +19,7 @@ _HOW = {
 }
 
 
-def importance_sections(measured: xr.Dataset) -> dict[str, str]:
+def importance_sections(measured: xr.Dataset, name: str) -> dict[str, str]:
     """Importance over all documents, and by domain where the documents have one."""
     whole = expert_importance(measured)
     sections = {"Importance of experts": _whole(whole)}

@@ -14,7 +14,8 @@ from mixlens import show, stats
 from mixlens.errors import BadInput, MixlensError
 from mixlens.kinds import open as open_any
 from mixlens.show import sections, wording
-from mixlens.show.analysis import Analysis, analyse
+from mixlens.show.analysis import analyse
+from mixlens.show.contribution_sections import contribution_sections, topk_sections
 from mixlens.show.html import escape, page, paragraphs, picture
 from mixlens.show.importance_sections import importance_sections
 from mixlens.show.tables import html_table
@@ -22,16 +23,26 @@ from mixlens.traces.trace import Trace
 
 RunOrPath = Trace | xr.Dataset | str | os.PathLike
 
-# What a kind of run brings into a report: its analysis, then sections of it by title.
-_KINDS: Mapping[str, tuple[Callable[[Trace, str], Analysis], Mapping[str, Callable[[Analysis], str]]]] = {
-    "trace": (analyse, sections.SECTIONS),
+
+def _trace_sections(trace: Trace, name: str) -> dict[str, str]:
+    analysis = analyse(trace, name)
+    return {heading: part(analysis) for heading, part in sections.SECTIONS.items()}
+
+
+# What a kind of run brings into a report: a function of the run and its name to sections, HTML by heading.
+_KINDS: Mapping[str, Callable[[Any, str], Mapping[str, str]]] = {
+    "trace": _trace_sections,
+    "importance": importance_sections,
+    "contributions": contribution_sections,
+    "topk": topk_sections,
 }
 
 
 def report(runs: RunOrPath | Sequence[RunOrPath], path: str | os.PathLike, *, title: str | None = None) -> Path:
     """Write one HTML file with summary, figures, live text, tables, methods and provenance of `runs`.
 
-    runs    a trace, what measure_importance gives, the folder of one of these, or several of them
+    runs    a trace, what measure_importance, measure_topk or expert_contributions gives, the folder of one of these,
+            or several of them
     path    of the file, which is overwritten
     title   heading; made from the model and the run names when not given
 
@@ -39,8 +50,7 @@ def report(runs: RunOrPath | Sequence[RunOrPath], path: str | os.PathLike, *, ti
     Returns the path. Raises BadInput when there are no runs, no tokens, or no folder to write to; RunError when a run
     cannot be opened.
     """
-    single = isinstance(runs, Trace | xr.Dataset | str | os.PathLike)
-    given: list[RunOrPath] = [runs] if single else list(runs)  # pyright: ignore[reportAssignmentType]
+    given: list[Any] = list(runs) if isinstance(runs, Sequence) and not isinstance(runs, str) else [runs]
     if not given:
         raise BadInput("A report was to be written. No run was given. Give a trace, a run folder, or a list of them.")
     if Path(path).is_dir() or not Path(path).parent.is_dir():
@@ -52,12 +62,7 @@ def report(runs: RunOrPath | Sequence[RunOrPath], path: str | os.PathLike, *, ti
     blocks: list[tuple[str, str]] = []
     for kind, run, name in opened:
         prefix = f"{name}: " if len(opened) > 1 else ""
-        if kind == "importance":
-            blocks += [(prefix + heading, html) for heading, html in importance_sections(run).items()]
-            continue
-        analysis_of, parts = _KINDS[kind]
-        analysis = analysis_of(run, name)
-        blocks += [(prefix + heading, part(analysis)) for heading, part in parts.items()]
+        blocks += [(prefix + heading, html) for heading, html in _KINDS[kind](run, name).items()]
     blocks += _agreements([run for run in opened if run[0] == "trace"])
     models = dict.fromkeys(_model(run) for _, run, _ in opened)
     title = title or f"Routing of {' and '.join(models)}"
@@ -66,23 +71,28 @@ def report(runs: RunOrPath | Sequence[RunOrPath], path: str | os.PathLike, *, ti
 
 
 def _open(run: RunOrPath, number: int) -> tuple[str, Any, str]:
-    trace = run if isinstance(run, Trace | xr.Dataset) else open_any(run)
-    if isinstance(trace, xr.Dataset):
-        name = f"importance {number + 1}" if isinstance(run, Trace | xr.Dataset) else Path(run).name
-        return "importance", trace, name
-    if not trace.n_tokens:
+    """(kind, run, name)."""
+    opened = open_any(run) if isinstance(run, str | os.PathLike) else run
+    kind = "trace" if isinstance(opened, Trace) else str(getattr(opened, "attrs", {}).get("kind", ""))
+    if kind not in _KINDS:
         raise BadInput(
-            f"A report on {_name(trace, number)} was to be written. It has no tokens. Record some text first."
+            f"A report on a {type(opened).__name__}{f' ({kind})' if kind else ''} was to be written. Reports take "
+            f"{', '.join(_KINDS)}. Give what was recorded or measured, such as measure_importance(...), or its folder."
         )
-    return "trace", trace, _name(trace, number)
+    if isinstance(opened, Trace) and not opened.n_tokens:
+        raise BadInput(
+            f"A report on {_name(opened, number, kind)} was to be written. It has no tokens. Record some text first."
+        )
+    return kind, opened, Path(run).name if isinstance(run, str | os.PathLike) else _name(opened, number, kind)
 
 
 def _model(run: Trace | xr.Dataset) -> str:
     return wording.model_name(run) if isinstance(run, Trace) else Path(str(run.attrs["model"])).name
 
 
-def _name(trace: Trace, number: int) -> str:
-    return trace.path.name if trace.path is not None else f"trace {number + 1}"
+def _name(run: Any, number: int, kind: str) -> str:
+    path = getattr(run, "path", None)
+    return path.name if path is not None else f"{kind} {number + 1}"
 
 
 def _agreements(opened: list[tuple[str, Trace, str]]) -> list[tuple[str, str]]:
