@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mixlens.contributions import expert_contributions, expert_outputs
     from mixlens.errors import BadInput, EndpointError, MissingSignal, MixlensError, ModelError, RunError
     from mixlens.evals.log import Log
+    from mixlens.impact import quantization_impact
     from mixlens.importance import Ablation, expert_importance, measure_importance
     from mixlens.models.demo import demo_documents
     from mixlens.models.endpoint import Endpoint
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from mixlens.show.report import report
     from mixlens.sweep import measure_topk, topk_sweep
     from mixlens.traces import edits
+    from mixlens.traces.compiled import CompiledRecorder
     from mixlens.traces.edits import edit
     from mixlens.traces.record import RecordSettings, record
     from mixlens.traces.recorder import Recorder
@@ -41,6 +43,7 @@ _HOME = {
     "Bench": "mixlens.bench.bench",
     "BenchSettings": "mixlens.bench.run",
     "Comparison": "mixlens.comparing",
+    "CompiledRecorder": "mixlens.traces.compiled",
     "Endpoint": "mixlens.models.endpoint",
     "EndpointError": "mixlens.errors",
     "Limits": "mixlens.bench.metrics",
@@ -67,6 +70,7 @@ _HOME = {
     "measure_importance": "mixlens.importance",
     "measure_topk": "mixlens.sweep",
     "open": "mixlens.kinds",
+    "quantization_impact": "mixlens.impact",
     "record": "mixlens.traces.record",
     "report": "mixlens.show.report",
     "topk_sweep": "mixlens.sweep",
@@ -80,6 +84,7 @@ __all__ = [
     "Bench",
     "BenchSettings",
     "Comparison",
+    "CompiledRecorder",
     "Endpoint",
     "EndpointError",
     "Limits",
@@ -107,6 +112,7 @@ __all__ = [
     "measure_importance",
     "measure_topk",
     "open",
+    "quantization_impact",
     "record",
     "report",
     "show",

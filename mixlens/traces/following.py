@@ -87,6 +87,7 @@ class Follower:
     who      how errors name the one who follows
     lengths  tokens of each row, for right-padded batches without an attention mask
     strict   whether a batch of several rows, of which nothing tells the padding, is refused
+    ending   called when a generate begins, and when it has ended well
 
     Raises BadInput for such a batch, for a cache that was cut or filled outside, for beam search, assisted decoding
     and generation without a cache.
@@ -101,12 +102,14 @@ class Follower:
         after: Callable[[Call, Any], None] | None = None,
         lengths: Sequence[int] | np.ndarray | None = None,
         strict: bool = True,
+        ending: Callable[[], None] = lambda: None,
     ) -> None:
         self.model: Any = model
         self.who, self.strict = who, strict
         self.lengths = None if lengths is None else np.asarray(lengths, np.int64)
         self.n_rows = 0
-        self._before, self._after = before, after
+        self._before, self._after, self._ending = before, after, ending
+        self._open = False
         self._handles: list[Any] = []
         self._batch: Batch | None = None
         self._generating: Generation | None = None
@@ -116,19 +119,23 @@ class Follower:
     def generating(self) -> bool:
         return self._generating is not None
 
-    def open(self) -> None:
-        decoder = decoder_of(self.model)
-        self._handles = [
-            decoder.register_forward_pre_hook(self._on_forward, with_kwargs=True, prepend=True),
-            decoder.register_forward_hook(self._on_output),
-        ]
+    def open(self, *, forwards: bool = True) -> None:
+        """Begin to follow. With `forwards=False` only generate is: `follow` is called with every forward."""
+        self._open = True
+        if forwards:
+            decoder = decoder_of(self.model)
+            self._handles = [
+                decoder.register_forward_pre_hook(self._on_forward, with_kwargs=True, prepend=True),
+                decoder.register_forward_hook(self._on_output),
+            ]
         if hasattr(self.model, "generate"):
             self._generate, self._outer = self.model.generate, vars(self.model).get("generate")
             self.model.generate = self._wrapped_generate
 
     def close(self) -> None:
-        if not self._handles:
+        if not self._open:
             return
+        self._open = False
         if hasattr(self.model, "generate"):
             del self.model.generate
             if self._outer is not None:  # another Follower is round this one
@@ -165,9 +172,12 @@ class Follower:
         if custom and len(inputs) > 1 and option("pad_token_id") is not None:
             # Rows that another criterion ended are fed the pad token from then on.
             stop |= {int(option("pad_token_id"))}
+        self._ending()
         self._generating, self._batch = Generation(_prompt_mask(inputs, option, prompt_stop), stop), None
         try:
-            return self._generate(*args, **kwargs)
+            output = self._generate(*args, **kwargs)
+            self._ending()
+            return output
         finally:
             self._generating = self._batch = None
 
@@ -179,14 +189,27 @@ class Follower:
         past = int(cache.get_seq_length()) if cache is not None else 0
         if self._call is not None:  # the forward before this one failed half-way
             self._batch = None
+        mask = given.get("attention_mask")
+        mask = mask[:, -columns:] if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
+        self._call = self.follow(ids, mask, (rows, columns), past, cache)
+        self._before(self._call)
+
+    def follow(
+        self,
+        ids: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        shape: tuple[int, int],
+        past: int,
+        cache: Any = None,
+    ) -> Call:
+        """What a forward continues, from what it is given: the mask of its own columns, and the cache's length."""
+        rows, columns = shape
         batch = self._continued(rows, past, cache)
         going_on = batch is not None
         if batch is None:
             batch = Batch(self.n_rows, rows, columns=past, generation=self._generating)
             batch.position, batch.finished = np.full(rows, past), np.zeros(rows, bool)
             self.n_rows += rows
-        mask = given.get("attention_mask")
-        mask = mask[:, -columns:] if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
         if mask is None and batch.generation is not None:
             # generate drops a mask of ones, and makes a four-dimensional one for a static cache.
             prompt = batch.generation.prompt_mask[:, batch.columns : batch.columns + columns]
@@ -199,9 +222,9 @@ class Follower:
                 "told from text. Pass attention_mask=, or Recorder(model, lengths=[tokens of each row])."
             )
         self._batch = batch
-        self._call = Call(batch, ids, mask, (rows, columns), batch.columns, going_on)
+        call = Call(batch, ids, mask, (rows, columns), batch.columns, going_on)
         batch.columns += columns
-        self._before(self._call)
+        return call
 
     def _continued(self, rows: int, past: int, cache: Any) -> Batch | None:
         batch = self._batch
