@@ -68,7 +68,7 @@ class Comparison:
         a.require("compare", "expert_id")
         b.require("compare", "expert_id")
         same_shape(a, b)
-        _same_tokenizer(a, b)
+        same_tokenizer(a.vocabulary, b.vocabulary)
         self.a, self.b, self.bootstrap = a, b, bootstrap
         self.names = _names(a, b)
         self._kept: dict[Any, xr.Dataset] = {}
@@ -183,14 +183,15 @@ def _names(a: Trace, b: Trace) -> tuple[str, str]:
     return found[0] or "first run", found[1] or "second run"
 
 
-def _same_tokenizer(a: Trace, b: Trace) -> None:
-    if a.vocabulary is None or b.vocabulary is None:
+def same_tokenizer(a: pd.Series | None, b: pd.Series | None) -> None:
+    """Raises BadInput where two vocabularies, pieces by token id, differ; None stands for one that is not known."""
+    if a is None or b is None:
         return
-    first, second = a.vocabulary.align(b.vocabulary)
+    first, second = a.align(b)
     differs = first.notna() & second.notna() & (first != second)
     if differs.any():
         token = differs.index[differs][0]
         raise BadInput(
-            f"Two traces were to be compared. Their tokenizers differ: token {token} is {first[token]!r} in the first "
-            f"and {second[token]!r} in the second. Record both with the same tokenizer."
+            f"Two runs were to be compared. Their tokenizers differ: token {token} is {first[token]!r} in the first "
+            f"and {second[token]!r} in the second. Use the same tokenizer for both."
         )

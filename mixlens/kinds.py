@@ -10,6 +10,7 @@ from mixlens.errors import RunError
 from mixlens.evals.log import Log
 from mixlens.runs import open_run
 from mixlens.stats.contributions import open_contributions
+from mixlens.stats.impact import Impact
 from mixlens.stats.importance import open_importance
 from mixlens.stats.topk import open_topk
 from mixlens.traces.trace import Trace
@@ -21,6 +22,7 @@ _KINDS = {
     "topk": open_topk,
     "bench": Bench.open,
     "eval": Log.open,
+    "impact": Impact.open,
 }
 
 

@@ -17,7 +17,9 @@ from mixlens.stats import Bootstrap
 
 SETTINGS = ml.RecordSettings(progress=False, shard_tokens=100)
 DOCUMENTS = [
-    {"text": f"{word} number {i}, told at some length", "domain": word} for i in range(5) for word in ("one", "two")
+    {"text": f"{word} number {i}, told at" + " some length" * i, "domain": word}
+    for i in range(5)
+    for word in ("one", "two")
 ]
 SIGNALS = ["router_logits", "logprob", "top_logprobs"]
 

@@ -1,0 +1,229 @@
+"""Impact: what became of a model when its weights were changed, from sums over every document."""
+
+from __future__ import annotations
+
+import html
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from mixlens.stats.bootstrap import DEFAULT, Bootstrap
+from mixlens.stats.counts import By, Clusters, Counts, summarise
+from mixlens.stats.measured import Measured, groups_of, intervals_by, read_measured
+from mixlens.stats.next_tokens import LOSSES
+
+KIND = "impact"
+# Weights of one model, and whose experts are chosen: its own, or those that the other chose for the same tokens.
+CONDITIONS = ("a", "b", "b_routed_as_a", "a_routed_as_b")
+MATRICES = ("w1", "w2", "w3")
+
+
+class Impact:
+    """A model `a` and a changed copy `b` on the same tokens, measured by quantization_impact.
+
+    sums   Dataset of sums over each document: loss, kl, same_top [document, condition]; same_first, shared
+           [document, layer]; error, size (squared norms), chosen [document, layer, expert]; tokens (predicted), length
+           [document]; and weight_error [layer, expert, matrix]
+    meta   both models, settings, versions
+    path   of the run directory, None in memory
+    """
+
+    def __init__(self, measured: Measured, *, path: Path | None = None) -> None:
+        self.meta, self.path = measured.meta, path
+        self.sums = _dataset(measured)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike, *, check: bool = True) -> Impact:
+        """The run at `path`. Raises RunError when there is none or it is not finished, BadInput for another kind."""
+        return cls(read_measured(path, KIND, check=check), path=Path(path))
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """What the two models are called in tables."""
+        a, b = (str(self.meta[key].get("label") or self.meta[key]["name"]) for key in ("model", "other"))
+        return (a.rsplit("/", 1)[-1], b.rsplit("/", 1)[-1]) if a != b else ("a", "b")
+
+    def quality(self, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
+        """How the two predict the same tokens; measures and intervals as stats.next_tokens, with the divergence exact.
+
+        kl   mean KL(p_a || p_b) over the whole vocabulary, nats
+
+        Returns  Dataset  estimate, ci_low, ci_high [*by, measure]; n (predicted tokens) [*by]
+        Raises   BadInput for an unknown column in `by`
+        """
+
+        def measures(sums: dict[str, np.ndarray]) -> np.ndarray:
+            loss, kl, same = (sums[name] / sums["n"] for name in ("loss", "kl", "same_top"))
+            a, b = loss[:, 0], loss[:, 1]
+            return np.stack([a, b, b - a, np.exp(a), np.exp(b), np.exp(b - a), same[:, 1], kl[:, 1]], axis=1)
+
+        names = ("loss", "kl", "same_top")
+        data = self._summarised(names, measures, {"measure": [*LOSSES, "same_top", "kl"]}, by, bootstrap)
+        return self._described(
+            data, bootstrap, statistic="quality", unit="nats",
+            formula="-mean log p(t); exp of it; 1[argmax p_a = argmax p_b]; mean KL(p_a || p_b)",
+        )  # fmt: skip
+
+    def split(self, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
+        """How much of the change comes from other weights, and how much from the experts being chosen otherwise.
+
+        With v(w, r) what is measured under the weights of w and the routing of r,
+        weights_first   weights v(b, a) - v(a, a), then routing v(b, b) - v(b, a)
+        routing_first   routing v(a, b) - v(a, a), then weights v(b, b) - v(a, b)
+        mean            of the two orders (the Shapley value of both parts)
+        In each order weights + routing = total = v(b, b) - v(a, a), exactly.
+
+        loss       loss, nats a token
+        kl         KL(p_a || p) of each condition's predictions, nats a token
+        other_top  share of tokens with another most probable next token
+
+        Returns  Dataset  estimate, ci_low, ci_high [*by, quantity, order, part (weights, routing, total)]; n
+                          (predicted tokens) [*by]; intervals are paired: all conditions read the same tokens
+        Raises   BadInput for an unknown column in `by`
+        """
+
+        def parts(sums: dict[str, np.ndarray]) -> np.ndarray:
+            values = np.stack([sums["loss"], sums["kl"], -sums["same_top"]], axis=1) / sums["n"]
+            aa, bb, ba, ab = (values[:, :, i] for i in range(4))
+            weights, routing = np.stack([ba - aa, bb - ab], axis=2), np.stack([bb - ba, ab - aa], axis=2)
+            both = [np.concatenate([part, part.mean(2, keepdims=True)], axis=2) for part in (weights, routing)]
+            return np.stack([*both, both[0] + both[1]], axis=3)
+
+        dims = {
+            "quantity": ["loss", "kl", "other_top"],
+            "order": ["weights_first", "routing_first", "mean"],
+            "part": ["weights", "routing", "total"],
+        }
+        data = self._summarised(("loss", "kl", "same_top"), parts, dims, by, bootstrap)
+        return self._described(
+            data, bootstrap, statistic="split", unit="nats", forced_weights=str(self.meta["force_weights"]),
+            formula="v(b, a) - v(a, a), v(b, b) - v(b, a); v(a, b) - v(a, a), v(b, b) - v(a, b); mean of both",
+        )  # fmt: skip
+
+    def routing(self, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
+        """Agreement of the two models' own routing: top1 and overlap as stats.agreement [*by, layer, measure]."""
+        chosen = int(self.meta["top_k"])
+
+        def measures(sums: dict[str, np.ndarray]) -> np.ndarray:
+            return np.stack([sums["same_first"], sums["shared"] / chosen], axis=1) / sums["n"]
+
+        data = self._summarised(
+            ("same_first", "shared"), measures, {"measure": ["top1", "overlap"]}, by, bootstrap, tokens="length"
+        )
+        return self._described(
+            data, bootstrap, statistic="agreement", unit="fraction", formula="mean_t 1[e1 = e1']; mean_t |S and S'| / k"
+        )
+
+    def experts(self, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
+        """How far every expert's weights and outputs moved.
+
+        estimate      sqrt(sum ||f_b(x) - f_a(x)||^2 / sum ||f_a(x)||^2) over the tokens that chose the expert in a,
+                      both given the input that it had there
+        weight_error  ||W_b - W_a|| / ||W_a|| (Frobenius) of each matrix, as the model computes with it
+
+        Returns  Dataset  estimate, ci_low, ci_high, n (tokens that chose it) [*by, layer, expert]; NaN where none did;
+                          weight_error [layer, expert, matrix]
+        Raises   BadInput for an unknown column in `by`
+        """
+
+        def error(sums: dict[str, np.ndarray]) -> np.ndarray:
+            return np.sqrt(sums["error"] / sums["size"])
+
+        experts = self.sums.expert.values
+        data = self._summarised(("error", "size"), error, {"expert": experts}, by, bootstrap, tokens="chosen")
+        data = data.assign(weight_error=self.sums.weight_error)
+        return self._described(
+            data, bootstrap, statistic="expert_errors", unit="relative error",
+            formula="sqrt(sum ||f_b(x) - f_a(x)||^2 / sum ||f_a(x)||^2); ||W_b - W_a||_F / ||W_a||_F",
+        )  # fmt: skip
+
+    def _summarised(
+        self,
+        names: tuple[str, ...],
+        statistic: Callable[[dict[str, np.ndarray]], np.ndarray],
+        dims: Mapping[str, Any],
+        by: By,
+        bootstrap: Bootstrap,
+        *,
+        tokens: str = "tokens",
+    ) -> xr.Dataset:
+        """A statistic of sums over documents; over one layer, then dropped, where the sums have none."""
+        labels, group = groups_of(self.sums, by if by is None or isinstance(by, str) else list(by))
+        layered = "layer" in self.sums[names[0]].dims
+        totals = {name: self.sums[name].values if layered else self.sums[name].values[:, None] for name in names}
+        size = self.sums[tokens].values
+        read = self.sums["length"].values
+        n_groups = int(np.prod([len(values) for values in labels.values()], dtype=int))
+        counts = Counts(
+            Clusters(labels, np.empty(0, np.int64), group, np.empty(0, np.int64)),
+            totals,
+            read.astype(float),
+            np.bincount(group[read > 0], minlength=n_groups),
+            self.sums.layer.values if layered else np.zeros(1, np.int64),
+        )
+        data = summarise(
+            counts, statistic, dims, bootstrap, size=(size.astype(float), ("layer", "expert")[: size.ndim - 1])
+        )
+        return data if layered else data.isel(layer=0, drop=True)
+
+    def _described(self, data: xr.Dataset, bootstrap: Bootstrap, **attrs: Any) -> xr.Dataset:
+        names = dict(zip(("model", "other"), self.names, strict=True))
+        return data.assign_attrs({**attrs, **intervals_by(bootstrap), **names, "source": "measured by mixlens"})
+
+    def overview(self) -> pd.DataFrame:
+        """The main numbers, one a row: estimate, ci_low, ci_high, unit."""
+        quality, split, experts = self.quality(), self.split(), self.experts()
+        mean = split.sel(quantity="loss", order="mean")
+        a, b = self.names
+        rows = {
+            f"perplexity of {a}": (quality.sel(measure="perplexity_a"), ""),
+            f"perplexity of {b}": (quality.sel(measure="perplexity_b"), ""),
+            "loss, second less first": (quality.sel(measure="loss_difference"), "nats a token"),
+            "  of it from other weights": (mean.sel(part="weights"), "nats a token"),
+            "  of it from other routing": (mean.sel(part="routing"), "nats a token"),
+            "KL(first || second)": (quality.sel(measure="kl"), "nats a token"),
+            "same most probable next token": (quality.sel(measure="same_top"), "fraction"),
+        }
+        found = {
+            name: {**{value: float(cell[value]) for value in ("estimate", "ci_low", "ci_high")}, "unit": unit}
+            for name, (cell, unit) in rows.items()
+        }
+        middle = {"estimate": float(experts.estimate.median()), "ci_low": np.nan, "ci_high": np.nan}
+        found["output error of the median expert"] = {**middle, "unit": "relative"}
+        return pd.DataFrame.from_dict(found, orient="index")
+
+    def _title(self) -> str:
+        tokens, documents = int(self.sums.tokens.sum()), self.sums.sizes["document"]
+        read = f"{tokens:,} predicted tokens of {documents:,} documents"
+        return f"{self.names[0]} and {self.names[1]}: {read}; 95 % intervals over documents"
+
+    def __repr__(self) -> str:
+        return f"{self._title()}\n{self.overview().round(5).to_string()}"
+
+    def _repr_html_(self) -> str:
+        return f"<div><p>{html.escape(self._title())}</p>{self.overview().round(5).to_html(escape=True)}</div>"
+
+
+def _dataset(measured: Measured) -> xr.Dataset:
+    dims = {
+        **dict.fromkeys(("loss", "kl", "same_top"), ("document", "condition")),
+        **dict.fromkeys(("same_first", "shared"), ("document", "layer")),
+        **dict.fromkeys(("error", "size", "chosen"), ("document", "layer", "expert")),
+        **dict.fromkeys(("tokens", "length"), ("document",)),
+    }
+    arrays = measured.arrays
+    data: dict[str, Any] = {name: (along, arrays[name]) for name, along in dims.items()}
+    data["weight_error"] = (("layer", "expert", "matrix"), arrays["weight_error"][0])
+    coords = {
+        **measured.coords(),
+        "condition": list(CONDITIONS),
+        "layer": range(arrays["error"].shape[1]),
+        "expert": range(arrays["error"].shape[2]),
+        "matrix": list(MATRICES),
+    }
+    return xr.Dataset(data, coords, {"kind": KIND})
