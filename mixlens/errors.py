@@ -23,3 +23,7 @@ class RunError(MixlensError):
 
 class EndpointError(MixlensError):
     """A server that refused, failed, or gave no answer that can be used."""
+
+
+class SandboxError(MixlensError):
+    """Code that a model wrote cannot be run safely on this machine."""

@@ -1,0 +1,269 @@
+"""run_code: a Python program that a model wrote, run with no network, no files and no way to outlive its time."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import selectors
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import psutil
+
+from mixlens.errors import SandboxError
+
+_DRIVER = Path(__file__).with_name("sandbox_driver.py")
+_SCRATCH = "/scratch"
+_STARTUP_S, _CHECK_EVERY_S = 60.0, 0.05
+# Of the system, read-only: the interpreter's own libraries. Neither /etc nor /home, /tmp, /var or /run.
+_SYSTEM = ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache")
+_NAMESPACES = ("--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a program may use.
+
+    seconds         wall-clock time from its first line; the same again of processor time for each process
+    memory_bytes    address space of each process, and resident memory of all of them together
+    scratch_bytes   its folder and its temporary files together, which are in memory
+    output_bytes    what it prints, both streams together; a program that prints more is stopped
+    processes       processes and threads at a time
+    """
+
+    seconds: float = 10.0
+    memory_bytes: int = 1 << 30
+    scratch_bytes: int = 16 << 20
+    output_bytes: int = 1 << 16
+    processes: int = 16
+
+
+@dataclass(frozen=True)
+class CodeResult:
+    """How a program ended.
+
+    outcome  "completed": its last line was reached; "raised": an exception, named in `error`; "exited": it ended
+             before its last line (exit(), a signal); "timeout", "memory", "output": stopped at that limit
+    """
+
+    outcome: str
+    error: str
+    stdout: str
+    stderr: str
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        return self.outcome == "completed"
+
+
+def run_code(program: str, *, limits: Limits = Limits(), unsafe_without_sandbox: bool = False) -> CodeResult:
+    """Run `program`, Python source, in a sandbox of its own.
+
+    It has no network, an empty environment, a scratch folder in memory, the system's libraries read-only and the
+    standard library alone. Nothing it starts outlives it: it has a process namespace of its own, which ends with it.
+    An early exit() is not a pass. A program written to forge its own report could; the sandbox holds it all the same.
+
+    unsafe_without_sandbox  run it where bubblewrap cannot be used, with limits on each process but with the network
+                            and every file of this user. For code that you have read.
+
+    Raises SandboxError when there is no sandbox on this machine.
+    """
+    bound = 0 if unsafe_without_sandbox or os.getuid() else secrets.randbelow(500) + 65_000
+    with tempfile.TemporaryFile() as source, tempfile.TemporaryDirectory() as folder:
+        token = secrets.token_hex(16)
+        plan = {**asdict(limits), "token": token, "uid": bound}
+        source.write(json.dumps(plan).encode() + b"\n" + program.encode("utf-8", "surrogateescape"))
+        source.seek(0)
+        report, report_end = os.pipe()
+        python = [os.path.realpath(sys.executable), "-I", "-S", "-B", "-X", "utf8", "-c", _DRIVER.read_text("utf-8")]
+        command = [*([] if unsafe_without_sandbox else _bubblewrap(limits)), *python, str(report_end)]
+        try:
+            process = subprocess.Popen(
+                command,
+                stdin=source,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                pass_fds=[report_end],
+                env={"HOME": folder, "TMPDIR": folder} if unsafe_without_sandbox else {},
+                cwd=folder if unsafe_without_sandbox else "/",
+                start_new_session=True,
+            )
+        finally:
+            os.close(report_end)
+        watch = _Watch(process, report, limits)
+        try:
+            watch.follow()
+        finally:
+            watch.end()
+    return _result(watch, token)
+
+
+def run_codes(
+    programs: Sequence[str],
+    *,
+    limits: Limits = Limits(),
+    workers: int | None = None,
+    unsafe_without_sandbox: bool = False,
+) -> list[CodeResult]:
+    """run_code for each program, `workers` at a time; None for one a core."""
+    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+        run = [
+            pool.submit(run_code, program, limits=limits, unsafe_without_sandbox=unsafe_without_sandbox)
+            for program in programs
+        ]
+        return [future.result() for future in run]
+
+
+def check_sandbox() -> None:
+    """Raises SandboxError when model-written code cannot be run on this machine."""
+    run_code("pass")
+
+
+def _bubblewrap(limits: Limits) -> list[str]:
+    """The command before python's: everything unshared, nothing writable but the scratch folder."""
+    found = shutil.which("bwrap")
+    if found is None:
+        raise _no_sandbox("bubblewrap (bwrap) is not installed")
+    home = os.path.realpath(sys.base_prefix)
+    mounts = [part for path in _SYSTEM if Path(path).exists() for part in ("--ro-bind", path, path)]
+    if not home.startswith("/usr"):
+        above = [str(folder) for folder in reversed(Path(home).parents)][1:]  # else closed to all but root
+        mounts += [part for folder in above for part in ("--perms", "0755", "--dir", folder)]
+        mounts += ["--ro-bind", home, home]
+    # A limit on processes does not hold for root, so root gives its rights up inside, where it has another user's id.
+    rights = (
+        ["--unshare-user", "--disable-userns"]
+        if os.getuid()
+        else ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+    )
+    scratch = ["--perms", "1777", "--size", str(limits.scratch_bytes), "--tmpfs", _SCRATCH]
+    closed = ["--remount-ro", "/dev", "--remount-ro", "/"]
+    variables = {"HOME": _SCRATCH, "TMPDIR": _SCRATCH, "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}
+    return [
+        found, *_NAMESPACES, *rights, "--die-with-parent", "--new-session", "--hostname", "sandbox", "--clearenv",
+        *(part for name, value in variables.items() for part in ("--setenv", name, value)),
+        *mounts, "--proc", "/proc", "--dev", "/dev", *scratch, *closed, "--chdir", _SCRATCH, "--",
+    ]  # fmt: skip
+
+
+@dataclass
+class _Watch:
+    """Reads what a running program prints and reports, and stops it at a limit."""
+
+    process: subprocess.Popen[bytes]
+    report_fd: int
+    limits: Limits
+    stopped: str = ""
+    started: float = 0.0
+    seconds: float = 0.0
+    texts: dict[str, bytearray] = field(
+        default_factory=lambda: {k: bytearray() for k in ("stdout", "stderr", "report")}
+    )
+
+    def follow(self) -> None:
+        """Until the program has ended, or was stopped for one of the limits."""
+        assert self.process.stdout is not None
+        assert self.process.stderr is not None
+        begun = time.monotonic()
+        with selectors.DefaultSelector() as streams:
+            for name, stream in (("stdout", self.process.stdout), ("stderr", self.process.stderr)):
+                streams.register(stream.fileno(), selectors.EVENT_READ, name)
+            streams.register(self.report_fd, selectors.EVENT_READ, "report")
+            while streams.get_map() and not self.stopped:
+                for key, _ in streams.select(_CHECK_EVERY_S):
+                    if not self._read(key.fd, key.data):
+                        streams.unregister(key.fd)
+                now = time.monotonic()
+                if not self.started and self.texts["report"]:
+                    self.started = now
+                if self.process.poll() is not None:
+                    self._rest(list(streams.get_map().values()))
+                    break
+                self.stopped = self.stopped or self._limit_reached(now, begun)
+            self.seconds = time.monotonic() - (self.started or begun)
+
+    def end(self) -> None:
+        """Kill whatever is left; the process namespace goes with its first process."""
+        for kill in (lambda: os.killpg(self.process.pid, signal.SIGKILL), self.process.kill):
+            try:
+                kill()
+            except (ProcessLookupError, PermissionError):
+                continue
+        self.process.wait()
+        for stream in (self.process.stdout, self.process.stderr):
+            assert stream is not None
+            stream.close()
+        os.close(self.report_fd)
+
+    def _read(self, fd: int, name: str) -> bool:
+        chunk = os.read(fd, 65_536)
+        kept = self.texts[name]
+        printed = len(self.texts["stdout"]) + len(self.texts["stderr"])
+        room = self.limits.output_bytes - (printed if name != "report" else len(kept))
+        kept += chunk[: max(room, 0)]
+        if len(chunk) > room and name != "report":
+            self.stopped = "output"
+        return bool(chunk)
+
+    def _rest(self, streams: list[selectors.SelectorKey]) -> None:
+        """What stands in the pipes of an ended program; never waits, since a stray process could hold them open."""
+        for key in streams:
+            os.set_blocking(key.fd, False)
+            try:
+                while not self.stopped and self._read(key.fd, key.data):
+                    pass
+            except BlockingIOError:
+                continue
+
+    def _limit_reached(self, now: float, begun: float) -> str:
+        if self.started and now - self.started > self.limits.seconds:
+            return "timeout"
+        if not self.started and now - begun > _STARTUP_S:
+            return "startup"
+        return "memory" if _resident_bytes(self.process.pid) > self.limits.memory_bytes else ""
+
+
+def _resident_bytes(pid: int) -> int:
+    try:
+        family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return 0
+    total = 0
+    for process in family:
+        try:
+            total += process.memory_info().rss
+        except psutil.Error:
+            continue
+    return total
+
+
+def _result(watch: _Watch, token: str) -> CodeResult:
+    shown = {name: bytes(watch.texts[name]).decode("utf-8", "replace") for name in ("stdout", "stderr", "report")}
+    lines = shown["report"].splitlines()
+    if not lines or lines[0] != "ready":
+        said = shown["stderr"].strip().splitlines()[-1:] or [f"it ended with status {watch.process.returncode}"]
+        raise _no_sandbox(f"bubblewrap could not start a program: {said[0]}")
+    ended = next((json.loads(line.removeprefix(token)) for line in lines[1:] if line.startswith(token)), None)
+    outcome, error = watch.stopped, ""
+    if not outcome:
+        cpu_used_up = watch.process.returncode in (-signal.SIGXCPU, 128 + signal.SIGXCPU)
+        outcome, error = ended or ("timeout" if cpu_used_up else "exited", "")
+    return CodeResult(outcome, error, shown["stdout"], shown["stderr"], watch.seconds)
+
+
+def _no_sandbox(found: str) -> SandboxError:
+    return SandboxError(
+        f"Code that a model wrote was to be run. There is no sandbox for it: {found}. Install bubblewrap 0.8 or newer "
+        "(Debian, Ubuntu: apt-get install bubblewrap) on a Linux that allows user namespaces, or insist with "
+        "unsafe_without_sandbox=True, which gives the code your network and your files."
+    )
