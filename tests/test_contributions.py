@@ -9,7 +9,7 @@ import xarray as xr
 from tiny import Letters, tiny_mixtral
 
 import mixlens as ml
-from mixlens import BadInput, RecordSettings
+from mixlens import BadInput, RecordSettings, RunError
 from mixlens.stats import super_experts
 
 DOCUMENTS = [
@@ -109,6 +109,68 @@ def test_contributions_with_attention_and_embedding_add_up_to_the_logit(net):
             rest = sum(float(out[t] @ direction) for out in attention) + float(embedding[t] @ direction)
             whole = float(logits[t, ids[t + 1]] - logits[t].mean())
             assert float(here.logit.values[t].sum()) + rest == pytest.approx(whole, abs=1e-3)
+
+
+@pytest.mark.parametrize("measure", ["logit", "norm"])
+def test_contributions_of_experts_are_means_over_their_tokens(net, measure):
+    found = ml.expert_contributions(net, DOCUMENTS, tokenizer=Letters(), settings=QUIET)
+    data = ml.stats.expert_contribution(found, measure=measure, by="domain")
+    assert data.estimate.dims == ("domain", "layer", "expert")
+    for domain in ("code", "prose"):
+        values: dict[tuple[int, int], list[float]] = {}
+        peaks: dict[tuple[int, int], list[float]] = {}
+        for t in np.flatnonzero(found.domain.values == domain):
+            for layer in range(4):
+                for slot in range(2):
+                    cell = found.isel(token=t, layer=layer, slot=slot)
+                    if np.isfinite(cell[measure]):
+                        values.setdefault((layer, int(cell.expert_id)), []).append(float(cell[measure]))
+                        peaks.setdefault((layer, int(cell.expert_id)), []).append(float(cell.peak))
+        for layer in range(4):
+            for expert in range(8):
+                cell, mine = data.sel(domain=domain, layer=layer, expert=expert), values.get((layer, expert), [])
+                assert cell.n == len(mine)
+                if mine:
+                    assert float(cell.estimate) == pytest.approx(np.mean(mine), rel=1e-5)
+                    assert float(cell.max_abs) == pytest.approx(max(peaks[layer, expert]))
+                else:
+                    assert np.isnan(cell.estimate)
+                    assert np.isnan(cell.max_abs)
+    whole = ml.stats.expert_contribution(found, measure="norm")
+    outputs = ml.expert_outputs(net, DOCUMENTS, tokenizer=Letters(), settings=QUIET)
+    np.testing.assert_allclose(whole.max_abs, outputs.max_abs, rtol=1e-5)
+    np.testing.assert_allclose(whole.estimate, outputs.weighted_norm, rtol=1e-4)
+    with pytest.raises(BadInput, match="logit, norm"):
+        ml.stats.expert_contribution(found, measure="size")
+
+
+@pytest.mark.parametrize("what", [ml.expert_contributions, ml.measure_topk])
+def test_a_run_that_was_stopped_resumes_to_the_same_numbers(net, tmp_path, monkeypatch, what):
+    small = RecordSettings(progress=False, shard_tokens=12)
+    whole = what(net, DOCUMENTS, tokenizer=Letters(), settings=small, out=tmp_path / "whole")
+    in_memory = what(net, DOCUMENTS, tokenizer=Letters(), settings=small)
+    xr.testing.assert_identical(whole, in_memory)
+    from mixlens.traces.reading import Reader
+
+    calls, own = [], Reader.placed
+
+    def stops(self, sequences):
+        calls.append(len(sequences))
+        if len(calls) == 10:
+            raise KeyboardInterrupt
+        return own(self, sequences)
+
+    monkeypatch.setattr(Reader, "placed", stops)
+    calls += [0] * 8 if what is ml.expert_contributions else []
+    with pytest.raises(KeyboardInterrupt):
+        what(net, DOCUMENTS, tokenizer=Letters(), settings=small, out=tmp_path / "stopped")
+    with pytest.raises(RunError, match="stopped after 1 complete shards"):
+        ml.open(tmp_path / "stopped")
+    again = what(net, DOCUMENTS, tokenizer=Letters(), settings=small, out=tmp_path / "stopped")
+    xr.testing.assert_identical(again, whole)
+    xr.testing.assert_identical(ml.open(tmp_path / "stopped"), whole)
+    with pytest.raises(RunError, match="documents is 4, asked 3"):
+        what(net, DOCUMENTS[:3], tokenizer=Letters(), settings=small, out=tmp_path / "whole")
 
 
 def test_a_super_expert_is_found():

@@ -1,4 +1,4 @@
-"""Importance on the command line and in the report."""
+"""Importance, contributions and the sweep over k on the command line and in the report."""
 
 from __future__ import annotations
 
@@ -50,6 +50,48 @@ def test_a_report_of_an_importance_run(run, tmp_path):
     with_trace = ml.report([ml.open(run), run], tmp_path / "two.html").read_text("utf-8")
     assert "importance 1: Importance of experts" in with_trace
     assert "map: Importance of experts" in with_trace
+
+
+@pytest.fixture(scope="module")
+def others(corpus, tmp_path_factory):
+    """Runs of contributions and of a sweep over k."""
+    folder = tmp_path_factory.mktemp("others")
+    for name, more in {"contributions": [], "topk": ["--ks", "1,3"]}.items():
+        command = [name, "demo", str(corpus), "--out", str(folder / name), "--device-map", "cpu", *more]
+        assert cli.main(command) == 0
+    return folder
+
+
+def test_contributions_and_the_sweep_print_what_their_runs_hold(others, corpus, capsys):
+    command = ["contributions", "demo", str(corpus), "--out", str(others / "contributions"), "--device-map", "cpu"]
+    assert cli.main([*command, "--measure", "norm", "--by", "domain", "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)["rows"][70]
+    data = ml.stats.expert_contribution(ml.open(others / "contributions"), measure="norm", by="domain")
+    cell = data.sel(domain=row["domain"], layer=row["layer"], expert=row["expert"])
+    assert row["estimate"] == pytest.approx(float(cell.estimate), nan_ok=True)
+    command = ["topk", "demo", str(corpus), "--out", str(others / "topk"), "--device-map", "cpu", "--ks", "1,3"]
+    assert cli.main([*command, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    data = ml.stats.topk_sweep(ml.open(others / "topk"))
+    assert [row["k"] for row in rows] == [1, 2, 3]
+    assert [row["change"] for row in rows] == pytest.approx(data.change.values.tolist())
+    assert cli.main([*command[:-1], "1,x"]) == 1
+    assert "Values of k '1,x' were asked for" in capsys.readouterr().err
+
+
+def test_a_report_of_contributions_and_of_a_sweep(others, run, tmp_path):
+    html = ml.report([others / "contributions", others / "topk", run], tmp_path / "all.html").read_text("utf-8")
+    for words in (
+        "contributions: Contribution of experts",
+        "contributions: Contribution by domain",
+        "contributions: Contribution along a text",
+        "topk: Number of experts a token chooses",
+        "nats a token against k = 2",
+        "map: Importance of experts",
+    ):
+        assert words in html
+    with pytest.raises(ml.BadInput, match="Reports take trace, importance, contributions, topk"):
+        ml.report([3], tmp_path / "x.html")
 
 
 def test_info_on_an_importance_run(run, capsys):

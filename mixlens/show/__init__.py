@@ -1,14 +1,24 @@
 """Figures of routing statistics: each takes a Dataset and `ax=`, and returns the Axes; grids return a Figure."""
 
 from mixlens.show import view
+from mixlens.show.contributing import (
+    contribution,
+    contribution_by_domain,
+    contributions,
+    topk_curve,
+    topk_routing,
+)
 from mixlens.show.figures import by_layer, entropy, expert_share, expert_share_grid, information, repetition
-from mixlens.show.maps import contributions, importance, importance_against_share, importance_by_domain, topk_curve
+from mixlens.show.maps import importance, importance_against_share, importance_by_domain
 from mixlens.show.matrices import coactivation, facet, share_heatmap, specialization, transitions
 from mixlens.show.passage import text
+from mixlens.show.speed import latency_cdf, latency_cdfs, quality_cost_speed, throughput_latency_curve, token_timeline
 
 __all__ = [
     "by_layer",
     "coactivation",
+    "contribution",
+    "contribution_by_domain",
     "contributions",
     "entropy",
     "expert_share",
@@ -18,11 +28,17 @@ __all__ = [
     "importance_against_share",
     "importance_by_domain",
     "information",
+    "latency_cdf",
+    "latency_cdfs",
+    "quality_cost_speed",
     "repetition",
     "share_heatmap",
     "specialization",
     "text",
+    "throughput_latency_curve",
+    "token_timeline",
     "topk_curve",
+    "topk_routing",
     "transitions",
     "view",
 ]

@@ -42,7 +42,7 @@ def test_a_cell_is_the_change_and_a_dot_an_interval_without_zero(data):
     assert dots == set(map(tuple, np.argwhere(apart.values).tolist()))
     assert "200 tokens, 6 documents" in note_of(ax)
     assert "never chosen" in note_of(ax)
-    assert ax.collections[0].norm.vcenter == 0
+    assert ax.collections[0].norm(0) == 0.5
 
 
 def test_domains_side_by_side(data):
