@@ -13,7 +13,7 @@ import pandas as pd
 import xarray as xr
 
 from mixlens.bench import metrics
-from mixlens.bench.events import Record, read_records
+from mixlens.bench.events import Record, read_records, write_records
 from mixlens.bench.metrics import CountTokens, Limits
 from mixlens.errors import RunError
 from mixlens.runs import open_run
@@ -39,6 +39,8 @@ class Bench:
     path          of the run directory, None in memory
     count_tokens  counts answers whose server reports no usage; not kept on disk
     """
+
+    kind = "bench"
 
     def __init__(
         self,
@@ -81,6 +83,28 @@ class Bench:
     def goodput(self, limits: Limits) -> pd.DataFrame:
         """Under stated limits, as metrics.goodput."""
         return metrics.goodput(self.records, limits, count_tokens=self.count_tokens)
+
+    def events(self) -> pd.DataFrame:
+        """One row a stream event: level, index, phase, at_s (seconds after sent), kind, text, finish."""
+        rows = [
+            (
+                r.level,
+                r.index,
+                r.phase,
+                e.at_s - (r.started_s if r.sent_s is None else r.sent_s),
+                e.kind,
+                e.text,
+                e.finish,
+            )
+            for r in self.records
+            for e in r.events
+        ]
+        return pd.DataFrame(rows, columns=["level", "index", "phase", "at_s", "kind", "text", "finish"])
+
+    def to_jsonl(self, path: str | os.PathLike) -> Path:
+        """Write every record to one file of JSON Lines, one request a line, as in a run directory."""
+        write_records(path, self.records)
+        return Path(path)
 
     def outcomes(self) -> pd.DataFrame:
         """How requests ended, as metrics.outcomes."""

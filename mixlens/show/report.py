@@ -18,6 +18,7 @@ from mixlens.show.analysis import analyse
 from mixlens.show.contribution_sections import contribution_sections, topk_sections
 from mixlens.show.html import escape, page, paragraphs, picture
 from mixlens.show.importance_sections import importance_sections
+from mixlens.show.speed_sections import speed_sections
 from mixlens.show.tables import html_table
 from mixlens.traces.trace import Trace
 
@@ -35,6 +36,7 @@ _KINDS: Mapping[str, Callable[[Any, str], Mapping[str, str]]] = {
     "importance": importance_sections,
     "contributions": contribution_sections,
     "topk": topk_sections,
+    "bench": speed_sections,
 }
 
 
@@ -65,7 +67,8 @@ def report(runs: RunOrPath | Sequence[RunOrPath], path: str | os.PathLike, *, ti
         blocks += [(prefix + heading, html) for heading, html in _KINDS[kind](run, name).items()]
     blocks += _agreements([run for run in opened if run[0] == "trace"])
     models = dict.fromkeys(_model(run) for _, run, _ in opened)
-    title = title or f"Routing of {' and '.join(models)}"
+    subject = "Speed" if all(kind == "bench" for kind, _, _ in opened) else "Routing"
+    title = title or f"{subject} of {' and '.join(models)}"
     Path(path).write_text(_page(title, [block for block in blocks if block[1]]), "utf-8")
     return Path(path)
 
@@ -73,7 +76,7 @@ def report(runs: RunOrPath | Sequence[RunOrPath], path: str | os.PathLike, *, ti
 def _open(run: RunOrPath, number: int) -> tuple[str, Any, str]:
     """(kind, run, name)."""
     opened = open_any(run) if isinstance(run, str | os.PathLike) else run
-    kind = "trace" if isinstance(opened, Trace) else str(getattr(opened, "attrs", {}).get("kind", ""))
+    kind = "trace" if isinstance(opened, Trace) else str(getattr(opened, "kind", ""))
     if kind not in _KINDS:
         raise BadInput(
             f"A report on a {type(opened).__name__}{f' ({kind})' if kind else ''} was to be written. Reports take "
@@ -86,8 +89,10 @@ def _open(run: RunOrPath, number: int) -> tuple[str, Any, str]:
     return kind, opened, Path(run).name if isinstance(run, str | os.PathLike) else _name(opened, number, kind)
 
 
-def _model(run: Trace | xr.Dataset) -> str:
-    return wording.model_name(run) if isinstance(run, Trace) else Path(str(run.attrs["model"])).name
+def _model(run: Any) -> str:
+    if isinstance(run, Trace):
+        return wording.model_name(run)
+    return Path(str(run.attrs["model"] if isinstance(run, xr.Dataset) else run.meta["model"]["name"])).name
 
 
 def _name(run: Any, number: int, kind: str) -> str:

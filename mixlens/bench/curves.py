@@ -1,0 +1,129 @@
+"""What benchmark pictures draw, as data frames: distributions, throughput against latency, and the frontier."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from mixlens.bench.bench import Bench
+from mixlens.bench.metrics import METRICS
+from mixlens.errors import BadInput
+
+
+def distribution(bench: Bench, metric: str, *, level: float = 0.95) -> pd.DataFrame:
+    """The empirical distribution of a metric over the measured requests that succeeded, by load.
+
+    F(x) = requests with at most x / n. The band holds the whole curve at once: F(x) +- sqrt(ln(2 / (1 - level)) / 2n)
+    (Dvoretzky-Kiefer-Wolfowitz, with the constant of Massart 1990), for requests that are independent.
+
+    Returns  DataFrame  level, value (ascending), fraction, ci_low, ci_high, n; no row for a load without a value
+    Raises   BadInput   for a metric that a request does not have
+    """
+    _known(metric, [name for name in METRICS if name not in ("itl_s", "inter_chunk_s")])
+    parts = [pd.DataFrame(columns=["level", "value", "fraction", "ci_low", "ci_high", "n"])]
+    measured = bench.requests().query("phase == 'measured'")
+    for name, group in measured.groupby("level", sort=False):
+        values = np.sort(group[metric].dropna().to_numpy(float))
+        n = len(values)
+        if not n:
+            continue
+        fraction, reach = np.arange(1, n + 1) / n, np.sqrt(np.log(2 / (1 - level)) / (2 * n))
+        bounds = {"ci_low": np.clip(fraction - reach, 0, 1), "ci_high": np.clip(fraction + reach, 0, 1)}
+        parts.append(pd.DataFrame({"level": name, "value": values, "fraction": fraction, **bounds, "n": n}))
+    return pd.concat(parts[1:] or parts, ignore_index=True)
+
+
+def throughput_latency(
+    bench: Bench, *, metric: str = "ttft_s", statistic: str = "p50", system: str = "output_tokens_per_s"
+) -> pd.DataFrame:
+    """What every load delivered, and how long its requests took: the two sides that a server trades.
+
+    metric, statistic  the latency, of METRICS and STATISTICS
+    system             the throughput: "output_tokens_per_s" or "requests_per_s"
+
+    Returns  DataFrame  level, throughput, throughput_low, throughput_high, latency, latency_low, latency_high, n
+                        (successes), failed; one row a load, NaN where it has no value
+    Raises   BadInput   for a name that is not known
+    """
+    _known(metric, list(METRICS))
+    _known(system, ["output_tokens_per_s", "requests_per_s"])
+    table = bench.table()
+    keys = {"throughput": ("system_" + system, "rate"), "latency": (metric, statistic)}
+    measured = bench.requests().query("phase == 'measured'")
+    rows = []
+    for level, group in measured.groupby("level", sort=False):
+        row = {"level": level}
+        for side, (name, which) in keys.items():
+            found = table[(table["level"] == level) & (table["metric"] == name) & (table["statistic"] == which)]
+            if found.empty:
+                _known(statistic, list(table["statistic"].unique()))
+            one = found.iloc[0]
+            row |= {side: one["estimate"], f"{side}_low": one["ci_low"], f"{side}_high": one["ci_high"]}
+        failed = int((group["outcome"] != "ok").sum())
+        rows.append({**row, "n": len(group) - failed, "failed": failed})
+    sides = [f"{side}{end}" for side in keys for end in ("", "_low", "_high")]
+    return pd.DataFrame(rows, columns=["level", *sides, "n", "failed"])
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model as it is served somewhere: what it scores, what it costs, how fast it is. NaN for what is not known.
+
+    name          what it is called in the picture
+    score         with its interval (estimate, low, high), of one benchmark and protocol; higher is better
+    usd_per_mtok  dollars per million tokens of the workload in question
+    tokens_per_s  output speed with its interval (estimate, low, high)
+    source        where the numbers come from
+    """
+
+    name: str
+    score: tuple[float, float, float]
+    usd_per_mtok: float
+    tokens_per_s: tuple[float, float, float]
+    source: str = ""
+
+
+def frontier(candidates: Sequence[Candidate]) -> pd.DataFrame:
+    """Candidates side by side, and which of them no other beats in score, price and speed together.
+
+    A candidate is on the frontier when no other is at least as good in all three and better in one (Pareto); one that
+    lacks a number is compared in none, and is not on it.
+
+    Returns  DataFrame  name, score, score_low, score_high, usd_per_mtok, tokens_per_s, tokens_per_s_low,
+                        tokens_per_s_high, frontier (bool), source
+    Raises   BadInput   when there is no candidate, or two have one name
+    """
+    if not candidates or len({one.name for one in candidates}) < len(candidates):
+        raise BadInput(
+            f"{len(candidates)} candidates were to be compared. There is none, or two have one name. "
+            "Give a list of Candidates, each with its own name."
+        )
+    rows = [
+        {
+            "name": one.name,
+            **dict(zip(("score", "score_low", "score_high"), one.score, strict=True)),
+            "usd_per_mtok": one.usd_per_mtok,
+            **dict(zip(("tokens_per_s", "tokens_per_s_low", "tokens_per_s_high"), one.tokens_per_s, strict=True)),
+            "source": one.source,
+        }
+        for one in candidates
+    ]
+    frame = pd.DataFrame(rows)
+    goods = frame[["score", "usd_per_mtok", "tokens_per_s"]].to_numpy(float) * [1, -1, 1]
+    whole = np.isfinite(goods).all(axis=1)
+    # [candidate, other]: whether the other is known, at least as good in all three, and better in one.
+    no_worse = np.all(goods[None, :, :] >= goods[:, None, :], axis=-1)
+    better = np.any(goods[None, :, :] > goods[:, None, :], axis=-1)
+    beaten = np.any(no_worse & better & np.asarray(whole), axis=1)
+    frame.insert(len(frame.columns) - 1, "frontier", np.logical_and(whole, ~beaten).tolist())
+    return frame
+
+
+def _known(name: str, known: Sequence[str]) -> None:
+    if name not in known:
+        raise BadInput(
+            f"The curve of {name!r} was asked for. A benchmark does not have it. Give one of {', '.join(known)}."
+        )
