@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mixlens.contributions import expert_contributions, expert_outputs
     from mixlens.errors import BadInput, EndpointError, MissingSignal, MixlensError, ModelError, RunError
     from mixlens.evals.log import Log
+    from mixlens.evals.runner import EvalSettings, evaluate
     from mixlens.impact import quantization_impact
     from mixlens.importance import Ablation, expert_importance, measure_importance
     from mixlens.models.demo import demo_documents
@@ -45,6 +46,7 @@ _HOME = {
     "Comparison": "mixlens.comparing",
     "CompiledRecorder": "mixlens.traces.compiled",
     "Endpoint": "mixlens.models.endpoint",
+    "EvalSettings": "mixlens.evals.runner",
     "EndpointError": "mixlens.errors",
     "Limits": "mixlens.bench.metrics",
     "Log": "mixlens.evals.log",
@@ -62,6 +64,7 @@ _HOME = {
     "concat": "mixlens.traces.trace",
     "demo_documents": "mixlens.models.demo",
     "edit": "mixlens.traces.edits",
+    "evaluate": "mixlens.evals.runner",
     "expert_contributions": "mixlens.contributions",
     "expert_importance": "mixlens.importance",
     "expert_outputs": "mixlens.contributions",
@@ -87,6 +90,7 @@ __all__ = [
     "CompiledRecorder",
     "Endpoint",
     "EndpointError",
+    "EvalSettings",
     "Limits",
     "Log",
     "MissingSignal",
@@ -104,6 +108,7 @@ __all__ = [
     "demo_documents",
     "edit",
     "edits",
+    "evaluate",
     "expert_contributions",
     "expert_importance",
     "expert_outputs",

@@ -1,0 +1,96 @@
+"""What answers the requests of an evaluation: a local model, or any model object of lm-eval's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from mixlens.errors import BadInput
+from mixlens.evals.model import Batch, LocalLM, tokenizer_of
+from mixlens.models.endpoint import Endpoint
+from mixlens.models.layout import describe
+from mixlens.traces.editing import edits_of
+
+# Requests of a backend that batches by itself, that are asked for and kept together.
+_SLICE = 256
+
+
+def backend_of(model: Any, settings: Any) -> Any:
+    """The backend for a model. Raises BadInput for what is none."""
+    from lm_eval.api.model import LM
+
+    if isinstance(model, Endpoint):
+        from mixlens.evals.endpoints import EndpointBackend
+
+        return EndpointBackend(model, settings)
+    if isinstance(model, LM):
+        return LmEvalBackend(model)
+    if isinstance(model, nn.Module):
+        return LocalBackend(model, settings)
+    raise BadInput(
+        f"A {type(model).__name__} was to be evaluated. That is no model. Give a loaded model, such as ml.load(...), "
+        "an ml.Endpoint, or a model object of lm-eval's."
+    )
+
+
+class LocalBackend:
+    """A loaded transformers model."""
+
+    def __init__(self, model: nn.Module, settings: Any) -> None:
+        self.model = model
+        self.lm = LocalLM(
+            model,
+            tokenizer_of(model, settings.tokenizer),
+            batch_size=settings.batch_size,
+            max_length=settings.max_length,
+            max_new_tokens=settings.max_new_tokens,
+            seed=settings.seed,
+            share_prefix=settings.share_prefix,
+        )
+        self.batches, self.answer, self.chat_template = self.lm.batches, self.lm.answer, self.lm.apply_chat_template
+
+    def describe(self) -> dict[str, Any]:
+        return {**describe(self.model), "edits": edits_of(self.model), "backend": "transformers"}
+
+    def identity(self) -> dict[str, Any]:
+        """What tells this model from another: a run of one is never taken for a run of the other."""
+        told = ("name", "config_sha256", "router_sha256", "dtype", "class", "audit", "quantization", "edits")
+        return {key: value for key, value in self.describe().items() if key in told}
+
+    def save_tokenizer(self, folder: str) -> None:
+        self.lm.tokenizer.save_pretrained(folder)
+
+
+@dataclass
+class LmEvalBackend:
+    """A model object of lm-eval's, such as VLLM; it encodes, batches and decodes by itself."""
+
+    lm: Any
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": self._name(), "backend": f"lm-eval {type(self.lm).__name__}"}
+
+    def identity(self) -> dict[str, Any]:
+        return self.describe()
+
+    def _name(self) -> str:
+        for place in ("pretrained", "model", "tokenizer_name"):
+            if isinstance(value := getattr(self.lm, place, None), str) and value:
+                return value
+        return type(self.lm).__name__
+
+    def chat_template(self, history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        return self.lm.apply_chat_template(history, add_generation_prompt)
+
+    def save_tokenizer(self, folder: str) -> None:
+        self.lm.tokenizer.save_pretrained(folder)
+
+    def batches(self, kind: str, requests: Sequence[Any]) -> list[Batch]:
+        numbers = list(range(len(requests)))
+        return [Batch(numbers[start : start + _SLICE]) for start in range(0, len(numbers), _SLICE)]
+
+    def answer(self, kind: str, requests: Sequence[Any], batch: Batch, repeats: Sequence[int]) -> list[Any]:
+        return getattr(self.lm, kind)([requests[number] for number in batch.requests])

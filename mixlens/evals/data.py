@@ -1,0 +1,240 @@
+"""Benchmark data: from the Hub at a recorded revision, or from a local folder in the original formats.
+
+The functions named after benchmarks are what task files call (`custom_dataset`); each gives splits of one subject.
+`root` is the local folder, None for the Hub. Nothing of it is shipped with mixlens.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from mixlens.errors import BadInput
+
+Splits = dict[str, datasets.Dataset]
+# Where each benchmark is on the Hub.
+HUB = {
+    "mmlu": "cais/mmlu",
+    "humaneval": "openai/openai_humaneval",
+    "gsm8k": "openai/gsm8k",
+    "mbpp": "google-research-datasets/mbpp",
+    "math": "EleutherAI/hendrycks_math",
+    "arc": "allenai/ai2_arc",
+    "hellaswag": "Rowan/hellaswag",
+    "m_arc": "alexandrainst/m_arc",
+    "m_hellaswag": "alexandrainst/m_hellaswag",
+    "m_mmlu": "alexandrainst/m_mmlu",
+}
+
+
+def mmlu(subject: str, root: str | None = None, **_: Any) -> Splits:
+    """Questions of one subject: question, choices, answer (index), subject. Splits dev, validation, test."""
+    if root is None:
+        splits = _hub("mmlu", subject)
+        return {name: splits[name] for name in ("dev", "validation", "test")}
+    files = {"dev": "dev", "validation": "val", "test": "test"}
+    return {
+        split: _dataset(_mmlu_rows(Path(root) / "mmlu" / folder / f"{subject}_{folder}.csv", subject))
+        for split, folder in files.items()
+    }
+
+
+def _mmlu_rows(path: Path, subject: str) -> Iterable[dict[str, Any]]:
+    # csv, not pandas: "None" and "NA" are answers, which pandas reads as missing.
+    with _open(path) as file:
+        for question, *choices, answer in csv.reader(file):
+            yield {"question": question, "choices": choices, "answer": "ABCD".index(answer), "subject": subject}
+
+
+def humaneval(root: str | None = None, **_: Any) -> Splits:
+    """Problems: task_id, prompt, entry_point, canonical_solution, test. Split test."""
+    if root is None:
+        return {"test": _hub("humaneval")["test"]}
+    return {"test": _dataset(_json_lines(Path(root) / "humaneval" / "HumanEval.jsonl.gz"))}
+
+
+def gsm8k(root: str | None = None, **_: Any) -> Splits:
+    """Problems: question, answer (worked, the number behind ####). Splits train, test."""
+    if root is None:
+        splits = _hub("gsm8k", "main")
+        return {name: splits[name] for name in ("train", "test")}
+    return {name: _dataset(_json_lines(Path(root) / "gsm8k" / f"{name}.jsonl")) for name in ("train", "test")}
+
+
+def mbpp(subset: str = "full", root: str | None = None, **_: Any) -> Splits:
+    """Problems: task_id, text, code, test_list, test_setup_code. Splits prompt, test (ids 11 to 510).
+
+    The prompt split begins at id 2: the examples that prompts are made of are 2, 3 and 4 (Austin et al. 2021).
+
+    subset  "full", or "sanitized" for the hand-verified problems
+    """
+    if root is None:
+        splits = _hub("mbpp", subset)
+        rows = [dict(row) for split in splits.values() for row in split]
+    elif subset == "full":
+        rows = list(_json_lines(Path(root) / "mbpp" / "mbpp.jsonl"))
+    else:
+        rows = _sanitized_mbpp(Path(root) / "mbpp")
+    rows = sorted((_mbpp_row(row) for row in rows), key=lambda row: row["task_id"])
+    return {
+        "prompt": _dataset(row for row in rows if 2 <= row["task_id"] <= 10),
+        "test": _dataset(row for row in rows if 11 <= row["task_id"] <= 510),
+    }
+
+
+def _sanitized_mbpp(folder: Path) -> list[dict[str, Any]]:
+    found = sorted(folder.glob("sanitized-mbpp*.json"))
+    with _open(found[0] if found else folder / "sanitized-mbpp.json") as file:
+        return json.load(file)
+
+
+def _mbpp_row(row: dict[str, Any]) -> dict[str, Any]:
+    setup = row.get("test_setup_code") or "\n".join(row.get("test_imports") or [])
+    text = row.get("text") or row["prompt"]
+    code = row["code"].replace("\r\n", "\n")
+    return {
+        "task_id": row["task_id"],
+        "text": text,
+        "code": code,
+        "test_list": list(row["test_list"]),
+        "test_setup_code": setup,
+    }
+
+
+def math(subject: str, root: str | None = None, **_: Any) -> Splits:
+    """Problems of one subject: problem, level, type, solution with a boxed answer. Splits train, test.
+
+    A local folder has math/{train,test}/SUBJECT/*.json, one problem a file, as released by Hendrycks et al. 2021.
+    """
+    if root is None:
+        splits = _hub("math", subject)
+        return {name: splits[name] for name in ("train", "test")}
+    return {name: _dataset(_one_a_file(Path(root) / "math" / name / subject)) for name in ("train", "test")}
+
+
+def _one_a_file(folder: Path) -> Iterable[dict[str, Any]]:
+    files = sorted(folder.glob("*.json"), key=lambda path: (len(path.stem), path.stem))
+    if not files:
+        raise _missing(folder)
+    for path in files:
+        with _open(path) as file:
+            yield json.load(file)
+
+
+def arc(subset: str, root: str | None = None, **_: Any) -> Splits:
+    """Questions: question, choices {text, label}, answerKey. Splits train, validation, test.
+
+    subset  "ARC-Challenge" or "ARC-Easy"; a local folder has arc/SUBSET/SUBSET-{Train,Dev,Test}.jsonl, as released
+    """
+    names = {"train": "Train", "validation": "Dev", "test": "Test"}
+    if root is None:
+        splits = _hub("arc", subset)
+        return {split: splits[split] for split in names}
+    folder = Path(root) / "arc" / subset
+    return {
+        split: _dataset(map(_arc_row, _json_lines(folder / f"{subset}-{name}.jsonl"))) for split, name in names.items()
+    }
+
+
+def _arc_row(row: dict[str, Any]) -> dict[str, Any]:
+    choices = row["question"]["choices"]
+    columns = {key: [choice[key] for choice in choices] for key in ("text", "label")}
+    return {
+        "id": row["id"], "question": row["question"]["stem"], "choices": columns, "answerKey": row["answerKey"],
+    }  # fmt: skip
+
+
+def hellaswag(root: str | None = None, **_: Any) -> Splits:
+    """Beginnings: activity_label, ctx_a, ctx_b, endings, label. Splits train, validation.
+
+    A local folder has hellaswag/hellaswag_{train,val}.jsonl, as released.
+    """
+    if root is None:
+        splits = _hub("hellaswag")
+        return {name: splits[name] for name in ("train", "validation")}
+    files = {"train": "train", "validation": "val"}
+    return {
+        split: _dataset(_hellaswag_row(r) for r in _json_lines(Path(root) / "hellaswag" / f"hellaswag_{name}.jsonl"))
+        for split, name in files.items()
+    }
+
+
+def _hellaswag_row(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: row[key] for key in ("activity_label", "ctx_a", "ctx_b", "endings")} | {"label": str(row["label"])}
+
+
+def translated(benchmark: str, language: str, root: str | None = None, **_: Any) -> Splits:
+    """m_arc, m_hellaswag or m_mmlu in one language, as on the Hub; there is no original format of theirs to read."""
+    if root is not None:
+        raise BadInput(
+            f"{benchmark} in {language} was to be read from {root}. Only the Hub has the translated benchmarks. "
+            "Leave data= out for these tasks."
+        )
+    return dict(_hub(benchmark, language))
+
+
+@lru_cache
+def hub_revision(benchmark: str) -> str:
+    """The commit that the Hub's main branch of a data set is at; asked once in a process.
+
+    Raises BadInput when the Hub cannot be reached and nothing is in its cache.
+    """
+    from huggingface_hub import HfApi, scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    repository = HUB[benchmark]
+    try:
+        return str(HfApi().dataset_info(repository).sha)
+    except Exception as error:  # the client has a class of its own for every way of not getting there
+        try:
+            cached = [r for r in scan_cache_dir().repos if r.repo_id == repository and r.repo_type == "dataset"]
+        except CacheNotFound:
+            cached = []
+        revisions = [revision for r in cached for revision in r.revisions]
+        if revisions:
+            return max(revisions, key=lambda revision: revision.last_modified).commit_hash
+        raise BadInput(
+            f"The data set {repository} was asked for. The Hub did not give it, and nothing is cached: "
+            f"{str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}. "
+            "Check the network, or point data= at a folder that holds the benchmark in its original format."
+        ) from error
+
+
+def _hub(benchmark: str, name: str | None = None) -> Any:
+    try:
+        return datasets.load_dataset(HUB[benchmark], name, revision=hub_revision(benchmark))
+    except (OSError, ValueError) as error:
+        raise BadInput(
+            f"The data set {HUB[benchmark]} ({name or 'default'}) was to be loaded. The Hub did not give it: "
+            f"{str(error).strip().splitlines()[0]}. Check the network, or point data= at a local folder."
+        ) from error
+
+
+def _dataset(rows: Iterable[dict[str, Any]]) -> datasets.Dataset:
+    return datasets.Dataset.from_list(list(rows))
+
+
+def _json_lines(path: Path) -> Iterable[dict[str, Any]]:
+    with _open(path) as file:
+        return [json.loads(line) for line in file if line.strip()]
+
+
+def _open(path: Path) -> Any:
+    opener: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
+    if not path.exists():
+        raise _missing(path)
+    return opener(path, "rt", encoding="utf-8", newline="")
+
+
+def _missing(path: Path) -> BadInput:
+    return BadInput(
+        f"Benchmark data was to be read. {path} is not there. Give data= the folder that holds the benchmarks in their "
+        "original formats (mixlens data verify DIR says what is missing), or leave it out to load from the Hub."
+    )

@@ -1,0 +1,367 @@
+"""lm-eval's view of a local model: one BOS, masks for padding, decoding that keeps its first space, no truncation."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import redirect_stderr
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lm_eval.models.huggingface import HFLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from transformers import DynamicCache
+
+from mixlens.errors import BadInput, ModelError
+from mixlens.evals.generating import Sampling, check_sampling, generate
+
+# lm-eval's decorator hides the class from type checkers.
+_Base: Any = HFLM
+# A prefix shorter than this is not worth a forward of its own.
+_SHORTEST_PREFIX = 48
+
+
+@dataclass(frozen=True)
+class Row:
+    """Tokens that one row of a forward reads, and what is read off it.
+
+    asked  (number of the request, tokens whose log-probability after the row's context is asked for)
+    """
+
+    ids: tuple[int, ...]
+    asked: tuple[tuple[int, tuple[int, ...]], ...]
+
+
+@dataclass
+class Batch:
+    """Rows of one forward, or prompts of one generate; a fixed part of all requests, whoever computes it.
+
+    prefix  tokens that all rows begin with, read once and kept as a key-value cache; () for none
+    """
+
+    requests: list[int]
+    rows: list[Row] = field(default_factory=list)
+    prefix: tuple[int, ...] = ()
+
+
+class LocalLM(_Base):
+    """A loaded transformers model for lm-eval.
+
+    batch_size    rows of a forward
+    max_length    tokens that prompt and answer may have together; None is the model's context
+    seed          of sampled answers: every answer has noise of its own, whatever batch it is in
+    max_new_tokens  of an answer, where a task does not say
+    share_prefix  read shots that the questions of a task have in common once, and keep their key-value cache
+
+    `seen` names every row that a forward read, in order, for whoever records them.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        batch_size: int = 8,
+        max_length: int | None = None,
+        max_new_tokens: int = 1024,
+        seed: int = 0,
+        share_prefix: bool = True,
+    ) -> None:
+        # lm-eval sets a padding token on the tokenizer; the caller's stays as it is.
+        with redirect_stderr(io.StringIO()):  # it warns that arguments we do not give are ignored
+            super().__init__(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+        self._max_length = max_length or int(model.config.max_position_embeddings)
+        self._max_new_tokens, self.seed, self.share_prefix = max_new_tokens, seed, share_prefix
+        self.seen: list[dict[str, Any]] = []
+        self._newline = self.tokenizer.encode("\n", add_special_tokens=False)[-1]
+        self._prefix: tuple[tuple[int, ...], Any] = ((), None)
+
+    @property
+    def max_gen_toks(self) -> int:
+        return self._max_new_tokens
+
+    # ------------------------------------------------------------------ text and tokens
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Token ids with exactly one BOS, which a chat template may have written already."""
+        ids = self.tokenizer.encode(string, add_special_tokens=False)
+        bos = self.tokenizer.bos_token_id
+        if add_special_tokens is False or bos is None:
+            return ids
+        return ids if ids[:1] == [bos] else [bos, *ids]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of generated tokens as it stands behind a prompt.
+
+        A continuation decoded alone loses its first space with SentencePiece tokenizers, so it is decoded behind a
+        newline, which is cut off again.
+        """
+        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        text = self.tokenizer.decode([self._newline, *ids], **options)
+        return text[len(self.tokenizer.decode([self._newline], **options)) :]
+
+    def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> str:
+        return self.decode([tokens] if isinstance(tokens, int) else list(tokens))
+
+    def finish(self, ids: Sequence[int], until: Sequence[str]) -> str:
+        """What an answer of these token ids is graded as: up to its end of sequence, up to its first stop string."""
+        ends = self.stop_ids
+        length = next((place for place, token in enumerate(ids) if token in ends), len(ids))
+        text = self.decode(ids[:length])
+        cuts = [place for stop in until if stop and (place := text.find(stop)) >= 0]
+        return text[: min(cuts)] if cuts else text
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Ids that end an answer: the tokenizer's, and those of the model's generation config."""
+        config = getattr(self.model, "generation_config", None)
+        listed = getattr(config, "eos_token_id", None)
+        listed = [] if listed is None else [listed] if isinstance(listed, int) else list(listed)
+        return frozenset({*listed, self.tokenizer.eos_token_id} - {None})
+
+    # ------------------------------------------------------------------ what is asked, in fixed batches
+
+    def encode_request(self, request: Any) -> tuple[list[int], list[int]]:
+        """Context and continuation of a log-likelihood request, or prompt and nothing of a generative one."""
+        if request.request_type != "loglikelihood":
+            return self.tok_encode(request.args[0]), []
+        context, continuation = request.args[0], request.args[1]
+        if context:
+            return self._encode_pair(context, continuation)
+        return [self.prefix_token_id], self.tok_encode(continuation, add_special_tokens=False)
+
+    def batches(self, kind: str, requests: Sequence[Any]) -> list[Batch]:
+        """All requests of one kind in batches that depend on nothing but the requests."""
+        if kind == "loglikelihood_rolling":
+            return [Batch([number]) for number in range(len(requests))]
+        if kind == "generate_until":
+            return self._generation_batches(requests)
+        encoded = [self.encode_request(request) for request in requests]
+        batches = []
+        for members in _by_task(requests):
+            asked: dict[tuple[int, ...], list[tuple[int, tuple[int, ...]]]] = {}
+            for number in members:
+                context, continuation = encoded[number]
+                asked.setdefault(tuple(context + continuation[:-1]), []).append((number, tuple(continuation)))
+            rows = [Row(ids, tuple(them)) for ids, them in asked.items()]
+            batches += self._row_batches(rows)
+        return batches
+
+    def _row_batches(self, rows: list[Row]) -> list[Batch]:
+        prefix = self._common_prefix(rows) if self.share_prefix else ()
+        # Rows behind a prefix are short: more of them make a forward of about the same work.
+        size = self.batch_size if not prefix else 4 * self.batch_size
+        rows = sorted(rows, key=lambda row: (-len(row.ids), row.ids))
+        parts = [rows[start : start + size] for start in range(0, len(rows), size)]
+        return [Batch([number for row in part for number, _ in row.asked], part, prefix) for part in parts]
+
+    def _common_prefix(self, rows: list[Row]) -> tuple[int, ...]:
+        if len(rows) < 2:
+            return ()
+        first, last = min(row.ids for row in rows), max(row.ids for row in rows)
+        common = next((n for n, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+        # Every row must still read the token before its first continuation token.
+        common = min([common, *(len(row.ids) - len(c) for row in rows for _, c in row.asked)])
+        return first[:common] if common >= _SHORTEST_PREFIX else ()
+
+    def _generation_batches(self, requests: Sequence[Any]) -> list[Batch]:
+        groups: dict[str, list[int]] = {}
+        for number, request in enumerate(requests):
+            groups.setdefault(repr(sorted(request.args[1].items(), key=str)), []).append(number)
+        batches = []
+        for members in groups.values():
+            rows = [Row(tuple(self.tok_encode(requests[n].args[0])), ((n, ()),)) for n in members]
+            rows.sort(key=lambda row: (-len(row.ids), row.ids, row.asked))
+            for start in range(0, len(rows), self.batch_size):
+                part = rows[start : start + self.batch_size]
+                batches.append(Batch([row.asked[0][0] for row in part], part))
+        return batches
+
+    def answer(self, kind: str, requests: Sequence[Any], batch: Batch, repeats: Sequence[int]) -> list[Any]:
+        """Answers to the requests of a batch, in the batch's order.
+
+        repeats  of every request, which of its repeated answers this is; decides the noise of a sampled one
+        """
+        if kind == "loglikelihood_rolling":
+            return [self._rolling(requests[number].args[0]) for number in batch.requests]
+        if kind == "generate_until":
+            return self._generated(requests, batch, repeats)
+        found = self._scored(batch, requests)
+        return [found[number] for number in batch.requests]
+
+    # ------------------------------------------------------------------ forwards
+
+    @torch.inference_mode()
+    def _scored(self, batch: Batch, requests: Sequence[Any] | None = None) -> dict[int, tuple[float, bool]]:
+        """Log-probability of every continuation of a batch, and whether greedy decoding would have given it."""
+        cache, n_prefix = self._cached(batch, requests), len(batch.prefix)
+        rests = [row.ids[n_prefix:] for row in batch.rows]
+        ids, mask = self._left_padded(rests)
+        if n_prefix:
+            mask = torch.cat([mask.new_ones(len(rests), n_prefix), mask], 1)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, n_prefix:]
+        n_kept = max(len(continuation) for row in batch.rows for _, continuation in row.asked)
+        self._note(batch, requests)
+        logits = self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=cache is not None,
+            logits_to_keep=n_kept,
+        ).logits
+        logprobs = torch.log_softmax(logits.float(), dim=-1)
+        found = {}
+        for row, scores in zip(batch.rows, logprobs, strict=True):
+            for number, continuation in row.asked:
+                tail = scores[-len(continuation) :]
+                wanted = torch.tensor(continuation, device=tail.device)
+                total = float(tail.gather(1, wanted[:, None]).sum())
+                if total != total:
+                    raise ModelError(
+                        "Log-probabilities were asked for. The model's logits are not numbers (NaN). Load it in "
+                        "bfloat16 or float32, and check its weights."
+                    )
+                found[number] = (total, bool((tail.argmax(-1) == wanted).all()))
+        return found
+
+    def _cached(self, batch: Batch, requests: Sequence[Any] | None) -> Any:
+        """A key-value cache of the batch's prefix for as many rows as it has; None without a prefix."""
+        if not batch.prefix:
+            return None
+        if self._prefix[0] != batch.prefix:
+            ids = torch.tensor([batch.prefix], device=self.device)
+            self._note(batch, requests, shots=True)
+            read = self.model(input_ids=ids, use_cache=True, logits_to_keep=1)
+            self._prefix = (batch.prefix, read.past_key_values)
+        cache = DynamicCache(config=self.model.config)
+        for index, layer in enumerate(self._prefix[1].layers):
+            rows = (len(batch.rows), -1, -1, -1)
+            cache.update(layer.keys.expand(rows), layer.values.expand(rows), index)
+        return cache
+
+    def _rolling(self, text: str) -> float:
+        windows = map(
+            make_disjoint_window,
+            get_rolling_token_windows(
+                token_list=self.tok_encode(text, add_special_tokens=False),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            ),
+        )
+        rows = [Row(tuple(context + target[:-1]), ((n, tuple(target)),)) for n, (context, target) in enumerate(windows)]
+        return sum(self._scored(Batch([n], [row]))[n][0] for n, row in enumerate(rows))
+
+    def _generated(self, requests: Sequence[Any], batch: Batch, repeats: Sequence[int]) -> list[str]:
+        asked = check_sampling(requests[batch.requests[0]].args[1], self.max_gen_toks)
+        seeds = [_seed(self.seed, requests[n].args[0], repeats[n]) for n in batch.requests]
+        until, sampling = asked["until"], Sampling.of(asked, seeds)
+        ids, mask = self._left_padded([row.ids for row in batch.rows])
+        self._note(batch, requests, repeats=repeats)
+        answers = generate(self, ids, mask, max_new_tokens=asked["max_gen_toks"], until=until, sampling=sampling)
+        return [self.finish(answer, until) for answer in answers]
+
+    def _left_padded(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and mask [rows, columns]; every row ends in the last column."""
+        columns = max(map(len, rows))
+        ids = torch.zeros(len(rows), columns, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, tokens in enumerate(rows):
+            ids[row, columns - len(tokens) :] = torch.tensor(tokens)
+            mask[row, columns - len(tokens) :] = 1
+        return ids.to(self.device), mask.to(self.device)
+
+    def _note(self, batch: Batch, requests: Sequence[Any] | None, *, shots: bool = False, repeats: Any = ()) -> None:
+        if requests is None:
+            return
+        first = requests[batch.requests[0]]
+        if shots:
+            self.seen.append({"role": "shots", "task": first.task_name, "sample_id": -1, "choice": -1, "repeat": -1})
+            return
+        for row in batch.rows:
+            one = requests[row.asked[0][0]]
+            choice = one.idx if one.request_type == "loglikelihood" and len(row.asked) == 1 else -1
+            repeat = repeats[row.asked[0][0]] if len(repeats) else -1
+            self.seen.append(
+                {"role": "sample", "task": one.task_name, "sample_id": one.doc_id, "choice": choice, "repeat": repeat}
+            )
+
+    # ------------------------------------------------------------------ lm-eval's own way in
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        return self._all("loglikelihood", requests)
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        return self._all("loglikelihood_rolling", requests)
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        return self._all("generate_until", requests)
+
+    def _all(self, kind: str, requests: list[Any]) -> list[Any]:
+        repeats = repeats_of(requests)
+        found: dict[int, Any] = {}
+        for batch in self.batches(kind, requests):
+            found |= dict(zip(batch.requests, self.answer(kind, requests, batch, repeats), strict=True))
+        return [found[number] for number in range(len(requests))]
+
+
+def repeats_of(requests: Sequence[Any]) -> list[int]:
+    """Of every request, how many times the same one came before it."""
+    counts: dict[int, int] = {}
+    repeats = []
+    for request in requests:
+        repeats.append(counts.get(id(request), 0))
+        counts[id(request)] = repeats[-1] + 1
+    return repeats
+
+
+def tokenizer_of(model: Any, tokenizer: Any = None) -> Any:
+    """The tokenizer given, else the one that lies beside the model's weights.
+
+    Raises BadInput when there is none.
+    """
+    from transformers import AutoTokenizer
+
+    if tokenizer is not None:
+        return tokenizer
+    name = str(getattr(model, "name_or_path", "") or "")
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise BadInput(
+            f"The tokenizer of {name or type(model).__name__} was asked for. None could be loaded from there. "
+            "Give one by settings: EvalSettings(tokenizer=AutoTokenizer.from_pretrained(...))."
+        ) from error
+
+
+def _by_task(requests: Sequence[Any]) -> Iterator[list[int]]:
+    groups: dict[str, list[int]] = {}
+    for number, request in enumerate(requests):
+        groups.setdefault(str(request.task_name), []).append(number)
+    yield from groups.values()
+
+
+def _seed(seed: int, prompt: str, repeat: int) -> int:
+    digest = hashlib.sha256(f"{seed}\n{repeat}\n{prompt}".encode()).digest()
+    return int.from_bytes(digest[:7], "big")
+
+
+def chat_template_of(folder: str) -> Any:
+    """apply_chat_template of the tokenizer in a folder, as lm-eval calls it."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+    def apply(history: list[dict[str, str]], add_generation_prompt: bool = True) -> Any:
+        return tokenizer.apply_chat_template(
+            history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    return apply

@@ -1,0 +1,153 @@
+"""Protocols: one task file each, found by name; suites map a benchmark to one of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from mixlens.errors import BadInput
+
+# Keys of lm-eval's group files that are not keys of a task.
+_GROUP_KEYS = ("group", "group_alias", "task", "aggregate_metric_list", "metadata")
+
+
+def tasks_folder() -> Path:
+    """The folder of task files: beside the sources, or inside the installed package."""
+    package = Path(__file__).parent.parent
+    installed = package / "_tasks"
+    return installed if installed.exists() else package.parent / "evals"
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a benchmark is asked and graded: one task file.
+
+    name       of the file, such as "mmlu_5shot"
+    subjects   of a benchmark that has several tasks; those chosen, in the file's order
+    """
+
+    name: str
+    path: Path
+    subjects: tuple[str, ...] | None = field(default=None)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        from lm_eval.tasks._yaml_loader import load_yaml
+
+        return load_yaml(self.path)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """benchmark, title, primary metric, hub (key of data.HUB), chat (whether the chat template is applied)."""
+        return self.config["metadata"]
+
+    def task_configs(self) -> list[dict[str, Any]]:
+        """lm-eval's configuration of every task of this protocol; a benchmark of several is one task a subject."""
+        if "group" not in self.config:
+            return [dict(self.config)]
+        shared = {key: value for key, value in self.config.items() if key not in _GROUP_KEYS}
+        members = [m for m in self.config["task"] if self.subjects is None or m["task"] in self.subjects]
+        return [
+            {**shared, **member, "task": f"{self.name}::{member['task']}", "metadata": dict(self.about)}
+            for member in members
+        ]
+
+
+def protocol_names() -> list[str]:
+    """Names of all protocols that mixlens has a task file for."""
+    return sorted(path.stem for path in tasks_folder().glob("*.yaml") if not path.stem.startswith("_"))
+
+
+def suites() -> dict[str, dict[str, str]]:
+    """Suites by name, each mapping benchmarks to protocols."""
+    return json.loads((tasks_folder() / "suites.json").read_text("utf-8"))
+
+
+def resolve(tasks: Sequence[str], protocol: str | None = None) -> tuple[list[Protocol], list[str]]:
+    """The protocols that `tasks` name, and the names that may be lm-eval's own tasks.
+
+    tasks     names of benchmarks ("mmlu"), protocols ("mmlu_5shot"), one subject of a protocol ("mmlu_5shot::anatomy"),
+              suites ("mixtral-paper": everything in it), or tasks of lm-eval
+    protocol  a suite that says which protocol a benchmark means, or the name of a protocol of that benchmark
+
+    Raises BadInput for a benchmark that has several protocols when none is chosen, and for an unknown suite.
+    """
+    chosen: dict[str, Protocol] = {}
+    others: list[str] = []
+    names, known = protocol_names(), suites()
+    if protocol is not None and protocol not in known and protocol not in names:
+        raise BadInput(
+            f"The protocol {protocol!r} was asked for. There is no suite or protocol of that name"
+            f"{_near(protocol, [*known, *names])}. Give a suite ({', '.join(known)}) or the name of a task file."
+        )
+    for task in tasks:
+        base, _, subject = task.partition("::")
+        if base in known:
+            for name in known[base].values():
+                _add(chosen, name, None)
+        elif base in names:
+            _add(chosen, base, subject or None)
+        elif members := [name for name in names if _benchmark(name) == base]:
+            _add(chosen, _pick(base, members, protocol, known), subject or None)
+        else:
+            others.append(task)
+    return list(chosen.values()), others
+
+
+def unknown_task(name: str, lm_eval_names: Sequence[str]) -> BadInput:
+    """The error for a task that nobody knows, with names near it."""
+    known = sorted({*protocol_names(), *map(_benchmark, protocol_names()), *suites(), *lm_eval_names})
+    return BadInput(
+        f"The task {name!r} was asked for. Neither mixlens nor lm-eval has it{_near(name, known)}. "
+        "mixlens eval --list names the protocols; lm-eval's own tasks go by lm-eval's names."
+    )
+
+
+def _add(chosen: dict[str, Protocol], name: str, subject: str | None) -> None:
+    path = tasks_folder() / f"{name}.yaml"
+    protocol = Protocol(name, path)
+    if subject is not None:
+        subjects = [member["task"] for member in protocol.config.get("task", []) if isinstance(member, dict)]
+        if subject not in subjects:
+            raise BadInput(
+                f"The subject {subject!r} of {name} was asked for. {name} has no such subject"
+                f"{_near(subject, subjects)}. Give {name} for all of them."
+            )
+        before = chosen.get(name)
+        wanted = {subject, *((before.subjects or ()) if before else ())}
+        if before is not None and before.subjects is None:
+            return
+        protocol = Protocol(name, path, tuple(s for s in subjects if s in wanted))
+    chosen[name] = protocol
+
+
+def _pick(benchmark: str, members: list[str], protocol: str | None, known: dict[str, dict[str, str]]) -> str:
+    if protocol in members:
+        return str(protocol)
+    if protocol in known and benchmark in known[str(protocol)]:
+        return known[str(protocol)][benchmark]
+    if protocol is None and len(members) == 1:
+        return members[0]
+    asked = "no protocol was named" if protocol is None else f"{protocol!r} has none for it"
+    raise BadInput(
+        f"The benchmark {benchmark!r} was asked for. It has several protocols, and {asked}: scores of different "
+        f"protocols cannot be compared. Give one of {', '.join(members)}, or protocol= one of {', '.join(known)}."
+    )
+
+
+def _benchmark(name: str) -> str:
+    """The benchmark of a protocol's name, which is in its file; read as text, since importing lm-eval takes seconds."""
+    for line in (tasks_folder() / f"{name}.yaml").read_text("utf-8").splitlines():
+        if line.startswith("  benchmark:"):
+            return line.split(":", 1)[1].strip()
+    return name
+
+
+def _near(name: str, known: Sequence[str]) -> str:
+    found = get_close_matches(name, known, n=3, cutoff=0.5)
+    return f" (near: {', '.join(found)})" if found else ""

@@ -1,0 +1,243 @@
+"""evaluate: benchmarks by protocol, on lm-eval, into a run directory that resumes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from mixlens.errors import BadInput
+from mixlens.evals.answers import PARTIAL, Answers
+from mixlens.evals.data import HUB, hub_revision
+from mixlens.evals.grade import Job, Loaded, grade, key_of, load_tasks
+from mixlens.evals.log import LM_EVAL_RESULTS, RESULTS, Log
+from mixlens.runs import RunWriter, now, versions
+
+_PACKAGES = ("mixlens", "lm_eval", "torch", "transformers", "datasets", "math-verify", "sympy")
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """How an evaluation runs.
+
+    batch_size      rows of a forward
+    max_length      tokens that a prompt and its answer may have together; None is the model's context
+    max_new_tokens  of an answer, where a task does not say
+    seed            of sampled answers, and of shots where a task draws them
+    share_prefix    read the shots that a task's questions have in common once (local models)
+    tokenizer       None is the one beside the model's weights
+    progress        whether to show a progress bar
+    """
+
+    batch_size: int = 8
+    max_length: int | None = None
+    max_new_tokens: int = 1024
+    seed: int = 0
+    share_prefix: bool = True
+    tokenizer: Any = None
+    progress: bool = True
+
+
+SETTINGS = EvalSettings()
+
+
+def evaluate(
+    model: Any,
+    tasks: str | Sequence[str],
+    *,
+    protocol: str | None = None,
+    out: str | os.PathLike | None = None,
+    data: str | os.PathLike | None = None,
+    limit: int | None = None,
+    settings: EvalSettings = SETTINGS,
+) -> Log:
+    """What a model scores on benchmarks, with every sample and the protocol of each score.
+
+    model     a loaded transformers model (ml.load), an ml.Endpoint, or any model object of lm-eval's, such as its VLLM
+    tasks     benchmarks ("mmlu", "humaneval", "math"), protocols ("mmlu_5shot", or one subject of it,
+              "mmlu_5shot::anatomy"), a suite ("mixtral-paper"), or tasks of lm-eval by its names
+    protocol  which protocol a benchmark means: a suite, or a protocol's name
+    out       run directory; a stopped evaluation there goes on where it stopped, with the same scores. None keeps
+              everything in memory
+    data      folder with the benchmarks in their original formats; None loads them from the Hub
+    limit     only the first documents of every task
+
+    Checks before anything is asked (preflight): one BOS, decoding gives back what was encoded, prompts and answers fit,
+    graders pass on gold answers. Raises BadInput, saying which, when one fails; for an unknown task or protocol; and
+    for a log-likelihood task on an endpoint without log-probabilities. Raises RunError when `out` holds something else.
+    """
+    from mixlens.evals.backends import backend_of
+    from mixlens.evals.preflight import check
+
+    job, backend = _job(tasks, protocol, data, limit, settings), backend_of(model, settings)
+    with ExitStack() as stack:
+        loaded = load_tasks(job)
+        if any(loaded.chat(name) for name in loaded.tasks):
+            job = _with_tokenizer(job, backend, stack.enter_context(tempfile.TemporaryDirectory()))
+        requests = loaded.build(job, backend.chat_template)
+        plan = _plan(job, loaded, requests, backend, settings)
+        writer = None if out is None else RunWriter(out, "eval", plan)
+        if writer is not None and writer.complete:
+            return Log.open(writer.path)
+        check(backend, loaded, requests)
+        answers = Answers(None if writer is None else writer.path / PARTIAL)
+        _ask(backend, requests, answers, settings)
+        graded = grade(job, loaded, answers.by_key, backend.chat_template)
+    records = _with_correct(graded["samples"], loaded)
+    meta = {
+        "created": now(),
+        "model": backend.describe(),
+        "tasks": _about_tasks(loaded, records, graded["results"]),
+        "settings": plan["settings"] | {"limit": limit, "data": None if data is None else Path(data).name},
+        "input_sha256": plan["input_sha256"],
+        "counts": {"samples": len(records), "requests": len(requests)},
+        "versions": versions(*_PACKAGES),
+    }
+    if writer is None:
+        return Log(records, meta)
+    results = {**graded["results"], "config": {"model": meta["model"]["name"], **plan["settings"]}}
+    writer.finish(meta, {RESULTS: lambda p: _write_lines(p, records), LM_EVAL_RESULTS: lambda p: _write(p, results)})
+    (writer.path / PARTIAL).unlink(missing_ok=True)
+    return Log(records, json.loads(json.dumps(meta)), path=writer.path)
+
+
+def _job(
+    tasks: str | Sequence[str],
+    protocol: str | None,
+    data: str | os.PathLike | None,
+    limit: int | None,
+    settings: EvalSettings,
+) -> Job:
+    names = (tasks,) if isinstance(tasks, str) else tuple(tasks)
+    if not names or (limit is not None and limit < 1) or settings.batch_size < 1:
+        raise BadInput(
+            f"An evaluation of {list(names)} with limit={limit} and batch_size={settings.batch_size} was asked for. "
+            "That is nothing to evaluate. Name one task or more, and numbers from 1."
+        )
+    if data is not None and not Path(data).is_dir():
+        raise BadInput(
+            f"Benchmark data was to be read from {data}. There is no such folder. Give the folder that holds mmlu, "
+            "humaneval and so on, or leave data= out to load from the Hub."
+        )
+    return Job(names, protocol, None if data is None else str(Path(data).resolve()), limit, settings.seed)
+
+
+def _with_tokenizer(job: Job, backend: Any, folder: str) -> Job:
+    """The job with a copy of the tokenizer, for a process of its own that has to apply the chat template."""
+    backend.save_tokenizer(folder)
+    return Job(**{**job.__dict__, "tokenizer": folder})
+
+
+def _plan(job: Job, loaded: Loaded, requests: Sequence[Any], backend: Any, settings: EvalSettings) -> dict[str, Any]:
+    """Everything that decides the answers: a folder with another plan is refused, so that models cannot be mixed up."""
+    digest = hashlib.sha256()
+    for request in requests:
+        digest.update(json.dumps([request.task_name, request.doc_id, request.idx, request.args], default=str).encode())
+    kept = ("batch_size", "max_length", "max_new_tokens", "seed", "share_prefix")
+    return {
+        "model": backend.identity(),
+        "tasks": {name: None if p is None else p.name for name, p in loaded.protocols.items()},
+        "limit": job.limit,
+        "settings": {name: getattr(settings, name) for name in kept},
+        "input_sha256": digest.hexdigest(),
+        "lm_eval": versions("lm_eval").get("lm_eval"),
+    }
+
+
+def _ask(backend: Any, requests: Sequence[Any], answers: Answers, settings: EvalSettings) -> None:
+    """Every request in fixed batches; those that are answered already are left out."""
+    from mixlens.evals.model import repeats_of
+
+    kinds: dict[str, list[Any]] = {}
+    for request in requests:
+        kinds.setdefault(request.request_type, []).append(request)
+    with tqdm(
+        total=len(requests), desc="evaluate", unit="request", disable=not settings.progress, file=sys.stderr
+    ) as bar:
+        for kind, members in kinds.items():
+            repeats = repeats_of(members)
+            for index, batch in enumerate(backend.batches(kind, members)):
+                name = f"{kind}:{index}"
+                if name not in answers.done:
+                    given = backend.answer(kind, members, batch, repeats)
+                    answers.add(name, [key_of(members[n], repeats[n]) for n in batch.requests], given)
+                bar.update(len(batch.requests))
+
+
+def _with_correct(records: list[dict[str, Any]], loaded: Loaded) -> list[dict[str, Any]]:
+    for record in records:
+        metrics = record["metrics"]
+        record["correct"] = metrics.get(_primary(loaded, record["task"], list(metrics)))
+    return records
+
+
+def _primary(loaded: Loaded, task: str, metrics: Sequence[str]) -> str | None:
+    protocol = loaded.protocols[task]
+    if protocol is not None:
+        return str(protocol.about["primary"])
+    return metrics[0] if metrics else None
+
+
+def _about_tasks(loaded: Loaded, records: Sequence[dict[str, Any]], results: dict[str, Any]) -> dict[str, Any]:
+    """Of every task: benchmark, protocol, metrics and how they are averaged, and where its data is from."""
+    metrics: dict[str, list[str]] = {name: [] for name in loaded.tasks}
+    for record in records:
+        metrics[record["task"]] += [m for m in record["metrics"] if m not in metrics[record["task"]]]
+    about = {}
+    for name, task in loaded.tasks.items():
+        protocol = loaded.protocols[name]
+        words = {} if protocol is None else protocol.about
+        own = results.get("results", {}).get(name, {})
+        about[name] = {
+            "benchmark": words.get("benchmark", name),
+            "title": words.get("title", name),
+            "protocol": protocol.name if protocol else f"lm-eval {name}",
+            "version": str(task.VERSION),
+            "shots": int(task.get_config("num_fewshot") or 0),
+            "chat": loaded.chat(name),
+            "primary": _primary(loaded, name, metrics[name]),
+            "metrics": {metric: _aggregation(task, metric, own) for metric in metrics[name]},
+            "documents": len(task.eval_docs),
+            "data": _source(words.get("hub"), task),
+        }
+    return about
+
+
+def _aggregation(task: Any, metric: str, own: dict[str, Any]) -> dict[str, Any]:
+    base, _, chosen = metric.partition(",")
+    function = task.aggregation().get(base)
+    keys = [key for key in own if key.partition(",")[0] == base and (not chosen or key == metric)]
+    errors = [key for key in own if key.partition(",")[0] == f"{base}_stderr" and key.endswith(chosen)]
+    return {
+        "aggregation": getattr(function, "__name__", "mean"),
+        "higher_is_better": bool(task.higher_is_better().get(base, True)),
+        "score": own[keys[0]] if keys else None,
+        "stderr": own[errors[0]] if errors and isinstance(own[errors[0]], float) else None,
+    }
+
+
+def _source(benchmark: str | None, task: Any) -> dict[str, Any]:
+    root = (task.get_config("metadata") or {}).get("root")
+    if benchmark is None:
+        return {"from": "Hub", "repository": task.get_config("dataset_path"), "revision": None}
+    if root is not None:
+        return {"from": "folder", "repository": benchmark, "revision": None}
+    return {"from": "Hub", "repository": HUB[benchmark], "revision": hub_revision(benchmark)}
+
+
+def _write(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+
+def _write_lines(path: Path, records: Sequence[dict[str, Any]]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
