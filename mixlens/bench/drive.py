@@ -107,13 +107,22 @@ class Driver:
     async def run(self, levels: Sequence[Level], requests: int, warmup: int) -> None:
         """`requests` measured requests a level, after `warmup` for each place of a closed loop."""
         for level in levels:
-            slots = level.concurrency or 1
-            await self._closed(self._jobs(level, "warm-up", warmup * slots), slots)
-            jobs = self._jobs(level, "measured", requests)
-            if level.rate:
-                await self._open(jobs, level.due(requests, self.workload.seed))
-            else:
-                await self._closed(jobs, slots)
+            await self.warm_up(level, warmup)
+            await self.part(level, range(requests))
+
+    async def warm_up(self, level: Level, warmup: int) -> None:
+        """`warmup` requests for each place of a closed loop."""
+        slots = level.concurrency or 1
+        await self._closed(self._jobs(level, "warm-up", range(warmup * slots)), slots)
+
+    async def part(self, level: Level, numbers: range) -> None:
+        """The measured requests of these numbers; of an open loop at their times, the first one at once."""
+        jobs = self._jobs(level, "measured", numbers)
+        if level.rate:
+            due = level.due(numbers.stop, self.workload.seed)[numbers.start :]
+            await self._open(jobs, [at - due[0] for at in due])
+        else:
+            await self._closed(jobs, level.concurrency or 1)
 
     async def _closed(self, jobs: list[Job], slots: int) -> None:
         waiting = iter(jobs)
@@ -145,8 +154,8 @@ class Driver:
         self.keep(record)
         return True
 
-    def _jobs(self, level: Level, phase: str, n: int) -> list[Job]:
+    def _jobs(self, level: Level, phase: str, numbers: range) -> list[Job]:
         return [
             Job(i, level.name, phase, self.workload.prompt(next(self._number)), self.workload.output_tokens)
-            for i in range(n)
+            for i in numbers
         ]

@@ -16,9 +16,10 @@ import mixlens
 from mixlens.bench.bench import Bench
 from mixlens.bench.drive import Level
 from mixlens.bench.events import read_records
+from mixlens.bench.keeping import PARTIAL
 from mixlens.bench.prompts import Workload
 from mixlens.bench.request import Timeouts, retry_after
-from mixlens.bench.run import PARTIAL, BenchSettings, benchmark
+from mixlens.bench.run import BenchSettings, benchmark
 from mixlens.errors import BadInput, RunError
 from mixlens.models.endpoint import Endpoint
 
@@ -217,7 +218,7 @@ def test_a_killed_run_keeps_its_requests_and_is_not_gone_on_with(tmp_path, monke
 
     with serving(Script(answer())) as url:
         with monkeypatch.context() as patched:
-            patched.setattr("mixlens.bench.run._ordered", killed)
+            patched.setattr("mixlens.bench.session.ordered", killed)
             with pytest.raises(SystemExit):
                 measured(url, out=tmp_path / "run")
         assert len(list(read_records(tmp_path / "run" / PARTIAL))) == 3
@@ -230,7 +231,7 @@ def test_an_interrupt_leaves_a_run_that_opens(tmp_path, monkeypatch):
         asyncio.run(drive())
         return False
 
-    monkeypatch.setattr("mixlens.bench.run._run", interrupted)
+    monkeypatch.setattr("mixlens.bench.session._run", interrupted)
     with serving(Script(answer())) as url, pytest.raises(KeyboardInterrupt):
         measured(url, out=tmp_path / "run")
     assert "Stopped early by an interrupt" in repr(mixlens.open(tmp_path / "run"))
