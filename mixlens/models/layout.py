@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from mixlens.errors import ModelError
 from mixlens.models.demo import DEMO, demo_path
 from mixlens.models.quantize_linears import dequantized
-from mixlens.models.unfuse import UnfusedExperts
+from mixlens.models.unfuse import is_unfused
 
 # Written by transformers on saving, or about the run rather than the model.
 _VOLATILE = (
@@ -28,6 +28,20 @@ _VOLATILE = (
     "use_cache",
     "output_router_logits",
 )
+
+
+# What a module is, by the parts of its name; the first that is found holds.
+_KINDS = {
+    "experts": "experts",
+    "gate": "router",
+    "self_attn": "attention",
+    "lm_head": "head",
+    "embed_tokens": "embeddings",
+    "norm": "norms",
+    "input_layernorm": "norms",
+    "post_attention_layernorm": "norms",
+}
+KINDS = ("attention", "router", "experts", "embeddings", "head", "norms")
 
 
 @dataclass(frozen=True)
@@ -89,9 +103,10 @@ def expert_weights(layer: MoeLayer) -> tuple[torch.Tensor, torch.Tensor, torch.T
 
     Raises ModelError where they are offloaded, or held in another layout.
     """
-    if isinstance(layer.experts, UnfusedExperts) and not any(p.is_meta for p in layer.experts.parameters()):
+    experts: Any = layer.experts
+    if is_unfused(experts) and not any(p.is_meta for p in experts.parameters()):
         w1, w2, w3 = (
-            torch.stack([dequantized(getattr(expert, name)) for expert in layer.experts]) for name in ("w1", "w2", "w3")
+            torch.stack([dequantized(getattr(expert, name)) for expert in experts]) for name in ("w1", "w2", "w3")
         )
         return w1, w2, w3
     fused, down = (getattr(layer.experts, name, None) for name in ("gate_up_proj", "down_proj"))
@@ -109,7 +124,7 @@ def expert_neurons(experts: Any, expert: int, hidden: torch.Tensor) -> torch.Ten
 
     Where accelerate offloads fused experts: only inside their forward.
     """
-    if isinstance(experts, UnfusedExperts):
+    if is_unfused(experts):
         return experts[expert].neurons(hidden)
     gate, up = F.linear(hidden, experts.gate_up_proj[expert]).chunk(2, dim=-1)
     return experts.act_fn(gate) * up
@@ -117,7 +132,7 @@ def expert_neurons(experts: Any, expert: int, hidden: torch.Tensor) -> torch.Ten
 
 def expert_down(experts: Any, expert: int, neurons: torch.Tensor) -> torch.Tensor:
     """Output of one expert [n, H], before its weight, from its neurons [n, I]."""
-    if isinstance(experts, UnfusedExperts):
+    if is_unfused(experts):
         return experts[expert].w2(neurons)
     if experts.down_proj.is_meta:
         raise ModelError(
@@ -135,6 +150,12 @@ def final_scale(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     norm: Any = decoder_of(model).norm
     hidden = hidden.float()
     return norm.weight.float() * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
+
+
+def kind_of(name: str) -> str:
+    """What a module of this name is: one of KINDS, or other."""
+    parts = name.split(".")
+    return next((kind for part, kind in _KINDS.items() if part in parts), "other")
 
 
 def n_experts(model: nn.Module) -> int:

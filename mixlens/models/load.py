@@ -9,6 +9,7 @@ import tempfile
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from transformers.utils import logging
 from mixlens.errors import BadInput, ModelError
 from mixlens.models.demo import DEMO, demo_path
 from mixlens.models.layout import check_config
+from mixlens.models.packed_checkpoints import METHODS as PACKED_METHODS
+from mixlens.models.packed_checkpoints import packed_format
+from mixlens.models.quantize_load import Checkpoint, fill, finish, skeleton_of
 
 
 def load(
@@ -30,24 +34,35 @@ def load(
     dtype: str | torch.dtype | None = None,
     revision: str | None = None,
     experts: str | None = None,
-    offload_folder: str | os.PathLike | None = None,
+    quantization: str | Mapping[str, str] | None = None,
     verbose: bool = True,
 ) -> Any:
     """A Mixtral as `MixtralForCausalLM`, ready to be read from.
 
     model       a Hub id, a folder, or "demo" for the small trained model inside the package
     device_map  as in accelerate: "auto" spreads layers over GPUs, then memory, then disk; a dict names places. None is
-                "auto" where there is an accelerator, else the CPU
+                "auto" where there is an accelerator, else the CPU. Layers sent to disk are kept in a temporary folder,
+                gone with the model; the environment variable TMPDIR says where
     dtype       None is the checkpoint's own on an accelerator and float32 on a CPU
     revision    branch, tag or commit on the Hub
     experts     transformers' experts implementation; None picks the fastest for the device
-    offload_folder  where layers that device_map sends to disk are kept; None is a temporary folder, gone with the model
+    quantization  None for the weights as they are, or a scheme for attention and experts, or a mapping (below)
     verbose     show progress, and print one line on what was loaded, and how, to stderr
 
     Only safetensors are read and no code of the repository is run.
 
-    Raises ModelError when it is not a Mixtral, has a sliding window, lacks weights, cannot be reached or does not fit
-    into memory (with the bytes needed and had, before anything is loaded).
+    Schemes: nf4 and int8 (bitsandbytes; int8 is LLM.int8(), which rounds activations too), int4wo, int8wo and fp8
+    (torchao; weight-only but for fp8, which needs a GPU that has it), hqq4, hqq3 and hqq2 (HQQ). A group size of
+    one's own is written hqq2-g16. A mapping gives a scheme, or "none", to "attention", "experts", "router", "head" or
+    a pattern on module names, and later entries win: {"attention": "nf4", "experts": "hqq2", "*.layers.0.*": "none"}.
+    Routers and the head keep `dtype` unless they are named. Experts become Linears, one for each matrix, so that
+    quantization reaches them; transformers' own passes them by. Each weight is quantized as it is read, on its device,
+    so that the model never stands in memory unquantized. `mixlens.audit(model)` counts what came of it. Checkpoints
+    in GPTQ and AWQ are recognised and need no quantization=.
+
+    Raises ModelError when it is not a Mixtral, has a sliding window, lacks weights, cannot be reached, is quantized
+    already in another way, does not fit into memory (with the bytes needed and had, before anything is loaded), or
+    when a scheme's package or hardware is not here; BadInput for schemes, patterns and group sizes that cannot be.
     """
     name = str(demo_path() if model == DEMO else model)
     config = _read_config(name, revision)
@@ -55,39 +70,95 @@ def load(
     accelerated = torch.accelerator.is_available()
     device_map = device_map if device_map is not None else ("auto" if accelerated else None)
     resolved = _resolve_dtype(dtype, config, on_cpu=_places(device_map) <= {"cpu", "disk"})
-    _check_memory(str(model), config, resolved, device_map)
+    source = _Source(name, str(model), config, revision)
+    if quantization is None and _method(config) not in PACKED_METHODS:
+        loaded = _load_plain(source, device_map, resolved, verbose)
+        loaded.set_experts_implementation(_experts(loaded, experts))
+    else:
+        if experts not in (None, "eager"):
+            raise BadInput(
+                f"A quantized model was to be loaded with experts={experts!r}. Its experts are Linears of their own, "
+                "which only eager computes with. Leave experts out."
+            )
+        loaded = _load_quantized(source, device_map, resolved, quantization, verbose)
+    if verbose:
+        print(_summary(str(model), loaded), file=sys.stderr)
+    return loaded
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a model comes from, and what the caller calls it."""
+
+    name: str
+    asked: str
+    config: Any
+    revision: str | None
+
+
+def _load_plain(source: _Source, device_map: str | Mapping[str, Any] | None, dtype: torch.dtype, verbose: bool) -> Any:
+    _check_memory(source.asked, bytes_needed(source.config, dtype), dtype, device_map)
     options: dict[str, Any] = {
-        "dtype": resolved,
-        "revision": revision,
+        "dtype": dtype,
+        "revision": source.revision,
         "use_safetensors": True,
         "trust_remote_code": False,
     }
     temporary = None
     if device_map not in (None, "cpu"):  # only then can layers go to disk
-        temporary = tempfile.mkdtemp(prefix="mixlens-offload-") if offload_folder is None else None
-        options["offload_folder"] = temporary or offload_folder
+        options["offload_folder"] = temporary = tempfile.mkdtemp(prefix="mixlens-offload-")
     try:
         with _progress_bar(shown=verbose):
             read: Any = AutoModelForCausalLM.from_pretrained(
-                name, config=config, device_map=device_map, output_loading_info=True, **options
+                source.name, config=source.config, device_map=device_map, output_loading_info=True, **options
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
-        raise _weights_error(str(model), error) from error
+        raise _weights_error(source.asked, error) from error
     loaded, info = read
     if temporary is not None:
         weakref.finalize(loaded, shutil.rmtree, temporary, ignore_errors=True)
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
-            f"{model} was to be loaded. Its checkpoint lacks {len(missing)} weights ({', '.join(missing[:3])} ...); "
-            "transformers would leave them random. Complete the checkpoint, or download it again."
+            f"{source.asked} was to be loaded. Its checkpoint lacks {len(missing)} weights "
+            f"({', '.join(missing[:3])} ...); transformers would leave them random. Complete the checkpoint, or "
+            "download it again."
         )
-    loaded.eval()
-    loaded.set_experts_implementation(_experts(loaded, experts))
-    if verbose:
-        print(_summary(str(model), loaded), file=sys.stderr)
-    return loaded
+    return loaded.eval()
+
+
+def _load_quantized(
+    source: _Source,
+    device_map: str | Mapping[str, Any] | None,
+    dtype: torch.dtype,
+    quantization: str | Mapping[str, str] | None,
+    verbose: bool,
+) -> Any:
+    held = _method(source.config)
+    if held is not None and quantization not in (None, held):
+        raise ModelError(
+            f"{source.asked} was to be loaded with quantization={quantization!r}. It is quantized already, by {held}. "
+            "Leave quantization out, or give the checkpoint that it was made from."
+        )
+    try:
+        checkpoint = Checkpoint.find(source.name, source.revision)
+        packed = None
+        if held is not None:
+            packed = packed_format(source.asked, dict(source.config.quantization_config), list(checkpoint.tensors))
+        skeleton = skeleton_of(source.config, quantization if held is None else None, dtype, packed)
+        _check_memory(source.asked, skeleton.bytes_needed, dtype, device_map)
+        return finish(
+            fill(skeleton, checkpoint, skeleton.places(device_map), verbose=verbose), source.name, source.revision
+        )
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise _weights_error(source.asked, error) from error
+
+
+def _method(config: Any) -> str | None:
+    """What a checkpoint is quantized by already, as its config says."""
+    held = getattr(config, "quantization_config", None) or {}
+    return str(dict(held).get("quant_method", "an unknown method")).lower() if held else None
 
 
 def bytes_needed(config: Any, dtype: torch.dtype) -> int:
@@ -160,7 +231,7 @@ def _resolve_dtype(dtype: str | torch.dtype | None, config: Any, *, on_cpu: bool
     return resolved
 
 
-def _check_memory(name: str, config: Any, dtype: torch.dtype, device_map: str | Mapping[str, Any] | None) -> None:
+def _check_memory(name: str, needed: int, dtype: torch.dtype, device_map: str | Mapping[str, Any] | None) -> None:
     """Compare what the weights need with what is free where they may go; disk counts as endless."""
     places = _places(device_map)
     if "disk" in places:
@@ -177,7 +248,6 @@ def _check_memory(name: str, config: Any, dtype: torch.dtype, device_map: str | 
     had = {f"cuda:{index}": torch.cuda.mem_get_info(index)[0] for index in gpus}
     if spread or "cpu" in places:
         had["cpu"] = psutil.virtual_memory().available
-    needed = bytes_needed(config, dtype)
     if had and needed > sum(had.values()):
         free = ", ".join(f"{place} {amount / 2**30:.1f} GiB" for place, amount in had.items())
         raise ModelError(

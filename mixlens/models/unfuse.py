@@ -1,4 +1,4 @@
-"""Experts with one Linear for each matrix, so that every quantizer of Linears reaches them."""
+"""Experts with one Linear for each matrix, so that every quantizer of Linears reaches them; routers likewise."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import use_experts_implementation
+
+from mixlens.models.quantize_linears import dequantized
 
 
 class Expert(nn.Module):
@@ -53,6 +55,29 @@ class UnfusedExperts(nn.ModuleList):
         return output
 
 
+def is_unfused(experts: Any) -> bool:
+    return isinstance(experts, UnfusedExperts)
+
+
+class QuantizedRouter(nn.Module):
+    """transformers' router over a quantized Linear."""
+
+    def __init__(self, linear: nn.Module, top_k: int) -> None:
+        super().__init__()
+        self.linear, self.top_k = linear, top_k
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """[E, H], as it computes."""
+        return dequantized(self.linear)
+
+    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(logits [T, E], weights [T, k] float32, chosen experts [T, k])."""
+        logits = self.linear(hidden.flatten(0, -2))
+        weights, ids = torch.topk(logits.float().softmax(-1), self.top_k, dim=-1)
+        return logits, weights / weights.sum(-1, keepdim=True), ids
+
+
 def unfuse(model: Any) -> Any:
     """Turn the experts of a loaded, unquantized Mixtral into Linears, layer by layer and in place; gives the model.
 
@@ -60,13 +85,14 @@ def unfuse(model: Any) -> Any:
     """
     for layer in model.model.layers:
         fused = layer.mlp.experts
-        if isinstance(fused, UnfusedExperts):
+        if is_unfused(fused):
             continue
         with torch.device("meta"):
             experts = UnfusedExperts(model.config)
-        for number, expert in enumerate(experts):
+        for number in range(model.config.num_local_experts):
             w1, w3 = fused.gate_up_proj.detach()[number].chunk(2)
-            for linear, weight in ((expert.w1, w1), (expert.w2, fused.down_proj.detach()[number]), (expert.w3, w3)):
+            for name, weight in (("w1", w1), ("w2", fused.down_proj.detach()[number]), ("w3", w3)):
+                linear = experts.get_submodule(f"{number}.{name}")
                 linear.weight = nn.Parameter(weight.clone(), requires_grad=fused.down_proj.requires_grad)
         layer.mlp.experts = experts.train(model.training)
     model.set_experts_implementation("eager")
