@@ -35,6 +35,14 @@ def tiny_mixtral(shape: str = "8x7b", seed: int = 0, **changes: object) -> Mixtr
     return MixtralForCausalLM(config).eval()
 
 
+def matrices_of(experts, expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """w1 and w3 [I, H] and w2 [H, I] of one expert, fused or with Linears of its own."""
+    if hasattr(experts, "gate_up_proj"):
+        w1, w3 = experts.gate_up_proj.detach()[expert].chunk(2)
+        return w1, w3, experts.down_proj.detach()[expert]
+    return tuple(getattr(experts[expert], name).weight.detach() for name in ("w1", "w3", "w2"))
+
+
 class Letters:
     """A tokenizer of single letters: token id = code point, BOS in front."""
 

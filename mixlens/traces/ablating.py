@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from transformers import DynamicCache
 
 from mixlens.models.layout import decoder_of, input_device, moe_layers, n_experts, only_layers
+from mixlens.traces.editing import refuse_partial
 from mixlens.traces.edits import ablate, edit
 from mixlens.traces.hooks import Tap
 from mixlens.traces.logprobs import score
@@ -48,6 +50,8 @@ class Ablator:
     An ablation in layer l leaves everything below l as it is, so hidden states are kept and only the layers above run
     again; in layer l itself only the tokens that chose the expert do. Rows without such a token are not run at all,
     and tokens before the first such token keep their value.
+
+    Raises BadInput under edits of single tokens or of the residual stream, which kept hidden states would not follow.
     """
 
     def __init__(
@@ -59,10 +63,16 @@ class Ablator:
         self.n_experts = n_experts(model)
         sites = [Site(name) for name in ("attn_out", "moe_in", "resid_post")]
         self._signals = parse_signals(sites, len(self.moe_layers))
+        self._columns = 0
+        refuse_partial(model)
 
     @torch.inference_mode()
     def measure(self, sequences: list[np.ndarray], batch_tokens: int) -> Costs:
-        """Costs of whole sequences, read in batches of about `batch_tokens`, in their order."""
+        """Costs of whole sequences, in their order, read in batches of about `batch_tokens`.
+
+        A longer sequence is read in chunks of that size, with a key-value cache.
+        """
+        self._columns = batch_tokens
         shape = (len(sequences), len(self.layers), self.n_experts)
         lengths = np.array([len(ids) for ids in sequences])
         costs = Costs(
@@ -109,10 +119,10 @@ class Ablator:
         """(layer, what the Tap saw in it), the input of each layer being the output of the one before."""
         with closing(Tap(self.model, self._signals)) as tap:
             for layer in self.moe_layers:
-                tap.listening = True
-                self._run(hidden, layer.index, layer.index + 1)
-                tap.listening = False
-                raw: Any = tap.take()
+                seen = []
+                for _ in self._chunks(hidden, layer.index, layer.index + 1, tap):
+                    seen.append(tap.take())
+                raw: Any = seen[0] if len(seen) == 1 else _joined(seen)
                 raw["resid_pre"] = {layer.index: hidden}
                 yield layer.index, raw
                 hidden = raw["resid_post"][layer.index]
@@ -144,10 +154,23 @@ class Ablator:
         found[reached.numpy()] = self._value(states[reached.to(states.device)], target[rows][reached])
         values[rows.numpy()] = found
 
-    def _run(self, hidden: torch.Tensor, start: int, stop: int | None = None) -> torch.Tensor:
+    def _run(self, hidden: torch.Tensor, start: int) -> torch.Tensor:
         """[row, column, H] after the layers from `start` on and the last norm."""
-        with only_layers(self.model, start, len(self.moe_layers) if stop is None else stop):
-            return decoder_of(self.model)(inputs_embeds=hidden, use_cache=False).last_hidden_state
+        parts = list(self._chunks(hidden, start, len(self.moe_layers)))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def _chunks(self, hidden: torch.Tensor, start: int, stop: int, tap: Tap | None = None) -> Iterator[torch.Tensor]:
+        """[row, columns, H] after layers `start` to `stop` - 1 and the last norm, chunk by chunk; `tap` listens."""
+        long = hidden.shape[1] > self._columns
+        cache = _CacheFrom(start) if long else None
+        with only_layers(self.model, start, stop):
+            for chunk in hidden.split(self._columns if long else hidden.shape[1], dim=1):
+                if tap is not None:
+                    tap.listening = True
+                output = decoder_of(self.model)(inputs_embeds=chunk, past_key_values=cache, use_cache=long)
+                if tap is not None:
+                    tap.listening = False
+                yield output.last_hidden_state
 
     def _value(self, states: torch.Tensor, target: torch.Tensor) -> np.ndarray:
         if not len(target):
@@ -159,3 +182,25 @@ class Ablator:
             logits = self.model.lm_head(states[start : start + _ROWS]).float()
             parts.append(self.metric(logits, target[start : start + _ROWS].to(logits.device)).double().cpu())
         return torch.cat(parts).numpy()
+
+
+class _CacheFrom(DynamicCache):
+    """A key-value cache of the layers from `start` on, which alone run."""
+
+    def __init__(self, start: int) -> None:
+        super().__init__()
+        self.start = start
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *rest: Any, **more: Any):  # type: ignore[override]
+        return super().update(key_states, value_states, layer_idx - self.start, *rest, **more)
+
+
+def _joined(seen: list[Any]) -> dict[str, dict[int, torch.Tensor]]:
+    """What was seen of the chunks of one row, as of one forward: gates [T, ...], sites [1, T, H]."""
+    return {
+        name: {
+            layer: torch.cat([raw[name][layer] for raw in seen], dim=0 if name in ("expert_id", "weight") else 1)
+            for layer in values
+        }
+        for name, values in seen[0].items()
+    }

@@ -159,6 +159,18 @@ def refuse_rows(model: nn.Module) -> None:
             )
 
 
+def refuse_partial(model: nn.Module) -> None:
+    """Raises BadInput when an edit means single tokens or the residual stream, for who runs layers one by one."""
+    editing = vars(model).get(_ATTRIBUTE)
+    for one in () if editing is None else editing.active:
+        if not one.everywhere or _stage(one.edit) in ("resid_pre", "resid_post"):
+            raise BadInput(
+                f"Every expert was to be ablated under {one.edit!r}. That edit means single tokens or the residual "
+                "stream, and layers are run one by one from kept hidden states, which would miss it. Ablate under "
+                "edits of all tokens, or run the model yourself under both edits."
+            )
+
+
 def _stage(edit: Edit) -> str:
     if isinstance(edit, Patch):
         return "experts" if edit.site in PATCHED_EXPERTS else edit.site

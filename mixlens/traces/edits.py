@@ -183,8 +183,7 @@ def replay(trace: Trace, *, weights: bool = False, layers: Numbers | None = None
 def patch(site: str, values: Any, *, layer: int, expert: int | None = None, where: Where = EVERYWHERE) -> Edit:
     """Activations put in place of the model's own: activation patching, also of single experts.
 
-    site    resid_pre, resid_post, attn_out, moe_in, moe_out, expert_out (before the weight), or expert_neurons (which
-            needs the weights at hand: not for offloaded or unfused experts)
+    site    resid_pre, resid_post, attn_out, moe_in, moe_out, expert_out (before the weight), or expert_neurons
     values  [hidden]: the same for every token meant. [n, hidden]: one for each of where.positions, in any row. An
             xarray as Trace.activations(site) gives it: to each row, as a Recorder would number it, and position its
             own; positions without a value are left as they are. For sites of experts without `expert`, [slot,
@@ -193,7 +192,12 @@ def patch(site: str, values: Any, *, layer: int, expert: int | None = None, wher
 
     Raises BadInput when site or shapes do not fit.
     """
-    known = [name for name in SITES if name != "expert_norm"]  # a norm does not say what to put in its place
+    known = [name for name in SITES if name != "expert_norm"]
+    if site == "expert_norm":
+        raise BadInput(
+            "expert_norm was to be patched. A norm does not say which output of that norm to put in its place. Patch "
+            "expert_out: with recorded outputs scaled to the norm, for one."
+        )
     if site not in known:
         raise BadInput(f"{site!r} was to be patched. Sites to patch are {', '.join(known)}. Give one of them.")
     if expert is not None and site not in PATCHED_EXPERTS:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import xarray as xr
+from accelerate.utils import align_module_device
 from torch import nn
 
 from mixlens.errors import BadInput
@@ -65,7 +66,7 @@ def forget_replaced(experts: nn.Module) -> None:
 def hook_experts(layer: MoeLayer, edits: list[Any]) -> list[Any]:
     """Hooks that take replaced slots out of the experts' sum and add what stands for them; gives their handles.
 
-    Needs no weights, except for patches of neurons: works whatever the layout of experts, quantized or offloaded.
+    Works whatever the layout of experts, quantized or offloaded; patches of neurons alone need the weights.
     """
 
     def before(module: nn.Module, args: tuple) -> tuple:
@@ -73,9 +74,10 @@ def hook_experts(layer: MoeLayer, edits: list[Any]) -> list[Any]:
         replaced = Replaced(torch.zeros_like(ids, dtype=torch.bool), weights)
         for active in edits:
             hit, value = active.edit.replace(layer, ids, active.rows_on(ids.device), active.index)
-            replaced.put(hit, value, hidden)
             if isinstance(active.edit, Patch) and active.edit.site == "expert_neurons":
-                replaced.neurons.append((hit, active.edit.slots(ids, active.index)))
+                replaced.neurons.append((hit, value))
+                value = _down(layer, ids, hit, value.to(hidden.dtype), hidden.shape[-1])
+            replaced.put(hit, value, hidden)
         setattr(module, _REPLACED, replaced)
         return hidden, ids, weights.masked_fill(replaced.hit, 0), *rest
 
@@ -208,8 +210,7 @@ class Patch:
     def replace(self, layer: MoeLayer, ids: torch.Tensor, rows: Rows, index: Any) -> tuple[torch.Tensor, Any]:
         hit = torch.ones_like(ids, dtype=torch.bool) if self.expert is None else ids == self.expert
         hit = hit if rows is None else hit & rows[:, None]
-        values = self.slots(ids, index)
-        return hit, _down(layer, ids, hit, values) if self.site == "expert_neurons" else values
+        return hit, self.slots(ids, index)
 
     def check(self, hidden: int, neurons: int, top_k: int) -> None:
         """Raises BadInput unless the values have the shape of the site."""
@@ -223,13 +224,14 @@ class Patch:
             )
 
 
-def _down(layer: MoeLayer, ids: torch.Tensor, hit: torch.Tensor, neurons: torch.Tensor) -> torch.Tensor:
+def _down(layer: MoeLayer, ids: torch.Tensor, hit: torch.Tensor, neurons: torch.Tensor, width: int) -> torch.Tensor:
     """[T, k, H], what the chosen experts' w2 makes of these neurons, where they are hit."""
-    neurons = neurons.to(layer.gate.weight.dtype).expand(*ids.shape, -1)
-    value = neurons.new_zeros((*ids.shape, layer.gate.weight.shape[1]))
-    for expert in ids[hit].unique().tolist():
-        token, slot = torch.where(hit & (ids == expert))
-        value[token, slot] = expert_down(layer.experts, expert, neurons[token, slot])
+    neurons = neurons.expand(*ids.shape, -1)
+    value = neurons.new_zeros((*ids.shape, width))
+    with align_module_device(layer.experts):  # fused weights that accelerate offloads are here in their forward only
+        for expert in ids[hit].unique().tolist():
+            token, slot = torch.where(hit & (ids == expert))
+            value[token, slot] = expert_down(layer.experts, expert, neurons[token, slot])
     return value
 
 

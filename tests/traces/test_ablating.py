@@ -95,6 +95,42 @@ def test_batches_make_no_difference(net, sequences):
     np.testing.assert_array_equal(one.chosen, other.chosen)
 
 
+@pytest.mark.parametrize("batch_tokens", [5, 4])
+def test_a_long_sequence_is_read_in_chunks(net, sequences, batch_tokens):
+    forwards, long = [], sequences[2:4]
+    handle = net.model.register_forward_pre_hook(
+        lambda _m, _a, kwargs: forwards.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    chunked = Ablator(net, [0, 2, 3], how="reroute").measure(long, batch_tokens=batch_tokens)
+    handle.remove()
+    assert max(forwards) == batch_tokens
+    whole = Ablator(net, [0, 2, 3], how="reroute").measure(long, batch_tokens=1000)
+    np.testing.assert_allclose(chunked.value, whole.value, atol=1e-4)
+    np.testing.assert_allclose(chunked.change, whole.change, atol=1e-4)
+    np.testing.assert_array_equal(chunked.chosen, whole.chosen)
+
+
+def test_maps_under_other_edits_are_those_of_forwards_under_both(net, sequences):
+    outer = [
+        ml.edits.temperature(0.5),
+        ml.edits.ablate(1, 2, how="zero"),
+        ml.edits.patch("attn_out", MEANS[0, 0].values, layer=2),
+    ]
+    with ml.edit(net, *outer):
+        costs = Ablator(net, [1, 2], how="reroute").measure(sequences[:1], batch_tokens=30)
+        whole = plain(net, sequences[0], loss)
+        for place, layer in enumerate((1, 2)):
+            for expert in range(8):
+                without = plain(net, sequences[0], loss, ml.edits.ablate(layer, expert))
+                assert costs.change[0, place, expert] == pytest.approx(without - whole, abs=1e-4)
+    some = ml.edits.forbid(1, 1, where=ml.edits.Where(positions=range(3)))
+    stream = ml.edits.patch("resid_post", torch.zeros(32), layer=1)
+    for refused in (some, stream):
+        with pytest.raises(ml.BadInput, match="under both edits"), ml.edit(net, refused):  # noqa: PT012
+            net(torch.from_numpy(sequences[0])[None])
+            Ablator(net, [1], how="reroute")
+
+
 def test_a_model_comes_back_as_it_was(net, sequences):
     layers, ids = net.model.layers, torch.from_numpy(sequences[2])[None]
     with torch.no_grad():

@@ -7,18 +7,19 @@ import math
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_mixtral
+from tiny import matrices_of, tiny_mixtral
 
 import mixlens as ml
 from mixlens import edits
+from mixlens.models.unfuse import unfuse
 from mixlens.traces.conditions import Where
 
 LAYER, EXPERTS, K = 1, 8, 2
 
 
-@pytest.fixture(scope="module")
-def net():
-    return tiny_mixtral()
+@pytest.fixture(scope="module", params=["fused", "unfused"])
+def net(request):
+    return unfuse(tiny_mixtral()) if request.param == "unfused" else tiny_mixtral()
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +64,9 @@ def block(moe, hidden: torch.Tensor, decide):
         logits = [float(w.detach().double() @ x) for w in moe.gate.weight]
         chosen[t] = decide(logits, t)
         for expert, weight in chosen[t].items():
-            w1, w3 = moe.experts.gate_up_proj[expert].double().chunk(2)
+            w1, w3, w2 = (matrix.double() for matrix in matrices_of(moe.experts, expert))
             gate = w1 @ x
-            out[t] += weight * (moe.experts.down_proj[expert].double() @ (gate * torch.sigmoid(gate) * (w3 @ x)))
+            out[t] += weight * (w2 @ (gate * torch.sigmoid(gate) * (w3 @ x)))
     return out.reshape(hidden.shape), chosen
 
 

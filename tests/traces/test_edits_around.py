@@ -225,7 +225,7 @@ REFUSED = {
     "layers of a replay": (lambda t: edits.replay(t.select(layers=[0, 1])), r"The trace has layers \[0, 1\]"),
     "part of a replay": (lambda t: edits.replay(t.select(positions=(2, 4))), "lack tokens"),
     "site": (lambda _: edits.patch("resid", torch.zeros(32), layer=1), "Sites to patch are resid_pre"),
-    "norm": (lambda _: edits.patch("expert_norm", torch.zeros(32), layer=1), "Sites to patch are"),
+    "norm": (lambda _: edits.patch("expert_norm", torch.zeros(32), layer=1), "A norm does not say .* Patch expert_out"),
     "shape": (lambda _: edits.patch("moe_out", torch.zeros(31), layer=1), r"shape \[31\]. The site has \[32\]"),
     "slots": (
         lambda _: edits.patch("expert_out", torch.zeros(3, 32), layer=1),

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from tiny import tiny_mixtral
+from accelerate import dispatch_model
+from tiny import matrices_of, tiny_mixtral
 
 import mixlens as ml
 from mixlens import BadInput, ModelError, edits
+from mixlens.models.unfuse import unfuse
 from mixlens.traces.conditions import Where
 
 LAYER = 1
@@ -18,9 +20,9 @@ OTHER = torch.randint(3, 128, (2, 9), generator=torch.Generator().manual_seed(3)
 SITES = ("resid_pre", "resid_post", "attn_out", "moe_in", "moe_out", "expert_out", "expert_neurons")
 
 
-@pytest.fixture(scope="module")
-def net():
-    return tiny_mixtral()
+@pytest.fixture(scope="module", params=["fused", "unfused"])
+def net(request):
+    return unfuse(tiny_mixtral()) if request.param == "unfused" else tiny_mixtral()
 
 
 def forward(model, ids, *chosen, sites=SITES):
@@ -37,8 +39,8 @@ def outputs_of_experts(moe, hidden, ids, weights, change):
     out = torch.zeros(len(ids), hidden.shape[-1])
     for t in range(len(ids)):
         for expert, weight in zip(ids[t].tolist(), weights[t].tolist(), strict=True):
-            gate, up = (moe.experts.gate_up_proj[expert].detach() @ hidden[t]).chunk(2)
-            value = moe.experts.down_proj[expert].detach() @ (torch.nn.functional.silu(gate) * up)
+            w1, w3, w2 = matrices_of(moe.experts, expert)
+            value = w2 @ (torch.nn.functional.silu(w1 @ hidden[t]) * (w3 @ hidden[t]))
             out[t] += weight * change(expert, t, value)
     return out
 
@@ -130,7 +132,7 @@ def test_neurons_of_one_expert_against_its_down_projection(net):
     _, trace = forward(net, CLEAN, edits.patch("expert_neurons", neurons, layer=LAYER, expert=3))
     chose = trace.read("expert_id")[:, LAYER] == 3
     assert chose.any()
-    down = net.model.layers[LAYER].mlp.experts.down_proj[3].detach() @ neurons
+    down = matrices_of(net.model.layers[LAYER].mlp.experts, 3)[2] @ neurons
     outputs, kept = (trace.activations(site).sel(layer=LAYER).values for site in ("expert_out", "expert_neurons"))
     np.testing.assert_allclose(outputs[chose], np.broadcast_to(down, outputs[chose].shape), atol=1e-5)
     np.testing.assert_array_equal(kept[chose], np.broadcast_to(neurons, kept[chose].shape))
@@ -138,6 +140,19 @@ def test_neurons_of_one_expert_against_its_down_projection(net):
     torch.testing.assert_close(
         forward(net, CLEAN, edits.patch("expert_neurons", neurons, layer=LAYER, expert=3))[0], same
     )
+
+
+@pytest.mark.parametrize("layout", [lambda net: net, unfuse], ids=["fused", "unfused"])
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_neurons_of_offloaded_experts(tmp_path, place, layout):
+    patch = edits.patch("expert_neurons", torch.linspace(-1, 1, 64), layer=LAYER, expert=3)
+    expected, trace = forward(layout(tiny_mixtral()), CLEAN, patch)
+    places = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    places |= {f"model.layers.{i}": place if i == LAYER else "cpu" for i in range(4)}
+    net = dispatch_model(layout(tiny_mixtral()), places, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
+    logits, found = forward(net, CLEAN, patch)
+    assert torch.equal(logits, expected)
+    np.testing.assert_array_equal(found.activations("expert_out"), trace.activations("expert_out"))
 
 
 def test_neurons_need_the_weights():
