@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -99,3 +105,49 @@ def test_a_map_by_domain_with_a_metric_of_ones_own(net):
 def test_unknown_layers(net):
     with pytest.raises(BadInput, match="layers 0 to 3"):
         measure(net, ablation=Ablation(layers=[2, 4]))
+
+
+SHARE = """
+import sys
+sys.path[:0] = {paths!r}
+from tiny import Letters, tiny_mixtral
+from test_importance_maps import DOCUMENTS, SETTINGS
+import mixlens as ml
+
+common = dict(tokenizer=Letters(), settings=SETTINGS)
+model = tiny_mixtral()
+ml.measure_importance(model, DOCUMENTS, out={out!r} + "/importance", **common)
+ml.measure_topk(model, DOCUMENTS, out={out!r} + "/topk", ks=[1, 2], **common)
+found = ml.expert_contributions(model, DOCUMENTS, out={out!r} + "/contributions", **common)
+assert len(set(found.document_id.values)) == len(DOCUMENTS)  # every process has the whole
+"""
+
+
+def files_of(run: Path) -> dict[str, bytes]:
+    """Bytes of every file, times in meta.json aside."""
+    files = {path.name: path.read_bytes() for path in run.iterdir()}
+    meta = json.loads(files["meta.json"])
+    del meta["created"]
+    return {**files, "meta.json": json.dumps(meta).encode()}
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_runs_of_one(tmp_path):
+    for name, launcher in {
+        "one": (),
+        "two": ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"),
+    }.items():
+        script = tmp_path / f"{name}.py"
+        script.write_text(SHARE.format(paths=[str(Path(__file__).parent)], out=str(tmp_path / name)))
+        done = subprocess.run(
+            [sys.executable, *launcher, str(script)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+    for kind in ("importance", "topk", "contributions"):
+        one, two = (files_of(tmp_path / name / kind) for name in ("one", "two"))
+        assert len([name for name in one if name.startswith(f"{kind}-")]) > 1
+        assert one == two
