@@ -19,6 +19,7 @@ from mixlens.stats.bootstrap import DEFAULT, Bootstrap
 from mixlens.stats.counts import By
 from mixlens.stats.flips import flips, flips_by_margin
 from mixlens.stats.next_tokens import next_tokens
+from mixlens.stats.overview import row, shown
 from mixlens.traces.trace import Trace
 
 _OTHERS = {Log: ("mixlens.evals.paired", "compare_logs"), Bench: ("mixlens.bench.comparison", "compare_benches")}
@@ -64,15 +65,24 @@ class Comparison:
     tokens differ, naming the first difference.
     """
 
-    def __init__(self, a: Trace, b: Trace, *, bootstrap: Bootstrap = DEFAULT) -> None:
+    kind = "comparison"
+
+    def __init__(
+        self, a: Trace, b: Trace, *, names: tuple[str, str] | None = None, bootstrap: Bootstrap = DEFAULT
+    ) -> None:
         a.require("compare", "expert_id")
         b.require("compare", "expert_id")
         same_shape(a, b)
         same_tokenizer(a.vocabulary, b.vocabulary)
         self.a, self.b, self.bootstrap = a, b, bootstrap
-        self.names = _names(a, b)
+        self.names = _names(a, b) if names is None else names
         self._kept: dict[Any, xr.Dataset] = {}
         self.flips()  # goes through both: different tokens are found here
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """Where both come from."""
+        return {"model": {"name": " and ".join(self.names)}, "a": self.a.meta, "b": self.b.meta}
 
     def agreement(self, *, by: By = None) -> xr.Dataset:
         """As stats.agreement: same first expert, shared experts, Jensen-Shannon divergence [*by, layer, measure]."""
@@ -114,25 +124,30 @@ class Comparison:
 
         Returns  DataFrame  estimate, ci_low, ci_high, unit, n (tokens); NaN for what the traces lack signals for
         """
-        found = self.flips().estimate
-        last, worst = found.layer.values[-1], found.layer.values[int(found.sel(measure="changed").argmax("layer"))]
+        changed = self.flips().estimate.sel(measure="changed")
+        worst = changed.layer.values[int(changed.argmax("layer"))]
+        every = self.flips()
         rows = {
-            f"other experts in layer {found.layer.values[0]}": _row(self.flips(), layer=found.layer.values[0]),
-            f"other experts in layer {worst}, the most of any": _row(self.flips(), layer=worst),
-            f"other experts in some layer up to {last}": _row(self.flips(), "so_far", layer=last),
+            "other experts in the first layer": row(every.isel(layer=0).sel(measure="changed"), "fraction"),
+            f"other experts in layer {worst}, the most of any": row(
+                every.sel(layer=worst, measure="changed"), "fraction"
+            ),
+            "other experts in some layer": row(every.isel(layer=-1).sel(measure="so_far"), "fraction"),
         }
         if "logprob" in self.a.signals and "logprob" in self.b.signals:
             data = self.next_tokens()
-            rows |= {
-                f"perplexity of {self.names[0]}": _row(data, "perplexity_a", ""),
-                f"perplexity of {self.names[1]}": _row(data, "perplexity_b", ""),
-                "loss, second less first": _row(data, "loss_difference", "nats a token"),
-                "same most probable next token": _row(data, "same_top", "fraction"),
-                "KL(first || second), at least": _row(data, "kl_at_least", "nats a token"),
+            asked = {
+                f"perplexity of {self.names[0]}": ("perplexity_a", ""),
+                f"perplexity of {self.names[1]}": ("perplexity_b", ""),
+                "loss, second less first": ("loss_difference", "nats a token"),
+                "same most probable next token": ("same_top", "fraction"),
+                "KL(first || second), at least": ("kl_at_least", "nats a token"),
             }
+            rows |= {name: row(data.sel(measure=measure), unit) for name, (measure, unit) in asked.items()}
         return pd.DataFrame.from_dict(rows, orient="index")
 
-    def _title(self) -> str:
+    def title(self) -> str:
+        """What is compared, and on what."""
         n = self.flips()
         return (
             f"{self.names[0]} and {self.names[1]}: {int(n.n):,} tokens of {int(n.n_documents):,} documents; "
@@ -140,29 +155,11 @@ class Comparison:
         )
 
     def __repr__(self) -> str:
-        return f"{self._title()}\n{_shown(self.overview()).to_string()}"
+        return f"{self.title()}\n{shown(self.overview()).to_string()}"
 
     def _repr_html_(self) -> str:
         lacking = "".join(f"<div>{html.escape(text)}</div>" for text in self.missing().values())
-        return f"<div><p>{html.escape(self._title())}</p>{_shown(self.overview()).to_html(escape=True)}{lacking}</div>"
-
-
-def _row(data: xr.Dataset, measure: str = "changed", unit: str = "fraction", layer: Any = None) -> dict[str, Any]:
-    cell = data.sel(measure=measure) if layer is None else data.sel(measure=measure, layer=layer)
-    return {name: float(cell[name]) for name in ("estimate", "ci_low", "ci_high")} | {"unit": unit, "n": int(cell.n)}
-
-
-def _shown(overview: pd.DataFrame) -> pd.DataFrame:
-    def text(row: pd.Series) -> str:
-        if row.estimate != row.estimate:
-            return "not available"
-        scale, sign = (100, " %") if row.unit == "fraction" else (1, f" {row.unit}".rstrip())
-        numbers = [f"{scale * row[name]:.4g}" for name in ("estimate", "ci_low", "ci_high")]
-        return f"{numbers[0]}{sign}" + (
-            f" [{numbers[1]}, {numbers[2]}]" if row.ci_low == row.ci_low else " [no interval]"
-        )
-
-    return pd.DataFrame({"": overview.apply(text, axis=1), "n": overview["n"]})
+        return f"<div><p>{html.escape(self.title())}</p>{shown(self.overview()).to_html(escape=True)}{lacking}</div>"
 
 
 def _kind(run: Any) -> str:

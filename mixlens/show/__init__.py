@@ -1,6 +1,7 @@
 """Figures of routing statistics: each takes a Dataset and `ax=`, and returns the Axes; grids return a Figure."""
 
 from mixlens.show import view
+from mixlens.show.comparison import expert_errors, flips_by_layer, flips_by_margin, quality_split
 from mixlens.show.contributing import (
     contribution,
     contribution_by_domain,
@@ -21,9 +22,12 @@ __all__ = [
     "contribution_by_domain",
     "contributions",
     "entropy",
+    "expert_errors",
     "expert_share",
     "expert_share_grid",
     "facet",
+    "flips_by_layer",
+    "flips_by_margin",
     "importance",
     "importance_against_share",
     "importance_by_domain",
@@ -31,6 +35,7 @@ __all__ = [
     "latency_cdf",
     "latency_cdfs",
     "quality_cost_speed",
+    "quality_split",
     "repetition",
     "share_heatmap",
     "specialization",

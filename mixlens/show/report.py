@@ -10,16 +10,16 @@ from typing import Any
 import xarray as xr
 
 from mixlens import runs as run_files
-from mixlens import show, stats
+from mixlens.comparing import Comparison
 from mixlens.errors import BadInput, MixlensError
 from mixlens.kinds import open as open_any
 from mixlens.show import sections, wording
 from mixlens.show.analysis import analyse
+from mixlens.show.comparison_sections import comparison_sections, impact_sections
 from mixlens.show.contribution_sections import contribution_sections, topk_sections
-from mixlens.show.html import escape, page, paragraphs, picture
+from mixlens.show.html import escape, page, paragraphs
 from mixlens.show.importance_sections import importance_sections
 from mixlens.show.speed_sections import speed_sections
-from mixlens.show.tables import html_table
 from mixlens.traces.trace import Trace
 
 RunOrPath = Trace | xr.Dataset | str | os.PathLike
@@ -37,6 +37,8 @@ _KINDS: Mapping[str, Callable[[Any, str], Mapping[str, str]]] = {
     "contributions": contribution_sections,
     "topk": topk_sections,
     "bench": speed_sections,
+    "comparison": comparison_sections,
+    "impact": impact_sections,
 }
 
 
@@ -65,7 +67,7 @@ def report(runs: RunOrPath | Sequence[RunOrPath], path: str | os.PathLike, *, ti
     for kind, run, name in opened:
         prefix = f"{name}: " if len(opened) > 1 else ""
         blocks += [(prefix + heading, html) for heading, html in _KINDS[kind](run, name).items()]
-    blocks += _agreements([run for run in opened if run[0] == "trace"])
+    blocks += _comparisons([run for run in opened if run[0] == "trace"])
     models = dict.fromkeys(_model(run) for _, run, _ in opened)
     subject = "Speed" if all(kind == "bench" for kind, _, _ in opened) else "Routing"
     title = title or f"{subject} of {' and '.join(models)}"
@@ -100,21 +102,19 @@ def _name(run: Any, number: int, kind: str) -> str:
     return path.name if path is not None else f"{kind} {number + 1}"
 
 
-def _agreements(opened: list[tuple[str, Trace, str]]) -> list[tuple[str, str]]:
-    """How far the first trace and each other one of the same text agree."""
+def _comparisons(opened: list[tuple[str, Trace, str]]) -> list[tuple[str, str]]:
+    """How far the first trace and each other one of the same text agree, and where they part."""
     if not opened:
         return []
     (_, first, first_name), *others = opened
     blocks = []
     for _, other, name in others:
+        heading = f"{first_name} and {name}"
         try:
-            data = stats.agreement(first, other)
+            compared = Comparison(first, other, names=(first_name, name))
+            blocks += [(heading, html) for html in comparison_sections(compared).values()]
         except MixlensError as error:
-            blocks.append((f"{first_name} and {name}", paragraphs(f"Not computed: {error}")))
-            continue
-        text = f"How far {first_name} and {name} route the same tokens alike. {wording.sample(data)}."
-        figure = picture(show.by_layer(data.sel(measure=["top1", "overlap"])), text, text)
-        blocks.append((f"{first_name} and {name}", figure + html_table(data, "Agreement")))
+            blocks.append((heading, paragraphs(f"Not computed: {error}")))
     return blocks
 
 

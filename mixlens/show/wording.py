@@ -27,6 +27,12 @@ TITLES = {
     "vocabulary_specialization": "Vocabulary specialization",
     "predictability": "Predictability of the first choice",
     "agreement": "Agreement of two traces",
+    "flips": "Tokens that choose other experts",
+    "flips_by_margin": "Other experts by the router's margin",
+    "next_tokens": "Predictions of the next token",
+    "quality": "Predictions of the next token",
+    "split": "Change by what was changed",
+    "expert_errors": "Error of every expert's output",
     "mutual_information_between_layers": "Mutual information between layers",
 }
 DENOMINATORS = {
@@ -39,6 +45,8 @@ DENOMINATORS = {
     "vocabulary_specialization": "of a type's occurrences",
     "predictability": "of held-out tokens",
     "agreement": "of tokens",
+    "flips": "of tokens",
+    "flips_by_margin": "of choices in the bin",
 }
 MEASURES = {
     "cv": "CV of expert loads",
@@ -56,6 +64,11 @@ MEASURES = {
     "top1": "same first choice",
     "overlap": "shared experts, |S ∩ S′| / k",
     "jensen_shannon": "Jensen-Shannon divergence, bits",
+    "changed": "other experts in this layer",
+    "first_flip": "for the first time in this layer",
+    "so_far": "in this layer or an earlier one",
+    "after_flip": "of tokens that flipped before",
+    "without_flip": "of tokens that did not",
     "first": "first choice repeats",
     "either": "first or second choice repeats",
 }
@@ -65,7 +78,7 @@ _LABELS = {
     "router_confidence": ("measure", ("p1", "p1_minus_p2", "w2_over_w1")),
     "agreement": ("measure", ("top1", "overlap", "jensen_shannon")),
 }
-_UNITS = {"jensen_shannon": "bits"}
+_UNITS = {"jensen_shannon": "bits", "same_top": "fraction"}
 _FRACTIONS = ("fraction", "share")
 
 
@@ -232,7 +245,7 @@ def only(data: xr.Dataset, what: str, *own: str) -> xr.Dataset:
         first = data[extra[0]].to_numpy()
         raise BadInput(
             f"{what} draws {' x '.join(own)}. The data also has {', '.join(extra)} ({len(first)} values). "
-            f"Select one first, data.sel({extra[0]}={first[0].item()!r}), or draw all of them with show.facet."
+            f"Select one first, data.sel({extra[0]}={first.tolist()[0]!r}), or draw all of them with show.facet."
         )
     return data
 

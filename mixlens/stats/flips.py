@@ -25,7 +25,7 @@ def flips(a: Trace, b: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) 
 
     With C_l = 1 where the sets S_l and S'_l of a token differ,
     changed        P(C_l)
-    first          P(C_l and no C_m for m < l), where the first flip happens; sums to 1 - P(never)
+    first_flip     P(C_l and no C_m for m < l), where the first flip happens; sums to 1 - P(never)
     so_far         P(C_m for some m <= l), how flips build up with depth
     after_flip     P(C_l | some C_m, m < l), among tokens that have flipped before
     without_flip   P(C_l | no C_m, m < l), among tokens that have not
@@ -58,7 +58,7 @@ def flips(a: Trace, b: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) 
 
     clusters = Clusters.of(a, by, 5 * a.n_layers)
     counts = count(a, clusters, dict.fromkeys(names, (a.n_layers,)), side_by_side(a, b, ("expert_id",)), add)
-    labels = ["changed", "first", "so_far", "after_flip", "without_flip"]
+    labels = ["changed", "first_flip", "so_far", "after_flip", "without_flip"]
     return described(
         summarise(counts, measures, {"measure": labels}, bootstrap), a, bootstrap,
         statistic="flips", unit="fraction", source="mixlens",

@@ -16,6 +16,7 @@ from mixlens.stats.bootstrap import DEFAULT, Bootstrap
 from mixlens.stats.counts import By, Clusters, Counts, summarise
 from mixlens.stats.measured import Measured, groups_of, intervals_by, read_measured
 from mixlens.stats.next_tokens import LOSSES
+from mixlens.stats.overview import row, shown
 
 KIND = "impact"
 # Weights of one model, and whose experts are chosen: its own, or those that the other chose for the same tokens.
@@ -32,6 +33,8 @@ class Impact:
     meta   both models, settings, versions
     path   of the run directory, None in memory
     """
+
+    kind = KIND
 
     def __init__(self, measured: Measured, *, path: Path | None = None) -> None:
         self.meta, self.path = measured.meta, path
@@ -176,37 +179,31 @@ class Impact:
         return data.assign_attrs({**attrs, **intervals_by(bootstrap), **names, "source": "measured by mixlens"})
 
     def overview(self) -> pd.DataFrame:
-        """The main numbers, one a row: estimate, ci_low, ci_high, unit."""
-        quality, split, experts = self.quality(), self.split(), self.experts()
-        mean = split.sel(quantity="loss", order="mean")
+        """The main numbers, one a row: estimate, ci_low, ci_high, unit, n (tokens)."""
+        quality, split = self.quality(), self.split().sel(quantity="loss", order="mean")
         a, b = self.names
         rows = {
-            f"perplexity of {a}": (quality.sel(measure="perplexity_a"), ""),
-            f"perplexity of {b}": (quality.sel(measure="perplexity_b"), ""),
-            "loss, second less first": (quality.sel(measure="loss_difference"), "nats a token"),
-            "  of it from other weights": (mean.sel(part="weights"), "nats a token"),
-            "  of it from other routing": (mean.sel(part="routing"), "nats a token"),
-            "KL(first || second)": (quality.sel(measure="kl"), "nats a token"),
-            "same most probable next token": (quality.sel(measure="same_top"), "fraction"),
+            f"perplexity of {a}": row(quality.sel(measure="perplexity_a"), ""),
+            f"perplexity of {b}": row(quality.sel(measure="perplexity_b"), ""),
+            "loss, second less first": row(quality.sel(measure="loss_difference"), "nats a token"),
+            "of it from other weights": row(split.sel(part="weights"), "nats a token"),
+            "of it from other routing": row(split.sel(part="routing"), "nats a token"),
+            "KL(first || second)": row(quality.sel(measure="kl"), "nats a token"),
+            "same most probable next token": row(quality.sel(measure="same_top"), "fraction"),
         }
-        found = {
-            name: {**{value: float(cell[value]) for value in ("estimate", "ci_low", "ci_high")}, "unit": unit}
-            for name, (cell, unit) in rows.items()
-        }
-        middle = {"estimate": float(experts.estimate.median()), "ci_low": np.nan, "ci_high": np.nan}
-        found["output error of the median expert"] = {**middle, "unit": "relative"}
-        return pd.DataFrame.from_dict(found, orient="index")
+        return pd.DataFrame.from_dict(rows, orient="index")
 
-    def _title(self) -> str:
+    def title(self) -> str:
+        """What is compared, and on what."""
         tokens, documents = int(self.sums.tokens.sum()), self.sums.sizes["document"]
         read = f"{tokens:,} predicted tokens of {documents:,} documents"
-        return f"{self.names[0]} and {self.names[1]}: {read}; 95 % intervals over documents"
+        return f"{self.names[0]} and {self.names[1]}: {read}; 95% intervals of paired differences, over documents"
 
     def __repr__(self) -> str:
-        return f"{self._title()}\n{self.overview().round(5).to_string()}"
+        return f"{self.title()}\n{shown(self.overview()).to_string()}"
 
     def _repr_html_(self) -> str:
-        return f"<div><p>{html.escape(self._title())}</p>{self.overview().round(5).to_html(escape=True)}</div>"
+        return f"<div><p>{html.escape(self.title())}</p>{shown(self.overview()).to_html(escape=True)}</div>"
 
 
 def _dataset(measured: Measured) -> xr.Dataset:

@@ -45,7 +45,7 @@ def test_flips_by_hand(make_trace, tokens_of, in_small_blocks):
             before = [any(token[:layer]) for token in here]
             expected = {
                 "changed": share([token[layer] for token in here], len(here)),
-                "first": share([token[layer] and not x for token, x in zip(here, before, strict=True)], len(here)),
+                "first_flip": share([token[layer] and not x for token, x in zip(here, before, strict=True)], len(here)),
                 "so_far": share([any(token[: layer + 1]) for token in here], len(here)),
                 "after_flip": share([token[layer] for token, x in zip(here, before, strict=True) if x], sum(before)),
                 "without_flip": share(
@@ -61,7 +61,7 @@ def test_flips_by_hand(make_trace, tokens_of, in_small_blocks):
 def test_first_flips_add_up_to_those_so_far(make_trace):
     a = make_trace()
     found = flips(a, rerouted(a), bootstrap=QUICK).estimate
-    np.testing.assert_allclose(found.sel(measure="first").cumsum("layer"), found.sel(measure="so_far"))
+    np.testing.assert_allclose(found.sel(measure="first_flip").cumsum("layer"), found.sel(measure="so_far"))
 
 
 def test_the_order_of_a_set_does_not_matter(make_trace):
