@@ -1,0 +1,242 @@
+"""compare_logs: two evaluations of the same samples, and whether their difference is more than chance."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from mixlens.errors import BadInput
+from mixlens.evals.log import Log
+from mixlens.stats.bootstrap import DEFAULT, Bootstrap
+
+COLUMNS = [
+    "benchmark", "task", "protocol", "metric", "score_a", "score_b", "difference", "ci_low", "ci_high", "p_value",
+    "only_a", "only_b", "n", "left_out",
+]  # fmt: skip
+_SHOWN = ("prompt", "target", "choices", "gold")
+_OF_EACH = ("response", "logprobs", "correct")
+_LEVEL = 0.05
+
+
+def compare_logs(log_a: Log, log_b: Log, *, bootstrap: Bootstrap = DEFAULT) -> LogComparison:
+    """Two evaluations of the same samples, joined by task and sample.
+
+    Tasks that one log alone has are named, not compared. A sample that either could not score is left out, and counted.
+
+    Raises BadInput when a benchmark was asked by different protocols or versions of them, when no task is in both, and
+    when a sample's document differs.
+    """
+    common = _common_tasks(log_a.meta["tasks"], log_b.meta["tasks"])
+    joined = _joined(log_a.samples, log_b.samples, common)
+    about = {name: log_a.meta["tasks"][name] for name in common}
+    rows = []
+    for benchmark in dict.fromkeys(one["benchmark"] for one in about.values()):
+        members = [name for name, one in about.items() if one["benchmark"] == benchmark]
+        shared = {"benchmark": benchmark, "protocol": about[members[0]]["protocol"]}
+        shared["metric"] = about[members[0]]["primary"]
+        if len(members) > 1:
+            rows.append({**shared, "task": benchmark, **_row(joined[joined["task"].isin(members)], bootstrap)})
+        rows += [{**shared, "task": name, **_row(joined[joined["task"] == name], bootstrap)} for name in members]
+    names = _names(log_a, log_b)
+    alone = sorted(set(log_a.meta["tasks"]) ^ set(log_b.meta["tasks"]))
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    return LogComparison(log_a, log_b, names, table, _flips(joined), joined, alone, bootstrap)
+
+
+@dataclass
+class LogComparison:
+    """Two evaluations, sample by sample.
+
+    names    what they are called
+    table    one row a benchmark, and one a task where a benchmark has several: score_a, score_b, difference (b less a)
+             with the paired bootstrap's interval, p_value of the exact McNemar test (NaN for a metric that is not right
+             or wrong), only_a and only_b (samples that one alone got right), n, left_out (in one log, or not scored)
+    flips    samples that one got right and the other wrong: task, sample_id, change ("lost" or "gained", in b), prompt,
+             target, choices, gold, and response, logprobs, correct of each
+    joined   every sample that both have
+    alone    tasks that one log alone has
+    """
+
+    log_a: Log
+    log_b: Log
+    names: tuple[str, str]
+    table: pd.DataFrame
+    flips: pd.DataFrame
+    joined: pd.DataFrame
+    alone: list[str]
+    bootstrap: Bootstrap
+
+    kind = "eval comparison"
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """Where both come from."""
+        return {"model": {"name": " and ".join(self.names)}, "a": self.log_a.meta, "b": self.log_b.meta}
+
+    def verdicts(self) -> list[str]:
+        """What the data says of every row of the table, in a sentence."""
+        return [self._verdict(row) for row in self.table.to_dict("records")]
+
+    def remarks(self) -> list[str]:
+        """What must be said beside the table."""
+        said = [
+            f"Difference: {self.names[1]} less {self.names[0]}, on the same samples; {self.bootstrap.level:.0%} "
+            "intervals of a paired bootstrap over samples, drawn within tasks; exact McNemar test."
+        ]
+        if other := int((self.joined["prompt_a"] != self.joined["prompt_b"]).sum()):
+            said.append(f"{other} samples were asked in other words: chat templates or shots differ.")
+        if self.alone:
+            said.append(f"In one evaluation only, and not compared: {', '.join(self.alone)}.")
+        return said
+
+    def _verdict(self, row: Mapping[Any, Any]) -> str:
+        a, b = self.names
+        n, where = int(row["n"]), row["task"]
+        if not n:
+            return f"{where}: no sample that both could score."
+        scores = f"{where}: {a} {row['score_a']:.3f}, {b} {row['score_b']:.3f} on the same {n} samples"
+        binary = not math.isnan(row["p_value"])
+        counts = f"{int(row['only_a'])} right in {a} only, {int(row['only_b'])} in {b} only" if binary else ""
+        if binary and not row["only_a"] + row["only_b"]:
+            return f"{scores}. Every sample is right in both or wrong in both; the data cannot tell them apart."
+        chance = _chance(row["p_value"]) if binary else ""
+        apart = row["p_value"] < _LEVEL if binary else not row["ci_low"] <= 0 <= row["ci_high"]
+        interval = f"{row['difference']:+.3f} [{row['ci_low']:+.3f}, {row['ci_high']:+.3f}]"
+        details = "; ".join(filter(None, (counts, chance)))
+        details = f" ({details})" if details else ""
+        if not apart:
+            return f"{scores}. The data cannot tell them apart: {interval}{details}."
+        better, worse = (b, a) if row["difference"] > 0 else (a, b)
+        return f"{scores}. {better} is better than {worse}: {interval}{details}."
+
+    def __repr__(self) -> str:
+        return "\n".join([*self.verdicts(), "", *self.remarks()])
+
+    def _repr_html_(self) -> str:
+        said = "".join(f"<li>{html.escape(verdict)}</li>" for verdict in self.verdicts())
+        notes = "".join(f"<div>{html.escape(remark)}</div>" for remark in self.remarks())
+        shown = self.table.to_html(border=0, index=False, float_format="{:.4f}".format, na_rep="n/a")
+        return f"<div class='mixlens-comparison'><ul>{said}</ul>{shown}{notes}</div>"
+
+
+def mcnemar(only_a: int, only_b: int) -> float:
+    """Two-sided p value that discordant pairs fall so unevenly by chance; 1.0 without any.
+
+    min(1, 2 P(X <= min(b, c))) with X binomial (b + c, 1/2): McNemar 1947 in its exact form.
+    """
+    n, least = only_a + only_b, min(only_a, only_b)
+    if n == 0:
+        return 1.0
+    # Terms by logarithms: binomial coefficients of thousands of flips are no floats.
+    logs = [
+        math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) - n * math.log(2) for k in range(least + 1)
+    ]
+    return min(1.0, 2 * math.fsum(map(math.exp, logs)))
+
+
+def paired_difference(
+    a: np.ndarray, b: np.ndarray, task: np.ndarray, bootstrap: Bootstrap
+) -> tuple[float, float, float]:
+    """Mean of b less a over samples, with its interval; samples are drawn with replacement within their task."""
+    n, groups = len(a), len(np.unique(task))
+    if n == 0:
+        return math.nan, math.nan, math.nan
+    difference = b - a
+    if n <= groups:
+        return float(difference.mean()), math.nan, math.nan
+    resamples = bootstrap.resample_within(task)
+    values = resamples.sums(difference) / n
+    low, high = resamples.interval(values, bootstrap.reach(np.array(float(n)), groups))
+    return float(values[0]), float(low), float(high)
+
+
+def _row(joined: pd.DataFrame, bootstrap: Bootstrap) -> dict[str, Any]:
+    known = joined[joined["correct_a"].notna() & joined["correct_b"].notna()]
+    a, b = known["correct_a"].to_numpy(float), known["correct_b"].to_numpy(float)
+    binary = bool(len(a)) and bool(np.isin([a, b], (0, 1)).all())
+    only_a, only_b = (int((a > b).sum()), int((b > a).sum())) if binary else (math.nan, math.nan)
+    difference, low, high = paired_difference(a, b, known["task"].to_numpy(), bootstrap)
+    return {
+        "score_a": a.mean() if len(a) else math.nan,
+        "score_b": b.mean() if len(b) else math.nan,
+        "difference": difference,
+        "ci_low": low,
+        "ci_high": high,
+        "p_value": mcnemar(int(only_a), int(only_b)) if binary else math.nan,
+        "only_a": only_a,
+        "only_b": only_b,
+        "n": len(known),
+        "left_out": len(joined) - len(known),
+    }
+
+
+def _common_tasks(a: Mapping[str, Mapping[str, Any]], b: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    for one in a.values():
+        for other in b.values():
+            if one["benchmark"] != other["benchmark"]:
+                continue
+            for key in ("protocol", "version", "primary"):
+                if one.get(key) != other.get(key):
+                    raise BadInput(
+                        f"Two evaluations were to be compared. {one['benchmark']} has {key} {one.get(key)!r} in the "
+                        f"first and {other.get(key)!r} in the second: such scores measure different things. Evaluate "
+                        "both by one protocol."
+                    )
+    common = [name for name in a if name in b]
+    if not common:
+        raise BadInput(
+            f"Two evaluations were to be compared. They have no task in common: {', '.join(a)} and {', '.join(b)}. "
+            "Evaluate both on the same tasks."
+        )
+    return common
+
+
+def _joined(a: pd.DataFrame, b: pd.DataFrame, tasks: list[str]) -> pd.DataFrame:
+    """Samples of either log by task and number; the columns of each with _a and _b."""
+    key = ["task", "sample_id"]
+    kept = [*key, "doc_hash", *_SHOWN, *_OF_EACH]
+    sides = [frame[frame["task"].isin(tasks)].reindex(columns=kept) for frame in (a, b)]
+    joined = sides[0].merge(sides[1], on=key, how="outer", suffixes=("_a", "_b"), validate="1:1", indicator="found_in")
+    both = joined[joined["found_in"] == "both"]
+    other = both[both["doc_hash_a"] != both["doc_hash_b"]]
+    if len(other):
+        task, sample = other.iloc[0]["task"], other.iloc[0]["sample_id"]
+        raise BadInput(
+            f"Two evaluations were to be compared. Sample {sample} of {task} is another document in the second than in "
+            f"the first, as are {len(other)} of {len(both)}. Evaluate both on the same data."
+        )
+    if both.empty:
+        raise BadInput(
+            f"Two evaluations were to be compared. They have no sample of {', '.join(tasks)} in common. Evaluate both "
+            "with the same limit, or none."
+        )
+    return joined
+
+
+def _flips(joined: pd.DataFrame) -> pd.DataFrame:
+    a, b = joined["correct_a"], joined["correct_b"]
+    flipped = joined[a.notna() & b.notna() & (a != b)].reset_index(drop=True)
+    change = np.where(flipped["correct_b"] > flipped["correct_a"], "gained", "lost")
+    shown = {name: flipped[f"{name}_a"] for name in _SHOWN}
+    sides = {f"{name}_{side}": flipped[f"{name}_{side}"] for name in _OF_EACH for side in "ab"}
+    return pd.DataFrame(
+        {"task": flipped["task"], "sample_id": flipped["sample_id"], "change": change, **shown, **sides}
+    )
+
+
+def _chance(p_value: float) -> str:
+    return "p < 0.0001" if p_value < 1e-4 else f"p = {p_value:.4f}" if p_value < 0.1 else f"p = {p_value:.2f}"
+
+
+def _names(a: Log, b: Log) -> tuple[str, str]:
+    """Names of the folders, else of the models; told apart where they are the same."""
+    first, second = (
+        log.path.name if log.path is not None else str(log.meta["model"]["name"]).rsplit("/", 1)[-1] for log in (a, b)
+    )
+    return (first, second) if first != second else (f"{first} (first)", f"{second} (second)")

@@ -1,0 +1,170 @@
+"""Paired comparison of two evaluations: against scipy, nested loops, and by its own symmetry."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+
+from mixlens import compare
+from mixlens.errors import BadInput
+from mixlens.evals.log import Log
+from mixlens.evals.paired import compare_logs, mcnemar, paired_difference
+from mixlens.stats.bootstrap import Bootstrap
+
+
+def log(correct: dict[str, list[float | None]], name: str = "one", **task) -> Log:
+    """A log of made-up samples: by task, whether each was right."""
+    about = {"benchmark": "quiz", "protocol": "quiz_0shot", "version": "1", "primary": "acc", "metrics": {}}
+    about["metrics"] = {"acc": {"aggregation": "mean"}}
+    records = [
+        {
+            "task": of, "sample_id": i, "doc_hash": f"{of}{i}", "group": None, "prompt": f"question {i}",
+            "target": "A", "response": "A" if value else "B", "responses": None, "choices": ["A", "B"],
+            "logprobs": [-1.0, -2.0], "gold": 0, "metrics": {"acc": value}, "correct": value,
+        }
+        for of, values in correct.items()
+        for i, value in enumerate(values)
+    ]  # fmt: skip
+    meta = {"model": {"name": name}, "tasks": {of: {**about, **task} for of in correct}}
+    return Log(records, meta)
+
+
+@pytest.mark.parametrize(("only_a", "only_b"), [(0, 0), (1, 0), (0, 5), (3, 9), (10, 10), (40, 61), (900, 1040)])
+def test_mcnemar_is_scipys_binomial_test(only_a, only_b):
+    expected = binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
+    assert mcnemar(only_a, only_b) == pytest.approx(expected, rel=1e-9)
+
+
+def test_counts_and_scores_are_those_of_nested_loops():
+    rng = np.random.default_rng(0)
+    a = {task: list(map(float, rng.integers(0, 2, 40))) for task in ("x", "y")}
+    b = {task: [v if rng.random() < 0.7 else 1 - v for v in values] for task, values in a.items()}
+    compared = compare_logs(log(a), log(b, "two"))
+    table = compared.table.set_index("task")
+    for task in ("x", "y"):
+        only_a = sum(1 for p, q in zip(a[task], b[task], strict=True) if p == 1 and q == 0)
+        only_b = sum(1 for p, q in zip(a[task], b[task], strict=True) if p == 0 and q == 1)
+        assert (table.only_a[task], table.only_b[task], table.n[task]) == (only_a, only_b, 40)
+        assert table.difference[task] == pytest.approx((only_b - only_a) / 40)
+        flipped = {(f.task, f.sample_id, f.change) for f in compared.flips.itertuples() if f.task == task}
+        expected = {
+            (task, i, "gained" if q > p else "lost")
+            for i, (p, q) in enumerate(zip(a[task], b[task], strict=True))
+            if p != q
+        }
+        assert flipped == expected
+    assert table.only_a["quiz"] == table.only_a["x"] + table.only_a["y"]
+    assert table.n["quiz"] == 80
+
+
+def test_the_interval_is_that_of_a_loop_over_samples():
+    rng = np.random.default_rng(1)
+    a = rng.integers(0, 2, 300).astype(float)
+    b = np.where(rng.random(300) < 0.2, 1 - a, a)
+    task = np.repeat(["x", "y", "z"], 100)
+    _, low, high = paired_difference(a, b, task, Bootstrap(replicates=4000))
+    draws = []
+    for _ in range(4000):
+        drawn = [i for of in ("x", "y", "z") for i in rng.choice(np.flatnonzero(task == of), 100)]
+        draws.append(np.mean(b[drawn] - a[drawn]))
+    assert [low, high] == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=0.006)
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says():
+    rng = np.random.default_rng(2)
+    covered = 0
+    for _ in range(50):
+        a, b = (rng.random((2, 150)) < [[0.6], [0.5]]).astype(float)
+        _, low, high = paired_difference(a, b, np.zeros(150), Bootstrap(replicates=300))
+        covered += low <= -0.1 <= high
+    assert covered >= 43  # of 47.5; fewer in one run of 100
+
+
+def test_swapping_the_logs_turns_everything_round():
+    a, b = log({"x": [1.0] * 30 + [0.0] * 10}), log({"x": [0.0] * 12 + [1.0] * 28}, "two")
+    one, other = compare_logs(a, b).table.iloc[0], compare_logs(b, a).table.iloc[0]
+    assert (one.only_a, one.only_b, one.difference) == (other.only_b, other.only_a, -other.difference)
+    assert one.p_value == other.p_value
+    assert one.ci_low == pytest.approx(-other.ci_high, abs=0.03)
+
+
+def test_what_the_data_says_in_a_sentence():
+    right, wrong = [1.0] * 50, [0.0] * 50
+    better = compare_logs(log({"x": wrong}), log({"x": right}, "two"))
+    assert better.verdicts() == [
+        "x: one 0.000, two 1.000 on the same 50 samples. two is better than one: +1.000 [+1.000, +1.000] "
+        "(0 right in one only, 50 in two only; p < 0.0001)."
+    ]
+    mixed = compare_logs(log({"x": [1.0, 0.0, *right]}), log({"x": [0.0, 1.0, *right]}, "two"))
+    assert "The data cannot tell them apart: +0.000 [" in mixed.verdicts()[0]
+    assert "(1 right in one only, 1 in two only; p = 1.00)" in mixed.verdicts()[0]
+    same = compare_logs(log({"x": right}), log({"x": right}))
+    assert same.names == ("one (first)", "one (second)")
+    assert "right in both or wrong in both; the data cannot tell them apart" in same.verdicts()[0]
+    assert len(same.flips) == 0
+
+
+def test_a_metric_that_is_no_yes_or_no_has_an_interval_and_no_mcnemar():
+    rng = np.random.default_rng(3)
+    a = list(rng.random(60))
+    row = compare_logs(log({"x": a}), log({"x": [v + 0.2 for v in a]}, "two"))
+    assert np.isnan(row.table.p_value[0])
+    assert row.table.ci_low[0] == pytest.approx(0.2)
+    assert "two is better than one" in row.verdicts()[0]
+
+
+def test_what_could_not_be_scored_is_left_out_and_counted():
+    compared = compare_logs(log({"x": [1.0, None, 1.0, 0.0]}), log({"x": [1.0, 1.0, 0.0]}, "two"))
+    row = compared.table.iloc[0]
+    assert (row.n, row.left_out, row.only_a) == (2, 2, 1)
+    nothing = compare_logs(log({"x": [None, None]}), log({"x": [1.0, 1.0]}))
+    assert np.isnan(nothing.table.difference[0])
+    assert nothing.verdicts() == ["x: no sample that both could score."]
+
+
+def test_tasks_that_one_log_alone_has_are_named():
+    compared = compare_logs(log({"x": [1.0, 0.0], "y": [1.0, 1.0]}), log({"x": [1.0, 0.0]}, "two"))
+    assert compared.alone == ["y"]
+    assert "not compared: y." in compared.remarks()[-1]
+
+
+def test_other_prompts_are_said():
+    b = log({"x": [1.0, 0.0, 0.0]}, "two")
+    b.records[1]["prompt"] = "[INST] question 1"
+    assert "1 samples were asked in other words" in compare_logs(log({"x": [1.0, 0.0, 0.0]}), b).remarks()[1]
+
+
+def test_what_cannot_be_compared_is_refused_with_the_reason():
+    a = log({"x": [1.0, 0.0]})
+    with pytest.raises(BadInput, match="quiz has protocol 'quiz_0shot' in the first and 'quiz_5shot' in the second"):
+        compare_logs(a, log({"y": [1.0, 0.0]}, protocol="quiz_5shot"))
+    with pytest.raises(BadInput, match="quiz has version '1' in the first and '2' in the second"):
+        compare_logs(a, log({"x": [1.0, 0.0]}, version="2"))
+    with pytest.raises(BadInput, match="no task in common: x and z. Evaluate both on the same tasks"):
+        compare_logs(a, log({"z": [1.0]}, benchmark="other"))
+    other = log({"x": [1.0, 0.0]})
+    other.records[1]["doc_hash"] = "changed"
+    with pytest.raises(BadInput, match="Sample 1 of x is another document in the second"):
+        compare_logs(a, other)
+    empty = log({"x": [1.0]})
+    empty.records[0]["sample_id"] = 7
+    with pytest.raises(BadInput, match="no sample of x in common"):
+        compare_logs(a, empty)
+
+
+def test_compare_takes_two_logs_and_shows_them():
+    compared = compare(log({"x": [1.0, 0.0, 1.0]}), log({"x": [1.0, 1.0, 1.0]}, "<b>"))
+    assert repr(compared).startswith("x: one 0.667, <b> 1.000")
+    shown = compared._repr_html_()
+    assert "&lt;b&gt;" in shown
+    assert "<b>" not in shown
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_every_pattern_of_few_samples_has_an_interval_that_holds_its_difference(n):
+    for a, b in itertools.product(itertools.product((0.0, 1.0), repeat=n), repeat=2):
+        difference, low, high = paired_difference(np.array(a), np.array(b), np.zeros(n), Bootstrap(replicates=20))
+        assert np.isnan(low) if n == 1 else low <= difference <= high
