@@ -26,6 +26,8 @@ class Event:
     provider       who answered, when a router says so
     finish         the reason given for the end; also on a token or usage event that brings it along
     input_tokens, output_tokens, cost_usd    the server's own count so far, on whichever event it rides
+    experts, read_bytes, flops   of the forward on this machine that made the token: distinct experts of all layers,
+                   bytes that it must read, and operations
     """
 
     at_s: float
@@ -36,6 +38,9 @@ class Event:
     input_tokens: int | None = None
     output_tokens: int | None = None
     cost_usd: float | None = None
+    experts: int | None = None
+    read_bytes: int | None = None
+    flops: int | None = None
 
 
 def decode(message: Message, protocol: str) -> Event:

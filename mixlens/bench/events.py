@@ -24,6 +24,8 @@ OUTCOMES = {
     "timeout": "no byte for longer than allowed, or not done in time",
     "connect": "the connection was refused, or lost before an answer",
     "tls": "no trusted encrypted connection",
+    "memory": "a batch on this machine that did not fit into memory",
+    "interrupted": "stopped from outside while it ran on this machine",
 }
 # What the transport can report; the other outcomes are read off the events.
 FAULTS = ("timeout", "connect", "tls", "cut")
@@ -47,6 +49,9 @@ class Record:
     status      of HTTP
     retry_after_s  what a refusal asked for; nothing is tried again
     detail      what went wrong, in words
+    rows        sequences that were generated together; a token event stands for one token of each
+    peak_vram_bytes, peak_rss_bytes  on this machine: most memory of the accelerators, or of the process on a CPU, that
+                the request held at a time, the model's weights included
     """
 
     index: int
@@ -63,6 +68,9 @@ class Record:
     status: int | None = None
     retry_after_s: float | None = None
     detail: str = ""
+    rows: int = 1
+    peak_vram_bytes: int | None = None
+    peak_rss_bytes: int | None = None
 
     @property
     def text(self) -> str:

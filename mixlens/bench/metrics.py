@@ -168,7 +168,7 @@ def throughput(
         else:
             window, seconds = (np.nan, np.nan), np.nan
         tokens = [(s, w) for record in succeeded for s, w in _weighted_stamps(record, count_tokens)]
-        ends = [(record.ended_s, 1.0) for record in succeeded]
+        ends = [(record.ended_s, float(record.rows)) for record in succeeded]
         for metric, marks in (("output_tokens_per_s", tokens), ("requests_per_s", ends)):
             estimate, low, high = _rate(marks, window, len(succeeded), level)
             rows.append((name, metric, estimate, low, high, len(succeeded), seconds))
@@ -299,7 +299,7 @@ def _statistics(ordered: np.ndarray, weight: np.ndarray) -> np.ndarray:
 
 def _weighted_stamps(record: Record, count_tokens: CountTokens | None) -> list[tuple[float, float]]:
     stamps = _stamps(record)
-    each = output_tokens(record, count_tokens)[0] / len(stamps)
+    each = record.rows * output_tokens(record, count_tokens)[0] / len(stamps)
     return [(float(stamp), each) for stamp in stamps]
 
 

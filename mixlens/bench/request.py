@@ -62,7 +62,7 @@ class Sender:
 
     async def send(self, job: Job) -> Record:
         """The record of one request; whatever goes wrong on the way is in it."""
-        times: dict[str, float] = {"started_s": self._clock()}
+        times: dict[str, Any] = {"started_s": self._clock()}
         reader = StreamReader(self._endpoint.protocol, self._key)
         answer: dict[str, Any] = {}
         fault, detail = None, ""
@@ -93,7 +93,7 @@ class Sender:
             **times,
         )
 
-    async def _exchange(self, job: Job, times: dict[str, float], reader: StreamReader, answer: dict[str, Any]) -> None:
+    async def _exchange(self, job: Job, times: dict[str, Any], reader: StreamReader, answer: dict[str, Any]) -> None:
         clock = self._clock
 
         async def trace(name: str, _: Any) -> None:

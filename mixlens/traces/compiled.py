@@ -80,6 +80,11 @@ class CompiledRecorder(Recorder):
         finally:
             self._buffers = {}
 
+    def clear(self) -> None:
+        super().clear()
+        if self._buffers:
+            self._buffers["count"].zero_()
+
     @torch.inference_mode(False)
     def _allocated(self) -> dict[str, torch.Tensor]:
         # One place more than asked for: what finds no room is written there, one over the other.

@@ -145,6 +145,10 @@ class Follower:
         self._handles = []
         self._batch = self._call = None  # they hold the key-value cache
 
+    def restart(self) -> None:
+        """Count rows from 0 again; the next forward begins sequences of its own."""
+        self.n_rows, self._batch = 0, None
+
     def _wrapped_generate(self, *args: Any, **kwargs: Any) -> Any:
         config = kwargs.get("generation_config") or self.model.generation_config
 

@@ -108,6 +108,11 @@ class Recorder:
         layers = range(columns["expert_id"].shape[1])
         return from_parts([part], frame.assign(length=np.bincount(columns["sequence"])), meta, layers)
 
+    def clear(self) -> None:
+        """Forget what was recorded so far, as after a warm-up; call it between sequences, not within one."""
+        self._pending, self._columns, self._sites, self._n_recorded = [], {}, {}, 0
+        self._follower.restart()
+
     def _activations(self, site: Site, rank: np.ndarray) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
         parts = self._sites[site.name]
         row, value = np.concatenate([r for r, _ in parts]), np.concatenate([v for _, v in parts])

@@ -1,0 +1,282 @@
+"""What ml.benchmark does with a loaded model: generate, timed token by token where it runs.
+
+Every call of generate is a record as of a request to an endpoint, with `rows` for its batch: sent when generate begins,
+a token event when the device has finished a step, so that time to first token is the prefill and time per output token
+is the decode. Answers have full length: nothing ends one early. The first warm-up call of a load is its cold one, with
+compilation if that was asked for.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from itertools import count, product
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CompileConfig, GenerationConfig
+from transformers.generation.streamers import BaseStreamer
+
+from mixlens.bench.bench import RESULTS, Bench
+from mixlens.bench.decode import TOKEN, Event
+from mixlens.bench.events import Record, write_records
+from mixlens.bench.keeping import PARTIAL, Kept, bench_writer
+from mixlens.bench.machine import Device, measure
+from mixlens.bench.model_prompts import Prompts
+from mixlens.bench.model_work import Work
+from mixlens.bench.prompts import Workload
+from mixlens.errors import BadInput
+from mixlens.models.layout import describe
+from mixlens.runs import now, versions
+from mixlens.traces.compiled import CompiledRecorder
+
+PACKAGES = ("mixlens", "torch", "transformers", "accelerate")
+
+
+@dataclass(frozen=True)
+class LocalSettings:
+    """How a loaded model is measured.
+
+    warmup        calls before each load that are kept and never counted; the first of them is the cold one
+    experts       experts implementations to measure in turn, as "eager" or "grouped_mm"; None for the model's own
+    static_cache  keys and values in memory set aside for the longest sequence
+    compiled      decode through torch.compile as one graph, which needs, and brings, a static cache
+    recording     routing recorded in every call, from which the bytes that it must read are known
+    max_seconds   after which no call starts; None for no cap
+    progress      whether to show a progress bar
+    """
+
+    warmup: int = 1
+    experts: str | Sequence[str] | None = None
+    static_cache: bool = False
+    compiled: bool = False
+    recording: bool = True
+    max_seconds: float | None = 600.0
+    progress: bool = True
+
+
+@dataclass(frozen=True)
+class Load:
+    """So many rows at a time, of one workload, with one experts implementation (None: the model's own)."""
+
+    rows: int
+    workload: Workload
+    experts: str | None
+
+    @property
+    def name(self) -> str:
+        prompt = str(self.workload.prompt_tokens) if self.workload.prompts is None else "given"
+        experts = f", {self.experts}" if self.experts else ""
+        return f"batch {self.rows}, {prompt} + {self.workload.output_tokens} tokens{experts}"
+
+
+def benchmark_model(
+    model: Any,
+    *,
+    batch: int | Sequence[int] | None,
+    requests: int,
+    out: str | os.PathLike | None,
+    workload: Workload | Sequence[Workload],
+    settings: Any = None,
+    device: Device | None = None,
+) -> Bench:
+    """How fast a loaded model generates; `mixlens.benchmark` calls this.
+
+    batch     rows of a batch, one or several
+    requests  measured calls of generate of each load
+    device    clock and memory; made for the model when it is not given
+
+    Raises BadInput for loads that cannot be, prompts and answers longer than the context, unknown experts
+    implementations; ModelError when it is no mixture of experts; RunError as for an endpoint.
+    """
+    settings = LocalSettings() if settings is None else settings
+    if not isinstance(settings, LocalSettings) or not hasattr(model, "generate"):
+        raise BadInput(
+            f"A benchmark of a {type(model).__name__} with {type(settings).__name__} was asked for. Measured are an "
+            "Endpoint with BenchSettings, and a loaded model with LocalSettings. Give ml.load(...) for a name."
+        )
+    loads = _loads(model, batch, workload, settings)
+    if requests < 1 or settings.warmup < 0:
+        raise BadInput(
+            f"A benchmark of {requests} calls after {settings.warmup} of warm-up was asked for. There must be at least "
+            "1, after 0 or more. Give larger numbers."
+        )
+    prompts = {load.name: Prompts(model, load.workload) for load in loads}
+    plan = {
+        "model": {key: value for key, value in describe(model).items() if key != "devices"},
+        "loads": [load.name for load in loads],
+        "requests": requests,
+        "workloads": [prompts[load.name].plan() for load in loads],
+        "settings": {k: v for k, v in asdict(settings).items() if k != "progress"},
+    }
+    writer = None if out is None else bench_writer(Path(out), plan)
+    if writer is not None and writer.complete:
+        return Bench.open(writer.path)
+    device = device or Device(model)
+    started, machine = now(), measure(device, model.dtype)
+    caller = _Caller(model, device, settings)
+    with Kept(writer, len(loads) * requests, show=settings.progress) as kept:
+        stopped = _run(caller, loads, prompts, requests, kept)
+    meta = {
+        "created": started,
+        "model": describe(model),
+        "machine": asdict(machine),
+        "local": {**plan["settings"], "prompts": plan["workloads"][0]["ids"]},
+        "stopped": stopped,
+        "counts": {"requests": len(kept.records), "succeeded": sum(r.outcome == "ok" for r in kept.records)},
+        "versions": versions(*PACKAGES),
+    }
+    if writer is not None:
+        writer.finish(meta, {RESULTS: lambda path: write_records(path, kept.records)})
+        (writer.path / PARTIAL).unlink(missing_ok=True)
+    if stopped == "an interrupt":
+        raise KeyboardInterrupt
+    return Bench(kept.records, meta, path=writer and writer.path)
+
+
+def _run(caller: _Caller, loads: Sequence[Load], prompts: dict[str, Prompts], requests: int, kept: Kept) -> str | None:
+    """All calls of all loads; what stopped them, if something did. A load that does not fit is left after one call."""
+    settings, numbers = caller.settings, count()
+    for load in loads:
+        phases = ["warm-up"] * settings.warmup + ["measured"] * requests
+        try:
+            with caller.ready(load, prompts[load.name].columns):
+                for index, phase in enumerate(phases):
+                    if settings.max_seconds is not None and caller.device.now() >= settings.max_seconds:
+                        return f"the cap of {settings.max_seconds:g} seconds"
+                    ids, mask = prompts[load.name].batch([next(numbers) for _ in range(load.rows)])
+                    place = index if phase == "warm-up" else index - settings.warmup
+                    record = caller.call(load, ids, mask, place, phase)
+                    kept.keep(record)
+                    if record.outcome == "interrupted":
+                        return "an interrupt"
+                    if record.outcome == "memory":
+                        break
+        except KeyboardInterrupt:  # between two calls
+            return "an interrupt"
+    return None
+
+
+class _Stamps(BaseStreamer):
+    """When generate had each token of the batch on the host; the prompt, which comes first, is passed over."""
+
+    def __init__(self, device: Device) -> None:
+        self._device, self._prompt = device, True
+        self.at_s: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self._prompt:
+            self.at_s.append(self._device.now())
+        self._prompt = False
+
+    def end(self) -> None:
+        pass
+
+
+class _Caller:
+    """Calls generate, and makes records of it."""
+
+    def __init__(self, model: Any, device: Device, settings: LocalSettings) -> None:
+        self.model, self.device, self.settings = model, device, settings
+        self._work = Work(model)
+        self._recorder: CompiledRecorder | None = None
+
+    @contextmanager
+    def ready(self, load: Load, columns: int) -> Iterator[None]:
+        """The model as the load wants it; as it was before, afterwards."""
+        with ExitStack() as stack:
+            stack.callback(setattr, self.model, "generation_config", self.model.generation_config)
+            self.model.generation_config = self._generation(load)
+            if load.experts is not None:
+                stack.callback(self.model.set_experts_implementation, self.model.config._experts_implementation)
+                self.model.set_experts_implementation(load.experts)
+            if self.settings.compiled:  # shapes of another load would make sizes dynamic
+                torch.compiler.reset()
+            if self.settings.recording:
+                room = load.rows * (columns + load.workload.output_tokens)
+                self._recorder = stack.enter_context(CompiledRecorder(self.model, tokens=room, signals=()))
+            try:
+                yield
+            finally:
+                self._recorder = None
+
+    def call(self, load: Load, ids: torch.Tensor, mask: torch.Tensor, index: int, phase: str) -> Record:
+        """The record of one call of generate, however it ends."""
+        outcome, detail, stamps = "ok", "", _Stamps(self.device)
+        ids, mask = ids.to(self.device.main), mask.to(self.device.main)
+        self.device.reset_peak()
+        sent = self.device.now()
+        try:
+            self._check_room(load, ids.shape[1])
+            with torch.inference_mode():
+                self.model.generate(ids, attention_mask=mask, streamer=stamps)
+        except KeyboardInterrupt:
+            outcome, detail = "interrupted", f"after {len(stamps.at_s)} tokens"
+        except (RuntimeError, MemoryError) as error:
+            if not _out_of_memory(error):
+                raise
+            outcome, detail = "memory", str(error).strip().split("\n")[0][:300]
+            self.device.release()
+        if outcome != "ok" and self._recorder is not None:
+            self._recorder.clear()
+        ended = stamps.at_s[-1] if outcome == "ok" else self.device.now()
+        steps = self._work.of_call(self._recorder, mask.sum(1).tolist(), len(stamps.at_s), complete=outcome == "ok")
+        events = [Event(at_s, TOKEN, **step) for at_s, step in zip(stamps.at_s, steps, strict=True)]
+        if outcome == "ok":
+            read = round(int(mask.sum()) / len(ids))
+            events[-1] = replace(events[-1], finish="length", input_tokens=read, output_tokens=len(events))
+        record = Record(index, load.name, phase, outcome, tuple(events), sent, ended, sent_s=sent, detail=detail)
+        return replace(record, rows=load.rows, **self.device.peak())
+
+    def _generation(self, load: Load) -> GenerationConfig:
+        static = self.settings.static_cache or self.settings.compiled
+        config = GenerationConfig(
+            max_new_tokens=load.workload.output_tokens,
+            do_sample=False,
+            pad_token_id=0,
+            cache_implementation="static" if static else None,
+            disable_compile=not self.settings.compiled,
+        )
+        if self.settings.compiled:
+            mode = "reduce-overhead" if self.device.main.type == "cuda" else "default"
+            compile_config: Any = CompileConfig(fullgraph=True, dynamic=False, mode=mode)
+            compile_config._compile_all_devices = True
+            config.compile_config = compile_config
+        return config
+
+    def _check_room(self, load: Load, columns: int) -> None:
+        """On a CPU the system would kill the process, so that the run were lost."""
+        needed = load.rows * (columns + load.workload.output_tokens) * self._work.cached_bytes
+        room = self.device.room()
+        if room is not None and needed > room:
+            raise MemoryError(f"keys and values of the batch need {needed:,} bytes, and {room:,} are free")
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _loads(
+    model: Any, batch: int | Sequence[int] | None, workload: Workload | Sequence[Workload], settings: LocalSettings
+) -> list[Load]:
+    rows = [batch] if isinstance(batch, int) else list(batch or [1])
+    workloads = [workload] if isinstance(workload, Workload) else list(workload)
+    experts = [settings.experts] if isinstance(settings.experts, str | None) else list(settings.experts)
+    loads = [Load(*load) for load in product(rows, workloads, experts)]
+    if not loads or not all(isinstance(n, int) and n >= 1 for n in rows) or len({x.name for x in loads}) < len(loads):
+        raise BadInput(
+            f"A benchmark of batches of {batch} rows with {len(workloads)} workloads was asked for. That is no load, "
+            "or one is given twice. Give whole numbers from 1 and workloads of different lengths, each once."
+        )
+    for name in experts:
+        try:
+            model.get_correct_experts_implementation(name or model.config._experts_implementation)
+        except (ValueError, ImportError) as error:
+            raise BadInput(
+                f"Experts by {name!r} were to be measured. transformers says: {str(error).splitlines()[0]} "
+                "Give some of eager, grouped_mm and batched_mm."
+            ) from error
+    return loads

@@ -1,0 +1,123 @@
+"""The device a model lies on: its clock, its memory, and the rates it is measured to have."""
+
+from __future__ import annotations
+
+import math
+import platform
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+from mixlens.bench.roofline import Machine, Measured
+from mixlens.models.layout import input_device
+from mixlens.stats.bootstrap import t_quantile
+
+_RUNS, _WARM = 10, 2
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+class Device:
+    """Clock and memory of where a model runs: its accelerators, or the CPU.
+
+    `now` waits until the accelerators have done what was asked of them; times are seconds since the Device was made.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.main = input_device(model)
+        found = {p.device for p in model.parameters()} | {self.main}
+        self._accelerators = sorted({d for d in found if d.type not in ("cpu", "meta")}, key=str)
+        self._zero = time.perf_counter()
+
+    @property
+    def name(self) -> str:
+        """What the hardware calls itself."""
+        if self.main.type == "cuda":
+            return torch.cuda.get_device_name(self.main)
+        return _processor() if self.main.type == "cpu" else str(self.main)
+
+    def now(self) -> float:
+        for device in self._accelerators:
+            torch.accelerator.synchronize(device)
+        return time.perf_counter() - self._zero
+
+    def reset_peak(self) -> None:
+        """Peaks count from here."""
+        try:
+            for device in self._accelerators:
+                torch.accelerator.reset_peak_memory_stats(device)
+            if not self._accelerators:
+                _CLEAR.write_text("5")
+        except (RuntimeError, OSError):  # a device or a system that does not count
+            return
+
+    def peak(self) -> dict[str, int]:
+        """{"peak_vram_bytes" or "peak_rss_bytes": bytes} since `reset_peak`; empty where nobody counts."""
+        try:
+            if self._accelerators:
+                return {"peak_vram_bytes": sum(torch.accelerator.max_memory_allocated(d) for d in self._accelerators)}
+            lines = _STATUS.read_text().splitlines()
+            return {"peak_rss_bytes": next(int(s.split()[1]) << 10 for s in lines if s.startswith("VmHWM"))}
+        except (RuntimeError, OSError, StopIteration):
+            return {}
+
+    def room(self) -> int | None:
+        """Bytes that are free for a batch; None on an accelerator, which says itself when it is full.
+
+        A CPU's system would rather kill the process.
+        """
+        return None if self._accelerators else psutil.virtual_memory().available
+
+    def release(self) -> None:
+        """Give back what a failed batch held."""
+        if self._accelerators:
+            torch.accelerator.empty_cache()
+
+
+def measure(device: Device, dtype: torch.dtype) -> Machine:
+    """What a model's device does: bytes read a second, by the better of copying and adding up, and matrix products."""
+    on_cpu = device.main.type == "cpu"
+    times = 1 if on_cpu else 10
+    bandwidth = _bandwidth(device, (128 if on_cpu else 512) << 20, times)
+    side = 1024 if on_cpu else 8192
+    one, other = torch.randn(2, side, side, device=device.main).to(dtype)
+    how = f"matrix product of {side} x {side} in {str(dtype).removeprefix('torch.')}"
+    product = rate(lambda: one @ other, 2 * side**3, device.now, times, how)
+    device.release()
+    return Machine(device.name, bandwidth, product)
+
+
+def _bandwidth(device: Device, values: int, times: int) -> Measured:
+    source = torch.ones(values, device=device.main)
+    target, size = torch.empty_like(source), f"{source.nbytes >> 20} MiB"
+    copied = rate(lambda: target.copy_(source), 2 * source.nbytes, device.now, times, f"copy of {size}")
+    added = rate(source.sum, source.nbytes, device.now, times, f"sum of {size}")
+    return max(copied, added, key=lambda measured: measured.estimate)
+
+
+def rate(run: Callable[[], Any], amount: float, now: Callable[[], float], times: int, how: str) -> Measured:
+    """`amount` a second: mean of 10 runs of `times` calls each with its 95 % t interval, after 2 that do not count."""
+    rates = []
+    for _ in range(_WARM + _RUNS):
+        start = now()
+        for _ in range(times):
+            run()
+        rates.append(times * amount / (now() - start))
+    return _mean(rates[_WARM:], how)
+
+
+def _mean(values: Sequence[float], how: str) -> Measured:
+    n, mean = len(values), float(np.mean(values))
+    reach = float(t_quantile(0.975, np.array([n - 1.0]))[0]) * float(np.std(values, ddof=1)) / math.sqrt(n)
+    return Measured(mean, max(mean - reach, 0.0), mean + reach, n, how)
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return f"{name or platform.machine()}, {torch.get_num_threads()} threads"

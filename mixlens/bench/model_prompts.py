@@ -1,0 +1,78 @@
+"""Prompts for a loaded model, as token ids of an exact length."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer
+
+from mixlens.bench.prompts import Workload
+from mixlens.errors import BadInput
+from mixlens.models.layout import context_length
+
+
+class Prompts:
+    """The prompts of a workload for one model.
+
+    Made prompts are common words in the model's own tokens, cut to the length asked for; random tokens where the model
+    has no tokenizer. Prompts that are given are padded on the left.
+
+    Raises BadInput when prompt and answer together are longer than the model's context, or prompts are given and there
+    is no tokenizer.
+    """
+
+    def __init__(self, model: Any, workload: Workload) -> None:
+        self._workload = workload
+        self._tokenizer = _tokenizer(str(getattr(model, "name_or_path", "")))
+        self._vocabulary = int(model.config.vocab_size)
+        given = workload.prompts or ()
+        if given and self._tokenizer is None:
+            raise BadInput(
+                "A benchmark on given prompts was asked for. The model has no tokenizer. Load it from a folder that "
+                "has one, or leave the prompts out."
+            )
+        self._given = [self._tokenizer(text)["input_ids"] for text in given] if self._tokenizer else []
+        self.columns = max(map(len, self._given), default=workload.prompt_tokens)
+        if self.columns + workload.output_tokens > context_length(model):
+            raise BadInput(
+                f"Prompts of {self.columns} tokens with answers of {workload.output_tokens} were to be generated. The "
+                f"model's context is {context_length(model)} tokens. Give shorter ones."
+            )
+
+    def plan(self) -> dict[str, Any]:
+        """What decides the prompts, as plain JSON values."""
+        made = "words in the model's tokens" if self._tokenizer else "random tokens"
+        return {**self._workload.plan(), "ids": "given" if self._given else made}
+
+    def batch(self, numbers: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and mask [rows, columns] of the prompts with these numbers."""
+        rows = [self._ids(number) for number in numbers]
+        width = max(map(len, rows))
+        ids, mask = torch.zeros(2, len(rows), width, dtype=torch.long)
+        for at, row in enumerate(rows):
+            ids[at, width - len(row) :], mask[at, width - len(row) :] = torch.tensor(row), 1
+        return ids, mask
+
+    def _ids(self, number: int) -> list[int]:
+        if self._given:
+            return self._given[number % len(self._given)]
+        length = self._workload.prompt_tokens
+        if self._tokenizer is None:
+            draw = np.random.default_rng([self._workload.seed, number])
+            return draw.integers(min(3, self._vocabulary - 1), self._vocabulary, length).tolist()
+        ids: list[int] = []
+        text = self._workload.prompt(number)
+        while len(ids) < length:
+            ids += self._tokenizer(text)["input_ids"]
+        return ids[:length]
+
+
+def _tokenizer(name: str) -> Any:
+    if not name:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,246 @@
+"""Roofline: the bytes a forward must read and the operations it must do, against what the device was measured to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from mixlens.bench.decode import TOKEN, Event
+from mixlens.bench.events import Record
+from mixlens.errors import MissingSignal
+from mixlens.stats.bootstrap import DEFAULT, Bootstrap
+
+PHASES = ("prefill", "decode")
+# What a forward of a phase did, on average over the measured calls.
+METRICS = {
+    "forward_s": "time of one forward",
+    "tokens_per_s": "tokens of all rows over time: read in prefill, written in decode",
+    "experts_per_layer": "distinct experts that a forward chose in a layer",
+    "read_bytes": "weights of the chosen experts and of all else but the embedding table, and keys and values",
+    "read_bytes_per_s": "read_bytes over time",
+    "mbu_frac": "read_bytes_per_s / measured bandwidth",
+    "flops_per_s": "operations over time",
+    "mfu_frac": "flops_per_s / measured matrix throughput",
+    "flops_per_byte": "arithmetic intensity",
+    "roof_tokens_per_s": "tokens / max(read_bytes / bandwidth, operations / matrix throughput)",
+}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Parameters of a Mixtral by who reads them, from its config alone.
+
+    dense      attention, routers and norms of all layers, the last norm, and the head; not the embedding table
+    expert     one expert of one layer
+    embedding  the table; 0 where the head is the same one
+    attended   values of a query, heads times their width, of all layers: what one attended token costs, in pairs of
+               multiplication and addition, twice (scores and sum)
+    cached     values that the cache keeps of a token, in all layers
+    """
+
+    layers: int
+    experts: int
+    top_k: int
+    dense: int
+    expert: int
+    head: int
+    embedding: int
+    attended: int
+    cached: int
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Sizes:
+        """From config.json's content, as `model.config.to_dict()` gives it."""
+        layers, hidden, inner = (config[k] for k in ("num_hidden_layers", "hidden_size", "intermediate_size"))
+        heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+        width = config.get("head_dim") or hidden // heads
+        experts, head = config["num_local_experts"], config["vocab_size"] * hidden
+        attention = 2 * hidden * heads * width + 2 * hidden * kv_heads * width
+        dense = layers * (attention + hidden * experts + 2 * hidden) + hidden + head
+        return cls(
+            layers=layers,
+            experts=experts,
+            top_k=config["num_experts_per_tok"],
+            dense=dense,
+            expert=3 * hidden * inner,
+            head=head,
+            embedding=0 if config.get("tie_word_embeddings") else head,
+            attended=layers * heads * width,
+            cached=2 * layers * kv_heads * width,
+        )
+
+    @property
+    def total(self) -> int:
+        """Parameters of the model."""
+        return self.dense + self.embedding + self.layers * self.experts * self.expert
+
+    @property
+    def read_a_token(self) -> int:
+        """Parameters that one token must read, the embedding table apart."""
+        return self.dense + self.layers * self.top_k * self.expert
+
+    def flops(self, lengths: Sequence[int], past: int = 0) -> int:
+        """Operations of a forward of rows with so many new tokens each, after `past` tokens in the cache.
+
+        2 for each parameter of a matrix and token, 4 for each value of a query and attended token; the head is asked
+        for each row's last token alone.
+        """
+        tokens = sum(lengths)
+        attended = sum(n * past + n * (n + 1) // 2 for n in lengths)
+        a_token = self.dense - self.head + self.layers * self.top_k * self.expert
+        return 2 * (a_token * tokens + self.head * len(lengths)) + 4 * self.attended * attended
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Bytes as they lie in memory: from the tensors of a model, or from a config and bytes a parameter.
+
+    dense_bytes   read by every forward; see Sizes.dense
+    expert_bytes  [layer, expert]
+    cached_bytes  of keys and values of one token in all layers
+    """
+
+    dense_bytes: int
+    expert_bytes: np.ndarray
+    cached_bytes: int
+
+    @classmethod
+    def of(cls, sizes: Sizes, bytes_a_parameter: float = 2, bytes_a_value: float = 2) -> Weights:
+        """All parameters alike, as in bfloat16 (2 bytes)."""
+        experts = np.full((sizes.layers, sizes.experts), round(sizes.expert * bytes_a_parameter))
+        return cls(round(sizes.dense * bytes_a_parameter), experts, round(sizes.cached * bytes_a_value))
+
+    def read(self, expert_id: np.ndarray, context: Iterable[int]) -> tuple[int, int]:
+        """Bytes that one forward must read, and how many experts of all layers these are.
+
+        expert_id  [token, layer, slot] of all tokens of the forward
+        context    tokens that each row attends to, its new ones included
+
+        Every chosen expert is read once, however many tokens chose it.
+        """
+        chosen = np.zeros(self.expert_bytes.shape, bool)
+        chosen[np.arange(len(chosen))[None, :, None], expert_id] = True
+        weights = self.dense_bytes + int(self.expert_bytes[chosen].sum())
+        return weights + self.cached_bytes * sum(context), int(chosen.sum())
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A rate of a device: the mean of n runs with its 95 % t interval, and what was run."""
+
+    estimate: float
+    ci_low: float
+    ci_high: float
+    n: int
+    how: str
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a device was measured to do, when a benchmark began.
+
+    bandwidth_bytes_per_s  bytes read a second
+    matmul_flops_per_s     operations a second of a large matrix product in the model's dtype
+    """
+
+    name: str
+    bandwidth_bytes_per_s: Measured
+    matmul_flops_per_s: Measured
+
+    @classmethod
+    def of(cls, plain: Mapping[str, Any]) -> Machine:
+        """From the JSON values of `dataclasses.asdict`."""
+        rates = {key: Measured(**plain[key]) for key in ("bandwidth_bytes_per_s", "matmul_flops_per_s")}
+        return cls(plain["name"], **rates)
+
+
+def roofline(
+    records: Iterable[Record], machine: Machine, *, layers: int, bootstrap: Bootstrap = DEFAULT
+) -> pd.DataFrame:
+    """How near to what the device can do every load came, prefill and decode apart: METRICS over measured calls.
+
+    Sums over calls are divided, as in sum of bytes / sum of seconds; intervals come from a bootstrap over calls. They
+    take the device's own rates as given: these have intervals of their own, in `machine`.
+
+    Returns  DataFrame  level, phase, metric, estimate, ci_low, ci_high, n (calls); NaN where routing was not recorded
+    Raises   MissingSignal  when no record knows what its forwards read, as with those of an endpoint
+    """
+    groups: dict[str, list[np.ndarray]] = {}
+    for record in records:
+        if record.phase == "measured" and record.outcome == "ok":
+            groups.setdefault(record.level, []).append(_sums(record))
+    if not any(np.isfinite(call[:, _FLOPS]).any() for calls in groups.values() for call in calls):
+        raise MissingSignal(
+            "A roofline was asked for. No measured call knows the bytes and operations of its forwards. Benchmark a "
+            "loaded model, as in ml.benchmark(ml.load(...)); of an endpoint they cannot be known."
+        )
+    rows = []
+    for level, calls in groups.items():
+        for at, phase in enumerate(PHASES):
+            sums = np.stack([call[at] for call in calls])
+            estimate, low, high = _with_interval(sums, machine, layers, bootstrap)
+            rows += [
+                (level, phase, metric, estimate[i], low[i], high[i], len(calls)) for i, metric in enumerate(METRICS)
+            ]
+    return pd.DataFrame(rows, columns=["level", "phase", "metric", "estimate", "ci_low", "ci_high", "n"])
+
+
+_SECONDS, _FORWARDS, _TOKENS, _EXPERTS, _BYTES, _FLOPS = range(6)
+
+
+def _sums(record: Record) -> np.ndarray:
+    """[phase, 6] of a call: seconds, forwards, tokens, experts of all layers, bytes and operations."""
+    events = [event for event in record.events if event.kind == TOKEN]
+    stamps = [event.at_s for event in events]
+    assert record.sent_s is not None
+    read = np.nan if (tokens := events[-1].input_tokens) is None else tokens
+    return np.array(
+        [
+            [stamps[0] - record.sent_s, 1, record.rows * read, *_work(events[:1])],
+            [stamps[-1] - stamps[0], len(events) - 1, record.rows * (len(events) - 1), *_work(events[1:])],
+        ]
+    )
+
+
+def _work(events: Sequence[Event]) -> list[float]:
+    names = ("experts", "read_bytes", "flops")
+    return [sum(np.nan if (v := getattr(event, name)) is None else v for event in events) for name in names]
+
+
+def _with_interval(
+    sums: np.ndarray, machine: Machine, layers: int, bootstrap: Bootstrap
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Estimate, lower and upper bound of METRICS from the sums of every call [call, 6]."""
+    resamples = bootstrap.resample(len(sums))
+    replicates = _metrics(resamples.sums(sums), machine, layers)
+    if len(sums) < 2:
+        none = np.full(len(METRICS), np.nan)
+        return replicates[:, 0], none, none
+    reach = np.full(len(METRICS), bootstrap.reach(np.array([float(len(sums))]))[0])
+    low, high = resamples.interval(replicates, reach)
+    return replicates[:, 0], low, high
+
+
+def _metrics(totals: np.ndarray, machine: Machine, layers: int) -> np.ndarray:
+    """METRICS [metric, replicate] of sums over calls [6, replicate]."""
+    seconds, forwards, tokens, experts, read, flops = totals
+    bandwidth, peak = machine.bandwidth_bytes_per_s.estimate, machine.matmul_flops_per_s.estimate
+    with np.errstate(divide="ignore", invalid="ignore"):
+        rows = [
+            seconds / forwards,
+            tokens / seconds,
+            experts / forwards / layers,
+            read / forwards,
+            read / seconds,
+            read / seconds / bandwidth,
+            flops / seconds,
+            flops / seconds / peak,
+            flops / read,
+            tokens / np.maximum(read / bandwidth, flops / peak),
+        ]
+    values = np.stack(rows)
+    return np.where(np.isfinite(values), values, np.nan)
