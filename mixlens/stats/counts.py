@@ -245,7 +245,7 @@ def described(data: xr.Dataset, trace: Trace, bootstrap: Bootstrap, **attrs: Any
     model = trace.meta.get("model")
     name = model.get("name") if isinstance(model, Mapping) else model
     how = {"level": bootstrap.level, "replicates": bootstrap.replicates, "seed": bootstrap.seed}
-    return data.assign_attrs({**attrs, **how, "model": name or "unknown"})
+    return data.assign_attrs({**attrs, **how, "model": name or "unknown", "top_k": trace.top_k})
 
 
 def _columns(trace: Trace, by: By) -> list[str]:

@@ -173,7 +173,7 @@ VIEWS.tokens = function tokens(frame, data) {
   function paint(span, token) {
     let name = `t e${run.expert(token, 0, state.layer)}`;
     if (topK > 1) name += ` s${run.expert(token, 1, state.layer)}`;
-    if (state.focus >= 0 && run.slotOf(token, state.focus, state.layer) < 0) name += " off";
+    if (!state.mode && state.focus >= 0 && run.slotOf(token, state.focus, state.layer) < 0) name += " off";
     if (run.arrays.phase?.[token]) name += " generated";
     if (state.hits.has(token)) name += " hit";
     const background = modes[state.mode][1](token);

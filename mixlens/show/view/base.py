@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from mixlens.show import wording
 from mixlens.show.html import page
 from mixlens.show.live import mount_script
 from mixlens.show.style import PaperFigure
@@ -98,3 +100,23 @@ def _small_png(drawn: Axes | Figure, dpi: int) -> str:
     file = io.BytesIO()
     picture.save(file, "png", optimize=True)
     return base64.b64encode(file.getvalue()).decode("ascii")
+
+
+def extremes(data: xr.Dataset, centre: float, rows: int = 8) -> str:
+    """Table of the numbers furthest from `centre`, with interval and n, for a reader without scripts."""
+    frame = data[["estimate", "ci_low", "ci_high"]].assign(n=xr.zeros_like(data["estimate"]) + data["n"])
+    dims = [str(d) for d in data["estimate"].dims]
+    table = frame.to_dataframe(dim_order=dims)[["estimate", "ci_low", "ci_high", "n"]].dropna(subset="estimate")
+    order = (table["estimate"] - centre).abs().sort_values(ascending=False, kind="stable").index[:rows]
+    kept = table.loc[order].reset_index()
+    columns = {name: [wording.label(v) for v in kept[name]] for name in dims}
+    unit = " [%]" if wording.is_fraction(data) else ""
+    columns |= {
+        f"{wording.title(data).lower()}{unit}": [wording.plain(v, data) for v in kept["estimate"]],
+        f"{wording.level(data)}": [
+            f"{wording.plain(low, data)} to {wording.plain(high, data)}"
+            for low, high in zip(kept["ci_low"], kept["ci_high"], strict=True)
+        ],
+        "n": [f"{int(n):,}" for n in kept["n"]],
+    }
+    return static_table(columns, f"Furthest from {wording.plain(centre, data)}: {len(kept)} of {len(table):,} numbers")

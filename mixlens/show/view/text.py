@@ -97,11 +97,12 @@ def _static(trace: Trace, number: int, layer: int) -> str:
         f"Text of {label(trace, number)} at layer {layer} of {wording.model_name(trace)}, "
         f"n = {len(ids):,} tokens. First choices: {most} tokens ..."
     )
-    table = static_table(_first_tokens(one, ids), f"First {min(_ROWS, len(ids))} of {len(ids):,} tokens")
+    table = static_table(first_tokens(one, ids), f"First {min(_ROWS, len(ids))} of {len(ids):,} tokens")
     return static_form(drawn, caption, table)
 
 
-def _first_tokens(one: Trace, ids: np.ndarray) -> dict[str, Any]:
+def first_tokens(one: Trace, ids: np.ndarray) -> dict[str, Any]:
+    """Columns of a table of the first tokens, of a trace with one layer and its expert ids [token, slot]."""
     columns = {"position": [str(p) for p in one.read("position")[:_ROWS]]}
     if "token_id" in one.signals:
         columns["token"] = [_short(piece) for piece in one.pieces(one.read("token_id")[:_ROWS])]

@@ -1,0 +1,145 @@
+// Heat maps on one scale centred on what uniform routing gives: layer x expert by domain, expert x expert by layer.
+
+const CELL = { width: 30, height: 20 };
+
+/** `value` as the header's unit says it: a share in per cent, or a ratio. */
+function valueText(data, value) {
+  if (Number.isNaN(value)) return "–";
+  return data.unit === "ratio" ? `${value.toFixed(2)} ×` : `${(100 * value).toFixed(1)} %`;
+}
+
+/** Fill of a cell: red above the centre, blue below, never so deep that text on it is hard to read. */
+function fillOf(data, value) {
+  if (Number.isNaN(value)) return "var(--line)";
+  const far = data.unit === "ratio" ? Math.log2(Math.max(value, 1e-3)) : value - data.centre;
+  const share = Math.min(1, Math.abs(far) / data.limit);
+  return `color-mix(in srgb, ${far > 0 ? "#bd1f01" : "#3f90da"} ${Math.round(55 * share)}%, var(--ground))`;
+}
+
+VIEWS.matrix = function matrix(frame, data) {
+  const { picks, panels, row, column, arrays } = data;
+  const state = { picked: picks.map((pick) => pick.start), panel: 0, row: 0, column: 0 };
+  const area = row.values.length * column.values.length;
+  const offset = (panel = state.panel) =>
+    picks.reduce((at, pick, i) => at * pick.values.length + state.picked[i], 0) * panels.length * area + panel * area;
+  const at = (panel, i, j) => offset(panel) + i * column.values.length + j;
+  const axes = { [row.name]: ["row", row.values], [column.name]: ["column", column.values], domain: ["panel", panels] };
+
+  const tell = link(frame, (told) => {
+    for (const [name, value] of Object.entries(told)) {
+      const pick = picks.findIndex((p) => p.name === name);
+      if (pick >= 0 && picks[pick].values.includes(value)) setPick(pick, picks[pick].values.indexOf(value));
+      else if (axes[name]?.[1].includes(value)) state[axes[name][0]] = axes[name][1].indexOf(value);
+    }
+    mark();
+  });
+  const controls = picks.map((pick, i) => {
+    const chosen = (index) => { setPick(i, index); mark(); tell({ [pick.name]: pick.values[index] }); };
+    return pick.slider ? sliderOver(pick.name, pick.values, chosen) : chooserOf(pick.name, pick.values, chosen);
+  });
+  const readout = element("div", { class: "readout", "aria-live": "polite" });
+  const grids = panels.map((name, panel) => gridOf(name, panel));
+  frame.append(
+    element("div", { class: "controls" }, controls),
+    element("div", { class: "grids", tabindex: 0, role: "group", "aria-label": `${data.title}. Arrow keys move from cell to cell.` },
+      grids.map((grid) => grid.node)),
+    scaleBar(data), readout, element("p", { class: "legend", text: data.note }));
+
+  function gridOf(name, panel) {
+    const tall = row.values.length > 12 ? 15 : CELL.height, left = 40, top = name === null ? 16 : 30;
+    const width = left + column.values.length * CELL.width + 4, height = top + row.values.length * tall + 18;
+    const svg = drawn("svg", { width, height, viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" });
+    if (name !== null) svg.append(drawn("text", { class: "panel", x: 2, y: 12, text: name }));
+    const cells = [], digits = [], small = data.digits;
+    row.values.forEach((value, i) => {
+      const every = Math.ceil(row.values.length / 16);
+      if (i % every === 0) svg.append(drawn("text", { class: "tick", x: left - 5, y: top + (i + 0.7) * tall, "text-anchor": "end", text: value }));
+      column.values.forEach((_, j) => {
+        const place = { x: left + j * CELL.width, y: top + i * tall };
+        const cell = drawn("rect", { ...place, width: CELL.width - 1, height: tall - 1, class: "box" });
+        cell.place = [panel, i, j];
+        cells.push(cell);
+        if (small) digits.push(drawn("text", { class: "digit", x: place.x + CELL.width / 2, y: place.y + tall * 0.7, "text-anchor": "middle" }));
+      });
+    });
+    column.values.forEach((value, j) =>
+      svg.append(drawn("text", { class: "tick", x: left + (j + 0.5) * CELL.width, y: top - 4, "text-anchor": "middle", text: value })));
+    svg.append(drawn("text", { class: "tick", x: left, y: height - 5, text: `${column.label} →` }));
+    svg.append(drawn("text", { class: "tick", x: 2, y: top - 4, text: `${row.label}↓` }));
+    const cursor = drawn("rect", { class: "cursor", width: CELL.width, height: tall });
+    svg.append(...cells, ...digits, cursor);
+    return { node: svg, cells, digits, cursor, left, top, tall };
+  }
+
+  function setPick(index, value) {
+    state.picked[index] = value;
+    controls[index].show(value);
+    paint();
+  }
+
+  function paint() {
+    grids.forEach((grid, panel) => grid.cells.forEach((cell, c) => {
+      const value = arrays.estimate[offset(panel) + c];
+      cell.style.fill = fillOf(data, value);
+      if (grid.digits[c]) {
+        const apart = arrays.low[offset(panel) + c] > data.centre || arrays.high[offset(panel) + c] < data.centre;
+        grid.digits[c].textContent = Number.isNaN(value) ? "" : data.unit === "ratio" ? value.toFixed(1) : (100 * value).toFixed(0);
+        grid.digits[c].style.fontWeight = apart ? 700 : 400;
+      }
+    }));
+  }
+
+  function mark() {
+    grids.forEach((grid, panel) => {
+      grid.cursor.setAttribute("x", grid.left + state.column * CELL.width - 0.5);
+      grid.cursor.setAttribute("y", grid.top + state.row * grid.tall - 0.5);
+      grid.cursor.style.opacity = panel === state.panel ? 1 : 0.35;
+    });
+    const here = at(state.panel, state.row, state.column);
+    const value = arrays.estimate[here];
+    const facts = [
+      ...(panels[0] === null ? [] : [["domain", String(panels[state.panel])]]),
+      ...picks.map((pick, i) => [pick.name, String(pick.values[state.picked[i]])]),
+      [row.label, String(row.values[state.row])],
+      [column.label, String(column.values[state.column])],
+      ["", `${valueText(data, value)} ${data.of}`],
+    ];
+    if (!Number.isNaN(arrays.low[here])) facts.push(["interval", `${valueText(data, arrays.low[here])} to ${valueText(data, arrays.high[here])}`]);
+    if (data.also && !Number.isNaN(value)) facts.push(["that is", `${valueText(data, value * data.also[0])} ${data.also[1]}`]);
+    facts.push(["n", arrays.n[here].toLocaleString("en")]);
+    readout.replaceChildren(...factNodes(facts));
+  }
+
+  function go(panel, i, j) {
+    const clamp = (value, most) => Math.max(0, Math.min(most - 1, value));
+    Object.assign(state, { panel: clamp(panel, panels.length), row: clamp(i, row.values.length), column: clamp(j, column.values.length) });
+    mark();
+    tell({
+      ...(panels[0] === null ? {} : { domain: panels[state.panel] }),
+      [row.name]: row.values[state.row],
+      ...(column.name === "expert_j" ? {} : { [column.name]: column.values[state.column] }),
+    });
+  }
+
+  const grid = frame.querySelector(".grids");
+  grid.addEventListener("click", (event) => { if (event.target.place) go(...event.target.place); });
+  grid.addEventListener("keydown", (event) => {
+    const step = { ArrowUp: [0, -1, 0], ArrowDown: [0, 1, 0], ArrowLeft: [0, 0, -1], ArrowRight: [0, 0, 1], PageUp: [-1, 0, 0], PageDown: [1, 0, 0] }[event.key];
+    if (!step) return;
+    event.preventDefault();
+    go(state.panel + step[0], state.row + step[1], state.column + step[2]);
+  });
+  picks.forEach((pick, i) => controls[i].show(pick.start));
+  paint();
+  mark();
+};
+
+function scaleBar(data) {
+  const steps = [-1, -0.5, 0, 0.5, 1].map((share) => (data.unit === "ratio" ? 2 ** (share * data.limit) : data.centre + share * data.limit));
+  const shown = steps.filter((value) => value >= 0);
+  return element("div", { class: "scale", "aria-hidden": "true" }, shown.map((value) => {
+    const box = element("span", { text: valueText(data, value) });
+    box.style.background = fillOf(data, value);
+    return box;
+  }));
+}

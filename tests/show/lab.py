@@ -1,0 +1,148 @@
+"""A real JupyterLab, driven through a real Chromium."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+from types import SimpleNamespace
+
+import nbformat
+
+CHROMIUM = Path("/usr/bin/chromium")
+FLAGS = [
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+]
+_SETTINGS = {
+    "@jupyterlab/notebook-extension/tracker": {"windowingMode": "none"},
+    "@jupyterlab/apputils-extension/notification": {
+        "fetchNews": "false",
+        "checkForUpdates": False,
+        "doNotDisturbMode": True,
+    },
+    "@jupyter-widgets/jupyterlab-manager/plugin": {"saveState": False},
+}
+_KERNEL = "window.jupyterapp.shell.currentWidget?.sessionContext?.session?.kernel"
+
+
+class Lab:
+    """A server over the folder `root`; what is under `home` is all it knows of its user."""
+
+    def __init__(self, root: Path, home: Path) -> None:
+        self.root, self.home = root, home
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        for name, value in _SETTINGS.items():
+            file = home / "settings" / f"{name}.jupyterlab-settings"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(value))
+        folders = {"HOME": "", "JUPYTER_CONFIG_DIR": "c", "JUPYTER_DATA_DIR": "d", "JUPYTER_RUNTIME_DIR": "r"}
+        self.environment = {
+            **os.environ,
+            **{name: str(home / folder) for name, folder in folders.items()},
+            "JUPYTER_PREFER_ENV_PATH": "1",
+        }
+        options = {
+            "ServerApp.ip": "127.0.0.1",
+            "ServerApp.port": self.port,
+            "ServerApp.port_retries": 0,
+            "IdentityProvider.token": "",
+            "ServerApp.password": "",
+            "ServerApp.disable_check_xsrf": True,
+            "ServerApp.root_dir": root,
+            "LabApp.expose_app_in_browser": True,
+            "LabApp.news_url": "",
+            "LabApp.check_for_updates_class": "jupyterlab.NeverCheckForUpdate",
+            "LabApp.extension_manager": "readonly",
+            "LabApp.user_settings_dir": home / "settings",
+            "LabApp.workspaces_dir": home / "ws",
+        }
+        self.log = (home / "server.log").open("w")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
+            + [f"--{name}={value}" for name, value in options.items()],
+            env=self.environment,
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+        )
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(120)
+        self.log.close()
+
+    def wait(self, page) -> None:
+        """Until the server answers; the browser's clock does the waiting."""
+        for _ in range(300):
+            assert self.process.poll() is None, (self.home / "server.log").read_text()
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/api/status", timeout=5):
+                    return
+            except OSError:
+                page.wait_for_timeout(200)
+        raise AssertionError((self.home / "server.log").read_text())
+
+    def write(self, name: str, *cells: str) -> Path:
+        book = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
+        book.cells = [nbformat.v4.new_code_cell(cell) for cell in cells]
+        nbformat.write(book, self.root / name)
+        return self.root / name
+
+
+def watched(page) -> SimpleNamespace:
+    """What a page logs, throws and asks of anybody but its own server, from now on."""
+    seen = SimpleNamespace(page=page, log=[], errors=[], requests=[])
+    page.on("console", lambda said: seen.log.append(f"{said.type}: {said.text}"))
+    page.on("pageerror", lambda error: seen.errors.append(str(error)))
+    page.on("dialog", lambda dialog: (seen.errors.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+
+    def gate(route):
+        if route.request.url.startswith(("http://127.0.0.1:", "ws://127.0.0.1:", "file:", "blob:", "data:")):
+            return route.continue_()
+        seen.requests.append(route.request.url)
+        return route.abort()
+
+    page.route("**/*", gate)
+    return seen
+
+
+def open_notebook(lab: Lab, page, name: str, *, kernel: bool = True) -> None:
+    page.goto("about:blank")
+    page.goto(f"http://127.0.0.1:{lab.port}/doc/tree/{name}?reset")
+    page.wait_for_function("window.jupyterapp")
+    page.evaluate("window.jupyterapp.restored.then(() => 0)")
+    page.wait_for_selector(".jp-Notebook .jp-Cell")
+    if kernel:
+        ready = f"{_KERNEL}?.connectionStatus === 'connected' && {_KERNEL}?.status === 'idle'"
+        page.wait_for_function(ready, timeout=90_000)
+
+
+def run(page, command: str = "notebook:run-all-cells") -> None:
+    """Start a notebook command without waiting for what it starts."""
+    page.evaluate("name => void window.jupyterapp.commands.execute(name)", command)
+
+
+def run_all(page) -> None:
+    page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')", None)
+    page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]", timeout=120_000)
+
+
+def save(page) -> None:
+    page.evaluate("window.jupyterapp.commands.execute('docmanager:save')")
+
+
+def shut_down_kernels(page) -> None:
+    page.evaluate("window.jupyterapp.serviceManager.sessions.shutdownAll()")

@@ -1,0 +1,268 @@
+"""Views in a real JupyterLab: live, saved, reopened without a kernel, untrusted, exported, dark, by keyboard alone."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from lab import CHROMIUM, FLAGS, Lab, open_notebook, run, run_all, save, shut_down_kernels, watched
+from show_samples import HOSTILE
+
+pytestmark = pytest.mark.browser
+SETUP = f"""import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import mixlens as ml
+from show_samples import make_trace
+trace = make_trace(documents=2)"""
+VIEW = "ml.view.tokens(trace, [0, 3], layer=0)"
+LIVE = ".jp-OutputArea-output .mixlens[data-ready='1']"
+SLIDER = ".jp-OutputArea-output .mixlens input[type=range]"
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory):
+    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+    pytest.importorskip("jupyterlab", reason="JupyterLab is not installed")
+    if not CHROMIUM.exists():
+        pytest.skip(f"{CHROMIUM} is not there; apt-get install chromium")
+    with playwright.sync_playwright() as tool:
+        browser = tool.chromium.launch_persistent_context(
+            str(tmp_path_factory.mktemp("profile")),
+            executable_path=str(CHROMIUM),
+            args=FLAGS,
+            viewport={"width": 1200, "height": 1000},
+        )
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def seen(chromium):
+    page = chromium.new_page()
+    yield watched(page)
+    page.close()
+
+
+@pytest.fixture(scope="module")
+def lab(chromium, tmp_path_factory):
+    server = Lab(tmp_path_factory.mktemp("books"), tmp_path_factory.mktemp("home"))
+    page = chromium.new_page()
+    server.wait(page)
+    page.close()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def saved(lab, chromium):
+    """A notebook that was run and saved by JupyterLab itself; its kernel is gone."""
+    book = lab.write("saved.ipynb", SETUP, VIEW)
+    page = chromium.new_page()
+    open_notebook(lab, page, book.name)
+    run_all(page)
+    page.wait_for_selector(LIVE)
+    save(page)
+    shut_down_kernels(page)
+    page.close()
+    return book
+
+
+def ours(log: list[str]) -> list[str]:
+    """What was logged by a view, or is an error; JupyterLab's own one when its kernel is shut down left out."""
+    return [line for line in log if ("mixlens" in line or line.startswith("error")) and "debugger state" not in line]
+
+
+def output_html(book: Path) -> str:
+    cells = json.loads(book.read_text("utf-8"))["cells"]
+    return "".join(cells[1]["outputs"][0]["data"]["text/html"])
+
+
+def test_live_with_a_clean_console_and_no_request_and_three_keys_move_three_layers(lab, seen):
+    book = lab.write("live.ipynb", SETUP, VIEW)
+    open_notebook(lab, seen.page, book.name)
+    run_all(seen.page)
+    seen.page.wait_for_selector(LIVE)
+    slider = seen.page.locator(SLIDER)
+    slider.focus()
+    for _ in range(3):
+        seen.page.keyboard.press("ArrowRight")
+    assert slider.input_value() == "3"
+    assert seen.page.locator(".mixlens .slider output").text_content() == "3"
+    assert (ours(seen.log), seen.errors, seen.requests) == ([], [], [])
+
+
+def test_answers_while_a_cell_is_busy(lab, seen):
+    book = lab.write("busy.ipynb", SETUP, VIEW, "import time\nprint('begun', flush=True)\ntime.sleep(60)")
+    page = seen.page
+    open_notebook(lab, page, book.name)
+    run(page)
+    page.wait_for_selector(LIVE, timeout=120_000)
+    page.get_by_text("begun", exact=True).wait_for()
+    page.locator(SLIDER).press("ArrowRight")
+    assert page.locator(".mixlens .slider output").text_content() == "1"
+    page.locator(".mixlens .text span.t").nth(12).hover()
+    assert "position12" in page.locator(".mixlens .readout").text_content()
+    assert page.evaluate("window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.status") == "busy"
+    shut_down_kernels(page)
+
+
+def test_reopened_without_a_kernel_and_saved_again_it_is_live(lab, saved, seen):
+    for _ in range(2):
+        open_notebook(lab, seen.page, saved.name, kernel=False)
+        seen.page.wait_for_selector(LIVE)
+        seen.page.locator(SLIDER).press("ArrowRight")
+        assert seen.page.locator(".mixlens .slider output").text_content() == "1"
+        save(seen.page)
+        shut_down_kernels(seen.page)
+    assert (ours(seen.log), seen.errors, seen.requests) == ([], [], [])
+
+
+def test_untrusted_the_picture_its_alt_text_and_caption_stand(saved, chromium, seen, tmp_path):
+    stranger = Lab(saved.parent, tmp_path)
+    try:
+        stranger.wait(seen.page)
+        open_notebook(stranger, seen.page, saved.name, kernel=False)
+        picture = seen.page.locator(".jp-OutputArea-output img")
+        picture.wait_for()
+        assert picture.get_attribute("alt").startswith("Text of sequence 0, arxiv")
+        assert picture.evaluate("i => i.complete && i.naturalWidth") > 300
+        assert "Text of sequence 0" in seen.page.locator(".jp-OutputArea-output figcaption").text_content()
+        assert seen.page.locator(".jp-OutputArea-output table tr").count() == 9
+        assert seen.page.locator(LIVE).count() == 0
+        assert seen.page.locator(".jp-OutputArea-output script").count() == 0
+        shut_down_kernels(seen.page)
+    finally:
+        stranger.stop()
+
+
+def test_exported_by_nbconvert_it_is_live_offline(saved, chromium, seen, tmp_path):
+    command = [sys.executable, "-m", "jupyter", "nbconvert", "--to", "html", "--output-dir", str(tmp_path), str(saved)]
+    subprocess.run(command, check=True, capture_output=True)
+    seen.page.goto((tmp_path / "saved.html").as_uri())
+    seen.page.wait_for_selector(".mixlens[data-ready='1']", state="attached")
+    seen.page.locator(".mixlens input[type=range]").press("ArrowRight")
+    assert seen.page.locator(".mixlens .slider output").text_content() == "1"
+    assert seen.errors == []
+
+
+def test_running_a_cell_three_times_does_not_grow_the_file(lab, saved, seen):
+    once = saved.stat().st_size
+    book = lab.write("thrice.ipynb", SETUP, VIEW)
+    open_notebook(lab, seen.page, book.name)
+    for _ in range(3):
+        run_all(seen.page)
+        seen.page.wait_for_selector(LIVE)
+    save(seen.page)
+    assert abs(book.stat().st_size - once) < 2_000
+    assert output_html(book) == output_html(saved)
+
+
+def test_hostile_text_shows_as_text(lab, saved, seen):
+    open_notebook(lab, seen.page, saved.name, kernel=False)
+    seen.page.wait_for_selector(LIVE)
+    shown = seen.page.locator(".mixlens .text").text_content()
+    for piece in (HOSTILE[0], HOSTILE[1], HOSTILE[2], HOSTILE[3], HOSTILE[4], HOSTILE[8]):
+        assert piece.replace("▁", " ") in shown
+    assert "⟨E2⟩" in shown
+    assert "(10,000 characters)" in shown
+    assert seen.page.locator(".mixlens .text script, .mixlens .text img").count() == 0
+    assert seen.errors == []
+
+
+CONTRAST = """frame => {
+    const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+    const rgba = (colour) => {
+        canvas.clearRect(0, 0, 1, 1);
+        canvas.fillStyle = colour;
+        canvas.fillRect(0, 0, 1, 1);
+        return [...canvas.getImageData(0, 0, 1, 1).data].map((v) => v / 255);
+    };
+    const over = (top, ground) => top.slice(0, 3).map((v, i) => v * top[3] + ground[i] * (1 - top[3]));
+    const luminance = (c) => {
+        const [r, g, b] = c.map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+    };
+    const groundOf = (node) => {
+        const colours = [];
+        for (let at = node; at && at !== frame.parentNode; at = at.parentElement)
+            colours.unshift(rgba(getComputedStyle(at).backgroundColor));
+        return colours.reduce((ground, top) => over(top, ground), [1, 1, 1]);
+    };
+    const found = [];
+    for (const node of frame.querySelectorAll("*")) {
+        if (![...node.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim())) continue;
+        if (!node.checkVisibility()) continue;
+        const ground = groundOf(node);
+        const style = getComputedStyle(node);
+        const text = over(rgba(node.namespaceURI.endsWith("svg") ? style.fill : style.color), ground);
+        const [a, b] = [luminance(text), luminance(ground)].sort((x, y) => y - x);
+        found.push([(a + 0.05) / (b + 0.05), node.textContent.slice(0, 30), node.className]);
+    }
+    return found.sort((x, y) => x[0] - y[0]);
+}"""
+
+
+@pytest.mark.parametrize("theme", ["JupyterLab Dark", "JupyterLab Light"])
+def test_text_has_contrast_in_the_notebooks_theme(lab, saved, seen, theme):
+    page = seen.page
+    open_notebook(lab, page, saved.name, kernel=False)
+    page.wait_for_selector(LIVE)
+    page.evaluate("theme => window.jupyterapp.commands.execute('apputils:change-theme', { theme })", theme)
+    page.wait_for_selector(f".mixlens .frame[data-theme={'dark' if 'Dark' in theme else 'light'}]")
+    page.locator(".mixlens button.expert").nth(3).click()
+    for mode in range(page.locator(".mixlens select").nth(1).locator("option").count()):
+        page.locator(".mixlens select").nth(1).select_option(index=mode)
+        found = page.locator(".mixlens .frame").evaluate(CONTRAST)
+        assert len(found) > 60
+        assert found[0][0] >= 4.5, found[:5]
+
+
+def test_the_keyboard_alone_suffices_and_commands_of_the_notebook_stay_away(lab, saved, seen):
+    page = seen.page
+    open_notebook(lab, page, saved.name, kernel=False)
+    page.wait_for_selector(LIVE)
+    cells = page.locator(".jp-Cell").count()
+    reached = []
+    page.locator(".mixlens select").first.focus()
+    for _ in range(24):
+        name = page.evaluate(
+            """() => { const at = document.activeElement?.shadowRoot?.activeElement;
+                return at && (at.getAttribute("aria-label") || at.title || at.type || at.className); }"""
+        )
+        reached.append(name or "")
+        if name and name.startswith("search"):
+            page.keyboard.type("abdd router")
+            page.keyboard.press("Enter")
+        if name == "only expert 2":
+            page.keyboard.press("Space")
+        if name and name.startswith("Tokens."):
+            page.keyboard.press("ArrowRight")
+            page.keyboard.press("ArrowDown")
+            break
+        page.keyboard.press("Tab")
+    for wanted in ("sequence", "layer", "checkbox", "only expert 7", "next token where", "search", "colour", "Tokens."):
+        assert any(wanted in name for name in reached), (wanted, reached)
+    assert page.locator(".mixlens [aria-pressed=true]").text_content() == "2"
+    assert "position1" in page.locator(".mixlens .readout").text_content()
+    assert page.locator(".mixlens .slider output").text_content() == "1"
+    assert page.locator(".jp-Cell").count() == cells
+    assert re.match("0 tokens", page.locator(".mixlens .search output").text_content())
+
+
+def test_a_layer_or_expert_chosen_in_one_output_moves_the_others(lab, seen):
+    book = lab.write("linked.ipynb", SETUP, VIEW, "ml.view.tokens(trace, 5)")
+    page = seen.page
+    open_notebook(lab, page, book.name)
+    run_all(page)
+    page.wait_for_function(f"document.querySelectorAll(`{LIVE}`).length === 2")
+    first, second = page.locator(".mixlens").nth(0), page.locator(".mixlens").nth(1)
+    first.locator("input[type=range]").press("End")
+    assert second.locator(".slider output").text_content() == "3"
+    second.locator("button.expert").nth(6).click()
+    assert first.locator("[aria-pressed=true]").text_content() == "6"
+    second.locator("button.expert").nth(6).click()
+    assert first.locator("[aria-pressed=true]").count() == 0

@@ -1,0 +1,192 @@
+"""What the views other than the token view carry, against the data they were made from."""
+
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+import xarray as xr
+from show_samples import HOSTILE, N_EXPERTS
+from test_view import unpack
+
+from mixlens import stats
+from mixlens.bench.bench import Bench
+from mixlens.bench.events import Record
+from mixlens.errors import BadInput
+from mixlens.evals.log import Log
+from mixlens.show import view
+from mixlens.traces.trace import Trace
+
+FEW = stats.Bootstrap(replicates=50)
+
+
+@pytest.fixture(scope="module")
+def together(trace) -> xr.Dataset:
+    return stats.coactivation(trace, bootstrap=FEW)
+
+
+@pytest.fixture(scope="module")
+def moves(trace) -> list[xr.Dataset]:
+    return [stats.transitions(trace, gap=gap, bootstrap=FEW) for gap in (1, 3)]
+
+
+@pytest.fixture(scope="module")
+def changed(trace) -> Trace:
+    """The trace with every fifth token's choices swapped at layer 2."""
+    ids = trace.read("expert_id").copy()
+    ids[::5, 2] = ids[::5, 2, ::-1]
+    tokens = {name: trace.read(name) for name in ("sequence", "token_id")}
+    return Trace.from_arrays(
+        ids, n_experts=N_EXPERTS, tokens=tokens, sequences=trace.sequences[["document_id", "domain"]]
+    )
+
+
+def log_of(n: int, text: str = "Which?") -> Log:
+    records = [
+        {
+            "task": "quiz",
+            "sample_id": i,
+            "doc_hash": str(i),
+            "group": None,
+            "prompt": text,
+            "target": "B",
+            "response": "AB"[i % 2],
+            "responses": None,
+            "choices": ["A", "B"],
+            "logprobs": [-1.0, -2.0],
+            "gold": 1,
+            "metrics": {"acc": [0.0, 1.0, None][i % 3]},
+            "correct": [0.0, 1.0, None][i % 3],
+        }
+        for i in range(n)
+    ]
+    about = {"benchmark": "quiz", "protocol": "p", "metrics": ["acc"], "primary": "acc", "data": {}}
+    return Log(records, {"model": {"name": "sample"}, "tasks": {"quiz": about}})
+
+
+def test_share_by_domain_layer_and_expert(share):
+    header, arrays = unpack(view.share_heatmap(share.assign_attrs(top_k=2, slot="any")).packed)
+    np.testing.assert_allclose(arrays["estimate"], share["estimate"], rtol=1e-6)
+    assert header["panels"] == ["arxiv", "github", "mathematics", "wikipedia"]
+    assert header["centre"] == 1 / N_EXPERTS
+    assert header["also"] == [2, "of tokens"]
+    assert header["limit"] >= np.quantile(np.abs(share["estimate"] - 1 / 8), 0.99)
+
+
+def test_a_share_of_first_choices_has_one_denominator(trace):
+    first = stats.expert_share(trace, slot="first", bootstrap=FEW)
+    assert unpack(view.expert_share(first).packed)[0]["also"] is None
+    assert unpack(view.expert_share(stats.expert_share(trace, bootstrap=FEW)).packed)[0]["also"] == [2, "of tokens"]
+
+
+def test_pairs_that_form_by_chance_are_at_one():
+    """Pairs drawn with probability a_i a_j, i != j: observed over expected is 1 up to noise, whatever the shares."""
+    rng = np.random.default_rng(0)
+    a = np.array([6, 3, 2, 2, 1, 1, 1, 1.0])
+    joint = np.outer(a, a) * (1 - np.eye(8))
+    drawn = rng.choice(64, size=200_000, p=(joint / joint.sum()).ravel())
+    trace = Trace.from_arrays(np.stack([drawn // 8, drawn % 8], -1)[:, None], n_experts=8)
+    ratio = unpack(view.coactivation(stats.coactivation(trace, bootstrap=FEW)).packed)[1]["estimate"][0]
+    off = ~np.eye(8, dtype=bool)
+    np.testing.assert_allclose(ratio[off], 1, atol=0.08)
+    assert np.isnan(np.diag(ratio)).all()
+
+
+def test_expected_counts_keep_every_experts_own(together):
+    header, arrays = unpack(view.coactivation(together).packed)
+    observed = (together["estimate"] * together["n"]).to_numpy()
+    expected = observed / arrays["estimate"]
+    np.testing.assert_allclose(np.nansum(expected, -1), np.nansum(observed, -1), rtol=1e-3)
+    assert header["centre"] == 1
+
+
+def test_transitions_of_several_gaps_keep_their_layers(moves):
+    header, arrays = unpack(view.transitions(moves).packed)
+    assert [pick["values"] for pick in header["picks"]] == [[1, 3], [0, 1, 2]]
+    np.testing.assert_allclose(arrays["estimate"][0], moves[0]["estimate"], rtol=1e-6)
+    np.testing.assert_allclose(arrays["estimate"][1, 0], moves[1]["estimate"][0], rtol=1e-6)
+    assert np.isnan(arrays["estimate"][1, 1:]).all()
+
+
+def test_a_strip_has_the_tokens_asked_for(trace):
+    _, arrays = unpack(view.strip(trace, 7, start=10, count=20).packed)
+    ids = trace.read("expert_id")[trace.read("sequence") == 7][10:30]
+    np.testing.assert_array_equal(arrays["pair"], (ids @ [8, 1]).T)
+    assert arrays["step"].cumsum().tolist() == list(range(10, 30))
+    assert unpack(view.strip(trace, 7).packed)[1]["pair"].shape == (4, 40)
+    with pytest.raises(BadInput, match="The sequence has 60 tokens"):
+        view.strip(trace, 7, start=60)
+
+
+def test_a_diff_carries_both_runs(trace, changed):
+    header, arrays = unpack(view.diff(trace, changed, 5, names=("bf16", "nf4")).packed)
+    differs = arrays["bf16/pair"] != arrays["nf4/pair"]
+    rows = np.flatnonzero(trace.read("sequence") == 5)
+    np.testing.assert_array_equal(differs[2], rows % 5 == 0)
+    assert not differs[[0, 1, 3]].any()
+    assert "weight_step" in header["of"]["bf16"]
+    with pytest.raises(BadInput, match="Names differ and have no slash"):
+        view.diff(trace, changed, 5, names=("a/b", "c"))
+
+
+def test_samples_find_their_routing(trace):
+    parts = trace.select(where={"domain": "github"})
+    frame = parts.sequences.assign(task="quiz", sample_id=range(5, 5 - len(parts.sequences), -1))
+    joined = Trace(parts._sources, frame, parts.meta, parts.layers)
+    header, arrays = unpack(view.samples(log_of(4), joined).packed)
+    assert header["sample_sequence"] == [3, 2, 1, 0]
+    ids = trace.read("expert_id")[np.isin(trace.read("sequence"), frame.index[frame["sample_id"] < 4])]
+    np.testing.assert_array_equal(arrays["pair"], (ids @ [8, 1]).T)
+    assert [row["correct"] for row in header["rows"]] == [0.0, 1.0, None, 0.0]
+    with pytest.raises(BadInput, match="sequences lack task and sample_id"):
+        view.samples(log_of(4), trace)
+
+
+def test_latency_leaves_failures_out_and_counts_them():
+    failed = Record(0, "concurrency 1", "measured", "timeout", (), 0.0, 9.0)
+    header, arrays = unpack(view.latency(Bench([failed], {"endpoint": {"model": "m"}})).packed)
+    assert all(len(arrays[curve["array"]]) == 0 for metric in header["metrics"] for curve in metric["curves"])
+    assert header["note"].startswith("n = 1 measured requests, 1 failed")
+    with pytest.raises(BadInput, match="No request was measured"):
+        view.latency(Bench([], {"endpoint": {"model": "m"}}))
+
+
+def test_a_pareto_view_keeps_what_was_not_measured_missing():
+    points = pd.DataFrame({"label": ["bf16", "nf4"], "gb": [93.0, 26.0], "score": [0.7, np.nan]})
+    header, arrays = unpack(
+        view.pareto(points, "gb", "score", higher_is_better={"gb": False, "score": True}, note="n = 1").packed
+    )
+    assert np.isnan(arrays["estimate1"][1])
+    assert header["start"] == [0, 1]
+    with pytest.raises(BadInput, match=r"lacks \['speed'\]"):
+        view.pareto(points, "gb", "speed", higher_is_better={"gb": False}, note="")
+
+
+def test_every_static_form_is_a_picture_with_words_and_a_table_that_a_sanitiser_keeps(
+    trace, share, together, moves, changed
+):
+    views = [
+        view.share_heatmap(share),
+        view.expert_share(share),
+        view.coactivation(together),
+        view.transitions(moves),
+        view.strip(trace, 1),
+        view.diff(trace, changed, 1),
+        view.samples(log_of(3, HOSTILE[0])),
+    ]
+    for made in views:
+        assert re.search(r'<img alt="[^"]{40,}" style="[^"]*" src="data:image/png;base64,', made.static), made.title
+        assert "<figcaption>" in made.static
+        assert made.static.count("<tr>") >= 3
+        assert not re.search(r"<(style|svg|script|link|iframe)|\s(on\w+|class|role|aria-\w+)=", made.static)
+        assert made._repr_html_().count("<script>") == made._repr_html_().count("</script>") == 1
+        assert len(made._repr_html_()) < 120_000
+
+
+def test_other_dimensions_are_named(share):
+    with pytest.raises(BadInput, match="the data has domain, expert"):
+        view.share_heatmap(share.isel(layer=0))
+    with pytest.raises(BadInput, match="Give what stats.coactivation returns"):
+        view.coactivation(share)
+    with pytest.raises(BadInput, match="None were given"):
+        view.transitions([])
