@@ -1,0 +1,188 @@
+"""compare_benches: what differs between two benchmarks, as ratios with intervals."""
+
+from __future__ import annotations
+
+import html
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+import pandas as pd
+
+from mixlens.bench.bench import Bench
+from mixlens.bench.metrics import P99_SAMPLES, STATISTICS
+from mixlens.errors import BadInput
+from mixlens.stats.bootstrap import DEFAULT, Bootstrap
+
+_METRICS = (
+    "ttft_s",
+    "tpot_s",
+    "e2e_token_s",
+    "e2e_stream_s",
+    "scheduled_ttft_s",
+    "scheduled_e2e_s",
+    "output_tokens_per_s",
+)
+_SHOWN = (("ttft_s", "p50"), ("tpot_s", "p50"), ("e2e_token_s", "p50"), ("system_output_tokens_per_s", "rate"))
+
+
+@dataclass(frozen=True)
+class BenchComparison:
+    """Two benchmarks side by side.
+
+    table    one row a load, metric and statistic: a, b, ratio (b / a), ci_low, ci_high, n_a, n_b, paired
+    remarks  what must be said beside it
+    """
+
+    table: pd.DataFrame
+    remarks: tuple[str, ...]
+
+    kind = "bench comparison"
+
+    def overview(self) -> pd.DataFrame:
+        """Medians and throughput: one row a load and metric, as text; which intervals exclude a ratio of 1."""
+        rows = []
+        for metric, statistic in _SHOWN:
+            for row in self.table.query("metric == @metric and statistic == @statistic").to_dict("records"):
+                known = row["ratio"] == row["ratio"]
+                interval = f" [{row['ci_low']:.2f}, {row['ci_high']:.2f}]" if row["ci_low"] == row["ci_low"] else ""
+                apart = row["ci_low"] > 1 or row["ci_high"] < 1
+                rows.append(
+                    {
+                        "load": row["level"],
+                        "metric": f"{metric} {statistic}",
+                        "a": f"{row['a']:.4g}" if known else "n/a",
+                        "b": f"{row['b']:.4g}" if known else "n/a",
+                        "b / a": f"{row['ratio']:.2f}{interval}" if known else "n/a",
+                        "told apart": "yes" if apart else "no" if interval else "n/a",
+                    }
+                )
+        return pd.DataFrame(rows, columns=["load", "metric", "a", "b", "b / a", "told apart"])
+
+    def __repr__(self) -> str:
+        return "\n".join([self.overview().to_string(index=False), *self.remarks])
+
+    def _repr_html_(self) -> str:
+        said = "".join(f"<div>{html.escape(remark)}</div>" for remark in self.remarks)
+        return f"<div class='mixlens-bench'>{self.overview().to_html(border=0, index=False)}{said}</div>"
+
+
+def compare_benches(a: Bench, b: Bench, *, bootstrap: Bootstrap = DEFAULT) -> BenchComparison:
+    """How much slower or faster b is than a, at each load that both have.
+
+    ratio = statistic of b / statistic of a, over the measured requests that succeeded. Its interval comes from a
+    bootstrap over requests: of pairs with the same number, of which both succeeded, where the two were measured in
+    turns (`benchmark_together`), so that what drifted is in both; else of each by itself, and then a drift between the
+    two runs is in the ratio, and in no interval. System throughput has the interval of the ratio of two independent
+    rates (delta method on their logarithms). The 99th percentile is NaN below 100 requests.
+
+    Raises BadInput when no load is in both.
+    """
+    first, second = (bench.requests().query("phase == 'measured'") for bench in (a, b))
+    levels = [level for level in dict.fromkeys(first["level"]) if level in set(second["level"])]
+    if not levels:
+        raise BadInput(
+            f"Two benchmarks were to be compared. The first has loads {', '.join(dict.fromkeys(first['level']))}, the "
+            f"second {', '.join(dict.fromkeys(second['level']))}. Measure both under the same loads."
+        )
+    paired = _in_turns(a, b)
+    rows = []
+    for level in levels:
+        one, other = (frame[frame["level"] == level].set_index("index") for frame in (first, second))
+        for metric in _METRICS:
+            rows += _requests(level, metric, one[metric].dropna(), other[metric].dropna(), paired, bootstrap)
+    table = pd.concat([pd.DataFrame(rows), _system(a, b, levels)], ignore_index=True)
+    return BenchComparison(table, _remarks(a, b, paired, bootstrap))
+
+
+def _requests(
+    level: str, metric: str, one: pd.Series, other: pd.Series, paired: bool, bootstrap: Bootstrap
+) -> list[dict]:
+    if paired:
+        both = one.index.intersection(other.index)
+        one, other = one.loc[both], other.loc[both]
+    a, b = one.to_numpy(float), other.to_numpy(float)
+    if not (len(a) and len(b)):
+        return []
+    estimate = _statistics(b) / _statistics(a)
+    low, high = np.full((2, len(STATISTICS)), np.nan)
+    if min(len(a), len(b)) >= 2:
+        weights_a = bootstrap.resample(len(a)).weights
+        weights_b = weights_a if paired else bootstrap.resample(len(b), stream=1).weights
+        draws = bootstrap.replicates
+        ratios = _drawn(b, weights_b[-draws:]) / _drawn(a, weights_a[-draws:])
+        # The expanded percentile interval, as in stats.bootstrap: plain percentiles cover too little with few requests.
+        tail = 100 * NormalDist().cdf(-float(bootstrap.reach(np.array([float(min(len(a), len(b)))]))[0]))
+        low = np.minimum(np.percentile(ratios, tail, axis=0), estimate)
+        high = np.maximum(np.percentile(ratios, 100 - tail, axis=0), estimate)
+    rows = []
+    for i, statistic in enumerate(STATISTICS):
+        if statistic == "p99" and min(len(a), len(b)) < P99_SAMPLES:
+            continue
+        numbers = {
+            "a": _statistics(a)[i],
+            "b": _statistics(b)[i],
+            "ratio": estimate[i],
+            "ci_low": low[i],
+            "ci_high": high[i],
+        }
+        n = {"n_a": len(a), "n_b": len(b), "paired": paired}
+        rows.append({"level": level, "metric": metric, "statistic": statistic, **numbers, **n})
+    return rows
+
+
+def _system(a: Bench, b: Bench, levels: list[str]) -> pd.DataFrame:
+    """Ratios of the rates of the whole system; ln(b / a) has the variances of ln a and ln b added."""
+    both = a.throughput().merge(b.throughput(), on=["level", "metric"], suffixes=("_a", "_b"))
+    both = both[both["level"].isin(levels)]
+    reach = [(both[f"ci_high_{s}"] - both[f"ci_low_{s}"]) / 2 / both[f"estimate_{s}"] for s in "ab"]
+    ratio, spread = both["estimate_b"] / both["estimate_a"], np.hypot(reach[0], reach[1])
+    return pd.DataFrame(
+        {
+            "level": both["level"],
+            "metric": "system_" + both["metric"],
+            "statistic": "rate",
+            "a": both["estimate_a"],
+            "b": both["estimate_b"],
+            "ratio": ratio,
+            "ci_low": ratio * np.exp(-spread),
+            "ci_high": ratio * np.exp(spread),
+            "n_a": both["n_a"],
+            "n_b": both["n_b"],
+            "paired": False,
+        }
+    )
+
+
+def _statistics(values: np.ndarray) -> np.ndarray:
+    """STATISTICS along the last axis [..., statistic]."""
+    percentiles = np.percentile(values, [50, 90, 95, 99], axis=-1)
+    return np.stack([values.mean(-1), *percentiles], axis=-1)
+
+
+def _drawn(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """STATISTICS of every resample [resample, statistic], from how often it draws each value [resample, value]."""
+    n = len(values)
+    return _statistics(
+        values[np.repeat(np.tile(np.arange(n), len(weights)), weights.astype(int).ravel()).reshape(-1, n)]
+    )
+
+
+def _in_turns(a: Bench, b: Bench) -> bool:
+    with_a, with_b = (bench.meta.get("measured_with") or {} for bench in (a, b))
+    return bool(with_a) and with_a.get("names") == with_b.get("names") and with_a.get("name") != with_b.get("name")
+
+
+def _remarks(a: Bench, b: Bench, paired: bool, bootstrap: Bootstrap) -> tuple[str, ...]:
+    failed = [sum(r.outcome != "ok" and r.phase == "measured" for r in bench.records) for bench in (a, b)]
+    how = (
+        "Measured in turns: requests of the same number are pairs, of which both must have succeeded"
+        if paired
+        else "Measured one after the other: what drifted between them is in the ratios, and in no interval"
+    )
+    sides = (f"{name}: {bench.remarks()[0]}" for name, bench in (("a", a), ("b", b)))
+    return (
+        *sides,
+        f"{how}. {bootstrap.level:.0%} intervals over requests.",
+        f"Failures, in no ratio: {failed[0]} of a, {failed[1]} of b.",
+    )

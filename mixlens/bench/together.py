@@ -1,0 +1,89 @@
+"""benchmark_together: several endpoints under the same loads, in turns, so that what drifts drifts for all of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from mixlens.bench.bench import Bench
+from mixlens.bench.drive import Level
+from mixlens.bench.prompts import Workload
+from mixlens.bench.session import BenchSettings, Session, check_requests, levels_of, measure
+from mixlens.errors import BadInput
+from mixlens.models.endpoint import Endpoint
+
+# Turns that each endpoint has at a load: enough that a drift falls on all, few enough that a turn is a load.
+_TURNS = 4
+_WORKLOAD, _SETTINGS = Workload(), BenchSettings()
+
+
+def benchmark_together(
+    endpoints: Mapping[str, Endpoint],
+    *,
+    concurrency: int | Sequence[int] | None = None,
+    rate: float | Sequence[float] | None = None,
+    requests: int = 32,
+    out: str | os.PathLike | None = None,
+    workload: Workload = _WORKLOAD,
+    settings: BenchSettings = _SETTINGS,
+) -> dict[str, Bench]:
+    """Several endpoints measured in turns, on the same prompts: never two at once, and none always first.
+
+    endpoints    by the name that their results get
+    concurrency, rate, requests, workload, settings    as of `benchmark`; caps hold for each endpoint
+    out          folder for one run directory a name; None keeps the records in memory
+
+    At each load every endpoint has four turns of a quarter of its requests, and who begins changes from turn to turn.
+    The clock of an endpoint stands still while others are measured. When one meets a cap all end, so that requests
+    stay in pairs. `compare` then pairs requests of the same number, which had the same prompt.
+
+    Returns  a Bench by name
+    Raises   as `benchmark`; BadInput for fewer than two endpoints, or a name that is no folder name
+    """
+    names = list(endpoints)
+    if len(names) < 2 or any(not name or Path(name).name != name for name in names):
+        raise BadInput(
+            f"Endpoints {', '.join(map(repr, names)) or 'of no name'} were to be measured together. There are fewer "
+            "than two, or a name is no name of a folder. Give a dict of two or more, as {'a': Endpoint(...), ...}."
+        )
+    levels = levels_of(concurrency, rate, settings.arrivals)
+    check_requests(requests, settings)
+    sessions = []
+    for name, endpoint in endpoints.items():
+        others = {"names": names, "name": name, "turns": _TURNS}
+        plan = {"levels": [asdict(level) for level in levels], "requests": requests, "measured_with": others}
+        folder = None if out is None else Path(out) / name
+        total = len(levels) * requests
+        sessions.append(Session(endpoint, plan, out=folder, workload=workload, settings=settings, total=total))
+    opened = [session.opened for session in sessions]
+    if any(opened):
+        if not all(opened):
+            raise BadInput(
+                f"Endpoints were to be measured together in {out}. Some of them are there already, measured without "
+                "the others. Give another folder."
+            )
+        return {name: bench for name, bench in zip(names, opened, strict=True) if bench is not None}
+    for session in sessions:
+        session.clock.stop()
+    benches = measure(sessions, lambda: _in_turns(sessions, levels, requests, settings.warmup))
+    return dict(zip(names, benches, strict=True))
+
+
+async def _in_turns(sessions: Sequence[Session], levels: Sequence[Level], requests: int, warmup: int) -> None:
+    edges = [round(i * requests / _TURNS) for i in range(_TURNS + 1)]
+    for level in levels:
+        for session in sessions:
+            session.clock.go_on()
+            await session.driver.warm_up(level, warmup)
+            session.clock.stop()
+        for turn in range(_TURNS):
+            numbers = range(edges[turn], edges[turn + 1])
+            for at in range(len(sessions)):
+                session = sessions[(turn + at) % len(sessions)]
+                if not numbers or any(one.caps.stopped for one in sessions):
+                    continue
+                session.clock.go_on()
+                await session.driver.part(level, numbers)
+                session.clock.stop()

@@ -1,0 +1,128 @@
+"""Two benchmarks compared: ratios with intervals, in pairs where they were measured in turns."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from bench_samples import META, bench, record
+from bench_server import Script, answer, serving
+
+import mixlens
+from mixlens.bench.bench import Bench
+from mixlens.bench.comparison import _requests, compare_benches
+from mixlens.bench.prompts import Workload
+from mixlens.bench.session import BenchSettings, Clock
+from mixlens.bench.together import benchmark_together
+from mixlens.errors import BadInput
+from mixlens.models.endpoint import Endpoint
+from mixlens.stats.bootstrap import Bootstrap
+
+QUIET = BenchSettings(progress=False, max_seconds=20.0)
+SMALL = Workload(prompt_tokens=16, output_tokens=8)
+TURNS = {"names": ["a", "b"], "turns": 4}
+LOAD = "concurrency 1"
+
+
+def pair(first: list[float], second: list[float], *, turns: bool) -> tuple[Bench, Bench]:
+    with_a, with_b = ({"measured_with": {**TURNS, "name": n}} if turns else {} for n in "ab")
+    return bench({LOAD: first}, **with_a), bench({LOAD: second}, **with_b)
+
+
+def row(comparison, metric: str, statistic: str):
+    return comparison.table.query("metric == @metric and statistic == @statistic").iloc[0]
+
+
+def test_ratios_are_of_the_statistics_of_each():
+    slower_a, slower_b = [1.0, 1.2, 1.6, 2.0], [2.0, 2.5, 3.5, 3.0]
+    compared = mixlens.compare(*pair(slower_a, slower_b, turns=False))
+    for statistic, function in (("mean", np.mean), ("p50", np.median)):
+        found = row(compared, "ttft_s", statistic)
+        assert found["ratio"] == pytest.approx(function(slower_b) / function(slower_a))
+        assert found["ci_low"] <= found["ratio"] <= found["ci_high"]
+        assert (found["n_a"], found["n_b"], found["paired"]) == (4, 4, False)
+    assert compared.table.query("statistic == 'p99'").empty
+    assert row(compared, "system_requests_per_s", "rate")["ratio"] == pytest.approx(6.2 / 11.6, rel=0.05)
+    assert "what drifted between them" in repr(compared)
+    assert "b / a" in compared._repr_html_()
+
+
+def test_pairs_take_out_what_drifts_for_both():
+    drift = [1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
+    slower = [1.1 * factor for factor in drift]
+    apart, together = (compare_benches(*pair(drift, slower, turns=turns)) for turns in (False, True))
+    assert row(apart, "ttft_s", "mean")["ci_low"] < 1
+    found = row(together, "ttft_s", "mean")
+    assert (found["ci_low"], found["ci_high"]) == pytest.approx((1.1, 1.1), abs=1e-6)
+    assert "pairs, of which both must have succeeded" in repr(together)
+
+
+def test_a_pair_of_which_one_failed_is_left_out():
+    a, b = pair([1.0, 1.0, 1.0], [1.0, 1.0, 9.0], turns=True)
+    a.records[2] = record(2, outcome="timeout")
+    assert row(compare_benches(a, b), "ttft_s", "mean")["n_b"] == 2
+    assert row(compare_benches(a, b), "ttft_s", "mean")["ratio"] == pytest.approx(1.0)
+    assert "Failures, in no ratio: 1 of a, 0 of b." in repr(compare_benches(a, b))
+
+
+def test_the_interval_holds_the_true_ratio_as_often_as_it_says():
+    draw, held = np.random.default_rng(0), 0
+    for _ in range(100):
+        first, second = pd.Series(draw.uniform(1, 2, 12)), pd.Series(draw.uniform(2, 4, 12))
+        mean = _requests(LOAD, "ttft_s", first, second, False, Bootstrap(replicates=200))[0]
+        held += mean["ci_low"] <= 2.0 <= mean["ci_high"]
+    assert held >= 88  # 95 is expected; fewer than 88 has a chance of 1 in 600
+
+
+def test_loads_must_be_the_same():
+    with pytest.raises(BadInput, match="The first has loads concurrency 1, the second concurrency 2. Measure both"):
+        compare_benches(bench({LOAD: [1.0]}), bench({"concurrency 2": [1.0]}))
+    failed = Bench([record(0, outcome="http", events=())], META)
+    assert "n/a" in repr(compare_benches(failed, failed))
+
+
+def test_a_clock_stands_still_while_others_are_measured(monkeypatch):
+    times = iter([10.0, 11.0, 15.0, 15.5])
+    monkeypatch.setattr("mixlens.bench.session.time.perf_counter", lambda: next(times))
+    clock = Clock()
+    clock.stop()
+    assert clock() == 1.0
+    clock.go_on()
+    assert clock() == 1.5
+
+
+def test_endpoints_are_measured_in_turns_on_the_same_prompts(tmp_path):
+    scripts = [Script(answer()), Script(answer(wait=0.02))]
+    order: list[int] = []
+    for at, script in enumerate(scripts):
+        script.requests = Noted(order, at)
+    with serving(scripts[0]) as first, serving(scripts[1]) as second:
+        endpoints = {"fast": Endpoint(first, model="m"), "slow": Endpoint(second, model="m")}
+        made = benchmark_together(endpoints, requests=8, out=tmp_path, workload=SMALL, settings=QUIET)
+        # The warm-ups, then turns of two requests, begun by one and the other.
+        assert order == [0, 1] + [0, 0, 1, 1, 1, 1, 0, 0] * 2
+        again = benchmark_together(endpoints, requests=8, out=tmp_path, workload=SMALL, settings=QUIET)
+    assert [body["messages"] for _, body in scripts[0].requests] == [b["messages"] for _, b in scripts[1].requests]
+    assert again["fast"].records == made["fast"].records
+    compared = mixlens.compare(tmp_path / "fast", tmp_path / "slow")
+    assert row(compared, "tpot_s", "p50")["paired"]
+    assert row(compared, "tpot_s", "p50")["n_a"] == 8
+
+
+class Noted(list):
+    """Requests of a script, and in `order` whose they were."""
+
+    def __init__(self, order: list[int], who: int) -> None:
+        super().__init__()
+        self.order, self.who = order, who
+
+    def append(self, request: object) -> None:
+        super().append(request)
+        self.order.append(self.who)
+
+
+def test_what_cannot_be_measured_together():
+    one = Endpoint("http://127.0.0.1:9/v1", model="m")
+    for wrong in ({"a": one}, {"a": one, "../b": one}, {}):
+        with pytest.raises(BadInput, match="fewer than two, or a name is no name of a folder"):
+            benchmark_together(wrong)
