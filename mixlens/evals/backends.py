@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from mixlens.errors import BadInput
-from mixlens.evals.model import Batch, LocalLM, tokenizer_of
+from mixlens.evals.model import Batch, LocalLM, cut, tokenizer_of
 from mixlens.models.endpoint import Endpoint
 from mixlens.models.layout import describe
 from mixlens.traces.editing import edits_of
@@ -62,6 +62,12 @@ class LocalBackend:
 
     def save_tokenizer(self, folder: str) -> None:
         self.lm.tokenizer.save_pretrained(folder)
+
+    def gold_answer(self, prompt: str, text: str, until: list[str]) -> tuple[str, str]:
+        """An answer's text after it was token ids that the model might have generated, and as it should be."""
+        lead = len(self.lm.tok_encode(prompt))
+        ids = [*self.lm.tok_encode(prompt + text)[lead:], *sorted(self.lm.stop_ids)[:1]]
+        return self.lm.finish(ids, until), cut(text, until)
 
 
 @dataclass

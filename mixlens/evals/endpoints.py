@@ -11,7 +11,7 @@ import httpx
 
 from mixlens.errors import BadInput, EndpointError
 from mixlens.evals.generating import check_sampling
-from mixlens.evals.model import Batch
+from mixlens.evals.model import Batch, cut
 from mixlens.models.calls import Completion
 from mixlens.models.endpoint import Endpoint
 
@@ -95,9 +95,7 @@ class EndpointBackend:
         if until and not self.endpoint.protocol.startswith("anthropic"):
             fields["stop"] = until[:_MOST_STOPS]
         fields = {name: value for name, value in fields.items() if value is not None}
-        text = self._complete(self._message(prompt), max_tokens=asked["max_gen_toks"], **fields).text
-        cuts = [place for stop in until if (place := text.find(stop)) >= 0]
-        return text[: min(cuts)] if cuts else text
+        return cut(self._complete(self._message(prompt), max_tokens=asked["max_gen_toks"], **fields).text, until)
 
     def _message(self, prompt: str) -> Any:
         """A text, or the messages that `chat_template` wrote."""

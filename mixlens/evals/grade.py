@@ -123,6 +123,8 @@ def _grade(job: Job, loaded: Loaded, answers: Mapping[Key, Any], chat_template: 
         tasks = {name: task for name, task in loaded.tasks.items() if loaded.chat(name) is chat}
         if not tasks:
             continue
+        for task in tasks.values():
+            task.set_fewshot_seed(seed=job.seed)
         with redirect_stderr(io.StringIO()):
             found: Any = evaluator.evaluate(  # type: ignore[reportCallIssue]
                 lm=_replay(answers, chat_template),

@@ -110,9 +110,7 @@ class LocalLM(_Base):
         """What an answer of these token ids is graded as: up to its end of sequence, up to its first stop string."""
         ends = self.stop_ids
         length = next((place for place, token in enumerate(ids) if token in ends), len(ids))
-        text = self.decode(ids[:length])
-        cuts = [place for stop in until if stop and (place := text.find(stop)) >= 0]
-        return text[: min(cuts)] if cuts else text
+        return cut(self.decode(ids[:length]), until)
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -307,6 +305,12 @@ class LocalLM(_Base):
         for batch in self.batches(kind, requests):
             found |= dict(zip(batch.requests, self.answer(kind, requests, batch, repeats), strict=True))
         return [found[number] for number in range(len(requests))]
+
+
+def cut(text: str, until: Sequence[str]) -> str:
+    """A text up to the first of the stop strings in it."""
+    places = [place for stop in until if stop and (place := text.find(stop)) >= 0]
+    return text[: min(places)] if places else text
 
 
 def repeats_of(requests: Sequence[Any]) -> list[int]:

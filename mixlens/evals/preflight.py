@@ -2,9 +2,124 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from mixlens.errors import BadInput
+from mixlens.evals.generating import check_sampling
+from mixlens.evals.grade import Job, Loaded, grade, key_of
+from mixlens.evals.model import Batch, cut, repeats_of
 
-def check(backend: Any, loaded: Any, requests: Sequence[Any]) -> None:
-    """Raise BadInput, naming what fails."""
+# Documents of every task whose gold answers are graded before the model is asked.
+_GOLD_DOCUMENTS = 4
+_WHERE = "The preflight of {task} was to pass before the model is asked."
+
+
+def check(backend: Any, job: Job, loaded: Loaded, work: Mapping[str, tuple[Sequence[Any], Sequence[Batch]]]) -> None:
+    """Refuse what would give wrong scores in silence.
+
+    work  by kind of request: the requests, and the batches that a backend made of them
+
+    Raises BadInput where a prompt has no BOS or two, prompt and answer do not fit, decoding does not give back what
+    was encoded, a grader does not pass gold answers, or a server cannot score; SandboxError where code cannot be run.
+    """
+    for kind, (requests, batches) in work.items():
+        _check_backend(backend, loaded, kind, requests)
+        if hasattr(backend, "lm") and hasattr(backend.lm, "seen"):
+            _check_rows(backend.lm, kind, requests, batches)
+    _check_gold(backend, job, loaded, work)
+
+
+def _check_backend(backend: Any, loaded: Loaded, kind: str, requests: Sequence[Any]) -> None:
+    """What an endpoint can do with these tasks."""
+    from mixlens.evals.endpoints import EndpointBackend
+
+    if not isinstance(backend, EndpointBackend):
+        return
+    for task in dict.fromkeys(request.task_name for request in requests):
+        about = {} if (protocol := loaded.protocols[task]) is None else protocol.about
+        if kind != "generate_until":
+            backend.check_scores(task, about.get("generative"))
+        elif about.get("continues") and not backend.completes:
+            raise BadInput(
+                f"{task} has the model go on with a text. {backend.endpoint.host} is asked by "
+                f"{backend.endpoint.protocol}, which answers messages. Use {about.get('generative')}, or "
+                'protocol="openai-completions".'
+            )
+        elif about.get("chat") and backend.completes:
+            raise BadInput(
+                f"{task} needs the model's chat template. openai-completions applies none. Make the endpoint with "
+                'protocol="openai-chat".'
+            )
+
+
+def _check_rows(lm: Any, kind: str, requests: Sequence[Any], batches: Sequence[Batch]) -> None:
+    bos = lm.tokenizer.bos_token_id
+    for batch in batches:
+        for row in batch.rows:
+            request = requests[row.asked[0][0]]
+            if bos is not None and (row.ids[0] != bos or row.ids[1:2] == (bos,)):
+                found = "none" if row.ids[0] != bos else "two"
+                raise BadInput(
+                    f"{_WHERE.format(task=request.task_name)} Prompt {request.doc_id} begins with {found} "
+                    f"beginning-of-sequence tokens. Correct the tokenizer or its chat template: it must be one."
+                )
+            new = check_sampling(request.args[1], lm.max_gen_toks)["max_gen_toks"] if kind == "generate_until" else 0
+            if len(row.ids) + new > lm.max_length:
+                answer = f" and {new} for the answer" if new else ""
+                raise BadInput(
+                    f"{_WHERE.format(task=request.task_name)} Prompt {request.doc_id} has {len(row.ids):,} tokens"
+                    f"{answer}; the model reads {lm.max_length:,}, and a prompt that is cut is another protocol. Use "
+                    "fewer shots or a model of longer context, or leave this task out."
+                )
+
+
+def _check_gold(
+    backend: Any, job: Job, loaded: Loaded, work: Mapping[str, tuple[Sequence[Any], Sequence[Batch]]]
+) -> None:
+    """Gold answers, as token ids through the decoding that answers go through, must be graded as right."""
+    ours = {name: task for name, task in loaded.tasks.items() if loaded.protocols[name] is not None}
+    limit = min(_GOLD_DOCUMENTS, job.limit or _GOLD_DOCUMENTS)
+    answers = {}
+    for kind, (requests, _) in work.items():
+        for request, repeat in zip(requests, repeats_of(requests), strict=True):
+            if request.task_name in ours and request.doc_id < limit:
+                answers[key_of(request, repeat)] = _gold(backend, ours[request.task_name], kind, request)
+    if not ours:
+        return
+    part = Loaded(ours, {name: loaded.protocols[name] for name in ours})
+    graded = grade(replace(job, tasks=tuple(ours), limit=limit), part, answers, backend.chat_template)
+    for record in graded["samples"]:
+        protocol = loaded.protocols[record["task"]]
+        primary = "" if protocol is None else str(protocol.about["primary"])
+        if record["metrics"].get(primary) != 1.0:
+            raise BadInput(
+                f"{_WHERE.format(task=record['task'])} Its grader ({primary}) does not pass the gold answer of document "
+                f"{record['sample_id']}: {record['target'][:80]!r} came out as {str(record['response'])[:80]!r}. Look at "
+                "the tokenizer and at the data; scores of this task would be too low."
+            )
+
+
+def _gold(backend: Any, task: Any, kind: str, request: Any) -> Any:
+    """The answer of a model that is always right."""
+    if kind != "generate_until":
+        gold = task.doc_to_target(request.doc)
+        choices = task.doc_to_choice(request.doc)
+        right = choices.index(gold) if isinstance(gold, str) and gold in choices else gold
+        return (0.0 if request.idx == right else -9.0, request.idx == right)
+    target = task.doc_to_target(request.doc)
+    chat = request.args[0].startswith('[{"role"')
+    text = target if chat else f"{task.get_config('target_delimiter')}{target}"
+    until = check_sampling(request.args[1], 1)["until"]
+    if not hasattr(backend, "gold_answer"):
+        return cut(text, until)
+    found, expected = backend.gold_answer(request.args[0], text, until)
+    if found != expected:
+        at = next((n for n, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), len(found))
+        raise BadInput(
+            f"{_WHERE.format(task=request.task_name)} The gold answer of document {request.doc_id} does not survive "
+            f"encoding and decoding: {expected[at : at + 20]!r} becomes {found[at : at + 20]!r}. Use the tokenizer that "
+            "the model was trained with; this one loses text."
+        )
+    return found

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +17,12 @@ from tqdm import tqdm
 
 from mixlens.errors import BadInput
 from mixlens.evals.answers import PARTIAL, Answers
+from mixlens.evals.backends import backend_of
 from mixlens.evals.data import HUB, hub_revision
 from mixlens.evals.grade import Job, Loaded, grade, key_of, load_tasks
 from mixlens.evals.log import LM_EVAL_RESULTS, RESULTS, Log
+from mixlens.evals.model import Batch, repeats_of
+from mixlens.evals.preflight import check
 from mixlens.runs import RunWriter, now, versions
 
 _PACKAGES = ("mixlens", "lm_eval", "torch", "transformers", "datasets", "math-verify", "sympy")
@@ -75,9 +78,6 @@ def evaluate(
     graders pass on gold answers. Raises BadInput, saying which, when one fails; for an unknown task or protocol; and
     for a log-likelihood task on an endpoint without log-probabilities. Raises RunError when `out` holds something else.
     """
-    from mixlens.evals.backends import backend_of
-    from mixlens.evals.preflight import check
-
     job, backend = _job(tasks, protocol, data, limit, settings), backend_of(model, settings)
     with ExitStack() as stack:
         loaded = load_tasks(job)
@@ -88,9 +88,10 @@ def evaluate(
         writer = None if out is None else RunWriter(out, "eval", plan)
         if writer is not None and writer.complete:
             return Log.open(writer.path)
-        check(backend, loaded, requests)
+        work = _work(backend, requests)
+        check(backend, job, loaded, work)
         answers = Answers(None if writer is None else writer.path / PARTIAL)
-        _ask(backend, requests, answers, settings)
+        _ask(backend, work, answers, show=settings.progress)
         graded = grade(job, loaded, answers.by_key, backend.chat_template)
     records = _with_correct(graded["samples"], loaded)
     meta = {
@@ -153,23 +154,27 @@ def _plan(job: Job, loaded: Loaded, requests: Sequence[Any], backend: Any, setti
     }
 
 
-def _ask(backend: Any, requests: Sequence[Any], answers: Answers, settings: EvalSettings) -> None:
-    """Every request in fixed batches; those that are answered already are left out."""
-    from mixlens.evals.model import repeats_of
-
+def _work(backend: Any, requests: Sequence[Any]) -> dict[str, tuple[list[Any], list[Batch]]]:
+    """Requests by kind, with the fixed batches that the backend makes of them."""
     kinds: dict[str, list[Any]] = {}
     for request in requests:
         kinds.setdefault(request.request_type, []).append(request)
-    with tqdm(
-        total=len(requests), desc="evaluate", unit="request", disable=not settings.progress, file=sys.stderr
-    ) as bar:
-        for kind, members in kinds.items():
-            repeats = repeats_of(members)
-            for index, batch in enumerate(backend.batches(kind, members)):
+    return {kind: (members, backend.batches(kind, members)) for kind, members in kinds.items()}
+
+
+def _ask(
+    backend: Any, work: Mapping[str, tuple[Sequence[Any], Sequence[Batch]]], answers: Answers, *, show: bool
+) -> None:
+    """Every batch; those that are answered already are left out."""
+    total = sum(len(requests) for requests, _ in work.values())
+    with tqdm(total=total, desc="evaluate", unit="request", disable=not show, file=sys.stderr) as bar:
+        for kind, (requests, batches) in work.items():
+            repeats = repeats_of(requests)
+            for index, batch in enumerate(batches):
                 name = f"{kind}:{index}"
                 if name not in answers.done:
-                    given = backend.answer(kind, members, batch, repeats)
-                    answers.add(name, [key_of(members[n], repeats[n]) for n in batch.requests], given)
+                    given = backend.answer(kind, requests, batch, repeats)
+                    answers.add(name, [key_of(requests[n], repeats[n]) for n in batch.requests], given)
                 bar.update(len(batch.requests))
 
 
