@@ -33,12 +33,14 @@ class Script:
         self.headers = {"Content-Type": "text/event-stream"} | (headers or {})
         self.requests: list[tuple[dict[str, str], dict]] = []
         self.active = self.most_active = 0
+        self.places = 64  # answers at a time; more requests wait
         self.lock = threading.Lock()
 
 
 @contextmanager
 def serving(script: Script) -> Iterator[str]:
     """The URL of a server that follows the script."""
+    free = threading.BoundedSemaphore(script.places)
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -56,7 +58,8 @@ def serving(script: Script) -> Iterator[str]:
                     self.send_header(name, value)
                 self.send_header("Transfer-Encoding", "chunked")
                 self.end_headers()
-                self.follow()
+                with free:
+                    self.follow()
             except OSError:
                 self.close_connection = True
             finally:

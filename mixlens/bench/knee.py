@@ -1,0 +1,128 @@
+"""find_knee: how much load an endpoint takes before more load brings only waiting."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from mixlens.bench.bench import Bench
+from mixlens.bench.decode import TOKEN
+from mixlens.bench.drive import Level
+from mixlens.bench.events import Record
+from mixlens.bench.metrics import output_tokens
+from mixlens.bench.prompts import Workload
+from mixlens.bench.session import BenchSettings, Session, check_requests, measure
+from mixlens.errors import BadInput
+from mixlens.models.endpoint import Endpoint
+from mixlens.stats.bootstrap import DEFAULT, Bootstrap
+
+# The sweep ends when the power has fallen at so many loads in a row: one fall may be noise.
+_FALLS = 2
+_WORKLOAD, _SETTINGS = Workload(), BenchSettings()
+
+
+def sweep(
+    endpoint: Endpoint,
+    *,
+    most: int = 64,
+    requests: int = 32,
+    out: str | os.PathLike | None = None,
+    workload: Workload = _WORKLOAD,
+    settings: BenchSettings = _SETTINGS,
+) -> Bench:
+    """Concurrencies 1, 2, 4 ... until the power has fallen twice in a row; `knee` of the result says where to stay.
+
+    most      highest concurrency
+    requests  measured requests of each load, at least twice its concurrency, so that each place is used twice
+    out, workload, settings    as of `benchmark`; a cap ends the sweep
+
+    Raises as `benchmark`; BadInput for a highest concurrency below 1.
+    """
+    check_requests(requests, settings)
+    if most < 1:
+        raise BadInput(f"A sweep up to concurrency {most} was asked for. That is no load. Give 1 or more.")
+    plan = {"sweep": {"most": most, "falls": _FALLS}, "requests": requests}
+    loads = [2**i for i in range(most.bit_length()) if 2**i <= most]
+    total = sum(max(requests, 2 * n) for n in loads)
+    session = Session(endpoint, plan, out=out, workload=workload, settings=settings, total=total)
+    if session.opened is not None:
+        return session.opened
+
+    async def doubling() -> None:
+        powers: list[float] = []
+        for n in loads:
+            level = Level(concurrency=n)
+            await session.driver.run([level], max(requests, 2 * n), settings.warmup)
+            assert session.kept is not None
+            powers.append(_power([r for r in session.kept.records if r.level == level.name and r.phase == "measured"]))
+            best = int(np.nanargmax(powers)) if np.isfinite(powers).any() else 0
+            if session.caps.stopped or len(powers) - 1 - best >= _FALLS or not np.isfinite(powers[-1]):
+                return
+
+    [bench] = measure([session], doubling)
+    return bench
+
+
+def knee(bench: Bench, *, bootstrap: Bootstrap = DEFAULT) -> pd.DataFrame:
+    """Where throughput is bought most cheaply in latency: the load of the greatest power.
+
+    power = output tokens a second of the system / median end to end seconds (Kleinrock 1979, "Power and deterministic
+    rules of thumb for probabilistic problems in computer communications"). Below the knee a load doubles throughput for
+    little more latency; beyond it latency doubles for little more throughput. `chosen_frac` is the share of bootstrap
+    resamples, over requests, in which a load has the greatest power: close to 1 the knee is well told from its
+    neighbours.
+
+    Returns  DataFrame  level, tokens_per_s, e2e_s, power, chosen_frac, knee (bool), n; NaN where none succeeded
+    """
+    levels = list(dict.fromkeys(r.level for r in bench.records if r.phase == "measured"))
+    throughput = bench.throughput().query("metric == 'output_tokens_per_s'")
+    rates = dict(zip(throughput["level"], throughput["estimate"].to_numpy(float), strict=True))
+    rows, drawn = [], []
+    for stream, level in enumerate(levels):
+        good = [r for r in bench.records if r.level == level and r.phase == "measured" and r.outcome == "ok"]
+        times = np.array([_token_time(r) for r in good])
+        tokens = np.array([output_tokens(r, bench.count_tokens)[0] for r in good], float)
+        rate = rates.get(level, np.nan)
+        median = float(np.median(times)) if len(times) else np.nan
+        rows.append({"level": level, "tokens_per_s": rate, "e2e_s": median, "power": rate / median, "n": len(good)})
+        drawn.append(_resampled_power(times, tokens, rate, bootstrap, stream))
+    frame = pd.DataFrame(rows, columns=["level", "tokens_per_s", "e2e_s", "power", "n"])
+    powers = np.nan_to_num(np.array(drawn).reshape(len(levels), -1), nan=-1.0)
+    chosen = np.bincount(powers.argmax(0), minlength=len(levels)) / powers.shape[1] if len(levels) else []
+    known = frame["power"].notna()
+    frame.insert(4, "chosen_frac", np.where(known, chosen, np.nan))
+    frame.insert(5, "knee", known & (frame["power"] == frame["power"].max()))
+    return frame
+
+
+def _resampled_power(
+    times: np.ndarray, tokens: np.ndarray, rate: float, bootstrap: Bootstrap, stream: int
+) -> np.ndarray:
+    """The power when requests are drawn anew: their median time, and the rate in proportion to their tokens.
+
+    In a closed loop so many places each deliver tokens a request over seconds a request.
+    """
+    n = len(times)
+    if not n:
+        return np.full(bootstrap.replicates, np.nan)
+    weights = bootstrap.resample(n, stream).weights[-bootstrap.replicates :]
+    at = np.repeat(np.tile(np.arange(n), len(weights)), weights.astype(int).ravel()).reshape(-1, n)
+    drawn = rate * (tokens[at].mean(1) / tokens.mean()) * (times.mean() / times[at].mean(1))
+    return drawn / np.median(times[at], axis=1)
+
+
+def _power(records: Sequence[Record]) -> float:
+    good = [r for r in records if r.outcome == "ok"]
+    if not good:
+        return float("nan")
+    seconds = max(r.ended_s for r in records) - min(r.sent_s for r in good if r.sent_s is not None)
+    tokens = sum(output_tokens(r)[0] for r in good)
+    return tokens / seconds / float(np.median([_token_time(r) for r in good]))
+
+
+def _token_time(record: Record) -> float:
+    assert record.sent_s is not None
+    return max(event.at_s for event in record.events if event.kind == TOKEN) - record.sent_s
