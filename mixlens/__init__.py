@@ -9,20 +9,25 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mixlens import show, stats
     from mixlens.bench.bench import Bench
+    from mixlens.bench.local import LocalSettings
     from mixlens.bench.metrics import Limits
     from mixlens.bench.prompts import Workload
     from mixlens.bench.run import BenchSettings, benchmark
+    from mixlens.bench.together import benchmark_together
     from mixlens.comparing import Comparison, compare
     from mixlens.contributions import expert_contributions, expert_outputs
     from mixlens.errors import BadInput, EndpointError, MissingSignal, MixlensError, ModelError, RunError
     from mixlens.evals.log import Log
     from mixlens.evals.runner import EvalSettings, evaluate
+    from mixlens.explore import Explorer
     from mixlens.impact import quantization_impact
     from mixlens.importance import Ablation, expert_importance, measure_importance
+    from mixlens.models.audit import Audit, audit
     from mixlens.models.demo import demo_documents
     from mixlens.models.endpoint import Endpoint
     from mixlens.models.load import load
     from mixlens.models.similarity import expert_similarity
+    from mixlens.schemes import pareto
     from mixlens.show import view
     from mixlens.show.report import report
     from mixlens.sweep import measure_topk, topk_sweep
@@ -40,15 +45,18 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Ablation": "mixlens.importance",
+    "Audit": "mixlens.models.audit",
     "BadInput": "mixlens.errors",
     "Bench": "mixlens.bench.bench",
     "BenchSettings": "mixlens.bench.run",
     "Comparison": "mixlens.comparing",
     "CompiledRecorder": "mixlens.traces.compiled",
     "Endpoint": "mixlens.models.endpoint",
+    "Explorer": "mixlens.explore",
     "EvalSettings": "mixlens.evals.runner",
     "EndpointError": "mixlens.errors",
     "Limits": "mixlens.bench.metrics",
+    "LocalSettings": "mixlens.bench.local",
     "Log": "mixlens.evals.log",
     "MissingSignal": "mixlens.errors",
     "MixlensError": "mixlens.errors",
@@ -59,7 +67,9 @@ _HOME = {
     "Site": "mixlens.traces.signals",
     "Trace": "mixlens.traces.trace",
     "Workload": "mixlens.bench.prompts",
+    "audit": "mixlens.models.audit",
     "benchmark": "mixlens.bench.run",
+    "benchmark_together": "mixlens.bench.together",
     "compare": "mixlens.comparing",
     "concat": "mixlens.traces.trace",
     "demo_documents": "mixlens.models.demo",
@@ -73,6 +83,7 @@ _HOME = {
     "measure_importance": "mixlens.importance",
     "measure_topk": "mixlens.sweep",
     "open": "mixlens.kinds",
+    "pareto": "mixlens.schemes",
     "quantization_impact": "mixlens.impact",
     "record": "mixlens.traces.record",
     "report": "mixlens.show.report",
@@ -83,6 +94,7 @@ _MODULES = {"edits": "mixlens.traces.edits", "show": "mixlens.show", "stats": "m
 
 __all__ = [
     "Ablation",
+    "Audit",
     "BadInput",
     "Bench",
     "BenchSettings",
@@ -91,7 +103,9 @@ __all__ = [
     "Endpoint",
     "EndpointError",
     "EvalSettings",
+    "Explorer",
     "Limits",
+    "LocalSettings",
     "Log",
     "MissingSignal",
     "MixlensError",
@@ -102,7 +116,9 @@ __all__ = [
     "Site",
     "Trace",
     "Workload",
+    "audit",
     "benchmark",
+    "benchmark_together",
     "compare",
     "concat",
     "demo_documents",
@@ -117,6 +133,7 @@ __all__ = [
     "measure_importance",
     "measure_topk",
     "open",
+    "pareto",
     "quantization_impact",
     "record",
     "report",

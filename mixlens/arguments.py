@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mixlens.errors import BadInput
+from mixlens.models.audit_commands import add_quantization
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -31,6 +32,7 @@ def reading_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device-map", help='as in accelerate, such as "auto" or "cpu"')
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+    add_quantization(parser)
 
 
 def read(arguments: argparse.Namespace, settings: RecordSettings) -> tuple[list[Any], Any, RecordSettings]:
@@ -40,7 +42,8 @@ def read(arguments: argparse.Namespace, settings: RecordSettings) -> tuple[list[
     from mixlens.models.load import load
 
     documents = [d for path in arguments.documents for d in read_documents(Path(path), arguments.limit)]
-    model = load(arguments.model, device_map=arguments.device_map, dtype=arguments.dtype, revision=arguments.revision)
+    placed = ("device_map", "dtype", "revision", "quantization")
+    model = load(arguments.model, **{name: getattr(arguments, name) for name in placed})
     names = ("text", "max_length", "overlong", "batch_tokens")
     return documents, model, replace(settings, **{name: getattr(arguments, name) for name in names})
 

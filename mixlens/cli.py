@@ -15,6 +15,7 @@ from mixlens import intervening_commands
 from mixlens.arguments import numbers, read, reading_arguments, table
 from mixlens.bench.commands import add_commands
 from mixlens.errors import MixlensError
+from mixlens.models import audit_commands
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -94,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
 
     intervening_commands.add_commands(partial(_command, commands))
     add_commands(partial(_command, commands))
+    audit_commands.add_commands(partial(_command, commands))
 
     demo = _command(commands, "demo", _demo, "record and report the bundled model on the bundled samples")
     demo.add_argument("--out", default="out/demo", help="folder for the run and report.html (default: %(default)s)")

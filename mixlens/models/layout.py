@@ -183,8 +183,10 @@ def check_config(config: Any, name: str) -> None:
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
-    """Provenance of a loaded model, as plain JSON values."""
-    config = _config(model)
+    """Provenance of a loaded model, as plain JSON values: with its audit, and parameters as it counts them."""
+    from mixlens.models.audit import audit  # which stands on this file
+
+    config, audited = _config(model), audit(model).summary()
     kept = {key: value for key, value in config.to_dict().items() if key not in _VOLATILE}
     digest = hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
     name = str(getattr(model, "name_or_path", "") or config._name_or_path or type(model).__name__)
@@ -195,11 +197,12 @@ def describe(model: nn.Module) -> dict[str, Any]:
         "config_sha256": digest,
         "router_sha256": _router_fingerprint(model),
         "class": type(model).__name__,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": audited["weights"],
         "dtype": str(getattr(model, "dtype", "")).removeprefix("torch."),
         "experts_implementation": getattr(config, "_experts_implementation", None),
         "attention_implementation": getattr(config, "_attn_implementation", None),
         "devices": devices,
+        "audit": audited,
     }
 
 

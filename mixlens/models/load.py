@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 from mixlens.errors import BadInput, ModelError
+from mixlens.models.audit import audit
 from mixlens.models.demo import DEMO, demo_path
 from mixlens.models.layout import check_config
 from mixlens.models.packed_checkpoints import METHODS as PACKED_METHODS
@@ -299,12 +300,14 @@ def _experts(model: Any, asked: str | None) -> str:
 
 
 def _summary(name: str, model: Any) -> str:
-    config = model.config
+    config, audited = model.config, audit(model)
     devices = sorted({"offloaded" if p.is_meta else str(p.device) for p in model.parameters()})
     experts = config._experts_implementation
     decode = " (batched_mm in generate's decode)" if experts == "grouped_mm" and model.device.type != "cpu" else ""
+    dtype = str(model.dtype).removeprefix("torch.")
+    held = dtype if audited.label == dtype else f"{audited.label} ({audited.bytes:,} bytes), the rest {dtype}"
     return (
-        f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, {config.num_hidden_layers} layers, "
+        f"{name}: {audited.weights:,} parameters, {config.num_hidden_layers} layers, "
         f"top-{config.num_experts_per_tok} of {config.num_local_experts} experts, "
-        f"{str(model.dtype).removeprefix('torch.')} on {', '.join(devices)}, experts by {experts}{decode}"
+        f"{held} on {', '.join(devices)}, experts by {experts}{decode}"
     )
