@@ -22,7 +22,7 @@ FLOORS = [
     {"mixlens.kinds", "mixlens.importance", "mixlens.contributions", "mixlens.measuring", "mixlens.sweep"},
     {"mixlens.comparing", "mixlens.impact"},
     {"mixlens.show"},
-    {"mixlens.cli", "mixlens.arguments", "mixlens.intervening_commands"},
+    {"mixlens.cli", "mixlens.explore", "mixlens.arguments", "mixlens.intervening_commands"},
 ]
 
 

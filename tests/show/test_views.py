@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import xarray as xr
 from show_samples import HOSTILE, N_EXPERTS
-from test_view import unpack
+from unpacking import unpack
 
 from mixlens import stats
 from mixlens.bench.bench import Bench

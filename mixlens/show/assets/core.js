@@ -51,17 +51,25 @@ export default {
   async render({ model, el }) {
     const host = element("div", { class: "mixlens" });
     el.append(host);
-    await mount(host, model.get("kind"), model.get("packed"));
+    const tell = (selection) => document.dispatchEvent(new CustomEvent(CHANNEL, { detail: { ...selection, from: model } }));
+    const show = async () => {
+      await mount(host, model.get("kind"), model.get("packed"));
+      if (Object.keys(model.get("selection")).length) tell(model.get("selection")); // new data, same layer and expert
+    };
+    await show();
     const hear = ({ detail: { from, ...selection } }) => {
+      if (from === model) return;
       model.set("selection", { ...model.get("selection"), ...selection });
       model.save_changes();
     };
     document.addEventListener(CHANNEL, hear);
-    const told = () => document.dispatchEvent(new CustomEvent(CHANNEL, { detail: { ...model.get("asked"), from: model } }));
-    model.on("change:asked", told);
+    const asked = () => tell(model.get("asked"));
+    model.on("change:asked", asked);
+    model.on("change:packed", show);
     return () => {
       document.removeEventListener(CHANNEL, hear);
-      model.off("change:asked", told);
+      model.off("change:asked", asked);
+      model.off("change:packed", show);
     };
   },
 };

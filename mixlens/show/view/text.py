@@ -40,6 +40,13 @@ def tokens(
     wanted = list(sequence) if isinstance(sequence, Sequence | np.ndarray) else [sequence]
     numbers = sorted({passage.sequence_number(trace, n) for n in wanted or [None]})
     number = passage.layer_number(trace, layer)
+    title = f"Routing of {label(trace, numbers[0])}" + (f" and {len(numbers) - 1} more" if numbers[1:] else "")
+    packed = packed_tokens(trace, numbers, number, contributions)
+    return View(title, "tokens", _static(trace, numbers[0], number), packed)
+
+
+def packed_tokens(trace: Trace, numbers: list[int], layer: int, contributions: xr.Dataset | None = None) -> str:
+    """The data of the live token view of sequences `numbers`, without its static form."""
     header, arrays = token_arrays(trace, numbers)
     if contributions is not None:
         header["steps"] = {}
@@ -49,10 +56,9 @@ def tokens(
         "colours": expert_colours(trace.n_experts),
         "labels": [label(trace, n) for n in numbers],
         "domains": [domain(trace, n) for n in numbers],
-        "layer": int(np.flatnonzero(trace.layers == number)[0]),
+        "layer": int(np.flatnonzero(trace.layers == layer)[0]),
     }
-    title = f"Routing of {label(trace, numbers[0])}" + (f" and {len(numbers) - 1} more" if numbers[1:] else "")
-    return View(title, "tokens", _static(trace, numbers[0], number), pack(header, arrays))
+    return pack(header, arrays)
 
 
 def label(trace: Trace, number: int) -> str:

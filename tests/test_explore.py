@@ -1,0 +1,94 @@
+"""The explorer without a browser: what its buttons do, that stop is heard, and that nothing is left on the model."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from unpacking import unpack
+
+import mixlens as ml
+
+
+@pytest.fixture(scope="module")
+def model():
+    return ml.load("demo", verbose=False)
+
+
+@pytest.fixture
+def explorer(model):
+    return ml.Explorer(model, ml.demo_documents())
+
+
+def hooks(model) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def test_generating_streams_routing_into_the_view(explorer, model):
+    explorer.prompt.value = "The theorem <script>alert(1)</script>"
+    explorer.new_tokens.value = 9
+    packed = []
+    explorer.text.observe(
+        lambda change: change["new"][0].observe(lambda c: packed.append(c["new"]), "packed"), "children"
+    )
+    explorer.start(explorer._generate)
+    explorer.wait()
+    header, arrays = unpack(explorer.text.children[0].packed)
+    ids = explorer.trace.read("expert_id")
+    np.testing.assert_array_equal(arrays["pair"], (ids @ [model.config.num_local_experts, 1]).T)
+    lengths = [unpack(p)[0]["starts"][-1] for p in packed]
+    assert lengths == sorted(lengths)
+    assert len(lengths) >= 2
+    assert lengths[-1] == len(ids)
+    assert "<script>" in "".join(header["pieces"][i] for i in arrays["piece"])
+    assert "recorded tokens" in explorer.status.value
+    assert hooks(model) == 0
+
+
+def test_stop_is_heard_at_the_next_forward_and_keeps_what_there_is(explorer, model):
+    explorer.prompt.value = "Once"
+    explorer.new_tokens.value = 500
+
+    def press(change):
+        if change["new"] >= 5:
+            explorer.buttons["stop"].click()
+
+    explorer.progress.observe(press, "value")
+    explorer.start(explorer._generate)
+    explorer.wait()
+    assert explorer.status.value.startswith("Stopped after")
+    assert 4 <= explorer.trace.select(phase="generated").n_tokens <= 8
+    assert hooks(model) == 0
+    assert not explorer.buttons["generate"].disabled
+
+
+def test_a_domain_fills_the_prompt_and_recording_maps_the_documents(explorer):
+    explorer.domain.value = explorer.documents[0]["domain"]
+    assert explorer.prompt.value == explorer.documents[0]["text"][:300]
+    explorer.n_documents.value = 3
+    explorer.start(explorer._record)
+    explorer.wait()
+    assert explorer.trace.sequences["document_id"].nunique() == 3
+    whole = ml.record(explorer.model, explorer.documents[:3], settings=ml.RecordSettings(progress=False))
+    np.testing.assert_array_equal(explorer.trace.read("expert_id"), whole.read("expert_id"))
+    assert [child.kind for child in explorer.maps.children] == ["matrix", "dots"]
+    assert explorer.progress.value == explorer.progress.max == 3
+
+
+def test_an_error_is_said_and_escaped(explorer):
+    explorer.tasks.value = "<b>no such task</b>"
+    explorer.start(explorer._evaluate)
+    explorer.wait()
+    assert "&lt;b&gt;" in explorer.status.value
+    assert "<b>" not in explorer.status.value
+    assert explorer.log is None
+
+
+def test_outputs_are_those_of_the_model_without_an_explorer(explorer, model):
+    ids = torch.tensor([[1, 5, 9, 20]])
+    before = model(ids).logits
+    explorer.prompt.value = "abc"
+    explorer.new_tokens.value = 3
+    explorer.start(explorer._generate)
+    explorer.wait()
+    assert torch.equal(model(ids).logits, before)
