@@ -26,11 +26,17 @@ def seconds(run: Callable[[], Any]) -> float:
 
 
 def interleaved(
-    bare: Callable[[], Any], other: Callable[[], Any], *, pairs: int, settle: Callable[[], None] = lambda: None
+    bare: Callable[[], Any],
+    other: Callable[[], Any],
+    *,
+    pairs: int,
+    settle: Callable[[], Any] = lambda: None,
+    prepare: Callable[[bool], None] = lambda is_other: None,
 ) -> dict[str, Any]:
     """`other` against `bare`, run in turns so that both meet the same machine; every second pair runs `other` first.
 
-    settle  waits for a device to finish; called before the clock starts and before it stops
+    settle   waits for a device to finish; called before the clock starts and before it stops
+    prepare  called before each with whether it is `other`, untimed
 
     One pair is run beforehand and not counted. Gives the median of the ratios of each pair with its 95 % interval
     (percentiles of 10,000 bootstrap samples of the pairs), the median times and every pair's; and the same ratio in
@@ -38,6 +44,7 @@ def interleaved(
     """
 
     def clocks(run: Callable[[], Any]) -> tuple[float, float]:
+        prepare(run is other)
         settle()
         start = perf_counter(), process_time()
         run()

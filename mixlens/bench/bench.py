@@ -6,15 +6,17 @@ import html
 import os
 from collections import Counter
 from collections.abc import Hashable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import xarray as xr
 
-from mixlens.bench import metrics
+from mixlens.bench import local_tables, metrics
 from mixlens.bench.events import Record, read_records, write_records
 from mixlens.bench.metrics import CountTokens, Limits
+from mixlens.bench.roofline import roofline
 from mixlens.errors import RunError
 from mixlens.runs import open_run
 from mixlens.stats.bootstrap import DEFAULT, Bootstrap
@@ -106,6 +108,19 @@ class Bench:
         write_records(path, self.records)
         return Path(path)
 
+    def roofline(self, *, bootstrap: Bootstrap = DEFAULT) -> pd.DataFrame:
+        """Of a loaded model, as roofline.roofline. Raises MissingSignal for an endpoint."""
+        machine = local_tables.machine_of(self.meta)
+        return roofline(self.records, machine, layers=self.meta["local"]["layers"], bootstrap=bootstrap)
+
+    def cold_and_warm(self, *, bootstrap: Bootstrap = DEFAULT) -> pd.DataFrame:
+        """First and measured calls of each load, as local_tables.cold_and_warm."""
+        return local_tables.cold_and_warm(self.records, bootstrap=bootstrap)
+
+    def peak_memory(self) -> pd.DataFrame:
+        """Of a loaded model, as local_tables.peak_memory."""
+        return local_tables.peak_memory(self.records)
+
     def outcomes(self) -> pd.DataFrame:
         """How requests ended, as metrics.outcomes."""
         return metrics.outcomes(self.records)
@@ -134,6 +149,9 @@ class Bench:
             for heading, metric in _SYSTEM:
                 row[heading] = _text(numbers[level, "system_" + metric, "rate"], 1.0, 2)
             rows[level] = row
+        if "local" in self.meta:
+            for level, told in local_tables.columns(self.records, self.meta).items():
+                rows[level] |= told
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis("load")
 
     def remarks(self) -> list[str]:
@@ -143,8 +161,12 @@ class Bench:
         warm = [record for record in self.records if record.phase == "warm-up"]
         failed = Counter((r.outcome, r.phase) for r in self.records if r.outcome != "ok")
         told = [f"{n} {outcome} ({phase})" for (outcome, phase), n in failed.items()]
+        if "local" in self.meta:
+            where = local_tables.remarks(self.meta)
+        else:
+            where = [f"{self.meta['endpoint']['model']} at {self.meta['endpoint']['url']}, {self.meta['created']}."]
         return [
-            f"{self.meta['endpoint']['model']} at {self.meta['endpoint']['url']}, {self.meta['created']}.",
+            *where,
             f"Token counts from: {counted}. Intervals: {DEFAULT.level:.0%}.",
             f"Warm-up, in no number: {len(warm)} requests{_first_answer(warm, self.count_tokens)}.",
             f"Failures, in no number: {', '.join(told) or 'none'}.",
@@ -156,7 +178,9 @@ class Bench:
 
     def _repr_html_(self) -> str:
         said = "".join(f"<div>{html.escape(remark)}</div>" for remark in self.remarks())
-        return f"<div class='mixlens-bench'>{self.overview().to_html(border=0)}{said}</div>"
+        words = f"<div class='mixlens-bench'>{self.overview().to_html(border=0)}{said}</div>"
+        # What draws stands above benchmarks, and is loaded when a notebook asks for it.
+        return import_module("mixlens.show.displays").bench_html(self, words)
 
 
 def _text(row: dict[Hashable, Any], factor: float, decimals: int) -> str:

@@ -124,7 +124,11 @@ def benchmark_model(
         "created": started,
         "model": describe(model),
         "machine": asdict(machine),
-        "local": {**plan["settings"], "prompts": plan["workloads"][0]["ids"]},
+        "local": {
+            **plan["settings"],
+            "layers": model.config.num_hidden_layers,
+            "prompts": plan["workloads"][0]["ids"],
+        },
         "stopped": stopped,
         "counts": {"requests": len(kept.records), "succeeded": sum(r.outcome == "ok" for r in kept.records)},
         "versions": versions(*PACKAGES),

@@ -1,0 +1,122 @@
+"""What records of a model on this machine say beside what all records say: cold and warm, memory, the roofline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from mixlens.bench.events import Record
+from mixlens.bench.metrics import request_table
+from mixlens.bench.roofline import Machine, roofline
+from mixlens.errors import MissingSignal
+from mixlens.stats.bootstrap import DEFAULT, Bootstrap
+
+TIMES = {"ttft_s": "prefill and the first token", "tpot_s": "a decode step", "e2e_token_s": "the whole call"}
+_PEAKS = {"peak_vram_bytes": "peak VRAM [MB]", "peak_rss_bytes": "peak RSS [MB]"}
+
+
+def cold_and_warm(records: Iterable[Record], *, bootstrap: Bootstrap = DEFAULT) -> pd.DataFrame:
+    """Times of the first call of a load, with whatever is made or compiled in it, and of the measured calls.
+
+    Returns  DataFrame  level, state (cold, warm), metric (ttft_s, tpot_s, e2e_token_s), estimate (mean), ci_low,
+                        ci_high, n (calls); NaN without calls that succeeded, and bounds NaN for a single one
+    """
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        groups.setdefault((record.level, record.phase), []).append(record)
+    rows = []
+    for level in dict.fromkeys(level for level, _ in groups):
+        first, measured = groups.get((level, "warm-up"), [])[:1], groups.get((level, "measured"), [])
+        for state, part in (("cold", first), ("warm", measured)):
+            table = request_table(part)
+            for metric in TIMES:
+                values = table[metric].dropna().to_numpy(float)
+                rows.append((level, state, metric, *_mean(values, bootstrap), len(values)))
+    return pd.DataFrame(rows, columns=["level", "state", "metric", "estimate", "ci_low", "ci_high", "n"])
+
+
+def peak_memory(records: Iterable[Record]) -> pd.DataFrame:
+    """Most memory that a call of each load held: level, memory (peak_vram_bytes, peak_rss_bytes), bytes, n (calls)."""
+    found: dict[tuple[str, str], list[int]] = {}
+    for record in records:
+        for name in _PEAKS:
+            if (value := getattr(record, name)) is not None:
+                found.setdefault((record.level, name), []).append(value)
+    rows = [(level, name, max(values), len(values)) for (level, name), values in found.items()]
+    return pd.DataFrame(rows, columns=["level", "memory", "bytes", "n"])
+
+
+def machine_of(meta: Mapping[str, Any]) -> Machine:
+    """The device that a benchmark ran on. Raises MissingSignal for an endpoint, of whose device nothing is known."""
+    if "machine" not in meta:
+        raise MissingSignal(
+            "A roofline was asked for. The benchmark is of an endpoint, of whose device nothing is known. Benchmark a "
+            "loaded model, as in ml.benchmark(ml.load(...))."
+        )
+    return Machine.of(meta["machine"])
+
+
+def columns(records: Sequence[Record], meta: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """What an overview says beside the rest, by level and heading; n/a for no value."""
+    told: dict[str, dict[str, str]] = {}
+    layers = meta["local"]["layers"]
+    try:
+        table = roofline(records, machine_of(meta), layers=layers).to_dict("records")
+    except MissingSignal:
+        return told
+    wanted = (
+        ("prefill [tok/s]", "prefill", "tokens_per_s", 1),
+        ("decode [tok/s]", "decode", "tokens_per_s", 1),
+        ("decode, roof [tok/s]", "decode", "roof_tokens_per_s", 1),
+        ("prefill MFU [%]", "prefill", "mfu_frac", 100),
+        ("decode MBU [%]", "decode", "mbu_frac", 100),
+    )
+    rows = {(row["level"], row["phase"], row["metric"]): row for row in table}
+    for level in dict.fromkeys(level for level, _, _ in rows):
+        told[level] = {
+            heading: _text(rows[level, phase, metric], factor, 1) for heading, phase, metric, factor in wanted
+        }
+    for level, memory, peak, _ in peak_memory(records).itertuples(index=False, name=None):
+        if level in told:
+            told[level][_PEAKS[memory]] = f"{peak / 1e6:,.0f}"
+    return told
+
+
+def remarks(meta: Mapping[str, Any]) -> list[str]:
+    """Where, how and against what a model was measured."""
+    model, local, machine = meta["model"], meta["local"], machine_of(meta)
+    cache = "static cache" if local["static_cache"] or local["compiled"] else "growing cache"
+    experts = "" if local["experts"] else f", experts by {model['experts_implementation']}"
+    rates = (machine.bandwidth_bytes_per_s, 1e9, "GB/s"), (machine.matmul_flops_per_s, 1e9, "GFLOP/s")
+    said = "; ".join(
+        f"{rate.estimate / unit:,.1f} {name} [{rate.ci_low / unit:,.1f}, {rate.ci_high / unit:,.1f}], {rate.how}, "
+        f"n = {rate.n}"
+        for rate, unit, name in rates
+    )
+    recorded = "was recorded in every call" if local["recording"] else "was not recorded: no bytes are known"
+    return [
+        f"{model['name']} in {model['dtype']}{experts}, on {machine.name}; {cache}, "
+        f"decode {'compiled' if local['compiled'] else 'not compiled'}; prompts: {local['prompts']}.",
+        f"Measured of the device: {said}. MBU and MFU are shares of these.",
+        f"Routing {recorded}.",
+    ]
+
+
+def _text(row: Mapping[Any, Any], factor: float, decimals: int) -> str:
+    estimate, low, high = (float(row[name]) * factor for name in ("estimate", "ci_low", "ci_high"))
+    if estimate != estimate:
+        return "n/a"
+    return f"{estimate:.{decimals}f}" + ("" if low != low else f" [{low:.{decimals}f}, {high:.{decimals}f}]")
+
+
+def _mean(values: np.ndarray, bootstrap: Bootstrap) -> tuple[float, float, float]:
+    if len(values) < 2:
+        return (float(values[0]) if len(values) else np.nan), np.nan, np.nan
+    resamples = bootstrap.resample(len(values))
+    replicates = resamples.sums(values) / len(values)
+    replicates[1 : 1 + resamples.n_left_out] *= len(values) / (len(values) - 1)
+    low, high = resamples.interval(replicates, bootstrap.reach(np.array([float(len(values))]))[0])
+    return float(values.mean()), float(low), float(high)

@@ -1,0 +1,328 @@
+"""Benchmarks of a loaded model: known times from a fake device, then the real thing on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_mixtral
+
+import mixlens as ml
+from mixlens import BadInput, LocalSettings, RunError, Workload, benchmark
+from mixlens.bench import machine
+from mixlens.bench.events import read_records
+from mixlens.bench.keeping import PARTIAL
+from mixlens.bench.local import benchmark_model
+from mixlens.bench.machine import Device, rate
+from mixlens.bench.model_work import weights_of
+from mixlens.bench.roofline import Machine, Measured, Sizes
+
+QUIET = LocalSettings(progress=False)
+WORK = Workload(16, 5)
+
+
+@pytest.fixture(autouse=True)
+def measured(monkeypatch):
+    """A device whose rates are given, for they take seconds to measure."""
+    found = Machine("a device", Measured(1e9, 1e9, 1e9, 10, "copy"), Measured(1e10, 1e10, 1e10, 10, "product"))
+    monkeypatch.setattr("mixlens.bench.local.measure", lambda device, dtype: found)
+
+
+class FakeDevice(Device):
+    """Waiting for it takes 10 ms, and every forward of the model 100 ms more for each row and column."""
+
+    def __init__(self, model):
+        super().__init__(model)
+        self.seconds, self.free = 0.0, None
+        model.model.register_forward_pre_hook(self._forward, with_kwargs=True)
+
+    def _forward(self, _module, _args, kwargs):
+        self.seconds += 0.1 * kwargs["input_ids"].numel()
+
+    def now(self):
+        self.seconds += 0.01
+        return self.seconds
+
+    def peak(self):
+        return {"peak_vram_bytes": 12345}
+
+    def room(self):
+        return self.free
+
+
+def run(model, device, **changes):
+    options = {"batch": 2, "requests": 2, "out": None, "workload": WORK, "settings": QUIET} | changes
+    return benchmark_model(model, **options, device=device)
+
+
+def test_times_are_the_devices():
+    model = tiny_mixtral()
+    bench = run(model, FakeDevice(model))
+    rows = bench.requests()
+    assert rows["phase"].tolist() == ["warm-up", "measured", "measured"]
+    assert (rows["outcome"] == "ok").all()
+    np.testing.assert_allclose(rows["ttft_s"], 2 * 16 * 0.1 + 0.01)
+    np.testing.assert_allclose(rows["tpot_s"], 2 * 0.1 + 0.01)
+    assert rows["input_tokens"].tolist() == [16] * 3
+    assert rows["output_tokens"].tolist() == [5] * 3
+    assert {record.rows for record in bench.records} == {2}
+    assert {record.peak_vram_bytes for record in bench.records} == {12345}
+    system = bench.throughput().set_index("metric").loc["output_tokens_per_s"]
+    call_s = 3.2 + 0.01 + 4 * 0.21
+    assert system["estimate"] == pytest.approx(2 * 2 * 5 / (2 * call_s + 2 * 0.01), rel=1e-3)
+
+
+def routed(model, ids):
+    """Distinct experts of every forward of a greedy decode, by hooks written out here."""
+    seen = []
+    handles = [
+        layer.mlp.gate.register_forward_hook(lambda _m, _a, out, at=at: seen.append((at, out[2])))
+        for at, layer in enumerate(model.model.layers)
+    ]
+    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    for handle in handles:
+        handle.remove()
+    layers = len(model.model.layers)
+    forwards = [seen[i : i + layers] for i in range(0, len(seen), layers)]
+    return [sum(len(set(chosen.flatten().tolist())) for _, chosen in forward) for forward in forwards]
+
+
+def rotary(model):
+    return sum(buffer.nbytes for buffer in model.model.rotary_emb.buffers())
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_every_forward_knows_the_experts_it_read(static):
+    model = tiny_mixtral()
+    prompts = []
+    model.register_forward_pre_hook(
+        lambda _m, _a, kwargs: prompts.append(kwargs["input_ids"].clone()), with_kwargs=True
+    )
+    bench = run(model, None, requests=1, settings=replace(QUIET, static_cache=static))
+    ids = next(p for p in reversed(prompts) if p.shape[1] == 16)
+    events = bench.records[-1].events
+    assert [event.experts for event in events] == routed(model, ids)
+    sizes = Sizes.of(model.config.to_dict())
+    for number, event in enumerate(events):
+        read = sizes.dense + event.experts * sizes.expert + sizes.cached * 2 * (16 + number)
+        assert event.read_bytes == 4 * read + rotary(model)
+    assert bench.roofline().query("metric == 'mbu_frac'")["estimate"].notna().all()
+
+
+def test_without_recording_bytes_are_missing_and_not_zero():
+    bench = run(tiny_mixtral(), None, settings=replace(QUIET, recording=False))
+    assert {event.read_bytes for record in bench.records for event in record.events} == {None}
+    table = bench.roofline().set_index(["phase", "metric"])["estimate"]
+    assert np.isnan(table["decode", "mbu_frac"])
+    assert table["decode", "mfu_frac"] > 0
+
+
+def test_experts_and_lengths_are_loads_of_their_own_and_the_model_is_left_as_it_was():
+    model = tiny_mixtral()
+    model.set_experts_implementation("grouped_mm")
+    before = model.generation_config
+    bench = benchmark(
+        model,
+        concurrency=(1, 2),
+        requests=1,
+        workload=[Workload(16, 2), Workload(20, 3)],
+        settings=replace(QUIET, experts=("eager", "batched_mm"), warmup=0),
+    )
+    names = [record.level for record in bench.records]
+    assert len(names) == 8
+    assert names[0] == "batch 1, 16 + 2 tokens, eager"
+    assert names[-1] == "batch 2, 20 + 3 tokens, batched_mm"
+    assert model.config._experts_implementation == "grouped_mm"
+    assert model.generation_config is before
+    assert not model.model._forward_hooks
+
+
+def test_a_run_on_disk_opens_as_what_was_measured(tmp_path):
+    model = tiny_mixtral()
+    bench = run(model, None, out=tmp_path / "run")
+    opened = ml.open(tmp_path / "run")
+    assert opened.records == bench.records
+    assert not (tmp_path / "run" / PARTIAL).exists()
+    assert opened.roofline().equals(bench.roofline())
+    assert run(model, None, out=tmp_path / "run").meta == opened.meta
+    assert "cpu" in json.dumps(opened.meta["model"]["devices"])
+    assert "Routing was recorded in every call" in repr(opened)
+    with pytest.raises(RunError, match="another run"):
+        run(model, None, out=tmp_path / "run", requests=3)
+
+
+def failing(model, error, at):
+    """The model fails in its forward number `at`."""
+    count = iter(range(10**6))
+
+    def fail(_module, _args):
+        if next(count) == at:
+            raise error
+
+    model.model.layers[1].register_forward_pre_hook(fail)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
+        MemoryError("no memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes."),
+    ],
+)
+def test_a_batch_that_does_not_fit_is_an_outcome_and_the_next_load_runs(error):
+    model = tiny_mixtral()
+    failing(model, error, at=5 + 2)  # in the second call, after its prompt and a token
+    bench = run(model, None, batch=(2, 1))
+    ended = [(record.rows, record.phase, record.outcome) for record in bench.records]
+    assert ended == [
+        (2, "warm-up", "ok"),
+        (2, "measured", "memory"),
+        (1, "warm-up", "ok"),
+        (1, "measured", "ok"),
+        (1, "measured", "ok"),
+    ]
+    assert len(bench.records[1].events) == 2
+    assert str(error).split("\n")[0] in bench.records[1].detail
+    assert bench.records[-1].events[-1].experts == 2 * 4
+
+
+def test_a_cache_larger_than_free_memory_is_never_allocated():
+    model = tiny_mixtral()
+    device = FakeDevice(model)
+    device.free = 100
+    bench = run(model, device)
+    assert [record.outcome for record in bench.records] == ["memory"]
+    assert "keys and values of the batch need" in bench.records[0].detail
+
+
+def test_any_other_fault_of_the_model_is_not_hidden():
+    model = tiny_mixtral()
+    failing(model, RuntimeError("mat1 and mat2 shapes cannot be multiplied"), at=0)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        run(model, None)
+
+
+def test_an_interrupt_loses_nothing(tmp_path):
+    model = tiny_mixtral()
+    failing(model, KeyboardInterrupt(), at=5 + 5 + 3)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, None, out=tmp_path / "run")
+    bench = ml.open(tmp_path / "run")
+    assert [record.outcome for record in bench.records] == ["ok", "ok", "interrupted"]
+    assert bench.records[-1].detail == "after 3 tokens"
+    assert bench.meta["stopped"] == "an interrupt"
+    assert "Stopped early by an interrupt" in repr(bench)
+
+
+def test_a_killed_run_keeps_its_calls(tmp_path):
+    model = tiny_mixtral()
+    failing(model, SystemExit(), at=5 + 5 + 3)
+    with pytest.raises(SystemExit):
+        run(model, None, out=tmp_path / "run")
+    assert len(list(read_records(tmp_path / "run" / PARTIAL))) == 2
+
+
+def test_no_call_starts_after_the_cap():
+    model = tiny_mixtral()
+    bench = run(model, FakeDevice(model), settings=replace(QUIET, max_seconds=7.0))
+    assert len(bench.records) == 2
+    assert bench.meta["stopped"] == "the cap of 7 seconds"
+
+
+def test_given_prompts_are_read_as_they_are():
+    model = ml.load("demo", verbose=False)
+    texts = ["A short one.", "One that is rather longer than the other, by far."]
+    bench = run(model, None, requests=1, workload=Workload(output_tokens=3, prompts=texts))
+    from transformers import AutoTokenizer
+
+    lengths = [len(AutoTokenizer.from_pretrained(model.name_or_path)(text)["input_ids"]) for text in texts]
+    assert bench.records[0].events[-1].input_tokens == round(sum(lengths) / 2)
+    sizes, event = Sizes.of(model.config.to_dict()), bench.records[0].events[1]
+    weights = weights_of(model, 0)
+    assert weights is not None
+    read = weights.dense_bytes + event.experts * int(weights.expert_bytes[0, 0])
+    assert event.read_bytes == read + 4 * sizes.cached * (sum(lengths) + 2)
+
+
+def test_weights_are_the_bytes_of_the_tensors():
+    model = tiny_mixtral().to(torch.bfloat16)
+    sizes, weights = Sizes.of(model.config.to_dict()), weights_of(model, 0)
+    assert weights is not None
+    assert (weights.expert_bytes == 2 * sizes.expert).all()
+    assert weights.dense_bytes == 2 * sizes.dense + rotary(model)
+
+
+def test_quantized_weights_count_what_they_hold():
+    pytest.importorskip("torchao")
+    plain, small = (ml.load("demo", quantization=q, verbose=False) for q in (None, "int8wo"))
+    before, after = weights_of(plain, 0), weights_of(small, 0)
+    assert before is not None
+    assert after is not None
+    ratio = after.expert_bytes.sum() / before.expert_bytes.sum()
+    assert 0.25 < ratio < 0.3  # float32 to 8 bits and scales
+    bench = run(small, None, requests=1)
+    assert bench.records[-1].events[-1].read_bytes < 0.6 * (before.dense_bytes + before.expert_bytes[:, :4].sum())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch": 0}, r"batches of 0 rows .* Give whole numbers from 1"),
+        ({"batch": (2, 2)}, "or one is given twice"),
+        ({"requests": 0}, "There must be at least 1"),
+        ({"workload": Workload(500, 13)}, r"Prompts of 500 tokens with answers of 13 .* context is 512 tokens"),
+        ({"workload": Workload(output_tokens=2, prompts=["a"])}, "The model has no tokenizer"),
+        ({"settings": ml.BenchSettings()}, "a loaded model with LocalSettings"),
+        (
+            {"settings": replace(QUIET, experts="fastest")},
+            "Experts by 'fastest' were to be measured.* Give some of",
+        ),
+    ],
+)
+def test_what_cannot_be_measured_is_said_before_anything_runs(changes, message):
+    model = tiny_mixtral()
+    failing(model, AssertionError("a forward ran"), at=0)
+    with pytest.raises(BadInput, match=message):
+        run(model, None, **changes)
+
+
+def test_neither_a_model_nor_an_endpoint():
+    with pytest.raises(BadInput, match=r"A benchmark of a str .* Give ml.load\(\.\.\.\) for a name"):
+        benchmark("demo")
+    with pytest.raises(BadInput, match="2.0 requests a second"):
+        benchmark(tiny_mixtral(), rate=2.0)
+
+
+def test_a_rate_is_the_mean_of_ten_runs_after_two():
+    clock, runs = iter(np.cumsum([0, 9, 0, 9, 0, *[1, 0] * 10]).tolist()), []
+    found = rate(lambda: runs.append(1), 6.0, lambda: float(next(clock)), 2, "a copy")
+    assert len(runs) == 24
+    assert (found.estimate, found.ci_low, found.ci_high, found.n, found.how) == (12.0, 12.0, 12.0, 10, "a copy")
+
+
+def test_a_device_is_measured_and_its_memory_counted(monkeypatch):
+    monkeypatch.setattr(machine, "_bandwidth", lambda device, values, times: Measured(2.0, 1.0, 3.0, 10, "copy"))
+    device = Device(tiny_mixtral())
+    found = machine.measure(device, torch.float32)
+    assert found.matmul_flops_per_s.ci_low < found.matmul_flops_per_s.estimate < found.matmul_flops_per_s.ci_high
+    device.reset_peak()
+    low = device.peak()
+    block = torch.ones(40 << 20, dtype=torch.uint8)
+    high = device.peak()
+    if low:  # where the system counts
+        assert high["peak_rss_bytes"] - low["peak_rss_bytes"] > 0.9 * block.nbytes
+
+
+@pytest.mark.slow
+def test_compiled_decode_routes_and_answers_as_eager_does():
+    model = tiny_mixtral(num_hidden_layers=2)
+    model.set_experts_implementation("batched_mm")
+    eager = run(model, None, requests=1)
+    compiled = run(model, None, requests=1, settings=replace(QUIET, compiled=True))
+    for one, other in zip(eager.records, compiled.records, strict=True):
+        assert [e.experts for e in one.events] == [e.experts for e in other.events]
+        assert [e.read_bytes for e in one.events] == [e.read_bytes for e in other.events]
