@@ -11,10 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mixlens import intervening_commands
+from mixlens import comparing_commands, intervening_commands
 from mixlens.arguments import numbers, read, reading_arguments, table
 from mixlens.bench.commands import add_commands
 from mixlens.errors import MixlensError
+from mixlens.evals import commands as eval_commands
 from mixlens.models import audit_commands
 
 if TYPE_CHECKING:
@@ -94,8 +95,10 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--verify", action="store_true", help="check every file of the run against its checksum")
 
     intervening_commands.add_commands(partial(_command, commands))
+    comparing_commands.add_commands(partial(_command, commands))
     add_commands(partial(_command, commands))
     audit_commands.add_commands(partial(_command, commands))
+    eval_commands.add_commands(partial(_command, commands))
 
     demo = _command(commands, "demo", _demo, "record and report the bundled model on the bundled samples")
     demo.add_argument("--out", default="out/demo", help="folder for the run and report.html (default: %(default)s)")

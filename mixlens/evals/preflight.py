@@ -95,9 +95,9 @@ def _check_gold(
         primary = "" if protocol is None else str(protocol.about["primary"])
         if record["metrics"].get(primary) != 1.0:
             raise BadInput(
-                f"{_WHERE.format(task=record['task'])} Its grader ({primary}) does not pass the gold answer of document "
-                f"{record['sample_id']}: {record['target'][:80]!r} came out as {str(record['response'])[:80]!r}. Look at "
-                "the tokenizer and at the data; scores of this task would be too low."
+                f"{_WHERE.format(task=record['task'])} Its grader ({primary}) does not pass the gold answer of "
+                f"document {record['sample_id']}: {record['target'][:80]!r} came out as "
+                f"{str(record['response'])[:80]!r}. Look at the tokenizer and at the data; scores would be too low."
             )
 
 
@@ -119,7 +119,7 @@ def _gold(backend: Any, task: Any, kind: str, request: Any) -> Any:
         at = next((n for n, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), len(found))
         raise BadInput(
             f"{_WHERE.format(task=request.task_name)} The gold answer of document {request.doc_id} does not survive "
-            f"encoding and decoding: {expected[at : at + 20]!r} becomes {found[at : at + 20]!r}. Use the tokenizer that "
-            "the model was trained with; this one loses text."
+            f"encoding and decoding: {expected[at : at + 20]!r} becomes {found[at : at + 20]!r}. Use the tokenizer "
+            "that the model was trained with; this one loses text."
         )
     return found

@@ -83,7 +83,7 @@ def resolve(tasks: Sequence[str], protocol: str | None = None) -> tuple[list[Pro
     if protocol is not None and protocol not in known and protocol not in names:
         raise BadInput(
             f"The protocol {protocol!r} was asked for. There is no suite or protocol of that name"
-            f"{_near(protocol, [*known, *names])}. Give a suite ({', '.join(known)}) or the name of a task file."
+            f"{near(protocol, [*known, *names])}. Give a suite ({', '.join(known)}) or the name of a task file."
         )
     for task in tasks:
         base, _, subject = task.partition("::")
@@ -103,7 +103,7 @@ def unknown_task(name: str, lm_eval_names: Sequence[str]) -> BadInput:
     """The error for a task that nobody knows, with names near it."""
     known = sorted({*protocol_names(), *map(_benchmark, protocol_names()), *suites(), *lm_eval_names})
     return BadInput(
-        f"The task {name!r} was asked for. Neither mixlens nor lm-eval has it{_near(name, known)}. "
+        f"The task {name!r} was asked for. Neither mixlens nor lm-eval has it{near(name, known)}. "
         "mixlens eval --list names the protocols; lm-eval's own tasks go by lm-eval's names."
     )
 
@@ -116,7 +116,7 @@ def _add(chosen: dict[str, Protocol], name: str, subject: str | None) -> None:
         if subject not in subjects:
             raise BadInput(
                 f"The subject {subject!r} of {name} was asked for. {name} has no such subject"
-                f"{_near(subject, subjects)}. Give {name} for all of them."
+                f"{near(subject, subjects)}. Give {name} for all of them."
             )
         before = chosen.get(name)
         wanted = {subject, *((before.subjects or ()) if before else ())}
@@ -148,6 +148,7 @@ def _benchmark(name: str) -> str:
     return name
 
 
-def _near(name: str, known: Sequence[str]) -> str:
+def near(name: str, known: Sequence[str]) -> str:
+    """Names like this one, as words in brackets; nothing where there are none."""
     found = get_close_matches(name, known, n=3, cutoff=0.5)
     return f" (near: {', '.join(found)})" if found else ""

@@ -52,6 +52,16 @@ def score_table(samples: pd.DataFrame, tasks: Mapping[str, Mapping[str, Any]]) -
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
+def primary_rows(scores: pd.DataFrame, tasks: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The one row that stands for each benchmark: its primary metric, micro where it has several tasks."""
+    rows = []
+    for benchmark, members in _benchmarks(tasks).items():
+        primary, average = tasks[members[0]]["primary"], "micro" if len(members) > 1 else ""
+        of = scores[(scores["benchmark"] == benchmark) & (scores["metric"] == primary)]
+        rows += [{str(k): v for k, v in row.items()} for row in of[of["average"] == average].to_dict("records")]
+    return rows
+
+
 def wilson(successes: float, n: int, level: float = _LEVEL) -> tuple[float, float]:
     """Wilson's score interval of a fraction (Wilson 1927); NaN without samples."""
     if n == 0:

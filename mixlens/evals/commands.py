@@ -1,0 +1,123 @@
+"""The commands mixlens eval and mixlens data."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from mixlens.errors import BadInput, RunError
+
+
+def add_commands(add: Callable[[str, Callable[..., Any], str], argparse.ArgumentParser]) -> None:
+    """Declare both; `add` makes the parser of a command from its name, what runs it, and what it does."""
+    run = add("eval", _eval, "score a model on benchmarks, by protocol")
+    run.add_argument("model", nargs="?", help='Hub id, folder, "demo", or the name that --url knows it by')
+    run.add_argument("tasks", nargs="*", help="benchmarks, protocols, suites, or tasks of lm-eval")
+    run.add_argument("--list", action="store_true", help="name the protocols and suites, and end")
+    run.add_argument("--protocol", help="suite or protocol that says how a benchmark is asked")
+    run.add_argument("--out", help="run directory; a stopped one goes on (default: out/eval-DATE-TIME)")
+    run.add_argument("--data", metavar="DIR", help="benchmarks in their original formats (default: from the Hub)")
+    run.add_argument("--limit", type=int, metavar="N", help="only the first N documents of every task")
+    run.add_argument("--batch-size", type=int, default=8, help="rows of a forward (default: %(default)s)")
+    run.add_argument("--seed", type=int, default=0, help="of sampled answers (default: %(default)s)")
+    run.add_argument("--device-map", help='as in accelerate, such as "auto" or "cpu"')
+    run.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    run.add_argument("--quantization", help="scheme, such as nf4")
+    run.add_argument("--revision", help="branch, tag or commit on the Hub")
+    run.add_argument(
+        "--backend", choices=("transformers", "vllm"), default="transformers", help="(default: %(default)s)"
+    )
+    run.add_argument("--url", help="address of an endpoint, as in http://127.0.0.1:8000/v1")
+    run.add_argument("--url-protocol", default="openai-completions", help="of the endpoint (default: %(default)s)")
+    run.add_argument("--key-env", metavar="NAME", help="environment variable that holds the endpoint's key")
+
+    data = add("data", _data, "verify a folder of benchmark data")
+    data.add_argument("action", choices=("verify",))
+    data.add_argument("folder", metavar="DIR")
+
+
+def _eval(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    from mixlens.evals.protocols import protocol_names, suites
+
+    if arguments.list:
+        return {"protocols": protocol_names(), "suites": {k: sorted(v.values()) for k, v in suites().items()}}
+    if arguments.model is None or not arguments.tasks:
+        raise BadInput(
+            "An evaluation was asked for. Model or tasks are missing. Give both, as in mixlens eval demo mmlu, "
+            "or --list."
+        )
+    from mixlens.evals.references import beside
+    from mixlens.evals.runner import EvalSettings, evaluate
+
+    out = arguments.out or f"out/eval-{datetime.now():%Y%m%d-%H%M%S}"
+    log = evaluate(
+        _model(arguments),
+        arguments.tasks,
+        protocol=arguments.protocol,
+        out=out,
+        data=arguments.data,
+        limit=arguments.limit,
+        settings=EvalSettings(batch_size=arguments.batch_size, seed=arguments.seed, progress=not arguments.json),
+    )
+    published = beside(log)
+    if arguments.json:
+        tables = {"scores": log.scores, "published": published}
+        return {"run": out, **{name: json.loads(table.to_json(orient="records")) for name, table in tables.items()}}
+    print(log)
+    if published["published"].notna().any():
+        shown = published[["benchmark", "protocol", "score", "published", "comparable", "why_not", "source"]]
+        print(f"\n{shown.to_string(index=False, float_format=lambda value: f'{value:.1f}')}")
+    print(f"run: {out}")
+    return None
+
+
+def _model(arguments: argparse.Namespace) -> Any:
+    if arguments.url is not None:
+        from mixlens.models.endpoint import Endpoint
+
+        return Endpoint(
+            arguments.url, model=arguments.model, protocol=arguments.url_protocol, key_env=arguments.key_env
+        )
+    if arguments.backend == "vllm":
+        try:
+            from lm_eval.models.vllm_causallms import VLLM
+
+            backend: Any = VLLM  # lm-eval's decorator hides its arguments
+            return backend(pretrained=arguments.model, dtype=arguments.dtype or "auto", revision=arguments.revision)
+        except (ImportError, ModuleNotFoundError) as error:
+            raise BadInput(
+                f"{arguments.model} was to be evaluated by vLLM. It cannot be imported ({error}). Install vllm, or "
+                "leave --backend out."
+            ) from error
+    from mixlens.models.load import load
+
+    quantized = {"quantization": arguments.quantization} if arguments.quantization else {}
+    return load(
+        arguments.model,
+        device_map=arguments.device_map,
+        dtype=arguments.dtype,
+        revision=arguments.revision,
+        verbose=not arguments.json,
+        **quantized,
+    )
+
+
+def _data(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    from mixlens.evals.verify import verify
+
+    table = verify(Path(arguments.folder))
+    wrong = table[table["fault"] != ""]
+    if len(wrong):
+        told = "; ".join(f"{row.file}: {row.fault}" for row in wrong.itertuples())
+        raise RunError(
+            f"Benchmark data in {arguments.folder} was to be verified. {len(wrong)} of {len(table)} are at fault: "
+            f"{told}. Get the files again from where they were released."
+        )
+    if arguments.json:
+        return {"folder": arguments.folder, "files": json.loads(table.to_json(orient="records"))}
+    print(table.drop(columns="fault").to_string(index=False))
+    return None

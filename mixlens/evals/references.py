@@ -1,0 +1,110 @@
+"""Published scores, with their sources, and a score beside them where the protocols are equal."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pandas as pd
+
+from mixlens.errors import BadInput
+from mixlens.evals.log import Log
+from mixlens.evals.protocols import near, tasks_folder
+from mixlens.evals.scoring import primary_rows
+
+COLUMNS = [
+    "model", "quantization", "benchmark", "protocol", "metric", "average", "score", "n", "source", "status", "note",
+]  # fmt: skip
+BESIDE = [
+    "benchmark", "protocol", "metric", "score", "ci_low", "ci_high", "n", "published", "published_protocol",
+    "comparable", "why_not", "difference", "source", "status", "quantization", "note",
+]  # fmt: skip
+
+
+def references(model: str | None = None, *, benchmark: str | None = None) -> pd.DataFrame:
+    """Published scores in percent (perplexities as they are), one row a statement; sources that disagree side by side.
+
+    model      a name on the Hub, such as "mistralai/Mixtral-8x7B-v0.1"; None for all
+    benchmark  such as "mmlu"; None for all
+
+    Returns  DataFrame  model, quantization, benchmark, protocol, metric, average ("macro" where the source says so),
+                        score, n (of the benchmark; NaN where not stated), source, status ("official", "reproduction",
+                        "quantized"), note
+    Raises   BadInput   for a model or a benchmark that has none
+    """
+    entries = json.loads((tasks_folder() / "references.json").read_text("utf-8"))["entries"]
+    frame = pd.DataFrame(entries, columns=COLUMNS).astype({"score": float, "n": float})
+    for column, asked in (("model", model), ("benchmark", benchmark)):
+        if asked is None:
+            continue
+        known = sorted(frame[column].unique())
+        chosen = frame[column].map(_plain) == _plain(asked)
+        if not chosen.any():
+            raise BadInput(
+                f"Published scores of the {column} {asked!r} were asked for. There are none{near(asked, known)}. "
+                f"Give one of {', '.join(known)}."
+            )
+        frame = frame[chosen]
+    return frame.reset_index(drop=True)
+
+
+def beside(log: Log, *, model: str | None = None) -> pd.DataFrame:
+    """Every benchmark's score with the published ones; `comparable` only where the protocols are equal, else why not.
+
+    model  whose published scores; None for the evaluated model's own, by its name
+
+    A published score is comparable when protocol, metric and average are those of the log (where the source states
+    them), nothing was left out by a limit, and the number of questions is the same.
+
+    Returns  DataFrame  one row a score and published statement, in percent: benchmark, protocol, metric, score, ci_low,
+                        ci_high, n, published, published_protocol, comparable, why_not, difference (NaN unless
+                        comparable), source, status, quantization, note; published is NaN where there is none
+    """
+    name = str(model or log.meta["model"]["name"])
+    entries = references()
+    entries = entries[entries["model"].map(_plain) == _plain(name)]
+    rows = []
+    for score in primary_rows(log.scores, log.meta["tasks"]):
+        percent = {key: 100 * score[key] for key in ("score", "ci_low", "ci_high")}
+        row = {key: score[key] for key in ("benchmark", "protocol", "metric", "n")} | percent
+        found = entries[entries["benchmark"] == score["benchmark"]].to_dict("records")
+        for entry in found:
+            averaged = _of_average(log, score, entry["average"])
+            rows.append(row | averaged | _compared(log, row | averaged, {str(k): v for k, v in entry.items()}))
+        if not found:
+            rows.append(row | {"comparable": False, "why_not": f"no published score of {name}"})
+    return pd.DataFrame(rows, columns=BESIDE)
+
+
+def _of_average(log: Log, score: dict[str, Any], average: Any) -> dict[str, Any]:
+    """The log's score in the average that a source states."""
+    if not isinstance(average, str) or average == score["average"]:
+        return {}
+    rows = log.scores.query("task == @score['task'] and metric == @score['metric'] and average == @average")
+    return {key: 100 * rows[key].iloc[0] for key in ("score", "ci_low", "ci_high")} if len(rows) else {}
+
+
+def _compared(log: Log, row: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
+    reasons = []
+    limit = log.meta["settings"].get("limit")
+    if entry["protocol"] != row["protocol"]:
+        reasons.append(f"published by {entry['protocol']}")
+    if isinstance(entry["metric"], str) and entry["metric"] != row["metric"]:
+        reasons.append(f"published metric is {entry['metric']}")
+    if limit is not None:
+        reasons.append(f"only the first {limit} samples of every task")
+    elif entry["n"] == entry["n"] and entry["n"] != row["n"]:
+        reasons.append(f"published n is {entry['n']:.0f}")
+    return {
+        "published": entry["score"],
+        "published_protocol": entry["protocol"],
+        "comparable": not reasons,
+        "why_not": "; ".join(reasons),
+        "difference": float("nan") if reasons else row["score"] - entry["score"],
+        **{key: entry[key] for key in ("source", "status", "quantization", "note")},
+    }
+
+
+def _plain(name: str) -> str:
+    """A name without owner, folder and case: Mixtral-8x7B-v0.1 for any place it lies in."""
+    return name.rstrip("/").rsplit("/", 1)[-1].lower()

@@ -1,0 +1,85 @@
+"""Whether a folder of benchmark data holds what it should: row counts, and checksums where they were seen."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from mixlens.errors import BadInput
+from mixlens.evals.protocols import tasks_folder
+from mixlens.runs import sha256_file
+
+
+def verify(folder: Path) -> pd.DataFrame:
+    """Every known file of the benchmarks in `folder`, with what is wrong with it.
+
+    Rows are counted and checksums compared with evals/data.json, and with a SHA256SUMS beside the files. A benchmark
+    without a folder here is left out.
+
+    Returns  DataFrame  benchmark, file, rows, expected (NaN where not known), fault ("" where all is well)
+    Raises   BadInput   where the folder holds no benchmark that is known
+    """
+    known = json.loads((tasks_folder() / "data.json").read_text("utf-8"))
+    here = [name for name in known if (folder / name).is_dir()]
+    if not here:
+        raise BadInput(
+            f"Benchmark data in {folder} was to be verified. It has no folder of a known benchmark. "
+            f"Give the folder that holds one of {', '.join(known)}."
+        )
+    rows = [row for name in here for row in _verified(folder / name, name, known[name])]
+    return pd.DataFrame(rows, columns=["benchmark", "file", "rows", "expected", "fault"])
+
+
+def _verified(folder: Path, name: str, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each group of files that belong together, such as the 57 of MMLU's test split."""
+    sums = _listed_sums(folder)
+    rows = []
+    for group in groups:
+        files = sorted(folder.glob(group["files"]))
+        row = {"benchmark": name, "file": f"{name}/{group['files']}", "expected": group["rows"], "rows": 0}
+        if not files:
+            rows.append(row | {"fault": "" if group.get("optional") else "missing"})
+            continue
+        faults = []
+        try:
+            row["rows"] = sum(map(_count, files))
+        except (OSError, ValueError, csv.Error) as error:
+            faults.append(f"cannot be read ({error})")
+        if len(files) != group["count"]:
+            faults.append(f"{len(files)} files where there are {group['count']}")
+        if not faults and row["rows"] != group["rows"]:
+            faults.append(f"{row['rows']:,} rows where there are {group['rows']:,}")
+        wrong = [
+            f.name for f in files if (listed := sums.get(f.relative_to(folder).as_posix())) and listed != sha256_file(f)
+        ]
+        if wrong:
+            faults.append(f"{', '.join(wrong[:3])} not as SHA256SUMS has it")
+        if len(files) == 1 and group.get("sha256") not in (None, sha256_file(files[0])):
+            faults.append("another file than the one that mixlens was tested with")
+        rows.append(row | {"fault": "; ".join(faults)})
+    return rows
+
+
+def _count(path: Path) -> int:
+    opener: Any = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8", newline="") as file:
+        if path.suffix == ".csv":
+            return sum(1 for row in csv.reader(file) if row)
+        if path.suffix == ".json":
+            content = json.load(file)
+            return len(content) if isinstance(content, list) else 1
+        return sum(1 for line in file if line.strip() and json.loads(line) is not None)
+
+
+def _listed_sums(folder: Path) -> dict[str, str]:
+    path = folder / "SHA256SUMS"
+    if not path.exists():
+        return {}
+    pairs = (line.split(maxsplit=1) for line in path.read_text("utf-8").splitlines() if line.strip())
+    return {name.strip().lstrip("*").removeprefix("./"): digest for digest, name in pairs}
