@@ -16,6 +16,7 @@ from mixlens.measuring import Corpus, lengths_of, measure_documents, sum_documen
 from mixlens.models.layout import decoder_of, describe, final_scale, moe_layers, n_experts
 from mixlens.stats import contributions as stats
 from mixlens.traces.editing import top_k_of
+from mixlens.traces.hooks import routing_arrays
 from mixlens.traces.reading import Reader
 from mixlens.traces.record import RecordSettings, Shard
 from mixlens.traces.signals import Signals, Site, parse_signals
@@ -49,9 +50,10 @@ def expert_outputs(
                 for layer, output in raw["expert_out"].items():
                     here = picked.to(output.device)
                     ids, weight = raw["expert_id"][layer][here], raw["weight"][layer][here].float()
+                    valid = output[here]
                     for expert in ids.unique().tolist():
                         chosen = ids == expert
-                        values = output[here][chosen].float()
+                        values = valid[chosen].float()
                         size = values.norm(dim=-1)
                         n[layer, expert] += len(values)
                         norm[layer, expert] += float(size.sum())
@@ -131,6 +133,7 @@ def _contributions(model: nn.Module, shard: Shard, signals: Signals, batch_token
             with align_module_device(norm):
                 scale = final_scale(model, stream[picked.to(stream.device)]).to(rows.device)
             direction = scale * (rows[torch.from_numpy(following[target]).to(rows.device)].float() - mean)
+            expert_id[target] = routing_arrays(raw, picked)["expert_id"]
             for layer, output in raw["expert_out"].items():
                 here = picked.to(output.device)
                 weight, value = raw["weight"][layer][here].float(), output[here].float()
@@ -140,7 +143,6 @@ def _contributions(model: nn.Module, shard: Shard, signals: Signals, batch_token
                 found["norm"][target, layer] = added.norm(dim=-1).cpu().numpy()
                 found["peak"][target, layer] = value.abs().amax(-1).cpu().numpy()
                 found["weight"][target, layer] = weight.cpu().numpy()
-                expert_id[target, layer] = raw["expert_id"][layer][here].cpu().numpy()
     return {
         **found,
         "expert_id": expert_id,

@@ -17,6 +17,7 @@ from mixlens.measuring import Corpus, lengths_of, measure_documents, sum_documen
 from mixlens.models.layout import moe_layers
 from mixlens.stats import importance as stats
 from mixlens.traces.ablating import Ablator, Metric
+from mixlens.traces.conditions import whole_numbers
 from mixlens.traces.patches import digest_of
 from mixlens.traces.record import RecordSettings, Shard
 
@@ -36,7 +37,14 @@ class Ablation:
     how: str = "reroute"
     means: Any = None
     metric: Metric | None = None
-    layers: Sequence[int] | None = None
+    layers: int | Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.metric is not None and not callable(self.metric):
+            raise BadInput(
+                f"Experts were to be ablated with metric={self.metric!r}. It cannot be called. Give a function of "
+                "logits [n, vocabulary] and the tokens that came [n], or None for the loss."
+            )
 
     def plan(self) -> dict[str, Any]:
         means = {} if self.means is None else {"means": digest_of(torch.as_tensor(np.asarray(self.means)))}
@@ -96,10 +104,10 @@ def measure_importance(
 
 def _layers(model: nn.Module, ablation: Ablation) -> list[int]:
     count = len(moe_layers(model))
-    layers = list(range(count)) if ablation.layers is None else sorted({int(layer) for layer in ablation.layers})
+    layers = list(range(count)) if ablation.layers is None else sorted(set(whole_numbers(ablation.layers)))
     if not layers or not 0 <= layers[0] <= layers[-1] < count:
         raise BadInput(
-            f"Experts of layers {layers} were to be ablated. The model has layers 0 to {count - 1}. "
+            f"Experts of layers {ablation.layers} were to be ablated. The model has layers 0 to {count - 1}. "
             "Give numbers among them."
         )
     return layers

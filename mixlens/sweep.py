@@ -14,6 +14,7 @@ from mixlens.errors import BadInput
 from mixlens.measuring import Corpus, lengths_of, measure_documents, sum_documents
 from mixlens.models.layout import moe_layers, n_experts, top_k
 from mixlens.stats import topk as stats
+from mixlens.traces.conditions import whole_numbers
 from mixlens.traces.edits import edit
 from mixlens.traces.edits import top_k as choose
 from mixlens.traces.reading import Reader
@@ -28,7 +29,7 @@ def topk_sweep(
     documents: Iterable[Any],
     *,
     by: str | Sequence[str] | None = None,
-    ks: Iterable[int] | None = None,
+    ks: int | Iterable[int] | None = None,
     out: str | os.PathLike | None = None,
     tokenizer: Any = None,
     settings: RecordSettings = SETTINGS,
@@ -45,7 +46,7 @@ def measure_topk(
     model: nn.Module,
     documents: Iterable[Any],
     *,
-    ks: Iterable[int] | None = None,
+    ks: int | Iterable[int] | None = None,
     out: str | os.PathLike | None = None,
     tokenizer: Any = None,
     settings: RecordSettings = SETTINGS,
@@ -61,10 +62,10 @@ def measure_topk(
     Raises   BadInput  for a k the model has not, and documents that cannot be read as asked; RunError as record
     """
     own, count = top_k(model), n_experts(model)
-    asked = list(range(1, count + 1)) if ks is None else sorted({int(k) for k in ks})
+    asked = list(range(1, count + 1)) if ks is None else sorted(set(whole_numbers(ks)))
     if not asked or not 1 <= asked[0] <= asked[-1] <= count:
         raise BadInput(
-            f"Tokens were to choose {', '.join(map(str, asked)) or 'no'} experts. The model has {count} a layer. "
+            f"Tokens were to choose {', '.join(map(str, asked)) or repr(ks)} experts. The model has {count} a layer. "
             f"Give numbers from 1 to {count}."
         )
     every = sorted({*asked, own})

@@ -173,6 +173,16 @@ def test_a_run_that_was_stopped_resumes_to_the_same_numbers(net, tmp_path, monke
         what(net, DOCUMENTS[:3], tokenizer=Letters(), settings=small, out=tmp_path / "whole")
 
 
+def test_contributions_under_edits_are_of_what_the_model_then_used(net):
+    with ml.edit(net, ml.edits.top_k(3), ml.edits.forbid(1, 2)):
+        found = ml.expert_contributions(net, DOCUMENTS, tokenizer=Letters(), settings=QUIET)
+    assert found.sizes["slot"] == 3
+    assert not (found.expert_id.sel(layer=1) == 2).any()
+    np.testing.assert_allclose(found.weight.sum("slot"), 1, atol=1e-5)
+    with ml.edit(net, ml.edits.top_k(3, layers=1)), pytest.raises(BadInput, match="Layers choose"):
+        ml.expert_contributions(net, DOCUMENTS, tokenizer=Letters(), settings=QUIET)
+
+
 def test_a_super_expert_is_found():
     sizes = np.random.default_rng(0).uniform(1, 2, (32, 8))
     sizes[1, 3] = 300
@@ -211,5 +221,22 @@ def test_the_sweep_is_recording_at_every_k(net):
 
 
 def test_a_k_the_model_has_not(net):
-    with pytest.raises(BadInput, match="9 experts. The model has 8 a layer"):
-        ml.topk_sweep(net, DOCUMENTS, ks=[9], tokenizer=Letters(), settings=QUIET)
+    for ks, found in (([9], "9 experts"), ([0], "0 experts"), ("two", "'two' experts"), ([], r"\[\] experts")):
+        with pytest.raises(BadInput, match=f"{found}. The model has 8 a layer"):
+            ml.topk_sweep(net, DOCUMENTS, ks=ks, tokenizer=Letters(), settings=QUIET)
+
+
+def test_statistics_say_what_they_are_made_of(net):
+    trace = ml.record(net, DOCUMENTS, tokenizer=Letters(), settings=QUIET)
+    sweep = ml.measure_topk(net, DOCUMENTS, ks=1, tokenizer=Letters(), settings=QUIET)
+    for statistic, maker in {
+        ml.stats.expert_importance: "measure_importance",
+        ml.stats.expert_contribution: "expert_contributions",
+        ml.stats.topk_sweep: "measure_topk",
+    }.items():
+        with pytest.raises(BadInput, match=f"Got a Trace. Give what {maker} gives"):
+            statistic(trace)
+    with pytest.raises(BadInput, match="Got a Dataset of topk"):
+        ml.stats.expert_importance(sweep)
+    with pytest.raises(BadInput, match="without max_abs"):
+        super_experts(trace)

@@ -102,6 +102,12 @@ def test_a_map_by_domain_with_a_metric_of_ones_own(net):
     assert float(abs(data.share.sum("expert") - 1).max()) < 1e-9
 
 
+@pytest.mark.parametrize("metric", ["accuracy", lambda logits, target: logits.mean()])
+def test_a_metric_that_is_none(net, metric):
+    with pytest.raises(BadInput, match=r"It cannot be called|gave the shape \[\]"):
+        measure(net, ablation=Ablation(metric=metric, layers=1))
+
+
 def test_unknown_layers(net):
     with pytest.raises(BadInput, match="layers 0 to 3"):
         measure(net, ablation=Ablation(layers=[2, 4]))

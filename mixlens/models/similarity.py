@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from itertools import combinations
 
 import numpy as np
 import torch
 import xarray as xr
+from accelerate.utils import align_module_device
+from scipy.optimize import linear_sum_assignment
 from torch import nn
-from torch.nn import functional as F
 
 from mixlens.errors import BadInput
 from mixlens.models.layout import describe, expert_weights, moe_layers
 
 _CHUNK = 2**22
-_MOST_NEURONS = 4096  # the assignment takes time with their cube
 
 
 @torch.no_grad()
-def expert_similarity(model: nn.Module, *, layers: Sequence[int] | None = None, match: bool = False) -> xr.Dataset:
+def expert_similarity(
+    model: nn.Module, *, layers: int | Sequence[int] | None = None, match: bool = False
+) -> xr.Dataset:
     """Cosines between the experts of each layer, and between their router vectors.
 
     layers  layer numbers; None for all
-    match   also pair up the neurons of every two experts by linear assignment
+    match   also pair up the neurons of every two experts by linear assignment (Crouse 2016). For the 14,336 neurons
+            of 8x7B this takes 30 seconds of a core and 4 GB a pair, and a layer has 28 pairs: name the layers
 
     A neuron is its row of w1, its row of w3 and its column of w2, put together. Two experts that were copied from one
     feed-forward layer and trained apart have alike neurons in the same places; experts trained from scratch have
@@ -32,11 +36,11 @@ def expert_similarity(model: nn.Module, *, layers: Sequence[int] | None = None, 
     Returns  Dataset  cosine [layer, matrix (w1, w2, w3), expert, expert_j]; router_cosine [layer, expert, expert_j];
                       router_norm [layer, expert]; with match also in_place and matched [layer, expert, expert_j], the
                       mean cosine of neurons of equal number, and of matched ones; the diagonals are 1
-    Raises   BadInput    for unknown layers, and for matching more than 4,096 neurons
-             ModelError  where weights are offloaded or not fused
+    Raises   BadInput    for unknown layers
+             ModelError  where weights are held in a layout that is not known
     """
     every = moe_layers(model)
-    numbers = list(range(len(every))) if layers is None else [int(layer) for layer in layers]
+    numbers = list(range(len(every))) if layers is None else [int(layer) for layer in np.atleast_1d(layers)]
     unknown = [number for number in numbers if not 0 <= number < len(every)]
     if unknown or not numbers:
         raise BadInput(
@@ -45,15 +49,16 @@ def expert_similarity(model: nn.Module, *, layers: Sequence[int] | None = None, 
         )
     found: dict[str, list[np.ndarray]] = {}
     for layer in (every[number] for number in numbers):
-        weights = expert_weights(layer)
-        router = layer.gate.weight.float()
-        one = {
-            "cosine": np.stack([_cosines(matrix) for matrix in weights]),
-            "router_cosine": _cosines(router),
-            "router_norm": router.norm(dim=1).cpu().numpy(),
-        }
-        if match:
-            one |= _matched(*weights)
+        with _at_hand(layer.experts, layer.gate):
+            weights = expert_weights(layer)
+            router = layer.gate.weight.float()
+            one = {
+                "cosine": np.stack([_cosines(matrix) for matrix in weights]),
+                "router_cosine": _cosines(router),
+                "router_norm": router.norm(dim=1).cpu().numpy(),
+            }
+            if match:
+                one |= _matched(*weights)
         for name, values in one.items():
             found.setdefault(name, []).append(values)
     pair = ("layer", "expert", "expert_j")
@@ -64,35 +69,6 @@ def expert_similarity(model: nn.Module, *, layers: Sequence[int] | None = None, 
         {"layer": numbers, "matrix": ["w1", "w2", "w3"], "expert": range(count), "expert_j": range(count)},
         {"statistic": "expert_similarity", "unit": "cosine", "model": describe(model)["name"]},
     )
-
-
-def assignment(gain: np.ndarray) -> np.ndarray:
-    """The column for each row of a square matrix so that the sum of gains is largest (Kuhn 1955; shortest paths)."""
-    n = len(gain)
-    cost = np.vstack([np.zeros(n + 1), np.hstack([np.zeros((n, 1)), -np.asarray(gain, np.float64)])])
-    of_row, of_column = np.zeros(n + 1), np.zeros(n + 1)  # prices; row and column 0 stand for none
-    row_at = np.zeros(n + 1, np.intp)
-    for row in range(1, n + 1):
-        row_at[0], column = row, 0
-        slack, before = np.full(n + 1, np.inf), np.zeros(n + 1, np.intp)
-        used = np.zeros(n + 1, bool)
-        while row_at[column]:
-            used[column] = True
-            here = row_at[column]
-            reduced = cost[here] - of_row[here] - of_column
-            nearer = ~used & (reduced < slack)
-            slack[nearer], before[nearer] = reduced[nearer], column
-            following = int(np.where(used, np.inf, slack)[1:].argmin()) + 1
-            step = slack[following]
-            of_row[row_at[used]] += step
-            of_column[used] -= step
-            slack[~used] -= step
-            column = following
-        while column:
-            row_at[column], column = row_at[before[column]], before[column]
-    columns = np.empty(n, np.intp)
-    columns[row_at[1:] - 1] = np.arange(n)
-    return columns
 
 
 def _cosines(vectors: torch.Tensor) -> np.ndarray:
@@ -108,15 +84,30 @@ def _cosines(vectors: torch.Tensor) -> np.ndarray:
 
 def _matched(w1: torch.Tensor, w2: torch.Tensor, w3: torch.Tensor) -> dict[str, np.ndarray]:
     count, neurons = w1.shape[:2]
-    if neurons > _MOST_NEURONS:
-        raise BadInput(
-            f"Neurons of experts were to be matched. There are {neurons:,} in each, and the time grows with the cube; "
-            f"the limit is {_MOST_NEURONS:,}. Leave match out: equal places are compared by cosine."
-        )
-    unit = F.normalize(torch.cat([w1, w3, w2.transpose(1, 2)], dim=-1).float(), dim=-1)
+    rows = (w1, w3, w2.transpose(1, 2))
+    length = torch.stack([_sum_of_squares(expert, rows) for expert in range(count)]).sqrt().clamp(min=1e-12)
     in_place, matched = np.ones((2, count, count))
     for i, j in combinations(range(count), 2):
-        cosine = (unit[i] @ unit[j].T).cpu().numpy()
+        cosine = torch.zeros(neurons, neurons, device=w1.device)
+        for matrix in rows:
+            cosine += matrix[i].float() @ matrix[j].float().T
+        cosine = (cosine / length[i][:, None] / length[j][None]).cpu().numpy()
         in_place[i, j] = in_place[j, i] = cosine.diagonal().mean()
-        matched[i, j] = matched[j, i] = cosine[np.arange(neurons), assignment(cosine)].mean()
+        row, column = linear_sum_assignment(cosine, maximize=True)
+        matched[i, j] = matched[j, i] = cosine[row, column].mean()
     return {"in_place": in_place, "matched": matched}
+
+
+def _sum_of_squares(expert: int, matrices: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Of the rows of all matrices [expert, row, column] together: [row]."""
+    return torch.stack([matrix[expert].float().pow(2).sum(-1) for matrix in matrices]).sum(0)
+
+
+@contextmanager
+def _at_hand(*modules: nn.Module) -> Iterator[None]:
+    """Weights that accelerate offloads, fused or in Linears of their own, are here inside."""
+    with ExitStack() as stack:
+        for module in modules:
+            for part in module.modules():
+                stack.enter_context(align_module_device(part))
+        yield

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import CenteredNorm, LogNorm, Normalize, SymLogNorm
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from mixlens.errors import BadInput
 from mixlens.show import wording
 from mixlens.show.style import DIVERGING, FAINT, INK, printable
 
@@ -77,8 +78,17 @@ def mesh(ax: Axes, values: np.ndarray, label: str, *, signed: bool = True) -> No
 
 
 def group_of(data: xr.Dataset) -> str:
-    """The dimension beside layer and expert."""
-    return next((str(d) for d in data["estimate"].dims if d not in ("layer", "expert")), "domain")
+    """The dimension beside layer and expert.
+
+    Raises BadInput where there is none.
+    """
+    groups = [str(d) for d in data["estimate"].dims if d not in ("layer", "expert")]
+    if not groups:
+        raise BadInput(
+            "A row for every domain was to be drawn. The numbers are of all documents together. Compute them with "
+            'by="domain", or draw them without a domain.'
+        )
+    return groups[0]
 
 
 def by_group(ax: Axes, data: xr.Dataset, what: str, label: str, *, signed: bool = True) -> None:

@@ -11,7 +11,7 @@ import xarray as xr
 
 from mixlens.errors import BadInput
 from mixlens.stats.bootstrap import DEFAULT, Bootstrap
-from mixlens.stats.measured import Measured, groups_of, intervals_by, ratio, read_measured
+from mixlens.stats.measured import Measured, check_kind, groups_of, intervals_by, ratio, read_measured
 from mixlens.traces.pieces import display_pieces
 
 KIND = "contributions"
@@ -37,12 +37,13 @@ def expert_contribution(
     Returns  Dataset   in logits, or of the hidden states' unit, ci_low, ci_high, n (tokens that chose the expert)
                        [*by, layer, expert]; max_abs, the largest |number| it put out before its weight, [*by, layer,
                        expert], for super_experts; n_documents [*by]. NaN where nobody chose the expert
-    Raises   BadInput  for another measure, and an unknown column in `by`
+    Raises   BadInput  for another measure, an unknown column in `by`, and anything else than contributions
     """
     if measure not in MEASURES:
         raise BadInput(
             f"Contributions in {measure!r} were asked for. Measures are {', '.join(MEASURES)}. Give one of them."
         )
+    check_kind(contributions, KIND, "expert_contributions")
     sums, n, peak, documents = _by_document(contributions, measure)
     labels, group = groups_of(documents, by)
     shape = tuple(len(values) for values in labels.values())

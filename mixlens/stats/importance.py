@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 
 from mixlens.stats.bootstrap import DEFAULT, Bootstrap
-from mixlens.stats.measured import Measured, groups_of, intervals_by, ratio, read_measured
+from mixlens.stats.measured import Measured, check_kind, groups_of, intervals_by, ratio, read_measured
 
 KIND = "importance"
 
@@ -27,8 +27,9 @@ def expert_importance(
     Returns  Dataset    nats a token (or the metric's own unit), ci_low, ci_high [*by, layer, expert]; share [*by,
                         layer, expert], the expert share on the same tokens; value [*by], of the whole model;
                         n (predicted tokens), n_documents [*by]
-    Raises   BadInput   for an unknown column in `by`
+    Raises   BadInput   for an unknown column in `by`, and anything else than such sums
     """
+    check_kind(measured, KIND, "measure_importance")
     labels, group = groups_of(measured, by)
     shape = tuple(len(values) for values in labels.values())
     n_groups = int(np.prod(shape, dtype=int))

@@ -52,6 +52,16 @@ def read_measured(path: str | os.PathLike, kind: str, *, check: bool = True) -> 
     return Measured(arrays, documents, run.meta, vocabulary)
 
 
+def check_kind(measured: Any, kind: str, made_by: str) -> None:
+    """Raises BadInput unless `measured` is what `made_by` gives."""
+    found = measured.attrs.get("kind") if isinstance(measured, xr.Dataset) else None
+    if found != kind:
+        raise BadInput(
+            f"Numbers of {kind} were to be computed. Got a {type(measured).__name__}{f' of {found}' if found else ''}. "
+            f"Give what {made_by} gives, or mixlens.open(its folder)."
+        )
+
+
 def groups_of(measured: xr.Dataset, by: str | Sequence[str] | None) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """({column: its labels}, group of each document, counted over the product of the labels).
 

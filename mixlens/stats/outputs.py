@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
+from mixlens.errors import BadInput
+
 SUPER_EXPERTS = "Su et al. 2025, Unveiling Super Experts in Mixture-of-Experts Large Language Models, arXiv 2507.23279"
 
 
@@ -15,8 +17,14 @@ def super_experts(outputs: xr.Dataset) -> xr.Dataset:
     tests, so read `over_median` beside it: without a super expert it is near 1.
 
     Needs    outputs  max_abs [layer, expert], as expert_outputs gives it
+    Raises   BadInput  for anything that lacks max_abs
     Returns  Dataset  is_super, max_abs, over_median (max_abs over the median expert's) [layer, expert]
     """
+    if not isinstance(outputs, xr.Dataset) or "max_abs" not in outputs:
+        raise BadInput(
+            f"Super experts were to be found. Got a {type(outputs).__name__} without max_abs. Give what expert_outputs "
+            "or stats.expert_contribution gives."
+        )
     largest = outputs.max_abs
     known = largest.values[np.isfinite(largest.values)]
     limit = max(float(np.percentile(known, 99.5)), float(known.max()) / 10) if len(known) else np.nan

@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 
 from mixlens.stats.bootstrap import DEFAULT, Bootstrap
-from mixlens.stats.measured import Measured, groups_of, intervals_by, ratio, read_measured
+from mixlens.stats.measured import Measured, check_kind, groups_of, intervals_by, ratio, read_measured
 
 KIND = "topk"
 
@@ -27,8 +27,9 @@ def topk_sweep(
     Returns  Dataset   estimate, ci_low, ci_high, loss in nats a token [*by, k]; change, change_low, change_high [*by,
                        k]; share [*by, k, layer, expert], of assignments; first_weight [*by, k, layer], mean weight of
                        the strongest expert; n (predicted tokens), n_documents [*by]
-    Raises   BadInput  for an unknown column in `by`
+    Raises   BadInput  for an unknown column in `by`, and anything else than such sums
     """
+    check_kind(measured, KIND, "measure_topk")
     labels, group = groups_of(measured, by)
     shape = tuple(len(values) for values in labels.values())
     n_groups, ks = int(np.prod(shape, dtype=int)), measured.k.values

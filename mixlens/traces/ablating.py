@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
+from mixlens.errors import BadInput
 from mixlens.models.layout import decoder_of, input_device, moe_layers, n_experts, only_layers
 from mixlens.traces.editing import refuse_partial
 from mixlens.traces.edits import ablate, edit
@@ -180,7 +181,13 @@ class Ablator:
         parts = []
         for start in range(0, len(states), _ROWS):
             logits = self.model.lm_head(states[start : start + _ROWS]).float()
-            parts.append(self.metric(logits, target[start : start + _ROWS].to(logits.device)).double().cpu())
+            found = torch.as_tensor(self.metric(logits, target[start : start + _ROWS].to(logits.device)))
+            if found.shape != logits.shape[:1]:
+                raise BadInput(
+                    f"A metric was to be taken of {len(logits)} tokens. It gave the shape {list(found.shape)}. Give "
+                    "one that has a number for each token: [n] for logits [n, vocabulary]."
+                )
+            parts.append(found.double().cpu())
         return torch.cat(parts).numpy()
 
 

@@ -61,13 +61,22 @@ class Where:
 
 
 def _numbers(name: str, value: Any) -> tuple[int, ...]:
-    found = tuple(int(v) for v in ([value] if isinstance(value, int | np.integer) else value))
+    found = whole_numbers(value)
     if not found or min(found) < 0:
         raise BadInput(
-            f"An edit was to apply where {name}={value!r}. It takes one number or several, counted from 0. "
+            f"An edit was to apply where {name}={value!r}. It takes one whole number or several, counted from 0. "
             f"Give some, or leave {name} out."
         )
     return found
+
+
+def whole_numbers(value: Any) -> tuple[int, ...]:
+    """One number or several as a tuple; empty where it is neither, or one of them is not whole."""
+    try:
+        array = np.asarray(value if isinstance(value, np.ndarray) or np.isscalar(value) else list(value))
+    except TypeError:
+        return ()
+    return tuple(array.ravel().tolist()) if array.dtype.kind in "iu" else ()
 
 
 EVERYWHERE = Where()

@@ -20,7 +20,7 @@ import xarray as xr
 from torch import nn
 
 from mixlens.errors import BadInput
-from mixlens.traces.conditions import EVERYWHERE, Where
+from mixlens.traces.conditions import EVERYWHERE, Where, whole_numbers
 from mixlens.traces.editing import Edit, editing_of, release
 from mixlens.traces.patches import PATCHED_EXPERTS, Output, Patch, values_of
 from mixlens.traces.replays import Replay
@@ -57,6 +57,14 @@ def edit(model: nn.Module, *edits: Edit) -> Iterator[None]:
     """
     if not edits:
         raise BadInput("A model was to be edited. No edit was given. Give one or several, such as edits.ablate(3, 5).")
+    for one in edits:
+        if not isinstance(one, Edit) or not isinstance(one.where, Where):
+            found = f"{one!r}" if not isinstance(one, Edit) else f"where={one.where!r}"
+            raise BadInput(
+                f"A model was to be edited. Got {found}, which is no {'Where' if isinstance(one, Edit) else 'edit'}. "
+                "Make edits with the functions of mixlens.edits, such as edits.ablate(3, 5), and conditions with "
+                "edits.Where(...)."
+            )
     editing = editing_of(model)
     try:
         active = editing.enter(edits)
@@ -153,7 +161,7 @@ def temperature(value: float, *, layers: Numbers | None = None, where: Where = E
 
 def top_k(k: int, *, layers: Numbers | None = None) -> Edit:
     """Every token chooses k experts, weights renormalised. A Recorder needs the same k in all layers."""
-    return TopK(_layers(layers), int(k))
+    return TopK(_layers(layers), _numbers(k)[0])
 
 
 def reroute(layers: Numbers | None, source: int, target: int, *, where: Where = EVERYWHERE) -> Edit:
@@ -165,7 +173,7 @@ def reroute(layers: Numbers | None, source: int, target: int, *, where: Where = 
         raise BadInput(
             f"Expert {source} was to be rerouted. The target is the same expert. Give another, or leave this edit out."
         )
-    return Reroute(_layers(layers), int(source), int(target), where)
+    return Reroute(_layers(layers), _numbers(source)[0], _numbers(target)[0], where)
 
 
 def replay(trace: Trace, *, weights: bool = False, layers: Numbers | None = None, where: Where = EVERYWHERE) -> Edit:
@@ -177,6 +185,11 @@ def replay(trace: Trace, *, weights: bool = False, layers: Numbers | None = None
     weights  whether the recorded weights come too (kept in half precision); else the router weighs the experts
     layers   layers to replay; None for all, and then the trace must have all
     """
+    if not isinstance(trace, Trace):
+        raise BadInput(
+            f"A recorded routing was to be replayed. Got {trace!r}, which is no trace. Give one that was recorded, or "
+            "open it first: mixlens.open(path)."
+        )
     return Replay(trace, weights, _layers(layers), where)
 
 
@@ -204,8 +217,11 @@ def patch(site: str, values: Any, *, layer: int, expert: int | None = None, wher
         raise BadInput(
             f"{site} of expert {expert} was to be patched. Only expert_out and expert_neurons are. Leave expert out."
         )
-    found, sequences, positions = values_of(site, values, int(layer), expert, where)
-    return Patch(site, found, (int(layer),), expert, sequences, positions, where)
+    (number, *others) = _numbers(layer)
+    if others:
+        raise BadInput(f"{site} was to be patched in layers {layer!r}. A patch has one. Give several patches.")
+    found, sequences, positions = values_of(site, values, number, expert, where)
+    return Patch(site, found, (number,), None if expert is None else _numbers(expert)[0], sequences, positions, where)
 
 
 def _layers(layers: Numbers | None) -> tuple[int, ...] | None:
@@ -213,16 +229,17 @@ def _layers(layers: Numbers | None) -> tuple[int, ...] | None:
 
 
 def _numbers(numbers: Numbers) -> tuple[int, ...]:
-    found = (int(numbers),) if isinstance(numbers, int | np.integer) else tuple(int(n) for n in numbers)
-    if not found:
-        raise BadInput("An edit was to be put on layers and experts. One of the two lists is empty. Give a number.")
-    return found
+    if found := whole_numbers(numbers):
+        return found
+    raise BadInput(
+        f"Layers, experts or a k were given as {numbers!r}. They are whole numbers, one or several. Give such numbers."
+    )
 
 
 def _finite(name: str, value: float) -> None:
-    if not np.isfinite(value):
+    if not isinstance(value, int | float | np.number) or not np.isfinite(value):
         raise BadInput(
-            f"Router logits were to be changed with a {name} of {value}. It is not finite. Give a finite number."
+            f"Router logits were to be changed with a {name} of {value!r}. It is not finite. Give a finite number."
         )
 
 

@@ -251,7 +251,13 @@ def values_of(
         own = values.sel(layer=layer) if "layer" in values.dims else values
         found = torch.as_tensor(np.ascontiguousarray(own.values))
         return found, own.sequence.values.astype(np.int64), own.position.values.astype(np.int64)
-    found = torch.as_tensor(values).detach()
+    try:
+        found = torch.as_tensor(values).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise BadInput(
+            f"{site} was to be patched with a {type(values).__name__}. It is no array of numbers. Give a tensor, an "
+            "array or a recorded activation."
+        ) from error
     if found.ndim == (2 if site in PATCHED_EXPERTS and expert is None else 1):
         return found, None, None
     positions = np.asarray(() if where.positions is None else where.positions, np.int64)

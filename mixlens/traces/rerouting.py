@@ -55,7 +55,7 @@ class Routing:
         self.force(cells, weight)
 
     def reroute(self, source: int, target: int, rows: Rows) -> None:
-        moved = (self.choose()[1] == source).any(-1)
+        moved = (self.decide()[1] == source).any(-1)
         moved = moved if rows is None else moved & rows
         inherits = self.cells((target,), moved)
         strongest = torch.maximum(self.logits[:, source], self.logits[:, target])
@@ -89,8 +89,8 @@ class Routing:
                 f"{what} the {self.k} experts a token chooses. Take one of them back, or change top_k."
             )
 
-    def result(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(logits [T, E], weights [T, k], ids [T, k]) as the model goes on with them; a forbidden logit is -inf."""
+    def decide(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(weights [T, k], ids [T, k]): as chosen, but of tokens that no edit touches as given: logits may tie."""
         given_logits, given_weights, given_ids = self._given
         weights, ids = self.choose()
         if self.k == given_ids.shape[-1]:
@@ -99,8 +99,12 @@ class Routing:
             new = (new | ~self.fixed.isnan()).any(-1, keepdim=True)
             weights = torch.where(new, weights.to(given_weights.dtype), given_weights)
             ids = torch.where(new, ids, given_ids)
-        logits = self.logits.masked_fill(self.banned, -torch.inf).to(given_logits.dtype)
-        return logits, weights.to(given_weights.dtype), ids
+        return weights.to(given_weights.dtype), ids
+
+    def result(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(logits [T, E], weights [T, k], ids [T, k]) as the model goes on with them; a forbidden logit is -inf."""
+        logits = self.logits.masked_fill(self.banned, -torch.inf).to(self._given[0].dtype)
+        return logits, *self.decide()
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,12 @@ from itertools import permutations
 import numpy as np
 import pytest
 import torch
+from accelerate import dispatch_model
 from tiny import tiny_mixtral
 
 import mixlens as ml
 from mixlens import BadInput, ModelError
-from mixlens.models.similarity import assignment
+from mixlens.models.unfuse import unfuse
 
 
 def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -63,14 +64,31 @@ def test_upcycled_experts_with_shuffled_neurons_are_matched():
     np.testing.assert_array_equal(found.matched.values.diagonal(), 1)
 
 
-@pytest.mark.parametrize("n", [1, 2, 5, 6])
-def test_assignment_is_the_best_of_all_permutations(n):
-    for seed in range(20):
-        gain = np.random.default_rng(seed).normal(size=(n, n))
-        columns = assignment(gain)
-        assert sorted(columns.tolist()) == list(range(n))
-        best = max(sum(gain[i, p[i]] for i in range(n)) for p in permutations(range(n)))
-        assert gain[np.arange(n), columns].sum() == pytest.approx(best)
+@pytest.mark.parametrize("neurons", [1, 2, 5])
+def test_neurons_are_matched_as_the_best_of_all_permutations(neurons):
+    net = tiny_mixtral(intermediate_size=neurons)
+    found = ml.expert_similarity(net, layers=[1], match=True).sel(layer=1)
+    experts = net.model.layers[1].mlp.experts
+    rows = [torch.cat([*experts.gate_up_proj[e].chunk(2), experts.down_proj[e].T], dim=1) for e in range(8)]
+    for i, j in ((0, 1), (2, 6), (7, 3)):
+        table = [[cosine(one, other) for other in rows[j]] for one in rows[i]]
+        best = max(sum(table[n][p[n]] for n in range(neurons)) for p in permutations(range(neurons)))
+        assert float(found.matched.sel(expert=i, expert_j=j)) == pytest.approx(best / neurons, abs=1e-5)
+        place = sum(table[n][n] for n in range(neurons)) / neurons
+        assert float(found.in_place.sel(expert=i, expert_j=j)) == pytest.approx(place, abs=1e-5)
+
+
+@pytest.mark.parametrize("layout", [lambda net: net, unfuse], ids=["fused", "unfused"])
+def test_offloaded_and_unfused_experts_are_compared_too(tmp_path, layout):
+    expected = ml.expert_similarity(tiny_mixtral(), match=True)
+    places = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    places |= {f"model.layers.{i}": "disk" if i else "cpu" for i in range(4)}
+    net = dispatch_model(layout(tiny_mixtral()), places, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
+    assert next(net.model.layers[1].mlp.experts.parameters()).is_meta
+    found = ml.expert_similarity(net, match=True)
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], atol=1e-6)
+    assert next(net.model.layers[1].mlp.experts.parameters()).is_meta
 
 
 def test_what_cannot_be_done_is_said():

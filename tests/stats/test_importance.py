@@ -35,7 +35,7 @@ def measured() -> xr.Dataset:
             "layer": [0, 2, 5],
             "expert": range(EXPERTS),
         },
-        attrs={"model": "tiny", "metric": "loss", "unit": "nats", "how": "reroute", "top_k": 2},
+        attrs={"kind": "importance", "model": "tiny", "metric": "loss", "unit": "nats", "how": "reroute", "top_k": 2},
     )
 
 

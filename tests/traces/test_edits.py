@@ -13,6 +13,7 @@ import mixlens as ml
 from mixlens import edits
 from mixlens.models.unfuse import unfuse
 from mixlens.traces.conditions import Where
+from mixlens.traces.rerouting import Routing
 
 LAYER, EXPERTS, K = 1, 8, 2
 
@@ -269,6 +270,15 @@ def test_recorders_see_the_edit_from_inside_and_from_outside(net, ids):
         np.testing.assert_array_equal(outside.trace().read(name), inside.trace().read(name))
     assert not np.isin(inside.trace().read("expert_id")[:, LAYER], [0, 1, 2]).any()
     assert inside.trace().meta["settings"]["edits"] == [repr(edits.forbid(LAYER, [0, 1, 2]))]
+
+
+@pytest.mark.parametrize("chosen", [3, 5])
+def test_of_logits_that_tie_the_models_own_choice_is_rerouted(chosen):
+    logits = torch.zeros(1, EXPERTS, dtype=torch.bfloat16)
+    logits[0, [0, 3, 5]] = torch.tensor([2.0, 1.0, 1.0], dtype=torch.bfloat16)
+    routing = Routing(logits, torch.tensor([[0.75, 0.25]]), torch.tensor([[0, chosen]]))
+    routing.reroute(3, 6, None)
+    assert routing.result()[2].tolist() == [[0, 6 if chosen == 3 else 5]]
 
 
 def test_gradients_flow_through_edited_routing(net, ids):
