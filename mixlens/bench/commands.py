@@ -1,4 +1,4 @@
-"""The commands mixlens bench and mixlens cost."""
+"""The commands mixlens bench, probe, providers, models and cost."""
 
 from __future__ import annotations
 
@@ -6,27 +6,21 @@ import argparse
 import json
 from collections.abc import Callable
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
+from mixlens.bench.local_commands import add_local_arguments, is_address, loaded
 from mixlens.errors import BadInput, RunError
 
 
 def add_commands(add: Callable[[str, Callable[..., Any], str], argparse.ArgumentParser]) -> None:
-    """Declare both; `add` makes the parser of a command from its name, what runs it, and what it does."""
-    bench = add("bench", _bench, "measure how fast an endpoint answers")
-    bench.add_argument(
-        "url", metavar="URL", help='as in http://127.0.0.1:8000/v1, or "openrouter", "deepinfra", "modelslab"'
-    )
-    bench.add_argument("--model", help="name that the server knows it by (may be left out for the three named)")
-    bench.add_argument(
-        "--protocol",
-        choices=("openai-chat", "openai-completions", "anthropic", "modelslab"),
-        help="(default: openai-chat)",
-    )
-    bench.add_argument("--key-env", metavar="NAME", help="environment variable that holds the key")
-    bench.add_argument("--provider", metavar="NAME", help="of openrouter: only this one may answer")
+    """Declare them; `add` makes the parser of a command from its name, what runs it, and what it does."""
+    bench = add("bench", _bench, "measure how fast an endpoint answers, or a model generates here")
+    _endpoint_arguments(bench)
+    add_local_arguments(bench)
     bench.add_argument("--concurrency", metavar="N,N,...", help="requests at a time (default: 1)")
+    bench.add_argument(
+        "--sweep", type=int, metavar="N", help="concurrencies 1, 2, 4 ... up to N, until more brings only waiting"
+    )
     bench.add_argument("--rate", metavar="R,R,...", help="requests a second, whether or not the earlier ones are done")
     bench.add_argument("--arrivals", choices=("poisson", "constant"), default="poisson")
     bench.add_argument("--requests", type=int, default=32, help="measured requests a load (default: %(default)s)")
@@ -35,10 +29,25 @@ def add_commands(add: Callable[[str, Callable[..., Any], str], argparse.Argument
     )
     bench.add_argument("--prompt-tokens", type=int, default=256, help="(default: %(default)s)")
     bench.add_argument("--output-tokens", type=int, default=128, help="at most (default: %(default)s)")
-    bench.add_argument("--prompts", metavar="FILE", help="text file, one prompt a line, in place of made ones")
+    bench.add_argument("--prompts", metavar="FILE", help="text file, one prompt a line, or JSON Lines")
+    bench.add_argument("--text", default="text", metavar="COLUMN", help="text column of JSON Lines (default: text)")
     bench.add_argument("--max-seconds", type=float, default=600.0, help="start nothing after (default: %(default)s)")
     bench.add_argument("--max-dollars", type=float, help="spend no more")
     bench.add_argument("--out", help="run directory (default: out/bench-DATE-TIME)")
+
+    probe = add("probe", _probe, "tell which parameters an endpoint honours, ignores or rejects")
+    _endpoint_arguments(probe)
+    probe.add_argument("--parameters", metavar="NAME,NAME,...", help="only these")
+    probe.add_argument("--out", metavar="FILE", help="JSON Lines of the verdicts and of every exchange")
+
+    models = add("models", _models, "list the models of an endpoint")
+    _endpoint_arguments(models)
+
+    providers = add("providers", _providers, "compare providers: speed, price, context, by source and date")
+    providers.add_argument("runs", nargs="*", metavar="NAME=RUN", help="what mixlens bench measured, by provider")
+    providers.add_argument("--model", default="mistralai/mixtral-8x7b-instruct", help="(default: %(default)s)")
+    providers.add_argument("--live", action="store_true", help="also ask OpenRouter's public list now")
+    providers.add_argument("--csv", metavar="FILE", help="write the table there instead")
 
     cost = add("cost", _cost, "say what a workload costs with each provider")
     cost.add_argument("--input-tokens", type=float, required=True, help="of one request")
@@ -47,29 +56,49 @@ def add_commands(add: Callable[[str, Callable[..., Any], str], argparse.Argument
     cost.add_argument("--months", type=int, default=1, help="(default: %(default)s)")
     cost.add_argument("--growth", type=float, default=0.0, help="of requests from month to month, 0.1 for a tenth")
     cost.add_argument("--model", help="only this one")
+    cost.add_argument("--live", action="store_true", help="prices of OpenRouter's public list now, of --model")
+
+
+def _endpoint_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "url",
+        metavar="URL",
+        help='as in http://127.0.0.1:8000/v1, or "openrouter", "deepinfra", "modelslab"; for bench also a model to '
+        'measure here: a Hub id, a folder, or "demo"',
+    )
+    parser.add_argument("--model", help="name that the server knows it by (may be left out for the three named)")
+    parser.add_argument(
+        "--protocol",
+        choices=("openai-chat", "openai-completions", "anthropic", "modelslab"),
+        help="(default: openai-chat)",
+    )
+    parser.add_argument("--key-env", metavar="NAME", help="environment variable that holds the key")
+    parser.add_argument("--provider", metavar="NAME", help="of openrouter: only this one may answer")
 
 
 def _bench(arguments: argparse.Namespace) -> dict[str, Any] | None:
-    from mixlens.bench.prompts import Workload
-    from mixlens.bench.run import BenchSettings, benchmark
+    from mixlens.bench.knee import knee, load_sweep
+    from mixlens.bench.prompts import Workload, read_prompts
+    from mixlens.bench.run import benchmark
 
     out = arguments.out or f"out/bench-{datetime.now():%Y%m%d-%H%M%S}"
-    prompts = None if arguments.prompts is None else _lines(Path(arguments.prompts))
-    bench = benchmark(
-        _endpoint(arguments),
-        concurrency=_numbers(arguments.concurrency, int),
-        rate=_numbers(arguments.rate, float),
-        requests=arguments.requests,
-        out=out,
-        workload=Workload(arguments.prompt_tokens, arguments.output_tokens, prompts),
-        settings=BenchSettings(
-            arguments.warmup,
-            arguments.arrivals,
-            max_seconds=arguments.max_seconds,
-            max_dollars=arguments.max_dollars,
-            progress=not arguments.json,
-        ),
-    )
+    prompts = None if arguments.prompts is None else read_prompts(arguments.prompts, column=arguments.text)
+    workload = Workload(arguments.prompt_tokens, arguments.output_tokens, prompts)
+    if is_address(arguments.url):
+        endpoint, settings = _endpoint(arguments), _settings(arguments)
+    else:
+        endpoint, settings = loaded(arguments)
+    fixed = {"requests": arguments.requests, "out": out, "workload": workload, "settings": settings}
+    if arguments.sweep is not None:
+        if arguments.concurrency or arguments.rate:
+            raise BadInput(
+                f"A sweep up to {arguments.sweep} was asked for, and fixed loads too. A sweep chooses its loads. "
+                "Leave out --concurrency and --rate, or --sweep."
+            )
+        bench = load_sweep(endpoint, most=arguments.sweep, **fixed)
+    else:
+        loads = {"concurrency": _numbers(arguments.concurrency, int), "rate": _numbers(arguments.rate, float)}
+        bench = benchmark(endpoint, **loads, **fixed)
     if not bench.succeeded:
         ended = bench.outcomes().groupby("outcome")["n"].sum()
         words = next((record.detail for record in bench.records if record.detail), "")
@@ -79,10 +108,25 @@ def _bench(arguments: argparse.Namespace) -> dict[str, Any] | None:
             f"{f' ({words})' if words else ''}{_stopped(bench.meta)}. Every request is in {out}/results.jsonl."
         )
     if arguments.json:
-        rows = json.loads(bench.table().to_json(orient="records"))
-        return {"run": out, "stopped": bench.meta["stopped"], "remarks": bench.remarks(), "rows": rows}
+        rows = _rows(bench.table())
+        found = {"run": out, "stopped": bench.meta["stopped"], "remarks": bench.remarks(), "rows": rows}
+        return found | ({"knee": _rows(knee(bench))} if arguments.sweep else {})
     print(f"{bench!r}\nrun: {out}")
+    if arguments.sweep:
+        print(f"\nknee: the load of the greatest power, tokens a second over median seconds\n{knee(bench).to_string()}")
     return None
+
+
+def _settings(arguments: argparse.Namespace) -> Any:
+    from mixlens.bench.run import BenchSettings
+
+    return BenchSettings(
+        arguments.warmup,
+        arguments.arrivals,
+        max_seconds=arguments.max_seconds,
+        max_dollars=arguments.max_dollars,
+        progress=not arguments.json,
+    )
 
 
 def _stopped(meta: dict[str, Any]) -> str:
@@ -109,8 +153,58 @@ def _endpoint(arguments: argparse.Namespace) -> Any:
     return Endpoint(arguments.url, **fields)
 
 
+def _rows(frame: Any) -> list[dict[str, Any]]:
+    return json.loads(frame.to_json(orient="records", double_precision=15))
+
+
+def _probe(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    from mixlens.bench.probe import PARAMETERS, probe
+
+    names = PARAMETERS if arguments.parameters is None else arguments.parameters.split(",")
+    found = probe(_endpoint(arguments), parameters=names, out=arguments.out)
+    if arguments.json:
+        return {**found.meta, "rows": _rows(found.table)}
+    print(found)
+    return None
+
+
+def _models(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    arguments.model = arguments.model or "-"
+    found = _endpoint(arguments).models()
+    if arguments.json:
+        return {"models": found}
+    print("\n".join(str(model["id"]) for model in found))
+    return None
+
+
+def _providers(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    from mixlens.bench.bench import Bench
+    from mixlens.bench.providers import COLUMNS, listed_prices, provider_table
+
+    named = [run.partition("=") for run in arguments.runs]
+    if wrong := [name for name, equals, path in named if not (name and equals and path)]:
+        raise BadInput(
+            f"{wrong[0]!r} was to stand in the table of providers. It does not say whose run it is. Give NAME=RUN."
+        )
+    measured = {name: Bench.open(path) for name, _, path in named}
+    listed = listed_prices(arguments.model) if arguments.live else None
+    table = provider_table(measured, model=arguments.model, listed=listed)
+    if arguments.csv:
+        table.to_csv(arguments.csv, index=False)
+        return {"written": arguments.csv, "rows": len(table)}
+    if arguments.json:
+        return {"date": table.attrs["date"], "rows": _rows(table)}
+    shown = table.drop(columns=[name for name in COLUMNS if name.endswith(("_low", "_high"))])
+    print(shown.T.to_string(header=False, na_rep="n/a"))
+    return None
+
+
 def _cost(arguments: argparse.Namespace) -> dict[str, Any] | None:
     from mixlens.bench.prices import cost
+    from mixlens.bench.providers import listed_prices
+
+    if arguments.live and arguments.model is None:
+        raise BadInput("Prices of now were asked for. They are listed by model, and none is named. Give --model NAME.")
 
     table = cost(
         arguments.input_tokens,
@@ -119,9 +213,10 @@ def _cost(arguments: argparse.Namespace) -> dict[str, Any] | None:
         model=arguments.model,
         months=arguments.months,
         growth=arguments.growth,
+        table=listed_prices(arguments.model) if arguments.live else None,
     )
     if arguments.json:
-        return {"date": table.attrs["date"], "rows": json.loads(table.to_json(orient="records", double_precision=15))}
+        return {"date": table.attrs["date"], "rows": _rows(table)}
     shown = table.assign(
         usd_per_request=table["usd_per_request"].map("{:.5f}".format), usd=table["usd"].map("{:,.2f}".format)
     )
@@ -137,13 +232,3 @@ def _numbers(text: str | None, kind: type) -> list[Any] | None:
         return [kind(part) for part in text.split(",")]
     except ValueError as error:
         raise BadInput(f"A load of {text!r} was asked for. That is no list of numbers. Give it as 1,4,16.") from error
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return [line for line in path.read_text("utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(
-            f"Prompts were to be read from {path}. The file cannot be read: {error}. Give a text file in UTF-8 with "
-            "one prompt a line."
-        ) from error

@@ -24,7 +24,7 @@ _FALLS = 2
 _WORKLOAD, _SETTINGS = Workload(), BenchSettings()
 
 
-def sweep(
+def load_sweep(
     endpoint: Endpoint,
     *,
     most: int = 64,

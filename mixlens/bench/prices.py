@@ -58,6 +58,7 @@ def cost(
     model: str | None = None,
     months: int = 1,
     growth: float = 0.0,
+    table: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
     """What a workload costs with every provider, month by month.
 
@@ -65,6 +66,7 @@ def cost(
     requests                     in the first month
     months                       how many months
     growth                       of the requests from month to month, 0.1 for a tenth more
+    table                        prices to reckon with, as from providers.listed_prices; None for the snapshot
 
     usd = requests * ((1 + growth) ** (month - 1)) * (tokens in * price in + tokens out * price out, or price a call)
 
@@ -79,7 +81,7 @@ def cost(
             f"months growing by {growth:g} was asked for. One of the numbers is negative, or there is no month. "
             "Give tokens and requests from 0, months from 1, growth from -1."
         )
-    table = prices(model)
+    table = prices(model) if table is None else table.copy()
     per_tokens = (input_tokens * table["input_usd_per_mtok"] + output_tokens * table["output_usd_per_mtok"]) / 1e6
     table["usd_per_request"] = per_tokens.fillna(table["usd_per_call"])
     parts = []

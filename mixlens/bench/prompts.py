@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mixlens.errors import BadInput
@@ -80,3 +83,57 @@ class Workload:
 def _made(words: Sequence[str]) -> str:
     # The words come first: two prompts that begin alike would share a cached prefix.
     return f"{' '.join(words)}. {_TASK}"
+
+
+def read_prompts(
+    documents: str | os.PathLike | Iterable[str | Mapping[str, Any]], *, column: str = "text"
+) -> list[str]:
+    """Prompts from a file or a data set, for Workload(prompts=...).
+
+    documents  path of a text file (one prompt a line) or of JSON Lines (.jsonl); or texts, dicts, a datasets.Dataset
+    column     of JSON Lines, dicts and data sets
+
+    Raises BadInput for a file that cannot be read, a line that is no JSON, or a document without the column.
+    """
+    if isinstance(documents, str | os.PathLike):
+        lines = _lines(Path(documents))
+        if Path(documents).suffix != ".jsonl":
+            return lines
+        documents = [_parsed(line, i, Path(documents)) for i, line in enumerate(lines)]
+    found = []
+    for i, document in enumerate(documents):
+        text = document if isinstance(document, str) else document.get(column)
+        if not isinstance(text, str) or not text.strip():
+            has = (
+                ""
+                if isinstance(document, str)
+                else f" in {column!r}; it has {', '.join(map(str, document)) or 'nothing'}"
+            )
+            raise BadInput(
+                f"Prompts were to be read. Document {i} has no text{has}. Name the column of the text, or leave it out."
+            )
+        found.append(text)
+    return found
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return [line for line in path.read_text("utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(
+            f"Prompts were to be read from {path}. The file cannot be read: {error}. Give a text file in UTF-8 with "
+            "one prompt a line, or JSON Lines."
+        ) from error
+
+
+def _parsed(line: str, number: int, path: Path) -> str | Mapping[str, Any]:
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict | str):
+        raise BadInput(
+            f"Prompts were to be read from {path}. Line {number + 1} is no JSON object. Give JSON Lines, one document "
+            "a line."
+        )
+    return found

@@ -8,7 +8,7 @@ from bench_samples import META, bench, record
 from bench_server import Script, answer, serving
 
 from mixlens.bench.bench import Bench
-from mixlens.bench.knee import knee, sweep
+from mixlens.bench.knee import knee, load_sweep
 from mixlens.bench.prompts import Workload
 from mixlens.bench.session import BenchSettings
 from mixlens.errors import BadInput
@@ -52,10 +52,10 @@ def test_a_sweep_goes_on_until_more_load_is_only_waiting(tmp_path):
     script = Script(answer(wait=0.03))
     script.places = 2
     with serving(script) as url:
-        made = sweep(
+        made = load_sweep(
             Endpoint(url, model="m"), most=64, requests=6, out=tmp_path / "run", workload=SMALL, settings=QUIET
         )
-        again = sweep(
+        again = load_sweep(
             Endpoint(url, model="m"), most=64, requests=6, out=tmp_path / "run", workload=SMALL, settings=QUIET
         )
     measured = made.requests().query("phase == 'measured'").groupby("level", sort=False).size()
@@ -63,11 +63,11 @@ def test_a_sweep_goes_on_until_more_load_is_only_waiting(tmp_path):
     assert (measured >= [max(6, 2 * int(level.split()[1])) for level in measured.index]).all()
     assert again.records == made.records
     with pytest.raises(BadInput, match="up to concurrency 0"):
-        sweep(Endpoint("http://127.0.0.1:9/v1", model="m"), most=0)
+        load_sweep(Endpoint("http://127.0.0.1:9/v1", model="m"), most=0)
 
 
 def test_a_sweep_ends_where_nothing_succeeds():
     refusal = Script([b"{}"], status=503)
     with serving(refusal) as url:
-        made = sweep(Endpoint(url, model="m"), requests=2, workload=SMALL, settings=QUIET)
+        made = load_sweep(Endpoint(url, model="m"), requests=2, workload=SMALL, settings=QUIET)
     assert {record.level for record in made.records} == {"concurrency 1"}
