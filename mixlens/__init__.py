@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mixlens import show, stats
     from mixlens.bench.bench import Bench
+    from mixlens.bench.knee import knee, load_sweep
     from mixlens.bench.local import LocalSettings
     from mixlens.bench.metrics import Limits
+    from mixlens.bench.probe import probe
     from mixlens.bench.prompts import Workload
+    from mixlens.bench.providers import listed_prices, provider_table
     from mixlens.bench.run import BenchSettings, benchmark
     from mixlens.bench.together import benchmark_together
     from mixlens.comparing import Comparison, compare
@@ -27,7 +30,7 @@ if TYPE_CHECKING:
     from mixlens.models.endpoint import Endpoint
     from mixlens.models.load import load
     from mixlens.models.similarity import expert_similarity
-    from mixlens.schemes import pareto
+    from mixlens.schemes import Speed, pareto
     from mixlens.show import view
     from mixlens.show.report import report
     from mixlens.sweep import measure_topk, topk_sweep
@@ -65,6 +68,7 @@ _HOME = {
     "RecordSettings": "mixlens.traces.record",
     "Recorder": "mixlens.traces.recorder",
     "Site": "mixlens.traces.signals",
+    "Speed": "mixlens.schemes",
     "Trace": "mixlens.traces.trace",
     "Workload": "mixlens.bench.prompts",
     "audit": "mixlens.models.audit",
@@ -79,12 +83,17 @@ _HOME = {
     "expert_importance": "mixlens.importance",
     "expert_outputs": "mixlens.contributions",
     "expert_similarity": "mixlens.models.similarity",
+    "knee": "mixlens.bench.knee",
+    "listed_prices": "mixlens.bench.providers",
     "load": "mixlens.models.load",
+    "load_sweep": "mixlens.bench.knee",
     "measure_importance": "mixlens.importance",
     "measure_topk": "mixlens.sweep",
     "open": "mixlens.kinds",
     "pareto": "mixlens.schemes",
     "quantization_impact": "mixlens.impact",
+    "probe": "mixlens.bench.probe",
+    "provider_table": "mixlens.bench.providers",
     "record": "mixlens.traces.record",
     "report": "mixlens.show.report",
     "topk_sweep": "mixlens.sweep",
@@ -114,6 +123,7 @@ __all__ = [
     "Recorder",
     "RunError",
     "Site",
+    "Speed",
     "Trace",
     "Workload",
     "audit",
@@ -129,11 +139,16 @@ __all__ = [
     "expert_importance",
     "expert_outputs",
     "expert_similarity",
+    "knee",
+    "listed_prices",
     "load",
+    "load_sweep",
     "measure_importance",
     "measure_topk",
     "open",
     "pareto",
+    "probe",
+    "provider_table",
     "quantization_impact",
     "record",
     "report",
