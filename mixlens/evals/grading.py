@@ -40,7 +40,9 @@ def humaneval_chat(answers: Sequence[Sequence[str]], documents: Iterable[Mapping
 
 def mbpp(answers: Sequence[Sequence[str]], documents: Iterable[Mapping[str, Any]]) -> list[list[float]]:
     """1.0 where the answer, alone, passes every test of the problem, behind what the tests need set up."""
-    return _run(answers, documents, lambda answer, d: "\n".join([code_in(answer), d["test_setup_code"], *d["test_list"], ""]))
+    return _run(
+        answers, documents, lambda answer, d: "\n".join([code_in(answer), d["test_setup_code"], *d["test_list"], ""])
+    )
 
 
 def passed(references: Sequence[Any], predictions: Sequence[Any], **_: Any) -> float:

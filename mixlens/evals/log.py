@@ -15,8 +15,9 @@ import pandas as pd
 from mixlens.errors import RunError
 from mixlens.evals.scoring import score_table
 from mixlens.runs import open_run
+from mixlens.traces.trace import Trace
 
-RESULTS, LM_EVAL_RESULTS = "results.jsonl", "lm_eval_results.json"
+RESULTS, LM_EVAL_RESULTS, ROUTING = "results.jsonl", "lm_eval_results.json", "routing"
 
 
 class Log:
@@ -38,7 +39,10 @@ class Log:
              correct    the value of the task's primary metric
     meta     model, tasks (by task: benchmark, protocol, metrics, primary, data), settings, versions, date
     path     of the run directory, None in memory
+    routing  a Trace of every row that the model read (see mixlens.evals.routing); None where it was not recorded
     """
+
+    routing: Trace | None = None
 
     def __init__(self, records: Sequence[dict[str, Any]], meta: dict[str, Any], *, path: Path | None = None) -> None:
         self.records, self.meta, self.path = list(records), meta, path
@@ -54,7 +58,10 @@ class Log:
             )
         with run.file(RESULTS).open(encoding="utf-8") as file:
             records = [json.loads(line) for line in file]
-        return cls(records, run.meta, path=run.path)
+        log = cls(records, run.meta, path=run.path)
+        if (run.path / ROUTING).exists():
+            log.routing = Trace.open(run.path / ROUTING, check=check)
+        return log
 
     @cached_property
     def samples(self) -> pd.DataFrame:

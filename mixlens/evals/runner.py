@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from mixlens.evals.grade import Job, Loaded, grade, key_of, load_tasks
 from mixlens.evals.log import LM_EVAL_RESULTS, RESULTS, Log
 from mixlens.evals.model import Batch, repeats_of
 from mixlens.evals.preflight import check
+from mixlens.evals.routing import SampleRecorder
 from mixlens.runs import RunWriter, now, versions
 
 _PACKAGES = ("mixlens", "lm_eval", "torch", "transformers", "datasets", "math-verify", "sympy")
@@ -38,6 +40,7 @@ class EvalSettings:
     seed            of sampled answers, and of shots where a task draws them
     share_prefix    read the shots that a task's questions have in common once (local models)
     tokenizer       None is the one beside the model's weights
+    routing         record what every expert does while the model answers, as Log.routing (local models)
     progress        whether to show a progress bar
     """
 
@@ -47,6 +50,7 @@ class EvalSettings:
     seed: int = 0
     share_prefix: bool = True
     tokenizer: Any = None
+    routing: bool = False
     progress: bool = True
 
 
@@ -91,7 +95,8 @@ def evaluate(
         work = _work(backend, requests)
         check(backend, job, loaded, work)
         answers = Answers(None if writer is None else writer.path / PARTIAL)
-        _ask(backend, work, answers, show=settings.progress)
+        recorder = SampleRecorder(backend, None if writer is None else writer.path) if settings.routing else None
+        _ask(backend, work, answers, recorder, show=settings.progress)
         graded = grade(job, loaded, answers.by_key, backend.chat_template)
     records = _with_correct(graded["samples"], loaded)
     meta = {
@@ -103,12 +108,16 @@ def evaluate(
         "counts": {"samples": len(records), "requests": len(requests)},
         "versions": versions(*_PACKAGES),
     }
+    names = [f"{kind}:{index}" for kind, (_, batches) in work.items() for index in range(len(batches))]
+    routing = None if recorder is None else recorder.finish(names, records, meta["tasks"])
     if writer is None:
-        return Log(records, meta)
+        log = Log(records, meta)
+        log.routing = routing
+        return log
     results = {**graded["results"], "config": {"model": meta["model"]["name"], **plan["settings"]}}
     writer.finish(meta, {RESULTS: lambda p: _write_lines(p, records), LM_EVAL_RESULTS: lambda p: _write(p, results)})
     (writer.path / PARTIAL).unlink(missing_ok=True)
-    return Log(records, json.loads(json.dumps(meta)), path=writer.path)
+    return Log.open(writer.path)
 
 
 def _job(
@@ -143,7 +152,7 @@ def _plan(job: Job, loaded: Loaded, requests: Sequence[Any], backend: Any, setti
     digest = hashlib.sha256()
     for request in requests:
         digest.update(json.dumps([request.task_name, request.doc_id, request.idx, request.args], default=str).encode())
-    kept = ("batch_size", "max_length", "max_new_tokens", "seed", "share_prefix")
+    kept = ("batch_size", "max_length", "max_new_tokens", "seed", "share_prefix", "routing")
     return {
         "model": backend.identity(),
         "tasks": {name: None if p is None else p.name for name, p in loaded.protocols.items()},
@@ -163,7 +172,12 @@ def _work(backend: Any, requests: Sequence[Any]) -> dict[str, tuple[list[Any], l
 
 
 def _ask(
-    backend: Any, work: Mapping[str, tuple[Sequence[Any], Sequence[Batch]]], answers: Answers, *, show: bool
+    backend: Any,
+    work: Mapping[str, tuple[Sequence[Any], Sequence[Batch]]],
+    answers: Answers,
+    recorder: SampleRecorder | None,
+    *,
+    show: bool,
 ) -> None:
     """Every batch; those that are answered already are left out."""
     total = sum(len(requests) for requests, _ in work.values())
@@ -173,7 +187,8 @@ def _ask(
             for index, batch in enumerate(batches):
                 name = f"{kind}:{index}"
                 if name not in answers.done:
-                    given = backend.answer(kind, requests, batch, repeats)
+                    ask = partial(backend.answer, kind, requests, batch, repeats)
+                    given = ask() if recorder is None else recorder.answer(name, ask)
                     answers.add(name, [key_of(requests[n], repeats[n]) for n in batch.requests], given)
                 bar.update(len(batch.requests))
 
@@ -232,6 +247,8 @@ def _aggregation(task: Any, metric: str, own: dict[str, Any]) -> dict[str, Any]:
 
 def _source(benchmark: str | None, task: Any) -> dict[str, Any]:
     root = (task.get_config("metadata") or {}).get("root")
+    if benchmark is None and task.get_config("dataset_path") is None:
+        return {"from": "mixlens", "repository": None, "revision": None}
     if benchmark is None:
         return {"from": "Hub", "repository": task.get_config("dataset_path"), "revision": None}
     if root is not None:

@@ -1,0 +1,148 @@
+"""Routing of an evaluation's own samples: recorded batch by batch while the model answers, and joined by sample."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import xarray as xr
+
+from mixlens.errors import BadInput, MissingSignal
+from mixlens.evals.log import ROUTING, Log
+from mixlens.stats.agreement import agreement
+from mixlens.stats.bootstrap import DEFAULT, Bootstrap
+from mixlens.stats.routing import expert_share
+from mixlens.traces.recorder import Recorder
+from mixlens.traces.trace import Trace, concat
+
+_PARTIAL = "routing.partial"
+
+
+class SampleRecorder:
+    """Records the forwards of a local model while it answers, a batch at a time, so that a resumed run has all of them.
+
+    backend  the local backend, whose `lm.seen` names every row it reads
+    out      run directory of the evaluation; None keeps the routing in memory
+
+    Raises BadInput for a backend that is not a local model; ModelError where the model has no experts.
+    """
+
+    def __init__(self, backend: Any, out: Path | None) -> None:
+        if not hasattr(backend, "lm") or not hasattr(backend.lm, "seen"):
+            raise BadInput(
+                "The routing of an evaluation's samples was to be recorded. This model runs elsewhere, and shows no "
+                "routing. Evaluate a loaded model (ml.load), or leave routing out."
+            )
+        self.backend, self.out = backend, out
+        self._parts: dict[str, Trace] = {}
+
+    def answer(self, name: str, ask: Callable[[], list[Any]]) -> list[Any]:
+        """What `ask` gives, with the routing of its forwards kept under the batch's name."""
+        seen = self.backend.lm.seen
+        before = len(seen)
+        with Recorder(self.backend.model) as recorder:
+            answers = ask()
+        trace = recorder.trace(pd.DataFrame(seen[before:]))
+        if self.out is not None:
+            shutil.rmtree(self._place(name), ignore_errors=True)  # of a process that was killed before it answered
+            trace = trace.save(self._place(name))
+        self._parts[name] = trace
+        return answers
+
+    def finish(self, names: Sequence[str], records: Sequence[dict[str, Any]], tasks: dict[str, Any]) -> Trace:
+        """All batches in order as one trace, its sequences joined with their samples; saved when there is a folder."""
+        parts = [self._parts.get(name) or Trace.open(self._place(name)) for name in names]
+        whole = concat(parts)
+        # A resumed run reads its shots again.
+        again = (whole.sequences["role"] == "shots") & whole.sequences.duplicated(["role", "task"])
+        trace = whole.select(where=~again)
+        trace.sequences = with_samples(trace.sequences, records, tasks)
+        if self.out is None:
+            return trace
+        shutil.rmtree(self.out / ROUTING, ignore_errors=True)
+        trace = trace.save(self.out / ROUTING)
+        shutil.rmtree(self.out / _PARTIAL)
+        return trace
+
+    def _place(self, name: str) -> Path:
+        assert self.out is not None
+        (self.out / _PARTIAL).mkdir(exist_ok=True)
+        return self.out / _PARTIAL / name.replace(":", "-")
+
+
+def with_samples(
+    sequences: pd.DataFrame, records: Sequence[dict[str, Any]], tasks: dict[str, dict[str, Any]]
+) -> pd.DataFrame:
+    """Sequences with what became of their sample.
+
+    Adds  benchmark; group (subject or language); outcome ("right", "wrong", "partly", "unscored", "shots");
+          document_id, one for all rows of a sample, which the bootstrap resamples; and counted, True for the one row
+          that stands for its sample: the only one, or that of the gold answer where every choice had a row
+    """
+    samples = {(record["task"], record["sample_id"]): record for record in records}
+    columns: dict[str, list[Any]] = {name: [] for name in ("benchmark", "group", "outcome", "document_id", "counted")}
+    for row in sequences.to_dict("records"):
+        sample = samples.get((row["task"], row["sample_id"]), {})
+        columns["benchmark"].append(tasks[row["task"]]["benchmark"])
+        columns["group"].append(sample.get("group") or row["task"])
+        columns["outcome"].append("shots" if row["role"] == "shots" else _outcome(sample.get("correct")))
+        columns["document_id"].append(f"{row['task']}/{'shots' if row['role'] == 'shots' else row['sample_id']}")
+        stands = row["choice"] in (-1, sample.get("gold")) and row["repeat"] in (-1, 0)
+        columns["counted"].append(bool(row["role"] == "sample" and stands))
+    return sequences.assign(**columns)
+
+
+def sample_share(log: Log, *, by: str = "group", bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
+    """Share of the choices that fall on each expert over the samples of an evaluation.
+
+    by  "group" (subject or language), "task", "benchmark", or "outcome" (right against wrong answers)
+
+    Every sample counts once: its prompt with its generated answer, or with the gold choice. Shots that samples share
+    are not counted. Otherwise as stats.expert_share; intervals over samples.
+
+    Raises MissingSignal for an evaluation that was run without routing.
+    """
+    return expert_share(samples_of(log), by=by, bootstrap=bootstrap)
+
+
+def flipped_routing(log_a: Log, log_b: Log, *, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
+    """How alike two evaluations route the same samples, by what became of their answers.
+
+    Returns  Dataset  as stats.agreement over the tokens of prompts and gold choices, by change: "same" (right in both
+                      or wrong in both), "lost" (right in the first only), "gained"; intervals over samples
+
+    Raises MissingSignal when either was run without routing; BadInput when they did not read the same rows.
+    """
+    a, b = (samples_of(log).select(phase="prompt") for log in (log_a, log_b))
+    keys = ["task", "sample_id", "choice"]
+    if a.sequences[keys].to_numpy().tolist() != b.sequences[keys].to_numpy().tolist():
+        raise BadInput(
+            "The routing of two evaluations was to be compared. They did not read the same samples in the same order. "
+            "Evaluate both on the same tasks, with the same limit and batch_size."
+        )
+    changes = [_change(*pair) for pair in zip(a.sequences["outcome"], b.sequences["outcome"], strict=True)]
+    a.sequences = a.sequences.assign(change=changes)
+    return agreement(a, b, by="change", bootstrap=bootstrap)
+
+
+def samples_of(log: Log) -> Trace:
+    """The rows of an evaluation's trace that stand for a sample, one each. Raises MissingSignal without routing."""
+    if log.routing is None:
+        raise MissingSignal(
+            "The routing of an evaluation's samples was asked for. It was run without. Evaluate a local model with "
+            "EvalSettings(routing=True)."
+        )
+    return log.routing.select(where=log.routing.sequences["counted"])
+
+
+def _outcome(correct: Any) -> str:
+    if correct is None or correct != correct:
+        return "unscored"
+    return {1.0: "right", 0.0: "wrong"}.get(float(correct), "partly")
+
+
+def _change(before: str, after: str) -> str:
+    return {("right", "wrong"): "lost", ("wrong", "right"): "gained"}.get((before, after), "same")
