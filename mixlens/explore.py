@@ -16,7 +16,7 @@ from mixlens import stats
 from mixlens.errors import MixlensError
 from mixlens.evals.log import Log
 from mixlens.evals.runner import EvalSettings, evaluate
-from mixlens.models.layout import input_device
+from mixlens.models.layout import input_device, moe_layers
 from mixlens.show import view
 from mixlens.show.view.text import packed_tokens
 from mixlens.show.view.widget import ViewWidget
@@ -27,6 +27,7 @@ from mixlens.traces.trace import Trace, concat
 _OWN = "own text"
 _PROMPT_CHARACTERS = 300
 _SHOWN_EVERY = 4  # tokens between two updates of the view while generating
+_COLUMNS = ("task", "metric", "score", "ci_low", "ci_high", "n", "protocol")
 _BOOTSTRAP = stats.Bootstrap(replicates=200)
 
 
@@ -41,8 +42,8 @@ class Explorer(ipywidgets.VBox):
     documents  mappings with text and domain: starts of prompts by domain, and what "record" reads; none by default
     tokenizer  None for the one that belongs to the model
 
-    `trace` is what was last generated or recorded, `log` what was last evaluated; None before. Work runs in a thread,
-    so that the notebook stays free and "stop" is heard at the next forward.
+    `trace` is what was last generated or recorded, `evaluation` what was last evaluated; None before. Work runs in a
+    thread, so that the notebook stays free and "stop" is heard at the next forward.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class Explorer(ipywidgets.VBox):
         self.tokenizer = tokenizer if tokenizer is not None else tokenizer_of(model)
         self._vocabulary = vocabulary_of(self.tokenizer)
         self.trace: Trace | None = None
-        self.log: Log | None = None
+        self.evaluation: Log | None = None
         self._stopping = threading.Event()
         self._worker: threading.Thread | None = None
         self._make_controls()
@@ -146,7 +147,8 @@ class Explorer(ipywidgets.VBox):
                 raise _Stopped
             self.progress.value = min(self.progress.value + 1, self.progress.max)
 
-        handle = self.model.register_forward_pre_hook(check)
+        first = moe_layers(self.model)[0]  # part of every forward, also of those that pass by the model's own
+        handle = first.decoder.register_forward_pre_hook(check)
         try:
             yield
         finally:
@@ -204,11 +206,12 @@ class Explorer(ipywidgets.VBox):
     def _evaluate(self) -> str:
         names: Sequence[str] = [name.strip() for name in self.tasks.value.split(",") if name.strip()]
         with self._stoppable(count=self.limit.value * max(1, len(names))):
-            self.log = evaluate(self.model, names, limit=self.limit.value, settings=EvalSettings(progress=False))
-        columns = [c for c in ("task", "metric", "score", "ci_low", "ci_high", "n", "protocol") if c in self.log.scores]
-        table = ipywidgets.HTML(self.log.scores[columns].to_html(index=False, float_format="{:.3f}".format))
-        self.scores.children = (table, view.samples(self.log).widget())
-        return f"Evaluated {len(self.log.samples)} samples."
+            log = evaluate(self.model, names, limit=self.limit.value, settings=EvalSettings(progress=False))
+        self.evaluation = log
+        columns = [name for name in _COLUMNS if name in log.scores]
+        table = ipywidgets.HTML(log.scores[columns].to_html(index=False, float_format="{:.3f}".format))
+        self.scores.children = (table, view.samples(log).widget())
+        return f"Evaluated {len(log.samples)} samples."
 
 
 class _Watch(StoppingCriteria):

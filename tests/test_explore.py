@@ -81,7 +81,7 @@ def test_an_error_is_said_and_escaped(explorer):
     explorer.wait()
     assert "&lt;b&gt;" in explorer.status.value
     assert "<b>" not in explorer.status.value
-    assert explorer.log is None
+    assert explorer.evaluation is None
 
 
 def test_outputs_are_those_of_the_model_without_an_explorer(explorer, model):

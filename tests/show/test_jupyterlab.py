@@ -266,3 +266,103 @@ def test_a_layer_or_expert_chosen_in_one_output_moves_the_others(lab, seen):
     assert first.locator("[aria-pressed=true]").text_content() == "6"
     second.locator("button.expert").nth(6).click()
     assert first.locator("[aria-pressed=true]").count() == 0
+
+
+ALL = """few = ml.stats.Bootstrap(replicates=50)
+share = ml.stats.expert_share(trace, by="domain", bootstrap=few)
+together = ml.stats.coactivation(trace, bootstrap=few)
+moves = [ml.stats.transitions(trace, gap=gap, bootstrap=few) for gap in (1, 2)]"""
+VIEWS = [
+    "ml.view.tokens(trace, [0, 2, 4, 6], layer=0)",
+    "ml.view.share_heatmap(share)",
+    "ml.view.expert_share(share)",
+    "ml.view.coactivation(together)",
+    "ml.view.transitions(moves)",
+    "ml.view.strip(trace, 0)",
+    "ml.view.diff(trace, trace, [0, 2], names=('a', 'b'))",
+]
+
+
+def test_all_views_are_linked_keyboard_driven_and_readable_in_the_dark(lab, seen):
+    book = lab.write("all.ipynb", SETUP, ALL, *VIEWS)
+    page = seen.page
+    open_notebook(lab, page, book.name)
+    run_all(page)
+    page.wait_for_function(f"document.querySelectorAll(`{LIVE}`).length === {len(VIEWS)}")
+    text, shares, dots, pairs, moves, strip, diff = (page.locator(".mixlens").nth(i) for i in range(len(VIEWS)))
+    shares.locator(".grids").focus()
+    for key in ("PageDown", "ArrowDown", "ArrowDown", "ArrowRight", "ArrowRight", "ArrowRight"):
+        page.keyboard.press(key)  # domain github, layer 2, expert 3
+    assert "github" in shares.locator(".readout").text_content()
+    assert "github" in text.locator("select").first.evaluate("s => s.selectedOptions[0].textContent")
+    assert text.locator(".slider output").text_content() == "2"
+    assert text.locator("[aria-pressed=true]").text_content() == "3"
+    assert dots.locator("select").evaluate("s => s.selectedOptions[0].textContent") == "github"
+    assert dots.locator(".slider output").text_content() == "2"
+    assert "expert3" in dots.locator(".readout").text_content()
+    assert pairs.locator(".slider output").text_content() == "2"
+    assert "i3" in pairs.locator(".readout").text_content()
+    assert "layer2" in strip.locator(".readout").text_content()
+    assert strip.locator("[aria-pressed=true]").text_content() == "3"
+    assert diff.locator(".slider output").text_content() == "2"
+    assert "from3" in moves.locator(".readout").text_content()
+    gap = moves.locator("input[aria-label=gap]")
+    gap.press("ArrowRight")
+    assert "gap2" in moves.locator(".readout").text_content()
+    page.evaluate("window.jupyterapp.commands.execute('apputils:change-theme', { theme: 'JupyterLab Dark' })")
+    page.wait_for_selector(".mixlens .frame[data-theme=dark]")
+    for made in (text, shares, dots, pairs, moves, strip, diff):
+        found = made.locator(".frame").evaluate(CONTRAST)
+        assert found[0][0] >= 4.5, found[:4]
+    page.evaluate("window.jupyterapp.commands.execute('apputils:change-theme', { theme: 'JupyterLab Light' })")
+    assert (ours(seen.log), seen.errors, seen.requests) == ([], [], [])
+
+
+def test_a_widget_tells_python_what_is_chosen_and_is_told(lab, seen):
+    book = lab.write(
+        "widget.ipynb",
+        SETUP,
+        "import ipywidgets\nw = ml.view.tokens(trace, 0, layer=0).widget()\nsaid = ipywidgets.Label('nothing yet')\n"
+        "w.observe(lambda c: setattr(said, 'value', f'layer is {c.new.get(\"layer\")}'), 'selection')\n"
+        "ask = ipywidgets.Button(description='ask for 3')\n"
+        "ask.on_click(lambda _: setattr(w, 'asked', {'layer': 3}))",
+        "w",
+        "ipywidgets.VBox([said, ask])",
+    )
+    page = seen.page
+    open_notebook(lab, page, book.name)
+    run_all(page)
+    page.wait_for_selector(".mixlens[data-ready='1']")
+    page.get_by_text("nothing yet").wait_for()
+    page.locator(".mixlens input[type=range]").press("ArrowRight")
+    page.get_by_text("layer is 1").wait_for()
+    page.get_by_role("button", name="ask for 3").click()
+    page.wait_for_function(
+        "document.querySelector('.mixlens').shadowRoot.querySelector('.slider output').textContent === '3'"
+    )
+    assert seen.errors == []
+
+
+def test_the_explorer_streams_routing_and_stops(lab, seen):
+    cells = [
+        "import mixlens as ml\nexplorer = ml.Explorer(ml.load('demo', verbose=False), ml.demo_documents())\nexplorer"
+    ]
+    book = lab.write("explorer.ipynb", *cells)
+    page = seen.page
+    open_notebook(lab, page, book.name)
+    run_all(page)
+    page.get_by_role("button", name="generate").wait_for()
+    page.locator(".jp-OutputArea-output textarea").fill("The theorem <b>follows</b>")
+    page.get_by_role("button", name="generate").click()
+    page.wait_for_selector(".mixlens[data-ready='1'] .text span.t")
+    page.locator(".mixlens button.expert").nth(2).click()
+    page.get_by_text("recorded tokens after").wait_for(timeout=120_000)
+    assert page.locator(".mixlens [aria-pressed=true]").text_content() == "2"  # kept while tokens came in
+    assert "<b>follows</b>" in page.locator(".mixlens .text").text_content()
+    assert page.locator(".mixlens .text span.generated").count() > 3
+    page.locator(".jp-OutputArea-output input[type=number]").first.fill("3000")
+    page.keyboard.press("Tab")
+    page.get_by_role("button", name="generate").click()
+    page.locator(".jp-OutputArea-output button:not([disabled])", has_text="stop").click()
+    page.get_by_text("Stopped").wait_for(timeout=60_000)
+    assert seen.errors == []

@@ -15,6 +15,7 @@ from mixlens.bench.events import Record
 from mixlens.errors import BadInput
 from mixlens.evals.log import Log
 from mixlens.show import view
+from mixlens.stats.pareto import COLUMNS, Pareto
 from mixlens.traces.trace import Trace
 
 FEW = stats.Bootstrap(replicates=50)
@@ -60,8 +61,15 @@ def log_of(n: int, text: str = "Which?") -> Log:
         }
         for i in range(n)
     ]
-    about = {"benchmark": "quiz", "protocol": "p", "metrics": ["acc"], "primary": "acc", "data": {}}
-    return Log(records, {"model": {"name": "sample"}, "tasks": {"quiz": about}})
+    about = {
+        "benchmark": "quiz",
+        "protocol": "p",
+        "metrics": {"acc": {"aggregation": "mean"}},
+        "primary": "acc",
+        "data": {},
+    }
+    meta = {"model": {"name": "sample"}, "tasks": {"quiz": about}, "created": "today", "versions": {}, "settings": {}}
+    return Log(records, meta)
 
 
 def test_share_by_domain_layer_and_expert(share):
@@ -152,14 +160,14 @@ def test_latency_leaves_failures_out_and_counts_them():
 
 
 def test_a_pareto_view_keeps_what_was_not_measured_missing():
-    points = pd.DataFrame({"label": ["bf16", "nf4"], "gb": [93.0, 26.0], "score": [0.7, np.nan]})
-    header, arrays = unpack(
-        view.pareto(points, "gb", "score", higher_is_better={"gb": False, "score": True}, note="n = 1").packed
-    )
-    assert np.isnan(arrays["estimate1"][1])
-    assert header["start"] == [0, 1]
-    with pytest.raises(BadInput, match=r"lacks \['speed'\]"):
-        view.pareto(points, "gb", "speed", higher_is_better={"gb": False}, note="")
+    rows = [("bf16", "bytes", 93e9), ("nf4", "bytes", 26e9), ("nf4", "kl", 0.1), ("int8", "bytes", 47e9)]
+    table = pd.DataFrame([(*row, np.nan, np.nan, "", 10) for row in rows], columns=COLUMNS)
+    header, arrays = unpack(view.pareto(Pareto(table, {"documents": 3})).packed)
+    assert header["labels"] == ["bf16", "nf4", "int8"]
+    np.testing.assert_allclose(arrays["estimate1"], [np.nan, 0.1, np.nan])
+    assert [measure["higher"] for measure in header["measures"]] == [False, False]
+    with pytest.raises(BadInput, match="speed"):
+        view.pareto(Pareto(table, {"documents": 3}), y="speed")
 
 
 def test_every_static_form_is_a_picture_with_words_and_a_table_that_a_sanitiser_keeps(

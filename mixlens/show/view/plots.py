@@ -12,11 +12,12 @@ from matplotlib.axes import Axes
 
 from mixlens.bench.bench import Bench
 from mixlens.errors import BadInput
-from mixlens.show import figures, wording
+from mixlens.show import comparison, figures, wording
 from mixlens.show.packing import pack
-from mixlens.show.style import EXPERT_COLOURS, INK, PAGE, drawing, expert_colours, heading, printable
+from mixlens.show.style import PAGE, drawing, expert_colours, heading, note_of, printable
 from mixlens.show.view.base import View, extremes, static_form, static_table
 from mixlens.show.view.matrices import also
+from mixlens.stats.pareto import _SMALLER_IS_BETTER, Pareto
 
 _METRICS = {
     "ttft_s": "time to first token",
@@ -100,42 +101,35 @@ def latency(bench: Bench | Mapping[str, Bench]) -> View:
     return View("Latency", "ecdf", static_form(_latency_picture(groups, note), caption, table), pack(header, arrays))
 
 
-def pareto(points: pd.DataFrame, x: str, y: str, *, higher_is_better: Mapping[str, bool], note: str) -> View:
-    """Points in two of several measures, with the frontier of those that no other beats in both.
+def pareto(data: Pareto, *, x: str = "bytes", y: str = "kl") -> View:
+    """Schemes of one model in two of the measured quantities, with the frontier of those that none beats in both.
 
-    points            one row a point: label, and a column for every measure; optional <measure>_low, <measure>_high
-    x, y              the measures shown first
-    higher_is_better  {measure: bool} of every measure that can be shown
-    note              n, intervals and source of the numbers
+    data   from mixlens.pareto
+    x, y   the quantities shown first; every other one can be chosen
 
-    Raises BadInput for a measure that is no column, or no points.
+    Raises BadInput for a quantity that was not measured.
     """
-    missing = [name for name in [x, y, *higher_is_better, "label"] if name not in points]
-    if missing or not len(points):
-        raise BadInput(
-            f"A Pareto view of {x} and {y} was asked for. "
-            f"{f'The table lacks {missing}' if missing else 'The table has no rows'}; it has {list(points)}. "
-            "Give a row a point with a label and a column a measure."
-        )
-    measures = list(higher_is_better)
+    drawn = comparison.pareto(data, x=x, y=y)
+    labels, quantities = data.schemes, list(data.table["quantity"].unique())
     arrays = {}
-    for i, name in enumerate(measures):
-        for part, column in (("estimate", name), ("low", f"{name}_low"), ("high", f"{name}_high")):
-            if column in points:
-                arrays[f"{part}{i}"] = points[column].to_numpy(np.float32)
+    for i, name in enumerate(quantities):
+        rows = data.of(name).reindex(labels)
+        for part, column in (("estimate", "estimate"), ("low", "ci_low"), ("high", "ci_high")):
+            arrays[f"{part}{i}"] = rows[column].to_numpy(np.float32)
     header = {
-        "labels": points["label"].astype(str).tolist(),
-        "measures": [{"name": name, "higher": bool(better)} for name, better in higher_is_better.items()],
-        "start": [measures.index(x), measures.index(y)],
-        "colours": expert_colours(max(8, len(points))),
-        "note": note,
+        "labels": labels,
+        "measures": [{"name": name, "higher": name not in _SMALLER_IS_BETTER} for name in quantities],
+        "start": [quantities.index(x), quantities.index(y)],
+        "colours": expert_colours(max(8, len(labels))),
+        "note": note_of(drawn).replace("whiskers", "bars"),
     }
-    columns = {name: ["–" if np.isnan(v) else f"{v:.4g}" for v in points[name].astype(float)] for name in measures}
-    table = static_table({"label": header["labels"], **columns}, "All points")
-    drawn = _pareto_picture(points, x, y, note)
-    return View(
-        f"{y} against {x}", "pareto", static_form(drawn, f"{y} against {x}. {note}", table), pack(header, arrays)
+    columns = {
+        name: ["–" if np.isnan(v) else f"{v:.4g}" for v in arrays[f"estimate{i}"]] for i, name in enumerate(quantities)
+    }
+    static = static_form(
+        drawn, f"{y} against {x}. {header['note']}", static_table({"scheme": labels, **columns}, "All")
     )
+    return View(f"{y} against {x}", "pareto", static, pack(header, arrays))
 
 
 def _model(bench: Bench) -> str:
@@ -170,15 +164,4 @@ def _latency_picture(groups: Mapping[str, pd.DataFrame], note: str) -> Axes:
         if ax.get_legend_handles_labels()[1]:
             ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
         heading(ax, "Time to first token", note)
-    return ax
-
-
-def _pareto_picture(points: pd.DataFrame, x: str, y: str, note: str) -> Axes:
-    with drawing(None, PAGE * 0.7, 2.8) as ax:
-        for i, row in enumerate(points.to_dict("records")):
-            ax.plot([row[x]], [row[y]], "o", color=EXPERT_COLOURS[i % len(EXPERT_COLOURS)])
-            ax.annotate(printable(row["label"]), (row[x], row[y]), xytext=(4, 3), textcoords="offset points", color=INK)
-        ax.set_xlabel(printable(x))
-        ax.set_ylabel(printable(y))
-        heading(ax, f"{y} against {x}", note)
     return ax

@@ -95,18 +95,20 @@ def diff(
     )
 
 
-def samples(log: Log, trace: Trace | None = None) -> View:
+def samples(log: Log, trace: Trace | None = None, *, most: int = _MOST_SAMPLES) -> View:
     """The samples of an evaluation: filter by task and outcome, search, read; with the routing of each prompt.
 
-    log     an evaluation; at most 2,000 samples are shown, and the view says so
-    trace   recorded while it ran, with the columns task and sample_id of its sequences; not needed
+    log     an evaluation
+    most    samples shown, the first ones; the view says so where there are more
+    trace   recorded while it ran, with the columns task and sample_id of its sequences; None for the log's own, if any
 
     Raises BadInput where the log has no samples, or the trace no such columns.
     """
     frame = log.samples
     if not len(frame):
         raise BadInput("Samples were to be shown. The evaluation has none. Run it on at least one sample.")
-    kept = frame.head(_MOST_SAMPLES)
+    kept = frame.head(most)
+    trace = log.routing if trace is None else trace
     rows = [{name: _plain(row.get(name)) for name in _SHOWN} for row in kept.to_dict("records")]
     header: dict[str, Any] = {"rows": rows, "colours": expert_colours(8 if trace is None else trace.n_experts)}
     arrays: dict[str, np.ndarray] = {}
@@ -129,6 +131,8 @@ def _routing_of(frame: pd.DataFrame, trace: Trace, arrays: dict[str, np.ndarray]
             f"Samples were to be shown with their routing. The trace's sequences lack {' and '.join(missing)}. "
             "Record it while evaluating, or give its sequences these columns."
         )
+    if "counted" in trace.sequences:  # of the rows of a sample the one that stands for it
+        trace = trace.select(where=trace.sequences["counted"].astype(bool))
     place = {(t, str(s)): i for i, (t, s) in enumerate(zip(frame["task"], frame["sample_id"], strict=True))}
     keys = zip(trace.sequences["task"], trace.sequences["sample_id"], strict=True)
     found = {n: place.get((t, str(s))) for n, (t, s) in zip(trace.sequences.index, keys, strict=True)}

@@ -1,0 +1,56 @@
+"""What a notebook shows of a trace, an evaluation, a benchmark or a comparison: its words, then a live view."""
+
+from __future__ import annotations
+
+from html import escape
+
+import pandas as pd
+
+from mixlens.bench.bench import Bench
+from mixlens.comparing import Comparison
+from mixlens.evals.log import Log
+from mixlens.show import view
+from mixlens.traces.trace import Trace
+
+_MOST_SEQUENCES, _MOST_TOKENS, _MOST_SAMPLES = 4, 2_000, 200
+
+
+def trace_html(trace: Trace) -> str:
+    """Summary, and the first sequences token by token; a long one is cut, which its label does not hide."""
+    words = f"<p>{escape(repr(trace))}</p>"
+    if not trace.n_tokens or not trace.n_layers:
+        return words + trace.sequences.head(5).to_html(escape=True)
+    shown = trace.select(positions=(0, _MOST_TOKENS))
+    numbers, tokens = [], 0
+    for number, length in trace.sequences["length"].head(_MOST_SEQUENCES).items():
+        if numbers and tokens + min(length, _MOST_TOKENS) > _MOST_TOKENS:
+            break
+        numbers.append(number)
+        tokens += min(length, _MOST_TOKENS)
+    cut = f"<p>Shown: {len(numbers)} of {len(trace.sequences):,} sequences, their first {_MOST_TOKENS:,} tokens.</p>"
+    return words + cut + view.tokens(shown, numbers)._repr_html_()
+
+
+def log_html(log: Log, words: str) -> str:
+    """`words`, and the first samples."""
+    return words + (view.samples(log, most=_MOST_SAMPLES)._repr_html_() if len(log.samples) else "")
+
+
+def bench_html(bench: Bench, words: str) -> str:
+    """`words`, and latency curves where a measured request succeeded."""
+    return words + (view.latency(bench)._repr_html_() if bench.succeeded else "")
+
+
+def comparison_html(data: Comparison, words: str) -> str:
+    """`words`, and the first sequence of the two traces side by side."""
+    if not data.a.n_tokens:
+        return words
+    head = [run.select(where=_is_first(run), positions=(0, _MOST_TOKENS)) for run in (data.a, data.b)]
+    first, second = (name.replace("/", "\u2215") for name in data.names)
+    names = (first, second) if first != second else (f"{first} (a)", f"{second} (b)")
+    return words + view.diff(*head, names=names)._repr_html_()
+
+
+def _is_first(run: Trace) -> pd.Series:
+    number = run.sequences.index.to_series()
+    return number == number.iloc[0]

@@ -1,0 +1,62 @@
+"""What a notebook shows of runs: words first, then one live view; one output, and nothing from a model as markup."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+from show_samples import HOSTILE, N_EXPERTS
+from test_views import log_of
+
+import mixlens as ml
+from mixlens.bench.bench import Bench
+from mixlens.bench.events import Record
+from mixlens.comparing import Comparison
+from mixlens.traces.trace import Trace
+
+
+def one_live_view(shown: str) -> bool:
+    return shown.count("<script>") == shown.count("</script>") == 1 and '<img alt="' in shown.split("<script>")[0]
+
+
+def test_a_trace_shows_its_words_and_its_first_sequences(trace):
+    shown = trace._repr_html_()
+    assert one_live_view(shown)
+    assert "1,440 tokens in 24 documents" in shown
+    assert "Shown: 4 of 24 sequences" in shown
+    assert HOSTILE[0].strip("▁") not in shown
+
+
+def test_a_trace_without_tokens_has_words_alone(trace):
+    empty = trace.select(positions=(1000, 1001))
+    assert "<script>" not in empty._repr_html_()
+    assert "0 tokens" in empty._repr_html_()
+
+
+def test_a_long_trace_is_cut_and_says_so():
+    long = Trace.from_arrays(np.tile([[[0, 1]]], (5000, 1, 1)), n_experts=4)
+    assert "their first 2,000 tokens" in long._repr_html_()
+
+
+def test_an_evaluation_shows_scores_and_samples():
+    shown = log_of(3, HOSTILE[0])._repr_html_()
+    assert one_live_view(shown)
+    assert HOSTILE[0].strip("▁") not in shown
+
+
+def test_a_benchmark_without_a_success_has_no_curves():
+    failed = Record(0, "concurrency 1", "measured", "timeout", (), 0.0, 9.0)
+    about = {"endpoint": {"model": "m", "url": "http://127.0.0.1:1"}, "created": "today"}
+    assert "<script>" not in Bench([failed], about)._repr_html_()
+
+
+def test_a_comparison_shows_both_texts(trace):
+    ids = trace.read("expert_id").copy()
+    ids[::7, 1] = ids[::7, 1, ::-1]
+    tokens = {name: trace.read(name) for name in ("sequence", "token_id")}
+    other = Trace.from_arrays(ids, n_experts=N_EXPERTS, tokens=tokens, sequences=trace.sequences[["document_id"]])
+    other._vocabulary = trace.vocabulary
+    made = Comparison(trace, other, names=("a/b", "a/b"), bootstrap=ml.stats.Bootstrap(replicates=20))
+    shown = made._repr_html_()
+    assert one_live_view(shown)
+    assert re.search("a.b", shown)
