@@ -51,7 +51,16 @@ def openai_completions() -> list[tuple[float, bytes]]:
 def anthropic() -> list[tuple[float, bytes]]:
     start = {
         "type": "message_start",
-        "message": {"role": "assistant", "usage": {"input_tokens": 11, "output_tokens": 1}},
+        "message": {
+            "id": "msg_1",
+            "type": "message",
+            "role": "assistant",
+            "model": "m",
+            "content": [],
+            "stop_reason": None,
+            "stop_sequence": None,
+            "usage": {"input_tokens": 11, "output_tokens": 1},
+        },
     }
     block = {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}}
     end = {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": {"output_tokens": TOKENS}}
