@@ -109,7 +109,7 @@ class _Pair:
         self.layers = list(zip(moe_layers(model_a), moe_layers(model_b), strict=True))
         self.n_experts = n_experts(model_a)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # torchao's weights cannot be detached in inference mode
     def measure(self, shard: Shard) -> dict[str, np.ndarray]:
         """Sums over every document of a shard, as Impact has them."""
         sequences, lengths = [piece.ids for piece in shard.pieces], lengths_of(shard)

@@ -12,6 +12,7 @@ from mixlens.runs import open_run
 from mixlens.stats.contributions import open_contributions
 from mixlens.stats.impact import Impact
 from mixlens.stats.importance import open_importance
+from mixlens.stats.pareto import Pareto
 from mixlens.stats.topk import open_topk
 from mixlens.traces.trace import Trace
 
@@ -23,6 +24,7 @@ _KINDS = {
     "bench": Bench.open,
     "eval": Log.open,
     "impact": Impact.open,
+    "pareto": Pareto.open,
 }
 
 

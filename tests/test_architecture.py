@@ -22,7 +22,8 @@ FLOORS = [
     {"mixlens.kinds", "mixlens.importance", "mixlens.contributions", "mixlens.measuring", "mixlens.sweep"},
     {"mixlens.comparing", "mixlens.impact"},
     {"mixlens.show"},
-    {"mixlens.cli", "mixlens.explore", "mixlens.arguments", "mixlens.intervening_commands"},
+    {"mixlens.schemes"},
+    {"mixlens.cli", "mixlens.explore", "mixlens.arguments", "mixlens.comparing_commands", "mixlens.intervening_commands"},
 ]
 
 

@@ -1,7 +1,7 @@
 """Figures of routing statistics: each takes a Dataset and `ax=`, and returns the Axes; grids return a Figure."""
 
-from mixlens.show import view
-from mixlens.show.comparison import expert_errors, flips_by_layer, flips_by_margin, quality_split
+from mixlens.show import tables, view
+from mixlens.show.comparison import expert_errors, flips_by_layer, flips_by_margin, pareto, quality_split
 from mixlens.show.contributing import (
     contribution,
     contribution_by_domain,
@@ -13,6 +13,7 @@ from mixlens.show.figures import by_layer, entropy, expert_share, expert_share_g
 from mixlens.show.maps import importance, importance_against_share, importance_by_domain
 from mixlens.show.matrices import coactivation, facet, share_heatmap, specialization, transitions
 from mixlens.show.passage import text
+from mixlens.show.roofline import roofline
 from mixlens.show.speed import latency_cdf, latency_cdfs, quality_cost_speed, throughput_latency_curve, token_timeline
 
 __all__ = [
@@ -34,11 +35,14 @@ __all__ = [
     "information",
     "latency_cdf",
     "latency_cdfs",
+    "pareto",
     "quality_cost_speed",
     "quality_split",
     "repetition",
+    "roofline",
     "share_heatmap",
     "specialization",
+    "tables",
     "text",
     "throughput_latency_curve",
     "token_timeline",

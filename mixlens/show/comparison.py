@@ -15,6 +15,7 @@ from mixlens.show.style import (
     INK,
     MARKERS,
     MUTED,
+    PAGE,
     drawing,
     expert_colours,
     heading,
@@ -22,12 +23,22 @@ from mixlens.show.style import (
     printable,
     relative_size,
 )
+from mixlens.stats.pareto import Pareto
 
 _ORDERS = {"weights_first": "weights first", "routing_first": "routing first", "mean": "mean of both"}
 _QUANTITIES = {
     "loss": "change in loss, nats a token",
     "kl": "KL divergence, nats a token",
     "other_top": "tokens with another top prediction",
+}
+_AXES = {
+    "bytes": (1e-6, "weights, MB"),
+    "expert_bits": (1.0, "bits an expert weight"),
+    "kl": (1.0, "KL divergence, nats a token"),
+    "loss_difference": (1.0, "change in loss, nats a token"),
+    "same_top": (1.0, "same top token, share"),
+    "ttft_s": (1e3, "time to first token, ms"),
+    "tpot_s": (1e3, "time per output token, ms"),
 }
 _PARTS = {"weights": "from other weights", "routing": "from other routing"}
 
@@ -148,3 +159,44 @@ def expert_errors(data: xr.Dataset, ax: Axes | None = None) -> Axes:
 def _selected(data: xr.Dataset) -> str:
     chosen = wording.chosen(data)
     return f", {chosen}" if chosen else ""
+
+
+def pareto(data: Pareto, ax: Axes | None = None, *, x: str = "bytes", y: str = "kl") -> Axes:
+    """Schemes of one model: what is lost against what is spent. Those that no other beats in both stand on the line.
+
+    data   from mixlens.pareto
+    x, y   quantities of its table, such as bytes, tpot_s or ttft_s against kl, perplexity or same_top
+
+    Raises BadInput for a quantity that was not measured.
+    """
+    (factor, label), (factor_y, label_y) = (_AXES.get(name, (1.0, name.replace("_", " "))) for name in (x, y))
+    across, up = _scaled(data, x, factor), _scaled(data, y, factor_y)
+    schemes = [scheme for scheme in data.schemes if scheme in across and scheme in up]
+    with drawing(ax, PAGE * 0.62, 2.9) as ax:
+        front = data.front(x, y)
+        line = {"color": MUTED, "linewidth": 0.8, "linestyle": (0, (4, 3)), "zorder": 1}
+        ax.plot([across[scheme][0] for scheme in front], [up[scheme][0] for scheme in front], **line)
+        for i, (scheme, colour) in enumerate(zip(schemes, expert_colours(len(schemes)), strict=True)):
+            (at, left, right), (height, low, high) = across[scheme], up[scheme]
+            style = {"marker": MARKERS[i % len(MARKERS)], "linestyle": "", "clip_on": False, "zorder": 3}
+            ax.plot(at, height, color=colour, label=printable(scheme), **style)
+            ax.hlines(height, left, right, color=colour, linewidth=1)
+            ax.vlines(at, low, high, color=colour, linewidth=1)
+        positive = [height for height, _, _ in up.values() if height > 0]
+        if y == "kl" and positive:  # from a rounding difference to ruin, and the original at zero
+            ax.set_yscale("symlog", linthresh=min(positive))
+            ax.set_ylim(bottom=0)
+        ax.set_xlim(left=0)
+        ax.set_xlabel(label)
+        ax.set_ylabel(label_y)
+        ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        tokens, documents = int(data.of("kl")["n"].max()), data.meta["documents"]
+        note = f"n = {tokens:,} tokens, {documents:,} documents; whiskers: 95 % interval; dashed: not beaten in both"
+        heading(ax, f"{label_y.split(',')[0]} against {label.split(',')[0]}", note)
+    return ax
+
+
+def _scaled(data: Pareto, quantity: str, factor: float) -> dict[str, list[float]]:
+    """[estimate, ci_low, ci_high] by scheme."""
+    rows = data.of(quantity)[["estimate", "ci_low", "ci_high"]].astype(float) * factor
+    return {str(scheme): values for scheme, values in zip(rows.index, rows.to_numpy().tolist(), strict=True)}

@@ -13,6 +13,7 @@ from mixlens.show.html import bullets, details, escape, paragraphs, picture
 from mixlens.show.tables import html_table
 from mixlens.stats.impact import Impact
 from mixlens.stats.overview import shown
+from mixlens.stats.pareto import Pareto
 
 
 def comparison_sections(compared: Comparison, _name: str = "") -> dict[str, str]:
@@ -64,6 +65,20 @@ def impact_sections(impact: Impact, _name: str = "") -> dict[str, str]:
         + details("Table", html_table(experts, "Relative error of every expert's output")),
         "Methods and provenance of the impact": bullets([str(data.attrs["formula"]) for data in (split, experts)])
         + details("Settings and versions", f"<pre>{escape(json.dumps(provenance, indent=1, default=str))}</pre>"),
+    }
+
+
+def pareto_sections(measured: Pareto, _name: str = "") -> dict[str, str]:
+    """Quality against bytes and against speed, one row a scheme."""
+    figures = [_figure(comparison.pareto(measured), "Quality against the true bytes of all weights.")]
+    if (measured.table["quantity"] == "tpot_s").any():
+        figures.append(_figure(comparison.pareto(measured, x="tpot_s"), "Quality against time per output token."))
+    table = measured.table.to_html(escape=True, border=0, index=False)
+    return {
+        "Schemes side by side": paragraphs(measured.title())
+        + measured.overview().to_html(escape=True, border=0)
+        + "".join(figures)
+        + details("All numbers", table)
     }
 
 

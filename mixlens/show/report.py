@@ -15,7 +15,7 @@ from mixlens.errors import BadInput, MixlensError
 from mixlens.kinds import open as open_any
 from mixlens.show import sections, wording
 from mixlens.show.analysis import analyse
-from mixlens.show.comparison_sections import comparison_sections, impact_sections
+from mixlens.show.comparison_sections import comparison_sections, impact_sections, pareto_sections
 from mixlens.show.contribution_sections import contribution_sections, topk_sections
 from mixlens.show.html import escape, page, paragraphs
 from mixlens.show.importance_sections import importance_sections
@@ -39,6 +39,7 @@ _KINDS: Mapping[str, Callable[[Any, str], Mapping[str, str]]] = {
     "bench": speed_sections,
     "comparison": comparison_sections,
     "impact": impact_sections,
+    "pareto": pareto_sections,
 }
 
 

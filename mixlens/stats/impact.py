@@ -47,9 +47,14 @@ class Impact:
 
     @property
     def names(self) -> tuple[str, str]:
-        """What the two models are called in tables."""
-        a, b = (str(self.meta[key].get("label") or self.meta[key]["name"]) for key in ("model", "other"))
-        return (a.rsplit("/", 1)[-1], b.rsplit("/", 1)[-1]) if a != b else ("a", "b")
+        """What the two models are called in tables: by how their weights are held, else by their names."""
+        described = [self.meta["model"], self.meta["other"]]
+        held = [str(one.get("audit", {}).get("label", "")) for one in described]
+        called = [str(one["name"]).rsplit("/", 1)[-1] for one in described]
+        for a, b in (held, called):
+            if a != b:
+                return a, b
+        return "first", "second"
 
     def quality(self, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
         """How the two predict the same tokens; measures and intervals as stats.next_tokens, with the divergence exact.
@@ -66,7 +71,7 @@ class Impact:
             return np.stack([a, b, b - a, np.exp(a), np.exp(b), np.exp(b - a), same[:, 1], kl[:, 1]], axis=1)
 
         names = ("loss", "kl", "same_top")
-        data = self._summarised(names, measures, {"measure": [*LOSSES, "same_top", "kl"]}, by, bootstrap)
+        data = _summarised(self.sums, names, measures, {"measure": [*LOSSES, "same_top", "kl"]}, by, bootstrap)
         return self._described(
             data, bootstrap, statistic="quality", unit="nats",
             formula="-mean log p(t); exp of it; 1[argmax p_a = argmax p_b]; mean KL(p_a || p_b)",
@@ -102,22 +107,25 @@ class Impact:
             "order": ["weights_first", "routing_first", "mean"],
             "part": ["weights", "routing", "total"],
         }
-        data = self._summarised(("loss", "kl", "same_top"), parts, dims, by, bootstrap)
+        data = _summarised(self.sums, ("loss", "kl", "same_top"), parts, dims, by, bootstrap)
         return self._described(
             data, bootstrap, statistic="split", unit="nats", forced_weights=str(self.meta["force_weights"]),
             formula="v(b, a) - v(a, a), v(b, b) - v(b, a); v(a, b) - v(a, a), v(b, b) - v(a, b); mean of both",
         )  # fmt: skip
 
-    def routing(self, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
-        """Agreement of the two models' own routing: top1 and overlap as stats.agreement [*by, layer, measure]."""
+    def routing(self, *, by: By = None, pooled: bool = False, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
+        """Agreement of the two models' own routing: top1 and overlap as stats.agreement [*by, layer, measure].
+
+        pooled  the mean over layers [*by, measure]
+        """
         chosen = int(self.meta["top_k"])
 
         def measures(sums: dict[str, np.ndarray]) -> np.ndarray:
             return np.stack([sums["same_first"], sums["shared"] / chosen], axis=1) / sums["n"]
 
-        data = self._summarised(
-            ("same_first", "shared"), measures, {"measure": ["top1", "overlap"]}, by, bootstrap, tokens="length"
-        )
+        names = ("same_first", "shared")
+        sums = self.sums.assign({name: self.sums[name].mean("layer") for name in names}) if pooled else self.sums
+        data = _summarised(sums, names, measures, {"measure": ["top1", "overlap"]}, by, bootstrap, tokens="length")
         return self._described(
             data, bootstrap, statistic="agreement", unit="fraction", formula="mean_t 1[e1 = e1']; mean_t |S and S'| / k"
         )
@@ -138,41 +146,12 @@ class Impact:
             return np.sqrt(sums["error"] / sums["size"])
 
         experts = self.sums.expert.values
-        data = self._summarised(("error", "size"), error, {"expert": experts}, by, bootstrap, tokens="chosen")
+        data = _summarised(self.sums, ("error", "size"), error, {"expert": experts}, by, bootstrap, tokens="chosen")
         data = data.assign(weight_error=self.sums.weight_error)
         return self._described(
             data, bootstrap, statistic="expert_errors", unit="relative error",
             formula="sqrt(sum ||f_b(x) - f_a(x)||^2 / sum ||f_a(x)||^2); ||W_b - W_a||_F / ||W_a||_F",
         )  # fmt: skip
-
-    def _summarised(
-        self,
-        names: tuple[str, ...],
-        statistic: Callable[[dict[str, np.ndarray]], np.ndarray],
-        dims: Mapping[str, Any],
-        by: By,
-        bootstrap: Bootstrap,
-        *,
-        tokens: str = "tokens",
-    ) -> xr.Dataset:
-        """A statistic of sums over documents; over one layer, then dropped, where the sums have none."""
-        labels, group = groups_of(self.sums, by if by is None or isinstance(by, str) else list(by))
-        layered = "layer" in self.sums[names[0]].dims
-        totals = {name: self.sums[name].values if layered else self.sums[name].values[:, None] for name in names}
-        size = self.sums[tokens].values
-        read = self.sums["length"].values
-        n_groups = int(np.prod([len(values) for values in labels.values()], dtype=int))
-        counts = Counts(
-            Clusters(labels, np.empty(0, np.int64), group, np.empty(0, np.int64)),
-            totals,
-            read.astype(float),
-            np.bincount(group[read > 0], minlength=n_groups),
-            self.sums.layer.values if layered else np.zeros(1, np.int64),
-        )
-        data = summarise(
-            counts, statistic, dims, bootstrap, size=(size.astype(float), ("layer", "expert")[: size.ndim - 1])
-        )
-        return data if layered else data.isel(layer=0, drop=True)
 
     def _described(self, data: xr.Dataset, bootstrap: Bootstrap, **attrs: Any) -> xr.Dataset:
         names = dict(zip(("model", "other"), self.names, strict=True))
@@ -204,6 +183,36 @@ class Impact:
 
     def _repr_html_(self) -> str:
         return f"<div><p>{html.escape(self.title())}</p>{shown(self.overview()).to_html(escape=True)}</div>"
+
+
+def _summarised(
+    sums: xr.Dataset,
+    names: tuple[str, ...],
+    statistic: Callable[[dict[str, np.ndarray]], np.ndarray],
+    dims: Mapping[str, Any],
+    by: By,
+    bootstrap: Bootstrap,
+    *,
+    tokens: str = "tokens",
+) -> xr.Dataset:
+    """A statistic of sums over documents; over one layer, then dropped, where the sums have none."""
+    labels, group = groups_of(sums, by if by is None or isinstance(by, str) else list(by))
+    layered = "layer" in sums[names[0]].dims
+    totals = {name: sums[name].values if layered else sums[name].values[:, None] for name in names}
+    size = sums[tokens].values
+    read = sums["length"].values
+    n_groups = int(np.prod([len(values) for values in labels.values()], dtype=int))
+    counts = Counts(
+        Clusters(labels, np.empty(0, np.int64), group, np.empty(0, np.int64)),
+        totals,
+        read.astype(float),
+        np.bincount(group[read > 0], minlength=n_groups),
+        sums.layer.values if layered else np.zeros(1, np.int64),
+    )
+    data = summarise(
+        counts, statistic, dims, bootstrap, size=(size.astype(float), ("layer", "expert")[: size.ndim - 1])
+    )
+    return data if layered else data.isel(layer=0, drop=True)
 
 
 def _dataset(measured: Measured) -> xr.Dataset:

@@ -1,0 +1,148 @@
+"""Pareto: several ways of holding one model's weights, with the quality, the bytes and the speed of each."""
+
+from __future__ import annotations
+
+import html
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+
+from mixlens.errors import BadInput
+from mixlens.runs import open_run
+
+KIND, TABLE = "pareto", "table.parquet"
+COLUMNS = ["scheme", "quantity", "estimate", "ci_low", "ci_high", "unit", "n"]
+# Quantities of the overview: heading, factor, decimals.
+_OVERVIEW = {
+    "bytes": ("MB", 1e-6, 2),
+    "expert_bits": ("bits an expert weight", 1.0, 2),
+    "perplexity": ("perplexity", 1.0, 3),
+    "loss_difference": ("loss, difference", 1.0, 4),
+    "kl": ("KL", 1.0, 4),
+    "kl_from_routing": ("of it from routing", 1.0, 4),
+    "same_top": ("same top token", 1.0, 4),
+    "overlap": ("shared experts", 1.0, 4),
+    "ttft_s": ("TTFT [ms]", 1e3, 1),
+    "tpot_s": ("TPOT [ms]", 1e3, 2),
+}
+_SMALLER_IS_BETTER = ("bytes", "expert_bits", "perplexity", "loss_difference", "kl", "ttft_s", "tpot_s")
+
+
+class Pareto:
+    """Schemes of one model side by side, measured by mixlens.pareto.
+
+    table   one row a scheme and quantity: estimate, ci_low, ci_high, unit, n; no interval for what is counted
+    meta    model, schemes, documents, versions
+    path    of the run directory, None in memory; it holds the run of every measurement
+    """
+
+    kind = KIND
+
+    def __init__(self, table: pd.DataFrame, meta: dict[str, Any], *, path: Path | None = None) -> None:
+        self.table, self.meta, self.path = table, meta, path
+
+    @classmethod
+    def open(cls, path: str | os.PathLike, *, check: bool = True) -> Pareto:
+        """The run at `path`. Raises RunError when there is none or it is not finished, BadInput for another kind."""
+        run = open_run(path, check=check)
+        if run.kind != KIND:
+            raise BadInput(
+                f"A comparison of schemes was to be opened at {path}. It is a {run.kind}. Use mixlens.open(path)."
+            )
+        return cls(pq.read_table(run.file(TABLE)).to_pandas(), run.meta, path=Path(path))
+
+    @property
+    def schemes(self) -> list[str]:
+        """In the order they were given, the original first."""
+        return list(self.table["scheme"].unique())
+
+    def of(self, quantity: str) -> pd.DataFrame:
+        """estimate, ci_low, ci_high, unit and n of one quantity by scheme.
+
+        Raises BadInput for a quantity that was not measured.
+        """
+        rows = self.table[self.table["quantity"] == quantity]
+        if rows.empty:
+            raise BadInput(
+                f"{quantity!r} was asked for. Measured are {', '.join(self.table['quantity'].unique())}. "
+                "Give one of them."
+            )
+        return rows.set_index("scheme").drop(columns="quantity")
+
+    def front(self, x: str = "bytes", y: str = "kl") -> list[str]:
+        """Schemes that no other one beats in both quantities, by their estimates; smallest x first."""
+        points = pd.DataFrame({"x": _cost(self, x), "y": _cost(self, y)}).dropna().sort_values(["x", "y"])
+        best, found = np.inf, []
+        for scheme, point in points.iterrows():
+            if point["y"] < best:
+                best = point["y"]
+                found.append(str(scheme))
+        return found
+
+    def with_scores(self, logs: Mapping[str, Any]) -> Pareto:
+        """The same with benchmark scores, from {scheme: Log}.
+
+        Raises BadInput for a scheme that was not measured.
+        """
+        unknown = sorted(set(logs) - set(self.schemes))
+        if unknown:
+            raise BadInput(
+                f"Scores of {', '.join(unknown)} were to be added. Measured are {', '.join(self.schemes)}. "
+                "Give logs by these names."
+            )
+        rows = [
+            {"scheme": scheme, "quantity": f"{row['task']} {row['metric']}", "estimate": row["score"], "unit": "score"}
+            | {name: row[name] for name in ("ci_low", "ci_high", "n")}
+            for scheme, log in logs.items()
+            for row in log.scores.to_dict("records")
+        ]
+        added = pd.DataFrame(rows, columns=COLUMNS)
+        return Pareto(pd.concat([self.table, added], ignore_index=True), self.meta, path=self.path)
+
+    def overview(self) -> pd.DataFrame:
+        """One row a scheme, as text with intervals; n/a for what has no value."""
+        known = [name for name in _OVERVIEW if (self.table["quantity"] == name).any()]
+        scores = [name for name in self.table["quantity"].unique() if name not in _OVERVIEW]
+        rows = {scheme: {} for scheme in self.schemes}
+        for name in [*known, *scores]:
+            heading, factor, decimals = _OVERVIEW.get(name, (name, 1.0, 3))
+            for scheme, row in self.of(name).iterrows():
+                rows[str(scheme)][heading] = _text(row, factor, decimals)
+        table = pd.DataFrame.from_dict(rows, orient="index").fillna("n/a").rename_axis("scheme")
+        table["on the front"] = ["yes" if scheme in self.front() else "" for scheme in table.index]
+        return table
+
+    def title(self) -> str:
+        """What was measured, and on what."""
+        n = int(self.of("kl")["n"].max())
+        machine = self.meta.get("machine", "")
+        return (
+            f"{self.meta['model']['name']} in {len(self.schemes)} schemes: {n:,} predicted tokens of "
+            f"{self.meta['documents']:,} documents; 95% intervals; front: no other scheme has fewer bytes and less KL"
+            + (f"; speed on {machine}" if machine else "")
+        )
+
+    def __repr__(self) -> str:
+        return f"{self.title()}\n{self.overview().T.to_string()}"
+
+    def _repr_html_(self) -> str:
+        return f"<div><p>{html.escape(self.title())}</p>{self.overview().to_html(escape=True, border=0)}</div>"
+
+
+def _cost(pareto: Pareto, quantity: str) -> pd.Series:
+    """Estimates by scheme, turned so that less is better."""
+    estimate = pareto.of(quantity)["estimate"].astype(float)
+    return estimate if quantity in _SMALLER_IS_BETTER else -estimate
+
+
+def _text(row: pd.Series, factor: float, decimals: int) -> str:
+    estimate, low, high = (float(row[name]) * factor for name in ("estimate", "ci_low", "ci_high"))
+    if estimate != estimate:
+        return "n/a"
+    interval = "" if low != low else f" [{low:.{decimals}f}, {high:.{decimals}f}]"
+    return f"{estimate:.{decimals}f}{interval}"
