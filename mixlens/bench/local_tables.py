@@ -96,10 +96,11 @@ def remarks(meta: Mapping[str, Any]) -> list[str]:
         f"n = {rate.n}"
         for rate, unit, name in rates
     )
+    decode = "decode compiled" if local["compiled"] else "decode not compiled"
     recorded = "was recorded in every call" if local["recording"] else "was not recorded: no bytes are known"
     return [
-        f"{model['name']} in {model['dtype']}{experts}, on {machine.name}; {cache}, "
-        f"decode {'compiled' if local['compiled'] else 'not compiled'}; prompts: {local['prompts']}.",
+        f"{model['name']} in {model['dtype']}{experts}, on {machine.name}, {meta['created']}.",
+        f"{cache[0].upper()}{cache[1:]}, {decode}; prompts: {local['prompts']}.",
         f"Measured of the device: {said}. MBU and MFU are shares of these.",
         f"Routing {recorded}.",
     ]

@@ -1,0 +1,69 @@
+"""The roofline: what loads of a model achieved, under what its device was measured to allow."""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from mixlens.bench.bench import Bench
+from mixlens.bench.local_tables import machine_of
+from mixlens.errors import MissingSignal
+from mixlens.show.style import INK, MARKERS, MUTED, PAGE, drawing, expert_colours, heading, printable
+
+
+def roofline(bench: Bench, ax: Axes | None = None) -> Axes:
+    """Operations a second against operations a byte, of prefill (filled) and decode (hollow) of every load.
+
+    bench  of a loaded model, with recording
+
+    The slanted line is the measured bandwidth, the flat one the measured matrix throughput; whiskers are 95 %
+    intervals. How far a mark lies below the line is what is left to gain.
+
+    Raises MissingSignal for an endpoint, or when no routing was recorded.
+    """
+    machine = machine_of(bench.meta)
+    table = bench.roofline()
+    levels = list(dict.fromkeys(table["level"]))
+    rows = {(r["level"], r["phase"], r["metric"]): r for r in table.to_dict("records")}
+    intensity = {key[:2]: r["estimate"] for key, r in rows.items() if key[2] == "flops_per_byte"}
+    intensity = {key: value for key, value in intensity.items() if np.isfinite(value)}
+    if not intensity:
+        raise MissingSignal(
+            "A roofline was to be drawn. No call knows the bytes that it read. Measure with recording, as in "
+            "LocalSettings(recording=True)."
+        )
+    bandwidth, peak = machine.bandwidth_bytes_per_s.estimate, machine.matmul_flops_per_s.estimate
+    colours = dict(zip(levels, expert_colours(len(levels)), strict=True))
+    with drawing(ax, PAGE, 3.2) as ax:
+        for (level, phase), x in intensity.items():
+            speed = rows[level, phase, "flops_per_s"]
+            estimate, low, high = (speed[name] for name in ("estimate", "ci_low", "ci_high"))
+            ax.errorbar(
+                x,
+                estimate,
+                yerr=np.nan_to_num([[estimate - low], [high - estimate]]),
+                fmt=MARKERS[levels.index(level) % len(MARKERS)],
+                color=colours[level],
+                markerfacecolor=colours[level] if phase == "prefill" else "white",
+                markersize=5,
+                capsize=2,
+                elinewidth=0.8,
+                label=printable(level) if phase == "prefill" else None,
+            )
+        reached = [*intensity.values(), peak / bandwidth]
+        x = np.geomspace(min(reached) / 4, max(reached) * 4, 200)
+        ax.plot(x, np.minimum(x * bandwidth, peak), color=INK, linewidth=1.2)
+        ax.set_xscale("log")
+        ax.set_yscale("log")
+        ax.text(x[0] * 1.7, x[0] * bandwidth, f"{bandwidth / 1e9:,.4g} GB/s measured", color=MUTED, fontsize=7)
+        ax.text(x[-1], peak * 1.15, f"{peak / 1e9:,.4g} GFLOP/s measured", color=MUTED, fontsize=7, ha="right")
+        ax.set_xlabel("operations a byte that must be read")
+        ax.set_ylabel("operations a second")
+        calls = max(row["n"] for row in rows.values())
+        heading(
+            ax,
+            f"{bench.meta['model']['name']} in {bench.meta['model']['dtype']} on {machine.name}",
+            f"Filled: prefill; hollow: decode. Whiskers: 95 % over up to {calls} calls. Bytes: recorded routing.",
+        )
+        ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return ax

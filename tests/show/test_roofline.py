@@ -1,0 +1,53 @@
+"""The roofline drawn from records whose numbers are known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mixlens import MissingSignal
+from mixlens.bench.bench import Bench
+from mixlens.bench.decode import TOKEN, Event
+from mixlens.bench.events import Record
+from mixlens.show import roofline
+
+RATE = {"ci_low": 0.0, "ci_high": 2e9, "n": 10, "how": "copy"}
+META = {
+    "model": {"name": "a model", "dtype": "bfloat16"},
+    "machine": {
+        "name": "a device",
+        "bandwidth_bytes_per_s": {"estimate": 1e9, **RATE},
+        "matmul_flops_per_s": {"estimate": 4e9, **RATE},
+    },
+    "local": {"layers": 2},
+}
+
+
+def bench(known: bool = True) -> Bench:
+    records = []
+    for rows in (1, 4):
+        for index in range(3):
+            work = [{"experts": 4, "read_bytes": 10_000 if known else None, "flops": 3000 * rows}] * 3
+            events = [Event(1.0 + 0.1 * i * (1 + 0.01 * index), TOKEN, **w) for i, w in enumerate(work)]
+            record = Record(index, f"batch {rows}", "measured", "ok", tuple(events), 0.0, 2.0, sent_s=0.5, rows=rows)
+            records.append(record)
+    return Bench(records, META)
+
+
+def test_marks_lie_where_the_table_says_and_lines_where_the_device_does():
+    ax = roofline(bench())
+    table = bench().roofline().set_index(["level", "phase", "metric"])["estimate"]
+    marks = [(c.lines[0].get_xdata()[0], c.lines[0].get_ydata()[0]) for c in ax.containers]
+    keys = [(level, phase) for level in ("batch 1", "batch 4") for phase in ("prefill", "decode")]
+    expected = [(table[(*key, "flops_per_byte")], table[(*key, "flops_per_s")]) for key in keys]
+    np.testing.assert_allclose(marks, expected)
+    x, y = next(line for line in ax.lines if len(line.get_xdata()) > 2).get_data()
+    np.testing.assert_allclose(y, np.minimum(np.asarray(x) * 1e9, 4e9))
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["batch 1", "batch 4"]
+
+
+def test_without_bytes_there_is_no_roofline():
+    with pytest.raises(MissingSignal, match="No call knows the bytes that it read"):
+        roofline(bench(known=False))
+    with pytest.raises(MissingSignal, match="of whose device nothing is known"):
+        roofline(Bench([], {"endpoint": {"model": "m", "url": "u"}}))
