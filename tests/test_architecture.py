@@ -23,7 +23,8 @@ FLOORS = [
     {"mixlens.comparing", "mixlens.impact"},
     {"mixlens.show"},
     {"mixlens.schemes"},
-    {"mixlens.cli", "mixlens.explore", "mixlens.arguments", "mixlens.comparing_commands", "mixlens.intervening_commands"},
+    {"mixlens.explore", "mixlens.arguments", "mixlens.comparing_commands", "mixlens.intervening_commands"},
+    {"mixlens.cli"},
 ]
 
 
