@@ -138,7 +138,17 @@ def _differences(found: dict, asked: dict, keys: list[str]) -> str:
         text = json.dumps(value)
         return text if len(text) <= 60 else text[:57] + "..."
 
-    return "; ".join(f"{key} is {show(found.get(key))}, asked {show(asked.get(key))}" for key in keys[:3])
+    if "kind" in keys:  # then nothing else is the same either
+        keys = ["kind"]
+    pairs: list[tuple[str, Any, Any]] = []
+    for key in keys:
+        one, other = found.get(key), asked.get(key)
+        if isinstance(one, dict) and isinstance(other, dict):
+            inner = sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
+            pairs += [(f"{key}.{name}", one.get(name), other.get(name)) for name in inner]
+        else:
+            pairs.append((key, one, other))
+    return "; ".join(f"{name} is {show(one)}, asked {show(other)}" for name, one, other in pairs[:3])
 
 
 @dataclass

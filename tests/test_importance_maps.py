@@ -85,8 +85,10 @@ def test_a_run_that_was_stopped_resumes_to_the_same_numbers(net, tmp_path, monke
     assert len(calls) == 1 + n_shards
     xr.testing.assert_identical(ml.open(tmp_path / "stopped"), whole)
     assert len(calls) == 1 + n_shards
-    with pytest.raises(RunError, match="ablation"):
+    with pytest.raises(RunError, match='another run: ablation.how is "reroute", asked "zero"'):
         measure(net, out=tmp_path / "whole", ablation=Ablation(how="zero"))
+    with pytest.raises(RunError, match='another run: kind is "importance", asked "topk"'):
+        ml.measure_topk(net, DOCUMENTS, tokenizer=Letters(), out=tmp_path / "whole", settings=SETTINGS)
 
 
 def test_a_map_by_domain_with_a_metric_of_ones_own(net):
