@@ -85,7 +85,7 @@ def _check_gold(
     for kind, (requests, _) in work.items():
         for request, repeat in zip(requests, repeats_of(requests), strict=True):
             if request.task_name in ours and request.doc_id < limit:
-                answers[key_of(request, repeat)] = _gold(backend, ours[request.task_name], kind, request)
+                answers[key_of(request, repeat)] = gold_of(backend, ours[request.task_name], kind, request)
     if not ours:
         return
     part = Loaded(ours, {name: loaded.protocols[name] for name in ours})
@@ -101,7 +101,7 @@ def _check_gold(
             )
 
 
-def _gold(backend: Any, task: Any, kind: str, request: Any) -> Any:
+def gold_of(backend: Any, task: Any, kind: str, request: Any) -> Any:
     """The answer of a model that is always right."""
     if kind != "generate_until":
         gold = task.doc_to_target(request.doc)

@@ -1,0 +1,163 @@
+"""A killed evaluation goes on where it stopped; what cannot be scored is refused before the model is asked."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from evals_parts import mixtral_tokenizer, small_mixtral, write_math
+
+import mixlens as ml
+from mixlens.evals.answers import PARTIAL
+from mixlens.evals.model import LocalLM
+from mixlens.evals.references import beside, references
+from mixlens.evals.runner import EvalSettings
+
+TASKS = ["demo_0shot::brackets", "demo_0shot::phrases"]
+QUIET = EvalSettings(progress=False, batch_size=4)
+# Evaluates until it has answered three batches, then kills itself without a chance to clean up.
+KILLED = """
+import os, signal, sys
+import mixlens as ml
+from mixlens.evals import answers
+from mixlens.evals.runner import EvalSettings
+add, count = answers.Answers.add, [0]
+def add_and_die(self, *given):
+    add(self, *given)
+    count[0] += 1
+    if count[0] == 3:
+        with self.path.open("a") as file:
+            file.write('{"batch": "loglikelihood:3", "answers": [["demo')
+        os.kill(os.getpid(), signal.SIGKILL)
+answers.Answers.add = add_and_die
+ml.evaluate(ml.load("demo", verbose=False), %r, out=sys.argv[1], settings=EvalSettings(progress=False, batch_size=4))
+"""
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return ml.load("demo", verbose=False)
+
+
+def test_a_killed_evaluation_goes_on_and_ends_with_the_same_samples(demo, tmp_path, monkeypatch):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", KILLED % TASKS, str(tmp_path / "killed")], env=environment)
+    assert done.returncode == -signal.SIGKILL
+    assert len((tmp_path / "killed" / PARTIAL).read_bytes().splitlines()) == 4
+    with pytest.raises(ml.RunError, match="was stopped"):
+        ml.open(tmp_path / "killed")
+
+    asked: list[str] = []
+    answer = LocalLM.answer
+    monkeypatch.setattr(LocalLM, "answer", lambda self, kind, *rest: asked.append(kind) or answer(self, kind, *rest))
+    resumed = ml.evaluate(demo, TASKS, out=tmp_path / "killed", settings=QUIET)
+    n_resumed = len(asked)
+    whole = ml.evaluate(demo, TASKS, out=tmp_path / "whole", settings=QUIET)
+    assert len(asked) - n_resumed == n_resumed + 3
+    assert resumed.records == whole.records
+    assert resumed.scores.equals(whole.scores)
+    results = [(tmp_path / run / "results.jsonl").read_bytes() for run in ("killed", "whole")]
+    assert results[0] == results[1]
+    assert not (tmp_path / "killed" / PARTIAL).exists()
+    assert json.loads((tmp_path / "whole" / "lm_eval_results.json").read_text())["results"][TASKS[0]]["acc,none"] >= 0
+
+
+def test_another_model_is_never_given_the_answers_of_the_first(demo, tmp_path):
+    ml.evaluate(demo, TASKS[:1], out=tmp_path / "run", limit=2, settings=QUIET)
+    with ml.edit(demo, ml.edits.top_k(1)), pytest.raises(ml.RunError, match="holds another run: model"):
+        ml.evaluate(demo, TASKS[:1], out=tmp_path / "run", limit=2, settings=QUIET)
+
+
+def test_choices_are_scored_alike_with_and_without_shared_shots(demo, shared):
+    options = {"data": shared / "data", "limit": 6}
+    tasks = ["mmlu_5shot::virology"]
+    shared_shots = ml.evaluate(demo, tasks, **options, settings=QUIET)
+    apart = ml.evaluate(demo, tasks, **options, settings=EvalSettings(progress=False, share_prefix=False))
+    for ours, theirs in zip(shared_shots.records, apart.records, strict=True):
+        assert ours["logprobs"] == pytest.approx(theirs["logprobs"], abs=1e-4)
+
+
+def test_sampled_answers_do_not_depend_on_the_batch(demo, shared):
+    def answers(batch_size: int, **more) -> list[list[str]]:
+        settings = EvalSettings(progress=False, batch_size=batch_size, **more)
+        log = ml.evaluate(demo, "mmlu_5shot_generative::virology", data=shared / "data", limit=3, settings=settings)
+        return [record["responses"] for record in log.records]
+
+    assert answers(1) == answers(3)
+
+
+def test_a_prompt_that_does_not_fit_is_refused(demo, shared):
+    settings = EvalSettings(progress=False, max_length=100)
+    message = "mmlu_5shot::virology was to pass before the model is asked. Prompt .* has .* tokens; the model reads 100"
+    with pytest.raises(ml.BadInput, match=message):
+        ml.evaluate(demo, "mmlu_5shot::virology", data=shared / "data", limit=2, settings=settings)
+
+
+def test_a_tokenizer_that_loses_text_is_refused(tmp_path):
+    tokenizer = mixtral_tokenizer()
+    decode = tokenizer.decode
+    tokenizer.decode = lambda ids, **kwargs: re.sub(" +", " ", decode(ids, **kwargs)).replace("{", "")
+    root = write_math(tmp_path)
+    settings = EvalSettings(progress=False, tokenizer=tokenizer)
+    with pytest.raises(ml.BadInput, match="does not survive encoding and decoding"):
+        ml.evaluate(small_mixtral(), "math_4shot::algebra", data=root, limit=1, settings=settings)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "options", "message"),
+    [
+        ("mmlu_5shoot", {}, "Neither mixlens nor lm-eval has it .*near: .*mmlu_5shot"),
+        ("mmlu_5shot::anatom", {}, "no such subject .*near: anatomy"),
+        ("mmlu", {"protocol": "mixtral-papers"}, "no suite or protocol of that name .*mixtral-paper"),
+        ("humaneval", {}, "several protocols, and no protocol was named"),
+        ("gsm8k", {"protocol": "humaneval_0shot"}, "'humaneval_0shot' has none for it"),
+        ("demo_0shot", {"data": "/not/there"}, "There is no such folder"),
+        ("demo_0shot", {"limit": 0}, "nothing to evaluate"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused_with_what_to_give(demo, tasks, options, message):
+    with pytest.raises(ml.BadInput, match=message):
+        ml.evaluate(demo, tasks, settings=QUIET, **options)
+
+
+def test_data_that_is_not_there_is_named(demo, tmp_path):
+    with pytest.raises(ml.BadInput, match=r"anatomy_dev.csv is not there"):
+        ml.evaluate(demo, "mmlu_5shot::anatomy", data=tmp_path, settings=QUIET)
+
+
+def test_every_published_score_is_there_and_none_beside_another_protocol(demo, shared, tmp_path):
+    text = (shared / "PUBLISHED.md").read_text("utf-8").partition("## Scores")[2].partition("## Routing")[0]
+    table = text.partition("|---|")[2].partition("\n\n")[0]
+    stated = {float(number) for cell in table.split("|") for number in re.findall(r"\b\d+\.\d+\b", cell)}
+    assert stated - {round(score, 4) for score in references()["score"]} == set()
+
+    log = ml.evaluate(demo, "mmlu_5shot::anatomy", data=shared / "data", limit=2, settings=QUIET)
+    compared = beside(log, model="mistralai/Mixtral-8x7B-v0.1")
+    assert not compared["comparable"].any()
+    assert compared["difference"].isna().all()
+    assert compared["why_not"].str.contains("only the first 2").all()
+    log.meta["settings"]["limit"] = None
+    assert beside(log, model="mistralai/Mixtral-8x7B-v0.1")["why_not"].str.contains("n is 14042|by mmlu_0shot").all()
+    log.meta["tasks"]["mmlu_5shot::anatomy"]["protocol"] = "mmlu_0shot"
+    del log.scores
+    assert beside(log, model="mistralai/Mixtral-8x7B-v0.1")["why_not"].iloc[0].startswith("published by mmlu_5shot")
+
+
+def test_wrong_data_is_found(shared, tmp_path):
+    from mixlens.evals.verify import verify
+
+    assert (verify(shared / "data")["fault"] == "").all()
+    folder = tmp_path / "gsm8k"
+    folder.mkdir()
+    (folder / "test.jsonl").write_text('{"question": "?", "answer": "#### 1"}\n')
+    faults = verify(tmp_path).set_index("file")["fault"]
+    assert faults["gsm8k/train.jsonl"] == "missing"
+    assert faults["gsm8k/test.jsonl"].startswith("1 rows where there are 1,319")
+    with pytest.raises(ml.BadInput, match="no folder of a known benchmark"):
+        verify(Path(folder))
