@@ -11,8 +11,10 @@ import pandas as pd
 import xarray as xr
 
 from mixlens.bench.bench import Bench
+from mixlens.bench.comparison import BenchComparison, compare_benches
 from mixlens.errors import BadInput, MissingSignal
 from mixlens.evals.log import Log
+from mixlens.evals.paired import LogComparison, compare_logs
 from mixlens.kinds import open as open_any
 from mixlens.stats.agreement import agreement, same_shape
 from mixlens.stats.bootstrap import DEFAULT, Bootstrap
@@ -22,22 +24,20 @@ from mixlens.stats.next_tokens import next_tokens
 from mixlens.stats.overview import row, shown
 from mixlens.traces.trace import Trace
 
-_OTHERS = {Log: ("mixlens.evals.paired", "compare_logs"), Bench: ("mixlens.bench.comparison", "compare_benches")}
-
 
 def compare(
     run_a: Trace | Log | Bench | str | os.PathLike,
     run_b: Trace | Log | Bench | str | os.PathLike,
     *,
     bootstrap: Bootstrap = DEFAULT,
-) -> Any:
+) -> Comparison | LogComparison | BenchComparison:
     """What differs between two runs of one kind, with paired intervals.
 
     run_a, run_b  objects or paths of run directories
-    bootstrap     of traces: how intervals over documents are computed
+    bootstrap     how intervals are computed
 
-    Two traces of the same tokens give a Comparison of routing and predictions. Two logs of the same samples are
-    compared by mixlens.evals.paired.compare_logs, two benchmarks by mixlens.bench.comparison.compare_benches.
+    Two traces of the same tokens give a Comparison of routing and predictions; two evaluations of the same samples
+    what mixlens.evals.paired.compare_logs does, two benchmarks what mixlens.bench.comparison.compare_benches does.
 
     Raises BadInput for runs of different kinds, and for traces whose tokens, tokenizers or layers differ, naming the
     first difference; RunError when a run cannot be opened.
@@ -45,9 +45,10 @@ def compare(
     a, b = (open_any(run) if isinstance(run, str | os.PathLike) else run for run in (run_a, run_b))
     if isinstance(a, Trace) and isinstance(b, Trace):
         return Comparison(a, b, bootstrap=bootstrap)
-    for kind, (module, function) in _OTHERS.items():
-        if isinstance(a, kind) and isinstance(b, kind):
-            return getattr(import_module(module), function)(a, b)
+    if isinstance(a, Log) and isinstance(b, Log):
+        return compare_logs(a, b, bootstrap=bootstrap)
+    if isinstance(a, Bench) and isinstance(b, Bench):
+        return compare_benches(a, b, bootstrap=bootstrap)
     raise BadInput(
         f"Two runs were to be compared. The first is {_kind(a)}, the second {_kind(b)}. Give two traces, two "
         "evaluations or two benchmarks."

@@ -1,0 +1,217 @@
+"""pareto: rows of every scheme, a process killed between two, and what is refused before anything is measured."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from tiny import tiny_mixtral
+
+import mixlens as ml
+from mixlens import cli, schemes
+from mixlens.errors import BadInput, ModelError, RunError
+from mixlens.schemes import Speed
+from mixlens.stats.pareto import COLUMNS, Pareto
+
+DEMO = Path(ml.__file__).parent / "_demo"
+SETTINGS = ml.RecordSettings(progress=False, max_length=24, overlong="truncate")
+DOCUMENTS = [{"text": f"The {word} of the river {i}", "domain": word} for i in range(3) for word in ("bank", "bend")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A checkpoint of a tiny random Mixtral with the demo model's tokenizer."""
+    path = tmp_path_factory.mktemp("tiny")
+    tiny_mixtral(vocab_size=4096, num_hidden_layers=2).save_pretrained(path)
+    for file in DEMO.glob("tokenizer*"):
+        (path / file.name).write_bytes(file.read_bytes())
+    return path
+
+
+KILLED = """
+import os, sys
+import mixlens as ml
+from mixlens import schemes
+
+load = schemes.load
+def killed(model, **options):
+    if options.get("quantization") == "hqq2-g16":
+        os.kill(os.getpid(), 9)
+    return load(model, **options)
+
+schemes.load = killed
+documents = [{"text": f"The {word} of the river {i}", "domain": word} for i in range(3) for word in ("bank", "bend")]
+settings = ml.RecordSettings(progress=False, max_length=24, overlong="truncate")
+schemes.pareto(sys.argv[1], documents, schemes=["bfloat16", "hqq4-g16", "hqq2-g16"], out=sys.argv[2],
+               speed=schemes.Speed(2, 16, 2), settings=settings)
+"""
+
+
+@pytest.fixture(scope="module")
+def resumed(folder, tmp_path_factory):
+    """A run without speed that was stopped while its third scheme was loaded, run again; and what was loaded then."""
+    out, loaded, load = tmp_path_factory.mktemp("pareto") / "run", [], schemes.load
+
+    def stopped(model, **options):
+        if options.get("quantization") == "hqq2-g16":
+            raise KeyboardInterrupt
+        return load(model, **options)
+
+    def seen(model, **options):
+        loaded.append(options.get("quantization"))
+        return load(model, **options)
+
+    asked = {"schemes": ["bfloat16", "hqq4-g16", "hqq2-g16"], "out": out, "speed": Speed(0), "settings": SETTINGS}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(schemes, "load", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            schemes.pareto(folder, DOCUMENTS, **asked)
+        with pytest.raises(RunError, match="a pareto that was stopped after 3 complete shards"):
+            ml.open(out)
+        patch.setattr(schemes, "load", seen)
+        return schemes.pareto(folder, DOCUMENTS, **asked), loaded
+
+
+def test_a_stopped_run_goes_on_at_the_scheme_where_it_stopped(resumed):
+    found, loaded = resumed
+    assert loaded == [None, "hqq2-g16"]
+    assert found.schemes == ["float32", "bfloat16", "hqq4-g16", "hqq2-g16"]
+    pd.testing.assert_frame_equal(ml.open(found.path).table, found.table)
+
+
+@pytest.mark.slow
+def test_a_killed_process_leaves_a_run_that_goes_on(folder, tmp_path):
+    out = tmp_path / "run"
+    done = subprocess.run([sys.executable, "-c", KILLED, str(folder), str(out)], capture_output=True, check=False)
+    assert done.returncode == -9, done.stderr.decode()
+    before = {path: path.read_bytes() for path in out.rglob("meta.json")}
+    assert {path.parent.name for path in before} == {"impact", "speed"}
+    found = schemes.pareto(
+        folder,
+        DOCUMENTS,
+        schemes=["bfloat16", "hqq4-g16", "hqq2-g16"],
+        out=out,
+        speed=Speed(2, 16, 2),
+        settings=SETTINGS,
+    )
+    assert all(path.read_bytes() == content for path, content in before.items())
+    for quantity in ("ttft_s", "tpot_s"):
+        assert (found.of(quantity).estimate > 0).all()
+        assert len(found.of(quantity)) == 4
+    assert "time per output token" in ml.report(found, tmp_path / "report.html").read_text("utf-8")
+
+
+def test_every_scheme_has_every_number(resumed):
+    found, _ = resumed
+    for quantity in ("bytes", "expert_bits", "perplexity", "kl", "same_top", "overlap", "kl_from_routing"):
+        assert sorted(found.of(quantity).index) == sorted(found.schemes), quantity
+        assert found.of(quantity).estimate.notna().all(), quantity
+    assert (found.path / "pareto.png").read_bytes()[:4] == b"\x89PNG"
+    assert (found.path / "pareto.pdf").read_bytes()[:4] == b"%PDF"
+    assert found.of("bytes").estimate["float32"] == 2 * found.of("bytes").estimate["bfloat16"]
+    kl = found.of("kl").estimate
+    assert kl["float32"] == 0 < kl["bfloat16"] < kl["hqq4-g16"] < kl["hqq2-g16"]
+    impact = ml.open(found.path / "02-hqq4-g16" / "impact")
+    assert float(impact.quality().estimate.sel(measure="kl")) == pytest.approx(kl["hqq4-g16"])
+    assert "hqq4-g16" in repr(found)
+    assert "on the front" in found._repr_html_()
+
+
+def test_the_figure_and_the_report(resumed, tmp_path):
+    found, _ = resumed
+    ax = ml.show.pareto(found, x="expert_bits")
+    drawn = {line.get_label(): line.get_xydata()[0] for line in ax.lines if line.get_label() in found.schemes}
+    for scheme, (x, y) in drawn.items():
+        assert x == pytest.approx(found.of("expert_bits").estimate[scheme])
+        assert y == pytest.approx(found.of("kl").estimate[scheme])
+    assert len(drawn) == 4
+    page = ml.report(found, tmp_path / "report.html").read_text("utf-8")
+    for words in ("Schemes side by side", "hqq2-g16", "bits an expert weight"):
+        assert words in page
+
+
+def table(**points):
+    rows = [
+        {"scheme": scheme, "quantity": name, "estimate": value, "unit": "", "n": 5}
+        for scheme, values in points.items()
+        for name, value in zip(("bytes", "kl"), values, strict=True)
+    ]
+    return Pareto(pd.DataFrame(rows, columns=COLUMNS), {"model": {"name": "m"}, "documents": 2})
+
+
+def test_the_front_is_of_those_that_none_beats():
+    found = table(a=(10, 0.0), b=(5, 0.2), c=(4, 0.5), worse=(6, 0.3), equal=(5, 0.2), unknown=(1, np.nan))
+    assert found.front() == ["c", "b", "a"]
+
+
+def test_scores_are_added_by_scheme():
+    scores = pd.DataFrame(
+        [{"task": "mmlu", "metric": "acc", "score": 0.4, "ci_low": 0.3, "ci_high": 0.5, "n": 9, "protocol": "x"}]
+    )
+    found = table(a=(10, 0.0), b=(5, 0.2)).with_scores({"b": SimpleNamespace(scores=scores)})
+    assert found.of("mmlu acc").loc["b", "estimate"] == 0.4
+    assert found.overview()["mmlu acc"].to_dict() == {"a": "n/a", "b": "0.400 [0.300, 0.500]"}
+    with pytest.raises(BadInput, match="Scores of z were to be added. Measured are a, b"):
+        found.with_scores({"z": SimpleNamespace(scores=scores)})
+
+
+@pytest.mark.parametrize(
+    ("asked", "error", "message"),
+    [
+        ([], BadInput, "Given were none. Give one or several, each once"),
+        (["nf4", "nf4"], BadInput, "Given were nf4, nf4"),
+        (["nf5"], BadInput, "That is no scheme; did you mean nf4"),
+        (["fp8"], ModelError, "compute capability 8.9"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_anything_is_measured(folder, tmp_path, asked, error, message):
+    with pytest.raises(error, match=message):
+        ml.pareto(folder, DOCUMENTS, schemes=asked, out=tmp_path / "run", settings=SETTINGS)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_commands(folder, resumed, tmp_path, capsys):
+    corpus = tmp_path / "few.jsonl"
+    corpus.write_text("".join(json.dumps(document) + "\n" for document in DOCUMENTS[:3]), "utf-8")
+    reading = [str(folder), str(corpus), "--max-length", "24", "--overlong", "truncate", "--device-map", "cpu"]
+    command = ["pareto", *reading, "--out", str(tmp_path / "p"), "--schemes", "hqq3-g16", "--calls", "0", "--json"]
+    assert cli.main(command) == 0
+    assert json.loads(capsys.readouterr().out)["front"] == ["hqq3-g16", "float32"]
+    command = ["impact", *reading, "--out", str(tmp_path / "i"), "--quantization", "hqq3-g16", "--by", "domain"]
+    assert cli.main(command) == 0
+    assert "of it from other routing" in capsys.readouterr().out
+    for name in ("a", "b"):
+        assert cli.main(["record", *reading, "--out", str(tmp_path / name), "--signals", "logprob"]) == 0
+    capsys.readouterr()
+    assert cli.main(["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--json"]) == 0
+    rows = {row["what"]: row["estimate"] for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert rows["other experts in some layer"] == 0
+    assert rows["loss, second less first"] == 0
+    assert cli.main(["impact", *reading, "--out", str(tmp_path / "i")]) == 1
+    assert "No scheme was given" in capsys.readouterr().err
+
+
+def test_more_bits_of_one_method_are_never_worse_on_the_demo_model():
+    original = ml.load("demo", verbose=False)
+    documents = ml.demo_documents()[::6]
+    settings = ml.RecordSettings(progress=False, max_length=64, overlong="truncate")
+    found = [
+        ml.quantization_impact(
+            original, ml.load("demo", quantization=f"hqq{bits}-g32", verbose=False), documents, settings=settings
+        )
+        for bits in (4, 3, 2)
+    ]
+    kl, difference = (
+        [impact.quality().sel(measure=measure) for impact in found] for measure in ("kl", "loss_difference")
+    )
+    for better, worse in ((0, 1), (1, 2)):
+        assert float(kl[better].ci_high) < float(kl[worse].ci_low)
+        assert float(difference[better].ci_low) < float(difference[worse].ci_high)
+    errors = [float(impact.experts().weight_error.mean()) for impact in found]
+    assert errors == sorted(errors)
