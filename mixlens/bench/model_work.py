@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from mixlens.bench.roofline import Sizes, Weights
-from mixlens.models.layout import kind_of, moe_layers
+from mixlens.models.audit import audit
+from mixlens.models.layout import moe_layers
 from mixlens.traces.compiled import CompiledRecorder
 from mixlens.traces.store import PROMPT
 
@@ -55,33 +55,15 @@ class Work:
 
 
 def weights_of(model: Any, cached_bytes: int) -> Weights | None:
-    """Bytes of a model's weights as its tensors hold them; None where some are offloaded.
+    """Bytes of a model's weights as the audit counts them; None where some are offloaded.
 
     The experts of a layer are taken to be equally large.
     """
     if any(parameter.is_meta for parameter in model.parameters()):
         return None
-    layers = moe_layers(model)
-    dense = sum(
-        held_bytes(tensor)
-        for name, module in model.named_modules()
-        if kind_of(name) not in ("experts", "embeddings")
-        for tensor in _own_tensors(module)
-    )
-    experts = [sum(held_bytes(t) for m in layer.experts.modules() for t in _own_tensors(m)) for layer in layers]
-    n = Sizes.of(model.config.to_dict()).experts
-    return Weights(dense, np.repeat(np.array(experts)[:, None] // n, n, axis=1), cached_bytes)
-
-
-def held_bytes(tensor: Any) -> int:
-    """Bytes that a tensor holds: of all that it is made of, where it is quantized."""
-    if hasattr(tensor, "__tensor_flatten__"):
-        return sum(held_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
-    state = getattr(tensor, "quant_state", None)
-    scales = [] if state is None else [v for v in state.as_dict(packed=True).values() if isinstance(v, torch.Tensor)]
-    return tensor.nbytes + sum(map(held_bytes, scales))
-
-
-def _own_tensors(module: torch.nn.Module) -> Iterator[torch.Tensor]:
-    yield from module.parameters(recurse=False)
-    yield from module.buffers(recurse=False)
+    sizes = Sizes.of(model.config.to_dict())
+    held = audit(model).table.groupby("kind")["bytes"].sum().to_dict()
+    left_out = {"experts"} if not sizes.embedding else {"experts", "embeddings"}  # a head of its own, or the table
+    dense = sum(size for kind, size in held.items() if kind not in left_out)
+    experts = np.array([audit(layer.experts).table["bytes"].sum() for layer in moe_layers(model)])
+    return Weights(int(dense), np.repeat(experts[:, None] // sizes.experts, sizes.experts, axis=1), cached_bytes)
