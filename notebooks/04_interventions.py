@@ -54,7 +54,8 @@ pd.DataFrame(
 #
 # Each expert of each layer in turn is never chosen; the number is the change in loss on the same tokens. Hidden states
 # below the edited layer are kept, so that the map costs a fraction of one forward for every expert. Dots mark changes
-# whose 95 % interval, from a bootstrap over documents, excludes zero.
+# whose 95 % interval, from a bootstrap over documents, excludes zero. A few experts cost far more than the rest, so
+# colours are linear near zero and logarithmic beyond, as the figure says.
 
 # %%
 measured = ml.measure_importance(model, documents, settings=settings)
@@ -126,7 +127,37 @@ ml.show.importance_against_share(importance.sel(domain="mathematics"))
 # The model was trained with two. The same documents with each token choosing one to eight:
 
 # %%
-ml.show.topk_curve(ml.topk_sweep(model, documents, settings=settings))
+sweep = ml.stats.topk_sweep(ml.measure_topk(model, documents, settings=settings))
+ml.show.topk_curve(sweep)
+
+# %% [markdown]
+# The weights of those chosen are renormalised for every k; how much of the weight stays with the strongest:
+
+# %%
+ml.show.topk_routing(sweep)
+
+# %% [markdown]
+# ## What experts contribute
+#
+# Importance asks what the model does without an expert. Direct logit attribution asks what a chosen expert itself adds
+# to the logit of the token that came next, through the last norm and the unembedding, without what later layers make
+# of it. Means over the tokens that chose the expert, and then the same along one text.
+
+# %%
+contributions = ml.expert_contributions(model, documents, settings=settings)
+contribution = ml.stats.expert_contribution(contributions)
+ml.show.contribution(contribution)
+
+# %%
+ml.show.contributions(contributions, sequence=0, positions=(0, 48))
+
+# %% [markdown]
+# Do the two agree? Rank correlation over all experts between what an expert adds and what its absence costs:
+
+# %%
+whole = ml.stats.expert_importance(measured)
+pairs = pd.DataFrame({"added": contribution.estimate.values.ravel(), "cost": whole.estimate.values.ravel()}).dropna()
+round(float(pairs["added"].corr(pairs["cost"], method="spearman")), 2)
 
 # %% [markdown]
 # ## Patching
