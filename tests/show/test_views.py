@@ -68,8 +68,8 @@ def log_of(n: int, text: str = "Which?") -> Log:
         "primary": "acc",
         "data": {},
     }
-    meta = {"model": {"name": "sample"}, "tasks": {"quiz": about}, "created": "today", "versions": {}, "settings": {}}
-    return Log(records, meta)
+    meta = {"model": {"name": "sample"}, "tasks": {"quiz": about}}
+    return Log(records, meta | {"created": "today", "versions": {}, "settings": {}})
 
 
 def test_share_by_domain_layer_and_expert(share):

@@ -1,0 +1,38 @@
+"""Every example of the documentation runs as it stands, page by page, and every link leads somewhere."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import matplotlib as mpl
+import pytest
+
+from mixlens.show import view
+
+DOCS = Path(__file__).parent.parent / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name != "README.md"], ids=lambda p: p.stem)
+def test_its_examples_run_from_top_to_bottom(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    mpl.use("agg")
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
+    assert blocks
+    exec(compile("\n".join(blocks), page.name, "exec"), {})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_its_links_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text("utf-8")):
+        assert (page.parent / target).exists(), target
+
+
+def test_every_page_is_in_the_index_and_every_view_is_named():
+    index = (DOCS / "README.md").read_text("utf-8")
+    for page in PAGES:
+        assert page.name == "README.md" or f"({page.name})" in index
+    named = set(re.findall(r"`(\w+)`", (DOCS / "view.md").read_text("utf-8")))
+    assert set(view.__all__) - {"View"} <= named
