@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from mixlens.comparing import same_tokenizer
-from mixlens.errors import BadInput
+from mixlens.errors import BadInput, ModelError
 from mixlens.measuring import Corpus, lengths_of, measure_documents, sum_documents
 from mixlens.models.layout import describe, expert_weights, moe_layers, n_experts
 from mixlens.stats.impact import CONDITIONS, KIND, MATRICES, Impact
@@ -54,7 +54,7 @@ def quantization_impact(
     tokenizer         None for the one that belongs to model_a
 
     Raises BadInput for models of different shapes or tokenizers and for documents that cannot be read as asked,
-    RunError when `out` holds something else or cannot be written, ModelError where expert weights are offloaded.
+    RunError when `out` holds something else or cannot be written.
     """
     _same_shape(model_a, model_b)
     if tokenizer is None:
@@ -208,10 +208,14 @@ class _Pair:
                 np.add.at(sums["chosen"][:, layer.index], (sequence, expert), 1)
 
     def _weight_errors(self) -> np.ndarray:
-        """[1, layer, expert, matrix]: ||W_b - W_a|| / ||W_a||."""
-        found = np.empty((1, len(self.layers), self.n_experts, len(MATRICES)))
+        """[1, layer, expert, matrix]: ||W_b - W_a|| / ||W_a||; NaN in layers whose weights are offloaded."""
+        found = np.full((1, len(self.layers), self.n_experts, len(MATRICES)), np.nan)
         for row, (layer, other) in enumerate(self.layers):
-            for column, (a, b) in enumerate(zip(expert_weights(layer), expert_weights(other), strict=True)):
+            try:
+                pairs = list(zip(expert_weights(layer), expert_weights(other), strict=True))
+            except ModelError:
+                continue
+            for column, (a, b) in enumerate(pairs):
                 for expert in range(self.n_experts):
                     before, after = a[expert].float(), b[expert].to(a.device).float()
                     found[0, row, expert, column] = float((after - before).norm() / before.norm())

@@ -14,7 +14,7 @@ from tiny import Letters, tiny_mixtral
 from torch.nn import functional as F
 
 import mixlens as ml
-from mixlens.errors import BadInput, RunError
+from mixlens.errors import BadInput, ModelError, RunError
 from mixlens.stats import Bootstrap
 
 SETTINGS = ml.RecordSettings(progress=False, shard_tokens=150, batch_tokens=128)
@@ -208,6 +208,18 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(models, impact, tmp_path, mon
     for found in (went_on, ml.open(out)):
         assert found.sums.equals(impact.sums)
     shutil.rmtree(out)
+
+
+def test_offloaded_weights_have_no_weight_error_and_all_else(models, impact, monkeypatch):
+    from mixlens import impact as module
+
+    def offloaded(layer):
+        raise ModelError("offloaded")
+
+    monkeypatch.setattr(module, "expert_weights", offloaded)
+    found = ml.quantization_impact(*models, DOCUMENTS, tokenizer=Letters(), settings=SETTINGS)
+    assert np.isnan(found.sums.weight_error).all()
+    assert found.sums.drop_vars("weight_error").equals(impact.sums.drop_vars("weight_error"))
 
 
 def test_models_of_different_shapes_are_refused(models):

@@ -138,7 +138,7 @@ class Impact:
         weight_error  ||W_b - W_a|| / ||W_a|| (Frobenius) of each matrix, as the model computes with it
 
         Returns  Dataset  estimate, ci_low, ci_high, n (tokens that chose it) [*by, layer, expert]; NaN where none did;
-                          weight_error [layer, expert, matrix]
+                          weight_error [layer, expert, matrix], NaN where weights were offloaded
         Raises   BadInput for an unknown column in `by`
         """
 
