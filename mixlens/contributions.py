@@ -106,9 +106,7 @@ def expert_contributions(
     def measure(shard: Shard) -> dict[str, np.ndarray]:
         return _contributions(model, shard, signals, corpus.batch_tokens)
 
-    measured = measure_documents(
-        model, corpus, stats.KIND, measure=measure, about={"norm": "last, held"}, out=out, vocabulary=True
-    )
+    measured = measure_documents(model, corpus, stats.KIND, measure=measure, about={}, out=out, vocabulary=True)
     return stats.contributions_dataset(measured)
 
 

@@ -12,7 +12,12 @@ from mixlens.arguments import numbers, read, reading_arguments, table
 def add_commands(add: Callable[[str, Callable[..., Any], str], argparse.ArgumentParser]) -> None:
     """Declare all three; `add` makes the parser of a command from its name, what runs it, and what it does."""
     importance = add("importance", _importance, "measure the loss without each expert of each layer")
-    importance.add_argument("--how", choices=("reroute", "zero"), default="reroute", help="default: %(default)s")
+    importance.add_argument(
+        "--how",
+        choices=("reroute", "zero", "mean"),
+        default="reroute",
+        help="never chosen, output zero, or output its mean over the same documents (default: %(default)s)",
+    )
     importance.add_argument("--layers", metavar="L,L,...", help="only these layers")
 
     contributions = add(
@@ -35,11 +40,14 @@ def add_commands(add: Callable[[str, Callable[..., Any], str], argparse.Argument
 
 
 def _importance(arguments: argparse.Namespace) -> Any:
+    from mixlens.contributions import expert_outputs
     from mixlens.importance import SETTINGS, Ablation, measure_importance
     from mixlens.stats import expert_importance
 
     documents, model, settings = read(arguments, SETTINGS)
-    ablation = Ablation(how=arguments.how, layers=numbers(arguments.layers, "Layers") if arguments.layers else None)
+    means = expert_outputs(model, documents, settings=settings)["mean"] if arguments.how == "mean" else None
+    layers = numbers(arguments.layers, "Layers") if arguments.layers else None
+    ablation = Ablation(how=arguments.how, means=means, layers=layers)
     measured = measure_importance(model, documents, out=arguments.out, ablation=ablation, settings=settings)
     return table(expert_importance(measured, by=arguments.by), arguments, also=["share"])
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -99,6 +101,21 @@ def test_info_on_an_importance_run(run, capsys):
     said = json.loads(capsys.readouterr().out)
     assert said["kind"] == "importance"
     assert said["verified"] is True
+
+
+def test_means_are_those_of_the_same_documents(corpus, tmp_path, capsys):
+    command = ["importance", "demo", str(corpus), "--device-map", "cpu", "--layers", "7", "--how", "mean", "--json"]
+    assert cli.main([*command, "--out", str(tmp_path / "mean")]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    documents = [json.loads(line) for line in corpus.read_text("utf-8").splitlines()]
+    model, quiet = ml.load("demo", device_map="cpu", verbose=False), ml.RecordSettings(progress=False)
+    means = ml.expert_outputs(model, documents, settings=quiet)["mean"]
+    expert = max(rows, key=lambda row: row["share"])["expert"]
+    loss = []
+    for edits in ([], [ml.edits.ablate(7, expert, how="mean", mean=means)]):
+        with ml.edit(model, *edits) if edits else contextlib.nullcontext():
+            loss.append(-np.nanmean(ml.record(model, documents, settings=quiet).read("logprob")))
+    assert rows[expert]["estimate"] == pytest.approx(loss[1] - loss[0], abs=1e-4)
 
 
 def test_one_layer_too_many_is_said(corpus, tmp_path, capsys):
