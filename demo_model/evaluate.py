@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Mix
 import mixlens as ml
 from demo_model.data import DOMAINS, read_documents
 
-PROMPT_CHARACTERS, NEW_TOKENS, ABLATION_DOCUMENTS = 60, 120, 6
+PROMPT_CHARACTERS, NEW_TOKENS, ABLATION_DOCUMENTS = 200, 120, 6
 POSITION_EDGES = (0, 64, 128, 256, 512, 1024, 1536, 2048, 2560, 3072, 3584, 4096)
 
 
@@ -152,7 +152,7 @@ def ablation(
 
 @torch.no_grad()
 def write(model: MixtralForCausalLM, tokenizer: PreTrainedTokenizerBase, text: str, temperature: float = 0.8) -> str:
-    """Go on from the first words of `text`."""
+    """The first words of `text`, an arrow, and how the model goes on."""
     start = text[:PROMPT_CHARACTERS].rsplit(" ", 1)[0]
     torch.manual_seed(0)
     ids = model.generate(
@@ -164,7 +164,7 @@ def write(model: MixtralForCausalLM, tokenizer: PreTrainedTokenizerBase, text: s
         pad_token_id=tokenizer.eos_token_id,
         eos_token_id=tokenizer.bos_token_id,  # where the next document would begin
     )
-    return tokenizer.decode(ids[0], skip_special_tokens=True)
+    return f"{start} ⟶{tokenizer.decode(ids[0], skip_special_tokens=True)[len(start) :]}"
 
 
 def main() -> None:
