@@ -232,23 +232,15 @@ def quality_cost_speed(
         colour = expert_colours(1)[0]
         faces = [colour if on else "white" for on in known["frontier"]]
         ax.vlines(known["usd_per_mtok"], known["score_low"], known["score_high"], color=MUTED, lw=0.8, zorder=1)
-        ax.scatter(
-            known["usd_per_mtok"], known["score"], s=area, c=faces, edgecolors=colour, lw=1, zorder=2
-        )
+        ax.scatter(known["usd_per_mtok"], known["score"], s=area, c=faces, edgecolors=colour, lw=1, zorder=2)
         for row in known.itertuples():
             text = printable(f"{row.name}\n{row.tokens_per_s:,.0f} tok/s")
-            ax.annotate(
-                text,
-                (row.usd_per_mtok, row.score),
-                xytext=(9, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=relative_size(0.8),
-            )
+            below = {"xytext": (0, -9), "textcoords": "offset points", "ha": "center", "va": "top"}
+            ax.annotate(text, (row.usd_per_mtok, row.score), fontsize=relative_size(0.8), **below)
         if known["usd_per_mtok"].min() > 0 and known["usd_per_mtok"].max() > 4 * known["usd_per_mtok"].min():
             ax.set_xscale("log")
             ax.xaxis.set_major_formatter("{x:g}")
-        ax.margins(x=0.3, y=0.2)
+        ax.margins(x=0.4, y=0.2)
         ax.set_xlabel("dollars per million tokens")
         ax.set_ylabel(printable(score))
         left_out = f"; {len(frame) - len(known)} without all three numbers left out" if len(frame) > len(known) else ""
