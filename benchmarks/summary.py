@@ -14,7 +14,13 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:
-    tables = {"recording": recording, "memory": memory, "computing": computing, "importing": importing}
+    tables = {
+        "recording": recording,
+        "memory": memory,
+        "computing": computing,
+        "importing": importing,
+        "generating": generating,
+    }
     for path in sorted(RESULTS.glob("*.json")):
         result = json.loads(path.read_text("utf-8"))
         if result.get("benchmark") in tables:
@@ -71,6 +77,19 @@ def importing(result: dict[str, Any]) -> Iterator[str]:
     yield "| median, s | fastest | slowest | processes | imports torch |\n|---|---|---|---|---|"
     torch = "yes" if r["imports_torch"] else "no"
     yield f"| {r['median_s']} | {r['fastest_s']} | {r['slowest_s']} | {r['processes']} | {torch} |"
+
+
+def generating(result: dict[str, Any]) -> Iterator[str]:
+    found = {(row["level"], row["phase"], row["metric"]): row for row in result["roofline"]}
+    yield f"{result['settings']['parameters'] / 1e6:,.0f}M parameters. {result['remarks'][2]}\n"
+    yield "| load | phase | tok/s | 95 % interval | roof, tok/s | MBU, % | MFU, % | calls |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for level, phase in dict.fromkeys((level, phase) for level, phase, _ in found):
+        speed, roof, mbu, mfu = (
+            found[level, phase, name] for name in ("tokens_per_s", "roof_tokens_per_s", "mbu_frac", "mfu_frac")
+        )
+        rate = f"{speed['estimate']:.2f} | {speed['ci_low']:.2f} to {speed['ci_high']:.2f} | {roof['estimate']:.1f}"
+        yield f"| {level} | {phase} | {rate} | {100 * mbu['estimate']:.1f} | {100 * mfu['estimate']:.1f} | {speed['n']} |"
 
 
 if __name__ == "__main__":
