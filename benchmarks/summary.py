@@ -89,7 +89,8 @@ def generating(result: dict[str, Any]) -> Iterator[str]:
             found[level, phase, name] for name in ("tokens_per_s", "roof_tokens_per_s", "mbu_frac", "mfu_frac")
         )
         rate = f"{speed['estimate']:.2f} | {speed['ci_low']:.2f} to {speed['ci_high']:.2f} | {roof['estimate']:.1f}"
-        yield f"| {level} | {phase} | {rate} | {100 * mbu['estimate']:.1f} | {100 * mfu['estimate']:.1f} | {speed['n']} |"
+        shares = f"{100 * mbu['estimate']:.1f} | {100 * mfu['estimate']:.1f}"
+        yield f"| {level} | {phase} | {rate} | {shares} | {speed['n']} |"
 
 
 if __name__ == "__main__":
