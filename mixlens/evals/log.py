@@ -42,6 +42,7 @@ class Log:
     routing  a Trace of every row that the model read (see mixlens.evals.routing); None where it was not recorded
     """
 
+    kind = "eval"
     routing: Trace | None = None
 
     def __init__(self, records: Sequence[dict[str, Any]], meta: dict[str, Any], *, path: Path | None = None) -> None:

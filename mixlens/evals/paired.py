@@ -106,7 +106,7 @@ class LogComparison:
         if binary and not row["only_a"] + row["only_b"]:
             return f"{scores}. Every sample is right in both or wrong in both; the data cannot tell them apart."
         chance = _chance(row["p_value"]) if binary else ""
-        apart = row["p_value"] < _LEVEL if binary else not row["ci_low"] <= 0 <= row["ci_high"]
+        apart = told_apart(row)
         interval = f"{row['difference']:+.3f} [{row['ci_low']:+.3f}, {row['ci_high']:+.3f}]"
         details = "; ".join(filter(None, (counts, chance)))
         details = f" ({details})" if details else ""
@@ -123,6 +123,13 @@ class LogComparison:
         notes = "".join(f"<div>{html.escape(remark)}</div>" for remark in self.remarks())
         shown = self.table.to_html(border=0, index=False, float_format="{:.4f}".format, na_rep="n/a")
         return f"<div class='mixlens-comparison'><ul>{said}</ul>{shown}{notes}</div>"
+
+
+def told_apart(row: Mapping[Any, Any]) -> bool:
+    """Whether a row of the table shows a difference: by McNemar's test, else by an interval that leaves out 0."""
+    if row["p_value"] == row["p_value"]:
+        return bool(row["p_value"] < _LEVEL)
+    return bool(row["ci_low"] > 0 or row["ci_high"] < 0)
 
 
 def mcnemar(only_a: int, only_b: int) -> float:

@@ -14,6 +14,7 @@ from mixlens.show.maps import importance, importance_against_share, importance_b
 from mixlens.show.matrices import coactivation, facet, share_heatmap, specialization, transitions
 from mixlens.show.passage import text
 from mixlens.show.roofline import roofline
+from mixlens.show.score_figures import paired_differences, score_table, scores
 from mixlens.show.speed import latency_cdf, latency_cdfs, quality_cost_speed, throughput_latency_curve, token_timeline
 
 __all__ = [
@@ -35,11 +36,14 @@ __all__ = [
     "information",
     "latency_cdf",
     "latency_cdfs",
+    "paired_differences",
     "pareto",
     "quality_cost_speed",
     "quality_split",
     "repetition",
     "roofline",
+    "score_table",
+    "scores",
     "share_heatmap",
     "specialization",
     "tables",

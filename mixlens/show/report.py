@@ -19,6 +19,7 @@ from mixlens.show.comparison_sections import comparison_sections, impact_section
 from mixlens.show.contribution_sections import contribution_sections, topk_sections
 from mixlens.show.html import escape, page, paragraphs
 from mixlens.show.importance_sections import importance_sections
+from mixlens.show.score_sections import score_comparison_sections, score_sections
 from mixlens.show.speed_sections import speed_sections
 from mixlens.traces.trace import Trace
 
@@ -37,6 +38,8 @@ _KINDS: Mapping[str, Callable[[Any, str], Mapping[str, str]]] = {
     "contributions": contribution_sections,
     "topk": topk_sections,
     "bench": speed_sections,
+    "eval": score_sections,
+    "eval comparison": score_comparison_sections,
     "comparison": comparison_sections,
     "impact": impact_sections,
     "pareto": pareto_sections,

@@ -127,14 +127,14 @@ def to_markdown(data: xr.Dataset) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in escaped) + f"\n\n{unit_note(data)}\n"
 
 
-_LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}"}
-_LATEX |= {"^": r"\textasciicircum{}", "–": "--"}
+LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}"}
+LATEX |= {"^": r"\textasciicircum{}", "–": "--"}
 
 
 def to_latex(data: xr.Dataset) -> str:
     """The wide table as a LaTeX tabular with booktabs rules."""
     header, rows = _texts(data)
-    lines = [r" & ".join("".join(_LATEX.get(c, c) for c in cell) for cell in line) + r" \\" for line in (header, *rows)]
+    lines = [r" & ".join("".join(LATEX.get(c, c) for c in cell) for cell in line) + r" \\" for line in (header, *rows)]
     columns = "l" + "r" * (len(header) - 1)
     return "\n".join(
         [
