@@ -24,6 +24,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import mixlens as ml
 from mixlens.bench.curves import Candidate
+from mixlens.bench.prices import cost
 
 THINKS_S, CHUNK_S, PLACES = 0.060, 0.008, 3
 
@@ -166,8 +167,6 @@ columns = ["provider", "kind", "output_tokens_per_s", "ttft_s", "input_usd_per_m
 table[[*columns, "context_tokens", "quantization", "n", "as_of", "contradicted"]].round(3)
 
 # %%
-from mixlens.bench.prices import cost  # noqa: E402
-
 costs = cost(1000, 500, requests=100_000, months=3, growth=0.1, model=endpoint.model)
 costs.pivot_table(index=["provider", "usd_per_request"], columns="month", values="usd").round(2)
 
