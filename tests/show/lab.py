@@ -81,7 +81,11 @@ class Lab:
 
     def stop(self) -> None:
         self.process.terminate()
-        self.process.wait(120)
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:  # it waits for a kernel that is still starting
+            self.process.kill()
+            self.process.wait()
         self.log.close()
 
     def wait(self, page) -> None:

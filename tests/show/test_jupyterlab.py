@@ -333,9 +333,9 @@ def test_a_widget_tells_python_what_is_chosen_and_is_told(lab, seen):
     open_notebook(lab, page, book.name)
     run_all(page)
     page.wait_for_selector(".mixlens[data-ready='1']")
-    page.get_by_text("nothing yet").wait_for()
+    page.locator(".widget-label", has_text="nothing yet").wait_for()
     page.locator(".mixlens input[type=range]").press("ArrowRight")
-    page.get_by_text("layer is 1").wait_for()
+    page.locator(".widget-label", has_text="layer is 1").wait_for()
     page.get_by_role("button", name="ask for 3").click()
     page.wait_for_function(
         "document.querySelector('.mixlens').shadowRoot.querySelector('.slider output').textContent === '3'"

@@ -1,6 +1,6 @@
 // Dots with intervals, distribution curves, and points with a frontier; drawn in SVG, read by hover and by keys.
 
-const PLOT = { width: 640, left: 64, right: 16, top: 8, bottom: 34 };
+const PLOT = { width: 640, left: 64, right: 16, top: 20, bottom: 34 };
 
 /** Round numbers from `low` to `high`, about `count` of them. */
 function ticksOf(low, high, count = 5) {
@@ -38,7 +38,7 @@ function axesOf(svg, x, y, height, names, { shareX = false } = {}) {
       drawn("text", { class: "tick", x: PLOT.left - 5, y: y(value) + 3, "text-anchor": "end", text: tickText(value) }));
   }
   svg.append(drawn("text", { class: "tick", x: PLOT.width - PLOT.right, y: height - 5, "text-anchor": "end", text: names[0] }));
-  if (names[1]) svg.append(drawn("text", { class: "tick", x: 2, y: PLOT.top + 8, text: names[1] }));
+  if (names[1]) svg.append(drawn("text", { class: "tick", x: 2, y: 10, text: names[1] }));
 }
 
 const canvasOf = (height, label) =>
@@ -133,12 +133,13 @@ VIEWS.ecdf = function ecdf(frame, data) {
     const y = scaleOf([0, 1], [height - PLOT.bottom, PLOT.top]);
     axesOf(svg, x, y, height, [`${data.metrics[state.metric].name} [s]`, "share of requests"]);
     state.curve = Math.min(state.curve, curves.length - 1);
+    const keyX = PLOT.width - 190, keyY = height - PLOT.bottom - 6 - 14 * curves.length; // below curves that rise to the right
     curves.forEach((curve, i) => {
       let path = "";
       curve.values.forEach((value, k) => { path += `${k ? "H" : `M${x(value)},${y(0)}`}${k ? x(value) : ""}V${y((k + 1) / curve.values.length)}`; });
       svg.append(drawn("path", { class: `curve e${i}${i === state.curve ? " chosen" : ""}`, d: path }),
-        drawn("text", { class: "tick", x: PLOT.left + 8, y: PLOT.top + 24 + 14 * i, text: `— ${curve.label} (n = ${curve.values.length})`, style: `fill:var(--text)` }),
-        drawn("rect", { class: `key e${i}`, x: PLOT.left + 6, y: PLOT.top + 16 + 14 * i, width: 12, height: 8 }));
+        drawn("text", { class: "tick", x: keyX + 16, y: keyY + 8 + 14 * i, text: `${curve.label} (n = ${curve.values.length})` }),
+        drawn("rect", { class: `key e${i}`, x: keyX, y: keyY + 14 * i, width: 12, height: 8 }));
     });
     const { values, label } = curves[state.curve];
     if (!values.length) return readout.replaceChildren(`${label}: no request succeeded.`);

@@ -113,7 +113,7 @@ def _view(
     centre = 1.0 if ratio else _centre(data)
     header = {
         "title": wording.title(data),
-        "note": f"{wording.sample(data)}; {wording.level(data)} over documents; {_middle(data)}; bold: apart.",
+        "note": _note(data),
         "unit": data.attrs["unit"],
         "of": "expected" if ratio else wording.denominator(data),
         "also": also(data),
@@ -153,9 +153,10 @@ def _limit(data: xr.Dataset, centre: float, ratio: bool) -> float:
     return float(max(np.quantile(far, 0.995) if far.size else 0.0, least, 1e-9))
 
 
-def _middle(data: xr.Dataset) -> str:
-    told = "chance" if data.attrs["unit"] == "ratio" else wording.uniform_text(data)
-    return f"middle of the scale: {told}"
+def _note(data: xr.Dataset) -> str:
+    middle = "chance" if data.attrs["unit"] == "ratio" else wording.uniform_text(data)
+    about = [wording.sample(data), f"{wording.level(data)} over documents", f"middle of the scale: {middle}"]
+    return f"{'; '.join(about)}; bold: the interval excludes it."
 
 
 def also(data: xr.Dataset) -> list[Any] | None:
