@@ -1,0 +1,97 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Benchmark scores that can be compared
+#
+# A score without its protocol is no number. Here a model is evaluated by protocol, its score gets an interval and every
+# sample behind it, and two runs are compared sample by sample. Everything runs offline on the small trained Mixtral
+# that comes with mixlens, and on a benchmark of six small tasks that it can pass.
+
+# %%
+import pandas as pd
+
+import mixlens as ml
+from mixlens.evals.protocols import suites
+from mixlens.evals.references import beside, references
+from mixlens.evals.routing import sample_share
+
+model = ml.load("demo", verbose=False)
+settings = ml.EvalSettings(progress=False, routing=True)
+
+# %% [markdown]
+# ## Why the protocol matters
+#
+# Two published scores of ARC-Challenge for the same weights. Sources stand beside every figure, and where they
+# disagree both are shown.
+
+# %%
+references("mistralai/Mixtral-8x7B-v0.1", benchmark="arc_challenge")[["protocol", "score", "n", "source", "status"]]
+
+# %% [markdown]
+# A suite maps each benchmark to one protocol, and one protocol is one task file.
+
+# %%
+pd.Series(suites()["mixtral-paper"], name="protocol in mixtral-paper").to_frame()
+
+# %% [markdown]
+# ## Evaluate
+#
+# Before the model is asked, a preflight checks that prompts begin with one BOS and fit, that decoding gives back what
+# was encoded, and that the graders pass gold answers. With `out=` a stopped evaluation goes on where it stopped; the
+# folder opens again with `ml.open`, and holds lm-eval's own JSON beside the samples.
+
+# %%
+log = ml.evaluate(model, "demo", settings=settings, out="runs/demo-scores")
+log.scores[["task", "average", "score", "ci_low", "ci_high", "n", "interval"]].round(3)
+
+# %%
+ml.show.scores(log, subjects=True)
+
+# %% [markdown]
+# Each sample is a row: prompt, answer, log-probabilities of the choices, and whether it was right.
+
+# %%
+log.samples[["task", "sample_id", "prompt", "target", "response", "correct"]].groupby("task").head(1)
+
+# %% [markdown]
+# ## Beside published scores
+#
+# A published score is comparable only where protocol, metric and number of questions are the same. For this benchmark
+# nobody has published any, and the table says so.
+
+# %%
+beside(log, model="mistralai/Mixtral-8x7B-v0.1")[["benchmark", "protocol", "score", "comparable", "why_not"]].round(1)
+
+# %% [markdown]
+# ## Is the difference noise?
+#
+# The same questions with one expert less for every token. The two runs are joined by sample: what flipped, the exact
+# McNemar test, and a paired interval of the difference. One sentence says whether the data can tell the two apart.
+
+# %%
+with ml.edit(model, ml.edits.top_k(1)):
+    ablated = ml.evaluate(model, "demo", settings=settings)
+compared = ml.compare(log, ablated)
+compared
+
+# %%
+ml.show.paired_differences(compared)
+
+# %%
+compared.flips[["task", "sample_id", "change", "prompt", "target"]].head(6)
+
+# %% [markdown]
+# ## Which experts the questions use
+#
+# Recorded while the model answered, and joined by sample. Shots that samples share would be counted once, apart.
+
+# %%
+ml.show.expert_share(sample_share(log, by="group").isel(layer=[-1]))
