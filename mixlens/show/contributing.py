@@ -86,7 +86,7 @@ def topk_curve(data: xr.Dataset, ax: Axes | None = None) -> Axes:
     data    from topk_sweep  [*by, k]
     """
     series = list(wording.groups(data, "k"))
-    with drawing(ax, COLUMN, 2.4 if len(series) < 5 else 3.2) as ax:
+    with drawing(ax, COLUMN, 2.4 if len(series) == 1 else 2.7 if len(series) < 5 else 3.3) as ax:
         colours, step = expert_colours(len(series)), 0.4 / max(len(series), 8)
         for i, (name, part) in enumerate(series):
             at = part["k"].to_numpy() + (i - (len(series) - 1) / 2) * step
@@ -98,7 +98,7 @@ def topk_curve(data: xr.Dataset, ax: Axes | None = None) -> Axes:
         ax.set_xlabel("experts a token chooses, k")
         ax.set_ylabel("loss, nats a token")
         if len(series) > 1:
-            ax.legend(ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.22))
+            ax.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.45, -0.22), fontsize=6, columnspacing=1)
         note = f"{wording.sample(data)}; whiskers: {wording.level(data)} over documents; dashed: the model's own k"
         heading(ax, "Loss by number of experts", note)
     return ax
