@@ -52,9 +52,12 @@ def passed(references: Sequence[Any], predictions: Sequence[Any], **_: Any) -> f
 
 
 def code_in(answer: str) -> str:
-    """The first fenced block of an answer, which may lack its end; the whole answer where there is no fence."""
+    """The code in an answer: all up to a fence where it begins as a function's body does, indented; else the first
+    fenced block, which may lack its end; else all of it."""
+    if answer.lstrip("\r\n")[:1] in (" ", "\t"):
+        return answer.split("```")[0]
     found = _FENCE.search(answer)
-    return found.group(1) if found else answer.split("\n```")[0]
+    return found.group(1) if found else answer
 
 
 def _checked(code: str, document: Mapping[str, Any]) -> str:
