@@ -115,8 +115,8 @@ print(
 )
 
 # %% [markdown]
-# Use and importance need not go together. A point far to the right and near zero is an expert that mathematics uses much
-# and can spare, for its work is taken over by the next best.
+# Use and importance need not go together. A point far to the right and near zero is an expert that mathematics uses
+# much and can spare, for its work is taken over by the next best.
 
 # %%
 ml.show.importance_against_share(importance.sel(domain="mathematics"))
