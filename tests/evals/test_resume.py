@@ -11,10 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from evals_parts import mixtral_tokenizer, small_mixtral, write_math
 
 import mixlens as ml
 from mixlens.evals.answers import PARTIAL
+from mixlens.evals.generating import SeededNoise
 from mixlens.evals.model import LocalLM
 from mixlens.evals.references import beside, references
 from mixlens.evals.runner import EvalSettings
@@ -83,13 +85,22 @@ def test_choices_are_scored_alike_with_and_without_shared_shots(demo, shared):
         assert ours["logprobs"] == pytest.approx(theirs["logprobs"], abs=1e-4)
 
 
-def test_sampled_answers_do_not_depend_on_the_batch(demo, shared):
+def test_generated_answers_do_not_depend_on_the_batch(demo, shared):
     def answers(batch_size: int, **more) -> list[list[str]]:
         settings = EvalSettings(progress=False, batch_size=batch_size, **more)
         log = ml.evaluate(demo, "mmlu_5shot_generative::virology", data=shared / "data", limit=3, settings=settings)
         return [record["responses"] for record in log.records]
 
     assert answers(1) == answers(3)
+
+
+def test_sampled_tokens_follow_the_softmax_whatever_rows_share_a_batch():
+    logits = torch.tensor([[2.0, 0.0, 1.0]])
+    together = SeededNoise(range(4000))(None, logits.expand(4000, 3)).argmax(-1)
+    alone = [int(SeededNoise([seed])(None, logits).argmax()) for seed in range(20)]
+    assert together[:20].tolist() == alone
+    shares = torch.bincount(together, minlength=3) / 4000
+    assert torch.allclose(shares, logits.softmax(-1)[0], atol=0.03)
 
 
 def test_a_prompt_that_does_not_fit_is_refused(demo, shared):
