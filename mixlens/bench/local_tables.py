@@ -90,6 +90,8 @@ def remarks(meta: Mapping[str, Any]) -> list[str]:
     model, local, machine = meta["model"], meta["local"], machine_of(meta)
     cache = "static cache" if local["static_cache"] or local["compiled"] else "growing cache"
     experts = "" if local["experts"] else f", experts by {model['experts_implementation']}"
+    label = model.get("audit", {}).get("label", model["dtype"])
+    held = "" if label == model["dtype"] else f" (weights: {label})"
     rates = (machine.bandwidth_bytes_per_s, 1e9, "GB/s"), (machine.matmul_flops_per_s, 1e9, "GFLOP/s")
     said = "; ".join(
         f"{rate.estimate / unit:,.1f} {name} [{rate.ci_low / unit:,.1f}, {rate.ci_high / unit:,.1f}], {rate.how}, "
@@ -99,7 +101,7 @@ def remarks(meta: Mapping[str, Any]) -> list[str]:
     decode = "decode compiled" if local["compiled"] else "decode not compiled"
     recorded = "was recorded in every call" if local["recording"] else "was not recorded: no bytes are known"
     return [
-        f"{model['name']} in {model['dtype']}{experts}, on {machine.name}, {meta['created']}.",
+        f"{model['name']} in {model['dtype']}{held}{experts}, on {machine.name}, {meta['created']}.",
         f"{cache[0].upper()}{cache[1:]}, {decode}; prompts: {local['prompts']}.",
         f"Measured of the device: {said}. MBU and MFU are shares of these.",
         f"Routing {recorded}.",

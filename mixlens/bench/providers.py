@@ -155,11 +155,9 @@ def provider_table(
 
 def _measured(name: str, bench: Bench, probe: Probe | None) -> dict[str, Any]:
     levels = list(dict.fromkeys(r.level for r in bench.records if r.phase == "measured"))
-    if not levels:
-        raise BadInput(
-            f"The benchmark of {name!r} was to stand in the table of providers. It has no measured request. "
-            "Leave it out."
-        )
+    if not levels or "endpoint" not in bench.meta:
+        found = "is of a model on this machine" if levels else "has no measured request"
+        raise BadInput(f"The benchmark of {name!r} was to stand in the table of providers. It {found}. Leave it out.")
     table = bench.table().query("level == @levels[0] and statistic == 'p50'").set_index("metric")
     row: dict[str, Any] = {"provider": name, "model": canonical(bench.meta["endpoint"]["model"])}
     for metric in ("output_tokens_per_s", "ttft_s"):

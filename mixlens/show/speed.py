@@ -259,6 +259,8 @@ def _scale(metric: str, largest: float) -> tuple[float, str]:
 
 
 def _whose(bench: Bench) -> str:
+    if "local" in bench.meta:
+        return f"{bench.meta['model']['name']} on {bench.meta['machine']['name']}, {bench.meta['created'][:10]}"
     endpoint = bench.meta["endpoint"]
     return f"{str(endpoint['model']).rstrip('/').rsplit('/', 1)[-1]} at {endpoint['url']}, {bench.meta['created'][:10]}"
 

@@ -8,11 +8,22 @@ import pandas as pd
 
 from mixlens.bench.bench import Bench
 from mixlens.bench.metrics import METRICS
-from mixlens.errors import BadInput
+from mixlens.errors import BadInput, MissingSignal
 from mixlens.show import speed
 from mixlens.show.html import bullets, details, escape, paragraphs, picture
+from mixlens.show.roofline import roofline
 
-_PROVENANCE = ("created", "endpoint", "model", "price_usd_per_mtok", "stopped", "counts", "versions")
+_PROVENANCE = (
+    "created",
+    "endpoint",
+    "model",
+    "machine",
+    "local",
+    "price_usd_per_mtok",
+    "stopped",
+    "counts",
+    "versions",
+)
 
 
 def speed_sections(bench: Bench, _name: str = "") -> dict[str, str]:
@@ -21,6 +32,7 @@ def speed_sections(bench: Bench, _name: str = "") -> dict[str, str]:
         "Speed": _summary(bench),
         "Latency": _latency(bench),
         "Requests": _requests(bench),
+        **({"Roofline": _roofline(bench)} if "local" in bench.meta else {}),
         "Methods and provenance of the benchmark": _provenance(bench),
     }
 
@@ -52,6 +64,16 @@ def _requests(bench: Bench) -> str:
     )
 
 
+def _roofline(bench: Bench) -> str:
+    text = "Operations a second against operations a byte of every load, under what the device was measured to do."
+    return (
+        _figure(roofline, bench, text)
+        + _table(bench.cold_and_warm(), "First call of each load, and the measured ones; mean times in seconds")
+        + _table(bench.peak_memory(), "Most memory that a call held")
+        + details("Bytes and operations", _table(bench.roofline(), "Every metric of prefill and decode"))
+    )
+
+
 def _provenance(bench: Bench) -> str:
     meta = {name: bench.meta[name] for name in _PROVENANCE if name in bench.meta}
     formulas = [f"{name}: {what}" for name, what in METRICS.items()]
@@ -62,7 +84,7 @@ def _provenance(bench: Bench) -> str:
 def _figure(draw, bench: Bench, text: str) -> str:
     try:
         return picture(draw(bench), text, text)
-    except BadInput as error:
+    except (BadInput, MissingSignal) as error:
         return paragraphs(f"Not drawn: {error}")
 
 

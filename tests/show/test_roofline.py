@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from mixlens import MissingSignal
+from mixlens import MissingSignal, report
 from mixlens.bench.bench import Bench
 from mixlens.bench.decode import TOKEN, Event
 from mixlens.bench.events import Record
@@ -21,6 +23,7 @@ META = {
     },
     "local": {"layers": 2},
 }
+MODEL = META["model"] | {"experts_implementation": "eager", "audit": {"label": "nf4"}}
 
 
 def bench(known: bool = True) -> Bench:
@@ -30,6 +33,7 @@ def bench(known: bool = True) -> Bench:
             work = [{"experts": 4, "read_bytes": 10_000 if known else None, "flops": 3000 * rows}] * 3
             events = [Event(1.0 + 0.1 * i * (1 + 0.01 * index), TOKEN, **w) for i, w in enumerate(work)]
             record = Record(index, f"batch {rows}", "measured", "ok", tuple(events), 0.0, 2.0, sent_s=0.5, rows=rows)
+            record = replace(record, peak_rss_bytes=5_000_000)
             records.append(record)
     return Bench(records, META)
 
@@ -51,3 +55,24 @@ def test_without_bytes_there_is_no_roofline():
         roofline(bench(known=False))
     with pytest.raises(MissingSignal, match="of whose device nothing is known"):
         roofline(Bench([], {"endpoint": {"model": "m", "url": "u"}}))
+
+
+def test_a_report_tells_the_roofline_and_where_it_ran(tmp_path):
+    measured = bench()
+    local = {
+        "layers": 2,
+        "experts": None,
+        "static_cache": False,
+        "compiled": True,
+        "recording": True,
+        "prompts": "random",
+    }
+    measured.meta = META | {"local": local, "created": "2026-01-01T00:00:00+00:00", "model": MODEL}
+    page = report(measured, tmp_path / "page.html").read_text("utf-8")
+    where = "a model in bfloat16 (weights: nf4), experts by eager, on a device, 2026-01-01"
+    for words in ("Roofline", where, "mbu_frac", "decode compiled", "peak_rss_bytes"):
+        assert words in page
+    unknown = bench(known=False)
+    unknown.meta = measured.meta | {"local": local | {"recording": False}}
+    page = report(unknown, tmp_path / "page.html").read_text("utf-8")
+    assert "Not drawn: A roofline was to be drawn. No call knows" in page
