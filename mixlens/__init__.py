@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mixlens.contributions import expert_contributions, expert_outputs
     from mixlens.errors import BadInput, EndpointError, MissingSignal, MixlensError, ModelError, RunError
     from mixlens.evals.log import Log
+    from mixlens.evals.routing import flipped_routing, sample_share
     from mixlens.evals.runner import EvalSettings, evaluate
     from mixlens.explore import Explorer
     from mixlens.impact import quantization_impact
@@ -85,6 +86,7 @@ _HOME = {
     "expert_similarity": "mixlens.models.similarity",
     "knee": "mixlens.bench.knee",
     "listed_prices": "mixlens.bench.providers",
+    "flipped_routing": "mixlens.evals.routing",
     "load": "mixlens.models.load",
     "load_sweep": "mixlens.bench.knee",
     "measure_importance": "mixlens.importance",
@@ -96,6 +98,7 @@ _HOME = {
     "provider_table": "mixlens.bench.providers",
     "record": "mixlens.traces.record",
     "report": "mixlens.show.report",
+    "sample_share": "mixlens.evals.routing",
     "topk_sweep": "mixlens.sweep",
     "view": "mixlens.show",
 }
@@ -139,6 +142,7 @@ __all__ = [
     "expert_importance",
     "expert_outputs",
     "expert_similarity",
+    "flipped_routing",
     "knee",
     "listed_prices",
     "load",
@@ -152,6 +156,7 @@ __all__ = [
     "quantization_impact",
     "record",
     "report",
+    "sample_share",
     "show",
     "stats",
     "topk_sweep",

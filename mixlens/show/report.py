@@ -73,7 +73,9 @@ def report(runs: RunOrPath | Sequence[RunOrPath], path: str | os.PathLike, *, ti
         blocks += [(prefix + heading, html) for heading, html in _KINDS[kind](run, name).items()]
     blocks += _comparisons([run for run in opened if run[0] == "trace"])
     models = dict.fromkeys(_model(run) for _, run, _ in opened)
-    subject = "Speed" if all(kind == "bench" for kind, _, _ in opened) else "Routing"
+    subjects = {"bench": "Speed", "eval": "Benchmark scores", "eval comparison": "Benchmark scores"}
+    about = {subjects.get(kind, "Routing") for kind, _, _ in opened}
+    subject = about.pop() if len(about) == 1 else "Routing"
     title = title or f"{subject} of {' and '.join(models)}"
     Path(path).write_text(_page(title, [block for block in blocks if block[1]]), "utf-8")
     return Path(path)
