@@ -46,7 +46,7 @@ def test_no_success_is_a_failure_and_its_requests_stay(tmp_path, capsys):
     ("argv", "message"),
     [
         (["http://127.0.0.1:9/v1"], "No model is named"),
-        (["nowhere", "--model", "m"], "no http or https address"),
+        (["nowhere", "--model", "m"], "'nowhere' is no address"),
         (["http://127.0.0.1:9/v1", "--model", "m", "--provider", "x"], "Only OpenRouter chooses"),
         (["http://127.0.0.1:9/v1", "--model", "m", "--concurrency", "one"], "no list of numbers"),
         (["http://127.0.0.1:9/v1", "--model", "m", "--prompts", "nothing.txt"], "cannot be read"),
