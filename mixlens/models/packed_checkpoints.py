@@ -30,6 +30,11 @@ class PackedFormat:
     modules: frozenset[str]
     first_format: bool = False
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What stands in the checkpoint for one Linear."""
+        return ("qweight", "qzeros", "scales", *(("g_idx",) if self.method == "gptq" else ()))
+
     def holds(self, module: str) -> bool:
         return module in self.modules
 

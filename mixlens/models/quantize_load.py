@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -166,6 +168,7 @@ def fill(skeleton: Skeleton, checkpoint: Checkpoint, places: Mapping[str, torch.
         with checkpoint.reading() as read:
             for name in names:
                 _fill_module(skeleton, name, read, _place(name, places))
+        _give_back_freed_memory()
     model.tie_weights()
     model.model.rotary_emb.to(_place("model.rotary_emb", places))
     _join(model, places)
@@ -178,6 +181,13 @@ def finish(model: Any, name: str, revision: str | None) -> Any:
     with contextlib.suppress(OSError):  # none was saved; that of the config stands
         model.generation_config = GenerationConfig.from_pretrained(name, revision=revision or "main")
     return model
+
+
+def _give_back_freed_memory() -> None:
+    """Packed weights lie between what quantizing them freed, which glibc would keep: more than bfloat16 needs."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _fill_module(skeleton: Skeleton, name: str, read: Any, device: torch.device) -> None:
@@ -198,11 +208,15 @@ def _fill_module(skeleton: Skeleton, name: str, read: Any, device: torch.device)
 
 
 def _check_complete(skeleton: Skeleton, checkpoint: Checkpoint, modules: list[str]) -> None:
+    packed = skeleton.packed
     wanted = [
         f"{name}.{own}"
         for name in modules
-        if skeleton.packed is None or not skeleton.packed.holds(name)
-        for own, _ in skeleton.model.get_submodule(name).named_parameters(recurse=False)
+        for own in (
+            packed.parts
+            if packed is not None and packed.holds(name)
+            else dict(skeleton.model.get_submodule(name).named_parameters(recurse=False))
+        )
     ]
     tied = set(skeleton.model._tied_weights_keys or ()) if skeleton.model.config.tie_word_embeddings else set()
     if missing := sorted(set(wanted) - set(checkpoint.tensors) - tied):

@@ -1,0 +1,161 @@
+"""GPTQ and AWQ checkpoints: packed here by loops written from their formats, and read back to the same model."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import tiny_mixtral
+
+import mixlens as ml
+from mixlens.errors import ModelError
+from mixlens.models.layout import expert_weights, moe_layers
+
+GROUP = 16
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight columns comes first, second ... from the lowest bit of an int32
+IDS = torch.arange(3, 63).reshape(2, 30)
+
+
+def put_bits(values, bits):
+    """int32 words from small numbers, one bit after the other from the lowest."""
+    stream = [int(value) >> bit & 1 for value in values for bit in range(bits)]
+    words = [sum(bit << place for place, bit in enumerate(stream[at : at + 32])) for at in range(0, len(stream), 32)]
+    return np.array(words, np.uint32).view(np.int32)
+
+
+def pack_gptq(number, zero, group, bits, first_format):
+    """qweight [in * bits / 32, out], qzeros [groups, out * bits / 32] of numbers [out, in] and zeros [out, groups]."""
+    qweight = np.stack([put_bits(row, bits) for row in number], axis=1)
+    rows = []
+    for column in zero.T:
+        words = put_bits(column, bits)
+        if first_format and 32 % bits == 0:  # one less in every place, by whole words, as the format's writers do
+            words = (words.view(np.uint32) - np.uint32(sum(1 << s for s in range(0, 32, bits)))).view(np.int32)
+        elif first_format:
+            words = put_bits((column - 1) % 2**bits, bits)
+        rows.append(words)
+    return {"qweight": qweight, "qzeros": np.stack(rows), "g_idx": group.astype(np.int32)}
+
+
+def pack_awq(number, zero):
+    """qweight [in, out / 8], qzeros [groups, out / 8]: eight outputs a word, in AWQ's order."""
+
+    def words(row):
+        return np.concatenate([put_bits(row[at : at + 8][list(AWQ_ORDER)], 4) for at in range(0, len(row), 8)])
+
+    return {"qweight": np.stack([words(row) for row in number.T]), "qzeros": np.stack([words(row) for row in zero.T])}
+
+
+def write(path, method, bits, *, shuffled=False, first_format=True):
+    """A packed checkpoint, and the model that it means."""
+    rng = np.random.default_rng(0)
+    model = tiny_mixtral(head_dim=32).half()
+    model.save_pretrained(path)
+    tensors = load_file(path / "model.safetensors")
+    for key in [k for k in tensors if ".experts." in k or ".self_attn." in k]:
+        base, (out, inputs) = key.removesuffix(".weight"), tensors.pop(key).shape
+        number = rng.integers(0, 2**bits, (out, inputs))
+        zero = rng.integers(0 if bits == 4 else 1, 2**bits, (out, inputs // GROUP))
+        scale = (rng.uniform(0.5, 1.5, (out, inputs // GROUP)) * 0.4 / 2**bits).astype(np.float16)
+        group = np.arange(inputs) // GROUP
+        group = rng.permutation(group) if shuffled else group
+        weight = (number - zero[:, group]) * scale[:, group].astype(np.float32)
+        name = base.replace(".block_sparse_moe.", ".mlp.")
+        _put(model, name, torch.tensor(weight, dtype=torch.float32))
+        packed = pack_awq(number, zero) if method == "awq" else pack_gptq(number, zero, group, bits, first_format)
+        packed["scales"] = np.ascontiguousarray(scale.T)
+        tensors |= {f"{base}.{part}": torch.from_numpy(np.ascontiguousarray(v)) for part, v in packed.items()}
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    held = {"quant_method": method, "bits": bits, "group_size": GROUP}
+    held |= {"version": "gemm"} if method == "awq" else {"checkpoint_format": "gptq" if first_format else "gptq_v2"}
+    config = json.loads((path / "config.json").read_text("utf-8"))
+    (path / "config.json").write_text(json.dumps(config | {"quantization_config": held}), "utf-8")
+    return model.float()
+
+
+def _put(model, name, weight):
+    *_, number, matrix = name.split(".")
+    if ".experts." not in name:
+        model.float().get_submodule(name).weight.data = weight
+        return
+    experts = model.float().get_submodule(name.removesuffix(f".{number}.{matrix}"))
+    half = experts.intermediate_dim
+    rows = {"w1": slice(0, half), "w3": slice(half, None)}
+    target = experts.down_proj if matrix == "w2" else experts.gate_up_proj
+    target.data[int(number), rows.get(matrix, slice(None))] = weight
+
+
+@pytest.mark.parametrize(
+    ("method", "bits", "options"),
+    [
+        ("gptq", 4, {}),
+        ("gptq", 4, {"shuffled": True}),
+        ("gptq", 4, {"first_format": False}),
+        ("gptq", 2, {}),
+        ("gptq", 3, {}),
+        ("gptq", 8, {"shuffled": True}),
+        ("awq", 4, {}),
+    ],
+)
+@torch.no_grad()
+def test_a_packed_checkpoint_is_the_model_it_means(tmp_path, method, bits, options):
+    meant = write(tmp_path, method, bits, **options)
+    model = ml.load(tmp_path, device_map="cpu", verbose=False)
+    meant.set_experts_implementation("eager")
+    wanted = meant(IDS).logits
+    assert (model(IDS).logits - wanted).norm() < 1e-3 * wanted.norm()
+    for layer, other in zip(moe_layers(model), moe_layers(meant), strict=True):
+        for held, written in zip(expert_weights(layer), expert_weights(other), strict=True):
+            assert torch.equal(held, written)
+    found = ml.audit(model)
+    assert found.label == f"{method}{bits}"
+    overhead = (16 + 8) / GROUP + (
+        32 if options.get("shuffled") else 0
+    ) / 32  # an order for inputs, over 32 rows or more
+    assert bits < found.of("experts")["bits_per_weight"] <= bits + overhead
+    with ml.Recorder(model, lengths=[30, 30]) as recorder:
+        model(IDS)
+    assert recorder.trace().n_experts == 8
+
+
+def test_a_checkpoint_that_is_quantized_in_another_way(tmp_path):
+    write(tmp_path, "gptq", 4)
+    assert ml.audit(ml.load(tmp_path, quantization="gptq", device_map="cpu", verbose=False)).label == "gptq4"
+    with pytest.raises(
+        ModelError, match=r"quantization='nf4'. It is quantized already, by gptq. Leave quantization out"
+    ):
+        ml.load(tmp_path, quantization="nf4", device_map="cpu", verbose=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"checkpoint_format": "marlin"}, "with format marlin. GPTQ of 2, 3, 4 and 8 bits"),
+        ({"bits": 5}, "by gptq to 5 bits"),
+        ({"quant_method": "bitsandbytes"}, "is quantized already, by bitsandbytes"),
+    ],
+)
+def test_packed_forms_that_are_not_read(tmp_path, changes, message):
+    write(tmp_path, "gptq", 4)
+    config = json.loads((tmp_path / "config.json").read_text("utf-8"))
+    config["quantization_config"] |= changes
+    (tmp_path / "config.json").write_text(json.dumps(config), "utf-8")
+    asked = "nf4" if "quant_method" in changes else None
+    with pytest.raises(ModelError, match=message):
+        ml.load(tmp_path, quantization=asked, device_map="cpu", verbose=False)
+
+
+def test_packed_weights_that_are_missing_or_broken(tmp_path):
+    write(tmp_path, "gptq", 4)
+    tensors = load_file(tmp_path / "model.safetensors")
+    broken = "model.layers.0.self_attn.q_proj"
+    save_file({k: v for k, v in tensors.items() if k != f"{broken}.scales"}, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=r"lacks 1 weights \(model.layers.0.self_attn.q_proj.scales"):
+        ml.load(tmp_path, device_map="cpu", verbose=False)
+    tensors[f"{broken}.scales"] = tensors[f"{broken}.scales"].repeat(3, 1)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=r"q_proj was to be read.*32 inputs lie in 6 groups"):
+        ml.load(tmp_path, device_map="cpu", verbose=False)
