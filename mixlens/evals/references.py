@@ -29,7 +29,7 @@ def references(model: str | None = None, *, benchmark: str | None = None) -> pd.
 
     Returns  DataFrame  model, quantization, benchmark, protocol, metric, average ("macro" where the source says so),
                         score, n (of the benchmark; NaN where not stated), source, status ("official", "reproduction",
-                        "quantized"), note
+                        "quantized", "unattributed"), note
     Raises   BadInput   for a model or a benchmark that has none
     """
     entries = json.loads((tasks_folder() / "references.json").read_text("utf-8"))["entries"]

@@ -19,7 +19,7 @@ from mixlens.show.style import EXPERT_COLOURS, INK, MARKERS, MUTED, PAGE, drawin
 from mixlens.show.tables import LATEX
 
 _APART = "the exact McNemar test tells the two apart (p < 0.05)"
-_STATUS = {"official": "D", "reproduction": "d", "quantized": "v"}
+_STATUS = {"official": "D", "reproduction": "d", "quantized": "v", "unattributed": "s"}
 
 
 def scores(logs: Log | Mapping[str, Log], *, subjects: bool = False, ax: Axes | None = None) -> Axes:
