@@ -45,10 +45,10 @@ def comparison_html(data: Comparison, words: str) -> str:
     """`words`, and the first sequence of the two traces side by side."""
     if not data.a.n_tokens:
         return words
-    head = [run.select(where=_is_first(run), positions=(0, _MOST_TOKENS)) for run in (data.a, data.b)]
+    a, b = (run.select(where=_is_first(run), positions=(0, _MOST_TOKENS)) for run in (data.a, data.b))
     first, second = (name.replace("/", "\u2215") for name in data.names)
     names = (first, second) if first != second else (f"{first} (a)", f"{second} (b)")
-    return words + view.diff(*head, names=names)._repr_html_()
+    return words + view.diff(a, b, names=names)._repr_html_()
 
 
 def _is_first(run: Trace) -> pd.Series:
