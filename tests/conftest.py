@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from tiny import SHAPES, Letters, tiny_mixtral
 from transformers import MixtralForCausalLM
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts jobs in the background without one
 torch.set_num_threads(1)  # tiny models; threads of several test processes would wait for each other
 SHARED = Path(__file__).parent.parent.parent / "shared"
 
