@@ -90,7 +90,7 @@ def _at(model: nn.Module, k: int, shard: Shard, signals: Signals, batch_tokens: 
     sequence, ids, weight = arrays["sequence"], arrays["expert_id"], arrays["weight"]
     count, (layers, experts) = len(shard.pieces), (ids.shape[1], n_experts(model))
     loss, first = np.zeros(count), np.zeros((count, layers))
-    np.add.at(loss, sequence, -np.nan_to_num(arrays["logprob"].astype(np.float64)))
+    np.add.at(loss, sequence, np.where(arrays["position"] == 0, 0.0, -arrays["logprob"].astype(np.float64)))
     strongest = weight[:, :, 0] if weight.shape[2] else np.ones(ids.shape[:2])  # the last weight is not kept
     np.add.at(first, sequence, strongest.astype(np.float64))
     chosen = np.zeros((count * experts, layers), np.int64)

@@ -159,3 +159,10 @@ def test_two_processes_write_the_runs_of_one(tmp_path):
         one, two = (files_of(tmp_path / name / kind) for name in ("one", "two"))
         assert len([name for name in one if name.startswith(f"{kind}-")]) > 1
         assert one == two
+
+
+def test_a_loss_that_is_nan_at_every_k_stays_so():
+    broken = tiny_mixtral()
+    broken.lm_head.weight.data[5] = torch.nan
+    measured = ml.measure_topk(broken, DOCUMENTS[:2], ks=1, tokenizer=Letters(), settings=SETTINGS)
+    assert measured.loss.isnull().all()

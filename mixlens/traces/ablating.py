@@ -98,6 +98,7 @@ class Ablator:
         predicts[:, :-1] = valid[:, 1:]
         target = torch.roll(ids, -1, dims=1)
         values = np.full((len(self.layers), self.n_experts, *ids.shape), np.nan)
+        reached = np.zeros(values.shape, bool)
         hidden = decoder_of(self.model).get_input_embeddings()(ids.to(input_device(self.model)))
         for index, raw in self._layer_by_layer(hidden):
             if index in self.layers:
@@ -106,15 +107,18 @@ class Ablator:
                 for expert in range(self.n_experts):
                     hit = (chosen == expert).any(-1).reshape(ids.shape) & valid
                     costs.chosen[rows, place, expert] = hit.sum(1).numpy()
-                    if hit.any():
-                        self._without(index, expert, raw, hit, predicts, target, values[place, expert])
+                    after = (hit.cumsum(1) > 0) & predicts
+                    reached[place, expert] = after.numpy()
+                    if after.any():
+                        values[place, expert][after.numpy()] = self._without(index, expert, raw, hit, after, target)
             hidden = raw["resid_post"][index]
         whole = np.full(ids.shape, np.nan)
         states = self._run(hidden, len(self.moe_layers))
         whole[predicts.numpy()] = self._value(states[predicts.to(states.device)], target[predicts])
         costs.tokens[rows] = predicts.sum(1).numpy()
-        costs.value[rows] = np.nansum(whole, axis=1)
-        costs.change[rows] = np.moveaxis(np.nansum(values - whole, axis=-1), -1, 0)
+        # What has no value there adds nothing; a NaN that the model or the metric gave stays.
+        costs.value[rows] = np.where(predicts.numpy(), whole, 0.0).sum(1)
+        costs.change[rows] = np.moveaxis(np.where(reached, values - whole, 0.0).sum(-1), -1, 0)
 
     def _layer_by_layer(self, hidden: torch.Tensor) -> Iterator[tuple[int, Any]]:
         """(layer, what the Tap saw in it), the input of each layer being the output of the one before."""
@@ -129,16 +133,9 @@ class Ablator:
                 hidden = raw["resid_post"][layer.index]
 
     def _without(
-        self,
-        index: int,
-        expert: int,
-        raw: Any,
-        hit: torch.Tensor,
-        predicts: torch.Tensor,
-        target: torch.Tensor,
-        values: np.ndarray,
-    ) -> None:
-        """Put into `values` [row, column] what tokens cost that the ablation can reach."""
+        self, index: int, expert: int, raw: Any, hit: torch.Tensor, reached: torch.Tensor, target: torch.Tensor
+    ) -> np.ndarray:
+        """What tokens cost that the ablation can reach, in the order of `reached` [row, column]."""
         after: torch.Tensor = raw["resid_post"][index].clone()
         device = after.device
         before = (raw["resid_pre"][index].to(device) + raw["attn_out"][index].to(device))[hit.to(device)]
@@ -146,14 +143,9 @@ class Ablator:
         with edit(self.model, ablate(index, expert, how=self.how, mean=self.means)):
             output = self.moe_layers[index].moe(read[None])[0]
         after[hit.to(device)] = before + output.to(device)
-        rows = hit.any(1)
-        reached = (hit.cumsum(1) > 0)[rows] & predicts[rows]
-        if not reached.any():
-            return
+        rows = reached.any(1)
         states = self._run(after[rows.to(device)], index + 1)
-        found = np.full(reached.shape, np.nan)
-        found[reached.numpy()] = self._value(states[reached.to(states.device)], target[rows][reached])
-        values[rows.numpy()] = found
+        return self._value(states[reached[rows].to(states.device)], target[reached])
 
     def _run(self, hidden: torch.Tensor, start: int) -> torch.Tensor:
         """[row, column, H] after the layers from `start` on and the last norm."""

@@ -74,6 +74,15 @@ def test_any_metric_and_some_layers(net, sequences):
                 assert costs.change[row, place, expert] == without - whole
 
 
+def test_a_value_that_is_nan_stays_so(net, sequences):
+    def odd(logits, target):
+        return loss(logits, target).masked_fill(target == int(sequences[0][-1]), torch.nan)
+
+    costs = Ablator(net, [0], how="reroute", metric=odd).measure(sequences[:2], batch_tokens=1000)
+    np.testing.assert_array_equal(np.isnan(costs.value), [True, False])
+    np.testing.assert_array_equal(np.isnan(costs.change), [costs.chosen[0] > 0, np.zeros((1, 8), bool)])
+
+
 def test_tokens_that_chose_are_counted_and_an_expert_nobody_chose_costs_nothing(net, sequences):
     costs = Ablator(net, [0, 1, 2, 3], how="reroute").measure(sequences, batch_tokens=30)
     with torch.no_grad(), ml.Recorder(net, signals=()) as recorder:
