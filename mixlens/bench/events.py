@@ -12,6 +12,7 @@ from pathlib import Path
 from mixlens.bench.decode import COMMENT, DONE, ERROR, MALFORMED, TOKEN, Event, decode
 from mixlens.bench.sse import Message, SSEParser
 from mixlens.errors import BadInput
+from mixlens.models.endpoint import redacted
 
 # How a request can end.
 OUTCOMES = {
@@ -125,8 +126,7 @@ class StreamReader:
 
     def _keep(self, messages: Iterable[Message]) -> None:
         for message in messages:
-            if self._redact:
-                message = dataclasses.replace(message, data=message.data.replace(self._redact, "[key]"))
+            message = dataclasses.replace(message, data=redacted(message.data, self._redact))
             self.events.append(decode(message, self._protocol))
 
 

@@ -15,7 +15,7 @@ import pandas as pd
 
 from mixlens.bench.probe_effects import EFFECTS, Verdict
 from mixlens.errors import BadInput, EndpointError
-from mixlens.models.endpoint import Endpoint
+from mixlens.models.endpoint import Endpoint, redacted
 from mixlens.runs import now
 
 PARAMETERS = tuple(EFFECTS)
@@ -166,10 +166,10 @@ def _asker(
         body = {name: value for name, value in (body | dict(fields)).items() if value is not None}
         try:
             response = client.post(endpoint.address, headers=headers, json=body)
-            status, form, text = response.status_code, response.headers.get("content-type", ""), response.text[:4000]
+            status, form, text = response.status_code, response.headers.get("content-type", ""), response.text
         except httpx.RequestError as error:
             status, form, text = 599, "", f"{type(error).__name__}: {error}"
-        text = text.replace(key, "[key]") if key else text
+        text = redacted(text, key)[:4000]
         kept.append(Exchange(parameter, dict(fields), prompt, status, form, text))
         return kept[-1]
 

@@ -15,7 +15,7 @@ import httpx
 
 from mixlens.bench.decode import error_message
 from mixlens.bench.events import OUTCOMES, Record, StreamReader, outcome_of
-from mixlens.models.endpoint import Endpoint
+from mixlens.models.endpoint import Endpoint, redacted
 
 # More of a refusal, or of an answer that is no stream, is not read.
 _MAX_BODY_BYTES = 8 << 20
@@ -87,7 +87,7 @@ class Sender:
             outcome=outcome,
             events=tuple(reader.events),
             scheduled_s=job.scheduled_s,
-            detail=self._redacted(detail)[:500],
+            detail=redacted(detail, self._key)[:500],
             status=answer.get("status"),
             retry_after_s=answer.get("retry_after_s"),
             **times,
@@ -120,7 +120,7 @@ class Sender:
             async for piece in response.aiter_raw():
                 whole += piece[: _MAX_BODY_BYTES - len(whole)]
             times["ended_s"] = clock()
-            text = whole.decode("utf-8", errors="replace")
+            text = redacted(whole.decode("utf-8", errors="replace"), self._key)
             if response.status_code < 300:
                 reader.whole(text, times["ended_s"])
             else:
@@ -139,9 +139,6 @@ class Sender:
                 return "tls", said
             cause = cause.__cause__ or cause.__context__
         return ("cut" if answered else "connect"), said
-
-    def _redacted(self, text: str) -> str:
-        return text.replace(self._key, "[key]") if self._key else text
 
 
 def retry_after(value: str | None) -> float | None:

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 
 from mixlens.errors import BadInput, EndpointError
-from mixlens.models.endpoint import PATHS, Endpoint, Messages
+from mixlens.models.endpoint import PATHS, Endpoint, Messages, redacted
 
 _FOR_NOW = {408, 409, 429}
 _LONGEST_WAIT_S = 60.0
@@ -157,9 +157,9 @@ def _answer(
             try:
                 response = http.request(method, address, headers=dict(headers), json=body)
             except httpx.RequestError as error:
-                found = f"{type(error).__name__}: {error}".removesuffix(": ")
+                found = redacted(f"{type(error).__name__}: {error}".removesuffix(": "), key)
             else:
-                good, found = _read(response)
+                good, found = _read(response, key)
                 if good is not None:
                     return good, attempt
                 if response.status_code not in _FOR_NOW and response.status_code < 500:
@@ -167,7 +167,6 @@ def _answer(
                 wait = _asked_wait(response.headers.get("retry-after"), wait)
             if attempt <= retries:
                 time.sleep(wait)
-    found = found.replace(key, "[key]") if key else found
     tries = "1 try" if attempt == 1 else f"{attempt} tries"
     raise EndpointError(
         f"{method} {address} was to answer. After {tries} there is no answer: {found}. "
@@ -175,16 +174,16 @@ def _answer(
     )
 
 
-def _read(response: httpx.Response) -> tuple[Any, str]:
-    """The JSON of an answer that is good, None of one that is not; and what was found, in words."""
+def _read(response: httpx.Response, key: str | None) -> tuple[Any, str]:
+    """The JSON of an answer that is good, or None, and what was found, in words; neither has the key."""
     try:
-        data = response.json()
+        data = json.loads(redacted(response.content.decode("utf-8-sig"), key))
     except (ValueError, RecursionError):
         data = None
     failed = isinstance(data, dict) and (data.get("error") or data.get("status") == "error")
     if response.status_code < 300 and data is not None and not failed:
         return data, ""
-    said = json.dumps(data) if data is not None else " ".join(response.text.split())
+    said = json.dumps(data) if data is not None else " ".join(redacted(response.text, key).split())
     return None, f"status {response.status_code}, {said[:300] or 'an empty body'}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -41,7 +42,11 @@ ALIASES = {
 }
 CONTEXTS = {"mistralai/mixtral-8x7b-instruct": 32_768, "mistralai/mixtral-8x22b-instruct": 65_536}
 
-_SECRET_HEADERS = {"authorization", "proxy-authorization", "x-api-key", "api-key", "cookie"}
+# Names whose last word says that the value is a secret, as X-RapidAPI-Key and apiKey; a cache key is none.
+_SECRET = re.compile(
+    r"(?:^|[-_]|(?<=[a-z])(?=[A-Z]))(?<!(?i:cache)[-_])"
+    r"(?i:api-?key|key|token|secret|password|auth|authorization|cookie)$"
+)
 
 
 @dataclass(frozen=True)
@@ -90,9 +95,8 @@ class Endpoint:
                 f"An endpoint of protocol {self.protocol!r} was asked for. There is no such protocol. "
                 f"Give one of {', '.join(PATHS)}."
             )
-        if secret := sorted({name.lower() for name in self.headers} & _SECRET_HEADERS) + sorted(
-            {"key"} & {*self.extra}
-        ):
+        given = [*self.headers.items(), *self.extra.items()]
+        if secret := [name for name, value in given if isinstance(value, str) and _SECRET.search(name)]:
             raise BadInput(
                 f"An endpoint at {host} was asked for with {secret[0]!r} among its headers or fields. Those are "
                 "written into run directories, and a key never is. Name the variable that holds the key by key_env=."
@@ -268,6 +272,16 @@ class Endpoint:
 
 # By name, for the command line.
 PRESETS = {"openrouter": Endpoint.openrouter, "deepinfra": Endpoint.deepinfra, "modelslab": Endpoint.modelslab}
+
+
+def redacted(text: str, key: str | None) -> str:
+    """The text with "[key]" for the key, as it is and as JSON writes it. To be called before the text is shortened."""
+    if key is None:
+        return text
+    escaped = json.dumps(key)[1:-1]
+    for form in (escaped.replace("/", "\\/"), escaped, key):
+        text = text.replace(form, "[key]")
+    return text
 
 
 def canonical(model: str) -> str:

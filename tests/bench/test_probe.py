@@ -135,6 +135,15 @@ def test_evidence_is_kept_without_the_key(tmp_path, monkeypatch):
     assert KEY not in (tmp_path / "probe.jsonl").read_text() + repr(found) + found._repr_html_()
 
 
+def test_no_part_of_the_key_is_left_where_an_answer_is_shortened(monkeypatch):
+    monkeypatch.setenv("LOOPBACK_KEY", KEY)
+    long = {"choices": [{"message": {"content": "one"}}], "said": "." * 3930 + KEY}
+    with answering(lambda call: Reply(long)) as (url, _):
+        found = probe(Endpoint(url, model="m", key_env="LOOPBACK_KEY"), parameters=["seed"])
+    assert KEY[:6] not in found.exchanges[0].answer
+    assert "[key]" in found.exchanges[0].answer
+
+
 def test_what_cannot_be_probed():
     with pytest.raises(BadInput, match="Known are frequency_penalty"):
         probe(Endpoint("http://127.0.0.1:9/v1", model="m"), parameters=["top_k"])

@@ -184,6 +184,13 @@ def test_the_key_is_sent_and_is_nowhere_else(tmp_path, monkeypatch, capsys):
     assert KEY not in "".join(capsys.readouterr())
 
 
+def test_no_part_of_the_key_is_left_where_a_refusal_is_shortened(monkeypatch):
+    monkeypatch.setenv("LOOPBACK_KEY", KEY)
+    with serving(Script([b"." * 490 + KEY.encode()], status=401)) as url:
+        bench = measured(url, endpoint=Endpoint(url, model="m", key_env="LOOPBACK_KEY"))
+    assert bench.records[0].detail == "." * 490 + "[key]"
+
+
 def test_caps_on_seconds_and_dollars_stop_what_has_not_begun():
     script = Script(answer(wait=0.02))
     with serving(script) as url:

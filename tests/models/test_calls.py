@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import httpx
 import pytest
 from json_server import Call, Reply, answering
@@ -133,6 +135,26 @@ def test_refusals_for_good_are_not_and_the_key_is_not_quoted(monkeypatch):
         Endpoint(url, model="m", key_env="LOOPBACK_KEY").complete("Hi")
     assert len(calls) == 1
     assert KEY not in str(error.value)
+
+
+@pytest.mark.parametrize("padding", [0, 185, 285])  # at the others, a message would end within the key
+def test_the_key_is_in_no_message_and_no_answer(padding, monkeypatch):
+    monkeypatch.setenv("LOOPBACK_KEY", KEY)
+    payload = {"said": "." * padding + KEY}
+    for status, ask in ((200, Endpoint.models), (200, lambda e: e.complete("Hi")), (401, lambda e: e.complete("Hi"))):
+        with answering(lambda call, s=status: Reply(payload, s)) as (url, _), pytest.raises(EndpointError) as error:
+            ask(Endpoint(url, model="m", key_env="LOOPBACK_KEY"))
+        assert KEY[:6] not in str(error.value)
+    counted = Endpoint(url, model="m", key_env="LOOPBACK_KEY", protocol="anthropic")
+    with (
+        answering(lambda call: Reply(payload)) as (url, _),
+        pytest.raises(EndpointError, match="no input_tokens") as error,
+    ):
+        replace(counted, url=url).count_tokens("Hi")
+    assert KEY[:6] not in str(error.value)
+    with answering(lambda call: Reply({**CHAT, "echo": KEY})) as (url, _):
+        found = Endpoint(url, model="m", key_env="LOOPBACK_KEY").complete("Hi")
+    assert found.raw["echo"] == "[key]"
 
 
 def test_calls_can_share_connections():

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from mixlens.errors import BadInput
-from mixlens.models.endpoint import Endpoint, canonical
+from mixlens.models.endpoint import Endpoint, canonical, redacted
 
 KEY = "sk-test-0123456789"
 LOCAL = "http://127.0.0.1:8000/v1"
@@ -93,9 +93,12 @@ def test_a_key_is_read_when_it_is_needed_and_kept_nowhere(monkeypatch):
         ({"url": "https://u:p@example.invalid/v1"}, "carries a user, a password or a query"),
         ({"url": "https://example.invalid/v1?key=abc"}, "carries a user, a password or a query"),
         ({"protocol": "openai"}, "There is no such protocol. Give one of openai-chat"),
-        ({"headers": {"X-API-Key": "abc"}}, "'x-api-key' among its headers"),
+        ({"headers": {"X-API-Key": "abc"}}, "'X-API-Key' among its headers"),
         ({"headers": {"X-Title": "é"}}, "a header 'X-Title'. .* Use printable ASCII"),
+        ({"headers": {"X-RapidAPI-Key": "abc"}}, "'X-RapidAPI-Key' among its headers"),
         ({"extra": {"key": "abc"}}, "'key' among its headers"),
+        ({"extra": {"apiKey": "abc"}}, "'apiKey' among its headers"),
+        ({"extra": {"access_token": "abc"}}, "'access_token' among its headers"),
         ({"url": "http://example.invalid/v1", "key_env": "K"}, "The address is http, .* Use https"),
     ],
 )
@@ -103,6 +106,18 @@ def test_endpoints_that_are_refused(fields, message):
     with pytest.raises(BadInput, match=message) as caught:
         Endpoint(**{"url": LOCAL, "model": "m", **fields})
     assert "abc" not in str(caught.value)
+
+
+def test_fields_that_hold_no_secret_are_taken():
+    fields = {"max_tokens": 5, "min_tokens": "1", "add_bos_token": True, "prompt_cache_key": "a", "monkey": "b"}
+    assert Endpoint(LOCAL, model="m", extra=fields).plan()["extra"] == fields
+
+
+def test_a_key_is_taken_out_in_the_forms_that_json_gives_it():
+    key = 'sk-"a/b'
+    written = json.dumps({"key": key})
+    assert redacted(f"{key} {written} {written.replace('/', chr(92) + '/')}", key).count("[key]") == 3
+    assert redacted("plain", None) == "plain"
 
 
 def test_an_endpoint_needs_no_torch():
