@@ -14,6 +14,7 @@ from torch import nn
 
 from mixlens.measuring import Corpus, lengths_of, measure_documents, sum_documents
 from mixlens.models.layout import decoder_of, describe, final_scale, moe_layers, n_experts
+from mixlens.models.quantize_linears import dequantized
 from mixlens.stats import contributions as stats
 from mixlens.traces.editing import top_k_of
 from mixlens.traces.hooks import routing_arrays
@@ -124,7 +125,7 @@ def _contributions(model: nn.Module, shard: Shard, signals: Signals, batch_token
     found["weight"] = np.zeros_like(found["norm"])
     expert_id = np.zeros(found["norm"].shape, np.uint8)
     with align_module_device(head), Reader(model, signals, batch_tokens) as reader:
-        rows: torch.Tensor = head.weight
+        rows = dequantized(head)
         mean = rows.mean(0, dtype=torch.float32)
         for target, picked, raw, _ in reader.placed(sequences):
             stream = raw["resid_post"][last].flatten(0, 1)

@@ -10,6 +10,8 @@ from tiny import Letters, tiny_mixtral
 
 import mixlens as ml
 from mixlens import BadInput, RecordSettings, RunError
+from mixlens.models.quantize import parse_scheme
+from mixlens.models.quantize_linears import dequantized, quantize_linear
 from mixlens.stats import super_experts
 
 DOCUMENTS = [
@@ -109,6 +111,16 @@ def test_contributions_with_attention_and_embedding_add_up_to_the_logit(net):
             rest = sum(float(out[t] @ direction) for out in attention) + float(embedding[t] @ direction)
             whole = float(logits[t, ids[t + 1]] - logits[t].mean())
             assert float(here.logit.values[t].sum()) + rest == pytest.approx(whole, abs=1e-3)
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "int8", "int8wo", "hqq4-g32"])
+def test_contributions_through_a_quantized_head_are_those_of_its_weights(scheme):
+    held, plain = tiny_mixtral(), tiny_mixtral()
+    asked = parse_scheme(scheme)
+    held.lm_head = quantize_linear(plain.lm_head.weight.detach(), asked, torch.device("cpu"), torch.float32)
+    plain.lm_head.weight.data = dequantized(held.lm_head).clone()
+    found, wanted = (ml.expert_contributions(m, DOCUMENTS, tokenizer=Letters(), settings=QUIET) for m in (held, plain))
+    np.testing.assert_allclose(found.logit, wanted.logit, atol=1e-5)
 
 
 @pytest.mark.parametrize("measure", ["logit", "norm"])

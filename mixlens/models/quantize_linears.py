@@ -78,6 +78,8 @@ def dequantized(linear: Any) -> torch.Tensor:
     """The weight [out, in] that a Linear computes with, whoever quantized it."""
     if isinstance(linear, GroupedLinear):
         return linear.dequantized(torch.float32)
+    if hasattr(linear.weight, "__tensor_flatten__"):
+        return linear.weight.dequantize().detach()  # in this order, for inference mode
     weight = linear.weight.detach()
     if scheme_of_tensor(linear.weight) in ("nf4", "fp4", "int8"):
         if scheme_of_tensor(linear.weight) == "int8":
@@ -87,7 +89,7 @@ def dequantized(linear: Any) -> torch.Tensor:
         if getattr(state, "packing_format_for_cpu", False):  # repacked at its first forward, on some CPUs
             return linear(torch.eye(linear.in_features, dtype=state.dtype, device=weight.device)).T
         return importlib.import_module("bitsandbytes.functional").dequantize_4bit(weight, state)
-    return weight.dequantize() if hasattr(weight, "__tensor_flatten__") else weight
+    return weight
 
 
 def scheme_of(module: Any, tensor: torch.Tensor | None = None) -> str:
