@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from mixlens.errors import RunError
+from mixlens.errors import BadInput, RunError
 from mixlens.evals.answers import Answers, Key
 from mixlens.evals.protocols import Protocol, resolve, unknown_task
 
@@ -90,6 +90,11 @@ def load_tasks(job: Job) -> Loaded:
             loaded.tasks |= tasks
             loaded.protocols |= dict.fromkeys(tasks, protocol)
         tasks = manager.load(others)["tasks"] if others else {}
+    if unsafe := [name for name, task in tasks.items() if getattr(task, "UNSAFE_CODE", False)]:
+        raise BadInput(
+            f"{', '.join(unsafe)} was asked for. lm-eval runs the code that the model writes outside any sandbox. Use "
+            "humaneval_0shot or mbpp_3shot, which run it inside."
+        )
     loaded.tasks |= tasks
     loaded.protocols |= dict.fromkeys(tasks, None)
     for task in loaded.tasks.values():
@@ -133,7 +138,7 @@ def _grade(job: Job, loaded: Loaded, answers: Mapping[Key, Any], chat_template: 
                 bootstrap_iters=1000,
                 apply_chat_template=chat,
                 fewshot_as_multiturn=chat,
-                confirm_run_unsafe_code=True,  # the metrics of our protocols run code in the sandbox
+                confirm_run_unsafe_code=True,  # load_tasks takes our protocols alone, which run code in the sandbox
             )
         for name, task in tasks.items():
             samples += _records(name, task, found["samples"][name])

@@ -9,10 +9,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from evals_parts import mixtral_tokenizer, small_mixtral, write_math
+from lm_eval.tasks import TaskManager
 
 import mixlens as ml
 from mixlens.evals.answers import PARTIAL
@@ -135,6 +137,13 @@ def test_a_tokenizer_that_loses_text_is_refused(tmp_path):
 def test_what_cannot_be_evaluated_is_refused_with_what_to_give(demo, tasks, options, message):
     with pytest.raises(ml.BadInput, match=message):
         ml.evaluate(demo, tasks, settings=QUIET, **options)
+
+
+def test_code_is_never_run_outside_the_sandbox(demo, monkeypatch):
+    task = SimpleNamespace(UNSAFE_CODE=True)  # what lm-eval makes of unsafe_code: true
+    monkeypatch.setattr(TaskManager, "load", lambda self, names: {"tasks": dict.fromkeys(names, task)})
+    with pytest.raises(ml.BadInput, match="cruxeval_input was asked for. .* outside any sandbox"):
+        ml.evaluate(demo, "cruxeval_input", settings=QUIET)
 
 
 def test_data_that_is_not_there_is_named(demo, tmp_path):
