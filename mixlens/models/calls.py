@@ -180,11 +180,19 @@ def _read(response: httpx.Response, key: str | None) -> tuple[Any, str]:
         data = json.loads(redacted(response.content.decode("utf-8-sig"), key))
     except (ValueError, RecursionError):
         data = None
-    failed = isinstance(data, dict) and (data.get("error") or data.get("status") == "error")
-    if response.status_code < 300 and data is not None and not failed:
+    if response.status_code < 300 and data is not None and not _failed(data):
         return data, ""
     said = json.dumps(data) if data is not None else " ".join(redacted(response.text, key).split())
     return None, f"status {response.status_code}, {said[:300] or 'an empty body'}"
+
+
+def _failed(data: Any) -> bool:
+    """Whether an answer says that it is a failure: as a whole, or in a choice, where OpenRouter has its providers'."""
+    if not isinstance(data, dict):
+        return False
+    choices = data["choices"] if isinstance(data.get("choices"), list) else []
+    broken = (c for c in choices if isinstance(c, dict) and (c.get("error") or c.get("finish_reason") == "error"))
+    return bool(data.get("error")) or data.get("status") == "error" or any(broken)
 
 
 def _asked_wait(value: str | None, otherwise: float) -> float:

@@ -137,6 +137,17 @@ def test_refusals_for_good_are_not_and_the_key_is_not_quoted(monkeypatch):
     assert KEY not in str(error.value)
 
 
+@pytest.mark.parametrize("sign", [{"finish_reason": "error"}, {"finish_reason": None, "error": {"code": 502}}])
+def test_a_provider_s_failure_inside_a_good_status_is_no_answer(sign):
+    failed = {"choices": [{"message": {"content": ""}, **sign}]}
+    with (
+        answering(lambda call: Reply(failed)) as (url, calls),
+        pytest.raises(EndpointError, match="no answer: status 200"),
+    ):
+        Endpoint(url, model="m").complete("Hi")
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize("padding", [0, 185, 285])  # at the others, a message would end within the key
 def test_the_key_is_in_no_message_and_no_answer(padding, monkeypatch):
     monkeypatch.setenv("LOOPBACK_KEY", KEY)
