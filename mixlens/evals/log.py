@@ -109,10 +109,11 @@ class Log:
 
     def _shown(self) -> pd.DataFrame:
         """Scores as text; of a benchmark of several tasks its averages alone."""
-        several = {b for b, n in self.scores.groupby("benchmark")["task"].nunique().items() if n > 1}
+        of_protocol = self.scores.groupby(["benchmark", "protocol"])["task"]
+        several = {key for key, n in of_protocol.nunique().items() if n > 1}
         rows = []
         for row in self.scores.to_dict("records"):
-            if row["benchmark"] in several and not row["average"]:
+            if (row["benchmark"], row["protocol"]) in several and not row["average"]:
                 continue
             rows.append(
                 {

@@ -13,6 +13,7 @@ import pandas as pd
 
 from mixlens.errors import BadInput
 from mixlens.evals.log import Log
+from mixlens.evals.scoring import tasks_by_protocol
 from mixlens.stats.bootstrap import DEFAULT, Bootstrap
 
 COLUMNS = [
@@ -36,12 +37,13 @@ def compare_logs(log_a: Log, log_b: Log, *, bootstrap: Bootstrap = DEFAULT) -> L
     joined = _joined(log_a.samples, log_b.samples, common)
     about = {name: log_a.meta["tasks"][name] for name in common}
     rows = []
-    for benchmark in dict.fromkeys(one["benchmark"] for one in about.values()):
-        members = [name for name, one in about.items() if one["benchmark"] == benchmark]
-        shared = {"benchmark": benchmark, "protocol": about[members[0]]["protocol"]}
-        shared["metric"] = about[members[0]]["primary"]
+    groups = tasks_by_protocol(about)
+    benchmarks = [benchmark for benchmark, _ in groups]
+    for (benchmark, protocol), members in groups.items():
+        shared = {"benchmark": benchmark, "protocol": protocol, "metric": about[members[0]]["primary"]}
         if len(members) > 1:
-            rows.append({**shared, "task": benchmark, **_row(joined[joined["task"].isin(members)], bootstrap)})
+            label = benchmark if benchmarks.count(benchmark) == 1 else protocol
+            rows.append({**shared, "task": label, **_row(joined[joined["task"].isin(members)], bootstrap)})
         rows += [{**shared, "task": name, **_row(joined[joined["task"] == name], bootstrap)} for name in members]
     names = _names(log_a, log_b)
     alone = sorted(set(log_a.meta["tasks"]) ^ set(log_b.meta["tasks"]))
@@ -184,9 +186,11 @@ def _row(joined: pd.DataFrame, bootstrap: Bootstrap) -> dict[str, Any]:
 
 
 def _common_tasks(a: Mapping[str, Mapping[str, Any]], b: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    in_both = tasks_by_protocol(a).keys() & tasks_by_protocol(b).keys()
     for one in a.values():
         for other in b.values():
-            if one["benchmark"] != other["benchmark"]:
+            keys = {(about["benchmark"], about["protocol"]) for about in (one, other)}
+            if one["benchmark"] != other["benchmark"] or (len(keys) == 2 and keys & in_both):
                 continue
             for key in ("protocol", "version", "primary"):
                 if one.get(key) != other.get(key):

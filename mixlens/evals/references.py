@@ -54,7 +54,8 @@ def beside(log: Log, *, model: str | None = None) -> pd.DataFrame:
     model  whose published scores; None for the evaluated model's own, by its name
 
     A published score is comparable when protocol, metric and average are those of the log (where the source states
-    them), nothing was left out by a limit, and the number of questions is the same.
+    them), nothing was left out by a limit, the number of questions is the same, and no chat endpoint put its template
+    around the prompts.
 
     Returns  DataFrame  one row a score and published statement, in percent: benchmark, protocol, metric, score, ci_low,
                         ci_high, n, published, published_protocol, comparable, why_not, difference (NaN unless
@@ -80,7 +81,8 @@ def _of_average(log: Log, score: dict[str, Any], average: Any) -> dict[str, Any]
     """The log's score in the average that a source states."""
     if not isinstance(average, str) or average == score["average"]:
         return {}
-    rows = log.scores.query("task == @score['task'] and metric == @score['metric'] and average == @average")
+    same = "task == @score['task'] and protocol == @score['protocol'] and metric == @score['metric']"
+    rows = log.scores.query(f"{same} and average == @average")
     return {key: 100 * rows[key].iloc[0] for key in ("score", "ci_low", "ci_high")} if len(rows) else {}
 
 
@@ -91,6 +93,9 @@ def _compared(log: Log, row: dict[str, Any], entry: dict[str, Any]) -> dict[str,
         reasons.append(f"published by {entry['protocol']}")
     if isinstance(entry["metric"], str) and entry["metric"] != row["metric"]:
         reasons.append(f"published metric is {entry['metric']}")
+    asked_by = (log.meta["model"].get("endpoint") or {}).get("protocol", "openai-completions")
+    if asked_by != "openai-completions":
+        reasons.append(f"asked by {asked_by}: the server's chat template is around the prompt")
     if limit is not None:
         reasons.append(f"only the first {limit} samples of every task")
     elif entry["n"] == entry["n"] and entry["n"] != row["n"]:

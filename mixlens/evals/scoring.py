@@ -16,7 +16,7 @@ _LEVEL, _REPLICATES, _SEED = 0.95, 2000, 0
 
 
 def score_table(samples: pd.DataFrame, tasks: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
-    """One row for every task and metric, then the benchmark's micro and macro average over its tasks.
+    """One row for every task and metric, then the benchmark's micro and macro average over its tasks, by protocol.
 
     samples  one row a sample: task, and a column for every metric, NaN where a sample could not be scored
     tasks    by task: benchmark, protocol, and metrics, each {"aggregation": name, "score", "stderr": lm-eval's own}
@@ -31,21 +31,21 @@ def score_table(samples: pd.DataFrame, tasks: Mapping[str, Mapping[str, Any]]) -
     """
     rows: list[dict[str, Any]] = []
     by_task = {str(name): frame for name, frame in samples.groupby("task", sort=False)} if len(samples) else {}
-    for benchmark, members in _benchmarks(tasks).items():
+    for (benchmark, protocol), members in tasks_by_protocol(tasks).items():
         values: dict[str, list[np.ndarray]] = {}
         for name in members:
             about = tasks[name]
             frame = by_task.get(name, pd.DataFrame())
             for metric, how in about["metrics"].items():
                 column = frame[metric].to_numpy(float) if metric in frame else np.empty(0)
-                row = {"benchmark": benchmark, "task": name, "metric": metric, "protocol": about["protocol"]}
+                row = {"benchmark": benchmark, "task": name, "metric": metric, "protocol": protocol}
                 if how["aggregation"] in ("mean", "nanmean"):
                     rows.append(row | {"average": ""} | _mean([column]))
                     values.setdefault(metric, []).append(column)
                 else:
                     rows.append(row | {"average": ""} | _own(column, how))
         if len(members) > 1:
-            shared = {"benchmark": benchmark, "task": benchmark, "protocol": tasks[members[0]]["protocol"]}
+            shared = {"benchmark": benchmark, "task": benchmark, "protocol": protocol}
             for metric, columns in values.items():
                 rows.append(shared | {"metric": metric, "average": "micro"} | _mean([np.concatenate(columns)]))
                 rows.append(shared | {"metric": metric, "average": "macro"} | _mean(columns, macro=True))
@@ -53,11 +53,12 @@ def score_table(samples: pd.DataFrame, tasks: Mapping[str, Mapping[str, Any]]) -
 
 
 def primary_rows(scores: pd.DataFrame, tasks: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The one row that stands for each benchmark: its primary metric, micro where it has several tasks."""
+    """The row that stands for each protocol of a benchmark: its primary metric, micro where it has several tasks."""
     rows = []
-    for benchmark, members in _benchmarks(tasks).items():
+    for (benchmark, protocol), members in tasks_by_protocol(tasks).items():
         primary, average = tasks[members[0]]["primary"], "micro" if len(members) > 1 else ""
-        of = scores[(scores["benchmark"] == benchmark) & (scores["metric"] == primary)]
+        of = scores[(scores["benchmark"] == benchmark) & (scores["protocol"] == protocol)]
+        of = of[of["metric"] == primary]
         rows += [{str(k): v for k, v in row.items()} for row in of[of["average"] == average].to_dict("records")]
     return rows
 
@@ -72,10 +73,11 @@ def wilson(successes: float, n: int, level: float = _LEVEL) -> tuple[float, floa
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def _benchmarks(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
-    members: dict[str, list[str]] = {}
+def tasks_by_protocol(tasks: Mapping[str, Mapping[str, Any]]) -> dict[tuple[str, str], list[str]]:
+    """Names of tasks by benchmark and protocol: what may be averaged, since other protocols measure other things."""
+    members: dict[tuple[str, str], list[str]] = {}
     for name, about in tasks.items():
-        members.setdefault(about["benchmark"], []).append(name)
+        members.setdefault((about["benchmark"], about["protocol"]), []).append(name)
     return members
 
 

@@ -146,10 +146,9 @@ def _rows(log: Log, name: str, subjects: bool) -> pd.DataFrame:
     """Rows of the plot in per cent: log, row, score, ci_low, ci_high, n, chance, published, comparable, status."""
     if not subjects:
         table = beside(log)
-        chance = table["benchmark"].map(
-            _chance(log, {task: about["benchmark"] for task, about in log.meta["tasks"].items()})
-        )
-        return table.assign(log=name, row=table["benchmark"] + "\n" + table["protocol"], chance=chance)
+        row = table["benchmark"] + "\n" + table["protocol"]
+        of_task = {task: f"{about['benchmark']}\n{about['protocol']}" for task, about in log.meta["tasks"].items()}
+        return table.assign(log=name, row=row, chance=row.map(_chance(log, of_task)))
     primary = {row["metric"] for row in primary_rows(log.scores, log.meta["tasks"])}
     table = log.scores[(log.scores["average"] == "") & log.scores["metric"].isin(primary)].copy()
     table[["score", "ci_low", "ci_high"]] *= 100

@@ -12,6 +12,8 @@ from mixlens import compare
 from mixlens.errors import BadInput
 from mixlens.evals.log import Log
 from mixlens.evals.paired import compare_logs, mcnemar, paired_difference
+from mixlens.evals.references import beside
+from mixlens.evals.scoring import primary_rows
 from mixlens.stats.bootstrap import Bootstrap
 
 
@@ -168,3 +170,26 @@ def test_every_pattern_of_few_samples_has_an_interval_that_holds_its_difference(
     for a, b in itertools.product(itertools.product((0.0, 1.0), repeat=n), repeat=2):
         difference, low, high = paired_difference(np.array(a), np.array(b), np.zeros(n), Bootstrap(replicates=20))
         assert np.isnan(low) if n == 1 else low <= difference <= high
+
+
+def test_protocols_of_one_benchmark_are_never_pooled():
+    def two(right: float) -> Log:
+        both = log({"zero": [0.0, 0.0], "few::x": [right, 1.0], "few::y": [1.0, 1.0]})
+        both.meta["tasks"] = {
+            task: {**about, "protocol": f"quiz_{task[:3]}"} for task, about in both.meta["tasks"].items()
+        }
+        both.meta |= {"settings": {"limit": None}, "created": "", "versions": {}}
+        return both
+
+    one = two(1.0)
+    averages = one.scores[one.scores["average"] != ""]
+    assert averages[["protocol", "average", "score"]].to_numpy().tolist() == [
+        ["quiz_few", "micro", 1.0],
+        ["quiz_few", "macro", 1.0],
+    ]
+    rows = primary_rows(one.scores, one.meta["tasks"])
+    assert [(row["protocol"], row["score"], row["n"]) for row in rows] == [("quiz_zer", 0.0, 2), ("quiz_few", 1.0, 4)]
+    assert beside(one)["protocol"].tolist() == ["quiz_zer", "quiz_few"]
+    assert repr(one).count("quiz_zer") == 1
+    compared = compare_logs(one, two(0.0)).table.set_index("task")
+    assert compared["n"].to_dict() == {"zero": 2, "quiz_few": 4, "few::x": 2, "few::y": 2}
