@@ -58,7 +58,9 @@ class Caps:
     interrupt: threading.Event = field(default_factory=threading.Event)
 
     def admit(self, job: Job, now_s: float) -> float | None:
-        """Dollars set aside for the request, or None when it may not start; `stopped` then says why."""
+        """Dollars set aside for the request, or None when it may not start; `stopped` then says why, for good."""
+        if self.stopped is not None:
+            return None
         if self.interrupt.is_set():
             self.stopped = "interrupted"
         elif self.seconds is not None and now_s >= self.seconds:

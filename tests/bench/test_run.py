@@ -14,11 +14,11 @@ from bench_server import CUT, Script, answer, serving
 
 import mixlens
 from mixlens.bench.bench import Bench
-from mixlens.bench.drive import Level
+from mixlens.bench.drive import Caps, Level
 from mixlens.bench.events import read_records
 from mixlens.bench.keeping import PARTIAL
 from mixlens.bench.prompts import Workload
-from mixlens.bench.request import Timeouts, retry_after
+from mixlens.bench.request import Job, Timeouts, retry_after
 from mixlens.bench.run import BenchSettings, benchmark
 from mixlens.errors import BadInput, RunError
 from mixlens.models.endpoint import Endpoint
@@ -204,6 +204,15 @@ def test_caps_on_seconds_and_dollars_stop_what_has_not_begun():
     assert 0.0004 < spent <= 0.001
     assert paid.meta["stopped"] == "the cap of $0.001"
     assert "Stopped early by the cap" in repr(paid)
+
+
+def test_a_cap_that_was_met_is_met_for_good():
+    # A cheap request would still fit after a dear one did not: the load would go on with fewer at a time.
+    caps = Caps(dollars=0.001, price=(1.0, 10.0))
+    assert caps.admit(Job(0, "l", "measured", "x", 50), 0.0) == pytest.approx(565e-6)
+    assert caps.admit(Job(1, "l", "measured", "x", 50), 0.0) is None
+    assert caps.admit(Job(2, "l", "measured", "x", 1), 0.0) is None
+    assert caps.spent_usd == pytest.approx(565e-6)
 
 
 def test_a_cap_in_dollars_needs_a_price():
