@@ -28,7 +28,7 @@ from mixlens.models.layout import describe
 from mixlens.models.load import load
 from mixlens.models.quantize import parse_scheme
 from mixlens.models.quantize_linears import require
-from mixlens.runs import META, RunWriter, now, versions
+from mixlens.runs import META, RunWriter, now, open_run, versions
 from mixlens.show.comparison import pareto as draw
 from mixlens.show.style import own_figure
 from mixlens.stats.impact import Impact
@@ -70,8 +70,8 @@ def pareto(
 
     The original stays loaded beside one scheme at a time.
 
-    Raises BadInput for no or unknown schemes, or one named twice, and ModelError for one that cannot run here, before
-    anything is measured; and as load, quantization_impact and benchmark.
+    Raises BadInput for no or unknown schemes, one named twice, or the original's own, and ModelError for one that
+    cannot run here, before anything is measured; and as load, quantization_impact and benchmark.
     """
     names = [_name(scheme) for scheme in schemes]
     if not names or len(set(names)) != len(names):
@@ -79,20 +79,24 @@ def pareto(
             f"Schemes were to be laid side by side. Given were {', '.join(names) or 'none'}. Give one or several, each "
             "once."
         )
-    documents = list(documents)
+    documents = documents if hasattr(documents, "__getitem__") else list(documents)
     original = load(model, verbose=False, **loading)
+    described = {key: value for key, value in describe(original).items() if key not in ("devices", "class")}
+    first = described["audit"]["label"]
+    if first in names:
+        raise BadInput(
+            f"{first} was to be laid beside the original. The original is held in {first} already. Leave it out."
+        )
     devices = {parameter.device for parameter in original.parameters()}
     for scheme in schemes:
         for text in scheme.values() if isinstance(scheme, Mapping) else [scheme]:
             if text not in _DTYPES and (parsed := parse_scheme(text)) is not None:
                 require(parsed, devices)
     corpus = Corpus.of(original, documents, None, settings)
-    described = {key: value for key, value in describe(original).items() if key not in ("devices", "class")}
     plan = {**corpus.plan(), "model": described, "schemes": names, "speed": vars(speed)}
     writer = RunWriter(out, KIND, plan)
     if not writer.complete:
         bench = _Sides(original, model, documents, loading, speed, settings, writer)
-        first = described["audit"]["label"]
         for index, (name, scheme) in enumerate(zip([first, *names], [None, *schemes], strict=True)):
             if index not in writer.done:
                 rows = bench.measure(index, name, scheme)
@@ -107,7 +111,7 @@ class _Sides:
 
     original: Any
     model: str | os.PathLike
-    documents: list[Any]
+    documents: Iterable[Any]
     loading: Mapping[str, Any]
     speed: Speed
     settings: RecordSettings
@@ -179,7 +183,10 @@ def _quality_of_original(original: Any, found: Impact) -> list[dict[str, Any]]:
     n = {"n": int(cell.n)}
     return [
         _estimated(name, "perplexity", cell, ""),
-        *(_counted(name, quantity, value, "") | n for quantity, value in exact.items()),
+        *(
+            _counted(name, quantity, value, "nats" if value == 0 else "fraction") | n
+            for quantity, value in exact.items()
+        ),
     ]
 
 
@@ -208,7 +215,8 @@ def _finish(writer: RunWriter, meta: dict[str, Any]) -> None:
     order = {scheme: place for place, scheme in enumerate(table["scheme"].unique())}
     table = table.sort_values("scheme", key=lambda column: column.map(order), kind="stable", ignore_index=True)
     table = table.astype(dict.fromkeys(("estimate", "ci_low", "ci_high"), float))
-    meta = {**meta, "versions": versions(*PACKAGES)}
+    machines = {open_run(folder, check=False).meta["machine"]["name"] for folder in writer.path.glob("*/speed")}
+    meta = {**meta, "machine": " and ".join(sorted(machines)), "versions": versions(*PACKAGES)}
     figure = own_figure(draw(Pareto(table, meta)))
     files: dict[str, Callable[[Path], Any]] = {
         TABLE: lambda path: pq.write_table(pa.Table.from_pandas(table, preserve_index=False), path),

@@ -115,6 +115,8 @@ def test_every_scheme_has_every_number(resumed):
     assert (found.path / "pareto.png").read_bytes()[:4] == b"\x89PNG"
     assert (found.path / "pareto.pdf").read_bytes()[:4] == b"%PDF"
     assert found.of("bytes").estimate["float32"] == 2 * found.of("bytes").estimate["bfloat16"]
+    for quantity in ("kl", "same_top"):
+        assert found.of(quantity).unit.nunique() == 1
     kl = found.of("kl").estimate
     assert kl["float32"] == 0 < kl["bfloat16"] < kl["hqq4-g16"] < kl["hqq2-g16"]
     impact = ml.open(found.path / "02-hqq4-g16" / "impact")
@@ -168,12 +170,27 @@ def test_scores_are_added_by_scheme():
         (["nf4", "nf4"], BadInput, "Given were nf4, nf4"),
         (["nf5"], BadInput, "That is no scheme; did you mean nf4"),
         (["fp8"], ModelError, "compute capability 8.9"),
+        (["bfloat16", "float32"], BadInput, "The original is held in float32 already. Leave it out"),
     ],
 )
 def test_what_cannot_run_is_refused_before_anything_is_measured(folder, tmp_path, asked, error, message):
     with pytest.raises(error, match=message):
         ml.pareto(folder, DOCUMENTS, schemes=asked, out=tmp_path / "run", settings=SETTINGS)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("documents", [pd.DataFrame({"title": ["a"], "body": ["b"]}), "a text"])
+def test_what_is_no_list_of_documents_is_refused_as_everywhere(folder, tmp_path, documents):
+    with pytest.raises(BadInput, match="none called 'text'|A single str was given"):
+        ml.pareto(folder, documents, schemes=["bfloat16"], out=tmp_path / "run", settings=SETTINGS)
+
+
+def test_a_speed_says_on_what_machine(folder, tmp_path):
+    found = schemes.pareto(
+        folder, DOCUMENTS[:2], schemes=["bfloat16"], out=tmp_path / "run", speed=Speed(1, 16, 2), settings=SETTINGS
+    )
+    machine = ml.open(tmp_path / "run" / "01-bfloat16" / "speed").meta["machine"]["name"]
+    assert found.title().endswith(f"; speed on {machine}")
 
 
 def test_the_commands(folder, resumed, tmp_path, capsys):

@@ -37,7 +37,7 @@ class Pareto:
     """Schemes of one model side by side, measured by mixlens.pareto.
 
     table   one row a scheme and quantity: estimate, ci_low, ci_high, unit, n; no interval for what is counted
-    meta    model, schemes, documents, versions
+    meta    model, documents, versions, and the machine of the speeds, "" where none was measured
     path    of the run directory, None in memory; it holds the run of every measurement
     """
 
