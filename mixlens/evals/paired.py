@@ -30,8 +30,8 @@ def compare_logs(log_a: Log, log_b: Log, *, bootstrap: Bootstrap = DEFAULT) -> L
 
     Tasks that one log alone has are named, not compared. A sample that either could not score is left out, and counted.
 
-    Raises BadInput when a benchmark was asked by different protocols or versions of them, when no task is in both, and
-    when a sample's document differs.
+    Raises BadInput when a benchmark was asked by different protocols or versions of them, or in one log behind a
+    chat template; when no task is in both; and when a sample's document differs.
     """
     common = _common_tasks(log_a.meta["tasks"], log_b.meta["tasks"])
     joined = _joined(log_a.samples, log_b.samples, common)
@@ -192,7 +192,7 @@ def _common_tasks(a: Mapping[str, Mapping[str, Any]], b: Mapping[str, Mapping[st
             keys = {(about["benchmark"], about["protocol"]) for about in (one, other)}
             if one["benchmark"] != other["benchmark"] or (len(keys) == 2 and keys & in_both):
                 continue
-            for key in ("protocol", "version", "primary"):
+            for key in ("protocol", "version", "primary", "chat"):
                 if one.get(key) != other.get(key):
                     raise BadInput(
                         f"Two evaluations were to be compared. {one['benchmark']} has {key} {one.get(key)!r} in the "

@@ -102,7 +102,7 @@ def evaluate(
     meta = {
         "created": now(),
         "model": backend.describe(),
-        "tasks": _about_tasks(loaded, records, graded["results"]),
+        "tasks": _about_tasks(backend, loaded, records, graded["results"]),
         "settings": plan["settings"] | {"limit": limit, "data": None if data is None else Path(data).name},
         "input_sha256": plan["input_sha256"],
         "counts": {"samples": len(records), "requests": len(requests)},
@@ -207,7 +207,9 @@ def _primary(loaded: Loaded, task: str, metrics: Sequence[str]) -> str | None:
     return metrics[0] if metrics else None
 
 
-def _about_tasks(loaded: Loaded, records: Sequence[dict[str, Any]], results: dict[str, Any]) -> dict[str, Any]:
+def _about_tasks(
+    backend: Any, loaded: Loaded, records: Sequence[dict[str, Any]], results: dict[str, Any]
+) -> dict[str, Any]:
     """Of every task: benchmark, protocol, metrics and how they are averaged, and where its data is from."""
     metrics: dict[str, list[str]] = {name: [] for name in loaded.tasks}
     for record in records:
@@ -223,7 +225,7 @@ def _about_tasks(loaded: Loaded, records: Sequence[dict[str, Any]], results: dic
             "protocol": protocol.name if protocol else f"lm-eval {name}",
             "version": str(task.VERSION),
             "shots": int(task.get_config("num_fewshot") or 0),
-            "chat": loaded.chat(name),
+            "chat": loaded.chat(name) or not getattr(backend, "completes", True),
             "primary": _primary(loaded, name, metrics[name]),
             "metrics": {metric: _aggregation(task, metric, own) for metric in metrics[name]},
             "documents": len(task.eval_docs),

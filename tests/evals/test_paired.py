@@ -193,3 +193,8 @@ def test_protocols_of_one_benchmark_are_never_pooled():
     assert repr(one).count("quiz_zer") == 1
     compared = compare_logs(one, two(0.0)).table.set_index("task")
     assert compared["n"].to_dict() == {"zero": 2, "quiz_few": 4, "few::x": 2, "few::y": 2}
+
+
+def test_behind_a_chat_template_is_not_compared_with_without():
+    with pytest.raises(BadInput, match="quiz has chat False in the first and True in the second"):
+        compare_logs(log({"x": [1.0]}, chat=False), log({"x": [1.0]}, chat=True))

@@ -108,3 +108,10 @@ def test_the_report_has_scores_samples_and_comparison(tmp_path):
     assert "is better than" in page
     assert "<b>0</b>" not in page
     assert "&lt;b&gt;0&lt;/b&gt;" in page
+
+
+def test_what_a_chat_endpoint_answered_is_beside_no_published_score(whole):
+    asked = Log(whole.records, whole.meta | {"model": {**whole.meta["model"], "endpoint": {"protocol": "openai-chat"}}})
+    table = beside(asked)
+    assert not table["comparable"].any()
+    assert table["why_not"].str.contains("asked by openai-chat: the server's chat template").all()
