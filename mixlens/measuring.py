@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 from torch import nn
 from tqdm import tqdm
 
+from mixlens.errors import BadInput
 from mixlens.models.layout import describe, n_experts
 from mixlens.runs import RunWriter, now, versions
 from mixlens.stats.measured import VOCABULARY, Measured, read_measured
@@ -36,6 +37,12 @@ from mixlens.traces.record import (
 from mixlens.traces.recorder import PACKAGES
 
 Measure = Callable[[Shard], dict[str, np.ndarray]]
+# What measurements call their own numbers and axes, beside which the documents' columns are to stand.
+_TAKEN = frozenset({
+    "change", "chosen", "condition", "error", "expert", "expert_id", "first_weight", "k", "kl", "layer", "logit",
+    "loss", "matrix", "next_id", "norm", "peak", "piece", "position", "same_first", "same_top", "shared", "size",
+    "slot", "token_id", "tokens", "value", "weight", "weight_error",
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,9 +57,15 @@ class Corpus:
 
     @staticmethod
     def of(model: nn.Module, documents: Iterable[Any], tokenizer: Any, settings: RecordSettings) -> Corpus:
-        """Raises BadInput for documents that cannot be read as asked."""
+        """Raises BadInput for documents that cannot be read as asked, or have a column called like what is measured."""
+        checked = Documents(documents, settings.text)
+        if taken := sorted(_TAKEN & next(iter(checked)).columns.keys()):
+            raise BadInput(
+                f"Documents were to be measured. They have a column called {', '.join(taken)}, as numbers that mixlens "
+                "measures are. Rename it."
+            )
         return Corpus(
-            Documents(documents, settings.text),
+            checked,
             tokenizer if tokenizer is not None else tokenizer_of(model),
             length_limit(model, settings),
             batch_size(model, settings),

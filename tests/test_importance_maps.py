@@ -166,3 +166,14 @@ def test_a_loss_that_is_nan_at_every_k_stays_so():
     broken.lm_head.weight.data[5] = torch.nan
     measured = ml.measure_topk(broken, DOCUMENTS[:2], ks=1, tokenizer=Letters(), settings=SETTINGS)
     assert measured.loss.isnull().all()
+
+
+@pytest.mark.parametrize("name", ["value", "layer", "norm", "shared"])
+def test_a_column_called_like_a_number_is_refused_before_the_model_runs(net, name, monkeypatch):
+    monkeypatch.setattr(type(net), "forward", None)
+    documents = [{"text": "x", name: 1}]
+    for measured in (ml.measure_importance, ml.measure_topk, ml.expert_contributions):
+        with pytest.raises(BadInput, match=f"a column called {name}, .* Rename it"):
+            measured(net, documents, tokenizer=Letters(), settings=SETTINGS)
+    with pytest.raises(BadInput, match=f"a column called {name}"):
+        ml.quantization_impact(net, net, documents, tokenizer=Letters(), settings=SETTINGS)
