@@ -34,9 +34,10 @@ export async function unpack(text) {
   return { ...header, arrays, shapes: header.arrays };
 }
 
-/** Put the live view of `kind` into the shadow root of `host`, over its static content. */
-export async function mount(host, kind, packed) {
+/** Put the live view of `kind` into the shadow root of `host`, over its static content, once `free` says so. */
+export async function mount(host, kind, packed, free = () => {}) {
   const data = await unpack(packed);
+  await free();
   const root = host.shadowRoot ?? host.attachShadow({ mode: "open" });
   const frame = element("div", { class: "frame" });
   followTheme(frame);
@@ -51,9 +52,15 @@ export default {
   async render({ model, el }) {
     const host = element("div", { class: "mixlens" });
     el.append(host);
+    let released; // a click is lost when its button is replaced between press and release
+    host.addEventListener("pointerdown", () => {
+      released = new Promise((done) => {
+        for (const end of ["pointerup", "pointercancel"]) addEventListener(end, () => setTimeout(done), { once: true });
+      });
+    });
     const tell = (selection) => document.dispatchEvent(new CustomEvent(CHANNEL, { detail: { ...selection, from: model } }));
     const show = async () => {
-      await mount(host, model.get("kind"), model.get("packed"));
+      await mount(host, model.get("kind"), model.get("packed"), () => released);
       if (Object.keys(model.get("selection")).length) tell(model.get("selection")); // new data, same layer and expert
     };
     await show();
