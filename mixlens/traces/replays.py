@@ -91,6 +91,8 @@ class _Matcher:
             agreeing = [s for s in before if self._agrees(s, start, ids, placed.masked)]
             if not agreeing:
                 raise self._mismatch(row, start, ids, before)
+            if not placed.masked:  # what is not in the recorded sequence counts as padding: the longest explains most
+                agreeing.sort(key=self._length, reverse=True)
             self._possible[row] = agreeing
             found = next((s for s in agreeing if s not in taken), agreeing[0])
             taken.add(found)

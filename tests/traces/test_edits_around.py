@@ -120,6 +120,15 @@ def test_record_under_an_edit_says_so_and_needs_no_order_of_rows(net, letters, t
         ml.record(net, texts, tokenizer=letters, out=tmp_path / "run", settings=quiet)
 
 
+def test_a_document_that_another_begins_with_is_replayed_on_its_own_row(net, letters):
+    texts, quiet = ["h", "hello there"], ml.RecordSettings(progress=False)
+    with ml.edit(net, edits.add(2.0, experts=3)):
+        trace = ml.record(net, texts, tokenizer=letters, settings=quiet)
+    with ml.edit(net, edits.replay(trace)):
+        again = ml.record(net, texts, tokenizer=letters, settings=quiet)
+    np.testing.assert_array_equal(np.sort(again.read("expert_id"), -1), np.sort(trace.read("expert_id"), -1))
+
+
 def test_record_with_another_top_k(net, letters, tmp_path):
     for k in (1, 4):
         with ml.edit(net, edits.top_k(k)):
