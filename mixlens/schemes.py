@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,8 @@ from mixlens.measuring import Corpus
 from mixlens.models.audit import audit
 from mixlens.models.layout import describe
 from mixlens.models.load import load
-from mixlens.models.quantize import parse_scheme
 from mixlens.models.quantize_linears import require
+from mixlens.models.quantize_load import skeleton_of
 from mixlens.runs import META, RunWriter, now, open_run, versions
 from mixlens.show.comparison import pareto as draw
 from mixlens.show.style import own_figure
@@ -89,9 +90,10 @@ def pareto(
         )
     devices = {parameter.device for parameter in original.parameters()}
     for scheme in schemes:
-        for text in scheme.values() if isinstance(scheme, Mapping) else [scheme]:
-            if text not in _DTYPES and (parsed := parse_scheme(text)) is not None:
-                require(parsed, devices)
+        if scheme not in _DTYPES:
+            skeleton = skeleton_of(deepcopy(original.config), scheme, original.dtype)
+            for held in set(skeleton.schemes.values()):
+                require(held, devices)
     corpus = Corpus.of(original, documents, None, settings)
     plan = {**corpus.plan(), "model": described, "schemes": names, "speed": vars(speed)}
     writer = RunWriter(out, KIND, plan)

@@ -170,6 +170,8 @@ def test_scores_are_added_by_scheme():
         (["nf4", "nf4"], BadInput, "Given were nf4, nf4"),
         (["nf5"], BadInput, "That is no scheme; did you mean nf4"),
         (["fp8"], ModelError, "compute capability 8.9"),
+        (["bfloat16", "hqq4-g48"], BadInput, "in groups of 48. Its rows have 32 weights"),
+        ([{"*.layers.9.*": "nf4"}], BadInput, "No Linear of the model is meant by it"),
         (["bfloat16", "float32"], BadInput, "The original is held in float32 already. Leave it out"),
     ],
 )
