@@ -16,16 +16,24 @@ from mixlens.traces.editing import edits_of
 
 # Requests of a backend that batches by itself, that are asked for and kept together.
 _SLICE = 256
+# What tells one model object of lm-eval's from another.
+_TOLD = ("revision", "dtype", "quantization", "tokenizer_revision", "add_bos_token", "max_length")
 
 
 def backend_of(model: Any, settings: Any) -> Any:
     """The backend for a model. Raises BadInput for what is none."""
     from lm_eval.api.model import LM
+    from lm_eval.models.huggingface import HFLM
 
     if isinstance(model, Endpoint):
         from mixlens.evals.endpoints import EndpointBackend
 
         return EndpointBackend(model, settings)
+    if isinstance(model, HFLM):
+        raise BadInput(
+            f"A {type(model).__name__} of lm-eval's was to be evaluated. It cuts long prompts in silence, and a "
+            "transformers model needs none. Give the model itself, and its tokenizer by EvalSettings(tokenizer=...)."
+        )
     if isinstance(model, LM):
         return LmEvalBackend(model)
     if isinstance(model, nn.Module):
@@ -80,12 +88,14 @@ class LmEvalBackend:
         return {"name": self._name(), "backend": f"lm-eval {type(self.lm).__name__}"}
 
     def identity(self) -> dict[str, Any]:
-        return self.describe()
+        given = getattr(self.lm, "model_args", None)
+        found = {name: getattr(self.lm, name, None) for name in _TOLD} | (given if isinstance(given, dict) else {})
+        return self.describe() | {name: str(found[name]) for name in _TOLD if found[name] is not None}
 
     def _name(self) -> str:
         for place in ("pretrained", "model", "tokenizer_name"):
             if isinstance(value := getattr(self.lm, place, None), str) and value:
-                return value
+                return value.replace("__", "/", 1) if place == "tokenizer_name" else value
         return type(self.lm).__name__
 
     def chat_template(self, history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:

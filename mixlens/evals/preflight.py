@@ -28,6 +28,8 @@ def check(backend: Any, job: Job, loaded: Loaded, work: Mapping[str, tuple[Seque
         _check_backend(backend, loaded, kind, requests)
         if hasattr(backend, "lm") and hasattr(backend.lm, "seen"):
             _check_rows(backend.lm, kind, requests, batches)
+        elif hasattr(backend, "lm"):
+            _check_requests(backend.lm, kind, requests)
     _check_gold(backend, job, loaded, work)
 
 
@@ -55,24 +57,40 @@ def _check_backend(backend: Any, loaded: Loaded, kind: str, requests: Sequence[A
 
 
 def _check_rows(lm: Any, kind: str, requests: Sequence[Any], batches: Sequence[Batch]) -> None:
-    bos = lm.tokenizer.bos_token_id
     for batch in batches:
         for row in batch.rows:
             request = requests[row.asked[0][0]]
-            if bos is not None and (row.ids[0] != bos or row.ids[1:2] == (bos,)):
-                found = "none" if row.ids[0] != bos else "two"
-                raise BadInput(
-                    f"{_WHERE.format(task=request.task_name)} Prompt {request.doc_id} begins with {found} "
-                    f"beginning-of-sequence tokens. Correct the tokenizer or its chat template: it must be one."
-                )
             new = check_sampling(request.args[1], lm.max_gen_toks)["max_gen_toks"] if kind == "generate_until" else 0
-            if len(row.ids) + new > lm.max_length:
-                answer = f" and {new} for the answer" if new else ""
-                raise BadInput(
-                    f"{_WHERE.format(task=request.task_name)} Prompt {request.doc_id} has {len(row.ids):,} tokens"
-                    f"{answer}; the model reads {lm.max_length:,}, and a prompt that is cut is another protocol. Use "
-                    "fewer shots or a model of longer context, or leave this task out."
-                )
+            _check_prompt(lm, request, row.ids, new)
+
+
+def _check_requests(lm: Any, kind: str, requests: Sequence[Any]) -> None:
+    """As _check_rows for a model object of lm-eval's, where it shows how it encodes a text."""
+    if getattr(lm, "tokenizer", None) is None or not hasattr(lm, "tok_encode") or kind == "loglikelihood_rolling":
+        return
+    for request in requests:
+        generates = kind == "generate_until"
+        ids = lm.tok_encode(request.args[0] if generates else "".join(request.args))
+        new = request.args[1].get("max_gen_toks", lm.max_gen_toks) if generates else 0
+        _check_prompt(lm, request, ids, new)
+
+
+def _check_prompt(lm: Any, request: Any, ids: Sequence[int], new: int) -> None:
+    """One BOS, and room for the prompt with `new` tokens behind it."""
+    bos = getattr(lm.tokenizer, "bos_token_id", None)
+    if bos is not None and (ids[0] != bos or list(ids[1:2]) == [bos]):
+        found = "none" if ids[0] != bos else "two"
+        raise BadInput(
+            f"{_WHERE.format(task=request.task_name)} Prompt {request.doc_id} begins with {found} "
+            "beginning-of-sequence tokens. Correct the tokenizer, its chat template or add_bos_token: it must be one."
+        )
+    if len(ids) + new > lm.max_length:
+        answer = f" and {new} for the answer" if new else ""
+        raise BadInput(
+            f"{_WHERE.format(task=request.task_name)} Prompt {request.doc_id} has {len(ids):,} tokens"
+            f"{answer}; the model reads {lm.max_length:,}, and a prompt that is cut is another protocol. Use "
+            "fewer shots or a model of longer context, or leave this task out."
+        )
 
 
 def _check_gold(

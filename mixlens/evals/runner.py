@@ -69,7 +69,7 @@ def evaluate(
 ) -> Log:
     """What a model scores on benchmarks, with every sample and the protocol of each score.
 
-    model     a loaded transformers model (ml.load), an ml.Endpoint, or any model object of lm-eval's, such as its VLLM
+    model     a loaded transformers model (ml.load), an ml.Endpoint, or a model object of lm-eval's, such as its VLLM
     tasks     benchmarks ("mmlu", "humaneval", "math"), protocols ("mmlu_5shot", or one subject of it,
               "mmlu_5shot::anatomy"), a suite ("mixtral-paper"), or tasks of lm-eval by its names
     protocol  which protocol a benchmark means: a suite, or a protocol's name

@@ -14,12 +14,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from evals_parts import mixtral_tokenizer, small_mixtral, write_math
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 import mixlens as ml
 from mixlens.evals.answers import PARTIAL
+from mixlens.evals.backends import backend_of
 from mixlens.evals.generating import SeededNoise
-from mixlens.evals.model import LocalLM
+from mixlens.evals.model import LocalLM, tokenizer_of
 from mixlens.evals.references import beside, references
 from mixlens.evals.runner import EvalSettings
 
@@ -110,6 +113,48 @@ def test_a_prompt_that_does_not_fit_is_refused(demo, shared):
     message = "mmlu_5shot::virology was to pass before the model is asked. Prompt .* has .* tokens; the model reads 100"
     with pytest.raises(ml.BadInput, match=message):
         ml.evaluate(demo, "mmlu_5shot::virology", data=shared / "data", limit=2, settings=settings)
+
+
+class Elsewhere(TemplateLM):
+    """A model object of lm-eval's that encodes by itself, and is asked nothing here."""
+
+    max_length, max_gen_toks, eot_token_id = 40, 16, 2
+    tokenizer_name = "mistralai__Mixtral__8x7B"
+
+    def __init__(self, tokenizer, bos: bool) -> None:
+        super().__init__()
+        self.tokenizer, self.bos = tokenizer, bos
+
+    def tok_encode(self, string, add_special_tokens=None, **_):
+        return [self.tokenizer.bos_token_id] * self.bos + self.tokenizer.encode(string, add_special_tokens=False)
+
+    def not_asked(self, *_, **__):
+        raise AssertionError("the model was asked")
+
+    _loglikelihood_tokens = loglikelihood_rolling = generate_until = not_asked
+
+
+@pytest.mark.parametrize(
+    ("bos", "task", "message"),
+    [(False, "phrases", "begins with none beginning"), (True, "brackets", "has .* tokens; the model reads 10,")],
+)
+def test_a_model_object_of_lm_evals_passes_the_same_preflight(demo, bos, task, message):
+    lm = Elsewhere(tokenizer_of(demo), bos)
+    lm.max_length = 10
+    with pytest.raises(ml.BadInput, match=message):
+        ml.evaluate(lm, f"demo_0shot::{task}", limit=4, settings=QUIET)
+
+
+def test_a_model_object_of_lm_evals_is_told_from_another(demo):
+    lm = Elsewhere(tokenizer_of(demo), True)
+    lm.model_args = {"revision": "main", "dtype": "float16"}
+    told = backend_of(lm, QUIET).identity()
+    assert (told["name"], told["revision"], told["dtype"]) == ("mistralai/Mixtral__8x7B", "main", "float16")
+
+
+def test_a_transformers_model_in_lm_evals_clothes_is_refused(demo):
+    with pytest.raises(ml.BadInput, match="Give the model itself"):
+        ml.evaluate(HFLM(pretrained=demo, tokenizer=tokenizer_of(demo)), TASKS, settings=QUIET)
 
 
 def test_a_tokenizer_that_loses_text_is_refused(tmp_path):
