@@ -16,6 +16,7 @@ import xarray as xr
 from mixlens.bench import local_tables, metrics
 from mixlens.bench.events import Record, read_records, write_records
 from mixlens.bench.metrics import CountTokens, Limits
+from mixlens.bench.prompts import workload_words
 from mixlens.bench.roofline import roofline
 from mixlens.errors import RunError
 from mixlens.runs import open_run
@@ -165,6 +166,7 @@ class Bench:
             where = local_tables.remarks(self.meta)
         else:
             where = [f"{self.meta['endpoint']['model']} at {self.meta['endpoint']['url']}, {self.meta['created']}."]
+            where += [f"Workload: {workload_words(self.meta['workload'])}."] if self.meta.get("workload") else []
         return [
             *where,
             f"Token counts from: {counted}. Intervals: {DEFAULT.level:.0%}.",

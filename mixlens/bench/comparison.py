@@ -11,6 +11,7 @@ import pandas as pd
 
 from mixlens.bench.bench import Bench
 from mixlens.bench.metrics import P99_SAMPLES, STATISTICS
+from mixlens.bench.prompts import workload_words
 from mixlens.errors import BadInput
 from mixlens.stats.bootstrap import DEFAULT, Bootstrap
 
@@ -76,7 +77,7 @@ def compare_benches(a: Bench, b: Bench, *, bootstrap: Bootstrap = DEFAULT) -> Be
     two runs is in the ratio, and in no interval. System throughput has the interval of the ratio of two independent
     rates (delta method on their logarithms). The 99th percentile is NaN below 100 requests.
 
-    Raises BadInput when no load is in both.
+    Raises BadInput when no load is in both, or when other prompts or lengths were asked for; another seed is the same.
     """
     first, second = (bench.requests().query("phase == 'measured'") for bench in (a, b))
     levels = [level for level in dict.fromkeys(first["level"]) if level in set(second["level"])]
@@ -85,6 +86,7 @@ def compare_benches(a: Bench, b: Bench, *, bootstrap: Bootstrap = DEFAULT) -> Be
             f"Two benchmarks were to be compared. The first has loads {', '.join(dict.fromkeys(first['level']))}, the "
             f"second {', '.join(dict.fromkeys(second['level']))}. Measure both under the same loads."
         )
+    _check_workloads(a, b)
     paired = _in_turns(a, b)
     rows = []
     for level in levels:
@@ -93,6 +95,15 @@ def compare_benches(a: Bench, b: Bench, *, bootstrap: Bootstrap = DEFAULT) -> Be
             rows += _requests(level, metric, one[metric].dropna(), other[metric].dropna(), paired, bootstrap)
     table = pd.concat([pd.DataFrame(rows), _system(a, b, levels)], ignore_index=True)
     return BenchComparison(table, _remarks(a, b, paired, bootstrap))
+
+
+def _check_workloads(a: Bench, b: Bench) -> None:
+    one, other = (bench.meta.get("workload") for bench in (a, b))
+    if one and other and {**one, "seed": None} != {**other, "seed": None}:
+        raise BadInput(
+            f"Two benchmarks were to be compared. The first has {workload_words(one)}; the second has "
+            f"{workload_words(other)}. Measure both with the same workload."
+        )
 
 
 def _requests(

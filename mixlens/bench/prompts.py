@@ -80,6 +80,15 @@ class Workload:
         return {**kept, "prompts": len(self.prompts), "distinct": len({*self.prompts}), "prompts_sha256": digest}
 
 
+def workload_words(plan: Mapping[str, Any]) -> str:
+    """What `Workload.plan` says, for a reader."""
+    if "prompts" in plan:
+        prompts = f"{plan['prompts']} given prompts ({plan['distinct']} distinct, sha256 {plan['prompts_sha256'][:8]})"
+    else:
+        prompts = f"prompts of {plan['prompt_tokens']} {'words' if plan['counted_by'] == 'words' else 'tokens'}"
+    return f"{prompts}, answers of at most {plan['output_tokens']} tokens"
+
+
 def _made(words: Sequence[str]) -> str:
     # The words come first: two prompts that begin alike would share a cached prefix.
     return f"{' '.join(words)}. {_TASK}"

@@ -124,6 +124,7 @@ class Session:
             "created": self._started,
             "model": {"name": canonical(self._endpoint.model)},
             "endpoint": self._endpoint.plan(),
+            "workload": self._workload.plan(),
             "price_usd_per_mtok": self._price,
             "stopped": "an interrupt" if interrupted else self.caps.stopped,
             "counts": {"requests": len(records), "succeeded": sum(r.outcome == "ok" for r in records)},

@@ -16,6 +16,7 @@ from mixlens.show.roofline import roofline
 _PROVENANCE = (
     "created",
     "endpoint",
+    "workload",
     "model",
     "machine",
     "local",

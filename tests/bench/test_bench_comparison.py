@@ -81,6 +81,16 @@ def test_loads_must_be_the_same():
     assert "n/a" in repr(compare_benches(failed, failed))
 
 
+def test_workloads_must_be_the_same_apart_from_their_seed():
+    plans = [SMALL.plan(), Workload(prompt_tokens=32, output_tokens=8).plan(), Workload(prompts=["a"]).plan()]
+    a, *others = (bench({LOAD: [1.0]}, workload=plan) for plan in plans)
+    for other, words in zip(others, ("prompts of 32 words", r"1 given prompts \(1 distinct"), strict=True):
+        with pytest.raises(BadInput, match=f"The first has prompts of 16 words, .*; the second has {words}"):
+            compare_benches(a, other)
+    again = bench({LOAD: [1.0]}, workload=Workload(prompt_tokens=16, output_tokens=8, seed=1).plan())
+    assert row(compare_benches(a, again), "ttft_s", "mean")["ratio"] == 1.0
+
+
 def test_a_clock_stands_still_while_others_are_measured(monkeypatch):
     times = iter([10.0, 11.0, 15.0, 15.5])
     monkeypatch.setattr("mixlens.bench.session.time.perf_counter", lambda: next(times))

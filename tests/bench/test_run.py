@@ -59,6 +59,8 @@ def test_a_closed_loop_is_measured_and_kept(tmp_path):
     assert isinstance(opened, Bench)
     assert opened.records == bench.records
     assert not (tmp_path / "run" / PARTIAL).exists()
+    assert opened.meta["workload"] == SMALL.plan()
+    assert "Workload: prompts of 16 words, answers of at most 8 tokens." in repr(opened)
     assert "usage (12 requests)" in repr(opened)
     assert "4 requests, the first with TTFT" in repr(opened)
     assert "concurrency 3" in opened._repr_html_()
