@@ -18,7 +18,8 @@ from mixlens.stats.routing import expert_share
 from mixlens.traces.recorder import Recorder
 from mixlens.traces.trace import Trace, concat
 
-_PARTIAL = "routing.partial"
+# Of a run that is not finished; goes when it is.
+ROUTING_PARTIAL = "routing.partial"
 
 
 class SampleRecorder:
@@ -63,14 +64,12 @@ class SampleRecorder:
         if self.out is None:
             return trace
         shutil.rmtree(self.out / ROUTING, ignore_errors=True)
-        trace = trace.save(self.out / ROUTING)
-        shutil.rmtree(self.out / _PARTIAL)
-        return trace
+        return trace.save(self.out / ROUTING)
 
     def _place(self, name: str) -> Path:
         assert self.out is not None
-        (self.out / _PARTIAL).mkdir(exist_ok=True)
-        return self.out / _PARTIAL / name.replace(":", "-")
+        (self.out / ROUTING_PARTIAL).mkdir(exist_ok=True)
+        return self.out / ROUTING_PARTIAL / name.replace(":", "-")
 
 
 def with_samples(

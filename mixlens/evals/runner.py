@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,7 @@ from mixlens.evals.grade import Job, Loaded, grade, key_of, load_tasks
 from mixlens.evals.log import LM_EVAL_RESULTS, RESULTS, Log
 from mixlens.evals.model import Batch, repeats_of
 from mixlens.evals.preflight import check
-from mixlens.evals.routing import SampleRecorder
+from mixlens.evals.routing import ROUTING_PARTIAL, SampleRecorder
 from mixlens.runs import RunWriter, now, versions
 
 _PACKAGES = ("mixlens", "lm_eval", "torch", "transformers", "datasets", "math-verify", "sympy")
@@ -117,6 +118,7 @@ def evaluate(
     results = {**graded["results"], "config": {"model": meta["model"]["name"], **plan["settings"]}}
     writer.finish(meta, {RESULTS: lambda p: _write_lines(p, records), LM_EVAL_RESULTS: lambda p: _write(p, results)})
     (writer.path / PARTIAL).unlink(missing_ok=True)
+    shutil.rmtree(writer.path / ROUTING_PARTIAL, ignore_errors=True)
     return Log.open(writer.path)
 
 

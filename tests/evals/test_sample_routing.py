@@ -9,6 +9,7 @@ from mixlens.errors import BadInput, MissingSignal
 from mixlens.evals.answers import Answers
 from mixlens.evals.routing import flipped_routing, sample_share, samples_of
 from mixlens.evals.runner import EvalSettings
+from mixlens.runs import RunWriter
 
 LIMIT = 3
 TASKS = ["demo_0shot::languages", "demo_0shot::agreement"]
@@ -104,6 +105,18 @@ def test_a_resumed_run_has_the_routing_of_all(demo, tmp_path, monkeypatch):
         p.name for p in (tmp_path / "whole").iterdir()
     )
     assert rows(ml.open(tmp_path / "killed").routing) == rows(whole.routing)
+
+
+def test_a_run_that_was_killed_while_it_was_finished_loses_no_routing(demo, log, tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunWriter, "finish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            ml.evaluate(demo, TASKS, limit=LIMIT, settings=settings(), out=tmp_path)
+    assert rows(ml.evaluate(demo, TASKS, limit=LIMIT, settings=settings(), out=tmp_path).routing) == rows(log.routing)
+    assert not (tmp_path / "routing.partial").exists()
 
 
 def test_shares_by_subject_and_by_outcome(log):
