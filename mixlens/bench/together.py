@@ -50,6 +50,8 @@ def benchmark_together(
         )
     levels = levels_of(concurrency, rate, settings.arrivals)
     check_requests(requests, settings)
+    for endpoint in endpoints.values():
+        endpoint.key()  # a missing one is found before any folder is made
     sessions = []
     for name, endpoint in endpoints.items():
         others = {"names": names, "name": name, "turns": _TURNS}
@@ -72,9 +74,14 @@ def benchmark_together(
 
 
 async def _in_turns(sessions: Sequence[Session], levels: Sequence[Level], requests: int, warmup: int) -> None:
+    def met() -> bool:
+        return any(session.caps.stopped for session in sessions)
+
     edges = [round(i * requests / _TURNS) for i in range(_TURNS + 1)]
     for level in levels:
         for session in sessions:
+            if met():
+                return
             session.clock.go_on()
             await session.driver.warm_up(level, warmup)
             session.clock.stop()
@@ -82,7 +89,9 @@ async def _in_turns(sessions: Sequence[Session], levels: Sequence[Level], reques
             numbers = range(edges[turn], edges[turn + 1])
             for at in range(len(sessions)):
                 session = sessions[(turn + at) % len(sessions)]
-                if not numbers or any(one.caps.stopped for one in sessions):
+                if met():
+                    return
+                if not numbers:
                     continue
                 session.clock.go_on()
                 await session.driver.part(level, numbers)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -117,6 +119,25 @@ def test_endpoints_are_measured_in_turns_on_the_same_prompts(tmp_path):
     compared = mixlens.compare(tmp_path / "fast", tmp_path / "slow")
     assert row(compared, "tpot_s", "p50")["paired"]
     assert row(compared, "tpot_s", "p50")["n_a"] == 8
+
+
+def test_a_cap_that_one_meets_ends_the_later_loads_of_all():
+    cheap, dear = Script(answer(1)), Script(answer(4))
+    # At $10 a million out: 80 millionths at worst, 20 and 80 in fact. The dear one's third request does not fit.
+    capped = replace(QUIET, max_dollars=210e-6, price=(0.0, 10.0))
+    with serving(cheap) as first, serving(dear) as second:
+        endpoints = {"cheap": Endpoint(first, model="m"), "dear": Endpoint(second, model="m")}
+        benchmark_together(endpoints, concurrency=(1, 2), requests=8, workload=SMALL, settings=capped)
+    assert (len(cheap.requests), len(dear.requests)) == (3, 2)
+
+
+def test_a_missing_key_leaves_no_folder(tmp_path, monkeypatch):
+    monkeypatch.delenv("LOOPBACK_KEY", raising=False)
+    url = "http://127.0.0.1:9/v1"
+    endpoints = {"a": Endpoint(url, model="m"), "b": Endpoint(url, model="m", key_env="LOOPBACK_KEY")}
+    with pytest.raises(BadInput, match="LOOPBACK_KEY is not set"):
+        benchmark_together(endpoints, out=tmp_path, settings=QUIET)
+    assert not list(tmp_path.iterdir())
 
 
 class Noted(list):
