@@ -132,7 +132,8 @@ def audit(model: nn.Module) -> Audit:
     for name, module in model.named_modules():
         if not (weights := _logical_weights(module)):
             continue
-        tensors = list(_tensors(vars(module), seen))
+        if not (tensors := list(_tensors(vars(module), seen))):  # tied to one that was counted
+            continue
         sizes = [t.numel() * t.element_size() for t in tensors]
         offloaded += sum(size for t, size in zip(tensors, sizes, strict=True) if t.is_meta)
         own = held.setdefault((kind_of(name), _scheme(module, weights, max(sizes, default=0))), _Held())

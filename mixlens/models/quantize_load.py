@@ -146,7 +146,13 @@ def skeleton_of(
     # Its buffers are computed when it is made, and stand in no checkpoint.
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
     model.set_experts_implementation("eager")
-    return Skeleton(model.eval(), {} if quantization is None else schemes_of(model, quantization), packed)
+    schemes = {} if quantization is None else schemes_of(model, quantization)
+    if "lm_head" in schemes and _tied(model):
+        raise BadInput(
+            "The head of a model was to be quantized. Its weights are those of the embeddings (tie_word_embeddings), "
+            "which are looked up and not quantized. Leave the head out."
+        )
+    return Skeleton(model.eval(), schemes, packed)
 
 
 def fill(skeleton: Skeleton, checkpoint: Checkpoint, places: Mapping[str, torch.device], *, verbose: bool) -> Any:
@@ -161,8 +167,9 @@ def fill(skeleton: Skeleton, checkpoint: Checkpoint, places: Mapping[str, torch.
         name for name, module in model.named_modules() if next(module.parameters(recurse=False), None) is not None
     ]
     _check_complete(skeleton, checkpoint, modules)
+    tied = _tied(model)
     groups: dict[str, list[str]] = {}
-    for name in modules:
+    for name in (name for name in modules if f"{name}.weight" not in tied):
         groups.setdefault(".".join(name.split(".")[:3]), []).append(name)
     for names in tqdm(groups.values(), desc="Loading and quantizing", unit="part", disable=not verbose, leave=False):
         with checkpoint.reading() as read:
@@ -218,12 +225,16 @@ def _check_complete(skeleton: Skeleton, checkpoint: Checkpoint, modules: list[st
             else dict(skeleton.model.get_submodule(name).named_parameters(recurse=False))
         )
     ]
-    tied = set(skeleton.model._tied_weights_keys or ()) if skeleton.model.config.tie_word_embeddings else set()
-    if missing := sorted(set(wanted) - set(checkpoint.tensors) - tied):
+    if missing := sorted(set(wanted) - set(checkpoint.tensors) - _tied(skeleton.model)):
         raise ModelError(
             f"{checkpoint.folder} was to be loaded. Its checkpoint lacks {len(missing)} weights "
             f"({', '.join(missing[:3])} ...). Complete the checkpoint, or download it again."
         )
+
+
+def _tied(model: Any) -> set[str]:
+    """Names of weights that are another's, which tie_weights gives them."""
+    return set(model._tied_weights_keys or ()) if model.config.tie_word_embeddings else set()
 
 
 def _place(name: str, places: Mapping[str, torch.device]) -> torch.device:

@@ -173,6 +173,19 @@ def test_it_loads_from_shards_and_from_later_names(tmp_path):
     assert torch.equal(w1, expert_weights(moe_layers(plain)[1])[0])
 
 
+@torch.no_grad()
+def test_a_head_tied_to_the_embeddings(tmp_path):
+    plain = tiny_mixtral(**SHAPE, tie_word_embeddings=True)
+    plain.save_pretrained(tmp_path)
+    assert torch.equal(quantized(tmp_path, "none")(IDS).logits, unfuse(plain)(IDS).logits)
+    model = quantized(tmp_path, "nf4")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    found = ml.audit(model)
+    assert found.weights == ml.audit(plain).weights == sum(p.numel() for p in plain.parameters())
+    with pytest.raises(BadInput, match="weights are those of the embeddings"):
+        quantized(tmp_path, {"head": "nf4"})
+
+
 def test_more_bits_are_nearer(checkpoint):
     plain = expert_weights(moe_layers(tiny_mixtral(**SHAPE))[0])
     errors = []
