@@ -196,7 +196,10 @@ class _Pair:
         for layer, other in self.layers:
             hidden, chosen = raw["moe_in"][layer.index].flatten(0, -2), raw["expert_id"][layer.index]
             hidden, chosen = hidden[picked.to(hidden.device)], chosen[picked.to(chosen.device)]
-            there = other.gate.weight.device
+            # accelerate keeps an offloaded layer's weights on the meta device, and says where they will compute.
+            hook = getattr(other.experts, "_hf_hook", None)
+            there = getattr(hook, "execution_device", None)
+            there = other.gate.weight.device if there is None else there
             for ids in chosen.split(1, dim=1):
                 one = torch.ones(ids.shape, device=hidden.device)
                 a = layer.experts(hidden, ids.to(hidden.device), one).float()
@@ -229,6 +232,7 @@ def _same_shape(model_a: Any, model_b: Any) -> None:
         ("experts a layer", n_experts(model_a), n_experts(model_b)),
         ("experts a token", top_k_of(model_a), top_k_of(model_b)),
         ("hidden units", model_a.config.hidden_size, model_b.config.hidden_size),
+        ("neurons an expert", model_a.config.intermediate_size, model_b.config.intermediate_size),
         ("tokens in the vocabulary", model_a.config.vocab_size, model_b.config.vocab_size),
     ):
         if of_a != of_b:

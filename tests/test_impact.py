@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import shutil
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from accelerate import dispatch_model
 from test_comparing import DOCUMENTS, SIGNALS, rounded
 from tiny import Letters, tiny_mixtral
 from torch.nn import functional as F
@@ -222,7 +224,20 @@ def test_offloaded_weights_have_no_weight_error_and_all_else(models, impact, mon
     assert found.sums.drop_vars("weight_error").equals(impact.sums.drop_vars("weight_error"))
 
 
+def test_a_second_model_whose_layers_accelerate_offloads(models, impact, tmp_path):
+    model, _ = models
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "lm_head": "cpu", "model.rotary_emb": "cpu"}
+    places |= {f"model.layers.{index}": "disk" if index == 1 else "cpu" for index in range(4)}
+    offloaded: Any = rounded(model)
+    dispatch_model(offloaded, places, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True)
+    assert offloaded.model.layers[1].mlp.gate.weight.is_meta
+    found = ml.quantization_impact(model, offloaded, DOCUMENTS, tokenizer=Letters(), settings=SETTINGS)
+    assert found.sums.drop_vars("weight_error").equals(impact.sums.drop_vars("weight_error"))
+
+
 def test_models_of_different_shapes_are_refused(models):
+    with pytest.raises(BadInput, match="first model has 64 neurons an expert, the second 32"):
+        ml.quantization_impact(models[0], tiny_mixtral(intermediate_size=32), DOCUMENTS, tokenizer=Letters())
     with pytest.raises(BadInput, match="first model has 4 layers, the second 3. Give a model and a quantized copy"):
         ml.quantization_impact(models[0], tiny_mixtral(num_hidden_layers=3), DOCUMENTS, tokenizer=Letters())
     with pytest.raises(BadInput, match="Numbers by 'colour' were asked for"):

@@ -247,6 +247,11 @@ def _means(mean: Any, layers: tuple[int, ...] | None, experts: tuple[int, ...]) 
     if isinstance(mean, xr.DataArray):
         wanted = mean.transpose("layer", "expert", "hidden")
         numbers = wanted.layer.values.tolist()
+        if not 0 <= min(experts) <= max(experts) < (count := wanted.sizes["expert"]):
+            raise BadInput(
+                f"Experts {list(experts)} were to put out their means. The means have experts 0 to {count - 1}. Give "
+                "numbers among them."
+            )
         missing = sorted(set(numbers if layers is None else layers) - set(numbers))
         if not missing:
             chosen = numbers if layers is None else layers

@@ -201,6 +201,8 @@ def test_means_of_experts_by_layer(net):
         edits.ablate([1, 2], 3, how="mean", mean=means)
     with pytest.raises(BadInput, match=r"layers \[3\]. The means have layers \[1, 2\]"):
         edits.ablate([1, 3], 3, how="mean", mean=means)
+    with pytest.raises(BadInput, match=r"Experts \[99\] were to put out their means. The means have experts 0 to 7"):
+        edits.ablate(1, 99, how="mean", mean=means)
     with pytest.raises(BadInput, match="one expert of one layer"):
         edits.ablate(1, [3, 4], how="mean", mean=MEAN)
 
