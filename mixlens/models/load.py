@@ -143,7 +143,7 @@ def _load_quantized(
             "Leave quantization out, or give the checkpoint that it was made from."
         )
     try:
-        checkpoint = Checkpoint.find(source.name, source.revision)
+        checkpoint = _find(source)
         packed = None
         if held is not None:
             packed = packed_format(source.asked, dict(source.config.quantization_config), list(checkpoint.tensors))
@@ -154,6 +154,16 @@ def _load_quantized(
         )
     except (OSError, RuntimeError, SafetensorError) as error:
         raise _weights_error(source.asked, error) from error
+
+
+def _find(source: _Source) -> Checkpoint:
+    try:
+        return Checkpoint.find(source.name, source.revision)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"{source.asked} was to be loaded. Its model.safetensors.index.json is broken: {_first_line(error)}. "
+            "Restore the file from the original repository."
+        ) from error
 
 
 def _method(config: Any) -> str | None:

@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,9 +104,12 @@ class Skeleton:
 
         Raises BadInput for places on disk: quantized weights stay where they compute.
         """
-        if device_map is None or (isinstance(device_map, str) and device_map not in _SPREAD):
+        if device_map is None or (isinstance(device_map, str) and device_map not in (*_SPREAD, "disk")):
             return {"": torch.device(device_map or "cpu")}
-        found = device_map if isinstance(device_map, Mapping) else self._spread(device_map)
+        if device_map == "disk":
+            found: Mapping[str, Any] = {"": "disk"}
+        else:
+            found = device_map if isinstance(device_map, Mapping) else self._spread(device_map)
         if "disk" in found.values():
             raise BadInput(
                 "A quantized model was to keep layers on disk. Its weights stay where they compute, and need "
@@ -202,16 +205,28 @@ def _fill_module(skeleton: Skeleton, name: str, read: Any, device: torch.device)
     packed, scheme = skeleton.packed, skeleton.schemes.get(name)
     if packed is not None and packed.holds(name):
         made = read_packed(packed, name, read).to(device)
+        _check_shape(name, (made.out_features, made.in_features), module.weight)
     elif scheme is not None:
-        made = quantize_linear(read(f"{name}.weight"), scheme, device, module.weight.dtype)
+        weight = read(f"{name}.weight")
+        _check_shape(name, weight.shape, module.weight)
+        made = quantize_linear(weight, scheme, device, module.weight.dtype)
     else:
         for own, parameter in list(module.named_parameters(recurse=False)):
             value = read(f"{name}.{own}").to(device=device, dtype=parameter.dtype, copy=True)
+            _check_shape(name, value.shape, parameter)
             setattr(module, own, nn.Parameter(value, requires_grad=False))
         return
     if name.endswith(".gate"):
         made = QuantizedRouter(made, module.top_k)
     model.set_submodule(name, made)
+
+
+def _check_shape(name: str, found: Sequence[int], wanted: torch.Tensor) -> None:
+    if tuple(found) != tuple(wanted.shape):
+        raise ModelError(
+            f"{name} was to be loaded. Its weight in the checkpoint is {list(found)}, and config.json makes it "
+            f"{list(wanted.shape)}. Give a config and a checkpoint of the same model."
+        )
 
 
 def _check_complete(skeleton: Skeleton, checkpoint: Checkpoint, modules: list[str]) -> None:

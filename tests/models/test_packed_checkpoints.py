@@ -148,6 +148,19 @@ def test_packed_forms_that_are_not_read(tmp_path, changes, message):
         ml.load(tmp_path, quantization=asked, device_map="cpu", verbose=False)
 
 
+@torch.no_grad()
+def test_a_method_in_capitals_and_packed_weights_of_another_shape(tmp_path):
+    write(tmp_path, "awq", 4)
+    plain = ml.load(tmp_path, device_map="cpu", verbose=False)(IDS).logits
+    config = json.loads((tmp_path / "config.json").read_text("utf-8"))
+    config["quantization_config"]["quant_method"] = "AWQ"
+    (tmp_path / "config.json").write_text(json.dumps(config), "utf-8")
+    assert torch.equal(ml.load(tmp_path, device_map="cpu", verbose=False)(IDS).logits, plain)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 32}), "utf-8")
+    with pytest.raises(ModelError, match=r"in the checkpoint is \[64, 32\], and config.json makes it \[32, 32\]"):
+        ml.load(tmp_path, device_map="cpu", verbose=False)
+
+
 def test_packed_weights_that_are_missing_or_broken(tmp_path):
     write(tmp_path, "gptq", 4)
     tensors = load_file(tmp_path / "model.safetensors")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -243,9 +246,27 @@ def test_experts_that_compute_another_way(checkpoint):
         quantized(checkpoint, "nf4", experts="grouped_mm")
 
 
-def test_quantized_layers_do_not_go_to_disk(checkpoint):
+@pytest.mark.parametrize("device_map", ["disk", {"": "disk"}])
+def test_quantized_layers_do_not_go_to_disk(checkpoint, device_map):
     with pytest.raises(BadInput, match="to keep layers on disk. Its weights stay where they compute"):
-        ml.load(checkpoint, quantization="nf4", device_map={"": "disk"}, verbose=False)
+        ml.load(checkpoint, quantization="nf4", device_map=device_map, verbose=False)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_weights_of_another_shape_than_the_config_says(checkpoint, tmp_path, quantization):
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text("utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 128}), "utf-8")
+    with pytest.raises(ModelError, match=r"in the checkpoint is \[256, 128\], and config.json makes it \[128, 128\]"):
+        quantized(tmp_path, quantization)
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"weight_map": []}'])
+def test_an_index_of_shards_that_is_broken(checkpoint, tmp_path, text):
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "model.safetensors.index.json").write_text(text, "utf-8")
+    with pytest.raises(ModelError, match=r"model.safetensors.index.json is broken"):
+        quantized(tmp_path, "nf4")
 
 
 def test_a_device_map_with_a_gap(checkpoint):
