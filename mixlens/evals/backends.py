@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -66,7 +68,8 @@ class LocalBackend:
     def identity(self) -> dict[str, Any]:
         """What tells this model from another: a run of one is never taken for a run of the other."""
         told = ("name", "config_sha256", "router_sha256", "dtype", "class", "audit", "quantization", "edits")
-        return {key: value for key, value in self.describe().items() if key in told}
+        model = {key: value for key, value in self.describe().items() if key in told}
+        return {**model, "tokenizer_sha256": _tokenizer_sha256(self.lm.tokenizer)}
 
     def save_tokenizer(self, folder: str) -> None:
         self.lm.tokenizer.save_pretrained(folder)
@@ -76,6 +79,18 @@ class LocalBackend:
         lead = len(self.lm.tok_encode(prompt))
         ids = [*self.lm.tok_encode(prompt + text)[lead:], *sorted(self.lm.stop_ids)[:1]]
         return self.lm.finish(ids, until), cut(text, until)
+
+
+def _tokenizer_sha256(tokenizer: Any) -> str:
+    """Of everything that decides its ids and its texts, as far as the tokenizer shows it."""
+    inner = getattr(tokenizer, "backend_tokenizer", None)
+    shown = [
+        sorted(tokenizer.get_vocab().items()),
+        tokenizer.special_tokens_map,
+        getattr(tokenizer, "chat_template", None),
+        None if inner is None else inner.to_str(),
+    ]
+    return hashlib.sha256(json.dumps(shown, default=str).encode()).hexdigest()
 
 
 @dataclass

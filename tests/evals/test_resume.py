@@ -81,6 +81,15 @@ def test_another_model_is_never_given_the_answers_of_the_first(demo, tmp_path):
         ml.evaluate(demo, TASKS[:1], out=tmp_path / "run", limit=2, settings=QUIET)
 
 
+def test_another_tokenizer_is_never_given_the_answers_of_the_first(demo, tmp_path):
+    ml.evaluate(demo, TASKS[:1], out=tmp_path / "run", limit=2, settings=QUIET)
+    tokenizer = tokenizer_of(demo)
+    tokenizer.add_tokens(["<another>"])
+    settings = EvalSettings(progress=False, batch_size=4, tokenizer=tokenizer)
+    with pytest.raises(ml.RunError, match="holds another run: model"):
+        ml.evaluate(demo, TASKS[:1], out=tmp_path / "run", limit=2, settings=settings)
+
+
 def test_choices_are_scored_alike_with_and_without_shared_shots(demo, shared):
     options = {"data": shared / "data", "limit": 6}
     tasks = ["mmlu_5shot::virology"]
