@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from types import CodeType, FunctionType
 from typing import Any
 
 import numpy as np
@@ -48,8 +50,11 @@ class Ablation:
 
     def plan(self) -> dict[str, Any]:
         means = {} if self.means is None else {"means": digest_of(torch.as_tensor(np.asarray(self.means)))}
-        name = "loss" if self.metric is None else getattr(self.metric, "__qualname__", repr(self.metric))
-        return {"how": self.how, "metric": name, "unit": "nats" if self.metric is None else "of the metric", **means}
+        if self.metric is None:
+            return {"how": self.how, "metric": "loss", "unit": "nats", **means}
+        name, digest = getattr(self.metric, "__qualname__", type(self.metric).__name__), _digest_of(self.metric)
+        told = {} if digest is None else {"metric_sha256": digest}
+        return {"how": self.how, "metric": name, "unit": "of the metric", **told, **means}
 
 
 def expert_importance(
@@ -87,9 +92,16 @@ def measure_importance(
 
     Returns  Dataset   change, chosen [document, layer, expert]; value, tokens (predicted), length [document]; the
                        documents' columns as coordinates
-    Raises   BadInput  for documents that cannot be read as asked, and unknown layers; RunError as record
+    Raises   BadInput  for documents that cannot be read as asked, unknown layers, and with `out` for a metric that is
+                       no function of its own; RunError as record
     """
     layers = _layers(model, ablation)
+    if out is not None and ablation.metric is not None and _digest_of(ablation.metric) is None:
+        raise BadInput(
+            f"A run was to be kept with metric={ablation.metric!r}. What it computes does not follow from its code "
+            "alone, so the run could not tell it from another metric. Give a named function that stands by itself, "
+            "without a closure, or leave out= away."
+        )
     corpus = Corpus.of(model, documents, tokenizer, settings)
     ablator = Ablator(model, layers, how=ablation.how, means=ablation.means, metric=ablation.metric)
 
@@ -100,6 +112,17 @@ def measure_importance(
 
     about = {"ablation": ablation.plan(), "layers": layers}
     return stats.importance_dataset(measure_documents(model, corpus, stats.KIND, measure=measure, about=about, out=out))
+
+
+def _digest_of(metric: Metric) -> str | None:
+    """What tells a metric from others of its name; None where that is more than its own code."""
+    if not isinstance(metric, FunctionType):
+        return None
+    code = metric.__code__
+    if metric.__closure__ or any(isinstance(constant, CodeType) for constant in code.co_consts):
+        return None
+    told = repr((code.co_consts, code.co_names, metric.__defaults__, metric.__kwdefaults__))
+    return hashlib.sha256(code.co_code + told.encode()).hexdigest()[:12]
 
 
 def _layers(model: nn.Module, ablation: Ablation) -> list[int]:

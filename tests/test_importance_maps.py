@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,21 @@ def test_a_map_by_domain_with_a_metric_of_ones_own(net):
 def test_a_metric_that_is_none(net, metric):
     with pytest.raises(BadInput, match=r"It cannot be called|gave the shape \[\]"):
         measure(net, ablation=Ablation(metric=metric, layers=1))
+
+
+def test_another_metric_of_the_same_name_is_another_run(net, tmp_path):
+    def kept(metric, out=tmp_path / "run"):
+        return measure(net, DOCUMENTS[:1], out=out, ablation=Ablation(metric=metric, layers=0))
+
+    once, twice = (lambda logits, target: logits[:, 0] * 1), (lambda logits, target: logits[:, 0] * 2)
+    first = kept(once)
+    xr.testing.assert_identical(kept(once), first)
+    with pytest.raises(RunError, match="another run"):
+        kept(twice)
+    for metric in (partial(once), lambda logits, target: logits[:, 0] + len(first)):
+        with pytest.raises(BadInput, match="Give a named function that stands by itself"):
+            kept(metric, tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
 
 
 def test_unknown_layers(net):
