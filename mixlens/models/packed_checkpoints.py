@@ -44,7 +44,8 @@ def packed_format(name: str, quantization: dict[str, Any], tensors: list[str]) -
 
     Raises ModelError for what cannot be read.
     """
-    method, bits = str(quantization["quant_method"]).lower(), int(quantization.get("bits", quantization.get("w_bit", 4)))
+    method = str(quantization["quant_method"]).lower()
+    bits = int(quantization.get("bits", quantization.get("w_bit", 4)))
     modules = frozenset(tensor.removesuffix(".qweight") for tensor in tensors if tensor.endswith(".qweight"))
     version = str(quantization.get("checkpoint_format", quantization.get("version", ""))).lower()
     known = ("", "gptq", "gptq_v2", "gemm")
