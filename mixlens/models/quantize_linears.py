@@ -98,7 +98,8 @@ def scheme_of(module: Any, tensor: torch.Tensor | None = None) -> str:
         return module.scheme
     if type(module).__name__ == "HQQLinear":
         return f"hqq{module.meta['nbits']}"
-    return scheme_of_tensor(module.weight if tensor is None else tensor)
+    own = getattr(module, "weight", None) if tensor is None else tensor
+    return type(module).__name__ if own is None else scheme_of_tensor(own)
 
 
 def scheme_of_tensor(tensor: torch.Tensor) -> str:

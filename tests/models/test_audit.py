@@ -89,6 +89,20 @@ def test_a_label_is_not_given_for_numbers_in_wider_containers():
     assert "int4" not in ml.audit(model).label.lower().replace("toint8tensor", "")
 
 
+def test_a_linear_of_another_package_without_a_weight():
+    class Packed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.in_features, self.out_features = 32, 32
+            self.register_buffer("qweight", torch.zeros(4, 32, dtype=torch.int32))
+
+    model = tiny_mixtral()
+    for layer in model.model.layers:
+        layer.self_attn.q_proj = Packed()
+    rows = ml.audit(model).table.set_index(["kind", "scheme"])
+    assert rows.loc[("attention", "Packed"), ["weights", "bytes"]].tolist() == [4 * 32 * 32, 4 * 4 * 4 * 32]
+
+
 def test_mixtures_are_told_apart():
     found = ml.audit(demo({"attention": "nf4", "experts": "hqq2", "*.layers.0.*": "none"}))
     assert found.label == "experts hqq2 (87.5%) and float32 (12.5%), attention nf4 (87.5%) and float32 (12.5%)"
