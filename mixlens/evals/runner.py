@@ -26,6 +26,7 @@ from mixlens.evals.log import LM_EVAL_RESULTS, RESULTS, Log
 from mixlens.evals.model import Batch, repeats_of
 from mixlens.evals.preflight import check
 from mixlens.evals.routing import ROUTING_PARTIAL, SampleRecorder
+from mixlens.evals.verify import refuse_faults
 from mixlens.runs import RunWriter, now, versions
 
 _PACKAGES = ("mixlens", "lm_eval", "torch", "transformers", "datasets", "math-verify", "sympy")
@@ -80,12 +81,15 @@ def evaluate(
     limit     only the first documents of every task
 
     Checks before anything is asked (preflight): one BOS, decoding gives back what was encoded, prompts and answers fit,
-    graders pass on gold answers. Raises BadInput, saying which, when one fails; for an unknown task or protocol; and
-    for a log-likelihood task on an endpoint without log-probabilities. Raises RunError when `out` holds something else.
+    graders pass on gold answers. Raises BadInput, saying which, when one fails; for an unknown task or protocol; for
+    files in `data` that are not the benchmark's; and for a log-likelihood task on an endpoint without
+    log-probabilities. Raises RunError when `out` holds something else.
     """
     job, backend = _job(tasks, protocol, data, limit, settings), backend_of(model, settings)
     with ExitStack() as stack:
         loaded = load_tasks(job)
+        if job.root is not None:
+            refuse_faults(Path(job.root), {p.about.get("hub") for p in loaded.protocols.values() if p is not None})
         if any(loaded.chat(name) for name in loaded.tasks):
             job = _with_tokenizer(job, backend, stack.enter_context(tempfile.TemporaryDirectory()))
         requests = loaded.build(job, backend.chat_template)

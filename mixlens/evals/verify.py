@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,17 @@ def verify(folder: Path) -> pd.DataFrame:
         )
     rows = [row for name in here for row in _verified(folder / name, name, known[name])]
     return pd.DataFrame(rows, columns=["benchmark", "file", "rows", "expected", "fault"])
+
+
+def refuse_faults(folder: Path, benchmarks: Collection[str]) -> None:
+    """Raise BadInput where files of these benchmarks are others than they should be; missing ones are not needed."""
+    known = json.loads((tasks_folder() / "data.json").read_text("utf-8"))
+    rows = [row for name in known if name in benchmarks for row in _verified(folder / name, name, known[name])]
+    if wrong := [f"{row['file']}: {row['fault']}" for row in rows if row["fault"] not in ("", "missing")]:
+        raise BadInput(
+            f"Benchmark data was to be read from {folder}. It is not the benchmark's: {'; '.join(wrong)}. Get the "
+            "files again (mixlens data verify DIR says which), or leave data= out to load from the Hub."
+        )
 
 
 def _verified(folder: Path, name: str, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
