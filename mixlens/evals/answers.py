@@ -40,7 +40,7 @@ class Answers:
 
     def add(self, batch: str, keys: Sequence[Key], answers: Sequence[Any]) -> None:
         """Keep the answers of one batch, on disk first."""
-        listed = [[*key, answer] for key, answer in zip(keys, answers, strict=True)]
+        listed = [[*key, _writable(answer)] for key, answer in zip(keys, answers, strict=True)]
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"batch": batch, "answers": listed}, ensure_ascii=False) + "\n")
@@ -51,3 +51,8 @@ class Answers:
         self.done.add(batch)
         for task, doc, choice, repeat, answer in answers:
             self.by_key[(task, doc, choice, repeat)] = tuple(answer) if isinstance(answer, list) else answer
+
+
+def _writable(answer: Any) -> Any:
+    """A text without lone surrogates, which a server's JSON may hold and no file in UTF-8 can."""
+    return answer.encode("utf-8", "replace").decode("utf-8") if isinstance(answer, str) else answer

@@ -91,7 +91,7 @@ class Log:
         model, versions = self.meta["model"], self.meta["versions"]
         limit = self.meta["settings"].get("limit")
         cut = "" if limit is None else f" Only the first {limit} samples of every task: no score of the benchmark."
-        unscored = int(self.scores["unscored"].sum())
+        unscored = int(self.scores.loc[self.scores["average"] == "", "unscored"].sum())
         lost = f" {unscored} values could not be scored and are in no mean." if unscored else ""
         return [
             f"{model['name']}, {self.meta['created']}; lm-eval {versions.get('lm_eval', 'n/a')}.",

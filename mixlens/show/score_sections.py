@@ -64,7 +64,7 @@ def frame_table(table: pd.DataFrame, caption: str) -> str:
 def _samples(samples: pd.DataFrame) -> str:
     """As many samples of every task, wrong ones first."""
     each = max(1, _MOST_SAMPLES // max(1, samples["task"].nunique()))
-    shown = samples.sort_values("correct", kind="stable").groupby("task", sort=False).head(each).sort_index()
+    shown = samples.sort_values("correct", kind="stable").groupby("task", sort=False).head(each)
     columns = ["task", "sample_id", "prompt", "target", "response", "correct"]
     lead = paragraphs(f"{len(shown)} of {len(samples)} samples, the wrong ones of every task first.")
     return lead + frame_table(_cut(shown[columns]), "Samples")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 import mixlens as ml
+from mixlens.evals.answers import Answers
 
 QUIET = ml.EvalSettings(progress=False)
 
@@ -31,3 +32,9 @@ def test_a_completions_endpoint_has_no_chat_template(shared):
         ml.evaluate(
             closed("openai-completions"), "humaneval_0shot_instruct", data=shared / "data", limit=1, settings=QUIET
         )
+
+
+def test_an_answer_with_half_a_character_is_kept(tmp_path):
+    answers = Answers(tmp_path / "answers")
+    answers.add("one", [("task", 0, 0, 0)], ["half \ud83d of one"])
+    assert Answers(tmp_path / "answers").by_key == answers.by_key == {("task", 0, 0, 0): "half ? of one"}

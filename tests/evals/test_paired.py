@@ -198,3 +198,9 @@ def test_protocols_of_one_benchmark_are_never_pooled():
 def test_behind_a_chat_template_is_not_compared_with_without():
     with pytest.raises(BadInput, match="quiz has chat False in the first and True in the second"):
         compare_logs(log({"x": [1.0]}, chat=False), log({"x": [1.0]}, chat=True))
+
+
+def test_a_value_that_could_not_be_scored_is_counted_once():
+    one = log({"x": [1.0, None], "y": [1.0, 0.0]})
+    one.meta |= {"settings": {"limit": None}, "created": "", "versions": {}}
+    assert " 1 values could not be scored" in one.remarks()[1]
