@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
@@ -11,6 +13,7 @@ from mixlens.evals.log import Log
 from mixlens.evals.paired import compare_logs
 from mixlens.evals.references import beside
 from mixlens.show.score_figures import to_latex, to_markdown
+from mixlens.show.score_sections import score_sections
 
 N = {"mmlu_5shot": 14042, "arc_challenge_25shot": 1172}
 
@@ -115,3 +118,11 @@ def test_what_a_chat_endpoint_answered_is_beside_no_published_score(whole):
     table = beside(asked)
     assert not table["comparable"].any()
     assert table["why_not"].str.contains("asked by openai-chat: the server's chat template").all()
+
+
+def test_the_wrong_samples_of_every_task_stand_first():
+    some = log(0.7, limit=100)
+    table = score_sections(some)["Samples"]
+    assert "the wrong ones of every task first" in table
+    numbers = [int(n) for n in re.findall(r"<td>&lt;b&gt;(\d+)&lt;/b&gt;", table)]
+    assert numbers[:40] == [*range(70, 90), *range(70, 90)]
