@@ -62,10 +62,10 @@ def parse_scheme(text: Any) -> Scheme | None:
 
     Raises BadInput for names that are none.
     """
-    name, _, size = text.partition("-g") if isinstance(text, str) else (str(text), "", "")
+    name, grouped, size = text.partition("-g") if isinstance(text, str) else (str(text), "", "")
     if text == _PLAIN:
         return None
-    if name not in SCHEMES or (size and not re.fullmatch(r"[1-9][0-9]*", size)):
+    if name not in SCHEMES or (grouped and not re.fullmatch(r"[1-9][0-9]*", size)):
         near = difflib.get_close_matches(name, SCHEMES, n=1, cutoff=0.5)
         meant = f"; did you mean {near[0]}" if near else ""
         raise BadInput(
@@ -73,7 +73,7 @@ def parse_scheme(text: Any) -> Scheme | None:
             f"Give one of {', '.join(SCHEMES)}, with -g and a group size if need be (hqq4-g32), or none."
         )
     scheme = SCHEMES[name]
-    if not size:
+    if not grouped:
         return scheme
     if scheme.group_size is None:
         raise BadInput(

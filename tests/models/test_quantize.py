@@ -205,6 +205,7 @@ def test_more_bits_are_nearer(checkpoint):
     ("quantization", "message"),
     [
         ("nf5", "is no scheme; did you mean nf4. Give one of nf4, int8"),
+        ("hqq4-g", "'hqq4-g'. That is no scheme"),
         ("hqq4-g31", "a multiple of 8"),
         ("nf4-g100", "a power of two"),
         ("int8-g64", "one scale a row, and no groups"),
