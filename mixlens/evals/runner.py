@@ -89,7 +89,8 @@ def evaluate(
     with ExitStack() as stack:
         loaded = load_tasks(job)
         if job.root is not None:
-            refuse_faults(Path(job.root), {p.about.get("hub") for p in loaded.protocols.values() if p is not None})
+            protocols = [p for p in loaded.protocols.values() if p is not None and p.about.get("hub")]
+            refuse_faults(Path(job.root), {str(p.about["hub"]) for p in protocols})
         if any(loaded.chat(name) for name in loaded.tasks):
             job = _with_tokenizer(job, backend, stack.enter_context(tempfile.TemporaryDirectory()))
         requests = loaded.build(job, backend.chat_template)
