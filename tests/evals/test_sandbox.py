@@ -22,8 +22,13 @@ LIMITS = Limits(seconds=60)
 
 
 def running(word: str) -> list[int]:
-    """Processes, of whatever namespace, that have `word` in their command line."""
-    return [p.pid for p in psutil.process_iter(["cmdline"]) if word in " ".join(p.info["cmdline"] or [])]
+    """Processes, of whatever namespace, that have `word` in their command line and are not about to end."""
+
+    def found() -> list[psutil.Process]:
+        return [p for p in psutil.process_iter(["cmdline"]) if word in " ".join(p.info["cmdline"] or [])]
+
+    psutil.wait_procs(found(), timeout=20)  # killed, the kernel still needs a moment to take each away
+    return [process.pid for process in found()]
 
 
 @needs_bubblewrap
