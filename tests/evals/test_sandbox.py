@@ -87,7 +87,16 @@ def test_no_abstract_socket_of_this_machine():
 def test_no_file_outside_is_read_or_written(tmp_path):
     secret = tmp_path / "secret.txt"
     secret.write_text("the key")
-    seen = (str(secret), "/etc/passwd", "/etc/shadow", str(Path.home() / ".bashrc"), str(Path(__file__)), "/var/log", "/run", "/sys")
+    seen = (
+        str(secret),
+        "/etc/passwd",
+        "/etc/shadow",
+        str(Path.home() / ".bashrc"),
+        str(Path(__file__)),
+        "/var/log",
+        "/run",
+        "/sys",
+    )
     program = f"""
 import os
 for path in {seen!r}:
