@@ -7,24 +7,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from lab import CHROMIUM, FLAGS
 from show_samples import HOSTILE, make_trace
 
 from mixlens.show import view
 from mixlens.show.report import report
 
 pytestmark = pytest.mark.browser
-CHROMIUM = Path("/usr/bin/chromium")
-FLAGS = [
-    "--headless=new",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--disable-dev-shm-usage",
-]
 
 
 @pytest.fixture(scope="module")
