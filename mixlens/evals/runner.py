@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -14,8 +13,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from mixlens.errors import BadInput
 from mixlens.evals.answers import PARTIAL, Answers
@@ -25,6 +22,7 @@ from mixlens.evals.grade import Job, Loaded, grade, key_of, load_tasks
 from mixlens.evals.log import LM_EVAL_RESULTS, RESULTS, Log
 from mixlens.evals.model import Batch, repeats_of
 from mixlens.evals.preflight import check
+from mixlens.evals.progress import Progress, reporting
 from mixlens.evals.routing import ROUTING_PARTIAL, SampleRecorder
 from mixlens.evals.verify import refuse_faults
 from mixlens.runs import RunWriter, now, versions
@@ -53,7 +51,7 @@ class EvalSettings:
     share_prefix: bool = True
     tokenizer: Any = None
     routing: bool = False
-    progress: bool = True
+    progress: bool | Progress = True
 
 
 SETTINGS = EvalSettings()
@@ -102,7 +100,7 @@ def evaluate(
         check(backend, job, loaded, work)
         answers = Answers(None if writer is None else writer.path / PARTIAL)
         recorder = SampleRecorder(backend, None if writer is None else writer.path) if settings.routing else None
-        _ask(backend, work, answers, recorder, show=settings.progress)
+        _ask(backend, work, answers, recorder, settings.progress)
         graded = grade(job, loaded, answers.by_key, backend.chat_template)
     records = _with_correct(graded["samples"], loaded)
     meta = {
@@ -183,21 +181,22 @@ def _ask(
     work: Mapping[str, tuple[Sequence[Any], Sequence[Batch]]],
     answers: Answers,
     recorder: SampleRecorder | None,
-    *,
-    show: bool,
+    progress: bool | Progress,
 ) -> None:
     """Every batch; those that are answered already are left out."""
     total = sum(len(requests) for requests, _ in work.values())
-    with tqdm(total=total, desc="evaluate", unit="request", disable=not show, file=sys.stderr) as bar:
+    with reporting(progress) as report:
+        report(len(answers.by_key), total)
         for kind, (requests, batches) in work.items():
             repeats = repeats_of(requests)
             for index, batch in enumerate(batches):
                 name = f"{kind}:{index}"
-                if name not in answers.done:
-                    ask = partial(backend.answer, kind, requests, batch, repeats)
-                    given = ask() if recorder is None else recorder.answer(name, ask)
-                    answers.add(name, [key_of(requests[n], repeats[n]) for n in batch.requests], given)
-                bar.update(len(batch.requests))
+                if name in answers.done:
+                    continue
+                ask = partial(backend.answer, kind, requests, batch, repeats)
+                given = ask() if recorder is None else recorder.answer(name, ask)
+                answers.add(name, [key_of(requests[n], repeats[n]) for n in batch.requests], given)
+                report(len(answers.by_key), total)
 
 
 def _with_correct(records: list[dict[str, Any]], loaded: Loaded) -> list[dict[str, Any]]:

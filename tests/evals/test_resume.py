@@ -242,3 +242,26 @@ def test_wrong_data_is_found(shared, tmp_path):
     assert faults["gsm8k/test.jsonl"].startswith("1 rows where there are 1,319")
     with pytest.raises(ml.BadInput, match="no folder of a known benchmark"):
         verify(Path(folder))
+
+
+def test_progress_is_told_after_every_batch_and_may_end_an_evaluation(demo, tmp_path):
+    told: list[tuple[int, int]] = []
+
+    def stop_at_eight(done: int, total: int) -> None:
+        told.append((done, total))
+        if done >= 8:
+            raise InterruptedError("stop was pressed")
+
+    def settings(progress) -> EvalSettings:
+        return EvalSettings(progress=progress, batch_size=4)
+
+    options = {"out": tmp_path / "run", "limit": 4}
+    with pytest.raises(InterruptedError, match="stop was pressed"):
+        ml.evaluate(demo, TASKS[0], **options, settings=settings(stop_at_eight))
+    n_stopped = len(told)
+    resumed = ml.evaluate(demo, TASKS[0], **options, settings=settings(lambda *now: told.append(now)))
+    assert told[0][0] == 0
+    assert told[n_stopped] == told[n_stopped - 1]
+    assert told[-1] == (16, 16)
+    assert [done for done, _ in told[n_stopped:]] == sorted({done for done, _ in told[n_stopped:]})
+    assert resumed.records == ml.evaluate(demo, TASKS[0], limit=4, settings=QUIET).records
