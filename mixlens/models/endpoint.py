@@ -6,7 +6,7 @@ import ipaddress
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -45,8 +45,10 @@ CONTEXTS = {"mistralai/mixtral-8x7b-instruct": 32_768, "mistralai/mixtral-8x22b-
 # Names whose last word says that the value is a secret, as X-RapidAPI-Key and apiKey; a cache key is none.
 _SECRET = re.compile(
     r"(?:^|[-_]|(?<=[a-z])(?=[A-Z]))(?<!(?i:cache)[-_])"
-    r"(?i:api-?key|key|token|secret|password|auth|authorization|cookie)$"
+    r"(?i:api[-_]?keys?|key|token|secret|password|passwd|passphrase|credentials?|bearer|auth|authorization|cookie)$"
 )
+# A value that is a header's secret, whatever it is called.
+_BEARER = re.compile(r"\s*(?i:bearer|basic)\s+\S{8,}\s*")
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,8 @@ class Endpoint:
     context   tokens of the context, where known
 
     Raises BadInput for a URL that is no http(s) address or carries a secret, for a protocol that is not known, for
-    headers that would hold a key, and for a key that would leave this machine unencrypted.
+    headers or fields, however deep inside, that would hold a key, for fields that are no JSON, and for a key that would
+    leave this machine unencrypted.
     """
 
     url: str
@@ -95,8 +98,7 @@ class Endpoint:
                 f"An endpoint of protocol {self.protocol!r} was asked for. There is no such protocol. "
                 f"Give one of {', '.join(PATHS)}."
             )
-        given = [*self.headers.items(), *self.extra.items()]
-        if secret := [name for name, value in given if isinstance(value, str) and _SECRET.search(name)]:
+        if secret := [*_secrets(self.headers), *_secrets(self.extra)]:
             raise BadInput(
                 f"An endpoint at {host} was asked for with {secret[0]!r} among its headers or fields. Those are "
                 "written into run directories, and a key never is. Name the variable that holds the key by key_env=."
@@ -104,17 +106,27 @@ class Endpoint:
         if wrong := [
             n
             for n, v in self.headers.items()
-            if not re.fullmatch(r"[!-9;-~]+", n) or not v.isprintable() or not v.isascii()
+            if not (isinstance(v, str) and re.fullmatch(r"[!-9;-~]+", n) and v.isprintable() and v.isascii())
         ]:
             raise BadInput(
                 f"An endpoint at {host} was asked for with a header {wrong[0]!r}. Its name or value has characters "
                 "that HTTP does not allow. Use printable ASCII."
             )
+        try:
+            json.dumps(self.extra, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise BadInput(
+                f"An endpoint at {host} was asked for with more fields of the body. They cannot be sent as JSON: "
+                f"{error}. Give extra= as a dict of plain numbers, strings, lists and dicts."
+            ) from error
         if self.key_env is not None and parts.scheme == "http" and not self.is_local:
             raise BadInput(
                 f"An endpoint at {host} was asked for with the key of {self.key_env}. The address is http, so that "
                 "the key could be read on its way. Use https."
             )
+
+    def __repr__(self) -> str:
+        return f"Endpoint({', '.join(f'{name}={value!r}' for name, value in self.plan().items())})"
 
     @property
     def host(self) -> str:
@@ -237,9 +249,11 @@ class Endpoint:
         return count_tokens(self, prompt)
 
     def plan(self) -> dict[str, Any]:
-        """What a run directory keeps of it: everything but the key, which it does not hold."""
+        """What a run directory keeps of it: everything but the key, "[key]" where a field holds it under any name."""
         kept = {"url": self.url, "model": self.model, "protocol": self.protocol, "context": self.context}
-        return {**kept, "key_env": self.key_env, "extra": dict(self.extra), "headers": dict(self.headers)}
+        kept |= {"key_env": self.key_env, "extra": dict(self.extra), "headers": dict(self.headers)}
+        key = os.environ.get(self.key_env or "", "").strip()
+        return json.loads(redacted(json.dumps(kept), key)) if key else kept
 
     @classmethod
     def openrouter(
@@ -288,6 +302,21 @@ def canonical(model: str) -> str:
     """The one name of a model that goes by several; a name that is not known stays as it is."""
     found = (name for name, others in ALIASES.items() if model.lower() in (name, *others))
     return next(found, model)
+
+
+def _secrets(value: Any, path: str = "", *, named: bool = False) -> Iterator[str]:
+    """Where, inside the fields of a body, stands what may be a secret: by its name, or that of what holds it."""
+    if isinstance(value, Mapping):
+        # Below "properties" stand the names of a tool's or a schema's fields, and below these what they may hold.
+        schema = path.rpartition(".")[2] == "properties"
+        for name, inner in value.items():
+            found = not schema and (named or bool(_SECRET.search(str(name))))
+            yield from _secrets(inner, f"{path}.{name}" if path else str(name), named=found)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _secrets(inner, path, named=named)
+    elif isinstance(value, str) and (named or _BEARER.fullmatch(value)):
+        yield path
 
 
 def _messages(prompt: str | Messages, protocol: str) -> dict[str, Any]:

@@ -174,10 +174,12 @@ def test_the_key_is_sent_and_is_nowhere_else(tmp_path, monkeypatch, capsys):
     refusal = Script([json.dumps({"error": {"message": f"Incorrect API key: {KEY}"}}).encode()], status=401)
     for name, protocol, one in (("a", "openai-chat", script), ("b", "modelslab", script), ("c", "anthropic", refusal)):
         with serving(one) as url:
-            endpoint = Endpoint(url, model="m", key_env="LOOPBACK_KEY", protocol=protocol)
+            hidden = {"user": {"id": [KEY]}}
+            endpoint = Endpoint(url, model="m", key_env="LOOPBACK_KEY", protocol=protocol, extra=hidden)
             bench = measured(url, endpoint=endpoint, out=tmp_path / name)
         headers, body = one.requests[-1]
         assert (body.get("key") if protocol == "modelslab" else headers.get("Authorization", "")).endswith(KEY)
+        assert body["user"] == hidden["user"]
         print(bench, bench._repr_html_(), endpoint, bench.requests().to_string(), bench.meta)
         assert "[key]" in bench.records[0].detail + bench.records[0].text
     written = b"".join(path.read_bytes() for path in Path(tmp_path).rglob("*") if path.is_file())

@@ -85,6 +85,13 @@ def test_a_key_is_read_when_it_is_needed_and_kept_nowhere(monkeypatch):
     assert "two words" not in str(caught.value)
 
 
+def test_the_key_is_masked_where_a_field_holds_it_under_another_name(monkeypatch):
+    monkeypatch.setenv("MY_KEY", KEY)
+    endpoint = Endpoint(LOCAL, model="m", key_env="MY_KEY", extra={"user": {"id": [KEY]}}, headers={"X-User": KEY})
+    assert endpoint.request("Hi", max_tokens=8)[1]["user"] == {"id": [KEY]}
+    assert (endpoint.plan()["extra"], endpoint.plan()["headers"]) == ({"user": {"id": ["[key]"]}}, {"X-User": "[key]"})
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -99,6 +106,14 @@ def test_a_key_is_read_when_it_is_needed_and_kept_nowhere(monkeypatch):
         ({"extra": {"key": "abc"}}, "'key' among its headers"),
         ({"extra": {"apiKey": "abc"}}, "'apiKey' among its headers"),
         ({"extra": {"access_token": "abc"}}, "'access_token' among its headers"),
+        ({"extra": {"provider": {"api_key": "abc"}}}, "'provider.api_key' among its headers or fields"),
+        ({"extra": {"a": [{"b": {"Authorization": {"value": "abc"}}}]}}, "'a.b.Authorization.value' among"),
+        ({"extra": {"api_keys": ["abc"]}}, "'api_keys' among"),
+        ({"extra": {"note": ["Bearer abc-0123456789"]}}, "'note' among"),
+        ({"headers": {"X-Forwarded": "Basic abc0123456789"}}, "'X-Forwarded' among"),
+        ({"headers": {"X-Title": 5}}, "a header 'X-Title'. .* Use printable ASCII"),
+        ({"extra": {"stop": {1, 2}}}, "cannot be sent as JSON: .*set"),
+        ({"extra": {"temperature": float("nan")}}, "cannot be sent as JSON"),
         ({"url": "http://example.invalid/v1", "key_env": "K"}, "The address is http, .* Use https"),
     ],
 )
@@ -110,6 +125,12 @@ def test_endpoints_that_are_refused(fields, message):
 
 def test_fields_that_hold_no_secret_are_taken():
     fields = {"max_tokens": 5, "min_tokens": "1", "add_bos_token": True, "prompt_cache_key": "a", "monkey": "b"}
+    schema = {"type": "object", "properties": {"key": {"type": "string"}, "token": {"description": "a word"}}}
+    fields |= {
+        "tools": [{"function": {"parameters": schema}}],
+        "stop_token_ids": [2],
+        "system": "Basic questions are asked.",
+    }
     assert Endpoint(LOCAL, model="m", extra=fields).plan()["extra"] == fields
 
 
