@@ -76,7 +76,7 @@ class Session:
     driver   there from `open` on
     clock    of every stamp of this session
 
-    Raises BadInput for a missing key or a cap in dollars without a price, RunError when `out` holds something else.
+    Raises as check_target, and RunError when `out` holds something else.
     """
 
     driver: Driver
@@ -92,13 +92,7 @@ class Session:
         total: int,
     ) -> None:
         self._endpoint, self._workload, self._settings = endpoint, workload, settings
-        self._price = settings.price or price_at(endpoint)
-        if settings.max_dollars is not None and self._price is None:
-            raise BadInput(
-                f"A cap of ${settings.max_dollars:g} was asked for. The snapshot of prices has none for this endpoint "
-                "and model. Give dollars per million tokens, as in BenchSettings(price=(0.54, 0.54))."
-            )
-        endpoint.key()
+        self._price = check_target(endpoint, workload, settings)
         kept = {k: v for k, v in asdict(settings).items() if k != "progress"}
         whole = {"endpoint": endpoint.plan(), **plan, "workload": workload.plan(), "settings": kept}
         self._writer = None if out is None else bench_writer(Path(out), whole)
@@ -178,12 +172,49 @@ def levels_of(
 
 
 def check_requests(requests: int, settings: BenchSettings) -> None:
-    """Raises BadInput for a number of requests that is none."""
-    if requests < 1 or settings.warmup < 0:
+    """Raises BadInput for a number of requests, a cap, a price or a timeout that is none."""
+    if not isinstance(requests, int) or requests < 1 or settings.warmup < 0:
         raise BadInput(
             f"A benchmark of {requests} requests after {settings.warmup} of warm-up was asked for. There must be at "
             "least 1, after 0 or more. Give larger numbers."
         )
+    limits = {"max_seconds": settings.max_seconds, "max_dollars": settings.max_dollars, **vars(settings.timeouts)}
+    wrong = {name: value for name, value in limits.items() if value is not None and not value > 0}
+    if settings.price is not None and not (len(settings.price) == 2 and all(p >= 0 for p in settings.price)):
+        wrong["price"] = settings.price
+    for name, value in wrong.items():
+        raise BadInput(
+            f"A benchmark with {name} of {value} was asked for. That is no limit, or no price. Give a number above 0 "
+            "(price: dollars per million tokens in and out), or leave it out."
+        )
+
+
+def check_target(endpoint: Endpoint, workload: Workload, settings: BenchSettings) -> tuple[float, float] | None:
+    """The price that caps reckon with; before anything is written or sent.
+
+    Raises BadInput for what is no endpoint, a missing key, a cap in dollars without a price, and prompts that with
+    their answers are longer than the context.
+    """
+    if not isinstance(endpoint, Endpoint) or not isinstance(workload, Workload):
+        raise BadInput(
+            f"A {type(endpoint).__name__} was to be measured under load, with a {type(workload).__name__}. Only "
+            "endpoints take requests from several at a time. Give an Endpoint and one Workload; of a loaded model "
+            "ml.benchmark measures batches."
+        )
+    price = settings.price or price_at(endpoint)
+    if settings.max_dollars is not None and price is None:
+        raise BadInput(
+            f"A cap of ${settings.max_dollars:g} was asked for. The snapshot of prices has none for {endpoint.model} "
+            f"at {endpoint.host}. Give dollars per million tokens, as in BenchSettings(price=(0.54, 0.54))."
+        )
+    tokens = workload.output_tokens + (workload.prompt_tokens if workload.prompts is None else 0)
+    if endpoint.context is not None and tokens > endpoint.context:
+        raise BadInput(
+            f"Prompts and answers of {tokens} tokens together were to be asked of {endpoint.host}. The context of "
+            f"{endpoint.model} there has {endpoint.context}. Give shorter ones."
+        )
+    endpoint.key()
+    return price
 
 
 def ordered(records: Sequence[Record]) -> list[Record]:

@@ -10,9 +10,10 @@ from pathlib import Path
 from mixlens.bench.bench import Bench
 from mixlens.bench.drive import Level
 from mixlens.bench.prompts import Workload
-from mixlens.bench.session import BenchSettings, Session, check_requests, levels_of, measure
+from mixlens.bench.session import BenchSettings, Session, check_requests, check_target, levels_of, measure
 from mixlens.errors import BadInput
 from mixlens.models.endpoint import Endpoint
+from mixlens.runs import META
 
 # Turns that each endpoint has at a load: enough that a drift falls on all, few enough that a turn is a load.
 _TURNS = 4
@@ -51,22 +52,31 @@ def benchmark_together(
     levels = levels_of(concurrency, rate, settings.arrivals)
     check_requests(requests, settings)
     for endpoint in endpoints.values():
-        endpoint.key()  # a missing one is found before any folder is made
-    sessions = []
-    for name, endpoint in endpoints.items():
-        others = {"names": names, "name": name, "turns": _TURNS}
-        plan = {"levels": [asdict(level) for level in levels], "requests": requests, "measured_with": others}
-        folder = None if out is None else Path(out) / name
-        total = len(levels) * requests
-        sessions.append(Session(endpoint, plan, out=folder, workload=workload, settings=settings, total=total))
-    opened = [session.opened for session in sessions]
-    if any(opened):
-        if not all(opened):
-            raise BadInput(
-                f"Endpoints were to be measured together in {out}. Some of them are there already, measured without "
-                "the others. Give another folder."
-            )
-        return {name: bench for name, bench in zip(names, opened, strict=True) if bench is not None}
+        check_target(endpoint, workload, settings)
+    folders = {name: None if out is None else Path(out) / name for name in names}
+    there = [folder is not None and (folder / META).exists() for folder in folders.values()]
+    if any(there) and not all(there):
+        raise BadInput(
+            f"Endpoints were to be measured together in {out}. Some of them are there already, measured without "
+            "the others. Give another folder."
+        )
+    plan = {"levels": [asdict(level) for level in levels], "requests": requests}
+    total = len(levels) * requests
+    made = {}
+    # Folders that are there may hold another run: that is found before a new one is made.
+    for name in sorted(names, key=lambda name: not (folders[name] and folders[name].exists())):
+        others = {"names": names, "name": name, "turns": _TURNS, "requests": requests}
+        made[name] = Session(
+            endpoints[name],
+            plan | {"measured_with": others},
+            out=folders[name],
+            workload=workload,
+            settings=settings,
+            total=total,
+        )
+    sessions = [made[name] for name in names]
+    if all(there):
+        return {name: session.opened for name, session in zip(names, sessions, strict=True) if session.opened}
     for session in sessions:
         session.clock.stop()
     benches = measure(sessions, lambda: _in_turns(sessions, levels, requests, settings.warmup))

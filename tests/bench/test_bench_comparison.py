@@ -16,7 +16,7 @@ from mixlens.bench.comparison import _requests, compare_benches
 from mixlens.bench.prompts import Workload
 from mixlens.bench.session import BenchSettings, Clock
 from mixlens.bench.together import benchmark_together
-from mixlens.errors import BadInput
+from mixlens.errors import BadInput, RunError
 from mixlens.models.endpoint import Endpoint
 from mixlens.stats.bootstrap import Bootstrap
 
@@ -131,13 +131,27 @@ def test_a_cap_that_one_meets_ends_the_later_loads_of_all():
     assert (len(cheap.requests), len(dear.requests)) == (3, 2)
 
 
-def test_a_missing_key_leaves_no_folder(tmp_path, monkeypatch):
+def test_what_is_wrong_with_one_leaves_no_folder_of_any(tmp_path, monkeypatch):
     monkeypatch.delenv("LOOPBACK_KEY", raising=False)
     url = "http://127.0.0.1:9/v1"
-    endpoints = {"a": Endpoint(url, model="m"), "b": Endpoint(url, model="m", key_env="LOOPBACK_KEY")}
-    with pytest.raises(BadInput, match="LOOPBACK_KEY is not set"):
-        benchmark_together(endpoints, out=tmp_path, settings=QUIET)
-    assert not list(tmp_path.iterdir())
+    priced, fine = Endpoint.openrouter(key_env=None), Endpoint(url, model="m")
+    for second, changes, message in (
+        (Endpoint(url, model="m", key_env="LOOPBACK_KEY"), {}, "LOOPBACK_KEY is not set"),
+        (fine, {"settings": replace(QUIET, max_dollars=1.0)}, r"cap of \$1 .* has none for m at 127.0.0.1"),
+        (replace(fine, context=20), {"workload": SMALL}, "24 tokens together .* m there has 20. Give shorter"),
+        ("http://127.0.0.1:9/v1", {}, "A str was to be measured under load"),
+        (fine, {"settings": replace(QUIET, max_seconds=-1.0)}, "max_seconds of -1.0 was asked for. .* Give a number"),
+        (fine, {"settings": replace(QUIET, price=(1.0, -1.0))}, "price of .* was asked for"),
+        (fine, {"requests": 2.5}, "benchmark of 2.5 requests"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            benchmark_together({"a": priced, "b": second}, out=tmp_path, **{"settings": QUIET} | changes)
+        assert not list(tmp_path.iterdir())
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "mine.txt").write_text("x")
+    with pytest.raises(RunError, match="holds no run of mixlens"):
+        benchmark_together({"a": priced, "b": fine}, out=tmp_path, settings=QUIET)
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
 
 class Noted(list):
