@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import html
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import NormalDist
 
 import numpy as np
 import pandas as pd
 
 from mixlens.bench.bench import Bench
-from mixlens.bench.metrics import P99_SAMPLES, STATISTICS
+from mixlens.bench.drive import turn_edges
+from mixlens.bench.metrics import P99_SAMPLES, STATISTICS, output_tokens
 from mixlens.bench.prompts import workload_words
 from mixlens.errors import BadInput
-from mixlens.stats.bootstrap import DEFAULT, Bootstrap
+from mixlens.stats.bootstrap import DEFAULT, Bootstrap, t_quantile
 
 _METRICS = (
     "ttft_s",
@@ -74,8 +76,8 @@ def compare_benches(a: Bench, b: Bench, *, bootstrap: Bootstrap = DEFAULT) -> Be
     ratio = statistic of b / statistic of a, over the measured requests that succeeded. Its interval comes from a
     bootstrap over requests: of pairs with the same number, of which both succeeded, where the two were measured in
     turns (`benchmark_together`), so that what drifted is in both; else of each by itself, and then a drift between the
-    two runs is in the ratio, and in no interval. System throughput has the interval of the ratio of two independent
-    rates (delta method on their logarithms). The 99th percentile is NaN below 100 requests.
+    two runs is in the ratio, and in no interval. System throughput is paired by turn where there were turns; else it
+    has the interval of the ratio of two independent rates (see _system). The 99th percentile is NaN below 100 requests.
 
     Raises BadInput when no load is in both, or when other prompts or lengths were asked for; another seed is the same.
     """
@@ -143,26 +145,73 @@ def _requests(
 
 
 def _system(a: Bench, b: Bench, levels: list[str]) -> pd.DataFrame:
-    """Ratios of the rates of the whole system; ln(b / a) has the variances of ln a and ln b added."""
+    """Ratios of the rates of the whole system: of turns in pairs, else of two independent rates.
+
+    Apart, ln(b / a) has the variances of ln a and ln b added. In turns, with T_i tokens (or requests) in S_i seconds of
+    turn i, the rate is sum T / sum S, and turn i moves ln(b / a) by d_i = T_i / sum T - S_i / sum S of b, less the
+    same of a: what drifts in a turn for both is in neither. Its variance is n / (n - 1) * sum d_i^2 (delta method),
+    with a t interval of n - 1 degrees of freedom.
+    """
     both = a.throughput().merge(b.throughput(), on=["level", "metric"], suffixes=("_a", "_b"))
     both = both[both["level"].isin(levels)]
-    reach = [(both[f"ci_high_{s}"] - both[f"ci_low_{s}"]) / 2 / both[f"estimate_{s}"] for s in "ab"]
-    ratio, spread = both["estimate_b"] / both["estimate_a"], np.hypot(reach[0], reach[1])
-    return pd.DataFrame(
-        {
-            "level": both["level"],
-            "metric": "system_" + both["metric"],
-            "statistic": "rate",
-            "a": both["estimate_a"],
-            "b": both["estimate_b"],
-            "ratio": ratio,
-            "ci_low": ratio * np.exp(-spread),
-            "ci_high": ratio * np.exp(spread),
-            "n_a": both["n_a"],
-            "n_b": both["n_b"],
-            "paired": False,
-        }
-    )
+    paired = _in_turns(a, b) and "requests" in a.meta["measured_with"]
+    rows = []
+    for row in both.to_dict("records"):
+        level, metric = str(row["level"]), str(row["metric"])
+        ratio = row["estimate_b"] / row["estimate_a"]
+        turns = [_turns(bench, level, metric) for bench in (a, b)] if paired else None
+        if turns is not None:
+            reach = _reach_of_turns(*turns)
+        else:
+            widths = [(row[f"ci_high_{s}"] - row[f"ci_low_{s}"]) / 2 / row[f"estimate_{s}"] for s in "ab"]
+            reach = float(np.hypot(*widths))
+        rows.append(
+            {
+                "level": level,
+                "metric": "system_" + metric,
+                "statistic": "rate",
+                "a": row["estimate_a"],
+                "b": row["estimate_b"],
+                "ratio": ratio,
+                "ci_low": ratio * np.exp(-reach),
+                "ci_high": ratio * np.exp(reach),
+                "n_a": row["n_a"],
+                "n_b": row["n_b"],
+                "paired": turns is not None,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _turns(bench: Bench, level: str, metric: str) -> np.ndarray:
+    """[turn, 2]: what a turn delivered, and in how many seconds, from its first request sent to its last one ended."""
+    together = bench.meta["measured_with"]
+    edges = turn_edges(together["requests"], together["turns"])
+    rows = []
+    for first, end in pairwise(edges):
+        part = [r for r in bench.records if r.level == level and r.phase == "measured" and first <= r.index < end]
+        good = [r for r in part if r.outcome == "ok"]
+        sent = [r.sent_s for r in part if r.sent_s is not None]
+        if sent:
+            done = (
+                len(good) if metric == "requests_per_s" else sum(output_tokens(r, bench.count_tokens)[0] for r in good)
+            )
+            rows.append((done, max(r.ended_s for r in part) - min(sent)))
+        elif end > first:
+            rows.append((np.nan, np.nan))  # a cap was met
+    return np.array(rows, float).reshape(-1, 2)
+
+
+def _reach_of_turns(a: np.ndarray, b: np.ndarray) -> float:
+    """Half of the 95 % interval of ln(rate of b / rate of a), from the turns that both had; NaN with fewer than two."""
+    both = np.isfinite(a).all(1) & np.isfinite(b).all(1)
+    n = int(both.sum())
+    totals = [side[both].sum(0) for side in (a, b)]
+    if n < 2 or not all((total > 0).all() for total in totals):
+        return np.nan
+    of_a, of_b = ((side[both] / total) @ [1.0, -1.0] for side, total in zip((a, b), totals, strict=True))
+    spread = np.sqrt(n / (n - 1) * np.square(of_b - of_a).sum())
+    return float(t_quantile(0.975, np.array([n - 1.0]))[0] * spread)
 
 
 def _statistics(values: np.ndarray) -> np.ndarray:
@@ -181,13 +230,17 @@ def _drawn(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 def _in_turns(a: Bench, b: Bench) -> bool:
     with_a, with_b = (bench.meta.get("measured_with") or {} for bench in (a, b))
-    return bool(with_a) and with_a.get("names") == with_b.get("names") and with_a.get("name") != with_b.get("name")
+    names, turns = (
+        all(with_a.get(key) == with_b.get(key) for key in keys) for keys in (["names"], ["turns", "requests"])
+    )
+    return bool(with_a) and names and turns and with_a.get("name") != with_b.get("name")
 
 
 def _remarks(a: Bench, b: Bench, paired: bool, bootstrap: Bootstrap) -> tuple[str, ...]:
     failed = [sum(r.outcome != "ok" and r.phase == "measured" for r in bench.records) for bench in (a, b)]
     how = (
-        "Measured in turns: requests of the same number are pairs, of which both must have succeeded"
+        "Measured in turns: requests of the same number are pairs, of which both must have succeeded; throughput of "
+        "the system is paired by turn"
         if paired
         else "Measured one after the other: what drifted between them is in the ratios, and in no interval"
     )

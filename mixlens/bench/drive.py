@@ -41,6 +41,11 @@ class Level:
         return times
 
 
+def turn_edges(requests: int, turns: int) -> list[int]:
+    """Number of the first request of each turn, then how many there are, of requests dealt out over turns."""
+    return [round(i * requests / turns) for i in range(turns + 1)]
+
+
 @dataclass
 class Caps:
     """What a run may use. A request starts only if its worst case still fits; one that has started is let finish.

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from mixlens.bench.bench import Bench
-from mixlens.bench.drive import Level
+from mixlens.bench.drive import Level, turn_edges
 from mixlens.bench.prompts import Workload
 from mixlens.bench.session import BenchSettings, Session, check_requests, check_target, levels_of, measure
 from mixlens.errors import BadInput
@@ -87,7 +87,7 @@ async def _in_turns(sessions: Sequence[Session], levels: Sequence[Level], reques
     def met() -> bool:
         return any(session.caps.stopped for session in sessions)
 
-    edges = [round(i * requests / _TURNS) for i in range(_TURNS + 1)]
+    edges = turn_edges(requests, _TURNS)
     for level in levels:
         for session in sessions:
             if met():

@@ -12,7 +12,7 @@ from bench_server import Script, answer, serving
 
 import mixlens
 from mixlens.bench.bench import Bench
-from mixlens.bench.comparison import _requests, compare_benches
+from mixlens.bench.comparison import _reach_of_turns, _requests, compare_benches
 from mixlens.bench.prompts import Workload
 from mixlens.bench.session import BenchSettings, Clock
 from mixlens.bench.together import benchmark_together
@@ -22,7 +22,7 @@ from mixlens.stats.bootstrap import Bootstrap
 
 QUIET = BenchSettings(progress=False, max_seconds=20.0)
 SMALL = Workload(prompt_tokens=16, output_tokens=8)
-TURNS = {"names": ["a", "b"], "turns": 4}
+TURNS = {"names": ["a", "b"], "turns": 4, "requests": 8}
 LOAD = "concurrency 1"
 
 
@@ -57,6 +57,51 @@ def test_pairs_take_out_what_drifts_for_both():
     found = row(together, "ttft_s", "mean")
     assert (found["ci_low"], found["ci_high"]) == pytest.approx((1.1, 1.1), abs=1e-6)
     assert "pairs, of which both must have succeeded" in repr(together)
+
+
+def test_throughput_is_paired_by_turn():
+    # Requests of 1.5 s times their factor, one after the other, two of them a turn. Both grow slower from turn to turn.
+    drift = [1.0, 1.0, 2.0, 2.0, 3.0, 3.0, 4.0, 4.0]
+    noise = [1.0, 1.0, 1.1, 1.1, 0.9, 0.9, 1.0, 1.0]
+    slower = [1.2 * d * n for d, n in zip(drift, noise, strict=True)]
+    apart, together = (compare_benches(*pair(drift, slower, turns=turns)) for turns in (False, True))
+    for metric, done in (("system_output_tokens_per_s", 29), ("system_requests_per_s", 1)):
+        found = row(together, metric, "rate")
+        # By hand: each turn's share of all that was done less its share of the seconds, of b less of a.
+        moved = []
+        for turn in range(4):
+            d = []
+            for factors in (drift, slower):
+                seconds = [1.6 * (factors[2 * t]) + 1.5 * factors[2 * t + 1] for t in range(4)]
+                d.append(2 * done / (8 * done) - seconds[turn] / sum(seconds))
+            moved.append(d[1] - d[0])
+        reach = 3.182446 * np.sqrt(4 / 3 * sum(x * x for x in moved))
+        assert found["paired"]
+        assert np.log(found["ci_high"] / found["ratio"]) == pytest.approx(reach, rel=1e-4)
+        assert np.log(found["ratio"] / found["ci_low"]) == pytest.approx(reach, rel=1e-4)
+        assert found["ci_high"] < 1
+        assert np.isnan(row(apart, metric, "rate")["ci_high"])  # fewer than ten requests
+    alone = compare_benches(*pair(drift, [1.2 * d for d in drift], turns=True))
+    found = row(alone, "system_requests_per_s", "rate")
+    assert found["ci_high"] == pytest.approx(found["ci_low"])
+    assert "throughput of the system is paired by turn" in repr(alone)
+
+
+def test_the_interval_of_turns_holds_the_true_ratio_as_often_as_it_says():
+    draw, held = np.random.default_rng(1), 0
+    for _ in range(300):
+        # A drift of both, and noise of each.
+        seconds = np.exp(draw.normal(0, 0.3, (1, 4)) + draw.normal(0, 0.1, (2, 4)))
+        a, b = (np.stack([np.full(4, 100.0), side], axis=1) for side in seconds)
+        reach = _reach_of_turns(a, b)
+        held += abs(np.log(seconds[0].sum() / seconds[1].sum())) <= reach
+    assert held >= 270  # 285 are expected
+
+
+def test_a_turn_that_a_cap_left_out_is_in_no_interval():
+    a, b = pair([1.0] * 8, [1.1, 1.0, 1.2, 1.0, 1.0, 1.3, 1.0, 1.0], turns=True)
+    del b.records[2:]  # one turn
+    assert np.isnan(row(compare_benches(a, b), "system_requests_per_s", "rate")["ci_low"])
 
 
 def test_a_pair_of_which_one_failed_is_left_out():
