@@ -15,6 +15,7 @@ from mixlens.evals.log import ROUTING, Log
 from mixlens.stats.agreement import agreement
 from mixlens.stats.bootstrap import DEFAULT, Bootstrap
 from mixlens.stats.routing import expert_share
+from mixlens.traces.record import vocabulary_of
 from mixlens.traces.recorder import Recorder
 from mixlens.traces.trace import Trace, concat
 
@@ -57,6 +58,7 @@ class SampleRecorder:
         """All batches in order as one trace, its sequences joined with their samples; saved when there is a folder."""
         parts = [self._parts.get(name) or Trace.open(self._place(name)) for name in names]
         whole = concat(parts)
+        whole._vocabulary = vocabulary_of(self.backend.lm.tokenizer)
         # A resumed run reads its shots again.
         again = (whole.sequences["role"] == "shots") & whole.sequences.duplicated(["role", "task"])
         trace = whole.select(where=~again)

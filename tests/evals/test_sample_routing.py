@@ -48,6 +48,14 @@ def test_every_row_is_routed_as_when_it_is_read_alone(demo, log):
     assert sum(a == b for a, b in pairs) / len(pairs) > 0.999  # a margin below rounding may turn
 
 
+def test_tokens_have_their_text(log):
+    kept = samples_of(log)
+    prompts = {(record["task"], record["sample_id"]): record["prompt"] for record in log.records}
+    for number, about in kept.sequences.iterrows():
+        pieces = kept.pieces(kept.read("token_id")[kept.read("sequence") == number])
+        assert prompts[about["task"], about["sample_id"]].strip() in "".join(pieces)
+
+
 def test_no_padding_is_counted_and_every_sample_has_one_row(log):
     kept = samples_of(log)
     assert sorted(zip(kept.sequences["task"], kept.sequences["sample_id"], strict=True)) == sorted(
