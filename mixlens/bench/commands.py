@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -179,7 +179,7 @@ def _models(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
 def _providers(arguments: argparse.Namespace) -> dict[str, Any] | None:
     from mixlens.bench.bench import Bench
-    from mixlens.bench.providers import COLUMNS, listed_prices, provider_table
+    from mixlens.bench.providers import listed_prices, provider_table
 
     named = [run.partition("=") for run in arguments.runs]
     if wrong := [name for name, equals, path in named if not (name and equals and path)]:
@@ -194,9 +194,45 @@ def _providers(arguments: argparse.Namespace) -> dict[str, Any] | None:
         return {"written": arguments.csv, "rows": len(table)}
     if arguments.json:
         return {"date": table.attrs["date"], "rows": _rows(table)}
-    shown = table.drop(columns=[name for name in COLUMNS if name.endswith(("_low", "_high"))])
-    print(shown.T.to_string(header=False, na_rep="n/a"))
+    print(_provider_text(table))
     return None
+
+
+def _provider_text(table: Any) -> str:
+    """Numbers of every row in columns, of which those without any are left out; then who said them, and when."""
+    shown = table[["provider", "kind", "load"]].copy()
+    for heading, column, factor, decimals in (
+        ("tok/s", "output_tokens_per_s", 1, 1),
+        ("TTFT [ms]", "ttft_s", 1e3, 0),
+    ):
+        columns = [column, f"{column}_low", f"{column}_high"]
+        shown[heading] = [_interval(factor * row, decimals) for row in table[columns].to_numpy(float)]
+    names = {
+        "input_usd_per_mtok": "$/Mtok in",
+        "output_usd_per_mtok": "$/Mtok out",
+        "usd_per_call": "$/call",
+        "list_usd_per_mtok": "$/Mtok listed",
+        "charged_usd_per_mtok": "$/Mtok charged",
+        "context_tokens": "context",
+    }
+    for column, heading in names.items():
+        shown[heading] = ["n/a" if value != value else f"{value:,.6g}" for value in table[column]]
+    shown = shown.assign(quantization=table["quantization"], parameters=table["parameters"], n=table["n"])
+    empty = [name for name in shown.columns if shown[name].isin(("", "n/a")).all()]
+    shown.index = range(1, len(shown) + 1)
+    said = [
+        f"{at}. {'; '.join(filter(None, (row['source'], row['as_of'], row['note'])))}"
+        + (f". Contradicted: {row['contradicted']}" if row["contradicted"] else "")
+        for at, row in enumerate(table.to_dict("records"), 1)
+    ]
+    return "\n".join([*dict.fromkeys(table["model"]), shown.drop(columns=empty).to_string(), "", *said])
+
+
+def _interval(numbers: Sequence[float], decimals: int) -> str:
+    estimate, low, high = numbers
+    if estimate != estimate:
+        return "n/a"
+    return f"{estimate:.{decimals}f}" + ("" if low != low else f" [{low:.{decimals}f}, {high:.{decimals}f}]")
 
 
 def _cost(arguments: argparse.Namespace) -> dict[str, Any] | None:
@@ -217,12 +253,23 @@ def _cost(arguments: argparse.Namespace) -> dict[str, Any] | None:
     )
     if arguments.json:
         return {"date": table.attrs["date"], "rows": _rows(table)}
-    shown = table.assign(
-        usd_per_request=table["usd_per_request"].map("{:.5f}".format), usd=table["usd"].map("{:,.2f}".format)
-    )
-    print(shown.to_string(index=False))
+    print(_cost_text(table))
     print(f"\nPrices as pages gave them, gathered {table.attrs['date']}; contradictions stand side by side.")
     return None
+
+
+def _cost_text(table: Any) -> str:
+    """Dollars of every month, one line a statement of a price; then who stated it, and when."""
+    first = table[table["month"] == 1]
+    shown = first[["provider", "model"]].assign(**{"$/request": first["usd_per_request"].map("{:.5f}".format)})
+    months = {f"month {month}": part["usd"].to_numpy() for month, part in table.groupby("month")}
+    if len(months) > 1:
+        months["in all"] = sum(months.values())
+    for heading, usd in months.items():
+        shown[heading] = ["n/a" if value != value else f"${value:,.{2 if value >= 1 else 5}f}" for value in usd]
+    shown.index = range(1, len(shown) + 1)
+    said = [f"{at}. {row['source']}; {row['as_of']}" for at, row in enumerate(first.to_dict("records"), 1)]
+    return "\n".join([shown.to_string(), "", *said])
 
 
 def _numbers(text: str | None, kind: type) -> list[Any] | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,17 +13,26 @@ import pandas as pd
 from mixlens.errors import BadInput
 from mixlens.models.endpoint import Endpoint, canonical
 
+_MOST_MONTHS = 1_200
 # Whose prices hold at which host.
 _HOSTS = {"openrouter.ai": "OpenRouter", "api.deepinfra.com": "DeepInfra", "modelslab.com": "ModelsLab"}
-_NUMBERS = (
+# What a page or a list says of a provider's model; NaN and "" for what it does not say.
+STATEMENT = (
+    "provider",
+    "model",
+    "output_tokens_per_s",
+    "ttft_s",
     "input_usd_per_mtok",
     "output_usd_per_mtok",
     "usd_per_call",
-    "output_tokens_per_s",
-    "ttft_s",
     "context_tokens",
+    "quantization",
+    "parameters",
+    "source",
+    "as_of",
+    "note",
 )
-_WORDS = ("quantization", "source", "as_of", "note")
+WORDS = ("provider", "model", "quantization", "parameters", "source", "as_of", "note")
 
 
 def prices(model: str | None = None) -> pd.DataFrame:
@@ -29,15 +40,11 @@ def prices(model: str | None = None) -> pd.DataFrame:
 
     model  any of its names; None for all models
 
-    Returns  DataFrame  provider, model, input_usd_per_mtok, output_usd_per_mtok, usd_per_call, output_tokens_per_s,
-                        ttft_s, context_tokens, quantization, source, as_of, note; NaN where a page says nothing;
-                        attrs["date"] is the date of the snapshot
+    Returns  DataFrame  STATEMENT; NaN or "" where a page says nothing; attrs["date"] is the date of the snapshot
     Raises   BadInput   for a model that the snapshot does not have
     """
     snapshot = json.loads((files("mixlens.bench") / "prices.json").read_text("utf-8"))
-    frame = pd.DataFrame(snapshot["entries"], columns=["provider", "model", *_NUMBERS, *_WORDS])
-    frame[list(_NUMBERS)] = frame[list(_NUMBERS)].astype(float)
-    frame[list(_WORDS)] = frame[list(_WORDS)].fillna("")
+    frame = statements(snapshot["entries"])
     if model is not None:
         known = sorted(frame["model"].unique())
         frame = frame[frame["model"] == canonical(model)].reset_index(drop=True)
@@ -47,6 +54,15 @@ def prices(model: str | None = None) -> pd.DataFrame:
                 "Give one of these, or leave the model out for all."
             )
     frame.attrs["date"] = snapshot["date"]
+    return frame
+
+
+def statements(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Rows of statements as a frame with the columns STATEMENT."""
+    frame = pd.DataFrame(rows, columns=list(STATEMENT))
+    numbers = [name for name in STATEMENT if name not in WORDS]
+    frame[numbers] = frame[numbers].astype(float)
+    frame[list(WORDS)] = frame[list(WORDS)].astype(object).fillna("")
     return frame
 
 
@@ -72,14 +88,16 @@ def cost(
 
     Returns  DataFrame  provider, model, month, requests, usd_per_request, usd, source, as_of; one row a statement of a
                         price and month; attrs["date"]
-    Raises   BadInput   for numbers below 0, no month, or a model that the snapshot does not have
+    Raises   BadInput   for numbers below 0, no month or over 1,200, or a model that the snapshot does not have
     """
     numbers = np.array([input_tokens, output_tokens, requests, months - 1, growth + 1], float)
-    if not (np.isfinite(numbers).all() and (numbers >= 0).all()):
+    with np.errstate(over="ignore"):
+        last = requests * np.float64(1 + growth) ** max(months - 1, 0)
+    if not (np.isfinite([*numbers, last]).all() and (numbers >= 0).all() and months <= _MOST_MONTHS):
         raise BadInput(
             f"The cost of {requests:g} requests of {input_tokens:g} tokens in and {output_tokens:g} out over {months} "
-            f"months growing by {growth:g} was asked for. One of the numbers is negative, or there is no month. "
-            "Give tokens and requests from 0, months from 1, growth from -1."
+            f"months growing by {growth:g} was asked for. One of the numbers is negative or endless, or there is no "
+            f"month. Give tokens and requests from 0, months from 1 to {_MOST_MONTHS:,}, growth from -1."
         )
     table = prices(model) if table is None else table.copy()
     per_tokens = (input_tokens * table["input_usd_per_mtok"] + output_tokens * table["output_usd_per_mtok"]) / 1e6

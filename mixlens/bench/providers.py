@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from mixlens.bench.bench import Bench
-from mixlens.bench.prices import prices
+from mixlens.bench.prices import STATEMENT, WORDS, prices, statements
 from mixlens.bench.probe import Probe
 from mixlens.errors import BadInput, EndpointError
 from mixlens.models.calls import get_json
@@ -18,42 +18,17 @@ from mixlens.models.endpoint import canonical
 from mixlens.runs import now
 
 OPENROUTER = "https://openrouter.ai/api/v1"
-COLUMNS = (
-    "provider",
-    "model",
-    "kind",
-    "output_tokens_per_s",
-    "output_tokens_per_s_low",
-    "output_tokens_per_s_high",
-    "ttft_s",
-    "ttft_s_low",
-    "ttft_s_high",
-    "input_usd_per_mtok",
-    "output_usd_per_mtok",
-    "usd_per_call",
-    "context_tokens",
-    "quantization",
-    "parameters",
-    "as_of",
-    "n",
-    "source",
-    "note",
-    "contradicted",
-)
-_LISTED = (
-    "provider",
-    "model",
-    "input_usd_per_mtok",
-    "output_usd_per_mtok",
-    "usd_per_call",
-    "context_tokens",
-    "quantization",
-    "parameters",
-    "source",
-    "as_of",
-    "note",
-)
-_NUMBERS = [name for name in COLUMNS if name.endswith(("_s", "_low", "_high", "_mtok", "_call", "_tokens"))]
+# What stands beside a statement, by the column that it stands after.
+_BESIDE = {
+    "model": ("kind", "load"),
+    "output_tokens_per_s": ("output_tokens_per_s_low", "output_tokens_per_s_high"),
+    "ttft_s": ("ttft_s_low", "ttft_s_high"),
+    "usd_per_call": ("list_usd_per_mtok", "charged_usd_per_mtok"),
+    "as_of": ("n",),
+    "note": ("contradicted",),
+}
+COLUMNS = tuple(column for said in STATEMENT for column in (said, *_BESIDE.get(said, ())))
+_NUMBERS = [name for name in COLUMNS if name not in (*WORDS, "kind", "load", "n", "contradicted")]
 # What two statements of one provider can contradict each other in.
 _STATED = ("input_usd_per_mtok", "output_usd_per_mtok", "context_tokens", "output_tokens_per_s", "ttft_s")
 
@@ -67,8 +42,7 @@ def listed_prices(model: str, *, url: str = OPENROUTER) -> pd.DataFrame:
 
     model  any of its names
 
-    Returns  DataFrame  provider, model, input_usd_per_mtok, output_usd_per_mtok, usd_per_call, context_tokens,
-                        quantization, parameters, source, as_of, note; attrs["date"]; NaN for what is not a price
+    Returns  DataFrame  prices.STATEMENT; attrs["date"]; NaN for what is not a price
     Raises   EndpointError  when there is no list, or it has another form
     """
     name = canonical(model)
@@ -82,7 +56,7 @@ def listed_prices(model: str, *, url: str = OPENROUTER) -> pd.DataFrame:
             "Use the snapshot: leave out the refresh."
         )
     date = now()
-    frame = pd.DataFrame([_listed(row, name, date) for row in rows], columns=list(_LISTED))
+    frame = statements([_listed(row, name, date) for row in rows])
     frame.attrs["date"] = date
     return frame
 
@@ -128,52 +102,80 @@ def provider_table(
 ) -> pd.DataFrame:
     """Providers of a model: measured here first, then listed now, then what pages said. No two sources are averaged.
 
-    measured  benchmarks by provider name; their first load is shown, each request's speed and TTFT as medians
+    measured  benchmarks by provider name: a row for each load, each request's speed and TTFT as medians
     model     any of its names; None for all
     listed    from `listed_prices`
     probes    by the same names as `measured`; the parameters that are honoured are shown
 
-    `contradicted` says where statements of one provider about one model differ, with every value.
+    `charged_usd_per_mtok` is what the server's usage says was billed for the measured requests, in dollars per million
+    of their tokens, read and written together; `list_usd_per_mtok` is what the same tokens cost at the price that the
+    run reckoned with. `contradicted` says where statements of one provider about one model differ, with every value.
 
     Returns  DataFrame  COLUMNS; NaN and "" for what a source does not say, n of a published figure is 0
     Raises   BadInput   for a model that the snapshot does not have
     """
     published = prices(model)
-    rows = [_measured(name, bench, (probes or {}).get(name)) for name, bench in (measured or {}).items()]
+    rows = [row for name, bench in (measured or {}).items() for row in _measured(name, bench, (probes or {}).get(name))]
     parts = [pd.DataFrame(rows, columns=list(COLUMNS)).assign(kind="measured")] if rows else []
     if listed is not None:
         parts.append(listed.assign(kind="listed", n=0))
     parts.append(published.assign(kind="published", n=0))
     frame = pd.concat([part.reindex(columns=list(COLUMNS)) for part in parts], ignore_index=True)
     frame[_NUMBERS] = frame[_NUMBERS].astype(float)
-    words = ["quantization", "parameters", "as_of", "source", "note"]
+    words = [*WORDS, "load"]
     frame[words] = frame[words].astype(object).fillna("")
     frame["contradicted"] = _contradictions(frame)
     frame.attrs["date"] = published.attrs["date"]
     return frame
 
 
-def _measured(name: str, bench: Bench, probe: Probe | None) -> dict[str, Any]:
+def _measured(name: str, bench: Bench, probe: Probe | None) -> list[dict[str, Any]]:
     levels = list(dict.fromkeys(r.level for r in bench.records if r.phase == "measured"))
     if not levels or "endpoint" not in bench.meta:
         found = "is of a model on this machine" if levels else "has no measured request"
         raise BadInput(f"The benchmark of {name!r} was to stand in the table of providers. It {found}. Leave it out.")
-    table = bench.table().query("level == @levels[0] and statistic == 'p50'").set_index("metric")
-    row: dict[str, Any] = {"provider": name, "model": canonical(bench.meta["endpoint"]["model"])}
-    for metric in ("output_tokens_per_s", "ttft_s"):
-        cell = table.loc[metric]
-        row |= {metric: cell["estimate"], f"{metric}_low": cell["ci_low"], f"{metric}_high": cell["ci_high"]}
+    medians, requests = bench.table().query("statistic == 'p50'"), bench.requests().query("phase == 'measured'")
     honoured = [] if probe is None else [name for name, verdict in probe.verdicts.items() if verdict == "honoured"]
-    answered = dict.fromkeys(p for p in bench.requests()["provider"] if isinstance(p, str))
-    return {
-        **row,
-        "context_tokens": bench.meta["endpoint"].get("context"),
-        "parameters": ", ".join(honoured),
-        "as_of": bench.meta["created"],
-        "n": int(table.loc["ttft_s", "n"]),  # pyright: ignore[reportArgumentType]
-        "source": f"measured here, {levels[0]}, at {bench.meta['endpoint']['url']}",
-        "note": f"answered by {', '.join(answered)}" if answered else "",
+    rows = []
+    for level in levels:
+        table = medians[medians["level"] == level].set_index("metric")
+        part = requests[requests["level"] == level]
+        row: dict[str, Any] = {"provider": name, "model": canonical(bench.meta["endpoint"]["model"]), "load": level}
+        for metric in ("output_tokens_per_s", "ttft_s"):
+            cell = table.loc[metric]
+            row |= {metric: cell["estimate"], f"{metric}_low": cell["ci_low"], f"{metric}_high": cell["ci_high"]}
+        prices, notes = _charged(part, bench.meta.get("price_usd_per_mtok"))
+        answered = dict.fromkeys(p for p in part["provider"] if isinstance(p, str))
+        if answered:
+            notes.append(f"answered by {', '.join(answered)}")
+        rows.append(
+            {
+                **row,
+                **prices,
+                "context_tokens": bench.meta["endpoint"].get("context"),
+                "parameters": ", ".join(honoured),
+                "as_of": bench.meta["created"],
+                "n": int(table.loc["ttft_s", "n"]),  # pyright: ignore[reportArgumentType]
+                "source": f"measured here at {bench.meta['endpoint']['url']}",
+                "note": "; ".join(notes),
+            }
+        )
+    return rows
+
+
+def _charged(requests: pd.DataFrame, price: Sequence[float] | None) -> tuple[dict[str, float], list[str]]:
+    """What requests that succeeded cost per million tokens, as usage says and at a price; and what to say beside it."""
+    good = requests[requests["outcome"] == "ok"].dropna(subset=["input_tokens", "output_tokens"])
+    billed = good.dropna(subset=["cost_usd"])
+    read, written = (good[name].sum() for name in ("input_tokens", "output_tokens"))
+    tokens = billed["input_tokens"].sum() + billed["output_tokens"].sum()
+    found = {
+        "list_usd_per_mtok": np.nan
+        if price is None or not read + written
+        else (read * price[0] + written * price[1]) / (read + written),
+        "charged_usd_per_mtok": 1e6 * billed["cost_usd"].sum() / tokens if tokens else np.nan,
     }
+    return found, [f"{len(billed)} of {len(good)} say what they cost"] if 0 < len(billed) < len(good) else []
 
 
 def _contradictions(frame: pd.DataFrame) -> list[str]:

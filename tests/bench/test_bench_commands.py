@@ -65,6 +65,10 @@ def test_cost_says_what_and_when(capsys):
     text = capsys.readouterr().out
     assert all(dollars in text for dollars in ("0.00020", "0.00100", "0.00081"))
     assert "gathered 20" in text
+    assert text.count("OpenRouter's page of mistralai/mixtral-8x7b-instruct") == 1
+    grown = ["--requests", "100000", "--months", "3", "--growth", "0.1"]
+    assert cli.main(["cost", "--input-tokens", "1000", "--output-tokens", "500", *grown]) == 0
+    assert "0.00020      $20.00      $22.00      $24.20       $66.20" in capsys.readouterr().out
     assert cli.main(["cost", "--input-tokens", "1000", "--output-tokens", "500", "--months", "2", "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["rows"]) == 14
 

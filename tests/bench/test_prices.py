@@ -39,6 +39,22 @@ def test_every_statement_has_its_source_and_date():
     assert (deepinfra["output_tokens_per_s"], deepinfra["ttft_s"], deepinfra["quantization"]) == (138, 0.288, "fp8")
 
 
+def test_every_published_price_speed_and_context_is_there():
+    """Line by line as the sources' copies have them."""
+    table = prices().drop(columns=["source", "note", "parameters"]).astype(object).fillna("")
+    columns = ["input_usd_per_mtok", "output_usd_per_mtok", "usd_per_call", "output_tokens_per_s", "ttft_s"]
+    told = {tuple(row) for row in table[["provider", "model", *columns, "context_tokens"]].to_numpy().tolist()}
+    assert told == {
+        ("OpenRouter", SMALL, 0.08, 0.24, "", "", "", 32768),
+        ("OpenRouter", LARGE, 0.40, 1.20, "", "", "", 65536),
+        ("OpenRouter", LARGE, 2.0, 6.0, "", "", "", 65536),
+        ("DeepInfra", SMALL, 0.54, 0.54, "", 138, 0.288, 33000),
+        ("not named", SMALL, 0.54, 0.60, "", 140, "", ""),
+        ("ModelsLab", SMALL, 0.54, 0.54, "", "", "", ""),
+        ("ModelsLab", SMALL, "", "", 0.54, "", "", ""),
+    }
+
+
 def test_months_grow():
     table = cost(1000, 500, requests=100, model="mistral/mixtral-8x7b-instruct", months=3, growth=0.5)
     openrouter = table[table["provider"] == "OpenRouter"]
@@ -53,10 +69,11 @@ def test_the_cap_reckons_with_the_dearest_statement():
 
 
 def test_what_cannot_be_reckoned():
-    with pytest.raises(BadInput, match="One of the numbers is negative"):
+    with pytest.raises(BadInput, match="One of the numbers is negative or endless"):
         cost(-1, 500)
-    with pytest.raises(BadInput, match="there is no month"):
-        cost(1, 500, months=0)
+    for wrong in ({"months": 0}, {"months": 10**6}, {"growth": 1e9, "months": 100}, {"requests": float("nan")}):
+        with pytest.raises(BadInput, match="there is no month. Give tokens and requests from 0"):
+            cost(1, 500, **wrong)
     with pytest.raises(
         BadInput, match="has mistralai/mixtral-8x22b-instruct and mistralai/mixtral-8x7b-instruct. Give"
     ):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +13,8 @@ from json_server import Call, Reply, answering
 
 from mixlens import cli
 from mixlens.bench import providers
-from mixlens.bench.prices import cost
+from mixlens.bench.bench import Bench
+from mixlens.bench.prices import STATEMENT, cost, prices
 from mixlens.bench.prompts import read_prompts
 from mixlens.bench.providers import listed_prices, provider_table
 from mixlens.errors import BadInput, EndpointError
@@ -71,12 +74,36 @@ def test_measured_listed_and_published_stand_side_by_side():
     assert (mine["kind"], mine["n"], mine["ttft_s"]) == ("measured", 3, pytest.approx(0.8))
     assert mine["ttft_s_low"] <= 0.8 <= mine["ttft_s_high"]
     assert "answered by DeepInfra" in mine["note"]
-    assert "concurrency 1" in mine["source"]
+    assert (mine["load"], mine["source"]) == ("concurrency 1", "measured here at http://127.0.0.1:1/v1")
     page = table[(table["kind"] == "published") & (table["provider"] == "DeepInfra")].iloc[0]
     assert (page["output_tokens_per_s"], page["ttft_s"]) == (138, 0.288)
     assert table.query("kind == 'published'")["output_tokens_per_s"].dropna().tolist() == [138, 140]
     assert "context_tokens: 32768 or 33000" in page["contradicted"]
     assert "see its note" in page["contradicted"]
+
+
+def test_every_load_is_a_row_with_what_was_charged_beside_the_list_price():
+    made = bench({"concurrency 1": [1.0, 1.0], "concurrency 4": [2.0, 4.0]}, price_usd_per_mtok=(0.08, 0.24))
+    # 11 tokens in and 29 out a request.
+    billed = [replace(r, events=(*r.events[:-1], replace(r.events[-1], cost_usd=8e-6))) for r in made.records[:3]]
+    table = provider_table({"here": Bench([*billed, made.records[3]], made.meta)}, model=SMALL)
+    first, second = table.query("kind == 'measured'").to_dict("records")
+    assert (first["load"], second["load"]) == ("concurrency 1", "concurrency 4")
+    assert second["ttft_s"] == pytest.approx(3 * first["ttft_s"])
+    assert first["list_usd_per_mtok"] == pytest.approx((11 * 0.08 + 29 * 0.24) / 40)
+    assert first["charged_usd_per_mtok"] == second["charged_usd_per_mtok"] == pytest.approx(8e-6 / 40 * 1e6)
+    assert "say what they cost" not in first["note"]
+    assert "1 of 2 say what they cost" in second["note"]
+    assert table.query("kind == 'published'")[["list_usd_per_mtok", "charged_usd_per_mtok"]].isna().all(axis=None)
+    columns = list(table.columns)
+    assert columns.index("charged_usd_per_mtok") == columns.index("list_usd_per_mtok") + 1
+    unbilled = provider_table({"here": made}, model=SMALL).iloc[0]
+    assert np.isnan(unbilled["charged_usd_per_mtok"])
+
+
+def test_lists_and_pages_have_the_same_columns():
+    with answering(lambda call: Reply(LISTING)) as (url, _):
+        assert list(listed_prices(SMALL, url=url).columns) == list(prices(SMALL).columns) == list(STATEMENT)
 
 
 def test_contradictions_are_shown_with_every_value():
@@ -102,8 +129,13 @@ def test_providers_and_prices_of_now_on_the_command_line(capsys, monkeypatch):
             (1, pytest.approx(0.00081)),
             (2, pytest.approx(0.00081)),
         ]
-        assert cli.main(["providers", "--live"]) == 0
+        made = bench({"concurrency 1": [1.0, 1.0], "concurrency 4": [2.0, 2.0]})
+        monkeypatch.setattr(Bench, "open", lambda path: made)
+        assert cli.main(["providers", "--live", "mine=run"]) == 0
     text = capsys.readouterr().out
+    assert re.search(r"mine +measured +concurrency 4 +15\.6 \[15\.6, 15\.6\] +800 \[800, 800\]", text)
+    assert "1. measured here at http://127.0.0.1:1/v1; 2026-01-01" in text
+    assert "Contradicted: context_tokens: 32768 or 33000" in text
     assert "listed" in text
     assert "published" in text
     assert cli.main(["cost", *workload, "--live"]) == cli.EXIT_FAILED
