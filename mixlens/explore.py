@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import html
+import re
+import tempfile
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import ipywidgets
@@ -13,13 +16,14 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from mixlens import stats
-from mixlens.errors import MixlensError
+from mixlens.errors import BadInput, MixlensError
 from mixlens.evals.log import Log
 from mixlens.evals.runner import EvalSettings, evaluate
 from mixlens.models.layout import input_device, moe_layers
 from mixlens.show import view
 from mixlens.show.view.text import packed_tokens
 from mixlens.show.view.widget import ViewWidget
+from mixlens.traces.documents import Documents
 from mixlens.traces.record import RecordSettings, record, tokenizer_of, vocabulary_of
 from mixlens.traces.recorder import Recorder
 from mixlens.traces.trace import Trace, concat
@@ -27,8 +31,10 @@ from mixlens.traces.trace import Trace, concat
 _OWN = "own text"
 _PROMPT_CHARACTERS = 300
 _SHOWN_EVERY = 4  # tokens between two updates of the view while generating
-_COLUMNS = ("task", "metric", "score", "ci_low", "ci_high", "n", "protocol")
+_COLUMNS = ("task", "metric", "average", "score", "ci_low", "ci_high", "n", "protocol")
 _BOOTSTRAP = stats.Bootstrap(replicates=200)
+_ROW = {"flex_flow": "row wrap", "align_items": "center"}
+_CELLS = "<style>.mixlens-scores td, .mixlens-scores th {padding: 2px 10px; text-align: left}</style>"
 
 
 class _Stopped(Exception):
@@ -39,31 +45,52 @@ class Explorer(ipywidgets.VBox):
     """Widgets round a loaded model: prompt, live routing, recording and evaluation with progress and a stop button.
 
     model      from `load`, or any Mixtral of transformers
-    documents  mappings with text and domain: starts of prompts by domain, and what "record" reads; none by default
+    documents  as in `record`: what "record" reads and, by their column domain, starts of prompts; None for none
     tokenizer  None for the one that belongs to the model
+    data       folder with benchmarks in their original formats, as in `evaluate`; None loads them from the Hub
 
     `trace` is what was last generated or recorded, `evaluation` what was last evaluated; None before. Work runs in a
-    thread, so that the notebook stays free and "stop" is heard at the next forward.
+    thread, so that the notebook stays free and "stop" is heard at the next forward. What was made until then is kept:
+    tokens and documents in `trace`, and an evaluation goes on where it stopped when the same one is asked for next.
+
+    Raises BadInput for documents that `record` would not take, and for a model without a tokenizer.
     """
 
     def __init__(
-        self, model: torch.nn.Module, documents: Iterable[Mapping[str, Any]] = (), *, tokenizer: Any = None
+        self,
+        model: torch.nn.Module,
+        documents: Iterable[Any] | None = None,
+        *,
+        tokenizer: Any = None,
+        data: str | Path | None = None,
     ) -> None:
+        moe_layers(model)
         self.model: Any = model
-        self.documents = list(documents)
+        given = [] if documents is None else Documents(documents, "text")
+        self.documents = [{"id": d.id, "text": d.text, **d.columns} for d in given]
         self.tokenizer = tokenizer if tokenizer is not None else tokenizer_of(model)
+        self.data = data
         self._vocabulary = vocabulary_of(self.tokenizer)
         self.trace: Trace | None = None
         self.evaluation: Log | None = None
+        self._kept = tempfile.TemporaryDirectory(prefix="mixlens-explorer-")  # evaluations; gone with the explorer
+        self._unfinished: dict[Any, Path] = {}
         self._stopping = threading.Event()
         self._worker: threading.Thread | None = None
         self._make_controls()
-        super().__init__([self._generating(), self.text, self._recording(), self.maps, self._evaluating(), self.scores])
+        rows = [
+            [self.domain, self.new_tokens, self.buttons["generate"]],
+            [self.n_documents, self.buttons["record"]],
+            [self.tasks, self.limit, self.buttons["evaluate"]],
+            [self.buttons["stop"], self.progress, self.status],
+        ]
+        controls = [ipywidgets.HBox(row, layout=_ROW) for row in rows]
+        super().__init__([self.prompt, *controls, self.text, self.maps, self.scores, self.samples])
 
     # ------------------------------------------------------------------ controls
 
     def _make_controls(self) -> None:
-        self.prompt = ipywidgets.Textarea(description="prompt", layout={"width": "100%"}, rows=3)
+        self.prompt = ipywidgets.Textarea(description="prompt", layout={"width": "auto"}, rows=3)
         self.domain = ipywidgets.Dropdown(description="domain", options=[_OWN, *self._domains()])
         self.new_tokens = ipywidgets.BoundedIntText(60, min=1, max=4096, description="new tokens")
         self.n_documents = ipywidgets.BoundedIntText(
@@ -71,36 +98,29 @@ class Explorer(ipywidgets.VBox):
         )
         self.tasks = ipywidgets.Text(placeholder="mmlu, gsm8k ...", description="tasks")
         self.limit = ipywidgets.BoundedIntText(8, min=1, max=10**6, description="samples")
-        self.progress = ipywidgets.IntProgress(layout={"width": "160px"})
+        self.progress = ipywidgets.IntProgress(layout={"width": "300px"})
         self.status = ipywidgets.HTML()
-        self.text, self.maps, self.scores = (ipywidgets.VBox() for _ in range(3))
-        self.buttons = {
-            name: ipywidgets.Button(description=name) for name in ("generate", "record", "evaluate", "stop")
-        }
-        self.buttons["stop"].disabled = True
-        self.buttons["generate"].on_click(lambda _: self.start(self._generate))
-        self.buttons["record"].on_click(lambda _: self.start(self._record))
-        self.buttons["evaluate"].on_click(lambda _: self.start(self._evaluate))
+        self.scores = ipywidgets.HTML()
+        self.text, self.maps, self.samples = (ipywidgets.VBox() for _ in range(3))
+        works = {"generate": self._generate, "record": self._record, "evaluate": self._evaluate}
+        self.buttons = {name: ipywidgets.Button(description=name) for name in (*works, "stop")}
+        for name, work in works.items():
+            self.buttons[name].on_click(lambda _, work=work: self.start(work))
         self.buttons["stop"].on_click(lambda _: self._stopping.set())
-        self.domain.observe(self._take_prompt, "value")
-
-    def _generating(self) -> ipywidgets.Widget:
-        row = [self.domain, self.new_tokens, self.buttons["generate"], self.buttons["stop"], self.progress, self.status]
-        return ipywidgets.VBox([self.prompt, ipywidgets.HBox(row, layout={"flex_flow": "row wrap"})])
-
-    def _recording(self) -> ipywidgets.Widget:
-        return ipywidgets.HBox([self.n_documents, self.buttons["record"]])
-
-    def _evaluating(self) -> ipywidgets.Widget:
-        return ipywidgets.HBox([self.tasks, self.limit, self.buttons["evaluate"]])
+        self.buttons["stop"].disabled = True
+        self.domain.observe(self._choose_domain, "value")
 
     def _domains(self) -> list[str]:
         return list(dict.fromkeys(str(d["domain"]) for d in self.documents if "domain" in d))
 
-    def _take_prompt(self, change: Mapping[str, Any]) -> None:
-        if change["new"] != _OWN:
-            first = next(d for d in self.documents if str(d.get("domain")) == change["new"])
-            self.prompt.value = str(first["text"])[:_PROMPT_CHARACTERS]
+    def _choose_domain(self, change: Mapping[str, Any]) -> None:
+        """The start of a document of the domain as the prompt; the maps move to it too."""
+        if change["new"] == _OWN:
+            return
+        first = next(d for d in self.documents if str(d.get("domain")) == change["new"])
+        self.prompt.value = str(first["text"])[:_PROMPT_CHARACTERS]
+        for shown in self.maps.children[:1]:  # which tells all others
+            shown.asked = {"domain": change["new"]}
 
     # ------------------------------------------------------------------ running
 
@@ -119,10 +139,9 @@ class Explorer(ipywidgets.VBox):
 
     def _run(self, work: Callable[[], str]) -> None:
         self._busy(True)
+        self._say("Running ...")
         try:
             self._say(work())
-        except _Stopped:
-            self._say("Stopped.")
         except MixlensError as error:
             self._say(str(error))
         except Exception as error:  # a thread's traceback would reach nobody
@@ -137,18 +156,23 @@ class Explorer(ipywidgets.VBox):
     def _say(self, text: str) -> None:
         self.status.value = html.escape(text)
 
-    @contextmanager
-    def _stoppable(self, *, count: int):
-        """Forwards of the model raise when "stop" was pressed, and move the progress bar towards `count`."""
-        self.progress.value, self.progress.max = 0, count
+    def _reach(self, done: int, total: int) -> None:
+        """Move the progress bar, unless "stop" was pressed."""
+        if self._stopping.is_set():
+            raise _Stopped
+        self.progress.max, self.progress.value = total, done
 
-        def check(*_: Any) -> None:
-            if self._stopping.is_set():
-                raise _Stopped
-            self.progress.value = min(self.progress.value + 1, self.progress.max)
+    @contextmanager
+    def _stoppable(self, forwards: int | None = None):
+        """Forwards of the model raise once "stop" was pressed; `forwards` of them fill the progress bar."""
+        self.progress.value = 0
+
+        def heed(*_: Any) -> None:
+            value, total = self.progress.value, self.progress.max
+            self._reach(*((value, total) if forwards is None else (min(value + 1, forwards), forwards)))
 
         first = moe_layers(self.model)[0]  # part of every forward, also of those that pass by the model's own
-        handle = first.decoder.register_forward_pre_hook(check)
+        handle = first.decoder.register_forward_pre_hook(heed)
         try:
             yield
         finally:
@@ -159,7 +183,9 @@ class Explorer(ipywidgets.VBox):
     def _generate(self) -> str:
         inputs = self.tokenizer(self.prompt.value, return_tensors="pt").to(input_device(self.model))
         n_prompt = inputs["input_ids"].shape[1]
-        with self._stoppable(count=self.new_tokens.value), Recorder(self.model, signals=["router_logits"]) as recorder:
+        if not n_prompt:
+            raise BadInput("A text was to be generated. The prompt has no tokens. Type a prompt, or choose a domain.")
+        with self._stoppable(self.new_tokens.value), Recorder(self.model, signals=["router_logits"]) as recorder:
             watch = StoppingCriteriaList([_Watch(lambda n: self._show_tokens(recorder.trace(), n - n_prompt))])
             try:
                 self.model.generate(
@@ -179,18 +205,15 @@ class Explorer(ipywidgets.VBox):
             return
         trace._vocabulary = self._vocabulary
         packed = packed_tokens(trace, [0], int(trace.layers[trace.n_layers // 2]))
-        if self.text.children:
-            self.text.children[0].packed = packed
-        else:
-            self.text.children = (ViewWidget(kind="tokens", packed=packed),)
+        _put(self.text, {"tokens": packed})
 
     def _record(self) -> str:
-        kept = [{"id": n, **document} for n, document in enumerate(self.documents[: self.n_documents.value])]
+        kept = self.documents[: self.n_documents.value]
         parts: list[Trace] = []
         settings = RecordSettings(progress=False, overlong="truncate")
         ended = "Recorded"
         try:
-            with self._stoppable(count=len(kept)):
+            with self._stoppable(len(kept)):
                 for document in kept:
                     parts.append(record(self.model, [document], tokenizer=self.tokenizer, settings=settings))
         except _Stopped:
@@ -200,18 +223,34 @@ class Explorer(ipywidgets.VBox):
         self.trace = concat(parts)
         by = "domain" if "domain" in self.trace.sequences else None
         share = stats.expert_share(self.trace, by=by, bootstrap=_BOOTSTRAP)
-        self.maps.children = (view.share_heatmap(share).widget(), view.expert_share(share).widget())
+        _put(self.maps, {made.kind: made.packed for made in (view.share_heatmap(share), view.expert_share(share))})
         return f"{ended} {len(parts)} of {len(kept)} documents, {self.trace.n_tokens:,} tokens."
 
     def _evaluate(self) -> str:
-        names: Sequence[str] = [name.strip() for name in self.tasks.value.split(",") if name.strip()]
-        with self._stoppable(count=self.limit.value * max(1, len(names))):
-            log = evaluate(self.model, names, limit=self.limit.value, settings=EvalSettings(progress=False))
+        tasks, limit = tuple(filter(None, re.split(r"[,\s]+", self.tasks.value))), self.limit.value
+        stopped, self._unfinished = self._unfinished, {}
+        folder = stopped.get((tasks, limit)) or Path(tempfile.mkdtemp(dir=self._kept.name)) / "run"
+        settings = EvalSettings(tokenizer=self.tokenizer, routing=True, progress=self._reach)
+        try:
+            with self._stoppable():
+                log = evaluate(self.model, tasks, limit=limit, data=self.data, out=folder, settings=settings)
+        except _Stopped:
+            self._unfinished = {(tasks, limit): folder}
+            return f"Stopped after {self.progress.value:,} requests, which are kept. Evaluate the same again to go on."
         self.evaluation = log
         columns = [name for name in _COLUMNS if name in log.scores]
-        table = ipywidgets.HTML(log.scores[columns].to_html(index=False, float_format="{:.3f}".format))
-        self.scores.children = (table, view.samples(log).widget())
-        return f"Evaluated {len(log.samples)} samples."
+        table = log.scores[columns].to_html(index=False, border=0, float_format="{:.3f}".format)
+        self.scores.value = f"{_CELLS}<div class='mixlens-scores'>{table}</div>"
+        _put(self.samples, {"samples": view.samples(log).packed})
+        return f"Evaluated {len(log.samples):,} samples."
+
+
+def _put(box: ipywidgets.Box, packed: Mapping[str, str]) -> None:
+    """Show views, by kind, in a box; one that is there already takes the new data, and keeps its layer and expert."""
+    there = {shown.kind: shown for shown in box.children}
+    for kind in packed.keys() & there.keys():
+        there[kind].packed = packed[kind]
+    box.children = [there.get(kind) or ViewWidget(kind=kind, packed=data) for kind, data in packed.items()]
 
 
 class _Watch(StoppingCriteria):

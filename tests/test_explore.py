@@ -75,12 +75,77 @@ def test_a_domain_fills_the_prompt_and_recording_maps_the_documents(explorer):
     assert explorer.progress.value == explorer.progress.max == 3
 
 
-def test_an_error_is_said_and_escaped(explorer):
-    explorer.tasks.value = "<b>no such task</b>"
+def test_documents_of_record_are_those_of_the_explorer(model):
+    explorer = ml.Explorer(model, ["One text.", "Another text."])
+    assert explorer.domain.options == ("own text",)
+    explorer.start(explorer._record)
+    explorer.wait()
+    assert explorer.trace.sequences["document_id"].tolist() == [0, 1]
+    with pytest.raises(ml.BadInput, match="Document 1 was to be recorded. It is an empty text"):
+        ml.Explorer(model, ["One text.", ""])
+    with pytest.raises(ml.MixlensError, match="asked of a str"):
+        ml.Explorer("demo")
+
+
+def test_a_domain_moves_the_maps_which_keep_what_is_chosen_when_more_is_recorded(explorer):
+    explorer.n_documents.value = 2
+    explorer.start(explorer._record)
+    explorer.wait()
+    first = explorer.maps.children[0]
+    first.selection = {"layer": 5, "expert": 2}
+    explorer.n_documents.value = 3
+    explorer.start(explorer._record)
+    explorer.wait()
+    assert explorer.maps.children[0] is first
+    assert first.selection == {"layer": 5, "expert": 2}
+    explorer.domain.value = explorer.documents[0]["domain"]
+    assert first.asked == {"domain": explorer.documents[0]["domain"]}
+
+
+@pytest.mark.slow
+def test_a_stopped_evaluation_goes_on_and_is_scored_and_shown(explorer, model):
+    explorer.tasks.value, explorer.limit.value = "demo_0shot::agreement", 12
+
+    def press(change):
+        if change["new"] >= 10:
+            explorer.buttons["stop"].click()
+
+    explorer.progress.observe(press, "value")
     explorer.start(explorer._evaluate)
     explorer.wait()
-    assert "&lt;b&gt;" in explorer.status.value
-    assert "<b>" not in explorer.status.value
+    explorer.progress.unobserve(press, "value")
+    stopped = explorer.progress.value
+    assert explorer.status.value.startswith(f"Stopped after {stopped} requests, which are kept.")
+    assert explorer.evaluation is None
+    told = []
+    explorer.progress.observe(lambda change: told.append(change["new"]), "value")
+    explorer.start(explorer._evaluate)
+    explorer.wait()
+    alone = ml.evaluate(model, explorer.tasks.value, limit=12, settings=ml.EvalSettings(progress=False))
+    assert told[0] == 0
+    assert told[1] == stopped >= 10  # those answered before were not asked again
+    assert told == sorted(told)
+    assert explorer.progress.value == explorer.progress.max == alone.meta["counts"]["requests"]
+    assert explorer.evaluation.records == alone.records
+    assert explorer.status.value == "Evaluated 12 samples."
+    assert f"{alone.scores['score'][0]:.3f}" in explorer.scores.value
+    header, _ = unpack(explorer.samples.children[0].packed)
+    assert [row["response"] for row in header["rows"]] == alone.samples["response"].tolist()
+    assert sorted(header["sample_sequence"]) == [*range(12)]
+    assert hooks(model) == 0
+
+
+def test_an_error_is_said_with_names_near_what_was_asked_and_escaped(explorer):
+    explorer.tasks.value = "<b>gsm8k_8shot"
+    explorer.start(explorer._evaluate)
+    explorer.wait()
+    assert explorer.status.value.startswith("The task &#x27;&lt;b&gt;gsm8k_8shot&#x27; was asked for.")
+    assert "gsm8k_8shot_maj8" in explorer.status.value
+    assert not explorer.buttons["evaluate"].disabled
+    explorer.tasks.value = " , "
+    explorer.start(explorer._evaluate)
+    explorer.wait()
+    assert explorer.status.value.endswith("Name one task or more, and numbers from 1.")
     assert explorer.evaluation is None
 
 
