@@ -18,7 +18,7 @@ from mixlens.evals.paired import LogComparison, compare_logs
 from mixlens.kinds import open as open_any
 from mixlens.stats.agreement import agreement, same_shape
 from mixlens.stats.bootstrap import DEFAULT, Bootstrap
-from mixlens.stats.counts import By
+from mixlens.stats.counts import By, require
 from mixlens.stats.flips import flips, flips_by_margin
 from mixlens.stats.next_tokens import next_tokens
 from mixlens.stats.overview import row, shown
@@ -71,8 +71,8 @@ class Comparison:
     def __init__(
         self, a: Trace, b: Trace, *, names: tuple[str, str] | None = None, bootstrap: Bootstrap = DEFAULT
     ) -> None:
-        a.require("compare", "expert_id")
-        b.require("compare", "expert_id")
+        require(a, "compare", "expert_id", bootstrap=bootstrap)
+        require(b, "compare", "expert_id")
         same_shape(a, b)
         same_tokenizer(a.vocabulary, b.vocabulary)
         self.a, self.b, self.bootstrap = a, b, bootstrap

@@ -11,7 +11,7 @@ import xarray as xr
 
 from mixlens.errors import BadInput
 from mixlens.stats.bootstrap import DEFAULT, Bootstrap
-from mixlens.stats.counts import OLMOE, Block, By, Clusters, count, described, summarise
+from mixlens.stats.counts import OLMOE, Block, By, Clusters, count, described, require, summarise
 from mixlens.stats.softmax import BLOCK_OF_LOGITS, entropy_bits, softmax_tiles
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ def agreement(a: Trace, b: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAU
     Raises   BadInput   where layers, experts or tokens differ, naming the first sequence and position that do; or for
                         an unknown column in `by`
     """
-    a.require("agreement", "expert_id")
-    b.require("agreement", "expert_id")
+    require(a, "agreement", "expert_id", bootstrap=bootstrap)
+    require(b, "agreement", "expert_id")
     same_shape(a, b)
     has_logits = "router_logits" in a.signals and "router_logits" in b.signals
     names = ("expert_id", "router_logits") if has_logits else ("expert_id",)

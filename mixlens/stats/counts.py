@@ -16,7 +16,7 @@ import pandas as pd
 import xarray as xr
 
 from mixlens.errors import BadInput
-from mixlens.stats.bootstrap import Bootstrap, effective_documents
+from mixlens.stats.bootstrap import DEFAULT, Bootstrap, effective_documents
 
 if TYPE_CHECKING:
     from mixlens.traces.trace import Trace
@@ -175,6 +175,21 @@ def count(
     seen = reduced(trace, of_document) > 0
     n_documents = np.bincount(group_of_document[seen], minlength=clusters.n_groups)
     return Counts(clusters, totals, reduced(trace, tokens), n_documents, trace.layers)
+
+
+def require(trace: Any, what: str, *signals: str, bootstrap: Any = DEFAULT) -> None:
+    """Raises BadInput unless statistic `what` got a trace and a Bootstrap, MissingSignal where the trace lacks one."""
+    if not callable(getattr(trace, "require", None)):
+        raise BadInput(
+            f"{what} was asked for. It takes a trace, and a {type(trace).__name__} was given. Give what ml.record, a "
+            "Recorder or ml.open gave."
+        )
+    if not isinstance(bootstrap, Bootstrap):
+        raise BadInput(
+            f"{what} was asked for with bootstrap={bootstrap!r}. It takes a Bootstrap. Give ml.stats.Bootstrap("
+            "replicates=1000), or leave it out."
+        )
+    trace.require(what, *signals)
 
 
 def reduced(trace: Trace, array: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 
 from mixlens.stats.bootstrap import DEFAULT, Bootstrap, Resamples, effective_documents
-from mixlens.stats.counts import OLMOE, Block, Clusters, Counts, count, described, summarise
+from mixlens.stats.counts import OLMOE, Block, Clusters, Counts, count, described, require, summarise
 from mixlens.stats.structure import mutual_information_bits
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def domain_specialization(
     Returns  Dataset    fraction, ci_low, ci_high [*by, layer, expert]; n (tokens) [*by]
     Raises   BadInput   for an unknown column in `by`
     """
-    trace.require("domain_specialization", "expert_id")
+    require(trace, "domain_specialization", "expert_id", bootstrap=bootstrap)
     data = summarise(
         _choices(trace, by), lambda sums: sums["chosen"] / sums["n"], {"expert": range(trace.n_experts)}, bootstrap
     )
@@ -64,7 +64,7 @@ def domain_information(
                         domain has one document only
     Raises   BadInput   for an unknown column in `by`
     """
-    trace.require("domain_information", "expert_id")
+    require(trace, "domain_information", "expert_id", bootstrap=bootstrap)
     counts = _choices(trace, by)
     members = np.flatnonzero(counts.tokens > 0)
     chosen, group = counts.totals["chosen"][members], counts.clusters.group[members]

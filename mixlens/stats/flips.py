@@ -11,7 +11,7 @@ import xarray as xr
 from mixlens.errors import BadInput
 from mixlens.stats.agreement import same_shape, side_by_side
 from mixlens.stats.bootstrap import DEFAULT, Bootstrap
-from mixlens.stats.counts import Block, By, Clusters, count, described, summarise
+from mixlens.stats.counts import Block, By, Clusters, count, described, require, summarise
 
 if TYPE_CHECKING:
     from mixlens.traces.trace import Trace
@@ -38,8 +38,8 @@ def flips(a: Trace, b: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) 
     Raises   BadInput   where layers, experts or tokens differ, naming the first sequence and position that do; or for
                         an unknown column in `by`
     """
-    a.require("flips", "expert_id")
-    b.require("flips", "expert_id")
+    require(a, "flips", "expert_id", bootstrap=bootstrap)
+    require(b, "flips", "expert_id")
     same_shape(a, b)
     names = ("changed", "first", "so_far", "flipped_before", "changed_after")
 
@@ -82,8 +82,8 @@ def flips_by_margin(
                             the upper and lower ends in logits; n (choices in the bin) of the same shape
     Raises   BadInput       as flips; and where every expert is chosen, so that there is no margin
     """
-    a.require("flips_by_margin", "expert_id", "router_logits")
-    b.require("flips_by_margin", "expert_id")
+    require(a, "flips_by_margin", "expert_id", "router_logits", bootstrap=bootstrap)
+    require(b, "flips_by_margin", "expert_id")
     same_shape(a, b)
     if a.top_k == a.n_experts:
         raise BadInput(

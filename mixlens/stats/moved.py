@@ -9,7 +9,7 @@ import xarray as xr
 
 from mixlens.stats.agreement import same_shape, side_by_side
 from mixlens.stats.bootstrap import DEFAULT, Bootstrap
-from mixlens.stats.counts import Block, By, Clusters, count, described, summarise
+from mixlens.stats.counts import Block, By, Clusters, count, described, require, summarise
 
 if TYPE_CHECKING:
     from mixlens.traces.trace import Trace
@@ -29,8 +29,8 @@ def moved(a: Trace, b: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) 
     Raises   BadInput   where layers, experts or tokens differ, naming the first sequence and position that do; or for
                         an unknown column in `by`
     """
-    a.require("moved", "expert_id")
-    b.require("moved", "expert_id")
+    require(a, "moved", "expert_id", bootstrap=bootstrap)
+    require(b, "moved", "expert_id")
     same_shape(a, b)
     shape = (a.n_layers, a.n_experts)
 

@@ -10,7 +10,7 @@ import xarray as xr
 
 from mixlens.stats.agreement import same_shape, side_by_side
 from mixlens.stats.bootstrap import DEFAULT, Bootstrap
-from mixlens.stats.counts import Block, By, Clusters, Counts, count, described, summarise
+from mixlens.stats.counts import Block, By, Clusters, Counts, count, described, require, summarise
 
 if TYPE_CHECKING:
     from mixlens.traces.trace import Trace
@@ -41,8 +41,8 @@ def next_tokens(a: Trace, b: Trace, *, by: By = None, bootstrap: Bootstrap = DEF
     Raises   BadInput where layers, experts or tokens differ, naming the first sequence and position that do; or for
                       an unknown column in `by`
     """
-    a.require("next_tokens", "logprob", "position")
-    b.require("next_tokens", "logprob", "position")
+    require(a, "next_tokens", "logprob", "position", bootstrap=bootstrap)
+    require(b, "next_tokens", "logprob", "position")
     same_shape(a, b)
     has_top = all(name in trace.signals for trace in (a, b) for name in _TOP)
     clusters = Clusters.of(a, by, 8)

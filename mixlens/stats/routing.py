@@ -11,7 +11,7 @@ import xarray as xr
 
 from mixlens.errors import BadInput, MissingSignal
 from mixlens.stats.bootstrap import DEFAULT, Bootstrap
-from mixlens.stats.counts import JIANG, Block, By, Clusters, count, described, summarise
+from mixlens.stats.counts import JIANG, Block, By, Clusters, count, described, require, summarise
 from mixlens.stats.softmax import BLOCK_OF_LOGITS, entropy_bits, second_largest, softmax_tiles
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def expert_share(trace: Trace, *, by: By = None, slot: str = "any", bootstrap: B
     """
     if slot not in ("any", "first"):
         raise BadInput(f"The expert share of slot {slot!r} was asked for. Slots are any and first. Give one of them.")
-    trace.require("expert_share", "expert_id")
+    require(trace, "expert_share", "expert_id", bootstrap=bootstrap)
     n_slots = trace.top_k if slot == "any" else 1
     clusters = Clusters.of(trace, by, trace.n_layers * trace.n_experts)
 
@@ -69,7 +69,7 @@ def load_balance(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT)
     Returns  Dataset    ratio, ci_low, ci_high [*by, layer, measure]; n (tokens) [*by]
     Raises   BadInput   for an unknown column in `by`
     """
-    trace.require("load_balance", "expert_id")
+    require(trace, "load_balance", "expert_id", bootstrap=bootstrap)
     has_logits = "router_logits" in trace.signals
     names = ("sequence", "expert_id", *(["router_logits"] if has_logits else []))
     clusters = Clusters.of(trace, by, 2 * trace.n_layers * trace.n_experts)
@@ -113,7 +113,7 @@ def routing_entropy(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAU
     Returns  Dataset        bits, ci_low, ci_high [*by, layer]; n (tokens) [*by]
     Raises   MissingSignal  if the trace has no router logits; BadInput for an unknown column in `by`
     """
-    trace.require("routing_entropy", "router_logits")
+    require(trace, "routing_entropy", "router_logits", bootstrap=bootstrap)
     clusters = Clusters.of(trace, by, trace.n_layers)
 
     def add(block: Block, totals: dict[str, np.ndarray]) -> None:
@@ -150,6 +150,7 @@ def router_confidence(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEF
     Returns  Dataset        fraction, ci_low, ci_high [*by, layer, measure]; n (tokens) [*by]
     Raises   MissingSignal  if the trace has neither; BadInput for an unknown column in `by`
     """
+    require(trace, "router_confidence", bootstrap=bootstrap)
     signals = [name for name in ("router_logits", "weight") if name in trace.signals]
     if not signals:
         raise MissingSignal(
@@ -207,7 +208,7 @@ def position_profile(
                         coordinate position_start [position_bin]; NaN for a bin without tokens
     Raises   BadInput   for edges that do not ascend from 0 or more, or an unknown column in `by`
     """
-    trace.require("position_profile", "expert_id", "position")
+    require(trace, "position_profile", "expert_id", "position", bootstrap=bootstrap)
     longest = int(trace.sequences["length"].max()) if len(trace.sequences) else 1
     starts = np.array([0, *(2**i for i in range(max(1, longest - 1).bit_length()))] if edges is None else list(edges))
     if len(starts) == 0 or starts.dtype.kind not in "iu" or starts[0] < 0 or (np.diff(starts) <= 0).any():

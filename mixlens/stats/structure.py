@@ -11,7 +11,7 @@ import xarray as xr
 
 from mixlens.errors import BadInput
 from mixlens.stats.bootstrap import DEFAULT, Bootstrap
-from mixlens.stats.counts import JIANG, OLMOE, Block, By, Clusters, count, described, summarise
+from mixlens.stats.counts import JIANG, OLMOE, Block, By, Clusters, count, described, require, summarise
 
 if TYPE_CHECKING:
     from mixlens.traces.trace import Trace
@@ -30,7 +30,7 @@ def repetition(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -
     Returns  Dataset    fraction, ci_low, ci_high [*by, layer, choice]; n (pairs) [*by]; NaN without a pair
     Raises   BadInput   for an unknown column in `by`
     """
-    trace.require("repetition", "expert_id", "position")
+    require(trace, "repetition", "expert_id", "position", bootstrap=bootstrap)
     clusters = Clusters.of(trace, by, 2 * trace.n_layers)
 
     def add(block: Block, totals: dict[str, np.ndarray]) -> None:
@@ -74,7 +74,7 @@ def coactivation(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT)
                         [*by, layer, expert]; NaN on the diagonal and where expert i was never chosen
     Raises   BadInput   for a trace with one expert a token, or an unknown column in `by`
     """
-    trace.require("coactivation", "expert_id")
+    require(trace, "coactivation", "expert_id", bootstrap=bootstrap)
     if trace.top_k < 2:
         raise BadInput(
             "coactivation was asked for. This trace has one expert a token, so no two go together. "
@@ -122,7 +122,7 @@ def transitions(trace: Trace, *, by: By = None, gap: int = 1, bootstrap: Bootstr
                         NaN where expert i was never chosen first
     Raises   BadInput   where no two layers of the trace lie `gap` apart, or for an unknown column in `by`
     """
-    trace.require("transitions", "expert_id")
+    require(trace, "transitions", "expert_id", bootstrap=bootstrap)
     index = {int(layer): i for i, layer in enumerate(trace.layers)}
     here = [layer for layer in index if layer + gap in index]
     if gap < 1 or not here:

@@ -16,7 +16,7 @@ import xarray as xr
 from mixlens.errors import BadInput
 from mixlens.stats.bootstrap import DEFAULT, Bootstrap
 from mixlens.stats.contexts import BACK_OFF, Features, layer_groups, occurrences, predictions
-from mixlens.stats.counts import OLMOE, Block, By, Clusters, Counts, count, described, reduced, summarise
+from mixlens.stats.counts import OLMOE, Block, By, Clusters, Counts, count, described, reduced, require, summarise
 
 if TYPE_CHECKING:
     from mixlens.traces.trace import Trace
@@ -41,7 +41,7 @@ def vocabulary_specialization(
                         where no type is frequent enough
     Raises   MissingSignal  if the trace has no token ids; BadInput for a min_count below 1 or an unknown column in `by`
     """
-    trace.require("vocabulary_specialization", "expert_id", "token_id")
+    require(trace, "vocabulary_specialization", "expert_id", "token_id", bootstrap=bootstrap)
     if min_count < 1:
         raise BadInput(
             f"vocabulary_specialization with min_count={min_count} was asked for. A type occurs at least once. "
@@ -98,7 +98,7 @@ def predictability(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAUL
     Raises   MissingSignal  if the trace has no token ids; BadInput for fewer than two documents or an unknown column
                         in `by`
     """
-    trace.require("predictability", "expert_id", "token_id", "position")
+    require(trace, "predictability", "expert_id", "token_id", "position", bootstrap=bootstrap)
     clusters = Clusters.of(trace, by, 3 * trace.n_layers)
     fold, n_folds = _folds(trace, len(clusters.of_sequence), bootstrap.seed)
     features = Features.of(trace, fold, n_folds)

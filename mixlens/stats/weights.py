@@ -20,8 +20,14 @@ def similarity_and_coactivation(
     coactivation  from stats.coactivation, with layer, expert and expert_j
 
     Returns  Dataset  r, null_low, null_high (2.5 % and 97.5 % of the permutations), p (two-sided), n (pairs) [layer]
-    Raises   BadInput where layers or experts differ
+    Raises   BadInput where layers or experts differ, and for anything else
     """
+    if not isinstance(similarity, xr.DataArray) or not isinstance(coactivation, xr.Dataset):
+        raise BadInput(
+            f"Similarity was to be compared with co-activation. Given were a {type(similarity).__name__} and a "
+            f"{type(coactivation).__name__}. Give one matrix of expert_similarity(model), such as its router_cosine, "
+            "and what stats.coactivation gave."
+        )
     together = coactivation["estimate"]
     wanted = {"layer", "expert", "expert_j"}
     if set(similarity.dims) != wanted or set(together.dims) != wanted:
