@@ -1,9 +1,8 @@
-"""What benchmark pictures draw, as data frames: distributions, throughput against latency, and the frontier."""
+"""What benchmark pictures draw, as data frames: distributions, and throughput against latency."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -66,60 +65,6 @@ def throughput_latency(
         rows.append({**row, "n": len(group) - failed, "failed": failed})
     sides = [f"{side}{end}" for side in keys for end in ("", "_low", "_high")]
     return pd.DataFrame(rows, columns=["level", *sides, "n", "failed"])
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A model as it is served somewhere: what it scores, what it costs, how fast it is. NaN for what is not known.
-
-    name          what it is called in the picture
-    score         with its interval (estimate, low, high), of one benchmark and protocol; higher is better
-    usd_per_mtok  dollars per million tokens of the workload in question
-    tokens_per_s  output speed with its interval (estimate, low, high)
-    source        where the numbers come from
-    """
-
-    name: str
-    score: tuple[float, float, float]
-    usd_per_mtok: float
-    tokens_per_s: tuple[float, float, float]
-    source: str = ""
-
-
-def frontier(candidates: Sequence[Candidate]) -> pd.DataFrame:
-    """Candidates side by side, and which of them no other beats in score, price and speed together.
-
-    A candidate is on the frontier when no other is at least as good in all three and better in one (Pareto); one that
-    lacks a number is compared in none, and is not on it.
-
-    Returns  DataFrame  name, score, score_low, score_high, usd_per_mtok, tokens_per_s, tokens_per_s_low,
-                        tokens_per_s_high, frontier (bool), source
-    Raises   BadInput   when there is no candidate, or two have one name
-    """
-    if not candidates or len({one.name for one in candidates}) < len(candidates):
-        raise BadInput(
-            f"{len(candidates)} candidates were to be compared. There is none, or two have one name. "
-            "Give a list of Candidates, each with its own name."
-        )
-    rows = [
-        {
-            "name": one.name,
-            **dict(zip(("score", "score_low", "score_high"), one.score, strict=True)),
-            "usd_per_mtok": one.usd_per_mtok,
-            **dict(zip(("tokens_per_s", "tokens_per_s_low", "tokens_per_s_high"), one.tokens_per_s, strict=True)),
-            "source": one.source,
-        }
-        for one in candidates
-    ]
-    frame = pd.DataFrame(rows)
-    goods = frame[["score", "usd_per_mtok", "tokens_per_s"]].to_numpy(float) * [1, -1, 1]
-    whole = np.isfinite(goods).all(axis=1)
-    # [candidate, other]: whether the other is known, at least as good in all three, and better in one.
-    no_worse = np.all(goods[None, :, :] >= goods[:, None, :], axis=-1)
-    better = np.any(goods[None, :, :] > goods[:, None, :], axis=-1)
-    beaten = np.any(no_worse & better & np.asarray(whole), axis=1)
-    frame.insert(len(frame.columns) - 1, "frontier", np.logical_and(whole, ~beaten).tolist())
-    return frame
 
 
 def _known(name: str, known: Sequence[str]) -> None:

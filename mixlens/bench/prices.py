@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import pandas as pd
@@ -112,9 +113,15 @@ def cost(
     return result
 
 
+def provider_at(url: str) -> str:
+    """Whose prices hold at an address: the provider's name, or the host where it is none that the snapshot has."""
+    host = urlsplit(url).hostname or ""
+    return _HOSTS.get(host, host)
+
+
 def price_at(endpoint: Endpoint) -> tuple[float, float] | None:
     """Dollars per million tokens in and out at an endpoint: the dearest statement of the snapshot, None without one."""
-    provider = _HOSTS.get(endpoint.host)
+    provider = provider_at(endpoint.url)
     table = prices()
     known = table[(table["provider"] == provider) & (table["model"] == canonical(endpoint.model))]
     known = known.dropna(subset=["input_usd_per_mtok", "output_usd_per_mtok"])

@@ -20,7 +20,7 @@ from mixlens.show.contribution_sections import contribution_sections, topk_secti
 from mixlens.show.html import escape, page, paragraphs
 from mixlens.show.importance_sections import importance_sections
 from mixlens.show.score_sections import score_comparison_sections, score_sections
-from mixlens.show.speed_sections import speed_sections
+from mixlens.show.speed_sections import speed_sections, tradeoff_sections
 from mixlens.traces.trace import Trace
 
 RunOrPath = Trace | xr.Dataset | str | os.PathLike
@@ -71,6 +71,7 @@ def report(runs: RunOrPath | Sequence[RunOrPath], path: str | os.PathLike, *, ti
     for kind, run, name in opened:
         prefix = f"{name}: " if len(opened) > 1 else ""
         blocks += [(prefix + heading, html) for heading, html in _KINDS[kind](run, name).items()]
+    blocks += tradeoff_sections([run for kind, run, _ in opened if kind in ("bench", "eval")]).items()
     blocks += _comparisons([run for run in opened if run[0] == "trace"])
     models = dict.fromkeys(_model(run) for _, run, _ in opened)
     subjects = {"bench": "Speed", "eval": "Benchmark scores", "eval comparison": "Benchmark scores"}

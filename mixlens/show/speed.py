@@ -13,10 +13,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mixlens.bench.bench import Bench
-from mixlens.bench.curves import Candidate, distribution, frontier, throughput_latency
+from mixlens.bench.candidates import Candidate, candidates, frontier
+from mixlens.bench.curves import distribution, throughput_latency
 from mixlens.bench.decode import COMMENT, DONE, ERROR, MALFORMED, ROLE, TOKEN, USAGE
 from mixlens.bench.events import Record
 from mixlens.errors import BadInput
+from mixlens.evals.log import Log
 from mixlens.show.style import (
     COLUMN,
     INK,
@@ -214,35 +216,55 @@ def _timeline_row(ax: Axes, row: int, record: Record, zero: float) -> None:
 
 
 def quality_cost_speed(
-    candidates: Sequence[Candidate] | pd.DataFrame, ax: Axes | None = None, *, score: str = "score"
+    runs: Sequence[Log | Bench | Candidate] | pd.DataFrame, ax: Axes | None = None, *, score: str | None = None
 ) -> Axes:
     """Quality against cost, the area of a point its speed; the frontier filled, what another beats hollow.
 
-    candidates   Candidates, or what bench.curves.frontier gives
-    score        what the score is: benchmark and protocol
+    runs    evaluations and benchmarks of the same models, as [log, bench], put together by bench.candidates.candidates;
+            Candidates by hand; or what bench.candidates.frontier gives
+    score   of evaluations: the benchmark or protocol to take, where they share several; of Candidates that do not say
+            what their score is: what it is
+
+    Raises BadInput as candidates does, and when no candidate has a score, a price and a speed.
     """
-    frame = candidates if isinstance(candidates, pd.DataFrame) else frontier(candidates)
+    if isinstance(runs, pd.DataFrame):
+        frame = runs
+    else:
+        measured = [run for run in runs if not isinstance(run, Candidate)]
+        given = [run for run in runs if isinstance(run, Candidate)]
+        frame = frontier([*(candidates(measured, score=score) if measured else []), *given])
+    score = str(frame["benchmark"].iloc[0]) or score
     known = frame.dropna(subset=["score", "usd_per_mtok", "tokens_per_s"])
     if known.empty:
         raise BadInput(
             f"{len(frame)} candidates were to be drawn. None has a score, a price and a speed. Give all three of one."
         )
     area = 170 * known["tokens_per_s"] / known["tokens_per_s"].max()
-    with drawing(ax, COLUMN * 1.25, 3.0) as ax:
+    with drawing(ax, PAGE * 0.8, 2.9 + 0.14 * len(known)) as ax:
         colour = expert_colours(1)[0]
         faces = [colour if on else "white" for on in known["frontier"]]
         ax.vlines(known["usd_per_mtok"], known["score_low"], known["score_high"], color=MUTED, lw=0.8, zorder=1)
         ax.scatter(known["usd_per_mtok"], known["score"], s=area, c=faces, edgecolors=colour, lw=1, zorder=2)
-        for row in known.itertuples():
-            text = printable(f"{row.name}\n{row.tokens_per_s:,.0f} tok/s")
-            below = {"xytext": (0, -9), "textcoords": "offset points", "ha": "center", "va": "top"}
-            ax.annotate(text, (row.usd_per_mtok, row.score), fontsize=relative_size(0.8), **below)
+        numbers: dict[tuple[float, float], list[str]] = {}
+        for number, (row, face) in enumerate(zip(known.itertuples(), faces, strict=True), 1):
+            numbers.setdefault((row.usd_per_mtok, row.score), []).append(str(number))  # loads share a price and a score
+            spread = (
+                ""
+                if row.tokens_per_s_low != row.tokens_per_s_low
+                else (f" [{row.tokens_per_s_low:,.1f}, {row.tokens_per_s_high:,.1f}]")
+            )
+            label = printable(f"{number}  {row.name}: {row.tokens_per_s:,.1f}{spread} tok/s")
+            ax.plot([], [], "o", ms=5, markerfacecolor=face, markeredgecolor=colour, label=label)
+        for place, told in numbers.items():
+            beside = {"xytext": (9, 5), "textcoords": "offset points"}
+            ax.annotate(", ".join(told), place, fontsize=relative_size(0.9), **beside)
         if known["usd_per_mtok"].min() > 0 and known["usd_per_mtok"].max() > 4 * known["usd_per_mtok"].min():
             ax.set_xscale("log")
             ax.xaxis.set_major_formatter("{x:g}")
         ax.margins(x=0.4, y=0.2)
         ax.set_xlabel("dollars per million tokens")
-        ax.set_ylabel(printable(score))
+        ax.set_ylabel(printable(score or "score"))
+        _legend_below(ax, columns=1)
         left_out = f"; {len(frame) - len(known)} without all three numbers left out" if len(frame) > len(known) else ""
         note = (
             f"{len(known)} candidates; area: output tokens a second; filled: no other is as good in all three and "

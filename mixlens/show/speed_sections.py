@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 import pandas as pd
 
 from mixlens.bench.bench import Bench
+from mixlens.bench.candidates import candidates, frontier
 from mixlens.bench.metrics import METRICS
 from mixlens.errors import BadInput, MissingSignal
+from mixlens.evals.log import Log
 from mixlens.show import speed
 from mixlens.show.html import bullets, details, escape, paragraphs, picture
 from mixlens.show.roofline import roofline
@@ -36,6 +39,23 @@ def speed_sections(bench: Bench, _name: str = "") -> dict[str, str]:
         **({"Roofline": _roofline(bench)} if "local" in bench.meta else {}),
         "Methods and provenance of the benchmark": _provenance(bench),
     }
+
+
+def tradeoff_sections(runs: Sequence[Log | Bench]) -> dict[str, str]:
+    """Quality, cost and speed of models that were evaluated and benchmarked; nothing where no run is of either kind."""
+    if len({type(run) for run in runs}) < 2:
+        return {}
+    title = "Quality, cost and speed"
+    try:
+        frame = frontier(candidates(runs))
+    except BadInput as error:
+        return {title: paragraphs(f"Not compared: {error}")}
+    text = "Score of the evaluation against the price by the snapshot; area: output speed of the benchmark."
+    try:
+        figure = picture(speed.quality_cost_speed(frame), text, text)
+    except BadInput as error:
+        figure = paragraphs(f"Not drawn: {error}")
+    return {title: figure + _table(frame, "Candidates, and which no other beats in score, price and speed together")}
 
 
 def _summary(bench: Bench) -> str:

@@ -11,7 +11,8 @@ import pytest
 from bench_samples import META, bench, record
 
 from mixlens.bench.bench import Bench
-from mixlens.bench.curves import Candidate, distribution, frontier, throughput_latency
+from mixlens.bench.candidates import Candidate, frontier
+from mixlens.bench.curves import distribution, throughput_latency
 from mixlens.errors import BadInput
 
 

@@ -12,7 +12,7 @@ import pytest
 import mixlens
 from mixlens import show
 from mixlens.bench.bench import Bench
-from mixlens.bench.curves import Candidate
+from mixlens.bench.candidates import Candidate
 from mixlens.bench.decode import TOKEN
 from mixlens.errors import BadInput
 from mixlens.show.style import note_of, own_figure

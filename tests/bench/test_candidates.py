@@ -1,0 +1,158 @@
+"""Evaluations and benchmarks of the same models put together: scores, prices and speeds, and what is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from bench_samples import bench
+
+import mixlens as ml
+from mixlens import show
+from mixlens.bench.bench import Bench
+from mixlens.bench.candidates import Candidate, candidates, frontier
+from mixlens.errors import BadInput
+from mixlens.evals.log import Log
+from mixlens.evals.scoring import wilson
+from mixlens.show.style import note_of
+
+SMALL, LARGE = "mistralai/mixtral-8x7b-instruct", "mistralai/mixtral-8x22b-instruct"
+OPENROUTER, DEEPINFRA = "https://openrouter.ai/api/v1", "https://api.deepinfra.com/v1/openai"
+
+
+def log(right: int, name: str = "mistralai/Mixtral-8x7B-Instruct-v0.1", *, n: int = 50, **changes) -> Log:
+    """An evaluation on a benchmark of one task, so many right."""
+    task, metric, limit = (changes.pop(key, None) for key in ("task", "metric", "limit"))
+    task, better = task or "mmlu_5shot", changes.pop("better", True)
+    metric = metric or "acc"
+    texts = dict.fromkeys(("prompt", "target", "response", "doc_hash"), "x")
+    rest = dict.fromkeys(("group", "responses", "choices", "logprobs", "gold"))
+    records = [
+        {"task": task, "sample_id": i, "metrics": {metric: v}, "correct": v, **texts, **rest}
+        for i, v in enumerate([1.0] * right + [0.0] * (n - right))
+    ]
+    how = {"aggregation": "mean", "higher_is_better": better}
+    about = {"benchmark": task.split("_")[0], "protocol": task, "primary": metric, "metrics": {metric: how}}
+    meta = {
+        "tasks": {task: about},
+        "settings": {"limit": limit},
+        "versions": {},
+        "created": "2026-01-02T00:00:00+00:00",
+    }
+    return Log(records, meta | {"model": {"name": name} | changes})
+
+
+def speeds(name: str = SMALL, url: str = OPENROUTER, loads: dict | None = None, **model) -> Bench:
+    """31.1 tokens a second at concurrency 1; half of it at concurrency 4."""
+    loads = loads or {"concurrency 1": [1.0, 1.0], "concurrency 4": [2.0, 2.0]}
+    return bench(loads, model={"name": name} | model, endpoint={"url": url, "model": name})
+
+
+def test_score_price_and_speed_of_one_model_under_its_names():
+    first, second = candidates([log(35), speeds()])
+    assert first.score == pytest.approx((70.0, *(100 * bound for bound in wilson(35, 50))))
+    assert first.usd_per_mtok == pytest.approx((1000 * 0.08 + 500 * 0.24) / 1500)
+    assert first.tokens_per_s[0] == pytest.approx(28 / 0.9)
+    assert second.tokens_per_s[0] == pytest.approx(14 / 0.9)
+    assert first.tokens_per_s[1] <= first.tokens_per_s[0] <= first.tokens_per_s[2]
+    assert (first.name, second.name) == tuple(f"mixtral-8x7b-instruct, OpenRouter, concurrency {n}" for n in (1, 4))
+    assert first.benchmark == "mmlu, mmlu_5shot: acc [%]"
+    for words in ("50 samples", "concurrency 1 over 2 requests, 2026-01-01", "OpenRouter's page", "1,000 in, 500 out"):
+        assert words in first.source
+    assert frontier([first, second])["frontier"].tolist() == [True, False]
+
+
+def test_statements_of_a_price_that_contradict_each_other_are_candidates_of_their_own():
+    found = candidates([log(40, LARGE), speeds(LARGE, loads={"concurrency 1": [1.0, 1.0]})], tokens=(1, 1))
+    assert [one.usd_per_mtok for one in found] == pytest.approx([0.8, 4.0])
+    assert [one.name.rpartition(", ")[2] for one in found] == ["$0.8/Mtok", "$4/Mtok"]
+
+
+def test_without_a_price_a_candidate_is_kept_and_not_drawn():
+    local = speeds("mixtral", "http://127.0.0.1:8000/v1", {"concurrency 1": [1.0, 1.0]})
+    runs = [log(35), local, log(30, LARGE), speeds(LARGE)]
+    names = {"mixtral": "mistralai/Mixtral-8x7B-Instruct-v0.1"}
+    first, *others = candidates(runs, names=names)
+    assert (first.name, len(others)) == ("mixtral-8x7b-instruct, 127.0.0.1", 4)
+    assert np.isnan(first.usd_per_mtok)
+    assert "no price known" in first.source
+    mine = pd.DataFrame(
+        [{"provider": "127.0.0.1", "model": SMALL, "input_usd_per_mtok": 1.0, "output_usd_per_mtok": 1.0}]
+    )
+    mine = mine.assign(usd_per_call=np.nan, source="an electricity bill", as_of="2026")
+    mine.attrs["date"] = "2026"
+    assert candidates(runs[:2], names=names, table=mine)[0].usd_per_mtok == pytest.approx(1.0)
+
+
+def test_two_models_in_one_picture_and_in_the_report(tmp_path):
+    runs = [log(35), log(40, LARGE), speeds(LARGE), speeds(), speeds(url=DEEPINFRA)]
+    ax = show.quality_cost_speed(runs)
+    assert ax.get_ylabel() == "mmlu, mmlu_5shot: acc [%]"
+    assert "8 candidates" in note_of(ax)
+    ours = show.quality_cost_speed(
+        [*runs[:1], runs[3], Candidate("by hand", (70, 60, 80), 1.0, (5, 5, 5), "", ax.get_ylabel())]
+    )
+    assert "3 candidates" in note_of(ours)
+    page = ml.report(runs, tmp_path / "r.html").read_text()
+    assert "Quality, cost and speed" in page
+    assert "mixtral-8x22b-instruct, OpenRouter, concurrency 1, $0.667/Mtok" in page
+    page = ml.report([log(35), speeds("another")], tmp_path / "r.html").read_text()
+    assert "Not compared: Quality, cost and speed were to be compared. another was benchmarked" in page
+    here = speeds("demo", "http://127.0.0.1:1/v1")
+    assert "Not drawn: 2 candidates were" in ml.report([log(1, "demo"), here], tmp_path / "r.html").read_text()
+    assert "Quality, cost" not in ml.report([speeds(), speeds()], tmp_path / "r.html").read_text()
+
+
+NF4, BF16 = ({"audit": {"label": label}} for label in ("nf4", "bfloat16"))
+
+
+@pytest.mark.parametrize(
+    ("runs", "message"),
+    [
+        ([log(1), speeds(LARGE)], f"{LARGE} was benchmarked, and no evaluation is of it: {SMALL} was evaluated. Eval"),
+        ([log(1), speeds(), log(1, "mistralai/Mixtral-8x7B-v0.1")], "Mixtral-8x7B-v0.1 was evaluated and not bench"),
+        ([log(1), log(2), speeds()], "and evaluated 2 times. Give one evaluation"),
+        ([log(1, **NF4), speeds(**BF16)], "evaluated held in nf4, and benchmarked held in bfloat16"),
+        ([log(1, revision="a"), speeds(revision="b")], "evaluated of revision a, and benchmarked of revision b"),
+        ([log(1, router_sha256="a"), speeds(router_sha256="b")], "and its routers are others"),
+        ([log(1, edits=["ablate"]), speeds()], "was evaluated with edits"),
+        (
+            [log(1), speeds(), log(1, LARGE, task="gsm8k_8shot"), speeds(LARGE)],
+            "share no score .*: mmlu, mmlu_5shot: acc; .*: gsm8k, gsm8k_8shot: acc.* Give evaluations of one",
+        ),
+        ([log(1), speeds(), log(1, LARGE, limit=20), speeds(LARGE)], "share no score .*first 20 of each task"),
+        ([log(1), speeds(), log(1, LARGE, n=20), speeds(LARGE)], "have 20 and 50 samples of it"),
+        ([log(1, better=False), speeds()], "less is better"),
+        ([log(1)], "Given were Log. Give evaluations and benchmarks"),
+        ([], "Given were nothing"),
+        ([log(1), speeds(), "run"], "Given were Log, Bench, str"),
+    ],
+)
+def test_what_does_not_belong_together_is_refused_by_name(runs, message):
+    with pytest.raises(BadInput, match=message):
+        candidates(runs)
+
+
+def test_the_same_weights_need_no_name():
+    found = candidates([log(1, "here", router_sha256="a", **BF16), speeds("there", router_sha256="a", **BF16)])
+    assert len(found) == 2
+
+
+def test_a_score_is_chosen_by_benchmark_or_protocol():
+    both = log(35)
+    other = log(10, task="arc_25shot")
+    both.meta["tasks"] |= other.meta["tasks"]
+    both.records += other.records
+    runs = [both, speeds()]
+    with pytest.raises(BadInput, match=r"share 2 scores .* Name one benchmark by score="):
+        candidates(runs)
+    assert candidates(runs, score="arc")[0].score[0] == pytest.approx(20.0)
+    assert candidates(runs, score="mmlu_5shot")[0].score[0] == pytest.approx(70.0)
+    with pytest.raises(BadInput, match="compared by 'gsm8k'. The evaluations share no score"):
+        candidates(runs, score="gsm8k")
+
+
+def test_scores_of_two_benchmarks_are_not_laid_side_by_side():
+    one, other = (Candidate(str(i), (1, 1, 1), 1.0, (1, 1, 1), benchmark=str(i)) for i in range(2))
+    with pytest.raises(BadInput, match="scores are of '0' and '1'. Give scores of one"):
+        frontier([one, other])
