@@ -11,12 +11,14 @@ from mixlens.errors import BadInput
 from mixlens.show import wording
 from mixlens.show.cells import by_group, dots, excludes_zero, group_of, mesh, numbered, scale_note
 from mixlens.show.style import COLUMN, MARKERS, MUTED, PAGE, drawing, expert_colours, heading, printable
+from mixlens.show.taking import takes
 
 _LABELS = {"logit": "added to the next token's logit", "norm": "norm of the weighted output"}
 
 _TITLES = {"logit": "Contribution to the logit", "norm": "Size of the contribution"}
 
 
+@takes("stats.expert_contribution", "estimate", "layer", "expert", "measure")
 def contribution(data: xr.Dataset, ax: Axes | None = None) -> Axes:
     """What every expert of every layer contributes to the tokens that choose it; a dot where its interval excludes 0.
 
@@ -35,6 +37,7 @@ def contribution(data: xr.Dataset, ax: Axes | None = None) -> Axes:
     return ax
 
 
+@takes("stats.expert_contribution", "estimate", "layer", "expert", "measure")
 def contribution_by_domain(data: xr.Dataset, ax: Axes | None = None) -> Axes:
     """The same for every domain: a row a domain, a column an expert, layers side by side.
 
@@ -47,6 +50,7 @@ def contribution_by_domain(data: xr.Dataset, ax: Axes | None = None) -> Axes:
     return ax
 
 
+@takes("expert_contributions", "logit", "sequence", "position")
 def contributions(
     data: xr.Dataset, ax: Axes | None = None, *, sequence: int | None = None, positions: tuple[int, int] = (0, 64)
 ) -> Axes:
@@ -80,6 +84,7 @@ def contributions(
     return ax
 
 
+@takes("topk_sweep", "estimate", "k")
 def topk_curve(data: xr.Dataset, ax: Axes | None = None) -> Axes:
     """Loss when every token chooses k experts, one line a domain; the model's own k is dashed.
 
@@ -104,6 +109,7 @@ def topk_curve(data: xr.Dataset, ax: Axes | None = None) -> Axes:
     return ax
 
 
+@takes("topk_sweep", "first_weight", "k")
 def topk_routing(data: xr.Dataset, ax: Axes | None = None) -> Axes:
     """Mean weight of the strongest expert when every token chooses k, one line a layer, from first (light) to last.
 

@@ -33,10 +33,12 @@ from mixlens.show.style import (
     printable,
     relative_size,
 )
+from mixlens.show.taking import takes
 
 _FEW = 4  # lines whose legend fits below the axes
 
 
+@takes("stats.expert_share", "estimate", "expert")
 def expert_share(data: xr.Dataset, ax: Axes | None = None, *, layer: int | None = None, x: str = "expert") -> Axes:
     """How often each expert of a layer is chosen, by group (Jiang et al. 2024, Fig. 7).
 
@@ -56,15 +58,16 @@ def expert_share(data: xr.Dataset, ax: Axes | None = None, *, layer: int | None 
     return ax
 
 
+@takes("stats.expert_share", "estimate", "layer", "expert")
 def expert_share_grid(
     data: xr.Dataset, *, layers: Sequence[int] | None = None, x: str = "expert", width: float = PAGE
 ) -> Figure:
     """`expert_share` at several layers, one above the other: the form of Figure 7 of the Mixtral paper.
 
-    layers   layer numbers; the first, middle and last when not given
+    layers   layer numbers; the first, middle and last when not given, as in the paper: 0, 15 and 31 of 32
     """
     present = data["layer"].to_numpy()
-    layers = list(dict.fromkeys(present[[0, len(present) // 2, -1]])) if layers is None else list(layers)
+    layers = list(dict.fromkeys(present[[0, (len(present) - 1) // 2, -1]])) if layers is None else list(layers)
     drawn = data.sel(layer=layers)  # with a single document there is no interval
     top = 1.12 * float(drawn["ci_high"].fillna(drawn["estimate"]).max())
     with paper():
@@ -72,7 +75,7 @@ def expert_share_grid(
         axes = [add_axes(figure, len(layers), 1, i + 1) for i in range(len(layers))]
         for ax, layer in zip(axes, layers, strict=True):
             expert_share(data, ax, layer=int(layer), x=x)
-            ax.set_ylim(0, top)
+            ax.set_ylim(0, top if np.isfinite(top) else 1)
             if legend := ax.get_legend():
                 legend.remove()
             if ax is not axes[0]:
@@ -119,6 +122,7 @@ def _bars(
     return bars
 
 
+@takes("stats.load_balance, or another statistic by layer,", "estimate", "layer")
 def by_layer(data: xr.Dataset, ax: Axes | None = None) -> Axes:
     """Any statistic against the layer: one line for every combination of its other dimensions.
 
@@ -157,6 +161,7 @@ def _lines(ax: Axes, series: list[tuple[str, xr.Dataset]]) -> None:
         ax.vlines(at, part["ci_low"], part["ci_high"], color=colours[i], linewidth=1)
 
 
+@takes("stats.routing_entropy", "estimate", "layer")
 def entropy(data: xr.Dataset, ax: Axes | None = None) -> Axes:
     """Mean routing entropy by layer, with its interval as a band.
 
@@ -177,6 +182,7 @@ def entropy(data: xr.Dataset, ax: Axes | None = None) -> Axes:
     return ax
 
 
+@takes("stats.repetition", "estimate", "layer", "choice")
 def repetition(
     data: xr.Dataset, ax: Axes | None = None, *, choice: str = "first", published: xr.Dataset | None = None
 ) -> Axes:
@@ -217,6 +223,7 @@ def _published_points(ax: Axes, published: xr.Dataset, layers: np.ndarray) -> st
     )
 
 
+@takes("stats.domain_information", "estimate", "layer", "measure")
 def information(data: xr.Dataset, ax: Axes | None = None) -> Axes:
     """Mutual information between expert and domain by layer, beside that of permuted domain labels.
 

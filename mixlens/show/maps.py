@@ -9,10 +9,12 @@ from matplotlib.axes import Axes
 from mixlens.show import wording
 from mixlens.show.cells import by_group, dots, excludes_zero, group_of, mesh, numbered, scale_note, signed_axis
 from mixlens.show.style import COLUMN, INK, MARKERS, MUTED, PAGE, drawing, expert_colours, heading, percent, printable
+from mixlens.show.taking import takes
 
 _FEW_POINTS = 40  # that carry their names
 
 
+@takes("expert_importance", "estimate", "layer", "expert", "metric")
 def importance(data: xr.Dataset, ax: Axes | None = None) -> Axes:
     """Change in loss without each expert of each layer; a dot where the interval excludes no change.
 
@@ -29,6 +31,7 @@ def importance(data: xr.Dataset, ax: Axes | None = None) -> Axes:
     return ax
 
 
+@takes("expert_importance", "estimate", "layer", "expert", "metric")
 def importance_by_domain(data: xr.Dataset, ax: Axes | None = None) -> Axes:
     """The same for every domain: a row a domain, a column an expert, layers side by side.
 
@@ -40,6 +43,7 @@ def importance_by_domain(data: xr.Dataset, ax: Axes | None = None) -> Axes:
     return ax
 
 
+@takes("expert_importance", "estimate", "share", "layer", "expert")
 def importance_against_share(data: xr.Dataset, ax: Axes | None = None) -> Axes:
     """Change in loss without an expert against how often it is chosen: one point a layer and expert.
 

@@ -15,6 +15,7 @@ from matplotlib.colors import CenteredNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from mixlens.errors import BadInput
 from mixlens.show import wording
 from mixlens.show.style import (
     COLUMN,
@@ -31,10 +32,12 @@ from mixlens.show.style import (
     percent,
     printable,
 )
+from mixlens.show.taking import check, takes
 
 _SMALLEST_DIGITS = 4.6  # points; smaller print is left out
 
 
+@takes("stats.expert_share", "estimate", "layer", "expert")
 def share_heatmap(data: xr.Dataset, ax: Axes | None = None, *, limit: float | None = None) -> Axes:
     """Share of every expert in every layer.
 
@@ -47,6 +50,7 @@ def share_heatmap(data: xr.Dataset, ax: Axes | None = None, *, limit: float | No
     return ax
 
 
+@takes("stats.domain_specialization", "estimate", "expert")
 def specialization(
     data: xr.Dataset, ax: Axes | None = None, *, layer: int | None = None, domain: str | None = None
 ) -> Axes:
@@ -65,6 +69,7 @@ def specialization(
     return ax
 
 
+@takes("stats.coactivation", "estimate", "expert", "expert_j")
 def coactivation(data: xr.Dataset, ax: Axes | None = None, *, layer: int | None = None) -> Axes:
     """How often a token of expert i (row) was also given to expert j (column), at one layer.
 
@@ -74,6 +79,7 @@ def coactivation(data: xr.Dataset, ax: Axes | None = None, *, layer: int | None 
     return _expert_by_expert(data, ax, layer, "coactivation", "chosen expert i", "other expert j")
 
 
+@takes("stats.transitions", "estimate", "expert", "expert_j")
 def transitions(data: xr.Dataset, ax: Axes | None = None, *, layer: int | None = None) -> Axes:
     """First choice at a later layer (column) given the first choice at this one (row).
 
@@ -100,7 +106,15 @@ def facet(draw: Callable[..., Axes], data: xr.Dataset, dim: str, *, columns: int
     """One panel for every value of `dim`; heat maps share their colour scale.
 
     draw   an axes-level function of this module or of `figures`, as `facet(share_heatmap, share, "domain")`
+
+    Raises BadInput for a dimension that the data has not.
     """
+    check(data, "facet", "stats.expert_share", "estimate")
+    if dim not in data.dims:
+        raise BadInput(
+            f"One panel for every {dim!r} was to be drawn. The data has {', '.join(map(str, data['estimate'].dims))}. "
+            "Give one of them."
+        )
     values = data[dim].to_numpy()
     columns = min(columns, len(values))
     rows = -(-len(values) // columns)

@@ -52,6 +52,11 @@ def text(
 
 def sequence_number(trace: Trace, sequence: int | None) -> int:
     """The sequence asked for, else the first; BadInput when it is not there."""
+    if not isinstance(trace, Trace):
+        raise BadInput(
+            f"A text was to be shown with its routing. A {type(trace).__name__} was given. Give a trace, as ml.record "
+            "or ml.open gives it."
+        )
     numbers = trace.sequences.index
     if len(numbers) and (sequence is None or sequence in numbers):
         return int(numbers[0] if sequence is None else sequence)

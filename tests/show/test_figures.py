@@ -73,7 +73,7 @@ def test_expert_share_needs_a_known_layer_and_x(share):
 
 def test_grid_has_first_middle_and_last_layer_on_one_scale(share):
     figure = show.expert_share_grid(share)
-    assert [ax.get_title(loc="left") for ax in figure.axes] == ["Expert share, layer 0", "layer 2", "layer 3"]
+    assert [ax.get_title(loc="left") for ax in figure.axes] == ["Expert share, layer 0", "layer 1", "layer 3"]
     assert len({ax.get_ylim() for ax in figure.axes}) == 1
     np.testing.assert_allclose(bars(figure.axes[2]), share.sel(layer=3)["estimate"])
 
