@@ -14,6 +14,7 @@ import time
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
@@ -24,9 +25,8 @@ from mixlens.evals.backends import LocalBackend
 from mixlens.evals.grade import Job, grade, key_of, load_tasks
 from mixlens.evals.model import repeats_of
 from mixlens.evals.runner import EvalSettings
+from mixlens.evals.scoring import near_ties
 from mixlens.models.demo import demo_path
-
-NEAR = 1e-4
 
 
 def main() -> None:
@@ -41,14 +41,14 @@ def main() -> None:
     tokenizer, model = AutoTokenizer.from_pretrained(demo_path()), random_mixtral()
     job = Job(tuple(f"mmlu_5shot::{subject}" for subject in options.subjects), root=options.data, limit=options.limit)
     warm(model)
-    ours, ours_took = timed(lambda: shared(model, tokenizer, job, options.batch_size))
+    samples, ours_took = timed(lambda: shared(model, tokenizer, job, options.batch_size))
+    ours = {(s["task"], s["sample_id"]): np.array(s["logprobs"]) for s in samples}
     theirs, theirs_took = timed(lambda: stock(model, tokenizer, job, options.batch_size))
     differing = [
         {"sample": list(key), "stock": theirs[key].tolist(), "mixlens": ours[key].tolist()}
         for key in theirs
         if theirs[key].argmax() != ours[key].argmax()
     ]
-    gaps = {key: float(np.subtract(*np.sort(scores)[:-3:-1])) for key, scores in theirs.items()}
     result = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "questions": len(theirs),
@@ -61,7 +61,7 @@ def main() -> None:
         "speedup_processor": theirs_took[1] / ours_took[1],
         "largest_difference": max(float(np.abs(theirs[key] - ours[key]).max()) for key in theirs),
         "answers_that_differ": differing,
-        "nearer_than_1e-4": [list(key) for key, gap in gaps.items() if gap < NEAR],
+        "nearer_than_1e-4": near_ties(pd.DataFrame(samples)).to_dict("records"),
     }
     write(options.out, "MMLU 5-shot with shared shots", measured_on, result)
 
@@ -91,8 +91,8 @@ def timed(work: Any) -> tuple[Any, tuple[float, float]]:
     return found, (round(time.perf_counter() - wall, 2), round(time.process_time() - processor, 2))
 
 
-def shared(model: Any, tokenizer: Any, job: Job, batch_size: int) -> dict[tuple[str, int], np.ndarray]:
-    """Log-probabilities of the choices of every question, by mixlens."""
+def shared(model: Any, tokenizer: Any, job: Job, batch_size: int) -> list[dict[str, Any]]:
+    """Every question as a sample of a Log, by mixlens."""
     backend = LocalBackend(model, EvalSettings(batch_size=batch_size, tokenizer=tokenizer))
     loaded = load_tasks(job)
     requests = loaded.build(job)
@@ -100,12 +100,11 @@ def shared(model: Any, tokenizer: Any, job: Job, batch_size: int) -> dict[tuple[
     for batch in backend.batches("loglikelihood", requests):
         given = backend.answer("loglikelihood", requests, batch, repeats)
         answers |= {key_of(requests[n], 0): answer for n, answer in zip(batch.requests, given, strict=True)}
-    samples = grade(job, loaded, answers)["samples"]
-    return {(s["task"], s["sample_id"]): np.array(s["logprobs"]) for s in samples}
+    return grade(job, loaded, answers)["samples"]
 
 
 def stock(model: Any, tokenizer: Any, job: Job, batch_size: int) -> dict[tuple[str, int], np.ndarray]:
-    """The same by lm-eval's own HFLM."""
+    """Log-probabilities of the choices of every question, by lm-eval's own HFLM."""
     lm: Any = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=True)
     found: Any = simple_evaluate(lm, tasks=list(load_tasks(job).tasks.values()), limit=job.limit)
     return {

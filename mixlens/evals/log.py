@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from mixlens.errors import RunError
-from mixlens.evals.scoring import score_table
+from mixlens.evals.scoring import near_ties, score_table
 from mixlens.runs import open_run
 from mixlens.traces.trace import Trace
 
@@ -77,6 +77,11 @@ class Log:
         """One row a task and metric with its 95 % interval, then micro and macro, as scoring.score_table."""
         return score_table(self.samples, self.meta["tasks"])
 
+    @cached_property
+    def near_ties(self) -> pd.DataFrame:
+        """Samples whose answer rounding decides: task, sample_id, first, second, gap, as scoring.near_ties."""
+        return near_ties(self.samples)
+
     @property
     def tasks(self) -> list[str]:
         return list(self.meta["tasks"])
@@ -93,9 +98,10 @@ class Log:
         cut = "" if limit is None else f" Only the first {limit} samples of every task: no score of the benchmark."
         unscored = int(self.scores.loc[self.scores["average"] == "", "unscored"].sum())
         lost = f" {unscored} values could not be scored and are in no mean." if unscored else ""
+        near = f" In {len(self.near_ties)} the two likeliest choices lie within 1e-4." if len(self.near_ties) else ""
         return [
             f"{model['name']}, {self.meta['created']}; lm-eval {versions.get('lm_eval', 'n/a')}.",
-            f"{len(self.records)} samples. Intervals: 95 %.{cut}{lost}",
+            f"{len(self.records)} samples. Intervals: 95 %.{cut}{lost}{near}",
         ]
 
     def __repr__(self) -> str:

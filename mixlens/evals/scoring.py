@@ -12,7 +12,10 @@ import pandas as pd
 COLUMNS = [
     "benchmark", "task", "metric", "average", "score", "ci_low", "ci_high", "n", "unscored", "interval", "protocol",
 ]  # fmt: skip
+NEAR_TIES = ["task", "sample_id", "first", "second", "gap"]
 _LEVEL, _REPLICATES, _SEED = 0.95, 2000, 0
+# Log-probabilities in float32 differ by some 1e-5 between batch shapes.
+_NEAR = 1e-4
 
 
 def score_table(samples: pd.DataFrame, tasks: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
@@ -50,6 +53,26 @@ def score_table(samples: pd.DataFrame, tasks: Mapping[str, Mapping[str, Any]]) -
                 rows.append(shared | {"metric": metric, "average": "micro"} | _mean([np.concatenate(columns)]))
                 rows.append(shared | {"metric": metric, "average": "macro"} | _mean(columns, macro=True))
     return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def near_ties(samples: pd.DataFrame) -> pd.DataFrame:
+    """Samples whose two likeliest choices are less than 1e-4 apart: rounding, and so the batch, decides between them.
+
+    samples  one row a sample: task, sample_id, choices and their logprobs (None where it has none)
+
+    Returns  DataFrame  task, sample_id, first and second (the two choices, the likelier first), gap (of their
+                        log-probabilities, in natural units)
+    """
+    rows = []
+    for sample in samples.to_dict("records"):
+        choices, logprobs = sample.get("choices"), sample.get("logprobs")
+        if not isinstance(choices, list) or not isinstance(logprobs, list) or len(logprobs) < 2:
+            continue
+        first, second = np.argsort(-np.array(logprobs), kind="stable")[:2]
+        gap = logprobs[first] - logprobs[second]
+        if gap < _NEAR:
+            rows.append((sample["task"], sample["sample_id"], choices[first], choices[second], gap))
+    return pd.DataFrame(rows, columns=NEAR_TIES)
 
 
 def primary_rows(scores: pd.DataFrame, tasks: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:

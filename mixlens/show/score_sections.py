@@ -25,6 +25,10 @@ def score_sections(log: Log, _name: str = "") -> dict[str, str]:
     if several:
         text = "Scores of every task with 95 % intervals."
         html += details("Every task", picture(scores(log, subjects=True), text, text))
+    if len(near := log.near_ties):
+        lead = f"{len(near)} samples whose two likeliest choices lie within 1e-4: rounding decides between them."
+        shown = near.head(_MOST_SAMPLES).assign(gap=near["gap"].map("{:.1e}".format))
+        html += details("Near ties", paragraphs(lead) + frame_table(_cut(shown), "Near ties"))
     sections = {"Benchmark scores": html}
     if log.routing is not None:
         sections["Routing of the samples"] = _routing(log)

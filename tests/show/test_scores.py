@@ -109,6 +109,7 @@ def test_the_report_has_scores_samples_and_comparison(tmp_path):
     for heading in ("Benchmark scores", "Samples", "How it was evaluated", "Paired comparison", "Flipped samples"):
         assert f"{heading}</h2>" in page
     assert "is better than" in page
+    assert "60 samples whose two likeliest choices lie within 1e-4" in page
     assert "<b>0</b>" not in page
     assert "&lt;b&gt;0&lt;/b&gt;" in page
 
