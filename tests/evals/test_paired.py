@@ -109,6 +109,45 @@ def test_what_the_data_says_in_a_sentence():
     assert len(same.flips) == 0
 
 
+@pytest.mark.parametrize(
+    ("n", "only_a", "only_b", "said"),
+    [
+        (40, 0, 5, "The data cannot tell them apart: +0.125 [+0.025, +0.225] (0 right in one only, 5 in two only; "
+                   "p = 0.0625). The bootstrap interval alone leaves out 0; the exact test leads, since at any number"),
+        (300, 36, 56, "two is better than one: +0.067 [+0.000, +0.127] (36 right in one only, 56 in two only; "
+                      "p = 0.0470). The bootstrap interval does not leave out 0; the exact test leads, since"),
+        (40, 0, 6, "two is better than one: "),
+        (40, 3, 4, "The data cannot tell them apart: "),
+    ],
+)  # fmt: skip
+def test_where_test_and_interval_disagree_the_sentence_says_which_leads(n, only_a, only_b, said):
+    same = [1.0] * (n - only_a - only_b)
+    one = log({"x": [1.0] * only_a + [0.0] * only_b + same})
+    row = compare_logs(one, log({"x": [0.0] * only_a + [1.0] * only_b + same}, "two"))
+    assert said in row.verdicts()[0]
+    assert ("the exact test leads" in row.verdicts()[0]) == ("leads" in said)
+
+
+def test_samples_between_whose_choices_rounding_decides_are_listed():
+    one = log({"x": [1.0, 1.0, 0.0, 1.0], "y": [1.0]})
+    for record, logprobs in zip(
+        one.records, [[-1.0, -1.00005], [-2.0, -2.0], [-1.0, -1.0002], [-3.0, -1.0]], strict=False
+    ):
+        record["logprobs"] = logprobs
+    one.records[4] |= {"choices": None, "logprobs": None}
+    one.meta |= {"settings": {"limit": None}, "created": "", "versions": {}}
+    near = one.near_ties
+    assert near[["task", "sample_id", "first", "second"]].to_numpy().tolist() == [
+        ["x", 0, "A", "B"],
+        ["x", 1, "A", "B"],
+    ]
+    assert near["gap"].tolist() == pytest.approx([5e-5, 0.0])
+    assert "In 2 the two likeliest choices lie within 1e-4." in one.remarks()[1]
+    generated = log({"x": [1.0]})
+    generated.records[0] |= {"choices": None, "logprobs": [-7.0]}  # a perplexity has one value and no choices
+    assert generated.near_ties.empty
+
+
 def test_a_metric_that_is_no_yes_or_no_has_an_interval_and_no_mcnemar():
     rng = np.random.default_rng(3)
     a = list(rng.random(60))
