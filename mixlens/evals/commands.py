@@ -6,6 +6,7 @@ import argparse
 import json
 from collections.abc import Callable
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,18 +52,12 @@ def _eval(arguments: argparse.Namespace) -> dict[str, Any] | None:
             "or --list."
         )
     from mixlens.evals.references import beside
-    from mixlens.evals.runner import EvalSettings, evaluate
+    from mixlens.evals.runner import EvalSettings, job_of, run
 
     out = arguments.out or f"out/eval-{datetime.now():%Y%m%d-%H%M%S}"
-    log = evaluate(
-        _model(arguments),
-        arguments.tasks,
-        protocol=arguments.protocol,
-        out=out,
-        data=arguments.data,
-        limit=arguments.limit,
-        settings=EvalSettings(batch_size=arguments.batch_size, seed=arguments.seed, progress=not arguments.json),
-    )
+    settings = EvalSettings(batch_size=arguments.batch_size, seed=arguments.seed, progress=not arguments.json)
+    chosen = {name: getattr(arguments, name) for name in ("protocol", "data", "limit")}
+    log = run(partial(_model, arguments), job_of(arguments.tasks, **chosen, settings=settings), out, settings)
     published = beside(log)
     if arguments.json:
         tables = {"scores": log.scores, "published": published}

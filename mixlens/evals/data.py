@@ -9,7 +9,8 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,11 @@ from typing import Any
 import datasets
 
 from mixlens.errors import BadInput
+from mixlens.runs import sha256_file
 
 Splits = dict[str, datasets.Dataset]
+# What `datasets` calls files that are not on the Hub.
+_FORMATS = ("json", "csv", "parquet", "arrow", "text", "pandas", "xml")
 # Where each benchmark is on the Hub.
 HUB = {
     "mmlu": "cais/mmlu",
@@ -205,6 +209,42 @@ def hub_revision(benchmark: str) -> str:
             f"{str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}. "
             "Check the network, or point data= at a folder that holds the benchmark in its original format."
         ) from error
+
+
+def source_of(benchmark: str | None, task: Any, sums: Mapping[str, str]) -> dict[str, Any]:
+    """Where the documents of a task of lm-eval are from.
+
+    benchmark  key of HUB; None for a task that is not mixlens's, or has items of its own
+    sums       sha256 by name of the local files that the benchmark was read from
+
+    Returns  from ("mixlens", "folder", "files", "Hub"), repository, revision (commit on the Hub; None where it is not
+             known), and for local files sha256, by name
+    """
+    found = {"repository": benchmark, "revision": None}
+    path, given = task.get_config("dataset_path"), task.get_config("dataset_kwargs") or {}
+    if benchmark is not None and sums:
+        return {"from": "folder", **found, "sha256": dict(sums)}
+    if benchmark is not None:
+        return {"from": "Hub", "repository": HUB[benchmark], "revision": hub_revision(benchmark)}
+    if path is None:
+        return {"from": "mixlens", **found}
+    if path in _FORMATS or Path(path).is_dir():
+        return {"from": "files", **found, "sha256": _file_sums(given.get("data_files"))}
+    return {"from": "Hub", "repository": path, "revision": _loaded_revision(task.dataset)}
+
+
+def _loaded_revision(splits: Any) -> str | None:
+    """The commit that `datasets` read from the Hub, which it names its cache after."""
+    files = [file["filename"] for split in dict(splits or {}).values() for file in getattr(split, "cache_files", ())]
+    found = {part for file in files for part in Path(file).parts if re.fullmatch("[0-9a-f]{40}", part)}
+    return found.pop() if len(found) == 1 else None
+
+
+def _file_sums(data_files: Any) -> dict[str, str]:
+    if isinstance(data_files, Mapping):
+        return {name: digest for files in data_files.values() for name, digest in _file_sums(files).items()}
+    listed = [data_files] if isinstance(data_files, str) else data_files or []
+    return {Path(file).name: sha256_file(Path(file)) for file in listed if Path(file).is_file()}
 
 
 def _hub(benchmark: str, name: str | None = None) -> Any:

@@ -23,7 +23,7 @@ import numpy as np
 
 from mixlens.errors import BadInput, RunError
 from mixlens.evals.answers import Answers, Key
-from mixlens.evals.protocols import Protocol, resolve, unknown_task
+from mixlens.evals.protocols import Protocol, is_task_file, lm_eval_task_files, resolve, unknown_task
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,11 @@ class Job:
     limit: int | None = None
     seed: int = 0
     tokenizer: str | None = None
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Job:
+        """From its values as JSON gives them back."""
+        return cls(**{**values, "tasks": tuple(values["tasks"])})
 
 
 @dataclass
@@ -81,15 +86,12 @@ def load_tasks(job: Job) -> Loaded:
     loaded = Loaded()
     metadata: Any = {"root": job.root}
     with redirect_stderr(io.StringIO()):
-        manager = TaskManager(include_path=[], include_defaults=bool(others), metadata=metadata)
-        for name in others:
-            if name not in manager.all_tasks:
-                raise unknown_task(name, manager.all_tasks)
+        manager = TaskManager(include_path=[], include_defaults=False, metadata=metadata)
         for protocol in protocols:
             tasks = manager.load(protocol.task_configs())["tasks"]
             loaded.tasks |= tasks
             loaded.protocols |= dict.fromkeys(tasks, protocol)
-        tasks = manager.load(others)["tasks"] if others else {}
+        tasks = _lm_eval_tasks(others, metadata) if others else {}
     if unsafe := [name for name, task in tasks.items() if getattr(task, "UNSAFE_CODE", False)]:
         raise BadInput(
             f"{', '.join(unsafe)} was asked for. lm-eval runs the code that the model writes outside any sandbox. Use "
@@ -101,6 +103,26 @@ def load_tasks(job: Job) -> Loaded:
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
     return loaded
+
+
+def _lm_eval_tasks(names: Sequence[str], metadata: Any) -> dict[str, Any]:
+    """Tasks of lm-eval by name, and task files. It parses all of its 14,000 files (20 s) for groups and tags alone."""
+    from lm_eval.tasks import TaskManager
+
+    files = {name: name for name in names if is_task_file(name)}
+    files |= lm_eval_task_files() if len(files) < len(names) else {}
+    manager = TaskManager(include_path=[], include_defaults=any(name not in files for name in names), metadata=metadata)
+    for name in names:
+        if name not in files and name not in manager.all_tasks:
+            raise unknown_task(name, [*files, *manager.all_tasks])
+    try:
+        return manager.load([files.get(name, name) for name in names])["tasks"]
+    except Exception as error:  # of lm-eval, of a task's own functions, of datasets and of the Hub's client
+        said = (str(error).strip().splitlines() or [""])[0][:300].rstrip(".")
+        raise BadInput(
+            f"{', '.join(names)} was to be loaded by lm-eval. It did not succeed: {type(error).__name__}: {said}. "
+            "Check the task file, and that its data can be reached."
+        ) from error
 
 
 def grade(job: Job, loaded: Loaded, answers: Mapping[Key, Any], chat_template: Any = None) -> dict[str, Any]:
@@ -236,11 +258,10 @@ def _write(path: Path, value: Any) -> None:
 
 
 def _main(folder: str) -> None:
-    job = json.loads(Path(folder, "job.json").read_text("utf-8"))
+    job = Job.of(json.loads(Path(folder, "job.json").read_text("utf-8")))
     answers = Answers()
     for task, doc, choice, repeat, answer in json.loads(Path(folder, "answers.json").read_text("utf-8")):
         answers.by_key[(task, doc, choice, repeat)] = tuple(answer) if isinstance(answer, list) else answer
-    job = Job(**{**job, "tasks": tuple(job["tasks"])})
     template = None
     if job.tokenizer is not None:
         from mixlens.evals.model import chat_template_of

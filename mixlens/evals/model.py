@@ -184,7 +184,7 @@ class LocalLM(_Base):
         repeats  of every request, which of its repeated answers this is; decides the noise of a sampled one
         """
         if kind == "loglikelihood_rolling":
-            return [self._rolling(requests[number].args[0]) for number in batch.requests]
+            return [self._rolling(requests[number]) for number in batch.requests]
         if kind == "generate_until":
             return self._generated(requests, batch, repeats)
         found = self._scored(batch, requests)
@@ -241,18 +241,19 @@ class LocalLM(_Base):
             cache.update(layer.keys.expand(rows), layer.values.expand(rows), index)
         return cache
 
-    def _rolling(self, text: str) -> float:
+    def _rolling(self, request: Any) -> float:
+        """Log-probability of a whole text, read window by window of what the model reads at once."""
         windows = map(
             make_disjoint_window,
             get_rolling_token_windows(
-                token_list=self.tok_encode(text, add_special_tokens=False),
+                token_list=self.tok_encode(request.args[0], add_special_tokens=False),
                 prefix_token=self.prefix_token_id,
                 max_seq_len=self.max_length,
                 context_len=1,
             ),
         )
-        rows = [Row(tuple(context + target[:-1]), ((n, tuple(target)),)) for n, (context, target) in enumerate(windows)]
-        return sum(self._scored(Batch([n], [row]))[n][0] for n, row in enumerate(rows))
+        rows = [Row(tuple(context + target[:-1]), ((0, tuple(target)),)) for context, target in windows]
+        return sum(self._scored(Batch([0], [row]), [request])[0][0] for row in rows)
 
     def _generated(self, requests: Sequence[Any], batch: Batch, repeats: Sequence[int]) -> list[str]:
         asked = check_sampling(requests[batch.requests[0]].args[1], self.max_gen_toks)
@@ -324,21 +325,21 @@ def repeats_of(requests: Sequence[Any]) -> list[int]:
 
 
 def tokenizer_of(model: Any, tokenizer: Any = None) -> Any:
-    """The tokenizer given, else the one that lies beside the model's weights.
+    """The tokenizer given, or of the name given, else the one that lies beside the model's weights.
 
     Raises BadInput when there is none.
     """
     from transformers import AutoTokenizer
 
-    if tokenizer is not None:
+    if tokenizer is not None and not isinstance(tokenizer, str):
         return tokenizer
-    name = str(getattr(model, "name_or_path", "") or "")
+    name = str(tokenizer or getattr(model, "name_or_path", "") or "")
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise BadInput(
             f"The tokenizer of {name or type(model).__name__} was asked for. None could be loaded from there. "
-            "Give one by settings: EvalSettings(tokenizer=AutoTokenizer.from_pretrained(...))."
+            "Give one by settings, as a name, a folder or a tokenizer: EvalSettings(tokenizer=...)."
         ) from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -14,6 +15,7 @@ from mixlens.errors import BadInput
 
 # Keys of lm-eval's group files that are not keys of a task.
 _GROUP_KEYS = ("group", "group_alias", "task", "aggregate_metric_list", "metadata")
+_TASK = re.compile(r"""^task:[ \t]+["']?([^\s"'\[{#]+)["']?[ \t]*$""", re.MULTILINE)
 
 
 def tasks_folder() -> Path:
@@ -72,7 +74,7 @@ def resolve(tasks: Sequence[str], protocol: str | None = None) -> tuple[list[Pro
     """The protocols that `tasks` name, and the names that may be lm-eval's own tasks.
 
     tasks     names of benchmarks ("mmlu"), protocols ("mmlu_5shot"), one subject of a protocol ("mmlu_5shot::anatomy"),
-              suites ("mixtral-paper": everything in it), or tasks of lm-eval
+              suites ("mixtral-paper": everything in it), tasks of lm-eval, or task files of your own ("my.yaml")
     protocol  a suite that says which protocol a benchmark means, or the name of a protocol of that benchmark
 
     Raises BadInput for a benchmark that has several protocols when none is chosen, and for an unknown suite.
@@ -97,6 +99,22 @@ def resolve(tasks: Sequence[str], protocol: str | None = None) -> tuple[list[Pro
         else:
             others.append(task)
     return list(chosen.values()), others
+
+
+def is_task_file(name: str) -> bool:
+    """Whether this is a task file in lm-eval's format."""
+    return name.endswith((".yaml", ".yml")) and Path(name).is_file()
+
+
+def lm_eval_task_files() -> dict[str, str]:
+    """Files of lm-eval's own tasks by name, read as text; groups, tags and the few written otherwise are left out."""
+    import lm_eval.tasks
+
+    found: dict[str, str] = {}
+    for path in Path(str(lm_eval.tasks.__file__)).parent.rglob("*.yaml"):
+        if named := _TASK.search(path.read_text("utf-8")):
+            found[named[1]] = str(path)
+    return found
 
 
 def unknown_task(name: str, lm_eval_names: Sequence[str]) -> BadInput:

@@ -7,9 +7,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,16 @@ from typing import Any
 from mixlens.errors import BadInput
 from mixlens.evals.answers import PARTIAL, Answers
 from mixlens.evals.backends import backend_of
-from mixlens.evals.data import HUB, hub_revision
+from mixlens.evals.data import source_of
 from mixlens.evals.grade import Job, Loaded, grade, key_of, load_tasks
 from mixlens.evals.log import LM_EVAL_RESULTS, RESULTS, Log
 from mixlens.evals.model import Batch, repeats_of
 from mixlens.evals.preflight import check
 from mixlens.evals.progress import Progress, reporting
 from mixlens.evals.routing import ROUTING_PARTIAL, SampleRecorder
-from mixlens.evals.verify import refuse_faults
+from mixlens.evals.verify import verified_sums
 from mixlens.runs import RunWriter, now, versions
+from mixlens.traces.processes import processes
 
 _PACKAGES = ("mixlens", "lm_eval", "torch", "transformers", "datasets", "math-verify", "sympy")
 
@@ -39,7 +40,7 @@ class EvalSettings:
     max_new_tokens  of an answer, where a task does not say
     seed            of sampled answers, and of shots where a task draws them
     share_prefix    read the shots that a task's questions have in common once (local models)
-    tokenizer       None is the one beside the model's weights
+    tokenizer       a tokenizer, or the name or folder of one; None is the one beside the model's weights
     routing         record what every expert does while the model answers, as Log.routing (local models)
     progress        whether to show a progress bar
     """
@@ -51,6 +52,7 @@ class EvalSettings:
     share_prefix: bool = True
     tokenizer: Any = None
     routing: bool = False
+    loading: Mapping[str, Any] = field(default_factory=dict)
     progress: bool | Progress = True
 
 
@@ -69,9 +71,12 @@ def evaluate(
 ) -> Log:
     """What a model scores on benchmarks, with every sample and the protocol of each score.
 
-    model     a loaded transformers model (ml.load), an ml.Endpoint, or a model object of lm-eval's, such as its VLLM
+    model     a loaded transformers model (ml.load), an ml.Endpoint, or a model object of lm-eval's, such as its VLLM;
+              or what ml.load takes ("demo", a name on the Hub, a folder): then a process of its own loads it, evaluates
+              and gives its memory back, and ends when this one ends or is interrupted
     tasks     benchmarks ("mmlu", "humaneval", "math"), protocols ("mmlu_5shot", or one subject of it,
-              "mmlu_5shot::anatomy"), a suite ("mixtral-paper"), or tasks of lm-eval by its names
+              "mmlu_5shot::anatomy"), a suite ("mixtral-paper"), tasks of lm-eval by its names, or task files in its
+              format ("my_task.yaml")
     protocol  which protocol a benchmark means: a suite, or a protocol's name
     out       run directory; a stopped evaluation there goes on where it stopped, with the same scores. None keeps
               everything in memory
@@ -83,12 +88,26 @@ def evaluate(
     files in `data` that are not the benchmark's; and for a log-likelihood task on an endpoint without
     log-probabilities. Raises RunError when `out` holds something else.
     """
-    job, backend = _job(tasks, protocol, data, limit, settings), backend_of(model, settings)
+    job = job_of(tasks, protocol=protocol, data=data, limit=limit, settings=settings)
+    if isinstance(model, str | os.PathLike):
+        from mixlens.evals.own_process import evaluate_apart
+
+        return evaluate_apart(os.fspath(model), job, out, settings)
+    if settings.loading:
+        raise BadInput(
+            f"A {type(model).__name__} was to be evaluated with loading={dict(settings.loading)}. It is loaded "
+            "already. Give the model's name instead, or leave loading out."
+        )
+    return run(lambda: model, job, out, settings)
+
+
+def run(model_of: Callable[[], Any], job: Job, out: str | os.PathLike | None, settings: EvalSettings) -> Log:
+    """evaluate in this process; `model_of` loads the model, once tasks and data are there."""
     with ExitStack() as stack:
         loaded = load_tasks(job)
-        if job.root is not None:
-            protocols = [p for p in loaded.protocols.values() if p is not None and p.about.get("hub")]
-            refuse_faults(Path(job.root), {str(p.about["hub"]) for p in protocols})
+        benchmarks = {str(p.about["hub"]) for p in loaded.protocols.values() if p is not None and p.about.get("hub")}
+        sums = {} if job.root is None else verified_sums(Path(job.root), benchmarks)
+        backend = backend_of(model_of(), settings)
         if any(loaded.chat(name) for name in loaded.tasks):
             job = _with_tokenizer(job, backend, stack.enter_context(tempfile.TemporaryDirectory()))
         requests = loaded.build(job, backend.chat_template)
@@ -106,8 +125,8 @@ def evaluate(
     meta = {
         "created": now(),
         "model": backend.describe(),
-        "tasks": _about_tasks(backend, loaded, records, graded["results"]),
-        "settings": plan["settings"] | {"limit": limit, "data": None if data is None else Path(data).name},
+        "tasks": _about_tasks(backend, loaded, sums, records, graded["results"]),
+        "settings": plan["settings"] | {"limit": job.limit, "data": job.root and Path(job.root).name},
         "input_sha256": plan["input_sha256"],
         "counts": {"samples": len(records), "requests": len(requests)},
         "versions": versions(*_PACKAGES),
@@ -125,13 +144,15 @@ def evaluate(
     return Log.open(writer.path)
 
 
-def _job(
+def job_of(
     tasks: str | Sequence[str],
+    *,
     protocol: str | None,
     data: str | os.PathLike | None,
     limit: int | None,
     settings: EvalSettings,
 ) -> Job:
+    """What is asked, as plain values. Raises BadInput where that is nothing, and in every process but a single one."""
     names = (tasks,) if isinstance(tasks, str) else tuple(tasks)
     if not names or (limit is not None and limit < 1) or settings.batch_size < 1:
         raise BadInput(
@@ -142,6 +163,11 @@ def _job(
         raise BadInput(
             f"Benchmark data was to be read from {data}. There is no such folder. Give the folder that holds mmlu, "
             "humaneval and so on, or leave data= out to load from the Hub."
+        )
+    if (world := processes().world) > 1:
+        raise BadInput(
+            f"An evaluation was asked for in each of {world} processes. Every one of them would ask everything. Start "
+            'it without accelerate launch: device_map="auto" spreads one model over all GPUs.'
         )
     return Job(names, protocol, None if data is None else str(Path(data).resolve()), limit, settings.seed)
 
@@ -214,7 +240,11 @@ def _primary(loaded: Loaded, task: str, metrics: Sequence[str]) -> str | None:
 
 
 def _about_tasks(
-    backend: Any, loaded: Loaded, records: Sequence[dict[str, Any]], results: dict[str, Any]
+    backend: Any,
+    loaded: Loaded,
+    sums: Mapping[str, Mapping[str, str]],
+    records: Sequence[dict[str, Any]],
+    results: dict[str, Any],
 ) -> dict[str, Any]:
     """Of every task: benchmark, protocol, metrics and how they are averaged, and where its data is from."""
     metrics: dict[str, list[str]] = {name: [] for name in loaded.tasks}
@@ -235,7 +265,7 @@ def _about_tasks(
             "primary": _primary(loaded, name, metrics[name]),
             "metrics": {metric: _aggregation(task, metric, own) for metric in metrics[name]},
             "documents": len(task.eval_docs),
-            "data": _source(words.get("hub"), task),
+            "data": source_of(words.get("hub"), task, sums.get(str(words.get("hub")), {})),
         }
     return about
 
@@ -251,17 +281,6 @@ def _aggregation(task: Any, metric: str, own: dict[str, Any]) -> dict[str, Any]:
         "score": own[keys[0]] if keys else None,
         "stderr": own[errors[0]] if errors and isinstance(own[errors[0]], float) else None,
     }
-
-
-def _source(benchmark: str | None, task: Any) -> dict[str, Any]:
-    root = (task.get_config("metadata") or {}).get("root")
-    if benchmark is None and task.get_config("dataset_path") is None:
-        return {"from": "mixlens", "repository": None, "revision": None}
-    if benchmark is None:
-        return {"from": "Hub", "repository": task.get_config("dataset_path"), "revision": None}
-    if root is not None:
-        return {"from": "folder", "repository": benchmark, "revision": None}
-    return {"from": "Hub", "repository": HUB[benchmark], "revision": hub_revision(benchmark)}
 
 
 def _write(path: Path, value: Any) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import gzip
+import hashlib
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +37,22 @@ def verify(folder: Path) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["benchmark", "file", "rows", "expected", "fault"])
 
 
-def refuse_faults(folder: Path, benchmarks: Collection[str]) -> None:
-    """Raise BadInput where files of these benchmarks are others than they should be; missing ones are not needed."""
+def verified_sums(folder: Path, benchmarks: Collection[str]) -> dict[str, dict[str, str]]:
+    """sha256 of the files of these benchmarks, by benchmark and pattern; missing ones are not needed.
+
+    One of a pattern that fits several files is that of the lines that sha256sum would print of them.
+
+    Raises BadInput where files are others than they should be.
+    """
     known = json.loads((tasks_folder() / "data.json").read_text("utf-8"))
-    rows = [row for name in known if name in benchmarks for row in _verified(folder / name, name, known[name])]
-    if wrong := [f"{row['file']}: {row['fault']}" for row in rows if row["fault"] not in ("", "missing")]:
+    rows = {name: _verified(folder / name, name, known[name]) for name in known if name in benchmarks}
+    every = [row for of_benchmark in rows.values() for row in of_benchmark]
+    if wrong := [f"{row['file']}: {row['fault']}" for row in every if row["fault"] not in ("", "missing")]:
         raise BadInput(
             f"Benchmark data was to be read from {folder}. It is not the benchmark's: {'; '.join(wrong)}. Get the "
             "files again (mixlens data verify DIR says which), or leave data= out to load from the Hub."
         )
+    return {name: {row["file"]: row["sha256"] for row in found if row.get("sha256")} for name, found in rows.items()}
 
 
 def _verified(folder: Path, name: str, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -66,15 +74,19 @@ def _verified(folder: Path, name: str, groups: Sequence[dict[str, Any]]) -> list
             faults.append(f"{len(files)} files where there are {group['count']}")
         if not faults and row["rows"] != group["rows"]:
             faults.append(f"{row['rows']:,} rows where there are {group['rows']:,}")
-        wrong = [
-            f.name for f in files if (listed := sums.get(f.relative_to(folder).as_posix())) and listed != sha256_file(f)
-        ]
-        if wrong:
+        found = {file.relative_to(folder).as_posix(): sha256_file(file) for file in files}
+        if wrong := [Path(name).name for name, digest in found.items() if sums.get(name, digest) != digest]:
             faults.append(f"{', '.join(wrong[:3])} not as SHA256SUMS has it")
-        if len(files) == 1 and group.get("sha256") not in (None, sha256_file(files[0])):
+        row["sha256"] = _sum_of(found)
+        if len(files) == 1 and group.get("sha256") not in (None, row["sha256"]):
             faults.append("another file than the one that mixlens was tested with")
         rows.append(row | {"fault": "; ".join(faults)})
     return rows
+
+
+def _sum_of(found: Mapping[str, str]) -> str:
+    lines = "".join(f"{digest}  {name}\n" for name, digest in found.items())
+    return next(iter(found.values())) if len(found) == 1 else hashlib.sha256(lines.encode()).hexdigest()
 
 
 def _count(path: Path) -> int:

@@ -1,0 +1,196 @@
+"""An evaluation in a process of its own, of a model that is given by name.
+
+The caller writes one line of JSON to the other's stdin and keeps it open; back come lines of JSON: {"progress": [done,
+total]}, at the end {"error": [class, text]} or {"done": true}. Where its stdin ends, the caller has gone or wants no
+more, and the evaluation ends as by Ctrl-C. Nothing is pickled, and what was answered is in the run directory.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import traceback
+from contextlib import suppress
+from dataclasses import fields
+from functools import partial
+from typing import Any
+
+from mixlens import errors
+from mixlens.errors import BadInput, MixlensError, RunError
+
+_LOADING = ("device_map", "dtype", "revision", "experts", "quantization")
+# For a process that was told to end to leave the forward that it is in.
+_GRACE_S = 10.0
+
+
+def evaluate_apart(model: str, job: Any, out: str | os.PathLike | None, settings: Any) -> Any:
+    """runner.run of the model of this name, in another process.
+
+    Returns  Log  opened from `out`; from a temporary folder, kept as long as this process, where out is None
+    Raises   what the evaluation raises there; RunError when that process ends without a word
+    """
+    from mixlens.evals.log import Log
+
+    place = tempfile.mkdtemp(prefix="mixlens-eval-") if out is None else os.fspath(out)
+    if out is None:
+        atexit.register(shutil.rmtree, place, ignore_errors=True)  # routing is read from there when it is asked for
+    asked = _asked(model, job, place, settings)
+    ended = _follow(asked, settings.progress)
+    if "error" in ended:
+        name, text = ended["error"]
+        raise getattr(errors, name, RunError)(text)
+    log = Log.open(place)
+    log.path = None if out is None else log.path
+    return log
+
+
+def _asked(model: str, job: Any, place: str, settings: Any) -> str:
+    if unknown := sorted(set(settings.loading) - set(_LOADING)):
+        raise BadInput(
+            f"{model} was to be loaded with {', '.join(unknown)}. A model that is given by name takes "
+            f"{', '.join(_LOADING)}. Leave the others out, or load it yourself: ml.load(...)."
+        )
+    if settings.tokenizer is not None and not isinstance(settings.tokenizer, str):
+        raise BadInput(
+            f"{model} was to be evaluated in a process of its own with a {type(settings.tokenizer).__name__}. A "
+            "tokenizer stays in the process that made it. Give its name or its folder, or load the model: ml.load(...)."
+        )
+    kept = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in ("progress", "loading")}
+    values = {
+        "model": model,
+        "loading": dict(settings.loading),
+        "verbose": settings.progress is True,
+        "job": job.__dict__,
+        "out": place,
+        "settings": kept,
+    }
+    return json.dumps(values, default=lambda value: str(value).removeprefix("torch.")) + "\n"
+
+
+def _follow(asked: str, progress: Any) -> dict[str, Any]:
+    """The last word of the other process. However this ends, that process has ended too."""
+    from mixlens.evals.progress import reporting
+
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mixlens.evals.own_process"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,  # Ctrl-C reaches the caller alone, who ends the other
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    said = bytearray()
+    listener = threading.Thread(target=_listen, args=(process.stderr, said, progress is True), daemon=True)
+    listener.start()
+    try:
+        with suppress(BrokenPipeError):
+            process.stdin.write(asked.encode())
+            process.stdin.flush()
+        with reporting(progress) as report:
+            for line in process.stdout:
+                event = json.loads(line)
+                if "progress" not in event:
+                    return event
+                report(*event["progress"])
+        status = process.wait()
+        listener.join(_GRACE_S)
+        raise _ended(status, said.decode("utf-8", "replace"))
+    finally:
+        _end(process)
+
+
+def _listen(stream: Any, said: bytearray, shown: bool) -> None:
+    """What the other process says, on to this one's stderr where it is shown; the end of it is kept."""
+    with stream:
+        while part := stream.read1(65_536):
+            said[:] = (said + part)[-4000:]
+            if shown:
+                sys.stderr.write(part.decode("utf-8", "replace"))
+                sys.stderr.flush()
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    with suppress(BrokenPipeError):
+        process.stdin.close()  # type: ignore[union-attr]
+    try:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_GRACE_S)
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()  # type: ignore[union-attr]
+
+
+def _ended(status: int, said: str) -> RunError:
+    how = f"with status {status}" if status >= 0 else f"by {signal.Signals(-status).name}"
+    memory = ", as the system ends one when memory runs out" if status == -signal.SIGKILL else ""
+    last = (said.strip().splitlines() or ["nothing"])[-1].strip()[:300]
+    return RunError(
+        f"An evaluation was to run in a process of its own. That process ended {how}{memory}; it said last: {last}. "
+        "What was answered is kept in out=: run it again to go on, and with a smaller batch_size if memory ran out."
+    )
+
+
+# ---------------------------------------------------------------------- the other process
+
+
+def _main() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    events = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # whatever a library prints is no event
+
+    def tell(**event: Any) -> None:
+        events.write(json.dumps(event) + "\n")
+        events.flush()
+
+    def end(**event: Any) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # from here on there is nothing to stop
+        tell(**event)
+
+    asked = json.loads(sys.stdin.buffer.readline())
+    threading.Thread(target=_end_with_caller, daemon=True).start()
+    try:
+        _evaluate(asked, lambda done, total: tell(progress=[done, total]))
+        end(done=True)
+    except MixlensError as error:
+        end(error=[type(error).__name__, str(error)])
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    except Exception as error:
+        traceback.print_exc()
+        end(error=["RunError", str(_unforeseen(error))])
+
+
+def _evaluate(asked: dict[str, Any], progress: Any) -> None:
+    from mixlens.evals.grade import Job
+    from mixlens.evals.runner import EvalSettings, run
+    from mixlens.models.load import load
+
+    settings = EvalSettings(progress=progress, **asked["settings"])
+    model = partial(load, asked["model"], verbose=asked["verbose"], **asked["loading"])
+    run(model, Job.of(asked["job"]), asked["out"], settings)
+
+
+def _end_with_caller() -> None:
+    os.read(0, 1)
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+
+def _unforeseen(error: Exception) -> RunError:
+    return RunError(
+        f"An evaluation was to run in a process of its own. It raised {type(error).__name__}: "
+        f"{str(error).strip()[:500]}. What was answered is kept in out=; evaluate a model that you load, ml.load(...), "
+        "to see where."
+    )
+
+
+if __name__ == "__main__":
+    _main()
