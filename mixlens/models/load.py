@@ -22,6 +22,7 @@ from transformers.utils import logging
 from mixlens.errors import BadInput, ModelError
 from mixlens.models.audit import audit
 from mixlens.models.demo import DEMO, demo_path
+from mixlens.models.hub import commit_of, fault_of
 from mixlens.models.layout import check_config
 from mixlens.models.packed_checkpoints import METHODS as PACKED_METHODS
 from mixlens.models.packed_checkpoints import packed_format
@@ -66,12 +67,13 @@ def load(
     when a scheme's package or hardware is not here; BadInput for schemes, patterns and group sizes that cannot be.
     """
     name = str(demo_path() if model == DEMO else model)
-    config = _read_config(name, revision)
+    commit = _commit(name, revision)
+    config = _read_config(name, commit)
     check_config(config, str(model))
     accelerated = torch.accelerator.is_available()
     device_map = device_map if device_map is not None else ("auto" if accelerated else None)
     resolved = _resolve_dtype(dtype, config, on_cpu=_places(device_map) <= {"cpu", "disk"})
-    source = _Source(name, str(model), config, revision)
+    source = _Source(name, str(model), config, commit)
     if quantization is None and _method(config) not in PACKED_METHODS:
         loaded = _load_plain(source, device_map, resolved, verbose)
         loaded.set_experts_implementation(_experts(loaded, experts))
@@ -82,6 +84,7 @@ def load(
                 "which only eager computes with. Leave experts out."
             )
         loaded = _load_quantized(source, device_map, resolved, quantization, verbose)
+    loaded.config._commit_hash = commit  # transformers keeps it no longer; recorded with every run, never saved
     if verbose:
         print(_summary(str(model), loaded), file=sys.stderr)
     return loaded
@@ -179,49 +182,49 @@ def bytes_needed(config: Any, dtype: torch.dtype) -> int:
     return sum(p.numel() for p in skeleton.parameters()) * dtype.itemsize
 
 
-def _read_config(name: str, revision: str | None) -> Any:
-    folder = Path(name)
-    if folder.is_dir() and not (folder / "config.json").exists():
+def _commit(name: str, revision: str | None) -> str | None:
+    """The commit that everything of a model on the Hub is read at; None for a folder."""
+    if Path(name).is_dir():
+        return None
+    try:
+        return commit_of(name, revision)
+    except Exception as error:  # the client has a class of its own for every way of not getting there
+        raise _hub_error(name, error) from error
+
+
+def _hub_error(name: str, error: Exception) -> ModelError:
+    found, do = fault_of(error) or (_first_line(error), "Check the name and the network, or give a local folder.")
+    return ModelError(f"{name} was to be loaded. It is no folder here, and the Hub did not give it: {found}. {do}")
+
+
+def _read_config(name: str, commit: str | None) -> Any:
+    if commit is None and not (Path(name) / "config.json").exists():
         raise ModelError(
             f"{name} was to be loaded. The folder has no config.json. Give the folder that holds config.json and the "
             "safetensors files."
         )
     try:
-        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+        return AutoConfig.from_pretrained(name, revision=commit or "main", trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        if folder.is_dir():
+        if "custom code" in str(error):
             raise ModelError(
-                f"{name} was to be loaded. Its config.json cannot be read: {_first_line(error)}. "
-                "Restore the file from the original repository."
+                f"{name} was to be loaded. It needs code of its own to be run, which mixlens never does. Give a "
+                "checkpoint of transformers' own Mixtral (model_type mixtral, no auto_map)."
             ) from error
+        if commit is not None and fault_of(error) is not None:
+            raise _hub_error(name, error) from error
         raise ModelError(
-            f"{name} was to be loaded. It is no folder here, and the Hub did not give its config: "
-            f"{_hub_reason(error)}. Check the name, the network and, for a gated model, `hf auth login`; or give a "
-            "local folder."
+            f"{name} was to be loaded. Its config.json cannot be read: {_first_line(error)}. "
+            "Restore the file from the original repository."
         ) from error
 
 
-def _hub_reason(error: BaseException) -> str:
-    reasons = {
-        "GatedRepoError": "access to the repository is restricted",
-        "RepositoryNotFoundError": "there is no such repository",
-        "RevisionNotFoundError": "there is no such revision",
-        "OfflineModeIsEnabled": "the Hub is switched off (HF_HUB_OFFLINE)",
-        "LocalEntryNotFoundError": "the Hub cannot be reached, and nothing is cached",
-        "ConnectError": "the Hub cannot be reached",
-        "ConnectionError": "the Hub cannot be reached",
-    }
-    cause: BaseException | None = error
-    while cause is not None:
-        if type(cause).__name__ in reasons:
-            return reasons[type(cause).__name__]
-        cause = cause.__cause__ or cause.__context__
-    return _first_line(error)
-
-
 def _weights_error(name: str, error: Exception) -> ModelError:
+    if not Path(name).is_dir() and fault_of(error) is not None:
+        return _hub_error(name, error)
+    found = "it has no safetensors" if "named model.safetensors" in str(error) else _first_line(error)
     return ModelError(
-        f"{name} was to be loaded. Its weights could not be read: {_first_line(error)}. Make sure that all "
+        f"{name} was to be loaded. Its weights could not be read: {found}. Make sure that all "
         "safetensors files of the checkpoint are there and whole; pickled weights (.bin) are not read."
     )
 

@@ -15,6 +15,7 @@ from torch import nn
 from tqdm import tqdm
 
 from mixlens.errors import BadInput
+from mixlens.models.hub import tokenizer_beside
 from mixlens.models.layout import context_length, describe, input_device, moe_layers, n_experts
 from mixlens.runs import RunWriter, now, versions
 from mixlens.traces import saving, store
@@ -230,14 +231,12 @@ def vocabulary_of(tokenizer: Any) -> pd.Series | None:
 
 
 def tokenizer_of(model: nn.Module) -> Any:
-    from transformers import AutoTokenizer
-
-    name = getattr(model, "name_or_path", "")
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return tokenizer_beside(model)
     except (OSError, ValueError) as error:
+        name = getattr(model, "name_or_path", "") or "the model"
         raise BadInput(
-            f"Documents were to be recorded with the tokenizer of {name or 'the model'}. None was found there. Pass "
+            f"Documents were to be recorded with the tokenizer of {name}. None was found there. Pass "
             "tokenizer=AutoTokenizer.from_pretrained(...)."
         ) from error
 
