@@ -103,14 +103,19 @@ class LmEvalBackend:
         return {"name": self._name(), "backend": f"lm-eval {type(self.lm).__name__}"}
 
     def identity(self) -> dict[str, Any]:
-        given = getattr(self.lm, "model_args", None)
-        found = {name: getattr(self.lm, name, None) for name in _TOLD} | (given if isinstance(given, dict) else {})
+        found = {name: getattr(self.lm, name, None) for name in _TOLD} | self._given()
         return self.describe() | {name: str(found[name]) for name in _TOLD if found[name] is not None}
 
+    def _given(self) -> dict[str, Any]:
+        """What the model was made with, where the object kept it, as VLLM does."""
+        given = getattr(self.lm, "model_args", None)
+        return given if isinstance(given, dict) else {}
+
     def _name(self) -> str:
-        for place in ("pretrained", "model", "tokenizer_name"):
-            if isinstance(value := getattr(self.lm, place, None), str) and value:
-                return value.replace("__", "/", 1) if place == "tokenizer_name" else value
+        named = (self._given().get("model"), getattr(self.lm, "pretrained", None), getattr(self.lm, "model", None))
+        for value in named:
+            if isinstance(value, str) and value:
+                return value
         return type(self.lm).__name__
 
     def chat_template(self, history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:

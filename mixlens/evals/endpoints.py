@@ -17,6 +17,7 @@ from mixlens.models.endpoint import Endpoint
 
 # OpenAI-compatible servers take this many stop strings; the others are applied to what comes back.
 _MOST_STOPS = 4
+_PROBE = "The capital of France is Paris."
 _TIMEOUT = httpx.Timeout(600.0, connect=10.0)
 
 
@@ -59,12 +60,25 @@ class EndpointBackend:
                 'openai-completions with echo (protocol="openai-completions").'
             )
         try:
-            self._score(("The capital of France is", " Paris"))
+            found = self._echo(_PROBE)
         except (EndpointError, BadInput) as error:
             raise BadInput(
                 f"{task} needs log-probabilities of given answers. {self.endpoint.host} does not echo a prompt with "
                 f"log-probabilities ({str(error).split('. ')[1].rstrip('.')}). {instead}, or a server that has both."
             ) from error
+        self._check_bos(task, found.tokens or ())
+
+    def _check_bos(self, task: str, tokens: Sequence[str]) -> None:
+        """Refuse unless one token, and one only, stands before the text that was echoed."""
+        if getattr(self.settings.tokenizer, "bos_token_id", self) is None:
+            return
+        extra = next((n for n, token in enumerate(tokens) if token.strip() and _PROBE.startswith(token.strip())), 0)
+        if extra != 1:
+            raise BadInput(
+                f"{task} needs one beginning-of-sequence token before a prompt. {self.endpoint.host} puts "
+                f"{extra or 'none'}: the echo of {_PROBE!r} begins with {list(tokens[:3])}. Let the server add special "
+                "tokens once, or give EvalSettings(tokenizer=...) of a model that has no such token."
+            )
 
     def batches(self, kind: str, requests: Sequence[Any]) -> list[Batch]:
         numbers, size = list(range(len(requests))), 4 * self.settings.batch_size
@@ -77,14 +91,14 @@ class EndpointBackend:
                 "that. Evaluate a local model: ml.load(...)."
             )
 
-        def one(number: int) -> Any:
-            arguments = requests[number].args
-            if kind == "loglikelihood":
-                return self._score(arguments)
-            return self._generate(arguments[0], dict(arguments[1]), repeats[number])
-
+        asked = [requests[number].args for number in batch.requests]
         with ThreadPoolExecutor(self.settings.batch_size) as pool:
-            return list(pool.map(one, batch.requests))
+            if kind == "loglikelihood":
+                contexts = list(dict.fromkeys(context.rstrip() for context, _ in asked))
+                lengths = dict(zip(contexts, pool.map(self._length, contexts), strict=True))
+                return list(pool.map(lambda pair: self._score(*pair, lengths[pair[0].rstrip()]), asked))
+            numbered = zip(asked, batch.requests, strict=True)
+            return list(pool.map(lambda one: self._generate(one[0][0], dict(one[0][1]), repeats[one[1]]), numbered))
 
     def _generate(self, prompt: str, asked: dict[str, Any], repeat: int) -> str:
         asked = check_sampling(asked, self.settings.max_new_tokens)
@@ -103,24 +117,44 @@ class EndpointBackend:
             return prompt
         return json.loads(prompt)
 
-    def _score(self, arguments: tuple[str, str]) -> tuple[float, bool]:
-        context, continuation = arguments
-        context, blanks = context.rstrip(), context[len(context.rstrip()) :]
-        text = context + blanks + continuation
+    def _length(self, context: str) -> int:
+        """Tokens of a context, special ones included, as the server counts them; 1 (BOS) for an empty one."""
+        return _n_prompt(self._echo(context)) if context else 1
+
+    def _score(self, context: str, continuation: str, lead: int) -> tuple[float, bool]:
+        """Log-probability of what stands behind the first `lead` tokens, and whether each token is the likeliest.
+
+        Tokens are counted, as lm-eval counts them. Offsets into the text would be simpler, but vLLM's count BOS and
+        leave out blanks.
+        """
+        found = self._echo(context + continuation)
+        logprobs = (found.logprobs or ())[lead : _n_prompt(found)]
+        best = (found.top_logprobs or ())[lead : _n_prompt(found)]
+        given = [logprob for logprob in logprobs if logprob is not None]
+        if not given or len(given) < len(logprobs):
+            raise EndpointError(
+                f"{self.endpoint.host} was asked for the log-probabilities of {continuation[:40]!r}. It gives "
+                f"{len(given)} for {len(logprobs)} tokens. Use a server that scores every token of a prompt."
+            )
+        greedy = len(best) == len(given) and all(
+            logprob >= max(others.values(), default=0.0) for logprob, others in zip(given, best, strict=True)
+        )
+        return sum(given), greedy
+
+    def _echo(self, text: str) -> Completion:
+        """A text with its log-probabilities, and one token more."""
         found = self._complete(text, max_tokens=1, echo=True, logprobs=1, temperature=0)
-        if not found.logprobs or not found.offsets or not found.tokens or not found.text.startswith(text[:8]):
+        if not found.logprobs or not found.tokens or not found.text.startswith(text[:8]):
             raise EndpointError(
                 f"{self.endpoint.host} was asked to echo a prompt with log-probabilities. Its answer has none of the "
                 "prompt. Use a server that has both."
             )
-        total, greedy = 0.0, True
-        for place, (offset, logprob) in enumerate(zip(found.offsets, found.logprobs, strict=True)):
-            ends = offset + len(found.tokens[place])
-            if ends > len(context) and offset < len(text) and logprob is not None:
-                total += logprob
-                best = (found.top_logprobs or ())[place : place + 1]
-                greedy &= bool(best) and logprob >= max(best[0].values(), default=0.0)
-        return total, greedy
+        return found
 
     def _complete(self, prompt: Any, **asked: Any) -> Completion:
         return self.endpoint.complete(prompt, client=self._client, **asked)
+
+
+def _n_prompt(found: Completion) -> int:
+    """Tokens of the prompt in an answer that echoes it: all but the one that was generated."""
+    return found.input_tokens if found.input_tokens is not None else len(found.tokens or ()) - 1

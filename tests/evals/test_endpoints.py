@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
 import pytest
+import torch
+from transformers import AutoTokenizer
 
 import mixlens as ml
 from mixlens.evals.answers import Answers
+from mixlens.models.demo import demo_path
 
 QUIET = ml.EvalSettings(progress=False)
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return ml.load("demo", verbose=False)
 
 
 def closed(protocol: str) -> ml.Endpoint:
@@ -38,3 +52,66 @@ def test_an_answer_with_half_a_character_is_kept(tmp_path):
     answers = Answers(tmp_path / "answers")
     answers.add("one", [("task", 0, 0, 0)], ["half \ud83d of one"])
     assert Answers(tmp_path / "answers").by_key == answers.by_key == {("task", 0, 0, 0): "half ? of one"}
+
+
+@contextlib.contextmanager
+def echoing(model, *, specials: str = "<s>", scores: bool = True):
+    """A server that echoes prompts with log-probabilities in the form of vLLM 0.32.
+
+    BOS is among the tokens, their texts have no leading blanks, and the offsets into the text are sums of their lengths.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(demo_path())
+    lock = threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            text = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["prompt"]
+            ids = tokenizer.encode(specials + text, add_special_tokens=False)
+            with lock, torch.inference_mode():
+                given = model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+            ids.append(int(given[-1].argmax()))
+            tokens = [tokenizer.decode([one]).lstrip() for one in ids]
+            logprobs = [None, *(float(given[n, one]) for n, one in enumerate(ids[1:]))]
+            best = [None, *({"best": float(row.max())} for row in given)]
+            offsets = np.cumsum([0, *map(len, tokens[:-1])]).tolist()
+            columns = {"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": best, "text_offset": offsets}
+            choice = {"text": text + tokens[-1], "finish_reason": "length", "logprobs": columns if scores else None}
+            usage = {"prompt_tokens": len(ids) - 1, "completion_tokens": 1}
+            body = json.dumps({"choices": [choice], "usage": usage}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        url = f"http://127.0.0.1:{server.server_port}/v1"
+        yield ml.Endpoint(url, model="demo", protocol="openai-completions")
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_an_echoing_server_scores_as_its_model_does_here(demo):
+    with echoing(demo) as endpoint:
+        there = ml.evaluate(endpoint, "demo", limit=3, settings=QUIET).samples
+    here = ml.evaluate(demo, "demo", limit=3, settings=QUIET).samples
+    assert list(there.sample_id) == list(here.sample_id)
+    assert len(there) == 18
+    for ours, theirs in zip(here.logprobs, there.logprobs, strict=True):
+        np.testing.assert_allclose(theirs, ours, atol=1e-3)
+
+
+@pytest.mark.parametrize(("specials", "found"), [("", "puts none"), ("<s><s>", "puts 2")])
+def test_a_server_must_put_one_beginning_of_sequence(demo, specials, found):
+    with echoing(demo, specials=specials) as endpoint, pytest.raises(ml.BadInput, match=found):
+        ml.evaluate(endpoint, "demo", limit=1, settings=QUIET)
+
+
+def test_an_echo_without_log_probabilities_is_refused(demo):
+    with echoing(demo, scores=False) as endpoint, pytest.raises(ml.BadInput, match="does not echo a prompt with"):
+        ml.evaluate(endpoint, "demo", limit=1, settings=QUIET)
