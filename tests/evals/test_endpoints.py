@@ -58,7 +58,7 @@ def test_an_answer_with_half_a_character_is_kept(tmp_path):
 def echoing(model, *, specials: str = "<s>", scores: bool = True):
     """A server that echoes prompts with log-probabilities in the form of vLLM 0.32.
 
-    BOS is among the tokens, their texts have no leading blanks, and the offsets into the text are sums of their lengths.
+    BOS is among the tokens, their texts have no leading blanks, and the offsets into the text sum their lengths.
     """
     tokenizer = AutoTokenizer.from_pretrained(demo_path())
     lock = threading.Lock()
