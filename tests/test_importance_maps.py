@@ -159,7 +159,7 @@ def files_of(run: Path) -> dict[str, bytes]:
 def test_two_processes_write_the_runs_of_one(tmp_path):
     for name, launcher in {
         "one": (),
-        "two": ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"),
+        "two": ("-m", "torch.distributed.run", "--nproc_per_node", "2"),
     }.items():
         script = tmp_path / f"{name}.py"
         script.write_text(SHARE.format(paths=[str(Path(__file__).parent)], out=str(tmp_path / name)))

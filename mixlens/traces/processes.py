@@ -31,7 +31,7 @@ def processes() -> Processes:
     from accelerate import PartialState
     from accelerate.utils import reduce
 
-    state = PartialState()
+    state = PartialState(cpu=not torch.accelerator.is_available())  # else it takes processes without a GPU for one
 
     def total(array: np.ndarray) -> np.ndarray:
         tensor = torch.from_numpy(np.ascontiguousarray(array)).to(state.device)
