@@ -169,7 +169,7 @@ def pareto(data: Pareto, ax: Axes | None = None, *, x: str = "bytes", y: str = "
 
     Raises BadInput for a quantity that was not measured.
     """
-    (factor, label), (factor_y, label_y) = (_AXES.get(name, (1.0, name.replace("_", " "))) for name in (x, y))
+    (factor, label), (factor_y, label_y) = axis_of(x), axis_of(y)
     across, up = _scaled(data, x, factor), _scaled(data, y, factor_y)
     schemes = [scheme for scheme in data.schemes if scheme in across and scheme in up]
     with drawing(ax, PAGE * 0.62, 2.9) as ax:
@@ -194,6 +194,11 @@ def pareto(data: Pareto, ax: Axes | None = None, *, x: str = "bytes", y: str = "
         note = f"n = {tokens:,} tokens, {documents:,} documents; whiskers: 95 % interval; dashed: not beaten in both"
         heading(ax, f"{label_y.split(',')[0]} against {label.split(',')[0]}", note)
     return ax
+
+
+def axis_of(quantity: str) -> tuple[float, str]:
+    """What a quantity of a Pareto is multiplied by to be read, and how it is then called."""
+    return _AXES.get(quantity, (1.0, quantity.replace("_", " ")))
 
 
 def _scaled(data: Pareto, quantity: str, factor: float) -> dict[str, list[float]]:

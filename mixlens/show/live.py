@@ -11,14 +11,14 @@ _ASSETS = Path(__file__).parent / "assets"
 _MODULES = "window.mixlensModules"
 # The files that each kind of view needs beside core.js, in order.
 _FILES = {
-    "tokens": ("routing.js", "tokens.js"),
+    "tokens": ("routing.js", "text.js", "tokens.js"),
     "matrix": ("routing.js", "matrices.js"),
     "dots": ("routing.js", "matrices.js", "plots.js"),
     "ecdf": ("routing.js", "plots.js"),
     "pareto": ("routing.js", "plots.js"),
-    "diff": ("routing.js", "compare.js"),
-    "strip": ("routing.js", "compare.js"),
-    "samples": ("routing.js", "samples.js"),
+    "diff": ("routing.js", "text.js", "diff.js"),
+    "strip": ("routing.js", "strip.js"),
+    "samples": ("routing.js", "text.js", "samples.js"),
 }
 ALL = tuple(_FILES)
 

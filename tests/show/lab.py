@@ -25,6 +25,12 @@ FLAGS = [
     "--disable-sync",
     "--disable-dev-shm-usage",
 ]
+SETUP = f"""import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import mixlens as ml
+from show_samples import make_trace
+trace = make_trace(documents=2)"""
+LIVE = ".jp-OutputArea-output .mixlens[data-ready='1']"
 _SETTINGS = {
     "@jupyterlab/notebook-extension/tracker": {"windowingMode": "none"},
     "@jupyterlab/apputils-extension/notification": {
@@ -150,3 +156,42 @@ def save(page) -> None:
 
 def shut_down_kernels(page) -> None:
     page.evaluate("window.jupyterapp.serviceManager.sessions.shutdownAll()")
+
+
+def ours(log: list[str]) -> list[str]:
+    """What was logged by a view, or is an error; JupyterLab's own one when its kernel is shut down left out."""
+    return [line for line in log if ("mixlens" in line or line.startswith("error")) and "debugger state" not in line]
+
+
+# Ratio of contrast, text and class of every text in a frame, the lowest first.
+CONTRAST = """frame => {
+    const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+    const rgba = (colour) => {
+        canvas.clearRect(0, 0, 1, 1);
+        canvas.fillStyle = colour;
+        canvas.fillRect(0, 0, 1, 1);
+        return [...canvas.getImageData(0, 0, 1, 1).data].map((v) => v / 255);
+    };
+    const over = (top, ground) => top.slice(0, 3).map((v, i) => v * top[3] + ground[i] * (1 - top[3]));
+    const luminance = (c) => {
+        const [r, g, b] = c.map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+    };
+    const groundOf = (node) => {
+        const colours = [];
+        for (let at = node; at && at !== frame.parentNode; at = at.parentElement)
+            colours.unshift(rgba(getComputedStyle(at).backgroundColor));
+        return colours.reduce((ground, top) => over(top, ground), [1, 1, 1]);
+    };
+    const found = [];
+    for (const node of frame.querySelectorAll("*")) {
+        if (![...node.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim())) continue;
+        if (!node.checkVisibility()) continue;
+        const ground = groundOf(node);
+        const style = getComputedStyle(node);
+        const text = over(rgba(node.namespaceURI.endsWith("svg") ? style.fill : style.color), ground);
+        const [a, b] = [luminance(text), luminance(ground)].sort((x, y) => y - x);
+        found.push([(a + 0.05) / (b + 0.05), node.textContent.slice(0, 30), node.className]);
+    }
+    return found.sort((x, y) => x[0] - y[0]);
+}"""

@@ -12,6 +12,7 @@ from show_samples import HOSTILE, make_trace
 
 from mixlens.show import view
 from mixlens.show.report import report
+from mixlens.traces.trace import Trace
 
 pytestmark = pytest.mark.browser
 
@@ -234,35 +235,102 @@ def test_without_scripts_the_picture_stands(chromium, view_file):
     context.close()
 
 
-STEPS = """async () => {
-    const slider = document.querySelector(".mixlens").shadowRoot.querySelector("input[type=range]");
-    const times = [];
-    for (let layer = 1; layer < 32; layer++) {
-        await new Promise(requestAnimationFrame);
-        const start = performance.now();
-        slider.value = layer;
-        slider.dispatchEvent(new Event("input"));
-        slider.getRootNode().querySelector(".text").getBoundingClientRect();
-        times.push(performance.now() - start);
-    }
-    return times.sort((a, b) => a - b);
+# Class names in the box of the text, and how many spans changed theirs, right after a step of the slider; then when
+# nothing else is asked for.
+STEP = """async () => {
+    const root = document.querySelector(".mixlens").shadowRoot, text = root.querySelector(".text");
+    const slider = root.querySelector("input[type=range]"), box = text.getBoundingClientRect();
+    const seen = () => [...text.querySelectorAll("span")].filter((span) => {
+        const { top, bottom } = span.getBoundingClientRect();
+        return bottom > box.top && top < box.bottom;
+    });
+    const watch = new MutationObserver(() => {});
+    watch.observe(text, { subtree: true, attributeFilter: ["class"] });
+    slider.value = 2;
+    slider.dispatchEvent(new Event("input"));
+    const painted = new Set(watch.takeRecords().map((change) => change.target)).size;
+    const looks = seen().map((span) => [span.token, span.className]);
+    await new Promise((done) => setTimeout(done, 500));
+    return { painted, looks, later: [...text.querySelectorAll("span")].map((span) => [span.token, span.className]) };
 }"""
 
 
 @pytest.mark.parametrize("tokens", [10_000, 50_000])
 def test_a_layer_step_costs_the_same_however_long_the_text(visit, tmp_path, tokens):
-    """Only what is in sight is painted: the work of a step, counted, not timed."""
+    """Only what is in sight is painted at once: the work of a step, counted, not timed."""
     long = make_trace(domains=("arxiv",), documents=1, tokens=tokens, layers=4)
     page = visit(view.tokens(long, layer=0).save(tmp_path / "long.html")).page
     page.wait_for_timeout(300)
     assert page.locator(".mixlens .text span").count() < 4_000
+    step = page.evaluate(STEP)
+    looks = [f"t e{first} s{second}" for first, second in long.read("expert_id")[:, 2]]
+    assert 100 < step["painted"] <= len(step["looks"]) < 600
+    for shown in (step["looks"], step["later"]):
+        assert [look for _, look in shown] == [looks[token] for token, _ in shown]
     page.locator(".mixlens .text").focus()
     page.keyboard.press("End")
     page.keyboard.press("ArrowDown")
     last = page.locator(".mixlens .text [data-cursor]")
-    first, second = long.read("expert_id")[-1, 1]
+    first, second = long.read("expert_id")[-1, 3]
     assert f"e{first} s{second}" in last.get_attribute("class")
     assert page.locator(".mixlens .text span").count() < 8_000
+
+
+def test_every_digit_is_that_of_the_first_choice(visit, view_file, trace):
+    page = visit(view_file).page
+    page.get_by_label("digits").check()
+    shown = page.locator(".mixlens .text span.t").evaluate_all(
+        "spans => spans.map(s => decodeURIComponent(getComputedStyle(s).backgroundImage).match(/>(\\d+)</)[1])"
+    )
+    assert [int(digit) for digit in shown] == trace.read("expert_id")[trace.read("sequence") == 0, 0, 0].tolist()
+
+
+def test_two_long_runs_are_compared_without_painting_all_of_them(visit, tmp_path):
+    long = make_trace(domains=("arxiv",), documents=1, tokens=10_000)
+    ids = long.read("expert_id").copy()
+    ids[::100, 1] = ids[::100, 1, ::-1]
+    ids[-1, 2, 1] = (set(range(8)) - set(ids[-1, 2])).pop()
+    tokens = {name: long.read(name) for name in ("sequence", "token_id")}
+    other = Trace.from_arrays(ids, n_experts=8, tokens=tokens, sequences=long.sequences[["document_id"]])
+    other._vocabulary = long.vocabulary
+    seen = visit(view.diff(long, other, layer=1).save(tmp_path / "diff.html"))
+    page, spans = seen.page, seen.page.locator(".mixlens .text span")
+    assert "100 of 10,000 tokens" in page.locator(".mixlens .legend").text_content()
+    assert spans.count() < 4_000
+    page.locator(".mixlens .text").first.focus()
+    page.keyboard.press("End")
+    page.keyboard.press("ArrowDown")
+    page.locator(".mixlens select").select_option(label="set of experts")
+    assert "1 of 10,000 tokens" in page.locator(".mixlens .legend").text_content()
+    cursors = page.locator(".mixlens .text [data-cursor]")
+    first, second = ids[-1, 2]
+    page.locator(f".mixlens section:nth-child(2) .e{first}.s{second}.changed[data-cursor]").wait_for()
+    assert cursors.evaluate_all("spans => spans.map(s => s.token)") == [9_999, 9_999]
+    inside = "s => { const b = s.closest('.text').getBoundingClientRect(), r = s.getBoundingClientRect();"
+    inside += " return r.top >= b.top && r.bottom <= b.bottom; }"
+    assert [cursors.nth(i).evaluate(inside) for i in range(2)] == [True, True]
+    page.keyboard.press("Home")
+    page.get_by_label("next changed token").click()
+    assert cursors.evaluate_all("spans => spans.map(s => s.token)") == [9_999, 9_999]
+    assert spans.count() < 8_000
+    assert clean(seen)
+
+
+def test_views_of_a_report_move_together(visit, trace, tmp_path):
+    half = trace.select(where={"domain": ["github", "mathematics"]})
+    seen = visit(report([trace, half], tmp_path / "report.html"))
+    page = seen.page
+    page.wait_for_function("document.querySelectorAll('[data-ready=\"1\"]').length === 2")
+    first, second = page.locator(".mixlens").nth(0), page.locator(".mixlens").nth(1)
+    first.locator("input[type=range]").press("End")
+    assert second.locator(".slider output").text_content() == "3"
+    second.locator("button.expert").nth(6).click()
+    assert first.locator("[aria-pressed=true]").text_content() == "6"
+    chosen = "s => s.selectedOptions[0].textContent"
+    labels = first.locator("select").first.locator("option").all_text_contents()
+    first.locator("select").first.select_option(index=next(i for i, label in enumerate(labels) if "mathem" in label))
+    assert "mathematics" in second.locator("select").first.evaluate(chosen)
+    assert clean(seen)
 
 
 def test_search_finds_what_spans_tokens_and_steps_on(visit, view_file, trace):

@@ -9,52 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from lab import CHROMIUM, FLAGS, Lab, open_notebook, run, run_all, save, shut_down_kernels, watched
+from lab import CONTRAST, LIVE, SETUP, Lab, open_notebook, ours, run, run_all, save, shut_down_kernels
 from show_samples import HOSTILE
 
 pytestmark = pytest.mark.browser
-SETUP = f"""import sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-import mixlens as ml
-from show_samples import make_trace
-trace = make_trace(documents=2)"""
 VIEW = "ml.view.tokens(trace, [0, 3], layer=0)"
-LIVE = ".jp-OutputArea-output .mixlens[data-ready='1']"
 SLIDER = ".jp-OutputArea-output .mixlens input[type=range]"
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory):
-    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
-    pytest.importorskip("jupyterlab", reason="JupyterLab is not installed")
-    if not CHROMIUM.exists():
-        pytest.skip(f"{CHROMIUM} is not there; apt-get install chromium")
-    with playwright.sync_playwright() as tool:
-        browser = tool.chromium.launch_persistent_context(
-            str(tmp_path_factory.mktemp("profile")),
-            executable_path=str(CHROMIUM),
-            args=FLAGS,
-            viewport={"width": 1200, "height": 1000},
-        )
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def seen(chromium):
-    page = chromium.new_page()
-    yield watched(page)
-    page.close()
-
-
-@pytest.fixture(scope="module")
-def lab(chromium, tmp_path_factory):
-    server = Lab(tmp_path_factory.mktemp("books"), tmp_path_factory.mktemp("home"))
-    page = chromium.new_page()
-    server.wait(page)
-    page.close()
-    yield server
-    server.stop()
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +29,6 @@ def saved(lab, chromium):
     shut_down_kernels(page)
     page.close()
     return book
-
-
-def ours(log: list[str]) -> list[str]:
-    """What was logged by a view, or is an error; JupyterLab's own one when its kernel is shut down left out."""
-    return [line for line in log if ("mixlens" in line or line.startswith("error")) and "debugger state" not in line]
 
 
 def output_html(book: Path) -> str:
@@ -171,39 +126,6 @@ def test_hostile_text_shows_as_text(lab, saved, seen):
     assert "(10,000 characters)" in shown
     assert seen.page.locator(".mixlens .text script, .mixlens .text img").count() == 0
     assert seen.errors == []
-
-
-CONTRAST = """frame => {
-    const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
-    const rgba = (colour) => {
-        canvas.clearRect(0, 0, 1, 1);
-        canvas.fillStyle = colour;
-        canvas.fillRect(0, 0, 1, 1);
-        return [...canvas.getImageData(0, 0, 1, 1).data].map((v) => v / 255);
-    };
-    const over = (top, ground) => top.slice(0, 3).map((v, i) => v * top[3] + ground[i] * (1 - top[3]));
-    const luminance = (c) => {
-        const [r, g, b] = c.map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
-        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-    };
-    const groundOf = (node) => {
-        const colours = [];
-        for (let at = node; at && at !== frame.parentNode; at = at.parentElement)
-            colours.unshift(rgba(getComputedStyle(at).backgroundColor));
-        return colours.reduce((ground, top) => over(top, ground), [1, 1, 1]);
-    };
-    const found = [];
-    for (const node of frame.querySelectorAll("*")) {
-        if (![...node.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim())) continue;
-        if (!node.checkVisibility()) continue;
-        const ground = groundOf(node);
-        const style = getComputedStyle(node);
-        const text = over(rgba(node.namespaceURI.endsWith("svg") ? style.fill : style.color), ground);
-        const [a, b] = [luminance(text), luminance(ground)].sort((x, y) => y - x);
-        found.push([(a + 0.05) / (b + 0.05), node.textContent.slice(0, 30), node.className]);
-    }
-    return found.sort((x, y) => x[0] - y[0]);
-}"""
 
 
 @pytest.mark.parametrize("theme", ["JupyterLab Dark", "JupyterLab Light"])

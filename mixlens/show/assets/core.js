@@ -40,12 +40,17 @@ export async function mount(host, kind, packed, free = () => {}) {
   await free();
   const root = host.shadowRoot ?? host.attachShadow({ mode: "open" });
   const frame = element("div", { class: "frame" });
+  leave(host); // what an earlier view of this host listens to on the page
+  host.leaving = new AbortController();
+  frame.gone = host.leaving.signal;
   followTheme(frame);
-  root.replaceChildren(element("style", { text: CSS + expertRules(data.colours ?? []) }), frame);
+  root.replaceChildren(element("style", { text: CSS + expertRules(data.colours ?? []) + shadeRules() }), frame);
   VIEWS[kind](frame, data);
   keepKeys(frame);
   host.dataset.ready = "1";
 }
+
+const leave = (host) => host.leaving?.abort();
 
 /** The form for anywidget: what is selected in any view of the page is the widget's `selection`. */
 export default {
@@ -77,6 +82,7 @@ export default {
       document.removeEventListener(CHANNEL, hear);
       model.off("change:asked", asked);
       model.off("change:packed", show);
+      leave(host);
     };
   },
 };
@@ -89,7 +95,7 @@ const CHANNEL = "mixlens-select";
 function link(frame, apply) {
   document.addEventListener(CHANNEL, ({ detail }) => {
     if (detail.from !== frame && frame.isConnected) apply(detail);
-  });
+  }, { signal: frame.gone });
   return (selection) => document.dispatchEvent(new CustomEvent(CHANNEL, { detail: { ...selection, from: frame } }));
 }
 
@@ -135,6 +141,9 @@ function sortBy(table, head) {
 
 // ---------------------------------------------------------------------------------------------- shared
 
+/** `index` kept inside `count`. */
+const clamp = (index, count) => Math.max(0, Math.min(count - 1, index));
+
 function element(name, { text, ...attributes }, children = []) {
   const node = document.createElement(name);
   for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
@@ -176,6 +185,15 @@ function chooserOf(name, values, chosen) {
   return chooser;
 }
 
+/** Two buttons, back and on, that call `go` with -1 and 1. */
+function stepButtons(what, go) {
+  return [["◂", "previous", -1], ["▸", "next", 1]].map(([sign, way, by]) => {
+    const button = element("button", { type: "button", class: "step", text: sign, "aria-label": `${way} ${what}` });
+    button.addEventListener("click", () => go(by));
+    return button;
+  });
+}
+
 /** Buttons, one an expert; `buttons.show(expert)` presses one without telling `chosen`; -1 is none. */
 function expertButtons(count, chosen) {
   const buttons = Array.from({ length: count }, (_, e) =>
@@ -186,9 +204,37 @@ function expertButtons(count, chosen) {
   return group;
 }
 
+// ---------------------------------------------------------------------------------------------- colours
+
+const SHADES = 24; // depths of a token's ground: classes, since a style of its own a token is slow to compute
+
+/** Class name of a ground as deep as `share`, from 0 to 1, in the colour of --tint. */
+const shadeLook = (share) => ` w${Math.round((SHADES - 1) * Math.max(0, Math.min(1, share)))}`;
+
+function shadeRules() {
+  return Array.from({ length: SHADES }, (_, level) => {
+    const depth = 4 + (38 * level) / (SHADES - 1); // text stays readable on the deepest
+    return `.w${level}{background-color:color-mix(in srgb,var(--tint) ${depth.toFixed(1)}%,transparent)}`;
+  }).join("");
+}
+
+/** Rules for experts. A token's are without variables and its digit is a picture: then a step costs no layout. */
 function expertRules(colours) {
   return colours.map((colour, e) =>
-    `.e${e}{--first:${colour};--ink:${inkOn(colour)}}.s${e}{--second:${colour}}.digits .e${e}::after{content:"${e}"}`).join("");
+    `.e${e}:not(.t){--first:${colour};--ink:${inkOn(colour)}}.s${e}:not(.t){--second:${colour}}` +
+    `.t.e${e}{border-bottom-color:${colour}}.t.s${e}{box-shadow:0 1px 0 var(--ground),0 3px 0 ${colour}}` +
+    `.digits .e${e}{background-image:${digitPicture(e, "#1b1b1f")}}` +
+    `@media screen{[data-theme=dark] .digits .e${e}{background-image:${digitPicture(e, "#e8e8ee")}}}`).join("") +
+    `.digits .t{padding-right:${digitWidth(colours.length - 1)}px;background-size:auto 11px}`;
+}
+
+const digitWidth = (expert) => 7 * String(expert).length;
+
+function digitPicture(expert, colour) {
+  const width = digitWidth(expert);
+  const svg = `<svg xmlns="http://www.w3.org/2000/svg" width="${width}" height="11" viewBox="0 0 ${width} 11">` +
+    `<text x="1" y="10" font-family="system-ui, sans-serif" font-size="10.5" fill="${colour}">${expert}</text></svg>`;
+  return `url("data:image/svg+xml,${encodeURIComponent(svg)}")`;
 }
 
 function inkOn(colour) {
@@ -207,8 +253,9 @@ function followTheme(frame) {
     frame.dataset.theme = dark ? "dark" : "light";
   };
   apply();
-  system.addEventListener("change", apply);
+  system.addEventListener("change", apply, { signal: frame.gone });
   const watch = new MutationObserver(apply);
   watch.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-light", "class"] });
   watch.observe(document.documentElement, { attributes: true, attributeFilter: ["class"] });
+  frame.gone.addEventListener("abort", () => watch.disconnect());
 }

@@ -1,6 +1,6 @@
 // Heat maps on one scale centred on what uniform routing gives: layer x expert by domain, expert x expert by layer.
 
-const CELL = { width: 30, height: 20 };
+const CELL = { width: 27, height: 20 };
 
 /** `value` as the header's unit says it: a share in per cent, or a ratio. */
 function valueText(data, value) {
@@ -46,7 +46,7 @@ VIEWS.matrix = function matrix(frame, data) {
     scaleBar(data), readout, element("p", { class: "legend", text: data.note }));
 
   function gridOf(name, panel) {
-    const tall = row.values.length > 12 ? 15 : CELL.height, left = 40, top = name === null ? 16 : 30;
+    const tall = row.values.length > 12 ? 15 : CELL.height, left = 34, top = name === null ? 16 : 30;
     const width = left + column.values.length * CELL.width + 4, height = top + row.values.length * tall + 18;
     const svg = drawn("svg", { width, height, viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" });
     if (name !== null) svg.append(drawn("text", { class: "panel", x: 2, y: 12, text: name }));
@@ -111,7 +111,6 @@ VIEWS.matrix = function matrix(frame, data) {
   }
 
   function go(panel, i, j) {
-    const clamp = (value, most) => Math.max(0, Math.min(most - 1, value));
     Object.assign(state, { panel: clamp(panel, panels.length), row: clamp(i, row.values.length), column: clamp(j, column.values.length) });
     mark();
     tell({
@@ -135,10 +134,11 @@ VIEWS.matrix = function matrix(frame, data) {
 };
 
 function scaleBar(data) {
-  const steps = [-1, -0.5, 0, 0.5, 1].map((share) => (data.unit === "ratio" ? 2 ** (share * data.limit) : data.centre + share * data.limit));
-  const shown = steps.filter((value) => value >= 0);
-  return element("div", { class: "scale", "aria-hidden": "true" }, shown.map((value) => {
-    const box = element("span", { text: valueText(data, value) });
+  const ratio = data.unit === "ratio", below = ratio ? data.limit : Math.min(data.limit, data.centre); // no share is negative
+  const steps = [-below, -below / 2, 0, data.limit / 2, data.limit].map((far) => (ratio ? 2 ** far : data.centre + far));
+  return element("div", { class: "scale", "aria-hidden": "true" }, steps.map((value, i) => {
+    const more = i === 4 ? "≥ " : ratio && i === 0 ? "≤ " : "";
+    const box = element("span", { text: more + valueText(data, value) });
     box.style.background = fillOf(data, value);
     return box;
   }));

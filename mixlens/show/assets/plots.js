@@ -11,7 +11,8 @@ function ticksOf(low, high, count = 5) {
   return ticks;
 }
 
-const tickText = (value) => (Math.abs(value) >= 1e4 ? value.toExponential(0) : String(Number(value.toPrecision(6))));
+const plain = (value, digits) => value.toLocaleString("en", { maximumSignificantDigits: digits });
+const tickText = (value) => (Math.abs(value) >= 1e7 ? value.toExponential(0) : plain(value, 6));
 
 /** A linear or logarithmic scale from data to pixels. */
 function scaleOf([low, high], [from, to], log = false) {
@@ -98,7 +99,7 @@ VIEWS.dots = function dots(frame, data) {
   }
 
   const choose = (i) => {
-    state.expert = Math.max(0, Math.min(experts.length - 1, i));
+    state.expert = clamp(i, experts.length);
     paint();
     tell({ expert: experts[state.expert] });
   };
@@ -119,8 +120,9 @@ VIEWS.ecdf = function ecdf(frame, data) {
   const metrics = chooserOf("metric", data.metrics.map((m) => m.name), (index) => { state.metric = index; paint(); });
   const logged = element("input", { type: "checkbox" });
   const svg = canvasOf(height, "Latency curves. Left and right arrow keys move along the curve, up and down from curve to curve.");
+  const key = element("div", { class: "key" });
   const readout = element("div", { class: "readout", "aria-live": "polite" });
-  frame.append(element("div", { class: "controls" }, [metrics, element("label", {}, [logged, " logarithmic"])]), svg, readout,
+  frame.append(element("div", { class: "controls" }, [metrics, element("label", {}, [logged, " logarithmic"])]), svg, key, readout,
     element("p", { class: "legend", text: data.note }));
 
   function paint() {
@@ -133,14 +135,12 @@ VIEWS.ecdf = function ecdf(frame, data) {
     const y = scaleOf([0, 1], [height - PLOT.bottom, PLOT.top]);
     axesOf(svg, x, y, height, [`${data.metrics[state.metric].name} [s]`, "share of requests"]);
     state.curve = Math.min(state.curve, curves.length - 1);
-    const keyX = PLOT.width - 190, keyY = height - PLOT.bottom - 6 - 14 * curves.length; // below curves that rise to the right
     curves.forEach((curve, i) => {
       let path = "";
       curve.values.forEach((value, k) => { path += `${k ? "H" : `M${x(value)},${y(0)}`}${k ? x(value) : ""}V${y((k + 1) / curve.values.length)}`; });
-      svg.append(drawn("path", { class: `curve e${i}${i === state.curve ? " chosen" : ""}`, d: path }),
-        drawn("text", { class: "tick", x: keyX + 16, y: keyY + 8 + 14 * i, text: `${curve.label} (n = ${curve.values.length})` }),
-        drawn("rect", { class: `key e${i}`, x: keyX, y: keyY + 14 * i, width: 12, height: 8 }));
+      svg.append(drawn("path", { class: `curve e${i}${i === state.curve ? " chosen" : ""}`, d: path }));
     });
+    key.replaceChildren(...factNodes(curves.map((curve, i) => ["", `${curve.label} (n = ${curve.values.length})`, i])));
     const { values, label } = curves[state.curve];
     if (!values.length) return readout.replaceChildren(`${label}: no request succeeded.`);
     const k = Math.max(0, Math.ceil(state.at * values.length) - 1);
@@ -203,6 +203,7 @@ VIEWS.pareto = function pareto(frame, data) {
     axesOf(svg, x, y, height, [named(state.x), named(state.y)]);
     const best = frontier();
     svg.append(drawn("polyline", { class: "frontier", points: best.map((i) => `${x(values(state.x)[i])},${y(values(state.y)[i])}`).join(" ") }));
+    const names = []; // over what is drawn of all points
     labels.forEach((label, i) => {
       const [px, py] = [x(values(state.x)[i]), y(values(state.y)[i])];
       if (Number.isNaN(px + py)) return;
@@ -213,13 +214,15 @@ VIEWS.pareto = function pareto(frame, data) {
       }
       const dot = drawn("circle", { class: `dot e${i}${best.includes(i) ? " best" : ""}`, cx: px, cy: py, r: i === state.point ? 7 : 5 });
       dot.point = i;
-      svg.append(dot, drawn("text", { class: "tick", x: px + 9, y: py - 6, text: label }));
+      svg.append(dot);
+      names.push(drawn("text", { class: "tick named", x: px + 9, y: py - 6, text: label }));
     });
+    svg.append(...names);
     const facts = [["", labels[state.point], state.point]];
     measures.forEach((measure, m) => {
       const value = values(m)[state.point], low = values(m, "low")?.[state.point] ?? NaN;
-      const interval = Number.isNaN(low) ? "" : ` [${low.toPrecision(4)}, ${values(m, "high")[state.point].toPrecision(4)}]`;
-      facts.push([measure.name, Number.isNaN(value) ? "not measured" : `${value.toPrecision(4)}${interval}`]);
+      const interval = Number.isNaN(low) ? "" : ` [${plain(low, 4)}, ${plain(values(m, "high")[state.point], 4)}]`;
+      facts.push([measure.name, Number.isNaN(value) ? "not measured" : `${plain(value, 4)}${interval}`]);
     });
     readout.replaceChildren(...factNodes(facts));
   }

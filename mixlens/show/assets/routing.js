@@ -63,7 +63,7 @@ function factsOf(run, token, layer) {
 
 function factNodes(facts) {
   return facts.map(([name, value, e]) => element("span", { class: "fact" }, [
-    element("span", { class: "name", text: name }),
+    ...(name ? [element("span", { class: "name", text: name })] : []),
     ...(e === undefined ? [] : [element("i", { class: `swatch e${e}` })]),
     element("b", { text: value, dir: "auto" }),
   ]));
@@ -84,5 +84,3 @@ function quoted(piece) {
   const shown = JSON.stringify(piece);
   return shown.length > 300 ? `${shown.slice(0, 300)}… (${piece.length.toLocaleString("en")} characters)` : shown;
 }
-
-const tint = (colour, share) => `color-mix(in srgb, ${colour} ${Math.round(4 + 38 * Math.max(0, Math.min(1, share)))}%, transparent)`;

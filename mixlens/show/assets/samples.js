@@ -10,15 +10,13 @@ VIEWS.samples = function samples(frame, data) {
   const outcomeOf = (row) => (row.correct === null ? "not scored" : row.correct >= 1 ? "correct" : row.correct <= 0 ? "wrong" : `${row.correct.toFixed(2)}`);
   const tasks = ["all", ...new Set(rows.map((row) => row.task))];
   const tell = link(frame, (told) => {
-    if (run && run.layers.includes(told.layer)) { state.layer = run.layers.indexOf(told.layer); slider.show(state.layer); detail(); }
+    if (run?.layers.includes(told.layer)) setLayer(run.layers.indexOf(told.layer));
   });
   const search = element("input", { type: "search", placeholder: "search", "aria-label": "search prompts and answers", size: 14 });
-  const slider = run && sliderOver("layer", run.layers, (index) => { state.layer = index; detail(); tell({ layer: run.layers[index] }); });
-  const [back, on] = [["◂", -1], ["▸", 1]].map(([sign, by]) => {
-    const button = element("button", { type: "button", class: "step", text: sign, "aria-label": by < 0 ? "previous page" : "next page" });
-    button.addEventListener("click", () => { state.page += by; list(); });
-    return button;
-  });
+  const slider = run && sliderOver("layer", run.layers, (index) => { setLayer(index); tell({ layer: run.layers[index] }); });
+  const text = run && new TokenText(frame, run, "Tokens of the prompt. Left and right arrow keys move from token to token, up and down from layer to layer.",
+    (token) => choiceLook(run, token, state.layer));
+  const readout = element("div", { class: "readout" });
   const count = element("output", {});
   const body = element("tbody", {});
   const table = element("table", { class: "list", tabindex: 0, "aria-label": "Samples. Up and down arrow keys move from sample to sample." }, [
@@ -28,7 +26,7 @@ VIEWS.samples = function samples(frame, data) {
     element("div", { class: "controls" }, [
       chooserOf("task", tasks, (index) => { state.task = index; filter(); }),
       chooserOf("outcome", outcomes, (index) => { state.outcome = index; filter(); }),
-      search, element("span", { class: "stepper" }, [back, on, count]), ...(run ? [slider] : []),
+      search, element("span", { class: "stepper" }, [...stepButtons("page", (by) => { state.page += by; list(); }), count]), ...(run ? [slider] : []),
     ]),
     element("div", { class: "scrolled" }, [table]), panel, element("p", { class: "legend", text: data.note }));
 
@@ -70,7 +68,7 @@ VIEWS.samples = function samples(frame, data) {
     if (!row) return panel.replaceChildren("No sample fits.");
     const nodes = [element("h4", { text: `${row.task}, sample ${row.sample_id}: ${outcomeOf(row)}` })];
     const part = run ? data.sample_sequence.indexOf(state.chosen) : -1;
-    if (part >= 0) nodes.push(routed(part));
+    if (part >= 0) nodes.push(text.node, readout);
     else nodes.push(element("pre", { text: row.prompt, dir: "auto" }));
     nodes.push(element("p", {}, ["answer ", element("b", { text: row.response ?? "–", dir: "auto" }), ", target ", element("b", { text: row.target ?? "–", dir: "auto" })]));
     if (row.choices) {
@@ -79,17 +77,20 @@ VIEWS.samples = function samples(frame, data) {
       }))));
     }
     panel.replaceChildren(...nodes);
+    if (part >= 0) text.lay(run.starts[part], run.starts[part + 1]);
+    if (part >= 0) read(run.starts[part]);
   }
 
-  function routed(part) {
-    const text = element("div", { class: "text" });
-    for (let token = run.starts[part]; token < run.starts[part + 1]; token++) {
-      const second = run.topK > 1 ? ` s${run.expert(token, 1, state.layer)}` : "";
-      const span = element("span", { text: visibleText(run.piece(token)), class: `t e${run.expert(token, 0, state.layer)}${second}` });
-      text.append(span);
-      if (run.piece(token).includes("\n")) text.append(document.createElement("br"));
-    }
-    return text;
+  function read(token) {
+    text.mark(token);
+    readout.replaceChildren(...factNodes(factsOf(run, token, state.layer)));
+  }
+
+  function setLayer(layer) {
+    state.layer = clamp(layer, run.layers.length);
+    slider.show(state.layer);
+    text.repaint();
+    if (text.first < text.last) read(text.cursor);
   }
 
   const short = (value) => {
@@ -102,10 +103,15 @@ VIEWS.samples = function samples(frame, data) {
     if (!step) return;
     event.preventDefault();
     const lines = [...body.rows], at = lines.findIndex((line) => line.sample === state.chosen);
-    const next = lines[Math.max(0, Math.min(lines.length - 1, at + step))];
+    const next = lines[clamp(at + step, lines.length)];
     if (next) { choose(next.sample); next.scrollIntoView({ block: "nearest" }); }
   });
   search.addEventListener("input", filter);
+  text?.listen({
+    go: (token) => { read(token); text.reveal(token); },
+    turn: (by) => { setLayer(state.layer + by); tell({ layer: run.layers[state.layer] }); },
+    point: read,
+  });
   slider?.show(state.layer);
   filter();
 };

@@ -14,7 +14,7 @@ from typing import Any
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageChops
 
 from mixlens.show import wording
 from mixlens.show.html import page
@@ -64,11 +64,14 @@ class View:
 
         Its trait `selection` is {"layer": ..., "expert": ..., "domain": ...}, what was last chosen in any view of the
         page: `widget.observe(f, "selection")`. Setting `widget.asked = {"layer": 3}` moves the views.
-        A notebook keeps a widget only with its saved widget state; what is to last is the view itself.
+        A widget is gone with its kernel, unless the notebook saves widget states; the picture below it, folded up,
+        stays. What is to last is the view itself.
         """
         from mixlens.show.view.widget import ViewWidget
 
-        return ViewWidget(kind=self.kind, packed=self.packed)
+        summary = f"<summary>Without a kernel: {html.escape(self.title)}, as a picture</summary>"
+        static = f"<details>{summary}{self.static}</details>"
+        return ViewWidget(kind=self.kind, packed=self.packed, static=static)
 
 
 def static_form(drawn: Axes | Figure, caption: str, table: str, *, dpi: int = 110) -> str:
@@ -96,7 +99,9 @@ def static_table(columns: Mapping[str, Sequence[str]], caption: str) -> str:
 def _small_png(drawn: Axes | Figure, dpi: int) -> str:
     figure = drawn.get_figure(root=True) if isinstance(drawn, Axes) else drawn
     assert isinstance(figure, PaperFigure)
-    picture = Image.open(io.BytesIO(figure.png(dpi=dpi))).convert("RGB").quantize(_PICTURE_COLOURS)
+    whole = Image.open(io.BytesIO(figure.png(dpi=dpi))).convert("RGB")
+    drawn_on = ImageChops.invert(whole).getbbox() or (0, 0, *whole.size)
+    picture = whole.crop((0, 0, whole.width, min(whole.height, drawn_on[3] + dpi // 10))).quantize(_PICTURE_COLOURS)
     file = io.BytesIO()
     picture.save(file, "png", optimize=True)
     return base64.b64encode(file.getvalue()).decode("ascii")

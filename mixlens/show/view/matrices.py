@@ -109,17 +109,18 @@ def _view(
     arrays: dict[str, Any] = {n: data[v].transpose(*dims).to_numpy().astype(np.float32) for n, v in _PARTS.items()}
     counts = xr.zeros_like(data["estimate"]) + data["n"].fillna(0)
     arrays["n"] = counts.transpose(*dims).fillna(0).to_numpy().astype(np.int32)
+    digits = arrays["estimate"].size // max(1, _pages(data, picks)) <= _DIGITS_UNTIL
     ratio = data.attrs["unit"] == "ratio"
     centre = 1.0 if ratio else _centre(data)
     header = {
         "title": wording.title(data),
-        "note": _note(data),
+        "note": _note(data, digits),
         "unit": data.attrs["unit"],
         "of": "expected" if ratio else wording.denominator(data),
         "also": also(data),
         "centre": centre,
         "limit": _limit(data, centre, ratio),
-        "digits": arrays["estimate"].size // max(1, _pages(data, picks)) <= _DIGITS_UNTIL,
+        "digits": digits,
         "picks": [_pick(data, name) for name in picks],
         "panels": [None] if panels is None else [str(v) for v in data[panels].to_numpy()],
         "row": {"name": rows.name, "label": rows.label, "values": data[rows.name].to_numpy().tolist()},
@@ -145,18 +146,21 @@ def _centre(data: xr.Dataset) -> float:
 
 
 def _limit(data: xr.Dataset, centre: float, ratio: bool) -> float:
-    """Distance from the centre at the ends of the scale, in powers of two for a ratio; noise is not to look vivid."""
+    """Distance from the centre at the ends of the scale, in powers of two for a ratio; noise is not to look vivid.
+
+    A ratio's scale ends at eight times or an eighth: pairs that hardly ever occur would take all of it.
+    """
     values = data["estimate"].to_numpy()
     values = values[np.isfinite(values) & ((values > 0) | (not ratio))]
     far = np.abs(np.log2(values)) if ratio else np.abs(values - centre)
-    least = 1.0 if ratio else abs(centre) / 5
-    return float(max(np.quantile(far, 0.995) if far.size else 0.0, least, 1e-9))
+    least, most = (1.0, 3.0) if ratio else (max(abs(centre) / 5, 1e-9), np.inf)
+    return float(np.clip(np.quantile(far, 0.995) if far.size else 0.0, least, most))
 
 
-def _note(data: xr.Dataset) -> str:
+def _note(data: xr.Dataset, digits: bool) -> str:
     middle = "chance" if data.attrs["unit"] == "ratio" else wording.uniform_text(data)
     about = [wording.sample(data), f"{wording.level(data)} over documents", f"middle of the scale: {middle}"]
-    return f"{'; '.join(about)}; bold: the interval excludes it."
+    return "; ".join([*about, *(["bold: the interval excludes it"] if digits else [])]) + "."
 
 
 def also(data: xr.Dataset) -> list[Any] | None:

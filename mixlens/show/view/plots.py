@@ -114,22 +114,25 @@ def pareto(data: Pareto, *, x: str = "bytes", y: str = "kl") -> View:
     arrays = {}
     for i, name in enumerate(quantities):
         rows = data.of(name).reindex(labels)
+        factor, _ = comparison.axis_of(name)
         for part, column in (("estimate", "estimate"), ("low", "ci_low"), ("high", "ci_high")):
-            arrays[f"{part}{i}"] = rows[column].to_numpy(np.float32)
+            arrays[f"{part}{i}"] = rows[column].to_numpy(np.float32) * np.float32(factor)
     header = {
         "labels": labels,
-        "measures": [{"name": name, "higher": name not in _SMALLER_IS_BETTER} for name in quantities],
+        "measures": [
+            {"name": comparison.axis_of(name)[1], "higher": name not in _SMALLER_IS_BETTER} for name in quantities
+        ],
         "start": [quantities.index(x), quantities.index(y)],
         "colours": expert_colours(max(8, len(labels))),
         "note": note_of(drawn).replace("whiskers", "bars"),
     }
     columns = {
-        name: ["–" if np.isnan(v) else f"{v:.4g}" for v in arrays[f"estimate{i}"]] for i, name in enumerate(quantities)
+        measure["name"]: ["–" if np.isnan(v) else f"{v:,.4g}" for v in arrays[f"estimate{i}"]]
+        for i, measure in enumerate(header["measures"])
     }
-    static = static_form(
-        drawn, f"{y} against {x}. {header['note']}", static_table({"scheme": labels, **columns}, "All")
-    )
-    return View(f"{y} against {x}", "pareto", static, pack(header, arrays))
+    title = " against ".join(comparison.axis_of(name)[1].split(",")[0] for name in (y, x))
+    static = static_form(drawn, f"{title}. {header['note']}", static_table({"scheme": labels, **columns}, "All"))
+    return View(title, "pareto", static, pack(header, arrays))
 
 
 def _model(bench: Bench) -> str:

@@ -122,4 +122,4 @@ def first_tokens(one: Trace, ids: np.ndarray) -> dict[str, Any]:
 
 def _short(piece: str) -> str:
     shown = repr(piece)[1:-1]
-    return shown if len(shown) <= 60 else f"{shown[:60]}… ({len(piece):,} characters)"
+    return shown if len(shown) <= 40 else f"{shown[:40]}… ({len(piece):,} characters)"
