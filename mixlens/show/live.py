@@ -42,13 +42,16 @@ def module_script(*kinds: str) -> str:
 
 
 def mount_script(kind: str, packed: str, *, load: bool) -> str:
-    """A script element that makes the element before it the live view `kind`.
+    """A script element that makes the nearest .mixlens before it the live view `kind`.
+
+    VS Code runs a copy of the script, at the end of the output, so that the view need not stand right before it.
 
     load   whether the module comes along; False on a page that has the module of all kinds already
     """
     module = module_script(kind) if load else f"{_MODULES}[{_string(_version(*ALL))}]"
     return (
-        f"<script>(()=>{{const host=document.currentScript.previousElementSibling;"
+        "<script>(()=>{let host=document.currentScript;"
+        'do host=host.previousElementSibling;while(!host.matches(".mixlens"));'
         f"{module}.then(m=>m.mount(host,{_string(kind)},{_string(packed)}))"
         '.catch(e=>console.warn("mixlens: the view stays a picture.",e))})()</script>'
     )

@@ -199,26 +199,28 @@ def test_one_output_in_a_page_that_is_not_ours(visit, trace, tmp_path):
     assert clean(seen)
 
 
-@pytest.mark.parametrize("attached", [True, False])
-def test_live_where_a_notebook_makes_the_scripts_anew(chromium, trace, attached):
-    """JupyterLab and VS Code set innerHTML, then replace each script by a copy, before or after the node is shown."""
+@pytest.mark.parametrize(("attached", "in_place"), [(True, True), (False, True), (True, False)])
+def test_live_where_a_notebook_makes_the_scripts_anew(chromium, trace, attached, in_place):
+    """After innerHTML JupyterLab puts a copy in the place of each script, before or after the node is shown; VS Code
+    puts it at the node's end and takes it away again."""
     context = chromium.new_context()
     page = context.new_page()
     errors = []
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.evaluate(
-        """([html, attached]) => {
+        """([html, attached, inPlace]) => {
             const node = document.createElement("div");
             if (attached) document.body.append(node);
             node.innerHTML = html;
             for (const old of node.querySelectorAll("script")) {
                 const script = document.createElement("script");
                 script.textContent = old.textContent;
-                old.replaceWith(script);
+                if (inPlace) old.replaceWith(script);
+                else node.appendChild(script).remove();
             }
             if (!attached) document.body.append(node);
         }""",
-        [view.tokens(trace, 3)._repr_html_(), attached],
+        [view.tokens(trace, 3)._repr_html_(), attached, in_place],
     )
     page.wait_for_selector('[data-ready="1"]', state="attached", timeout=10_000)
     assert errors == []
