@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import NormalDist
 
 import numpy as np
@@ -138,6 +139,12 @@ def t_quantile(p: float, degrees: np.ndarray) -> np.ndarray:
     With t = sqrt(df) tan(a) the density is proportional to cos(a)^(df - 1), which is integrated on a grid for some
     df and interpolated in 1/df between them.
     """
+    return np.exp(np.interp(1 / degrees, *_t_nodes(p)))
+
+
+@lru_cache(maxsize=8)
+def _t_nodes(p: float) -> tuple[np.ndarray, np.ndarray]:
+    """1 / df, and the logarithm of the quantile there; kept, for it takes longer than most statistics that ask."""
     inverse = np.linspace(0, 1, 101)[1:]
     angle = np.linspace(0, np.pi / 2, 20_001)
     nodes = [NormalDist().inv_cdf(p)]
@@ -145,7 +152,7 @@ def t_quantile(p: float, degrees: np.ndarray) -> np.ndarray:
         density = np.cos(angle) ** (df - 1)
         upper = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2)])
         nodes.append(np.sqrt(df) * np.tan(np.interp((2 * p - 1) * upper[-1], upper, angle)))
-    return np.exp(np.interp(1 / degrees, np.concatenate([[0], inverse]), np.log(nodes)))
+    return np.concatenate([[0], inverse]), np.log(nodes)
 
 
 def _jackknife_ratio(left_out: np.ndarray, replicates: np.ndarray) -> np.ndarray:
