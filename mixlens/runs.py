@@ -209,6 +209,12 @@ def open_run(path: str | os.PathLike, *, check: bool = True) -> Run:
     raise RunError(f"A run was to be opened at {path}. The folder {what}. Give the folder that was passed as out=.")
 
 
+def plan_at(path: str | os.PathLike) -> dict[str, Any]:
+    """The plan of the run at `path`, finished or not; empty where there is none."""
+    plan = Path(path) / PLAN
+    return _read_json(plan) if plan.exists() else {}
+
+
 def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 

@@ -22,6 +22,8 @@ def add_commands(add: Callable[[str, Callable[..., Any], str], argparse.Argument
     run.add_argument("--protocol", help="suite or protocol that says how a benchmark is asked")
     run.add_argument("--out", help="run directory; a stopped one goes on (default: out/eval-DATE-TIME)")
     run.add_argument("--data", metavar="DIR", help="benchmarks in their original formats (default: from the Hub)")
+    pinned = "branch, tag or commit of a data set on the Hub"
+    run.add_argument("--data-revision", action="append", default=[], metavar="NAME=REVISION", help=pinned)
     run.add_argument("--limit", type=int, metavar="N", help="only the first N documents of every task")
     run.add_argument("--batch-size", type=int, default=8, help="rows of a forward (default: %(default)s)")
     run.add_argument("--seed", type=int, default=0, help="of sampled answers (default: %(default)s)")
@@ -55,7 +57,12 @@ def _eval(arguments: argparse.Namespace) -> dict[str, Any] | None:
     from mixlens.evals.runner import EvalSettings, job_of, run
 
     out = arguments.out or f"out/eval-{datetime.now():%Y%m%d-%H%M%S}"
-    settings = EvalSettings(batch_size=arguments.batch_size, seed=arguments.seed, progress=not arguments.json)
+    settings = EvalSettings(
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+        revisions=_revisions(arguments.data_revision),
+        progress=not arguments.json,
+    )
     chosen = {name: getattr(arguments, name) for name in ("protocol", "data", "limit")}
     log = run(partial(_model, arguments), job_of(arguments.tasks, **chosen, settings=settings), out, settings)
     published = beside(log)
@@ -68,6 +75,16 @@ def _eval(arguments: argparse.Namespace) -> dict[str, Any] | None:
         print(f"\n{shown.to_string(index=False, float_format=lambda value: f'{value:.1f}')}")
     print(f"run: {out}")
     return None
+
+
+def _revisions(given: list[str]) -> dict[str, str]:
+    pairs = [one.partition("=") for one in given]
+    if wrong := [one for one, (name, _, revision) in zip(given, pairs, strict=True) if not (name and revision)]:
+        raise BadInput(
+            f"--data-revision {wrong[0]} was given. It names no data set or no revision. Write it as in "
+            "--data-revision openai/gsm8k=main."
+        )
+    return {name: revision for name, _, revision in pairs}
 
 
 def _model(arguments: argparse.Namespace) -> Any:

@@ -1,7 +1,8 @@
 """Benchmark data: from the Hub at a recorded revision, or from a local folder in the original formats.
 
 The functions named after benchmarks are what task files call (`custom_dataset`); each gives splits of one subject.
-`root` is the local folder, None for the Hub. Nothing of it is shipped with mixlens.
+`root` is the local folder, None for the Hub, and `revisions` the commits there, by repository. Nothing of it is shipped
+with mixlens.
 """
 
 from __future__ import annotations
@@ -11,38 +12,25 @@ import gzip
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import datasets
 
 from mixlens.errors import BadInput
+from mixlens.evals.repositories import HUB, splits_of
 from mixlens.runs import sha256_file
 
 Splits = dict[str, datasets.Dataset]
+Revisions = Mapping[str, str] | None
 # What `datasets` calls files that are not on the Hub.
 _FORMATS = ("json", "csv", "parquet", "arrow", "text", "pandas", "xml")
-# Where each benchmark is on the Hub.
-HUB = {
-    "mmlu": "cais/mmlu",
-    "humaneval": "openai/openai_humaneval",
-    "gsm8k": "openai/gsm8k",
-    "mbpp": "google-research-datasets/mbpp",
-    "math": "EleutherAI/hendrycks_math",
-    "arc": "allenai/ai2_arc",
-    "hellaswag": "Rowan/hellaswag",
-    "m_arc": "alexandrainst/m_arc",
-    "m_hellaswag": "alexandrainst/m_hellaswag",
-    "m_mmlu": "alexandrainst/m_mmlu",
-}
 
 
-def mmlu(subject: str, root: str | None = None, **_: Any) -> Splits:
+def mmlu(subject: str, root: str | None = None, revisions: Revisions = None, **_: Any) -> Splits:
     """Questions of one subject: question, choices, answer (index), subject. Splits dev, validation, test."""
     if root is None:
-        splits = _hub("mmlu", subject)
-        return {name: splits[name] for name in ("dev", "validation", "test")}
+        return splits_of("mmlu", subject, revisions)
     files = {"dev": "dev", "validation": "val", "test": "test"}
     return {
         split: _dataset(_mmlu_rows(Path(root) / "mmlu" / folder / f"{subject}_{folder}.csv", subject))
@@ -57,22 +45,21 @@ def _mmlu_rows(path: Path, subject: str) -> Iterable[dict[str, Any]]:
             yield {"question": question, "choices": choices, "answer": "ABCD".index(answer), "subject": subject}
 
 
-def humaneval(root: str | None = None, **_: Any) -> Splits:
+def humaneval(root: str | None = None, revisions: Revisions = None, **_: Any) -> Splits:
     """Problems: task_id, prompt, entry_point, canonical_solution, test. Split test."""
     if root is None:
-        return {"test": _hub("humaneval")["test"]}
+        return splits_of("humaneval", None, revisions)
     return {"test": _dataset(_json_lines(Path(root) / "humaneval" / "HumanEval.jsonl.gz"))}
 
 
-def gsm8k(root: str | None = None, **_: Any) -> Splits:
+def gsm8k(root: str | None = None, revisions: Revisions = None, **_: Any) -> Splits:
     """Problems: question, answer (worked, the number behind ####). Splits train, test."""
     if root is None:
-        splits = _hub("gsm8k", "main")
-        return {name: splits[name] for name in ("train", "test")}
+        return splits_of("gsm8k", "main", revisions)
     return {name: _dataset(_json_lines(Path(root) / "gsm8k" / f"{name}.jsonl")) for name in ("train", "test")}
 
 
-def mbpp(subset: str = "full", root: str | None = None, **_: Any) -> Splits:
+def mbpp(subset: str = "full", root: str | None = None, revisions: Revisions = None, **_: Any) -> Splits:
     """Problems: task_id, text, code, test_list, test_setup_code. Splits prompt, test (ids 11 to 510).
 
     The prompt split begins at id 2: the examples that prompts are made of are 2, 3 and 4 (Austin et al. 2021).
@@ -80,8 +67,7 @@ def mbpp(subset: str = "full", root: str | None = None, **_: Any) -> Splits:
     subset  "full", or "sanitized" for the hand-verified problems
     """
     if root is None:
-        splits = _hub("mbpp", subset)
-        rows = [dict(row) for split in splits.values() for row in split]
+        rows = [dict(row) for split in splits_of("mbpp", subset, revisions).values() for row in split]
     elif subset == "full":
         rows = list(_json_lines(Path(root) / "mbpp" / "mbpp.jsonl"))
     else:
@@ -112,14 +98,13 @@ def _mbpp_row(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def math(subject: str, root: str | None = None, **_: Any) -> Splits:
+def math(subject: str, root: str | None = None, revisions: Revisions = None, **_: Any) -> Splits:
     """Problems of one subject: problem, level, type, solution with a boxed answer. Splits train, test.
 
     A local folder has math/{train,test}/SUBJECT/*.json, one problem a file, as released by Hendrycks et al. 2021.
     """
     if root is None:
-        splits = _hub("math", subject)
-        return {name: splits[name] for name in ("train", "test")}
+        return splits_of("math", subject, revisions)
     return {name: _dataset(_one_a_file(Path(root) / "math" / name / subject)) for name in ("train", "test")}
 
 
@@ -132,15 +117,14 @@ def _one_a_file(folder: Path) -> Iterable[dict[str, Any]]:
             yield json.load(file)
 
 
-def arc(subset: str, root: str | None = None, **_: Any) -> Splits:
+def arc(subset: str, root: str | None = None, revisions: Revisions = None, **_: Any) -> Splits:
     """Questions: question, choices {text, label}, answerKey. Splits train, validation, test.
 
     subset  "ARC-Challenge" or "ARC-Easy"; a local folder has arc/SUBSET/SUBSET-{Train,Dev,Test}.jsonl, as released
     """
     names = {"train": "Train", "validation": "Dev", "test": "Test"}
     if root is None:
-        splits = _hub("arc", subset)
-        return {split: splits[split] for split in names}
+        return splits_of("arc", subset, revisions)
     folder = Path(root) / "arc" / subset
     return {
         split: _dataset(map(_arc_row, _json_lines(folder / f"{subset}-{name}.jsonl"))) for split, name in names.items()
@@ -155,14 +139,13 @@ def _arc_row(row: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def hellaswag(root: str | None = None, **_: Any) -> Splits:
+def hellaswag(root: str | None = None, revisions: Revisions = None, **_: Any) -> Splits:
     """Beginnings: activity_label, ctx_a, ctx_b, endings, label. Splits train, validation.
 
     A local folder has hellaswag/hellaswag_{train,val}.jsonl, as released.
     """
     if root is None:
-        splits = _hub("hellaswag")
-        return {name: splits[name] for name in ("train", "validation")}
+        return splits_of("hellaswag", None, revisions)
     files = {"train": "train", "validation": "val"}
     return {
         split: _dataset(_hellaswag_row(r) for r in _json_lines(Path(root) / "hellaswag" / f"hellaswag_{name}.jsonl"))
@@ -174,41 +157,17 @@ def _hellaswag_row(row: dict[str, Any]) -> dict[str, Any]:
     return {key: row[key] for key in ("activity_label", "ctx_a", "ctx_b", "endings")} | {"label": str(row["label"])}
 
 
-def translated(benchmark: str, language: str, root: str | None = None, **_: Any) -> Splits:
-    """m_arc, m_hellaswag or m_mmlu in one language, as on the Hub; there is no original format of theirs to read."""
+def translated(hub: str, language: str, root: str | None = None, revisions: Revisions = None, **_: Any) -> Splits:
+    """One language as on the Hub; there is no original format to read.
+
+    hub  m_arc, m_hellaswag or m_mmlu; lm-eval gives it from the task file's metadata
+    """
     if root is not None:
         raise BadInput(
-            f"{benchmark} in {language} was to be read from {root}. Only the Hub has the translated benchmarks. "
+            f"{hub} in {language} was to be read from {root}. Only the Hub has the translated benchmarks. "
             "Leave data= out for these tasks."
         )
-    return dict(_hub(benchmark, language))
-
-
-@lru_cache
-def hub_revision(benchmark: str) -> str:
-    """The commit that the Hub's main branch of a data set is at; asked once in a process.
-
-    Raises BadInput when the Hub cannot be reached and nothing is in its cache.
-    """
-    from huggingface_hub import HfApi, scan_cache_dir
-    from huggingface_hub.errors import CacheNotFound
-
-    repository = HUB[benchmark]
-    try:
-        return str(HfApi().dataset_info(repository).sha)
-    except Exception as error:  # the client has a class of its own for every way of not getting there
-        try:
-            cached = [r for r in scan_cache_dir().repos if r.repo_id == repository and r.repo_type == "dataset"]
-        except CacheNotFound:
-            cached = []
-        revisions = [revision for r in cached for revision in r.revisions]
-        if revisions:
-            return max(revisions, key=lambda revision: revision.last_modified).commit_hash
-        raise BadInput(
-            f"The data set {repository} was asked for. The Hub did not give it, and nothing is cached: "
-            f"{str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}. "
-            "Check the network, or point data= at a folder that holds the benchmark in its original format."
-        ) from error
+    return splits_of(hub, language, revisions)
 
 
 def source_of(benchmark: str | None, task: Any, sums: Mapping[str, str]) -> dict[str, Any]:
@@ -225,7 +184,8 @@ def source_of(benchmark: str | None, task: Any, sums: Mapping[str, str]) -> dict
     if benchmark is not None and sums:
         return {"from": "folder", **found, "sha256": dict(sums)}
     if benchmark is not None:
-        return {"from": "Hub", "repository": HUB[benchmark], "revision": hub_revision(benchmark)}
+        commits = (task.get_config("metadata") or {}).get("revisions") or {}
+        return {"from": "Hub", "repository": HUB[benchmark], "revision": commits.get(HUB[benchmark])}
     if path is None:
         return {"from": "mixlens", **found}
     if path in _FORMATS or Path(path).is_dir():
@@ -245,16 +205,6 @@ def _file_sums(data_files: Any) -> dict[str, str]:
         return {name: digest for files in data_files.values() for name, digest in _file_sums(files).items()}
     listed = [data_files] if isinstance(data_files, str) else data_files or []
     return {Path(file).name: sha256_file(Path(file)) for file in listed if Path(file).is_file()}
-
-
-def _hub(benchmark: str, name: str | None = None) -> Any:
-    try:
-        return datasets.load_dataset(HUB[benchmark], name, revision=hub_revision(benchmark))
-    except (OSError, ValueError) as error:
-        raise BadInput(
-            f"The data set {HUB[benchmark]} ({name or 'default'}) was to be loaded. The Hub did not give it: "
-            f"{str(error).strip().splitlines()[0]}. Check the network, or point data= at a local folder."
-        ) from error
 
 
 def _dataset(rows: Iterable[dict[str, Any]]) -> datasets.Dataset:

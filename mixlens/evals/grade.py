@@ -15,15 +15,16 @@ import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mixlens.errors import BadInput, RunError
+from mixlens.errors import BadInput, MixlensError, RunError
 from mixlens.evals.answers import Answers, Key
 from mixlens.evals.protocols import Protocol, is_task_file, lm_eval_task_files, resolve, unknown_task
+from mixlens.evals.repositories import commits_of
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Job:
 
     tasks, protocol  as given to evaluate
     root     local folder of benchmark data, None for the Hub
+    revisions  branch, tag or commit of data sets on the Hub, by repository; at_commits makes them commits
     limit    documents of every task, None for all
     seed     of the choice of shots, where a task chooses at random
     tokenizer  folder of the tokenizer whose chat template is applied; None where no task wants one
@@ -43,11 +45,23 @@ class Job:
     limit: int | None = None
     seed: int = 0
     tokenizer: str | None = None
+    revisions: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Job:
         """From its values as JSON gives them back."""
         return cls(**{**values, "tasks": tuple(values["tasks"])})
+
+    def at_commits(self, kept: Mapping[str, str]) -> Job:
+        """The job with the commit of every data set that its protocols read from the Hub, so that none is read at two.
+
+        kept  commits of a run that this job goes on with; a revision that was asked for goes before
+
+        Raises BadInput for revisions of what no protocol reads, and where the Hub does not give them.
+        """
+        protocols, _ = resolve(self.tasks, self.protocol)
+        hubs = {str(p.about["hub"]) for p in protocols if p.about.get("hub")} if self.root is None else set()
+        return replace(self, revisions=commits_of(hubs, self.revisions, kept))
 
 
 @dataclass
@@ -84,11 +98,11 @@ def load_tasks(job: Job) -> Loaded:
 
     protocols, others = resolve(job.tasks, job.protocol)
     loaded = Loaded()
-    metadata: Any = {"root": job.root}
+    metadata: Any = {"root": job.root, "revisions": dict(job.revisions)}
     with redirect_stderr(io.StringIO()):
         manager = TaskManager(include_path=[], include_defaults=False, metadata=metadata)
         for protocol in protocols:
-            tasks = manager.load(protocol.task_configs())["tasks"]
+            tasks = _load(manager, protocol.name, protocol.task_configs())
             loaded.tasks |= tasks
             loaded.protocols |= dict.fromkeys(tasks, protocol)
         tasks = _lm_eval_tasks(others, metadata) if others else {}
@@ -115,13 +129,19 @@ def _lm_eval_tasks(names: Sequence[str], metadata: Any) -> dict[str, Any]:
     for name in names:
         if name not in files and name not in manager.all_tasks:
             raise unknown_task(name, [*files, *manager.all_tasks])
+    return _load(manager, ", ".join(names), [files.get(name, name) for name in names])
+
+
+def _load(manager: Any, name: str, configs: list[Any]) -> dict[str, Any]:
     try:
-        return manager.load([files.get(name, name) for name in names])["tasks"]
+        return manager.load(configs)["tasks"]
+    except MixlensError:
+        raise
     except Exception as error:  # of lm-eval, of a task's own functions, of datasets and of the Hub's client
         said = (str(error).strip().splitlines() or [""])[0][:300].rstrip(".")
         raise BadInput(
-            f"{', '.join(names)} was to be loaded by lm-eval. It did not succeed: {type(error).__name__}: {said}. "
-            "Check the task file, and that its data can be reached."
+            f"{name} was to be loaded by lm-eval. It did not succeed: {type(error).__name__}: {said}. "
+            "Check the task file, and that its data can be reached and has the fields that it names."
         ) from error
 
 

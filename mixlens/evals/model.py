@@ -17,6 +17,7 @@ from transformers import DynamicCache
 
 from mixlens.errors import BadInput, ModelError
 from mixlens.evals.generating import Sampling, check_sampling, generate
+from mixlens.models.hub import tokenizer_beside
 
 # lm-eval's decorator hides the class from type checkers.
 _Base: Any = HFLM
@@ -335,7 +336,7 @@ def tokenizer_of(model: Any, tokenizer: Any = None) -> Any:
         return tokenizer
     name = str(tokenizer or getattr(model, "name_or_path", "") or "")
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False) if tokenizer else tokenizer_beside(model)
     except (OSError, ValueError) as error:
         raise BadInput(
             f"The tokenizer of {name or type(model).__name__} was asked for. None could be loaded from there. "

@@ -25,7 +25,7 @@ from mixlens.evals.preflight import check
 from mixlens.evals.progress import Progress, reporting
 from mixlens.evals.routing import ROUTING_PARTIAL, SampleRecorder
 from mixlens.evals.verify import verified_sums
-from mixlens.runs import RunWriter, now, versions
+from mixlens.runs import RunWriter, now, plan_at, versions
 from mixlens.traces.processes import processes
 
 _PACKAGES = ("mixlens", "lm_eval", "torch", "transformers", "datasets", "math-verify", "sympy")
@@ -41,6 +41,7 @@ class EvalSettings:
     seed            of sampled answers, and of shots where a task draws them
     share_prefix    read the shots that a task's questions have in common once (local models)
     tokenizer       a tokenizer, or the name or folder of one; None is the one beside the model's weights
+    revisions       branch, tag or commit of data sets on the Hub, by repository: {"openai/gsm8k": "main"}
     routing         record what every expert does while the model answers, as Log.routing (local models)
     progress        whether to show a progress bar
     """
@@ -51,6 +52,7 @@ class EvalSettings:
     seed: int = 0
     share_prefix: bool = True
     tokenizer: Any = None
+    revisions: Mapping[str, str] = field(default_factory=dict)
     routing: bool = False
     loading: Mapping[str, Any] = field(default_factory=dict)
     progress: bool | Progress = True
@@ -104,6 +106,7 @@ def evaluate(
 def run(model_of: Callable[[], Any], job: Job, out: str | os.PathLike | None, settings: EvalSettings) -> Log:
     """evaluate in this process; `model_of` loads the model, once tasks and data are there."""
     with ExitStack() as stack:
+        job = job.at_commits({} if out is None else plan_at(out).get("data", {}))
         loaded = load_tasks(job)
         benchmarks = {str(p.about["hub"]) for p in loaded.protocols.values() if p is not None and p.about.get("hub")}
         sums = {} if job.root is None else verified_sums(Path(job.root), benchmarks)
@@ -169,7 +172,8 @@ def job_of(
             f"An evaluation was asked for in each of {world} processes. Every one of them would ask everything. Start "
             'it without accelerate launch: device_map="auto" spreads one model over all GPUs.'
         )
-    return Job(names, protocol, None if data is None else str(Path(data).resolve()), limit, settings.seed)
+    root = None if data is None else str(Path(data).resolve())
+    return Job(names, protocol, root, limit, settings.seed, revisions=dict(settings.revisions))
 
 
 def _with_tokenizer(job: Job, backend: Any, folder: str) -> Job:
@@ -188,6 +192,7 @@ def _plan(job: Job, loaded: Loaded, requests: Sequence[Any], backend: Any, setti
         "model": backend.identity(),
         "tasks": {name: None if p is None else p.name for name, p in loaded.protocols.items()},
         "limit": job.limit,
+        **({"data": dict(job.revisions)} if job.revisions else {}),
         "settings": {name: getattr(settings, name) for name in kept},
         "input_sha256": digest.hexdigest(),
         "lm_eval": versions("lm_eval").get("lm_eval"),

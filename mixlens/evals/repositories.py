@@ -1,0 +1,82 @@
+"""Benchmarks on the Hub: the repository of each, the commit that an evaluation reads it at, and its splits there."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import datasets
+from datasets.packaged_modules.cache.cache import Cache
+
+from mixlens.errors import BadInput
+from mixlens.models.hub import commit_of, fault_of
+
+# By the name that task files give it (metadata: hub).
+HUB = {
+    "mmlu": "cais/mmlu",
+    "humaneval": "openai/openai_humaneval",
+    "gsm8k": "openai/gsm8k",
+    "mbpp": "google-research-datasets/mbpp",
+    "math": "EleutherAI/hendrycks_math",
+    "arc": "allenai/ai2_arc",
+    "hellaswag": "Rowan/hellaswag",
+    "m_arc": "alexandrainst/m_arc",
+    "m_hellaswag": "alexandrainst/m_hellaswag",
+    "m_mmlu": "alexandrainst/m_mmlu",
+}
+
+
+def commits_of(benchmarks: Collection[str], asked: Mapping[str, str], kept: Mapping[str, str]) -> dict[str, str]:
+    """The commit of the repository of every benchmark.
+
+    asked   branches, tags or commits, by repository
+    kept    commits of repositories that nothing is asked of; the others are read at main's
+
+    Raises  BadInput  for a repository that none of the benchmarks is read from, or that the Hub does not give
+    """
+    repositories = sorted({HUB[benchmark] for benchmark in benchmarks})
+    if strangers := sorted(set(asked) - set(repositories)):
+        raise BadInput(
+            f"{', '.join(strangers)} was to be read at a revision of its own. The protocols asked for read "
+            f"{', '.join(repositories) or 'nothing'} from the Hub. Name one of these, or leave it out."
+        )
+    wanted = {**kept, **asked}
+    return {repository: _commit(repository, wanted.get(repository)) for repository in repositories}
+
+
+def splits_of(benchmark: str, subset: str | None, revisions: Mapping[str, str] | None) -> dict[str, datasets.Dataset]:
+    """Splits of one subset, by name.
+
+    revisions  commits by repository, as commits_of gives them; None, as in lm-eval without mixlens, is main
+
+    Raises BadInput where neither the Hub nor its cache has them at that commit.
+    """
+    repository = HUB[benchmark]
+    commit = (revisions or {}).get(repository) or _commit(repository, None)
+    try:
+        builder: Any = datasets.load_dataset_builder(repository, subset, revision=commit)
+        if builder.hash != commit:  # the Hub did not answer, and datasets took the commit that it had used last
+            builder = Cache(
+                repo_id=repository,
+                dataset_name=builder.dataset_name,
+                config_name=builder.config.name,
+                version=str(builder.config.version),
+                hash=commit,
+            )
+        builder.download_and_prepare()
+        return dict(builder.as_dataset())
+    except Exception as error:  # of datasets, of the Hub's client, of pyarrow
+        raise _not_given(f"{repository} ({subset or 'default'}, {commit})", error) from error
+
+
+def _commit(repository: str, revision: str | None) -> str:
+    try:
+        return commit_of(repository, revision, kind="dataset")
+    except Exception as error:  # the client has a class of its own for every way of not getting there
+        raise _not_given(repository, error) from error
+
+
+def _not_given(what: str, error: Exception) -> BadInput:
+    said = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    found, do = fault_of(error) or (said, "Check the network, or give a local folder.")
+    return BadInput(f"The data set {what} was to be read. The Hub did not give it: {found}. {do}")
