@@ -6,6 +6,7 @@ import html
 import re
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +35,7 @@ _SHOWN_EVERY = 4  # tokens between two updates of the view while generating
 _COLUMNS = ("task", "metric", "average", "score", "ci_low", "ci_high", "n", "protocol")
 _BOOTSTRAP = stats.Bootstrap(replicates=200)
 _ROW = {"flex_flow": "row wrap", "align_items": "center"}
+_GRID = {"grid_template_columns": "repeat(3, max-content)"}
 _CELLS = "<style>.mixlens-scores td, .mixlens-scores th {padding: 2px 10px; text-align: left}</style>"
 
 
@@ -45,7 +47,7 @@ class Explorer(ipywidgets.VBox):
     """Widgets round a loaded model: prompt, live routing, recording and evaluation with progress and a stop button.
 
     model      from `load`, or any Mixtral of transformers
-    documents  as in `record`: what "record" reads and, by their column domain, starts of prompts; None for none
+    documents  as in `record`: what "record" reads, all domains in turn, and the prompts of each; None for none
     tokenizer  None for the one that belongs to the model
     data       folder with benchmarks in their original formats, as in `evaluate`; None loads them from the Hub
 
@@ -67,7 +69,7 @@ class Explorer(ipywidgets.VBox):
         moe_layers(model)
         self.model: Any = model
         given = [] if documents is None else Documents(documents, "text")
-        self.documents = [{"id": d.id, "text": d.text, **d.columns} for d in given]
+        self.documents = _in_turn([{"id": d.id, "text": d.text, **d.columns} for d in given])
         self.tokenizer = tokenizer if tokenizer is not None else tokenizer_of(model)
         self.data = data
         self._vocabulary = vocabulary_of(self.tokenizer)
@@ -80,12 +82,12 @@ class Explorer(ipywidgets.VBox):
         self._make_controls()
         rows = [
             [self.domain, self.new_tokens, self.buttons["generate"]],
-            [self.n_documents, self.buttons["record"]],
+            [self.n_documents, ipywidgets.Label(), self.buttons["record"]],
             [self.tasks, self.limit, self.buttons["evaluate"]],
-            [self.buttons["stop"], self.progress, self.status],
         ]
-        controls = [ipywidgets.HBox(row, layout=_ROW) for row in rows]
-        super().__init__([self.prompt, *controls, self.text, self.maps, self.scores, self.samples])
+        controls = ipywidgets.GridBox([control for row in rows for control in row], layout=_GRID)
+        running = ipywidgets.HBox([self.buttons["stop"], self.progress, self.status], layout=_ROW)
+        super().__init__([self.prompt, controls, running, self.text, self.maps, self.scores, self.samples])
 
     # ------------------------------------------------------------------ controls
 
@@ -243,6 +245,17 @@ class Explorer(ipywidgets.VBox):
         self.scores.value = f"{_CELLS}<div class='mixlens-scores'>{table}</div>"
         _put(self.samples, {"samples": view.samples(log).packed})
         return f"Evaluated {len(log.samples):,} samples."
+
+
+def _in_turn(documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first document of every domain, then the second of each, and so on."""
+    seen: Counter[Any] = Counter()
+
+    def turn(document: Mapping[str, Any]) -> int:
+        seen[document.get("domain")] += 1
+        return seen[document.get("domain")]
+
+    return sorted(documents, key=turn)
 
 
 def _put(box: ipywidgets.Box, packed: Mapping[str, str]) -> None:
