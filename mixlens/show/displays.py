@@ -13,6 +13,7 @@ from mixlens.show import view
 from mixlens.traces.trace import Trace
 
 _MOST_SEQUENCES, _MOST_TOKENS, _MOST_SAMPLES = 4, 2_000, 200
+_MOST_COMPARED = 10_000  # tokens; a saved output of 32 layers then has 1 MB
 
 
 def trace_html(trace: Trace) -> str:
@@ -42,10 +43,13 @@ def bench_html(bench: Bench, words: str) -> str:
 
 
 def comparison_html(data: Comparison, words: str) -> str:
-    """`words`, and the first sequence of the two traces side by side."""
+    """`words`, and the first sequence of the two traces side by side; a very long one is cut."""
     if not data.a.n_tokens:
         return words
-    a, b = (run.select(where=_is_first(run), positions=(0, _MOST_TOKENS)) for run in (data.a, data.b))
+    a, b = (run.select(where=_is_first(run), positions=(0, _MOST_COMPARED)) for run in (data.a, data.b))
+    length = int(data.a.sequences["length"].iloc[0])
+    if a.n_tokens < length:
+        words += f"<p>Shown: the first {a.n_tokens:,} of {length:,} tokens of the first sequence.</p>"
     first, second = (name.replace("/", "\u2215") for name in data.names)
     names = (first, second) if first != second else (f"{first} (a)", f"{second} (b)")
     return words + view.diff(a, b, names=names)._repr_html_()

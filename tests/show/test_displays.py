@@ -38,6 +38,12 @@ def test_a_long_trace_is_cut_and_says_so():
     assert "their first 2,000 tokens" in long._repr_html_()
 
 
+def test_a_long_comparison_is_cut_and_says_so():
+    long = Trace.from_arrays(np.tile([[[0, 1]]], (10_001, 1, 1)), n_experts=4)
+    made = Comparison(long, long, names=("a", "b"), bootstrap=ml.stats.Bootstrap(replicates=20))
+    assert "the first 10,000 of 10,001 tokens of the first sequence" in made._repr_html_()
+
+
 def test_an_evaluation_shows_scores_and_samples():
     shown = log_of(3, HOSTILE[0])._repr_html_()
     assert one_live_view(shown)

@@ -1,12 +1,13 @@
 """What the views other than the token view carry, against the data they were made from."""
 
+import json
 import re
 
 import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
-from show_samples import HOSTILE, N_EXPERTS
+from show_samples import HOSTILE, N_EXPERTS, make_trace
 from unpacking import unpack
 
 from mixlens import stats
@@ -128,13 +129,35 @@ def test_a_strip_has_the_tokens_asked_for(trace):
 
 def test_a_diff_carries_both_runs(trace, changed):
     header, arrays = unpack(view.diff(trace, changed, 5, names=("bf16", "nf4")).packed)
-    differs = arrays["bf16/pair"] != arrays["nf4/pair"]
     rows = np.flatnonzero(trace.read("sequence") == 5)
-    np.testing.assert_array_equal(differs[2], rows % 5 == 0)
-    assert not differs[[0, 1, 3]].any()
-    assert "weight_step" in header["of"]["bf16"]
+    np.testing.assert_array_equal(arrays["nf4/pair"][2] != 0, rows % 5 == 0)
+    assert not arrays["nf4/pair"][[0, 1, 3]].any()
+    ids = changed.read("expert_id")[rows]
+    np.testing.assert_array_equal(arrays["bf16/pair"] + arrays["nf4/pair"], (ids @ [8, 1]).T)
+    assert "weight_step" in header
+    assert "bf16/weight" in arrays
+    assert "nf4/weight" not in arrays
     with pytest.raises(BadInput, match="Names differ and have no slash"):
         view.diff(trace, changed, 5, names=("a/b", "c"))
+
+
+def test_two_runs_of_ten_thousand_tokens_save_in_one_megabyte():
+    long = make_trace(domains=("arxiv",), documents=1, tokens=10_000, layers=32)
+    logits = long.read("router_logits") + np.random.default_rng(1).normal(0, 0.1, (10_000, 32, N_EXPERTS))
+    ids = np.argsort(-logits, -1)[..., :2]
+    weight = np.exp(np.take_along_axis(logits, ids, -1))
+    tokens = {name: long.read(name) for name in ("sequence", "token_id", "logprob")}
+    weight /= weight.sum(-1, keepdims=True)
+    noisy = Trace.from_arrays(
+        ids, n_experts=N_EXPERTS, weight=weight, tokens=tokens, sequences=long.sequences[["document_id"]]
+    )
+    noisy._vocabulary = long.vocabulary
+    made = view.diff(long, noisy)
+    saved = json.dumps({"text/html": made._repr_html_(), "text/plain": repr(made)})
+    assert len(saved.encode()) <= 1_000_000
+    header, arrays = unpack(made.packed)
+    shown = arrays["first run/weight"] + arrays["second run/weight"]
+    np.testing.assert_allclose(shown[0].T * header["weight_step"], noisy.read("weight")[..., 1], atol=0.004)
 
 
 def test_samples_find_their_routing(trace):

@@ -105,11 +105,14 @@ class DiffView {
   }
 }
 
-/** What one run of several has of the data: entries "run/array" under their own names, and those that are shared. */
+/** What one run has of the data: entries "run/array" under their own names. Of what both have, the second's is its difference. */
 function ownData(data, name) {
-  const own = (entries) => Object.fromEntries(Object.entries(entries).flatMap(([key, value]) => {
-    const [run, array] = key.includes("/") ? key.split("/") : [name, key];
-    return run === name ? [[array, value]] : [];
-  }));
-  return { ...data, ...data.of[name], arrays: own(data.arrays), shapes: own(data.shapes) };
+  const own = (entries, run) => Object.fromEntries(Object.entries(entries)
+    .filter(([key]) => key.startsWith(`${run}/`)).map(([key, value]) => [key.slice(run.length + 1), value]));
+  const arrays = own(data.arrays, name), first = name === data.runs[0] ? {} : own(data.arrays, data.runs[0]);
+  for (const [key, array] of Object.entries(arrays)) {
+    const base = first[key];
+    if (base?.length === array.length && base.constructor === array.constructor) arrays[key] = array.map((value, i) => value + base[i]);
+  }
+  return { ...data, ...data.of[name], arrays, shapes: own(data.shapes, name) };
 }
