@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mixlens import show, stats
     from mixlens.bench.bench import Bench
+    from mixlens.bench.configurations import benchmark_configurations
     from mixlens.bench.knee import knee, load_sweep
     from mixlens.bench.local import LocalSettings
     from mixlens.bench.metrics import Limits
@@ -74,6 +75,7 @@ _HOME = {
     "Workload": "mixlens.bench.prompts",
     "audit": "mixlens.models.audit",
     "benchmark": "mixlens.bench.run",
+    "benchmark_configurations": "mixlens.bench.configurations",
     "benchmark_together": "mixlens.bench.together",
     "compare": "mixlens.comparing",
     "concat": "mixlens.traces.trace",
@@ -131,6 +133,7 @@ __all__ = [
     "Workload",
     "audit",
     "benchmark",
+    "benchmark_configurations",
     "benchmark_together",
     "compare",
     "concat",

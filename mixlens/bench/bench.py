@@ -17,7 +17,6 @@ from mixlens.bench import local_tables, metrics
 from mixlens.bench.events import Record, read_records, write_records
 from mixlens.bench.metrics import CountTokens, Limits
 from mixlens.bench.prompts import workload_words
-from mixlens.bench.roofline import roofline
 from mixlens.errors import RunError
 from mixlens.runs import open_run
 from mixlens.stats.bootstrap import DEFAULT, Bootstrap
@@ -111,8 +110,14 @@ class Bench:
 
     def roofline(self, *, bootstrap: Bootstrap = DEFAULT) -> pd.DataFrame:
         """Of a loaded model, as roofline.roofline. Raises MissingSignal for an endpoint."""
-        machine = local_tables.machine_of(self.meta)
-        return roofline(self.records, machine, layers=self.meta["local"]["layers"], bootstrap=bootstrap)
+        return local_tables.rooflines(self.records, self.meta, bootstrap=bootstrap)
+
+    def configurations(self) -> dict[str, Bench]:
+        """Each configuration that ran as a benchmark of its own, by name; itself under "" where there is one alone."""
+        if "configurations" not in self.meta:
+            return {"": self}
+        parts = local_tables.parts(self.records, self.meta)
+        return {label: Bench(records, meta) for label, (records, meta) in parts.items()}
 
     def cold_and_warm(self, *, bootstrap: Bootstrap = DEFAULT) -> pd.DataFrame:
         """First and measured calls of each load, as local_tables.cold_and_warm."""
@@ -150,10 +155,9 @@ class Bench:
             for heading, metric in _SYSTEM:
                 row[heading] = _text(numbers[level, "system_" + metric, "rate"], 1.0, 2)
             rows[level] = row
-        if "local" in self.meta:
-            for level, told in local_tables.columns(self.records, self.meta).items():
-                rows[level] |= told
-        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("load")
+        for level, told in local_tables.columns(self.records, self.meta).items():
+            rows[level] |= told
+        return pd.DataFrame.from_dict(rows, orient="index").fillna("n/a").rename_axis("load")
 
     def remarks(self) -> list[str]:
         """What must be said beside the numbers: source of token counts, warm-up, failures, what stopped the run."""
@@ -162,7 +166,7 @@ class Bench:
         warm = [record for record in self.records if record.phase == "warm-up"]
         failed = Counter((r.outcome, r.phase) for r in self.records if r.outcome != "ok")
         told = [f"{n} {outcome} ({phase})" for (outcome, phase), n in failed.items()]
-        if "local" in self.meta:
+        if "endpoint" not in self.meta:
             where = local_tables.remarks(self.meta)
         else:
             where = [f"{self.meta['endpoint']['model']} at {self.meta['endpoint']['url']}, {self.meta['created']}."]
@@ -172,6 +176,7 @@ class Bench:
             f"Token counts from: {counted}. Intervals: {DEFAULT.level:.0%}.",
             f"Warm-up, in no number: {len(warm)} requests{_first_answer(warm, self.count_tokens)}.",
             f"Failures, in no number: {', '.join(told) or 'none'}.",
+            *local_tables.failures(self.records),
             *([f"Stopped early by {self.meta['stopped']}."] if self.meta.get("stopped") else []),
         ]
 

@@ -63,8 +63,9 @@ def candidates(
     Raises BadInput, by name, for a model that has only one of the two, evaluations that share no benchmark, protocol
     and metric, edited models, and metrics of which less is better.
     """
-    logs, benches = ([run for run in runs if isinstance(run, kind)] for kind in (Log, Bench))
-    if not logs or not benches or len(logs) + len(benches) < len(runs):
+    logs = [run for run in runs if isinstance(run, Log)]
+    benches = [part for run in runs if isinstance(run, Bench) for part in run.configurations().values()]
+    if not logs or not benches or not all(isinstance(run, Log | Bench) for run in runs):
         given = ", ".join(type(run).__name__ for run in runs) or "nothing"
         raise BadInput(
             f"Quality, cost and speed were to be compared. Given were {given}. Give evaluations and benchmarks of the "

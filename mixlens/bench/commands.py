@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any
 
-from mixlens.bench.local_commands import add_local_arguments, is_address, loaded
+from mixlens.bench.local_commands import add_local_arguments, is_address, measured_here, numbers_of
 from mixlens.errors import BadInput, RunError
 
 
@@ -84,21 +84,23 @@ def _bench(arguments: argparse.Namespace) -> dict[str, Any] | None:
     out = arguments.out or f"out/bench-{datetime.now():%Y%m%d-%H%M%S}"
     prompts = None if arguments.prompts is None else read_prompts(arguments.prompts, column=arguments.text)
     workload = Workload(arguments.prompt_tokens, arguments.output_tokens, prompts)
-    if is_address(arguments.url):
-        endpoint, settings = _endpoint(arguments), _settings(arguments)
+    if not is_address(arguments.url):
+        bench = measured_here(arguments, out, workload)
     else:
-        endpoint, settings = loaded(arguments)
-    fixed = {"requests": arguments.requests, "out": out, "workload": workload, "settings": settings}
-    if arguments.sweep is not None:
-        if arguments.concurrency or arguments.rate:
-            raise BadInput(
-                f"A sweep up to {arguments.sweep} was asked for, and fixed loads too. A sweep chooses its loads. "
-                "Leave out --concurrency and --rate, or --sweep."
-            )
-        bench = load_sweep(endpoint, most=arguments.sweep, **fixed)
-    else:
-        loads = {"concurrency": _numbers(arguments.concurrency, int), "rate": _numbers(arguments.rate, float)}
-        bench = benchmark(endpoint, **loads, **fixed)
+        fixed = {"requests": arguments.requests, "out": out, "workload": workload, "settings": _settings(arguments)}
+        if arguments.sweep is not None:
+            if arguments.concurrency or arguments.rate:
+                raise BadInput(
+                    f"A sweep up to {arguments.sweep} was asked for, and fixed loads too. A sweep chooses its loads. "
+                    "Leave out --concurrency and --rate, or --sweep."
+                )
+            bench = load_sweep(_endpoint(arguments), most=arguments.sweep, **fixed)
+        else:
+            loads = {
+                "concurrency": numbers_of(arguments.concurrency, int),
+                "rate": numbers_of(arguments.rate, float),
+            }
+            bench = benchmark(_endpoint(arguments), **loads, **fixed)
     if not bench.succeeded:
         ended = bench.outcomes().groupby("outcome")["n"].sum()
         words = next((record.detail for record in bench.records if record.detail), "")
@@ -270,12 +272,3 @@ def _cost_text(table: Any) -> str:
     shown.index = range(1, len(shown) + 1)
     said = [f"{at}. {row['source']}; {row['as_of']}" for at, row in enumerate(first.to_dict("records"), 1)]
     return "\n".join([shown.to_string(), "", *said])
-
-
-def _numbers(text: str | None, kind: type) -> list[Any] | None:
-    if text is None:
-        return None
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError as error:
-        raise BadInput(f"A load of {text!r} was asked for. That is no list of numbers. Give it as 1,4,16.") from error

@@ -26,6 +26,7 @@ OUTCOMES = {
     "connect": "the connection was refused, or lost before an answer",
     "tls": "no trusted encrypted connection",
     "memory": "a batch on this machine that did not fit into memory",
+    "failed": "a model on this machine that could not be loaded or run in this configuration",
     "interrupted": "stopped from outside while it ran on this machine",
 }
 # What the transport can report; the other outcomes are read off the events.

@@ -24,13 +24,15 @@ from mixlens.bench.bench import RESULTS, Bench
 from mixlens.bench.decode import TOKEN, Event
 from mixlens.bench.events import Record, write_records
 from mixlens.bench.keeping import PARTIAL, Kept, bench_writer
+from mixlens.bench.local_tables import in_configuration
 from mixlens.bench.machine import Device, measure
 from mixlens.bench.model_prompts import Prompts
 from mixlens.bench.model_work import Work
 from mixlens.bench.prompts import Workload
-from mixlens.errors import BadInput
-from mixlens.models.layout import describe
-from mixlens.runs import now, versions
+from mixlens.errors import BadInput, MixlensError
+from mixlens.models.layout import describe, moe_layers
+from mixlens.models.unfuse import is_unfused
+from mixlens.runs import RunWriter, now, versions
 from mixlens.traces.compiled import CompiledRecorder
 
 PACKAGES = ("mixlens", "torch", "transformers", "accelerate")
@@ -60,17 +62,22 @@ class LocalSettings:
 
 @dataclass(frozen=True)
 class Load:
-    """So many rows at a time, of one workload, with one experts implementation (None: the model's own)."""
+    """So many rows at a time, of one workload, with one experts implementation (None: the model's own).
+
+    configuration  in which the model was loaded, where there are several
+    """
 
     rows: int
     workload: Workload
     experts: str | None
+    configuration: str = ""
 
     @property
     def name(self) -> str:
         prompt = str(self.workload.prompt_tokens) if self.workload.prompts is None else "given"
         experts = f", {self.experts}" if self.experts else ""
-        return f"batch {self.rows}, {prompt} + {self.workload.output_tokens} tokens{experts}"
+        load = f"batch {self.rows}, {prompt} + {self.workload.output_tokens} tokens{experts}"
+        return in_configuration(self.configuration, load)
 
 
 def benchmark_model(
@@ -98,70 +105,112 @@ def benchmark_model(
             f"A benchmark of a {type(model).__name__} with {type(settings).__name__} was asked for. Measured are an "
             "Endpoint with BenchSettings, and a loaded model with LocalSettings. Give ml.load(...) for a name."
         )
-    loads = _loads(model, batch, workload, settings)
-    if requests < 1 or settings.warmup < 0:
-        raise BadInput(
-            f"A benchmark of {requests} calls after {settings.warmup} of warm-up was asked for. There must be at least "
-            "1, after 0 or more. Give larger numbers."
-        )
-    prompts = {load.name: Prompts(model, load.workload) for load in loads}
+    check_calls(requests, settings)
+    loads = loads_of(batch, workload, settings)
+    subject = Subject(model, loads, settings, device=device)
     plan = {
         "model": {key: value for key, value in describe(model).items() if key != "devices"},
         "loads": [load.name for load in loads],
         "requests": requests,
-        "workloads": [prompts[load.name].plan() for load in loads],
-        "settings": {k: v for k, v in asdict(settings).items() if k != "progress"},
+        "workloads": [subject.prompts[load.name].plan() for load in loads],
+        "settings": settings_plan(settings),
     }
     writer = None if out is None else bench_writer(Path(out), plan)
     if writer is not None and writer.complete:
         return Bench.open(writer.path)
-    device = device or Device(model)
-    started, machine = now(), measure(device, model.dtype)
-    caller = _Caller(model, device, settings)
+    started = now()
     with Kept(writer, len(loads) * requests, show=settings.progress) as kept:
-        stopped = _run(caller, loads, prompts, requests, kept)
-    meta = {
-        "created": started,
-        "model": describe(model),
-        "machine": asdict(machine),
-        "local": {
-            **plan["settings"],
-            "layers": model.config.num_hidden_layers,
-            "prompts": plan["workloads"][0]["ids"],
-        },
-        "stopped": stopped,
+        about, stopped = subject.measure(requests, kept)
+    return finished(kept, writer, {"created": started, **about, "stopped": stopped})
+
+
+def finished(kept: Kept, writer: RunWriter | None, meta: dict[str, Any]) -> Bench:
+    """The Bench of all that was kept, complete on disk where there is a run directory; raises an interrupt again."""
+    meta |= {
         "counts": {"requests": len(kept.records), "succeeded": sum(r.outcome == "ok" for r in kept.records)},
         "versions": versions(*PACKAGES),
     }
     if writer is not None:
         writer.finish(meta, {RESULTS: lambda path: write_records(path, kept.records)})
         (writer.path / PARTIAL).unlink(missing_ok=True)
-    if stopped == "an interrupt":
+    if meta["stopped"] == "an interrupt":
         raise KeyboardInterrupt
     return Bench(kept.records, meta, path=writer and writer.path)
 
 
-def _run(caller: _Caller, loads: Sequence[Load], prompts: dict[str, Prompts], requests: int, kept: Kept) -> str | None:
-    """All calls of all loads; what stopped them, if something did. A load that does not fit is left after one call."""
-    settings, numbers = caller.settings, count()
-    for load in loads:
-        phases = ["warm-up"] * settings.warmup + ["measured"] * requests
-        try:
-            with caller.ready(load, prompts[load.name].columns):
-                for index, phase in enumerate(phases):
-                    if settings.max_seconds is not None and caller.device.now() >= settings.max_seconds:
-                        return f"the cap of {settings.max_seconds:g} seconds"
-                    ids, mask = prompts[load.name].batch([next(numbers) for _ in range(load.rows)])
-                    place = index if phase == "warm-up" else index - settings.warmup
-                    record = caller.call(load, ids, mask, place, phase)
-                    kept.keep(record)
-                    if record.outcome == "interrupted":
-                        return "an interrupt"
-                    if record.outcome == "memory":
-                        break
-        except KeyboardInterrupt:  # between two calls
-            return "an interrupt"
-    return None
+class Subject:
+    """A loaded model that is to be measured under some loads.
+
+    device         clock and memory; made for the model when it is not given
+    keep_failures  what a load raises becomes a record, and the next load is measured
+
+    Raises BadInput for experts implementations that the model cannot have, and prompts and answers longer than its
+    context; ModelError when it is no mixture of experts.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        loads: Sequence[Load],
+        settings: LocalSettings,
+        *,
+        device: Device | None = None,
+        keep_failures: bool = False,
+    ) -> None:
+        for name in dict.fromkeys(load.experts for load in loads):
+            check_experts(model, name)
+        self._model, self._loads, self._settings = model, loads, settings
+        self.prompts = {load.name: Prompts(model, load.workload) for load in loads}
+        self._device, self._keep_failures = device, keep_failures
+
+    def measure(self, requests: int, kept: Kept) -> tuple[dict[str, Any], str | None]:
+        """What is to be said of the model and its device, and what stopped the calls, if something did."""
+        device = self._device or Device(self._model)
+        machine = measure(device, self._model.dtype)
+        caller = _Caller(self._model, device, self._settings)
+        stopped = self._run(caller, requests, kept)
+        if stopped != "an interrupt":
+            try:
+                machine = measure(device, self._model.dtype, before=machine)
+            except (RuntimeError, MemoryError) as error:  # what was measured before stands alone
+                if not out_of_memory(error):
+                    raise
+        told = self.prompts[self._loads[0].name].plan()["ids"]
+        local = {**settings_plan(self._settings), "layers": self._model.config.num_hidden_layers, "prompts": told}
+        return {"model": describe(self._model), "machine": asdict(machine), "local": local}, stopped
+
+    def _run(self, caller: _Caller, requests: int, kept: Kept) -> str | None:
+        """All calls of all loads; what stopped them, if something did. A load that does not fit is left at once."""
+        settings, numbers = self._settings, count()
+        for load in self._loads:
+            prompts = self.prompts[load.name]
+            phases = ["warm-up"] * settings.warmup + ["measured"] * requests
+            try:
+                with caller.ready(load, prompts.columns):
+                    for index, phase in enumerate(phases):
+                        if settings.max_seconds is not None and caller.device.now() >= settings.max_seconds:
+                            return f"the cap of {settings.max_seconds:g} seconds"
+                        ids, mask = prompts.batch([next(numbers) for _ in range(load.rows)])
+                        place = index if phase == "warm-up" else index - settings.warmup
+                        record = caller.call(load, ids, mask, place, phase)
+                        kept.keep(record)
+                        if record.outcome == "interrupted":
+                            return "an interrupt"
+                        if record.outcome == "memory":
+                            break
+            except KeyboardInterrupt:  # between two calls
+                return "an interrupt"
+            except Exception as error:
+                if not self._keep_failures:
+                    raise
+                kept.keep(failed(load, error))
+        return None
+
+
+def failed(load: Load, error: Exception) -> Record:
+    """The record of a load that could not be measured, with the reason."""
+    said = str(error).strip() if isinstance(error, MixlensError) else f"{type(error).__name__}: {error}".strip()
+    return Record(0, load.name, "measured", "failed", (), 0.0, 0.0, detail=said[:500], rows=load.rows)
 
 
 class _Stamps(BaseStreamer):
@@ -220,7 +269,7 @@ class _Caller:
         except KeyboardInterrupt:
             outcome, detail = "interrupted", f"after {len(stamps.at_s)} tokens"
         except (RuntimeError, MemoryError) as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             outcome, detail = "memory", str(error).strip().split("\n")[0][:300]
             self.device.release()
@@ -259,28 +308,60 @@ class _Caller:
             raise MemoryError(f"keys and values of the batch need {needed:,} bytes, and {room:,} are free")
 
 
-def _out_of_memory(error: BaseException) -> bool:
+def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def _loads(
-    model: Any, batch: int | Sequence[int] | None, workload: Workload | Sequence[Workload], settings: LocalSettings
+def settings_plan(settings: LocalSettings) -> dict[str, Any]:
+    """What decides a measurement, as plain values."""
+    return {name: value for name, value in asdict(settings).items() if name != "progress"}
+
+
+def check_calls(requests: int, settings: LocalSettings) -> None:
+    """Raises BadInput for numbers of calls or seconds that are none."""
+    seconds = settings.max_seconds
+    if (
+        not isinstance(requests, int)
+        or requests < 1
+        or settings.warmup < 0
+        or (seconds is not None and not seconds > 0)
+    ):
+        raise BadInput(
+            f"A benchmark of {requests} calls after {settings.warmup} of warm-up within {seconds} seconds was asked "
+            "for. There must be at least 1, after 0 or more, within more than 0. Give larger numbers."
+        )
+
+
+def loads_of(
+    batch: int | Sequence[int] | None,
+    workload: Workload | Sequence[Workload],
+    settings: LocalSettings,
+    configuration: str = "",
 ) -> list[Load]:
+    """Every batch size with every workload and experts implementation. Raises BadInput for what is no load."""
     rows = [batch] if isinstance(batch, int) else list(batch or [1])
     workloads = [workload] if isinstance(workload, Workload) else list(workload)
     experts = [settings.experts] if isinstance(settings.experts, str | None) else list(settings.experts)
-    loads = [Load(*load) for load in product(rows, workloads, experts)]
+    loads = [Load(*load, configuration) for load in product(rows, workloads, experts)]
     if not loads or not all(isinstance(n, int) and n >= 1 for n in rows) or len({x.name for x in loads}) < len(loads):
         raise BadInput(
             f"A benchmark of batches of {batch} rows with {len(workloads)} workloads was asked for. That is no load, "
             "or one is given twice. Give whole numbers from 1 and workloads of different lengths, each once."
         )
-    for name in experts:
-        try:
-            model.get_correct_experts_implementation(name or model.config._experts_implementation)
-        except (ValueError, ImportError) as error:
-            raise BadInput(
-                f"Experts by {name!r} were to be measured. transformers says: {str(error).splitlines()[0]} "
-                "Give some of eager, grouped_mm and batched_mm."
-            ) from error
     return loads
+
+
+def check_experts(model: Any, name: str | None) -> None:
+    """Raises BadInput for an experts implementation that the model cannot have."""
+    if name not in (None, "eager") and any(is_unfused(layer.experts) for layer in moe_layers(model)):
+        raise BadInput(
+            f"Experts by {name!r} were to be measured. The model's experts are Linears of their own, as quantization "
+            "needs, which only eager computes with. Leave the name out, or load the model without quantization."
+        )
+    try:
+        model.get_correct_experts_implementation(name or model.config._experts_implementation)
+    except (ValueError, ImportError) as error:
+        raise BadInput(
+            f"Experts by {name!r} were to be measured. transformers says: {str(error).splitlines()[0]} "
+            "Give some of eager, grouped_mm and batched_mm."
+        ) from error

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from itertools import product
+from typing import TYPE_CHECKING, Any
 
 from mixlens.errors import BadInput
+from mixlens.models.audit_commands import read_quantization
+
+if TYPE_CHECKING:
+    from mixlens.bench.bench import Bench
+    from mixlens.bench.prompts import Workload
 
 _SPREAD = ("auto", "balanced", "balanced_low_0", "sequential", "disk")
 _OF_ENDPOINTS = ("model", "protocol", "key_env", "provider", "sweep", "rate", "max_dollars")
@@ -15,8 +21,14 @@ def add_local_arguments(parser: argparse.ArgumentParser) -> None:
     """Options for a loaded model."""
     group = parser.add_argument_group("for a model that is measured here")
     group.add_argument("--device-map", metavar="PLACE", help="as in mixlens.load, such as auto, cpu or cuda:0")
-    group.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as in mixlens.load)")
-    group.add_argument("--quantization", metavar="SCHEME", help="as in mixlens.load, such as nf4")
+    group.add_argument(
+        "--dtype", metavar="NAME,...", help="float32, bfloat16 or float16, each measured (default: as in mixlens.load)"
+    )
+    group.add_argument(
+        "--quantization",
+        metavar="S,S,...",
+        help='schemes, each measured: "none,nf4"; with parts, divided by semicolons: "none;attention=nf4,experts=hqq2"',
+    )
     group.add_argument("--experts", metavar="NAME,...", help="eager, grouped_mm, batched_mm: each is measured")
     group.add_argument("--static-cache", action="store_true", help="keys and values in memory set aside")
     group.add_argument("--compiled", action="store_true", help="decode through torch.compile, in a static cache")
@@ -30,8 +42,8 @@ def is_address(target: str) -> bool:
     return "://" in target or target in PRESETS
 
 
-def loaded(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """The model that the arguments name, and its LocalSettings.
+def measured_here(arguments: argparse.Namespace, out: str, workload: Workload) -> Bench:
+    """The benchmark of the model that the arguments name, in one configuration or in all that they combine.
 
     Raises BadInput for options of an endpoint and for a device that torch does not know; ModelError as load does.
     """
@@ -43,7 +55,9 @@ def loaded(arguments: argparse.Namespace) -> tuple[Any, Any]:
         )
     import torch
 
+    from mixlens.bench.configurations import benchmark_configurations
     from mixlens.bench.local import LocalSettings
+    from mixlens.bench.run import benchmark
     from mixlens.models.load import load
 
     place = arguments.device_map
@@ -63,5 +77,33 @@ def loaded(arguments: argparse.Namespace) -> tuple[Any, Any]:
         max_seconds=arguments.max_seconds,
         progress=not arguments.json,
     )
-    options = {"dtype": arguments.dtype, "quantization": arguments.quantization, "verbose": not arguments.json}
-    return load(arguments.url, device_map=place, **options), settings
+    asked = {"requests": arguments.requests, "out": out, "workload": workload, "settings": settings}
+    asked["concurrency"] = numbers_of(arguments.concurrency, int)
+    combined = _configurations(arguments)
+    if len(combined) > 1:
+        return benchmark_configurations(arguments.url, combined, **asked)
+    return benchmark(load(arguments.url, verbose=not arguments.json, **combined[0]), **asked)
+
+
+def _configurations(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Arguments of load: every dtype with every quantization."""
+    quantizations: list[Any] = [None]
+    if arguments.quantization is not None:
+        schemes = arguments.quantization
+        parted = schemes.split(";") if ";" in schemes or "=" in schemes else schemes.split(",")
+        quantizations = [read_quantization(scheme.strip()) for scheme in parted if scheme.strip()]
+    dtypes = arguments.dtype.split(",") if arguments.dtype else [None]
+    return [
+        {"device_map": arguments.device_map, "dtype": dtype, "quantization": scheme}
+        for dtype, scheme in product(dtypes, quantizations)
+    ]
+
+
+def numbers_of(text: str | None, kind: type) -> list[Any] | None:
+    """A list such as "1,4,16"; None for None. Raises BadInput for what is none."""
+    if text is None:
+        return None
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError as error:
+        raise BadInput(f"A load of {text!r} was asked for. That is no list of numbers. Give it as 1,4,16.") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,42 @@ from mixlens.stats.bootstrap import DEFAULT, Bootstrap
 
 TIMES = {"ttft_s": "prefill and the first token", "tpot_s": "a decode step", "e2e_token_s": "the whole call"}
 _PEAKS = {"peak_vram_bytes": "peak VRAM [MB]", "peak_rss_bytes": "peak RSS [MB]"}
+
+
+def in_configuration(configuration: str, load: str) -> str:
+    """What a load is called in a benchmark of several configurations, or of one without a name."""
+    return f"{configuration}: {load}" if configuration else load
+
+
+def parts(records: Sequence[Record], meta: Mapping[str, Any]) -> dict[str, tuple[list[Record], dict[str, Any]]]:
+    """Records and meta of each configuration that ran, as if it had been measured by itself."""
+    if "configurations" not in meta:
+        return {"": (list(records), dict(meta))}
+    rest = {name: value for name, value in meta.items() if name != "configurations"}
+    found = {}
+    for label, about in meta["configurations"].items():
+        head = in_configuration(label, "")
+        own = [replace(r, level=r.level.removeprefix(head)) for r in records if r.level.startswith(head)]
+        if about:
+            found[label] = (own, rest | about)
+    return found
+
+
+def rooflines(records: Sequence[Record], meta: Mapping[str, Any], *, bootstrap: Bootstrap = DEFAULT) -> pd.DataFrame:
+    """The roofline of every configuration against the device as it was measured with it, as roofline.roofline."""
+    tables, missing = [], None
+    for label, (own, about) in parts(records, meta).items():
+        try:
+            table = roofline(own, machine_of(about), layers=about["local"]["layers"], bootstrap=bootstrap)
+        except MissingSignal as error:
+            missing = error
+            continue
+        tables.append(table.assign(level=[in_configuration(label, level) for level in table["level"]]))
+    if not tables:
+        raise missing or MissingSignal(
+            "A roofline was asked for. No configuration of the benchmark ran. Look at bench.outcomes() and remarks()."
+        )
+    return pd.concat(tables, ignore_index=True)
 
 
 def cold_and_warm(records: Iterable[Record], *, bootstrap: Bootstrap = DEFAULT) -> pd.DataFrame:
@@ -60,11 +97,10 @@ def machine_of(meta: Mapping[str, Any]) -> Machine:
 
 
 def columns(records: Sequence[Record], meta: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """What an overview says beside the rest, by level and heading; n/a for no value."""
+    """What an overview says beside the rest, by level and heading; n/a for no value. Nothing of an endpoint."""
     told: dict[str, dict[str, str]] = {}
-    layers = meta["local"]["layers"]
     try:
-        table = roofline(records, machine_of(meta), layers=layers).to_dict("records")
+        table = rooflines(records, meta).to_dict("records")
     except MissingSignal:
         return told
     wanted = (
@@ -86,11 +122,27 @@ def columns(records: Sequence[Record], meta: Mapping[str, Any]) -> dict[str, dic
 
 
 def remarks(meta: Mapping[str, Any]) -> list[str]:
-    """Where, how and against what a model was measured."""
+    """Where, how and against what a model was measured, in each configuration."""
+    if "configurations" not in meta:
+        return _remarks(meta)
+    rest = {name: value for name, value in meta.items() if name != "configurations"}
+    told = [f"{meta['model']['name']} in {len(meta['configurations'])} configurations, {meta['created']}."]
+    for label, about in meta["configurations"].items():
+        told += [f"{label}: {remark}" for remark in _remarks(rest | about)] if about else []
+    return told
+
+
+def failures(records: Iterable[Record]) -> list[str]:
+    """What could not be measured on this machine, and why."""
+    return [f"{r.level} failed: {r.detail}" for r in records if r.outcome == "failed"]
+
+
+def _remarks(meta: Mapping[str, Any]) -> list[str]:
     model, local, machine = meta["model"], meta["local"], machine_of(meta)
     cache = "static cache" if local["static_cache"] or local["compiled"] else "growing cache"
     experts = "" if local["experts"] else f", experts by {model['experts_implementation']}"
-    label = model.get("audit", {}).get("label", model["dtype"])
+    audit = model.get("audit", {})
+    label = audit.get("label", model["dtype"])
     held = "" if label == model["dtype"] else f" (weights: {label})"
     rates = (machine.bandwidth_bytes_per_s, 1e9, "GB/s"), (machine.matmul_flops_per_s, 1e9, "GFLOP/s")
     said = "; ".join(
@@ -100,10 +152,15 @@ def remarks(meta: Mapping[str, Any]) -> list[str]:
     )
     decode = "decode compiled" if local["compiled"] else "decode not compiled"
     recorded = "was recorded in every call" if local["recording"] else "was not recorded: no bytes are known"
+    offloaded = [remark for remark in audit.get("remarks", []) if "offloaded" in remark]
     return [
         f"{model['name']} in {model['dtype']}{held}{experts}, on {machine.name}, {meta['created']}.",
         f"{cache[0].upper()}{cache[1:]}, {decode}; prompts: {local['prompts']}.",
-        f"Measured of the device: {said}. MBU and MFU are shares of these.",
+        f"Measured of the device: {said}. MBU and MFU are shares of these, and their intervals hold both.",
+        *[
+            f"{remark} They are brought to the device for every forward, by way of less than its bandwidth."
+            for remark in offloaded
+        ],
         f"Routing {recorded}.",
     ]
 

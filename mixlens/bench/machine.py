@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import torch
 
 from mixlens.bench.roofline import Machine, Measured
 from mixlens.models.layout import input_device
-from mixlens.stats.bootstrap import t_quantile
 
 _RUNS, _WARM = 10, 2
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -78,42 +75,49 @@ class Device:
             torch.accelerator.empty_cache()
 
 
-def measure(device: Device, dtype: torch.dtype) -> Machine:
-    """What a model's device does: bytes read a second, by the better of copying and adding up, and matrix products."""
+def measure(device: Device, dtype: torch.dtype, *, before: Machine | None = None) -> Machine:
+    """What a model's device does: bytes read a second, by the better of copying and adding up, and matrix products.
+
+    before   what was measured before; the same is run again, and its rates are those of both times
+    """
     on_cpu = device.main.type == "cpu"
     times = 1 if on_cpu else 10
-    bandwidth = _bandwidth(device, (128 if on_cpu else 512) << 20, times)
+    earlier = (before.bandwidth_bytes_per_s, before.matmul_flops_per_s) if before else (None, None)
+    bandwidth = _bandwidth(device, (128 if on_cpu else 512) << 20, times, earlier[0])
     side = 1024 if on_cpu else 8192
     one, other = torch.randn(2, side, side, device=device.main).to(dtype)
     how = f"matrix product of {side} x {side} in {str(dtype).removeprefix('torch.')}"
     product = rate(lambda: one @ other, 2 * side**3, device.now, times, how)
     device.release()
-    return Machine(device.name, bandwidth, product)
+    return Machine(device.name, bandwidth, _both(earlier[1], product))
 
 
-def _bandwidth(device: Device, values: int, times: int) -> Measured:
+def _bandwidth(device: Device, values: int, times: int, earlier: Measured | None = None) -> Measured:
     source = torch.ones(values, device=device.main)
     target, size = torch.empty_like(source), f"{source.nbytes >> 20} MiB"
-    copied = rate(lambda: target.copy_(source), 2 * source.nbytes, device.now, times, f"copy of {size}")
-    added = rate(source.sum, source.nbytes, device.now, times, f"sum of {size}")
-    return max(copied, added, key=lambda measured: measured.estimate)
+    ways: dict[str, tuple[Callable[[], Any], int]] = {
+        f"copy of {size}": (lambda: target.copy_(source), 2 * source.nbytes),
+        f"sum of {size}": (source.sum, source.nbytes),
+    }
+    if earlier is not None:
+        ways = {earlier.how: ways[earlier.how]}
+    found = [rate(run, amount, device.now, times, how) for how, (run, amount) in ways.items()]
+    return _both(earlier, max(found, key=lambda measured: measured.estimate))
+
+
+def _both(earlier: Measured | None, later: Measured) -> Measured:
+    return later if earlier is None else Measured.of([*earlier.bursts, *later.bursts], later.how)
 
 
 def rate(run: Callable[[], Any], amount: float, now: Callable[[], float], times: int, how: str) -> Measured:
-    """`amount` a second: mean of 10 runs of `times` calls each with its 95 % t interval, after 2 that do not count."""
+    """`amount` a second in one burst: 10 runs of `times` calls each, after 2 that do not count."""
     rates = []
     for _ in range(_WARM + _RUNS):
         start = now()
         for _ in range(times):
             run()
         rates.append(times * amount / (now() - start))
-    return _mean(rates[_WARM:], how)
-
-
-def _mean(values: Sequence[float], how: str) -> Measured:
-    n, mean = len(values), float(np.mean(values))
-    reach = float(t_quantile(0.975, np.array([n - 1.0]))[0]) * float(np.std(values, ddof=1)) / math.sqrt(n)
-    return Measured(mean, max(mean - reach, 0.0), mean + reach, n, how)
+    return Measured.of([rates[_WARM:]], how)
 
 
 def _processor() -> str:

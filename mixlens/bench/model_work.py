@@ -37,7 +37,7 @@ class Work:
         for step in range(1, forwards):
             flops.append(sum(self.sizes.flops([1], length + step - 1) for length in lengths))
         unknown: list[Step] = [{"experts": None, "read_bytes": None, "flops": n} for n in flops]
-        if recorder is None or not complete or self._weights is None:
+        if recorder is None or not complete:
             return unknown
         trace = recorder.trace()
         recorder.clear()
@@ -54,13 +54,11 @@ class Work:
         return found
 
 
-def weights_of(model: Any, cached_bytes: int) -> Weights | None:
-    """Bytes of a model's weights as the audit counts them; None where some are offloaded.
+def weights_of(model: Any, cached_bytes: int) -> Weights:
+    """Bytes of a model's weights as the audit counts them: of offloaded ones by the shape of what stands for them.
 
     The experts of a layer are taken to be equally large.
     """
-    if any(parameter.is_meta for parameter in model.parameters()):
-        return None
     sizes = Sizes.of(model.config.to_dict())
     held = audit(model).table.groupby("kind")["bytes"].sum().to_dict()
     left_out = {"experts"} if not sizes.embedding else {"experts", "embeddings"}  # a head of its own, or the table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ import pandas as pd
 from mixlens.bench.decode import TOKEN, Event
 from mixlens.bench.events import Record
 from mixlens.errors import MissingSignal
-from mixlens.stats.bootstrap import DEFAULT, Bootstrap
+from mixlens.stats.bootstrap import DEFAULT, Bootstrap, t_quantile
 
 PHASES = ("prefill", "decode")
 # What a forward of a phase did, on average over the measured calls.
@@ -130,18 +131,34 @@ class Weights:
 
 @dataclass(frozen=True)
 class Measured:
-    """A rate of a device: the mean of n runs with its 95 % t interval, and what was run."""
+    """A rate of a device: the mean of n runs with its 95 % interval, what was run, and the rates of all runs.
+
+    bursts  runs one after the other belong to one burst; a benchmark has one before its loads and one after them
+    """
 
     estimate: float
     ci_low: float
     ci_high: float
     n: int
     how: str
+    bursts: tuple[tuple[float, ...], ...] = ()
+
+    @classmethod
+    def of(cls, bursts: Sequence[Sequence[float]], how: str) -> Measured:
+        """The mean of all runs, and t(n - 1) * s / sqrt(n) to both sides, widened to hold the mean of every burst.
+
+        Runs of one burst follow each other too closely to show how a device drifts, which its bursts do.
+        """
+        rates = np.concatenate([np.asarray(burst, float) for burst in bursts])
+        n, mean, means = len(rates), float(rates.mean()), [float(np.mean(burst)) for burst in bursts]
+        reach = float(t_quantile(0.975, np.array([n - 1.0]))[0]) * float(rates.std(ddof=1)) / math.sqrt(n)
+        low, high = min(max(mean - reach, 0.0), *means), max(mean + reach, *means)
+        return cls(mean, low, high, n, how, tuple(tuple(map(float, burst)) for burst in bursts))
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a device was measured to do, when a benchmark began.
+    """What a device was measured to do, before and after the loads of a benchmark.
 
     bandwidth_bytes_per_s  bytes read a second
     matmul_flops_per_s     operations a second of a large matrix product in the model's dtype
@@ -163,8 +180,10 @@ def roofline(
 ) -> pd.DataFrame:
     """How near to what the device can do every load came, prefill and decode apart: METRICS over measured calls.
 
-    Sums over calls are divided, as in sum of bytes / sum of seconds; intervals come from a bootstrap over calls. They
-    take the device's own rates as given: these have intervals of their own, in `machine`.
+    Sums over calls are divided, as in sum of bytes / sum of seconds; intervals come from a bootstrap over calls. Those
+    of mbu_frac, mfu_frac and roof_tokens_per_s carry the interval of the device's rate too, by the method of variance
+    estimates recovery on logarithms (Zou and Donner 2008): for m = r / b with r in [r-, r+] and b in [b-, b+] the
+    bounds are m / exp(sqrt(ln(r / r-)^2 + ln(b+ / b)^2)) and m * exp(sqrt(ln(r+ / r)^2 + ln(b / b-)^2)).
 
     Returns  DataFrame  level, phase, metric, estimate, ci_low, ci_high, n (calls); NaN where routing was not recorded
     Raises   MissingSignal  when no record knows what its forwards read, as with those of an endpoint
@@ -222,7 +241,32 @@ def _with_interval(
         return replicates[:, 0], none, none
     reach = np.full(len(METRICS), bootstrap.reach(np.array([float(len(sums))]))[0])
     low, high = resamples.interval(replicates, reach)
-    return replicates[:, 0], low, high
+    return replicates[:, 0], *_with_device(replicates[:, 0], low, high, machine)
+
+
+def _with_device(
+    estimate: np.ndarray, low: np.ndarray, high: np.ndarray, machine: Machine
+) -> tuple[np.ndarray, np.ndarray]:
+    """Bounds of METRICS, which for shares of a rate of the device, and for what it allows, carry that rate's own."""
+    at = {name: i for i, name in enumerate(METRICS)}
+    bandwidth, product = machine.bandwidth_bytes_per_s, machine.matmul_flops_per_s
+    ridge = product.estimate / bandwidth.estimate
+    binding = product if estimate[at["flops_per_byte"]] > ridge else bandwidth
+    low, high = low.copy(), high.copy()
+    with np.errstate(divide="ignore", invalid="ignore"):
+        for name, rate, divides in (
+            ("mbu_frac", bandwidth, True),
+            ("mfu_frac", product, True),
+            ("roof_tokens_per_s", binding, False),
+        ):
+            i = at[name]
+            below, above = np.log(np.divide(rate.estimate, rate.ci_low)), np.log(rate.ci_high / rate.estimate)
+            below, above = (above, below) if divides else (below, above)
+            low[i], high[i] = (
+                estimate[i] / np.exp(np.hypot(np.log(estimate[i] / low[i]), below)),
+                estimate[i] * np.exp(np.hypot(np.log(high[i] / estimate[i]), above)),
+            )
+    return low, high
 
 
 def _metrics(totals: np.ndarray, machine: Machine, layers: int) -> np.ndarray:

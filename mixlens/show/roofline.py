@@ -7,6 +7,7 @@ from matplotlib.axes import Axes
 
 from mixlens.bench.bench import Bench
 from mixlens.bench.local_tables import machine_of
+from mixlens.bench.roofline import Machine
 from mixlens.errors import MissingSignal
 from mixlens.show.style import INK, MARKERS, MUTED, PAGE, drawing, expert_colours, heading, printable
 
@@ -21,7 +22,8 @@ def roofline(bench: Bench, ax: Axes | None = None) -> Axes:
 
     Raises MissingSignal for an endpoint, or when no routing was recorded.
     """
-    machine = machine_of(bench.meta)
+    parts = bench.configurations()
+    machines = {name: machine_of(part.meta) for name, part in parts.items()}
     table = bench.roofline()
     levels = list(dict.fromkeys(table["level"]))
     rows = {(r["level"], r["phase"], r["metric"]): r for r in table.to_dict("records")}
@@ -32,7 +34,6 @@ def roofline(bench: Bench, ax: Axes | None = None) -> Axes:
             "A roofline was to be drawn. No call knows the bytes that it read. Measure with recording, as in "
             "LocalSettings(recording=True)."
         )
-    bandwidth, peak = machine.bandwidth_bytes_per_s.estimate, machine.matmul_flops_per_s.estimate
     colours = dict(zip(levels, expert_colours(len(levels)), strict=True))
     with drawing(ax, PAGE, 3.2) as ax:
         for (level, phase), x in intensity.items():
@@ -50,20 +51,36 @@ def roofline(bench: Bench, ax: Axes | None = None) -> Axes:
                 elinewidth=0.8,
                 label=printable(level) if phase == "prefill" else None,
             )
-        reached = [*intensity.values(), peak / bandwidth]
+        ridges = [m.matmul_flops_per_s.estimate / m.bandwidth_bytes_per_s.estimate for m in machines.values()]
+        reached = [*intensity.values(), *ridges]
         x = np.geomspace(min(reached) / 4, max(reached) * 4, 200)
-        ax.plot(x, np.minimum(x * bandwidth, peak), color=INK, linewidth=1.2)
         ax.set_xscale("log")
         ax.set_yscale("log")
-        ax.text(x[0] * 1.7, x[0] * bandwidth, f"{bandwidth / 1e9:,.4g} GB/s measured", color=MUTED, fontsize=7)
-        ax.text(x[-1], peak * 1.15, f"{peak / 1e9:,.4g} GFLOP/s measured", color=MUTED, fontsize=7, ha="right")
+        for name, machine in machines.items():
+            _roof(ax, x, machine, f", {name}" if len(machines) > 1 else "")
         ax.set_xlabel("operations a byte that must be read")
         ax.set_ylabel("operations a second")
         calls = max(row["n"] for row in rows.values())
+        dtype = f" in {bench.meta['model']['dtype']}" if "dtype" in bench.meta["model"] else ""
         heading(
             ax,
-            f"{bench.meta['model']['name']} in {bench.meta['model']['dtype']} on {machine.name}",
-            f"Filled: prefill; hollow: decode. Whiskers: 95 % over up to {calls} calls. Bytes: recorded routing.",
+            f"{bench.meta['model']['name']}{dtype} on {next(iter(machines.values())).name}",
+            f"Filled: prefill; hollow: decode. Whiskers: 95 % over up to {calls} calls. Band: 95 % of the device. "
+            "Bytes: recorded routing.",
         )
         ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
     return ax
+
+
+def _roof(ax: Axes, x: np.ndarray, machine: Machine, whose: str) -> None:
+    """What a device allows at so many operations a byte, with the intervals of both of its rates."""
+    bandwidth, peak = machine.bandwidth_bytes_per_s, machine.matmul_flops_per_s
+    ax.plot(x, np.minimum(x * bandwidth.estimate, peak.estimate), color=INK, linewidth=1.2)
+    low, high = np.minimum(x * bandwidth.ci_low, peak.ci_low), np.minimum(x * bandwidth.ci_high, peak.ci_high)
+    ax.fill_between(x, low, high, color=INK, alpha=0.12, lw=0)
+    said = (
+        f"{bandwidth.estimate / 1e9:,.4g} GB/s measured{whose}",
+        f"{peak.estimate / 1e9:,.4g} GFLOP/s measured{whose}",
+    )
+    ax.text(x[0] * 1.7, x[0] * bandwidth.estimate, printable(said[0]), color=MUTED, fontsize=7)
+    ax.text(x[-1], peak.estimate * 1.15, printable(said[1]), color=MUTED, fontsize=7, ha="right")

@@ -128,9 +128,15 @@ def throughput_latency_curve(
 ) -> Axes:
     """Throughput of the system against a latency of its requests, one point a load, one line a benchmark.
 
-    benches   one or several, whose lines are told apart by endpoint and model
+    benches   one or several, whose lines are told apart by endpoint and model; of several configurations each is a line
     """
-    several = [benches] if isinstance(benches, Bench) else list(benches)
+    given = [benches] if isinstance(benches, Bench) else list(benches)
+    named = [
+        (f"{_whose(part)}{', ' if name else ''}{name}", part)
+        for b in given
+        for name, part in b.configurations().items()
+    ]
+    several = [part for _, part in named]
     tables = [throughput_latency(bench, metric=metric, statistic=statistic) for bench in several]
     largest = max((table["latency"].max() for table in tables), default=np.nan)
     if not largest == largest:
@@ -139,10 +145,10 @@ def throughput_latency_curve(
         )
     factor, unit = _scale(metric, largest)
     with drawing(ax, COLUMN * 1.25, 2.9) as ax:
-        for i, (bench, table) in enumerate(zip(several, tables, strict=True)):
+        for i, ((name, _), table) in enumerate(zip(named, tables, strict=True)):
             colour = expert_colours(len(several))[i]
             x, y = table["throughput"], table["latency"] * factor
-            ax.plot(x, y, color=colour, marker=MARKERS[i], label=printable(_whose(bench)))
+            ax.plot(x, y, color=colour, marker=MARKERS[i % len(MARKERS)], label=printable(name))
             ax.hlines(y, table["throughput_low"], table["throughput_high"], color=colour, lw=0.7)
             ax.vlines(x, table["latency_low"] * factor, table["latency_high"] * factor, color=colour, lw=0.7)
             for at, level in enumerate(table["level"]):
@@ -158,7 +164,7 @@ def throughput_latency_curve(
             _legend_below(ax)
         n = " + ".join(str(int(table["n"].sum())) for table in tables)
         source = _whose(several[0]) if len(several) == 1 else f"{len(several)} benchmarks"
-        heading(ax, "Throughput against latency", f"{source}; n = {n} requests; whiskers: 95 %; {_lost(*several)}")
+        heading(ax, "Throughput against latency", f"{source}; n = {n} requests; whiskers: 95 %; {_lost(*given)}")
     return ax
 
 
@@ -281,7 +287,10 @@ def _scale(metric: str, largest: float) -> tuple[float, str]:
 
 
 def _whose(bench: Bench) -> str:
-    if "local" in bench.meta:
+    if "configurations" in bench.meta:
+        machine = next((about["machine"]["name"] for about in bench.meta["configurations"].values() if about), "here")
+        return f"{bench.meta['model']['name']} on {machine}, {bench.meta['created'][:10]}"
+    if "endpoint" not in bench.meta:
         return f"{bench.meta['model']['name']} on {bench.meta['machine']['name']}, {bench.meta['created'][:10]}"
     endpoint = bench.meta["endpoint"]
     return f"{str(endpoint['model']).rstrip('/').rsplit('/', 1)[-1]} at {endpoint['url']}, {bench.meta['created'][:10]}"

@@ -23,6 +23,7 @@ _PROVENANCE = (
     "model",
     "machine",
     "local",
+    "configurations",
     "price_usd_per_mtok",
     "stopped",
     "counts",
@@ -36,7 +37,7 @@ def speed_sections(bench: Bench, _name: str = "") -> dict[str, str]:
         "Speed": _summary(bench),
         "Latency": _latency(bench),
         "Requests": _requests(bench),
-        **({"Roofline": _roofline(bench)} if "local" in bench.meta else {}),
+        **({"Roofline": _roofline(bench)} if "endpoint" not in bench.meta else {}),
         "Methods and provenance of the benchmark": _provenance(bench),
     }
 
@@ -91,8 +92,15 @@ def _roofline(bench: Bench) -> str:
         _figure(roofline, bench, text)
         + _table(bench.cold_and_warm(), "First call of each load, and the measured ones; mean times in seconds")
         + _table(bench.peak_memory(), "Most memory that a call held")
-        + details("Bytes and operations", _table(bench.roofline(), "Every metric of prefill and decode"))
+        + details("Bytes and operations", _rooflines(bench))
     )
+
+
+def _rooflines(bench: Bench) -> str:
+    try:
+        return _table(bench.roofline(), "Every metric of prefill and decode")
+    except MissingSignal as error:
+        return paragraphs(str(error))
 
 
 def _provenance(bench: Bench) -> str:

@@ -28,7 +28,7 @@ WORK = Workload(16, 5)
 def measured(monkeypatch):
     """A device whose rates are given, for they take seconds to measure."""
     found = Machine("a device", Measured(1e9, 1e9, 1e9, 10, "copy"), Measured(1e10, 1e10, 1e10, 10, "product"))
-    monkeypatch.setattr("mixlens.bench.local.measure", lambda device, dtype: found)
+    monkeypatch.setattr("mixlens.bench.local.measure", lambda device, dtype, before=None: found)
 
 
 class FakeDevice(Device):
@@ -253,6 +253,39 @@ def test_weights_are_the_bytes_of_the_tensors(tied):
     assert weights.dense_bytes == 2 * sizes.dense
 
 
+def test_offloaded_layers_are_counted_by_their_shape_and_it_is_said(tmp_path):
+    from accelerate import dispatch_model
+
+    whole = run(tiny_mixtral(), None, requests=1)
+    places = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    places |= {f"model.layers.{i}": "disk" if i % 2 else "cpu" for i in range(4)}
+    net = dispatch_model(tiny_mixtral(), places, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
+    assert any(parameter.is_meta for parameter in net.parameters())
+    bench = run(net, None, requests=1)
+    for one, other in zip(whole.records, bench.records, strict=True):
+        assert [event.experts for event in one.events] == [event.experts for event in other.events]
+        assert [event.read_bytes for event in one.events] == [event.read_bytes for event in other.events]
+    assert bench.roofline().query("metric == 'mbu_frac'")["estimate"].notna().all()
+    assert "bytes are offloaded, and counted by their shape. They are brought to the device" in repr(bench)
+    assert "offloaded" not in repr(whole)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_device_is_measured_before_and_after_the_loads(full, monkeypatch):
+    def measure(device, dtype, before=None):
+        if before is not None and full:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        earlier = before.bandwidth_bytes_per_s.bursts if before else ()
+        found = Measured.of([*earlier, [1e9 + len(earlier), 1.1e9]], "copy")
+        return Machine("a device", found, found)
+
+    monkeypatch.setattr("mixlens.bench.local.measure", measure)
+    made = run(tiny_mixtral(), None, requests=1)
+    bursts = made.meta["machine"]["bandwidth_bytes_per_s"]["bursts"]
+    assert bursts == (((1e9, 1.1e9),) if full else ((1e9, 1.1e9), (1e9 + 1, 1.1e9)))
+    assert f"n = {2 if full else 4}" in repr(made)
+
+
 def test_quantized_weights_count_what_they_hold():
     pytest.importorskip("torchao")
     plain, small = (ml.load("demo", quantization=q, verbose=False) for q in (None, "int8wo"))
@@ -302,7 +335,9 @@ def test_a_rate_is_the_mean_of_ten_runs_after_two():
 
 
 def test_a_device_is_measured_and_its_memory_counted(monkeypatch):
-    monkeypatch.setattr(machine, "_bandwidth", lambda device, values, times: Measured(2.0, 1.0, 3.0, 10, "copy"))
+    monkeypatch.setattr(
+        machine, "_bandwidth", lambda device, values, times, earlier: Measured(2.0, 1.0, 3.0, 10, "copy")
+    )
     device = Device(tiny_mixtral())
     found = machine.measure(device, torch.float32)
     assert found.matmul_flops_per_s.ci_low < found.matmul_flops_per_s.estimate < found.matmul_flops_per_s.ci_high

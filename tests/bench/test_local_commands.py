@@ -16,7 +16,7 @@ FEW = ["--requests", "2", "--prompt-tokens", "16", "--output-tokens", "3"]
 @pytest.fixture(autouse=True)
 def measured(monkeypatch):
     found = Machine("a device", Measured(1e9, 1e9, 1e9, 10, "copy"), Measured(1e10, 1e10, 1e10, 10, "product"))
-    monkeypatch.setattr("mixlens.bench.local.measure", lambda device, dtype: found)
+    monkeypatch.setattr("mixlens.bench.local.measure", lambda device, dtype, before=None: found)
 
 
 def test_bench_of_the_demo_model_prints_a_table_and_leaves_a_run(tmp_path, capsys):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict, replace
+
 import numpy as np
 import pytest
 
 from mixlens import MissingSignal
 from mixlens.bench.decode import TOKEN, Event
 from mixlens.bench.events import Record
-from mixlens.bench.roofline import METRICS, Machine, Measured, Sizes, Weights, roofline
+from mixlens.bench.roofline import METRICS, Machine, Measured, Sizes, Weights, _with_device, roofline
 
 EIGHT_7B = {
     "num_hidden_layers": 32,
@@ -133,6 +136,66 @@ def test_metrics_of_known_events():
         assert found[key].estimate == pytest.approx(value), key
         assert found[key].n == 2
     assert found["decode", "mbu_frac"].ci_low < 0.25 < found["decode", "mbu_frac"].ci_high
+
+
+def test_shares_of_the_device_carry_its_own_interval():
+    calls = [call(0, 0.0, 0.5, 0.1), call(1, 3.0, 0.3, 0.3), call(2, 6.0, 0.4, 0.2)]
+    exact = replace(
+        MACHINE,
+        **{
+            name: replace(getattr(MACHINE, name), ci_low=rate, ci_high=rate)
+            for name, rate in (("bandwidth_bytes_per_s", 1000.0), ("matmul_flops_per_s", 500.0))
+        },
+    )
+    wide = replace(exact, bandwidth_bytes_per_s=Measured(1000.0, 800, 1100, 20, "copy"))
+    tables = [roofline(calls, one, layers=2).set_index(["phase", "metric"]) for one in (exact, wide)]
+    alone, both = (table.loc[("decode", "mbu_frac")] for table in tables)
+    assert both["estimate"] == alone["estimate"]
+    m = alone["estimate"]
+    low = np.hypot(np.log(m / alone["ci_low"]), np.log(1100 / 1000))
+    high = np.hypot(np.log(alone["ci_high"] / m), np.log(1000 / 800))
+    assert np.log(m / both["ci_low"]) == pytest.approx(low)
+    assert np.log(both["ci_high"] / m) == pytest.approx(high)
+    # The bytes bind decode: more bandwidth is more tokens; the matrix products bind prefill, and stay.
+    above = [
+        np.log(t.loc[("decode", "roof_tokens_per_s"), "ci_high"] / t.loc[("decode", "roof_tokens_per_s"), "estimate"])
+        for t in tables
+    ]
+    assert above[1] == pytest.approx(np.hypot(above[0], np.log(1.1)))
+    rest = [table.drop(index=["mbu_frac", "roof_tokens_per_s"], level="metric") for table in tables]
+    assert rest[0].equals(rest[1])
+
+
+def test_the_interval_of_a_share_holds_the_truth_as_often_as_it_says():
+    """A rate of 250 with a standard error of 0.5 %, on a device of 1,000 in two bursts of 10, noise 5 %."""
+    draw, held, narrow = np.random.default_rng(0), 0, 0
+    at = list(METRICS).index("mbu_frac")
+    for _ in range(500):
+        bursts = 1000 * (1 + 0.05 * draw.standard_normal((2, 10)))
+        mean, reach = bursts.mean(), 2.093 * bursts.std(ddof=1) / np.sqrt(20)  # of Student's t with 19 degrees
+        device = replace(MACHINE, bandwidth_bytes_per_s=Measured(mean, mean - reach, mean + reach, 20, "copy"))
+        share = 250 * (1 + 0.005 * draw.standard_normal()) / mean
+        bounds = [np.full(len(METRICS), share * (1 + sign * 0.0098)) for sign in (-1, 1)]
+        low, high = _with_device(np.full(len(METRICS), share), *bounds, device)
+        held += low[at] <= 0.25 <= high[at]
+        narrow += bounds[0][at] <= 0.25 <= bounds[1][at]
+    assert narrow < 400
+    assert 460 <= held  # 475 are expected
+
+
+def test_a_rate_is_the_mean_of_all_runs_and_its_interval_holds_every_burst():
+    found = Measured.of([[10.0, 12.0], [20.0, 22.0]], "copy")
+    reach = 3.182446 * np.std([10, 12, 20, 22], ddof=1) / 2
+    assert (found.estimate, found.n, found.bursts) == (16.0, 4, ((10.0, 12.0), (20.0, 22.0)))
+    assert (found.ci_low, found.ci_high) == pytest.approx((16 - reach, 16 + reach), rel=1e-4)
+    drifted = Measured.of([[10.0] * 10, [20.0] * 10], "copy")
+    assert (drifted.ci_low, drifted.ci_high) == (10.0, 20.0)
+    assert (
+        Machine.of(
+            json.loads(json.dumps(asdict(replace(MACHINE, bandwidth_bytes_per_s=found))))
+        ).bandwidth_bytes_per_s.n
+        == 4
+    )
 
 
 def test_one_call_has_no_interval_and_failures_are_in_no_number():

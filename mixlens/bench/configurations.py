@@ -1,0 +1,133 @@
+"""benchmark_configurations: one model in several dtypes, quantizations and experts implementations, in one run."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mixlens.bench.bench import Bench
+from mixlens.bench.keeping import Kept, bench_writer
+from mixlens.bench.local import (
+    Load,
+    LocalSettings,
+    Subject,
+    check_calls,
+    check_experts,
+    failed,
+    finished,
+    loads_of,
+    settings_plan,
+)
+from mixlens.bench.prompts import Workload
+from mixlens.errors import BadInput
+from mixlens.models.load import load
+from mixlens.runs import now
+
+_WORKLOAD, _SETTINGS = Workload(), LocalSettings()
+
+
+def benchmark_configurations(
+    model: str | os.PathLike,
+    configurations: Sequence[Mapping[str, Any]],
+    *,
+    concurrency: int | Sequence[int] | None = None,
+    requests: int = 8,
+    out: str | os.PathLike | None = None,
+    workload: Workload | Sequence[Workload] = _WORKLOAD,
+    settings: LocalSettings = _SETTINGS,
+) -> Bench:
+    """How fast a model generates in several configurations: loaded and measured one after the other, never two at once.
+
+    model           as for load
+    configurations  arguments of load for each, as [{"dtype": "bfloat16"}, {"quantization": "nf4"}]
+    concurrency, requests, workload    as of `benchmark`
+    out             one run directory for all
+    settings        LocalSettings; `experts` are measured in every configuration, and `max_seconds` hold for each
+
+    The loads of the Bench are called by configuration, as in "nf4: batch 1, 256 + 128 tokens". What cannot be loaded or
+    fails when it runs is kept as outcome "failed", with the reason in its record and its remarks, and the rest is
+    measured. `Bench.configurations()` gives each by itself.
+
+    Raises BadInput for no configurations or the same one twice, and for loads that cannot be.
+    """
+    labels = _labels(configurations)
+    check_calls(requests, settings)
+    loads_of(concurrency, workload, settings)
+    plan = {
+        "model": {"name": str(model)},
+        "configurations": [{name: str(value) for name, value in one.items()} for one in configurations],
+        "loads": [load.name for label in labels for load in loads_of(concurrency, workload, settings, label)],
+        "requests": requests,
+        "workloads": [one.plan() for one in ([workload] if isinstance(workload, Workload) else workload)],
+        "settings": settings_plan(settings),
+    }
+    writer = None if out is None else bench_writer(Path(out), plan)
+    if writer is not None and writer.complete:
+        return Bench.open(writer.path)
+    started, told, stopped = now(), {}, None
+    with Kept(writer, len(plan["loads"]) * requests, show=settings.progress) as kept:
+        for label, options in zip(labels, configurations, strict=True):
+            loads = loads_of(concurrency, workload, settings, label)
+            told[label], ended = _measured(model, options, loads, settings, requests, kept)
+            stopped = ended or stopped
+            gc.collect()
+            if torch.accelerator.is_available():
+                torch.accelerator.empty_cache()
+            if stopped == "an interrupt":
+                break
+    meta = {"created": started, "model": {"name": str(model)}, "configurations": told, "stopped": stopped}
+    return finished(kept, writer, meta)
+
+
+def _measured(
+    model: str | os.PathLike,
+    options: Mapping[str, Any],
+    loads: Sequence[Load],
+    settings: LocalSettings,
+    requests: int,
+    kept: Kept,
+) -> tuple[dict[str, Any], str | None]:
+    """What is to be said of one configuration, and what stopped it; what failed is among the records."""
+    try:
+        loaded = load(model, verbose=False, **options)
+        fit = []
+        for one in loads:
+            try:
+                check_experts(loaded, one.experts)
+                fit.append(one)
+            except BadInput as error:
+                kept.keep(failed(one, error))
+        return Subject(loaded, fit, settings, keep_failures=True).measure(requests, kept) if fit else ({}, None)
+    except KeyboardInterrupt:
+        return {}, "an interrupt"
+    except Exception as error:  # whatever a scheme's library raises: the other configurations are still to be measured
+        for one in loads:
+            kept.keep(failed(one, error))
+        return {}, None
+
+
+def _labels(configurations: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What tells each configuration from the others, in words."""
+    names = list(dict.fromkeys(name for one in configurations for name in one))
+    alike = [name for name in names if len({str(one.get(name)) for one in configurations}) == 1]
+    telling = [name for name in names if name not in alike] or names
+    labels = [
+        ", ".join(_words(one[name]) for name in telling if one.get(name) is not None) or "as it is"
+        for one in configurations
+    ]
+    if not labels or len(set(labels)) < len(labels):
+        raise BadInput(
+            f"A benchmark of configurations {', '.join(labels) or 'of no kind'} was asked for. There is none, or one "
+            'is given twice. Give several, as in [{"dtype": "bfloat16"}, {"quantization": "nf4"}].'
+        )
+    return labels
+
+
+def _words(value: Any) -> str:
+    told = ",".join(f"{part}={scheme}" for part, scheme in value.items()) if isinstance(value, Mapping) else str(value)
+    return told.removeprefix("torch.")
