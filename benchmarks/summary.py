@@ -20,6 +20,7 @@ def main() -> None:
         "computing": computing,
         "importing": importing,
         "generating": generating,
+        "viewing": viewing,
     }
     for path in sorted(RESULTS.glob("*.json")):
         result = json.loads(path.read_text("utf-8"))
@@ -91,6 +92,16 @@ def generating(result: dict[str, Any]) -> Iterator[str]:
         rate = f"{speed['estimate']:.2f} | {speed['ci_low']:.2f} to {speed['ci_high']:.2f} | {roof['estimate']:.1f}"
         shares = f"{100 * mbu['estimate']:.1f} | {100 * mfu['estimate']:.1f}"
         yield f"| {level} | {phase} | {rate} | {shares} | {speed['n']} |"
+
+
+def viewing(result: dict[str, Any]) -> Iterator[str]:
+    yield "| view | tokens | output, MB | first paint, s | state | laid out, ms | painted, ms | painted, p95 | steps |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for r in result["results"]:
+        for state, step in r["step"].items():
+            laid, painted = step["laid_out_ms"], step["painted_ms"]
+            about = f"{r['view']} | {r['tokens']:,} | {r['output_bytes'] / 1e6:.2f} | {r['first_paint_ms'] / 1e3:.2f}"
+            yield f"| {about} | {state} | {laid['median']} | {painted['median']} | {painted['p95']} | {step['n']} |"
 
 
 if __name__ == "__main__":
