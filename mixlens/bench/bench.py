@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 from importlib import import_module
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import Any
 
 import pandas as pd
@@ -181,7 +182,9 @@ class Bench:
         ]
 
     def __repr__(self) -> str:
-        return "\n".join([self.overview().T.to_string() if self.records else "no requests", *self.remarks()])
+        width = max(get_terminal_size().columns, 100)
+        table = self.overview().T.to_string(line_width=width) if self.records else "no requests"
+        return "\n".join([table, *self.remarks()])
 
     def _repr_html_(self) -> str:
         said = "".join(f"<div>{html.escape(remark)}</div>" for remark in self.remarks())

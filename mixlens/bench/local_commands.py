@@ -91,7 +91,8 @@ def _configurations(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     if arguments.quantization is not None:
         schemes = arguments.quantization
         parted = schemes.split(";") if ";" in schemes or "=" in schemes else schemes.split(",")
-        quantizations = [read_quantization(scheme.strip()) for scheme in parted if scheme.strip()]
+        named = [scheme.strip() for scheme in parted if scheme.strip()]
+        quantizations = [None if scheme == "none" else read_quantization(scheme) for scheme in named]
     dtypes = arguments.dtype.split(",") if arguments.dtype else [None]
     return [
         {"device_map": arguments.device_map, "dtype": dtype, "quantization": scheme}

@@ -134,7 +134,11 @@ def remarks(meta: Mapping[str, Any]) -> list[str]:
 
 def failures(records: Iterable[Record]) -> list[str]:
     """What could not be measured on this machine, and why."""
-    return [f"{r.level} failed: {r.detail}" for r in records if r.outcome == "failed"]
+    by_reason: dict[str, list[str]] = {}
+    for record in records:
+        if record.outcome == "failed":
+            by_reason.setdefault(record.detail, []).append(record.level)
+    return [f"Failed: {'; '.join(levels)}. {reason}" for reason, levels in by_reason.items()]
 
 
 def _remarks(meta: Mapping[str, Any]) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import cycle
+
 import numpy as np
 from matplotlib.axes import Axes
 
@@ -56,8 +58,10 @@ def roofline(bench: Bench, ax: Axes | None = None) -> Axes:
         x = np.geomspace(min(reached) / 4, max(reached) * 4, 200)
         ax.set_xscale("log")
         ax.set_yscale("log")
-        for name, machine in machines.items():
-            _roof(ax, x, machine, f", {name}" if len(machines) > 1 else "")
+        # One roof a dtype: the device is the same, and only its products differ.
+        roofs = {part.meta["model"]["dtype"]: machines[name] for name, part in reversed(parts.items())}
+        for style, (dtype, machine) in zip(cycle(("-", "--", ":")), reversed(roofs.items())):
+            _roof(ax, x, machine, style, dtype if len(roofs) > 1 else "")
         ax.set_xlabel("operations a byte that must be read")
         ax.set_ylabel("operations a second")
         calls = max(row["n"] for row in rows.values())
@@ -72,15 +76,14 @@ def roofline(bench: Bench, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def _roof(ax: Axes, x: np.ndarray, machine: Machine, whose: str) -> None:
+def _roof(ax: Axes, x: np.ndarray, machine: Machine, style: str, dtype: str) -> None:
     """What a device allows at so many operations a byte, with the intervals of both of its rates."""
     bandwidth, peak = machine.bandwidth_bytes_per_s, machine.matmul_flops_per_s
-    ax.plot(x, np.minimum(x * bandwidth.estimate, peak.estimate), color=INK, linewidth=1.2)
+    said = f"{bandwidth.estimate / 1e9:,.4g} GB/s measured", f"{peak.estimate / 1e9:,.4g} GFLOP/s measured"
+    label = printable(f"{', '.join(said)}, {dtype}") if dtype else None
+    ax.plot(x, np.minimum(x * bandwidth.estimate, peak.estimate), style, color=INK, linewidth=1.2, label=label)
     low, high = np.minimum(x * bandwidth.ci_low, peak.ci_low), np.minimum(x * bandwidth.ci_high, peak.ci_high)
     ax.fill_between(x, low, high, color=INK, alpha=0.12, lw=0)
-    said = (
-        f"{bandwidth.estimate / 1e9:,.4g} GB/s measured{whose}",
-        f"{peak.estimate / 1e9:,.4g} GFLOP/s measured{whose}",
-    )
-    ax.text(x[0] * 1.7, x[0] * bandwidth.estimate, printable(said[0]), color=MUTED, fontsize=7)
-    ax.text(x[-1], peak.estimate * 1.15, printable(said[1]), color=MUTED, fontsize=7, ha="right")
+    if not dtype:
+        ax.text(x[0] * 1.7, x[0] * bandwidth.estimate, said[0], color=MUTED, fontsize=7)
+        ax.text(x[-1], peak.estimate * 1.15, said[1], color=MUTED, fontsize=7, ha="right")

@@ -132,9 +132,9 @@ def throughput_latency_curve(
     """
     given = [benches] if isinstance(benches, Bench) else list(benches)
     named = [
-        (f"{_whose(part)}{', ' if name else ''}{name}", part)
-        for b in given
-        for name, part in b.configurations().items()
+        (name if name and len(given) == 1 else ", ".join(filter(None, (_whose(part), name))), part)
+        for bench in given
+        for name, part in bench.configurations().items()
     ]
     several = [part for _, part in named]
     tables = [throughput_latency(bench, metric=metric, statistic=statistic) for bench in several]
@@ -144,7 +144,8 @@ def throughput_latency_curve(
             "Throughput against latency was to be drawn. No load has both. Look at bench.outcomes() and overview()."
         )
     factor, unit = _scale(metric, largest)
-    with drawing(ax, COLUMN * 1.25, 2.9) as ax:
+    short = _short([level for table in tables for level in table["level"]])
+    with drawing(ax, COLUMN * 1.25, 2.7 + 0.14 * len(several)) as ax:
         for i, ((name, _), table) in enumerate(zip(named, tables, strict=True)):
             colour = expert_colours(len(several))[i]
             x, y = table["throughput"], table["latency"] * factor
@@ -154,16 +155,16 @@ def throughput_latency_curve(
             for at, level in enumerate(table["level"]):
                 if x[at] == x[at] and y[at] == y[at]:
                     place = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": relative_size(0.75)}
-                    ax.annotate(printable(_short(level)), (x[at], y[at]), color=MUTED, **place)
+                    ax.annotate(printable(short[level]), (x[at], y[at]), color=MUTED, **place)
         ax.set_xlim(left=0)
         ax.set_ylim(bottom=0)
         ax.margins(x=0.12)
         ax.set_xlabel("output tokens a second, all requests together")
         ax.set_ylabel(f"{_NAMES[metric]}, {statistic} [{unit}]")
         if len(several) > 1:
-            _legend_below(ax)
+            _legend_below(ax, columns=1)
         n = " + ".join(str(int(table["n"].sum())) for table in tables)
-        source = _whose(several[0]) if len(several) == 1 else f"{len(several)} benchmarks"
+        source = _whose(given[0]) if len(given) == 1 else f"{len(several)} benchmarks"
         heading(ax, "Throughput against latency", f"{source}; n = {n} requests; whiskers: 95 %; {_lost(*given)}")
     return ax
 
@@ -302,8 +303,15 @@ def _lost(*benches: Bench) -> str:
     return f"{failed} of {len(measured)} requests failed and are in no curve"
 
 
-def _short(level: str) -> str:
-    return level.removeprefix("concurrency ").replace("poisson ", "").replace("constant ", "")
+def _short(levels: Sequence[str]) -> dict[str, str]:
+    """What tells each load from the others: of "batch 4, 256 + 128 tokens" its batch, where lengths are the same."""
+    parts = {level: level.split(", ") for level in levels}
+    shared = set.intersection(*map(set, parts.values())) if len(parts) > 1 else set()
+    told = {level: ", ".join(part for part in of if part not in shared) for level, of in parts.items()}
+    return {
+        level: words.removeprefix("concurrency ").replace("poisson ", "").replace("constant ", "")
+        for level, words in told.items()
+    }
 
 
 def _legend_below(ax: Axes, columns: int = 2) -> None:
