@@ -6,6 +6,7 @@ import os
 import secrets
 import shutil
 import socket
+import subprocess
 import threading
 from pathlib import Path
 
@@ -301,6 +302,18 @@ def test_who_insists_gets_limits_without_a_sandbox(monkeypatch):
     endless = run_code("while True:\n    pass", limits=Limits(seconds=1), unsafe_without_sandbox=True)
     assert endless.outcome == "timeout"
     assert run_code("x = bytearray(4 << 30)", unsafe_without_sandbox=True).outcome == "memory"
+
+
+def test_who_insists_may_have_other_processes():
+    """A limit on processes counts all of a user's, but for root, who has none."""
+    others = [subprocess.Popen(["sleep", "60"]) for _ in range(Limits().processes)]
+    try:
+        program = "import threading\nthread = threading.Thread(target=print)\nthread.start()\nthread.join()"
+        assert run_code(program, limits=LIMITS, unsafe_without_sandbox=True).passed
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
 
 
 def test_nothing_of_a_stopped_program_is_left_open():
