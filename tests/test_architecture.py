@@ -24,7 +24,7 @@ FLOORS = [
     {"mixlens.show"},
     {"mixlens.schemes"},
     {"mixlens.explore", "mixlens.arguments", "mixlens.comparing_commands", "mixlens.intervening_commands"},
-    {"mixlens.cli"},
+    {"mixlens.cli", "mixlens.__main__"},
 ]
 
 

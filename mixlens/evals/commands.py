@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mixlens.errors import BadInput, RunError
+from mixlens.errors import BadInput, ModelError, RunError
 
 
 def add_commands(add: Callable[[str, Callable[..., Any], str], argparse.ArgumentParser]) -> None:
@@ -34,6 +34,7 @@ def add_commands(add: Callable[[str, Callable[..., Any], str], argparse.Argument
     run.add_argument(
         "--backend", choices=("transformers", "vllm"), default="transformers", help="(default: %(default)s)"
     )
+    run.add_argument("--vllm-args", metavar="NAME=VALUE,...", help="for --backend vllm, as in tensor_parallel_size=2")
     run.add_argument("--url", help="address of an endpoint, as in http://127.0.0.1:8000/v1")
     run.add_argument("--url-protocol", default="openai-completions", help="of the endpoint (default: %(default)s)")
     run.add_argument("--key-env", metavar="NAME", help="environment variable that holds the endpoint's key")
@@ -95,16 +96,7 @@ def _model(arguments: argparse.Namespace) -> Any:
             arguments.url, model=arguments.model, protocol=arguments.url_protocol, key_env=arguments.key_env
         )
     if arguments.backend == "vllm":
-        try:
-            from lm_eval.models.vllm_causallms import VLLM
-
-            backend: Any = VLLM  # lm-eval's decorator hides its arguments
-            return backend(pretrained=arguments.model, dtype=arguments.dtype or "auto", revision=arguments.revision)
-        except (ImportError, ModuleNotFoundError) as error:
-            raise BadInput(
-                f"{arguments.model} was to be evaluated by vLLM. It cannot be imported ({error}). Install vllm, or "
-                "leave --backend out."
-            ) from error
+        return _vllm(arguments)
     from mixlens.models.load import load
 
     quantized = {"quantization": arguments.quantization} if arguments.quantization else {}
@@ -116,6 +108,32 @@ def _model(arguments: argparse.Namespace) -> Any:
         verbose=not arguments.json,
         **quantized,
     )
+
+
+def _vllm(arguments: argparse.Namespace) -> Any:
+    """lm-eval's own vLLM model. It can raise anything, from far inside, when it cannot start."""
+    from mixlens.models.demo import DEMO, demo_path
+
+    asked = f"{arguments.model} was to be evaluated by vLLM"
+    if arguments.quantization or arguments.device_map:
+        raise BadInput(
+            f"{asked}. --quantization and --device-map are of transformers. Say it in vLLM's words, as in "
+            "--vllm-args quantization=awq,tensor_parallel_size=2."
+        )
+    pretrained = demo_path() if arguments.model == DEMO else arguments.model
+    given = {"pretrained": pretrained, "revision": arguments.revision, "dtype": arguments.dtype}
+    words = [f"{name}={value}" for name, value in given.items() if value]
+    try:
+        from lm_eval.models.vllm_causallms import VLLM
+
+        return VLLM.create_from_arg_string(",".join([*words, *filter(None, [arguments.vllm_args])]))
+    except ImportError as error:
+        raise BadInput(f"{asked}. It cannot be imported ({error}). Install vllm, or leave --backend out.") from error
+    except Exception as error:
+        raise ModelError(
+            f"{asked}. It did not start: {type(error).__name__}: {str(error).strip()[:300]}. See what it printed "
+            "above, and give what it needs by --vllm-args."
+        ) from error
 
 
 def _data(arguments: argparse.Namespace) -> dict[str, Any] | None:

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoTokenizer
 
 import mixlens as ml
+from mixlens.cli import main
 from mixlens.evals.answers import Answers
 from mixlens.models.demo import demo_path
 
@@ -115,3 +116,9 @@ def test_a_server_must_put_one_beginning_of_sequence(demo, specials, found):
 def test_an_echo_without_log_probabilities_is_refused(demo):
     with echoing(demo, scores=False) as endpoint, pytest.raises(ml.BadInput, match="does not echo a prompt with"):
         ml.evaluate(endpoint, "demo", limit=1, settings=QUIET)
+
+
+def test_words_of_transformers_are_not_dropped_for_vllm(capsys, tmp_path):
+    out = str(tmp_path / "out")
+    assert main(["eval", "demo", "demo", "--backend", "vllm", "--quantization", "nf4", "--out", out]) == 1
+    assert "Say it in vLLM's words, as in --vllm-args quantization=awq" in capsys.readouterr().err
