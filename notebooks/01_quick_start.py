@@ -2,6 +2,11 @@
 # jupyter:
 #   jupytext:
 #     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -11,8 +16,9 @@
 # %% [markdown]
 # # Quick start: what do the experts of a Mixtral do?
 #
-# Five cells take you from a model to an answer with error bars. Everything runs offline on the small trained Mixtral
-# that comes with mixlens; set `MODEL` to `"mistralai/Mixtral-8x7B-v0.1"` to run the same cells on the real one.
+# A few cells take you from a model to an answer with error bars. Everything runs offline on the small trained Mixtral
+# that comes with mixlens; set `MODEL` to `"mistralai/Mixtral-8x7B-v0.1"` to run the same cells on the real one, which
+# spreads over the accelerators that are there.
 
 # %%
 import mixlens as ml
@@ -43,32 +49,60 @@ share = ml.stats.expert_share(trace, by="domain")
 ml.show.expert_share_grid(share)
 
 # %% [markdown]
-# Some experts have a domain of their own. How much does an expert's choice say about the domain, in bits, and how much
-# of that would shuffled labels say as well?
+# Which expert is furthest above uniform, and where? And in general: how much does an expert's choice say about the
+# domain, in bits, and how much of that would shuffled labels say as well?
+
+# %%
+cells = share.stack(cell=("domain", "layer", "expert"))
+most = cells.isel(cell=int(cells["estimate"].values.argmax()))
+domain, layer, expert = most["cell"].item()
+print(
+    f"Furthest above uniform ({share.attrs['uniform']:.1%}): in layer {layer} expert {expert} takes "
+    f"{float(most['estimate']):.1%} [{float(most['ci_low']):.1%}, {float(most['ci_high']):.1%}] of the assignments of "
+    f"{domain}; n = {int(most['n']):,} tokens of {int(most['n_documents'])} documents."
+)
 
 # %%
 information = ml.stats.domain_information(trace)
 ml.show.information(information)
 
+# %%
+excess = information.sel(measure="excess")
+above = int((excess["ci_low"] > 0).sum())
+top = excess.isel(layer=int(excess["estimate"].values.argmax()))
+print(
+    f"Above chance in {above} of {excess.sizes['layer']} layers, most in layer {int(top['layer'])}: "
+    f"{float(top['estimate']):.3f} bits [{float(top['ci_low']):.3f}, {float(top['ci_high']):.3f}], "
+    f"n = {int(top['n']):,} tokens."
+)
+
 # %% [markdown]
 # ## Do consecutive tokens go to the same expert?
 #
-# Table 5 of the paper asks this of Mixtral-8x7B. The answer for this model, with intervals, in the same form:
+# Table 5 of the paper asks this of Mixtral-8x7B. The answer for this model, with intervals, in the same form, in per
+# cent of consecutive tokens with the same first choice:
 
 # %%
 repetition = ml.stats.repetition(trace, by="domain").sel(choice="first")
-table = repetition[["estimate", "ci_low", "ci_high"]].isel(layer=[0, -1]).to_dataframe().drop(columns="choice")
-(100 * table).round(1).unstack("layer")
+ends = repetition.isel(layer=[0, -1])
+table = (100 * ends[["estimate", "ci_low", "ci_high"]]).to_dataframe().drop(columns="choice").round(1).unstack("layer")
+table["n"] = repetition["n"].to_series()
+table
+
+# %%
+uniform = float(repetition.attrs["uniform"][0])
+over = int((ends["ci_low"] > uniform).sum())
+print(f"Uniform routing gives {uniform:.1%}; the interval lies above that in {over} of {ends['estimate'].size} cells.")
 
 # %% [markdown]
 # ## One text, token by token
 #
-# The thick underline is the first choice, the thin one the second. Where scripts may run, the view is live: move the
-# layer, hover a token, pick an expert.
+# The first document of the domain found above, in the layer found above. The thick underline is the first choice, the
+# thin one the second. Where scripts may run, the view is live: move the layer, hover a token, pick an expert.
 
 # %%
-mathematics = int(trace.sequences.index[trace.sequences["domain"] == "mathematics"][0])
-ml.view.tokens(trace, sequence=mathematics)
+document = int(trace.sequences.index[trace.sequences["domain"] == domain][0])
+ml.view.tokens(trace, sequence=document, layer=layer)
 
 # %% [markdown]
 # ## Hand it on

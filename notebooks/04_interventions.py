@@ -2,6 +2,11 @@
 # jupyter:
 #   jupytext:
 #     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -12,18 +17,24 @@
 # # Interventions: which experts matter, and for what?
 #
 # Utilization says where tokens go, not what an expert is for. Here experts are taken out, and the loss says what that
-# costs. Everything runs offline on the small trained Mixtral that comes with mixlens.
+# costs. Everything runs offline on the small trained Mixtral that comes with mixlens; set `MODEL`, `DOCUMENTS` and
+# `DOMAIN` for another. A map of all experts takes a forward of the layers above each: 256 of them for 8x7B, so keep
+# documents few and short there, or take some layers, `ml.Ablation(layers=[...])`.
 
 # %%
+import numpy as np
 import pandas as pd
 import torch
 from transformers import AutoTokenizer
 
 import mixlens as ml
 
-model = ml.load("demo", verbose=False)
+MODEL = "demo"
+DOCUMENTS = ml.demo_documents()
+DOMAIN = "mathematics"
+model = ml.load(MODEL, verbose=False)
 tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
-documents = ml.demo_documents()
+documents = DOCUMENTS
 settings = ml.RecordSettings(max_length=128, overlong="truncate", shard_tokens=4096, progress=False)
 
 # %% [markdown]
@@ -33,7 +44,7 @@ settings = ml.RecordSettings(max_length=128, overlong="truncate", shard_tokens=4
 # expert is gone, and the weights of those chosen in its place sum to one.
 
 # %%
-inputs = tokenizer(documents[0]["text"][:400], return_tensors="pt")
+inputs = tokenizer(documents[0]["text"][:400], return_tensors="pt").to(model.device)
 with torch.no_grad(), ml.Recorder(model) as plain:
     model(**inputs)
 with torch.no_grad(), ml.Recorder(model) as edited, ml.edit(model, ml.edits.forbid(3, 5), ml.edits.temperature(0.5)):
@@ -63,31 +74,31 @@ importance = ml.stats.expert_importance(measured, by="domain")
 ml.show.importance_by_domain(importance)
 
 # %% [markdown]
-# ## The expert that mathematics over-uses: does it matter most to mathematics?
+# ## The expert that a domain over-uses: does it matter most to that domain?
 #
-# In every layer, the expert whose share in mathematics exceeds its mean share in the other domains most. It is picked
-# by use alone, never by importance, and all layers are shown. `rank` is the place of mathematics among the domains by
-# the loss that the expert's absence costs: 1 says that it matters most to mathematics.
+# `DOMAIN` is mathematics unless you chose another. In every layer, the expert whose share in it exceeds its mean share
+# in the other domains most. It is picked by use alone, never by importance, and all layers are shown. `rank` is the
+# place of the domain among all by the loss that the expert's absence costs: 1 says that it matters most to `DOMAIN`.
 
 # %%
-others = importance.drop_sel(domain="mathematics")
-over_use = importance.share.sel(domain="mathematics") - others.share.mean("domain")
+others = importance.drop_sel(domain=DOMAIN)
+over_use = importance.share.sel(domain=DOMAIN) - others.share.mean("domain")
 rows = []
 for layer in importance.layer.values:
     expert = int(over_use.sel(layer=layer).values.argmax())
     cell = importance.sel(layer=layer, expert=expert)
-    mathematics = cell.sel(domain="mathematics")
+    own, elsewhere = cell.sel(domain=DOMAIN), cell.drop_sel(domain=DOMAIN)
     rows.append(
         {
             "layer": layer,
             "expert": expert,
-            "share in mathematics": float(mathematics.share),
-            "share elsewhere": float(cell.share.drop_sel(domain="mathematics").mean()),
-            "change in loss": float(mathematics.estimate),
-            "low": float(mathematics.ci_low),
-            "high": float(mathematics.ci_high),
-            "largest elsewhere": float(cell.estimate.drop_sel(domain="mathematics").max()),
-            "rank": int((cell.estimate > mathematics.estimate).sum()) + 1,
+            "share there": float(own.share),
+            "share elsewhere": float(elsewhere.share.mean()),
+            "change in loss": float(own.estimate),
+            "low": float(own.ci_low),
+            "high": float(own.ci_high),
+            "largest elsewhere": float(elsewhere.estimate.max()),
+            "rank": int((cell.estimate > own.estimate).sum()) + 1,
         }
     )
 favourites = pd.DataFrame(rows).set_index("layer")
@@ -101,34 +112,47 @@ first = favourites["rank"] == 1
 clear = favourites["low"] > 0
 strongest = favourites["change in loss"].idxmax()
 best = favourites.loc[strongest]
-elsewhere = importance.sel(layer=strongest, expert=int(best["expert"])).drop_sel(domain="mathematics")
+elsewhere = importance.sel(layer=strongest, expert=int(best["expert"])).drop_sel(domain=DOMAIN)
 runner_up = elsewhere.isel(domain=int(elsewhere.estimate.values.argmax()))
 print(
-    f"In {first.sum()} of {len(favourites)} layers the expert that mathematics over-uses matters most to mathematics; "
+    f"In {first.sum()} of {len(favourites)} layers the expert that {DOMAIN} over-uses matters most to {DOMAIN}; "
     f"in {(first & clear).sum()} of them the interval excludes zero."
 )
 print(
-    f"It costs most in layer {strongest}: without expert {best['expert']:.0f} mathematics loses "
+    f"It costs most in layer {strongest}: without expert {best['expert']:.0f} {DOMAIN} loses "
     f"{best['change in loss']:.3f} [{best['low']:.3f}, {best['high']:.3f}] nats a token; next comes "
     f"{runner_up.domain.item()} with {float(runner_up.estimate):.3f} "
     f"[{float(runner_up.ci_low):.3f}, {float(runner_up.ci_high):.3f}]."
 )
 
 # %% [markdown]
-# Use and importance need not go together. A point far to the right and near zero is an expert that mathematics uses
-# much and can spare, for its work is taken over by the next best.
+# Use and importance need not go together. A point far to the right and near zero is an expert that the domain uses
+# much and can spare.
 
 # %%
-ml.show.importance_against_share(importance.sel(domain="mathematics"))
+ml.show.importance_against_share(importance.sel(domain=DOMAIN))
 
 # %% [markdown]
 # ## How many experts does a token need?
 #
-# The model was trained with two. The same documents with each token choosing one to eight:
+# Mixtral is trained with two. The same documents with each token choosing one to eight:
 
 # %%
 sweep = ml.stats.topk_sweep(ml.measure_topk(model, documents, settings=settings))
 ml.show.topk_curve(sweep)
+
+# %%
+least = int(sweep.k[int(sweep.estimate.values.argmin())])
+told = ", ".join(
+    f"{k}: {float(sweep.change.sel(k=k)):+.3f} [{float(sweep.change_low.sel(k=k)):+.3f}, "
+    f"{float(sweep.change_high.sel(k=k)):+.3f}]"
+    for k in sweep.k.values
+    if k != model.config.num_experts_per_tok
+)
+print(
+    f"The loss is least with {least} experts a token; n = {int(sweep.n):,} tokens. Change against the model's own k, "
+    f"in nats a token: {told}."
+)
 
 # %% [markdown]
 # The weights of those chosen are renormalised for every k; how much of the weight stays with the strongest:
@@ -152,31 +176,44 @@ ml.show.contribution(contribution)
 ml.show.contributions(contributions, sequence=0, positions=(0, 48))
 
 # %% [markdown]
-# Do the two agree? Rank correlation over all experts between what an expert adds and what its absence costs:
+# Do the two agree? Rank correlation over all experts between what an expert adds and what its absence costs, with an
+# interval from a bootstrap over experts:
 
 # %%
 whole = ml.stats.expert_importance(measured)
 pairs = pd.DataFrame({"added": contribution.estimate.values.ravel(), "cost": whole.estimate.values.ravel()}).dropna()
-round(float(pairs["added"].corr(pairs["cost"], method="spearman")), 2)
+draws = np.random.default_rng(0).integers(len(pairs), size=(1000, len(pairs)))
+correlation = pairs["added"].corr(pairs["cost"], method="spearman")
+low, high = np.quantile([pairs.iloc[d].corr(method="spearman").iloc[0, 1] for d in draws], [0.025, 0.975])
+print(f"Spearman's rho {correlation:.2f} [{low:.2f}, {high:.2f}], n = {len(pairs)} experts.")
 
 # %% [markdown]
 # ## Patching
 #
 # Activations of one run put into another: here the residual stream of a French sentence, layer by layer, at the last
-# position of a German one. How far does that carry the prediction? After the last layer it must be all the way.
+# position of a German one. How far does that carry the prediction? After the last layer it must be all the way. One
+# pair of sentences shows how it is done, and is no finding.
 
 # %%
 french, german = (
-    tokenizer(text, return_tensors="pt")["input_ids"]
+    tokenizer(text, return_tensors="pt")["input_ids"].to(model.device)
     for text in ("La ville est située dans le nord de la", "Die Stadt liegt im Norden der")
 )
-with torch.no_grad(), ml.Recorder(model, signals=["resid_post"]) as recorder:
-    target = model(french).logits[0, -1].softmax(-1)
-    source = recorder.trace().activations("resid_post").isel(token=-1)
-    distance = {"none": float((model(german).logits[0, -1].softmax(-1) - target).abs().sum() / 2)}
+
+
+def predicted(ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids).logits[0, -1].float().softmax(-1)
+
+
+with ml.Recorder(model, signals=["resid_post"]) as recorder:
+    target = predicted(french)
+source = recorder.trace().activations("resid_post").isel(token=-1)
+distance = {"none": float((predicted(german) - target).abs().sum() / 2)}
 last = ml.edits.Where(positions=german.shape[1] - 1)
 for layer in importance.layer.values.tolist():
     patch = ml.edits.patch("resid_post", source.sel(layer=layer).values.astype("float32"), layer=layer, where=last)
-    with torch.no_grad(), ml.edit(model, patch):
-        distance[f"layer {layer}"] = float((model(german).logits[0, -1].softmax(-1) - target).abs().sum() / 2)
+    with ml.edit(model, patch):
+        distance[f"layer {layer}"] = float((predicted(german) - target).abs().sum() / 2)
+assert distance[f"layer {layer}"] < 0.01
 pd.Series(distance, name="total variation distance to the French prediction").round(3)

@@ -2,6 +2,11 @@
 # jupyter:
 #   jupytext:
 #     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -9,11 +14,13 @@
 # ---
 
 # %% [markdown]
-# # Benchmark scores that can be compared
+# # Does a model score worse with one expert a token, or is that noise? Benchmark scores that can be compared
 #
 # A score without its protocol is no number. Here a model is evaluated by protocol, its score gets an interval and every
 # sample behind it, and two runs are compared sample by sample. Everything runs offline on the small trained Mixtral
-# that comes with mixlens, and on a benchmark of six small tasks that it can pass.
+# that comes with mixlens, and on a benchmark of six small tasks that it can pass. For another model set `MODEL` and
+# `PUBLISHED` to `"mistralai/Mixtral-8x7B-v0.1"`, and `TASKS` to benchmarks such as `["mmlu", "gsm8k"]`; `LIMIT` takes
+# the first questions of each.
 
 # %%
 import pandas as pd
@@ -23,7 +30,9 @@ from mixlens.evals.protocols import suites
 from mixlens.evals.references import beside, references
 from mixlens.evals.routing import sample_share
 
-model = ml.load("demo", verbose=False)
+MODEL, TASKS, LIMIT = "demo", "demo", None
+PUBLISHED = "mistralai/Mixtral-8x7B-v0.1"  # whose published scores stand beside
+model = ml.load(MODEL, verbose=False)
 settings = ml.EvalSettings(progress=False, routing=True)
 
 # %% [markdown]
@@ -33,7 +42,7 @@ settings = ml.EvalSettings(progress=False, routing=True)
 # disagree both are shown.
 
 # %%
-references("mistralai/Mixtral-8x7B-v0.1", benchmark="arc_challenge")[["protocol", "score", "n", "source", "status"]]
+references(PUBLISHED, benchmark="arc_challenge")[["protocol", "score", "n", "source", "status"]]
 
 # %% [markdown]
 # A suite maps each benchmark to one protocol, and one protocol is one task file.
@@ -49,7 +58,7 @@ pd.Series(suites()["mixtral-paper"], name="protocol in mixtral-paper").to_frame(
 # folder opens again with `ml.open`, and holds lm-eval's own JSON beside the samples.
 
 # %%
-log = ml.evaluate(model, "demo", settings=settings, out="runs/demo-scores")
+log = ml.evaluate(model, TASKS, limit=LIMIT, settings=settings, out="runs/two-experts")
 log.scores[["task", "average", "score", "ci_low", "ci_high", "n", "interval"]].round(3)
 
 # %%
@@ -64,11 +73,11 @@ log.samples[["task", "sample_id", "prompt", "target", "response", "correct"]].gr
 # %% [markdown]
 # ## Beside published scores
 #
-# A published score is comparable only where protocol, metric and number of questions are the same. For this benchmark
-# nobody has published any, and the table says so.
+# A published score is comparable only where protocol, metric and number of questions are the same. Where it is not, or
+# where nobody has published any, the table says why.
 
 # %%
-beside(log, model="mistralai/Mixtral-8x7B-v0.1")[["benchmark", "protocol", "score", "comparable", "why_not"]].round(1)
+beside(log, model=PUBLISHED)[["benchmark", "protocol", "score", "comparable", "why_not"]].round(1)
 
 # %% [markdown]
 # ## Is the difference noise?
@@ -78,7 +87,7 @@ beside(log, model="mistralai/Mixtral-8x7B-v0.1")[["benchmark", "protocol", "scor
 
 # %%
 with ml.edit(model, ml.edits.top_k(1)):
-    ablated = ml.evaluate(model, "demo", settings=settings)
+    ablated = ml.evaluate(model, TASKS, limit=LIMIT, settings=settings, out="runs/one-expert")
 compared = ml.compare(log, ablated)
 compared
 

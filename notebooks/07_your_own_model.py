@@ -2,6 +2,11 @@
 # jupyter:
 #   jupytext:
 #     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -42,7 +47,7 @@ type(model)
 texts = ["def area(radius):\n    return 3.14159 * radius ** 2", "The theorem follows from the lemma."]
 if tokenizer.pad_token is None:
     tokenizer.pad_token = tokenizer.eos_token
-batch = tokenizer(texts, return_tensors="pt", padding=True)
+batch = tokenizer(texts, return_tensors="pt", padding=True).to(model.device)
 with torch.no_grad():
     plain = model(**batch).logits
     with ml.Recorder(model, signals=["router_logits"]) as recorder:
@@ -58,7 +63,7 @@ assert mine.n_tokens == int(batch["attention_mask"].sum())
 # Prompt and answer are told apart by `phase`. The last token has no routing, since no forward saw it.
 
 # %%
-prompt = tokenizer("Once upon a time", return_tensors="pt")
+prompt = tokenizer("Once upon a time", return_tensors="pt").to(model.device)
 with ml.Recorder(model) as recorder:
     answer = model.generate(**prompt, max_new_tokens=30, do_sample=False)
 generated = recorder.trace()
