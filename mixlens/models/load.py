@@ -116,7 +116,7 @@ def _load_plain(source: _Source, device_map: str | Mapping[str, Any] | None, dty
             read: Any = AutoModelForCausalLM.from_pretrained(
                 source.name, config=source.config, device_map=device_map, output_loading_info=True, **options
             )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, MemoryError, SafetensorError) as error:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
         raise _weights_error(source.asked, error) from error
@@ -155,7 +155,7 @@ def _load_quantized(
         return finish(
             fill(skeleton, checkpoint, skeleton.places(device_map), verbose=verbose), source.name, source.revision
         )
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, RuntimeError, MemoryError, SafetensorError) as error:
         raise _weights_error(source.asked, error) from error
 
 
@@ -222,6 +222,11 @@ def _read_config(name: str, commit: str | None) -> Any:
 def _weights_error(name: str, error: Exception) -> ModelError:
     if not Path(name).is_dir() and fault_of(error) is not None:
         return _hub_error(name, error)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+        return ModelError(
+            f"{name} was to be loaded. Memory ran out while its weights were read: {_first_line(error)}. Free memory, "
+            'load it with quantization="nf4", or spread it with device_map="auto".'
+        )
     found = "it has no safetensors" if "named model.safetensors" in str(error) else _first_line(error)
     return ModelError(
         f"{name} was to be loaded. Its weights could not be read: {found}. Make sure that all "

@@ -82,6 +82,17 @@ def test_weights_that_are_not_there_or_broken(variant):
         load(path, verbose=False)
 
 
+@pytest.mark.parametrize("quantization", [None, "hqq4-g32"])
+def test_memory_that_runs_out_is_not_taken_for_broken_weights(checkpoint, monkeypatch, quantization):
+    def allocate(*_, **__):
+        torch.empty(2**58, dtype=torch.float32)
+
+    monkeypatch.setattr("mixlens.models.load.AutoModelForCausalLM.from_pretrained", allocate)
+    monkeypatch.setattr("mixlens.models.load.fill", allocate)
+    with pytest.raises(ModelError, match="Memory ran out while its weights were read: .*can't allocate memory"):
+        load(checkpoint, quantization=quantization, verbose=False)
+
+
 def test_pickled_weights_are_not_read(variant):
     path = variant()
     (path / "model.safetensors").unlink()
