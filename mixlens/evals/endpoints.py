@@ -96,7 +96,7 @@ class EndpointBackend:
             if kind == "loglikelihood":
                 contexts = list(dict.fromkeys(context.rstrip() for context, _ in asked))
                 lengths = dict(zip(contexts, pool.map(self._length, contexts), strict=True))
-                return list(pool.map(lambda pair: self._score(*pair, lengths[pair[0].rstrip()]), asked))
+                return list(pool.map(lambda pair: self._score(pair[0], pair[1], lengths[pair[0].rstrip()]), asked))
             numbered = zip(asked, batch.requests, strict=True)
             return list(pool.map(lambda one: self._generate(one[0][0], dict(one[0][1]), repeats[one[1]]), numbered))
 

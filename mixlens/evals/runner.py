@@ -43,7 +43,10 @@ class EvalSettings:
     tokenizer       a tokenizer, or the name or folder of one; None is the one beside the model's weights
     revisions       branch, tag or commit of data sets on the Hub, by repository: {"openai/gsm8k": "main"}
     routing         record what every expert does while the model answers, as Log.routing (local models)
-    progress        whether to show a progress bar
+    loading         options of ml.load for a model that is given by name, such as {"quantization": "nf4"}
+    progress        True for a progress bar, False for none, or a function of (requests answered, requests in all) that
+                    is called at the start and after every answered batch; what it raises ends the evaluation, and what
+                    was answered stays in `out`
     """
 
     batch_size: int = 8
