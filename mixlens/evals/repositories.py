@@ -9,7 +9,7 @@ import datasets
 from datasets.packaged_modules.cache.cache import Cache
 
 from mixlens.errors import BadInput
-from mixlens.models.hub import commit_of, fault_of
+from mixlens.models.hub import FAULTS, commit_of, fault_of
 
 # By the name that task files give it (metadata: hub).
 HUB = {
@@ -79,4 +79,8 @@ def _commit(repository: str, revision: str | None) -> str:
 def _not_given(what: str, error: Exception) -> BadInput:
     said = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
     found, do = fault_of(error) or (said, "Check the network, or give a local folder.")
+    if "is a gated dataset" in said:  # where datasets has put its own exception in the place of the client's
+        found, do = FAULTS["GatedRepoError"]
+    if found == FAULTS["RepositoryNotFoundError"][0]:  # the name is not the caller's
+        do = "Give a folder that holds the benchmark in its original format (data=)."
     return BadInput(f"The data set {what} was to be read. The Hub did not give it: {found}. {do}")

@@ -9,7 +9,7 @@ from huggingface_hub import HfApi
 _NAME = "Give owner and name as the Hub has them, as in mistralai/Mixtral-8x7B-v0.1"
 _OUT_OF_REACH = ("the Hub cannot be reached, and it is not cached", "Check the network, or give a local folder.")
 # By name of the client's exception: what was found, and what to do.
-_FAULTS = {
+FAULTS = {
     "GatedRepoError": ("access to it is restricted", "Ask for access on its page there, then log in: hf auth login."),
     "RepositoryNotFoundError": (
         "there is no such repository, or it is private",
@@ -43,8 +43,8 @@ def fault_of(error: BaseException) -> tuple[str, str] | None:
     """What stood in the way of reading from the Hub (a clause), and what to do (a sentence); None for other errors."""
     cause: BaseException | None = error
     while cause is not None:
-        if type(cause).__name__ in _FAULTS:
-            return _FAULTS[type(cause).__name__]
+        if type(cause).__name__ in FAULTS:
+            return FAULTS[type(cause).__name__]
         status = getattr(getattr(cause, "response", None), "status_code", None)
         if isinstance(status, int) and status >= 400 and status != 404:
             return f"the Hub answered {status}", "Try again later, or give a local folder."
