@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
 from mixlens.errors import BadInput
-from mixlens.show.style import MUTED, PAGE, drawing, expert_colours, heading, own_figure, printable
+from mixlens.show.style import MUTED, PAGE, drawing, expert_colours, families, heading, own_figure, printable
 from mixlens.traces.trace import Trace
 
 _FAMILY = "DejaVu Sans Mono"
@@ -114,7 +114,13 @@ def _cells(shown: str) -> int:
 
 def _token(ax: Axes, column: int, line: int, shown: str, cells: int, choices: list[tuple[int, str]]) -> None:
     ax.text(
-        column, line + 0.42, printable(shown, _FAMILY), family=_FAMILY, fontsize=_SIZE, va="baseline", in_layout=False
+        column,
+        line + 0.42,
+        printable(shown, families(_FAMILY)),
+        family=families(_FAMILY),
+        fontsize=_SIZE,
+        va="baseline",
+        in_layout=False,
     )
     left, width = column + 0.06, cells - 0.12
     (first, colour), *others = choices

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -23,6 +23,7 @@ EXPERT_COLOURS = ("#3f90da", "#ffa90e", "#bd1f01", "#832db6", "#a96b59", "#e7630
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*")
 INK, MUTED, FAINT = "#1b1b1f", "#5c5c66", "#d6d6dc"
 DIVERGING = "RdBu_r"
+_STAND_INS = ("DejaVu Sans", "Noto Sans CJK JP", "Noto Emoji", "Symbola")
 COLUMN, PAGE = 3.3, 7.0  # inches: one column, and the whole width, of a two-column paper
 
 PAPER: Any = {
@@ -202,10 +203,17 @@ def percent(value: float, position: float | None = None) -> str:
     return f"{100 * value:.4g} %"
 
 
-def printable(text: object, family: str = "DejaVu Sans") -> str:
-    """`text` for matplotlib: no formula is read into it, and a character that the font lacks is □."""
-    known = _characters(family)
+def printable(text: object, families: Sequence[str] = ("DejaVu Sans",)) -> str:
+    """`text` for matplotlib: no formula is read into it, and a character that no font of `families` has is □."""
+    known = frozenset[int]().union(*map(_characters, families))
     return "".join(r"\$" if c == "$" else c if ord(c) in known or c == "\n" else "□" for c in str(text))
+
+
+@cache
+def families(first: str) -> list[str]:
+    """`first`, and the installed fonts that stand in for characters which it lacks: more signs, Chinese, emoji."""
+    there = set(font_manager.get_font_names())
+    return [first, *(name for name in _STAND_INS if name in there)]
 
 
 @cache

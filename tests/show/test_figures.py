@@ -1,7 +1,9 @@
 import subprocess
 import sys
+import warnings
 
 import numpy as np
+import pandas as pd
 import pytest
 import xarray as xr
 from matplotlib.figure import Figure
@@ -10,7 +12,8 @@ from show_samples import dataset
 from mixlens import show, stats
 from mixlens.errors import BadInput
 from mixlens.show import wording
-from mixlens.show.style import EXPERT_COLOURS, expert_colours, note_of, printable
+from mixlens.show.style import EXPERT_COLOURS, expert_colours, families, note_of, own_figure, printable
+from mixlens.traces.trace import Trace
 
 
 @pytest.fixture
@@ -218,7 +221,7 @@ def test_text_shows_choices_of_its_tokens(trace):
     ax = show.text(trace, sequence=7, layer=3)
     ids = trace.read("expert_id")[trace.read("sequence") == 7, 3]
     digits = [
-        int(t.get_text()) for t in ax.texts if t.get_gid() != "note" and t.get_fontfamily() != ["DejaVu Sans Mono"]
+        int(t.get_text()) for t in ax.texts if t.get_gid() != "note" and t.get_fontfamily()[0] != "DejaVu Sans Mono"
     ]
     assert digits == list(ids[: len(digits), 0])
     assert ax.patches[0].get_facecolor()[:3] == pytest.approx(
@@ -237,6 +240,18 @@ def test_text_of_an_unknown_sequence_or_layer(trace):
 def test_colours_of_eight_experts_are_the_published_ones_and_more_are_distinct():
     assert expert_colours(8) == list(EXPERT_COLOURS)
     assert len(set(expert_colours(64))) == 64
+
+
+def test_a_text_finds_signs_that_its_own_font_lacks():
+    assert printable("😀", ["DejaVu Sans Mono"]) == "□"
+    assert printable("😀 שלום", families("DejaVu Sans Mono")) == "😀 שלום"
+    one = Trace.from_arrays(np.tile([0, 1], (2, 1, 1)), n_experts=4, tokens={"token_id": np.arange(2)})
+    one._vocabulary = pd.Series(["▁😀", "▁שלום"])
+    drawn = show.text(one)
+    assert {" 😀", " שלום"} <= {text.get_text() for text in drawn.texts}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # of a glyph that no font has
+        own_figure(drawn).png()
 
 
 def test_no_formula_is_read_into_a_label_and_unknown_characters_show_as_boxes():
