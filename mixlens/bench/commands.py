@@ -8,7 +8,13 @@ from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any
 
-from mixlens.bench.local_commands import add_local_arguments, is_address, measured_here, numbers_of
+from mixlens.bench.local_commands import (
+    add_local_arguments,
+    check_endpoint_arguments,
+    is_address,
+    measured_here,
+    numbers_of,
+)
 from mixlens.errors import BadInput, RunError
 
 
@@ -33,6 +39,7 @@ def add_commands(add: Callable[[str, Callable[..., Any], str], argparse.Argument
     bench.add_argument("--text", default="text", metavar="COLUMN", help="text column of JSON Lines (default: text)")
     bench.add_argument("--max-seconds", type=float, default=600.0, help="start nothing after (default: %(default)s)")
     bench.add_argument("--max-dollars", type=float, help="spend no more")
+    bench.add_argument("--price", metavar="IN,OUT", help="dollars per million tokens (default: the snapshot's)")
     bench.add_argument("--out", help="run directory (default: out/bench-DATE-TIME)")
 
     probe = add("probe", _probe, "tell which parameters an endpoint honours, ignores or rejects")
@@ -46,6 +53,13 @@ def add_commands(add: Callable[[str, Callable[..., Any], str], argparse.Argument
     providers = add("providers", _providers, "compare providers: speed, price, context, by source and date")
     providers.add_argument("runs", nargs="*", metavar="NAME=RUN", help="what mixlens bench measured, by provider")
     providers.add_argument("--model", default="mistralai/mixtral-8x7b-instruct", help="(default: %(default)s)")
+    providers.add_argument(
+        "--probe",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="what mixlens probe wrote; can be repeated",
+    )
     providers.add_argument("--live", action="store_true", help="also ask OpenRouter's public list now")
     providers.add_argument("--csv", metavar="FILE", help="write the table there instead")
 
@@ -87,6 +101,7 @@ def _bench(arguments: argparse.Namespace) -> dict[str, Any] | None:
     if not is_address(arguments.url):
         bench = measured_here(arguments, out, workload)
     else:
+        check_endpoint_arguments(arguments)
         fixed = {"requests": arguments.requests, "out": out, "workload": workload, "settings": _settings(arguments)}
         if arguments.sweep is not None:
             if arguments.concurrency or arguments.rate:
@@ -127,6 +142,7 @@ def _settings(arguments: argparse.Namespace) -> Any:
         arguments.arrivals,
         max_seconds=arguments.max_seconds,
         max_dollars=arguments.max_dollars,
+        price=None if arguments.price is None else tuple(numbers_of(arguments.price, float) or ()),
         progress=not arguments.json,
     )
 
@@ -181,23 +197,41 @@ def _models(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
 def _providers(arguments: argparse.Namespace) -> dict[str, Any] | None:
     from mixlens.bench.bench import Bench
+    from mixlens.bench.probe import Probe
     from mixlens.bench.providers import listed_prices, provider_table
 
-    named = [run.partition("=") for run in arguments.runs]
-    if wrong := [name for name, equals, path in named if not (name and equals and path)]:
+    measured = {name: Bench.open(path) for name, path in map(_named, arguments.runs)}
+    probes = {name: Probe.open(path) for name, path in map(_named, arguments.probe)}
+    if unknown := [name for name in probes if name not in measured]:
         raise BadInput(
-            f"{wrong[0]!r} was to stand in the table of providers. It does not say whose run it is. Give NAME=RUN."
+            f"A probe of {unknown[0]!r} was to stand in the table of providers. No run is given for that name. Give "
+            f"{unknown[0]}=RUN too."
         )
-    measured = {name: Bench.open(path) for name, _, path in named}
     listed = listed_prices(arguments.model) if arguments.live else None
-    table = provider_table(measured, model=arguments.model, listed=listed)
+    table = provider_table(measured, model=arguments.model, listed=listed, probes=probes)
     if arguments.csv:
-        table.to_csv(arguments.csv, index=False)
+        try:
+            table.to_csv(arguments.csv, index=False)
+        except OSError as error:
+            raise BadInput(
+                f"The table of providers was to be written to {arguments.csv}. That cannot be done: {error}. Give a "
+                "file in a folder that is there."
+            ) from error
         return {"written": arguments.csv, "rows": len(table)}
     if arguments.json:
         return {"date": table.attrs["date"], "rows": _rows(table)}
     print(_provider_text(table))
     return None
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, _, path = text.partition("=")
+    if not (name and path):
+        raise BadInput(
+            f"{text!r} was to stand in the table of providers. It does not say whose it is. Give NAME=RUN, or for a "
+            "probe NAME=FILE."
+        )
+    return name, path
 
 
 def _provider_text(table: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
     from mixlens.bench.prompts import Workload
 
 _SPREAD = ("auto", "balanced", "balanced_low_0", "sequential", "disk")
-_OF_ENDPOINTS = ("model", "protocol", "key_env", "provider", "sweep", "rate", "max_dollars")
+_OF_ENDPOINTS = ("model", "protocol", "key_env", "provider", "sweep", "rate", "max_dollars", "price")
+_OF_MODELS = ("device_map", "dtype", "quantization", "experts", "static_cache", "compiled", "no_recording")
 
 
 def add_local_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,13 +44,27 @@ def is_address(target: str) -> bool:
     return "://" in target or target in PRESETS
 
 
+def check_endpoint_arguments(arguments: argparse.Namespace) -> None:
+    """Raises BadInput for options of a model that is measured here, beside an address."""
+    if given := _given(arguments, _OF_MODELS):
+        raise BadInput(
+            f"{arguments.url} was to be measured, with {', '.join(given)}. That is for a model that is loaded here; "
+            "how a server holds its model is not ours to choose. Leave it out, or give a Hub id or a folder."
+        )
+
+
+def _given(arguments: argparse.Namespace, names: Sequence[str]) -> list[str]:
+    return [
+        f"--{name.replace('_', '-')}" for name in names if not any(getattr(arguments, name) is v for v in (None, False))
+    ]
+
+
 def measured_here(arguments: argparse.Namespace, out: str, workload: Workload) -> Bench:
     """The benchmark of the model that the arguments name, in one configuration or in all that they combine.
 
     Raises BadInput for options of an endpoint and for a device that torch does not know; ModelError as load does.
     """
-    given = [f"--{name.replace('_', '-')}" for name in _OF_ENDPOINTS if getattr(arguments, name, None) is not None]
-    if given:
+    if given := _given(arguments, _OF_ENDPOINTS):
         raise BadInput(
             f"{arguments.url} was to be loaded and measured, with {', '.join(given)}. That is for an endpoint, and "
             f"{arguments.url!r} is no address. Leave it out, or give an address that begins with http."
@@ -56,7 +72,7 @@ def measured_here(arguments: argparse.Namespace, out: str, workload: Workload) -
     import torch
 
     from mixlens.bench.configurations import benchmark_configurations
-    from mixlens.bench.local import LocalSettings
+    from mixlens.bench.local import LocalSettings, check_calls, loads_of
     from mixlens.bench.run import benchmark
     from mixlens.models.load import load
 
@@ -79,6 +95,8 @@ def measured_here(arguments: argparse.Namespace, out: str, workload: Workload) -
     )
     asked = {"requests": arguments.requests, "out": out, "workload": workload, "settings": settings}
     asked["concurrency"] = numbers_of(arguments.concurrency, int)
+    check_calls(arguments.requests, settings)  # before a model is loaded, which may take long
+    loads_of(asked["concurrency"], workload, settings)
     combined = _configurations(arguments)
     if len(combined) > 1:
         return benchmark_configurations(arguments.url, combined, **asked)

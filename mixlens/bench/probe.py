@@ -19,6 +19,7 @@ from mixlens.models.endpoint import Endpoint, redacted
 from mixlens.runs import now
 
 PARAMETERS = tuple(EFFECTS)
+_TABLE = ("parameter", "verdict", "evidence", "requests")
 _TIMEOUT = httpx.Timeout(300.0, connect=10.0)
 
 
@@ -89,6 +90,20 @@ class Probe:
         Path(path).write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
         return Path(path)
 
+    @classmethod
+    def open(cls, path: str | os.PathLike) -> Probe:
+        """What `save` wrote. Raises BadInput when the file is missing or something else."""
+        try:
+            meta, *lines = [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
+            rows = [line for line in lines if "verdict" in line]
+            exchanges = tuple(Exchange(**line) for line in lines if "verdict" not in line)
+            return cls(pd.DataFrame(rows, columns=list(_TABLE)), exchanges, meta)
+        except (OSError, ValueError, TypeError) as error:
+            raise BadInput(
+                f"A probe was to be read from {path}. There is none ({type(error).__name__}: {error}). Give the file "
+                "that probe(out=) or mixlens probe --out wrote."
+            ) from error
+
     def __repr__(self) -> str:
         with pd.option_context("display.max_colwidth", 100):
             return f"{self._whose()}\n{self.table.to_string(index=False)}"
@@ -133,6 +148,8 @@ def probe(
         raise BadInput(
             f"The parameter {unknown[0]!r} was to be probed. Known are {', '.join(PARAMETERS)}. Give some of these."
         )
+    if out is not None:
+        _check_writable(Path(out))
     exchanges: list[Exchange] = []
     # A connection of its own for each request: one that a server drops after a failure would look like a refusal.
     alone = httpx.Limits(max_keepalive_connections=0)
@@ -149,11 +166,20 @@ def probe(
             before = len(exchanges)
             verdict: Verdict = EFFECTS[name](lambda prompt, fields, name=name: ask(name, prompt, fields))
             rows.append((name, verdict.name, verdict.evidence, len(exchanges) - before))
-    table = pd.DataFrame(rows, columns=["parameter", "verdict", "evidence", "requests"])
+    table = pd.DataFrame(rows, columns=list(_TABLE))
     found = Probe(table, tuple(exchanges), {"created": now(), "endpoint": endpoint.plan()})
     if out is not None:
         found.save(out)
     return found
+
+
+def _check_writable(path: Path) -> None:
+    """Before anything is sent: what was found would be lost."""
+    if path.is_dir() or not path.parent.is_dir():
+        raise BadInput(
+            f"A probe was to be written to {path}. That is a folder, or lies in one that is not there. Give a file in "
+            "an existing folder."
+        )
 
 
 def _asker(

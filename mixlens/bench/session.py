@@ -205,7 +205,8 @@ def check_target(endpoint: Endpoint, workload: Workload, settings: BenchSettings
     if settings.max_dollars is not None and price is None:
         raise BadInput(
             f"A cap of ${settings.max_dollars:g} was asked for. The snapshot of prices has none for {endpoint.model} "
-            f"at {endpoint.host}. Give dollars per million tokens, as in BenchSettings(price=(0.54, 0.54))."
+            f"at {endpoint.host}. Give dollars per million tokens, as in BenchSettings(price=(0.54, 0.54)) or "
+            "--price 0.54,0.54."
         )
     tokens = workload.output_tokens + (workload.prompt_tokens if workload.prompts is None else 0)
     if endpoint.context is not None and tokens > endpoint.context:

@@ -83,7 +83,7 @@ def list_models(endpoint: Endpoint) -> list[dict[str, Any]]:
     base += "/v1" if endpoint.protocol == "modelslab" else ""
     key = endpoint.key()
     headers = {**endpoint.headers, **({} if key is None else {"Authorization": f"Bearer {key}"})}
-    data, _ = _answer(endpoint, ("GET", base + "/models"), headers, None)
+    data, _ = _answer(endpoint, ("GET", base + "/models"), headers, None, retries=1)
     listed = data.get("data", data.get("models")) if isinstance(data, dict) else data
     if not isinstance(listed, list) or not all(isinstance(one, dict | str) for one in listed):
         raise EndpointError(

@@ -50,6 +50,12 @@ def test_no_success_is_a_failure_and_its_requests_stay(tmp_path, capsys):
         (["http://127.0.0.1:9/v1", "--model", "m", "--provider", "x"], "Only OpenRouter chooses"),
         (["http://127.0.0.1:9/v1", "--model", "m", "--concurrency", "one"], "no list of numbers"),
         (["http://127.0.0.1:9/v1", "--model", "m", "--prompts", "nothing.txt"], "cannot be read"),
+        (
+            ["http://127.0.0.1:9/v1", "--model", "m", "--dtype", "bfloat16", "--static-cache"],
+            "with --dtype, --static-cache. That is for a model that is loaded here",
+        ),
+        (["http://127.0.0.1:9/v1", "--model", "m", "--max-dollars", "1"], "or --price 0.54,0.54."),
+        (["http://127.0.0.1:9/v1", "--model", "m", "--price", "1"], r"price of (1.0,) was asked for"),
         (["openrouter", "--provider", "deepinfra"], "OPENROUTER_API_KEY is not set"),
     ],
 )
@@ -58,6 +64,17 @@ def test_mistakes_of_bench_send_nothing(argv, message, capsys, tmp_path, monkeyp
     monkeypatch.delenv("OPENROUTER_API_KEY", raising=False)
     assert cli.main(["bench", *argv]) == cli.EXIT_FAILED
     assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_price_by_hand_is_what_a_cap_reckons_with(tmp_path, capsys):
+    script = Script(answer())
+    with serving(script) as url:
+        # 20 tokens in at $1 and 6 out at $10 a million make 80 millionths, and at worst 0.4 thousandths.
+        capped = ["--price", "1,10", "--max-dollars", "0.0006", "--requests", "50", "--warmup", "0", "--json"]
+        assert cli.main(["bench", url, "--model", "m", *FEW[2:], *capped, "--out", str(tmp_path / "run")]) == 0
+    assert json.loads(capsys.readouterr().out)["stopped"] == "the cap of $0.0006"
+    assert 1 <= len(script.requests) < 8
 
 
 def test_cost_says_what_and_when(capsys):

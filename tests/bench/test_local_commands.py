@@ -41,10 +41,14 @@ def test_for_a_script(tmp_path, capsys):
         (["demo", "--device-map", "abacus"], "measured on 'abacus'. torch knows no such device. Give auto"),
         (["demo", "--model", "m", "--max-dollars", "1"], "with --model, --max-dollars. That is for an endpoint"),
         (["demo", "--output-tokens", "99999"], "answers of 99999 were to be generated. The model's context is"),
+        (["demo", "--concurrency", "0"], "That is no load"),
+        (["demo", "--requests", "0"], "A benchmark of 0 calls"),
         (["demo", "--rate", "2"], "with --rate. That is for an endpoint"),
     ],
 )
-def test_mistakes_measure_nothing(argv, message, tmp_path, capsys):
+def test_mistakes_measure_nothing(argv, message, tmp_path, capsys, monkeypatch):
+    if "no load" in message or "0 calls" in message:  # said before the model is loaded
+        monkeypatch.setattr("mixlens.models.load.load", None)
     assert cli.main(["bench", *argv, "--out", str(tmp_path / "run")]) == cli.EXIT_FAILED
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -7,6 +7,7 @@ import re
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 from bench_samples import bench
 from json_server import Call, Reply, answering
@@ -15,9 +16,11 @@ from mixlens import cli
 from mixlens.bench import providers
 from mixlens.bench.bench import Bench
 from mixlens.bench.prices import STATEMENT, cost, prices
+from mixlens.bench.probe import Probe, probe
 from mixlens.bench.prompts import read_prompts
 from mixlens.bench.providers import listed_prices, provider_table
 from mixlens.errors import BadInput, EndpointError
+from mixlens.models.endpoint import Endpoint
 
 SMALL, LARGE = "mistralai/mixtral-8x7b-instruct", "mistralai/mixtral-8x22b-instruct"
 # The documented form, its prices strings per token.
@@ -157,7 +160,33 @@ def test_models_and_probe_on_the_command_line(capsys, tmp_path):
         assert cli.main([*command, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert [(row["parameter"], row["verdict"]) for row in rows] == [("stream", "ignored"), ("stop", "ignored")]
-    assert (tmp_path / "p.jsonl").exists()
+    kept = Probe.open(tmp_path / "p.jsonl")
+    assert kept.verdicts == {"stream": "ignored", "stop": "ignored"}
+    assert kept.exchanges[0].text == "one two three"
+
+
+def test_what_a_probe_found_stands_in_the_table(tmp_path, capsys, monkeypatch):
+    table = pd.DataFrame(
+        [("stop", "honoured", "", 2), ("seed", "ignored", "", 2), ("top_p", "honoured", "", 2)],
+        columns=["parameter", "verdict", "evidence", "requests"],
+    )
+    Probe(table, (), {"endpoint": {}}).save(tmp_path / "p.jsonl")
+    monkeypatch.setattr(Bench, "open", lambda path: bench({"concurrency 1": [1.0, 1.0]}))
+    assert cli.main(["providers", "mine=run", "--probe", f"mine={tmp_path / 'p.jsonl'}", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"][0]["parameters"] == "stop, top_p"
+    for wrong, message in (
+        (["--probe", f"other={tmp_path / 'p.jsonl'}"], "No run is given for that name. Give other=RUN"),
+        (["--probe", "mine=nothing"], "A probe was to be read from nothing. There is none"),
+        (["--csv", str(tmp_path / "no" / "x.csv")], "was to be written to"),
+    ):
+        assert cli.main(["providers", "mine=run", *wrong]) == cli.EXIT_FAILED
+        assert message in capsys.readouterr().err
+
+
+def test_a_probe_that_could_not_be_kept_sends_nothing(tmp_path):
+    with answering(lambda call: Reply({})) as (url, calls), pytest.raises(BadInput, match="lies in one that is not"):
+        probe(Endpoint(url, model="m"), out=tmp_path / "no" / "p.jsonl")
+    assert not calls
 
 
 def test_prompts_come_from_files_and_data_sets(tmp_path):
