@@ -135,7 +135,7 @@ def _ended(status: int, said: str) -> RunError:
     last = (said.strip().splitlines() or ["nothing"])[-1].strip()[:300]
     return RunError(
         f"An evaluation was to run in a process of its own. That process ended {how}{memory}; it said last: {last}. "
-        "What was answered is kept in out=: run it again to go on, and with a smaller batch_size if memory ran out."
+        "What was answered is kept if out= was given: run it again, with a smaller batch_size if memory ran out."
     )
 
 
@@ -187,8 +187,8 @@ def _end_with_caller() -> None:
 def _unforeseen(error: Exception) -> RunError:
     return RunError(
         f"An evaluation was to run in a process of its own. It raised {type(error).__name__}: "
-        f"{str(error).strip()[:500]}. What was answered is kept in out=; evaluate a model that you load, ml.load(...), "
-        "to see where."
+        f"{str(error).strip()[:500]}. What was answered is kept if out= was given; evaluate a model that you load, "
+        "ml.load(...), to see where."
     )
 
 

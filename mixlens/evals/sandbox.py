@@ -123,7 +123,10 @@ def run_codes(
             pool.submit(run_code, program, limits=limits, unsafe_without_sandbox=unsafe_without_sandbox)
             for program in programs
         ]
-        return [future.result() for future in run]
+        try:
+            return [future.result() for future in run]
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C the rest would still be run, and waited for
 
 
 def check_sandbox() -> None:

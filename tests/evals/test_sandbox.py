@@ -304,6 +304,21 @@ def test_who_insists_gets_limits_without_a_sandbox(monkeypatch):
     assert run_code("x = bytearray(4 << 30)", unsafe_without_sandbox=True).outcome == "memory"
 
 
+def test_what_stops_one_program_stops_those_that_wait(monkeypatch):
+    begun: list[str] = []
+
+    def run(program: str, **_) -> None:
+        begun.append(program)
+        subprocess.run(["true"])
+        if program == "0":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sandbox, "run_code", run)
+    with pytest.raises(KeyboardInterrupt):
+        run_codes([str(n) for n in range(2000)], workers=1)
+    assert len(begun) < 2000
+
+
 def test_who_insists_may_have_other_processes():
     """A limit on processes counts all of a user's, but for root, who has none."""
     others = [subprocess.Popen(["sleep", "60"]) for _ in range(Limits().processes)]
