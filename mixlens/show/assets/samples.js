@@ -68,6 +68,8 @@ VIEWS.samples = function samples(frame, data) {
     if (!row) return panel.replaceChildren("No sample fits.");
     const nodes = [element("h4", { text: `${row.task}, sample ${row.sample_id}: ${outcomeOf(row)}` })];
     const part = run ? data.sample_sequence.indexOf(state.chosen) : -1;
+    const shared = part < 0 ? 0 : run.position[run.starts[part]];
+    if (shared) nodes.push(element("p", { class: "legend", text: `Before it: ${shared.toLocaleString("en")} tokens of examples that samples share.` }));
     if (part >= 0) nodes.push(text.node, readout);
     else nodes.push(element("pre", { text: row.prompt, dir: "auto" }));
     nodes.push(element("p", {}, ["answer ", element("b", { text: row.response ?? "–", dir: "auto" }), ", target ", element("b", { text: row.target ?? "–", dir: "auto" })]));
