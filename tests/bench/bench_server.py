@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import ssl
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -38,8 +39,8 @@ class Script:
 
 
 @contextmanager
-def serving(script: Script) -> Iterator[str]:
-    """The URL of a server that follows the script."""
+def serving(script: Script, *, tls: ssl.SSLContext | None = None) -> Iterator[str]:
+    """The URL of a server that follows the script, over https where a context is given."""
     free = threading.BoundedSemaphore(script.places)
 
     class Handler(BaseHTTPRequestHandler):
@@ -82,10 +83,12 @@ def serving(script: Script) -> Iterator[str]:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    if tls is not None:
+        server.socket = tls.wrap_socket(server.socket, server_side=True)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_address[1]}/v1"
+        yield f"http{'s' if tls else ''}://127.0.0.1:{server.server_address[1]}/v1"
     finally:
         server.shutdown()
         server.server_close()

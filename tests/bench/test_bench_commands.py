@@ -33,6 +33,26 @@ def test_bench_for_a_script(tmp_path, capsys):
     assert next(row for row in result["rows"] if row["statistic"] == "p99")["estimate"] is None
 
 
+def test_bench_asks_the_prompts_of_a_file(tmp_path, capsys):
+    (tmp_path / "p.jsonl").write_text('{"body": "one"}\n{"body": "two"}\n')
+    script = Script(answer())
+    with serving(script) as url:
+        given = ["--prompts", str(tmp_path / "p.jsonl"), "--text", "body", "--requests", "3", "--warmup", "0"]
+        assert cli.main(["bench", url, "--model", "m", *given, "--out", str(tmp_path / "run")]) == 0
+    assert [body["messages"][0]["content"] for _, body in script.requests] == ["one", "two", "one"]
+    assert "3 given prompts" not in (text := capsys.readouterr().out)
+    assert "2 given prompts (2 distinct" in text
+
+
+def test_a_sweep_names_the_knee(tmp_path, capsys):
+    with serving(Script(answer())) as url:
+        few = [*FEW, "--sweep", "2", "--out", str(tmp_path / "run")]
+        assert cli.main(["bench", url, "--model", "m", *few, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["knee"]
+    assert [row["level"] for row in found] == ["concurrency 1", "concurrency 2"]
+    assert sum(row["knee"] for row in found) == 1
+
+
 def test_no_success_is_a_failure_and_its_requests_stay(tmp_path, capsys):
     refusal = Script([b'{"error":{"message":"no credit"}}'], status=402)
     with serving(refusal) as url:

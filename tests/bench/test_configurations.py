@@ -78,6 +78,8 @@ def test_figures_and_the_report_take_it(tmp_path):
     page = ml.report(bench, tmp_path / "r.html").read_text()
     assert "nf5: batch 2, 16 + 3 tokens" in page
     assert page.count("<figure") == 4
+    assert "nf5: batch 2, 16 + 3 tokens" in bench._repr_html_()
+    assert "float32: batch 1, 16 + 3 tokens" in ml.compare(bench, bench).overview()["load"].tolist()
 
 
 def test_an_experts_implementation_that_one_cannot_have_costs_that_row_alone():

@@ -108,6 +108,28 @@ def test_every_forward_knows_the_experts_it_read(static):
     assert bench.roofline().query("metric == 'mbu_frac'")["estimate"].notna().all()
 
 
+def test_the_first_call_is_the_cold_one_and_stands_apart():
+    model = tiny_mixtral()
+    device = FakeDevice(model)
+    forwards = iter(range(10**6))
+
+    def compiling(_module, _args):
+        device.seconds += 5.0 if next(forwards) == 0 else 0.0
+
+    model.model.layers[0].register_forward_pre_hook(compiling)
+    bench = run(model, device, settings=replace(QUIET, warmup=2), requests=3)
+    table = bench.cold_and_warm().set_index(["state", "metric"])
+    prefill = 2 * 16 * 0.1 + 0.01
+    assert table.loc[("cold", "ttft_s"), "estimate"] == pytest.approx(prefill + 5.0)
+    assert np.isnan(table.loc[("cold", "ttft_s"), "ci_low"])
+    warm = table.loc[("warm", "ttft_s")]
+    assert (warm["estimate"], warm["n"]) == (pytest.approx(prefill), 3)
+    assert (warm["ci_low"], warm["ci_high"]) == pytest.approx((prefill, prefill))
+    assert table.loc[("warm", "tpot_s"), "estimate"] == pytest.approx(0.21)
+    [peak] = bench.peak_memory().to_dict("records")
+    assert (peak["memory"], peak["bytes"], peak["n"]) == ("peak_vram_bytes", 12345, 5)
+
+
 def test_without_recording_bytes_are_missing_and_not_zero():
     bench = run(tiny_mixtral(), None, settings=replace(QUIET, recording=False))
     assert {event.read_bytes for record in bench.records for event in record.events} == {None}

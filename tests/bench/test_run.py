@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import socket
+import ssl
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -77,14 +80,17 @@ def test_a_closed_loop_is_measured_and_kept(tmp_path):
     )
 
 
-def test_an_open_loop_counts_from_when_requests_were_due():
+@pytest.mark.parametrize("arrivals", ["constant", "poisson"])
+def test_an_open_loop_counts_from_when_requests_were_due(arrivals):
     script = Script(answer(wait=0.03))
     with serving(script) as url:
-        bench = measured(url, rate=40, requests=8, settings=settings(arrivals="constant", warmup=0))
+        bench = measured(url, rate=40, requests=8, settings=settings(arrivals=arrivals, warmup=0))
     assert script.most_active > 1
     rows = bench.requests()
-    due = np.diff([record.scheduled_s for record in bench.records])
-    assert due == pytest.approx([1 / 40] * 7)
+    assert set(rows["level"]) == {f"{arrivals} 40/s"}
+    due = np.diff(sorted(record.scheduled_s for record in bench.records))
+    expected = [1 / 40] * 7 if arrivals == "constant" else np.diff(Level(rate=40.0).due(8, SMALL.seed))
+    assert due == pytest.approx(expected)
     assert (rows["scheduled_ttft_s"] >= rows["ttft_s"]).all()
 
 
@@ -157,6 +163,20 @@ def test_refused_connections_and_failed_encryption():
         plain = measured(url.replace("http:", "https:"), settings=settings(warmup=0))
     assert {record.outcome for record in plain.records} == {"tls"}
     assert "SSL" in plain.records[0].detail
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
+def test_a_certificate_that_nobody_vouches_for_ends_in_its_outcome(tmp_path):
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=127.0.0.1", "-days", "1"]
+    subprocess.run([*made, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    script = Script(answer())
+    with serving(script, tls=context) as url:
+        [record] = measured(url, requests=1, settings=settings(warmup=0)).records
+    assert (record.outcome, script.requests) == ("tls", [])
+    assert "CERTIFICATE_VERIFY_FAILED" in record.detail
 
 
 def test_a_stream_that_never_ends_is_timed_out_in_spite_of_keep_alives():
