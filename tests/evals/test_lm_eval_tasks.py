@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
+from scripted_hub import asking, scripted_hub
 
 import mixlens as ml
 from mixlens.evals.model import tokenizer_of
@@ -153,3 +156,20 @@ def test_files_of_a_benchmark_are_named_by_their_checksums(demo, shared):
     assert len(lines) == 57
     assert hashlib.sha256("".join(lines).encode()).hexdigest() in sums.values()
     assert all(name.startswith("mmlu/") for name in sums)
+
+
+@pytest.mark.slow
+def test_a_task_of_lm_eval_from_the_hub_names_the_commit_that_was_read(tmp_path):
+    rows = [
+        {"goal": f"To open door {n},", "sol1": "turn its handle.", "sol2": "sing to it.", "label": 0} for n in (1, 2)
+    ]
+    content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    with scripted_hub() as hub:
+        hub.commit("datasets", "baber/piqa", {"train.jsonl": content[:1], "validation.jsonl": content[:1]})
+        commit = hub.commit("datasets", "baber/piqa", {"train.jsonl": content, "validation.jsonl": content})
+        command = [sys.executable, "-m", "mixlens", "eval", "demo", "piqa", "--out", str(tmp_path / "run"), "--json"]
+        done = subprocess.run(command, env=asking(hub, tmp_path / "home"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {row["metric"] for row in json.loads(done.stdout)["scores"]} == {"acc", "acc_norm"}
+    about = ml.open(tmp_path / "run").meta["tasks"]["piqa"]
+    assert about["data"] == {"from": "Hub", "repository": "baber/piqa", "revision": commit}
