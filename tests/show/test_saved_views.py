@@ -22,12 +22,18 @@ table = pd.DataFrame([(*row, np.nan, np.nan, "", 10) for row in rows], columns=C
 schemes = Pareto(table, {{"documents": 3}})
 settings = EvalSettings(routing=True, progress=False)
 log = ml.evaluate(ml.load("demo", verbose=False), "demo_0shot", limit=2, settings=settings)"""
-VIEWS = ["ml.view.latency(loads)", "ml.view.pareto(schemes)", "ml.view.samples(log)"]
+VIEWS = [
+    "ml.view.latency(loads)",
+    "ml.view.pareto(schemes)",
+    "ml.view.samples(log)",
+    "ml.view.samples(log, log.routing.select(positions=(3, 1000)))",  # as if three tokens were shared
+]
 TOLD = """import json
 first, rows = log.samples.iloc[0], log.routing.sequences
 mine = rows["counted"] & (rows["document_id"] == f"{first['task']}/{first['sample_id']}")
 ids = log.routing.select(where=mine).read("expert_id")[:, 3]
-print(json.dumps({"ids": ids.tolist(), "task": first["task"], "prompt": first["prompt"]}))"""
+found = {name: len(log.samples.query(f"correct == {value}")) for name, value in (("correct", 1), ("wrong", 0))}
+print(json.dumps({"ids": ids.tolist(), "task": first["task"], "prompt": first["prompt"], "found": found}))"""
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +98,25 @@ def test_a_sample_shows_the_routing_that_was_recorded_while_it_was_answered(reop
     samples.locator("table.list").press("ArrowDown")
     assert samples.locator(".list tr[data-cursor]").count() == 1
     assert samples.locator(".text span.t").count() > 5
+
+
+def test_samples_are_filtered_and_searched(reopened, told):
+    samples = reopened[2]
+    count = samples.locator(".stepper output")
+    for outcome, n in told["found"].items():
+        samples.get_by_label("outcome").select_option(label=outcome)
+        assert count.text_content().endswith(f" of {n}")
+        assert samples.locator(f".list tbody tr:not(.{outcome})").count() == 0
+    samples.get_by_label("outcome").select_option(label="all")
+    samples.get_by_label("search prompts and answers").fill(told["prompt"])
+    assert count.text_content() == "1 to 1 of 1"
+    samples.get_by_label("search prompts and answers").fill("no such words")
+    assert "No sample fits." in samples.locator(".detail").text_content()
+
+
+def test_what_samples_share_is_said(reopened, told):
+    assert "Before it: 3 tokens" in reopened[3].locator(".detail").text_content()
+    assert reopened[3].locator(".text span.t").count() == len(told["ids"]) - 3
 
 
 @pytest.mark.parametrize("theme", ["JupyterLab Dark", "JupyterLab Light"])
