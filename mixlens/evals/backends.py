@@ -67,8 +67,9 @@ class LocalBackend:
 
     def identity(self) -> dict[str, Any]:
         """What tells this model from another: a run of one is never taken for a run of the other."""
-        told = ("name", "config_sha256", "router_sha256", "dtype", "class", "audit", "quantization", "edits")
-        model = {key: value for key, value in self.describe().items() if key in told}
+        told = ("name", "revision", "class", "dtype", "config_sha256", "router_sha256")
+        kept = (*told, "audit", "quantization", "edits")
+        model = {key: value for key, value in self.describe().items() if key in kept}
         return {**model, "tokenizer_sha256": _tokenizer_sha256(self.lm.tokenizer)}
 
     def save_tokenizer(self, folder: str) -> None:
