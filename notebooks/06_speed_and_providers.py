@@ -2,6 +2,11 @@
 # jupyter:
 #   jupytext:
 #     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -23,7 +28,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import mixlens as ml
-from mixlens.bench.curves import Candidate
+from mixlens.bench.candidates import Candidate, candidates, frontier
 from mixlens.bench.prices import cost
 
 THINKS_S, CHUNK_S, PLACES = 0.060, 0.008, 3
@@ -163,8 +168,12 @@ probed.table.set_index("parameter")
 
 # %%
 table = ml.provider_table({"this notebook": bench}, model=endpoint.model, probes={"this notebook": probed})
-columns = ["provider", "kind", "output_tokens_per_s", "ttft_s", "input_usd_per_mtok", "output_usd_per_mtok"]
-table[[*columns, "context_tokens", "quantization", "n", "as_of", "contradicted"]].round(3)
+columns = ["provider", "kind", "load", "output_tokens_per_s", "ttft_s", "input_usd_per_mtok", "output_usd_per_mtok"]
+table[[*columns, "charged_usd_per_mtok", "quantization", "parameters", "n", "as_of", "contradicted"]].round(3)
+
+# %% [markdown]
+# `charged_usd_per_mtok` is what the usage of a provider says was billed, beside the list prices; this server bills
+# nothing.
 
 # %%
 costs = cost(1000, 500, requests=100_000, months=3, growth=0.1, model=endpoint.model)
@@ -181,7 +190,7 @@ usd = 1e6 * cost(1000, 500).drop_duplicates(["provider", "model"]).set_index(["p
 small, large = "mistralai/mixtral-8x7b-instruct", "mistralai/mixtral-8x22b-instruct"
 speeds = ml.provider_table(model=small).set_index("provider")["output_tokens_per_s"].dropna()
 mmlu = {small: (70.6, nan, nan), large: (77.75, nan, nan)}
-candidates = [
+published = [
     Candidate(
         f"{model[18:].removesuffix('-instruct')}, {who}",
         mmlu[model],
@@ -190,7 +199,34 @@ candidates = [
     )
     for (who, model), price in usd.items()
 ]
-ml.show.quality_cost_speed(candidates, score="MMLU, 5-shot [%]")
+ml.show.quality_cost_speed(published, score="MMLU, 5-shot [%]")
+
+# %% [markdown]
+# With an evaluation and a benchmark of the same model nothing is typed by hand: `ml.show.quality_cost_speed([log,
+# bench])` takes the score with its interval, the speed of every load, and the price that the snapshot has for the
+# address; `candidates` gives the same as a table. Here the bundled model on the benchmark `demo`: nobody sells it, so
+# it has no price, and would be left out of the picture.
+
+# %%
+model = ml.load("demo", verbose=False)
+log = ml.evaluate(model, ["demo"], limit=40, settings=ml.EvalSettings(progress=False))
+local = ml.benchmark(
+    model,
+    concurrency=(1, 4),
+    requests=4,
+    workload=ml.Workload(prompt_tokens=32, output_tokens=8),
+    settings=ml.LocalSettings(progress=False),
+)
+frontier(candidates([log, local])).drop(columns=["source"]).round(2)
+
+# %% [markdown]
+# A score of one model beside the speed of another is refused by name.
+
+# %%
+try:
+    ml.show.quality_cost_speed([log, bench])
+except ml.BadInput as error:
+    print(error)
 
 # %% [markdown]
 # A benchmark is a run: `out=` keeps every request, `ml.open` and `ml.report` read it, and a cap in seconds or dollars
