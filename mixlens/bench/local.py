@@ -188,7 +188,7 @@ class Subject:
             try:
                 with caller.ready(load, prompts.columns):
                     for index, phase in enumerate(phases):
-                        if settings.max_seconds is not None and caller.device.now() >= settings.max_seconds:
+                        if settings.max_seconds is not None and caller.device.elapsed() >= settings.max_seconds:
                             return f"the cap of {settings.max_seconds:g} seconds"
                         ids, mask = prompts.batch([next(numbers) for _ in range(load.rows)])
                         place = index if phase == "warm-up" else index - settings.warmup
@@ -236,6 +236,7 @@ class _Caller:
         self.model, self.device, self.settings = model, device, settings
         self._work = Work(model)
         self._recorder: CompiledRecorder | None = None
+        self._ended_s: float | None = None
 
     @contextmanager
     def ready(self, load: Load, columns: int) -> Iterator[None]:
@@ -261,6 +262,8 @@ class _Caller:
         outcome, detail, stamps = "ok", "", _Stamps(self.device)
         ids, mask = ids.to(self.device.main), mask.to(self.device.main)
         self.device.reset_peak()
+        if self._ended_s is not None:
+            self.device.leave_out(self._ended_s)
         sent = self.device.now()
         try:
             self._check_room(load, ids.shape[1])
@@ -275,7 +278,7 @@ class _Caller:
             self.device.release()
         if outcome != "ok" and self._recorder is not None:
             self._recorder.clear()
-        ended = stamps.at_s[-1] if outcome == "ok" else self.device.now()
+        self._ended_s = ended = stamps.at_s[-1] if outcome == "ok" else self.device.now()
         steps = self._work.of_call(self._recorder, mask.sum(1).tolist(), len(stamps.at_s), complete=outcome == "ok")
         events = [Event(at_s, TOKEN, **step) for at_s, step in zip(stamps.at_s, steps, strict=True)]
         if outcome == "ok":

@@ -21,14 +21,15 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 class Device:
     """Clock and memory of where a model runs: its accelerators, or the CPU.
 
-    `now` waits until the accelerators have done what was asked of them; times are seconds since the Device was made.
+    `now` waits until the accelerators have done what was asked of them; times are seconds since the Device was made,
+    less what was left out.
     """
 
     def __init__(self, model: Any) -> None:
         self.main = input_device(model)
         found = {p.device for p in model.parameters()} | {self.main}
         self._accelerators = sorted({d for d in found if d.type not in ("cpu", "meta")}, key=str)
-        self._zero = time.perf_counter()
+        self._zero, self._left_out_s = time.perf_counter(), 0.0
 
     @property
     def name(self) -> str:
@@ -41,6 +42,16 @@ class Device:
         for device in self._accelerators:
             torch.accelerator.synchronize(device)
         return time.perf_counter() - self._zero
+
+    def leave_out(self, since_s: float) -> None:
+        """Set the clock back to `since_s`: what was done since then is bookkeeping, and no time of the model's."""
+        gap = time.perf_counter() - self._zero - since_s
+        self._zero += gap
+        self._left_out_s += gap
+
+    def elapsed(self) -> float:
+        """Seconds since the Device was made, with what was left out."""
+        return self.now() + self._left_out_s
 
     def reset_peak(self) -> None:
         """Peaks count from here."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from mixlens.bench.events import read_records
 from mixlens.bench.keeping import PARTIAL
 from mixlens.bench.local import benchmark_model
 from mixlens.bench.machine import Device, rate
-from mixlens.bench.model_work import weights_of
+from mixlens.bench.model_work import Work, weights_of
 from mixlens.bench.roofline import Machine, Measured, Sizes
 
 QUIET = LocalSettings(progress=False)
@@ -46,6 +47,9 @@ class FakeDevice(Device):
         self.seconds += 0.01
         return self.seconds
 
+    def leave_out(self, since_s):
+        """Nothing is done between calls on this clock."""
+
     def peak(self):
         return {"peak_vram_bytes": 12345}
 
@@ -73,6 +77,31 @@ def test_times_are_the_devices():
     system = bench.throughput().set_index("metric").loc["output_tokens_per_s"]
     call_s = 3.2 + 0.01 + 4 * 0.21
     assert system["estimate"] == pytest.approx(2 * 2 * 5 / (2 * call_s + 2 * 0.01), rel=1e-3)
+
+
+def test_bookkeeping_between_calls_is_in_no_time(monkeypatch):
+    model = tiny_mixtral()
+    device = Device(model)
+    clock = {"s": 0.0}
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: clock["s"])
+    device._zero = 0.0
+    model.model.register_forward_pre_hook(lambda *_: clock.update(s=clock["s"] + 1.0))
+    monkeypatch.setattr(Work, "of_call", slow(Work.of_call, clock))
+    bench = run(model, device, batch=1, requests=12, settings=replace(QUIET, max_seconds=13 * 5 + 11 * 100))
+    assert len(bench.records) == 12  # a cap is on all seconds: the last warm-up and calls
+    assert bench.meta["stopped"] == "the cap of 1165 seconds"
+    calls = bench.records[1:]
+    assert [record.ended_s - record.sent_s for record in calls] == [5.0] * 11
+    assert [b.sent_s - a.ended_s for a, b in pairwise(calls)] == [0.0] * 10
+    assert bench.throughput().iloc[0]["estimate"] == pytest.approx(1.0)
+
+
+def slow(function, clock):
+    def slowed(*arguments, **options):
+        clock["s"] += 100.0
+        return function(*arguments, **options)
+
+    return slowed
 
 
 def routed(model, ids):
