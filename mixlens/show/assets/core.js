@@ -64,8 +64,18 @@ export default {
       });
     });
     const tell = (selection) => document.dispatchEvent(new CustomEvent(CHANNEL, { detail: { ...selection, from: model } }));
+    let placed = 0; // where a text that grows was scrolled to; it is followed until the reader scrolls back
     const show = async () => {
+      const before = model.get("kind") === "tokens" && host.shadowRoot?.querySelector(".text");
+      const top = before && before.scrollTop;
       await mount(host, model.get("kind"), model.get("packed"), () => released);
+      if (before) {
+        const text = host.shadowRoot.querySelector(".text"), back = top < placed - 60;
+        text.classList.add("whole");
+        const place = () => { text.scrollTop = back ? top : text.scrollHeight; placed = back ? placed : text.scrollTop; };
+        place();
+        requestAnimationFrame(place); // blocks that came near have their spans by then
+      }
       if (Object.keys(model.get("selection")).length) tell(model.get("selection")); // new data, same layer and expert
     };
     await show();
@@ -220,18 +230,16 @@ function shadeRules() {
 
 /** Rules for experts. A token's are without variables and its digit is a picture: then a step costs no layout. */
 function expertRules(colours) {
+  const width = 7 * String(colours.length - 1).length;
   return colours.map((colour, e) =>
     `.e${e}:not(.t){--first:${colour};--ink:${inkOn(colour)}}.s${e}:not(.t){--second:${colour}}` +
     `.t.e${e}{border-bottom-color:${colour}}.t.s${e}{box-shadow:0 1px 0 var(--ground),0 3px 0 ${colour}}` +
-    `.digits .e${e}{background-image:${digitPicture(e, "#1b1b1f")}}` +
-    `@media screen{[data-theme=dark] .digits .e${e}{background-image:${digitPicture(e, "#e8e8ee")}}}`).join("") +
-    `.digits .t{padding-right:${digitWidth(colours.length - 1)}px;background-size:auto 11px}`;
+    `.digits .e${e}{background-image:${digitPicture(e, width, "#1b1b1f")}}` +
+    `@media screen{[data-theme=dark] .digits .e${e}{background-image:${digitPicture(e, width, "#e8e8ee")}}}`).join("") +
+    `.digits .t{padding-right:${width}px;background-size:auto 11px}`;
 }
 
-const digitWidth = (expert) => 7 * String(expert).length;
-
-function digitPicture(expert, colour) {
-  const width = digitWidth(expert);
+function digitPicture(expert, width, colour) {
   const svg = `<svg xmlns="http://www.w3.org/2000/svg" width="${width}" height="11" viewBox="0 0 ${width} 11">` +
     `<text x="1" y="10" font-family="system-ui, sans-serif" font-size="10.5" fill="${colour}">${expert}</text></svg>`;
   return `url("data:image/svg+xml,${encodeURIComponent(svg)}")`;
