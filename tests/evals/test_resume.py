@@ -129,7 +129,7 @@ class Elsewhere(TemplateLM):
     """A model object of lm-eval's that encodes by itself, and is asked nothing here."""
 
     max_length, max_gen_toks, eot_token_id = 40, 16, 2
-    tokenizer_name = "mistralai__Mixtral__8x7B"
+    tokenizer_name = ""
 
     def __init__(self, tokenizer, bos: bool) -> None:
         super().__init__()
@@ -157,9 +157,9 @@ def test_a_model_object_of_lm_evals_passes_the_same_preflight(demo, bos, task, m
 
 def test_a_model_object_of_lm_evals_is_told_from_another(demo):
     lm = Elsewhere(tokenizer_of(demo), True)
-    lm.model_args = {"revision": "main", "dtype": "float16"}
+    lm.model_args = {"model": "mistralai/Mixtral-8x7B-v0.1", "revision": "main", "dtype": "float16"}
     told = backend_of(lm, QUIET).identity()
-    assert (told["name"], told["revision"], told["dtype"]) == ("mistralai/Mixtral__8x7B", "main", "float16")
+    assert (told["name"], told["revision"], told["dtype"]) == ("mistralai/Mixtral-8x7B-v0.1", "main", "float16")
 
 
 def test_a_transformers_model_in_lm_evals_clothes_is_refused(demo):
