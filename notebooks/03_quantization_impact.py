@@ -2,6 +2,11 @@
 # jupyter:
 #   jupytext:
 #     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -16,19 +21,22 @@
 # experts. Which of the two is it? Here the two are told apart by running each model with the routing of the other.
 #
 # Everything runs offline on the small trained Mixtral that comes with mixlens. For another model change the next cell,
-# such as `MODEL = "mistralai/Mixtral-8x7B-v0.1"`, `SCHEME = "nf4"` and documents of your own.
+# such as `MODEL = "mistralai/Mixtral-8x7B-v0.1"`, `SCHEME = "nf4"` and documents of your own. Two models are held at a
+# time: 93 GB of 8x7B in bfloat16, and what the scheme takes. Layers that fit on no accelerator go to memory, then to
+# disk.
 
 # %%
 import tempfile
 from pathlib import Path
 
 import pandas as pd
+import torch
 
 import mixlens as ml
 
 MODEL = "demo"
 SCHEME = "hqq3-g32"
-SCHEMES = ["bfloat16", SCHEME, "hqq2-g32"]
+SCHEMES = [SCHEME, "hqq2-g32"]
 DOCUMENTS = ml.demo_documents()[::3]
 SETTINGS = ml.RecordSettings(max_length=64, overlong="truncate", progress=False)
 OUT = Path(tempfile.mkdtemp())
@@ -77,11 +85,12 @@ print(
     f"{float(flipped.where(close, 0).sum() / flipped.sum()):.0%} of all flips are at margins below 0.5 logits, where "
     f"{float(margins.n.where(close, 0).sum() / margins.n.sum()):.0%} of all choices are."
 )
-every = compared.flips().estimate
-after, without = (float(every.sel(measure=name).mean("layer")) for name in ("after_flip", "without_flip"))
+after, without = (compared.flips().sel(measure=name).dropna("layer") for name in ("after_flip", "without_flip"))
+more = [int(n) for n in after.layer if float(after.ci_low.sel(layer=n)) > float(without.ci_high.sel(layer=n))]
 print(
-    f"A token that has flipped before flips in {after:.0%} of later layers, one that has not in {without:.0%}: "
-    f"{'flips bring flips' if after > without else 'flips do not bring flips'}."
+    f"A token that has flipped before flips in {float(after.estimate.mean()):.0%} of later layers, one that has not in "
+    f"{float(without.sel(layer=after.layer).estimate.mean()):.0%}; in {len(more)} of {after.sizes['layer']} layers the "
+    "intervals say that it flips more often."
 )
 
 # %% [markdown]
@@ -164,6 +173,9 @@ print(
 # speed on this machine. A scheme stands on the dashed line where no other has both fewer bytes and less divergence.
 
 # %%
+if original.dtype != torch.bfloat16:
+    SCHEMES = ["bfloat16", *SCHEMES]
+del original, quantized, runs, model  # the next call loads its own
 few = ml.demo_documents()[::6] if MODEL == "demo" else DOCUMENTS
 front = ml.pareto(MODEL, few, schemes=SCHEMES, out=OUT / "pareto", settings=SETTINGS, speed=ml.Speed(2, 16, 4))
 front.overview().T
@@ -197,16 +209,21 @@ pd.DataFrame(
 
 # %%
 of_kl = float(share.sel(quantity="kl"))
-cause = "its experts compute something else" if of_kl < 0.5 else "other experts compute"
+parts = {"its experts compute something else": "weights", "other experts compute": "routing"}
+cells = {cause: mean.sel(quantity="kl", part=part) for cause, part in parts.items()}
+most, least = sorted(cells, key=lambda cause: -float(cells[cause].estimate))
+told_apart = float(cells[most].ci_low) > float(cells[least].ci_high)
+cause = f"mostly because {most}" if told_apart else "for both reasons, which the intervals do not tell apart"
 flips = float(compared.flips().estimate.sel(measure="so_far").isel(layer=-1))
 mildest, harshest = changed[0], changed[-1]
 print(
     f"{SCHEME}: {flips:.0%} of tokens choose other experts in some layer; changed routing brings {of_kl:.0%} of the "
-    f"divergence. It differs from the original mostly because {cause}."
+    f"divergence. It differs from the original {cause}."
 )
 print(
     f"The milder the rounding, the {'more' if part[mildest] > part[harshest] else 'less'} of what is left is routing: "
-    f"{part[mildest]:.0%} under {mildest}, {part[harshest]:.0%} under {harshest}."
+    f"{part[mildest]:.0%} under {mildest}, {part[harshest]:.0%} under {harshest} (the quotients above; n = "
+    f"{front.meta['documents']} documents)."
 )
 smallest = front.front()[0]
 print(

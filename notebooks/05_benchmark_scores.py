@@ -55,7 +55,8 @@ pd.Series(suites()["mixtral-paper"], name="protocol in mixtral-paper").to_frame(
 #
 # Before the model is asked, a preflight checks that prompts begin with one BOS and fit, that decoding gives back what
 # was encoded, and that the graders pass gold answers. With `out=` a stopped evaluation goes on where it stopped; the
-# folder opens again with `ml.open`, and holds lm-eval's own JSON beside the samples.
+# folder opens again with `ml.open`, and holds lm-eval's own JSON beside the samples. Given a name in place of a model,
+# such as `ml.evaluate("mistralai/Mixtral-8x7B-v0.1", "mmlu", out=...)`, a process of its own loads it and evaluates.
 
 # %%
 log = ml.evaluate(model, TASKS, limit=LIMIT, settings=settings, out="runs/two-experts")
