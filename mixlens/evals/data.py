@@ -48,7 +48,7 @@ def _mmlu_rows(path: Path, subject: str) -> Iterable[dict[str, Any]]:
 def humaneval(root: str | None = None, revisions: Revisions = None, **_: Any) -> Splits:
     """Problems: task_id, prompt, entry_point, canonical_solution, test. Split test."""
     if root is None:
-        return splits_of("humaneval", None, revisions)
+        return splits_of("humaneval", "openai_humaneval", revisions)
     return {"test": _dataset(_json_lines(Path(root) / "humaneval" / "HumanEval.jsonl.gz"))}
 
 
@@ -145,7 +145,7 @@ def hellaswag(root: str | None = None, revisions: Revisions = None, **_: Any) ->
     A local folder has hellaswag/hellaswag_{train,val}.jsonl, as released.
     """
     if root is None:
-        return splits_of("hellaswag", None, revisions)
+        return splits_of("hellaswag", "default", revisions)
     files = {"train": "train", "validation": "val"}
     return {
         split: _dataset(_hellaswag_row(r) for r in _json_lines(Path(root) / "hellaswag" / f"hellaswag_{name}.jsonl"))

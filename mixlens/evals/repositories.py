@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -44,29 +45,30 @@ def commits_of(benchmarks: Collection[str], asked: Mapping[str, str], kept: Mapp
     return {repository: _commit(repository, wanted.get(repository)) for repository in repositories}
 
 
-def splits_of(benchmark: str, subset: str | None, revisions: Mapping[str, str] | None) -> dict[str, datasets.Dataset]:
-    """Splits of one subset, by name.
+def splits_of(benchmark: str, subset: str, revisions: Mapping[str, str] | None) -> dict[str, datasets.Dataset]:
+    """Splits of one subset, by name; nobody is asked for what is cached at the commit.
 
     revisions  commits by repository, as commits_of gives them; None, as in lm-eval without mixlens, is main
 
-    Raises BadInput where neither the Hub nor its cache has them at that commit.
+    Raises BadInput where neither the cache nor the Hub has them.
     """
     repository = HUB[benchmark]
     commit = (revisions or {}).get(repository) or _commit(repository, None)
+    what = f"{repository} ({subset}, {commit})"
+    name = repository.partition("/")[2]
+    builder: Any = Cache(repo_id=repository, dataset_name=name, config_name=subset, hash=commit)
     try:
-        builder: Any = datasets.load_dataset_builder(repository, subset, revision=commit)
-        if builder.hash != commit:  # the Hub did not answer, and datasets took the commit that it had used last
-            builder = Cache(
-                repo_id=repository,
-                dataset_name=builder.dataset_name,
-                config_name=builder.config.name,
-                version=str(builder.config.version),
-                hash=commit,
-            )
-        builder.download_and_prepare()
-        return dict(builder.as_dataset())
+        if not Path(builder.cache_dir).is_dir():
+            builder = datasets.load_dataset_builder(repository, subset, revision=commit)
+        if builder.hash == commit:
+            builder.download_and_prepare()
+            return dict(builder.as_dataset())
     except Exception as error:  # of datasets, of the Hub's client, of pyarrow
-        raise _not_given(f"{repository} ({subset or 'default'}, {commit})", error) from error
+        raise _not_given(what, error) from error
+    raise BadInput(  # datasets takes another commit from its cache where the Hub does not answer
+        f"The data set {what} was to be read. The Hub did not answer, and {builder.hash} alone is cached. Check the "
+        "network, or ask for that commit (EvalSettings(revisions=...), --data-revision)."
+    )
 
 
 def _commit(repository: str, revision: str | None) -> str:

@@ -175,6 +175,11 @@ def job_of(
             f"An evaluation was asked for in each of {world} processes. Every one of them would ask everything. Start "
             'it without accelerate launch: device_map="auto" spreads one model over all GPUs.'
         )
+    if not isinstance(settings.revisions, Mapping):
+        raise BadInput(
+            f"Data sets were to be read at revisions={settings.revisions!r}. That does not say of which. Give a "
+            'revision for each, as in {"openai/gsm8k": "main"}.'
+        )
     root = None if data is None else str(Path(data).resolve())
     return Job(names, protocol, root, limit, settings.seed, revisions=dict(settings.revisions))
 

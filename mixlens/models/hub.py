@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
 from huggingface_hub import HfApi
@@ -45,7 +46,13 @@ def fault_of(error: BaseException) -> tuple[str, str] | None:
     while cause is not None:
         if type(cause).__name__ in FAULTS:
             return FAULTS[type(cause).__name__]
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            return "the disk that it is kept on is full", "Make room there, or point HF_HOME at a larger disk."
+        if isinstance(cause, OSError) and cause.errno in (errno.EACCES, errno.EROFS):
+            return "the folder that it is kept in cannot be written", "Point HF_HOME at a folder of your own."
         status = getattr(getattr(cause, "response", None), "status_code", None)
+        if status in (401, 403):
+            return f"access was refused ({status})", "Log in with a token that may read it: hf auth login."
         if isinstance(status, int) and status >= 400 and status != 404:
             return f"the Hub answered {status}", "Try again later, or give a local folder."
         cause = cause.__cause__ or cause.__context__

@@ -185,6 +185,9 @@ def test_a_run_keeps_the_commit_that_it_began_with(hub, tmp_path):
     assert ("corners" in fresh["prompts"], "edges" in fresh["prompts"]) == (False, True)
     assert resumed == chosen
     before = len(hub.asked)
+    assert evaluate_in_children(hub, home, ([MMLU_DE], limited)) == [fresh]
+    assert hub.asked[before:] == [f"GET /api/datasets/{name}"]  # for main's commit; at that, everything is cached
+    before = len(hub.asked)
     again = (asked, ([MMLU_DE], limited), ([MMLU_DE], limited, pinned))
     assert evaluate_in_children(hub, home, *again, HF_HUB_OFFLINE="1") == [resumed, fresh, chosen]
     assert len(hub.asked) == before
@@ -236,7 +239,7 @@ def test_the_suite_of_the_paper_from_the_command_line(hub, tmp_path):
         env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    log = ml.open(out)
+    log = ml.Log.open(out)
     asked = {about["protocol"] for about in log.meta["tasks"].values()}
     assert asked == set(suites()["mixtral-paper"].values())
     assert {about["data"]["repository"]: about["data"]["revision"] for about in log.meta["tasks"].values()} == commits

@@ -93,6 +93,7 @@ def test_what_the_hub_refuses_and_what_is_not_read_are_said(hub, checkpoint, tmp
     for name, files in {
         "own/gated": checkpoint,
         "own/forbidden": checkpoint,
+        "own/denied": checkpoint,
         "own/down": checkpoint,
         "own/kept": checkpoint,
         "own/pickled": {"config.json": checkpoint["config.json"], "pytorch_model.bin": b"never read"},
@@ -102,10 +103,12 @@ def test_what_the_hub_refuses_and_what_is_not_read_are_said(hub, checkpoint, tmp
         hub.commit("models", name, files)
     hub.refuse("models", "own/gated", 401, "GatedRepo")
     hub.refuse("models", "own/forbidden", 403, "GatedRepo")
+    hub.refuse("models", "own/denied", 403)
     hub.refuse("models", "own/down", 503)
     names = {
         "own/gated": GATED,
         "own/forbidden": GATED,
+        "own/denied": "access was refused (403). Log in with a token that may read it: hf auth login.",
         "own/down": "the Hub answered 503. Try again later, or give a local folder.",
         "own/nothing": "there is no such repository, or it is private. Give owner and name as the Hub has them",
         "Mixtral-8x7B-v0.1": "there is no such repository, or it is private. Give owner and name",
