@@ -15,7 +15,7 @@ from mixlens.errors import BadInput
 
 # Keys of lm-eval's group files that are not keys of a task.
 _GROUP_KEYS = ("group", "group_alias", "task", "aggregate_metric_list", "metadata")
-_TASK = re.compile(r"""^task:[ \t]+["']?([^\s"'\[{#]+)["']?[ \t]*$""", re.MULTILINE)
+_TASK = re.compile(r"""^["']?task["']?:[ \t]*["']?([^\s"'\[{#]+)["']?[ \t]*$""", re.MULTILINE)
 
 
 def tasks_folder() -> Path:
@@ -107,7 +107,7 @@ def is_task_file(name: str) -> bool:
 
 
 def lm_eval_task_files() -> dict[str, str]:
-    """Files of lm-eval's own tasks by name, read as text; groups, tags and the few written otherwise are left out."""
+    """Files of lm-eval's own tasks by name, read as text; groups and tags are left out."""
     import lm_eval.tasks
 
     found: dict[str, str] = {}
