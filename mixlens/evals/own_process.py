@@ -96,6 +96,8 @@ def _follow(asked: str, progress: Any) -> dict[str, Any]:
             process.stdin.flush()
         with reporting(progress) as report:
             for line in process.stdout:
+                if not line.endswith(b"\n"):
+                    break  # it was killed while it wrote this
                 event = json.loads(line)
                 if "progress" not in event:
                     return event

@@ -105,12 +105,21 @@ def test_what_ends_it_here_ends_it_there_and_the_answers_are_kept(demo, tmp_path
     assert {(r["task"], r["sample_id"]) for r in resumed.records} >= {(task, doc) for task, doc, _, _ in kept}
 
 
-@pytest.mark.slow
-def test_a_process_that_is_killed_is_told_in_words(tmp_path):
-    settings = EvalSettings(progress=lambda done, total: child().kill(), batch_size=4)
-    with pytest.raises(ml.RunError, match="ended by SIGKILL, as the system ends one when memory runs out"):
-        ml.evaluate("demo", TASKS, out=tmp_path / "run", settings=settings)
-    assert (tmp_path / "run" / "plan.json").exists()
+KILLED = """
+import os, sys
+print("out of luck", file=sys.stderr, flush=True)
+print('{"progress": [1, 9]}\\n{"progr', end="", flush=True)
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_process_that_is_killed_is_told_in_words(monkeypatch):
+    told, popen = [], subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda _, **more: popen([sys.executable, "-c", KILLED], **more))
+    message = "ended by SIGKILL, as the system ends one when memory runs out; it said last: out of luck"
+    with pytest.raises(ml.RunError, match=message):
+        ml.evaluate("demo", TASKS, settings=EvalSettings(progress=lambda *now: told.append(now)))
+    assert told == [(1, 9)]
 
 
 @pytest.mark.parametrize(
