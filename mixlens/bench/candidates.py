@@ -127,7 +127,7 @@ def frontier(given: Sequence[Candidate]) -> pd.DataFrame:
     no_worse = np.all(goods[None, :, :] >= goods[:, None, :], axis=-1)
     better = np.any(goods[None, :, :] > goods[:, None, :], axis=-1)
     beaten = np.any(no_worse & better & np.asarray(whole), axis=1)
-    frame.insert(frame.columns.get_loc("source"), "frontier", np.logical_and(whole, ~beaten).tolist())
+    frame.insert(len(frame.columns) - 2, "frontier", np.logical_and(whole, ~beaten).tolist())
     return frame
 
 
@@ -227,7 +227,7 @@ def _candidates(
             for value, row in zip(usd.to_numpy(float), rows.itertuples(), strict=True)
         ]
     speeds = bench.table().query("metric == 'output_tokens_per_s' and statistic == 'p50'")
-    percent = tuple(100 * float(score[key]) for key in ("score", "ci_low", "ci_high"))
+    percent = (100 * float(score["score"]), 100 * float(score["ci_low"]), 100 * float(score["ci_high"]))
     found = []
     for speed in speeds.to_dict("records"):
         load = f", {speed['level']}" if len(speeds) > 1 else ""

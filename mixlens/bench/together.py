@@ -64,7 +64,7 @@ def benchmark_together(
     total = len(levels) * requests
     made = {}
     # Folders that are there may hold another run: that is found before a new one is made.
-    for name in sorted(names, key=lambda name: not (folders[name] and folders[name].exists())):
+    for name in sorted(names, key=lambda name: not (out is not None and (Path(out) / name).exists())):
         others = {"names": names, "name": name, "turns": _TURNS, "requests": requests}
         made[name] = Session(
             endpoints[name],

@@ -253,14 +253,12 @@ def quality_cost_speed(
         ax.vlines(known["usd_per_mtok"], known["score_low"], known["score_high"], color=MUTED, lw=0.8, zorder=1)
         ax.scatter(known["usd_per_mtok"], known["score"], s=area, c=faces, edgecolors=colour, lw=1, zorder=2)
         numbers: dict[tuple[float, float], list[str]] = {}
-        for number, (row, face) in enumerate(zip(known.itertuples(), faces, strict=True), 1):
-            numbers.setdefault((row.usd_per_mtok, row.score), []).append(str(number))  # loads share a price and a score
-            spread = (
-                ""
-                if row.tokens_per_s_low != row.tokens_per_s_low
-                else (f" [{row.tokens_per_s_low:,.1f}, {row.tokens_per_s_high:,.1f}]")
-            )
-            label = printable(f"{number}  {row.name}: {row.tokens_per_s:,.1f}{spread} tok/s")
+        for number, (row, face) in enumerate(zip(known.to_dict("records"), faces, strict=True), 1):
+            place = float(row["usd_per_mtok"]), float(row["score"])
+            numbers.setdefault(place, []).append(str(number))  # loads share a price and a score
+            speed, low, high = (float(row[f"tokens_per_s{end}"]) for end in ("", "_low", "_high"))
+            spread = "" if low != low else f" [{low:,.1f}, {high:,.1f}]"
+            label = printable(f"{number}  {row['name']}: {speed:,.1f}{spread} tok/s")
             ax.plot([], [], "o", ms=5, markerfacecolor=face, markeredgecolor=colour, label=label)
         for place, told in numbers.items():
             beside = {"xytext": (9, 5), "textcoords": "offset points"}
