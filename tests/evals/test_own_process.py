@@ -233,5 +233,5 @@ def test_in_a_kernel_it_shows_progress_is_interrupted_and_goes_on(demo, math_tas
         manager.shutdown_kernel()
     assert f"ended 126 {[1.0] * len(PROBLEMS)}" in "".join(texts)
     assert "evaluate: 100%" in "".join(texts)
-    resumed = ml.open(out)
+    resumed = ml.Log.open(out)
     assert resumed.records == ml.evaluate(demo, tasks, settings=EvalSettings(progress=False, batch_size=1)).records
