@@ -1,6 +1,5 @@
 // Heat maps on one scale centred on what uniform routing gives: layer x expert by domain, expert x expert by layer.
 
-const CELL = { width: 27, height: 20 };
 
 /** `value` as the header's unit says it: a share in per cent, or a ratio. */
 function valueText(data, value) {
@@ -20,6 +19,8 @@ VIEWS.matrix = function matrix(frame, data) {
   const { picks, panels, row, column, arrays } = data;
   const state = { picked: picks.map((pick) => pick.start), panel: 0, row: 0, column: 0 };
   const area = row.values.length * column.values.length;
+  const wide = column.values.length > 16 && !data.digits ? 14 : 27, tall = row.values.length > 12 ? 15 : 20;
+  const every = ({ values }) => Math.ceil(values.length / (values.length > 32 ? 32 : 16)); // of so many rows or columns one is named
   const offset = (panel = state.panel) =>
     picks.reduce((at, pick, i) => at * pick.values.length + state.picked[i], 0) * panels.length * area + panel * area;
   const at = (panel, i, j) => offset(panel) + i * column.values.length + j;
@@ -46,27 +47,28 @@ VIEWS.matrix = function matrix(frame, data) {
     scaleBar(data), readout, element("p", { class: "legend", text: data.note }));
 
   function gridOf(name, panel) {
-    const tall = row.values.length > 12 ? 15 : CELL.height, left = 34, top = name === null ? 16 : 30;
-    const width = left + column.values.length * CELL.width + 4, height = top + row.values.length * tall + 18;
+    const left = 34, top = name === null ? 16 : 30;
+    const width = left + column.values.length * wide + 4, height = top + row.values.length * tall + 18;
     const svg = drawn("svg", { width, height, viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" });
     if (name !== null) svg.append(drawn("text", { class: "panel", x: 2, y: 12, text: name }));
     const cells = [], digits = [], small = data.digits;
     row.values.forEach((value, i) => {
-      const every = Math.ceil(row.values.length / 16);
-      if (i % every === 0) svg.append(drawn("text", { class: "tick", x: left - 5, y: top + (i + 0.7) * tall, "text-anchor": "end", text: value }));
+      if (i % every(row) === 0) svg.append(drawn("text", { class: "tick", x: left - 5, y: top + (i + 0.7) * tall, "text-anchor": "end", text: value }));
       column.values.forEach((_, j) => {
-        const place = { x: left + j * CELL.width, y: top + i * tall };
-        const cell = drawn("rect", { ...place, width: CELL.width - 1, height: tall - 1, class: "box" });
+        const place = { x: left + j * wide, y: top + i * tall };
+        const cell = drawn("rect", { ...place, width: wide - 1, height: tall - 1, class: "box" });
         cell.place = [panel, i, j];
         cells.push(cell);
-        if (small) digits.push(drawn("text", { class: "digit", x: place.x + CELL.width / 2, y: place.y + tall * 0.7, "text-anchor": "middle" }));
+        if (small) digits.push(drawn("text", { class: "digit", x: place.x + wide / 2, y: place.y + tall * 0.7, "text-anchor": "middle" }));
       });
     });
-    column.values.forEach((value, j) =>
-      svg.append(drawn("text", { class: "tick", x: left + (j + 0.5) * CELL.width, y: top - 4, "text-anchor": "middle", text: value })));
+    column.values.forEach((value, j) => {
+      if (j % every(column)) return;
+      svg.append(drawn("text", { class: "tick", x: left + (j + 0.5) * wide, y: top - 4, "text-anchor": "middle", text: value }));
+    });
     svg.append(drawn("text", { class: "tick", x: left, y: height - 5, text: `${column.label} →` }));
     svg.append(drawn("text", { class: "tick", x: 2, y: top - 4, text: `${row.label}↓` }));
-    const cursor = drawn("rect", { class: "cursor", width: CELL.width, height: tall });
+    const cursor = drawn("rect", { class: "cursor", width: wide, height: tall });
     svg.append(...cells, ...digits, cursor);
     return { node: svg, cells, digits, cursor, left, top, tall };
   }
@@ -91,7 +93,7 @@ VIEWS.matrix = function matrix(frame, data) {
 
   function mark() {
     grids.forEach((grid, panel) => {
-      grid.cursor.setAttribute("x", grid.left + state.column * CELL.width - 0.5);
+      grid.cursor.setAttribute("x", grid.left + state.column * wide - 0.5);
       grid.cursor.setAttribute("y", grid.top + state.row * grid.tall - 0.5);
       grid.cursor.style.opacity = panel === state.panel ? 1 : 0.35;
     });

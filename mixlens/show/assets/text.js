@@ -40,16 +40,17 @@ class TokenText {
     this.spanOf(token)?.setAttribute("data-cursor", "");
   }
 
-  /** Scroll the text, and nothing round it, until the token under the cursor is in sight. */
-  reveal(token, frames = 4) {
-    if (token !== this.cursor) return;
-    const box = this.node.getBoundingClientRect(), span = this.spanOf(token).getBoundingClientRect();
-    if (span.top < box.top || span.bottom > box.bottom) {
-      this.node.scrollTop += span.top - box.top - box.height / 2;
-      this.near.add(this.blockOf(token)); // the observer says so only at the next frame
-    }
-    // Blocks above that come near take their true height, which moves it again.
-    if (frames) requestAnimationFrame(() => this.reveal(token, frames - 1));
+  /** Scroll the text, and nothing round it, until a token is in sight. */
+  reveal(token) {
+    const box = this.node.getBoundingClientRect(), span = this.spanOf(token);
+    const outside = ({ top, bottom }) => top < box.top || bottom > box.bottom;
+    if (!outside(span.getBoundingClientRect())) return;
+    const at = this.blocks.indexOf(this.blockOf(token));
+    const around = this.blocks.slice(Math.max(0, at - 2), at + 3);
+    for (const block of around) block.classList.add("laid"); // with its true height, before that is measured
+    this.paintAll(around);
+    this.near.add(this.blocks[at]); // the observer says so only at the next frame
+    this.node.scrollTop += span.getBoundingClientRect().top - box.top - box.height / 2;
   }
 
   /** Hear what is asked for: go(token) by key, turn(layers) by key, point(token), press(token), and `keys` of one's own. */
