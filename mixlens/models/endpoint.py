@@ -47,8 +47,8 @@ _SECRET = re.compile(
     r"(?:^|[-_]|(?<=[a-z])(?=[A-Z]))(?<!(?i:cache)[-_])"
     r"(?i:api[-_]?keys?|key|token|secret|password|passwd|passphrase|credentials?|bearer|auth|authorization|cookie)$"
 )
-# A value that is a header's secret, whatever it is called.
-_BEARER = re.compile(r"\s*(?i:bearer|basic)\s+\S{8,}\s*")
+# A value that is a secret, whatever it is called.
+_KEY_LIKE = re.compile(r"\s*(?:(?i:bearer|basic)\s+\S{8,}|(?:sk-|hf_)[\w-]{16,})\s*")
 
 
 @dataclass(frozen=True)
@@ -315,7 +315,7 @@ def _secrets(value: Any, path: str = "", *, named: bool = False) -> Iterator[str
     elif isinstance(value, list | tuple):
         for inner in value:
             yield from _secrets(inner, path, named=named)
-    elif isinstance(value, str) and (named or _BEARER.fullmatch(value)):
+    elif isinstance(value, str) and (named or _KEY_LIKE.fullmatch(value)):
         yield path
 
 

@@ -78,7 +78,8 @@ def latency_cdf(bench: Bench, ax: Axes | None = None, *, metric: str = "ttft_s")
         )
     factor, unit = _scale(metric, data["value"].max())
     levels = list(dict.fromkeys(data["level"]))
-    with drawing(ax, COLUMN, 2.5 + 0.14 * len(levels)) as ax:
+    width = COLUMN if max(map(len, levels)) < 25 else COLUMN * 1.35
+    with drawing(ax, width, 2.5 + 0.14 * len(levels)) as ax:
         for colour, level in zip(expert_colours(len(levels)), levels, strict=True):
             part = data[data["level"] == level]
             x = np.r_[part["value"].iloc[0], part["value"]] * factor
@@ -108,7 +109,8 @@ def latency_cdfs(bench: Bench, *, metrics: Sequence[str] = ("ttft_s", "tpot_s", 
             "Look at bench.outcomes()."
         )
     with paper():
-        figure = paper_figure(PAGE, 2.9)
+        levels = len(set(distribution(bench, present[0])["level"]))
+        figure = paper_figure(PAGE, 2.6 + 0.1 * levels)
         for at, metric in enumerate(present):
             ax = latency_cdf(bench, add_axes(figure, 1, len(present), at + 1), metric=metric)
             drop_note(ax, _NAMES[metric].split(",")[0])
@@ -117,7 +119,7 @@ def latency_cdfs(bench: Bench, *, metrics: Sequence[str] = ("ttft_s", "tpot_s", 
             if legend := ax.get_legend():
                 legend.remove()
         handles, labels = figure.axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=4)
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, _columns(labels, 110)))
         note = f"{_whose(bench)}; bands: 95 % for the whole curve (DKW); {_lost(bench)}"
         figure.suptitle(printable(note), fontsize=relative_size(0.8), color=MUTED, x=0.01, ha="left")
     return figure
@@ -313,5 +315,11 @@ def _short(levels: Sequence[str]) -> dict[str, str]:
 
 
 def _legend_below(ax: Axes, columns: int = 2) -> None:
+    columns = min(columns, _columns(ax.get_legend_handles_labels()[1], 60))
     place = {"loc": "upper left", "bbox_to_anchor": (0.0, -0.2), "ncols": columns}
     ax.legend(**place, fontsize=relative_size(0.85))
+
+
+def _columns(labels: Sequence[str], width: int) -> int:
+    """How many columns of labels stand side by side in a line of so many characters."""
+    return max(1, width // (max(map(len, labels), default=0) + 6))

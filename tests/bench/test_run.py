@@ -189,23 +189,24 @@ def test_a_stream_that_never_ends_is_timed_out_in_spite_of_keep_alives():
 
 
 def test_the_key_is_sent_and_is_nowhere_else(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("LOOPBACK_KEY", KEY)
-    script = Script([sse(chunk({"content": "you sent " + KEY})), sse({"error": {"message": f"bad key {KEY}"}})])
-    refusal = Script([json.dumps({"error": {"message": f"Incorrect API key: {KEY}"}}).encode()], status=401)
+    key = "loopback-0123456789"  # of no form by which it would be refused at once
+    monkeypatch.setenv("LOOPBACK_KEY", key)
+    script = Script([sse(chunk({"content": "you sent " + key})), sse({"error": {"message": f"bad key {key}"}})])
+    refusal = Script([json.dumps({"error": {"message": f"Incorrect API key: {key}"}}).encode()], status=401)
     for name, protocol, one in (("a", "openai-chat", script), ("b", "modelslab", script), ("c", "anthropic", refusal)):
         with serving(one) as url:
-            hidden = {"user": {"id": [KEY]}}
+            hidden = {"user": {"id": [key]}}
             endpoint = Endpoint(url, model="m", key_env="LOOPBACK_KEY", protocol=protocol, extra=hidden)
             bench = measured(url, endpoint=endpoint, out=tmp_path / name)
         headers, body = one.requests[-1]
-        assert (body.get("key") if protocol == "modelslab" else headers.get("Authorization", "")).endswith(KEY)
+        assert (body.get("key") if protocol == "modelslab" else headers.get("Authorization", "")).endswith(key)
         assert body["user"] == hidden["user"]
         print(bench, bench._repr_html_(), endpoint, bench.requests().to_string(), bench.meta)
         assert "[key]" in bench.records[0].detail + bench.records[0].text
     written = b"".join(path.read_bytes() for path in Path(tmp_path).rglob("*") if path.is_file())
-    assert KEY.encode() not in written
+    assert key.encode() not in written
     assert b"LOOPBACK_KEY" in written
-    assert KEY not in "".join(capsys.readouterr())
+    assert key not in "".join(capsys.readouterr())
 
 
 def test_no_part_of_the_key_is_left_where_a_refusal_is_shortened(monkeypatch):

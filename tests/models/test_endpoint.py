@@ -110,6 +110,7 @@ def test_the_key_is_masked_where_a_field_holds_it_under_another_name(monkeypatch
         ({"extra": {"a": [{"b": {"Authorization": {"value": "abc"}}}]}}, "'a.b.Authorization.value' among"),
         ({"extra": {"api_keys": ["abc"]}}, "'api_keys' among"),
         ({"extra": {"note": ["Bearer abc-0123456789"]}}, "'note' among"),
+        ({"extra": {"user": {"id": "sk-or-v1-abc0123456789abcdef"}}}, "'user.id' among"),
         ({"headers": {"X-Forwarded": "Basic abc0123456789"}}, "'X-Forwarded' among"),
         ({"headers": {"X-Title": 5}}, "a header 'X-Title'. .* Use printable ASCII"),
         ({"extra": {"stop": {1, 2}}}, "cannot be sent as JSON: .*set"),
