@@ -31,6 +31,10 @@ _OVERVIEW = (
     ("end to end p50 [s]", "e2e_token_s", "p50", 1.0, 2),
     ("a request [tok/s]", "output_tokens_per_s", "p50", 1.0, 1),
 )
+_UNFINISHED = (
+    "Without a finish reason, which others have: {} of {} successes. The server may have broken them off, and end "
+    "to end is then too short."
+)
 _SYSTEM = (("system [tok/s]", "output_tokens_per_s"), ("system [requests/s]", "requests_per_s"))
 
 
@@ -178,6 +182,7 @@ class Bench:
             f"Warm-up, in no number: {len(warm)} requests{_first_answer(warm, self.count_tokens)}.",
             f"Failures, in no number: {', '.join(told) or 'none'}.",
             *local_tables.failures(self.records),
+            *([_UNFINISHED.format(cut, self.succeeded)] if (cut := metrics.unfinished(self.records)) else []),
             *([f"Stopped early by {self.meta['stopped']}."] if self.meta.get("stopped") else []),
         ]
 

@@ -233,6 +233,12 @@ def token_sources(records: Iterable[Record], count_tokens: CountTokens | None = 
     return dict(Counter(output_tokens(record, count_tokens)[1] for record in measured))
 
 
+def unfinished(records: Iterable[Record]) -> int:
+    """Measured successes without a finish reason, where another request has one: a server may have broken them off."""
+    good = [(r.phase, any(event.finish for event in r.events)) for r in records if r.outcome == "ok"]
+    return good.count(("measured", False)) if any(named for _, named in good) else 0
+
+
 def _by_level(records: Iterable[Record]) -> dict[str, list[Record]]:
     groups: dict[str, list[Record]] = {}
     for record in records:

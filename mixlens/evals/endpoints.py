@@ -66,18 +66,15 @@ class EndpointBackend:
                 f"{task} needs log-probabilities of given answers. {self.endpoint.host} does not echo a prompt with "
                 f"log-probabilities ({str(error).split('. ')[1].rstrip('.')}). {instead}, or a server that has both."
             ) from error
-        self._check_bos(task, found.tokens or ())
-
-    def _check_bos(self, task: str, tokens: Sequence[str]) -> None:
-        """Refuse unless one token, and one only, stands before the text that was echoed."""
         if getattr(self.settings.tokenizer, "bos_token_id", self) is None:
             return
-        extra = next((n for n, token in enumerate(tokens) if token.strip() and _PROBE.startswith(token.strip())), 0)
-        if extra != 1:
+        unlisted = (found.input_tokens or _n_listed(found)) - _n_listed(found)  # llama.cpp counts BOS, and lists none
+        specials = _n_before(found) + unlisted
+        if specials != 1:
             raise BadInput(
                 f"{task} needs one beginning-of-sequence token before a prompt. {self.endpoint.host} puts "
-                f"{extra or 'none'}: the echo of {_PROBE!r} begins with {list(tokens[:3])}. Let the server add special "
-                "tokens once, or give EvalSettings(tokenizer=...) of a model that has no such token."
+                f"{specials or 'none'}: the echo of {_PROBE!r} begins with {list(found.tokens or ())[:3]}. Let the "
+                "server add special tokens once, or give EvalSettings(tokenizer=...) of a model that has no such token."
             )
 
     def batches(self, kind: str, requests: Sequence[Any]) -> list[Batch]:
@@ -118,8 +115,8 @@ class EndpointBackend:
         return json.loads(prompt)
 
     def _length(self, context: str) -> int:
-        """Tokens of a context, special ones included, as the server counts them; 1 (BOS) for an empty one."""
-        return _n_prompt(self._echo(context)) if context else 1
+        """Tokens that the server lists for a context, special ones included."""
+        return _n_listed(self._echo(context)) if context else _n_before(self._echo(_PROBE))
 
     def _score(self, context: str, continuation: str, lead: int) -> tuple[float, bool]:
         """Log-probability of what stands behind the first `lead` tokens, and whether each token is the likeliest.
@@ -128,8 +125,8 @@ class EndpointBackend:
         leave out blanks.
         """
         found = self._echo(context + continuation)
-        logprobs = (found.logprobs or ())[lead : _n_prompt(found)]
-        best = (found.top_logprobs or ())[lead : _n_prompt(found)]
+        logprobs = (found.logprobs or ())[lead : _n_listed(found)]
+        best = (found.top_logprobs or ())[lead : _n_listed(found)]
         given = [logprob for logprob in logprobs if logprob is not None]
         if not given or len(given) < len(logprobs):
             raise EndpointError(
@@ -155,6 +152,12 @@ class EndpointBackend:
         return self.endpoint.complete(prompt, client=self._client, **asked)
 
 
-def _n_prompt(found: Completion) -> int:
+def _n_listed(found: Completion) -> int:
     """Tokens of the prompt in an answer that echoes it: all but the one that was generated."""
-    return found.input_tokens if found.input_tokens is not None else len(found.tokens or ()) - 1
+    return len(found.tokens or ()) - (1 if found.output_tokens is None else found.output_tokens)
+
+
+def _n_before(found: Completion) -> int:
+    """Tokens that are listed before the text of an echo of _PROBE."""
+    texts = (token.strip() for token in found.tokens or ())
+    return next((n for n, text in enumerate(texts) if text and _PROBE.startswith(text)), 0)

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from bench_scripts import SCRIPTS, chunk, openai_chat, replay, sse
 
+from mixlens.bench.bench import Bench
 from mixlens.bench.events import Record
 from mixlens.bench.metrics import (
     METRICS,
@@ -20,6 +21,7 @@ from mixlens.bench.metrics import (
     summary,
     throughput,
     token_sources,
+    unfinished,
 )
 from mixlens.errors import BadInput
 from mixlens.stats.bootstrap import Bootstrap
@@ -188,3 +190,16 @@ def test_levels_stand_apart_in_order():
     assert list(data.level.values) == ["concurrency 2", "concurrency 1"]
     assert data.estimate.sel(metric="ttft_s", statistic="p50").values == pytest.approx([0.2, 0.1])
     assert isinstance(throughput(records), pd.DataFrame)
+
+
+def test_answers_without_a_finish_reason_are_counted_where_others_have_one():
+    whole = streamed(0.1, 0.01, 3)
+    named = dataclasses.replace(
+        whole, events=(*whole.events[:-1], dataclasses.replace(whole.events[-1], finish="length"))
+    )
+    cut = [shifted(whole, 1.0, index=1), shifted(whole, 2.0, index=2)]
+    assert unfinished([named, *cut]) == 2
+    assert unfinished([dataclasses.replace(named, phase="warm-up"), *cut]) == 2
+    assert unfinished(cut) == 0  # a server that never says so
+    bench = Bench([named, *cut], {"endpoint": {"model": "m", "url": "http://127.0.0.1"}, "created": "today"})
+    assert any("2 of 3 successes" in remark for remark in bench.remarks())
