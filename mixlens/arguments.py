@@ -58,8 +58,8 @@ def table(data: xr.Dataset, arguments: argparse.Namespace, *, also: Sequence[str
             frame.to_csv(arguments.csv, index=False)
         except OSError as error:
             raise BadInput(
-                f"A table was to be written to {arguments.csv}. Writing failed: {error.strerror}. Give a file in an "
-                "existing folder."
+                f"A table was to be written to {arguments.csv}. Writing failed: {error.strerror or error}. Give a "
+                "file in an existing folder."
             ) from error
         return {"written": arguments.csv, "rows": len(frame)}
     if arguments.json:
@@ -76,6 +76,7 @@ def read_documents(path: Path, limit: int | None = None) -> list[Any]:
     Raises BadInput when the file cannot be read, naming the line.
     """
     import gzip
+    import zlib
 
     opener = gzip.open if path.suffix == ".gz" else open
     try:
@@ -94,7 +95,7 @@ def read_documents(path: Path, limit: int | None = None) -> list[Any]:
                         "Give one JSON object a line."
                     ) from error
             return documents
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise BadInput(
             f"Documents were to be read from {path}. The file cannot be read: {error}. Give a JSON Lines file (.jsonl "
             "or .jsonl.gz) or a text file in UTF-8."

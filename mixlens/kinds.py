@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from mixlens.bench.bench import Bench
-from mixlens.errors import RunError
+from mixlens.errors import BadInput, RunError
 from mixlens.evals.log import Log
 from mixlens.runs import open_run
 from mixlens.stats.contributions import open_contributions
@@ -33,8 +33,13 @@ def open(path: str | os.PathLike, *, check: bool = True) -> Any:
 
     check  compare every file with its checksum when it is first read; False compares sizes only
 
-    Raises RunError when there is no run, when it is not finished, or is of a kind that this version does not know.
+    Raises RunError when there is no run, when it is not finished, or is of a kind that this version does not know, and
+    BadInput for what is no path.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise BadInput(
+            f"A run was to be opened. A {type(path).__name__} was given. Give the folder that was passed as out=."
+        )
     kind = open_run(path, check=check).kind
     if kind not in _KINDS:
         raise RunError(

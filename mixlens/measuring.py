@@ -58,6 +58,7 @@ class Corpus:
     @staticmethod
     def of(model: nn.Module, documents: Iterable[Any], tokenizer: Any, settings: RecordSettings) -> Corpus:
         """Raises BadInput for documents that cannot be read as asked, or have a column called like what is measured."""
+        limit, tokens = length_limit(model, settings), batch_size(model, settings)
         checked = Documents(documents, settings.text)
         if taken := sorted(_TAKEN & next(iter(checked)).columns.keys()):
             raise BadInput(
@@ -67,8 +68,8 @@ class Corpus:
         return Corpus(
             checked,
             tokenizer if tokenizer is not None else tokenizer_of(model),
-            length_limit(model, settings),
-            batch_size(model, settings),
+            limit,
+            tokens,
             settings,
         )
 

@@ -197,7 +197,13 @@ def open_run(path: str | os.PathLike, *, check: bool = True) -> Run:
     """
     path = Path(path)
     if (path / META).exists():
-        return Run(path, _read_json(path / META), check)
+        meta = _read_json(path / META)
+        if not isinstance(meta, dict) or not {"kind", "files"} <= meta.keys():
+            raise RunError(
+                f"A run was to be opened at {path}. Its {META} is not one that mixlens wrote: it names no kind or no "
+                "files. Give the folder that was passed as out=."
+            )
+        return Run(path, meta, check)
     if (path / PLAN).exists():
         kind = _read_json(path / PLAN).get("kind", "run")
         n = len(list(path.glob("shard-*.json")))

@@ -74,6 +74,11 @@ def pareto(
     Raises BadInput for no or unknown schemes, one named twice, or the original's own, and ModelError for one that
     cannot run here, before anything is measured; and as load, quantization_impact and benchmark.
     """
+    if isinstance(schemes, str) or not isinstance(schemes, Sequence):
+        raise BadInput(
+            f"Schemes were to be laid side by side. {schemes!r} is no list of them. Give a list, such as "
+            '["bfloat16", "nf4"].'
+        )
     names = [_name(scheme) for scheme in schemes]
     if not names or len(set(names)) != len(names):
         raise BadInput(

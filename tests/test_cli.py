@@ -95,13 +95,21 @@ def test_info_verify_names_an_altered_file(corpus, tmp_path, capsys):
         (["stats", "RUN", "repetition", "--by", "topic"], "topic"),
         (["stats", "RUN", "repetition", "--layers", "0,nine"], "no numbers"),
         (["stats", "RUN", "repetition", "--layers", "99"], "layers 0 to 7"),
+        (["stats", "RUN", "repetition", "--csv", "no/such/folder/x.csv"], "Cannot save file into a non-existent"),
+        (["info", "FOREIGN"], "meta.json is not one that mixlens wrote"),
+        (["report", "FOREIGN"], "meta.json is not one that mixlens wrote"),
+        (["record", "demo", "CUT", "--out", "x"], "end-of-stream marker"),
+        (["record", "demo", "GOOD", "--out", "x", "--device-map", "mars"], "torch knows no device 'mars'"),
     ],
 )
 def test_mistakes_end_with_a_message_and_a_status(argv, message, run, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "good.jsonl").write_text('{"text": "one text of several words"}\n')
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\nnot json\n')
-    names = {"RUN": str(run), "GOOD": "good.jsonl", "BAD": "bad.jsonl"}
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "one text"}\n' * 99)[:-12])
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "meta.json").write_text("{}")
+    names = {"RUN": str(run), "GOOD": "good.jsonl", "BAD": "bad.jsonl", "CUT": "cut.jsonl.gz", "FOREIGN": "foreign"}
     code = cli.main([names.get(word, word) for word in argv])
     error = capsys.readouterr().err
     assert code == cli.EXIT_FAILED

@@ -126,6 +126,11 @@ def audit(model: nn.Module) -> Audit:
     Returns  Audit
     Raises   BadInput  for something that has no weights
     """
+    if not isinstance(model, nn.Module):
+        raise BadInput(
+            f"The weights of a {type(model).__name__} were to be counted. That is no model. Give a loaded one, such as "
+            "ml.load(...)."
+        )
     held: dict[tuple[str, str], _Held] = {}
     seen: set[tuple[Any, ...]] = set()
     offloaded = 0

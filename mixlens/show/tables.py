@@ -11,6 +11,7 @@ import xarray as xr
 
 from mixlens.show import wording
 from mixlens.show.html import escape
+from mixlens.show.taking import check
 
 _COUNTS = {"n": "n", "n_documents": "documents"}
 _VALUES = ("estimate", "ci_low", "ci_high", "n", "n_documents")
@@ -21,6 +22,7 @@ def tidy(data: xr.Dataset, *, also: Sequence[str] = ()) -> pd.DataFrame:
 
     Values have the unit of the statistic; shares are fractions, not per cent.
     """
+    check(data, "A table", "stats.expert_share, or another statistic,", "estimate")
     order = [str(d) for d in data["estimate"].dims]
     values = data[[name for name in (*_VALUES, *also) if name in data]]
     scalars = [name for name, coord in values.coords.items() if coord.ndim == 0]
@@ -63,6 +65,7 @@ def _column(dim: str, value: object) -> str:
 
 
 def _laid_out(data: xr.Dataset) -> xr.Dataset:
+    check(data, "A table", "stats.expert_share, or another statistic,", "estimate")
     last = data["estimate"].dims[-1:]
     return data if last and last[0] != "layer" else data.expand_dims({"": ["estimate"]}, axis=-1)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from numbers import Integral
 from statistics import NormalDist
 
 import numpy as np
@@ -42,7 +43,7 @@ class Bootstrap:
     def __post_init__(self) -> None:
         if not 0 < self.level < 1:
             raise BadInput(f"Intervals of level {self.level} were asked for. A level lies between 0 and 1. Give 0.95.")
-        if self.replicates < 10:
+        if not isinstance(self.replicates, Integral) or self.replicates < 10:
             raise BadInput(
                 f"Intervals from {self.replicates} replicates were asked for. At least 10 are needed. "
                 "Give 1000 for a level of 0.95."

@@ -48,6 +48,11 @@ class Documents:
                 f"Documents were to be recorded. A single {type(documents).__name__} was given. Give a list of "
                 "documents, or one split of a dataset."
             )
+        if not isinstance(documents, Iterable) and not hasattr(documents, "__getitem__"):
+            raise BadInput(
+                f"Documents were to be recorded. A {type(documents).__name__} was given. Give strings, mappings with a "
+                "text column, or a datasets.Dataset."
+            )
         if isinstance(documents, pd.DataFrame):
             documents = documents.to_dict("records")
         self.column = column

@@ -123,6 +123,8 @@ class Editing:
 
 def editing_of(model: nn.Module) -> Editing:
     """The Editing of this model, made when there is none."""
+    if not hasattr(model, "__dict__"):
+        moe_layers(model)  # which says that this is no model
     if _ATTRIBUTE not in vars(model):
         setattr(model, _ATTRIBUTE, Editing(model))
     return vars(model)[_ATTRIBUTE]

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import pandas as pd
@@ -241,13 +242,23 @@ def tokenizer_of(model: nn.Module) -> Any:
         ) from error
 
 
+def _check(settings: Any) -> None:
+    if not isinstance(settings, RecordSettings):
+        raise BadInput(
+            f"Documents were to be recorded. Their settings are a {type(settings).__name__}, not RecordSettings. Give "
+            "settings=ml.RecordSettings(...)."
+        )
+
+
 def batch_size(model: nn.Module, settings: RecordSettings) -> int:
+    _check(settings)
     if settings.batch_tokens is not None:
         return _positive("batch_tokens", settings.batch_tokens)
     return 4096 if input_device(model).type == "cpu" else 16_384
 
 
 def length_limit(model: nn.Module, settings: RecordSettings) -> int:
+    _check(settings)
     if settings.overlong not in OVERLONG:
         raise BadInput(
             f"Documents were to be recorded with overlong={settings.overlong!r}. Choices are {', '.join(OVERLONG)}. "
@@ -265,6 +276,6 @@ def length_limit(model: nn.Module, settings: RecordSettings) -> int:
 
 
 def _positive(name: str, value: int) -> int:
-    if value < 1:
+    if not isinstance(value, Integral) or value < 1:
         raise BadInput(f"Documents were to be recorded with {name}={value}. It must be 1 or more. Give a larger one.")
     return value

@@ -335,6 +335,8 @@ def concat(traces: Sequence[Trace]) -> Trace:
 
     Raises BadInput when layers, experts or top-k differ.
     """
+    if not isinstance(traces, Sequence) or not all(isinstance(trace, Trace) for trace in traces):
+        raise BadInput("Traces were to be concatenated. Not all that was given are traces. Give a list of traces.")
     if not traces:
         raise BadInput("Traces were to be concatenated. None was given. Give at least one.")
     first, offset, sources, frames = traces[0], 0, [], []

@@ -76,6 +76,11 @@ def column(source: Source, name: str, start: int, stop: int, keep: np.ndarray | 
 def row_mask(sequences: pd.DataFrame, where: Mapping[str, Any] | pd.Series) -> np.ndarray:
     if isinstance(where, pd.Series):
         return where.reindex(sequences.index, fill_value=False).to_numpy(bool)
+    if not isinstance(where, Mapping):
+        raise BadInput(
+            f"Sequences were to be selected by a {type(where).__name__}. That says of no column what is wanted. Give "
+            '{column: value}, such as {"domain": "github"}, or a boolean Series over trace.sequences.'
+        )
     mask = np.ones(len(sequences), bool)
     for name, wanted in where.items():
         if name not in sequences:

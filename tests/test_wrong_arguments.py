@@ -1,0 +1,68 @@
+"""What is given in the place of a model, documents, a run or settings is refused in words, by every door."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import xarray as xr
+
+import mixlens as ml
+
+GIVEN = {"nothing": None, "number": 3, "dataset": xr.Dataset()}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return ml.load("demo", verbose=False)
+
+
+@pytest.fixture(scope="module")
+def trace(model):
+    return ml.record(model, ["One text of several words."], settings=ml.RecordSettings(progress=False))
+
+
+@pytest.mark.parametrize("given", GIVEN.values(), ids=GIVEN)
+@pytest.mark.parametrize(
+    "door",
+    [
+        lambda model, given: ml.load(given),
+        lambda model, given: ml.audit(given),
+        lambda model, given: ml.open(given),
+        lambda model, given: ml.report(given, "never.html"),
+        lambda model, given: ml.compare(given, given),
+        lambda model, given: ml.concat([given]),
+        lambda model, given: ml.Recorder(given).__enter__(),
+        lambda model, given: ml.edit(given, ml.edits.forbid(0, 1)).__enter__(),
+        lambda model, given: ml.record(given, ["A text."]),
+        lambda model, given: ml.record(model, ["A text."], settings=given),
+        lambda model, given: ml.measure_importance(model, ["A text."], settings=given),
+        lambda model, given: ml.pareto("demo", ["A text."], schemes=given, out="never"),
+        lambda model, given: ml.show.tables.tidy(given),
+        lambda model, given: ml.show.tables.to_latex(given),
+    ],
+)
+def test_it_is_said_what_was_given_and_what_to_give(door, given, model):
+    with pytest.raises(ml.MixlensError) as said:
+        door(model, given)
+    assert str(said.value).count(". ") >= 2
+
+
+@pytest.mark.parametrize("given", [None, 3])
+def test_documents_are_texts(model, given):
+    with pytest.raises(ml.BadInput, match=f"A {type(given).__name__} was given. Give strings, mappings"):
+        ml.record(model, given)
+
+
+def test_numbers_that_are_none(model):
+    for wrong in (float("nan"), 0, "eight"):
+        with pytest.raises(ml.BadInput, match="with max_length=.*It must be 1 or more"):
+            ml.record(model, ["A text."], settings=ml.RecordSettings(max_length=wrong))
+    assert ml.RecordSettings(max_length=np.int64(8)) == ml.RecordSettings(max_length=8)
+    for wrong in (float("nan"), "many", 9):
+        with pytest.raises(ml.BadInput, match="At least 10 are needed"):
+            ml.stats.Bootstrap(replicates=wrong)
+
+
+def test_sequences_are_selected_by_columns(trace):
+    with pytest.raises(ml.BadInput, match="selected by a str. That says of no column what is wanted"):
+        trace.select(where="github")
