@@ -40,6 +40,12 @@ def commit_of(name: str, revision: str | None = None, *, kind: str = "model") ->
     return HfApi().resolve_revision(name, repo_type=kind, revision=revision).resolved
 
 
+def safetensors_of(name: str, commit: str) -> list[str]:
+    """Names of the safetensors that a model has on the Hub. Raises what the Hub's client raises."""
+    listed = HfApi().model_info(name, revision=commit).siblings or []
+    return [file.rfilename for file in listed if file.rfilename.endswith(".safetensors")]
+
+
 def fault_of(error: BaseException) -> tuple[str, str] | None:
     """What stood in the way of reading from the Hub (a clause), and what to do (a sentence); None for other errors."""
     cause: BaseException | None = error

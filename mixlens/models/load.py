@@ -22,7 +22,7 @@ from transformers.utils import logging
 from mixlens.errors import BadInput, ModelError
 from mixlens.models.audit import audit
 from mixlens.models.demo import DEMO, demo_path
-from mixlens.models.hub import commit_of, fault_of
+from mixlens.models.hub import commit_of, fault_of, safetensors_of
 from mixlens.models.layout import check_config
 from mixlens.models.packed_checkpoints import METHODS as PACKED_METHODS
 from mixlens.models.packed_checkpoints import packed_format
@@ -66,12 +66,18 @@ def load(
     already in another way, does not fit into memory (with the bytes needed and had, before anything is loaded), or
     when a scheme's package or hardware is not here; BadInput for schemes, patterns and group sizes that cannot be.
     """
+    if not isinstance(model, str | os.PathLike):
+        raise BadInput(
+            f"A {type(model).__name__} was to be loaded. Models are loaded by name. Give a name on the Hub, a folder, "
+            f'or "{DEMO}".'
+        )
     name = str(demo_path() if model == DEMO else model)
     commit = _commit(name, revision)
     config = _read_config(name, commit)
     check_config(config, str(model))
     accelerated = torch.accelerator.is_available()
     device_map = device_map if device_map is not None else ("auto" if accelerated else None)
+    _check_places(device_map)
     resolved = _resolve_dtype(dtype, config, on_cpu=_places(device_map) <= {"cpu", "disk"})
     source = _Source(name, str(model), config, commit)
     if quantization is None and _method(config) not in PACKED_METHODS:
@@ -92,7 +98,7 @@ def load(
 
 @dataclass(frozen=True)
 class _Source:
-    """Where a model comes from, and what the caller calls it."""
+    """Where a model comes from, and what the caller calls it; the revision is a commit of the Hub, None of a folder."""
 
     name: str
     asked: str
@@ -119,7 +125,7 @@ def _load_plain(source: _Source, device_map: str | Mapping[str, Any] | None, dty
     except (OSError, ValueError, RuntimeError, MemoryError, SafetensorError) as error:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
-        raise _weights_error(source.asked, error) from error
+        raise _weights_error(source, error) from error
     loaded, info = read
     if temporary is not None:
         weakref.finalize(loaded, shutil.rmtree, temporary, ignore_errors=True)
@@ -156,7 +162,7 @@ def _load_quantized(
             fill(skeleton, checkpoint, skeleton.places(device_map), verbose=verbose), source.name, source.revision
         )
     except (OSError, RuntimeError, MemoryError, SafetensorError) as error:
-        raise _weights_error(source.asked, error) from error
+        raise _weights_error(source, error) from error
 
 
 def _find(source: _Source) -> Checkpoint:
@@ -219,17 +225,23 @@ def _read_config(name: str, commit: str | None) -> Any:
         ) from error
 
 
-def _weights_error(name: str, error: Exception) -> ModelError:
-    if not Path(name).is_dir() and fault_of(error) is not None:
-        return _hub_error(name, error)
+def _weights_error(source: _Source, error: Exception) -> ModelError:
+    found = _first_line(error)
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
         return ModelError(
-            f"{name} was to be loaded. Memory ran out while its weights were read: {_first_line(error)}. Free memory, "
+            f"{source.asked} was to be loaded. Memory ran out while its weights were read: {found}. Free memory, "
             'load it with quantization="nf4", or spread it with device_map="auto".'
         )
-    found = "it has no safetensors" if "named model.safetensors" in str(error) else _first_line(error)
+    if source.revision is not None and fault_of(error) is not None:
+        return _hub_error(source.asked, error)
+    if source.revision is not None and "named model.safetensors" in str(error):
+        try:  # transformers says it of a Hub that is out of reach, too
+            listed = safetensors_of(source.name, source.revision)
+        except Exception as unreached:
+            return _hub_error(source.asked, unreached)
+        found = f"the Hub has {listed[0]} and did not give it" if listed else "it has no safetensors"
     return ModelError(
-        f"{name} was to be loaded. Its weights could not be read: {found}. Make sure that all "
+        f"{source.asked} was to be loaded. Its weights could not be read: {found}. Make sure that all "
         "safetensors files of the checkpoint are there and whole; pickled weights (.bin) are not read."
     )
 
@@ -278,6 +290,18 @@ def _check_memory(name: str, needed: int, dtype: torch.dtype, device_map: str | 
 
 def _places(device_map: str | Mapping[str, Any] | None) -> set[str]:
     return set(map(str, device_map.values())) if isinstance(device_map, Mapping) else {str(device_map or "cpu")}
+
+
+def _check_places(device_map: str | Mapping[str, Any] | None) -> None:
+    spread = {"auto", "balanced", "balanced_low_0", "sequential", "disk"}
+    for place in {place for place in _places(device_map) - spread if not place.isdigit()}:
+        try:
+            torch.device(place)
+        except RuntimeError as error:
+            raise BadInput(
+                f"A model was to be loaded with device_map={device_map!r}. torch knows no device {place!r}. Give "
+                '"auto", a device such as "cuda:0" or "cpu", or a mapping from modules to devices.'
+            ) from error
 
 
 def _cuda_index(place: str) -> int | None:

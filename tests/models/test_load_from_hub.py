@@ -68,18 +68,23 @@ def test_a_model_by_name_is_of_one_commit_and_loads_again_without_the_hub(hub, c
     second = hub.commit("models", "own/tiny", {**checkpoint, **contents(other)})
     home, out = tmp_path / "home", str(tmp_path / "run")
     asked = [("own/tiny", {}), ("own/tiny", {"revision": first}, out), ("own/tiny", {"quantization": "int8wo"})]
-    found = load_in_a_child(hub, home, asked)
+    weightless = {name: content for name, content in checkpoint.items() if "safetensors" not in name}
+    hub.commit("models", "own/weightless", weightless)
+    *found, lacking = load_in_a_child(hub, home, [*asked, ("own/weightless", {})])
+    assert "Its weights could not be read: it has no safetensors." in lacking["error"]
     assert [model["revision"] for model in found] == [second, first, second]
     assert [model["name"] for model in found] == ["own/tiny"] * 3
     assert found[0]["router_sha256"] != found[1]["router_sha256"]
-    read = [line for line in hub.asked if "/resolve/" in line]
+    read = [line for line in hub.asked if "/own/tiny/resolve/" in line]
     assert any(f"/resolve/{first}/tokenizer.json" in line for line in read)
     assert not [line for line in read if first not in line and second not in line]  # nothing of a moving branch
     assert json.loads(Path(out, "meta.json").read_text())["model"]["revision"] == first
 
     hub.commit("models", "own/tiny", checkpoint)
     before = len(hub.asked)
-    assert load_in_a_child(hub, home, asked, HF_HUB_OFFLINE="1") == found
+    *again, unknown = load_in_a_child(hub, home, [*asked, ("own/weightless", {})], HF_HUB_OFFLINE="1")
+    assert again == found
+    assert "the Hub is switched off (HF_HUB_OFFLINE), and it is not cached. Fetch it once" in unknown["error"]
     assert len(hub.asked) == before
     unreached, new = load_in_a_child("http://127.0.0.1:9", home, [("own/tiny", {}), ("own/new", {})])
     assert unreached == found[0]
