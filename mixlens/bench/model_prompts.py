@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer
 
 from mixlens.bench.prompts import Workload
 from mixlens.errors import BadInput
+from mixlens.models.hub import tokenizer_beside
 from mixlens.models.layout import context_length
 
 
@@ -25,7 +25,7 @@ class Prompts:
 
     def __init__(self, model: Any, workload: Workload) -> None:
         self._workload = workload
-        self._tokenizer = _tokenizer(str(getattr(model, "name_or_path", "")))
+        self._tokenizer = _tokenizer(model)
         self._vocabulary = int(model.config.vocab_size)
         given = workload.prompts or ()
         if given and self._tokenizer is None:
@@ -69,10 +69,10 @@ class Prompts:
         return ids[:length]
 
 
-def _tokenizer(name: str) -> Any:
-    if not name:
+def _tokenizer(model: Any) -> Any:
+    if not getattr(model, "name_or_path", ""):
         return None
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        return tokenizer_beside(model)
     except (OSError, ValueError):
         return None
