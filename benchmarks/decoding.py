@@ -61,7 +61,6 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     machine, sizes = measure(device, model.dtype), Sizes.of(model.config.to_dict())
     weights = weights_of(model, sizes.cached * model.dtype.itemsize)
-    assert weights is not None
     results: dict[str, Any] = {"decode": {}, "prefill": {}}
     described = {
         "shape": options.shape,

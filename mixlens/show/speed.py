@@ -246,7 +246,7 @@ def quality_cost_speed(
     known = frame.dropna(subset=["score", "usd_per_mtok", "tokens_per_s"])
     if known.empty:
         raise BadInput(
-            f"{len(frame)} candidates were to be drawn. None has a score, a price and a speed. Give all three of one."
+            f"Candidates were to be drawn ({len(frame)}). None has a score, a price and a speed. Give all three of one."
         )
     area = 170 * known["tokens_per_s"] / known["tokens_per_s"].max()
     with drawing(ax, PAGE * 0.8, 2.9 + 0.14 * len(known)) as ax:

@@ -99,7 +99,10 @@ def test_two_models_in_one_picture_and_in_the_report(tmp_path):
     page = ml.report([log(35), speeds("another")], tmp_path / "r.html").read_text()
     assert "Not compared: Quality, cost and speed were to be compared. another was benchmarked" in page
     here = speeds("demo", "http://127.0.0.1:1/v1")
-    assert "Not drawn: 2 candidates were" in ml.report([log(1, "demo"), here], tmp_path / "r.html").read_text()
+    assert (
+        "Not drawn: Candidates were to be drawn (2)"
+        in ml.report([log(1, "demo"), here], tmp_path / "r.html").read_text()
+    )
     assert "Quality, cost" not in ml.report([speeds(), speeds()], tmp_path / "r.html").read_text()
 
 

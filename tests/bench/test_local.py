@@ -290,7 +290,6 @@ def test_given_prompts_are_read_as_they_are():
     assert bench.records[0].events[-1].input_tokens == round(sum(lengths) / 2)
     sizes, event = Sizes.of(model.config.to_dict()), bench.records[0].events[1]
     weights = weights_of(model, 0)
-    assert weights is not None
     read = weights.dense_bytes + event.experts * int(weights.expert_bytes[0, 0])
     assert event.read_bytes == read + 4 * sizes.cached * (sum(lengths) + 2)
 
@@ -299,7 +298,6 @@ def test_given_prompts_are_read_as_they_are():
 def test_weights_are_the_bytes_of_the_tensors(tied):
     model = tiny_mixtral(tie_word_embeddings=tied).to(torch.bfloat16)
     sizes, weights = Sizes.of(model.config.to_dict()), weights_of(model, 0)
-    assert weights is not None
     assert (weights.expert_bytes == 2 * sizes.expert).all()
     assert weights.dense_bytes == 2 * sizes.dense
 
@@ -341,8 +339,6 @@ def test_quantized_weights_count_what_they_hold():
     pytest.importorskip("torchao")
     plain, small = (ml.load("demo", quantization=q, verbose=False) for q in (None, "int8wo"))
     before, after = weights_of(plain, 0), weights_of(small, 0)
-    assert before is not None
-    assert after is not None
     ratio = after.expert_bytes.sum() / before.expert_bytes.sum()
     assert 0.25 < ratio < 0.3  # float32 to 8 bits and scales
     bench = run(small, None, requests=1)
