@@ -142,7 +142,7 @@ def _settings(arguments: argparse.Namespace) -> Any:
         arguments.arrivals,
         max_seconds=arguments.max_seconds,
         max_dollars=arguments.max_dollars,
-        price=None if arguments.price is None else tuple(numbers_of(arguments.price, float) or ()),
+        price=None if arguments.price is None else tuple(numbers_of(arguments.price, float, "A price") or ()),
         progress=not arguments.json,
     )
 

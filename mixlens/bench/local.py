@@ -362,7 +362,9 @@ def check_experts(model: Any, name: str | None) -> None:
             "needs, which only eager computes with. Leave the name out, or load the model without quantization."
         )
     try:
-        model.get_correct_experts_implementation(name or model.config._experts_implementation)
+        model.get_correct_experts_implementation(
+            model.config._experts_implementation if name is None else name or "no name"
+        )
     except (ValueError, ImportError) as error:
         raise BadInput(
             f"Experts by {name!r} were to be measured. transformers says: {str(error).splitlines()[0]} "

@@ -86,7 +86,7 @@ def measured_here(arguments: argparse.Namespace, out: str, workload: Workload) -
         ) from error
     settings = LocalSettings(
         warmup=arguments.warmup,
-        experts=arguments.experts.split(",") if arguments.experts else None,
+        experts=[name.strip() for name in arguments.experts.split(",")] if arguments.experts else None,
         static_cache=arguments.static_cache,
         compiled=arguments.compiled,
         recording=not arguments.no_recording,
@@ -118,11 +118,11 @@ def _configurations(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     ]
 
 
-def numbers_of(text: str | None, kind: type) -> list[Any] | None:
-    """A list such as "1,4,16"; None for None. Raises BadInput for what is none."""
+def numbers_of(text: str | None, kind: type, what: str = "A load") -> list[Any] | None:
+    """A list such as "1,4,16"; None for None. Raises BadInput for what is none, and names it as `what`."""
     if text is None:
         return None
     try:
         return [kind(part) for part in text.split(",")]
     except ValueError as error:
-        raise BadInput(f"A load of {text!r} was asked for. That is no list of numbers. Give it as 1,4,16.") from error
+        raise BadInput(f"{what} of {text!r} was asked for. That is no list of numbers. Give it as 1,4,16.") from error

@@ -75,6 +75,7 @@ def test_no_success_is_a_failure_and_its_requests_stay(tmp_path, capsys):
             "with --dtype, --static-cache. That is for a model that is loaded here",
         ),
         (["http://127.0.0.1:9/v1", "--model", "m", "--max-dollars", "1"], "or --price 0.54,0.54."),
+        (["http://127.0.0.1:9/v1", "--model", "m", "--price", "x"], "A price of 'x' was asked for"),
         (["http://127.0.0.1:9/v1", "--model", "m", "--price", "1"], r"price of (1.0,) was asked for"),
         (["openrouter", "--provider", "deepinfra"], "OPENROUTER_API_KEY is not set"),
     ],

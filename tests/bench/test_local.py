@@ -354,6 +354,7 @@ def test_quantized_weights_count_what_they_hold():
         ({"workload": Workload(500, 13)}, r"Prompts of 500 tokens with answers of 13 .* context is 512 tokens"),
         ({"workload": Workload(output_tokens=2, prompts=["a"])}, "The model has no tokenizer"),
         ({"settings": ml.BenchSettings()}, "a loaded model with LocalSettings"),
+        ({"settings": replace(QUIET, experts=("eager", ""))}, "Experts by '' were to be measured"),
         (
             {"settings": replace(QUIET, experts="fastest")},
             "Experts by 'fastest' were to be measured.* Give some of",
