@@ -98,7 +98,7 @@ class Explorer(ipywidgets.VBox):
         self.n_documents = ipywidgets.BoundedIntText(
             min(24, len(self.documents)), min=0, max=len(self.documents), description="documents"
         )
-        self.tasks = ipywidgets.Text(placeholder="mmlu, gsm8k ...", description="tasks")
+        self.tasks = ipywidgets.Text(placeholder="mmlu_5shot, gsm8k_5shot ...", description="tasks")
         self.limit = ipywidgets.BoundedIntText(8, min=1, max=10**6, description="samples")
         self.progress = ipywidgets.IntProgress(layout={"width": "300px"})
         self.status = ipywidgets.HTML()
