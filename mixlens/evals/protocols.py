@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cached_property
@@ -108,13 +108,22 @@ def is_task_file(name: str) -> bool:
 
 def lm_eval_task_files() -> dict[str, str]:
     """Files of lm-eval's own tasks by name, read as text; groups and tags are left out."""
+    texts = ((path, text) for path, text in _lm_eval_texts() if path.suffix)  # those without one are included by others
+    return {named[1]: str(path) for path, text in texts if (named := _TASK.search(text))}
+
+
+def lm_eval_mentions(name: str) -> bool:
+    """Whether this may be a group or tag of lm-eval's: whether any of its task files has the word."""
+    word = re.compile(rf"(?<![\w-]){re.escape(name)}(?![\w-])")
+    return any(word.search(text) for _, text in _lm_eval_texts())
+
+
+def _lm_eval_texts() -> Iterator[tuple[Path, str]]:
     import lm_eval.tasks
 
-    found: dict[str, str] = {}
-    for path in Path(str(lm_eval.tasks.__file__)).parent.rglob("*.yaml"):
-        if named := _TASK.search(path.read_text("utf-8")):
-            found[named[1]] = str(path)
-    return found
+    for path in Path(str(lm_eval.tasks.__file__)).parent.rglob("*"):
+        if path.suffix in ("", ".yaml", ".yml") and path.is_file():
+            yield path, path.read_text("utf-8")
 
 
 def unknown_task(name: str, lm_eval_names: Sequence[str]) -> BadInput:
