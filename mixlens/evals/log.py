@@ -92,7 +92,7 @@ class Log:
         return list(dict.fromkeys(name for about in self.meta["tasks"].values() for name in about["metrics"]))
 
     def remarks(self) -> list[str]:
-        """What must be said beside the scores: model, protocols, number of samples, versions."""
+        """What must be said beside the scores: model, number of samples, versions, and where the data is from."""
         model, versions = self.meta["model"], self.meta["versions"]
         limit = self.meta["settings"].get("limit")
         cut = "" if limit is None else f" Only the first {limit} samples of every task: no score of the benchmark."
@@ -100,9 +100,16 @@ class Log:
         lost = f" {unscored} values could not be scored and are in no mean." if unscored else ""
         near = f" In {len(self.near_ties)} the two likeliest choices lie within 1e-4." if len(self.near_ties) else ""
         return [
-            f"{model['name']}, {self.meta['created']}; lm-eval {versions.get('lm_eval', 'n/a')}.",
+            f"{_at(model['name'], model.get('revision'))}, {self.meta['created']}; "
+            f"lm-eval {versions.get('lm_eval', 'n/a')}.",
             f"{len(self.records)} samples. Intervals: 95 %.{cut}{lost}{near}",
+            *self._sources(),
         ]
+
+    def _sources(self) -> list[str]:
+        found = [about["data"] for about in self.meta["tasks"].values() if about.get("data", {}).get("repository")]
+        named = [_at(d["repository"], d["revision"]) + (" (local)" if d["from"] == "folder" else "") for d in found]
+        return [f"Data: {', '.join(dict.fromkeys(named))}."] if named else []
 
     def __repr__(self) -> str:
         return "\n".join([self._shown().to_string(index=False), *self.remarks()])
@@ -132,3 +139,7 @@ class Log:
                 }
             )
         return pd.DataFrame(rows, columns=["benchmark", "metric", "score", "95 %", "n", "protocol"])
+
+
+def _at(name: str, commit: str | None) -> str:
+    return name if commit is None else f"{name} at {commit[:12]}"

@@ -247,4 +247,6 @@ def test_the_suite_of_the_paper_from_the_command_line(hub, tmp_path):
     page = tmp_path / "report.html"
     done = subprocess.run([*command, "report", str(out), "--out", str(page)], env=environment, capture_output=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "MMLU in French, 5-shot" in page.read_text("utf-8")
+    text = page.read_text("utf-8")
+    assert "MMLU in French, 5-shot" in text
+    assert [name for name, commit in commits.items() if f"{name} at {commit[:12]}" not in text] == []

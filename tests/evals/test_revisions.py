@@ -36,4 +36,9 @@ def test_a_cache_that_cannot_be_written_is_told_from_a_hub_out_of_reach(number, 
     error = ValueError("wrapped")
     error.__cause__ = OSError(number, "as the system says it")
     found = fault_of(error)
-    assert (found is None) if said is None else (said in found[0] and "HF_HOME" in found[1])
+    if said is None:
+        assert found is None
+    else:
+        assert found is not None
+        assert said in found[0]
+        assert "HF_HOME" in found[1]
