@@ -23,6 +23,7 @@ from mixlens.show.style import (
     printable,
     relative_size,
 )
+from mixlens.show.taking import takes, takes_run
 from mixlens.stats.pareto import Pareto
 
 _ORDERS = {"weights_first": "weights first", "routing_first": "routing first", "mean": "mean of both"}
@@ -43,6 +44,7 @@ _AXES = {
 _PARTS = {"weights": "from other weights", "routing": "from other routing"}
 
 
+@takes("stats.flips", "estimate", "layer", "measure")
 def flips_by_layer(data: xr.Dataset, ax: Axes | None = None) -> Axes:
     """Share of tokens that choose other experts: in each layer, for the first time, and in some layer so far.
 
@@ -56,6 +58,7 @@ def flips_by_layer(data: xr.Dataset, ax: Axes | None = None) -> Axes:
     return ax
 
 
+@takes("stats.flips_by_margin", "estimate", "margin", "margin_from")
 def flips_by_margin(data: xr.Dataset, ax: Axes | None = None) -> Axes:
     """Share of choices that flip against the router's margin in the first run; grey bars: where the choices lie.
 
@@ -90,6 +93,7 @@ def flips_by_margin(data: xr.Dataset, ax: Axes | None = None) -> Axes:
     return ax
 
 
+@takes("quantization_impact(...).split()", "estimate", "quantity", "order", "part")
 def quality_split(data: xr.Dataset, ax: Axes | None = None, *, quantity: str = "loss") -> Axes:
     """How much of the change comes from other weights and how much from other routing, in both orders and on average.
 
@@ -126,6 +130,7 @@ def quality_split(data: xr.Dataset, ax: Axes | None = None, *, quantity: str = "
     return ax
 
 
+@takes("quantization_impact(...).experts()", "estimate", "layer", "expert")
 def expert_errors(data: xr.Dataset, ax: Axes | None = None) -> Axes:
     """Relative error of what every expert puts out, given the input that it had in the first model.
 
@@ -161,6 +166,7 @@ def _selected(data: xr.Dataset) -> str:
     return f", {chosen}" if chosen else ""
 
 
+@takes_run("pareto", "of", "front")
 def pareto(data: Pareto, ax: Axes | None = None, *, x: str = "bytes", y: str = "kl") -> Axes:
     """Schemes of one model: what is lost against what is spent. Those that no other beats in both stand on the line.
 

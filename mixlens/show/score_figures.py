@@ -17,6 +17,7 @@ from mixlens.evals.references import beside
 from mixlens.evals.scoring import primary_rows
 from mixlens.show.style import EXPERT_COLOURS, INK, MARKERS, MUTED, PAGE, drawing, heading, printable, relative_size
 from mixlens.show.tables import LATEX
+from mixlens.show.taking import takes_run
 
 _APART = "the exact McNemar test tells the two apart (p < 0.05)"
 _STATUS = {"official": "D", "reproduction": "d", "quantized": "v", "unattributed": "s"}
@@ -62,6 +63,7 @@ def scores(logs: Log | Mapping[str, Log], *, subjects: bool = False, ax: Axes | 
     return ax
 
 
+@takes_run("compare, of two evaluations,", "table", "flips")
 def paired_differences(compared: LogComparison, *, ax: Axes | None = None) -> Axes:
     """Forest plot of paired differences, second less first; filled where the data tells the two apart."""
     table = compared.table[compared.table["n"] > 0]

@@ -36,6 +36,7 @@ from mixlens.show.style import (
     printable,
     relative_size,
 )
+from mixlens.show.taking import takes_run
 
 _NAMES = {
     "ttft_s": "time to first token",
@@ -62,6 +63,7 @@ _EVENTS = (
 _MOST_ROWS = 24
 
 
+@takes_run("benchmark", "requests", "records")
 def latency_cdf(bench: Bench, ax: Axes | None = None, *, metric: str = "ttft_s") -> Axes:
     """The distribution of a latency over requests, one curve a load, each with the band that holds it whole.
 
@@ -100,6 +102,7 @@ def latency_cdf(bench: Bench, ax: Axes | None = None, *, metric: str = "ttft_s")
     return ax
 
 
+@takes_run("benchmark", "requests", "records")
 def latency_cdfs(bench: Bench, *, metrics: Sequence[str] = ("ttft_s", "tpot_s", "e2e_token_s")) -> Figure:
     """`latency_cdf` of several metrics side by side; a metric without a value is left out."""
     present = [metric for metric in metrics if not distribution(bench, metric).empty]
@@ -171,6 +174,7 @@ def throughput_latency_curve(
     return ax
 
 
+@takes_run("benchmark", "requests", "records")
 def token_timeline(bench: Bench, ax: Axes | None = None, *, level: str | None = None, most: int = _MOST_ROWS) -> Axes:
     """Every event of every measured request of a load, on the clock of the run: what arrived when.
 

@@ -32,6 +32,23 @@ def takes(given_by: str, *needed: str) -> Callable[[Draw], Draw]:
     return checked
 
 
+def takes_run(given_by: str, *attributes: str) -> Callable[[Draw], Draw]:
+    """The same of a function whose first argument is a run or a comparison: an object with these attributes."""
+
+    def checked(draw: Draw) -> Draw:
+        @wraps(draw)
+        def drawn(run: Any, *args: Any, **options: Any) -> Any:
+            if not all(hasattr(run, name) for name in attributes):
+                raise BadInput(
+                    f"{draw.__name__} was to be drawn. A {type(run).__name__} was given. Give what ml.{given_by} gives."
+                )
+            return draw(run, *args, **options)
+
+        return drawn  # type: ignore[return-value]
+
+    return checked
+
+
 def check(data: Any, what: str, given_by: str, *needed: str) -> None:
     """Raises BadInput, naming `what` was to be drawn, unless `data` is a Dataset with everything in `needed`."""
     if not isinstance(data, xr.Dataset):

@@ -15,12 +15,16 @@ FIGURES = [
     "contribution_by_domain",
     "contributions",
     "entropy",
+    "expert_errors",
     "expert_share",
     "expert_share_grid",
+    "flips_by_layer",
+    "flips_by_margin",
     "importance",
     "importance_against_share",
     "importance_by_domain",
     "information",
+    "quality_split",
     "repetition",
     "share_heatmap",
     "specialization",
@@ -40,6 +44,29 @@ def test_a_figure_is_of_a_dataset_and_says_which(name, trace, share):
     if name in ("coactivation", "importance", "contributions", "topk_curve", "repetition"):
         with pytest.raises(BadInput, match="A Dataset without"):
             draw(share)
+
+
+@pytest.mark.parametrize("name", ["coactivation", "expert_share", "share_heatmap", "transitions"])
+def test_a_view_is_of_a_dataset_too(name, trace):
+    for given in (trace, xr.Dataset()):
+        with pytest.raises(BadInput, match=rf"^{name} was to be drawn. A .* was given. Give what ml.stats"):
+            getattr(show.view, name)(given)
+
+
+def test_figures_and_views_of_runs_say_of_which(trace, share):
+    drawn = {
+        "pareto": (show.pareto, show.view.pareto),
+        "benchmark": (show.latency_cdf, show.latency_cdfs, show.token_timeline),
+        "evaluate": (show.view.samples,),
+        "compare, of two evaluations,": (show.paired_differences,),
+    }
+    for given_by, draws in drawn.items():
+        for draw in draws:
+            for given in (trace, share, None):
+                with pytest.raises(
+                    BadInput, match=rf"A {type(given).__name__} was given. Give what ml.{given_by} gives"
+                ):
+                    draw(given)
 
 
 def test_a_text_is_of_a_trace(share):

@@ -12,6 +12,7 @@ import xarray as xr
 from mixlens.errors import BadInput
 from mixlens.show import matrices, wording
 from mixlens.show.packing import pack
+from mixlens.show.taking import check, takes
 from mixlens.show.view.base import View, extremes, static_form
 
 _PARTS = {"estimate": "estimate", "low": "ci_low", "high": "ci_high"}
@@ -27,6 +28,7 @@ class _Axis:
     label: str
 
 
+@takes("stats.expert_share", "estimate")
 def share_heatmap(data: xr.Dataset) -> View:
     """Share of every expert in every layer, one map a domain, all on one scale centred on uniform routing.
 
@@ -39,6 +41,7 @@ def share_heatmap(data: xr.Dataset) -> View:
     return _view(data, drawn, panels=group, rows=_Axis("layer", "layer"), columns=_Axis("expert", "expert"))
 
 
+@takes("stats.coactivation", "estimate")
 def coactivation(data: xr.Dataset) -> View:
     """Experts chosen together, over what is expected if each kept its share but pairs formed by chance.
 
@@ -69,7 +72,10 @@ def transitions(data: xr.Dataset | Sequence[xr.Dataset]) -> View:
 
     Raises BadInput where nothing was given or the data has other dimensions.
     """
-    given = [data] if isinstance(data, xr.Dataset) else sorted(data, key=lambda d: int(d.attrs["gap"]))
+    given = [data] if isinstance(data, xr.Dataset) or not isinstance(data, Sequence) else list(data)
+    for one in given:
+        check(one, "transitions", "stats.transitions", "estimate", "gap")
+    given.sort(key=lambda d: int(d.attrs["gap"]))
     if not given:
         raise BadInput(
             "Transitions were to be shown. None were given. Give stats.transitions(trace, gap=1), or a list."

@@ -15,6 +15,7 @@ from mixlens.errors import BadInput
 from mixlens.show import comparison, figures, wording
 from mixlens.show.packing import pack
 from mixlens.show.style import PAGE, drawing, expert_colours, heading, note_of, printable
+from mixlens.show.taking import takes, takes_run
 from mixlens.show.view.base import View, extremes, static_form, static_table
 from mixlens.show.view.matrices import also
 from mixlens.stats.pareto import _SMALLER_IS_BETTER, Pareto
@@ -26,6 +27,7 @@ _METRICS = {
 }
 
 
+@takes("stats.expert_share", "estimate", "layer", "expert")
 def expert_share(data: xr.Dataset) -> View:
     """Share of every expert at a layer as dots with intervals; one domain is chosen, the others stay as faint dots.
 
@@ -101,6 +103,7 @@ def latency(bench: Bench | Mapping[str, Bench]) -> View:
     return View("Latency", "ecdf", static_form(_latency_picture(groups, note), caption, table), pack(header, arrays))
 
 
+@takes_run("pareto", "of", "front")
 def pareto(data: Pareto, *, x: str = "bytes", y: str = "kl") -> View:
     """Schemes of one model in two of the measured quantities, with the frontier of those that none beats in both.
 

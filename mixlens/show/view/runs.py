@@ -13,6 +13,7 @@ from mixlens.evals.log import Log
 from mixlens.show import figures, passage, wording
 from mixlens.show.packing import pack, token_arrays
 from mixlens.show.style import PAGE, drawing, expert_colours, heading, printable
+from mixlens.show.taking import takes_run
 from mixlens.show.view.base import View, static_form, static_table
 from mixlens.show.view.text import domain, first_tokens, label
 from mixlens.stats import agreement
@@ -109,6 +110,7 @@ def _alike(a: np.ndarray, b: np.ndarray) -> bool:
     return a.dtype == b.dtype and a.size == b.size
 
 
+@takes_run("evaluate", "samples", "tasks")
 def samples(log: Log, trace: Trace | None = None, *, most: int = _MOST_SAMPLES) -> View:
     """The samples of an evaluation: filter by task and outcome, search, read; with the routing of each prompt.
 
