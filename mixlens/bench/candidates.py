@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from mixlens.bench.bench import Bench
-from mixlens.bench.prices import cost, prices, provider_at
+from mixlens.bench.prices import cost, prices, provider_at, statements
 from mixlens.errors import BadInput
 from mixlens.evals.log import Log
 from mixlens.evals.scoring import primary_rows
@@ -53,7 +53,8 @@ def candidates(
     names   what the caller vouches for: the model that a name of a benchmark or an evaluation stands for, as
             {"mixtral": "mistralai/Mixtral-8x7B-Instruct-v0.1"} for a server that calls it so
     tokens  read and written by a request, which weigh the two prices
-    table   prices to reckon with, as from listed_prices; None for the snapshot. A server of one's own goes by its host
+    table   prices to reckon with, as from listed_prices or by hand, with provider, model and prices; None for the
+            snapshot. A server of one's own goes by its host
 
     Models are the same by routers and weights where both are known, else by name and alias; what is known of both (how
     weights are held, revision) must be equal. The score is that of the primary metric with its interval, in percent;
@@ -78,7 +79,7 @@ def candidates(
             f"benchmarks are of {_list(benches)}. Benchmark it, leave it out, or say by names= which model is meant."
         )
     scored = {id(log): row for log, row in zip(logs, _scores(logs, score), strict=True)}
-    table = prices() if table is None else table
+    table = prices() if table is None else statements(table.to_dict("records"))
     found = [
         candidate for bench, log in pairs for candidate in _candidates(bench, scored[id(log)], names, (tokens, table))
     ]
@@ -223,8 +224,12 @@ def _candidates(
     if len(rows):
         usd = cost(read, written, table=rows)["usd_per_request"] * 1e6 / (read + written)
         prices_of = [
-            (value, f", ${value:,.3g}/Mtok" if len(rows) > 1 else "", f"price of {row.source}, {row.as_of}")
-            for value, row in zip(usd.to_numpy(float), rows.itertuples(), strict=True)
+            (
+                value,
+                f", ${value:,.3g}/Mtok" if len(rows) > 1 else "",
+                f"price: {', '.join(filter(None, (row.source, row.as_of)))}",
+            )
+            for value, row in zip(usd.to_numpy(float), rows.to_dict("records"), strict=True)
         ]
     speeds = bench.table().query("metric == 'output_tokens_per_s' and statistic == 'p50'")
     percent = (100 * float(score["score"]), 100 * float(score["ci_low"]), 100 * float(score["ci_high"]))

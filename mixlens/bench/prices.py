@@ -58,7 +58,7 @@ def prices(model: str | None = None) -> pd.DataFrame:
     return frame
 
 
-def statements(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+def statements(rows: Sequence[Mapping[Any, Any]]) -> pd.DataFrame:
     """Rows of statements as a frame with the columns STATEMENT."""
     frame = pd.DataFrame(rows, columns=list(STATEMENT))
     numbers = [name for name in STATEMENT if name not in WORDS]
@@ -83,7 +83,8 @@ def cost(
     requests                     in the first month
     months                       how many months
     growth                       of the requests from month to month, 0.1 for a tenth more
-    table                        prices to reckon with, as from providers.listed_prices; None for the snapshot
+    table                        prices to reckon with, as from providers.listed_prices, or by hand with any of the
+                                 columns STATEMENT; None for the snapshot
 
     usd = requests * ((1 + growth) ** (month - 1)) * (tokens in * price in + tokens out * price out, or price a call)
 
@@ -100,7 +101,7 @@ def cost(
             f"months growing by {growth:g} was asked for. One of the numbers is negative or endless, or there is no "
             f"month. Give tokens and requests from 0, months from 1 to {_MOST_MONTHS:,}, growth from -1."
         )
-    table = prices(model) if table is None else table.copy()
+    table = prices(model) if table is None else table.reindex(columns=list(STATEMENT))
     per_tokens = (input_tokens * table["input_usd_per_mtok"] + output_tokens * table["output_usd_per_mtok"]) / 1e6
     table["usd_per_request"] = per_tokens.fillna(table["usd_per_call"])
     parts = []
@@ -109,7 +110,7 @@ def cost(
         parts.append(part.assign(usd=part["requests"] * part["usd_per_request"]))
     columns = ["provider", "model", "month", "requests", "usd_per_request", "usd", "source", "as_of"]
     result = pd.concat(parts, ignore_index=True)[columns]
-    result.attrs["date"] = table.attrs["date"]
+    result.attrs["date"] = table.attrs.get("date", "")
     return result
 
 

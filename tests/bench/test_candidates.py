@@ -14,6 +14,7 @@ from mixlens.bench.candidates import Candidate, candidates, frontier
 from mixlens.errors import BadInput
 from mixlens.evals.log import Log
 from mixlens.evals.scoring import wilson
+from mixlens.show.speed_sections import tradeoff_sections
 from mixlens.show.style import note_of
 
 SMALL, LARGE = "mistralai/mixtral-8x7b-instruct", "mistralai/mixtral-8x22b-instruct"
@@ -79,8 +80,7 @@ def test_without_a_price_a_candidate_is_kept_and_not_drawn():
     mine = pd.DataFrame(
         [{"provider": "127.0.0.1", "model": SMALL, "input_usd_per_mtok": 1.0, "output_usd_per_mtok": 1.0}]
     )
-    mine = mine.assign(usd_per_call=np.nan, source="an electricity bill", as_of="2026")
-    mine.attrs["date"] = "2026"
+    mine = mine.assign(source="an electricity bill")
     assert candidates(runs[:2], names=names, table=mine)[0].usd_per_mtok == pytest.approx(1.0)
 
 
@@ -93,17 +93,18 @@ def test_two_models_in_one_picture_and_in_the_report(tmp_path):
         [*runs[:1], runs[3], Candidate("by hand", (70, 60, 80), 1.0, (5, 5, 5), "", ax.get_ylabel())]
     )
     assert "3 candidates" in note_of(ours)
-    page = ml.report(runs, tmp_path / "r.html").read_text()
-    assert "Quality, cost and speed" in page
+    page = ml.report([runs[1], runs[2]], tmp_path / "r.html").read_text()
     assert "mixtral-8x22b-instruct, OpenRouter, concurrency 1, $0.667/Mtok" in page
-    page = ml.report([log(35), speeds("another")], tmp_path / "r.html").read_text()
-    assert "Not compared: Quality, cost and speed were to be compared. another was benchmarked" in page
-    here = speeds("demo", "http://127.0.0.1:1/v1")
-    assert (
-        "Not drawn: Candidates were to be drawn (2)"
-        in ml.report([log(1, "demo"), here], tmp_path / "r.html").read_text()
-    )
-    assert "Quality, cost" not in ml.report([speeds(), speeds()], tmp_path / "r.html").read_text()
+    assert page.count("Quality, cost and speed</h2>") == 1
+
+
+def test_the_section_says_why_there_is_no_picture():
+    [text] = tradeoff_sections([log(35), speeds("another")]).values()
+    assert "Not compared: Quality, cost and speed were to be compared. another was benchmarked" in text
+    [text] = tradeoff_sections([log(1, "demo"), speeds("demo", "http://127.0.0.1:1/v1")]).values()
+    assert "Not drawn: Candidates were to be drawn (2)" in text
+    assert "demo, 127.0.0.1, concurrency 4" in text
+    assert not tradeoff_sections([speeds(), speeds()])
 
 
 NF4, BF16 = ({"audit": {"label": label}} for label in ("nf4", "bfloat16"))
