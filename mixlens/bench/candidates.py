@@ -227,7 +227,7 @@ def _candidates(
             (
                 value,
                 f", ${value:,.3g}/Mtok" if len(rows) > 1 else "",
-                f"price: {', '.join(filter(None, (row.source, row.as_of)))}",
+                f"price: {row['source']} {row['as_of']}".rstrip(),
             )
             for value, row in zip(usd.to_numpy(float), rows.to_dict("records"), strict=True)
         ]
