@@ -1,14 +1,43 @@
-"""Revisions of data sets that cannot be, and what stands in the way of the Hub: said before anything is asked."""
+"""Benchmarks of the Hub, without one: the translated ones load, and what cannot be is said before anything is asked."""
 
 from __future__ import annotations
 
 import errno
+import json
+from pathlib import Path
 
 import pytest
+from datasets import Dataset
+from hub_data import LANGUAGES, publish
+from scripted_hub import Hub
 
 import mixlens as ml
 from mixlens.cli import main
+from mixlens.evals import data
+from mixlens.evals.grade import Job, load_tasks
+from mixlens.evals.repositories import HUB
 from mixlens.models.hub import fault_of
+
+
+def test_translated_protocols_read_the_schema_of_their_data_sets(monkeypatch):
+    hub = Hub("http://127.0.0.1:9")
+    commits = publish(hub)
+
+    def splits_of(benchmark: str, subset: str, revisions: dict[str, str]) -> dict[str, Dataset]:
+        files = hub.repositories["datasets", HUB[benchmark]].commits[revisions[HUB[benchmark]]]
+        found = {path: content for path, content in files.items() if path.startswith(f"data/{subset}/")}
+        return {Path(p).stem: Dataset.from_list([*map(json.loads, c.splitlines())]) for p, c in found.items()}
+
+    monkeypatch.setattr(data, "splits_of", splits_of)
+    kinds = ("arc_challenge_{}_0shot", "hellaswag_{}_0shot", "mmlu_{}_5shot")
+    names = tuple(kind.format(language) for kind in kinds for language in LANGUAGES)
+    job = Job(names, limit=2, revisions=commits)
+    requests = load_tasks(job).build(job)
+    assert {request.task_name for request in requests} == set(names)
+    for language in LANGUAGES:
+        prompts = [r.args[0] for r in requests if f"_{language}_" in r.task_name and "arc" not in r.task_name]
+        assert prompts
+        assert all(f"({language})" in prompt for prompt in prompts)
 
 
 def test_revisions_that_cannot_be_are_said(capsys):
