@@ -85,12 +85,13 @@ print(
     f"{float(flipped.where(close, 0).sum() / flipped.sum()):.0%} of all flips are at margins below 0.5 logits, where "
     f"{float(margins.n.where(close, 0).sum() / margins.n.sum()):.0%} of all choices are."
 )
-after, without = (compared.flips().sel(measure=name).dropna("layer") for name in ("after_flip", "without_flip"))
+both = compared.flips().sel(measure=["after_flip", "without_flip"]).dropna("layer")
+after, without = both.sel(measure="after_flip"), both.sel(measure="without_flip")
 more = [int(n) for n in after.layer if float(after.ci_low.sel(layer=n)) > float(without.ci_high.sel(layer=n))]
 print(
     f"A token that has flipped before flips in {float(after.estimate.mean()):.0%} of later layers, one that has not in "
-    f"{float(without.sel(layer=after.layer).estimate.mean()):.0%}; in {len(more)} of {after.sizes['layer']} layers the "
-    "intervals say that it flips more often."
+    f"{float(without.estimate.mean()):.0%}; in {len(more)} of {both.sizes['layer']} layers the intervals say that it "
+    "flips more often."
 )
 
 # %% [markdown]

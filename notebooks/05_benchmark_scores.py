@@ -19,8 +19,8 @@
 # A score without its protocol is no number. Here a model is evaluated by protocol, its score gets an interval and every
 # sample behind it, and two runs are compared sample by sample. Everything runs offline on the small trained Mixtral
 # that comes with mixlens, and on a benchmark of six small tasks that it can pass. For another model set `MODEL` and
-# `PUBLISHED` to `"mistralai/Mixtral-8x7B-v0.1"`, and `TASKS` to benchmarks such as `["mmlu", "gsm8k"]`; `LIMIT` takes
-# the first questions of each.
+# `PUBLISHED` to `"mistralai/Mixtral-8x7B-v0.1"`, `TASKS` to benchmarks such as `["mmlu", "gsm8k"]`, and `PROTOCOL` to
+# `"mixtral-paper"`; `LIMIT` takes the first questions of each.
 
 # %%
 import pandas as pd
@@ -30,7 +30,7 @@ from mixlens.evals.protocols import suites
 from mixlens.evals.references import beside, references
 from mixlens.evals.routing import sample_share
 
-MODEL, TASKS, LIMIT = "demo", "demo", None
+MODEL, TASKS, PROTOCOL, LIMIT = "demo", "demo", None, None
 PUBLISHED = "mistralai/Mixtral-8x7B-v0.1"  # whose published scores stand beside
 model = ml.load(MODEL, verbose=False)
 settings = ml.EvalSettings(progress=False, routing=True)
@@ -56,10 +56,10 @@ pd.Series(suites()["mixtral-paper"], name="protocol in mixtral-paper").to_frame(
 # Before the model is asked, a preflight checks that prompts begin with one BOS and fit, that decoding gives back what
 # was encoded, and that the graders pass gold answers. With `out=` a stopped evaluation goes on where it stopped; the
 # folder opens again with `ml.open`, and holds lm-eval's own JSON beside the samples. Given a name in place of a model,
-# such as `ml.evaluate("mistralai/Mixtral-8x7B-v0.1", "mmlu", out=...)`, a process of its own loads it and evaluates.
+# as in `ml.evaluate("mistralai/Mixtral-8x7B-v0.1", "mmlu_5shot", out=...)`, its own process loads and evaluates it.
 
 # %%
-log = ml.evaluate(model, TASKS, limit=LIMIT, settings=settings, out="runs/two-experts")
+log = ml.evaluate(model, TASKS, protocol=PROTOCOL, limit=LIMIT, settings=settings, out="runs/two-experts")
 log.scores[["task", "average", "score", "ci_low", "ci_high", "n", "interval"]].round(3)
 
 # %%
@@ -88,7 +88,7 @@ beside(log, model=PUBLISHED)[["benchmark", "protocol", "score", "comparable", "w
 
 # %%
 with ml.edit(model, ml.edits.top_k(1)):
-    ablated = ml.evaluate(model, TASKS, limit=LIMIT, settings=settings, out="runs/one-expert")
+    ablated = ml.evaluate(model, TASKS, protocol=PROTOCOL, limit=LIMIT, settings=settings, out="runs/one-expert")
 compared = ml.compare(log, ablated)
 compared
 
