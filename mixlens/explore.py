@@ -187,26 +187,31 @@ class Explorer(ipywidgets.VBox):
         n_prompt = inputs["input_ids"].shape[1]
         if not n_prompt:
             raise BadInput("A text was to be generated. The prompt has no tokens. Type a prompt, or choose a domain.")
-        with self._stoppable(self.new_tokens.value), Recorder(self.model, signals=["router_logits"]) as recorder:
-            watch = StoppingCriteriaList([_Watch(lambda n: self._show_tokens(recorder.trace(), n - n_prompt))])
+        with Recorder(self.model, signals=["router_logits"]) as recorder:
+            watch = StoppingCriteriaList([_Watch(lambda n: self._stream(recorder, n - n_prompt))])
+            ended = "Generated"
             try:
-                self.model.generate(
-                    **inputs, max_new_tokens=self.new_tokens.value, do_sample=False, stopping_criteria=watch
-                )
-                ended = "Generated"
+                with self._stoppable(self.new_tokens.value):
+                    self.model.generate(
+                        **inputs, max_new_tokens=self.new_tokens.value, do_sample=False, stopping_criteria=watch
+                    )
             except _Stopped:
                 ended = "Stopped after"
-            self.trace = recorder.trace()
-        self._show_tokens(self.trace, 0)
-        return (
-            f"{ended} {self.trace.select(phase='generated').n_tokens} recorded tokens after {n_prompt} of the prompt."
-        )
+            finally:  # what was recorded stays, whatever ends it
+                self._show_tokens(recorder)
+            return f"{ended} {max(recorder.n_tokens - n_prompt, 0)} recorded tokens after {n_prompt} of the prompt."
 
-    def _show_tokens(self, trace: Trace, n_new: int) -> None:
-        if n_new % _SHOWN_EVERY:
+    def _stream(self, recorder: Recorder, n_new: int) -> None:
+        """Show every fourth token, and fewer as they become many, since each time shows all of them."""
+        if n_new % max(_SHOWN_EVERY, 1 << max(n_new.bit_length() - 4, 0)) == 0:
+            self._show_tokens(recorder)
+
+    def _show_tokens(self, recorder: Recorder) -> None:
+        if not recorder.n_tokens:
             return
-        trace._vocabulary = self._vocabulary
-        packed = packed_tokens(trace, [0], int(trace.layers[trace.n_layers // 2]))
+        self.trace = recorder.trace()
+        self.trace._vocabulary = self._vocabulary
+        packed = packed_tokens(self.trace, [0], int(self.trace.layers[self.trace.n_layers // 2]))
         _put(self.text, {"tokens": packed})
 
     def _record(self) -> str:
@@ -220,13 +225,17 @@ class Explorer(ipywidgets.VBox):
                     parts.append(record(self.model, [document], tokenizer=self.tokenizer, settings=settings))
         except _Stopped:
             ended = "Stopped after"
-        if not parts:
-            return f"{ended} 0 documents."
-        self.trace = concat(parts)
-        by = "domain" if "domain" in self.trace.sequences else None
-        share = stats.expert_share(self.trace, by=by, bootstrap=_BOOTSTRAP)
+        finally:
+            if parts:
+                self._show_maps(concat(parts))
+        tokens = f", {sum(part.n_tokens for part in parts):,} tokens" if parts else ""
+        return f"{ended} {len(parts)} of {len(kept)} documents{tokens}."
+
+    def _show_maps(self, trace: Trace) -> None:
+        self.trace = trace
+        by = "domain" if "domain" in trace.sequences else None
+        share = stats.expert_share(trace, by=by, bootstrap=_BOOTSTRAP)
         _put(self.maps, {made.kind: made.packed for made in (view.share_heatmap(share), view.expert_share(share))})
-        return f"{ended} {len(parts)} of {len(kept)} documents, {self.trace.n_tokens:,} tokens."
 
     def _evaluate(self) -> str:
         tasks, limit = tuple(filter(None, re.split(r"[,\s]+", self.tasks.value))), self.limit.value

@@ -157,3 +157,42 @@ def test_outputs_are_those_of_the_model_without_an_explorer(explorer, model):
     explorer.start(explorer._generate)
     explorer.wait()
     assert torch.equal(model(ids).logits, before)
+
+
+def failing_at(forward: int, model, monkeypatch):
+    """The model's first layer runs out of memory at this forward, counted from 1."""
+    layer, count = model.model.layers[0], iter(range(1, 10_000))
+    whole = type(layer).forward
+
+    def forward_or_fail(*args, **kwargs):
+        if next(count) == forward:
+            raise torch.OutOfMemoryError("out of memory")
+        return whole(layer, *args, **kwargs)
+
+    monkeypatch.setattr(layer, "forward", forward_or_fail)
+
+
+def test_a_failure_keeps_what_was_generated(explorer, model, monkeypatch):
+    failing_at(6, model, monkeypatch)
+    explorer.prompt.value = "Once upon a time"
+    explorer.start(explorer._generate)
+    explorer.wait()
+    assert explorer.status.value == "OutOfMemoryError: out of memory"
+    assert explorer.trace.select(phase="generated").n_tokens == 4
+    assert unpack(explorer.text.children[0].packed)[0]["starts"][-1] == explorer.trace.n_tokens
+
+
+def test_a_failure_keeps_what_was_recorded(explorer, model, monkeypatch):
+    failing_at(3, model, monkeypatch)
+    explorer.n_documents.value = 3
+    explorer.start(explorer._record)
+    explorer.wait()
+    assert len(explorer.trace.sequences) == 2
+    assert len(explorer.maps.children) == 2
+
+
+def test_a_stop_before_the_first_forward_says_so(explorer):
+    explorer.prompt.value = "Once"
+    explorer.start(lambda: (explorer._stopping.set(), explorer._generate())[1])
+    explorer.wait()
+    assert explorer.status.value.startswith("Stopped after 0 recorded tokens")

@@ -108,6 +108,12 @@ class Recorder:
         layers = range(columns["expert_id"].shape[1])
         return from_parts([part], frame.assign(length=np.bincount(columns["sequence"])), meta, layers)
 
+    @property
+    def n_tokens(self) -> int:
+        """Tokens recorded so far, in all sequences."""
+        self._flush()
+        return sum(len(part) for part in self._columns.get("sequence", ()))
+
     def clear(self) -> None:
         """Forget what was recorded so far, as after a warm-up; call it between sequences, not within one."""
         self._pending, self._columns, self._sites, self._n_recorded = [], {}, {}, 0
