@@ -36,7 +36,7 @@ _COLUMNS = ("task", "metric", "average", "score", "ci_low", "ci_high", "n", "pro
 _BOOTSTRAP = stats.Bootstrap(replicates=200)
 _ROW = {"flex_flow": "row wrap", "align_items": "center"}
 _GRID = {"grid_template_columns": "repeat(3, max-content)"}
-_CELLS = "<style>.mixlens-scores td, .mixlens-scores th {padding: 2px 10px; text-align: left}</style>"
+_CELLS = "<style>.mixlens-scores td, .mixlens-scores th {padding: 2px 10px; text-align: left; line-height: 1.4}</style>"
 
 
 class _Stopped(Exception):
