@@ -106,8 +106,10 @@ def _measured(
     except KeyboardInterrupt:
         return {}, "an interrupt"
     except Exception as error:  # whatever a scheme's library raises: the other configurations are still to be measured
+        begun = {record.level for record in kept.records}
         for one in loads:
-            kept.keep(failed(one, error))
+            if one.name not in begun:
+                kept.keep(failed(one, error))
         return {}, None
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import count, product
 from pathlib import Path
@@ -25,11 +25,11 @@ from mixlens.bench.decode import TOKEN, Event
 from mixlens.bench.events import Record, write_records
 from mixlens.bench.keeping import PARTIAL, Kept, bench_writer
 from mixlens.bench.local_tables import in_configuration
-from mixlens.bench.machine import Device, measure
+from mixlens.bench.machine import Device, measure, out_of_memory
 from mixlens.bench.model_prompts import Prompts
 from mixlens.bench.model_work import Work
 from mixlens.bench.prompts import Workload
-from mixlens.errors import BadInput, MixlensError
+from mixlens.errors import BadInput, MixlensError, ModelError
 from mixlens.models.layout import describe, moe_layers
 from mixlens.models.unfuse import is_unfused
 from mixlens.runs import RunWriter, now, versions
@@ -170,11 +170,8 @@ class Subject:
         caller = _Caller(self._model, device, self._settings)
         stopped = self._run(caller, requests, kept)
         if stopped != "an interrupt":
-            try:
+            with suppress(RuntimeError, MemoryError, ModelError):  # what was measured before stands alone
                 machine = measure(device, self._model.dtype, before=machine)
-            except (RuntimeError, MemoryError) as error:  # what was measured before stands alone
-                if not out_of_memory(error):
-                    raise
         told = self.prompts[self._loads[0].name].plan()["ids"]
         local = {**settings_plan(self._settings), "layers": self._model.config.num_hidden_layers, "prompts": told}
         return {"model": describe(self._model), "machine": asdict(machine), "local": local}, stopped
@@ -309,10 +306,6 @@ class _Caller:
         room = self.device.room()
         if room is not None and needed > room:
             raise MemoryError(f"keys and values of the batch need {needed:,} bytes, and {room:,} are free")
-
-
-def out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def settings_plan(settings: LocalSettings) -> dict[str, Any]:

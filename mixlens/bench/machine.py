@@ -12,9 +12,11 @@ import psutil
 import torch
 
 from mixlens.bench.roofline import Machine, Measured
+from mixlens.errors import ModelError
 from mixlens.models.layout import input_device
 
 _RUNS, _WARM = 10, 2
+_FEWEST_VALUES = 1 << 22
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -104,16 +106,39 @@ def measure(device: Device, dtype: torch.dtype, *, before: Machine | None = None
 
 
 def _bandwidth(device: Device, values: int, times: int, earlier: Measured | None = None) -> Measured:
-    source = torch.ones(values, device=device.main)
-    target, size = torch.empty_like(source), f"{source.nbytes >> 20} MiB"
+    source, target = _arrays(device, values)
+    size = f"{source.nbytes >> 20} MiB"
     ways: dict[str, tuple[Callable[[], Any], int]] = {
         f"copy of {size}": (lambda: target.copy_(source), 2 * source.nbytes),
         f"sum of {size}": (source.sum, source.nbytes),
     }
     if earlier is not None:
+        if earlier.how not in ways:  # as much is not free any more, and less would be another measurement
+            return earlier
         ways = {earlier.how: ways[earlier.how]}
     found = [rate(run, amount, device.now, times, how) for how, (run, amount) in ways.items()]
     return _both(earlier, max(found, key=lambda measured: measured.estimate))
+
+
+def _arrays(device: Device, values: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two arrays of float32, halved until they fit beside the model."""
+    try:
+        return torch.ones(values, device=device.main), torch.empty(values, device=device.main)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+    device.release()
+    if values <= _FEWEST_VALUES:
+        raise ModelError(
+            f"The bandwidth of {device.name} was to be measured. {8 * values >> 20} MiB are not free beside the model. "
+            "Free memory there, or load the model smaller or over more devices."
+        )
+    return _arrays(device, values // 2)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device, or the machine, has no room."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _both(earlier: Measured | None, later: Measured) -> Measured:
