@@ -36,7 +36,10 @@ def pack(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
 
 
 def token_arrays(trace: Trace, sequences: list[int]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """What the views of tokens need of some sequences: a header, and planes by layer.
+    """What the views of tokens need of some sequences, in ascending order: a header, and planes by layer.
+
+    header["starts"] has the first token of every sequence, and the number of tokens; one without tokens starts where
+    the next one does.
 
     pair     uint8 [layer, token], first choice * experts + second, for two of up to 16 experts; else
     expert   uint8 [slot, layer, token]
@@ -49,7 +52,7 @@ def token_arrays(trace: Trace, sequences: list[int]) -> tuple[dict[str, Any], di
     """
     part = trace.select(where=trace.sequences.index.to_series().isin(sequences))
     number = part.read("sequence")
-    starts = np.flatnonzero(np.append(True, np.diff(number) != 0))
+    starts = np.searchsorted(number, sequences)
     header: dict[str, Any] = {
         "n_experts": trace.n_experts,
         "top_k": trace.top_k,

@@ -62,6 +62,19 @@ def make_trace(domains=DOMAINS, documents=6, tokens=60, layers=N_LAYERS, seed=0)
     return made
 
 
+def emptied_trace() -> Trace:
+    """Three sequences, each with words and experts of its own, of which a selection left 3, 0 and 3 tokens."""
+    of_token = np.repeat([0, 1, 2], [6, 1, 6])
+    made = Trace.from_arrays(
+        np.tile(of_token[:, None, None] + [0, 1], (1, 2, 1)),
+        n_experts=4,
+        tokens={"sequence": of_token, "token_id": of_token},
+        sequences=pd.DataFrame({"document_id": ["a", "b", "c"], "task": "quiz", "sample_id": [2, 1, 0]}),
+    )
+    made._vocabulary = pd.Series(["alpha", "beta", "gamma"])
+    return made.select(positions=(3, 100))
+
+
 def share_of(trace: Trace) -> xr.Dataset:
     """Expert share by domain, by nested loops, with a made-up interval of ±2 %."""
     ids, sequence = trace.read("expert_id"), trace.read("sequence")

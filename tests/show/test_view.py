@@ -4,7 +4,7 @@ import re
 import numpy as np
 import pytest
 import xarray as xr
-from show_samples import HOSTILE, N_EXPERTS, make_trace
+from show_samples import HOSTILE, N_EXPERTS, emptied_trace, make_trace
 from unpacking import unpack
 
 from mixlens.errors import BadInput
@@ -155,3 +155,16 @@ def test_the_first_sequence_of_a_selection_is_shown_by_default(trace):
     assert made.title == "Routing of sequence 6, github (document github-6)"
     assert header["layers"] == [1, 3]
     np.testing.assert_array_equal(arrays["pair"][1], trace.read("expert_id")[trace.read("sequence") == 6, 3] @ [8, 1])
+
+
+def test_a_sequence_that_a_selection_left_without_tokens_keeps_its_place():
+    """Routing stands under its own document: label i belongs to the tokens from starts[i] to starts[i + 1]."""
+    part = emptied_trace()
+    header, arrays = unpack(view.tokens(part, [2, 1, 0]).packed)
+    assert [name[:10] for name in header["labels"]] == ["sequence 0", "sequence 1", "sequence 2"]
+    assert header["starts"] == [0, 3, 3, 6]
+    assert arrays["pair"][1].tolist() == [1, 1, 1, 11, 11, 11]
+    assert [header["pieces"][i] for i in arrays["piece"]] == ["alpha"] * 3 + ["gamma"] * 3
+    assert unpack(view.diff(part, part, [0, 1, 2]).packed)[0]["starts"] == [0, 3, 3, 6]
+    nothing = part.select(positions=(50, 60))
+    assert unpack(view.tokens(nothing, [0, 1, 2]).packed)[0]["starts"] == [0, 0, 0, 0]

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
-from show_samples import HOSTILE, N_EXPERTS, make_trace
+from show_samples import HOSTILE, N_EXPERTS, emptied_trace, make_trace
 from unpacking import unpack
 
 from mixlens import stats
@@ -171,6 +171,13 @@ def test_samples_find_their_routing(trace):
     assert [row["correct"] for row in header["rows"]] == [0.0, 1.0, None, 0.0]
     with pytest.raises(BadInput, match="sequences lack task and sample_id"):
         view.samples(log_of(4), trace)
+
+
+def test_a_sample_without_a_recorded_token_leaves_the_others_their_routing():
+    header, arrays = unpack(view.samples(log_of(3), emptied_trace()).packed)
+    assert header["sample_sequence"] == [2, 1, 0]
+    assert header["starts"] == [0, 3, 3, 6]
+    assert arrays["pair"][0].tolist() == [1, 1, 1, 11, 11, 11]
 
 
 def test_latency_leaves_failures_out_and_counts_them():

@@ -83,7 +83,7 @@ class DiffView {
 
   read(token) {
     const [first, last] = this.range;
-    if (first === last) return;
+    if (first === last) return this.readouts.forEach((readout) => readout.replaceChildren("This sequence has no tokens."));
     this.texts.forEach((text, i) => {
       text.mark(token);
       this.readouts[i].replaceChildren(...factNodes(factsOf(this.runs[i], token, this.layer)));

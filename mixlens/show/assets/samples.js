@@ -67,7 +67,8 @@ VIEWS.samples = function samples(frame, data) {
     const row = rows[state.chosen];
     if (!row) return panel.replaceChildren("No sample fits.");
     const nodes = [element("h4", { text: `${row.task}, sample ${row.sample_id}: ${outcomeOf(row)}` })];
-    const part = run ? data.sample_sequence.indexOf(state.chosen) : -1;
+    const at = run ? data.sample_sequence.indexOf(state.chosen) : -1;
+    const part = at >= 0 && run.starts[at] < run.starts[at + 1] ? at : -1; // -1: there is no token of its prompt to show
     const shared = part < 0 ? 0 : run.position[run.starts[part]];
     if (shared) nodes.push(element("p", { class: "legend", text: `Before it: ${shared.toLocaleString("en")} tokens of examples that samples share.` }));
     if (part >= 0) nodes.push(text.node, readout);

@@ -152,7 +152,7 @@ def _routing_of(frame: pd.DataFrame, trace: Trace, arrays: dict[str, np.ndarray]
     place = {(t, str(s)): i for i, (t, s) in enumerate(zip(frame["task"], frame["sample_id"], strict=True))}
     keys = zip(trace.sequences["task"], trace.sequences["sample_id"], strict=True)
     found = {n: place.get((t, str(s))) for n, (t, s) in zip(trace.sequences.index, keys, strict=True)}
-    numbers = [n for n, i in found.items() if i is not None]
+    numbers = sorted(n for n, i in found.items() if i is not None)
     header, planes = token_arrays(trace, numbers)
     arrays |= planes
     return header | {"sample_sequence": [found[n] for n in numbers], "layer": trace.n_layers // 2}
