@@ -9,11 +9,12 @@ import pandas as pd
 from mixlens.bench.bench import Bench
 from mixlens.comparing import Comparison
 from mixlens.evals.log import Log
+from mixlens.evals.routing import samples_of
 from mixlens.show import view
 from mixlens.traces.trace import Trace
 
 _MOST_SEQUENCES, _MOST_TOKENS, _MOST_SAMPLES = 4, 2_000, 200
-_MOST_COMPARED = 10_000  # tokens; a saved output of 32 layers then has 1 MB
+_MOST_COMPARED = 10_000  # tokens, also of an evaluation's samples; a saved output of 32 layers then has 1 MB
 
 
 def trace_html(trace: Trace) -> str:
@@ -33,8 +34,8 @@ def trace_html(trace: Trace) -> str:
 
 
 def log_html(log: Log, words: str) -> str:
-    """`words`, and the first samples."""
-    return words + (view.samples(log, most=_MOST_SAMPLES)._repr_html_() if len(log.samples) else "")
+    """`words`, and the first samples, as many as have so many routed tokens; what is cut, the view says."""
+    return words + (view.samples(log, most=_samples_shown(log))._repr_html_() if len(log.samples) else "")
 
 
 def bench_html(bench: Bench, words: str) -> str:
@@ -53,6 +54,16 @@ def comparison_html(data: Comparison, words: str) -> str:
     first, second = (name.replace("/", "\u2215") for name in data.names)
     names = (first, second) if first != second else (f"{first} (a)", f"{second} (b)")
     return words + view.diff(a, b, names=names)._repr_html_()
+
+
+def _samples_shown(log: Log) -> int:
+    """Number of the first samples whose recorded prompts have 10,000 tokens at most; one at least."""
+    if log.routing is None:
+        return _MOST_SAMPLES
+    rows = samples_of(log).sequences.astype({"sample_id": str})
+    shown = log.samples[["task", "sample_id"]].head(_MOST_SAMPLES).astype({"sample_id": str})
+    tokens = shown.merge(rows, "left", ["task", "sample_id"])["length"].fillna(0).cumsum()
+    return max(1, int((tokens <= _MOST_COMPARED).sum()))
 
 
 def _is_first(run: Trace) -> pd.Series:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import re
 
 import numpy as np
+import pandas as pd
+import pytest
 from show_samples import HOSTILE, N_EXPERTS
 from test_views import log_of
+from unpacking import unpack
 
 import mixlens as ml
 from mixlens.bench.bench import Bench
@@ -17,6 +20,10 @@ from mixlens.traces.trace import Trace
 
 def one_live_view(shown: str) -> bool:
     return shown.count("<script>") == shown.count("</script>") == 1 and '<img alt="' in shown.split("<script>")[0]
+
+
+def live_data(shown: str) -> dict:
+    return unpack(max(re.findall(r'm\.mount\(host,"\w+","([^"]+)"', shown)))[0]
 
 
 def test_a_trace_shows_its_words_and_its_first_sequences(trace):
@@ -48,6 +55,20 @@ def test_an_evaluation_shows_scores_and_samples():
     shown = log_of(3, HOSTILE[0])._repr_html_()
     assert one_live_view(shown)
     assert HOSTILE[0].strip("▁") not in shown
+
+
+@pytest.mark.parametrize(("each", "shown"), [(3000, 3), (2000, 5), (20_000, 1), (1, 12)])
+def test_an_evaluation_shows_samples_of_ten_thousand_routed_tokens_and_says_so(each, shown):
+    log, n = log_of(12), 12 * each
+    frame = pd.DataFrame({"task": "quiz", "sample_id": range(11, -1, -1), "counted": True})
+    sequence = np.repeat(np.arange(12), each)
+    log.routing = Trace.from_arrays(
+        np.zeros((n, 1, 1), int), n_experts=4, tokens={"sequence": sequence}, sequences=frame
+    )
+    html = log._repr_html_()
+    assert ("; the first" in html) == (shown < 12)
+    assert shown == 12 or f"n = 12 samples of 1 task, 4 not scored; the first {shown} are shown." in html
+    assert len(set(live_data(html)["sample_sequence"])) == shown
 
 
 def test_a_benchmark_without_a_success_has_no_curves():

@@ -182,11 +182,17 @@ def test_a_sample_without_a_recorded_token_leaves_the_others_their_routing():
 
 def test_latency_leaves_failures_out_and_counts_them():
     failed = Record(0, "concurrency 1", "measured", "timeout", (), 0.0, 9.0)
-    header, arrays = unpack(view.latency(Bench([failed], {"endpoint": {"model": "m"}})).packed)
+    header, arrays = unpack(view.latency(Bench([failed], {"model": {"name": "m"}})).packed)
     assert all(len(arrays[curve["array"]]) == 0 for metric in header["metrics"] for curve in metric["curves"])
     assert header["note"].startswith("n = 1 measured requests, 1 failed")
     with pytest.raises(BadInput, match="No request was measured"):
-        view.latency(Bench([], {"endpoint": {"model": "m"}}))
+        view.latency(Bench([], {"model": {"name": "m"}}))
+
+
+def test_latency_of_a_loaded_model_names_it_in_words():
+    done = Record(0, "batch 1", "measured", "ok", (), 0.0, 0.1)
+    made = view.latency(Bench([done], {"model": {"name": "demo", "dtype": "float32", "experts": 8}}))
+    assert '<img alt="Latency of demo. n = 1 measured' in made.static
 
 
 def test_a_pareto_view_keeps_what_was_not_measured_missing():

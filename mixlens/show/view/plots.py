@@ -98,7 +98,7 @@ def latency(bench: Bench | Mapping[str, Bench]) -> View:
     total = sum(len(rows) for rows in groups.values())
     note = f"n = {total:,} measured requests, {failed:,} failed and in no curve; warm-up left out."
     header = {"metrics": metrics, "note": note, "colours": expert_colours(max(8, len(groups)))}
-    caption = f"Latency of {' and '.join(dict.fromkeys(_model(b) for b in named.values()))}. {note}"
+    caption = f"Latency of {' and '.join(dict.fromkeys(b.meta['model']['name'] for b in named.values()))}. {note}"
     table = static_table(_quantiles(groups), "Time to first token by load")
     return View("Latency", "ecdf", static_form(_latency_picture(groups, note), caption, table), pack(header, arrays))
 
@@ -136,10 +136,6 @@ def pareto(data: Pareto, *, x: str = "bytes", y: str = "kl") -> View:
     title = " against ".join(comparison.axis_of(name)[1].split(",")[0] for name in (y, x))
     static = static_form(drawn, f"{title}. {header['note']}", static_table({"scheme": labels, **columns}, "All"))
     return View(title, "pareto", static, pack(header, arrays))
-
-
-def _model(bench: Bench) -> str:
-    return str(bench.meta.get("endpoint", {}).get("model", bench.meta.get("model", "a model")))
 
 
 def _quantiles(groups: Mapping[str, pd.DataFrame]) -> dict[str, list[str]]:
