@@ -24,6 +24,7 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
     "--disable-dev-shm-usage",
+    "--js-flags=--expose-gc",
 ]
 SETUP = f"""import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})

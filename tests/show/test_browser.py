@@ -116,10 +116,9 @@ def test_colours_are_the_trace_at_the_chosen_layer(visit, view_file, trace):
     page.locator(".mixlens .text").focus()
     page.keyboard.press("ArrowDown")
     page.keyboard.press("ArrowDown")
-    page.wait_for_timeout(100)
-    names = page.locator(".mixlens .text span.t").evaluate_all("spans => spans.map(s => s.className)")
     ids = trace.read("expert_id")[trace.read("sequence") == 7, 2]
-    assert names == [f"t e{first} s{second}" for first, second in ids]
+    page.wait_for_function(PAINTED, arg=[""] * 60 + [f"t e{first} s{second}" for first, second in ids])
+    assert page.locator(".mixlens .text span").count() == len(ids)
 
 
 def test_readout_by_hover_click_and_keys(visit, view_file, trace):
@@ -186,8 +185,7 @@ def test_view_follows_the_notebooks_theme(visit, view_file):
     frame = page.locator(".mixlens .frame")
     assert frame.get_attribute("data-theme") == "light"
     page.evaluate("document.body.dataset.jpThemeLight = 'false'")
-    page.wait_for_timeout(50)
-    assert frame.get_attribute("data-theme") == "dark"
+    page.wait_for_selector(".mixlens .frame[data-theme=dark]")
 
 
 def test_one_output_in_a_page_that_is_not_ours(visit, trace, tmp_path):
@@ -237,8 +235,8 @@ def test_without_scripts_the_picture_stands(chromium, view_file):
     context.close()
 
 
-# Class names in the box of the text, and how many spans changed theirs, right after a step of the slider; then when
-# nothing else is asked for.
+# Class names in the box of the text, and how many spans changed theirs, right after a step of the slider; then whether
+# all spans have theirs.
 STEP = """async () => {
     const root = document.querySelector(".mixlens").shadowRoot, text = root.querySelector(".text");
     const slider = root.querySelector("input[type=range]"), box = text.getBoundingClientRect();
@@ -252,9 +250,10 @@ STEP = """async () => {
     slider.dispatchEvent(new Event("input"));
     const painted = new Set(watch.takeRecords().map((change) => change.target)).size;
     const looks = seen().map((span) => [span.token, span.className]);
-    await new Promise((done) => setTimeout(done, 500));
-    return { painted, looks, later: [...text.querySelectorAll("span")].map((span) => [span.token, span.className]) };
+    return { painted, looks };
 }"""
+PAINTED = """looks => [...document.querySelector(".mixlens").shadowRoot.querySelectorAll(".text span")]
+    .every((span) => span.className === looks[span.token])"""
 
 
 @pytest.mark.parametrize("tokens", [10_000, 50_000])
@@ -262,13 +261,13 @@ def test_a_layer_step_costs_the_same_however_long_the_text(visit, tmp_path, toke
     """Only what is in sight is painted at once: the work of a step, counted, not timed."""
     long = make_trace(domains=("arxiv",), documents=1, tokens=tokens, layers=4)
     page = visit(view.tokens(long, layer=0).save(tmp_path / "long.html")).page
-    page.wait_for_timeout(300)
+    page.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
     assert page.locator(".mixlens .text span").count() < 4_000
     step = page.evaluate(STEP)
     looks = [f"t e{first} s{second}" for first, second in long.read("expert_id")[:, 2]]
     assert 100 < step["painted"] <= len(step["looks"]) < 600
-    for shown in (step["looks"], step["later"]):
-        assert [look for _, look in shown] == [looks[token] for token, _ in shown]
+    assert [look for _, look in step["looks"]] == [looks[token] for token, _ in step["looks"]]
+    page.wait_for_function(PAINTED, arg=looks)
     page.locator(".mixlens .text").focus()
     page.keyboard.press("End")
     page.keyboard.press("ArrowDown")

@@ -34,41 +34,65 @@ export async function unpack(text) {
   return { ...header, arrays, shapes: header.arrays };
 }
 
-/** Put the live view of `kind` into the shadow root of `host`, over its static content, once `free` says so. */
-export async function mount(host, kind, packed, free = () => {}) {
+/** Put the live view of `kind` into the shadow root of `host`, over its static content, unless `free` says no by then. */
+export async function mount(host, kind, packed, free = () => true) {
   const data = await unpack(packed);
-  await free();
+  if (!await free()) return;
   const root = host.shadowRoot ?? host.attachShadow({ mode: "open" });
   const frame = element("div", { class: "frame" });
   leave(host); // what an earlier view of this host listens to on the page
   host.leaving = new AbortController();
   frame.gone = host.leaving.signal;
+  forgotten.register(frame, host.leaving);
   followTheme(frame);
   root.replaceChildren(element("style", { text: CSS + expertRules(data.colours ?? []) + shadeRules() }), frame);
-  VIEWS[kind](frame, data);
+  try {
+    VIEWS[kind](frame, data);
+  } catch (error) {
+    leave(host);
+    root.replaceChildren(element("slot", {})); // the static content
+    throw error;
+  }
   keepKeys(frame);
   host.dataset.ready = "1";
 }
 
 const leave = (host) => host.leaving?.abort();
 
+// Nothing tells a view that a notebook replaced its output. What the page calls is held by the frame alone, so that a
+// frame that is nowhere any more goes, and its data with it; then its listeners go too.
+const forgotten = new FinalizationRegistry((leaving) => leaving.abort());
+
+function heldBy(frame, call) {
+  (frame.held ??= []).push(call);
+  return weakly(new WeakRef(call));
+}
+
+// In no function that knows the frame: closures made in one place hold what any of them needs.
+const weakly = (held) => (...told) => held.deref()?.(...told);
+
 /** The form for anywidget: what is selected in any view of the page is the widget's `selection`. */
 export default {
   async render({ model, el }) {
     const host = element("div", { class: "mixlens" });
     el.append(host);
-    let released; // a click is lost when its button is replaced between press and release
-    host.addEventListener("pointerdown", () => {
+    let disposed = false, released; // a click is lost when its button is replaced between press and release
+    host.addEventListener("pointerdown", ({ button }) => {
+      if (button !== 0) return; // a context menu takes the release
+      const ended = new AbortController();
       released = new Promise((done) => {
-        for (const end of ["pointerup", "pointercancel"]) addEventListener(end, () => setTimeout(done), { once: true });
+        const end = () => { ended.abort(); setTimeout(done); };
+        for (const name of ["pointerup", "pointercancel"]) addEventListener(name, end, { signal: ended.signal });
       });
     });
+    const free = async () => { await released; return !disposed; };
     const tell = (selection) => document.dispatchEvent(new CustomEvent(CHANNEL, { detail: { ...selection, from: model } }));
     let placed = 0; // where a text that grows was scrolled to; it is followed until the reader scrolls back
     const show = async () => {
       const before = model.get("kind") === "tokens" && host.shadowRoot?.querySelector(".text");
       const top = before && before.scrollTop;
-      await mount(host, model.get("kind"), model.get("packed"), () => released);
+      await mount(host, model.get("kind"), model.get("packed"), free);
+      if (disposed) return;
       if (before) {
         const text = host.shadowRoot.querySelector(".text"), back = top < placed - 60;
         text.classList.add("whole");
@@ -89,6 +113,7 @@ export default {
     model.on("change:asked", asked);
     model.on("change:packed", show);
     return () => {
+      disposed = true;
       document.removeEventListener(CHANNEL, hear);
       model.off("change:asked", asked);
       model.off("change:packed", show);
@@ -103,9 +128,9 @@ const CHANNEL = "mixlens-select";
 
 /** Hear what other views on the page select, by apply({layer, expert, domain}); returns the function that tells them. */
 function link(frame, apply) {
-  document.addEventListener(CHANNEL, ({ detail }) => {
+  document.addEventListener(CHANNEL, heldBy(frame, ({ detail }) => {
     if (detail.from !== frame && frame.isConnected) apply(detail);
-  }, { signal: frame.gone });
+  }), { signal: frame.gone });
   return (selection) => document.dispatchEvent(new CustomEvent(CHANNEL, { detail: { ...selection, from: frame } }));
 }
 
@@ -253,17 +278,17 @@ function inkOn(colour) {
 /** Dark or light as the notebook says, else as the system says; follows when it changes. */
 function followTheme(frame) {
   const system = matchMedia("(prefers-color-scheme: dark)");
-  const apply = () => {
+  const apply = heldBy(frame, () => {
     const { jpThemeLight } = document.body.dataset;
     const code = document.body.className.match(/\bvscode-(dark|light|high-contrast)\b/)?.[1];
     const page = `${document.documentElement.className} ${document.body.className}`.match(/(?:^|\s)(dark|light)(?:\s|$)/)?.[1];
     const dark = jpThemeLight ? jpThemeLight === "false" : code ? code !== "light" : page ? page === "dark" : system.matches;
     frame.dataset.theme = dark ? "dark" : "light";
-  };
+  });
   apply();
   system.addEventListener("change", apply, { signal: frame.gone });
   const watch = new MutationObserver(apply);
   watch.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-light", "class"] });
   watch.observe(document.documentElement, { attributes: true, attributeFilter: ["class"] });
-  frame.gone.addEventListener("abort", () => watch.disconnect());
+  frame.gone.addEventListener("abort", watch.disconnect.bind(watch));
 }

@@ -11,6 +11,7 @@ function ticksOf(low, high, count = 5) {
   return ticks;
 }
 
+const larger = (a, b) => (b > a ? b : a); // NaN is never larger
 const plain = (value, digits) => value.toLocaleString("en", { maximumSignificantDigits: digits });
 const tickText = (value) => (Math.abs(value) >= 1e7 ? value.toExponential(0) : plain(value, 6));
 
@@ -51,7 +52,7 @@ VIEWS.dots = function dots(frame, data) {
   const state = { layer: data.start, domain: 0, expert: 0 };
   const at = (domain, layer, expert) => (domain * layers.length + layer) * experts.length + expert;
   const height = PLOT.top + PLOT.bottom + 24 * experts.length;
-  const most = Math.max(uniform, ...arrays.high.filter((v) => !Number.isNaN(v)), ...arrays.estimate.filter((v) => !Number.isNaN(v)));
+  const most = arrays.estimate.reduce(larger, arrays.high.reduce(larger, uniform));
   const x = scaleOf([0, most * 1.05], [PLOT.left, PLOT.width - PLOT.right]);
   const tell = link(frame, (told) => {
     if (layers.includes(told.layer)) state.layer = layers.indexOf(told.layer);
@@ -130,7 +131,7 @@ VIEWS.ecdf = function ecdf(frame, data) {
     const all = curves.flatMap((curve) => [...curve.values]).filter((v) => v > 0);
     svg.replaceChildren();
     if (!all.length) return readout.replaceChildren("No request succeeded: there is no latency.");
-    const low = Math.min(...all), high = Math.max(...all);
+    const low = all.reduce((a, b) => Math.min(a, b)), high = all.reduce(larger);
     const x = scaleOf(logged.checked ? [low, high] : [0, high], [PLOT.left, PLOT.width - PLOT.right], logged.checked);
     const y = scaleOf([0, 1], [height - PLOT.bottom, PLOT.top]);
     axesOf(svg, x, y, height, [`${data.metrics[state.metric].name} [s]`, "share of requests"]);

@@ -9,7 +9,7 @@ class TokenText {
     Object.assign(this, { run, look, first: 0, last: 0, cursor: 0, blocks: [], near: new Set(), painting: 0, timer: 0 });
     this.node = element("div", { class: "text", tabindex: 0, role: "group", "aria-label": label });
     this.observer = new IntersectionObserver((entries) => this.come(entries), { root: this.node, rootMargin: "160px" });
-    addEventListener("beforeprint", () => this.paintAll(this.blocks), { signal: frame.gone });
+    addEventListener("beforeprint", heldBy(frame, () => this.paintAll(this.blocks)), { signal: frame.gone });
   }
 
   /** Show the tokens from `first` to before `last`, from their beginning. */
