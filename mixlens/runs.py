@@ -218,7 +218,8 @@ def open_run(path: str | os.PathLike, *, check: bool = True) -> Run:
 def plan_at(path: str | os.PathLike) -> dict[str, Any]:
     """The plan of the run at `path`, finished or not; empty where there is none."""
     plan = Path(path) / PLAN
-    return _read_json(plan) if plan.exists() else {}
+    found = _read_json(plan) if plan.exists() else {}
+    return found if isinstance(found, dict) else {}
 
 
 def now() -> str:

@@ -11,7 +11,7 @@ import httpx
 
 from mixlens.errors import BadInput, EndpointError
 from mixlens.evals.generating import check_sampling
-from mixlens.evals.model import Batch, cut
+from mixlens.evals.model import Batch, cut, tokenizer_of
 from mixlens.models.calls import Completion
 from mixlens.models.endpoint import Endpoint
 
@@ -66,7 +66,8 @@ class EndpointBackend:
                 f"{task} needs log-probabilities of given answers. {self.endpoint.host} does not echo a prompt with "
                 f"log-probabilities ({str(error).split('. ')[1].rstrip('.')}). {instead}, or a server that has both."
             ) from error
-        if getattr(self.settings.tokenizer, "bos_token_id", self) is None:
+        given = self.settings.tokenizer
+        if given is not None and tokenizer_of(None, given).bos_token_id is None:
             return
         unlisted = (found.input_tokens or _n_listed(found)) - _n_listed(found)  # llama.cpp counts BOS, and lists none
         specials = _n_before(found) + unlisted
@@ -128,20 +129,19 @@ class EndpointBackend:
         logprobs = (found.logprobs or ())[lead : _n_listed(found)]
         best = (found.top_logprobs or ())[lead : _n_listed(found)]
         given = [logprob for logprob in logprobs if logprob is not None]
-        if not given or len(given) < len(logprobs):
+        if not given or not len(given) == len(logprobs) == len(best):
             raise EndpointError(
                 f"{self.endpoint.host} was asked for the log-probabilities of {continuation[:40]!r}. It gives "
                 f"{len(given)} for {len(logprobs)} tokens. Use a server that scores every token of a prompt."
             )
-        greedy = len(best) == len(given) and all(
-            logprob >= max(others.values(), default=0.0) for logprob, others in zip(given, best, strict=True)
-        )
+        greedy = all(logprob >= max(others.values(), default=0.0) for logprob, others in zip(given, best, strict=True))
         return sum(given), greedy
 
     def _echo(self, text: str) -> Completion:
         """A text with its log-probabilities, and one token more."""
         found = self._complete(text, max_tokens=1, echo=True, logprobs=1, temperature=0)
-        if not found.logprobs or not found.tokens or not found.text.startswith(text[:8]):
+        listed = found.tokens and found.logprobs and found.top_logprobs
+        if not listed or not found.text.startswith(text[:8]):
             raise EndpointError(
                 f"{self.endpoint.host} was asked to echo a prompt with log-probabilities. Its answer has none of the "
                 "prompt. Use a server that has both."

@@ -75,6 +75,17 @@ class Loaded:
         protocol = self.protocols[name]
         return bool(protocol is not None and protocol.about.get("chat"))
 
+    def add(self, tasks: Mapping[str, Any], protocol: Protocol | None) -> None:
+        """Take tasks in, once each. Raises BadInput for another task of a name that is there already."""
+        for name, task in tasks.items():
+            if name not in self.tasks:
+                self.tasks[name], self.protocols[name] = task, protocol
+            elif task.dump_config() != self.tasks[name].dump_config():
+                raise BadInput(
+                    f"Two different tasks named {name!r} were asked for. Their answers would be mixed up. Rename one "
+                    "(task: in its file), or evaluate them apart."
+                )
+
     def build(self, job: Job, chat_template: Any = None) -> list[Any]:
         """Every request of every task, each as often as its answer is repeated."""
         requests = []
@@ -102,24 +113,16 @@ def load_tasks(job: Job) -> Loaded:
     with redirect_stderr(io.StringIO()):
         manager = TaskManager(include_path=[], include_defaults=False, metadata=metadata)
         for protocol in protocols:
-            tasks = _load(manager, protocol.name, protocol.task_configs())
-            loaded.tasks |= tasks
-            loaded.protocols |= dict.fromkeys(tasks, protocol)
-        tasks = _lm_eval_tasks(others, metadata) if others else {}
-    if unsafe := [name for name, task in tasks.items() if getattr(task, "UNSAFE_CODE", False)]:
-        raise BadInput(
-            f"{', '.join(unsafe)} was asked for. lm-eval runs the code that the model writes outside any sandbox. Use "
-            "humaneval_0shot or mbpp_3shot, which run it inside."
-        )
-    loaded.tasks |= tasks
-    loaded.protocols |= dict.fromkeys(tasks, None)
+            loaded.add(_load(manager, protocol.name, protocol.task_configs()), protocol)
+        if others:
+            _add_lm_eval_tasks(loaded, others, metadata)
     for task in loaded.tasks.values():
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
     return loaded
 
 
-def _lm_eval_tasks(names: Sequence[str], metadata: Any) -> dict[str, Any]:
+def _add_lm_eval_tasks(loaded: Loaded, names: Sequence[str], metadata: Any) -> None:
     """Tasks of lm-eval by name, and task files. It parses all of its 14,000 files (20 s) for groups and tags alone."""
     from lm_eval.tasks import TaskManager
 
@@ -131,7 +134,13 @@ def _lm_eval_tasks(names: Sequence[str], metadata: Any) -> dict[str, Any]:
     for name in names:
         if name not in files and name not in manager.all_tasks:
             raise unknown_task(name, [*files, *manager.all_tasks])
-    return _load(manager, ", ".join(names), [files.get(name, name) for name in names])
+        tasks = _load(manager, name, [files.get(name, name)])
+        if unsafe := [task for task, made in tasks.items() if getattr(made, "UNSAFE_CODE", False)]:
+            raise BadInput(
+                f"{', '.join(unsafe)} was asked for. lm-eval runs the code that the model writes outside any sandbox. "
+                "Use humaneval_0shot or mbpp_3shot, which run it inside."
+            )
+        loaded.add(tasks, None)
 
 
 def _load(manager: Any, name: str, configs: list[Any]) -> dict[str, Any]:

@@ -80,7 +80,8 @@ class Log:
     @cached_property
     def near_ties(self) -> pd.DataFrame:
         """Samples whose answer rounding decides: task, sample_id, first, second, gap, as scoring.near_ties."""
-        return near_ties(self.samples)
+        by_length = {name for name, task in self.meta["tasks"].items() if task["primary"] == "acc_norm"}
+        return near_ties(self.samples, by_length)
 
     @property
     def tasks(self) -> list[str]:

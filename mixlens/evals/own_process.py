@@ -8,6 +8,7 @@ more, and the evaluation ends as by Ctrl-C. Nothing is pickled, and what was ans
 from __future__ import annotations
 
 import atexit
+import codecs
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import threading
 import traceback
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import fields
 from functools import partial
@@ -71,7 +73,23 @@ def _asked(model: str, job: Any, place: str, settings: Any) -> str:
         "out": place,
         "settings": kept,
     }
-    return json.dumps(values, default=lambda value: str(value).removeprefix("torch.")) + "\n"
+    return json.dumps(values, default=_plain) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has no word for, as the other process takes it."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Mapping):
+        return dict(value)
+    if hasattr(value, "item"):  # a number of numpy's
+        return value.item()
+    if type(value).__module__ == "torch":  # a dtype or a device
+        return str(value).removeprefix("torch.")
+    raise BadInput(
+        f"An evaluation in a process of its own was asked for with a {type(value).__name__} among its settings. That "
+        "cannot be sent there. Give plain values, or a model that you load: ml.load(...)."
+    )
 
 
 def _follow(asked: str, progress: Any) -> dict[str, Any]:
@@ -111,11 +129,12 @@ def _follow(asked: str, progress: Any) -> dict[str, Any]:
 
 def _listen(stream: Any, said: bytearray, shown: bool) -> None:
     """What the other process says, on to this one's stderr where it is shown; the end of it is kept."""
+    text = codecs.getincrementaldecoder("utf-8")("replace")  # a part may end inside a character
     with stream:
         while part := stream.read1(65_536):
             said[:] = (said + part)[-4000:]
             if shown:
-                sys.stderr.write(part.decode("utf-8", "replace"))
+                sys.stderr.write(text.decode(part))
                 sys.stderr.flush()
 
 

@@ -131,6 +131,10 @@ def flipped_routing(log_a: Log, log_b: Log, *, bootstrap: Bootstrap = DEFAULT) -
 
 def samples_of(log: Log) -> Trace:
     """The rows of an evaluation's trace that stand for a sample, one each. Raises MissingSignal without routing."""
+    if not isinstance(log, Log):
+        raise BadInput(
+            f"Routing of an evaluation was asked for. A {type(log).__name__} was given. Give what ml.evaluate gives."
+        )
     if log.routing is None:
         raise MissingSignal(
             "The routing of an evaluation's samples was asked for. It was run without. Evaluate a local model with "

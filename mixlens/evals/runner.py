@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -159,8 +159,15 @@ def job_of(
     settings: EvalSettings,
 ) -> Job:
     """What is asked, as plain values. Raises BadInput where that is nothing, and in every process but a single one."""
-    names = (tasks,) if isinstance(tasks, str) else tuple(tasks)
-    if not names or (limit is not None and limit < 1) or settings.batch_size < 1:
+    if not isinstance(settings, EvalSettings):
+        raise BadInput(
+            f"An evaluation was asked for with settings of type {type(settings).__name__}. They are EvalSettings. "
+            "Give ml.EvalSettings(batch_size=8), for instance."
+        )
+    names = tuple(tasks) if isinstance(tasks, Iterable) and not isinstance(tasks, str) else (tasks,)
+    named = bool(names) and all(isinstance(name, str) for name in names)
+    whole = all(isinstance(n, int) and n >= 1 for n in (1 if limit is None else limit, settings.batch_size))
+    if not named or not whole:
         raise BadInput(
             f"An evaluation of {list(names)} with limit={limit} and batch_size={settings.batch_size} was asked for. "
             "That is nothing to evaluate. Name one task or more, and numbers from 1."
@@ -194,7 +201,12 @@ def _plan(job: Job, loaded: Loaded, requests: Sequence[Any], backend: Any, setti
     """Everything that decides the answers: a folder with another plan is refused, so that models cannot be mixed up."""
     digest = hashlib.sha256()
     for request in requests:
-        digest.update(json.dumps([request.task_name, request.doc_id, request.idx, request.args], default=str).encode())
+        asked = [request.task_name, request.doc_id, request.idx, request.args, request.doc]
+        digest.update(json.dumps(asked, default=str).encode())
+    for name in sorted(name for name, protocol in loaded.protocols.items() if protocol is None):
+        config = loaded.tasks[name].dump_config()  # a task file may have changed how it grades
+        config.pop("metadata", None)
+        digest.update(json.dumps(config, default=str, sort_keys=True).encode())
     kept = ("batch_size", "max_length", "max_new_tokens", "seed", "share_prefix", "routing")
     return {
         "model": backend.identity(),

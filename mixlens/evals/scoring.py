@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from statistics import NormalDist
 from typing import Any
 
@@ -55,10 +55,12 @@ def score_table(samples: pd.DataFrame, tasks: Mapping[str, Mapping[str, Any]]) -
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def near_ties(samples: pd.DataFrame) -> pd.DataFrame:
+def near_ties(samples: pd.DataFrame, by_length: Collection[str] = ()) -> pd.DataFrame:
     """Samples whose two likeliest choices are less than 1e-4 apart: rounding, and so the batch, decides between them.
 
-    samples  one row a sample: task, sample_id, choices and their logprobs (None where it has none)
+    samples    one row a sample: task, sample_id, choices and their logprobs (None where it has none)
+    by_length  tasks that compare log-probabilities a character, as acc_norm does; their gaps are times the shorter
+               choice, in which a rounding error of either weighs most
 
     Returns  DataFrame  task, sample_id, first and second (the two choices, the likelier first), gap (of their
                         log-probabilities, in natural units)
@@ -68,8 +70,10 @@ def near_ties(samples: pd.DataFrame) -> pd.DataFrame:
         choices, logprobs = sample.get("choices"), sample.get("logprobs")
         if not isinstance(choices, list) or not isinstance(logprobs, list) or len(logprobs) < 2:
             continue
-        first, second = np.argsort(-np.array(logprobs), kind="stable")[:2]
-        gap = logprobs[first] - logprobs[second]
+        lengths = [len(choice.removeprefix(" ")) for choice in choices] if sample["task"] in by_length else 1
+        values = np.array(logprobs, float) / lengths
+        first, second = np.argsort(-values, kind="stable")[:2]  # what could not be scored comes last
+        gap = (values[first] - values[second]) * np.broadcast_to(lengths, values.shape)[[first, second]].min()
         if gap < _NEAR:
             rows.append((sample["task"], sample["sample_id"], choices[first], choices[second], gap))
     return pd.DataFrame(rows, columns=NEAR_TIES)

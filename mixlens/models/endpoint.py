@@ -79,7 +79,7 @@ class Endpoint:
 
     def __post_init__(self) -> None:
         try:
-            parts = urlsplit(self.url)
+            parts = urlsplit(self.url if isinstance(self.url, str) else "")
             host, _ = parts.hostname, parts.port
         except ValueError:
             parts, host = urlsplit(""), None
@@ -92,6 +92,11 @@ class Endpoint:
             raise BadInput(
                 f"An endpoint at {host} was asked for. Its URL carries a user, a password or a query, which would be "
                 "written into run directories. Give the plain address, and the key by key_env=."
+            )
+        if not isinstance(self.model, str) or not self.model:
+            raise BadInput(
+                f"An endpoint at {host} was asked for with model={self.model!r}. A request must name one. Give the "
+                "name that the server has for it, as in `mixlens models URL`."
             )
         if self.protocol not in PATHS:
             raise BadInput(

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import pandas as pd
 from matplotlib.axes import Axes
 
+from mixlens.errors import BadInput
 from mixlens.evals.log import Log
 from mixlens.evals.paired import LogComparison
 from mixlens.evals.references import beside
@@ -29,7 +30,9 @@ def scores(logs: Log | Mapping[str, Log], *, subjects: bool = False, ax: Axes | 
     logs      one evaluation, or several by the name to show
     subjects  a row for every task of a benchmark instead
     """
-    by_name = {_label(logs): logs} if isinstance(logs, Log) else dict(logs)
+    by_name = logs if isinstance(logs, Mapping) else {_label(logs): logs} if isinstance(logs, Log) else {}
+    if not by_name or not all(isinstance(log, Log) for log in by_name.values()):
+        raise BadInput(f"scores was to be drawn. A {type(logs).__name__} was given. Give what ml.evaluate gives.")
     table = pd.concat([_rows(log, name, subjects) for name, log in by_name.items()], ignore_index=True)
     places = {row: i for i, row in enumerate(table["row"].drop_duplicates())}
     with drawing(ax, PAGE * 0.75, 1.0 + 0.3 * len(places) + 0.12 * len(by_name)) as ax:
@@ -97,6 +100,7 @@ def paired_differences(compared: LogComparison, *, ax: Axes | None = None) -> Ax
     return ax
 
 
+@takes_run("evaluate", "scores", "samples")
 def score_table(log: Log) -> pd.DataFrame:
     """Scores as text for a page or a paper: benchmark, protocol, score with interval, n, published and source."""
     rows = []

@@ -5,7 +5,7 @@ Every function takes a Bench (or a frame of candidates) and `ax`, and returns th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -135,7 +135,12 @@ def throughput_latency_curve(
 
     benches   one or several, whose lines are told apart by endpoint and model; of several configurations each is a line
     """
-    given = [benches] if isinstance(benches, Bench) else list(benches)
+    given = list(benches) if isinstance(benches, Sequence) else [benches]
+    if wrong := [one for one in given if not isinstance(one, Bench)]:
+        raise BadInput(
+            f"throughput_latency_curve was to be drawn. A {type(wrong[0]).__name__} was given. Give what ml.benchmark "
+            "gives, one or several."
+        )
     named = [
         (name if name and len(given) == 1 else ", ".join(filter(None, (_whose(part), name))), part)
         for bench in given
@@ -243,6 +248,7 @@ def quality_cost_speed(
     if isinstance(runs, pd.DataFrame):
         frame = runs
     else:
+        runs = list(runs) if isinstance(runs, Iterable) else [runs]
         measured = [run for run in runs if not isinstance(run, Candidate)]
         given = [run for run in runs if isinstance(run, Candidate)]
         frame = frontier([*(candidates(measured, score=score) if measured else []), *given])

@@ -56,7 +56,7 @@ def test_an_answer_with_half_a_character_is_kept(tmp_path):
 
 
 @contextlib.contextmanager
-def echoing(model, *, specials: str = "<s>", listed: bool = True, scores: bool = True):
+def echoing(model, *, specials: str = "<s>", listed: bool = True, scores: bool = True, best: bool = True):
     """A server that echoes prompts with log-probabilities in the form of vLLM 0.32 (`listed`) or llama.cpp.
 
     vLLM lists BOS among the tokens, their texts have no leading blanks, and offsets into the text sum their lengths.
@@ -75,11 +75,12 @@ def echoing(model, *, specials: str = "<s>", listed: bool = True, scores: bool =
             tokens = [tokenizer.decode([one]).lstrip() for one in ids]
             hidden = 0 if listed else len(tokenizer.encode(specials, add_special_tokens=False)[:1])
             logprobs = [None, *(float(given[n, one]) for n, one in enumerate(ids[1:]))]
-            best = [None, *({"best": float(row.max())} for row in given)]
+            likeliest = [None, *({"best": float(row.max())} for row in given)]
             offsets = np.cumsum([0, *map(len, tokens[:-1])]).tolist()
-            columns = {"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": best, "text_offset": offsets}
+            columns = {"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": likeliest, "text_offset": offsets}
             columns = {name: column[hidden:] for name, column in columns.items()}
             columns["token_logprobs"][0] = None
+            columns["top_logprobs"] = columns["top_logprobs"] if best else None
             choice = {"text": text + tokens[-1], "finish_reason": "length", "logprobs": columns if scores else None}
             usage = {"prompt_tokens": len(ids) - 1, "completion_tokens": 1}
             body = json.dumps({"choices": [choice], "usage": usage}).encode()
@@ -118,8 +119,9 @@ def test_a_server_must_put_one_beginning_of_sequence(demo, specials, found):
         ml.evaluate(endpoint, "demo", limit=1, settings=QUIET)
 
 
-def test_an_echo_without_log_probabilities_is_refused(demo):
-    with echoing(demo, scores=False) as endpoint, pytest.raises(ml.BadInput, match="does not echo a prompt with"):
+@pytest.mark.parametrize("without", ["scores", "best"])
+def test_an_echo_without_log_probabilities_is_refused(demo, without):
+    with echoing(demo, **{without: False}) as endpoint, pytest.raises(ml.BadInput, match="does not echo a prompt with"):
         ml.evaluate(endpoint, "demo", limit=1, settings=QUIET)
 
 

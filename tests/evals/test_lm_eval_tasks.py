@@ -173,3 +173,19 @@ def test_a_task_of_lm_eval_from_the_hub_names_the_commit_that_was_read(tmp_path)
     assert {row["metric"] for row in json.loads(done.stdout)["scores"]} == {"acc", "acc_norm"}
     about = ml.open(tmp_path / "run").meta["tasks"]["piqa"]
     assert about["data"] == {"from": "Hub", "repository": "baber/piqa", "revision": commit}
+
+
+def test_two_tasks_of_one_name_are_refused(demo, choosing):
+    other = choosing.with_name("other.yaml")
+    other.write_text(choosing.read_text().replace("version: 3", "version: 4").replace("{{start}}", "Go on: {{start}}"))
+    with pytest.raises(ml.BadInput, match="Two different tasks named 'my_choices'"):
+        ml.evaluate(demo, [str(choosing), str(other)], settings=QUIET)
+    assert len(ml.evaluate(demo, [str(choosing), str(choosing)], settings=QUIET).records) == len(QUESTIONS)
+
+
+def test_a_task_file_that_grades_otherwise_is_another_evaluation(demo, choosing, tmp_path):
+    out = tmp_path / "run"
+    ml.evaluate(demo, str(choosing), out=out, settings=QUIET)
+    choosing.write_text(choosing.read_text().replace('"{{right}}"', '"{{(right + 1) % 3}}"'))
+    with pytest.raises(ml.RunError, match="input_sha256"):
+        ml.evaluate(demo, str(choosing), out=out, settings=QUIET)

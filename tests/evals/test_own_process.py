@@ -9,15 +9,17 @@ import sys
 import threading
 from pathlib import Path
 from queue import Queue
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 
+import numpy as np
 import psutil
 import pytest
+import torch
 from evals_parts import PROBLEMS
 from jupyter_client.manager import start_new_kernel
 
 import mixlens as ml
-from mixlens.evals import runner
+from mixlens.evals import own_process, runner
 from mixlens.evals.answers import PARTIAL, Answers
 from mixlens.evals.runner import EvalSettings
 
@@ -235,3 +237,24 @@ def test_in_a_kernel_it_shows_progress_is_interrupted_and_goes_on(demo, math_tas
     assert "evaluate: 100%" in "".join(texts)
     resumed = ml.Log.open(out)
     assert resumed.records == ml.evaluate(demo, tasks, settings=EvalSettings(progress=False, batch_size=1)).records
+
+
+def test_settings_arrive_as_they_are_or_are_refused():
+    job = runner.job_of("demo", protocol=None, data=None, limit=3, settings=EvalSettings())
+    sent = EvalSettings(
+        max_length=np.int64(512), revisions=MappingProxyType({"a/b": "c"}), loading={"dtype": torch.bfloat16}
+    )
+    asked = json.loads(own_process._asked("demo", job, "out", sent))
+    assert (asked["settings"]["max_length"], asked["settings"]["revisions"]) == (512, {"a/b": "c"})
+    assert asked["loading"] == {"dtype": "bfloat16"}
+    with pytest.raises(ml.BadInput, match="with a set among its settings"):
+        own_process._asked("demo", job, "out", EvalSettings(loading={"quantization": {"nf4"}}))
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"tasks": None}, {"tasks": [1]}, {"limit": float("nan")}, {"limit": "3"}, {"settings": {}}, {"tasks": []}],
+)
+def test_what_is_nothing_to_evaluate_is_said_before_a_model_is_loaded(asked):
+    with pytest.raises(ml.BadInput, match=r"nothing to evaluate|They are EvalSettings"):
+        ml.evaluate("demo", **{"tasks": "demo", **asked})

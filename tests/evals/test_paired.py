@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.stats import binomtest
 
@@ -13,7 +14,7 @@ from mixlens.errors import BadInput
 from mixlens.evals.log import Log
 from mixlens.evals.paired import compare_logs, mcnemar, paired_difference
 from mixlens.evals.references import beside
-from mixlens.evals.scoring import primary_rows
+from mixlens.evals.scoring import near_ties, primary_rows
 from mixlens.stats.bootstrap import Bootstrap
 
 
@@ -243,3 +244,19 @@ def test_a_value_that_could_not_be_scored_is_counted_once():
     one = log({"x": [1.0, None], "y": [1.0, 0.0]})
     one.meta |= {"settings": {"limit": None}, "created": "", "versions": {}}
     assert " 1 values could not be scored" in one.remarks()[1]
+
+
+def test_near_ties_of_accuracy_by_length_are_a_characters():
+    samples = pd.DataFrame(
+        {
+            "task": "arc",
+            "sample_id": [0, 1, 2],
+            "choices": [[" four", " eight ch"]] * 3,
+            # Alike in all and not by length; alike by length; one that could not be scored.
+            "logprobs": [[-4.0, -4.0], [-4.0, -8.0001], [-4.0, None]],
+        }
+    )
+    assert near_ties(samples)["sample_id"].tolist() == [0]
+    by_length = near_ties(samples, {"arc"})
+    assert by_length["sample_id"].tolist() == [1]
+    assert by_length["gap"].tolist() == pytest.approx([5e-5])

@@ -99,6 +99,8 @@ def test_the_key_is_masked_where_a_field_holds_it_under_another_name(monkeypatch
         ({"url": "http://["}, "no http or https address"),
         ({"url": "https://u:p@example.invalid/v1"}, "carries a user, a password or a query"),
         ({"url": "https://example.invalid/v1?key=abc"}, "carries a user, a password or a query"),
+        ({"url": 3}, "That is no http or https address"),
+        ({"model": None}, "A request must name one"),
         ({"protocol": "openai"}, "There is no such protocol. Give one of openai-chat"),
         ({"headers": {"X-API-Key": "abc"}}, "'X-API-Key' among its headers"),
         ({"headers": {"X-Title": "é"}}, "a header 'X-Title'. .* Use printable ASCII"),

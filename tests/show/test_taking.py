@@ -56,8 +56,8 @@ def test_a_view_is_of_a_dataset_too(name, trace):
 def test_figures_and_views_of_runs_say_of_which(trace, share):
     drawn = {
         "pareto": (show.pareto, show.view.pareto),
-        "benchmark": (show.latency_cdf, show.latency_cdfs, show.token_timeline),
-        "evaluate": (show.view.samples,),
+        "benchmark": (show.latency_cdf, show.latency_cdfs, show.token_timeline, show.throughput_latency_curve),
+        "evaluate": (show.view.samples, show.scores, show.score_table),
         "compare, of two evaluations,": (show.paired_differences,),
     }
     for given_by, draws in drawn.items():
