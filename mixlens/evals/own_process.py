@@ -24,6 +24,8 @@ from dataclasses import fields
 from functools import partial
 from typing import Any
 
+import torch
+
 from mixlens import errors
 from mixlens.errors import BadInput, MixlensError, RunError
 
@@ -69,6 +71,7 @@ def _asked(model: str, job: Any, place: str, settings: Any) -> str:
         "model": model,
         "loading": dict(settings.loading),
         "verbose": settings.progress is True,
+        "threads": torch.get_num_threads(),  # which the last digits of a sum on the CPU follow
         "job": job.__dict__,
         "out": place,
         "settings": kept,
@@ -195,6 +198,7 @@ def _evaluate(asked: dict[str, Any], progress: Any) -> None:
     from mixlens.evals.runner import EvalSettings, run
     from mixlens.models.load import load
 
+    torch.set_num_threads(asked["threads"])
     settings = EvalSettings(progress=progress, **asked["settings"])
     model = partial(load, asked["model"], verbose=asked["verbose"], **asked["loading"])
     run(model, Job.of(asked["job"]), asked["out"], settings)
