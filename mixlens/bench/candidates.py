@@ -41,7 +41,7 @@ def candidates(
     runs: Sequence[Log | Bench],
     *,
     score: str | None = None,
-    names: Mapping[str, str] = {},
+    names: Mapping[str, str] | None = None,
     tokens: tuple[int, int] = (1000, 500),
     table: pd.DataFrame | None = None,
 ) -> list[Candidate]:
@@ -64,6 +64,7 @@ def candidates(
     Raises BadInput, by name, for a model that has only one of the two, evaluations that share no benchmark, protocol
     and metric, edited models, and metrics of which less is better.
     """
+    names = names or {}
     logs = [run for run in runs if isinstance(run, Log)]
     benches = [part for run in runs if isinstance(run, Bench) for part in run.configurations().values()]
     if not logs or not benches or not all(isinstance(run, Log | Bench) for run in runs):
