@@ -2,7 +2,22 @@
 
 
 class MixlensError(Exception):
-    """Base of all errors that mixlens raises on purpose."""
+    """Base of all errors that mixlens raises on purpose.
+
+    Programs read the attributes; the wording of the message may change in any version.
+
+    Attributes
+    ----------
+    argument : str or None
+        Name of what was refused: a parameter, a column, a file, a model, a header. None where it is no single thing.
+    value : object
+        What was given or found for it. None where there is nothing to show; never a key.
+    """
+
+    def __init__(self, message: str, *, argument: str | None = None, value: object = None) -> None:
+        super().__init__(message)
+        self.argument = argument
+        self.value = value
 
 
 class BadInput(MixlensError, ValueError):

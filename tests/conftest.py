@@ -7,11 +7,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from tiny import SHAPES, Letters, tiny_mixtral
 from transformers import MixtralForCausalLM
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts jobs in the background without one
 torch.set_num_threads(1)  # tiny models; threads of several test processes would wait for each other
+settings.register_profile(
+    "mixlens",
+    deadline=None,  # no test asserts on elapsed time
+    derandomize=True,  # the same examples in every run: a red suite is red for everybody
+    database=None,
+    max_examples=25,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("mixlens")
 SHARED = Path(__file__).parent.parent.parent / "shared"
 
 

@@ -1,0 +1,1 @@
+"""The private parts of mixlens that tests reach, imported in one place."""
