@@ -42,7 +42,7 @@ settings = ml.EvalSettings(progress=False, routing=True)
 # disagree both are shown.
 
 # %%
-references(PUBLISHED, benchmark="arc_challenge")[["protocol", "score", "n", "source", "status"]]
+references(PUBLISHED, benchmark="arc_challenge")[["protocol", "score", "n", "source", "page"]]
 
 # %% [markdown]
 # A suite maps each benchmark to one protocol, and one protocol is one task file.

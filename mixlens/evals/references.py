@@ -13,7 +13,8 @@ from mixlens.evals.protocols import near, tasks_folder
 from mixlens.evals.scoring import primary_rows
 
 COLUMNS = [
-    "model", "quantization", "benchmark", "protocol", "metric", "average", "score", "n", "source", "status", "note",
+    "model", "quantization", "benchmark", "protocol", "shots", "split", "metric", "scorer", "average", "score", "n",
+    "source", "page", "status", "note",
 ]  # fmt: skip
 BESIDE = [
     "benchmark", "protocol", "metric", "score", "ci_low", "ci_high", "n", "published", "published_protocol",
@@ -27,13 +28,14 @@ def references(model: str | None = None, *, benchmark: str | None = None) -> pd.
     model      a name on the Hub, such as "mistralai/Mixtral-8x7B-v0.1"; None for all
     benchmark  such as "mmlu"; None for all
 
-    Returns  DataFrame  model, quantization, benchmark, protocol, metric, average ("macro" where the source says so),
-                        score, n (of the benchmark; NaN where not stated), source, status ("official", "reproduction",
-                        "quantized", "unattributed"), note
+    Returns  DataFrame  model, quantization, benchmark, protocol, shots, split (that is scored), metric (by its name in
+                        the task file), scorer (the program that graded), average ("macro" where the source says so),
+                        score, n (of the benchmark), source, page (the table, figure or configuration in the source),
+                        status ("official", "reproduction", "quantized"), note; what is not stated is None or NaN
     Raises   BadInput   for a model or a benchmark that has none
     """
     entries = json.loads((tasks_folder() / "references.json").read_text("utf-8"))["entries"]
-    frame = pd.DataFrame(entries, columns=COLUMNS).astype({"score": float, "n": float})
+    frame = pd.DataFrame(entries, columns=COLUMNS).astype({"score": float, "n": float, "shots": float})
     for column, asked in (("model", model), ("benchmark", benchmark)):
         if asked is None:
             continue

@@ -21,7 +21,7 @@ from mixlens.show.tables import LATEX
 from mixlens.show.taking import takes_run
 
 _APART = "the exact McNemar test tells the two apart (p < 0.05)"
-_STATUS = {"official": "D", "reproduction": "d", "quantized": "v", "unattributed": "s"}
+_STATUS = {"official": "D", "reproduction": "d", "quantized": "v"}
 
 
 def scores(logs: Log | Mapping[str, Log], *, subjects: bool = False, ax: Axes | None = None) -> Axes:

@@ -24,7 +24,6 @@ from mixlens.evals.answers import PARTIAL
 from mixlens.evals.backends import backend_of
 from mixlens.evals.generating import SeededNoise
 from mixlens.evals.model import LocalLM, tokenizer_of
-from mixlens.evals.references import beside, references
 from mixlens.evals.runner import EvalSettings
 
 TASKS = ["demo_0shot::brackets", "demo_0shot::phrases"]
@@ -205,24 +204,6 @@ def test_code_is_never_run_outside_the_sandbox(demo, monkeypatch):
 def test_data_that_is_not_there_is_named(demo, tmp_path):
     with pytest.raises(ml.BadInput, match=r"anatomy_dev.csv is not there"):
         ml.evaluate(demo, "mmlu_5shot::anatomy", data=tmp_path, settings=QUIET)
-
-
-def test_every_published_score_is_there_and_none_beside_another_protocol(demo, shared, tmp_path):
-    text = (shared / "PUBLISHED.md").read_text("utf-8").partition("## Scores")[2].partition("## Routing")[0]
-    table = text.partition("|---|")[2].partition("\n\n")[0]
-    stated = {float(number) for cell in table.split("|") for number in re.findall(r"\b\d+\.\d+\b", cell)}
-    assert stated - {round(score, 4) for score in references()["score"]} == set()
-
-    log = ml.evaluate(demo, "mmlu_5shot::anatomy", data=shared / "data", limit=2, settings=QUIET)
-    compared = beside(log, model="mistralai/Mixtral-8x7B-v0.1")
-    assert not compared["comparable"].any()
-    assert compared["difference"].isna().all()
-    assert compared["why_not"].str.contains("only the first 2").all()
-    log.meta["settings"]["limit"] = None
-    assert beside(log, model="mistralai/Mixtral-8x7B-v0.1")["why_not"].str.contains("n is 14042|by mmlu_0shot").all()
-    log.meta["tasks"]["mmlu_5shot::anatomy"]["protocol"] = "mmlu_0shot"
-    del log.scores
-    assert beside(log, model="mistralai/Mixtral-8x7B-v0.1")["why_not"].iloc[0].startswith("published by mmlu_5shot")
 
 
 def test_wrong_data_is_refused(demo, tmp_path):
