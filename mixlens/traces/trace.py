@@ -181,6 +181,8 @@ class Trace:
         pieces = [block[name] for block in self.blocks(name)]
         if pieces:
             return np.concatenate(pieces)
+        if self._sources:
+            return column(self._sources[0], name, 0, 0, None)
         shapes = {"expert_id": self.top_k, "weight": self.top_k, "router_logits": self.n_experts}
         return np.zeros((0, self.n_layers, shapes[name]) if name in shapes else 0, store._dtype(name))
 
@@ -231,7 +233,7 @@ class Trace:
         tokens: Sequence[int] | None = None,
         positions: tuple[int, int] | None = None,
     ) -> Trace:
-        """A view of part of the trace; nothing is read yet.
+        """A view of part of the trace; nothing is read yet. Of a view it keeps what both selections keep.
 
         where      {column: value or list of values} or a boolean Series over `sequences`
         layers     layer number or numbers
@@ -257,16 +259,9 @@ class Trace:
                 for s in sources
             ]
             kept_layers = asked
-        if phase is not None:
-            if phase not in PHASES:
-                raise BadInput(
-                    f"Phase {phase!r} was to be selected. Phases are prompt and generated. Give one of them."
-                )
-            sources = [replace(s, phase=PHASES[phase]) for s in sources]
-        if tokens is not None:
-            sources = [replace(s, tokens=tuple(int(t) for t in tokens)) for s in sources]
-        if positions is not None:
-            sources = [replace(s, positions=(int(positions[0]), int(positions[1]))) for s in sources]
+        if phase is not None and phase not in PHASES:
+            raise BadInput(f"Phase {phase!r} was to be selected. Phases are prompt and generated. Give one of them.")
+        sources = [s.narrowed(None if phase is None else PHASES[phase], tokens, positions) for s in sources]
         view = Trace(sources, sequences, self.meta, kept_layers)
         view.path, view._vocabulary, view.reduce = self.path, self._vocabulary, self.reduce
         return view

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,20 @@ class Source:
     @property
     def whole(self) -> bool:
         return self.phase is None and self.tokens is None and self.positions is None
+
+    def narrowed(self, phase: int | None, tokens: Sequence[int] | None, positions: tuple[int, int] | None) -> Source:
+        """Seen through these conditions as well; None stands for no condition."""
+        seen = self
+        if phase is not None:
+            seen = replace(seen, phase=phase) if seen.phase in (None, phase) else replace(seen, tokens=())
+        if tokens is not None:
+            ids = {int(t) for t in tokens}
+            seen = replace(seen, tokens=tuple(ids if seen.tokens is None else ids.intersection(seen.tokens)))
+        if positions is not None:
+            (first, stop), before = map(int, positions), seen.positions
+            both = (first, stop) if before is None else (max(first, before[0]), min(stop, before[1]))
+            seen = replace(seen, positions=both)
+        return seen
 
 
 def spans(sequence: np.ndarray, tokens: int) -> Iterator[tuple[int, int]]:

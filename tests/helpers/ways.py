@@ -17,11 +17,13 @@ from transformers import StoppingCriteria
 
 import mixlens as ml
 from helpers.bare import EXPERTS, STREAM
+from helpers.told import Told, told
 
 OPTIONS = ("router_logits", "logprob", "top_logprobs")
 # Layer 1 is left out, so that the number of a layer is not its place.
 PLANS: dict[str, tuple] = {
     "all": (*OPTIONS, *(ml.Site(name, (0, 2), "float32") for name in (*STREAM, *EXPERTS))),
+    "options": OPTIONS,
     **{
         tokens: (ml.Site("attn_out", None, "float32", tokens), ml.Site("expert_norm", (1, 2), "float32", tokens))
         for tokens in ("prompt", "generated", "last")
@@ -272,7 +274,8 @@ def compiled() -> Way:
         )
     rows = [*batch, *read_rows(prompts, output[:, ids.shape[1] :], stop)]
     table = table_of(len(rows))
-    return Way({"all": recorder.trace(table)}, rows, [5, 2, 6, 3], table)
+    trace = recorder.trace(table)
+    return Way({"all": trace, "options": trace}, rows, [5, 2, 6, 3], table)
 
 
 class Numbers:
@@ -357,3 +360,10 @@ WAYS = {
 @functools.cache
 def way_of(name: str) -> Way:
     return WAYS[name]()
+
+
+@functools.cache
+def truth_of(name: str, plan: str = "all") -> Told:
+    """What the traces of a way must tell, from its rows run alone."""
+    way, sites = way_of(name), [signal for signal in PLANS[plan] if isinstance(signal, ml.Site)]
+    return told(net(), way.rows, way.prompts, sites=sites, table=way.table, scores_prompts=way.scores_prompts)
