@@ -6,11 +6,14 @@ cores, and `passed` reads what came out.
 
 from __future__ import annotations
 
+import builtins
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import symtable
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from mixlens.evals.sandbox import Limits, run_codes
+from mixlens.evals.sandbox import Check, Limits, run_checks
 
 # The slowest of MBPP's own solutions (task 123) needs 3 s of a processor of its own.
 LIMITS = Limits(seconds=30.0)
@@ -19,7 +22,7 @@ _FENCE = re.compile(r"```(?:[pP]ython|py)?[ \t]*\r?\n(.*?)(?:\r?\n[ \t]*```|\Z)"
 
 def humaneval(answers: Sequence[Sequence[str]], documents: Iterable[Mapping[str, Any]]) -> list[list[float]]:
     """1.0 where prompt and answer pass the problem's check, else 0.0; of a base model, which continues the prompt."""
-    return _run(answers, documents, lambda answer, d: _checked(d["prompt"] + answer, d))
+    return _run(answers, documents, lambda answer, d: _check(d["prompt"] + answer, d))
 
 
 def humaneval_chat(answers: Sequence[Sequence[str]], documents: Iterable[Mapping[str, Any]]) -> list[list[float]]:
@@ -28,21 +31,26 @@ def humaneval_chat(answers: Sequence[Sequence[str]], documents: Iterable[Mapping
     The prompt's own lines (imports, helper functions) stand before an answer that repeats the function.
     """
 
-    def program(answer: str, document: Mapping[str, Any]) -> str:
+    def check(answer: str, document: Mapping[str, Any]) -> Check:
         code, name = code_in(answer), re.escape(document["entry_point"])
         if not re.search(rf"^(?:async[ ]+)?def[ ]+{name}\b", code, re.MULTILINE):
-            return _checked(document["prompt"] + code, document)
+            return _check(document["prompt"] + code, document)
         before = re.split(rf"^def[ ]+{name}\b", document["prompt"], maxsplit=1, flags=re.MULTILINE)[0]
-        return _checked(f"{before}\n{code}", document)
+        return _check(f"{before}\n{code}", document)
 
-    return _run(answers, documents, program)
+    return _run(answers, documents, check)
 
 
 def mbpp(answers: Sequence[Sequence[str]], documents: Iterable[Mapping[str, Any]]) -> list[list[float]]:
     """1.0 where the answer, alone, passes every test of the problem, behind what the tests need set up."""
-    return _run(
-        answers, documents, lambda answer, d: "\n".join([code_in(answer), d["test_setup_code"], *d["test_list"], ""])
-    )
+
+    def check(answer: str, document: Mapping[str, Any]) -> Check:
+        tests = "\n".join([document["test_setup_code"], *document["test_list"]])
+        names, modules = names_tested(tests)
+        imports = "".join(f"import {name}\n" for name in modules)
+        return Check(code_in(answer), tests, names, helpers=imports)
+
+    return _run(answers, documents, check)
 
 
 def passed(references: Sequence[Any], predictions: Sequence[Any], **_: Any) -> float:
@@ -60,11 +68,42 @@ def code_in(answer: str) -> str:
     return found.group(1) if found else answer
 
 
-def _checked(code: str, document: Mapping[str, Any]) -> str:
-    return f"{code}\n{document['test']}\ncheck({document['entry_point']})\n"
+def names_tested(tests: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What tests use of an answer: names that they neither define nor find in Python; and modules that they use.
+
+    An answer may also be named as a built-in function (MBPP's task 126 asks for `sum`): where the tests use no other
+    name, the built-in functions that they call are the answer's.
+    """
+    try:
+        table = symtable.symtable(tests, "<tests>", "exec")
+    except SyntaxError:  # told by the tests themselves, when they are run
+        return (), ()
+    own = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_assigned() or symbol.is_imported()}
+    own |= {symbol.get_name() for symbol in table.get_symbols() if symbol.is_namespace()}
+    used = _globals_of(table) - own
+    others = used - set(dir(builtins))
+    modules = {name for name in others & sys.stdlib_module_names if not re.search(rf"(?<![\w.]){name}\b(?!\.)", tests)}
+    return tuple(sorted(others - modules or used)), tuple(sorted(modules))
 
 
-def _run(answers: Sequence[Sequence[str]], documents: Iterable[Mapping[str, Any]], program: Any) -> list[list[float]]:
-    programs = [[program(answer, d) for answer in given] for given, d in zip(answers, documents, strict=True)]
-    results = iter(run_codes([one for several in programs for one in several], limits=LIMITS))
-    return [[float(next(results).passed) for _ in several] for several in programs]
+def _globals_of(table: symtable.SymbolTable) -> set[str]:
+    top = table.get_type() == "module"
+    found = {s.get_name() for s in table.get_symbols() if s.is_referenced() and (top or s.is_global())}
+    return found.union(*(_globals_of(child) for child in table.get_children()))
+
+
+def _check(answer: str, document: Mapping[str, Any]) -> Check:
+    """HumanEval's: the tests may use functions that the prompt holds whole, and so have them on their own side."""
+    name = document["entry_point"]
+    tests = f"{document['test']}\ncheck({name})\n"
+    return Check(answer, tests, (name,), helpers=f"{document['prompt']}\n    pass\n")
+
+
+def _run(
+    answers: Sequence[Sequence[str]],
+    documents: Iterable[Mapping[str, Any]],
+    check: Callable[[str, Mapping[str, Any]], Check],
+) -> list[list[float]]:
+    checks = [[check(answer, d) for answer in given] for given, d in zip(answers, documents, strict=True)]
+    results = iter(run_checks([one for several in checks for one in several], limits=LIMITS))
+    return [[float(next(results).passed) for _ in several] for several in checks]

@@ -1,29 +1,41 @@
-"""run_code: a Python program that a model wrote, run with no network, no files and no way to outlive its time."""
+"""Code that a model wrote, run with no network, no files and no way to outlive its time, and judged from outside.
+
+run_code   a program, and how it ended
+run_check  an answer in one process and its tests in another, so that the answer can neither read nor write the verdict
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import platform
 import secrets
 import selectors
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import psutil
 
 from mixlens.errors import SandboxError
+from mixlens.evals.seccomp import seccomp_filter
 
-_DRIVER = Path(__file__).with_name("sandbox_driver.py")
+_DRIVER, _PLAIN, _ANSWER, _JUDGE = (
+    Path(__file__).with_name(f"sandbox_{part}.py").read_text("utf-8") for part in ("driver", "plain", "answer", "judge")
+)
 _SCRATCH = "/scratch"
-_STARTUP_S, _CHECK_EVERY_S = 60.0, 0.05
+_STOPPED = ("timeout", "memory", "output")
+_STARTUP_S, _CHECK_EVERY_S, _LAST_WORDS_S = 60.0, 0.05, 1.0
 # Of the system, read-only: the interpreter's own libraries. Neither /etc nor /home, /tmp, /var or /run.
 _SYSTEM = ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache")
 _NAMESPACES = ("--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try")
@@ -49,10 +61,11 @@ class Limits:
 
 @dataclass(frozen=True)
 class CodeResult:
-    """How a program ended.
+    """How a program, or the check of an answer, ended.
 
     outcome  "completed": its last line was reached; "raised": an exception, named in `error`; "exited": it ended
-             before its last line (exit(), a signal); "timeout", "memory", "output": stopped at that limit
+             before its last line (exit(), a signal); "timeout", "memory", "output": stopped at that limit; "not plain":
+             the answer gave, or the tests passed, what cannot cross between two processes, named in `error`
     """
 
     outcome: str
@@ -66,48 +79,75 @@ class CodeResult:
         return self.outcome == "completed"
 
 
+@dataclass(frozen=True)
+class Check:
+    """An answer and its tests.
+
+    answer   Python source that a model wrote
+    tests    Python source that raises unless the answer is right
+    names    what the tests use of the answer, such as ("add",); all else that they use is their own
+    helpers  source that the tests stand on, run before them on their side
+    """
+
+    answer: str
+    tests: str
+    names: tuple[str, ...]
+    helpers: str = ""
+
+
 def run_code(program: str, *, limits: Limits = Limits(), unsafe_without_sandbox: bool = False) -> CodeResult:
     """Run `program`, Python source, in a sandbox of its own.
 
     It has no network, an empty environment, a scratch folder in memory, the system's libraries read-only and the
     standard library alone. Nothing it starts outlives it: it has a process namespace of its own, which ends with it.
-    An early exit() is not a pass. A program written to forge its own report could; the sandbox holds it all the same.
+    An early exit() is not a pass. A program written to forge its own report could; `run_check` judges from outside.
 
     unsafe_without_sandbox  run it where bubblewrap cannot be used, with limits on each process but with the network
                             and every file of this user. For code that you have read.
 
     Raises SandboxError when there is no sandbox on this machine.
     """
-    bound = 0 if unsafe_without_sandbox or os.getuid() else secrets.randbelow(500) + 65_000
-    with tempfile.TemporaryFile() as source, tempfile.TemporaryDirectory() as folder:
-        token = secrets.token_hex(16)
-        plan = {**asdict(limits), "token": token, "uid": bound}
-        if unsafe_without_sandbox:  # outside a namespace of its own a limit counts all that this user runs
-            plan["processes"] += _threads_of_this_user()
-        source.write(json.dumps(plan).encode() + b"\n" + program.encode("utf-8", "surrogateescape"))
-        source.seek(0)
-        report, report_end = os.pipe()
-        python = [os.path.realpath(sys.executable), "-I", "-S", "-B", "-X", "utf8", "-c", _DRIVER.read_text("utf-8")]
-        command = [*([] if unsafe_without_sandbox else _bubblewrap(limits)), *python, str(report_end)]
-        try:
-            process = subprocess.Popen(
-                command,
-                stdin=source,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                pass_fds=[report_end],
-                env={"HOME": folder, "TMPDIR": folder} if unsafe_without_sandbox else {},
-                cwd=folder if unsafe_without_sandbox else "/",
-                start_new_session=True,
-            )
-        finally:
-            os.close(report_end)
-        watch = _Watch(process, report, limits)
-        try:
-            watch.follow()
-        finally:
-            watch.end()
-    return _result(watch, token)
+    with _Program(program, limits, unsafe_without_sandbox) as running:
+        running.watch.follow()
+    return running.result()
+
+
+def run_check(check: Check, *, limits: Limits = Limits(), unsafe_without_sandbox: bool = False) -> CodeResult:
+    """Run the tests in one sandbox and the answer in another; calls, arguments and results cross as plain data.
+
+    Numbers, strings and containers are rebuilt on the side of the tests as values of Python's own types, so that what
+    the answer does to comparisons, built-in functions or modules stays on its side, and expected values on the other. A
+    result of another type can be called, iterated, measured and asked for attributes, but never compared.
+
+    `limits` holds for either process. stdout and stderr are those of the answer. Raises as run_code.
+    """
+    ours, theirs = socket.socketpair()
+    plan = {"answer": check.answer, "tests": check.tests, "names": check.names, "helpers": check.helpers}
+    with ours, theirs:
+        judge = _Program(f"PLAN = {plan!a}\n{_PLAIN}\n{_JUDGE}", limits, unsafe_without_sandbox, ours)
+        judged = _Program(f"{_PLAIN}\n{_ANSWER}", limits, unsafe_without_sandbox, theirs)
+        with judged, judge:
+            ours.close()
+            theirs.close()
+            answering = threading.Thread(target=judged.follow_to_its_end)
+            answering.start()
+            judge.follow_to_its_end()
+            answering.join(_LAST_WORDS_S)  # nobody asks it any more, and so it ends
+            judged.watch.kill()
+            answering.join()
+    verdict, answer = judge.result(), judged.result()
+    outcome, error = verdict.outcome, verdict.error
+    name, _, text = error.partition(": ")
+    stopped = answer.outcome if answer.outcome in _STOPPED else ""  # what it says of itself is not believed
+    if name == "NotPlain":
+        outcome, error = "not plain", text
+    elif name == "TooMuch":
+        outcome, error = "output", ""
+    elif name == "Gone":
+        outcome, error = stopped or "exited", ""
+    elif stopped and not verdict.passed:
+        outcome, error = stopped, ""
+    return CodeResult(outcome, error, answer.stdout, answer.stderr, verdict.seconds)
 
 
 def run_codes(
@@ -118,11 +158,18 @@ def run_codes(
     unsafe_without_sandbox: bool = False,
 ) -> list[CodeResult]:
     """run_code for each program, `workers` at a time; None for one a core."""
+    options = {"limits": limits, "unsafe_without_sandbox": unsafe_without_sandbox}
+    return _at_a_time([partial(run_code, program, **options) for program in programs], workers)
+
+
+def run_checks(checks: Sequence[Check], *, limits: Limits = Limits(), workers: int | None = None) -> list[CodeResult]:
+    """run_check for each, `workers` at a time; None for one a core."""
+    return _at_a_time([partial(run_check, check, limits=limits) for check in checks], workers)
+
+
+def _at_a_time(calls: Sequence[Callable[[], CodeResult]], workers: int | None) -> list[CodeResult]:
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        run = [
-            pool.submit(run_code, program, limits=limits, unsafe_without_sandbox=unsafe_without_sandbox)
-            for program in programs
-        ]
+        run = [pool.submit(call) for call in calls]
         try:
             return [future.result() for future in run]
         finally:
@@ -134,7 +181,72 @@ def check_sandbox() -> None:
     run_code("pass")
 
 
-def _bubblewrap(limits: Limits) -> list[str]:
+class _Program:
+    """A program of ours or of a model in a sandbox, from its start to the end of all that it started."""
+
+    def __init__(
+        self, program: str, limits: Limits, unsafe_without_sandbox: bool, channel: socket.socket | None = None
+    ) -> None:
+        bound = 0 if unsafe_without_sandbox or os.getuid() else secrets.randbelow(500) + 65_000
+        self.token = secrets.token_hex(16)
+        self.folder = tempfile.TemporaryDirectory()
+        passed = [] if channel is None else [channel.fileno()]
+        plan = {**asdict(limits), "token": self.token, "uid": bound, "channel": passed}
+        if unsafe_without_sandbox:  # outside a namespace of its own a limit counts all that this user runs
+            plan["processes"] += _threads_of_this_user()
+        report, report_end = os.pipe()
+        with tempfile.TemporaryFile() as source, tempfile.TemporaryFile() as calls:
+            source.write(json.dumps(plan).encode() + b"\n" + program.encode("utf-8", "surrogateescape"))
+            source.seek(0)
+            python = [os.path.realpath(sys.executable), "-I", "-S", "-B", "-X", "utf8", "-c", _DRIVER, str(report_end)]
+            if unsafe_without_sandbox:
+                command, env, folder = python, {"HOME": self.folder.name, "TMPDIR": self.folder.name}, self.folder.name
+            else:
+                calls.write(_refused_calls())
+                calls.seek(0)
+                command, env, folder = [*_bubblewrap(limits, calls.fileno()), *python], {}, "/"
+                passed = [*passed, calls.fileno()]
+            try:
+                process = subprocess.Popen(
+                    command,
+                    stdin=source,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    pass_fds=[report_end, *passed],
+                    env=env,
+                    cwd=folder,
+                    start_new_session=True,
+                )
+            finally:
+                os.close(report_end)
+        self.watch = _Watch(process, report, limits)
+
+    def __enter__(self) -> _Program:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.watch.end()
+        self.folder.cleanup()
+
+    def follow_to_its_end(self) -> None:
+        """Until it has ended; then what it started is killed, so that nobody waits for an answer any more."""
+        try:
+            self.watch.follow()
+        finally:
+            self.watch.kill()
+
+    def result(self) -> CodeResult:
+        return _result(self.watch, self.token)
+
+
+def _refused_calls() -> bytes:
+    refused = seccomp_filter()
+    if refused is None:
+        raise _no_sandbox(f"its system calls are not known for the processor {platform.machine()}")
+    return refused
+
+
+def _bubblewrap(limits: Limits, refused_calls: int) -> list[str]:
     """The command before python's: everything unshared, nothing writable but the scratch folder."""
     found = shutil.which("bwrap")
     if found is None:
@@ -156,6 +268,7 @@ def _bubblewrap(limits: Limits) -> list[str]:
     variables = {"HOME": _SCRATCH, "TMPDIR": _SCRATCH, "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}
     return [
         found, *_NAMESPACES, *rights, "--die-with-parent", "--new-session", "--hostname", "sandbox", "--clearenv",
+        "--seccomp", str(refused_calls),
         *(part for name, value in variables.items() for part in ("--setenv", name, value)),
         *mounts, "--proc", "/proc", "--dev", "/dev", *scratch, *closed, "--chdir", _SCRATCH, "--",
     ]  # fmt: skip
@@ -197,13 +310,16 @@ class _Watch:
                 self.stopped = self.stopped or self._limit_reached(now, begun)
             self.seconds = time.monotonic() - (self.started or begun)
 
-    def end(self) -> None:
+    def kill(self) -> None:
         """Kill whatever is left; the process namespace goes with its first process."""
         for kill in (lambda: os.killpg(self.process.pid, signal.SIGKILL), self.process.kill):
             try:
                 kill()
             except (ProcessLookupError, PermissionError):
                 continue
+
+    def end(self) -> None:
+        self.kill()
         self.process.wait()
         for stream in (self.process.stdout, self.process.stderr):
             assert stream is not None

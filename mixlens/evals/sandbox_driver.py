@@ -13,6 +13,9 @@ def main() -> None:
     report = int(sys.argv[1])
     plan = json.loads(sys.stdin.buffer.readline())
     program = sys.stdin.buffer.read()
+    nothing = os.open("/dev/null", os.O_RDONLY)
+    os.dup2(nothing, 0)  # the plan could be read again from its file
+    os.close(nothing)
     if plan["uid"]:
         os.setgid(plan["uid"])
         os.setuid(plan["uid"])
@@ -28,6 +31,7 @@ def main() -> None:
         resource.setrlimit(name, (limit, limit))
     os.write(report, b"ready\n")
     own = os.getpid()
+    sys.argv = ["program", *map(str, plan["channel"])]
     outcome, error = run(program)
     if os.getpid() != own:  # a fork of the program has come out here
         os._exit(0)
@@ -38,7 +42,6 @@ def main() -> None:
 
 
 def run(program: bytes) -> "tuple[str, str]":
-    sys.argv = ["program"]
     try:
         exec(compile(program, "<program>", "exec"), {"__name__": "__main__", "__builtins__": __builtins__})
     except SystemExit:

@@ -1,0 +1,76 @@
+"""The judged: a process that holds the code a model wrote, and does to it what the judge asks over a channel.
+
+Its text runs behind sandbox_plain.py, inside the sandbox. It knows neither the tests nor what they expect.
+"""
+
+# ruff: noqa: F821
+# pyright: reportUndefinedVariable=false
+
+import os
+import socket
+import sys
+
+namespace = {"__name__": "__main__", "__builtins__": __builtins__}  # of the answer
+held: dict = {}  # objects without a plain form, by number; the judge has their numbers alone
+
+
+def hold(value):
+    held[id(value)] = value
+    return {"object": [id(value), type(value).__name__]}
+
+
+def find(target):
+    if isinstance(target, int):
+        return held[target]
+    if target not in namespace:
+        raise NameError(f"name {target!r} is not defined")
+    return namespace[target]
+
+
+def object_of(kind, content):
+    return find(content[0])
+
+
+def do(action, target, rest):
+    if action == "load":
+        exec(compile(target.encode("utf-8", "surrogateescape"), "<program>", "exec"), namespace)
+        return None
+    target = find(target)
+    if action == "call":
+        return target(*rest[0], **rest[1])
+    if action == "get":
+        return getattr(target, rest)
+    if action == "set":
+        return setattr(target, *rest)
+    if action == "item":
+        return target[rest]
+    return {"items": list, "length": len, "truth": bool}[action](target)
+
+
+def serve():
+    descriptor = int(sys.argv[1])
+    os.closerange(3, descriptor)
+    os.closerange(descriptor + 1, 64)
+    channel = Channel(socket.socket(fileno=descriptor))
+    sys.argv = ["program"]
+    while True:
+        number, action, target, sent = channel.receive()
+        reply = {"number": number}
+        try:
+            rest = unpacked(sent, object_of)
+            value = do(action, target, rest)
+            reply["value"] = packed(value, hold)
+            after = packed(rest, hold)
+            if action == "call" and after != sent:  # the call has changed its arguments
+                reply["after"] = after
+        except BaseException as error:
+            reply["raised"] = [type(error).__name__, str(error)[:2000]]
+        channel.send(reply)
+
+
+try:
+    serve()
+except Gone:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

@@ -1,0 +1,108 @@
+"""The judge: a process that runs the tests of an answer that lies in another process, and so alone decides.
+
+Its text runs behind sandbox_plain.py, inside a sandbox of its own, with PLAN and CHANNEL set in front of it. What the
+tests call is asked of the other process; what they compare are values of Python's own types, made here.
+"""
+
+# ruff: noqa: F821
+# pyright: reportUndefinedVariable=false
+
+import builtins
+import itertools
+import socket
+import sys
+from typing import Any
+
+numbers = itertools.count()
+
+
+def main(plan):
+    channel = Channel(socket.socket(fileno=int(sys.argv[1])))
+    objects = {}
+
+    def ask(action, target, rest: Any = None):
+        number, sent = next(numbers), packed(rest, number_of)
+        channel.send([number, action, target, sent])
+        reply = channel.receive()
+        if reply["number"] != number:
+            raise NotPlain("a reply to another question")
+        if "after" in reply:
+            for mine, theirs in zip(rest[0], unpacked(reply["after"], object_of)[0], strict=True):
+                change(mine, theirs)
+        if "raised" in reply:
+            raise raised(*reply["raised"])
+        return unpacked(reply["value"], object_of)
+
+    class Object:
+        """Something of the judged that has no plain form. It can be used, but never compared: its word is not proof."""
+
+        def __init__(self, target, name):
+            vars(self).update(_target=target, _name=name)
+
+        def __call__(self, *args, **kwargs):
+            return ask("call", self._target, (args, kwargs))
+
+        def __getattr__(self, name):
+            return ask("get", self._target, name)
+
+        def __setattr__(self, name, value):
+            ask("set", self._target, (name, value))
+
+        def __getitem__(self, key):
+            return ask("item", self._target, key)
+
+        def __iter__(self):
+            return iter(ask("items", self._target))
+
+        def __len__(self):
+            return ask("length", self._target)
+
+        def __bool__(self):
+            return ask("truth", self._target)
+
+        def __eq__(self, other):
+            raise NotPlain(f"the answer gave a {self._name}, which cannot be compared")
+
+        __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __eq__
+
+        def __hash__(self):
+            return hash(self._target)
+
+    def number_of(value):
+        if isinstance(value, Object):
+            return {"object": [value._target, ""]}
+        raise NotPlain(f"the tests pass a {type(value).__name__}")
+
+    def object_of(kind, content):
+        number, name = content
+        if kind != "object" or type(number) is not int or type(name) is not str:
+            raise NotPlain("a value of no known form")
+        return objects.setdefault(number, Object(number, name))
+
+    ask("load", plan["answer"])
+    namespace = {"__name__": "tests", "__builtins__": builtins}
+    exec(compile(plan["helpers"], "<helpers>", "exec"), namespace)
+    namespace.update((name, Object(name, "function")) for name in plan["names"])
+    exec(compile(plan["tests"], "<tests>", "exec"), namespace)
+
+
+def change(mine, theirs):
+    """An argument that the call has changed is changed here too."""
+    if type(mine) is list:
+        mine[:] = theirs
+    elif type(mine) in (dict, set):
+        mine.clear()
+        mine.update(theirs)
+
+
+def raised(name, text):
+    """An exception of the same name, if Python has one; the tests may expect it."""
+    kind: Any = getattr(builtins, str(name), None)
+    try:
+        assert issubclass(kind, BaseException)
+        return kind(str(text))
+    except (AssertionError, TypeError):
+        return Exception(f"{name}: {text}")
+
+
+main(PLAN)

@@ -1,0 +1,51 @@
+"""The system calls that a sandbox refuses, as a filter of the Linux kernel (seccomp, classic BPF)."""
+
+from __future__ import annotations
+
+import platform
+import struct
+
+# Numbers of the calls: asm/unistd_64.h of x86-64, asm-generic/unistd.h of arm64.
+# Memory that no process has in its own count; keys; other processes; the clock; namespaces and mounts; large interfaces
+# to the kernel that no answer needs.
+_REFUSED = {
+    "memfd_create": (319, 279), "memfd_secret": (447, 447), "shmget": (29, 194),
+    "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219),
+    "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271),
+    "clock_settime": (227, 112), "settimeofday": (164, 170), "adjtimex": (159, 171), "clock_adjtime": (305, 266),
+    "unshare": (272, 97), "setns": (308, 268), "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41),
+    "bpf": (321, 280), "perf_event_open": (298, 241), "userfaultfd": (323, 282), "io_uring_setup": (425, 425),
+}  # fmt: skip
+_CLONE, _CLONE3 = (56, 220), 435
+_ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
+_NEW_USER_NAMESPACE = 0x10000000
+_X32 = 0x40000000  # calls of x86-64 by another numbering
+_LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+_ALLOW, _KILL, _ERROR = 0x7FFF0000, 0x80000000, 0x00050000
+_EPERM, _ENOSYS = 1, 38
+
+
+def seccomp_filter() -> bytes | None:
+    """The filter for this machine's processor, as bubblewrap reads it; None where the numbers are not known."""
+    if platform.machine() not in _ARCHITECTURES:
+        return None
+    which, architecture = _ARCHITECTURES[platform.machine()]
+    refuse, missing = _statement(_RETURN, _ERROR | _EPERM), _statement(_RETURN, _ERROR | _ENOSYS)
+    program = [
+        _statement(_LOAD, 4), _jump(_EQUAL, architecture, 1, 0), _statement(_RETURN, _KILL),
+        _statement(_LOAD, 0), _jump(_AT_LEAST, _X32, 0, 1), refuse,
+    ]  # fmt: skip
+    for numbers in _REFUSED.values():
+        program += [_jump(_EQUAL, numbers[which], 0, 1), refuse]
+    program += [_jump(_EQUAL, _CLONE3, 0, 1), missing]  # its flags are in memory; the C library then uses clone
+    program += [_jump(_EQUAL, _CLONE[which], 0, 3), _statement(_LOAD, 16)]
+    program += [_jump(_ANY_BIT, _NEW_USER_NAMESPACE, 0, 1), refuse]
+    return b"".join([*program, _statement(_RETURN, _ALLOW)])
+
+
+def _statement(code: int, value: int) -> bytes:
+    return struct.pack("=HBBI", code, 0, 0, value)
+
+
+def _jump(code: int, value: int, if_true: int, if_false: int) -> bytes:
+    return struct.pack("=HBBI", code, if_true, if_false, value)
