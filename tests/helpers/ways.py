@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import tempfile
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -82,21 +84,23 @@ def table_of(n: int) -> pd.DataFrame:
 
 
 class Recorders:
-    """A Recorder for every plan, one inside the other."""
+    """A Recorder for every plan, one inside the other, and edits inside them all."""
 
-    def __init__(self, **options: Any) -> None:
-        self.options = options
+    def __init__(self, edits: Sequence[Any] = (), plans: Mapping[str, tuple] = PLANS, **options: Any) -> None:
+        self.edits, self.plans, self.options = edits, plans, options
 
     def __enter__(self) -> Recorders:
         self._stack = ExitStack()
         self._stack.enter_context(torch.no_grad())
         self.of = {
             plan: self._stack.enter_context(ml.Recorder(net(), signals=signals, **self.options))
-            for plan, signals in PLANS.items()
+            for plan, signals in self.plans.items()
         }
+        if self.edits:
+            self._stack.enter_context(ml.edit(net(), *self.edits))
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, *exception: Any) -> None:
         self._stack.__exit__(*exception)
 
     def way(
@@ -108,11 +112,11 @@ class Recorders:
         return Way({plan: rec.trace(table) for plan, rec in self.of.items()}, rows, prompts, heard, scores_prompts)
 
 
-def one_batch(side: str) -> Way:
+def one_batch(side: str, **options: Any) -> Way:
     rows = texts((5, 11, 1, 8))
     rows[1][4] = 0  # the pad token as a word of the text
     ids, mask = padded(rows, side)
-    with Recorders() as recorders:
+    with Recorders(**options) as recorders:
         net()(ids, attention_mask=mask)
     return recorders.way(rows, [len(row) for row in rows])
 
@@ -126,20 +130,23 @@ def lengths_for_a_mask() -> Way:
     return recorders.way(heard, [len(row) for row in heard], silent=(1,))
 
 
-def several_batches() -> Way:
-    first, second, third = texts((4, 9, 2), 1), texts((7,), 2), texts((3, 6), 3)
-    with Recorders() as recorders:
-        for rows, side in ((first, "right"), (second, "left"), (third, "left")):
-            ids, mask = padded(rows, side)
+def several_batches(
+    batches: Sequence[tuple[int, ...]] = ((4, 9, 2), (7,), (3, 6)), seed: int = 1, **options: Any
+) -> Way:
+    rows = []
+    with Recorders(**options) as recorders:
+        for number, lengths in enumerate(batches):
+            rows.append(texts(lengths, seed + number))
+            ids, mask = padded(rows[-1], "left" if number else "right")
             net()(ids, attention_mask=mask)
-    rows = [*first, *second, *third]
+    rows = [row for batch in rows for row in batch]
     return recorders.way(rows, [len(row) for row in rows])
 
 
-def chunks_with_a_cache() -> Way:
+def chunks_with_a_cache(**options: Any) -> Way:
     rows = texts((12, 12), 4)
     ids, cache = torch.tensor(rows), None
-    with Recorders() as recorders:
+    with Recorders(**options) as recorders:
         for start, stop in ((0, 5), (5, 10), (10, 12)):
             mask = torch.ones(2, stop, dtype=torch.long)
             cache = net()(
@@ -148,11 +155,11 @@ def chunks_with_a_cache() -> Way:
     return recorders.way(rows, [12, 12])
 
 
-def decoding_by_hand() -> Way:
+def decoding_by_hand(**options: Any) -> Way:
     """A right-padded prompt, then token by token."""
     prompts, following = texts((5, 2, 7), 5), texts((3, 3, 3), 6)
     ids, mask = padded(prompts, "right")
-    with Recorders() as recorders:
+    with Recorders(**options) as recorders:
         cache = net()(ids, attention_mask=mask, use_cache=True).past_key_values
         for step in range(3):
             mask = torch.cat([mask, torch.ones(3, 1, dtype=torch.long)], 1)
@@ -163,11 +170,19 @@ def decoding_by_hand() -> Way:
     return recorders.way(rows, [len(row) for row in prompts])
 
 
-def generated(prompts: list[list[int]], *, pad: int, stop: int | None, masked: bool = True, **options: Any) -> Way:
+def generated(
+    prompts: list[list[int]],
+    *,
+    pad: int,
+    stop: int | None,
+    masked: bool = True,
+    recording: Mapping[str, Any] = MappingProxyType({}),
+    **options: Any,
+) -> Way:
     """Left-padded prompts through generate; a row ends before `stop`, and its last token no forward has read."""
     ids, mask = padded(prompts, "left", pad)
     given = {"attention_mask": mask} if masked else {}
-    with Recorders() as recorders:
+    with Recorders(**recording) as recorders:
         output = net().generate(
             ids, **given, max_new_tokens=STEPS, do_sample=False, eos_token_id=stop, pad_token_id=pad, **options
         )
