@@ -1,0 +1,100 @@
+"""Documents: what their digest tells apart, and what becomes of texts that are too long."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+from helpers.ways import Numbers, net
+
+import mixlens as ml
+
+ROWS = [
+    {"text": "5 6 7 8 9 10 11", "id": "a", "domain": "x", "year": 1999},
+    {"text": "7 8", "id": "b", "domain": "y", "year": 2001},
+    {"text": "9 10 11 12 13", "id": "c", "domain": "x", "year": 2003},
+]
+
+
+def record(rows=ROWS, **settings):
+    settings = ml.RecordSettings(progress=False, **settings)
+    return ml.record(net(), rows, tokenizer=Numbers(), signals=(), settings=settings)
+
+
+def digest(rows) -> str:
+    return record(rows).meta["settings"]["input_sha256"]
+
+
+def changed(place, **columns):
+    return [row | columns if i == place else row for i, row in enumerate(ROWS)]
+
+
+def test_the_digest_is_of_every_id_text_and_column_in_order():
+    by_hand = hashlib.sha256()
+    for row in ROWS:
+        columns = {name: row[name] for name in ("domain", "year")}
+        by_hand.update(json.dumps([row["id"], row["text"], columns]).encode())
+    assert digest(ROWS) == by_hand.hexdigest()
+
+
+@pytest.mark.parametrize("place", range(3))
+@pytest.mark.parametrize("columns", [{"text": "5"}, {"id": "d"}, {"domain": "z"}, {"year": 1}], ids=str)
+def test_a_change_of_any_column_of_any_document_changes_the_digest(place, columns):
+    assert digest(changed(place, **columns)) != digest(ROWS)
+
+
+def test_order_and_number_of_documents_change_the_digest():
+    assert len({digest(ROWS), digest(ROWS[::-1]), digest(ROWS[:2]), digest([{**r, "more": 1} for r in ROWS])}) == 4
+
+
+@pytest.mark.parametrize("columns", [{"domain": "z"}, {"text": "7 9"}, {"year": 7}], ids=str)
+def test_a_run_of_other_documents_is_not_gone_on_with(tmp_path, columns):
+    options = {"tokenizer": Numbers(), "signals": (), "settings": ml.RecordSettings(progress=False)}
+    ml.record(net(), ROWS, out=tmp_path / "run", **options)
+    with pytest.raises(ml.RunError):
+        ml.record(net(), changed(1, **columns), out=tmp_path / "run", **options)
+    assert ml.record(net(), ROWS, out=tmp_path / "run", **options).n_tokens == 14
+
+
+@pytest.mark.parametrize(("name", "kept"), [("document_id", "document_id"), ("id", "document_id")])
+def test_the_callers_id_names_documents(name, kept):
+    trace = record([{"text": "5 6", name: 7}, {"text": "5", name: 3}])
+    assert trace.sequences[kept].tolist() == [7, 3]
+
+
+def test_without_an_id_documents_are_numbered():
+    assert record([{"text": "5 6"}, {"text": "5"}]).sequences["document_id"].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("overlong", "pieces", "counted"),
+    [
+        ("truncate", [("a", "5 6 7"), ("b", "7 8"), ("c", "9 10 11")], (2, 4 + 2, 0)),
+        (
+            "split",
+            [("a", "5 6 7"), ("a", "8 9 10"), ("a", "11"), ("b", "7 8"), ("c", "9 10 11"), ("c", "12 13")],
+            (0, 0, 2),
+        ),
+    ],
+)
+def test_longer_documents_are_cut_and_counted(tmp_path, overlong, pieces, counted):
+    settings = ml.RecordSettings(max_length=3, overlong=overlong, progress=False)
+    trace = ml.record(net(), ROWS, tokenizer=Numbers(), signals=(), settings=settings, out=tmp_path / "run")
+    number, ids = trace.read("sequence"), trace.read("token_id")
+    found = [
+        (trace.sequences.loc[s, "document_id"], " ".join(map(str, ids[number == s]))) for s in trace.sequences.index
+    ]
+    assert found == pieces
+    names = ("truncated_documents", "truncated_tokens", "split_documents")
+    assert tuple(trace.meta["reading"][name] for name in names) == counted
+    assert trace.meta["counts"]["documents"] == 3
+    assert trace.meta["counts"]["sequences"] == len(pieces)
+    np.testing.assert_array_equal(trace.read("position"), np.concatenate([range(len(t.split())) for _, t in pieces]))
+
+
+def test_a_document_as_long_as_the_limit_is_whole():
+    assert record([{"text": "5 6 7"}], max_length=3).sequences["length"].tolist() == [3]
+    with pytest.raises(ml.BadInput):
+        record([{"text": "5 6 7 8"}], max_length=3)
