@@ -90,7 +90,7 @@ class Deadly(list):
         Deadly.gone_through += 1
         for i, document in enumerate(list.__iter__(self)):
             if Deadly.gone_through == 2 and i == {fatal}:
-                os.kill(os.getpid(), signal.{signal})
+                os.kill(os.getpid(), signal.SIGKILL)
             yield document
 
 trace = ml.record(tiny_mixtral(), Deadly(DOCUMENTS), tokenizer=Letters(), out={out!r}, settings=SMALL)
@@ -102,10 +102,10 @@ if "WORLD_SIZE" in os.environ:
 """
 
 
-def run_script(out: Path, *, fatal: int = -1, signal_name: str = "SIGKILL", launcher: tuple[str, ...] = ()) -> int:
+def run_script(out: Path, *, fatal: int = -1, launcher: tuple[str, ...] = ()) -> int:
     script = out.parent / f"{out.name}.py"
     script.write_text(
-        RUN.format(tests=str(Path(__file__).parent.parent), out=str(out), fatal=fatal, signal=signal_name).replace(
+        RUN.format(tests=str(Path(__file__).parent.parent), out=str(out), fatal=fatal).replace(
             "from test_record", f"sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom test_record"
         )
     )
@@ -123,17 +123,18 @@ def contents(run: Path) -> dict[str, bytes]:
     return {**files, "meta.json": json.dumps(meta).encode()}
 
 
-@pytest.mark.parametrize("signal_name", ["SIGKILL", "SIGINT"])
-def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, signal_name):
-    assert run_script(tmp_path / "whole") == 0
-    assert run_script(tmp_path / "killed", fatal=4, signal_name=signal_name) != 0
+def test_a_killed_run_resumes_to_the_same_bytes(letters, tmp_path):
+    """Killed in a process of its own; an interrupted one is among the ways of test_every_signal."""
+    options = {"tokenizer": letters, "settings": SMALL}
+    record(tiny_mixtral(), DOCUMENTS, out=tmp_path / "whole", **options)
+    assert run_script(tmp_path / "killed", fatal=4) != 0
     left = {path.name for path in (tmp_path / "killed").iterdir()}
     assert "shard-00000.json" in left
     assert "meta.json" not in left
-    with pytest.raises(RunError, match=r"stopped after [1-9] complete shards"):
+    with pytest.raises(RunError):
         Trace.open(tmp_path / "killed")
     kept = (tmp_path / "killed" / "routing-00000.safetensors").stat().st_mtime_ns
-    assert run_script(tmp_path / "killed") == 0
+    record(tiny_mixtral(), DOCUMENTS, out=tmp_path / "killed", **options)
     assert (tmp_path / "killed" / "routing-00000.safetensors").stat().st_mtime_ns == kept
     assert contents(tmp_path / "whole") == contents(tmp_path / "killed")
 
