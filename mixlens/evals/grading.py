@@ -13,11 +13,11 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from mixlens.evals.answer_code import program_in
 from mixlens.evals.sandbox import Check, Limits, run_checks
 
 # The slowest of MBPP's own solutions (task 123) needs 3 s of a processor of its own.
 LIMITS = Limits(seconds=30.0)
-_FENCE = re.compile(r"```(?:[pP]ython|py)?[ \t]*\r?\n(.*?)(?:\r?\n[ \t]*```|\Z)", re.DOTALL)
 
 
 def humaneval(answers: Sequence[Sequence[str]], documents: Iterable[Mapping[str, Any]]) -> list[list[float]]:
@@ -26,19 +26,8 @@ def humaneval(answers: Sequence[Sequence[str]], documents: Iterable[Mapping[str,
 
 
 def humaneval_chat(answers: Sequence[Sequence[str]], documents: Iterable[Mapping[str, Any]]) -> list[list[float]]:
-    """As `humaneval`, of an instruct model: the code in its answer, whether it repeats the function or only goes on.
-
-    The prompt's own lines (imports, helper functions) stand before an answer that repeats the function.
-    """
-
-    def check(answer: str, document: Mapping[str, Any]) -> Check:
-        code, name = code_in(answer), re.escape(document["entry_point"])
-        if not re.search(rf"^(?:async[ ]+)?def[ ]+{name}\b", code, re.MULTILINE):
-            return _check(document["prompt"] + code, document)
-        before = re.split(rf"^def[ ]+{name}\b", document["prompt"], maxsplit=1, flags=re.MULTILINE)[0]
-        return _check(f"{before}\n{code}", document)
-
-    return _run(answers, documents, check)
+    """As `humaneval`, of an instruct model: the code in its answer, whether it repeats the function or only goes on."""
+    return _run(answers, documents, lambda a, d: _check(program_in(a, (d["entry_point"],), d["prompt"]), d))
 
 
 def mbpp(answers: Sequence[Sequence[str]], documents: Iterable[Mapping[str, Any]]) -> list[list[float]]:
@@ -48,7 +37,7 @@ def mbpp(answers: Sequence[Sequence[str]], documents: Iterable[Mapping[str, Any]
         tests = "\n".join([document["test_setup_code"], *document["test_list"]])
         names, modules = names_tested(tests)
         imports = "".join(f"import {name}\n" for name in modules)
-        return Check(code_in(answer), tests, names, helpers=imports)
+        return Check(program_in(answer, names), tests, names, helpers=imports)
 
     return _run(answers, documents, check)
 
@@ -57,15 +46,6 @@ def passed(references: Sequence[Any], predictions: Sequence[Any], **_: Any) -> f
     """pass@1 of one problem: the fraction of its answers that passed (Chen et al. 2021, with k = 1)."""
     outcomes = [outcome for one in predictions for outcome in (one if isinstance(one, list | tuple) else [one])]
     return sum(map(float, outcomes)) / len(outcomes)
-
-
-def code_in(answer: str) -> str:
-    """The code in an answer: all up to a fence where it begins as a function's body does, indented; else the first
-    fenced block, which may lack its end; else all of it."""
-    if answer.lstrip("\r\n")[:1] in (" ", "\t"):
-        return answer.split("```")[0]
-    found = _FENCE.search(answer)
-    return found.group(1) if found else answer
 
 
 def names_tested(tests: str) -> tuple[tuple[str, ...], tuple[str, ...]]:

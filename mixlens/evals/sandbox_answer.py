@@ -10,7 +10,7 @@ import os
 import socket
 import sys
 
-namespace = {"__name__": "__main__", "__builtins__": __builtins__}  # of the answer
+namespace = {"__name__": "answer", "__builtins__": __builtins__}  # whose examples under __main__ are not run
 held: dict = {}  # objects without a plain form, by number; the judge has their numbers alone
 
 
