@@ -4,13 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint browser slow mutants clean
+.PHONY: demo test lint browser slow mutants pins clean
 
 demo: $(INSTALLED)
 	$(BIN)/mixlens demo --out out/demo
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
@@ -26,6 +26,12 @@ N ?= 300
 SEED ?= 0
 mutants: $(VENV)/.installed-mutants
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants/run.py --n $(N) --seed $(SEED)
+
+# After a change of dependencies: packages keep their pins unless pyproject.toml forbids them.
+pins: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile pyproject.toml --extra test --extra browser --extra dev --extra mutants --python-version 3.11 \
+	  --no-annotate --no-emit-index-url --custom-compile-command 'make pins' --output-file constraints.txt
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
