@@ -161,7 +161,7 @@ def _jackknife_ratio(left_out: np.ndarray, replicates: np.ndarray) -> np.ndarray
     n = left_out.shape[-1]
     if n < 2:
         return np.ones(replicates.shape[:-1])
-    jackknife = (n - 1) / np.sqrt(n) * _deviation(left_out)
+    jackknife = np.sqrt(n - 1) * _deviation(left_out)
     bootstrap = np.sqrt(n / (n - 1)) * _deviation(replicates)
     ratio = np.divide(jackknife, bootstrap, out=np.ones_like(jackknife), where=bootstrap > 0)
     return np.clip(np.nan_to_num(ratio, nan=1.0), 1.0, 1.5)
