@@ -112,7 +112,10 @@ def sample(root: Path, n: int, seed: int) -> list[Mutant]:
             break
         source = (root / file).read_text("utf-8")
         operator, occurrence = draw.choice(ways)
-        changed = mutate_code(source, operators()[operator], occurrence)
+        try:
+            changed = mutate_code(source, operators()[operator], occurrence)
+        except AttributeError:  # cosmic-ray on `except module.Error`
+            continue
         if changed == source or not _compiles(changed):
             continue
         pairs = zip(source.splitlines(), changed.splitlines(), strict=False)
