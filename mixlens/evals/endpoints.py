@@ -86,7 +86,9 @@ class EndpointBackend:
         if kind == "loglikelihood_rolling":
             raise BadInput(
                 f"{requests[0].task_name} needs the log-probability of whole documents. Endpoints are not asked for "
-                "that. Evaluate a local model: ml.load(...)."
+                "that. Evaluate a local model: ml.load(...).",
+                argument="tasks",
+                value=requests[0].task_name,
             )
 
         asked = [requests[number].args for number in batch.requests]

@@ -82,14 +82,18 @@ def _check_prompt(lm: Any, request: Any, ids: Sequence[int], new: int) -> None:
         found = "none" if ids[0] != bos else "two"
         raise BadInput(
             f"{_WHERE.format(task=request.task_name)} Prompt {request.doc_id} begins with {found} "
-            "beginning-of-sequence tokens. Correct the tokenizer, its chat template or add_bos_token: it must be one."
+            "beginning-of-sequence tokens. Correct the tokenizer, its chat template or add_bos_token: it must be one.",
+            argument="tokenizer",
+            value=list(ids[:2]),
         )
     if len(ids) + new > lm.max_length:
         answer = f" and {new} for the answer" if new else ""
         raise BadInput(
             f"{_WHERE.format(task=request.task_name)} Prompt {request.doc_id} has {len(ids):,} tokens"
             f"{answer}; the model reads {lm.max_length:,}, and a prompt that is cut is another protocol. Use "
-            "fewer shots or a model of longer context, or leave this task out."
+            "fewer shots or a model of longer context, or leave this task out.",
+            argument="tasks",
+            value=(request.task_name, request.doc_id, len(ids) + new, lm.max_length),
         )
 
 
