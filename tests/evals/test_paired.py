@@ -260,3 +260,26 @@ def test_near_ties_of_accuracy_by_length_are_a_characters():
     by_length = near_ties(samples, {"arc"})
     assert by_length["sample_id"].tolist() == [1]
     assert by_length["gap"].tolist() == pytest.approx([5e-5])
+
+
+def test_samples_are_drawn_within_their_task_and_not_over_all():
+    """All of one task gained, most of another not: within tasks nearly nothing varies, over all a third does."""
+    a = np.zeros(120)
+    b = np.concatenate([np.ones(40), np.zeros(78), np.ones(2)])
+    task = np.repeat([0, 1], [40, 80])
+    difference, low, high = paired_difference(a, b, task, Bootstrap(replicates=4000))
+    within = np.sqrt(80 * (2 / 80) * (78 / 80)) / 120 * np.sqrt(120 / 118)
+    over_all = np.sqrt(0.35 * 0.65 / 120)
+    assert difference == pytest.approx(42 / 120)
+    assert (high - low) / 2 == pytest.approx(1.98 * within, rel=0.15)
+    assert (high - low) / 2 < over_all
+
+
+def test_what_either_could_not_score_is_left_out_of_everything_and_counted():
+    a = log({"x": [1.0, None, 0.0, 1.0, 1.0], "y": [1.0]})
+    b = log({"x": [0.0, 1.0, None, 1.0, 0.0], "y": [1.0]}, "two")
+    row = compare_logs(a, b).table.set_index("task").loc["x"]
+    assert (row.score_a, row.score_b, row.difference) == (1.0, pytest.approx(1 / 3), pytest.approx(-2 / 3))
+    assert (row.only_a, row.only_b, row.n, row.left_out) == (2, 0, 3, 2)
+    assert row.p_value == 0.5  # two-sided; one side alone gives 0.25
+    assert [*compare_logs(a, b).flips.sample_id] == [0, 4]
