@@ -212,7 +212,11 @@ def open_run(path: str | os.PathLike, *, check: bool = True) -> Run:
             "Run the same command with the same folder again: it goes on where it stopped."
         )
     what = "is not there" if not path.exists() else "holds no plan.json and no meta.json"
-    raise RunError(f"A run was to be opened at {path}. The folder {what}. Give the folder that was passed as out=.")
+    raise RunError(
+        f"A run was to be opened at {path}. The folder {what}. Give the folder that was passed as out=.",
+        argument="path",
+        value=str(path),
+    )
 
 
 def plan_at(path: str | os.PathLike) -> dict[str, Any]:
