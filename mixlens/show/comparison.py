@@ -19,8 +19,8 @@ from mixlens.show.style import (
     drawing,
     expert_colours,
     heading,
+    in_legend,
     percent,
-    printable,
     relative_size,
 )
 from mixlens.show.taking import takes, takes_run
@@ -80,7 +80,7 @@ def flips_by_margin(data: xr.Dataset, ax: Axes | None = None) -> Axes:
         step = 0.5 / max(len(series), 8)
         for i, ((name, part), colour) in enumerate(zip(series, expert_colours(len(series)), strict=True)):
             place = at + (i - (len(series) - 1) / 2) * step
-            ax.plot(place, part["estimate"], color=colour, marker=MARKERS[i], label=printable(name) or "that flip")
+            ax.plot(place, part["estimate"], color=colour, marker=MARKERS[i], label=in_legend(name) or "that flip")
             ax.vlines(place, part["ci_low"], part["ci_high"], color=colour, linewidth=1)
         ax.set_xticks(at, edges, rotation=40, ha="right", rotation_mode="anchor", fontsize=relative_size(0.75))
         ax.yaxis.set_major_formatter(percent)
@@ -185,7 +185,7 @@ def pareto(data: Pareto, ax: Axes | None = None, *, x: str = "bytes", y: str = "
         for i, (scheme, colour) in enumerate(zip(schemes, expert_colours(len(schemes)), strict=True)):
             (at, left, right), (height, low, high) = across[scheme], up[scheme]
             style = {"marker": MARKERS[i % len(MARKERS)], "linestyle": "", "clip_on": False, "zorder": 3}
-            ax.plot(at, height, color=colour, label=printable(scheme), **style)
+            ax.plot(at, height, color=colour, label=in_legend(scheme), **style)
             ax.hlines(height, left, right, color=colour, linewidth=1)
             ax.vlines(at, low, high, color=colour, linewidth=1)
         positive = [height for height, _, _ in up.values() if height > 0]

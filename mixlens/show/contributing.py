@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from mixlens.errors import BadInput
 from mixlens.show import wording
 from mixlens.show.cells import by_group, dots, excludes_zero, group_of, mesh, numbered, scale_note
-from mixlens.show.style import COLUMN, MARKERS, MUTED, PAGE, drawing, expert_colours, heading, printable
+from mixlens.show.style import COLUMN, MARKERS, MUTED, PAGE, drawing, expert_colours, heading, in_legend, printable
 from mixlens.show.taking import takes
 
 _LABELS = {"logit": "added to the next token's logit", "norm": "norm of the weighted output"}
@@ -96,7 +96,7 @@ def topk_curve(data: xr.Dataset, ax: Axes | None = None) -> Axes:
         for i, (name, part) in enumerate(series):
             at = part["k"].to_numpy() + (i - (len(series) - 1) / 2) * step
             marker = MARKERS[i % len(MARKERS)]
-            ax.plot(at, part["estimate"], color=colours[i], marker=marker, label=printable(name) or "all documents")
+            ax.plot(at, part["estimate"], color=colours[i], marker=marker, label=in_legend(name) or "all documents")
             ax.vlines(at, part["ci_low"], part["ci_high"], color=colours[i], linewidth=1)
         ax.axvline(int(data.attrs["own_k"]), color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
         ax.set_xticks(data["k"].to_numpy())

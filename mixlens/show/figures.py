@@ -27,6 +27,7 @@ from mixlens.show.style import (
     drop_note,
     expert_colours,
     heading,
+    in_legend,
     paper,
     paper_figure,
     percent,
@@ -103,7 +104,7 @@ def _clustered_bars(data: xr.Dataset, rows: list[tuple[str, xr.Dataset]], ax: Ax
     width = 0.84 / len(bars)
     for i, (name, (estimate, low, high)) in enumerate(zip(bars, table, strict=True)):
         at = np.arange(len(clusters)) + (i - (len(bars) - 1) / 2) * width
-        _bars(ax, at, estimate, (low, high), width=width, color=colours[i], label=printable(name))
+        _bars(ax, at, estimate, (low, high), width=width, color=colours[i], label=in_legend(name))
     ax.set_xticks(range(len(clusters)), [printable(c) for c in clusters])
     if x == "domain" and len(clusters) > 6:
         ax.tick_params(axis="x", rotation=30)
@@ -157,7 +158,7 @@ def _lines(ax: Axes, series: list[tuple[str, xr.Dataset]]) -> None:
         at = part["layer"].to_numpy() + (i - (len(series) - 1) / 2) * step
         ax.plot(at, part["estimate"], color=colours[i], linewidth=width, alpha=alpha)
         marker = MARKERS[i % len(MARKERS)]
-        ax.plot(at, part["estimate"], color=colours[i], marker=marker, linestyle="", label=printable(name))
+        ax.plot(at, part["estimate"], color=colours[i], marker=marker, linestyle="", label=in_legend(name))
         ax.vlines(at, part["ci_low"], part["ci_high"], color=colours[i], linewidth=1)
 
 

@@ -45,7 +45,7 @@ def place(cell: xr.Dataset) -> str:
     words = []
     for name, coord in cell.coords.items():
         if coord.ndim == 0 and name in cell["estimate"].coords:
-            value = wording.label(coord.item())
+            value = wording.label(coord.item(), str(name))
             words.append(f"{name} {value}" if name in ("layer", "expert", "position_bin") else value)
     return ", ".join(words)
 

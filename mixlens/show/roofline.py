@@ -11,7 +11,7 @@ from mixlens.bench.bench import Bench
 from mixlens.bench.local_tables import machine_of
 from mixlens.bench.roofline import Machine
 from mixlens.errors import MissingSignal
-from mixlens.show.style import INK, MARKERS, MUTED, PAGE, drawing, expert_colours, heading, printable
+from mixlens.show.style import INK, MARKERS, MUTED, PAGE, drawing, expert_colours, heading, in_legend, printable
 
 
 def roofline(bench: Bench, ax: Axes | None = None) -> Axes:
@@ -51,7 +51,7 @@ def roofline(bench: Bench, ax: Axes | None = None) -> Axes:
                 markersize=5,
                 capsize=2,
                 elinewidth=0.8,
-                label=printable(level) if phase == "prefill" else None,
+                label=in_legend(level) if phase == "prefill" else None,
             )
         ridges = [m.matmul_flops_per_s.estimate / m.bandwidth_bytes_per_s.estimate for m in machines.values()]
         reached = [*intensity.values(), *ridges]

@@ -16,8 +16,19 @@ from mixlens.evals.log import Log
 from mixlens.evals.paired import LogComparison
 from mixlens.evals.references import beside
 from mixlens.evals.scoring import primary_rows
-from mixlens.show.style import EXPERT_COLOURS, INK, MARKERS, MUTED, PAGE, drawing, heading, printable, relative_size
-from mixlens.show.tables import LATEX
+from mixlens.show.style import (
+    EXPERT_COLOURS,
+    INK,
+    MARKERS,
+    MUTED,
+    PAGE,
+    drawing,
+    heading,
+    in_legend,
+    printable,
+    relative_size,
+)
+from mixlens.show.tables import latex_line, markdown_lines
 from mixlens.show.taking import takes_run
 
 _APART = "the exact McNemar test tells the two apart (p < 0.05)"
@@ -44,7 +55,7 @@ def scores(logs: Log | Mapping[str, Log], *, subjects: bool = False, ax: Axes | 
             ax.hlines(at[mine.index], mine["ci_low"], mine["ci_high"], color=colour, linewidth=1.4)
             ax.plot(
                 mine["score"], at[mine.index], MARKERS[number % len(MARKERS)],
-                color=colour, markersize=4.5, label=printable(name),
+                color=colour, markersize=4.5, label=in_legend(name),
             )  # fmt: skip
             guessed = mine[mine["chance"].notna()]
             if len(guessed):
@@ -123,18 +134,12 @@ def score_table(log: Log) -> pd.DataFrame:
 
 def to_markdown(table: pd.DataFrame) -> str:
     """A table as Markdown."""
-    lines = [list(map(str, table.columns)), ["---"] * len(table.columns), *table.astype(str).to_numpy().tolist()]
-    escaped = [[cell.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in escaped) + "\n"
+    return markdown_lines(list(map(str, table.columns)), table.astype(str).to_numpy().tolist()) + "\n"
 
 
 def to_latex(table: pd.DataFrame) -> str:
     """A table as a LaTeX tabular with booktabs rules."""
-    lines = [
-        ["".join(LATEX.get(c, c) for c in str(cell)) for cell in line]
-        for line in (table.columns, *table.to_numpy().tolist())
-    ]
-    head, *body = [" & ".join(line) + r" \\" for line in lines]
+    head, *body = [latex_line(list(map(str, line))) for line in (table.columns, *table.to_numpy().tolist())]
     columns = "l" * len(table.columns)
     rules = [
         rf"\begin{{tabular}}{{{columns}}}",

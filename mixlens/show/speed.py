@@ -30,6 +30,7 @@ from mixlens.show.style import (
     drop_note,
     expert_colours,
     heading,
+    in_legend,
     paper,
     paper_figure,
     percent,
@@ -86,7 +87,7 @@ def latency_cdf(bench: Bench, ax: Axes | None = None, *, metric: str = "ttft_s")
             part = data[data["level"] == level]
             x = np.r_[part["value"].iloc[0], part["value"]] * factor
             label = f"{level} (n = {len(part)})"
-            ax.step(x, np.r_[0, part["fraction"]], where="post", color=colour, label=printable(label))
+            ax.step(x, np.r_[0, part["fraction"]], where="post", color=colour, label=in_legend(label))
             ax.fill_between(
                 part["value"] * factor, part["ci_low"], part["ci_high"], step="post", color=colour, alpha=0.15, lw=0
             )
@@ -159,7 +160,7 @@ def throughput_latency_curve(
         for i, ((name, _), table) in enumerate(zip(named, tables, strict=True)):
             colour = expert_colours(len(several))[i]
             x, y = table["throughput"], table["latency"] * factor
-            ax.plot(x, y, color=colour, marker=MARKERS[i % len(MARKERS)], label=printable(name))
+            ax.plot(x, y, color=colour, marker=MARKERS[i % len(MARKERS)], label=in_legend(name))
             ax.hlines(y, table["throughput_low"], table["throughput_high"], color=colour, lw=0.7)
             ax.vlines(x, table["latency_low"] * factor, table["latency_high"] * factor, color=colour, lw=0.7)
             for at, level in enumerate(table["level"]):

@@ -209,6 +209,12 @@ def printable(text: object, families: Sequence[str] = ("DejaVu Sans",)) -> str:
     return "".join(r"\$" if c == "$" else c if ord(c) in known or c == "\n" else "□" for c in str(text))
 
 
+def in_legend(text: object) -> str:
+    """`text`, printable, for a legend, which would leave out what begins with an underscore."""
+    shown = printable(text)
+    return f"\u200b{shown}" if shown.startswith("_") else shown
+
+
 @cache
 def families(first: str) -> list[str]:
     """`first`, and the installed fonts that stand in for characters which it lacks: more signs, Chinese, emoji."""

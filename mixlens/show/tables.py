@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -44,24 +45,27 @@ def wide(data: xr.Dataset) -> pd.DataFrame:
     *down, across = [str(d) for d in data["estimate"].dims]
     missing = xr.full_like(data["estimate"], np.nan)
     stacked = np.stack([data.get(v, missing).transpose(*down, across).to_numpy() for v in _VALUES[:3]], axis=-1)
-    sizes = [data.sizes[d] for d in down]
+    counts = [name for name in _COUNTS if name in data]
     rows = []
-    for place in np.ndindex(*sizes):
+    for place in np.ndindex(*(data.sizes[d] for d in down)):
         at = dict(zip(down, place, strict=True))
-        row: dict[str, object] = {d: data[d].to_numpy()[i] for d, i in at.items()}
-        cells = zip(data[across].to_numpy(), stacked[place], strict=True)
-        row |= {_column(across, value): tuple(map(float, cell)) for value, cell in cells}
-        row |= {title: wording.span(_part(data[name], at)) for name, title in _COUNTS.items() if name in data}
-        rows.append(row)
-    return pd.DataFrame(rows)
+        row: list[object] = [_named(d, data[d].to_numpy()[i]) for d, i in at.items()]
+        row += [tuple(map(float, cell)) for cell in stacked[place]]
+        rows.append(row + [wording.span(_part(data[name], at)) for name in counts])
+    heads = [*down, *(_column(across, value) for value in data[across].to_numpy()), *(_COUNTS[name] for name in counts)]
+    return pd.DataFrame(rows, columns=pd.Index(heads))
 
 
 def _part(counts: xr.DataArray, at: dict[str, int]) -> xr.DataArray:
     return counts.isel({d: i for d, i in at.items() if d in counts.dims})
 
 
+def _named(dim: str, value: object) -> object:
+    return wording.label(value, dim) if dim in wording.OURS else value
+
+
 def _column(dim: str, value: object) -> str:
-    return f"expert {value}" if dim == "expert" else f"j = {value}" if dim == "expert_j" else wording.label(value)
+    return f"expert {value}" if dim == "expert" else f"j = {value}" if dim == "expert_j" else wording.label(value, dim)
 
 
 def _laid_out(data: xr.Dataset) -> xr.Dataset:
@@ -118,26 +122,46 @@ def _cell(value: object, data: xr.Dataset) -> str:
         return f'<td data-v="{estimate:.6g}">{wording.plain(estimate, data)}{shown}</td>'
     if isinstance(value, str) and value.replace(",", "").isdigit():
         return f'<td data-v="{value.replace(",", "")}">{value}</td>'
-    text = wording.label(value)
-    return f"<td>{escape(text)}</td>"
+    return f"<td>{escape(value)}</td>"
 
 
 def to_markdown(data: xr.Dataset) -> str:
     """The wide table in Markdown, cells as "12.3 [11.9, 12.8]"."""
     header, rows = _texts(data)
-    lines = [header, ["---"] * len(header), *rows]
-    escaped = [[cell.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in escaped) + f"\n\n{unit_note(data)}\n"
+    return f"{markdown_lines(header, rows)}\n\n{unit_note(data)}\n"
+
+
+# Whatever Markdown or GitHub gives a meaning to within a cell; an underscore within a word, and "[" alone, have none.
+_MARKUP = re.compile(r"[\\|`*<>~$]|(?<![^\W_])_|_(?![^\W_])|&(?=#?\w+;)|(?<=\])[(\[]|!(?=\[)")
+_UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def markdown_lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Rows of a Markdown table, in whose cells every text is read as it is."""
+    lines = [[_MARKUP.sub(r"\\\g<0>", _one_line(cell, "□")) for cell in line] for line in (header, *rows)]
+    lines.insert(1, ["---"] * len(header))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _one_line(text: str, unseen: str) -> str:
+    """`text` without breaks; what steers a terminal or the direction of reading is `unseen`."""
+    return _UNSEEN.sub(unseen, re.sub(r"\s*[\t\n\v\f\r\x85\u2028\u2029]\s*", " ", text))
 
 
 LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}"}
 LATEX |= {"^": r"\textasciicircum{}", "–": "--"}
 
 
+def latex_line(cells: Sequence[str]) -> str:
+    """A row of a tabular. At its beginning [ and * would be taken for an option of the command before."""
+    row = " & ".join("".join(LATEX.get(c, c) for c in _one_line(cell, "?")) for cell in cells)
+    return ("{}" if row.startswith(("[", "*")) else "") + row + r" \\"
+
+
 def to_latex(data: xr.Dataset) -> str:
     """The wide table as a LaTeX tabular with booktabs rules."""
     header, rows = _texts(data)
-    lines = [r" & ".join("".join(LATEX.get(c, c) for c in cell) for cell in line) + r" \\" for line in (header, *rows)]
+    lines = [latex_line(line) for line in (header, *rows)]
     columns = "l" + "r" * (len(header) - 1)
     return "\n".join(
         [
@@ -159,7 +183,7 @@ def _texts(data: xr.Dataset) -> tuple[list[str], list[list[str]]]:
 
     def text(value: object, part: xr.Dataset) -> str:
         if not isinstance(value, tuple):
-            return wording.label(value)
+            return str(value)
         estimate, low, high = (wording.plain(v, part) for v in value)
         return estimate if low == "–" else f"{estimate} [{low}, {high}]"
 

@@ -72,6 +72,7 @@ MEASURES = {
     "first": "first choice repeats",
     "either": "first or second choice repeats",
 }
+OURS = ("measure", "choice")  # dimensions whose values are names of ours
 _LABELS = {
     "repetition": ("choice", ("first", "either")),
     "load_balance": ("measure", ("cv", "max_over_mean", "switch_loss")),
@@ -197,17 +198,16 @@ def note(data: xr.Dataset, *, drawn: str, line: str = "dashed") -> str:
     return "; ".join(parts)
 
 
-def label(value: object) -> str:
-    text = value.item() if isinstance(value, np.generic) else value
-    return MEASURES.get(str(text), str(text))
+def label(value: object, dim: str = "measure") -> str:
+    """How a value of `dim` is called; words of ours for a measure or choice of ours, never for a caller's domain."""
+    text = str(value.item() if isinstance(value, np.generic) else value)
+    return MEASURES.get(text, text) if dim in OURS else text
 
 
 def chosen(data: xr.Dataset) -> str:
     """What was selected before drawing, as "domain github, layer 3"; empty when nothing was."""
     names = [n for n, c in data.coords.items() if c.ndim == 0 and n not in ("slot",)]
-    return ", ".join(
-        label(data[n].item()) if n in ("measure", "choice") else f"{n} {label(data[n].item())}" for n in names
-    )
+    return ", ".join(label(data[n].item(), str(n)) if n in OURS else f"{n} {data[n].item()}" for n in names)
 
 
 def groups(data: xr.Dataset, *own: str) -> Iterator[tuple[str, xr.Dataset]]:
@@ -215,7 +215,7 @@ def groups(data: xr.Dataset, *own: str) -> Iterator[tuple[str, xr.Dataset]]:
     others = [d for d in data["estimate"].dims if d not in own]
     for place in itertools.product(*(range(data.sizes[d]) for d in others)):
         part = data.isel(dict(zip(others, place, strict=True)))
-        yield " / ".join(label(part[d].item()) for d in others), part
+        yield " / ".join(label(part[d].item(), str(d)) for d in others), part
 
 
 def at_layer(data: xr.Dataset, layer: int | None) -> xr.Dataset:

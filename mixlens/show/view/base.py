@@ -114,7 +114,7 @@ def extremes(data: xr.Dataset, centre: float, rows: int = 8) -> str:
     table = frame.to_dataframe(dim_order=dims)[["estimate", "ci_low", "ci_high", "n"]].dropna(subset="estimate")
     order = (table["estimate"] - centre).abs().sort_values(ascending=False, kind="stable").index[:rows]
     kept = table.loc[order].reset_index()
-    columns = {name: [wording.label(v) for v in kept[name]] for name in dims}
+    columns = {name: [wording.label(v, name) for v in kept[name]] for name in dims}
     unit = " [%]" if wording.is_fraction(data) else ""
     columns |= {
         f"{wording.title(data).lower()}{unit}": [wording.plain(v, data) for v in kept["estimate"]],

@@ -14,7 +14,7 @@ from mixlens.bench.bench import Bench
 from mixlens.errors import BadInput
 from mixlens.show import comparison, figures, wording
 from mixlens.show.packing import pack
-from mixlens.show.style import PAGE, drawing, expert_colours, heading, note_of, printable
+from mixlens.show.style import PAGE, drawing, expert_colours, heading, in_legend, note_of
 from mixlens.show.taking import takes, takes_run
 from mixlens.show.view.base import View, extremes, static_form, static_table
 from mixlens.show.view.matrices import also
@@ -158,7 +158,7 @@ def _latency_picture(groups: Mapping[str, pd.DataFrame], note: str) -> Axes:
                     (np.arange(len(values)) + 1) / len(values),
                     where="post",
                     color=colour,
-                    label=printable(label),
+                    label=in_legend(label),
                 )
         ax.set_ylim(0, 1.02)
         ax.set_xlabel("time to first token [s]")
