@@ -59,7 +59,9 @@ def table(data: xr.Dataset, arguments: argparse.Namespace, *, also: Sequence[str
         except OSError as error:
             raise BadInput(
                 f"A table was to be written to {arguments.csv}. Writing failed: {error.strerror or error}. Give a "
-                "file in an existing folder."
+                "file in an existing folder.",
+                argument="csv",
+                value=arguments.csv,
             ) from error
         return {"written": arguments.csv, "rows": len(frame)}
     if arguments.json:
@@ -92,13 +94,16 @@ def read_documents(path: Path, limit: int | None = None) -> list[Any]:
                 except json.JSONDecodeError as error:
                     raise BadInput(
                         f"Documents were to be read from {path}. Line {number} is not JSON: {error}. "
-                        "Give one JSON object a line."
+                        "Give one JSON object a line.",
+                        argument=str(path),
+                        value=number,
                     ) from error
             return documents
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise BadInput(
             f"Documents were to be read from {path}. The file cannot be read: {error}. Give a JSON Lines file (.jsonl "
-            "or .jsonl.gz) or a text file in UTF-8."
+            "or .jsonl.gz) or a text file in UTF-8.",
+            argument=str(path),
         ) from error
 
 
@@ -110,7 +115,9 @@ def numbers(text: str, what: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
-        raise BadInput(f"{what} {text!r} were asked for. They are no numbers. Give them as 0,15,31.") from error
+        raise BadInput(
+            f"{what} {text!r} were asked for. They are no numbers. Give them as 0,15,31.", argument=what, value=text
+        ) from error
 
 
 def _jsonable(attrs: dict[Any, Any]) -> dict[str, Any]:

@@ -51,7 +51,9 @@ def compare(
         return compare_benches(a, b, bootstrap=bootstrap)
     raise BadInput(
         f"Two runs were to be compared. The first is {_kind(a)}, the second {_kind(b)}. Give two traces, two "
-        "evaluations or two benchmarks."
+        "evaluations or two benchmarks.",
+        argument="kind",
+        value=(_kind(a), _kind(b)),
     )
 
 
@@ -193,5 +195,7 @@ def same_tokenizer(a: pd.Series | None, b: pd.Series | None) -> None:
         token = differs.index[differs][0]
         raise BadInput(
             f"Two runs were to be compared. Their tokenizers differ: token {token} is {first[token]!r} in the first "
-            f"and {second[token]!r} in the second. Use the same tokenizer for both."
+            f"and {second[token]!r} in the second. Use the same tokenizer for both.",
+            argument="tokenizer",
+            value=(int(token), first[token], second[token]),
         )

@@ -186,7 +186,10 @@ class Explorer(ipywidgets.VBox):
         inputs = self.tokenizer(self.prompt.value, return_tensors="pt").to(input_device(self.model))
         n_prompt = inputs["input_ids"].shape[1]
         if not n_prompt:
-            raise BadInput("A text was to be generated. The prompt has no tokens. Type a prompt, or choose a domain.")
+            raise BadInput(
+                "A text was to be generated. The prompt has no tokens. Type a prompt, or choose a domain.",
+                argument="prompt",
+            )
         with Recorder(self.model, signals=["router_logits"]) as recorder:
             watch = StoppingCriteriaList([_Watch(lambda n: self._stream(recorder, n - n_prompt))])
             ended = "Generated"

@@ -238,7 +238,9 @@ def _same_shape(model_a: Any, model_b: Any) -> None:
         if of_a != of_b:
             raise BadInput(
                 f"The impact of quantization was asked for. The first model has {of_a} {what}, the second {of_b}. "
-                "Give a model and a quantized copy of it."
+                "Give a model and a quantized copy of it.",
+                argument=what,
+                value=(of_a, of_b),
             )
 
 

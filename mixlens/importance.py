@@ -45,7 +45,9 @@ class Ablation:
         if self.metric is not None and not callable(self.metric):
             raise BadInput(
                 f"Experts were to be ablated with metric={self.metric!r}. It cannot be called. Give a function of "
-                "logits [n, vocabulary] and the tokens that came [n], or None for the loss."
+                "logits [n, vocabulary] and the tokens that came [n], or None for the loss.",
+                argument="metric",
+                value=self.metric,
             )
 
     def plan(self) -> dict[str, Any]:
@@ -100,7 +102,9 @@ def measure_importance(
         raise BadInput(
             f"A run was to be kept with metric={ablation.metric!r}. What it computes does not follow from its code "
             "alone, so the run could not tell it from another metric. Give a named function that stands by itself, "
-            "without a closure, or leave out= away."
+            "without a closure, or leave out= away.",
+            argument="metric",
+            value=ablation.metric,
         )
     corpus = Corpus.of(model, documents, tokenizer, settings)
     ablator = Ablator(model, layers, how=ablation.how, means=ablation.means, metric=ablation.metric)
@@ -131,6 +135,8 @@ def _layers(model: nn.Module, ablation: Ablation) -> list[int]:
     if not layers or not 0 <= layers[0] <= layers[-1] < count:
         raise BadInput(
             f"Experts of layers {ablation.layers} were to be ablated. The model has layers 0 to {count - 1}. "
-            "Give numbers among them."
+            "Give numbers among them.",
+            argument="layers",
+            value=ablation.layers,
         )
     return layers

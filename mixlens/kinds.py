@@ -38,12 +38,16 @@ def open(path: str | os.PathLike, *, check: bool = True) -> Any:
     """
     if not isinstance(path, str | os.PathLike):
         raise BadInput(
-            f"A run was to be opened. A {type(path).__name__} was given. Give the folder that was passed as out=."
+            f"A run was to be opened. A {type(path).__name__} was given. Give the folder that was passed as out=.",
+            argument="path",
+            value=path,
         )
     kind = open_run(path, check=check).kind
     if kind not in _KINDS:
         raise RunError(
             f"The run at {path} was to be opened. It is a {kind}; this version of mixlens opens {', '.join(_KINDS)}. "
-            "Use the version that wrote it."
+            "Use the version that wrote it.",
+            argument="kind",
+            value=kind,
         )
     return _KINDS[kind](path, check=check)

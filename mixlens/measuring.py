@@ -63,7 +63,9 @@ class Corpus:
         if taken := sorted(_TAKEN & next(iter(checked)).columns.keys()):
             raise BadInput(
                 f"Documents were to be measured. They have a column called {', '.join(taken)}, as numbers that mixlens "
-                "measures are. Rename it."
+                "measures are. Rename it.",
+                argument=taken[0],
+                value=taken,
             )
         return Corpus(
             checked,

@@ -120,7 +120,9 @@ class RunWriter:
             if strangers:
                 raise RunError(
                     f"A run was to be written to {self.path}. The folder is not empty and holds no run of mixlens "
-                    f"({', '.join(sorted(strangers)[:3])} ...). Choose an empty or a new folder."
+                    f"({', '.join(sorted(strangers)[:3])} ...). Choose an empty or a new folder.",
+                    argument="out",
+                    value=sorted(strangers),
                 )
             return
         found = _read_json(self.path / PLAN)
@@ -129,7 +131,9 @@ class RunWriter:
             raise RunError(
                 f"A run was to be written to {self.path}. The folder holds another run: "
                 f"{_differences(found, self.plan, different)}. "
-                "Choose another folder, or delete this one if you no longer need it."
+                "Choose another folder, or delete this one if you no longer need it.",
+                argument="out",
+                value=different,
             )
 
 
@@ -179,7 +183,9 @@ class Run:
             if fault:
                 raise RunError(
                     f"{name} of the run {self.path} was to be read. The file {fault}. Restore it from a copy, or "
-                    "record again into a new folder."
+                    "record again into a new folder.",
+                    argument=name,
+                    value=fault,
                 )
             self._checked.add(name)
         return path
@@ -201,7 +207,9 @@ def open_run(path: str | os.PathLike, *, check: bool = True) -> Run:
         if not isinstance(meta, dict) or not {"kind", "files"} <= meta.keys():
             raise RunError(
                 f"A run was to be opened at {path}. Its {META} is not one that mixlens wrote: it names no kind or no "
-                "files. Give the folder that was passed as out=."
+                "files. Give the folder that was passed as out=.",
+                argument=META,
+                value=str(path),
             )
         return Run(path, meta, check)
     if (path / PLAN).exists():
@@ -209,7 +217,9 @@ def open_run(path: str | os.PathLike, *, check: bool = True) -> Run:
         n = len(list(path.glob("shard-*.json")))
         raise RunError(
             f"The run at {path} was to be opened. It is a {kind} that was stopped after {n} complete shards. "
-            "Run the same command with the same folder again: it goes on where it stopped."
+            "Run the same command with the same folder again: it goes on where it stopped.",
+            argument="shards",
+            value=n,
         )
     what = "is not there" if not path.exists() else "holds no plan.json and no meta.json"
     raise RunError(
@@ -255,7 +265,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise RunError(
             f"{path.name} of the run {path.parent} was to be read. It is not valid JSON ({error}). Restore it from a "
-            "copy, or record again into a new folder."
+            "copy, or record again into a new folder.",
+            argument=path.name,
         ) from error
 
 

@@ -77,13 +77,17 @@ def pareto(
     if isinstance(schemes, str) or not isinstance(schemes, Sequence):
         raise BadInput(
             f"Schemes were to be laid side by side. {schemes!r} is no list of them. Give a list, such as "
-            '["bfloat16", "nf4"].'
+            '["bfloat16", "nf4"].',
+            argument="schemes",
+            value=schemes,
         )
     names = [_name(scheme) for scheme in schemes]
     if not names or len(set(names)) != len(names):
         raise BadInput(
             f"Schemes were to be laid side by side. Given were {', '.join(names) or 'none'}. Give one or several, each "
-            "once."
+            "once.",
+            argument="schemes",
+            value=names,
         )
     documents = documents if hasattr(documents, "__getitem__") else list(documents)
     original = load(model, verbose=False, **loading)
@@ -91,7 +95,9 @@ def pareto(
     first = described["audit"]["label"]
     if first in names:
         raise BadInput(
-            f"{first} was to be laid beside the original. The original is held in {first} already. Leave it out."
+            f"{first} was to be laid beside the original. The original is held in {first} already. Leave it out.",
+            argument="schemes",
+            value=first,
         )
     devices = {parameter.device for parameter in original.parameters()}
     for scheme in schemes:

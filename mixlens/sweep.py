@@ -66,7 +66,9 @@ def measure_topk(
     if not asked or not 1 <= asked[0] <= asked[-1] <= count:
         raise BadInput(
             f"Tokens were to choose {', '.join(map(str, asked)) or repr(ks)} experts. The model has {count} a layer. "
-            f"Give numbers from 1 to {count}."
+            f"Give numbers from 1 to {count}.",
+            argument="ks",
+            value=ks,
         )
     every = sorted({*asked, own})
     signals = parse_signals(["logprob"], len(moe_layers(model)))

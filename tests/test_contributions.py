@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+from helpers.refusals import refused
 from tiny import Letters, tiny_mixtral
 
 import mixlens as ml
@@ -152,7 +153,7 @@ def test_contributions_of_experts_are_means_over_their_tokens(net, measure):
     outputs = ml.expert_outputs(net, DOCUMENTS, tokenizer=Letters(), settings=QUIET)
     np.testing.assert_allclose(whole.max_abs, outputs.max_abs, rtol=1e-5)
     np.testing.assert_allclose(whole.estimate, outputs.weighted_norm, rtol=1e-4)
-    with pytest.raises(BadInput, match="logit, norm"):
+    with refused(BadInput, "measure", "size"):
         ml.stats.expert_contribution(found, measure="size")
 
 
@@ -176,12 +177,12 @@ def test_a_run_that_was_stopped_resumes_to_the_same_numbers(net, tmp_path, monke
     calls += [0] * 8 if what is ml.expert_contributions else []
     with pytest.raises(KeyboardInterrupt):
         what(net, DOCUMENTS, tokenizer=Letters(), settings=small, out=tmp_path / "stopped")
-    with pytest.raises(RunError, match="stopped after 1 complete shards"):
+    with refused(RunError, "shards", 1):
         ml.open(tmp_path / "stopped")
     again = what(net, DOCUMENTS, tokenizer=Letters(), settings=small, out=tmp_path / "stopped")
     xr.testing.assert_identical(again, whole)
     xr.testing.assert_identical(ml.open(tmp_path / "stopped"), whole)
-    with pytest.raises(RunError, match="documents is 4, asked 3"):
+    with refused(RunError, "out", ["documents", "input_sha256"]):
         what(net, DOCUMENTS[:3], tokenizer=Letters(), settings=small, out=tmp_path / "whole")
 
 
@@ -233,22 +234,18 @@ def test_the_sweep_is_recording_at_every_k(net):
 
 
 def test_a_k_the_model_has_not(net):
-    for ks, found in (([9], "9 experts"), ([0], "0 experts"), ("two", "'two' experts"), ([], r"\[\] experts")):
-        with pytest.raises(BadInput, match=f"{found}. The model has 8 a layer"):
+    for ks in ([9], [0], "two", []):
+        with refused(BadInput, "ks", ks):
             ml.topk_sweep(net, DOCUMENTS, ks=ks, tokenizer=Letters(), settings=QUIET)
 
 
-def test_statistics_say_what_they_are_made_of(net):
+def test_statistics_refuse_what_they_are_not_made_of(net):
     trace = ml.record(net, DOCUMENTS, tokenizer=Letters(), settings=QUIET)
     sweep = ml.measure_topk(net, DOCUMENTS, ks=1, tokenizer=Letters(), settings=QUIET)
-    for statistic, maker in {
-        ml.stats.expert_importance: "measure_importance",
-        ml.stats.expert_contribution: "expert_contributions",
-        ml.stats.topk_sweep: "measure_topk",
-    }.items():
-        with pytest.raises(BadInput, match=f"Got a Trace. Give what {maker} gives"):
+    for statistic in (ml.stats.expert_importance, ml.stats.expert_contribution, ml.stats.topk_sweep):
+        with refused(BadInput, "kind", "Trace"):
             statistic(trace)
-    with pytest.raises(BadInput, match="Got a Dataset of topk"):
+    with refused(BadInput, "kind", "topk"):
         ml.stats.expert_importance(sweep)
-    with pytest.raises(BadInput, match="without max_abs"):
+    with refused(BadInput, "max_abs", "Trace"):
         super_experts(trace)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import math
 from typing import Any
 
@@ -85,8 +84,8 @@ def test_the_overview_of_an_impact(impact, arrays):
         np.testing.assert_allclose(
             numbers, [scale * row.estimate, scale * row.ci_low, scale * row.ci_high, n], rtol=1e-3
         )
-    for page in pd.read_html(io.StringIO(impact._repr_html_())):
-        assert page.shape == (7, 3)
+    page = impact._repr_html_()
+    assert all(f"{row.estimate * (100 if row.unit == 'fraction' else 1):.4g}" in page for _, row in table.iterrows())
     assert f"{n:,}" in impact.title()
 
 

@@ -43,10 +43,10 @@ def trace(model):
         lambda model, given: ml.show.tables.to_latex(given),
     ],
 )
-def test_it_is_said_what_was_given_and_what_to_give(door, given, model):
+def test_what_is_no_model_document_run_or_setting_is_refused(door, given, model):
     with pytest.raises(ml.MixlensError) as said:
         door(model, given)
-    assert str(said.value).count(". ") >= 2
+    assert type(said.value) is not ml.MixlensError
 
 
 @pytest.mark.parametrize("given", [None, 3])
@@ -64,8 +64,9 @@ def test_numbers_that_are_none(model):
     cut = ml.RecordSettings(max_length=counted, overlong="truncate", progress=False)
     assert ml.record(model, ["A text of words."], settings=cut).n_tokens == 2
     for wrong in (float("nan"), "many", 9):
-        with pytest.raises(ml.BadInput, match="At least 10 are needed"):
+        with pytest.raises(ml.BadInput) as refusal:
             ml.stats.Bootstrap(replicates=wrong)
+        assert (refusal.value.argument, refusal.value.value) == ("replicates", wrong)
 
 
 def test_sequences_are_selected_by_columns(trace):

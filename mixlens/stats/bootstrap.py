@@ -42,11 +42,17 @@ class Bootstrap:
 
     def __post_init__(self) -> None:
         if not 0 < self.level < 1:
-            raise BadInput(f"Intervals of level {self.level} were asked for. A level lies between 0 and 1. Give 0.95.")
+            raise BadInput(
+                f"Intervals of level {self.level} were asked for. A level lies between 0 and 1. Give 0.95.",
+                argument="level",
+                value=self.level,
+            )
         if not isinstance(self.replicates, Integral) or self.replicates < 10:
             raise BadInput(
                 f"Intervals from {self.replicates} replicates were asked for. At least 10 are needed. "
-                "Give 1000 for a level of 0.95."
+                "Give 1000 for a level of 0.95.",
+                argument="replicates",
+                value=self.replicates,
             )
 
     def resample(self, n: int, stream: int = 0) -> Resamples:

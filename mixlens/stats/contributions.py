@@ -41,7 +41,9 @@ def expert_contribution(
     """
     if measure not in MEASURES:
         raise BadInput(
-            f"Contributions in {measure!r} were asked for. Measures are {', '.join(MEASURES)}. Give one of them."
+            f"Contributions in {measure!r} were asked for. Measures are {', '.join(MEASURES)}. Give one of them.",
+            argument="measure",
+            value=measure,
         )
     check_kind(contributions, KIND, "expert_contributions")
     sums, n, peak, documents = _by_document(contributions, measure)

@@ -182,12 +182,16 @@ def require(trace: Any, what: str, *signals: str, bootstrap: Any = DEFAULT) -> N
     if not callable(getattr(trace, "require", None)):
         raise BadInput(
             f"{what} was asked for. It takes a trace, and a {type(trace).__name__} was given. Give what ml.record, a "
-            "Recorder or ml.open gave."
+            "Recorder or ml.open gave.",
+            argument="trace",
+            value=type(trace).__name__,
         )
     if not isinstance(bootstrap, Bootstrap):
         raise BadInput(
             f"{what} was asked for with bootstrap={bootstrap!r}. It takes a Bootstrap. Give ml.stats.Bootstrap("
-            "replicates=1000), or leave it out."
+            "replicates=1000), or leave it out.",
+            argument="bootstrap",
+            value=bootstrap,
         )
     trace.require(what, *signals)
 
@@ -270,18 +274,24 @@ def _columns(trace: Trace, by: By) -> list[str]:
         if name not in there:
             raise BadInput(
                 f"A statistic by {name!r} was asked for. The sequences have the columns {', '.join(there)}. "
-                "Give one of them, or record documents that have the column."
+                "Give one of them, or record documents that have the column.",
+                argument="by",
+                value=name,
             )
         if name in ("layer", "expert", "expert_j", "measure", "choice", "position_bin") or columns.count(name) > 1:
             raise BadInput(
                 f"A statistic by {', '.join(columns)} was asked for. {name!r} names a dimension of the result already. "
-                "Name each column once, and rename one that is called like a dimension."
+                "Name each column once, and rename one that is called like a dimension.",
+                argument="by",
+                value=name,
             )
         n_missing = int(trace.sequences[name].isna().sum())
         if n_missing:
             raise BadInput(
                 f"A statistic by {name!r} was asked for. {n_missing} of {len(trace.sequences)} sequences have no "
-                f"{name}. Leave them out with trace.select(where=trace.sequences[{name!r}].notna())."
+                f"{name}. Leave them out with trace.select(where=trace.sequences[{name!r}].notna()).",
+                argument=name,
+                value=n_missing,
             )
     return columns
 

@@ -88,7 +88,9 @@ def flips_by_margin(
     if a.top_k == a.n_experts:
         raise BadInput(
             f"flips_by_margin was asked for. Every token chooses all {a.n_experts} experts, so there is none left out. "
-            "Compare traces whose tokens choose some of the experts."
+            "Compare traces whose tokens choose some of the experts.",
+            argument="top_k",
+            value=a.top_k,
         )
     n_layers, n_bins = 1 if pooled else a.n_layers, len(MARGINS)
 

@@ -42,7 +42,11 @@ def read_measured(path: str | os.PathLike, kind: str, *, check: bool = True) -> 
     """
     run = open_run(path, check=check)
     if run.kind != kind:
-        raise BadInput(f"A run of {kind} was to be opened at {path}. It is a {run.kind}. Use mixlens.open(path).")
+        raise BadInput(
+            f"A run of {kind} was to be opened at {path}. It is a {run.kind}. Use mixlens.open(path).",
+            argument="kind",
+            value=run.kind,
+        )
     names = sorted(name for name in run.meta["files"] if name.startswith(f"{kind}-"))
     shards = [load_file(run.file(name)) for name in names]
     arrays = {name: np.concatenate([shard[name] for shard in shards]) for name in shards[0]}
@@ -58,7 +62,9 @@ def check_kind(measured: Any, kind: str, made_by: str) -> None:
     if found != kind:
         raise BadInput(
             f"Numbers of {kind} were to be computed. Got a {type(measured).__name__}{f' of {found}' if found else ''}. "
-            f"Give what {made_by} gives, or mixlens.open(its folder)."
+            f"Give what {made_by} gives, or mixlens.open(its folder).",
+            argument="kind",
+            value=found or type(measured).__name__,
         )
 
 
@@ -74,13 +80,17 @@ def groups_of(measured: xr.Dataset, by: str | Sequence[str] | None) -> tuple[dic
         if name not in there:
             raise BadInput(
                 f"Numbers by {name!r} were asked for. The documents have the columns {', '.join(there)}. "
-                "Give one of them, or measure documents that have the column."
+                "Give one of them, or measure documents that have the column.",
+                argument="by",
+                value=name,
             )
         values = measured[name].values
         if any(value is None or value != value for value in values):
             raise BadInput(
                 f"Numbers by {name!r} were asked for. Some documents have no {name}. Give every document one, or "
-                "leave those out: measured.isel(document=...)."
+                "leave those out: measured.isel(document=...).",
+                argument=name,
+                value=None,
             )
         labels[name], code = np.unique(values, return_inverse=True)
         group = group * len(labels[name]) + code

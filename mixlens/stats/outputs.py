@@ -23,7 +23,9 @@ def super_experts(outputs: xr.Dataset) -> xr.Dataset:
     if not isinstance(outputs, xr.Dataset) or "max_abs" not in outputs:
         raise BadInput(
             f"Super experts were to be found. Got a {type(outputs).__name__} without max_abs. Give what expert_outputs "
-            "or stats.expert_contribution gives."
+            "or stats.expert_contribution gives.",
+            argument="max_abs",
+            value=type(outputs).__name__,
         )
     largest = outputs.max_abs
     known = largest.values[np.isfinite(largest.values)]

@@ -52,7 +52,9 @@ class Pareto:
         run = open_run(path, check=check)
         if run.kind != KIND:
             raise BadInput(
-                f"A comparison of schemes was to be opened at {path}. It is a {run.kind}. Use mixlens.open(path)."
+                f"A comparison of schemes was to be opened at {path}. It is a {run.kind}. Use mixlens.open(path).",
+                argument="kind",
+                value=run.kind,
             )
         return cls(pq.read_table(run.file(TABLE)).to_pandas(), run.meta, path=Path(path))
 
@@ -70,7 +72,9 @@ class Pareto:
         if rows.empty:
             raise BadInput(
                 f"{quantity!r} was asked for. Measured are {', '.join(self.table['quantity'].unique())}. "
-                "Give one of them."
+                "Give one of them.",
+                argument="quantity",
+                value=quantity,
             )
         return rows.set_index("scheme").drop(columns="quantity")
 
@@ -93,7 +97,9 @@ class Pareto:
         if unknown:
             raise BadInput(
                 f"Scores of {', '.join(unknown)} were to be added. Measured are {', '.join(self.schemes)}. "
-                "Give logs by these names."
+                "Give logs by these names.",
+                argument="logs",
+                value=unknown,
             )
         rows = [
             {"scheme": scheme, "quantity": f"{row['task']} {row['metric']}", "estimate": row["score"], "unit": "score"}

@@ -29,7 +29,11 @@ def expert_share(trace: Trace, *, by: By = None, slot: str = "any", bootstrap: B
     Raises   BadInput   for an unknown column in `by`, or a slot that is not "any" or "first"
     """
     if slot not in ("any", "first"):
-        raise BadInput(f"The expert share of slot {slot!r} was asked for. Slots are any and first. Give one of them.")
+        raise BadInput(
+            f"The expert share of slot {slot!r} was asked for. Slots are any and first. Give one of them.",
+            argument="slot",
+            value=slot,
+        )
     require(trace, "expert_share", "expert_id", bootstrap=bootstrap)
     n_slots = trace.top_k if slot == "any" else 1
     clusters = Clusters.of(trace, by, trace.n_layers * trace.n_experts)
@@ -155,7 +159,9 @@ def router_confidence(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEF
     if not signals:
         raise MissingSignal(
             f"router_confidence needs router_logits or weight. This trace has {', '.join(trace.signals)}. "
-            "Record with a local model, or give them to Trace.from_arrays."
+            "Record with a local model, or give them to Trace.from_arrays.",
+            argument="signals",
+            value=("router_logits", "weight"),
         )
     has_second = "weight" in signals and trace.top_k >= 2
     clusters = Clusters.of(trace, by, 3 * trace.n_layers)
@@ -214,7 +220,9 @@ def position_profile(
     if len(starts) == 0 or starts.dtype.kind not in "iu" or starts[0] < 0 or (np.diff(starts) <= 0).any():
         raise BadInput(
             f"position_profile was asked for with edges {starts.tolist()}. They do not ascend from 0 or more. "
-            "Give the first position of every bin, such as edges=(0, 1, 16, 256)."
+            "Give the first position of every bin, such as edges=(0, 1, 16, 256).",
+            argument="edges",
+            value=starts.tolist(),
         )
     n_bins = len(starts)
     clusters = Clusters.of(trace, by, trace.n_layers * n_bins * trace.n_experts)

@@ -78,7 +78,9 @@ def coactivation(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT)
     if trace.top_k < 2:
         raise BadInput(
             "coactivation was asked for. This trace has one expert a token, so no two go together. "
-            "Use transitions or repetition."
+            "Use transitions or repetition.",
+            argument="top_k",
+            value=trace.top_k,
         )
     e, k = trace.n_experts, trace.top_k
     clusters = Clusters.of(trace, by, trace.n_layers * e * e)
@@ -128,7 +130,9 @@ def transitions(trace: Trace, *, by: By = None, gap: int = 1, bootstrap: Bootstr
     if gap < 1 or not here:
         raise BadInput(
             f"transitions over {gap} layers were asked for. The trace has the layers {', '.join(map(str, index))}. "
-            "Give a gap of at least 1 that lies between two of them."
+            "Give a gap of at least 1 that lies between two of them.",
+            argument="gap",
+            value=gap,
         )
     e = trace.n_experts
     clusters = Clusters.of(trace, by, len(here) * e * e)

@@ -45,7 +45,9 @@ def vocabulary_specialization(
     if min_count < 1:
         raise BadInput(
             f"vocabulary_specialization with min_count={min_count} was asked for. A type occurs at least once. "
-            "Give 10, as in the OLMoE paper."
+            "Give 10, as in the OLMoE paper.",
+            argument="min_count",
+            value=min_count,
         )
     clusters = Clusters.of(trace, by, trace.n_layers)
     types = _Types.of(trace, clusters, min_count)
@@ -187,7 +189,9 @@ def _folds(trace: Trace, n_numbers: int, seed: int) -> tuple[np.ndarray, int]:
     if len(ids) < 2:
         raise BadInput(
             f"predictability was asked for. The trace has {len(ids)} document with tokens, so none can be held out. "
-            "Record at least two documents, or give document_id in the sequences."
+            "Record at least two documents, or give document_id in the sequences.",
+            argument="documents",
+            value=len(ids),
         )
     n_folds = min(_FOLDS, len(ids))
     fold = np.zeros(n_numbers, np.int64)

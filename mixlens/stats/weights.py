@@ -26,19 +26,25 @@ def similarity_and_coactivation(
         raise BadInput(
             f"Similarity was to be compared with co-activation. Given were a {type(similarity).__name__} and a "
             f"{type(coactivation).__name__}. Give one matrix of expert_similarity(model), such as its router_cosine, "
-            "and what stats.coactivation gave."
+            "and what stats.coactivation gave.",
+            argument="similarity",
+            value=(type(similarity).__name__, type(coactivation).__name__),
         )
     together = coactivation["estimate"]
     wanted = {"layer", "expert", "expert_j"}
     if set(similarity.dims) != wanted or set(together.dims) != wanted:
         raise BadInput(
             f"Similarity {similarity.dims} was to be compared with co-activation {together.dims}. Both need layer, "
-            "expert and expert_j and nothing else. Select one matrix, or one domain, first."
+            "expert and expert_j and nothing else. Select one matrix, or one domain, first.",
+            argument="dims",
+            value=(similarity.dims, together.dims),
         )
     if not np.array_equal(similarity.layer, together.layer) or similarity.sizes["expert"] != together.sizes["expert"]:
         raise BadInput(
             f"Similarity of layers {similarity.layer.values.tolist()} was to be compared with co-activation of layers "
-            f"{together.layer.values.tolist()}. Layers and experts must be the same. Select those that both have."
+            f"{together.layer.values.tolist()}. Layers and experts must be the same. Select those that both have.",
+            argument="layer",
+            value=(similarity.layer.values.tolist(), together.layer.values.tolist()),
         )
     alike = similarity.transpose("layer", "expert", "expert_j").values
     chosen = together.transpose("layer", "expert", "expert_j").values

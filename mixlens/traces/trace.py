@@ -147,7 +147,9 @@ class Trace:
         if missing:
             raise MissingSignal(
                 f"{what} needs {' and '.join(map(str, missing))}. This trace has {', '.join(self.signals)} "
-                f"(source: {self.meta.get('source', 'unknown')}). {_remedy(missing[0])}"
+                f"(source: {self.meta.get('source', 'unknown')}). {_remedy(missing[0])}",
+                argument=str(missing[0]),
+                value=what,
             )
 
     # ------------------------------------------------------------------ reading

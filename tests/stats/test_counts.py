@@ -6,6 +6,7 @@ import threading
 
 import numpy as np
 import pytest
+from helpers.refusals import refused
 
 from mixlens import stats
 from mixlens.errors import BadInput
@@ -198,12 +199,12 @@ def test_bundles_hold_equally_many_documents_of_one_group():
 
 def test_columns_are_checked(make_trace):
     trace = make_trace()
-    with pytest.raises(BadInput, match=r"by 'topic' was asked for. The sequences have the columns document_id, length"):
+    with refused(BadInput, "by", "topic"):
         stats.expert_share(trace, by=["domain", "topic"])
-    with pytest.raises(BadInput, match=r"'domain' names a dimension of the result already. Name each column once"):
+    with refused(BadInput, "by", "domain"):
         stats.expert_share(trace, by=["domain", "domain"])
     trace.sequences["topic"] = [None, *["a"] * (len(trace.sequences) - 1)]
-    with pytest.raises(BadInput, match=r"1 of \d+ sequences have no topic. Leave them out with trace.select\(where="):
+    with refused(BadInput, "topic", 1):
         stats.expert_share(trace, by="topic")
     kept = trace.select(where=trace.sequences["topic"].notna())
     assert list(stats.expert_share(kept, by="topic", bootstrap=QUICK)["topic"].values) == ["a"]

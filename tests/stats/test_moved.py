@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from helpers.refusals import refused
 
 from mixlens.errors import BadInput
 from mixlens.stats import Bootstrap, agreement, moved
@@ -67,5 +68,9 @@ def test_changes_sum_to_nothing_and_kept_is_the_overlap(make_trace):
 
 
 def test_other_tokens_are_refused(make_trace):
-    with pytest.raises(BadInput, match="sequence"):
-        moved(make_trace(seed=0), make_trace(seed=1), bootstrap=QUICK)
+    a, b = make_trace(seed=0), make_trace(seed=1)
+    first = np.flatnonzero(a.read("token_id")[:5] != b.read("token_id")[:5])[0]
+    pair = (int(a.read("token_id")[first]), int(b.read("token_id")[first]))
+    with refused(BadInput, "token_id") as error:
+        moved(a, b, bootstrap=QUICK)
+    assert error.value.value["token_id"] == pair
