@@ -133,7 +133,7 @@ def whiskers(ax: Axes) -> list[tuple[float, float, float]]:
     found = []
     for drawn in ax.collections:
         if hasattr(drawn, "get_segments"):
-            for (x, low), (end, high) in drawn.get_segments():
+            for (x, low), (end, high) in filter(len, drawn.get_segments()):  # a missing stroke is empty
                 if x == end:
                     found.append((float(x), float(low), float(high)))
     return found
@@ -144,7 +144,7 @@ def level_whiskers(ax: Axes) -> list[tuple[float, float, float]]:
     found = []
     for drawn in ax.collections:
         if hasattr(drawn, "get_segments"):
-            for (low, y), (high, end) in drawn.get_segments():
+            for (low, y), (high, end) in filter(len, drawn.get_segments()):
                 if y == end and low != high:
                     found.append((float(y), float(low), float(high)))
     return found
