@@ -10,9 +10,15 @@ from test_views import log_of
 from unpacking import unpack
 
 import mixlens as ml
+from mixlens.evals.log import Log
 
 CHOICES = ["wrong", "gold", "wrong", "wrong"]
 COUNTED = [choice == "gold" for choice in CHOICES]
+
+
+def numbered(log: Log, first: int) -> Log:
+    """The same with samples numbered from `first`, so that no number is a place."""
+    return Log([record | {"sample_id": first + i} for i, record in enumerate(log.records)], log.meta)
 
 
 def rows_of(*samples: int, length: int = 3, tasks: tuple[str, ...] = ("quiz",)) -> tuple[ml.Trace, np.ndarray]:
@@ -34,15 +40,15 @@ def pairs(arrays: dict, header: dict, place: int) -> np.ndarray:
 
 
 def test_of_four_rows_of_a_sample_the_one_that_counts_is_shown():
-    trace, ids = rows_of(2, 0, 1)
-    header, arrays = unpack(ml.view.samples(log_of(4), trace).packed)
+    trace, ids = rows_of(9, 7, 8)
+    header, arrays = unpack(ml.view.samples(numbered(log_of(4), 7), trace).packed)
     assert header["sample_sequence"] == [2, 0, 1]
     assert header["layers"] == [1, 3]
     assert header["layer"] == 1  # a place among the layers shown
     for place in range(3):
         row = 4 * place + COUNTED.index(True)
         np.testing.assert_array_equal(pairs(arrays, header, place), ids[3 * row : 3 * row + 3, [1, 3]])
-    log = log_of(4)
+    log = numbered(log_of(4), 7)
     log.routing = trace
     assert unpack(ml.view.samples(log).packed)[1]["pair"].tolist() == arrays["pair"].tolist()
 
@@ -65,9 +71,9 @@ def test_samples_of_other_tasks_and_those_cut_off_have_no_routing_here():
     assert len(header["rows"]) == 2
 
 
-@pytest.mark.parametrize("most", [3, 9, 10])
+@pytest.mark.parametrize("most", [3, 10, 11])
 def test_the_rows_are_those_of_the_log_and_what_is_cut_and_not_scored_is_counted(most):
-    log = log_of(9)
+    log = log_of(10)  # 4 wrong, 3 right, 3 not scored
     made = ml.view.samples(log, most=most)
     header, _ = unpack(made.packed)
     kept = log.records[:most]
@@ -75,7 +81,7 @@ def test_the_rows_are_those_of_the_log_and_what_is_cut_and_not_scored_is_counted
         assert shown == {name: record[name] for name in shown}
         assert shown.keys() >= {"task", "sample_id", "prompt", "response", "target", "choices", "logprobs", "correct"}
     numbers = [int(n) for n in header["note"].replace(",", " ").replace(".", " ").split() if n.isdigit()]
-    assert numbers == [9, 1, 3, *([most] if most < 9 else [])]
+    assert numbers == [10, 1, 3, *([most] if most < 10 else [])]
     head, *rows = Page(made.static).tables[0]
     assert rows == [["–" if record[name] is None else str(record[name]) for name in head] for record in kept[:8]]
 
