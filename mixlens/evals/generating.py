@@ -35,7 +35,9 @@ def check_sampling(given: Mapping[str, Any], max_new_tokens: int) -> dict[str, A
     if unknown := sorted(set(asked) - _KNOWN):
         raise BadInput(
             f"A task samples with {', '.join(unknown)}. mixlens samples by temperature, top_k and top_p. "
-            "Take these out of the task's generation_kwargs."
+            "Take these out of the task's generation_kwargs.",
+            argument="generation_kwargs",
+            value=unknown,
         )
     asked["temperature"] = float(asked.get("temperature") or 0.0) if asked["do_sample"] else 0.0
     return asked

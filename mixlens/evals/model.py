@@ -222,7 +222,9 @@ class LocalLM(_Base):
                 if total != total:
                     raise ModelError(
                         "Log-probabilities were asked for. The model's logits are not numbers (NaN). Load it in "
-                        "bfloat16 or float32, and check its weights."
+                        "bfloat16 or float32, and check its weights.",
+                        argument="model",
+                        value=total,
                     )
                 found[number] = (total, bool((tail.argmax(-1) == wanted).all()))
         return found
@@ -340,7 +342,9 @@ def tokenizer_of(model: Any, tokenizer: Any = None) -> Any:
     except (OSError, ValueError) as error:
         raise BadInput(
             f"The tokenizer of {name or type(model).__name__} was asked for. None could be loaded from there. "
-            "Give one by settings, as a name, a folder or a tokenizer: EvalSettings(tokenizer=...)."
+            "Give one by settings, as a name, a folder or a tokenizer: EvalSettings(tokenizer=...).",
+            argument="tokenizer",
+            value=name or type(model).__name__,
         ) from error
 
 
