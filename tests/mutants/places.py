@@ -133,16 +133,18 @@ def _compiles(source: str) -> bool:
 
 
 def _places(path: Path) -> Iterator[tuple[tuple[int, int], list[tuple[str, int]]]]:
-    """(where a place starts, [(operator, occurrence), ...]), but for types and the words of errors."""
+    """(where a place starts, [(operator, occurrence), ...]), but for types, bare stars and the words of errors."""
     source = path.read_text("utf-8")
     left_out = list(_not_code(ast.parse(source)))
     ways: dict[tuple, list] = defaultdict(list)
     seen: dict[str, int] = defaultdict(int)
     ops = operators()
     for node in ast_nodes(get_ast(source)):
+        star = node.type == "operator" and node.parent.type in ("parameters", "param")  # what is given by name alone
         for name, operator in ops.items():
             for place in operator.mutation_positions(node):
-                ways[place].append((name, seen[name]))
+                if not star:
+                    ways[place].append((name, seen[name]))
                 seen[name] += 1
     for (start, end), found in ways.items():
         if not any(a <= start and end <= b for a, b in left_out):
@@ -150,13 +152,15 @@ def _places(path: Path) -> Iterator[tuple[tuple[int, int], list[tuple[str, int]]
 
 
 def _not_code(tree: ast.AST) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    """Ranges of annotations, which nothing evaluates, and of texts of errors, which no test pins."""
+    """Ranges of what is there for types alone, and of texts of errors, which no test pins."""
     for node in ast.walk(tree):
         inside: list[ast.AST | None] = []
         if isinstance(node, ast.arg | ast.AnnAssign):
             inside = [node.annotation]
         elif isinstance(node, ast.FunctionDef):
             inside = [node.returns]
+        elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            inside = [node.test]
         elif isinstance(node, ast.Raise):
             inside = [part for part in ast.walk(node) if isinstance(part, ast.JoinedStr)]
         for part in filter(None, inside):
