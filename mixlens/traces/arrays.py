@@ -53,7 +53,7 @@ def part_of_arrays(
             "A trace was to be made with a sequence number for every token. The numbers do not run 0, 1, 2 ... "
             "in order. Sort the tokens by sequence and number the sequences from 0."
         )
-    length = np.bincount(sequence, minlength=1 if n else 0)
+    length = np.bincount(sequence)
     starts = np.concatenate([[0], np.cumsum(length)])
     arrays.setdefault("position", np.arange(n) - starts[sequence])
     arrays.setdefault("phase", np.full(n, store.PROMPT, np.uint8))

@@ -46,12 +46,16 @@ class Documents:
         if isinstance(documents, str | Mapping):
             raise BadInput(
                 f"Documents were to be recorded. A single {type(documents).__name__} was given. Give a list of "
-                "documents, or one split of a dataset."
+                "documents, or one split of a dataset.",
+                argument="documents",
+                value=type(documents).__name__,
             )
         if not isinstance(documents, Iterable) and not hasattr(documents, "__getitem__"):
             raise BadInput(
                 f"Documents were to be recorded. A {type(documents).__name__} was given. Give strings, mappings with a "
-                "text column, or a datasets.Dataset."
+                "text column, or a datasets.Dataset.",
+                argument="documents",
+                value=type(documents).__name__,
             )
         if isinstance(documents, pd.DataFrame):
             documents = documents.to_dict("records")

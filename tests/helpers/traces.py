@@ -108,7 +108,7 @@ def made(
     logprob = -np.round(rng.exponential(size=n) * 64) / 64
     logprob[position == 0] = np.nan
     names = [f"d{i}" for i in rng.integers(0, len(lengths), len(lengths))] if documents is None else list(documents)
-    domain = {name: "abc"[i % 3] for i, name in enumerate(dict.fromkeys(names))}
+    domain = {name: "bca"[i % 3] for i, name in enumerate(dict.fromkeys(names))}  # the first is not the first group
     table = pd.DataFrame(
         {
             "document_id": names,

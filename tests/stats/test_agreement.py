@@ -53,6 +53,21 @@ def test_agreement_by_hand(make_trace, tokens_of, in_small_blocks):
             np.testing.assert_allclose(found_here, sums / len(here), rtol=1e-4)
 
 
+@pytest.mark.parametrize("without", ["first", "second"])
+def test_token_ids_need_not_be_in_both(make_trace, without):
+    a = make_trace()
+    b = rerouted(a)
+    sequence = {"sequence": a.read("sequence")}
+    bare = Trace.from_arrays(
+        (a if without == "first" else b).read("expert_id"), n_experts=8, tokens=sequence, sequences=a.sequences
+    )
+    with_ids, found = (
+        agreement(*pair, bootstrap=QUICK) for pair in ((a, b), (bare, b) if without == "first" else (a, bare))
+    )
+    shared = ["top1", "overlap"]
+    assert found["estimate"].sel(measure=shared).equals(with_ids["estimate"].sel(measure=shared))
+
+
 def test_a_trace_agrees_with_itself(make_trace):
     found = agreement(make_trace(), make_trace(), bootstrap=QUICK)["estimate"]
     np.testing.assert_allclose(found.sel(measure=["top1", "overlap"]), 1)

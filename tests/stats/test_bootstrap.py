@@ -124,6 +124,7 @@ def test_quantiles_of_t_are_those_of_the_tables():
 def test_effective_documents_are_fewer_where_lengths_differ():
     sizes = np.array([[10, 30, 5, 0], [10, 10, 0, 0], [10, 0, 0, 0]], float)
     np.testing.assert_allclose(effective_documents(sizes), [3, 1.6, np.nan, np.nan])
+    assert effective_documents(np.ones((4, 1))).tolist() == [4]
 
 
 @pytest.mark.parametrize(

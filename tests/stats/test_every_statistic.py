@@ -99,6 +99,14 @@ def test_shares_by_position(case):
                 assert_cells(here.estimate.sel(layer=layer), shares or nothing)
 
 
+@pytest.mark.parametrize(("longest", "bins"), [(1, ["0", "1+"]), (2, ["0", "1+"]), (3, ["0", "1", "2+"]),
+                                                   (5, ["0", "1", "2-3", "4+"])])  # fmt: skip
+def test_positions_are_in_powers_of_two(longest, bins):
+    found = ml.stats.position_profile(made((1, longest)).trace, bootstrap=QUICK)
+    assert found.position_bin.values.tolist() == bins
+    assert int(found.n.sum()) == 1 + longest
+
+
 @given(made_traces())
 def test_repetition_never_counts_across_gaps(case):
     """Tokens of some ids alone, so that neighbours in the trace are often not neighbours in the text."""

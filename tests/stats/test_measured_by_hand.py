@@ -128,6 +128,23 @@ def test_contributions(measure):
                 assert_interval(cell.ci_low, cell.ci_high, ratio_by_hand(sums, counts, members, stream))
 
 
+def test_groups_without_a_document_have_no_contribution():
+    """Of four pairs of domain and language two have documents, and not the first."""
+    pairs = np.array([("x", "fr"), ("y", "en")], object)[[0, 1, 0]]
+    document, shape = np.array([0, 0, 1, 2]), (4, 1, 1)
+    contributions = xr.Dataset(
+        {name: (("token", "layer", "slot"), np.ones(shape)) for name in ("logit", "norm", "peak", "weight")}
+        | {"expert_id": (("token", "layer", "slot"), np.zeros(shape, int))},
+        {"document_id": ("token", document.astype(object)), "domain": ("token", pairs[document, 0]),
+         "language": ("token", pairs[document, 1]), "layer": [0]},
+        {"kind": "contributions", "model": "m", "n_experts": 1},
+    )  # fmt: skip
+    found = ml.stats.expert_contribution(contributions, by=["domain", "language"], bootstrap=QUICK)
+    assert found.n_documents.to_series().to_dict() == {("x", "en"): 0, ("x", "fr"): 2, ("y", "en"): 1, ("y", "fr"): 0}
+    assert found.n.squeeze().values.tolist() == [[0, 3], [1, 0]]
+    assert np.isnan(found.estimate.squeeze().values).tolist() == [[True, False], [False, True]]
+
+
 def test_a_super_expert_is_above_a_percentile_and_above_a_tenth():
     """Of 400 experts the 99.5th percentile lies between the second and third largest; not at 95 or 99."""
     sizes = np.linspace(1, 2, 400)

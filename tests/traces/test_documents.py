@@ -6,7 +6,10 @@ import hashlib
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
+from datasets import Dataset
+from helpers.refusals import refused
 from helpers.ways import Numbers, net
 
 import mixlens as ml
@@ -16,6 +19,19 @@ ROWS = [
     {"text": "7 8", "id": "b", "domain": "y", "year": 2001},
     {"text": "9 10 11 12 13", "id": "c", "domain": "x", "year": 2003},
 ]
+
+
+class Sliced:
+    """What has places and a length, and nothing else."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, place):
+        return self.rows[place]
 
 
 def record(rows=ROWS, **settings):
@@ -98,3 +114,15 @@ def test_a_document_as_long_as_the_limit_is_whole():
     assert record([{"text": "5 6 7"}], max_length=3).sequences["length"].tolist() == [3]
     with pytest.raises(ml.BadInput):
         record([{"text": "5 6 7 8"}], max_length=3)
+
+
+@pytest.mark.parametrize("kind", [iter, tuple, pd.DataFrame, Dataset.from_list, Sliced], ids=lambda kind: kind.__name__)
+def test_documents_come_in_any_iterable(kind):
+    found = record(kind(ROWS))
+    assert found.meta["settings"]["input_sha256"] == digest(ROWS)
+    assert found.sequences["document_id"].tolist() == ["a", "b", "c"]
+
+
+def test_a_number_is_no_documents():
+    with refused(ml.BadInput, "documents"):
+        record(7)
