@@ -59,16 +59,6 @@ def test_pairs_take_out_what_drifts_for_both():
     assert "pairs, of which both must have succeeded" in repr(together)
 
 
-def test_every_percentile_is_compared():
-    draw = np.random.default_rng(0)
-    a, b = draw.exponential(size=(2, 120)) + 0.1
-    for turns in (False, True):
-        compared = compare_benches(*pair(list(a), list(b), turns=turns))
-        for statistic, q in (("p50", 50), ("p90", 90), ("p95", 95), ("p99", 99)):
-            found = row(compared, "ttft_s", statistic)
-            assert found["ratio"] == pytest.approx(np.percentile(b, q) / np.percentile(a, q))
-
-
 @pytest.mark.parametrize("scale", [1.0, 0.01])  # in all more than a second, and less
 def test_throughput_is_paired_by_turn(scale):
     # Requests of 1.5 s times their factor, one after the other, two of them a turn. Both grow slower from turn to turn.
