@@ -287,5 +287,7 @@ def _disk_errors(path: Path):
         )
         raise RunError(
             f"A run was to be written to {path}. Writing failed: {reason}. What was complete before is kept; make "
-            "room or give another folder, and run the same command again."
+            "room or give another folder, and run the same command again.",
+            argument="path",
+            value=str(path),
         ) from error

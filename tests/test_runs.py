@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import inspect
 import json
+import os
+import platform
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from helpers.inside import RunWriter, open_run, plan_at
+from helpers.inside import _KINDS, RunWriter, open_run, plan_at, versions
 from helpers.refusals import refused
 
 import mixlens as ml
@@ -172,3 +177,30 @@ def test_a_plan_that_is_no_object_counts_as_none(tmp_path):
 def test_a_folder_that_is_not_there_is_refused_by_its_name(tmp_path):
     with refused(ml.errors.RunError, "path", str(tmp_path / "no")):
         open_run(tmp_path / "no")
+
+
+@pytest.mark.parametrize("opener", [ml.open, open_run, *_KINDS.values()], ids=lambda opener: opener.__qualname__)
+def test_runs_are_checked_unless_the_caller_says_not_to(opener):
+    assert inspect.signature(opener).parameters["check"].default is True
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"), [(errno.ENOSPC, "full"), (errno.EDQUOT, "quota"), (errno.EROFS, os.strerror(errno.EROFS))]
+)
+def test_what_the_disk_refuses_is_said_and_nothing_is_left_of_the_shard(tmp_path, code, reason):
+    def no_room(path: Path) -> None:
+        path.write_bytes(b"some")
+        raise OSError(code, os.strerror(code))
+
+    writer = RunWriter(tmp_path, "trace", PLAN)
+    writer.commit_shard(0, {"a": content(b"a")}, {"rows": 0})
+    with refused(ml.errors.RunError, "path", str(tmp_path)) as caught:
+        writer.commit_shard(1, {"b": no_room}, {"rows": 1})
+    assert reason in str(caught.value)
+    assert list(RunWriter(tmp_path, "trace", PLAN).done) == [0]
+    assert not list(tmp_path.glob("*b*"))
+
+
+def test_versions_are_of_what_is_installed():
+    found = versions("numpy", "no-such-package", "torch")
+    assert found == {"python": platform.python_version(), "numpy": version("numpy"), "torch": version("torch")}

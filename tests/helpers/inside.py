@@ -16,9 +16,11 @@ from mixlens.evals.scoring import near_ties as near_ties
 from mixlens.evals.scoring import primary_rows as primary_rows
 from mixlens.evals.scoring import score_table as score_table
 from mixlens.evals.scoring import wilson as wilson
+from mixlens.kinds import _KINDS as _KINDS
 from mixlens.runs import RunWriter as RunWriter
 from mixlens.runs import open_run as open_run
 from mixlens.runs import plan_at as plan_at
+from mixlens.runs import versions as versions
 from mixlens.show.analysis import Analysis as Analysis
 from mixlens.show.findings import findings as findings
 from mixlens.stats.bootstrap import t_quantile as t_quantile
