@@ -197,3 +197,22 @@ def test_what_was_recorded_is_what_was_decided(recorded, signal):
     trace, own = recorded
     expected = np.concatenate([own[tuple(row)].columns[signal] for row in ROWS])
     np.testing.assert_allclose(trace.read(signal)[3:], expected, atol=1e-3)
+
+
+def test_padding_that_no_mask_tells_of_is_routed_as_the_router_says(recorded):
+    trace, _ = recorded
+    long, short = ROWS[1], ROWS[4]
+    assert len(long) > len(short) > 1
+    ids = torch.tensor([long, short + [0] * (len(long) - len(short))])
+    seen = []
+    handle = net().model.layers[0].mlp.gate.register_forward_hook(lambda _m, _i, output: seen.append(output[2]))
+    try:
+        with torch.no_grad():
+            net()(ids)
+            with ml.edit(net(), E.replay(trace)):
+                net()(ids)
+    finally:
+        handle.remove()
+    natural, replayed = (chosen.reshape(2, len(long), K).sort(-1).values for chosen in seen)
+    assert torch.equal(natural[1, len(short) :], replayed[1, len(short) :])
+    assert not torch.equal(natural[1, : len(short)], replayed[1, : len(short)])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import tiny_mixtral
+from transformers import DynamicCache
 
 from mixlens import BadInput, ModelError, Recorder, Site
 from mixlens.traces.signals import SITES
@@ -144,6 +145,28 @@ def test_generation_is_the_same_and_hooks_are_gone_after_an_exception(model):
     assert not hooks
     assert "generate" not in vars(model)
     assert model.config._experts_implementation == implementation
+
+
+def test_a_recorder_that_cannot_be_put_round_a_model_leaves_nothing(model, monkeypatch):
+    def refuse(*_args, **_kwargs):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(model.model.layers[-1].mlp.gate, "register_forward_hook", refuse)
+    with pytest.raises(ZeroDivisionError):
+        Recorder(model, signals=[*SITES]).__enter__()
+    assert not [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
+    assert "generate" not in vars(model)
+
+
+def test_a_cache_that_is_copied_for_more_rows_begins_new_ones(model):
+    ids, cache = prompts()[0][None, :4], DynamicCache(config=model.config)
+    with torch.no_grad(), Recorder(model) as recorder:
+        model(ids, past_key_values=cache)
+        cache.batch_repeat_interleave(2)
+        model(torch.tensor([[5], [6]]), past_key_values=cache, attention_mask=torch.ones(2, 5, dtype=torch.long))
+    trace = recorder.trace()
+    assert trace.read("sequence").tolist() == [0, 0, 0, 0, 1, 2]
+    assert trace.read("position").tolist() == [0, 1, 2, 3, 4, 4]
 
 
 def test_a_recorder_within_a_recorder_gives_generate_back_in_turn(model):
