@@ -133,8 +133,10 @@ def test_killed_anywhere_and_again_it_ends_with_the_same_bytes(whole, tmp_path, 
         {name: value for name, value in PLAN.items() if name != "input"},
         {**PLAN, "settings": {"seed": 1, "batch": [3, 2]}},
         {**PLAN, "settings": {"seed": True, "batch": [2, 3], "x": 0}},
+        {**PLAN, "settings": 5},
+        {**PLAN, "input": {"sha256": "abc"}},
     ],
-    ids=["another value", "one more key", "one key less", "order within", "one more inside"],
+    ids=["another value", "one more key", "one key less", "order within", "one more inside", "a number", "an object"],
 )
 def test_a_folder_of_another_plan_is_refused_and_left_as_it_is(whole, other):
     before = contents(whole)

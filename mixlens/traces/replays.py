@@ -140,7 +140,9 @@ def possible_layers(trace: Trace, layers: Iterable[int] | None, n_layers: int) -
     if missing or beyond:
         raise BadInput(
             f"A recorded routing was to be replayed in layers {wanted}. The trace has layers {trace.layers.tolist()} "
-            f"and the model has {n_layers}. Give a trace of this model, or name the layers with layers=."
+            f"and the model has {n_layers}. Give a trace of this model, or name the layers with layers=.",
+            argument="layers",
+            value=missing or beyond,
         )
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.bare import Change, softmax, strongest
+from helpers.refusals import refused
 from helpers.told import assert_tells, told
 from helpers.ways import (
     Numbers,
@@ -216,3 +217,21 @@ def test_padding_that_no_mask_tells_of_is_routed_as_the_router_says(recorded):
     natural, replayed = (chosen.reshape(2, len(long), K).sort(-1).values for chosen in seen)
     assert torch.equal(natural[1, len(short) :], replayed[1, len(short) :])
     assert not torch.equal(natural[1, : len(short)], replayed[1, : len(short)])
+
+
+def test_a_deeper_models_recording_is_replayed_in_the_layers_that_are_named():
+    trace, own = told_by_a_deeper_model()
+    ids = torch.tensor([ROWS[1]])
+    with refused(ml.BadInput, "layers"), ml.edit(net(), E.replay(trace)):
+        net()(ids)
+    with torch.no_grad(), ml.Recorder(net()) as recorder, ml.edit(net(), E.replay(trace, layers=[0, 2])):
+        net()(ids)
+    ids = recorder.trace().read("expert_id")
+    assert np.array_equal(np.sort(ids[:, [0, 2]]), np.sort(own[:, [0, 2]]))
+    assert not np.array_equal(np.sort(ids[:, 1]), np.sort(own[:, 1]))
+
+
+def told_by_a_deeper_model():
+    """A trace of four layers over a row, and its experts [token, 4, slot]."""
+    own = np.random.default_rng(0).permuted(np.tile(np.arange(5), (len(ROWS[1]), 4, 1)), axis=-1)[..., :K]
+    return ml.Trace.from_arrays(own, n_experts=5, tokens={"token_id": np.array(ROWS[1])}), own

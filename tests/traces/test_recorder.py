@@ -164,6 +164,7 @@ def test_a_cache_that_is_copied_for_more_rows_begins_new_ones(model):
         model(ids, past_key_values=cache)
         cache.batch_repeat_interleave(2)
         model(torch.tensor([[5], [6]]), past_key_values=cache, attention_mask=torch.ones(2, 5, dtype=torch.long))
+        assert recorder.n_tokens == 6
     trace = recorder.trace()
     assert trace.read("sequence").tolist() == [0, 0, 0, 0, 1, 2]
     assert trace.read("position").tolist() == [0, 1, 2, 3, 4, 4]
