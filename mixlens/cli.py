@@ -154,7 +154,9 @@ def _info(arguments: argparse.Namespace) -> dict[str, Any]:
 
         raise RunError(
             f"The run {arguments.path} was to be verified. {len(faults)} of its {len(run.meta['files'])} files are at "
-            f"fault: {'; '.join(faults)}. Restore them from a copy, or record again into a new folder."
+            f"fault: {'; '.join(faults)}. Restore them from a copy, or record again into a new folder.",
+            argument="path",
+            value=len(faults),
         )
     kept = ("kind", "created", "model", "counts", "signals", "sites", "versions")
     said = {key: run.meta[key] for key in kept if key in run.meta}

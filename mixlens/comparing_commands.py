@@ -59,7 +59,8 @@ def _impact(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
     if arguments.quantization is None:
         raise BadInput(
-            "The impact of quantization was asked for. No scheme was given. Give one, such as --quantization nf4."
+            "The impact of quantization was asked for. No scheme was given. Give one, such as --quantization nf4.",
+            argument="--quantization",
         )
     placed = {name: getattr(arguments, name) for name in ("device_map", "dtype", "revision", "quantization")}
     changed = load(arguments.model, **placed)
@@ -87,7 +88,9 @@ def _pareto(arguments: argparse.Namespace) -> dict[str, Any] | None:
     if arguments.quantization is not None:
         raise BadInput(
             f"Schemes were to be laid side by side under --quantization {arguments.quantization}. The original is "
-            "loaded without one. Give it among --schemes."
+            "loaded without one. Give it among --schemes.",
+            argument="--quantization",
+            value=arguments.quantization,
         )
     documents = [d for path in arguments.documents for d in read_documents(Path(path), arguments.limit)]
     names = ("text", "max_length", "overlong", "batch_tokens")
@@ -117,7 +120,11 @@ def _schemes(text: str) -> list[Any]:
 def _score(text: str) -> tuple[str, str]:
     scheme, _, run = text.rpartition("=")
     if not scheme:
-        raise BadInput(f"Scores {text!r} were to be added. They name no scheme. Give them as nf4=runs/eval-nf4.")
+        raise BadInput(
+            f"Scores {text!r} were to be added. They name no scheme. Give them as nf4=runs/eval-nf4.",
+            argument="--scores",
+            value=text,
+        )
     return scheme, run
 
 

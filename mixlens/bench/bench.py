@@ -66,7 +66,9 @@ class Bench:
         if run.kind != "bench":
             raise RunError(
                 f"A benchmark was to be opened at {path}. The run there is a {run.kind}. Use mixlens.open, which opens "
-                "a run of any kind."
+                "a run of any kind.",
+                argument="path",
+                value=run.kind,
             )
         return cls(list(read_records(run.file(RESULTS))), run.meta, path=run.path)
 

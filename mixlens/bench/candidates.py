@@ -71,13 +71,17 @@ def candidates(
         given = ", ".join(type(run).__name__ for run in runs) or "nothing"
         raise BadInput(
             f"Quality, cost and speed were to be compared. Given were {given}. Give evaluations and benchmarks of the "
-            "same models, as [log, bench], or Candidates alone."
+            "same models, as [log, bench], or Candidates alone.",
+            argument="runs",
+            value=[type(run).__name__ for run in runs],
         )
     pairs = [(bench, _log_of(bench, logs, names)) for bench in benches]
     if alone := [log for log in logs if all(log is not other for _, other in pairs)]:
         raise BadInput(
             f"Quality, cost and speed were to be compared. {_called(alone[0])} was evaluated and not benchmarked: the "
-            f"benchmarks are of {_list(benches)}. Benchmark it, leave it out, or say by names= which model is meant."
+            f"benchmarks are of {_list(benches)}. Benchmark it, leave it out, or say by names= which model is meant.",
+            argument="runs",
+            value=_called(alone[0]),
         )
     scored = {id(log): row for log, row in zip(logs, _scores(logs, score), strict=True)}
     table = prices() if table is None else statements(table.to_dict("records"))
@@ -104,12 +108,16 @@ def frontier(given: Sequence[Candidate]) -> pd.DataFrame:
     if not given or len({one.name for one in given}) < len(given):
         raise BadInput(
             f"{len(given)} candidates were to be compared. There is none, or two have one name. "
-            "Give a list of Candidates, each with its own name."
+            "Give a list of Candidates, each with its own name.",
+            argument="candidates",
+            value=len(given),
         )
     if len(benchmarks := dict.fromkeys(one.benchmark for one in given)) > 1:
         raise BadInput(
             f"{len(given)} candidates were to be compared. Their scores are of {' and '.join(map(repr, benchmarks))}. "
-            "Give scores of one benchmark and protocol."
+            "Give scores of one benchmark and protocol.",
+            argument="score",
+            value=benchmarks,
         )
     rows = [
         {
@@ -142,11 +150,15 @@ def _log_of(bench: Bench, logs: Sequence[Log], names: Mapping[str, str]) -> Log:
     if found:
         raise BadInput(
             f"Quality, cost and speed were to be compared. {_called(bench)} was benchmarked, and evaluated "
-            f"{len(found)} times. Give one evaluation of each model."
+            f"{len(found)} times. Give one evaluation of each model.",
+            argument="runs",
+            value=len(found),
         )
     raise BadInput(
         f"Quality, cost and speed were to be compared. {_called(bench)} was benchmarked, and no evaluation is of it: "
-        f"{'; '.join(dict.fromkeys(why))}. Evaluate it, leave it out, or say by names= which model is meant."
+        f"{'; '.join(dict.fromkeys(why))}. Evaluate it, leave it out, or say by names= which model is meant.",
+        argument="runs",
+        value=_called(bench),
     )
 
 
@@ -194,7 +206,9 @@ def _scores(logs: Sequence[Log], asked: str | None) -> list[dict[str, Any]]:
         raise BadInput(
             f"Quality, cost and speed were to be compared{whose}. The evaluations share "
             f"{'no score' if not common else f'{len(common)} scores'} ({told}). "
-            + ("Name one benchmark by score=." if common else "Give evaluations of one benchmark, protocol and limit.")
+            + ("Name one benchmark by score=." if common else "Give evaluations of one benchmark, protocol and limit."),
+            argument="score",
+            value=len(common),
         )
     found = [rows[common[0]] for rows in by_log]
     for log, row in zip(logs, found, strict=True):
@@ -202,12 +216,16 @@ def _scores(logs: Sequence[Log], asked: str | None) -> list[dict[str, Any]]:
         if not about["metrics"][row["metric"]].get("higher_is_better", True):
             raise BadInput(
                 f"Quality, cost and speed were to be compared by {row['what']}. Of that metric less is better. Name a "
-                "benchmark with a score of which more is better by score=."
+                "benchmark with a score of which more is better by score=.",
+                argument="score",
+                value=row["what"],
             )
     if len(sizes := {row["n"] + row["unscored"] for row in found}) > 1:
         raise BadInput(
             f"Quality, cost and speed were to be compared by {common[0]}. The evaluations have "
-            f"{' and '.join(map(str, sorted(sizes)))} samples of it. Evaluate all models on the same data."
+            f"{' and '.join(map(str, sorted(sizes)))} samples of it. Evaluate all models on the same data.",
+            argument="limit",
+            value=sorted(sizes),
         )
     return found
 

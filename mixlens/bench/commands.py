@@ -107,7 +107,9 @@ def _bench(arguments: argparse.Namespace) -> dict[str, Any] | None:
             if arguments.concurrency or arguments.rate:
                 raise BadInput(
                     f"A sweep up to {arguments.sweep} was asked for, and fixed loads too. A sweep chooses its loads. "
-                    "Leave out --concurrency and --rate, or --sweep."
+                    "Leave out --concurrency and --rate, or --sweep.",
+                    argument="--sweep",
+                    value=arguments.sweep,
                 )
             bench = load_sweep(_endpoint(arguments), most=arguments.sweep, **fixed)
         else:
@@ -122,7 +124,8 @@ def _bench(arguments: argparse.Namespace) -> dict[str, Any] | None:
         found = ", ".join(f"{n} {outcome}" for outcome, n in ended.items()) or "none was sent"
         raise RunError(
             f"{arguments.url} was to be measured. No measured request succeeded: {found}"
-            f"{f' ({words})' if words else ''}{_stopped(bench.meta)}. Every request is in {out}/results.jsonl."
+            f"{f' ({words})' if words else ''}{_stopped(bench.meta)}. Every request is in {out}/results.jsonl.",
+            argument="requests",
         )
     if arguments.json:
         rows = _rows(bench.table())
@@ -159,14 +162,17 @@ def _endpoint(arguments: argparse.Namespace) -> Any:
     if arguments.provider is not None and arguments.url != "openrouter":
         raise BadInput(
             f"The provider {arguments.provider!r} was asked for at {arguments.url}. Only OpenRouter chooses between "
-            "providers. Give openrouter as the URL, or leave --provider out."
+            "providers. Give openrouter as the URL, or leave --provider out.",
+            argument="--provider",
+            value=arguments.provider,
         )
     if arguments.url in PRESETS:
         pinned = {"providers": [arguments.provider]} if arguments.provider else {}
         return PRESETS[arguments.url](**fields, **pinned)
     if "model" not in fields:
         raise BadInput(
-            f"{arguments.url} was to be measured. No model is named. Give --model NAME, as the server knows it."
+            f"{arguments.url} was to be measured. No model is named. Give --model NAME, as the server knows it.",
+            argument="--model",
         )
     return Endpoint(arguments.url, **fields)
 
@@ -205,7 +211,9 @@ def _providers(arguments: argparse.Namespace) -> dict[str, Any] | None:
     if unknown := [name for name in probes if name not in measured]:
         raise BadInput(
             f"A probe of {unknown[0]!r} was to stand in the table of providers. No run is given for that name. Give "
-            f"{unknown[0]}=RUN too."
+            f"{unknown[0]}=RUN too.",
+            argument="runs",
+            value=unknown[0],
         )
     listed = listed_prices(arguments.model) if arguments.live else None
     table = provider_table(measured, model=arguments.model, listed=listed, probes=probes)
@@ -215,7 +223,9 @@ def _providers(arguments: argparse.Namespace) -> dict[str, Any] | None:
         except OSError as error:
             raise BadInput(
                 f"The table of providers was to be written to {arguments.csv}. That cannot be done: {error}. Give a "
-                "file in a folder that is there."
+                "file in a folder that is there.",
+                argument="--csv",
+                value=arguments.csv,
             ) from error
         return {"written": arguments.csv, "rows": len(table)}
     if arguments.json:
@@ -229,7 +239,9 @@ def _named(text: str) -> tuple[str, str]:
     if not (name and path):
         raise BadInput(
             f"{text!r} was to stand in the table of providers. It does not say whose it is. Give NAME=RUN, or for a "
-            "probe NAME=FILE."
+            "probe NAME=FILE.",
+            argument="runs",
+            value=text,
         )
     return name, path
 
@@ -276,7 +288,10 @@ def _cost(arguments: argparse.Namespace) -> dict[str, Any] | None:
     from mixlens.bench.providers import listed_prices
 
     if arguments.live and arguments.model is None:
-        raise BadInput("Prices of now were asked for. They are listed by model, and none is named. Give --model NAME.")
+        raise BadInput(
+            "Prices of now were asked for. They are listed by model, and none is named. Give --model NAME.",
+            argument="--model",
+        )
 
     table = cost(
         arguments.input_tokens,

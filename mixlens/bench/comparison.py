@@ -86,7 +86,9 @@ def compare_benches(a: Bench, b: Bench, *, bootstrap: Bootstrap = DEFAULT) -> Be
     if not levels:
         raise BadInput(
             f"Two benchmarks were to be compared. The first has loads {', '.join(dict.fromkeys(first['level']))}, the "
-            f"second {', '.join(dict.fromkeys(second['level']))}. Measure both under the same loads."
+            f"second {', '.join(dict.fromkeys(second['level']))}. Measure both under the same loads.",
+            argument="loads",
+            value=(list(dict.fromkeys(first["level"])), list(dict.fromkeys(second["level"]))),
         )
     _check_workloads(a, b)
     paired = _in_turns(a, b)
@@ -104,7 +106,9 @@ def _check_workloads(a: Bench, b: Bench) -> None:
     if one and other and {**one, "seed": None} != {**other, "seed": None}:
         raise BadInput(
             f"Two benchmarks were to be compared. The first has {workload_words(one)}; the second has "
-            f"{workload_words(other)}. Measure both with the same workload."
+            f"{workload_words(other)}. Measure both with the same workload.",
+            argument="workload",
+            value=(one, other),
         )
 
 

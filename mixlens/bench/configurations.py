@@ -125,7 +125,9 @@ def _labels(configurations: Sequence[Mapping[str, Any]]) -> list[str]:
     if not labels or len(set(labels)) < len(labels):
         raise BadInput(
             f"A benchmark of configurations {', '.join(labels) or 'of no kind'} was asked for. There is none, or one "
-            'is given twice. Give several, as in [{"dtype": "bfloat16"}, {"quantization": "nf4"}].'
+            'is given twice. Give several, as in [{"dtype": "bfloat16"}, {"quantization": "nf4"}].',
+            argument="configurations",
+            value=labels,
         )
     return labels
 

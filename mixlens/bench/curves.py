@@ -70,5 +70,7 @@ def throughput_latency(
 def _known(name: str, known: Sequence[str]) -> None:
     if name not in known:
         raise BadInput(
-            f"The curve of {name!r} was asked for. A benchmark does not have it. Give one of {', '.join(known)}."
+            f"The curve of {name!r} was asked for. A benchmark does not have it. Give one of {', '.join(known)}.",
+            argument="curve",
+            value=name,
         )

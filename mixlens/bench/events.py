@@ -97,7 +97,9 @@ class Record:
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise BadInput(
                 f"A record of a request was to be read. The line is none ({type(error).__name__}: {error}): "
-                f"{line[:60]!r}. Give a line of results.jsonl of a benchmark."
+                f"{line[:60]!r}. Give a line of results.jsonl of a benchmark.",
+                argument="line",
+                value=line[:60],
             ) from error
 
 

@@ -48,6 +48,8 @@ def bench_writer(path: Path, plan: dict[str, Any]) -> RunWriter:
         n = len((path / PARTIAL).read_bytes().splitlines())
         raise RunError(
             f"A benchmark was to be written to {path}. One that was killed after {n} requests is there, and "
-            f"time cannot be resumed. Read its requests from {PARTIAL}, and give another folder."
+            f"time cannot be resumed. Read its requests from {PARTIAL}, and give another folder.",
+            argument="out",
+            value=n,
         )
     return writer

@@ -43,7 +43,11 @@ def load_sweep(
     """
     check_requests(requests, settings)
     if most < 1:
-        raise BadInput(f"A sweep up to concurrency {most} was asked for. That is no load. Give 1 or more.")
+        raise BadInput(
+            f"A sweep up to concurrency {most} was asked for. That is no load. Give 1 or more.",
+            argument="most",
+            value=most,
+        )
     plan = {"sweep": {"most": most, "falls": _FALLS}, "requests": requests}
     loads = [2**i for i in range(most.bit_length()) if 2**i <= most]
     total = sum(max(requests, 2 * n) for n in loads)

@@ -103,7 +103,9 @@ def benchmark_model(
     if not isinstance(settings, LocalSettings) or not hasattr(model, "generate"):
         raise BadInput(
             f"A benchmark of a {type(model).__name__} with {type(settings).__name__} was asked for. Measured are an "
-            "Endpoint with BenchSettings, and a loaded model with LocalSettings. Give ml.load(...) for a name."
+            "Endpoint with BenchSettings, and a loaded model with LocalSettings. Give ml.load(...) for a name.",
+            argument="model",
+            value=type(model).__name__,
         )
     check_calls(requests, settings)
     loads = loads_of(batch, workload, settings)
@@ -324,7 +326,9 @@ def check_calls(requests: int, settings: LocalSettings) -> None:
     ):
         raise BadInput(
             f"A benchmark of {requests} calls after {settings.warmup} of warm-up within {seconds} seconds was asked "
-            "for. There must be at least 1, after 0 or more, within more than 0. Give larger numbers."
+            "for. There must be at least 1, after 0 or more, within more than 0. Give larger numbers.",
+            argument="requests",
+            value=(requests, settings.warmup, seconds),
         )
 
 
@@ -342,7 +346,9 @@ def loads_of(
     if not loads or not all(isinstance(n, int) and n >= 1 for n in rows) or len({x.name for x in loads}) < len(loads):
         raise BadInput(
             f"A benchmark of batches of {batch} rows with {len(workloads)} workloads was asked for. That is no load, "
-            "or one is given twice. Give whole numbers from 1 and workloads of different lengths, each once."
+            "or one is given twice. Give whole numbers from 1 and workloads of different lengths, each once.",
+            argument="batch",
+            value=rows,
         )
     return loads
 
@@ -352,7 +358,9 @@ def check_experts(model: Any, name: str | None) -> None:
     if name not in (None, "eager") and any(is_unfused(layer.experts) for layer in moe_layers(model)):
         raise BadInput(
             f"Experts by {name!r} were to be measured. The model's experts are Linears of their own, as quantization "
-            "needs, which only eager computes with. Leave the name out, or load the model without quantization."
+            "needs, which only eager computes with. Leave the name out, or load the model without quantization.",
+            argument="experts",
+            value=name,
         )
     try:
         model.get_correct_experts_implementation(
@@ -361,5 +369,7 @@ def check_experts(model: Any, name: str | None) -> None:
     except (ValueError, ImportError) as error:
         raise BadInput(
             f"Experts by {name!r} were to be measured. transformers says: {str(error).splitlines()[0]} "
-            "Give some of eager, grouped_mm and batched_mm."
+            "Give some of eager, grouped_mm and batched_mm.",
+            argument="experts",
+            value=name,
         ) from error

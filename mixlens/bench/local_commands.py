@@ -49,7 +49,8 @@ def check_endpoint_arguments(arguments: argparse.Namespace) -> None:
     if given := _given(arguments, _OF_MODELS):
         raise BadInput(
             f"{arguments.url} was to be measured, with {', '.join(given)}. That is for a model that is loaded here; "
-            "how a server holds its model is not ours to choose. Leave it out, or give a Hub id or a folder."
+            "how a server holds its model is not ours to choose. Leave it out, or give a Hub id or a folder.",
+            argument=given[0],
         )
 
 
@@ -67,7 +68,8 @@ def measured_here(arguments: argparse.Namespace, out: str, workload: Workload) -
     if given := _given(arguments, _OF_ENDPOINTS):
         raise BadInput(
             f"{arguments.url} was to be loaded and measured, with {', '.join(given)}. That is for an endpoint, and "
-            f"{arguments.url!r} is no address. Leave it out, or give an address that begins with http."
+            f"{arguments.url!r} is no address. Leave it out, or give an address that begins with http.",
+            argument=given[0],
         )
     import torch
 
@@ -82,7 +84,9 @@ def measured_here(arguments: argparse.Namespace, out: str, workload: Workload) -
     except RuntimeError as error:
         raise BadInput(
             f"A model was to be measured on {place!r}. torch knows no such device. Give auto, cpu, cuda:0, or another "
-            "device of torch."
+            "device of torch.",
+            argument="--device",
+            value=place,
         ) from error
     settings = LocalSettings(
         warmup=arguments.warmup,
@@ -125,4 +129,8 @@ def numbers_of(text: str | None, kind: type, what: str = "A load") -> list[Any] 
     try:
         return [kind(part) for part in text.split(",")]
     except ValueError as error:
-        raise BadInput(f"{what} of {text!r} was asked for. That is no list of numbers. Give it as 1,4,16.") from error
+        raise BadInput(
+            f"{what} of {text!r} was asked for. That is no list of numbers. Give it as 1,4,16.",
+            argument=what,
+            value=text,
+        ) from error

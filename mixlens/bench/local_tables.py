@@ -50,7 +50,9 @@ def rooflines(records: Sequence[Record], meta: Mapping[str, Any], *, bootstrap: 
         tables.append(table.assign(level=[in_configuration(label, level) for level in table["level"]]))
     if not tables:
         raise missing or MissingSignal(
-            "A roofline was asked for. No configuration of the benchmark ran. Look at bench.outcomes() and remarks()."
+            "A roofline was asked for. No configuration of the benchmark ran. Look at bench.outcomes() and remarks().",
+            argument="configurations",
+            value=0,
         )
     return pd.concat(tables, ignore_index=True)
 
@@ -91,7 +93,8 @@ def machine_of(meta: Mapping[str, Any]) -> Machine:
     if "machine" not in meta:
         raise MissingSignal(
             "A roofline was asked for. The benchmark is of an endpoint, of whose device nothing is known. Benchmark a "
-            "loaded model, as in ml.benchmark(ml.load(...))."
+            "loaded model, as in ml.benchmark(ml.load(...)).",
+            argument="model",
         )
     return Machine.of(meta["machine"])
 

@@ -200,7 +200,8 @@ def goodput(records: Iterable[Record], limits: Limits, *, count_tokens: CountTok
     """
     if not limits.stated:
         raise BadInput(
-            "Goodput was asked for. No limit is stated. Give at least one, as in Limits(ttft_s=2.0, tpot_s=0.2)."
+            "Goodput was asked for. No limit is stated. Give at least one, as in Limits(ttft_s=2.0, tpot_s=0.2).",
+            argument="limits",
         )
     rows, records = [], list(records)
     windows = throughput(records, count_tokens=count_tokens).set_index("level")["window_s"]

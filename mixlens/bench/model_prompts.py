@@ -31,14 +31,18 @@ class Prompts:
         if given and self._tokenizer is None:
             raise BadInput(
                 "A benchmark on given prompts was asked for. The model has no tokenizer. Load it from a folder that "
-                "has one, or leave the prompts out."
+                "has one, or leave the prompts out.",
+                argument="tokenizer",
+                value=None,
             )
         self._given = [self._tokenizer(text)["input_ids"] for text in given] if self._tokenizer else []
         self.columns = max(map(len, self._given), default=workload.prompt_tokens)
         if self.columns + workload.output_tokens > context_length(model):
             raise BadInput(
                 f"Prompts of {self.columns} tokens with answers of {workload.output_tokens} were to be generated. The "
-                f"model's context is {context_length(model)} tokens. Give shorter ones."
+                f"model's context is {context_length(model)} tokens. Give shorter ones.",
+                argument="prompt_tokens",
+                value=self.columns,
             )
 
     def plan(self) -> dict[str, Any]:

@@ -52,7 +52,9 @@ def prices(model: str | None = None) -> pd.DataFrame:
         if frame.empty:
             raise BadInput(
                 f"Prices of {model!r} were asked for. The snapshot of {snapshot['date']} has {' and '.join(known)}. "
-                "Give one of these, or leave the model out for all."
+                "Give one of these, or leave the model out for all.",
+                argument="model",
+                value=model,
             )
     frame.attrs["date"] = snapshot["date"]
     return frame
@@ -99,7 +101,9 @@ def cost(
         raise BadInput(
             f"The cost of {requests:g} requests of {input_tokens:g} tokens in and {output_tokens:g} out over {months} "
             f"months growing by {growth:g} was asked for. One of the numbers is negative or endless, or there is no "
-            f"month. Give tokens and requests from 0, months from 1 to {_MOST_MONTHS:,}, growth from -1."
+            f"month. Give tokens and requests from 0, months from 1 to {_MOST_MONTHS:,}, growth from -1.",
+            argument="cost",
+            value=(input_tokens, output_tokens, requests, months, growth),
         )
     table = prices(model) if table is None else table.reindex(columns=list(STATEMENT))
     per_tokens = (input_tokens * table["input_usd_per_mtok"] + output_tokens * table["output_usd_per_mtok"]) / 1e6

@@ -101,7 +101,9 @@ class Probe:
         except (OSError, ValueError, TypeError) as error:
             raise BadInput(
                 f"A probe was to be read from {path}. There is none ({type(error).__name__}: {error}). Give the file "
-                "that probe(out=) or mixlens probe --out wrote."
+                "that probe(out=) or mixlens probe --out wrote.",
+                argument="path",
+                value=str(path),
             ) from error
 
     def __repr__(self) -> str:
@@ -142,11 +144,15 @@ def probe(
     if endpoint.protocol not in ("openai-chat", "modelslab"):
         raise BadInput(
             f"The parameters of {endpoint.host} were to be probed. Its protocol is {endpoint.protocol}. "
-            'Make the endpoint with protocol="openai-chat".'
+            'Make the endpoint with protocol="openai-chat".',
+            argument="protocol",
+            value=endpoint.protocol,
         )
     if unknown := [name for name in parameters if name not in EFFECTS]:
         raise BadInput(
-            f"The parameter {unknown[0]!r} was to be probed. Known are {', '.join(PARAMETERS)}. Give some of these."
+            f"The parameter {unknown[0]!r} was to be probed. Known are {', '.join(PARAMETERS)}. Give some of these.",
+            argument="parameters",
+            value=unknown[0],
         )
     if out is not None:
         _check_writable(Path(out))
@@ -159,7 +165,9 @@ def probe(
         if plain.status >= 300 or not plain.text:
             raise EndpointError(
                 f"The parameters of {endpoint.host} were to be probed. The plain request has no answer: status "
-                f"{plain.status}, {plain.answer[:200]!r}. Check address, model and key."
+                f"{plain.status}, {plain.answer[:200]!r}. Check address, model and key.",
+                argument="endpoint",
+                value=plain.status,
             )
         rows = []
         for name in parameters:
@@ -178,7 +186,9 @@ def _check_writable(path: Path) -> None:
     if path.is_dir() or not path.parent.is_dir():
         raise BadInput(
             f"A probe was to be written to {path}. That is a folder, or lies in one that is not there. Give a file in "
-            "an existing folder."
+            "an existing folder.",
+            argument="out",
+            value=str(path),
         )
 
 

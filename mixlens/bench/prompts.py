@@ -50,12 +50,14 @@ class Workload:
         if self.output_tokens < 1 or (self.prompts is None and self.prompt_tokens < 16):
             raise BadInput(
                 f"Prompts of {self.prompt_tokens} tokens with answers of {self.output_tokens} were asked for. A made "
-                "prompt has at least 16 tokens, an answer at least 1. Give larger numbers."
+                "prompt has at least 16 tokens, an answer at least 1. Give larger numbers.",
+                argument="output_tokens" if self.output_tokens < 1 else "prompt_tokens",
             )
         if self.prompts is not None and not (self.prompts and all(isinstance(p, str) and p for p in self.prompts)):
             raise BadInput(
                 "A benchmark on given prompts was asked for. There are none, or one is empty or no string. "
-                "Give a list of texts."
+                "Give a list of texts.",
+                argument="prompts",
             )
 
     def prompt(self, number: int) -> str:
@@ -119,7 +121,10 @@ def read_prompts(
                 else f" in {column!r}; it has {', '.join(map(str, document)) or 'nothing'}"
             )
             raise BadInput(
-                f"Prompts were to be read. Document {i} has no text{has}. Name the column of the text, or leave it out."
+                f"Prompts were to be read. Document {i} has no text{has}. Name the column of the text, or leave "
+                "it out.",
+                argument="column",
+                value=i,
             )
         found.append(text)
     return found
@@ -131,7 +136,9 @@ def _lines(path: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(
             f"Prompts were to be read from {path}. The file cannot be read: {error}. Give a text file in UTF-8 with "
-            "one prompt a line, or JSON Lines."
+            "one prompt a line, or JSON Lines.",
+            argument="path",
+            value=str(path),
         ) from error
 
 
@@ -143,6 +150,8 @@ def _parsed(line: str, number: int, path: Path) -> str | Mapping[str, Any]:
     if not isinstance(found, dict | str):
         raise BadInput(
             f"Prompts were to be read from {path}. Line {number + 1} is no JSON object. Give JSON Lines, one document "
-            "a line."
+            "a line.",
+            argument="path",
+            value=number + 1,
         )
     return found

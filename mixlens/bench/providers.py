@@ -53,7 +53,9 @@ def listed_prices(model: str, *, url: str = OPENROUTER) -> pd.DataFrame:
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise EndpointError(
             f"Prices of {name} were to be read from {url}. The answer has no list of endpoints. "
-            "Use the snapshot: leave out the refresh."
+            "Use the snapshot: leave out the refresh.",
+            argument="answer",
+            value=url,
         )
     date = now()
     frame = statements([_listed(row, name, date) for row in rows])
@@ -133,7 +135,11 @@ def _measured(name: str, bench: Bench, probe: Probe | None) -> list[dict[str, An
     levels = list(dict.fromkeys(r.level for r in bench.records if r.phase == "measured"))
     if not levels or "endpoint" not in bench.meta:
         found = "is of a model on this machine" if levels else "has no measured request"
-        raise BadInput(f"The benchmark of {name!r} was to stand in the table of providers. It {found}. Leave it out.")
+        raise BadInput(
+            f"The benchmark of {name!r} was to stand in the table of providers. It {found}. Leave it out.",
+            argument="runs",
+            value=name,
+        )
     medians, requests = bench.table().query("statistic == 'p50'"), bench.requests().query("phase == 'measured'")
     honoured = [] if probe is None else [name for name, verdict in probe.verdicts.items() if verdict == "honoured"]
     rows = []

@@ -195,7 +195,8 @@ def roofline(
     if not any(np.isfinite(call[:, _FLOPS]).any() for calls in groups.values() for call in calls):
         raise MissingSignal(
             "A roofline was asked for. No measured call knows the bytes and operations of its forwards. Benchmark a "
-            "loaded model, as in ml.benchmark(ml.load(...)); of an endpoint they cannot be known."
+            "loaded model, as in ml.benchmark(ml.load(...)); of an endpoint they cannot be known.",
+            argument="records",
         )
     rows = []
     for level, calls in groups.items():

@@ -52,7 +52,9 @@ def benchmark(
         if rate is not None:
             raise BadInput(
                 f"A model was to be measured at {rate} requests a second. Here it generates one batch after the other, "
-                "and nothing arrives. Give concurrency=, or serve the model and measure an Endpoint."
+                "and nothing arrives. Give concurrency=, or serve the model and measure an Endpoint.",
+                argument="rate",
+                value=rate,
             )
         return benchmark_model(
             target, batch=concurrency, requests=requests, out=out, workload=workload, settings=settings
@@ -62,7 +64,8 @@ def benchmark(
         raise BadInput(
             f"A benchmark of {target.model} was asked for, with {type(settings).__name__} and "
             f"{type(workload).__name__}. An endpoint takes BenchSettings and one Workload. Give these, or benchmark a "
-            "loaded model."
+            "loaded model.",
+            argument="settings" if not isinstance(settings, BenchSettings) else "workload",
         )
     levels = levels_of(concurrency, rate, settings.arrivals)
     check_requests(requests, settings)

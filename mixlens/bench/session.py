@@ -166,7 +166,12 @@ def levels_of(
     if not (slots or rates) or not fine or not distinct or arrivals not in ("poisson", "constant"):
         raise BadInput(
             f"A benchmark at concurrency {concurrency} and rate {rate} ({arrivals}) was asked for. That is no load. "
-            'Give whole numbers from 1, or rates above 0, each once, and arrivals "poisson" or "constant".'
+            'Give whole numbers from 1, or rates above 0, each once, and arrivals "poisson" or "constant".',
+            argument="arrivals"
+            if arrivals not in ("poisson", "constant")
+            else "concurrency"
+            if rate is None
+            else "rate",
         )
     return [Level(concurrency=n) for n in slots] + [Level(rate=float(r), arrivals=arrivals) for r in rates]
 
@@ -176,7 +181,9 @@ def check_requests(requests: int, settings: BenchSettings) -> None:
     if not isinstance(requests, int) or requests < 1 or settings.warmup < 0:
         raise BadInput(
             f"A benchmark of {requests} requests after {settings.warmup} of warm-up was asked for. There must be at "
-            "least 1, after 0 or more. Give larger numbers."
+            "least 1, after 0 or more. Give larger numbers.",
+            argument="requests",
+            value=(requests, settings.warmup),
         )
     limits = {"max_seconds": settings.max_seconds, "max_dollars": settings.max_dollars, **vars(settings.timeouts)}
     wrong = {name: value for name, value in limits.items() if value is not None and not value > 0}
@@ -185,7 +192,9 @@ def check_requests(requests: int, settings: BenchSettings) -> None:
     for name, value in wrong.items():
         raise BadInput(
             f"A benchmark with {name} of {value} was asked for. That is no limit, or no price. Give a number above 0 "
-            "(price: dollars per million tokens in and out), or leave it out."
+            "(price: dollars per million tokens in and out), or leave it out.",
+            argument=name,
+            value=value,
         )
 
 
@@ -199,20 +208,26 @@ def check_target(endpoint: Endpoint, workload: Workload, settings: BenchSettings
         raise BadInput(
             f"A {type(endpoint).__name__} was to be measured under load, with a {type(workload).__name__}. Only "
             "endpoints take requests from several at a time. Give an Endpoint and one Workload; of a loaded model "
-            "ml.benchmark measures batches."
+            "ml.benchmark measures batches.",
+            argument="endpoint",
+            value=type(endpoint).__name__,
         )
     price = settings.price or price_at(endpoint)
     if settings.max_dollars is not None and price is None:
         raise BadInput(
             f"A cap of ${settings.max_dollars:g} was asked for. The snapshot of prices has none for {endpoint.model} "
             f"at {endpoint.host}. Give dollars per million tokens, as in BenchSettings(price=(0.54, 0.54)) or "
-            "--price 0.54,0.54."
+            "--price 0.54,0.54.",
+            argument="max_dollars",
+            value=settings.max_dollars,
         )
     tokens = workload.output_tokens + (workload.prompt_tokens if workload.prompts is None else 0)
     if endpoint.context is not None and tokens > endpoint.context:
         raise BadInput(
             f"Prompts and answers of {tokens} tokens together were to be asked of {endpoint.host}. The context of "
-            f"{endpoint.model} there has {endpoint.context}. Give shorter ones."
+            f"{endpoint.model} there has {endpoint.context}. Give shorter ones.",
+            argument="context",
+            value=tokens,
         )
     endpoint.key()
     return price

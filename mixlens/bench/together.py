@@ -47,7 +47,9 @@ def benchmark_together(
     if len(names) < 2 or any(not name or Path(name).name != name for name in names):
         raise BadInput(
             f"Endpoints {', '.join(map(repr, names)) or 'of no name'} were to be measured together. There are fewer "
-            "than two, or a name is no name of a folder. Give a dict of two or more, as {'a': Endpoint(...), ...}."
+            "than two, or a name is no name of a folder. Give a dict of two or more, as {'a': Endpoint(...), ...}.",
+            argument="endpoints",
+            value=names,
         )
     levels = levels_of(concurrency, rate, settings.arrivals)
     check_requests(requests, settings)
@@ -58,7 +60,9 @@ def benchmark_together(
     if any(there) and not all(there):
         raise BadInput(
             f"Endpoints were to be measured together in {out}. Some of them are there already, measured without "
-            "the others. Give another folder."
+            "the others. Give another folder.",
+            argument="out",
+            value=str(out),
         )
     plan = {"levels": [asdict(level) for level in levels], "requests": requests}
     total = len(levels) * requests

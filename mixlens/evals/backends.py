@@ -34,7 +34,9 @@ def backend_of(model: Any, settings: Any) -> Any:
     if isinstance(model, HFLM):
         raise BadInput(
             f"A {type(model).__name__} of lm-eval's was to be evaluated. It cuts long prompts in silence, and a "
-            "transformers model needs none. Give the model itself, and its tokenizer by EvalSettings(tokenizer=...)."
+            "transformers model needs none. Give the model itself, and its tokenizer by EvalSettings(tokenizer=...).",
+            argument="model",
+            value=type(model).__name__,
         )
     if isinstance(model, LM):
         return LmEvalBackend(model)
@@ -42,7 +44,9 @@ def backend_of(model: Any, settings: Any) -> Any:
         return LocalBackend(model, settings)
     raise BadInput(
         f"A {type(model).__name__} was to be evaluated. That is no model. Give a loaded model, such as ml.load(...), "
-        "an ml.Endpoint, or a model object of lm-eval's."
+        "an ml.Endpoint, or a model object of lm-eval's.",
+        argument="model",
+        value=type(model).__name__,
     )
 
 

@@ -52,7 +52,8 @@ def _eval(arguments: argparse.Namespace) -> dict[str, Any] | None:
     if arguments.model is None or not arguments.tasks:
         raise BadInput(
             "An evaluation was asked for. Model or tasks are missing. Give both, as in mixlens eval demo mmlu, "
-            "or --list."
+            "or --list.",
+            argument="model",
         )
     from mixlens.evals.references import beside
     from mixlens.evals.runner import EvalSettings, job_of, run
@@ -83,7 +84,9 @@ def _revisions(given: list[str]) -> dict[str, str]:
     if wrong := [one for one, (name, _, revision) in zip(given, pairs, strict=True) if not (name and revision)]:
         raise BadInput(
             f"--data-revision {wrong[0]} was given. It names no data set or no revision. Write it as in "
-            "--data-revision openai/gsm8k=main."
+            "--data-revision openai/gsm8k=main.",
+            argument="--data-revision",
+            value=wrong[0],
         )
     return {name: revision for name, _, revision in pairs}
 
@@ -118,7 +121,8 @@ def _vllm(arguments: argparse.Namespace) -> Any:
     if arguments.quantization or arguments.device_map:
         raise BadInput(
             f"{asked}. --quantization and --device-map are of transformers. Say it in vLLM's words, as in "
-            "--vllm-args quantization=awq,tensor_parallel_size=2."
+            "--vllm-args quantization=awq,tensor_parallel_size=2.",
+            argument="--vllm-args",
         )
     pretrained = demo_path() if arguments.model == DEMO else arguments.model
     given = {"pretrained": pretrained, "revision": arguments.revision, "dtype": arguments.dtype}
@@ -128,11 +132,17 @@ def _vllm(arguments: argparse.Namespace) -> Any:
 
         return VLLM.create_from_arg_string(",".join([*words, *filter(None, [arguments.vllm_args])]))
     except ImportError as error:
-        raise BadInput(f"{asked}. It cannot be imported ({error}). Install vllm, or leave --backend out.") from error
+        raise BadInput(
+            f"{asked}. It cannot be imported ({error}). Install vllm, or leave --backend out.",
+            argument="--backend",
+            value="vllm",
+        ) from error
     except Exception as error:
         raise ModelError(
             f"{asked}. It did not start: {type(error).__name__}: {str(error).strip()[:300]}. See what it printed "
-            "above, and give what it needs by --vllm-args."
+            "above, and give what it needs by --vllm-args.",
+            argument="--backend",
+            value="vllm",
         ) from error
 
 
@@ -145,7 +155,9 @@ def _data(arguments: argparse.Namespace) -> dict[str, Any] | None:
         told = "; ".join(f"{row.file}: {row.fault}" for row in wrong.itertuples())
         raise RunError(
             f"Benchmark data in {arguments.folder} was to be verified. {len(wrong)} of {len(table)} are at fault: "
-            f"{told}. Get the files again from where they were released."
+            f"{told}. Get the files again from where they were released.",
+            argument="data",
+            value=len(wrong),
         )
     if arguments.json:
         return {"folder": arguments.folder, "files": json.loads(table.to_json(orient="records"))}

@@ -57,14 +57,18 @@ class EndpointBackend:
             raise BadInput(
                 f"{task} needs log-probabilities of given answers. {self.endpoint.host} is asked by "
                 f"{self.endpoint.protocol}, which has none of a text it is given. {instead}, or a server of "
-                'openai-completions with echo (protocol="openai-completions").'
+                'openai-completions with echo (protocol="openai-completions").',
+                argument="protocol",
+                value=self.endpoint.protocol,
             )
         try:
             found = self._echo(_PROBE)
         except (EndpointError, BadInput) as error:
             raise BadInput(
                 f"{task} needs log-probabilities of given answers. {self.endpoint.host} does not echo a prompt with "
-                f"log-probabilities ({str(error).split('. ')[1].rstrip('.')}). {instead}, or a server that has both."
+                f"log-probabilities ({str(error).split('. ')[1].rstrip('.')}). {instead}, or a server that has both.",
+                argument="logprobs",
+                value=task,
             ) from error
         given = self.settings.tokenizer
         if given is not None and tokenizer_of(None, given).bos_token_id is None:
@@ -75,7 +79,10 @@ class EndpointBackend:
             raise BadInput(
                 f"{task} needs one beginning-of-sequence token before a prompt. {self.endpoint.host} puts "
                 f"{specials or 'none'}: the echo of {_PROBE!r} begins with {list(found.tokens or ())[:3]}. Let the "
-                "server add special tokens once, or give EvalSettings(tokenizer=...) of a model that has no such token."
+                "server add special tokens once, or give EvalSettings(tokenizer=...) of a model that has no such "
+                "token.",
+                argument="bos",
+                value=specials,
             )
 
     def batches(self, kind: str, requests: Sequence[Any]) -> list[Batch]:
@@ -134,7 +141,9 @@ class EndpointBackend:
         if not given or not len(given) == len(logprobs) == len(best):
             raise EndpointError(
                 f"{self.endpoint.host} was asked for the log-probabilities of {continuation[:40]!r}. It gives "
-                f"{len(given)} for {len(logprobs)} tokens. Use a server that scores every token of a prompt."
+                f"{len(given)} for {len(logprobs)} tokens. Use a server that scores every token of a prompt.",
+                argument="logprobs",
+                value=(len(given), len(logprobs)),
             )
         greedy = all(logprob >= max(others.values(), default=0.0) for logprob, others in zip(given, best, strict=True))
         return sum(given), greedy
@@ -146,7 +155,8 @@ class EndpointBackend:
         if not listed or not found.text.startswith(text[:8]):
             raise EndpointError(
                 f"{self.endpoint.host} was asked to echo a prompt with log-probabilities. Its answer has none of the "
-                "prompt. Use a server that has both."
+                "prompt. Use a server that has both.",
+                argument="logprobs",
             )
         return found
 

@@ -83,7 +83,9 @@ class Loaded:
             elif task.dump_config() != self.tasks[name].dump_config():
                 raise BadInput(
                     f"Two different tasks named {name!r} were asked for. Their answers would be mixed up. Rename one "
-                    "(task: in its file), or evaluate them apart."
+                    "(task: in its file), or evaluate them apart.",
+                    argument="tasks",
+                    value=name,
                 )
 
     def build(self, job: Job, chat_template: Any = None) -> list[Any]:
@@ -138,7 +140,9 @@ def _add_lm_eval_tasks(loaded: Loaded, names: Sequence[str], metadata: Any) -> N
         if unsafe := [task for task, made in tasks.items() if getattr(made, "UNSAFE_CODE", False)]:
             raise BadInput(
                 f"{', '.join(unsafe)} was asked for. lm-eval runs the code that the model writes outside any sandbox. "
-                "Use humaneval_0shot or mbpp_3shot, which run it inside."
+                "Use humaneval_0shot or mbpp_3shot, which run it inside.",
+                argument="tasks",
+                value=unsafe,
             )
         loaded.add(tasks, None)
 
@@ -152,7 +156,9 @@ def _load(manager: Any, name: str, configs: list[Any]) -> dict[str, Any]:
         said = (str(error).strip().splitlines() or [""])[0][:300].rstrip(".")
         raise BadInput(
             f"{name} was to be loaded by lm-eval. It did not succeed: {type(error).__name__}: {said}. "
-            "Check the task file, and that its data can be reached and has the fields that it names."
+            "Check the task file, and that its data can be reached and has the fields that it names.",
+            argument="tasks",
+            value=name,
         ) from error
 
 
@@ -167,7 +173,9 @@ def grade(job: Job, loaded: Loaded, answers: Mapping[Key, Any], chat_template: A
         if done.returncode != 0:
             raise RunError(
                 "Answers were to be graded in a process of their own, since MATH's graders need the main thread. It "
-                f"ended with {done.stderr.strip().splitlines()[-1:] or 'no words'}. Evaluate from a script, or again."
+                f"ended with {done.stderr.strip().splitlines()[-1:] or 'no words'}. Evaluate from a script, or again.",
+                argument="answers",
+                value=done.returncode,
             )
         return json.loads(Path(folder, "graded.json").read_text("utf-8"))
 

@@ -56,7 +56,9 @@ class Log:
         if run.kind != "eval":
             raise RunError(
                 f"An evaluation was to be opened at {path}. The run there is a {run.kind}. Use mixlens.open, which "
-                "opens a run of any kind."
+                "opens a run of any kind.",
+                argument="path",
+                value=run.kind,
             )
         with run.file(RESULTS).open(encoding="utf-8") as file:
             records = [json.loads(line) for line in file]

@@ -1,8 +1,9 @@
 """An evaluation in a process of its own, of a model that is given by name.
 
 The caller writes one line of JSON to the other's stdin and keeps it open; back come lines of JSON: {"progress": [done,
-total]}, at the end {"error": [class, text]} or {"done": true}. Where its stdin ends, the caller has gone or wants no
-more, and the evaluation ends as by Ctrl-C. Nothing is pickled, and what was answered is in the run directory.
+total]}, at the end {"error": [class, text, what it names]} or {"done": true}. Where its stdin ends, the caller has gone
+or wants no more, and the evaluation ends as by Ctrl-C. Nothing is pickled, and what was answered is in the run
+directory.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ def evaluate_apart(model: str, job: Any, out: str | os.PathLike | None, settings
     asked = _asked(model, job, place, settings)
     ended = _follow(asked, settings.progress)
     if "error" in ended:
-        name, text = ended["error"]
-        raise getattr(errors, name, RunError)(text)
+        name, text, named = ended["error"]
+        raise getattr(errors, name, RunError)(text, **named)
     log = Log.open(place)
     log.path = None if out is None else log.path
     return log
@@ -59,12 +60,17 @@ def _asked(model: str, job: Any, place: str, settings: Any) -> str:
     if unknown := sorted(set(settings.loading) - set(_LOADING)):
         raise BadInput(
             f"{model} was to be loaded with {', '.join(unknown)}. A model that is given by name takes "
-            f"{', '.join(_LOADING)}. Leave the others out, or load it yourself: ml.load(...)."
+            f"{', '.join(_LOADING)}. Leave the others out, or load it yourself: ml.load(...).",
+            argument="loading",
+            value=unknown,
         )
     if settings.tokenizer is not None and not isinstance(settings.tokenizer, str):
         raise BadInput(
             f"{model} was to be evaluated in a process of its own with a {type(settings.tokenizer).__name__}. A "
-            "tokenizer stays in the process that made it. Give its name or its folder, or load the model: ml.load(...)."
+            "tokenizer stays in the process that made it. Give its name or its folder, or load the model: "
+            "ml.load(...).",
+            argument="tokenizer",
+            value=type(settings.tokenizer).__name__,
         )
     kept = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in ("progress", "loading")}
     values = {
@@ -91,7 +97,9 @@ def _plain(value: Any) -> Any:
         return str(value).removeprefix("torch.")
     raise BadInput(
         f"An evaluation in a process of its own was asked for with a {type(value).__name__} among its settings. That "
-        "cannot be sent there. Give plain values, or a model that you load: ml.load(...)."
+        "cannot be sent there. Give plain values, or a model that you load: ml.load(...).",
+        argument="settings",
+        value=type(value).__name__,
     )
 
 
@@ -159,7 +167,9 @@ def _ended(status: int, said: str) -> RunError:
     last = (said.strip().splitlines() or ["nothing"])[-1].strip()[:300]
     return RunError(
         f"An evaluation was to run in a process of its own. That process ended {how}{memory}; it said last: {last}. "
-        "What was answered is kept if out= was given: run it again, with a smaller batch_size if memory ran out."
+        "What was answered is kept if out= was given: run it again, with a smaller batch_size if memory ran out.",
+        argument="own_process",
+        value=status,
     )
 
 
@@ -172,7 +182,7 @@ def _main() -> None:
     os.dup2(2, 1)  # whatever a library prints is no event
 
     def tell(**event: Any) -> None:
-        events.write(json.dumps(event) + "\n")
+        events.write(json.dumps(event, default=str) + "\n")
         events.flush()
 
     def end(**event: Any) -> None:
@@ -185,12 +195,12 @@ def _main() -> None:
         _evaluate(asked, lambda done, total: tell(progress=[done, total]))
         end(done=True)
     except MixlensError as error:
-        end(error=[type(error).__name__, str(error)])
+        end(error=_told(error))
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     except Exception as error:
         traceback.print_exc()
-        end(error=["RunError", str(_unforeseen(error))])
+        end(error=_told(_unforeseen(error)))
 
 
 def _evaluate(asked: dict[str, Any], progress: Any) -> None:
@@ -209,11 +219,17 @@ def _end_with_caller() -> None:
     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
 
+def _told(error: MixlensError) -> tuple[str, str, dict[str, Any]]:
+    return type(error).__name__, str(error), {"argument": error.argument, "value": error.value}
+
+
 def _unforeseen(error: Exception) -> RunError:
     return RunError(
         f"An evaluation was to run in a process of its own. It raised {type(error).__name__}: "
         f"{str(error).strip()[:500]}. What was answered is kept if out= was given; evaluate a model that you load, "
-        "ml.load(...), to see where."
+        "ml.load(...), to see where.",
+        argument="own_process",
+        value=type(error).__name__,
     )
 
 

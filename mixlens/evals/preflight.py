@@ -47,12 +47,16 @@ def _check_backend(backend: Any, loaded: Loaded, kind: str, requests: Sequence[A
             raise BadInput(
                 f"{task} has the model go on with a text. {backend.endpoint.host} is asked by "
                 f"{backend.endpoint.protocol}, which answers messages. Use {about.get('generative')}, or "
-                'protocol="openai-completions".'
+                'protocol="openai-completions".',
+                argument="protocol",
+                value=backend.endpoint.protocol,
             )
         elif about.get("chat") and backend.completes:
             raise BadInput(
                 f"{task} needs the model's chat template. openai-completions applies none. Make the endpoint with "
-                'protocol="openai-chat".'
+                'protocol="openai-chat".',
+                argument="protocol",
+                value=backend.endpoint.protocol,
             )
 
 
@@ -119,7 +123,9 @@ def _check_gold(
             raise BadInput(
                 f"{_WHERE.format(task=record['task'])} Its grader ({primary}) does not pass the gold answer of "
                 f"document {record['sample_id']}: {record['target'][:80]!r} came out as "
-                f"{str(record['response'])[:80]!r}. Look at the tokenizer and at the data; scores would be too low."
+                f"{str(record['response'])[:80]!r}. Look at the tokenizer and at the data; scores would be too low.",
+                argument="grader",
+                value=(record["task"], record["sample_id"]),
             )
 
 
@@ -142,6 +148,8 @@ def gold_of(backend: Any, task: Any, kind: str, request: Any) -> Any:
         raise BadInput(
             f"{_WHERE.format(task=request.task_name)} The gold answer of document {request.doc_id} does not survive "
             f"encoding and decoding: {expected[at : at + 20]!r} becomes {found[at : at + 20]!r}. Use the tokenizer "
-            "that the model was trained with; this one loses text."
+            "that the model was trained with; this one loses text.",
+            argument="tokenizer",
+            value=(request.task_name, request.doc_id),
         )
     return found

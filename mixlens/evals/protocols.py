@@ -85,7 +85,9 @@ def resolve(tasks: Sequence[str], protocol: str | None = None) -> tuple[list[Pro
     if protocol is not None and protocol not in known and protocol not in names:
         raise BadInput(
             f"The protocol {protocol!r} was asked for. There is no suite or protocol of that name"
-            f"{near(protocol, [*known, *names])}. Give a suite ({', '.join(known)}) or the name of a task file."
+            f"{near(protocol, [*known, *names])}. Give a suite ({', '.join(known)}) or the name of a task file.",
+            argument="protocol",
+            value=protocol,
         )
     for task in tasks:
         base, _, subject = task.partition("::")
@@ -131,7 +133,9 @@ def unknown_task(name: str, lm_eval_names: Sequence[str]) -> BadInput:
     known = sorted({*protocol_names(), *map(_benchmark, protocol_names()), *suites(), *lm_eval_names})
     return BadInput(
         f"The task {name!r} was asked for. Neither mixlens nor lm-eval has it{near(name, known)}. "
-        "mixlens eval --list names the protocols; lm-eval's own tasks go by lm-eval's names."
+        "mixlens eval --list names the protocols; lm-eval's own tasks go by lm-eval's names.",
+        argument="tasks",
+        value=name,
     )
 
 
@@ -143,7 +147,9 @@ def _add(chosen: dict[str, Protocol], name: str, subject: str | None) -> None:
         if subject not in subjects:
             raise BadInput(
                 f"The subject {subject!r} of {name} was asked for. {name} has no such subject"
-                f"{near(subject, subjects)}. Give {name} for all of them."
+                f"{near(subject, subjects)}. Give {name} for all of them.",
+                argument="subject",
+                value=subject,
             )
         before = chosen.get(name)
         wanted = {subject, *((before.subjects or ()) if before else ())}
@@ -163,7 +169,9 @@ def _pick(benchmark: str, members: list[str], protocol: str | None, known: dict[
     asked = "no protocol was named" if protocol is None else f"{protocol!r} has none for it"
     raise BadInput(
         f"The benchmark {benchmark!r} was asked for. It has several protocols, and {asked}: scores of different "
-        f"protocols cannot be compared. Give one of {', '.join(members)}, or protocol= one of {', '.join(known)}."
+        f"protocols cannot be compared. Give one of {', '.join(members)}, or protocol= one of {', '.join(known)}.",
+        argument="protocol",
+        value=benchmark,
     )
 
 

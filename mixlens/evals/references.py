@@ -44,7 +44,9 @@ def references(model: str | None = None, *, benchmark: str | None = None) -> pd.
         if not chosen.any():
             raise BadInput(
                 f"Published scores of the {column} {asked!r} were asked for. There are none{near(asked, known)}. "
-                f"Give one of {', '.join(known)}."
+                f"Give one of {', '.join(known)}.",
+                argument=column,
+                value=asked,
             )
         frame = frame[chosen]
     return frame.reset_index(drop=True)

@@ -39,7 +39,9 @@ def commits_of(benchmarks: Collection[str], asked: Mapping[str, str], kept: Mapp
     if strangers := sorted(set(asked) - set(repositories)):
         raise BadInput(
             f"{', '.join(strangers)} was to be read at a revision of its own. The protocols asked for read "
-            f"{', '.join(repositories) or 'nothing'} from the Hub. Name one of these, or leave it out."
+            f"{', '.join(repositories) or 'nothing'} from the Hub. Name one of these, or leave it out.",
+            argument="revisions",
+            value=strangers,
         )
     wanted = {**kept, **asked}
     return {repository: _commit(repository, wanted.get(repository)) for repository in repositories}
@@ -67,7 +69,9 @@ def splits_of(benchmark: str, subset: str, revisions: Mapping[str, str] | None) 
         raise _not_given(what, error) from error
     raise BadInput(  # datasets takes another commit from its cache where the Hub does not answer
         f"The data set {what} was to be read. The Hub did not answer, and {builder.hash} alone is cached. Check the "
-        "network, or ask for that commit (EvalSettings(revisions=...), --data-revision)."
+        "network, or ask for that commit (EvalSettings(revisions=...), --data-revision).",
+        argument="revisions",
+        value=builder.hash,
     )
 
 
@@ -85,4 +89,8 @@ def _not_given(what: str, error: Exception) -> BadInput:
         found, do = FAULTS["GatedRepoError"]
     if found == FAULTS["RepositoryNotFoundError"][0]:  # the name is not the caller's
         do = "Give a folder that holds the benchmark in its original format (data=)."
-    return BadInput(f"The data set {what} was to be read. The Hub did not give it: {found}. {do}")
+    return BadInput(
+        f"The data set {what} was to be read. The Hub did not give it: {found}. {do}",
+        argument="data",
+        value=what,
+    )

@@ -36,7 +36,8 @@ class SampleRecorder:
         if not hasattr(backend, "lm") or not hasattr(backend.lm, "seen"):
             raise BadInput(
                 "The routing of an evaluation's samples was to be recorded. This model runs elsewhere, and shows no "
-                "routing. Evaluate a loaded model (ml.load), or leave routing out."
+                "routing. Evaluate a loaded model (ml.load), or leave routing out.",
+                argument="routing",
             )
         self.backend, self.out = backend, out
         self._parts: dict[str, Trace] = {}
@@ -122,7 +123,8 @@ def flipped_routing(log_a: Log, log_b: Log, *, bootstrap: Bootstrap = DEFAULT) -
     if a.sequences[keys].to_numpy().tolist() != b.sequences[keys].to_numpy().tolist():
         raise BadInput(
             "The routing of two evaluations was to be compared. They did not read the same samples in the same order. "
-            "Evaluate both on the same tasks, with the same limit and batch_size."
+            "Evaluate both on the same tasks, with the same limit and batch_size.",
+            argument="samples",
         )
     changes = [_change(*pair) for pair in zip(a.sequences["outcome"], b.sequences["outcome"], strict=True)]
     a.sequences = a.sequences.assign(change=changes)
@@ -133,12 +135,15 @@ def samples_of(log: Log) -> Trace:
     """The rows of an evaluation's trace that stand for a sample, one each. Raises MissingSignal without routing."""
     if not isinstance(log, Log):
         raise BadInput(
-            f"Routing of an evaluation was asked for. A {type(log).__name__} was given. Give what ml.evaluate gives."
+            f"Routing of an evaluation was asked for. A {type(log).__name__} was given. Give what ml.evaluate gives.",
+            argument="log",
+            value=type(log).__name__,
         )
     if log.routing is None:
         raise MissingSignal(
             "The routing of an evaluation's samples was asked for. It was run without. Evaluate a local model with "
-            "EvalSettings(routing=True)."
+            "EvalSettings(routing=True).",
+            argument="routing",
         )
     return log.routing.select(where=log.routing.sequences["counted"])
 

@@ -101,7 +101,9 @@ def evaluate(
     if settings.loading:
         raise BadInput(
             f"A {type(model).__name__} was to be evaluated with loading={dict(settings.loading)}. It is loaded "
-            "already. Give the model's name instead, or leave loading out."
+            "already. Give the model's name instead, or leave loading out.",
+            argument="loading",
+            value=dict(settings.loading),
         )
     return run(lambda: model, job, out, settings)
 
@@ -162,7 +164,9 @@ def job_of(
     if not isinstance(settings, EvalSettings):
         raise BadInput(
             f"An evaluation was asked for with settings of type {type(settings).__name__}. They are EvalSettings. "
-            "Give ml.EvalSettings(batch_size=8), for instance."
+            "Give ml.EvalSettings(batch_size=8), for instance.",
+            argument="settings",
+            value=type(settings).__name__,
         )
     names = tuple(tasks) if isinstance(tasks, Iterable) and not isinstance(tasks, str) else (tasks,)
     named = bool(names) and all(isinstance(name, str) for name in names)
@@ -170,22 +174,30 @@ def job_of(
     if not named or not whole:
         raise BadInput(
             f"An evaluation of {list(names)} with limit={limit} and batch_size={settings.batch_size} was asked for. "
-            "That is nothing to evaluate. Name one task or more, and numbers from 1."
+            "That is nothing to evaluate. Name one task or more, and numbers from 1.",
+            argument="limit" if names and settings.batch_size >= 1 else "tasks" if not names else "batch_size",
+            value=limit,
         )
     if data is not None and not Path(data).is_dir():
         raise BadInput(
             f"Benchmark data was to be read from {data}. There is no such folder. Give the folder that holds mmlu, "
-            "humaneval and so on, or leave data= out to load from the Hub."
+            "humaneval and so on, or leave data= out to load from the Hub.",
+            argument="data",
+            value=str(data),
         )
     if (world := processes().world) > 1:
         raise BadInput(
             f"An evaluation was asked for in each of {world} processes. Every one of them would ask everything. Start "
-            'it without accelerate launch: device_map="auto" spreads one model over all GPUs.'
+            'it without accelerate launch: device_map="auto" spreads one model over all GPUs.',
+            argument="processes",
+            value=world,
         )
     if not isinstance(settings.revisions, Mapping):
         raise BadInput(
             f"Data sets were to be read at revisions={settings.revisions!r}. That does not say of which. Give a "
-            'revision for each, as in {"openai/gsm8k": "main"}.'
+            'revision for each, as in {"openai/gsm8k": "main"}.',
+            argument="revisions",
+            value=settings.revisions,
         )
     root = None if data is None else str(Path(data).resolve())
     return Job(names, protocol, root, limit, settings.seed, revisions=dict(settings.revisions))

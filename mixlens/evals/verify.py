@@ -31,7 +31,9 @@ def verify(folder: Path) -> pd.DataFrame:
     if not here:
         raise BadInput(
             f"Benchmark data in {folder} was to be verified. It has no folder of a known benchmark. "
-            f"Give the folder that holds one of {', '.join(known)}."
+            f"Give the folder that holds one of {', '.join(known)}.",
+            argument="data",
+            value=str(folder),
         )
     rows = [row for name in here for row in _verified(folder / name, name, known[name])]
     return pd.DataFrame(rows, columns=["benchmark", "file", "rows", "expected", "fault"])
@@ -50,7 +52,9 @@ def verified_sums(folder: Path, benchmarks: Collection[str]) -> dict[str, dict[s
     if wrong := [f"{row['file']}: {row['fault']}" for row in every if row["fault"] not in ("", "missing")]:
         raise BadInput(
             f"Benchmark data was to be read from {folder}. It is not the benchmark's: {'; '.join(wrong)}. Get the "
-            "files again (mixlens data verify DIR says which), or leave data= out to load from the Hub."
+            "files again (mixlens data verify DIR says which), or leave data= out to load from the Hub.",
+            argument="data",
+            value=wrong,
         )
     return {name: {row["file"]: row["sha256"] for row in found if row.get("sha256")} for name, found in rows.items()}
 

@@ -58,7 +58,9 @@ class Audit:
         if rows.empty:
             raise BadInput(
                 f"The audit was asked about {kind!r}. The model has {', '.join(self.table['kind'].unique())}. "
-                "Ask about one of them."
+                "Ask about one of them.",
+                argument="kind",
+                value=kind,
             )
         weights, held = int(rows["weights"].sum()), int(rows["bytes"].sum())
         ratio = held / (_BF16 * weights)
@@ -129,7 +131,9 @@ def audit(model: nn.Module) -> Audit:
     if not isinstance(model, nn.Module):
         raise BadInput(
             f"The weights of a {type(model).__name__} were to be counted. That is no model. Give a loaded one, such as "
-            "ml.load(...)."
+            "ml.load(...).",
+            argument="model",
+            value=type(model).__name__,
         )
     held: dict[tuple[str, str], _Held] = {}
     seen: set[tuple[Any, ...]] = set()
@@ -146,7 +150,10 @@ def audit(model: nn.Module) -> Audit:
         own.bytes += sum(sizes)
     if not held:
         raise BadInput(
-            f"A {type(model).__name__} was to be audited. It has no weights. Give a loaded model, as from ml.load(...)."
+            f"A {type(model).__name__} was to be audited. It has no weights. "
+            "Give a loaded model, as from ml.load(...).",
+            argument="model",
+            value=type(model).__name__,
         )
     total = sum(own.weights for own in held.values())
     order = {kind: place for place, kind in enumerate(KINDS)}

@@ -72,7 +72,9 @@ def complete(
     except (AttributeError, KeyError, IndexError, TypeError) as error:
         raise EndpointError(
             f"{endpoint.host} was asked for a completion. Its answer is not of the form of {endpoint.protocol}: "
-            f"{json.dumps(data)[:200]}. Look at the server's address and give the protocol that it speaks."
+            f"{json.dumps(data)[:200]}. Look at the server's address and give the protocol that it speaks.",
+            argument="answer",
+            value=data,
         ) from error
 
 
@@ -88,7 +90,9 @@ def list_models(endpoint: Endpoint) -> list[dict[str, Any]]:
     if not isinstance(listed, list) or not all(isinstance(one, dict | str) for one in listed):
         raise EndpointError(
             f"{endpoint.host} was asked for its models. Its answer has no list: {json.dumps(data)[:200]}. "
-            "Name the model from the server's own documentation."
+            "Name the model from the server's own documentation.",
+            argument="answer",
+            value=data,
         )
     named = [{"id": one} if isinstance(one, str) else one for one in listed]
     return [{"id": one.get("id") or one.get("model_id") or one.get("name"), **one} for one in named]
@@ -99,7 +103,9 @@ def count_tokens(endpoint: Endpoint, prompt: str | Messages) -> int:
     if endpoint.protocol != "anthropic":
         raise BadInput(
             f"{endpoint.host} was asked to count tokens. Its protocol, {endpoint.protocol}, has no such call. Make the "
-            'endpoint with protocol="anthropic", or count with the tokenizer of the model.'
+            'endpoint with protocol="anthropic", or count with the tokenizer of the model.',
+            argument="protocol",
+            value=endpoint.protocol,
         )
     headers, body = endpoint.request(prompt, max_tokens=1, key=endpoint.key(), stream=False)
     body = {name: body[name] for name in ("model", "system", "messages") if name in body}
@@ -108,7 +114,9 @@ def count_tokens(endpoint: Endpoint, prompt: str | Messages) -> int:
     if not isinstance(count, int) or isinstance(count, bool):
         raise EndpointError(
             f"{endpoint.host} was asked to count tokens. Its answer has no input_tokens: {json.dumps(data)[:200]}. "
-            "Count with the tokenizer of the model."
+            "Count with the tokenizer of the model.",
+            argument="answer",
+            value=data,
         )
     return count
 
@@ -124,12 +132,16 @@ def _scoring(endpoint: Endpoint, logprobs: int | None, echo: bool) -> dict[str, 
     if echo and endpoint.protocol != "openai-completions":
         raise BadInput(
             f"The prompt was to be echoed by {endpoint.host}. Only openai-completions does that, and the protocol is "
-            f'{endpoint.protocol}. Make the endpoint with protocol="openai-completions".'
+            f'{endpoint.protocol}. Make the endpoint with protocol="openai-completions".',
+            argument="protocol",
+            value=endpoint.protocol,
         )
     if logprobs is not None and not endpoint.protocol.startswith("openai"):
         raise BadInput(
             f"Log-probabilities were asked of {endpoint.host}. The protocol {endpoint.protocol} has none. "
-            'Make the endpoint with protocol="openai-chat" or "openai-completions".'
+            'Make the endpoint with protocol="openai-chat" or "openai-completions".',
+            argument="protocol",
+            value=endpoint.protocol,
         )
     if endpoint.protocol == "openai-completions":
         return ({"echo": True} if echo else {}) | ({} if logprobs is None else {"logprobs": logprobs})
@@ -170,7 +182,9 @@ def _answer(
     tries = "1 try" if attempt == 1 else f"{attempt} tries"
     raise EndpointError(
         f"{method} {address} was to answer. After {tries} there is no answer: {found}. "
-        "Check address, model and key, or try again later."
+        "Check address, model and key, or try again later.",
+        argument="endpoint",
+        value=found,
     )
 
 

@@ -86,27 +86,35 @@ class Endpoint:
         if parts.scheme not in ("http", "https") or not host:
             raise BadInput(
                 f"An endpoint at {self.url!r} was asked for. That is no http or https address. "
-                'Give one as "http://127.0.0.1:8000/v1".'
+                'Give one as "http://127.0.0.1:8000/v1".',
+                argument="url",
             )
         if parts.username or parts.password or parts.query or parts.fragment:
             raise BadInput(
                 f"An endpoint at {host} was asked for. Its URL carries a user, a password or a query, which would be "
-                "written into run directories. Give the plain address, and the key by key_env=."
+                "written into run directories. Give the plain address, and the key by key_env=.",
+                argument="url",
+                value=host,
             )
         if not isinstance(self.model, str) or not self.model:
             raise BadInput(
                 f"An endpoint at {host} was asked for with model={self.model!r}. A request must name one. Give the "
-                "name that the server has for it, as in `mixlens models URL`."
+                "name that the server has for it, as in `mixlens models URL`.",
+                argument="model",
+                value=self.model,
             )
         if self.protocol not in PATHS:
             raise BadInput(
                 f"An endpoint of protocol {self.protocol!r} was asked for. There is no such protocol. "
-                f"Give one of {', '.join(PATHS)}."
+                f"Give one of {', '.join(PATHS)}.",
+                argument="protocol",
+                value=self.protocol,
             )
         if secret := [*_secrets(self.headers), *_secrets(self.extra)]:
             raise BadInput(
                 f"An endpoint at {host} was asked for with {secret[0]!r} among its headers or fields. Those are "
-                "written into run directories, and a key never is. Name the variable that holds the key by key_env=."
+                "written into run directories, and a key never is. Name the variable that holds the key by key_env=.",
+                argument=secret[0],
             )
         if wrong := [
             n
@@ -115,19 +123,23 @@ class Endpoint:
         ]:
             raise BadInput(
                 f"An endpoint at {host} was asked for with a header {wrong[0]!r}. Its name or value has characters "
-                "that HTTP does not allow. Use printable ASCII."
+                "that HTTP does not allow. Use printable ASCII.",
+                argument=wrong[0],
             )
         try:
             json.dumps(self.extra, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise BadInput(
                 f"An endpoint at {host} was asked for with more fields of the body. They cannot be sent as JSON: "
-                f"{error}. Give extra= as a dict of plain numbers, strings, lists and dicts."
+                f"{error}. Give extra= as a dict of plain numbers, strings, lists and dicts.",
+                argument="extra",
             ) from error
         if self.key_env is not None and parts.scheme == "http" and not self.is_local:
             raise BadInput(
                 f"An endpoint at {host} was asked for with the key of {self.key_env}. The address is http, so that "
-                "the key could be read on its way. Use https."
+                "the key could be read on its way. Use https.",
+                argument="url",
+                value=host,
             )
 
     def __repr__(self) -> str:
@@ -162,12 +174,16 @@ class Endpoint:
         if not key:
             raise BadInput(
                 f"A request to {self.host} needs a key. The environment variable {self.key_env} is not set. "
-                "Set it in the shell that starts this; keys are taken from nowhere else."
+                "Set it in the shell that starts this; keys are taken from nowhere else.",
+                argument="key_env",
+                value=self.key_env,
             )
         if not re.fullmatch(r"[!-~]{8,}", key):
             raise BadInput(
                 f"A request to {self.host} needs a key. What {self.key_env} holds is shorter than 8 characters, or has "
-                "blanks or characters beyond ASCII. Set it to the key alone."
+                "blanks or characters beyond ASCII. Set it to the key alone.",
+                argument="key_env",
+                value=self.key_env,
             )
         return key
 
@@ -186,7 +202,9 @@ class Endpoint:
             if not isinstance(prompt, str):
                 raise BadInput(
                     f"Messages were to be sent to {self.host}. Its protocol, openai-completions, takes one text. "
-                    'Give a string, or make the endpoint with protocol="openai-chat".'
+                    'Give a string, or make the endpoint with protocol="openai-chat".',
+                    argument="prompt",
+                    value=self.protocol,
                 )
             body["prompt"] = prompt
         else:
@@ -330,7 +348,9 @@ def _messages(prompt: str | Messages, protocol: str) -> dict[str, Any]:
     if not messages or not all("role" in message for message in messages):
         raise BadInput(
             f"A request with {len(messages)} messages was to be sent. There is none, or one has no role. "
-            'Give at least one {"role": "user", "content": ...}.'
+            'Give at least one {"role": "user", "content": ...}.',
+            argument="prompt",
+            value=len(messages),
         )
     if protocol != "anthropic" or messages[0]["role"] != "system":
         return {"messages": messages}

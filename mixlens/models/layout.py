@@ -79,7 +79,9 @@ def moe_layers(model: nn.Module) -> list[MoeLayer]:
     if layers is None or not found or len(found) != len(layers):
         raise ModelError(
             f"Expert routing was asked of a {type(model).__name__}. It has {len(found)} mixture-of-experts layers of "
-            f"{len(layers) if layers is not None else 0}. Give a Mixtral model, such as mistralai/Mixtral-8x7B-v0.1."
+            f"{len(layers) if layers is not None else 0}. Give a Mixtral model, such as mistralai/Mixtral-8x7B-v0.1.",
+            argument="model",
+            value=type(model).__name__,
         )
     return found
 
@@ -113,7 +115,9 @@ def expert_weights(layer: MoeLayer) -> tuple[torch.Tensor, torch.Tensor, torch.T
     if not isinstance(fused, torch.Tensor) or not isinstance(down, torch.Tensor) or fused.is_meta or down.is_meta:
         raise ModelError(
             f"The expert weights of layer {layer.index} were to be read. They are offloaded, or not held in a layout "
-            'that mixlens knows. Load the model whole with ml.load(..., device_map="cpu").'
+            'that mixlens knows. Load the model whole with ml.load(..., device_map="cpu").',
+            argument="layer",
+            value=layer.index,
         )
     w1, w3 = fused.chunk(2, dim=1)
     return w1, down, w3
@@ -137,7 +141,9 @@ def expert_down(experts: Any, expert: int, neurons: torch.Tensor) -> torch.Tenso
     if experts.down_proj.is_meta:
         raise ModelError(
             f"Neurons of expert {expert} were to be put through its w2. The weights are offloaded, and come only for "
-            'the forward of all experts. Load the model whole, as by ml.load(..., device_map="cpu").'
+            'the forward of all experts. Load the model whole, as by ml.load(..., device_map="cpu").',
+            argument="expert",
+            value=expert,
         )
     return F.linear(neurons, experts.down_proj[expert])
 
@@ -172,13 +178,17 @@ def check_config(config: Any, name: str) -> None:
         raise ModelError(
             f"{name} was to be loaded. It is a {config.model_type} model"
             f"{'' if getattr(config, 'num_local_experts', 0) >= 2 else ', not a mixture of experts'}. "
-            "Give a Mixtral model, such as mistralai/Mixtral-8x7B-v0.1."
+            "Give a Mixtral model, such as mistralai/Mixtral-8x7B-v0.1.",
+            argument="model_type",
+            value=config.model_type,
         )
     if getattr(config, "sliding_window", None) is not None:
         raise ModelError(
             f"{name} was to be loaded. Its config has sliding_window={config.sliding_window}; no Mixtral has a sliding "
             "window, and attention would silently see less. Set sliding_window to null in config.json if the weights "
-            "are Mixtral's, else use the library the model was made with."
+            "are Mixtral's, else use the library the model was made with.",
+            argument="sliding_window",
+            value=config.sliding_window,
         )
 
 
@@ -225,7 +235,9 @@ def _config(model: nn.Module) -> Any:
     if config is None or not hasattr(config, "num_local_experts"):
         raise ModelError(
             f"A mixture of experts was expected. Got a {type(model).__name__} whose config names no experts. "
-            "Give a Mixtral model, such as mistralai/Mixtral-8x7B-v0.1."
+            "Give a Mixtral model, such as mistralai/Mixtral-8x7B-v0.1.",
+            argument="model",
+            value=type(model).__name__,
         )
     return config
 

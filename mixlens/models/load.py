@@ -69,7 +69,9 @@ def load(
     if not isinstance(model, str | os.PathLike):
         raise BadInput(
             f"A {type(model).__name__} was to be loaded. Models are loaded by name. Give a name on the Hub, a folder, "
-            f'or "{DEMO}".'
+            f'or "{DEMO}".',
+            argument="model",
+            value=type(model).__name__,
         )
     name = str(demo_path() if model == DEMO else model)
     commit = _commit(name, revision)
@@ -87,7 +89,9 @@ def load(
         if experts not in (None, "eager"):
             raise BadInput(
                 f"A quantized model was to be loaded with experts={experts!r}. Its experts are Linears of their own, "
-                "which only eager computes with. Leave experts out."
+                "which only eager computes with. Leave experts out.",
+                argument="experts",
+                value=experts,
             )
         loaded = _load_quantized(source, device_map, resolved, quantization, verbose)
     loaded.config._commit_hash = commit  # transformers keeps it no longer; recorded with every run, never saved
@@ -133,7 +137,9 @@ def _load_plain(source: _Source, device_map: str | Mapping[str, Any] | None, dty
         raise ModelError(
             f"{source.asked} was to be loaded. Its checkpoint lacks {len(missing)} weights "
             f"({', '.join(missing[:3])} ...); transformers would leave them random. Complete the checkpoint, or "
-            "download it again."
+            "download it again.",
+            argument="weights",
+            value=sorted(missing),
         )
     return loaded.eval()
 
@@ -149,7 +155,9 @@ def _load_quantized(
     if held is not None and quantization not in (None, held):
         raise ModelError(
             f"{source.asked} was to be loaded with quantization={quantization!r}. It is quantized already, by {held}. "
-            "Leave quantization out, or give the checkpoint that it was made from."
+            "Leave quantization out, or give the checkpoint that it was made from.",
+            argument="quantization",
+            value=quantization,
         )
     try:
         checkpoint = _find(source)
@@ -171,7 +179,9 @@ def _find(source: _Source) -> Checkpoint:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
             f"{source.asked} was to be loaded. Its model.safetensors.index.json is broken: {_first_line(error)}. "
-            "Restore the file from the original repository."
+            "Restore the file from the original repository.",
+            argument="model.safetensors.index.json",
+            value=source.asked,
         ) from error
 
 
@@ -200,14 +210,20 @@ def _commit(name: str, revision: str | None) -> str | None:
 
 def _hub_error(name: str, error: Exception) -> ModelError:
     found, do = fault_of(error) or (_first_line(error), "Check the name and the network, or give a local folder.")
-    return ModelError(f"{name} was to be loaded. It is no folder here, and the Hub did not give it: {found}. {do}")
+    return ModelError(
+        f"{name} was to be loaded. It is no folder here, and the Hub did not give it: {found}. {do}",
+        argument="model",
+        value=name,
+    )
 
 
 def _read_config(name: str, commit: str | None) -> Any:
     if commit is None and not (Path(name) / "config.json").exists():
         raise ModelError(
             f"{name} was to be loaded. The folder has no config.json. Give the folder that holds config.json and the "
-            "safetensors files."
+            "safetensors files.",
+            argument="config.json",
+            value=name,
         )
     try:
         return AutoConfig.from_pretrained(name, revision=commit or "main", trust_remote_code=False)
@@ -215,13 +231,17 @@ def _read_config(name: str, commit: str | None) -> Any:
         if "custom code" in str(error):
             raise ModelError(
                 f"{name} was to be loaded. It needs code of its own to be run, which mixlens never does. Give a "
-                "checkpoint of transformers' own Mixtral (model_type mixtral, no auto_map)."
+                "checkpoint of transformers' own Mixtral (model_type mixtral, no auto_map).",
+                argument="trust_remote_code",
+                value=name,
             ) from error
         if commit is not None and fault_of(error) is not None:
             raise _hub_error(name, error) from error
         raise ModelError(
             f"{name} was to be loaded. Its config.json cannot be read: {_first_line(error)}. "
-            "Restore the file from the original repository."
+            "Restore the file from the original repository.",
+            argument="config.json",
+            value=_first_line(error),
         ) from error
 
 
@@ -230,7 +250,9 @@ def _weights_error(source: _Source, error: Exception) -> ModelError:
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
         return ModelError(
             f"{source.asked} was to be loaded. Memory ran out while its weights were read: {found}. Free memory, "
-            'load it with quantization="nf4", or spread it with device_map="auto".'
+            'load it with quantization="nf4", or spread it with device_map="auto".',
+            argument="memory",
+            value=found,
         )
     if source.revision is not None and fault_of(error) is not None:
         return _hub_error(source.asked, error)
@@ -242,7 +264,9 @@ def _weights_error(source: _Source, error: Exception) -> ModelError:
         found = f"the Hub has {listed[0]} and did not give it" if listed else "it has no safetensors"
     return ModelError(
         f"{source.asked} was to be loaded. Its weights could not be read: {found}. Make sure that all "
-        "safetensors files of the checkpoint are there and whole; pickled weights (.bin) are not read."
+        "safetensors files of the checkpoint are there and whole; pickled weights (.bin) are not read.",
+        argument="weights",
+        value=found,
     )
 
 
@@ -257,7 +281,9 @@ def _resolve_dtype(dtype: str | torch.dtype | None, config: Any, *, on_cpu: bool
     if resolved not in (torch.float32, torch.bfloat16, torch.float16):
         raise BadInput(
             f"A model was to be loaded with dtype={dtype!r}. Weights are held in float32, bfloat16 or float16. "
-            "Give one of them."
+            "Give one of them.",
+            argument="dtype",
+            value=dtype,
         )
     return resolved
 
@@ -274,7 +300,9 @@ def _check_memory(name: str, needed: int, dtype: torch.dtype, device_map: str | 
     if (named := sorted(p for p in places if _cuda_index(p) is not None)) and not torch.cuda.is_available():
         raise ModelError(
             f'{name} was to be loaded onto {", ".join(named)}. torch sees no CUDA device here. Give device_map="cpu", '
-            "or nothing for the best place there is."
+            "or nothing for the best place there is.",
+            argument="device_map",
+            value=named,
         )
     had = {f"cuda:{index}": torch.cuda.mem_get_info(index)[0] for index in gpus}
     if spread or "cpu" in places:
@@ -284,7 +312,9 @@ def _check_memory(name: str, needed: int, dtype: torch.dtype, device_map: str | 
         raise ModelError(
             f"{name} was to be loaded in {str(dtype).removeprefix('torch.')}. Its weights need {needed:,} bytes "
             f"({needed / 2**30:.1f} GiB), and {sum(had.values()):,} are free ({free}). Free memory, use a smaller "
-            'dtype, or give a device_map with "disk" for some layers.'
+            'dtype, or give a device_map with "disk" for some layers.',
+            argument="memory",
+            value=needed,
         )
 
 
@@ -300,7 +330,9 @@ def _check_places(device_map: str | Mapping[str, Any] | None) -> None:
         except RuntimeError as error:
             raise BadInput(
                 f"A model was to be loaded with device_map={device_map!r}. torch knows no device {place!r}. Give "
-                '"auto", a device such as "cuda:0" or "cpu", or a mapping from modules to devices.'
+                '"auto", a device such as "cuda:0" or "cpu", or a mapping from modules to devices.',
+                argument="device_map",
+                value=place,
             ) from error
 
 
@@ -337,7 +369,9 @@ def _experts(model: Any, asked: str | None) -> str:
             return "eager"
         raise BadInput(
             f"A model was to be loaded with experts={asked!r}. transformers says: {_first_line(error)}. "
-            "Give one of eager, grouped_mm and batched_mm, or nothing for the fastest."
+            "Give one of eager, grouped_mm and batched_mm, or nothing for the fastest.",
+            argument="experts",
+            value=asked,
         ) from error
 
 

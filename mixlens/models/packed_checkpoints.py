@@ -53,7 +53,9 @@ def packed_format(name: str, quantization: dict[str, Any], tensors: list[str]) -
         held = f"format {version or method}" if modules else "no packed weights (qweight)"
         raise ModelError(
             f"{name} was to be loaded. It is quantized by {method} to {bits} bits, with {held}. GPTQ of 2, 3, 4 and 8 "
-            "bits and AWQ of 4 bits (GEMM) are read: get the checkpoint in such a form, or quantize the original."
+            "bits and AWQ of 4 bits (GEMM) are read: get the checkpoint in such a form, or quantize the original.",
+            argument="quantization",
+            value=(method, bits),
         )
     return PackedFormat(method, bits, modules, method == "gptq" and version != "gptq_v2")
 
@@ -71,7 +73,9 @@ def read_packed(form: PackedFormat, name: str, read: Callable[[str], torch.Tenso
     if len(group) % len(scales):
         raise ModelError(
             f"{name} was to be read from a GPTQ checkpoint. Its {len(group)} inputs lie in {len(scales)} groups, which "
-            "are not alike. Quantize the original with a group size that divides every row."
+            "are not alike. Quantize the original with a group size that divides every row.",
+            argument=name,
+            value=len(scales),
         )
     order = torch.argsort(group, stable=True)
     if torch.equal(order, torch.arange(len(order))):

@@ -36,7 +36,9 @@ def schemes_of(model: nn.Module, quantization: Quantization) -> dict[str, Scheme
     if not asked:
         raise BadInput(
             'A model was to be quantized by an empty mapping. Nothing is named in it. Give a scheme such as "nf4", or '
-            "None for no quantization."
+            "None for no quantization.",
+            argument="quantization",
+            value={},
         )
     found: dict[str, Scheme] = {}
     names = [name for name, module in model.named_modules() if _quantizable(name, module)]
@@ -46,7 +48,9 @@ def schemes_of(model: nn.Module, quantization: Quantization) -> dict[str, Scheme
         if not met:
             raise BadInput(
                 f"Weights of {pattern!r} were to be quantized to {text}. No Linear of the model is meant by it. Give "
-                'attention, experts, router or head, or a pattern such as "*.layers.0.*" or "*.experts.3.w2".'
+                'attention, experts, router or head, or a pattern such as "*.layers.0.*" or "*.experts.3.w2".',
+                argument="quantization",
+                value=pattern,
             )
         for name in met:
             found.pop(name, None)
@@ -70,20 +74,26 @@ def parse_scheme(text: Any) -> Scheme | None:
         meant = f"; did you mean {near[0]}" if near else ""
         raise BadInput(
             f"Weights were to be quantized to {text!r}. That is no scheme{meant}. "
-            f"Give one of {', '.join(SCHEMES)}, with -g and a group size if need be (hqq4-g32), or none."
+            f"Give one of {', '.join(SCHEMES)}, with -g and a group size if need be (hqq4-g32), or none.",
+            argument="quantization",
+            value=text,
         )
     scheme = SCHEMES[name]
     if not grouped:
         return scheme
     if scheme.group_size is None:
         raise BadInput(
-            f"Weights were to be quantized to {text}. {name} has one scale a row, and no groups. Give {name}."
+            f"Weights were to be quantized to {text}. {name} has one scale a row, and no groups. Give {name}.",
+            argument="quantization",
+            value=text,
         )
     if int(size) % 8 or (name == "nf4" and int(size) not in (32, 64, 128, 256, 512, 1024, 2048, 4096)):
         allowed = "a power of two from 32 to 4096" if name == "nf4" else "a multiple of 8"
         raise BadInput(
             f"Weights were to be quantized to {text}. A group of {name} has {allowed} weights. Give such a size, as in "
-            f"{name}-g{scheme.group_size}."
+            f"{name}-g{scheme.group_size}.",
+            argument="quantization",
+            value=text,
         )
     return replace(scheme, group_size=int(size))
 
@@ -108,5 +118,7 @@ def _check_groups(name: str, module: Any, scheme: Scheme) -> None:
     raise BadInput(
         f"{name} was to be quantized to {scheme.name} in groups of {scheme.group_size}. Its rows have {inputs} "
         "weights, which that does not divide. "
-        + (f"Give {scheme.name}-g{fitting[0]}." if fitting else "Give nf4 or int8, which need no groups.")
+        + (f"Give {scheme.name}-g{fitting[0]}." if fitting else "Give nf4 or int8, which need no groups."),
+        argument=name,
+        value=scheme.group_size,
     )

@@ -113,7 +113,9 @@ class Skeleton:
         if "disk" in found.values():
             raise BadInput(
                 "A quantized model was to keep layers on disk. Its weights stay where they compute, and need "
-                f"{self.bytes_needed / 2**30:.1f} GiB. Use fewer bits, or more devices."
+                f"{self.bytes_needed / 2**30:.1f} GiB. Use fewer bits, or more devices.",
+                argument="device_map",
+                value="disk",
             )
         return {
             name: torch.device(f"cuda:{place}" if isinstance(place, int) else place) for name, place in found.items()
@@ -153,7 +155,9 @@ def skeleton_of(
     if "lm_head" in schemes and _tied(model):
         raise BadInput(
             "The head of a model was to be quantized. Its weights are those of the embeddings (tie_word_embeddings), "
-            "which are looked up and not quantized. Leave the head out."
+            "which are looked up and not quantized. Leave the head out.",
+            argument="quantization",
+            value="head",
         )
     return Skeleton(model.eval(), schemes, packed)
 
@@ -225,7 +229,9 @@ def _check_shape(name: str, found: Sequence[int], wanted: torch.Tensor) -> None:
     if tuple(found) != tuple(wanted.shape):
         raise ModelError(
             f"{name} was to be loaded. Its weight in the checkpoint is {list(found)}, and config.json makes it "
-            f"{list(wanted.shape)}. Give a config and a checkpoint of the same model."
+            f"{list(wanted.shape)}. Give a config and a checkpoint of the same model.",
+            argument=name,
+            value=list(found),
         )
 
 
@@ -243,7 +249,9 @@ def _check_complete(skeleton: Skeleton, checkpoint: Checkpoint, modules: list[st
     if missing := sorted(set(wanted) - set(checkpoint.tensors) - _tied(skeleton.model)):
         raise ModelError(
             f"{checkpoint.folder} was to be loaded. Its checkpoint lacks {len(missing)} weights "
-            f"({', '.join(missing[:3])} ...). Complete the checkpoint, or download it again."
+            f"({', '.join(missing[:3])} ...). Complete the checkpoint, or download it again.",
+            argument="weights",
+            value=sorted(missing),
         )
 
 
@@ -259,7 +267,9 @@ def _place(name: str, places: Mapping[str, torch.device]) -> torch.device:
             return places[prefix]
     raise BadInput(
         f"A model was to be placed by a device_map. It says nothing of {name}. Add an entry for it, or for a part that "
-        'holds it, or give device_map="auto".'
+        'holds it, or give device_map="auto".',
+        argument="device_map",
+        value=name,
     )
 
 

@@ -45,7 +45,9 @@ def expert_similarity(
     if unknown or not numbers:
         raise BadInput(
             f"Experts of layers {numbers} were to be compared. The model has layers 0 to {len(every) - 1}. "
-            "Give numbers among them."
+            "Give numbers among them.",
+            argument="layers",
+            value=numbers,
         )
     found: dict[str, list[np.ndarray]] = {}
     for layer in (every[number] for number in numbers):

@@ -86,7 +86,8 @@ def group_of(data: xr.Dataset) -> str:
     if not groups:
         raise BadInput(
             "A row for every domain was to be drawn. The numbers are of all documents together. Compute them with "
-            'by="domain", or draw them without a domain.'
+            'by="domain", or draw them without a domain.',
+            argument="by",
         )
     return groups[0]
 

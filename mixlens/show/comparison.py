@@ -69,7 +69,9 @@ def flips_by_margin(data: xr.Dataset, ax: Axes | None = None) -> Axes:
     series = list(wording.groups(data, "margin"))
     if len(series) > len(MARKERS):
         raise BadInput(
-            f"Flips by margin were to be drawn. The data has {len(series)} lines. Select at most {len(MARKERS)}."
+            f"Flips by margin were to be drawn. The data has {len(series)} lines. Select at most {len(MARKERS)}.",
+            argument="data",
+            value=len(series),
         )
     edges = [f"{low:g}–{high:g}" for low, high in zip(data["margin_from"].values, data["margin"].values, strict=True)]
     edges = ["<" + edges[0].split("–")[1], *edges[1:-1], ">" + edges[-1].split("–")[0]]
@@ -104,7 +106,9 @@ def quality_split(data: xr.Dataset, ax: Axes | None = None, *, quantity: str = "
     """
     if quantity not in _QUANTITIES:
         raise BadInput(
-            f"The split of {quantity!r} was to be drawn. It is of {', '.join(_QUANTITIES)}. Give one of them."
+            f"The split of {quantity!r} was to be drawn. It is of {', '.join(_QUANTITIES)}. Give one of them.",
+            argument="quantity",
+            value=quantity,
         )
     part = wording.only(data.sel(quantity=quantity, drop=True), "quality_split", "order", "part")
     with drawing(ax, COLUMN, 2.2) as ax:

@@ -69,7 +69,9 @@ def contributions(
         numbers = ", ".join(map(str, np.unique(data["sequence"].to_numpy())[:8]))
         raise BadInput(
             f"Contributions in sequence {number}, positions {positions[0]} to {positions[1] - 1}, were to be drawn. "
-            f"The data has sequences {numbers}. Give one of them, and positions within it."
+            f"The data has sequences {numbers}. Give one of them, and positions within it.",
+            argument="positions" if sequence is None else "sequence",
+            value=positions if sequence is None else sequence,
         )
     part = data.isel(token=np.flatnonzero(here)).transpose("layer", "token", "slot")
     with drawing(ax, PAGE, 1.2 + 0.13 * max(part.sizes["layer"], 8)) as ax:

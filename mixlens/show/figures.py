@@ -100,7 +100,11 @@ def _clustered_bars(data: xr.Dataset, rows: list[tuple[str, xr.Dataset]], ax: Ax
         table = table.transpose(2, 1, 0)
         clusters, bars, colours = groups, [f"expert {e}" for e in experts], expert_colours(len(experts))
     else:
-        raise BadInput(f'Expert shares were to be drawn with x={x!r}. Known are "expert" and "domain". Give one.')
+        raise BadInput(
+            f'Expert shares were to be drawn with x={x!r}. Known are "expert" and "domain". Give one.',
+            argument="x",
+            value=x,
+        )
     width = 0.84 / len(bars)
     for i, (name, (estimate, low, high)) in enumerate(zip(bars, table, strict=True)):
         at = np.arange(len(clusters)) + (i - (len(bars) - 1) / 2) * width
@@ -137,7 +141,9 @@ def by_layer(data: xr.Dataset, ax: Axes | None = None) -> Axes:
         raise BadInput(
             f"{wording.title(data)} was to be drawn by layer. The data has dimensions "
             f"{dict(data['estimate'].sizes)} and is in {' and '.join(sorted(units))}. "
-            "Select with data.sel(...) until layer and at most 16 lines of one unit remain."
+            "Select with data.sel(...) until layer and at most 16 lines of one unit remain.",
+            argument="data",
+            value=dict(data["estimate"].sizes),
         )
     with drawing(ax, *_size(len(series))) as ax:
         _lines(ax, series)

@@ -113,7 +113,9 @@ def facet(draw: Callable[..., Axes], data: xr.Dataset, dim: str, *, columns: int
     if dim not in data.dims:
         raise BadInput(
             f"One panel for every {dim!r} was to be drawn. The data has {', '.join(map(str, data['estimate'].dims))}. "
-            "Give one of them."
+            "Give one of them.",
+            argument="dim",
+            value=dim,
         )
     values = data[dim].to_numpy()
     columns = min(columns, len(values))

@@ -55,13 +55,19 @@ def sequence_number(trace: Trace, sequence: int | None) -> int:
     if not isinstance(trace, Trace):
         raise BadInput(
             f"A text was to be shown with its routing. A {type(trace).__name__} was given. Give a trace, as ml.record "
-            "or ml.open gives it."
+            "or ml.open gives it.",
+            argument="trace",
+            value=type(trace).__name__,
         )
     numbers = trace.sequences.index
     if len(numbers) and (sequence is None or sequence in numbers):
         return int(numbers[0] if sequence is None else sequence)
     found = f"numbers {numbers[0]} to {numbers[-1]}" if len(numbers) else "no sequences"
-    raise BadInput(f"Sequence {sequence} was to be shown. The trace has {found}. Give one of trace.sequences.index.")
+    raise BadInput(
+        f"Sequence {sequence} was to be shown. The trace has {found}. Give one of trace.sequences.index.",
+        argument="sequence",
+        value=sequence,
+    )
 
 
 def layer_number(trace: Trace, layer: int | None) -> int:
@@ -71,7 +77,9 @@ def layer_number(trace: Trace, layer: int | None) -> int:
     if layer not in trace.layers:
         raise BadInput(
             f"Layer {layer} was to be shown. The trace has layers {', '.join(map(str, trace.layers))}. "
-            "Give one of them."
+            "Give one of them.",
+            argument="layer",
+            value=layer,
         )
     return int(layer)
 

@@ -60,11 +60,17 @@ def report(runs: RunOrPath | Sequence[RunOrPath], path: str | os.PathLike, *, ti
     """
     given: list[Any] = list(runs) if isinstance(runs, Sequence) and not isinstance(runs, str) else [runs]
     if not given:
-        raise BadInput("A report was to be written. No run was given. Give a trace, a run folder, or a list of them.")
+        raise BadInput(
+            "A report was to be written. No run was given. Give a trace, a run folder, or a list of them.",
+            argument="runs",
+            value=0,
+        )
     if Path(path).is_dir() or not Path(path).parent.is_dir():
         raise BadInput(
             f"A report was to be written to {path}. That is a folder, or lies in one that is not there. "
-            "Give the path of a file in an existing folder."
+            "Give the path of a file in an existing folder.",
+            argument="path",
+            value=str(path),
         )
     opened = [_open(run, i) for i, run in enumerate(given)]
     blocks: list[tuple[str, str]] = []
@@ -89,11 +95,15 @@ def _open(run: RunOrPath, number: int) -> tuple[str, Any, str]:
     if kind not in _KINDS:
         raise BadInput(
             f"A report on a {type(opened).__name__}{f' ({kind})' if kind else ''} was to be written. Reports take "
-            f"{', '.join(_KINDS)}. Give what was recorded or measured, such as measure_importance(...), or its folder."
+            f"{', '.join(_KINDS)}. Give what was recorded or measured, such as measure_importance(...), or its folder.",
+            argument="runs",
+            value=type(opened).__name__,
         )
     if isinstance(opened, Trace) and not opened.n_tokens:
         raise BadInput(
-            f"A report on {_name(opened, number, kind)} was to be written. It has no tokens. Record some text first."
+            f"A report on {_name(opened, number, kind)} was to be written. It has no tokens. Record some text first.",
+            argument="runs",
+            value=0,
         )
     return kind, opened, Path(run).name if isinstance(run, str | os.PathLike) else _name(opened, number, kind)
 

@@ -34,7 +34,8 @@ def roofline(bench: Bench, ax: Axes | None = None) -> Axes:
     if not intensity:
         raise MissingSignal(
             "A roofline was to be drawn. No call knows the bytes that it read. Measure with recording, as in "
-            "LocalSettings(recording=True)."
+            "LocalSettings(recording=True).",
+            argument="bench",
         )
     colours = dict(zip(levels, expert_colours(len(levels)), strict=True))
     with drawing(ax, PAGE, 3.2) as ax:

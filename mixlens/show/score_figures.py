@@ -43,7 +43,11 @@ def scores(logs: Log | Mapping[str, Log], *, subjects: bool = False, ax: Axes | 
     """
     by_name = logs if isinstance(logs, Mapping) else {_label(logs): logs} if isinstance(logs, Log) else {}
     if not by_name or not all(isinstance(log, Log) for log in by_name.values()):
-        raise BadInput(f"scores was to be drawn. A {type(logs).__name__} was given. Give what ml.evaluate gives.")
+        raise BadInput(
+            f"scores was to be drawn. A {type(logs).__name__} was given. Give what ml.evaluate gives.",
+            argument="logs",
+            value=type(logs).__name__,
+        )
     table = pd.concat([_rows(log, name, subjects) for name, log in by_name.items()], ignore_index=True)
     places = {row: i for i, row in enumerate(table["row"].drop_duplicates())}
     with drawing(ax, PAGE * 0.75, 1.0 + 0.3 * len(places) + 0.12 * len(by_name)) as ax:

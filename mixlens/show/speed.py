@@ -77,7 +77,9 @@ def latency_cdf(bench: Bench, ax: Axes | None = None, *, metric: str = "ttft_s")
     if data.empty:
         raise BadInput(
             f"The distribution of {_NAMES[metric]} was to be drawn. No measured request that succeeded has one. "
-            "Look at bench.outcomes(), or draw another metric."
+            "Look at bench.outcomes(), or draw another metric.",
+            argument="metric",
+            value=metric,
         )
     factor, unit = _scale(metric, data["value"].max())
     levels = list(dict.fromkeys(data["level"]))
@@ -110,7 +112,9 @@ def latency_cdfs(bench: Bench, *, metrics: Sequence[str] = ("ttft_s", "tpot_s", 
     if not present:
         raise BadInput(
             f"Distributions of {', '.join(metrics)} were to be drawn. No measured request that succeeded has one. "
-            "Look at bench.outcomes()."
+            "Look at bench.outcomes().",
+            argument="metrics",
+            value=list(metrics),
         )
     with paper():
         levels = len(set(distribution(bench, present[0])["level"]))
@@ -140,7 +144,9 @@ def throughput_latency_curve(
     if wrong := [one for one in given if not isinstance(one, Bench)]:
         raise BadInput(
             f"throughput_latency_curve was to be drawn. A {type(wrong[0]).__name__} was given. Give what ml.benchmark "
-            "gives, one or several."
+            "gives, one or several.",
+            argument="benches",
+            value=type(wrong[0]).__name__,
         )
     named = [
         (name if name and len(given) == 1 else ", ".join(filter(None, (_whose(part), name))), part)
@@ -152,7 +158,9 @@ def throughput_latency_curve(
     largest = max((table["latency"].max() for table in tables), default=np.nan)
     if not largest == largest:
         raise BadInput(
-            "Throughput against latency was to be drawn. No load has both. Look at bench.outcomes() and overview()."
+            "Throughput against latency was to be drawn. No load has both. Look at bench.outcomes() and overview().",
+            argument="benches",
+            value=0,
         )
     factor, unit = _scale(metric, largest)
     short = _short([level for table in tables for level in table["level"]])
@@ -196,7 +204,9 @@ def token_timeline(bench: Bench, ax: Axes | None = None, *, level: str | None = 
     if not shown:
         raise BadInput(
             f"The timeline of load {level!r} was to be drawn. The benchmark has {', '.join(levels) or 'none'}. "
-            "Give the name of a load that it has."
+            "Give the name of a load that it has.",
+            argument="level",
+            value=level,
         )
     n, shown = len(shown), sorted(shown, key=lambda record: record.started_s)[:most]
     zero = shown[0].started_s
@@ -257,7 +267,10 @@ def quality_cost_speed(
     known = frame.dropna(subset=["score", "usd_per_mtok", "tokens_per_s"])
     if known.empty:
         raise BadInput(
-            f"Candidates were to be drawn ({len(frame)}). None has a score, a price and a speed. Give all three of one."
+            f"Candidates were to be drawn ({len(frame)}). None has a score, a price and a speed. "
+            "Give all three of one.",
+            argument="runs",
+            value=len(frame),
         )
     area = 170 * known["tokens_per_s"] / known["tokens_per_s"].max()
     with drawing(ax, PAGE * 0.8, 2.9 + 0.14 * len(known)) as ax:

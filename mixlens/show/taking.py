@@ -40,7 +40,10 @@ def takes_run(given_by: str, *attributes: str) -> Callable[[Draw], Draw]:
         def drawn(run: Any, *args: Any, **options: Any) -> Any:
             if not all(hasattr(run, name) for name in attributes):
                 raise BadInput(
-                    f"{draw.__name__} was to be drawn. A {type(run).__name__} was given. Give what ml.{given_by} gives."
+                    f"{draw.__name__} was to be drawn. A {type(run).__name__} was given. Give what "
+                    f"ml.{given_by} gives.",
+                    argument="run",
+                    value=type(run).__name__,
                 )
             return draw(run, *args, **options)
 
@@ -52,9 +55,13 @@ def takes_run(given_by: str, *attributes: str) -> Callable[[Draw], Draw]:
 def check(data: Any, what: str, given_by: str, *needed: str) -> None:
     """Raises BadInput, naming `what` was to be drawn, unless `data` is a Dataset with everything in `needed`."""
     if not isinstance(data, xr.Dataset):
-        found = f"A {type(data).__name__} was given"
+        found, wrong = f"A {type(data).__name__} was given", type(data).__name__
     elif missing := [n for n in needed if n not in data.variables and n not in data.dims and n not in data.attrs]:
-        found = f"A Dataset without {' and '.join(missing)} was given"
+        found, wrong = f"A Dataset without {' and '.join(missing)} was given", missing
     else:
         return
-    raise BadInput(f"{what} was to be drawn. {found}. Give what ml.{given_by} gives.")
+    raise BadInput(
+        f"{what} was to be drawn. {found}. Give what ml.{given_by} gives.",
+        argument="data",
+        value=wrong,
+    )

@@ -230,7 +230,9 @@ def at_layer(data: xr.Dataset, layer: int | None) -> xr.Dataset:
         layer = int(layers[len(layers) // 2])
     if layer not in layers:
         raise BadInput(
-            f"Layer {layer} was to be drawn. The data has layers {', '.join(map(str, layers))}. Give one of them."
+            f"Layer {layer} was to be drawn. The data has layers {', '.join(map(str, layers))}. Give one of them.",
+            argument="layer",
+            value=layer,
         )
     return data.sel(layer=layer)
 
@@ -245,7 +247,9 @@ def only(data: xr.Dataset, what: str, *own: str) -> xr.Dataset:
         first = data[extra[0]].to_numpy()
         raise BadInput(
             f"{what} draws {' x '.join(own)}. The data also has {', '.join(extra)} ({len(first)} values). "
-            f"Select one first, data.sel({extra[0]}={first.tolist()[0]!r}), or draw all of them with show.facet."
+            f"Select one first, data.sel({extra[0]}={first.tolist()[0]!r}), or draw all of them with show.facet.",
+            argument="data",
+            value=extra,
         )
     return data
 

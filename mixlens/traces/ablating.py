@@ -177,7 +177,9 @@ class Ablator:
             if found.shape != logits.shape[:1]:
                 raise BadInput(
                     f"A metric was to be taken of {len(logits)} tokens. It gave the shape {list(found.shape)}. Give "
-                    "one that has a number for each token: [n] for logits [n, vocabulary]."
+                    "one that has a number for each token: [n] for logits [n, vocabulary].",
+                    argument="metric",
+                    value=tuple(found.shape),
                 )
             parts.append(found.double().cpu())
         return torch.cat(parts).numpy()

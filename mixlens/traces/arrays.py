@@ -25,12 +25,16 @@ def part_of_arrays(
     if ids.ndim != 3 or not np.issubdtype(ids.dtype, np.integer):
         raise BadInput(
             f"A trace was to be made from expert ids. They have shape {ids.shape} and dtype {ids.dtype}. "
-            "Give integers of shape [token, layer, slot]."
+            "Give integers of shape [token, layer, slot].",
+            argument="expert_id",
+            value=ids.shape,
         )
     if ids.size and not (0 <= ids.min() and ids.max() < n_experts <= 256):
         raise BadInput(
             f"A trace was to be made with n_experts={n_experts}. The expert ids run from {ids.min()} to "
-            f"{ids.max()}. Ids count from 0 to n_experts - 1, and at most 256 experts fit."
+            f"{ids.max()}. Ids count from 0 to n_experts - 1, and at most 256 experts fit.",
+            argument="n_experts",
+            value=n_experts,
         )
     n, n_layers, top_k = ids.shape
     arrays: dict[str, np.ndarray] = {"expert_id": ids.astype(np.uint8)}
@@ -44,14 +48,17 @@ def part_of_arrays(
         if name not in store.TOKEN_COLUMNS:
             raise BadInput(
                 f"A trace was to be made with the token column {name!r}. Tokens have the columns "
-                f"{', '.join(store.TOKEN_COLUMNS)}. Put what belongs to a whole sequence into sequences=."
+                f"{', '.join(store.TOKEN_COLUMNS)}. Put what belongs to a whole sequence into sequences=.",
+                argument="tokens",
+                value=name,
             )
         arrays[name] = _shaped(name, values, (n,)).astype(store.TOKEN_COLUMNS[name])
     sequence = arrays.setdefault("sequence", np.zeros(n, np.int64))
     if n and (sequence[0] != 0 or not np.isin(np.diff(sequence), (0, 1)).all()):
         raise BadInput(
             "A trace was to be made with a sequence number for every token. The numbers do not run 0, 1, 2 ... "
-            "in order. Sort the tokens by sequence and number the sequences from 0."
+            "in order. Sort the tokens by sequence and number the sequences from 0.",
+            argument="sequence",
         )
     length = np.bincount(sequence)
     starts = np.concatenate([[0], np.cumsum(length)])
@@ -61,7 +68,9 @@ def part_of_arrays(
     if len(table) != len(length):
         raise BadInput(
             f"A trace was to be made with a table of {len(table)} sequences. The tokens belong to {len(length)}. "
-            "Give one row for every sequence, in order."
+            "Give one row for every sequence, in order.",
+            argument="sequences",
+            value=len(table),
         )
     return store.MemoryPart(arrays), table.reset_index(drop=True).assign(length=length)
 
@@ -69,5 +78,9 @@ def part_of_arrays(
 def _shaped(name: str, values: Any, shape: tuple[int, ...]) -> np.ndarray:
     array = np.asarray(values)
     if array.shape != shape:
-        raise BadInput(f"A trace was to be made with {name}. It has shape {array.shape}. Expected {shape}.")
+        raise BadInput(
+            f"A trace was to be made with {name}. It has shape {array.shape}. Expected {shape}.",
+            argument=name,
+            value=array.shape,
+        )
     return array

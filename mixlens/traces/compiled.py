@@ -53,7 +53,9 @@ class CompiledRecorder(Recorder):
             raise BadInput(
                 f"A CompiledRecorder for {tokens} tokens with {', '.join(_named(self.signals.plan())) or 'no signals'} "
                 "was asked for. It has room for at least 1 token, and keeps expert ids, weights and router_logits. "
-                'Give signals=("router_logits",) or (), or use a Recorder without compiling.'
+                'Give signals=("router_logits",) or (), or use a Recorder without compiling.',
+                argument="tokens",
+                value=tokens,
             )
         self._follower = Follower(
             model, "A CompiledRecorder", before=lambda call: None, lengths=lengths, ending=self._flush
@@ -147,7 +149,9 @@ class CompiledRecorder(Recorder):
             self._buffers["count"].zero_()
             raise BadInput(
                 f"A CompiledRecorder with room for {self._room} tokens was used. {n} were read, padding included. "
-                f"Give tokens={n} or more, or ask for the trace in between."
+                f"Give tokens={n} or more, or ask for the trace in between.",
+                argument="tokens",
+                value=n,
             )
         place = dict(zip(_PLACE, self._buffers["place"][:n].cpu().unbind(1), strict=True))
         routing = {name: buffer[:n].cpu() for name, buffer in self._buffers.items() if name not in ("place", "count")}

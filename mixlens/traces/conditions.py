@@ -35,7 +35,9 @@ class Where:
                 object.__setattr__(self, name, _numbers(name, value))
         if self.phase is not None and self.phase not in PHASES:
             raise BadInput(
-                f"An edit was to apply where phase={self.phase!r}. Phases are prompt and generated. Give one of them."
+                f"An edit was to apply where phase={self.phase!r}. Phases are prompt and generated. Give one of them.",
+                argument="phase",
+                value=self.phase,
             )
 
     def __repr__(self) -> str:
@@ -65,7 +67,9 @@ def _numbers(name: str, value: Any) -> tuple[int, ...]:
     if not found or min(found) < 0:
         raise BadInput(
             f"An edit was to apply where {name}={value!r}. It takes one whole number or several, counted from 0. "
-            f"Give some, or leave {name} out."
+            f"Give some, or leave {name} out.",
+            argument=name,
+            value=value,
         )
     return found
 

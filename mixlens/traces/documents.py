@@ -69,16 +69,24 @@ class Documents:
             if self.column not in columns:
                 raise BadInput(
                     f"Document {number} was to be recorded. It has the columns {', '.join(map(str, columns))} and none "
-                    f"called {self.column!r}. Name the text column: settings=RecordSettings(text=...)."
+                    f"called {self.column!r}. Name the text column: settings=RecordSettings(text=...).",
+                    argument=self.column,
+                    value=number,
                 )
             text = columns.pop(self.column)
             if not isinstance(text, str) or not text:
                 found = "an empty text" if text == "" else f"{type(text).__name__}, not text"
-                raise BadInput(f"Document {number} was to be recorded. It is {found}. Leave it out, or give a string.")
+                raise BadInput(
+                    f"Document {number} was to be recorded. It is {found}. Leave it out, or give a string.",
+                    argument=self.column,
+                    value=number,
+                )
             if reserved := columns.keys() & {"sequence", "length"}:
                 raise BadInput(
                     f"Document {number} was to be recorded. It has a column called {', '.join(sorted(reserved))}, "
-                    "which mixlens writes itself. Rename it."
+                    "which mixlens writes itself. Rename it.",
+                    argument=min(reserved),
+                    value=number,
                 )
             own = next((columns.pop(name) for name in ("document_id", "id") if name in columns), number)
             yield Document(number, own, text, {str(key): _plain(value) for key, value in columns.items()})
@@ -92,24 +100,34 @@ class Documents:
                 odd = sorted(document.columns.keys() ^ first)
                 raise BadInput(
                     f"Document {document.number} was to be recorded. It differs from document 0 in the columns "
-                    f"{', '.join(odd)}. Give every document the same columns."
+                    f"{', '.join(odd)}. Give every document the same columns.",
+                    argument=odd[0],
+                    value=document.number,
                 )
             if document.id in seen:
                 raise BadInput(
                     f"Document {document.number} was to be recorded. Its id {document.id!r} was used before. Give "
-                    "every document its own id, or none."
+                    "every document its own id, or none.",
+                    argument="id",
+                    value=document.id,
                 )
             seen.add(document.id)
             for name, value in {"id": document.id, **document.columns}.items():
                 if value is not None and kinds.setdefault(name, kind := _kind(value)) != kind:
                     raise BadInput(
                         f"Document {document.number} was to be recorded. Its column {name!r} holds a {kind}, where "
-                        f"documents before it have a {kinds[name]}. Give every column values of one kind."
+                        f"documents before it have a {kinds[name]}. Give every column values of one kind.",
+                        argument=name,
+                        value=document.number,
                     )
             digest.update(json.dumps([document.id, document.text, document.columns], default=str).encode())
             count += 1
         if not count:
-            raise BadInput("Documents were to be recorded. There are none. Give at least one text.")
+            raise BadInput(
+                "Documents were to be recorded. There are none. Give at least one text.",
+                argument="documents",
+                value=0,
+            )
         return digest.hexdigest(), count
 
 
@@ -129,12 +147,18 @@ def pieces_of(document: Document, ids: list[int], max_length: int, overlong: str
     """
     name = f"Document {document.number} (id {document.id!r})"
     if not ids:
-        raise BadInput(f"{name} was to be recorded. Its text has no tokens. Leave it out, or give a string.")
+        raise BadInput(
+            f"{name} was to be recorded. Its text has no tokens. Leave it out, or give a string.",
+            argument="text",
+            value=document.number,
+        )
     if len(ids) > max_length:
         if overlong == "error":
             raise BadInput(
                 f"{name} was to be recorded. It has {len(ids):,} tokens, and the limit is {max_length:,}. Choose "
-                'settings=RecordSettings(overlong="truncate") or "split" (--overlong on the command line).'
+                'settings=RecordSettings(overlong="truncate") or "split" (--overlong on the command line).',
+                argument="overlong",
+                value=len(ids),
             )
         if overlong == "truncate":
             tally.truncated_documents += 1

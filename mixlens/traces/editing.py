@@ -157,7 +157,9 @@ def refuse_rows(model: nn.Module) -> None:
         if edit.where.rows is not None or numbered:
             raise BadInput(
                 f"Documents were to be read under {edit!r}, which means rows of a batch. Documents are batched by "
-                "length, so rows are not theirs. Run the model yourself, with a Recorder inside the edit."
+                "length, so rows are not theirs. Run the model yourself, with a Recorder inside the edit.",
+                argument="where",
+                value=edit,
             )
 
 
@@ -169,7 +171,9 @@ def refuse_partial(model: nn.Module) -> None:
             raise BadInput(
                 f"Every expert was to be ablated under {one.edit!r}. That edit means single tokens or the residual "
                 "stream, and layers are run one by one from kept hidden states, which would miss it. Ablate under "
-                "edits of all tokens, or run the model yourself under both edits."
+                "edits of all tokens, or run the model yourself under both edits.",
+                argument="edit",
+                value=one.edit,
             )
 
 
@@ -200,17 +204,23 @@ def _check(one: Active, model: nn.Module, n_layers: int) -> None:
     if beyond or not one.layers:
         raise BadInput(
             f"An edit was to be put on layers {beyond or 'of no number'}. The model has layers 0 to {n_layers - 1}. "
-            "Give numbers among them."
+            "Give numbers among them.",
+            argument="layers",
+            value=beyond,
         )
     unknown = sorted(expert for expert in getattr(edit, "experts", None) or () if not 0 <= expert < count)
     if unknown:
         raise BadInput(
             f"An edit was to be put on experts {unknown}. The model has experts 0 to {count - 1}. "
-            "Give numbers among them."
+            "Give numbers among them.",
+            argument="experts",
+            value=unknown,
         )
     if isinstance(edit, TopK) and not 1 <= edit.k <= count:
         raise BadInput(
-            f"Every token was to choose {edit.k} experts. The model has {count} a layer. Give a number from 1 to that."
+            f"Every token was to choose {edit.k} experts. The model has {count} a layer. Give a number from 1 to that.",
+            argument="top_k",
+            value=edit.k,
         )
     if isinstance(edit, Replay):
         possible_layers(edit.trace, edit.layers, n_layers)
@@ -241,10 +251,14 @@ def _check_choices(layer: int, edits: list[Active], count: int, k: int) -> None:
         if count - gone < k:
             raise BadInput(
                 f"{gone} of {count} experts were to be forbidden in layer {layer}. {count - gone} would remain, and "
-                f"every token chooses {k}. Forbid fewer, or lower top_k first."
+                f"every token chooses {k}. Forbid fewer, or lower top_k first.",
+                argument="forbid",
+                value=gone,
             )
         if kept > k:
             raise BadInput(
                 f"{kept} experts were to be forced in layer {layer}. Every token chooses {k}. Force fewer, or raise "
-                "top_k first."
+                "top_k first.",
+                argument="force",
+                value=kept,
             )

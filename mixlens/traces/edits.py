@@ -56,14 +56,19 @@ def edit(model: nn.Module, *edits: Edit) -> Iterator[None]:
     whose shape does not fit, for a replay of other tokens, and, at the end, for an edit that met no token.
     """
     if not edits:
-        raise BadInput("A model was to be edited. No edit was given. Give one or several, such as edits.ablate(3, 5).")
+        raise BadInput(
+            "A model was to be edited. No edit was given. Give one or several, such as edits.ablate(3, 5).",
+            argument="edits",
+            value=(),
+        )
     for one in edits:
         if not isinstance(one, Edit) or not isinstance(one.where, Where):
             found = f"{one!r}" if not isinstance(one, Edit) else f"where={one.where!r}"
             raise BadInput(
                 f"A model was to be edited. Got {found}, which is no {'Where' if isinstance(one, Edit) else 'edit'}. "
                 "Make edits with the functions of mixlens.edits, such as edits.ablate(3, 5), and conditions with "
-                "edits.Where(...)."
+                "edits.Where(...).",
+                argument="where" if isinstance(one, Edit) else "edits",
             )
     editing = editing_of(model)
     try:
@@ -81,7 +86,9 @@ def edit(model: nn.Module, *edits: Edit) -> Iterator[None]:
         if rows and not one.everywhere and not one.matched:
             raise BadInput(
                 f"{one.edit!r} was to change what the model computes. None of the tokens in {rows} rows met its "
-                "conditions. Check its where=."
+                "conditions. Check its where=.",
+                argument="where",
+                value=one.edit,
             )
 
 
@@ -109,7 +116,9 @@ def ablate(
         return Output(_layers(layers), _numbers(experts), _means(mean, _layers(layers), _numbers(experts)), where)
     raise BadInput(
         f"An expert was to be ablated with how={how!r} and {'no ' if mean is None else 'a '}mean. Ways are reroute, "
-        'zero, and mean, which alone takes mean=. Give how="mean", mean=... or one of the others.'
+        'zero, and mean, which alone takes mean=. Give how="mean", mean=... or one of the others.',
+        argument="how",
+        value=how,
     )
 
 
@@ -130,7 +139,9 @@ def force(layers: Numbers | None, experts: Numbers, *, weight: float | None = No
     if weight is not None and not 0 < weight * len(experts) <= 1:
         raise BadInput(
             f"{len(experts)} experts were to be forced with a weight of {weight} each. Weights of a token sum to 1. "
-            f"Give a weight above 0 and of at most {1 / len(experts):.3g}."
+            f"Give a weight above 0 and of at most {1 / len(experts):.3g}.",
+            argument="weight",
+            value=weight,
         )
     return Force(_layers(layers), experts, weight, where)
 
@@ -155,7 +166,11 @@ def temperature(value: float, *, layers: Numbers | None = None, where: Where = E
     """Router logits divided by a temperature: below 1 sharper, above 1 flatter; the same experts are chosen."""
     _finite("temperature", value)
     if value <= 0:
-        raise BadInput(f"A router temperature of {value} was asked for. It must be above 0. Give a positive number.")
+        raise BadInput(
+            f"A router temperature of {value} was asked for. It must be above 0. Give a positive number.",
+            argument="temperature",
+            value=value,
+        )
     return Rescale(_layers(layers), None, factor=1 / value, where=where)
 
 
@@ -171,7 +186,9 @@ def reroute(layers: Numbers | None, source: int, target: int, *, where: Where = 
     """
     if source == target:
         raise BadInput(
-            f"Expert {source} was to be rerouted. The target is the same expert. Give another, or leave this edit out."
+            f"Expert {source} was to be rerouted. The target is the same expert. Give another, or leave this edit out.",
+            argument="target",
+            value=target,
         )
     return Reroute(_layers(layers), _numbers(source)[0], _numbers(target)[0], where)
 
@@ -188,7 +205,9 @@ def replay(trace: Trace, *, weights: bool = False, layers: Numbers | None = None
     if not isinstance(trace, Trace):
         raise BadInput(
             f"A recorded routing was to be replayed. Got {trace!r}, which is no trace. Give one that was recorded, or "
-            "open it first: mixlens.open(path)."
+            "open it first: mixlens.open(path).",
+            argument="trace",
+            value=trace,
         )
     return Replay(trace, weights, _layers(layers), where)
 
@@ -209,17 +228,29 @@ def patch(site: str, values: Any, *, layer: int, expert: int | None = None, wher
     if site == "expert_norm":
         raise BadInput(
             "expert_norm was to be patched. A norm does not say which output of that norm to put in its place. Patch "
-            "expert_out: with recorded outputs scaled to the norm, for one."
+            "expert_out: with recorded outputs scaled to the norm, for one.",
+            argument="site",
+            value=site,
         )
     if site not in known:
-        raise BadInput(f"{site!r} was to be patched. Sites to patch are {', '.join(known)}. Give one of them.")
+        raise BadInput(
+            f"{site!r} was to be patched. Sites to patch are {', '.join(known)}. Give one of them.",
+            argument="site",
+            value=site,
+        )
     if expert is not None and site not in PATCHED_EXPERTS:
         raise BadInput(
-            f"{site} of expert {expert} was to be patched. Only expert_out and expert_neurons are. Leave expert out."
+            f"{site} of expert {expert} was to be patched. Only expert_out and expert_neurons are. Leave expert out.",
+            argument="expert",
+            value=expert,
         )
     (number, *others) = _numbers(layer)
     if others:
-        raise BadInput(f"{site} was to be patched in layers {layer!r}. A patch has one. Give several patches.")
+        raise BadInput(
+            f"{site} was to be patched in layers {layer!r}. A patch has one. Give several patches.",
+            argument="layer",
+            value=layer,
+        )
     found, sequences, positions = values_of(site, values, number, expert, where)
     return Patch(site, found, (number,), None if expert is None else _numbers(expert)[0], sequences, positions, where)
 
@@ -232,14 +263,18 @@ def _numbers(numbers: Numbers) -> tuple[int, ...]:
     if found := whole_numbers(numbers):
         return found
     raise BadInput(
-        f"Layers, experts or a k were given as {numbers!r}. They are whole numbers, one or several. Give such numbers."
+        f"Layers, experts or a k were given as {numbers!r}. They are whole numbers, one or several. Give such numbers.",
+        argument="numbers",
+        value=numbers,
     )
 
 
 def _finite(name: str, value: float) -> None:
     if not isinstance(value, int | float | np.number) or not np.isfinite(value):
         raise BadInput(
-            f"Router logits were to be changed with a {name} of {value!r}. It is not finite. Give a finite number."
+            f"Router logits were to be changed with a {name} of {value!r}. It is not finite. Give a finite number.",
+            argument=name,
+            value=value,
         )
 
 
@@ -250,7 +285,9 @@ def _means(mean: Any, layers: tuple[int, ...] | None, experts: tuple[int, ...]) 
         if not 0 <= min(experts) <= max(experts) < (count := wanted.sizes["expert"]):
             raise BadInput(
                 f"Experts {list(experts)} were to put out their means. The means have experts 0 to {count - 1}. Give "
-                "numbers among them."
+                "numbers among them.",
+                argument="experts",
+                value=list(experts),
             )
         missing = sorted(set(numbers if layers is None else layers) - set(numbers))
         if not missing:
@@ -261,16 +298,22 @@ def _means(mean: Any, layers: tuple[int, ...] | None, experts: tuple[int, ...]) 
                 return means
             raise BadInput(
                 f"Experts {list(experts)} were to put out their means in layers {empty}. One of them was never chosen "
-                "where the means were taken, so it has none. Take the means over more text."
+                "where the means were taken, so it has none. Take the means over more text.",
+                argument="mean",
+                value=empty,
             )
         raise BadInput(
             f"Experts were to put out their means in layers {missing}. The means have layers {numbers}. Give means of "
-            "all layers that are edited."
+            "all layers that are edited.",
+            argument="layers",
+            value=missing,
         )
     value = torch.as_tensor(mean).float()
     if value.ndim != 1 or layers is None or len(layers) != 1 or len(experts) != 1:
         raise BadInput(
             f"Experts were to put out a mean of shape {list(value.shape)}. One vector [hidden] stands for one expert "
-            "of one layer. Give one layer and one expert, or an xarray [layer, expert, hidden]."
+            "of one layer. Give one layer and one expert, or an xarray [layer, expert, hidden].",
+            argument="mean",
+            value=tuple(value.shape),
         )
     return {layers[0]: value.expand(experts[0] + 1, -1)}

@@ -164,11 +164,17 @@ class Follower:
             if asked:
                 raise BadInput(
                     f"{self.who} was put round generate with {what}. It reads tokens more than once, or takes them "
-                    "back, so they cannot be counted. Sample or decode greedily, one beam, with the cache."
+                    "back, so they cannot be counted. Sample or decode greedily, one beam, with the cache.",
+                    argument="generate",
+                    value=what,
                 )
         inputs = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids", kwargs.get("inputs_embeds")))
         if inputs is None:
-            raise BadInput(f"{self.who} was put round generate. No input_ids were given. Pass the prompt's token ids.")
+            raise BadInput(
+                f"{self.who} was put round generate. No input_ids were given. Pass the prompt's token ids.",
+                argument="input_ids",
+                value=None,
+            )
         stop = option("eos_token_id")
         stop = frozenset() if stop is None else frozenset(np.atleast_1d(torch.as_tensor(stop).cpu()).tolist())
         custom = kwargs.get("stopping_criteria") is not None or option("stop_strings") is not None
@@ -223,7 +229,9 @@ class Follower:
         elif mask is None and rows > 1 and not going_on and self.strict:
             raise BadInput(
                 f"{self.who} saw a batch of {rows} rows without a two-dimensional attention mask. Padding cannot be "
-                "told from text. Pass attention_mask=, or Recorder(model, lengths=[tokens of each row])."
+                "told from text. Pass attention_mask=, or Recorder(model, lengths=[tokens of each row]).",
+                argument="attention_mask",
+                value=rows,
             )
         self._batch = batch
         call = Call(batch, ids, mask, (rows, columns), batch.columns, going_on)
@@ -237,7 +245,9 @@ class Follower:
         if past != batch.columns:
             raise BadInput(
                 f"{self.who} followed a cached decode of {batch.columns} tokens. The cache now holds {past}: tokens "
-                "were taken back or added outside. Start a new cache, or record the two parts separately."
+                "were taken back or added outside. Start a new cache, or record the two parts separately.",
+                argument="past_key_values",
+                value=past,
             )
         return batch
 
@@ -246,7 +256,9 @@ class Follower:
         if len(self.lengths) != rows or self.lengths.max(initial=0) > columns:
             raise BadInput(
                 f"{self.who} was given lengths={self.lengths.tolist()}. The batch has {rows} rows of {columns} tokens. "
-                "Give the number of tokens of every row."
+                "Give the number of tokens of every row.",
+                argument="lengths",
+                value=self.lengths.tolist(),
             )
         return torch.arange(columns)[None] < torch.as_tensor(self.lengths)[:, None]
 

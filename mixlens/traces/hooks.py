@@ -91,7 +91,9 @@ def routing_arrays(raw: Raw, rows: torch.Tensor) -> dict[str, np.ndarray]:
     if len(choices) > 1:
         raise BadInput(
             f"Routing was to be recorded under an edit. Layers choose {sorted(choices)} experts a token, and a "
-            "trace has one number for all. Give top_k without layers=, or do not record."
+            "trace has one number for all. Give top_k without layers=, or do not record.",
+            argument="top_k",
+            value=sorted(choices),
         )
     ids, weight = gather(raw["expert_id"], rows), gather(raw["weight"], rows)
     normalised = bool(((weight.float().sum(-1) - 1).abs() < 1e-3).all())
@@ -117,7 +119,9 @@ def site_array(raw: Raw, site: str, dtype: str, rows: torch.Tensor) -> np.ndarra
     if dtype == "float16" and bool((stored.isinf() & values.isfinite()).any()):
         raise BadInput(
             f"Activations of {site} were to be kept in float16. A value of {values.float().abs().max():.3g} is too "
-            f'large for it. Record with Site("{site}", dtype="float32").'
+            f'large for it. Record with Site("{site}", dtype="float32").',
+            argument="dtype",
+            value=site,
         )
     return stored.numpy()
 

@@ -145,7 +145,9 @@ class Output:
             if mean.shape[-1] != hidden:
                 raise BadInput(
                     f"Experts were to put out a mean in layer {layer}. It has {mean.shape[-1]} numbers, and the "
-                    f"model's hidden states have {hidden}. Give a mean of this model's experts."
+                    f"model's hidden states have {hidden}. Give a mean of this model's experts.",
+                    argument="mean",
+                    value=mean.shape[-1],
                 )
 
 
@@ -220,7 +222,9 @@ class Patch:
         if given != own:
             raise BadInput(
                 f"{self.site} was to be patched with values of shape {list(self.values.shape)}. The site has "
-                f"{list(own)} a token. Give {list(own)}, or [n, {', '.join(map(str, own))}] with n positions."
+                f"{list(own)} a token. Give {list(own)}, or [n, {', '.join(map(str, own))}] with n positions.",
+                argument="values",
+                value=tuple(self.values.shape),
             )
 
 
@@ -246,7 +250,9 @@ def values_of(
         if layer not in values.layer.values:
             raise BadInput(
                 f"{site} of layer {layer} was to be patched from a recording. It has layers "
-                f"{np.atleast_1d(values.layer.values).tolist()}. Record the site in this layer."
+                f"{np.atleast_1d(values.layer.values).tolist()}. Record the site in this layer.",
+                argument="layer",
+                value=layer,
             )
         own = values.sel(layer=layer) if "layer" in values.dims else values
         found = torch.as_tensor(np.ascontiguousarray(own.values))
@@ -256,7 +262,9 @@ def values_of(
     except (TypeError, ValueError, RuntimeError) as error:
         raise BadInput(
             f"{site} was to be patched with a {type(values).__name__}. It is no array of numbers. Give a tensor, an "
-            "array or a recorded activation."
+            "array or a recorded activation.",
+            argument="values",
+            value=values,
         ) from error
     if found.ndim == (2 if site in PATCHED_EXPERTS and expert is None else 1):
         return found, None, None
@@ -264,7 +272,9 @@ def values_of(
     if len(positions) != len(found):
         raise BadInput(
             f"{site} was to be patched with values of shape {list(found.shape)}. Its where= names {len(positions)} "
-            "positions. Give one value for every token meant, or as many positions as values."
+            "positions. Give one value for every token meant, or as many positions as values.",
+            argument="positions",
+            value=len(positions),
         )
     return found, np.full(len(positions), -1), positions
 

@@ -238,7 +238,9 @@ def tokenizer_of(model: nn.Module) -> Any:
         name = getattr(model, "name_or_path", "") or "the model"
         raise BadInput(
             f"Documents were to be recorded with the tokenizer of {name}. None was found there. Pass "
-            "tokenizer=AutoTokenizer.from_pretrained(...)."
+            "tokenizer=AutoTokenizer.from_pretrained(...).",
+            argument="tokenizer",
+            value=name,
         ) from error
 
 
@@ -246,7 +248,9 @@ def _check(settings: Any) -> None:
     if not isinstance(settings, RecordSettings):
         raise BadInput(
             f"Documents were to be recorded. Their settings are a {type(settings).__name__}, not RecordSettings. Give "
-            "settings=ml.RecordSettings(...)."
+            "settings=ml.RecordSettings(...).",
+            argument="settings",
+            value=type(settings).__name__,
         )
 
 
@@ -262,7 +266,9 @@ def length_limit(model: nn.Module, settings: RecordSettings) -> int:
     if settings.overlong not in OVERLONG:
         raise BadInput(
             f"Documents were to be recorded with overlong={settings.overlong!r}. Choices are {', '.join(OVERLONG)}. "
-            "Give one of them."
+            "Give one of them.",
+            argument="overlong",
+            value=settings.overlong,
         )
     _positive("shard_tokens", settings.shard_tokens)
     context = context_length(model)
@@ -270,12 +276,18 @@ def length_limit(model: nn.Module, settings: RecordSettings) -> int:
     if limit > context:
         raise BadInput(
             f"Sequences of {limit:,} tokens were to be recorded. The model's context is {context:,}. Give a smaller "
-            "max_length."
+            "max_length.",
+            argument="max_length",
+            value=limit,
         )
     return limit
 
 
 def _positive(name: str, value: int) -> int:
     if not isinstance(value, Integral) or value < 1:
-        raise BadInput(f"Documents were to be recorded with {name}={value}. It must be 1 or more. Give a larger one.")
+        raise BadInput(
+            f"Documents were to be recorded with {name}={value}. It must be 1 or more. Give a larger one.",
+            argument=name,
+            value=value,
+        )
     return value

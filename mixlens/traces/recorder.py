@@ -80,7 +80,9 @@ class Recorder:
         columns = {name: np.concatenate(parts) for name, parts in self._columns.items()}
         if not columns:
             raise BadInput(
-                "A trace of a Recorder was asked for. No forward ran inside it. Call the model inside the with block."
+                "A trace of a Recorder was asked for. No forward ran inside it. Call the model inside the with block.",
+                argument="Recorder",
+                value=0,
             )
         order = np.argsort(columns["sequence"], kind="stable")
         columns = {name: values[order] for name, values in columns.items()}
@@ -89,7 +91,9 @@ class Recorder:
         if len(table) != self._follower.n_rows:
             raise BadInput(
                 f"A table of {len(table)} sequences was given. The Recorder saw {self._follower.n_rows}. "
-                "Give one row for every row of every batch, in order."
+                "Give one row for every row of every batch, in order.",
+                argument="sequences",
+                value=len(table),
             )
         frame = table.reset_index(drop=True).iloc[present].reset_index(drop=True)
         rank = np.empty_like(order)
@@ -200,7 +204,8 @@ class Recorder:
         if call.logits is None and self.signals.top_logprobs:
             raise BadInput(
                 "A Recorder was to keep top_logprobs. The forward ran without the language-model head. Call the model "
-                "itself, not its decoder, or record without top_logprobs."
+                "itself, not its decoder, or record without top_logprobs.",
+                argument="top_logprobs",
             )
         if batch.waiting is not None:
             first = score(lambda x: x, batch.waiting, torch.from_numpy(ids[:, 0]), top=False)

@@ -31,7 +31,11 @@ class Replay:
         self.trace.require("replay", *names)
         blocks = list(self.trace.blocks(*names))
         if not blocks:
-            raise BadInput("A trace was to be replayed. It has no tokens. Give one that has.")
+            raise BadInput(
+                "A trace was to be replayed. It has no tokens. Give one that has.",
+                argument="trace",
+                value=0,
+            )
         columns = {name: np.concatenate([block[name] for block in blocks]) for name in names}
         n_tokens = len(columns["sequence"])
         starts = np.flatnonzero(np.diff(columns["sequence"], prepend=-1))
@@ -39,7 +43,8 @@ class Replay:
         if not np.array_equal(whole, columns["position"]):
             raise BadInput(
                 "A trace was to be replayed. Some of its sequences lack tokens (it was selected by phase, token or "
-                "position). Give the whole trace, and say which tokens are meant with where=."
+                "position). Give the whole trace, and say which tokens are meant with where=.",
+                argument="trace",
             )
         object.__setattr__(self, "tokens", n_tokens)
         object.__setattr__(self, "_columns", columns)
@@ -128,7 +133,9 @@ class _Matcher:
         return BadInput(
             f"A recorded routing was to be replayed on row {row}. The row has token {ids[min(same, len(ids) - 1)]} at "
             f"position {place}, where the nearest recorded sequence, {number}, {recorded}. Give the model the tokens "
-            "that were recorded."
+            "that were recorded.",
+            argument="row",
+            value=(row, place),
         )
 
 
@@ -151,5 +158,7 @@ def check_experts(trace: Trace, n_experts: int, top_k: int) -> None:
     if (trace.n_experts, trace.top_k) != (n_experts, top_k):
         raise BadInput(
             f"A recorded routing was to be replayed. The trace has top-{trace.top_k} of {trace.n_experts} experts, the "
-            f"model top-{top_k} of {n_experts}. Give a trace of this model."
+            f"model top-{top_k} of {n_experts}. Give a trace of this model.",
+            argument="trace",
+            value=(trace.top_k, trace.n_experts),
         )

@@ -86,7 +86,9 @@ class Routing:
             what = "forbid all but fewer than" if bool(few.any()) else "force more than"
             raise BadInput(
                 f"Several edits were put on one layer. For {int((few | many).sum())} tokens of this forward they "
-                f"{what} the {self.k} experts a token chooses. Take one of them back, or change top_k."
+                f"{what} the {self.k} experts a token chooses. Take one of them back, or change top_k.",
+                argument="edits",
+                value=int((few | many).sum()),
             )
 
     def decide(self) -> tuple[torch.Tensor, torch.Tensor]:

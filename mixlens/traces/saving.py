@@ -28,7 +28,9 @@ def save(trace: Trace, path: str | os.PathLike) -> None:
     if trace.sites:
         raise BadInput(
             f"A trace with activations ({', '.join(trace.sites)}) was to be saved. Only recording writes activations. "
-            "Record with out= to have them on disk."
+            "Record with out= to have them on disk.",
+            argument="sites",
+            value=list(trace.sites),
         )
     digest = hashlib.sha256()
     for block in trace.blocks("sequence", "position", "expert_id"):
@@ -102,7 +104,11 @@ def to_parquet(trace: Trace, path: Path) -> Path:
         writer = writer or pq.ParquetWriter(path, columns.schema, compression="zstd")
         writer.write_table(columns)
     if writer is None:
-        raise BadInput(f"A trace was to be written to {path}. It has no tokens. Select something that has.")
+        raise BadInput(
+            f"A trace was to be written to {path}. It has no tokens. Select something that has.",
+            argument="trace",
+            value=0,
+        )
     writer.close()
     return path
 

@@ -71,7 +71,11 @@ def parse_signals(signals: Iterable[str | Site], n_layers: int) -> Signals:
     sites = [_site(s, n_layers) for s in given if not (isinstance(s, str) and s in OPTIONS)]
     names = [site.name for site in sites]
     if len(set(names)) != len(names):
-        raise BadInput(f"The sites {', '.join(names)} were asked for. One is named twice. Give every site once.")
+        raise BadInput(
+            f"The sites {', '.join(names)} were asked for. One is named twice. Give every site once.",
+            argument="signals",
+            value=names,
+        )
     return Signals(**{name: name in options for name in OPTIONS}, sites=tuple(sites))
 
 
@@ -80,24 +84,32 @@ def _site(signal: str | Site, n_layers: int) -> Site:
     if not isinstance(site, Site):
         raise BadInput(
             f"The signal {site!r} was asked for. It is neither a name nor a Site. "
-            f"Names are {', '.join([*OPTIONS, *SITES])}."
+            f"Names are {', '.join([*OPTIONS, *SITES])}.",
+            argument="signals",
+            value=site,
         )
     if site.name not in SITES:
         near = difflib.get_close_matches(site.name, [*OPTIONS, *SITES], n=1)
         raise BadInput(
             f"The signal {site.name!r} was asked for. There is no such signal{f'; {near[0]} is near' if near else ''}. "
-            f"Give one of {', '.join([*OPTIONS, *SITES])}."
+            f"Give one of {', '.join([*OPTIONS, *SITES])}.",
+            argument="signals",
+            value=site.name,
         )
     layers = tuple(range(n_layers)) if site.layers is None else tuple(int(layer) for layer in site.layers)
     unknown = [layer for layer in layers if not 0 <= layer < n_layers]
     if unknown or not layers:
         raise BadInput(
             f"Site {site.name} was asked for in layers {list(layers)}. The model has layers 0 to {n_layers - 1}. "
-            "Give numbers among them."
+            "Give numbers among them.",
+            argument="layers",
+            value=list(layers),
         )
     if site.dtype not in ("float16", "float32") or site.tokens not in TOKENS:
         raise BadInput(
             f"Site {site.name} was asked for with dtype={site.dtype!r} and tokens={site.tokens!r}. Dtypes are float16 "
-            f"and float32, tokens are {', '.join(TOKENS)}. Give one of each."
+            f"and float32, tokens are {', '.join(TOKENS)}. Give one of each.",
+            argument="tokens" if site.dtype in ("float16", "float32") else "dtype",
+            value=site,
         )
     return Site(site.name, tuple(sorted(set(layers))), site.dtype, site.tokens)

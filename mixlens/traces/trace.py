@@ -92,7 +92,11 @@ class Trace:
         """
         run = open_run(path, check=check)
         if run.kind != "trace":
-            raise BadInput(f"A trace was to be opened at {path}. The run is a {run.kind}. Use mixlens.open(path).")
+            raise BadInput(
+                f"A trace was to be opened at {path}. The run is a {run.kind}. Use mixlens.open(path).",
+                argument="path",
+                value=run.kind,
+            )
         parts = [DiskPart(run, index, run.meta["top_k"]) for index in range(run.meta["shards"])]
         frame = store.read_sequences(run.file("sequences.parquet"))
         trace = from_parts(parts, frame, run.meta, run.meta["layers"])
@@ -197,7 +201,9 @@ class Trace:
         if site not in self.sites:
             raise MissingSignal(
                 f"The activations of {site!r} were asked for. This trace has {', '.join(self.sites) or 'none'}. "
-                f"Record with signals=[{site!r}]."
+                f"Record with signals=[{site!r}].",
+                argument="site",
+                value=site,
             )
         wanted = set(self.layers.tolist())
         columns = [i for i, layer in enumerate(self.sites[site]) if layer in wanted]
@@ -253,7 +259,9 @@ class Trace:
             if missing:
                 raise BadInput(
                     f"Layers {missing} were to be selected. This trace has layers {_ranges(self.layers)}. "
-                    "Give layer numbers of the model, counted from 0."
+                    "Give layer numbers of the model, counted from 0.",
+                    argument="layers",
+                    value=missing,
                 )
             index = tuple(int(np.flatnonzero(self.layers == layer)[0]) for layer in asked)
             sources = [
@@ -262,7 +270,11 @@ class Trace:
             ]
             kept_layers = asked
         if phase is not None and phase not in PHASES:
-            raise BadInput(f"Phase {phase!r} was to be selected. Phases are prompt and generated. Give one of them.")
+            raise BadInput(
+                f"Phase {phase!r} was to be selected. Phases are prompt and generated. Give one of them.",
+                argument="phase",
+                value=phase,
+            )
         sources = [s.narrowed(None if phase is None else PHASES[phase], tokens, positions) for s in sources]
         view = Trace(sources, sequences, self.meta, kept_layers)
         view.path, view._vocabulary, view.reduce = self.path, self._vocabulary, self.reduce
@@ -333,9 +345,16 @@ def concat(traces: Sequence[Trace]) -> Trace:
     Raises BadInput when layers, experts or top-k differ.
     """
     if not isinstance(traces, Sequence) or not all(isinstance(trace, Trace) for trace in traces):
-        raise BadInput("Traces were to be concatenated. Not all that was given are traces. Give a list of traces.")
+        raise BadInput(
+            "Traces were to be concatenated. Not all that was given are traces. Give a list of traces.",
+            argument="traces",
+        )
     if not traces:
-        raise BadInput("Traces were to be concatenated. None was given. Give at least one.")
+        raise BadInput(
+            "Traces were to be concatenated. None was given. Give at least one.",
+            argument="traces",
+            value=0,
+        )
     first, offset, sources, frames = traces[0], 0, [], []
     for number, trace in enumerate(traces):
         same = (trace.n_experts, trace.top_k) == (first.n_experts, first.top_k)
@@ -343,7 +362,9 @@ def concat(traces: Sequence[Trace]) -> Trace:
             raise BadInput(
                 f"Trace {number} was to be joined to trace 0. It has {trace.n_layers} layers, top-{trace.top_k} of "
                 f"{trace.n_experts}; trace 0 has {first.n_layers} layers, top-{first.top_k} of {first.n_experts}. "
-                "Select the same layers of the same model first."
+                "Select the same layers of the same model first.",
+                argument="traces",
+                value=number,
             )
         sources += [replace(s, offset=s.offset + offset) for s in trace._sources]
         frames.append(trace.sequences.set_index(trace.sequences.index + offset))

@@ -93,14 +93,18 @@ def row_mask(sequences: pd.DataFrame, where: Mapping[str, Any] | pd.Series) -> n
     if not isinstance(where, Mapping):
         raise BadInput(
             f"Sequences were to be selected by a {type(where).__name__}. That says of no column what is wanted. Give "
-            '{column: value}, such as {"domain": "github"}, or a boolean Series over trace.sequences.'
+            '{column: value}, such as {"domain": "github"}, or a boolean Series over trace.sequences.',
+            argument="where",
+            value=type(where).__name__,
         )
     mask = np.ones(len(sequences), bool)
     for name, wanted in where.items():
         if name not in sequences:
             raise BadInput(
                 f"Sequences were to be selected by {name!r}. The columns are {', '.join(map(str, sequences.columns))}. "
-                "Give one of them."
+                "Give one of them.",
+                argument="where",
+                value=name,
             )
         single = isinstance(wanted, str) or not isinstance(wanted, Sequence)
         mask &= sequences[name].isin([wanted] if single else list(wanted)).to_numpy()
