@@ -11,7 +11,7 @@ import xarray as xr
 
 from mixlens.errors import BadInput
 from mixlens.stats.bootstrap import DEFAULT, Bootstrap
-from mixlens.stats.counts import OLMOE, Block, By, Clusters, count, described, require, summarise
+from mixlens.stats.counts import OLMOE, Block, By, count, described, require, summarise
 from mixlens.stats.softmax import BLOCK_OF_LOGITS, entropy_bits, softmax_tiles
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def agreement(a: Trace, b: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAU
     same_shape(a, b)
     has_logits = "router_logits" in a.signals and "router_logits" in b.signals
     names = ("expert_id", "router_logits") if has_logits else ("expert_id",)
-    clusters = Clusters.of(a, by, 3 * a.n_layers)
+    shapes = {"measures": (a.n_layers, 3)}
 
     def add(block: Block, totals: dict[str, np.ndarray]) -> None:
         measures = np.full((a.n_layers, 3, block.n_tokens), np.nan, np.float32)
@@ -54,7 +54,7 @@ def agreement(a: Trace, b: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAU
                 measures[:, 2, tokens] = _jensen_shannon_bits(p, q)
         totals["measures"][block.clusters] += block.sums(measures)
 
-    counts = count(a, clusters, {"measures": (a.n_layers, 3)}, side_by_side(a, b, names), add)
+    counts = count(a, by, shapes, side_by_side(a, b, names), add)
     data = summarise(
         counts,
         lambda sums: sums["measures"] / sums["n"],

@@ -50,8 +50,8 @@ class Clusters:
     document: np.ndarray
 
     @classmethod
-    def of(cls, trace: Trace, by: By, features: int) -> Clusters:
-        """Clusters for `features` counts each, grouped by sequence columns.
+    def of(cls, trace: Trace, by: By, shapes: Mapping[str, tuple[int, ...]]) -> Clusters:
+        """Clusters for counts of these shapes, grouped by sequence columns.
 
         Raises BadInput for a column that is not there, has missing values, or has the name of a dimension.
         """
@@ -66,6 +66,7 @@ class Clusters:
         document, first = pd.factorize(group * (document_id.max(initial=0) + 1) + document_id)
         group_of_document = np.empty(len(first), np.int64)
         group_of_document[document] = group
+        features = sum(map(math.prod, shapes.values()))
         most = int(np.clip(_MOST_COUNTS // max(1, features * n_groups), _FEWEST_BUNDLES, _MOST_BUNDLES))
         bundle = _bundles(group_of_document, most)
         cluster, found = pd.factorize(bundle)
@@ -145,15 +146,17 @@ class Counts:
 
 def count(
     trace: Trace,
-    clusters: Clusters,
+    by: By | Clusters,
     shapes: Mapping[str, tuple[int, ...]],
     blocks: Iterable[dict[str, np.ndarray]],
     add: Callable[[Block, dict[str, np.ndarray]], None],
 ) -> Counts:
     """Run once through `blocks`, which have the column "sequence"; `add` puts each block into the totals.
 
+    by      sequence columns to group by, or the clusters themselves
     shapes  {name: shape without the cluster}, for totals of float64 that start at 0
     """
+    clusters = by if isinstance(by, Clusters) else Clusters.of(trace, by, shapes)
     n = len(clusters.group)
     totals = {name: np.zeros((n, *shape)) for name, shape in shapes.items()}
     tokens = np.zeros(n)

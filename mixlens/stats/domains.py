@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 
 from mixlens.stats.bootstrap import DEFAULT, Bootstrap, Resamples, effective_documents
-from mixlens.stats.counts import OLMOE, Block, Clusters, Counts, count, described, require, summarise
+from mixlens.stats.counts import OLMOE, Block, Counts, count, described, require, summarise
 from mixlens.stats.structure import mutual_information_bits
 
 if TYPE_CHECKING:
@@ -103,14 +103,13 @@ def domain_information(
 
 def _choices(trace: Trace, by: str | Sequence[str]) -> Counts:
     """How often each document chose each expert, in any slot [document, layer, expert]."""
-    clusters = Clusters.of(trace, by, trace.n_layers * trace.n_experts)
 
     def add(block: Block, totals: dict[str, np.ndarray]) -> None:
         for layer, ids in enumerate(block.by_layer("expert_id")):
             totals["chosen"][block.clusters, layer] += block.count(ids, trace.n_experts)
 
     shapes = {"chosen": (trace.n_layers, trace.n_experts)}
-    return count(trace, clusters, shapes, trace.blocks("sequence", "expert_id"), add)
+    return count(trace, by, shapes, trace.blocks("sequence", "expert_id"), add)
 
 
 def _information(chosen: np.ndarray, group: np.ndarray, resamples: Resamples) -> np.ndarray:

@@ -11,7 +11,7 @@ import xarray as xr
 from mixlens.errors import BadInput
 from mixlens.stats.agreement import same_shape, side_by_side
 from mixlens.stats.bootstrap import DEFAULT, Bootstrap
-from mixlens.stats.counts import Block, By, Clusters, count, described, require, summarise
+from mixlens.stats.counts import Block, By, count, described, require, summarise
 
 if TYPE_CHECKING:
     from mixlens.traces.trace import Trace
@@ -56,8 +56,8 @@ def flips(a: Trace, b: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) 
         whole = [sums[name] / n for name in ("changed", "first", "so_far")]
         return np.stack([*whole, sums["changed_after"] / before, sums["first"] / (n - before)], axis=1)
 
-    clusters = Clusters.of(a, by, 5 * a.n_layers)
-    counts = count(a, clusters, dict.fromkeys(names, (a.n_layers,)), side_by_side(a, b, ("expert_id",)), add)
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(names, (a.n_layers,))
+    counts = count(a, by, shapes, side_by_side(a, b, ("expert_id",)), add)
     labels = ["changed", "first_flip", "so_far", "after_flip", "without_flip"]
     return described(
         summarise(counts, measures, {"measure": labels}, bootstrap), a, bootstrap,
@@ -106,9 +106,9 @@ def flips_by_margin(
                 totals["choices"][block.clusters, into, one] += block.sums(here)
                 totals["flipped"][block.clusters, into, one] += block.sums(here & changed[layer])
 
-    clusters = Clusters.of(a, by, 2 * n_layers * n_bins)
     shapes = {"flipped": (n_layers, n_bins), "choices": (n_layers, n_bins)}
-    counts = count(a, clusters, shapes, side_by_side(a, b, ("expert_id",), ("router_logits",)), add)
+    columns = side_by_side(a, b, ("expert_id",), ("router_logits",))
+    counts = count(a, by, shapes, columns, add)
     counts = replace(counts, layers=counts.layers[:n_layers])
     data = summarise(
         counts,

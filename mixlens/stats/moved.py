@@ -9,7 +9,7 @@ import xarray as xr
 
 from mixlens.stats.agreement import same_shape, side_by_side
 from mixlens.stats.bootstrap import DEFAULT, Bootstrap
-from mixlens.stats.counts import Block, By, Clusters, count, described, require, summarise
+from mixlens.stats.counts import Block, By, count, described, require, summarise
 
 if TYPE_CHECKING:
     from mixlens.traces.trace import Trace
@@ -46,10 +46,8 @@ def moved(a: Trace, b: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) 
         change = (sums["after"] - sums["before"]) / (a.top_k * sums["n"])
         return np.stack([change, sums["both"] / sums["before"]], axis=2)
 
-    clusters = Clusters.of(a, by, 3 * a.n_layers * a.n_experts)
-    counts = count(
-        a, clusters, dict.fromkeys(("before", "after", "both"), shape), side_by_side(a, b, ("expert_id",)), add
-    )
+    shapes = {"before": shape, "after": shape, "both": shape}
+    counts = count(a, by, shapes, side_by_side(a, b, ("expert_id",)), add)
     data = summarise(counts, measures, {"expert": range(a.n_experts), "measure": ["share_change", "kept"]}, bootstrap)
     return described(
         data, a, bootstrap,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,7 +11,7 @@ import xarray as xr
 
 from mixlens.stats.agreement import same_shape, side_by_side
 from mixlens.stats.bootstrap import DEFAULT, Bootstrap
-from mixlens.stats.counts import Block, By, Clusters, Counts, count, described, require, summarise
+from mixlens.stats.counts import Block, By, count, described, require, summarise
 
 if TYPE_CHECKING:
     from mixlens.traces.trace import Trace
@@ -45,7 +46,6 @@ def next_tokens(a: Trace, b: Trace, *, by: By = None, bootstrap: Bootstrap = DEF
     require(b, "next_tokens", "logprob", "position")
     same_shape(a, b)
     has_top = all(name in trace.signals for trace in (a, b) for name in _TOP)
-    clusters = Clusters.of(a, by, 8)
 
     def add(block: Block, totals: dict[str, np.ndarray]) -> None:
         known = block.follows() & np.isfinite(block["logprob"]) & np.isfinite(block["other logprob"])
@@ -60,9 +60,9 @@ def next_tokens(a: Trace, b: Trace, *, by: By = None, bootstrap: Bootstrap = DEF
 
     names = ("position", "logprob", *(_TOP if has_top else ()))
     shapes = {"losses": (1, 2), "apart": (1, 2), "predicted": ()}
-    counts = count(a, clusters, shapes, side_by_side(a, b, names), add)
+    counts = count(a, by, shapes, side_by_side(a, b, names), add)
     predicted = counts.totals.pop("predicted")
-    counts = Counts(clusters, counts.totals, counts.tokens, counts.n_documents, counts.layers[:1])
+    counts = replace(counts, layers=counts.layers[:1])
     missing = {} if has_top else {"missing": "same_top and kl_at_least need top_logprobs in both traces"}
     data = summarise(
         counts, _measures(has_top), {"measure": [*LOSSES, "same_top", "kl_at_least"]}, bootstrap, size=(predicted, ())

@@ -11,7 +11,7 @@ import xarray as xr
 
 from mixlens.errors import BadInput, MissingSignal
 from mixlens.stats.bootstrap import DEFAULT, Bootstrap
-from mixlens.stats.counts import JIANG, Block, By, Clusters, count, described, require, summarise
+from mixlens.stats.counts import JIANG, Block, By, count, described, require, summarise
 from mixlens.stats.softmax import BLOCK_OF_LOGITS, entropy_bits, second_largest, softmax_tiles
 
 if TYPE_CHECKING:
@@ -36,14 +36,13 @@ def expert_share(trace: Trace, *, by: By = None, slot: str = "any", bootstrap: B
         )
     require(trace, "expert_share", "expert_id", bootstrap=bootstrap)
     n_slots = trace.top_k if slot == "any" else 1
-    clusters = Clusters.of(trace, by, trace.n_layers * trace.n_experts)
 
     def add(block: Block, totals: dict[str, np.ndarray]) -> None:
         for layer, ids in enumerate(block.by_layer("expert_id")):
             totals["chosen"][block.clusters, layer] += block.count(ids[:n_slots], trace.n_experts)
 
     shapes = {"chosen": (trace.n_layers, trace.n_experts)}
-    counts = count(trace, clusters, shapes, trace.blocks("sequence", "expert_id"), add)
+    counts = count(trace, by, shapes, trace.blocks("sequence", "expert_id"), add)
     data = summarise(
         counts,
         lambda sums: sums["chosen"] / (n_slots * sums["n"]),
@@ -76,7 +75,6 @@ def load_balance(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT)
     require(trace, "load_balance", "expert_id", bootstrap=bootstrap)
     has_logits = "router_logits" in trace.signals
     names = ("sequence", "expert_id", *(["router_logits"] if has_logits else []))
-    clusters = Clusters.of(trace, by, 2 * trace.n_layers * trace.n_experts)
 
     def add(block: Block, totals: dict[str, np.ndarray]) -> None:
         for layer, ids in enumerate(block.by_layer("expert_id")):
@@ -96,7 +94,8 @@ def load_balance(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT)
 
     shape = (trace.n_layers, trace.n_experts)
     shapes = {"chosen": shape, "probability": shape}
-    counts = count(trace, clusters, shapes, trace.blocks(*names, tokens=BLOCK_OF_LOGITS), add)
+    blocks = trace.blocks(*names, tokens=BLOCK_OF_LOGITS)
+    counts = count(trace, by, shapes, blocks, add)
     dims = {"measure": ["cv", "max_over_mean", "switch_loss"]}
     data = summarise(counts, measures, dims, bootstrap, floor=np.array([0.0, 1.0, 0.0]))
     missing = {} if has_logits else {"missing": "switch_loss needs router_logits"}
@@ -118,7 +117,6 @@ def routing_entropy(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAU
     Raises   MissingSignal  if the trace has no router logits; BadInput for an unknown column in `by`
     """
     require(trace, "routing_entropy", "router_logits", bootstrap=bootstrap)
-    clusters = Clusters.of(trace, by, trace.n_layers)
 
     def add(block: Block, totals: dict[str, np.ndarray]) -> None:
         bits = np.empty((trace.n_layers, block.n_tokens), np.float32)
@@ -126,13 +124,9 @@ def routing_entropy(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAU
             bits[:, tokens] = entropy_bits(*parts)
         totals["bits"][block.clusters] += block.sums(bits)
 
-    counts = count(
-        trace,
-        clusters,
-        {"bits": (trace.n_layers,)},
-        trace.blocks("sequence", "router_logits", tokens=BLOCK_OF_LOGITS),
-        add,
-    )
+    shapes = {"bits": (trace.n_layers,)}
+    blocks = trace.blocks("sequence", "router_logits", tokens=BLOCK_OF_LOGITS)
+    counts = count(trace, by, shapes, blocks, add)
     data = summarise(counts, lambda sums: sums["bits"] / sums["n"], {}, bootstrap)
     return described(
         data, trace, bootstrap,
@@ -164,7 +158,7 @@ def router_confidence(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEF
             value=("router_logits", "weight"),
         )
     has_second = "weight" in signals and trace.top_k >= 2
-    clusters = Clusters.of(trace, by, 3 * trace.n_layers)
+    shapes = {"measures": (trace.n_layers, 3)}
 
     def add(block: Block, totals: dict[str, np.ndarray]) -> None:
         measures = np.full((trace.n_layers, 3, block.n_tokens), np.nan, np.float32)
@@ -178,7 +172,7 @@ def router_confidence(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEF
         totals["measures"][block.clusters] += block.sums(measures)
 
     blocks = trace.blocks("sequence", *signals, tokens=BLOCK_OF_LOGITS)
-    counts = count(trace, clusters, {"measures": (trace.n_layers, 3)}, blocks, add)
+    counts = count(trace, by, shapes, blocks, add)
     data = summarise(
         counts,
         lambda sums: sums["measures"] / sums["n"],
@@ -225,7 +219,6 @@ def position_profile(
             value=starts.tolist(),
         )
     n_bins = len(starts)
-    clusters = Clusters.of(trace, by, trace.n_layers * n_bins * trace.n_experts)
 
     def add(block: Block, totals: dict[str, np.ndarray]) -> None:
         bins = np.searchsorted(starts, block["position"], side="right") - 1
@@ -237,7 +230,7 @@ def position_profile(
             totals["chosen"][block.clusters, layer] += found.reshape(-1, n_bins, trace.n_experts)
 
     shapes = {"chosen": (trace.n_layers, n_bins, trace.n_experts), "tokens": (n_bins,)}
-    counts = count(trace, clusters, shapes, trace.blocks("sequence", "position", "expert_id"), add)
+    counts = count(trace, by, shapes, trace.blocks("sequence", "position", "expert_id"), add)
     data = summarise(
         counts,
         lambda sums: sums["chosen"] / sums["chosen"].sum(-2, keepdims=True),
@@ -245,7 +238,7 @@ def position_profile(
         bootstrap,
         size=(counts.totals.pop("tokens"), ("position_bin",)),
     )
-    data = data.transpose(*clusters.by, "position_bin", "layer", "expert").assign_coords(
+    data = data.transpose(*counts.clusters.by, "position_bin", "layer", "expert").assign_coords(
         position_start=("position_bin", starts)
     )
     return described(

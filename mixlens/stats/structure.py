@@ -11,7 +11,7 @@ import xarray as xr
 
 from mixlens.errors import BadInput
 from mixlens.stats.bootstrap import DEFAULT, Bootstrap
-from mixlens.stats.counts import JIANG, OLMOE, Block, By, Clusters, count, described, require, summarise
+from mixlens.stats.counts import JIANG, OLMOE, Block, By, count, described, require, summarise
 
 if TYPE_CHECKING:
     from mixlens.traces.trace import Trace
@@ -31,7 +31,6 @@ def repetition(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -
     Raises   BadInput   for an unknown column in `by`
     """
     require(trace, "repetition", "expert_id", "position", bootstrap=bootstrap)
-    clusters = Clusters.of(trace, by, 2 * trace.n_layers)
 
     def add(block: Block, totals: dict[str, np.ndarray]) -> None:
         follows = block.follows()
@@ -46,7 +45,8 @@ def repetition(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -
             totals["repeated"][block.clusters, layer] += block.sums(repeated)
 
     shapes = {"repeated": (trace.n_layers, 2), "pairs": ()}
-    counts = count(trace, clusters, shapes, trace.blocks("sequence", "position", "expert_id"), add)
+    blocks = trace.blocks("sequence", "position", "expert_id")
+    counts = count(trace, by, shapes, blocks, add)
     data = summarise(
         counts,
         lambda sums: sums["repeated"] / sums["n"],
@@ -83,7 +83,6 @@ def coactivation(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT)
             value=trace.top_k,
         )
     e, k = trace.n_experts, trace.top_k
-    clusters = Clusters.of(trace, by, trace.n_layers * e * e)
 
     def add(block: Block, totals: dict[str, np.ndarray]) -> None:
         for layer, ids in enumerate(block.by_layer("expert_id")):
@@ -91,7 +90,8 @@ def coactivation(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT)
                 found = block.count(_joint(ids[a], ids[b], e), e * e)
                 totals["together"][block.clusters, layer] += found.reshape(-1, e, e)
 
-    counts = count(trace, clusters, {"together": (trace.n_layers, e, e)}, trace.blocks("sequence", "expert_id"), add)
+    shapes = {"together": (trace.n_layers, e, e)}
+    counts = count(trace, by, shapes, trace.blocks("sequence", "expert_id"), add)
     together = counts.totals["together"]
     together += together.swapaxes(-1, -2).copy()
     off_diagonal = np.where(np.eye(e, dtype=bool), np.nan, 1.0)[..., None]
@@ -135,7 +135,6 @@ def transitions(trace: Trace, *, by: By = None, gap: int = 1, bootstrap: Bootstr
             value=gap,
         )
     e = trace.n_experts
-    clusters = Clusters.of(trace, by, len(here) * e * e)
 
     def add(block: Block, totals: dict[str, np.ndarray]) -> None:
         first = block.by_layer("expert_id")[:, 0]
@@ -143,7 +142,8 @@ def transitions(trace: Trace, *, by: By = None, gap: int = 1, bootstrap: Bootstr
             codes = _joint(first[index[layer]], first[index[layer + gap]], e)
             totals["moves"][block.clusters, i] += block.count(codes, e * e).reshape(-1, e, e)
 
-    counts = count(trace, clusters, {"moves": (len(here), e, e)}, trace.blocks("sequence", "expert_id"), add)
+    shapes = {"moves": (len(here), e, e)}
+    counts = count(trace, by, shapes, trace.blocks("sequence", "expert_id"), add)
     moves, layers = counts.totals["moves"], np.array(here)
     data = summarise(
         counts,

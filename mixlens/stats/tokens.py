@@ -49,7 +49,7 @@ def vocabulary_specialization(
             argument="min_count",
             value=min_count,
         )
-    clusters = Clusters.of(trace, by, trace.n_layers)
+    clusters = Clusters.of(trace, by, {"share": (trace.n_layers,), "tokens": ()})
     types = _Types.of(trace, clusters, min_count)
     columns = ("sequence", "token_id", "expert_id")
     parts = []
@@ -101,7 +101,7 @@ def predictability(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAUL
                         in `by`
     """
     require(trace, "predictability", "expert_id", "token_id", "position", bootstrap=bootstrap)
-    clusters = Clusters.of(trace, by, 3 * trace.n_layers)
+    clusters = Clusters.of(trace, by, {"correct": (trace.n_layers, 3)})
     fold, n_folds = _folds(trace, len(clusters.of_sequence), bootstrap.seed)
     features = Features.of(trace, fold, n_folds)
     parts = []
