@@ -185,7 +185,7 @@ class Run:
                     f"{name} of the run {self.path} was to be read. The file {fault}. Restore it from a copy, or "
                     "record again into a new folder.",
                     argument=name,
-                    value=fault,
+                    value=path.stat().st_size if path.exists() else None,
                 )
             self._checked.add(name)
         return path

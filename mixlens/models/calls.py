@@ -133,14 +133,14 @@ def _scoring(endpoint: Endpoint, logprobs: int | None, echo: bool) -> dict[str, 
         raise BadInput(
             f"The prompt was to be echoed by {endpoint.host}. Only openai-completions does that, and the protocol is "
             f'{endpoint.protocol}. Make the endpoint with protocol="openai-completions".',
-            argument="protocol",
+            argument="echo",
             value=endpoint.protocol,
         )
     if logprobs is not None and not endpoint.protocol.startswith("openai"):
         raise BadInput(
             f"Log-probabilities were asked of {endpoint.host}. The protocol {endpoint.protocol} has none. "
             'Make the endpoint with protocol="openai-chat" or "openai-completions".',
-            argument="protocol",
+            argument="logprobs",
             value=endpoint.protocol,
         )
     if endpoint.protocol == "openai-completions":
@@ -162,7 +162,7 @@ def _answer(
     method, address = where
     key = endpoint.key()
     owned = nullcontext(client) if client else httpx.Client(timeout=_TIMEOUT, trust_env=not endpoint.is_local)
-    found, attempt = "nothing", 0
+    found, status, attempt = "nothing", None, 0
     with owned as http:
         for attempt in range(1, max(retries, 0) + 2):
             wait = min(0.5 * 2 ** (attempt - 1), _LONGEST_WAIT_S)
@@ -172,6 +172,7 @@ def _answer(
                 found = redacted(f"{type(error).__name__}: {error}".removesuffix(": "), key)
             else:
                 good, found = _read(response, key)
+                status = response.status_code
                 if good is not None:
                     return good, attempt
                 if response.status_code not in _FOR_NOW and response.status_code < 500:
@@ -184,7 +185,7 @@ def _answer(
         f"{method} {address} was to answer. After {tries} there is no answer: {found}. "
         "Check address, model and key, or try again later.",
         argument="endpoint",
-        value=found,
+        value=status,
     )
 
 

@@ -231,7 +231,7 @@ def _check_shape(name: str, found: Sequence[int], wanted: torch.Tensor) -> None:
             f"{name} was to be loaded. Its weight in the checkpoint is {list(found)}, and config.json makes it "
             f"{list(wanted.shape)}. Give a config and a checkpoint of the same model.",
             argument=name,
-            value=list(found),
+            value=(list(found), list(wanted.shape)),
         )
 
 

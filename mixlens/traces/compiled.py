@@ -54,8 +54,8 @@ class CompiledRecorder(Recorder):
                 f"A CompiledRecorder for {tokens} tokens with {', '.join(_named(self.signals.plan())) or 'no signals'} "
                 "was asked for. It has room for at least 1 token, and keeps expert ids, weights and router_logits. "
                 'Give signals=("router_logits",) or (), or use a Recorder without compiling.',
-                argument="tokens",
-                value=tokens,
+                argument="tokens" if tokens < 1 else "signals",
+                value=tokens if tokens < 1 else _named(self.signals.plan()),
             )
         self._follower = Follower(
             model, "A CompiledRecorder", before=lambda call: None, lengths=lengths, ending=self._flush

@@ -69,6 +69,7 @@ def edit(model: nn.Module, *edits: Edit) -> Iterator[None]:
                 "Make edits with the functions of mixlens.edits, such as edits.ablate(3, 5), and conditions with "
                 "edits.Where(...).",
                 argument="where" if isinstance(one, Edit) else "edits",
+                value=one.where if isinstance(one, Edit) else one,
             )
     editing = editing_of(model)
     try:

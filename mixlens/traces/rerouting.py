@@ -87,7 +87,7 @@ class Routing:
             raise BadInput(
                 f"Several edits were put on one layer. For {int((few | many).sum())} tokens of this forward they "
                 f"{what} the {self.k} experts a token chooses. Take one of them back, or change top_k.",
-                argument="edits",
+                argument="forbid" if bool(few.any()) else "force",
                 value=int((few | many).sum()),
             )
 

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from helpers.refusals import refused
 from tiny import tiny_mixtral
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -137,9 +138,9 @@ def test_it_shows_itself():
 
 
 def test_what_cannot_be_audited():
-    with pytest.raises(BadInput, match="A Sequential was to be audited. It has no weights"):
+    with refused(BadInput, "model", "Sequential"):
         ml.audit(nn.Sequential())
-    with pytest.raises(BadInput, match="asked about 'heads'. The model has attention, router, experts"):
+    with refused(BadInput, "kind", "heads"):
         ml.audit(tiny_mixtral()).of("heads")
 
 
@@ -147,4 +148,4 @@ def test_the_command(capsys):
     assert main(["audit", "demo", "--device-map", "cpu", "--quantization", "attention=int8,experts=nf4", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["label"] == "experts nf4, attention int8"
     assert main(["audit", "demo", "--device-map", "cpu", "--quantization", "int3"]) == 1
-    assert "'int3'. That is no scheme" in capsys.readouterr().err
+    assert "'int3'" in capsys.readouterr().err

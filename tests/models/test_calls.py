@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import httpx
 import pytest
+from helpers.refusals import refused
 from json_server import Call, Reply, answering
 
 from mixlens.errors import BadInput, EndpointError
@@ -115,12 +116,18 @@ def test_refusals_for_now_and_lost_connections_are_tried_again():
         Reply(b"<html>", 200, NOW),
         Reply(CHAT),
     ]
-    with answering(lambda call: replies[call.number]) as (url, calls), pytest.raises(EndpointError, match="<html>"):
+    with (
+        answering(lambda call: replies[call.number]) as (url, calls),
+        refused(EndpointError, "endpoint", 200),
+    ):
         Endpoint(url, model="m").complete("Hi")
     assert len(calls) == 3
     with answering(lambda call: [replies[0], Reply("cut"), replies[3]][call.number]) as (url, calls):
         assert Endpoint(url, model="m").complete("Hi").attempts == 3
-    with answering(lambda call: Reply({}, 500, NOW)) as (url, calls), pytest.raises(EndpointError, match="3 tries"):
+    with (
+        answering(lambda call: Reply({}, 500, NOW)) as (url, calls),
+        refused(EndpointError, "endpoint", 500),
+    ):
         Endpoint(url, model="m").complete("Hi", retries=2)
     assert len(calls) == 3
 
@@ -130,11 +137,12 @@ def test_refusals_for_good_are_not_and_the_key_is_not_quoted(monkeypatch):
     refusal = Reply({"error": {"message": f"Incorrect key {KEY}"}}, 401)
     with (
         answering(lambda call: refusal) as (url, calls),
-        pytest.raises(EndpointError, match=r"After 1 try .* status 401, .*Incorrect key \[key\].* Check") as error,
+        refused(EndpointError, "endpoint", 401) as error,
     ):
         Endpoint(url, model="m", key_env="LOOPBACK_KEY").complete("Hi")
     assert len(calls) == 1
     assert KEY not in str(error.value)
+    assert "[key]" in str(error.value)
 
 
 @pytest.mark.parametrize("sign", [{"finish_reason": "error"}, {"finish_reason": None, "error": {"code": 502}}])
@@ -142,7 +150,7 @@ def test_a_provider_s_failure_inside_a_good_status_is_no_answer(sign):
     failed = {"choices": [{"message": {"content": ""}, **sign}]}
     with (
         answering(lambda call: Reply(failed)) as (url, calls),
-        pytest.raises(EndpointError, match="no answer: status 200"),
+        refused(EndpointError, "endpoint", 200),
     ):
         Endpoint(url, model="m").complete("Hi")
     assert len(calls) == 1
@@ -155,14 +163,14 @@ def test_the_key_is_in_no_message_and_no_answer(padding, monkeypatch):
     for status, ask in ((200, Endpoint.models), (200, lambda e: e.complete("Hi")), (401, lambda e: e.complete("Hi"))):
         with answering(lambda call, s=status: Reply(payload, s)) as (url, _), pytest.raises(EndpointError) as error:
             ask(Endpoint(url, model="m", key_env="LOOPBACK_KEY"))
-        assert KEY[:6] not in str(error.value)
+        assert KEY[:6] not in str(error.value) + repr(error.value.value)
     counted = Endpoint(url, model="m", key_env="LOOPBACK_KEY", protocol="anthropic")
     with (
         answering(lambda call: Reply(payload)) as (url, _),
-        pytest.raises(EndpointError, match="no input_tokens") as error,
+        refused(EndpointError, "answer", {"said": "." * padding + "[key]"}) as error,
     ):
         replace(counted, url=url).count_tokens("Hi")
-    assert KEY[:6] not in str(error.value)
+    assert KEY[:6] not in str(error.value) + repr(error.value.value)
     with answering(lambda call: Reply({**CHAT, "echo": KEY})) as (url, _):
         found = Endpoint(url, model="m", key_env="LOOPBACK_KEY").complete("Hi")
     assert found.raw["echo"] == "[key]"
@@ -176,21 +184,21 @@ def test_calls_can_share_connections():
 
 @pytest.mark.parametrize("payload", [{"choices": []}, [], {"data": 1}, {"choices": [{"message": None}]}])
 def test_an_answer_of_another_form_is_said_to_be_one(payload):
-    with answering(lambda call: Reply(payload)) as (url, _), pytest.raises(EndpointError, match="not of the form of"):
+    with answering(lambda call: Reply(payload)) as (url, _), refused(EndpointError, "answer", payload):
         Endpoint(url, model="m").complete("Hi")
 
 
 def test_what_a_protocol_cannot_ask_is_not_sent():
     chat, text = (Endpoint("http://127.0.0.1:9/v1", model="m", protocol=p) for p in ("anthropic", "openai-completions"))
-    with pytest.raises(BadInput, match="Only openai-completions does that"):
+    with refused(BadInput, "echo", "anthropic"):
         chat.complete("Hi", echo=True)
-    with pytest.raises(BadInput, match="The protocol anthropic has none"):
+    with refused(BadInput, "logprobs", "anthropic"):
         chat.complete("Hi", logprobs=1)
-    with pytest.raises(BadInput, match="takes one text"):
+    with refused(BadInput, "prompt", "openai-completions"):
         text.complete([{"role": "user", "content": "Hi"}])
-    with pytest.raises(BadInput, match="There is none, or one has no role"):
+    with refused(BadInput, "prompt", 0):
         chat.complete([])
-    with pytest.raises(BadInput, match="has no such call"):
+    with refused(BadInput, "protocol", "openai-completions"):
         text.count_tokens("Hi")
 
 
@@ -200,7 +208,7 @@ def test_models_are_listed_in_every_form():
         with answering(lambda call, form=form: Reply(form)) as (url, calls):
             assert [one["id"] for one in Endpoint(url, model="m").models()] == ["a"]
         assert (calls[0].method, calls[0].path) == ("GET", "/v1/models")
-    with answering(lambda call: Reply({"data": None})) as (url, _), pytest.raises(EndpointError, match="no list"):
+    with answering(lambda call: Reply({"data": None})) as (url, _), refused(EndpointError, "answer", {"data": None}):
         Endpoint(url, model="m").models()
 
 
@@ -221,5 +229,5 @@ def test_input_tokens_are_counted_by_the_server():
         assert endpoint.count_tokens("one two three") == 3
     assert calls[0].path == "/v1/messages/count_tokens"
     assert sorted(calls[0].body) == ["messages", "model"]
-    with answering(lambda call: Reply({})) as (url, _), pytest.raises(EndpointError, match="no input_tokens"):
+    with answering(lambda call: Reply({})) as (url, _), refused(EndpointError, "answer", {}):
         Endpoint(url, model="m", protocol="anthropic").count_tokens("x")

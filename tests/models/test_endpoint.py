@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from helpers.refusals import refused
 
 from mixlens.errors import BadInput
 from mixlens.models.endpoint import Endpoint, canonical, redacted
@@ -73,14 +74,14 @@ def test_extra_fields_come_last_and_none_leaves_one_out():
 def test_a_key_is_read_when_it_is_needed_and_kept_nowhere(monkeypatch):
     monkeypatch.delenv("MY_KEY", raising=False)
     endpoint = Endpoint("https://example.invalid/v1", model="m", key_env="MY_KEY")
-    with pytest.raises(BadInput, match="variable MY_KEY is not set. Set it"):
+    with refused(BadInput, "key_env", "MY_KEY"):
         endpoint.key()
     monkeypatch.setenv("MY_KEY", KEY + "\n")
     assert endpoint.key() == KEY
     endpoint.request("Hi", max_tokens=8, key=KEY)
     assert KEY not in repr(endpoint) + json.dumps(endpoint.plan())
     monkeypatch.setenv("MY_KEY", "two words here")
-    with pytest.raises(BadInput, match="has blanks") as caught:
+    with refused(BadInput, "key_env", "MY_KEY") as caught:
         endpoint.key()
     assert "two words" not in str(caught.value)
 
@@ -93,35 +94,35 @@ def test_the_key_is_masked_where_a_field_holds_it_under_another_name(monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    ("fields", "named"),
     [
-        ({"url": "127.0.0.1:8000"}, "That is no http or https address. Give one as"),
-        ({"url": "http://["}, "no http or https address"),
-        ({"url": "https://u:p@example.invalid/v1"}, "carries a user, a password or a query"),
-        ({"url": "https://example.invalid/v1?key=abc"}, "carries a user, a password or a query"),
-        ({"url": 3}, "That is no http or https address"),
-        ({"model": None}, "A request must name one"),
-        ({"protocol": "openai"}, "There is no such protocol. Give one of openai-chat"),
-        ({"headers": {"X-API-Key": "abc"}}, "'X-API-Key' among its headers"),
-        ({"headers": {"X-Title": "é"}}, "a header 'X-Title'. .* Use printable ASCII"),
-        ({"headers": {"X-RapidAPI-Key": "abc"}}, "'X-RapidAPI-Key' among its headers"),
-        ({"extra": {"key": "abc"}}, "'key' among its headers"),
-        ({"extra": {"apiKey": "abc"}}, "'apiKey' among its headers"),
-        ({"extra": {"access_token": "abc"}}, "'access_token' among its headers"),
-        ({"extra": {"provider": {"api_key": "abc"}}}, "'provider.api_key' among its headers or fields"),
-        ({"extra": {"a": [{"b": {"Authorization": {"value": "abc"}}}]}}, "'a.b.Authorization.value' among"),
-        ({"extra": {"api_keys": ["abc"]}}, "'api_keys' among"),
-        ({"extra": {"note": ["Bearer abc-0123456789"]}}, "'note' among"),
-        ({"extra": {"user": {"id": "sk-or-v1-abc0123456789abcdef"}}}, "'user.id' among"),
-        ({"headers": {"X-Forwarded": "Basic abc0123456789"}}, "'X-Forwarded' among"),
-        ({"headers": {"X-Title": 5}}, "a header 'X-Title'. .* Use printable ASCII"),
-        ({"extra": {"stop": {1, 2}}}, "cannot be sent as JSON: .*set"),
-        ({"extra": {"temperature": float("nan")}}, "cannot be sent as JSON"),
-        ({"url": "http://example.invalid/v1", "key_env": "K"}, "The address is http, .* Use https"),
+        ({"url": "127.0.0.1:8000"}, ("url",)),
+        ({"url": "http://["}, ("url",)),
+        ({"url": "https://u:p@example.invalid/v1"}, ("url", "example.invalid")),
+        ({"url": "https://example.invalid/v1?key=abc"}, ("url", "example.invalid")),
+        ({"url": 3}, ("url",)),
+        ({"model": None}, ("model",)),
+        ({"protocol": "openai"}, ("protocol", "openai")),
+        ({"headers": {"X-API-Key": "abc"}}, ("X-API-Key",)),
+        ({"headers": {"X-Title": "é"}}, ("X-Title",)),
+        ({"headers": {"X-RapidAPI-Key": "abc"}}, ("X-RapidAPI-Key",)),
+        ({"extra": {"key": "abc"}}, ("key",)),
+        ({"extra": {"apiKey": "abc"}}, ("apiKey",)),
+        ({"extra": {"access_token": "abc"}}, ("access_token",)),
+        ({"extra": {"provider": {"api_key": "abc"}}}, ("provider.api_key",)),
+        ({"extra": {"a": [{"b": {"Authorization": {"value": "abc"}}}]}}, ("a.b.Authorization.value",)),
+        ({"extra": {"api_keys": ["abc"]}}, ("api_keys",)),
+        ({"extra": {"note": ["Bearer abc-0123456789"]}}, ("note",)),
+        ({"extra": {"user": {"id": "sk-or-v1-abc0123456789abcdef"}}}, ("user.id",)),
+        ({"headers": {"X-Forwarded": "Basic abc0123456789"}}, ("X-Forwarded",)),
+        ({"headers": {"X-Title": 5}}, ("X-Title",)),
+        ({"extra": {"stop": {1, 2}}}, ("extra",)),
+        ({"extra": {"temperature": float("nan")}}, ("extra",)),
+        ({"url": "http://example.invalid/v1", "key_env": "K"}, ("url", "http://example.invalid/v1")),
     ],
 )
-def test_endpoints_that_are_refused(fields, message):
-    with pytest.raises(BadInput, match=message) as caught:
+def test_endpoints_that_are_refused(fields, named):
+    with refused(BadInput, *named) as caught:
         Endpoint(**{"url": LOCAL, "model": "m", **fields})
     assert "abc" not in str(caught.value)
 

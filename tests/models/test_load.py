@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 import torch
+from helpers.refusals import refused
 from tiny import tiny_mixtral
 
 from mixlens import BadInput, ModelError, Recorder, load
@@ -40,7 +41,8 @@ def test_it_is_the_transformers_model_itself(checkpoint, capsys):
     ids = torch.arange(3, 20)[None]
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, tiny_mixtral()(ids).logits)
-    assert "top-2 of 8 experts, float32 on cpu, experts by grouped_mm" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert [shown.count(word) for word in ("top-2", " 8 ", "float32", "cpu", "grouped_mm")] == [1] * 5
 
 
 def test_dtype_and_experts_are_as_asked(checkpoint):
@@ -56,17 +58,25 @@ def test_provenance_tells_checkpoints_of_one_shape_apart(checkpoint):
     json.dumps(same)
 
 
+PARTS = [
+    *(f"self_attn.{name}_proj.weight" for name in "qkvo"),
+    *(f"mlp.{name}" for name in ("experts.gate_up_proj", "experts.down_proj", "gate.weight")),
+    *(f"{name}_layernorm.weight" for name in ("input", "post_attention")),
+]
+LACKING = sorted(f"model.layers.{layer}.{part}" for layer in (4, 5) for part in PARTS)
+
+
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "named"),
     [
-        ({"sliding_window": 4096}, "sliding_window=4096.*Set sliding_window to null"),
-        ({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, "is a llama model"),
-        ({"num_hidden_layers": 6}, "lacks 18 weights .*layers.4"),
-        ({"hidden_size": 6144, "intermediate_size": 16384, "num_hidden_layers": 56}, r"need [\d,]+ bytes .* are free"),
+        ({"sliding_window": 4096}, ("sliding_window", 4096)),
+        ({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, ("model_type", "llama")),
+        ({"num_hidden_layers": 6}, ("weights", LACKING)),
+        ({"hidden_size": 6144, "intermediate_size": 16384, "num_hidden_layers": 56}, ("memory", 541296058368)),
     ],
 )
-def test_a_config_that_will_not_do_is_said(variant, changes, message):
-    with pytest.raises(ModelError, match=message):
+def test_a_config_that_will_not_do_is_said(variant, changes, named):
+    with refused(ModelError, *named):
         load(variant(**changes), device_map="cpu", verbose=False)
 
 
@@ -75,10 +85,10 @@ def test_weights_that_are_not_there_or_broken(variant):
     weights = path / "model.safetensors"
     with weights.open("r+b") as file:
         file.truncate(5000)
-    with pytest.raises(ModelError, match="could not be read.*whole"):
+    with refused(ModelError, "weights"):
         load(path, verbose=False)
     weights.unlink()
-    with pytest.raises(ModelError, match="could not be read.*pickled weights"):
+    with refused(ModelError, "weights"):
         load(path, verbose=False)
 
 
@@ -89,7 +99,7 @@ def test_memory_that_runs_out_is_not_taken_for_broken_weights(checkpoint, monkey
 
     monkeypatch.setattr("mixlens.models.load.AutoModelForCausalLM.from_pretrained", allocate)
     monkeypatch.setattr("mixlens.models.load.fill", allocate)
-    with pytest.raises(ModelError, match="Memory ran out while its weights were read: .*can't allocate memory"):
+    with refused(ModelError, "memory"):
         load(checkpoint, quantization=quantization, verbose=False)
 
 
@@ -97,22 +107,22 @@ def test_pickled_weights_are_not_read(variant):
     path = variant()
     (path / "model.safetensors").unlink()
     torch.save({}, path / "pytorch_model.bin")
-    with pytest.raises(ModelError, match=r"pickled weights \(\.bin\) are not read"):
+    with refused(ModelError, "weights"):
         load(path, verbose=False)
 
 
 def test_the_hub_out_of_reach_and_a_folder_without_config(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ModelError, match="the Hub did not give it: the Hub is switched off"):
+    with refused(ModelError, "model", "mistralai/Mixtral-8x7B-v0.1"):
         load("mistralai/Mixtral-8x7B-v0.1", verbose=False)
-    with pytest.raises(ModelError, match=r"has no config\.json"):
+    with refused(ModelError, "config.json", str(tmp_path)):
         load(tmp_path, verbose=False)
 
 
 def test_arguments_that_cannot_be(checkpoint):
-    with pytest.raises(BadInput, match="dtype='int3'"):
+    with refused(BadInput, "dtype", "int3"):
         load(checkpoint, dtype="int3")
-    with pytest.raises(BadInput, match="experts='fastest'"):
+    with refused(BadInput, "experts", "fastest"):
         load(checkpoint, experts="fastest", verbose=False)
 
 
@@ -138,5 +148,5 @@ def test_layers_go_to_disk_and_leave_nothing_behind(checkpoint, tmp_path, monkey
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
 def test_a_device_that_is_not_here(checkpoint):
-    with pytest.raises(ModelError, match="torch sees no CUDA device"):
+    with refused(ModelError, "device_map", ["cuda:0"]):
         load(checkpoint, device_map={"": "cuda:0"})

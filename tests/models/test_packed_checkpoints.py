@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from helpers.refusals import refused
 from safetensors.torch import load_file, save_file
 from tiny import tiny_mixtral
 
@@ -124,27 +125,25 @@ def test_a_packed_checkpoint_is_the_model_it_means(tmp_path, method, bits, optio
 def test_a_checkpoint_that_is_quantized_in_another_way(tmp_path):
     write(tmp_path, "gptq", 4)
     assert ml.audit(ml.load(tmp_path, quantization="gptq", device_map="cpu", verbose=False)).label == "gptq4"
-    with pytest.raises(
-        ModelError, match=r"quantization='nf4'. It is quantized already, by gptq. Leave quantization out"
-    ):
+    with refused(ModelError, "quantization", "nf4"):
         ml.load(tmp_path, quantization="nf4", device_map="cpu", verbose=False)
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "named"),
     [
-        ({"checkpoint_format": "marlin"}, "with format marlin. GPTQ of 2, 3, 4 and 8 bits"),
-        ({"bits": 5}, "by gptq to 5 bits"),
-        ({"quant_method": "bitsandbytes"}, "is quantized already, by bitsandbytes"),
+        ({"checkpoint_format": "marlin"}, ("quantization", ("gptq", 4))),
+        ({"bits": 5}, ("quantization", ("gptq", 5))),
+        ({"quant_method": "bitsandbytes"}, ("quantization", "nf4")),
     ],
 )
-def test_packed_forms_that_are_not_read(tmp_path, changes, message):
+def test_packed_forms_that_are_not_read(tmp_path, changes, named):
     write(tmp_path, "gptq", 4)
     config = json.loads((tmp_path / "config.json").read_text("utf-8"))
     config["quantization_config"] |= changes
     (tmp_path / "config.json").write_text(json.dumps(config), "utf-8")
     asked = "nf4" if "quant_method" in changes else None
-    with pytest.raises(ModelError, match=message):
+    with refused(ModelError, *named):
         ml.load(tmp_path, quantization=asked, device_map="cpu", verbose=False)
 
 
@@ -157,7 +156,7 @@ def test_a_method_in_capitals_and_packed_weights_of_another_shape(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config), "utf-8")
     assert torch.equal(ml.load(tmp_path, device_map="cpu", verbose=False)(IDS).logits, plain)
     (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 32}), "utf-8")
-    with pytest.raises(ModelError, match=r"in the checkpoint is \[64, 32\], and config.json makes it \[32, 32\]"):
+    with refused(ModelError, "model.layers.0.mlp.experts.0.w1", ([64, 32], [32, 32])):
         ml.load(tmp_path, device_map="cpu", verbose=False)
 
 
@@ -166,9 +165,9 @@ def test_packed_weights_that_are_missing_or_broken(tmp_path):
     tensors = load_file(tmp_path / "model.safetensors")
     broken = "model.layers.0.self_attn.q_proj"
     save_file({k: v for k, v in tensors.items() if k != f"{broken}.scales"}, tmp_path / "model.safetensors")
-    with pytest.raises(ModelError, match=r"lacks 1 weights \(model.layers.0.self_attn.q_proj.scales"):
+    with refused(ModelError, "weights", ["model.layers.0.self_attn.q_proj.scales"]):
         ml.load(tmp_path, device_map="cpu", verbose=False)
     tensors[f"{broken}.scales"] = tensors[f"{broken}.scales"].repeat(3, 1)
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(ModelError, match=r"q_proj was to be read.*32 inputs lie in 6 groups"):
+    with refused(ModelError, "model.layers.0.self_attn.q_proj", 6):
         ml.load(tmp_path, device_map="cpu", verbose=False)

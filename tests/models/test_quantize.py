@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from helpers.refusals import refused
 from tiny import tiny_mixtral
 
 import mixlens as ml
@@ -185,7 +186,7 @@ def test_a_head_tied_to_the_embeddings(tmp_path):
     assert model.lm_head.weight is model.model.embed_tokens.weight
     found = ml.audit(model)
     assert found.weights == ml.audit(plain).weights == sum(p.numel() for p in plain.parameters())
-    with pytest.raises(BadInput, match="weights are those of the embeddings"):
+    with refused(BadInput, "quantization", "head"):
         quantized(tmp_path, {"head": "nf4"})
 
 
@@ -202,22 +203,22 @@ def test_more_bits_are_nearer(checkpoint):
 
 
 @pytest.mark.parametrize(
-    ("quantization", "message"),
+    ("quantization", "named"),
     [
-        ("nf5", "is no scheme; did you mean nf4. Give one of nf4, int8"),
-        ("hqq4-g", "'hqq4-g'. That is no scheme"),
-        ("hqq4-g31", "a multiple of 8"),
-        ("nf4-g100", "a power of two"),
-        ("int8-g64", "one scale a row, and no groups"),
-        ("int4wo-g96", r"groups of 96. Its rows have 128 weights.*Give int4wo-g64"),
-        ({"*.layers.9.*": "nf4"}, "No Linear of the model is meant"),
-        ({"norms": "nf4"}, "No Linear of the model is meant"),
-        ({}, "empty mapping"),
-        ({"experts": 4}, "to 4. That is no scheme"),
+        ("nf5", ("quantization", "nf5")),
+        ("hqq4-g", ("quantization", "hqq4-g")),
+        ("hqq4-g31", ("quantization", "hqq4-g31")),  # no multiple of 8
+        ("nf4-g100", ("quantization", "nf4-g100")),  # no power of two
+        ("int8-g64", ("quantization", "int8-g64")),  # one scale a row
+        ("int4wo-g96", ("model.layers.0.self_attn.q_proj", 96)),  # rows of 128
+        ({"*.layers.9.*": "nf4"}, ("quantization", "*.layers.9.*")),
+        ({"norms": "nf4"}, ("quantization", "norms")),
+        ({}, ("quantization", {})),
+        ({"experts": 4}, ("quantization", 4)),
     ],
 )
-def test_schemes_that_cannot_be(checkpoint, quantization, message):
-    with pytest.raises(BadInput, match=message):
+def test_schemes_that_cannot_be(checkpoint, quantization, named):
+    with refused(BadInput, *named):
         quantized(checkpoint, quantization)
 
 
@@ -230,26 +231,24 @@ def test_a_package_that_is_not_here_names_what_works(checkpoint, monkeypatch):
         return real(name)
 
     monkeypatch.setattr(quantize_linears, "_quietly_imported", without_bitsandbytes)
-    with pytest.raises(ModelError, match=r"bitsandbytes is not installed.*What works here|what works here: int8wo"):
+    with refused(ModelError, "quantization", "bitsandbytes"):
         quantized(checkpoint, "nf4")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
 def test_hardware_that_is_not_here_names_what_works(checkpoint):
-    with pytest.raises(
-        ModelError, match=r"fp8 on cpu. Only GPUs from compute capability 8.9.*What works here: nf4, int8"
-    ):
+    with refused(ModelError, "quantization", ["cpu"]):
         quantized(checkpoint, "fp8")
 
 
 def test_experts_that_compute_another_way(checkpoint):
-    with pytest.raises(BadInput, match="only eager computes with"):
+    with refused(BadInput, "experts", "grouped_mm"):
         quantized(checkpoint, "nf4", experts="grouped_mm")
 
 
 @pytest.mark.parametrize("device_map", ["disk", {"": "disk"}])
 def test_quantized_layers_do_not_go_to_disk(checkpoint, device_map):
-    with pytest.raises(BadInput, match="to keep layers on disk. Its weights stay where they compute"):
+    with refused(BadInput, "device_map", "disk"):
         ml.load(checkpoint, quantization="nf4", device_map=device_map, verbose=False)
 
 
@@ -258,7 +257,7 @@ def test_weights_of_another_shape_than_the_config_says(checkpoint, tmp_path, qua
     shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
     config = json.loads((tmp_path / "config.json").read_text("utf-8"))
     (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 128}), "utf-8")
-    with pytest.raises(ModelError, match=r"in the checkpoint is \[256, 128\], and config.json makes it \[128, 128\]"):
+    with refused(ModelError, "model.layers.0.mlp.experts.0.w1", ([256, 128], [128, 128])):
         quantized(tmp_path, quantization)
 
 
@@ -266,10 +265,10 @@ def test_weights_of_another_shape_than_the_config_says(checkpoint, tmp_path, qua
 def test_an_index_of_shards_that_is_broken(checkpoint, tmp_path, text):
     shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
     (tmp_path / "model.safetensors.index.json").write_text(text, "utf-8")
-    with pytest.raises(ModelError, match=r"model.safetensors.index.json is broken"):
+    with refused(ModelError, "model.safetensors.index.json", str(tmp_path)):
         quantized(tmp_path, "nf4")
 
 
 def test_a_device_map_with_a_gap(checkpoint):
-    with pytest.raises(BadInput, match="says nothing of lm_head"):
+    with refused(BadInput, "device_map", "lm_head"):
         ml.load(checkpoint, quantization="nf4", device_map={"model": "cpu"}, verbose=False)

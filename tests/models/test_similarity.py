@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import dispatch_model
+from helpers.refusals import refused
 from tiny import tiny_mixtral
 
 import mixlens as ml
@@ -93,8 +94,8 @@ def test_offloaded_and_unfused_experts_are_compared_too(tmp_path, layout):
 
 def test_what_cannot_be_done_is_said():
     net = tiny_mixtral()
-    with pytest.raises(BadInput, match="layers 0 to 3"):
+    with refused(BadInput, "layers", [4]):
         ml.expert_similarity(net, layers=[4])
     net.model.layers[1].mlp.experts.to("meta")
-    with pytest.raises(ModelError, match="expert weights of layer 1 .* offloaded"):
+    with refused(ModelError, "layer", 1):
         ml.expert_similarity(net)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from helpers.refusals import refused
 from tiny import tiny_mixtral
 from transformers import CompileConfig, StaticCache
 
@@ -117,7 +118,7 @@ def test_eager_forwards_are_recorded_bit_for_bit(model):
 @torch.no_grad()
 def test_more_tokens_than_there_is_room_for(model):
     recorder = CompiledRecorder(model, tokens=8)
-    with pytest.raises(BadInput, match=r"room for 8 tokens was used\. 9 were read, .* Give tokens=9 or more"), recorder:
+    with refused(BadInput, "tokens", 9), recorder:
         model(input_ids=prompt(1, 9))
     assert not model.model._forward_hooks
     assert not model.model.layers[0].mlp.gate._forward_hooks
@@ -126,13 +127,16 @@ def test_more_tokens_than_there_is_room_for(model):
 @torch.no_grad()
 def test_rows_that_nothing_tells_the_padding_of(model):
     with (
-        pytest.raises(BadInput, match="A CompiledRecorder saw a batch of 2 rows without"),
+        refused(BadInput, "attention_mask", 2),
         CompiledRecorder(model, tokens=99),
     ):
         model(input_ids=prompt(2, 4))
 
 
-@pytest.mark.parametrize("options", [{"tokens": 0}, {"tokens": 5, "signals": ("logprob",)}])
-def test_what_it_cannot_keep(options):
-    with pytest.raises(BadInput, match="at least 1 token, and keeps expert ids, weights and router_logits"):
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [({"tokens": 0}, ("tokens", 0)), ({"tokens": 5, "signals": ("logprob",)}, ("signals", ["logprob"]))],
+)
+def test_what_it_cannot_keep(options, named):
+    with refused(BadInput, *named):
         CompiledRecorder(tiny_mixtral(), **options)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import dispatch_model
+from helpers.refusals import refused
 from tiny import tiny_mixtral
 
 import mixlens as ml
@@ -116,7 +117,7 @@ def test_record_under_an_edit_says_so_and_needs_no_order_of_rows(net, letters, t
     with ml.edit(net, edits.replay(trace)):
         again = ml.record(net, texts, tokenizer=letters, settings=quiet)
     np.testing.assert_array_equal(np.sort(again.read("expert_id"), -1), np.sort(trace.read("expert_id"), -1))
-    with pytest.raises(ml.RunError, match="edits"):
+    with refused(ml.RunError, "out", ["edits"]):
         ml.record(net, texts, tokenizer=letters, out=tmp_path / "run", settings=quiet)
 
 
@@ -210,72 +211,78 @@ def test_offloaded_layers(tmp_path, place):
 # ---------------------------------------------------------------- what is refused
 
 REFUSED = {
-    "unknown layer": (lambda _: edits.forbid(4, 1), r"layers \[4\]. The model has layers 0 to 3"),
-    "unknown expert": (lambda _: edits.force(1, 8), r"experts \[8\]. The model has experts 0 to 7"),
-    "unknown target": (lambda _: edits.reroute(1, 2, 9), r"experts \[9\]"),
+    "unknown layer": (lambda _: edits.forbid(4, 1), ("layers", [4])),
+    "unknown expert": (lambda _: edits.force(1, 8), ("experts", [8])),
+    "unknown target": (lambda _: edits.reroute(1, 2, 9), ("experts", [9])),
     "too few left": (
         lambda _: edits.forbid(1, range(7)),
-        "7 of 8 experts .* 1 would remain, and every token chooses 2",
+        ("forbid", 7),
     ),
-    "too many forced": (lambda _: edits.force(1, range(3)), "3 experts were to be forced in layer 1"),
-    "top 0": (lambda _: edits.top_k(0), "0 experts. The model has 8"),
-    "top 9": (lambda _: edits.top_k(9), "9 experts. The model has 8"),
-    "no token": (lambda _: edits.forbid(1, 1, where=Where(positions=99)), "None of the tokens in 2 rows met"),
-    "no phase": (lambda _: edits.forbid(1, 1, where=Where(phase="generated")), "None of the tokens"),
-    "bad phase": (lambda _: edits.forbid(1, 1, where=Where(phase="middle")), "Phases are prompt and generated"),
-    "bad position": (lambda _: edits.forbid(1, 1, where=Where(positions=-1)), "counted from 0"),
-    "no experts": (lambda _: edits.forbid(1, []), r"given as \[\]"),
-    "no number": (lambda _: edits.ablate(1, "x"), "given as 'x'. They are whole numbers"),
-    "no whole number": (lambda _: edits.ablate(1, 2.7), "given as 2.7. They are whole numbers"),
-    "k in words": (lambda _: edits.top_k("two"), "given as 'two'"),
-    "no whole position": (lambda _: edits.forbid(1, 1, where=Where(positions=[1.5])), r"positions=\[1.5\]. It takes"),
-    "no condition": (lambda _: edits.forbid(1, 1, where={"positions": [1]}), "which is no Where"),
-    "no edit": (lambda _: "forbid", "Got 'forbid', which is no edit"),
-    "no trace": (lambda _: edits.replay("runs/x"), "Got 'runs/x', which is no trace"),
-    "no factor": (lambda _: edits.scale("a"), "factor of 'a'. It is not finite"),
-    "no values": (lambda _: edits.patch("moe_out", "abc", layer=1), "It is no array of numbers"),
-    "two layers": (lambda _: edits.patch("moe_out", torch.zeros(32), layer=[1, 2]), "A patch has one"),
-    "weight": (lambda _: edits.force(1, [1, 2], weight=0.6), "of at most 0.5"),
-    "temperature": (lambda _: edits.temperature(0.0), "must be above 0"),
-    "infinite": (lambda _: edits.add(float("inf")), "not finite"),
-    "itself": (lambda _: edits.reroute(1, 2, 2), "The target is the same expert"),
-    "no mean": (lambda _: edits.ablate(1, 2, how="mean"), "no mean"),
-    "other tokens": (lambda t: edits.replay(t.select(where={"document_id": 1})), "row 0. The row has token"),
-    "layers of a replay": (lambda t: edits.replay(t.select(layers=[0, 1])), r"The trace has layers \[0, 1\]"),
-    "part of a replay": (lambda t: edits.replay(t.select(positions=(2, 4))), "lack tokens"),
-    "site": (lambda _: edits.patch("resid", torch.zeros(32), layer=1), "Sites to patch are resid_pre"),
-    "norm": (lambda _: edits.patch("expert_norm", torch.zeros(32), layer=1), "A norm does not say .* Patch expert_out"),
-    "shape": (lambda _: edits.patch("moe_out", torch.zeros(31), layer=1), r"shape \[31\]. The site has \[32\]"),
+    "too many forced": (lambda _: edits.force(1, range(3)), ("force", 3)),
+    "top 0": (lambda _: edits.top_k(0), ("top_k", 0)),
+    "top 9": (lambda _: edits.top_k(9), ("top_k", 9)),
+    "no token": (
+        lambda _: edits.forbid(1, 1, where=Where(positions=99)),
+        ("where", edits.forbid(1, 1, where=Where(positions=99))),
+    ),
+    "no phase": (
+        lambda _: edits.forbid(1, 1, where=Where(phase="generated")),
+        ("where", edits.forbid(1, 1, where=Where(phase="generated"))),
+    ),
+    "bad phase": (lambda _: edits.forbid(1, 1, where=Where(phase="middle")), ("phase", "middle")),
+    "bad position": (lambda _: edits.forbid(1, 1, where=Where(positions=-1)), ("positions", -1)),
+    "no experts": (lambda _: edits.forbid(1, []), ("numbers", [])),
+    "no number": (lambda _: edits.ablate(1, "x"), ("numbers", "x")),
+    "no whole number": (lambda _: edits.ablate(1, 2.7), ("numbers", 2.7)),
+    "k in words": (lambda _: edits.top_k("two"), ("numbers", "two")),
+    "no whole position": (lambda _: edits.forbid(1, 1, where=Where(positions=[1.5])), ("positions", [1.5])),
+    "no condition": (lambda _: edits.forbid(1, 1, where={"positions": [1]}), ("where", {"positions": [1]})),
+    "no edit": (lambda _: "forbid", ("edits", "forbid")),
+    "no trace": (lambda _: edits.replay("runs/x"), ("trace", "runs/x")),
+    "no factor": (lambda _: edits.scale("a"), ("factor", "a")),
+    "no values": (lambda _: edits.patch("moe_out", "abc", layer=1), ("values", "abc")),
+    "two layers": (lambda _: edits.patch("moe_out", torch.zeros(32), layer=[1, 2]), ("layer", [1, 2])),
+    "weight": (lambda _: edits.force(1, [1, 2], weight=0.6), ("weight", 0.6)),
+    "temperature": (lambda _: edits.temperature(0.0), ("temperature", 0.0)),
+    "infinite": (lambda _: edits.add(float("inf")), ("bias", float("inf"))),
+    "itself": (lambda _: edits.reroute(1, 2, 2), ("target", 2)),
+    "no mean": (lambda _: edits.ablate(1, 2, how="mean"), ("how", "mean")),
+    "other tokens": (lambda t: edits.replay(t.select(where={"document_id": 1})), ("row", (0, 0))),
+    "layers of a replay": (lambda t: edits.replay(t.select(layers=[0, 1])), ("layers", [2, 3])),
+    "part of a replay": (lambda t: edits.replay(t.select(positions=(2, 4))), ("trace",)),
+    "site": (lambda _: edits.patch("resid", torch.zeros(32), layer=1), ("site", "resid")),
+    "norm": (lambda _: edits.patch("expert_norm", torch.zeros(32), layer=1), ("site", "expert_norm")),
+    "shape": (lambda _: edits.patch("moe_out", torch.zeros(31), layer=1), ("values", (31,))),
     "slots": (
         lambda _: edits.patch("expert_out", torch.zeros(3, 32), layer=1),
-        r"shape \[3, 32\]. The site has \[2, 32\]",
+        ("values", (3, 32)),
     ),
-    "positions": (lambda _: edits.patch("moe_out", torch.zeros(3, 32), layer=1), "names 0 positions"),
+    "positions": (lambda _: edits.patch("moe_out", torch.zeros(3, 32), layer=1), ("positions", 0)),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_done_is_said(net, case):
-    make, message = REFUSED[case]
+    make, named = REFUSED[case]
     trace = forward(net)[1]
-    with pytest.raises(BadInput, match=message):
+    with refused(BadInput, *named):
         forward(net, make(trace))
 
 
 def test_together_too_few_experts_remain(net):
     here = Where(positions=range(3))
-    with pytest.raises(BadInput, match="would remain"):
+    with refused(BadInput, "forbid", 7):
         forward(net, edits.forbid(1, range(4)), edits.forbid(1, range(4, 7)))
-    with pytest.raises(BadInput, match=r"For 6 tokens .* forbid all but fewer than the 2"):
+    with refused(BadInput, "forbid", 6):
         forward(net, edits.forbid(1, range(4)), edits.forbid(1, range(4, 7), where=here))
-    with pytest.raises(BadInput, match=r"For 6 tokens .* force more than the 2"):
+    with refused(BadInput, "force", 6):
         forward(net, edits.force(1, [1, 2]), edits.force(1, 3, where=here))
     forward(net, edits.top_k(1), edits.forbid(1, range(7)))
 
 
 def test_a_replay_of_another_shape_of_model(net):
     other = forward(tiny_mixtral(num_experts_per_tok=3))[1]
-    with pytest.raises(BadInput, match="top-3 of 8 experts, the model top-2 of 8"):
+    with refused(BadInput, "trace", (3, 8)):
         forward(net, edits.replay(other))
 
 
@@ -283,25 +290,21 @@ def test_a_replay_names_the_position_that_differs(net):
     _, trace = forward(net)
     changed = PROMPT.clone()
     changed[1, 4] += 1
-    message = (
-        f"row 1. The row has token {changed[1, 4]} at position 4, where the nearest recorded sequence, 1, has token "
-        f"{PROMPT[1, 4]}"
-    )
-    with pytest.raises(BadInput, match=message):
+    with refused(BadInput, "row", (1, 4)):
         forward(net, edits.replay(trace), ids=changed)
     longer = torch.cat([PROMPT, PROMPT[:, :1]], 1)
-    with pytest.raises(BadInput, match="at position 6, where the nearest recorded sequence, 0, ends there"):
+    with refused(BadInput, "row", (0, 6)):
         forward(net, edits.replay(trace), ids=longer)
 
 
 def test_layers_with_different_k_cannot_be_recorded(net):
-    with pytest.raises(BadInput, match=r"Layers choose \[1, 2\] experts"):
+    with refused(BadInput, "top_k", [1, 2]):
         forward(net, edits.top_k(1, layers=[0, 2]))
     with torch.no_grad(), ml.edit(net, edits.top_k(1, layers=[0, 2])):
         net(PROMPT)
 
 
 def test_rows_mean_nothing_to_record(net, letters):
-    message = "Documents are batched by length"
-    with pytest.raises(BadInput, match=message), ml.edit(net, edits.forbid(0, 1, where=Where(rows=0))):
+    edit = edits.forbid(0, 1, where=Where(rows=0))
+    with refused(BadInput, "where", edit), ml.edit(net, edit):
         ml.record(net, ["ab", "c"], tokenizer=letters)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import xarray as xr
 from accelerate import dispatch_model
+from helpers.refusals import refused
 from tiny import matrices_of, tiny_mixtral
 
 import mixlens as ml
@@ -158,7 +159,7 @@ def test_neurons_of_offloaded_experts(tmp_path, place, layout):
 def test_neurons_need_the_weights():
     net = tiny_mixtral()
     net.model.layers[LAYER].mlp.experts.to("meta")
-    with pytest.raises(ModelError, match="offloaded"), torch.no_grad():  # noqa: SIM117
+    with refused(ModelError, "expert", 3), torch.no_grad():  # noqa: SIM117
         with ml.edit(net, edits.patch("expert_neurons", torch.zeros(64), layer=LAYER, expert=3)):
             net(CLEAN)
     assert not [name for module in net.modules() for name in vars(module) if name.startswith("_mixlens")]
@@ -197,17 +198,17 @@ def test_means_of_experts_by_layer(net):
     ]
     assert torch.equal(both, forward(net, CLEAN, *single)[0])
     means[0, 3] = np.nan
-    with pytest.raises(BadInput, match=r"layers \[1\]. One of them was never chosen"):
+    with refused(BadInput, "mean", [1]):
         edits.ablate([1, 2], 3, how="mean", mean=means)
-    with pytest.raises(BadInput, match=r"layers \[3\]. The means have layers \[1, 2\]"):
+    with refused(BadInput, "layers", [3]):
         edits.ablate([1, 3], 3, how="mean", mean=means)
-    with pytest.raises(BadInput, match=r"Experts \[99\] were to put out their means. The means have experts 0 to 7"):
+    with refused(BadInput, "experts", [99]):
         edits.ablate(1, 99, how="mean", mean=means)
-    with pytest.raises(BadInput, match="one expert of one layer"):
+    with refused(BadInput, "mean", (32,)):
         edits.ablate(1, [3, 4], how="mean", mean=MEAN)
 
 
 def test_a_patch_from_a_layer_that_was_not_recorded(net):
     values = forward(net, CLEAN, sites=["moe_out"])[1].activations("moe_out").sel(layer=[0, 2])
-    with pytest.raises(BadInput, match=r"It has layers \[0, 2\]"):
+    with refused(BadInput, "layer", 1):
         edits.patch("moe_out", values, layer=1)

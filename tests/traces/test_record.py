@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
+from helpers.refusals import refused
 from tiny import Letters, tiny_mixtral
 
 from mixlens import BadInput, Recorder, RecordSettings, RunError, Site, Trace, record
@@ -174,31 +176,31 @@ def test_truncating_and_splitting_are_said_and_counted(model, letters, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("documents", "settings", "message"),
+    ("documents", "settings", "named"),
     [
-        ([], QUIET, "There are none"),
-        ("one text", QUIET, "single str"),
-        ([{"text": "a"}, {"text": 7}], QUIET, "Document 1 .* int, not text"),
-        (["a", ""], QUIET, "Document 1 .* an empty text"),
-        ([{"body": "a"}], QUIET, r"columns body and none called 'text'.*RecordSettings\(text="),
-        ([{"text": "a", "domain": "x"}, {"text": "b"}], QUIET, "Document 1 .* in the columns domain"),
-        ([{"text": "a", "id": 1}, {"text": "b", "id": 1}], QUIET, "id 1 was used before"),
-        ([{"text": "a", "length": 3}], QUIET, "column called length"),
+        ([], QUIET, ("documents", 0)),
+        ("one text", QUIET, ("documents", "str")),
+        ([{"text": "a"}, {"text": 7}], QUIET, ("text", 1)),
+        (["a", ""], QUIET, ("text", 1)),
+        ([{"body": "a"}], QUIET, ("text", 0)),
+        ([{"text": "a", "domain": "x"}, {"text": "b"}], QUIET, ("domain", 1)),
+        ([{"text": "a", "id": 1}, {"text": "b", "id": 1}], QUIET, ("id", 1)),
+        ([{"text": "a", "length": 3}], QUIET, ("length", 0)),
         (
             [{"text": "a", "year": 1}, {"text": "b", "year": "two"}],
             QUIET,
-            "Document 1 .* 'year' holds a text, .* number",
+            ("year", 1),
         ),
-        ([{"text": "a", "id": 1}, {"text": "b", "id": "b"}], QUIET, "'id' holds a text"),
-        ({"train": TEXTS}, QUIET, "one split of a dataset"),
-        (["abc" * 500], QUIET, r"1,501 tokens, and the limit is 512.*truncate"),
-        (["a"], RecordSettings(max_length=1000), "context is 512"),
-        (["a"], RecordSettings(overlong="drop"), "error, truncate, split"),
-        (["a"], RecordSettings(batch_tokens=0), "batch_tokens=0"),
+        ([{"text": "a", "id": 1}, {"text": "b", "id": "b"}], QUIET, ("id", 1)),
+        ({"train": TEXTS}, QUIET, ("documents", "dict")),
+        (["abc" * 500], QUIET, ("overlong", 1501)),
+        (["a"], RecordSettings(max_length=1000), ("max_length", 1000)),
+        (["a"], RecordSettings(overlong="drop"), ("overlong", "drop")),
+        (["a"], RecordSettings(batch_tokens=0), ("batch_tokens", 0)),
     ],
 )
-def test_bad_documents_are_named(model, letters, documents, settings, message):
-    with pytest.raises(BadInput, match=message):
+def test_bad_documents_are_named(model, letters, documents, settings, named):
+    with refused(BadInput, *named):
         record(model, documents, tokenizer=letters, settings=settings)
 
 
@@ -217,30 +219,30 @@ def test_columns_of_any_plain_value_come_back(model, letters, tmp_path):
 
 
 def test_a_model_of_no_known_place_needs_its_tokenizer_named(model):
-    with pytest.raises(BadInput, match=r"None was found there\. Pass tokenizer="):
+    with refused(BadInput, "tokenizer", "the model"):
         record(model, TEXTS, settings=QUIET)
 
 
 def test_a_document_that_fails_late_keeps_the_shards_before_it(model, letters, tmp_path):
     documents = [*DOCUMENTS, {"text": "x" * 600, "domain": "a", "id": "long"}]
-    with pytest.raises(BadInput, match="id 'long'"):
+    with refused(BadInput, "overlong", 601):
         record(model, documents, tokenizer=letters, settings=SMALL, out=tmp_path / "run")
     assert (tmp_path / "run" / "shard-00000.json").exists()
 
 
 def test_another_run_in_the_folder_is_left_alone(model, letters, tmp_path):
     record(model, DOCUMENTS, tokenizer=letters, settings=QUIET, out=tmp_path / "run")
-    with pytest.raises(RunError, match="holds another run: documents is 5, asked 4"):
+    with refused(RunError, "out", ["documents", "input_sha256"]):
         record(model, DOCUMENTS[:4], tokenizer=letters, settings=QUIET, out=tmp_path / "run")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
-    with pytest.raises(RunError, match=r"not empty .*thesis\.tex"):
+    with refused(RunError, "out", ["thesis.tex"]):
         record(model, DOCUMENTS, tokenizer=letters, settings=QUIET, out=tmp_path / "mine")
 
 
 def test_a_folder_that_cannot_be_made_is_an_error_of_ours(model, letters, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(RunError, match="Writing failed"):
+    with refused(RunError, "path", str(tmp_path / "file" / "run")):
         record(model, DOCUMENTS, tokenizer=letters, settings=QUIET, out=tmp_path / "file" / "run")
 
 
@@ -256,7 +258,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit))
 try:
     ml.record(model, DOCUMENTS, tokenizer=Letters(), out={out!r}, settings=SMALL, signals=["router_logits"])
 except ml.RunError as error:
-    print(error)
+    print(error.argument, error.value)
 """
 
 
@@ -264,8 +266,7 @@ def test_a_disk_that_takes_no_more_leaves_what_was_complete(letters, tmp_path):
     here = Path(__file__).parent
     script = FULL_DISK.format(tests=str(here.parent), here=str(here), out=str(tmp_path / "run"))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
-    assert "Writing failed" in done.stdout, done.stderr
-    assert "What was complete before is kept" in done.stdout
+    assert done.stdout.split() == ["path", str(tmp_path / "run")], done.stderr
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert "shard-00000.json" in names
     assert not [name for name in names if name.endswith(".partial")]
@@ -280,13 +281,13 @@ def test_an_altered_shard_is_named(model, letters, tmp_path):
     victim = tmp_path / "run" / "routing-00001.safetensors"
     whole = victim.read_bytes()
     victim.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(RunError, match=r"routing-00001\.safetensors .* does not match the checksum"):
+    with refused(RunError, "routing-00001.safetensors", len(whole)):
         Trace.open(trace.path).read("expert_id")
     victim.write_bytes(whole[:-10])
-    with pytest.raises(RunError, match=r"routing-00001\.safetensors .* bytes where"):
+    with refused(RunError, "routing-00001.safetensors", len(whole) - 10):
         Trace.open(trace.path).read("expert_id")
     victim.unlink()
-    with pytest.raises(RunError, match=r"routing-00001\.safetensors .* is missing"):
+    with refused(RunError, "routing-00001.safetensors", None):
         Trace.open(trace.path).read("expert_id")
 
 
@@ -321,4 +322,6 @@ def test_an_interrupt_says_how_to_go_on(model, tmp_path, capsys):
 
     with pytest.raises(KeyboardInterrupt):
         record(model, DOCUMENTS, tokenizer=Interrupting(), out=tmp_path / "run", settings=SMALL)
-    assert "the same call goes on from there" in capsys.readouterr().err
+    shown = capsys.readouterr().err.replace(str(tmp_path / "run"), "RUN")
+    complete = len(list((tmp_path / "run").glob("shard-*.json")))
+    assert re.search(rf"\b{complete} .*RUN", shown)

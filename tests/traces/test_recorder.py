@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from helpers.refusals import refused
 from tiny import tiny_mixtral
 from transformers import DynamicCache
 
@@ -253,7 +254,7 @@ def test_activations_that_half_precision_cannot_hold_are_refused(model):
     model.model.embed_tokens.weight.data *= 1e6
     with (
         torch.no_grad(),
-        pytest.raises(BadInput, match=r"too large.*dtype=\"float32\""),
+        refused(BadInput, "dtype", "resid_pre"),
         Recorder(model, signals=["resid_pre"]),
     ):
         model(prompts()[0][None])
@@ -262,18 +263,18 @@ def test_activations_that_half_precision_cannot_hold_are_refused(model):
 @pytest.mark.parametrize(
     ("options", "what"),
     [
-        ({"num_beams": 2}, "beam search"),
-        ({"use_cache": False}, "without a cache"),
-        ({"prompt_lookup_num_tokens": 2}, "assisted decoding"),
+        ({"num_beams": 2}, ("generate", "beam search")),
+        ({"use_cache": False}, ("generate", "generation without a cache")),
+        ({"prompt_lookup_num_tokens": 2}, ("generate", "assisted decoding")),
     ],
 )
 def test_generation_that_cannot_be_counted_is_refused(model, options, what):
-    with pytest.raises(BadInput, match=what), Recorder(model):
+    with refused(BadInput, *what), Recorder(model):
         model.generate(prompts()[0][None], max_new_tokens=2, **options)
 
 
 def test_a_batch_without_mask_or_lengths_is_refused(model):
-    with pytest.raises(BadInput, match="Padding cannot be told from text"), Recorder(model):
+    with refused(BadInput, "attention_mask", 2), Recorder(model):
         model(torch.ones(2, 4, dtype=torch.long))
 
 
@@ -300,22 +301,22 @@ def test_recomputation_during_backward_is_not_recorded(model):
 
 
 def test_unknown_signals_name_the_near_one(model):
-    with pytest.raises(BadInput, match=r"'moe_outt'.*moe_out is near"):
+    with refused(BadInput, "signals", "moe_outt"):
         Recorder(model, signals=["moe_outt"])
     n_layers = len(model.model.layers)
-    with pytest.raises(BadInput, match=f"layers 0 to {n_layers - 1}"):
+    with refused(BadInput, "layers", [n_layers]):
         Recorder(model, signals=[Site("moe_out", layers=(n_layers,))])
 
 
 def test_a_model_without_experts_is_refused():
-    with pytest.raises(ModelError, match="0 mixture-of-experts layers"):
+    with refused(ModelError, "model", "Linear"):
         Recorder(torch.nn.Linear(2, 2))
 
 
 def test_an_empty_recorder_says_so(model):
     with Recorder(model) as recorder:
         pass
-    with pytest.raises(BadInput, match="No forward ran inside it"):
+    with refused(BadInput, "Recorder", 0):
         recorder.trace()
 
 

@@ -6,6 +6,7 @@ import duckdb
 import numpy as np
 import pandas as pd
 import pytest
+from helpers.refusals import refused
 
 from mixlens import BadInput, MissingSignal, RunError, Trace, concat
 from mixlens.traces.pieces import display_pieces
@@ -72,7 +73,7 @@ def test_saved_and_opened_it_is_the_same(tmp_path):
     assert_equal(trace, trace.save(tmp_path / "run"))
     assert_equal(trace, Trace.open(tmp_path / "run"))
     assert trace.save(tmp_path / "run").n_tokens == trace.n_tokens  # the same again: nothing to do
-    with pytest.raises(RunError, match="holds another run: input_sha256"):
+    with refused(RunError, "out", ["input_sha256"]):
         make(seed=1).save(tmp_path / "run")
 
 
@@ -111,7 +112,7 @@ def test_joined_traces_keep_documents_and_renumber_sequences():
     )
     assert joined.sequences["document_id"].tolist() == ["b", "b", "d", *SEQUENCES["document_id"]]
     assert set(joined.read("sequence")) == set(joined.sequences.index)
-    with pytest.raises(BadInput, match="has 2 layers"):
+    with refused(BadInput, "traces", 1):
         concat([a, make(layers=2)])
 
 
@@ -149,43 +150,42 @@ def test_run_files_are_read_without_mixlens(tmp_path):
 
 def test_a_missing_signal_says_what_there_is_and_how_to_get_it():
     bare = Trace.from_arrays(np.zeros((3, 2, 2), int), n_experts=8, meta={"source": "a vLLM server"})
-    with pytest.raises(MissingSignal, match=r"routing_entropy needs router_logits\. This trace has .*expert_id.* "
-                       r"\(source: a vLLM server\)\. Record with a local model"):  # fmt: skip
+    with refused(MissingSignal, "router_logits", "routing_entropy"):
         bare.require("routing_entropy", "router_logits")
-    with pytest.raises(MissingSignal, match="has none"):
+    with refused(MissingSignal, "site", "moe_out"):
         bare.activations("moe_out")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "named"),
     [
-        ({"expert_id": np.zeros((3, 2))}, r"shape \(3, 2\) and dtype float64"),
-        ({"expert_id": np.full((3, 2, 2), 8)}, "run from 8 to 8"),
-        ({"expert_id": np.zeros((3, 2, 2), int), "weight": np.zeros((3, 2))}, r"weight.*shape \(3, 2\)"),
-        ({"expert_id": np.zeros((3, 2, 2), int), "tokens": {"sequence": [1, 0, 2]}}, "do not run 0, 1, 2"),
-        ({"expert_id": np.zeros((3, 2, 2), int), "tokens": {"word": [1, 0, 2]}}, "token column 'word'"),
-        ({"expert_id": np.zeros((3, 2, 2), int), "sequences": SEQUENCES}, "a table of 5 sequences"),
+        ({"expert_id": np.zeros((3, 2))}, ("expert_id", (3, 2))),
+        ({"expert_id": np.full((3, 2, 2), 8)}, ("n_experts", 8)),
+        ({"expert_id": np.zeros((3, 2, 2), int), "weight": np.zeros((3, 2))}, ("weight", (3, 2))),
+        ({"expert_id": np.zeros((3, 2, 2), int), "tokens": {"sequence": [1, 0, 2]}}, ("sequence",)),
+        ({"expert_id": np.zeros((3, 2, 2), int), "tokens": {"word": [1, 0, 2]}}, ("tokens", "word")),
+        ({"expert_id": np.zeros((3, 2, 2), int), "sequences": SEQUENCES}, ("sequences", 5)),
     ],
 )
-def test_arrays_that_do_not_fit_are_refused(arguments, message):
-    with pytest.raises(BadInput, match=message):
+def test_arrays_that_do_not_fit_are_refused(arguments, named):
+    with refused(BadInput, *named):
         Trace.from_arrays(n_experts=8, **arguments)
 
 
 def test_selections_that_cannot_be_made_say_why():
-    with pytest.raises(BadInput, match="columns are document_id, length, domain"):
+    with refused(BadInput, "where", "topic"):
         make().select(where={"topic": "x"})
-    with pytest.raises(BadInput, match="layers 0 to 2"):
+    with refused(BadInput, "layers", [5]):
         make().select(layers=[5])
-    with pytest.raises(BadInput, match="prompt and generated"):
+    with refused(BadInput, "phase", "answer"):
         make().select(phase="answer")
 
 
 def test_opening_what_is_no_run(tmp_path):
-    with pytest.raises(RunError, match="is not there"):
+    with refused(RunError, "path", str(tmp_path / "nowhere")):
         Trace.open(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(RunError, match=r"holds no plan\.json"):
+    with refused(RunError, "path", str(tmp_path / "empty")):
         Trace.open(tmp_path / "empty")
 
 
