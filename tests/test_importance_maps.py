@@ -144,7 +144,7 @@ def test_a_map_by_domain_with_a_metric_of_ones_own(net):
 
 @pytest.mark.parametrize("metric", ["accuracy", lambda logits, target: logits.mean()])
 def test_a_metric_that_is_none(net, metric):
-    with pytest.raises(BadInput, match=r"It cannot be called|gave the shape \[\]"):
+    with refused(BadInput, "metric"):
         measure(net, ablation=Ablation(metric=metric, layers=1))
 
 

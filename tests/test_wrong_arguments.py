@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import xarray as xr
+from helpers.refusals import refused
 
 import mixlens as ml
 
@@ -51,14 +52,14 @@ def test_what_is_no_model_document_run_or_setting_is_refused(door, given, model)
 
 @pytest.mark.parametrize("given", [None, 3])
 def test_documents_are_texts(model, given):
-    with pytest.raises(ml.BadInput, match=f"A {type(given).__name__} was given. Give strings, mappings"):
+    with refused(ml.BadInput, "documents"):
         ml.record(model, given)
 
 
 def test_numbers_that_are_none(model):
     wrong: Any
     for wrong in (float("nan"), 0, "eight"):
-        with pytest.raises(ml.BadInput, match="with max_length=.*It must be 1 or more"):
+        with refused(ml.BadInput, "max_length"):
             ml.record(model, ["A text."], settings=ml.RecordSettings(max_length=wrong))
     counted: Any = np.int64(2)
     cut = ml.RecordSettings(max_length=counted, overlong="truncate", progress=False)
@@ -70,5 +71,5 @@ def test_numbers_that_are_none(model):
 
 
 def test_sequences_are_selected_by_columns(trace):
-    with pytest.raises(ml.BadInput, match="selected by a str. That says of no column what is wanted"):
+    with refused(ml.BadInput, "where", "str"):
         trace.select(where="github")

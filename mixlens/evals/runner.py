@@ -175,8 +175,8 @@ def job_of(
         raise BadInput(
             f"An evaluation of {list(names)} with limit={limit} and batch_size={settings.batch_size} was asked for. "
             "That is nothing to evaluate. Name one task or more, and numbers from 1.",
-            argument="limit" if names and settings.batch_size >= 1 else "tasks" if not names else "batch_size",
-            value=limit,
+            argument="tasks" if not named else "batch_size" if settings.batch_size < 1 else "limit",
+            value=list(names) if not named else settings.batch_size if settings.batch_size < 1 else limit,
         )
     if data is not None and not Path(data).is_dir():
         raise BadInput(

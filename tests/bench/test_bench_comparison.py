@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from bench_samples import META, bench, record
 from bench_server import Script, answer, serving
+from helpers.refusals import refused
 
 import mixlens
 from mixlens.bench.bench import Bench
@@ -122,7 +123,7 @@ def test_the_interval_holds_the_true_ratio_as_often_as_it_says():
 
 
 def test_loads_must_be_the_same():
-    with pytest.raises(BadInput, match="The first has loads concurrency 1, the second concurrency 2. Measure both"):
+    with refused(BadInput, "loads", (["concurrency 1"], ["concurrency 2"])):
         compare_benches(bench({LOAD: [1.0]}), bench({"concurrency 2": [1.0]}))
     failed = Bench([record(0, outcome="http", events=())], META)
     assert "n/a" in repr(compare_benches(failed, failed))
@@ -131,8 +132,8 @@ def test_loads_must_be_the_same():
 def test_workloads_must_be_the_same_apart_from_their_seed():
     plans = [SMALL.plan(), Workload(prompt_tokens=32, output_tokens=8).plan(), Workload(prompts=["a"]).plan()]
     a, *others = (bench({LOAD: [1.0]}, workload=plan) for plan in plans)
-    for other, words in zip(others, ("prompts of 32 words", r"1 given prompts \(1 distinct"), strict=True):
-        with pytest.raises(BadInput, match=f"The first has prompts of 16 words, .*; the second has {words}"):
+    for other in others:
+        with refused(BadInput, "workload"):
             compare_benches(a, other)
     again = bench({LOAD: [1.0]}, workload=Workload(prompt_tokens=16, output_tokens=8, seed=1).plan())
     assert row(compare_benches(a, again), "ttft_s", "mean")["ratio"] == 1.0
@@ -180,21 +181,21 @@ def test_what_is_wrong_with_one_leaves_no_folder_of_any(tmp_path, monkeypatch):
     monkeypatch.delenv("LOOPBACK_KEY", raising=False)
     url = "http://127.0.0.1:9/v1"
     priced, fine = Endpoint.openrouter(key_env=None), Endpoint(url, model="m")
-    for second, changes, message in (
-        (Endpoint(url, model="m", key_env="LOOPBACK_KEY"), {}, "LOOPBACK_KEY is not set"),
-        (fine, {"settings": replace(QUIET, max_dollars=1.0)}, r"cap of \$1 .* has none for m at 127.0.0.1"),
-        (replace(fine, context=20), {"workload": SMALL}, "24 tokens together .* m there has 20. Give shorter"),
-        ("http://127.0.0.1:9/v1", {}, "A str was to be measured under load"),
-        (fine, {"settings": replace(QUIET, max_seconds=-1.0)}, "max_seconds of -1.0 was asked for. .* Give a number"),
-        (fine, {"settings": replace(QUIET, price=(1.0, -1.0))}, "price of .* was asked for"),
-        (fine, {"requests": 2.5}, "benchmark of 2.5 requests"),
+    for second, changes, named in (
+        (Endpoint(url, model="m", key_env="LOOPBACK_KEY"), {}, ("key_env", "LOOPBACK_KEY")),
+        (fine, {"settings": replace(QUIET, max_dollars=1.0)}, ("max_dollars", 1.0)),
+        (replace(fine, context=20), {"workload": SMALL}, ("context", 24)),
+        ("http://127.0.0.1:9/v1", {}, ("endpoint", "str")),
+        (fine, {"settings": replace(QUIET, max_seconds=-1.0)}, ("max_seconds", -1.0)),
+        (fine, {"settings": replace(QUIET, price=(1.0, -1.0))}, ("price", (1.0, -1.0))),
+        (fine, {"requests": 2.5}, ("requests", (2.5, 1))),
     ):
-        with pytest.raises(BadInput, match=message):
+        with refused(BadInput, *named):
             benchmark_together({"a": priced, "b": second}, out=tmp_path, **{"settings": QUIET} | changes)
         assert not list(tmp_path.iterdir())
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "mine.txt").write_text("x")
-    with pytest.raises(RunError, match="holds no run of mixlens"):
+    with refused(RunError, "out", ["mine.txt"]):
         benchmark_together({"a": priced, "b": fine}, out=tmp_path, settings=QUIET)
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
@@ -214,5 +215,5 @@ class Noted(list):
 def test_what_cannot_be_measured_together():
     one = Endpoint("http://127.0.0.1:9/v1", model="m")
     for wrong in ({"a": one}, {"a": one, "../b": one}, {}):
-        with pytest.raises(BadInput, match="fewer than two, or a name is no name of a folder"):
+        with refused(BadInput, "endpoints"):
             benchmark_together(wrong)

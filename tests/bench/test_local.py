@@ -9,6 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from helpers.refusals import refused
 from tiny import tiny_mixtral
 
 import mixlens as ml
@@ -197,7 +198,7 @@ def test_a_run_on_disk_opens_as_what_was_measured(tmp_path):
     assert run(model, None, out=tmp_path / "run").meta == opened.meta
     assert "cpu" in json.dumps(opened.meta["model"]["devices"])
     assert "Routing was recorded in every call" in repr(opened)
-    with pytest.raises(RunError, match="another run"):
+    with refused(RunError, "out", ["requests"]):
         run(model, None, out=tmp_path / "run", requests=3)
 
 
@@ -249,7 +250,7 @@ def test_a_cache_larger_than_free_memory_is_never_allocated():
 def test_any_other_fault_of_the_model_is_not_hidden():
     model = tiny_mixtral()
     failing(model, RuntimeError("mat1 and mat2 shapes cannot be multiplied"), at=0)
-    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+    with pytest.raises(RuntimeError):
         run(model, None)
 
 
@@ -346,32 +347,32 @@ def test_quantized_weights_count_what_they_hold():
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "named"),
     [
-        ({"batch": 0}, r"batches of 0 rows .* Give whole numbers from 1"),
-        ({"batch": (2, 2)}, "or one is given twice"),
-        ({"requests": 0}, "There must be at least 1"),
-        ({"workload": Workload(500, 13)}, r"Prompts of 500 tokens with answers of 13 .* context is 512 tokens"),
-        ({"workload": Workload(output_tokens=2, prompts=["a"])}, "The model has no tokenizer"),
-        ({"settings": ml.BenchSettings()}, "a loaded model with LocalSettings"),
-        ({"settings": replace(QUIET, experts=("eager", ""))}, "Experts by '' were to be measured"),
+        ({"batch": 0}, ("batch", [0])),
+        ({"batch": (2, 2)}, ("batch", [2, 2])),
+        ({"requests": 0}, ("requests", (0, 1, 600.0))),
+        ({"workload": Workload(500, 13)}, ("prompt_tokens", 500)),
+        ({"workload": Workload(output_tokens=2, prompts=["a"])}, ("tokenizer",)),
+        ({"settings": ml.BenchSettings()}, ("model", "MixtralForCausalLM")),
+        ({"settings": replace(QUIET, experts=("eager", ""))}, ("experts", "")),
         (
             {"settings": replace(QUIET, experts="fastest")},
-            "Experts by 'fastest' were to be measured.* Give some of",
+            ("experts", "fastest"),
         ),
     ],
 )
-def test_what_cannot_be_measured_is_said_before_anything_runs(changes, message):
+def test_what_cannot_be_measured_is_said_before_anything_runs(changes, named):
     model = tiny_mixtral()
     failing(model, AssertionError("a forward ran"), at=0)
-    with pytest.raises(BadInput, match=message):
+    with refused(BadInput, *named):
         run(model, None, **changes)
 
 
 def test_neither_a_model_nor_an_endpoint():
-    with pytest.raises(BadInput, match=r"A benchmark of a str .* Give ml.load\(\.\.\.\) for a name"):
+    with refused(BadInput, "model", "str"):
         benchmark("demo")
-    with pytest.raises(BadInput, match="2.0 requests a second"):
+    with refused(BadInput, "rate", 2.0):
         benchmark(tiny_mixtral(), rate=2.0)
 
 

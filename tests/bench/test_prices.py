@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from helpers.refusals import refused
 
 from mixlens.bench.prices import cost, price_at, prices
 from mixlens.errors import BadInput
@@ -69,12 +70,10 @@ def test_the_cap_reckons_with_the_dearest_statement():
 
 
 def test_what_cannot_be_reckoned():
-    with pytest.raises(BadInput, match="One of the numbers is negative or endless"):
+    with refused(BadInput, "cost", (-1, 500, 1, 1, 0.0)):
         cost(-1, 500)
     for wrong in ({"months": 0}, {"months": 10**6}, {"growth": 1e9, "months": 100}, {"requests": float("nan")}):
-        with pytest.raises(BadInput, match="there is no month. Give tokens and requests from 0"):
+        with refused(BadInput, "cost"):
             cost(1, 500, **wrong)
-    with pytest.raises(
-        BadInput, match="has mistralai/mixtral-8x22b-instruct and mistralai/mixtral-8x7b-instruct. Give"
-    ):
+    with refused(BadInput, "model", "gpt-2"):
         cost(1, 1, model="gpt-2")

@@ -7,6 +7,7 @@ import random
 
 import pytest
 from bench_scripts import chunk, sse
+from helpers.refusals import refused
 from json_server import Call, Reply, answering
 
 from mixlens.bench.probe import PARAMETERS, probe
@@ -145,9 +146,9 @@ def test_no_part_of_the_key_is_left_where_an_answer_is_shortened(monkeypatch):
 
 
 def test_what_cannot_be_probed():
-    with pytest.raises(BadInput, match="Known are frequency_penalty"):
+    with refused(BadInput, "parameters", "top_k"):
         probe(Endpoint("http://127.0.0.1:9/v1", model="m"), parameters=["top_k"])
-    with pytest.raises(BadInput, match="Its protocol is anthropic"):
+    with refused(BadInput, "protocol", "anthropic"):
         probe(Endpoint("http://127.0.0.1:9/v1", model="m", protocol="anthropic"))
-    with pytest.raises(EndpointError, match="The plain request has no answer: status 401"):
+    with refused(EndpointError, "endpoint", 401):
         probed(lambda call: Reply({"error": "no"}, 401))

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from bench_samples import bench
+from helpers.refusals import refused
 from json_server import Call, Reply, answering
 
 from mixlens import cli
@@ -64,7 +65,7 @@ def test_strings_per_token_become_dollars_per_million():
     "payload", [{}, [], {"data": None}, {"data": {"endpoints": None}}, {"data": {"endpoints": [1]}}]
 )
 def test_a_list_of_another_form_is_said_to_be_one(payload):
-    with answering(lambda call: Reply(payload)) as (url, _), pytest.raises(EndpointError, match="no list of endpoints"):
+    with answering(lambda call: Reply(payload)) as (url, _), refused(EndpointError, "answer"):
         listed_prices(SMALL, url=url)
 
 
@@ -174,17 +175,17 @@ def test_what_a_probe_found_stands_in_the_table(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Bench, "open", lambda path: bench({"concurrency 1": [1.0, 1.0]}))
     assert cli.main(["providers", "mine=run", "--probe", f"mine={tmp_path / 'p.jsonl'}", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["rows"][0]["parameters"] == "stop, top_p"
-    for wrong, message in (
+    for wrong, named in (
         (["--probe", f"other={tmp_path / 'p.jsonl'}"], "No run is given for that name. Give other=RUN"),
         (["--probe", "mine=nothing"], "A probe was to be read from nothing. There is none"),
         (["--csv", str(tmp_path / "no" / "x.csv")], "was to be written to"),
     ):
         assert cli.main(["providers", "mine=run", *wrong]) == cli.EXIT_FAILED
-        assert message in capsys.readouterr().err
+        assert named in capsys.readouterr().err
 
 
 def test_a_probe_that_could_not_be_kept_sends_nothing(tmp_path):
-    with answering(lambda call: Reply({})) as (url, calls), pytest.raises(BadInput, match="lies in one that is not"):
+    with answering(lambda call: Reply({})) as (url, calls), refused(BadInput, "out"):
         probe(Endpoint(url, model="m"), out=tmp_path / "no" / "p.jsonl")
     assert not calls
 
@@ -196,13 +197,13 @@ def test_prompts_come_from_files_and_data_sets(tmp_path):
     assert read_prompts(str(tmp_path / "a.jsonl"), column="body") == ["uno", "dos"]
     assert read_prompts(["one", {"text": "two"}]) == ["one", "two"]
     (tmp_path / "b.jsonl").write_text('{"text": "one"}\n{oops\n')
-    for wrong, message in (
-        (tmp_path / "b.jsonl", "Line 2 is no JSON object"),
-        (tmp_path / "none.txt", "cannot be read"),
-        ([{"body": "x"}], "Document 0 has no text in 'text'; it has body. Name the column"),
-        ([" "], "Document 0 has no text. Name"),
+    for wrong, named in (
+        (tmp_path / "b.jsonl", ("path", 2)),
+        (tmp_path / "none.txt", ("path",)),
+        ([{"body": "x"}], ("column", 0)),
+        ([" "], ("column", 0)),
     ):
-        with pytest.raises(BadInput, match=message):
+        with refused(BadInput, *named):
             read_prompts(wrong)
 
 

@@ -16,6 +16,7 @@ import psutil
 import pytest
 import torch
 from evals_parts import PROBLEMS
+from helpers.refusals import refused
 from jupyter_client.manager import start_new_kernel
 
 import mixlens as ml
@@ -118,39 +119,38 @@ os.kill(os.getpid(), 9)
 def test_a_process_that_is_killed_is_told_in_words(monkeypatch):
     told, popen = [], subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda _, **more: popen([sys.executable, "-c", KILLED], **more))
-    message = "ended by SIGKILL, as the system ends one when memory runs out; it said last: out of luck"
-    with pytest.raises(ml.RunError, match=message):
+    with refused(ml.RunError, "own_process", -9):
         ml.evaluate("demo", TASKS, settings=EvalSettings(progress=lambda *now: told.append(now)))
     assert told == [(1, 9)]
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "named"),
     [
-        ({"settings": EvalSettings(loading={"max_memory": 1})}, "with max_memory. A model that is given by name takes"),
-        ({"settings": EvalSettings(tokenizer=object())}, "stays in the process that made it"),
-        ({"limit": 0}, "nothing to evaluate"),
+        ({"settings": EvalSettings(loading={"max_memory": 1})}, ("loading", ["max_memory"])),
+        ({"settings": EvalSettings(tokenizer=object())}, ("tokenizer", "object")),
+        ({"limit": 0}, ("limit", 0)),
     ],
 )
-def test_what_cannot_be_passed_on_is_refused(options, message):
-    with pytest.raises(ml.BadInput, match=message):
+def test_what_cannot_be_passed_on_is_refused(options, named):
+    with refused(ml.BadInput, *named):
         ml.evaluate("demo", TASKS, **options)
 
 
 @pytest.mark.slow
 def test_errors_are_those_of_an_evaluation_in_place(math_task):
     quiet = EvalSettings(progress=False)
-    with pytest.raises(ml.BadInput, match="no such subject .*near: anatomy"):
+    with refused(ml.BadInput, "subject", "anatom"):
         ml.evaluate("demo", "mmlu_5shot::anatom", settings=quiet)
-    with pytest.raises(ml.ModelError, match="/not/a/model was to be loaded. It is no folder here"):
+    with refused(ml.ModelError, "model", "/not/a/model"):
         ml.evaluate("/not/a/model", TASKS, settings=quiet)
     Path(math_task).with_name("gold.py").write_text("def gold(document, results):\n    return 1 / 0\n")
-    with pytest.raises(ml.RunError, match="It raised ZeroDivisionError: division by zero. What was answered is kept"):
+    with refused(ml.RunError, "own_process", "ZeroDivisionError"):
         ml.evaluate("demo", math_task, settings=quiet)
 
 
 def test_a_loaded_model_is_not_loaded_by_other_options(demo):
-    with pytest.raises(ml.BadInput, match="It is loaded already"):
+    with refused(ml.BadInput, "loading"):
         ml.evaluate(demo, TASKS, settings=EvalSettings(loading={"dtype": "bfloat16"}))
 
 
@@ -186,7 +186,7 @@ def test_it_ends_when_its_caller_is_killed(tmp_path):
 
 def test_several_processes_are_refused(demo, monkeypatch):
     monkeypatch.setattr(runner, "processes", lambda: SimpleNamespace(world=2))
-    with pytest.raises(ml.BadInput, match="asked for in each of 2 processes. .* Start it without accelerate launch"):
+    with refused(ml.BadInput, "processes", 2):
         ml.evaluate(demo, TASKS)
 
 
@@ -248,14 +248,22 @@ def test_settings_arrive_as_they_are_or_are_refused():
     asked = json.loads(own_process._asked("demo", job, "out", sent))
     assert (asked["settings"]["max_length"], asked["settings"]["revisions"]) == (512, {"a/b": "c"})
     assert asked["loading"] == {"dtype": "bfloat16"}
-    with pytest.raises(ml.BadInput, match="with a set among its settings"):
+    with refused(ml.BadInput, "settings", "set"):
         own_process._asked("demo", job, "out", EvalSettings(loading={"quantization": {"nf4"}}))
 
 
 @pytest.mark.parametrize(
-    "asked",
-    [{"tasks": None}, {"tasks": [1]}, {"limit": float("nan")}, {"limit": "3"}, {"settings": {}}, {"tasks": []}],
+    ("asked", "named"),
+    [
+        ({"tasks": None}, "tasks"),
+        ({"tasks": [1]}, "tasks"),
+        ({"tasks": []}, "tasks"),
+        ({"limit": float("nan")}, "limit"),
+        ({"limit": "3"}, "limit"),
+        ({"settings": EvalSettings(batch_size=0)}, "batch_size"),
+        ({"settings": {}}, "settings"),
+    ],
 )
-def test_what_is_nothing_to_evaluate_is_said_before_a_model_is_loaded(asked):
-    with pytest.raises(ml.BadInput, match=r"nothing to evaluate|They are EvalSettings"):
+def test_what_is_nothing_to_evaluate_is_said_before_a_model_is_loaded(asked, named):
+    with refused(ml.BadInput, named):
         ml.evaluate("demo", **{"tasks": "demo", **asked})

@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pandas as pd
 import pytest
+from helpers.refusals import refused
 from scipy.stats import binomtest
 
 from mixlens import compare
@@ -181,19 +182,19 @@ def test_other_prompts_are_said():
 
 def test_what_cannot_be_compared_is_refused_with_the_reason():
     a = log({"x": [1.0, 0.0]})
-    with pytest.raises(BadInput, match="quiz has protocol 'quiz_0shot' in the first and 'quiz_5shot' in the second"):
+    with refused(BadInput, "protocol", ("quiz_0shot", "quiz_5shot")):
         compare_logs(a, log({"y": [1.0, 0.0]}, protocol="quiz_5shot"))
-    with pytest.raises(BadInput, match="quiz has version '1' in the first and '2' in the second"):
+    with refused(BadInput, "version", ("1", "2")):
         compare_logs(a, log({"x": [1.0, 0.0]}, version="2"))
-    with pytest.raises(BadInput, match="no task in common: x and z. Evaluate both on the same tasks"):
+    with refused(BadInput, "tasks", (["x"], ["z"])):
         compare_logs(a, log({"z": [1.0]}, benchmark="other"))
     other = log({"x": [1.0, 0.0]})
     other.records[1]["doc_hash"] = "changed"
-    with pytest.raises(BadInput, match="Sample 1 of x is another document in the second"):
+    with refused(BadInput, "samples", ("x", 1, 1)):
         compare_logs(a, other)
     empty = log({"x": [1.0]})
     empty.records[0]["sample_id"] = 7
-    with pytest.raises(BadInput, match="no sample of x in common"):
+    with refused(BadInput, "samples", 0):
         compare_logs(a, empty)
 
 
@@ -236,7 +237,7 @@ def test_protocols_of_one_benchmark_are_never_pooled():
 
 
 def test_behind_a_chat_template_is_not_compared_with_without():
-    with pytest.raises(BadInput, match="quiz has chat False in the first and True in the second"):
+    with refused(BadInput, "chat", (False, True)):
         compare_logs(log({"x": [1.0]}, chat=False), log({"x": [1.0]}, chat=True))
 
 

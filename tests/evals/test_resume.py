@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from evals_parts import mixtral_tokenizer, small_mixtral, write_math
+from helpers.refusals import refused
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -57,7 +58,7 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_samples(demo, tmp_pa
     done = subprocess.run([sys.executable, "-c", KILLED % TASKS, str(tmp_path / "killed")], env=environment)
     assert done.returncode == -signal.SIGKILL
     assert len((tmp_path / "killed" / PARTIAL).read_bytes().splitlines()) == 4
-    with pytest.raises(ml.RunError, match="was stopped"):
+    with refused(ml.RunError, "shards", 0):
         ml.open(tmp_path / "killed")
 
     asked: list[str] = []
@@ -77,7 +78,7 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_samples(demo, tmp_pa
 
 def test_another_model_is_never_given_the_answers_of_the_first(demo, tmp_path):
     ml.evaluate(demo, TASKS[:1], out=tmp_path / "run", limit=2, settings=QUIET)
-    with ml.edit(demo, ml.edits.top_k(1)), pytest.raises(ml.RunError, match="holds another run: model"):
+    with ml.edit(demo, ml.edits.top_k(1)), refused(ml.RunError, "out", ["model"]):
         ml.evaluate(demo, TASKS[:1], out=tmp_path / "run", limit=2, settings=QUIET)
 
 
@@ -86,7 +87,7 @@ def test_another_tokenizer_is_never_given_the_answers_of_the_first(demo, tmp_pat
     tokenizer = tokenizer_of(demo)
     tokenizer.add_tokens(["<another>"])
     settings = EvalSettings(progress=False, batch_size=4, tokenizer=tokenizer)
-    with pytest.raises(ml.RunError, match="holds another run: model"):
+    with refused(ml.RunError, "out", ["model"]):
         ml.evaluate(demo, TASKS[:1], out=tmp_path / "run", limit=2, settings=settings)
 
 
@@ -119,8 +120,8 @@ def test_sampled_tokens_follow_the_softmax_whatever_rows_share_a_batch():
 
 def test_a_prompt_that_does_not_fit_is_refused(demo, shared):
     settings = EvalSettings(progress=False, max_length=100)
-    message = "mmlu_5shot::virology was to pass before the model is asked. Prompt .* has .* tokens; the model reads 100"
-    with pytest.raises(ml.BadInput, match=message):
+    named = ("tasks", ("mmlu_5shot::virology", 1, 485, 100))
+    with refused(ml.BadInput, *named):
         ml.evaluate(demo, "mmlu_5shot::virology", data=shared / "data", limit=2, settings=settings)
 
 
@@ -144,13 +145,16 @@ class Elsewhere(TemplateLM):
 
 
 @pytest.mark.parametrize(
-    ("bos", "task", "message"),
-    [(False, "phrases", "begins with none beginning"), (True, "brackets", "has .* tokens; the model reads 10,")],
+    ("bos", "task", "named"),
+    [
+        (False, "phrases", ("tokenizer", [1077, 598])),
+        (True, "brackets", ("tasks", ("demo_0shot::brackets", 0, 11, 10))),
+    ],
 )
-def test_a_model_object_of_lm_evals_passes_the_same_preflight(demo, bos, task, message):
+def test_a_model_object_of_lm_evals_passes_the_same_preflight(demo, bos, task, named):
     lm = Elsewhere(tokenizer_of(demo), bos)
     lm.max_length = 10
-    with pytest.raises(ml.BadInput, match=message):
+    with refused(ml.BadInput, *named):
         ml.evaluate(lm, f"demo_0shot::{task}", limit=4, settings=QUIET)
 
 
@@ -162,7 +166,7 @@ def test_a_model_object_of_lm_evals_is_told_from_another(demo):
 
 
 def test_a_transformers_model_in_lm_evals_clothes_is_refused(demo):
-    with pytest.raises(ml.BadInput, match="Give the model itself"):
+    with refused(ml.BadInput, "model", "HFLM"):
         ml.evaluate(HFLM(pretrained=demo, tokenizer=tokenizer_of(demo)), TASKS, settings=QUIET)
 
 
@@ -173,41 +177,45 @@ def test_a_tokenizer_that_loses_text_is_refused(tmp_path, monkeypatch):
     tokenizer.decode = lambda ids, **kwargs: re.sub(" +", " ", decode(ids, **kwargs)).replace("{", "")
     root = write_math(tmp_path)
     settings = EvalSettings(progress=False, tokenizer=tokenizer)
-    with pytest.raises(ml.BadInput, match="does not survive encoding and decoding"):
+    with refused(ml.BadInput, "tokenizer", ("math_4shot::algebra", 0)):
         ml.evaluate(small_mixtral(), "math_4shot::algebra", data=root, limit=1, settings=settings)
 
 
 @pytest.mark.parametrize(
-    ("tasks", "options", "message"),
+    ("tasks", "options", "named"),
     [
-        ("mmlu_5shoot", {}, "Neither mixlens nor lm-eval has it .*near: .*mmlu_5shot"),
-        ("mmlu_5shot::anatom", {}, "no such subject .*near: anatomy"),
-        ("mmlu", {"protocol": "mixtral-papers"}, "no suite or protocol of that name .*mixtral-paper"),
-        ("humaneval", {}, "several protocols, and no protocol was named"),
-        ("gsm8k", {"protocol": "humaneval_0shot"}, "'humaneval_0shot' has none for it"),
-        ("demo_0shot", {"data": "/not/there"}, "There is no such folder"),
-        ("demo_0shot", {"limit": 0}, "nothing to evaluate"),
+        ("mmlu_5shoot", {}, ("tasks", "mmlu_5shoot")),
+        ("mmlu_5shot::anatom", {}, ("subject", "anatom")),
+        ("mmlu", {"protocol": "mixtral-papers"}, ("protocol", "mixtral-papers")),
+        ("humaneval", {}, ("protocol", "humaneval")),
+        ("gsm8k", {"protocol": "humaneval_0shot"}, ("protocol", "gsm8k")),
+        ("demo_0shot", {"data": "/not/there"}, ("data", "/not/there")),
+        ("demo_0shot", {"limit": 0}, ("limit", 0)),
     ],
 )
-def test_what_cannot_be_evaluated_is_refused_with_what_to_give(demo, tasks, options, message):
-    with pytest.raises(ml.BadInput, match=message):
+def test_what_cannot_be_evaluated_is_refused_with_what_to_give(demo, tasks, options, named):
+    with refused(ml.BadInput, *named):
         ml.evaluate(demo, tasks, settings=QUIET, **options)
 
 
 def test_code_is_never_run_outside_the_sandbox(demo, monkeypatch):
     task = SimpleNamespace(UNSAFE_CODE=True)  # what lm-eval makes of unsafe_code: true
     monkeypatch.setattr(TaskManager, "load", lambda self, files: {"tasks": {Path(file).stem: task for file in files}})
-    with pytest.raises(ml.BadInput, match="cruxeval_input was asked for. .* outside any sandbox"):
+    with refused(ml.BadInput, "tasks", ["cruxeval_input"]):
         ml.evaluate(demo, "cruxeval_input", settings=QUIET)
 
 
 def test_data_that_is_not_there_is_named(demo, tmp_path):
-    with pytest.raises(ml.BadInput, match=r"anatomy_dev.csv is not there"):
+    with refused(ml.BadInput, "data"):
         ml.evaluate(demo, "mmlu_5shot::anatomy", data=tmp_path, settings=QUIET)
 
 
 def test_wrong_data_is_refused(demo, tmp_path):
-    with pytest.raises(ml.BadInput, match=r"math/train/\*/\*.json: 42 files where there are 7500"):
+    with refused(
+        ml.BadInput,
+        "data",
+        ["math/train/*/*.json: 42 files where there are 7500", "math/test/*/*.json: 42 files where there are 5000"],
+    ):
         ml.evaluate(demo, "math_4shot::algebra", data=write_math(tmp_path), limit=1, settings=QUIET)
 
 
@@ -221,7 +229,7 @@ def test_wrong_data_is_found(shared, tmp_path):
     faults = verify(tmp_path).set_index("file")["fault"]
     assert faults["gsm8k/train.jsonl"] == "missing"
     assert faults["gsm8k/test.jsonl"].startswith("1 rows where there are 1,319")
-    with pytest.raises(ml.BadInput, match="no folder of a known benchmark"):
+    with refused(ml.BadInput, "data"):
         verify(Path(folder))
 
 
@@ -237,7 +245,7 @@ def test_progress_is_told_after_every_batch_and_may_end_an_evaluation(demo, tmp_
         return EvalSettings(progress=progress, batch_size=4)
 
     options = {"out": tmp_path / "run", "limit": 4}
-    with pytest.raises(InterruptedError, match="stop was pressed"):
+    with pytest.raises(InterruptedError):
         ml.evaluate(demo, TASKS[0], **options, settings=settings(stop_at_eight))
     n_stopped = len(told)
     resumed = ml.evaluate(demo, TASKS[0], **options, settings=settings(lambda *now: told.append(now)))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from helpers.refusals import refused
 
 from mixlens.errors import SandboxError
 from mixlens.evals import sandbox
@@ -279,9 +280,9 @@ def test_many_at_a_time_in_order():
 def test_no_sandbox_is_refused_and_nothing_is_run(monkeypatch, tmp_path):
     monkeypatch.setattr(sandbox.shutil, "which", lambda _: None)
     program = f"open({str(tmp_path / 'ran')!r}, 'w')"
-    with pytest.raises(SandboxError, match=r"no sandbox for it: bubblewrap \(bwrap\) is not installed. Install"):
+    with refused(SandboxError, "bwrap"):
         run_code(program)
-    with pytest.raises(SandboxError, match="unsafe_without_sandbox=True"):
+    with refused(SandboxError, "bwrap"):
         check_sandbox()
     assert not (tmp_path / "ran").exists()
 
@@ -291,8 +292,9 @@ def test_a_sandbox_that_does_not_start_is_refused_and_nothing_is_run(monkeypatch
     broken.write_text("#!/bin/sh\necho 'bwrap: No permissions to create new namespace' >&2\nexit 1\n")
     broken.chmod(0o755)
     monkeypatch.setattr(sandbox.shutil, "which", lambda _: str(broken))
-    with pytest.raises(SandboxError, match="could not start a program: bwrap: No permissions to create new namespace"):
+    with refused(SandboxError, "bwrap") as caught:
         run_code("pass")
+    assert "No permissions" in caught.value.value
 
 
 def test_who_insists_gets_limits_without_a_sandbox(monkeypatch):

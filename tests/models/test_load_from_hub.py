@@ -13,6 +13,7 @@ from scripted_hub import Hub, asking, scripted_hub
 from tiny import tiny_mixtral
 
 from mixlens.models.demo import demo_path
+from mixlens.models.hub import FAULTS
 
 # Loads every (name, arguments, folder) that it is given, records where there is a folder, and prints what came of it.
 CHILD = """
@@ -26,18 +27,22 @@ for name, arguments, out in json.loads(sys.argv[1]):
         about = ml.record(model, ["Bread and salt."], out=out).meta["model"] if out else describe(model)
         outcomes.append({key: about[key] for key in ("name", "revision", "router_sha256")})
     except ml.MixlensError as error:
-        outcomes.append({"error": f"{type(error).__name__}: {error}"})
+        outcomes.append({"kind": type(error).__name__, "said": str(error), **vars(error)})
 print(json.dumps(outcomes))
 """
 pytestmark = pytest.mark.slow  # a new process has its own Hub and cache, and takes seconds to import torch
-GATED = "access to it is restricted. Ask for access on its page there, then log in: hf auth login."
+
+
+def about(fault: str) -> str:
+    """What is said of an error of the Hub's client: what was found, and what to do."""
+    return ". ".join(FAULTS[fault])
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def load_in_a_child(hub: Hub | str, home: Path, asked: list[tuple[Any, ...]], **more: str) -> list[dict[str, str]]:
+def load_in_a_child(hub: Hub | str, home: Path, asked: list[tuple[Any, ...]], **more: str) -> list[dict[str, Any]]:
     command = [sys.executable, "-c", CHILD, json.dumps([(*one, None)[:3] for one in asked])]
     done = subprocess.run(command, env=asking(hub, home, **more), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -71,7 +76,8 @@ def test_a_model_by_name_is_of_one_commit_and_loads_again_without_the_hub(hub, c
     weightless = {name: content for name, content in checkpoint.items() if "safetensors" not in name}
     hub.commit("models", "own/weightless", weightless)
     *found, lacking = load_in_a_child(hub, home, [*asked, ("own/weightless", {})])
-    assert "Its weights could not be read: it has no safetensors." in lacking["error"]
+    assert lacking["argument"] == "weights"
+    assert "safetensors" in lacking["value"]
     assert [model["revision"] for model in found] == [second, first, second]
     assert [model["name"] for model in found] == ["own/tiny"] * 3
     assert found[0]["router_sha256"] != found[1]["router_sha256"]
@@ -84,11 +90,13 @@ def test_a_model_by_name_is_of_one_commit_and_loads_again_without_the_hub(hub, c
     before = len(hub.asked)
     *again, unknown = load_in_a_child(hub, home, [*asked, ("own/weightless", {})], HF_HUB_OFFLINE="1")
     assert again == found
-    assert "the Hub is switched off (HF_HUB_OFFLINE), and it is not cached. Fetch it once" in unknown["error"]
+    assert unknown["value"] == "own/weightless"
+    assert about("OfflineModeIsEnabled") in unknown["said"]
     assert len(hub.asked) == before
     unreached, new = load_in_a_child("http://127.0.0.1:9", home, [("own/tiny", {}), ("own/new", {})])
     assert unreached == found[0]
-    assert "the Hub cannot be reached, and it is not cached. Check the network, or give a local" in new["error"]
+    assert new["value"] == "own/new"
+    assert about("ConnectError") in new["said"]
 
 
 def test_what_the_hub_refuses_and_what_is_not_read_are_said(hub, checkpoint, tmp_path):
@@ -111,23 +119,25 @@ def test_what_the_hub_refuses_and_what_is_not_read_are_said(hub, checkpoint, tmp
     hub.refuse("models", "own/denied", 403)
     hub.refuse("models", "own/down", 503)
     names = {
-        "own/gated": GATED,
-        "own/forbidden": GATED,
-        "own/denied": "access was refused (403). Log in with a token that may read it: hf auth login.",
-        "own/down": "the Hub answered 503. Try again later, or give a local folder.",
-        "own/nothing": "there is no such repository, or it is private. Give owner and name as the Hub has them",
-        "Mixtral-8x7B-v0.1": "there is no such repository, or it is private. Give owner and name",
-        "no/such/folder": "that is no name of a repository. Give owner and name",
-        "own/pickled": "could not be read: it has no safetensors. Make sure that all safetensors files",
-        "own/code": "It needs code of its own to be run, which mixlens never does. Give a checkpoint of",
-        "own/short": f"does not appear to have a file named {shards[-1]}",
+        "own/gated": ("model", about("GatedRepoError")),
+        "own/forbidden": ("model", about("GatedRepoError")),
+        "own/denied": ("model", "403"),
+        "own/down": ("model", "503"),
+        "own/nothing": ("model", about("RepositoryNotFoundError")),
+        "Mixtral-8x7B-v0.1": ("model", about("RepositoryNotFoundError")),
+        "no/such/folder": ("model", about("HFValidationError")),
+        "own/pickled": ("weights", "safetensors"),
+        "own/code": ("trust_remote_code", "mixtral"),
+        "own/short": ("weights", shards[-1]),
     }
     before = len(hub.asked)
     asked = [*((name, {}) for name in names), ("own/kept", {"revision": "v9"})]
-    found = [outcome["error"] for outcome in load_in_a_child(hub, tmp_path / "home", asked)]
-    for name, error, said in zip(names, found, names.values(), strict=False):
-        assert error.startswith(f"ModelError: {name} was to be loaded. "), error
-        assert said in error
-    assert found[-1].endswith("it has no such revision. Give one of its branches, tags or commits, or none for main.")
+    *found, revised = load_in_a_child(hub, tmp_path / "home", asked)
+    for (name, (argument, said)), error in zip(names.items(), found, strict=True):
+        assert (error["kind"], error["argument"]) == ("ModelError", argument), error
+        assert name in error["said"]
+        assert said in error["said"]
+    assert (revised["argument"], revised["value"]) == ("model", "own/kept")
+    assert about("RevisionNotFoundError") in revised["said"]
     assert not [line for line in hub.asked[before:] if "pytorch_model.bin" in line or "own.py" in line]
     assert not [line for line in hub.asked[before:] if "/commits/" in line]  # no request to convert pickled weights

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
+from helpers.refusals import refused
 from matplotlib.figure import Figure
 from show_samples import dataset
 
@@ -66,11 +67,9 @@ def test_expert_share_draws_the_uniform_line(share):
 
 
 def test_expert_share_needs_a_known_layer_and_x(share):
-    with pytest.raises(
-        BadInput, match=r"Layer 9 was to be drawn\. The data has layers 0, 1, 2, 3\. Give one of them\."
-    ):
+    with refused(BadInput, "layer", 9):
         show.expert_share(share, layer=9)
-    with pytest.raises(BadInput, match='Known are "expert" and "domain"'):
+    with refused(BadInput, "x", "layer"):
         show.expert_share(share, x="layer")
 
 
@@ -124,9 +123,9 @@ def test_by_layer_draws_one_line_a_combination(repetition):
 
 
 def test_by_layer_refuses_what_cannot_be_read(share, trace):
-    with pytest.raises(BadInput, match="at most 16 lines of one unit remain"):
+    with refused(BadInput, "data"):
         show.by_layer(share)
-    with pytest.raises(BadInput, match="is in bits and fraction"):
+    with refused(BadInput, "data"):
         show.by_layer(stats.agreement(trace, trace))
 
 
@@ -181,9 +180,7 @@ def test_heatmap_does_not_make_noise_vivid():
 
 
 def test_heatmap_of_several_domains_says_what_to_select(share):
-    with pytest.raises(
-        BadInput, match=r"The data also has domain \(4 values\)\. Select one first, data\.sel\(domain='arxiv'\)"
-    ):
+    with refused(BadInput, "data", ["domain"]):
         show.share_heatmap(share)
 
 
@@ -231,9 +228,9 @@ def test_text_shows_choices_of_its_tokens(trace):
 
 
 def test_text_of_an_unknown_sequence_or_layer(trace):
-    with pytest.raises(BadInput, match=r"Sequence 99 was to be shown\. The trace has numbers 0 to 23\."):
+    with refused(BadInput, "sequence", 99):
         show.text(trace, sequence=99)
-    with pytest.raises(BadInput, match=r"Layer 12 was to be shown\. The trace has layers 0, 1, 2, 3\."):
+    with refused(BadInput, "layer", 12):
         show.text(trace, layer=12)
 
 

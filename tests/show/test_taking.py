@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import xarray as xr
+from helpers.refusals import refused
 
 from mixlens import show
 from mixlens.errors import BadInput
@@ -37,19 +38,19 @@ FIGURES = [
 @pytest.mark.parametrize("name", FIGURES)
 def test_a_figure_is_of_a_dataset_and_says_which(name, trace, share):
     draw = getattr(show, name)
-    with pytest.raises(BadInput, match=rf"^{name} was to be drawn. A Trace was given. Give what ml\.\w"):
+    with refused(BadInput, "data", "Trace"):
         draw(trace)
-    with pytest.raises(BadInput, match=rf"^{name} was to be drawn. A Dataset without .* was given. Give what ml\.\w"):
+    with refused(BadInput, "data"):
         draw(xr.Dataset())
     if name in ("coactivation", "importance", "contributions", "topk_curve", "repetition"):
-        with pytest.raises(BadInput, match="A Dataset without"):
+        with refused(BadInput, "data"):
             draw(share)
 
 
 @pytest.mark.parametrize("name", ["coactivation", "expert_share", "share_heatmap", "transitions"])
 def test_a_view_is_of_a_dataset_too(name, trace):
     for given in (trace, xr.Dataset()):
-        with pytest.raises(BadInput, match=rf"^{name} was to be drawn. A .* was given. Give what ml.stats"):
+        with refused(BadInput, "data"):
             getattr(show.view, name)(given)
 
 
@@ -63,20 +64,20 @@ def test_figures_and_views_of_runs_say_of_which(trace, share):
     for given_by, draws in drawn.items():
         for draw in draws:
             for given in (trace, share, None):
-                with pytest.raises(
-                    BadInput, match=rf"A {type(given).__name__} was given. Give what ml.{given_by} gives"
-                ):
+                with pytest.raises(BadInput) as error:
                     draw(given)
+                assert error.value.value == type(given).__name__
+                assert f"ml.{given_by} " in str(error.value)
 
 
 def test_a_text_is_of_a_trace(share):
     for draw in (show.text, show.view.tokens, show.view.strip):
-        with pytest.raises(BadInput, match="A text was to be shown with its routing. A Dataset was given."):
+        with refused(BadInput, "trace", "Dataset"):
             draw(share)
 
 
 def test_facets_are_of_a_dimension_that_is_there(share):
-    with pytest.raises(BadInput, match="One panel for every 'subject' was to be drawn. The data has domain, layer"):
+    with refused(BadInput, "dim", "subject"):
         show.facet(show.share_heatmap, share, "subject")
 
 

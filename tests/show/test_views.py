@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
+from helpers.refusals import refused
 from show_samples import HOSTILE, N_EXPERTS, emptied_trace, make_trace
 from unpacking import unpack
 
@@ -123,7 +124,7 @@ def test_a_strip_has_the_tokens_asked_for(trace):
     np.testing.assert_array_equal(arrays["pair"], (ids @ [8, 1]).T)
     assert arrays["step"].cumsum().tolist() == list(range(10, 30))
     assert unpack(view.strip(trace, 7).packed)[1]["pair"].shape == (4, 40)
-    with pytest.raises(BadInput, match="The sequence has 60 tokens"):
+    with refused(BadInput, "start", 60):
         view.strip(trace, 7, start=60)
 
 
@@ -137,7 +138,7 @@ def test_a_diff_carries_both_runs(trace, changed):
     assert "weight_step" in header
     assert "bf16/weight" in arrays
     assert "nf4/weight" not in arrays
-    with pytest.raises(BadInput, match="Names differ and have no slash"):
+    with refused(BadInput, "names", ("a/b", "c")):
         view.diff(trace, changed, 5, names=("a/b", "c"))
 
 
@@ -169,7 +170,7 @@ def test_samples_find_their_routing(trace):
     ids = trace.read("expert_id")[np.isin(trace.read("sequence"), frame.index[frame["sample_id"] < 4])]
     np.testing.assert_array_equal(arrays["pair"], (ids @ [8, 1]).T)
     assert [row["correct"] for row in header["rows"]] == [0.0, 1.0, None, 0.0]
-    with pytest.raises(BadInput, match="sequences lack task and sample_id"):
+    with refused(BadInput, "trace", ["task", "sample_id"]):
         view.samples(log_of(4), trace)
 
 
@@ -185,7 +186,7 @@ def test_latency_leaves_failures_out_and_counts_them():
     header, arrays = unpack(view.latency(Bench([failed], {"model": {"name": "m"}})).packed)
     assert all(len(arrays[curve["array"]]) == 0 for metric in header["metrics"] for curve in metric["curves"])
     assert header["note"].startswith("n = 1 measured requests, 1 failed")
-    with pytest.raises(BadInput, match="No request was measured"):
+    with refused(BadInput, "bench", 0):
         view.latency(Bench([], {"model": {"name": "m"}}))
 
 
@@ -202,7 +203,7 @@ def test_a_pareto_view_keeps_what_was_not_measured_missing():
     assert header["labels"] == ["bf16", "nf4", "int8"]
     np.testing.assert_allclose(arrays["estimate1"], [np.nan, 0.1, np.nan])
     assert [measure["higher"] for measure in header["measures"]] == [False, False]
-    with pytest.raises(BadInput, match="speed"):
+    with refused(BadInput, "quantity", "speed"):
         view.pareto(Pareto(table, {"documents": 3}), y="speed")
 
 
@@ -228,9 +229,9 @@ def test_every_static_form_is_a_picture_with_words_and_a_table_that_a_sanitiser_
 
 
 def test_other_dimensions_are_named(share):
-    with pytest.raises(BadInput, match="the data has domain, expert"):
+    with refused(BadInput, "data", ["domain", "expert"]):
         view.share_heatmap(share.isel(layer=0))
-    with pytest.raises(BadInput, match="Give what stats.coactivation returns"):
+    with refused(BadInput, "data"):
         view.coactivation(share)
-    with pytest.raises(BadInput, match="None were given"):
+    with refused(BadInput, "data", 0):
         view.transitions([])

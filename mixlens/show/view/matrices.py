@@ -78,7 +78,9 @@ def transitions(data: xr.Dataset | Sequence[xr.Dataset]) -> View:
     given.sort(key=lambda d: int(d.attrs["gap"]))
     if not given:
         raise BadInput(
-            "Transitions were to be shown. None were given. Give stats.transitions(trace, gap=1), or a list."
+            "Transitions were to be shown. None were given. Give stats.transitions(trace, gap=1), or a list.",
+            argument="data",
+            value=0,
         )
     first = given[0]
     group = _group(first, "transitions", ("layer", "expert", "expert_j"))
@@ -103,7 +105,9 @@ def _group(data: xr.Dataset, what: str, own: tuple[str, ...]) -> str | None:
         raise BadInput(
             f"view.{what} was asked for. It shows {' x '.join(own)}, and one grouping; the data has "
             f"{', '.join(map(str, data['estimate'].dims)) or 'no dimensions'}. Give what stats.{what} returns, with at "
-            "most one column in `by`."
+            "most one column in `by`.",
+            argument="data",
+            value=list(data["estimate"].dims),
         )
     return others[0] if others else None
 

@@ -39,7 +39,9 @@ def expert_share(data: xr.Dataset) -> View:
     if len(groups) > 1 or "layer" not in data["estimate"].dims or "expert" not in data["estimate"].dims:
         raise BadInput(
             "view.expert_share was asked for. It shows layer x expert, and one grouping; the data has "
-            f"{', '.join(map(str, data['estimate'].dims)) or 'no dimensions'}. Give what stats.expert_share returns."
+            f"{', '.join(map(str, data['estimate'].dims)) or 'no dimensions'}. Give what stats.expert_share returns.",
+            argument="data",
+            value=list(data["estimate"].dims),
         )
     whole = data if groups else data.expand_dims("all")
     group = groups[0] if groups else "all"
@@ -83,7 +85,9 @@ def latency(bench: Bench | Mapping[str, Bench]) -> View:
     if not groups:
         raise BadInput(
             "Latency curves were to be shown. No request was measured. Run ml.benchmark with at least one request "
-            "after the warm-up."
+            "after the warm-up.",
+            argument="bench",
+            value=0,
         )
     arrays: dict[str, np.ndarray] = {}
     metrics = []

@@ -38,7 +38,9 @@ def strip(trace: Trace, sequence: int | None = None, *, start: int = 0, count: i
     if not part.n_tokens:
         raise BadInput(
             f"A strip of sequence {number} from position {start} was to be shown. The sequence has "
-            f"{trace.sequences['length'].loc[number]} tokens. Give a smaller start."
+            f"{trace.sequences['length'].loc[number]} tokens. Give a smaller start.",
+            argument="start",
+            value=start,
         )
     header, arrays = token_arrays(part, [number])
     header |= {"colours": expert_colours(trace.n_experts), "labels": [label(trace, number)]}
@@ -76,7 +78,11 @@ def diff(
     numbers = sorted({passage.sequence_number(a, n) for n in wanted})
     number = passage.layer_number(a, layer)
     if names[0] == names[1] or any("/" in name for name in names):
-        raise BadInput(f"Two runs were to be called {names}. Names differ and have no slash. Give two others.")
+        raise BadInput(
+            f"Two runs were to be called {names}. Names differ and have no slash. Give two others.",
+            argument="names",
+            value=names,
+        )
     header, arrays = _two_runs(names, token_arrays(a, numbers), token_arrays(b, numbers))
     arrays = {key: plane for key, plane in arrays.items() if not key.endswith("/entropy")}
     header |= {
@@ -122,7 +128,11 @@ def samples(log: Log, trace: Trace | None = None, *, most: int = _MOST_SAMPLES) 
     """
     frame = log.samples
     if not len(frame):
-        raise BadInput("Samples were to be shown. The evaluation has none. Run it on at least one sample.")
+        raise BadInput(
+            "Samples were to be shown. The evaluation has none. Run it on at least one sample.",
+            argument="log",
+            value=0,
+        )
     kept = frame.head(most)
     trace = log.routing if trace is None else trace
     rows = [{name: _plain(row.get(name)) for name in _SHOWN} for row in kept.to_dict("records")]
@@ -145,7 +155,9 @@ def _routing_of(frame: pd.DataFrame, trace: Trace, arrays: dict[str, np.ndarray]
     if missing:
         raise BadInput(
             f"Samples were to be shown with their routing. The trace's sequences lack {' and '.join(missing)}. "
-            "Record it while evaluating, or give its sequences these columns."
+            "Record it while evaluating, or give its sequences these columns.",
+            argument="trace",
+            value=missing,
         )
     if "counted" in trace.sequences:  # of the rows of a sample the one that stands for it
         trace = trace.select(where=trace.sequences["counted"].astype(bool))

@@ -87,7 +87,9 @@ def _matched(trace: Trace, numbers: list[int], data: xr.Dataset) -> dict[str, np
         found = f"{missing:,} of {len(rows):,} tokens are not in them" if missing else "their expert ids are others"
         raise BadInput(
             f"Contributions were to be shown along sequence {numbers[0]}. They are of other tokens: {found}. "
-            "Give expert_contributions the documents and settings that the trace was recorded with."
+            "Give expert_contributions the documents and settings that the trace was recorded with.",
+            argument="contributions",
+            value=(missing, len(rows)) if missing else "expert_id",
         )
     return {name: data[name].to_numpy()[rows] for name in ("norm", "logit")}
 
