@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -204,8 +206,23 @@ def test_means_of_experts_by_layer(net):
         edits.ablate([1, 3], 3, how="mean", mean=means)
     with refused(BadInput, "experts", [99]):
         edits.ablate(1, 99, how="mean", mean=means)
+    with refused(BadInput, "experts", [0, 8]):
+        edits.ablate(1, [0, 8], how="mean", mean=means)
     with refused(BadInput, "mean", (32,)):
         edits.ablate(1, [3, 4], how="mean", mean=MEAN)
+
+
+def test_an_edit_is_named_without_its_numbers(net):
+    """Names of edits stand in run directories."""
+    trace = forward(net, CLEAN)[1]
+    means = xr.DataArray(np.zeros((1, 8, 32)), {"layer": [1]}, ("layer", "expert", "hidden"))
+    for edit in (
+        edits.ablate(1, 3, how="mean", mean=means),
+        edits.patch("moe_out", MEAN, layer=1),
+        edits.replay(trace),
+    ):
+        assert len(repr(edit)) < 300
+        assert not {"tensor", "array", "<"} & set(re.findall(r"\w+|<", repr(edit)))
 
 
 def test_a_patch_from_a_layer_that_was_not_recorded(net):

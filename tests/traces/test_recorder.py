@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers.refusals import refused
 from tiny import tiny_mixtral
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
 from mixlens import BadInput, ModelError, Recorder, Site
 from mixlens.traces.signals import SITES
@@ -169,6 +169,32 @@ def test_a_cache_that_is_copied_for_more_rows_begins_new_ones(model):
     trace = recorder.trace()
     assert trace.read("sequence").tolist() == [0, 0, 0, 0, 1, 2]
     assert trace.read("position").tolist() == [0, 1, 2, 3, 4, 4]
+
+
+def test_what_was_forgotten_leaves_no_number_behind(model):
+    rows = prompts()
+    with torch.no_grad(), Recorder(model, signals=["moe_out"]) as fresh:
+        model(rows[0][None])
+        model(rows[3][None])
+    with torch.no_grad(), Recorder(model, signals=["moe_out"]) as recorder:
+        model(rows[1][None])
+        recorder.clear()
+        model(rows[0][None])
+        model(rows[3][None])
+    assert recorder.trace().read("sequence").tolist() == fresh.trace().read("sequence").tolist()
+    assert recorder.trace().activations("moe_out").equals(fresh.trace().activations("moe_out"))
+
+
+def test_a_generation_config_may_stand_behind_the_prompt(model):
+    ids, config = prompts()[0][None], GenerationConfig(max_new_tokens=3, do_sample=False)
+    with Recorder(model) as recorder:
+        model.generate(ids, config)
+    assert recorder.trace().read("phase").tolist() == [0] * ids.shape[1] + [1] * 2
+
+
+def test_lengths_that_the_batch_does_not_have_are_refused(model):
+    with refused(BadInput, "lengths", [2, 9]), torch.no_grad(), Recorder(model, lengths=[2, 9]):
+        model(torch.ones(2, 4, dtype=torch.long))
 
 
 def test_a_recorder_within_a_recorder_gives_generate_back_in_turn(model):

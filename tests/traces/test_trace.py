@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import duckdb
 import numpy as np
 import pandas as pd
@@ -200,7 +202,7 @@ def test_display_rich_and_plain_are_escaped():
         np.zeros((1, 2, 2), int), n_experts=8, sequences=pd.DataFrame({"document_id": ["<script>alert(1)</script>"]})
     )
     assert "<script>alert" not in trace._repr_html_()
-    assert "1 tokens in 1 documents, 2 layers, top-2 of 8" in repr(trace)
+    assert re.findall(r"\d+", repr(trace)) == ["1", "1", "2", "2", "8"]
 
 
 def test_pieces_show_bytes_as_the_character_they_make():
