@@ -199,11 +199,14 @@ def test_a_front_wants_less_of_costs_and_more_of_shares():
 )  # fmt: skip
 def test_the_overview_of_schemes_has_every_number_in_its_unit(quantity, factor):
     value = 123_456_789.0 if quantity == "bytes" else 0.4567891
+    decimals = {"bytes": 2, "expert_bits": 2, "ttft_s": 1, "tpot_s": 2, "perplexity": 3, "mmlu acc": 3}.get(quantity, 4)
     found = schemes_of(a={"bytes": 1e6, "kl": 0.0} | {quantity: value}, b={"bytes": 2e6, "kl": 0.5})
     table = found.overview()
     cells = [shown_numbers(cell) for cell in table.loc["a"]]
     assert any(
         len(cell) == 3 and np.allclose(cell, [factor * value * x for x in (1, 0.9, 1.1)], rtol=2e-2) for cell in cells
     )
+    assert f"{factor * value:,.{decimals}f}" in " ".join(table.loc["a"]).replace(" [", " ").split()
+    assert [scheme for scheme, mark in table["on the front"].items() if mark] == sorted(found.front())
     if quantity not in ("bytes", "kl"):
         assert "n/a" in table.loc["b"].tolist()

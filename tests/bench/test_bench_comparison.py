@@ -46,6 +46,7 @@ def test_ratios_are_of_the_statistics_of_each():
         assert (found["n_a"], found["n_b"], found["paired"]) == (4, 4, False)
     assert compared.table.query("statistic == 'p99'").empty
     assert row(compared, "system_requests_per_s", "rate")["ratio"] == pytest.approx(6.2 / 11.6, rel=0.05)
+    assert compared.table.index.tolist() == list(range(len(compared.table)))
     assert "what drifted between them" in repr(compared)
     assert "b / a" in compared._repr_html_()
 

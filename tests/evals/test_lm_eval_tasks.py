@@ -147,6 +147,15 @@ def test_a_task_file_that_cannot_be_loaded_is_refused(demo, tmp_path, text, name
         ml.evaluate(demo, str(path), settings=QUIET)
 
 
+def test_a_name_that_nobody_has_is_told_from_one_whose_data_is_not_here(demo):
+    with refused(ml.BadInput, "tasks", "sciq") as known:
+        ml.evaluate(demo, "sciq", settings=QUIET)
+    with refused(ml.BadInput, "tasks", "sciqq") as unknown:
+        ml.evaluate(demo, "sciqq", settings=QUIET)
+    assert known.value.__cause__ is not None  # what lm-eval said when it loaded the task
+    assert unknown.value.__cause__ is None
+
+
 def test_files_of_a_benchmark_are_named_by_their_checksums(demo, shared):
     log = ml.evaluate(demo, "mmlu_5shot::anatomy", data=shared / "data", limit=1, settings=QUIET)
     sums = log.meta["tasks"]["mmlu_5shot::anatomy"]["data"]["sha256"]

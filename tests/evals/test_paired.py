@@ -188,9 +188,10 @@ def test_what_cannot_be_compared_is_refused_with_the_reason():
         compare_logs(a, log({"x": [1.0, 0.0]}, version="2"))
     with refused(BadInput, "tasks", (["x"], ["z"])):
         compare_logs(a, log({"z": [1.0]}, benchmark="other"))
-    other = log({"x": [1.0, 0.0]})
-    other.records[1]["doc_hash"] = "changed"
-    with refused(BadInput, "samples", ("x", 1, 1)):
+    a, other = log({"x": [1.0, 0.0, 1.0]}), log({"x": [1.0, 0.0, 1.0]})
+    for record in other.records[1:]:
+        record["doc_hash"] = "changed"
+    with refused(BadInput, "samples", ("x", 1, 2)):
         compare_logs(a, other)
     empty = log({"x": [1.0]})
     empty.records[0]["sample_id"] = 7

@@ -117,10 +117,28 @@ def test_wilson_s_interval_solves_its_equation(successes, n, level):
 def test_near_ties_are_of_the_two_likeliest_and_by_length_where_accuracy_is():
     frame = pd.DataFrame(
         {
-            "task": ["t", "t", "n", "n", "t", "t"],
-            "sample_id": range(6),
-            "choices": [[" a", " b", " c"], [" a", " b", " c"], [" ab", " abcd"], [" ab", " abcd"], None, [" a"]],
-            "logprobs": [[-3, -1.00005, -1.0], [-1.0, -1.0002, -3], [-1.0, -2.00001], [-1.0, -1.00001], None, [-1.0]],
+            "task": ["t", "t", "n", "n", "t", "t", "t", "t"],
+            "sample_id": range(8),
+            "choices": [
+                [" a", " b", " c"],
+                [" a", " b", " c"],
+                [" ab", " abcd"],
+                [" ab", " abcd"],
+                None,
+                [" a"],
+                None,
+                [" a", " b"],
+            ],
+            "logprobs": [
+                [-3, -1.00005, -1.0],
+                [-1.0, -1.0002, -3],
+                [-1.0, -2.00001],
+                [-1.0, -1.00001],
+                None,
+                [-1.0],
+                [-1.0, -1.0],
+                None,
+            ],
         }
     )
     ties = near_ties(frame, by_length={"n"}).set_index("sample_id")

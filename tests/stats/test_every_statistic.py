@@ -214,6 +214,7 @@ def test_flips_by_margin(case):
     found = ml.stats.flips_by_margin(case.trace, other.trace, pooled=False, bootstrap=QUICK)
     pooled = ml.stats.flips_by_margin(case.trace, other.trace, bootstrap=QUICK)
     assert found.margin.values.tolist() == edges
+    assert "layer" not in pooled.coords
     assert found.margin_from.values.tolist() == [0, *edges[:-1]]
     choices, flipped = np.zeros((2, len(case.layers), 10))
     for place in range(len(case.layers)):

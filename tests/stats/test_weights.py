@@ -57,3 +57,11 @@ def test_other_layers_are_refused():
         similarity_and_coactivation(alike.sel(layer=[3]), together)
     with refused(BadInput, "dims", (("matrix", *PAIR), PAIR)):
         similarity_and_coactivation(alike.expand_dims(matrix=["w1"]), together)
+
+
+def test_experts_that_are_all_alike_have_no_correlation():
+    dims = ("layer", "expert", "expert_j")
+    alike = xr.DataArray(np.ones((1, 4, 4)), {"layer": [0]}, dims)
+    together = xr.Dataset({"estimate": (dims, np.random.default_rng(0).uniform(size=(1, 4, 4)))}, {"layer": [0]})
+    found = similarity_and_coactivation(alike, together, permutations=20)
+    assert all(np.isnan(float(found[name])) for name in ("r", "null_low", "null_high", "p"))
