@@ -64,4 +64,4 @@ def test_experts_that_are_all_alike_have_no_correlation():
     alike = xr.DataArray(np.ones((1, 4, 4)), {"layer": [0]}, dims)
     together = xr.Dataset({"estimate": (dims, np.random.default_rng(0).uniform(size=(1, 4, 4)))}, {"layer": [0]})
     found = similarity_and_coactivation(alike, together, permutations=20)
-    assert all(np.isnan(float(found[name])) for name in ("r", "null_low", "null_high", "p"))
+    assert all(np.isnan(found[name]).all() for name in ("r", "null_low", "null_high", "p"))
