@@ -100,6 +100,14 @@ def test_flips_by_margin_by_hand(make_trace, tokens_of, in_small_blocks):
     assert together.margin_from.values.tolist() == [0.0, *MARGINS[:-1]]
 
 
+def test_an_expert_left_out_for_good_is_beyond_every_margin():
+    """A forbidden expert has the logit -inf, so the margin is infinite."""
+    logits = np.array([[[2.0, 1.0, -np.inf]], [[2.0, 1.0, 0.5]]], np.float32)
+    a, b = (Trace.from_arrays(np.tile([0, 1], (2, 1, 1)), n_experts=3, router_logits=logits) for _ in range(2))
+    found = flips_by_margin(a, b, bootstrap=QUICK)
+    assert dict(zip(MARGINS, found.n.values.tolist(), strict=True)) == dict.fromkeys(MARGINS, 0) | {1.0: 1, np.inf: 1}
+
+
 def test_margins_need_logits_and_an_expert_left_out(make_trace):
     with refused(MissingSignal, "router_logits", "flips_by_margin"):
         flips_by_margin(make_trace(logits=False), make_trace())
