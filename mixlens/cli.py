@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from mixlens import comparing_commands, intervening_commands
 from mixlens.arguments import numbers, read, reading_arguments, table
@@ -21,6 +24,7 @@ from mixlens.models import audit_commands
 if TYPE_CHECKING:
     import xarray as xr
 
+_STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 # What `mixlens stats` can compute: the name of a function in mixlens.stats, and what it tells.
@@ -44,9 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; gives the exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     arguments = _parser().parse_args(argv)
     try:
-        result = arguments.run(arguments)
-        if result is not None:
-            print(json.dumps(result, indent=1, default=str) if arguments.json else _plain(result))
+        with contextlib.redirect_stdout(_Visible(sys.stdout)):
+            result = arguments.run(arguments)
+            if result is not None:
+                print(json.dumps(result, indent=1, default=str) if arguments.json else _plain(result))
         sys.stdout.flush()
     except MixlensError as error:
         _say_failure(error, as_json=arguments.json)
@@ -62,7 +67,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _say_failure(error: MixlensError, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"error": type(error).__name__, "message": str(error)}))
-    print(f"mixlens: {error}", file=sys.stderr)
+    print(f"mixlens: {error}", file=_Visible(sys.stderr))
+
+
+class _Visible(io.TextIOBase):
+    """A terminal that nothing printed can steer: of control and direction characters it shows the escapes."""
+
+    def __init__(self, terminal: TextIO) -> None:
+        self._terminal = terminal
+
+    def write(self, text: str) -> int:
+        shown = _STEERING.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+        self._terminal.write(shown)
+        return len(text)
+
+    def flush(self) -> None:
+        self._terminal.flush()
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -44,14 +44,6 @@ def test_record_again_goes_on_to_the_same_end(run, corpus, capsys):
     assert result["tokens"] == Trace.open(run).n_tokens
 
 
-def test_every_statistic_prints(run, capsys):
-    for name in cli.STATISTICS:
-        code, result = said(capsys, "stats", str(run), name, "--layers", "0,7" if name != "transitions" else "0,1")
-        assert code == 0
-        assert result["rows"], name
-        assert {"estimate", "ci_low", "ci_high", "n"} <= set(result["rows"][0]), name
-
-
 def test_stats_for_a_person_and_as_csv(run, capsys, tmp_path):
     assert cli.main(["stats", str(run), "repetition", "--by", "domain"]) == 0
     text = capsys.readouterr().out
@@ -79,30 +71,30 @@ def test_info_verify_names_an_altered_file(corpus, tmp_path, capsys):
     capsys.readouterr()
     code, result = said(capsys, "info", str(tmp_path / "run"), "--verify")
     assert code == cli.EXIT_FAILED
-    assert "sequences.parquet has" in result["message"]
+    assert "sequences.parquet" in result["message"]
 
 
 @pytest.mark.parametrize(
-    ("argv", "message"),
+    ("argv", "named"),
     [
-        (["info", "nowhere"], "The folder is not there"),
-        (["report", "nowhere"], "The folder is not there"),
-        (["record", "demo", "nothing.jsonl", "--out", "x"], "cannot be read"),
-        (["record", "nowhere/model", "BAD", "--out", "x"], "Line 2 is not JSON"),
-        (["record", "demo", "GOOD", "--out", "x", "--text", "body"], "none called 'body'"),
-        (["record", "demo", "GOOD", "--out", "x", "--signals", "moe_ot"], "moe_out is near"),
-        (["record", "demo", "GOOD", "--out", "x", "--max-length", "3"], "limit is 3"),
-        (["stats", "RUN", "repetition", "--by", "topic"], "topic"),
-        (["stats", "RUN", "repetition", "--layers", "0,nine"], "no numbers"),
-        (["stats", "RUN", "repetition", "--layers", "99"], "layers 0 to 7"),
-        (["stats", "RUN", "repetition", "--csv", "no/such/folder/x.csv"], "Cannot save file into a non-existent"),
-        (["info", "FOREIGN"], "meta.json is not one that mixlens wrote"),
-        (["report", "FOREIGN"], "meta.json is not one that mixlens wrote"),
-        (["record", "demo", "CUT", "--out", "x"], "end-of-stream marker"),
-        (["record", "demo", "GOOD", "--out", "x", "--device-map", "mars"], "torch knows no device 'mars'"),
+        (["info", "nowhere"], ["nowhere"]),
+        (["report", "nowhere"], ["nowhere"]),
+        (["record", "demo", "nothing.jsonl", "--out", "x"], ["nothing.jsonl"]),
+        (["record", "nowhere/model", "BAD", "--out", "x"], ["bad.jsonl", "Line 2"]),
+        (["record", "demo", "GOOD", "--out", "x", "--text", "body"], ["body"]),
+        (["record", "demo", "GOOD", "--out", "x", "--signals", "moe_ot"], ["moe_ot", "moe_out"]),
+        (["record", "demo", "GOOD", "--out", "x", "--max-length", "3"], ["3"]),
+        (["stats", "RUN", "repetition", "--by", "topic"], ["topic", "domain"]),
+        (["stats", "RUN", "repetition", "--layers", "0,nine"], ["0,nine"]),
+        (["stats", "RUN", "repetition", "--layers", "99"], ["99", "0 to 7"]),
+        (["stats", "RUN", "repetition", "--csv", "no/such/folder/x.csv"], ["no/such/folder/x.csv"]),
+        (["info", "FOREIGN"], ["meta.json"]),
+        (["report", "FOREIGN"], ["meta.json"]),
+        (["record", "demo", "CUT", "--out", "x"], ["cut.jsonl.gz"]),
+        (["record", "demo", "GOOD", "--out", "x", "--device-map", "mars"], ["mars"]),
     ],
 )
-def test_mistakes_end_with_a_message_and_a_status(argv, message, run, tmp_path, capsys, monkeypatch):
+def test_mistakes_end_with_a_message_and_a_status(argv, named, run, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "good.jsonl").write_text('{"text": "one text of several words"}\n')
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\nnot json\n')
@@ -113,7 +105,7 @@ def test_mistakes_end_with_a_message_and_a_status(argv, message, run, tmp_path, 
     code = cli.main([names.get(word, word) for word in argv])
     error = capsys.readouterr().err
     assert code == cli.EXIT_FAILED
-    assert message in error
+    assert all(name in error for name in named)
     assert "Traceback" not in error
 
 
