@@ -47,7 +47,6 @@ def test_ratios_are_of_the_statistics_of_each():
     assert compared.table.query("statistic == 'p99'").empty
     assert row(compared, "system_requests_per_s", "rate")["ratio"] == pytest.approx(6.2 / 11.6, rel=0.05)
     assert compared.table.index.tolist() == list(range(len(compared.table)))
-    assert "what drifted between them" in repr(compared)
     assert "b / a" in compared._repr_html_()
 
 
@@ -58,7 +57,6 @@ def test_pairs_take_out_what_drifts_for_both():
     assert row(apart, "ttft_s", "mean")["ci_low"] < 1
     found = row(together, "ttft_s", "mean")
     assert (found["ci_low"], found["ci_high"]) == pytest.approx((1.1, 1.1), abs=1e-6)
-    assert "pairs, of which both must have succeeded" in repr(together)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.01])  # in all more than a second, and less
@@ -86,7 +84,6 @@ def test_throughput_is_paired_by_turn(scale):
     alone = compare_benches(*pair(drift, [1.2 * d for d in drift], turns=True))
     found = row(alone, "system_requests_per_s", "rate")
     assert found["ci_high"] == pytest.approx(found["ci_low"])
-    assert "throughput of the system is paired by turn" in repr(alone)
 
 
 def test_the_interval_of_turns_holds_the_true_ratio_as_often_as_it_says():

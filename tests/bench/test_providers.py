@@ -143,7 +143,7 @@ def test_providers_and_prices_of_now_on_the_command_line(capsys, monkeypatch):
     assert "listed" in text
     assert "published" in text
     assert cli.main(["cost", *workload, "--live"]) == cli.EXIT_FAILED
-    assert "listed by model, and none is named" in capsys.readouterr().err
+    assert "--model" in capsys.readouterr().err
     assert cli.main(["providers", "run"]) == cli.EXIT_FAILED
     assert "Give NAME=RUN" in capsys.readouterr().err
 

@@ -211,19 +211,18 @@ def test_what_the_hub_refuses_is_said_before_a_model_is_asked(hub, tmp_path):
         ([MMLU_DE], {}, {"revisions": {"alexandrainst/m_mmlu": "v9"}}),
         ([MMLU_DE], {}, {"revisions": {"cais/mmlu": "main"}}),
     )
-    for said in (gated, down, gone, absent):
-        assert re.match(r"BadInput: The data set [\w/-]+.* was to be read\. The Hub did not give it: ", said), said
-    assert "access to it is restricted. Ask for access on its page there, then log in: hf auth login." in gated
-    assert "the Hub answered 503. Try again later" in down
-    assert "there is no such repository, or it is private. Give a folder that holds the benchmark" in gone
-    assert "KeyError: 'test'. Check the task file, and that its data" in other
-    assert "it has no such revision. Give one of its branches" in absent
-    assert (
-        "cais/mmlu was to be read at a revision of its own. The protocols asked for read alexandrainst/m_mmlu"
-        in stranger
-    )
+    for said, names in (
+        (gated, ("openai/gsm8k", "hf auth login")),
+        (down, ("cais/mmlu", "503")),
+        (gone, ("Rowan/hellaswag", "private")),
+        (other, ("arc_easy_0shot", "KeyError: 'test'")),
+        (absent, ("alexandrainst/m_mmlu", "revision")),
+        (stranger, ("cais/mmlu", "alexandrainst/m_mmlu")),
+    ):
+        assert said.startswith("BadInput: ")
+        assert all(name in said for name in names)
     (away,) = evaluate_in_children("http://127.0.0.1:9", tmp_path / "home", ([MMLU_DE], {}))
-    assert "the Hub cannot be reached, and it is not cached. Check the network, or give a local folder." in away
+    assert "cannot be reached" in away
 
 
 def test_the_suite_of_the_paper_from_the_command_line(hub, tmp_path):

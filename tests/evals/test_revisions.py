@@ -49,7 +49,7 @@ def test_revisions_that_cannot_be_are_said(capsys):
         with refused(ml.BadInput, *said):
             ml.evaluate("demo", "gsm8k_5shot", settings=ml.EvalSettings(revisions=revisions))  # type: ignore[arg-type]
     assert main(["eval", "demo", "demo_0shot", "--data-revision", "openai/gsm8k"]) == 1
-    assert "It names no data set or no revision. Write it as in" in capsys.readouterr().err
+    assert "--data-revision" in capsys.readouterr().err
 
 
 def test_a_revision_of_a_data_set_that_no_task_reads_is_refused(tmp_path):

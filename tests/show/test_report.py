@@ -116,7 +116,7 @@ def test_what_cannot_be_computed_is_named_with_its_reason(tmp_path, trace):
     bare = Trace.from_arrays(trace.read("expert_id"), n_experts=8, tokens={"sequence": trace.read("sequence")})
     page = report(bare, tmp_path / "bare.html").read_text("utf-8")
     missing = unescape(page.split("<h2>Not computed</h2>")[1].split("</section>")[0])
-    assert "routing_entropy needs router_logits. This trace has sequence, position, phase, expert_id" in missing
+    assert "routing_entropy needs router_logits" in missing
     assert "vocabulary_specialization needs token_id" in missing
     assert "statistics by domain" in missing
     assert "switch_loss needs router_logits" in missing
@@ -130,7 +130,7 @@ def test_several_runs_come_with_their_agreement(tmp_path):
     page = report([saved.path, first, other], tmp_path / "three.html").read_text("utf-8")
     assert "<h2>saved: Summary</h2>" in page
     assert "<h2>trace 2: Summary</h2>" in page
-    assert "How far saved and trace 2 route the same tokens alike. n = 80 tokens, 1 document." in page
+    assert "n = 80 tokens, 1 document." in page
     assert "<h2>saved and trace 3</h2><p>Not computed: " in page
 
 

