@@ -133,6 +133,7 @@ def assert_sequences(trace: ml.Trace, truth: Told) -> None:
     number = trace.read("sequence")
     _, renumbered = np.unique(number, return_inverse=True)
     np.testing.assert_array_equal(renumbered, np.unique(truth.columns["sequence"], return_inverse=True)[1])
+    assert set(trace.sequences) == {*truth.table, "document_id", "length"}
     for column in truth.table:
         mine = truth.table[column].to_numpy()[truth.columns["sequence"]]
         np.testing.assert_array_equal(trace.sequences.loc[number, column].to_numpy(), mine, err_msg=column)

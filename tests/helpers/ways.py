@@ -109,7 +109,13 @@ class Recorders:
         """`silent` are rows of the batches, among all, that had no token."""
         table = table_of(len(rows) + len(silent))
         heard = table.drop(table.index[list(silent)])
-        return Way({plan: rec.trace(table) for plan, rec in self.of.items()}, rows, prompts, heard, scores_prompts)
+        return Way(
+            {plan: rec.trace(table.set_index(table.index + 7)) for plan, rec in self.of.items()},  # of no meaning to us
+            rows,
+            prompts,
+            heard,
+            scores_prompts,
+        )
 
 
 def one_batch(side: str, **options: Any) -> Way:

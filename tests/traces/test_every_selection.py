@@ -65,6 +65,20 @@ def test_a_selection_has_the_tokens_and_layers_that_were_asked_for(way, selectio
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize("way", ["generate", "record"])
+def test_blocks_of_a_selection_are_whole_sequences_of_it(way, selection):
+    view, truth = selected(way_of(way).traces["all"], truth_of(way), selection)
+    names = ("sequence", "position", "phase", "token_id", "expert_id", "weight")
+    blocks = list(view.blocks(*names, tokens=3))
+    numbers = [set(block["sequence"].tolist()) for block in blocks]
+    assert not any(a & b for i, a in enumerate(numbers) for b in numbers[:i])
+    for name in names[:4]:
+        assert [value for block in blocks for value in block[name].tolist()] == truth.columns[name].tolist()
+    for name in names[4:]:
+        assert [value for block in blocks for value in block[name].tolist()] == view.read(name).tolist()
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
 def test_a_selection_of_a_selection_has_what_both_keep(selection):
     whole = truth_of("generate")
     view, truth = selected(way_of("generate").traces["all"], whole, "everything at once")

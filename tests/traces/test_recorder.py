@@ -317,6 +317,24 @@ def test_what_a_failed_forward_left_does_not_enter_the_trace(model):
     assert len(trace.sequences) == 1
 
 
+def test_recording_adds_nothing_to_the_graph_of_a_training_step(model):
+    ids = prompts()[1][None]
+
+    def step(*signals):
+        model.zero_grad()
+        with Recorder(model, signals=signals):
+            model(ids, labels=ids).loss.backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        plain = step()
+        without = len(kept)
+        recorded = step(*SITES)
+    assert len(kept) == 2 * without
+    assert all(torch.equal(a, b) for a, b in zip(plain, recorded, strict=True))
+
+
 def test_recomputation_during_backward_is_not_recorded(model):
     model.train()
     model.gradient_checkpointing_enable()
