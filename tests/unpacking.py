@@ -23,6 +23,8 @@ def unpack(text: str) -> tuple[dict, dict[str, np.ndarray]]:
     raw = gzip.decompress(bytes_of(text))
     length = int.from_bytes(raw[:4], "little")
     header = json.loads(raw[4 : 4 + length])
+    # JavaScript reads numbers where they lie only at multiples of their size.
+    assert all((4 + length + offset) % 8 == 0 for _, _, offset in header["arrays"].values())
     arrays = {
         name: np.frombuffer(raw, np.dtype(_TYPES[dtype]), int(np.prod(shape)), 4 + length + offset).reshape(shape)
         for name, (dtype, shape, offset) in header["arrays"].items()

@@ -352,6 +352,7 @@ def test_quantized_weights_count_what_they_hold():
         ({"batch": 0}, ("batch", [0])),
         ({"batch": (2, 2)}, ("batch", [2, 2])),
         ({"requests": 0}, ("requests", (0, 1, 600.0))),
+        ({"settings": replace(QUIET, max_seconds=0.0)}, ("requests", (2, 1, 0.0))),
         ({"workload": Workload(500, 13)}, ("prompt_tokens", 500)),
         ({"workload": Workload(output_tokens=2, prompts=["a"])}, ("tokenizer",)),
         ({"settings": ml.BenchSettings()}, ("model", "MixtralForCausalLM")),

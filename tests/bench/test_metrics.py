@@ -202,5 +202,7 @@ def test_answers_without_a_finish_reason_are_counted_where_others_have_one():
     assert unfinished([named, *cut]) == 2
     assert unfinished([dataclasses.replace(named, phase="warm-up"), *cut]) == 2
     assert unfinished(cut) == 0  # a server that never says so
+    assert unfinished([dataclasses.replace(named, outcome="malformed"), *cut]) == 0  # and one that failed says nothing
+    assert unfinished([named, *(dataclasses.replace(record, outcome="connect") for record in cut)]) == 0
     bench = Bench([named, *cut], {"endpoint": {"model": "m", "url": "http://127.0.0.1"}, "created": "today"})
     assert any("2 of 3 successes" in remark for remark in bench.remarks())

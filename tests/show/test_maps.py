@@ -59,6 +59,10 @@ def test_importance_against_share(data):
     for layer, line in enumerate(ax.lines[:4]):
         np.testing.assert_array_equal(line.get_xdata(), one.share.sel(layer=layer))
         np.testing.assert_array_equal(line.get_ydata(), one.estimate.sel(layer=layer))
+    assert "nats" in ax.get_ylabel()
+    other = show.importance_against_share(one.assign_attrs(unit="", metric="module.margin"))
+    assert "margin" in other.get_ylabel()
+    assert "nats" not in other.get_ylabel()
 
 
 def test_topk_curve():

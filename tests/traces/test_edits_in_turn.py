@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import numpy as np
+import pytest
 import torch
 from helpers.bare import Change, alone, softmax
 from helpers.ways import net, texts
@@ -72,6 +73,17 @@ def in_turn(steps, logits):
 
 @given(steps)
 def test_edits_act_each_on_what_those_before_it_left(steps):
+    assert_in_turn(steps)
+
+
+@pytest.mark.parametrize("source", range(EXPERTS))
+def test_what_was_rerouted_may_be_outdone_by_a_later_edit(source):
+    """It is chosen for its logit, and not forced."""
+    for target in {*range(EXPERTS)} - {source}:
+        assert_in_turn([("reroute", source, target), ("add", -1.5, frozenset({target}))])
+
+
+def assert_in_turn(steps):
     natural = Change(decide=lambda layer, _t, logits: in_turn(steps if layer == LAYER else (), logits))
     expected = alone(net(), ROW, natural)
     with torch.no_grad(), ml.Recorder(net()) as recorder, ml.edit(net(), *map(made, steps)):

@@ -206,6 +206,8 @@ def test_means_of_experts_by_layer(net):
         edits.ablate([1, 3], 3, how="mean", mean=means)
     with refused(BadInput, "experts", [99]):
         edits.ablate(1, 99, how="mean", mean=means)
+    with refused(BadInput, "mean", 31):
+        forward(net, CLEAN, edits.ablate(1, 3, how="mean", mean=torch.zeros(31)))
     with refused(BadInput, "experts", [0, 8]):
         edits.ablate(1, [0, 8], how="mean", mean=means)
     with refused(BadInput, "mean", (32,)):
