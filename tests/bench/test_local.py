@@ -9,6 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from helpers.displayed import intervals
 from helpers.refusals import refused
 from tiny import tiny_mixtral
 
@@ -198,6 +199,10 @@ def test_a_run_on_disk_opens_as_what_was_measured(tmp_path):
     assert run(model, None, out=tmp_path / "run").meta == opened.meta
     assert "cpu" in json.dumps(opened.meta["model"]["devices"])
     assert "Routing was recorded in every call" in repr(opened)
+    (said,) = (remark for remark in bench.remarks() if "GB/s" in remark)
+    rates = [bench.meta["machine"][name] for name in ("bandwidth_bytes_per_s", "matmul_flops_per_s")]
+    for found, rate in zip(intervals(said.replace(" GB/s", "").replace(" GFLOP/s", "")), rates, strict=True):
+        assert found == pytest.approx([rate[name] / 1e9 for name in ("estimate", "ci_low", "ci_high")], abs=0.051)
     with refused(RunError, "out", ["requests"]):
         run(model, None, out=tmp_path / "run", requests=3)
 

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
+from mixlens.evals import data
+
 FILES = Path(__file__).parents[2] / "evals"
 STOPS_OF_CODE = ["\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n@"]  # Chen et al. 2021, and of their harness
 ENDS = ["Question:", "</s>", "<|im_end|>"]
@@ -116,3 +118,10 @@ def test_code_is_unsafe_and_no_other_task_is():
     assert {name for name in (*CHOICES, *GENERATED) if task_file(name).get("unsafe_code")} == {
         name for name in GENERATED if name.startswith(("humaneval", "mbpp"))
     }
+
+
+@pytest.mark.parametrize(("subset", "shots", "asked"), [("full", 9, 500), ("sanitized", 7, 257)])
+def test_mbpp_has_its_two_subsets(shared, subset, shots, asked):
+    """974 problems, of which 11 to 510 are asked; of the 427 verified by hand 257 lie there (Austin et al. 2021)."""
+    splits = data.mbpp(subset, str(shared / "data"))
+    assert (len(splits["prompt"]), len(splits["test"])) == (shots, asked)

@@ -125,3 +125,19 @@ def test_beside_another_protocol_or_a_part_of_the_questions_is_no_difference(log
     assert not compared["comparable"].any()
     assert compared["difference"].isna().all()
     assert (compared["why_not"] != "").all()
+
+
+def test_a_published_macro_average_stands_beside_ours():
+    """9 of 10 and 20 of 100: of all samples 26.4 %, of the two subjects on average 55 %."""
+    right = {"mmlu_5shot::a": (9, 10), "mmlu_5shot::b": (20, 100)}
+    records = [
+        {"task": task, "sample_id": i, "metrics": {"acc": float(i < yes)}, "correct": float(i < yes)}
+        for task, (yes, n) in right.items()
+        for i in range(n)
+    ]
+    about = {"benchmark": "mmlu", "protocol": "mmlu_5shot", "primary": "acc"}
+    tasks = {task: about | {"metrics": {"acc": {"aggregation": "mean"}}} for task in right}
+    log = Log(records, {"model": {"name": BASE}, "tasks": tasks, "settings": {"limit": None}})
+    scores = beside(log).query("protocol == 'mmlu_5shot'").set_index("published")["score"]
+    assert scores.loc[71.34] == pytest.approx(55.0)
+    assert scores.loc[70.6] == pytest.approx(100 * 29 / 110)

@@ -179,6 +179,9 @@ def test_selections_that_cannot_be_made_say_why():
         make().select(where={"topic": "x"})
     with refused(BadInput, "layers", [5]):
         make().select(layers=[5])
+    with refused(BadInput, "layers", [2]) as caught:
+        make(layers=5).select(layers=[0, 1, 3]).select(layers=[2])
+    assert "0, 1, 3" in str(caught.value)
     with refused(BadInput, "phase", "answer"):
         make().select(phase="answer")
 
