@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+from helpers.displayed import numbers
 from helpers.refusals import refused
 from tiny import tiny_mixtral
 from torch import nn
@@ -47,6 +48,32 @@ def test_a_plain_model_is_what_its_parameters_say():
     assert (found.label, found.of_bf16, found.remarks) == ("bfloat16", 1.0, ())
     assert found.table["share"].sum() == pytest.approx(1)
     assert ml.audit(unfuse(model)).summary() == found.summary()
+
+
+def test_every_number_of_every_row_as_a_table_and_as_text():
+    model = tiny_mixtral()
+    model.lm_head.to(torch.bfloat16)
+    parts = {
+        "attention": ".self_attn.",
+        "router": ".gate.",
+        "experts": ".experts.",
+        "embeddings": "embed_",
+        "norms": "norm",
+    }
+    parts["head"] = "lm_head"
+    held = {kind: [p for name, p in model.named_parameters() if part in name] for kind, part in parts.items()}
+    total = sum(p.numel() for p in model.parameters())
+    found = ml.audit(model)
+    lines = {line.split()[0]: numbers(line)[-5:] for line in repr(found).splitlines() if line.split()[:1]}
+    for kind, own in held.items():
+        (row,) = found.table[found.table["kind"] == kind].to_dict("records")
+        weights, size = sum(p.numel() for p in own), sum(p.nbytes for p in own)
+        expected = [weights, weights / total, size, 8 * size / weights, size / (2 * weights)]
+        columns = ("weights", "share", "bytes", "bits_per_weight", "of_bf16")
+        assert [row[name] for name in columns] == pytest.approx(expected)
+        assert lines[kind] == pytest.approx([weights, 100 * weights / total, *expected[2:]], abs=0.051)
+    whole = sum(p.nbytes for p in model.parameters())
+    assert lines["all"][-4:] == pytest.approx([100, whole, 8 * whole / total, whole / (2 * total)], abs=0.051)
 
 
 @pytest.mark.parametrize("name", ON_CPU)

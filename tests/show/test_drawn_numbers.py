@@ -229,3 +229,9 @@ def test_of_a_domain_the_heat_map_is_of_that_domain():
 def test_numbers_without_a_document_are_counted_as_tokens_of_none():
     data = xr.Dataset.drop_vars(shares(), "n_documents")
     assert len(see.numbers(see.note(show.expert_share(data, layer=5)))) == 4
+
+
+def test_lines_are_named_where_there_are_several():
+    several = show.by_layer(shares().sel(expert=0)).get_legend()
+    assert [text.get_text() for text in several.get_texts()][:3] == list(DOMAINS)
+    assert show.by_layer(shares().sel(expert=0, domain=DOMAINS[0])).get_legend() is None
