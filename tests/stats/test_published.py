@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import math
+
+import pytest
+
 from mixlens.stats import table5
 
 # As in the paper's Table 5, percent: first choice at layers 0, 15, 31; first or second choice at the same layers.
@@ -24,5 +28,7 @@ def test_table5_is_that_of_the_paper():
             for layer, percent in zip([0, 15, 31], row.split(), strict=True):
                 value = found["estimate"].sel(domain=name.strip(), layer=layer, choice=choice).item()
                 assert f"{100 * value:.1f}" == percent
+    # By chance: 1 of 8 is the same again; 1 less the chance that none of two is among the other six of eight.
+    assert found.attrs["uniform"] == pytest.approx([1 / 8, 1 - math.comb(6, 2) / math.comb(8, 2)], abs=5e-5)
     assert "2401.04088" in found.attrs["source"]
     assert "Table 5" in found.attrs["source"]
