@@ -235,3 +235,13 @@ def test_lines_are_named_where_there_are_several():
     several = show.by_layer(shares().sel(expert=0)).get_legend()
     assert [text.get_text() for text in several.get_texts()][:3] == list(DOMAINS)
     assert show.by_layer(shares().sel(expert=0, domain=DOMAINS[0])).get_legend() is None
+
+
+@pytest.mark.parametrize("least", [0.0, 0.01])
+def test_colours_of_changes_reach_to_the_largest_and_as_far_below_zero(least):
+    data = made_up({"layer": LAYERS, "expert": range(8)}, statistic="expert_importance", unit="nats", metric="loss",
+                   how="zero")  # fmt: skip
+    data["estimate"][0, 0], data["estimate"][1, 1] = least, -0.3
+    mesh = show.importance(data).collections[0]
+    largest = float(abs(data.estimate).max())
+    assert mesh.get_clim() == pytest.approx((-largest, largest))
