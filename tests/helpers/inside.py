@@ -24,3 +24,4 @@ from mixlens.runs import versions as versions
 from mixlens.show.analysis import Analysis as Analysis
 from mixlens.show.findings import findings as findings
 from mixlens.stats.bootstrap import t_quantile as t_quantile
+from mixlens.traces.trace import from_parts as from_parts

@@ -8,6 +8,7 @@ import duckdb
 import numpy as np
 import pandas as pd
 import pytest
+from helpers.inside import from_parts
 from helpers.refusals import refused
 
 from mixlens import BadInput, MissingSignal, RunError, Trace, concat
@@ -198,6 +199,15 @@ def test_an_empty_selection_reads_as_empty_columns():
     empty = make().select(tokens=[999])
     assert empty.n_tokens == 0
     assert empty.read("expert_id").shape == (0, 3, 2)
+
+
+def test_a_process_without_a_part_reads_empty_columns_of_the_same_shapes():
+    whole = make()
+    none = from_parts([], whole.sequences[:0], whole.meta | {"signals": list(whole.signals)}, whole.layers)
+    assert (none.n_tokens, none.signals) == (0, whole.signals)
+    for name in whole.signals:
+        found, wanted = none.read(name), whole.read(name)
+        assert (found.shape, found.dtype) == ((0, *wanted.shape[1:]), wanted.dtype), name
 
 
 def test_display_rich_and_plain_are_escaped():
