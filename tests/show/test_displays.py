@@ -45,6 +45,17 @@ def test_a_long_trace_is_cut_and_says_so():
     assert "their first 2,000 tokens" in long._repr_html_()
 
 
+@pytest.mark.parametrize(
+    ("lengths", "shown"), [((1500, 500, 9), 2), ((1500, 501, 9), 1), ((9, 9, 9, 9, 9), 4), ((5000, 9), 1)]
+)
+def test_as_many_sequences_are_shown_as_have_2000_tokens_and_four_at_most(lengths, shown):
+    sequence = np.repeat(np.arange(len(lengths)), lengths)
+    trace = Trace.from_arrays(np.tile([[[0, 1]]], (len(sequence), 1, 1)), n_experts=4, tokens={"sequence": sequence})
+    made = trace._repr_html_()
+    assert f"{shown} of {len(lengths)}" in made
+    assert len(live_data(made)["starts"]) == shown + 1
+
+
 def test_a_long_comparison_is_cut_and_says_so():
     long = Trace.from_arrays(np.tile([[[0, 1]]], (10_001, 1, 1)), n_experts=4)
     made = Comparison(long, long, names=("a", "b"), bootstrap=ml.stats.Bootstrap(replicates=20))
