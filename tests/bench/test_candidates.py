@@ -163,3 +163,8 @@ def test_scores_of_two_benchmarks_are_not_laid_side_by_side():
     one, other = (Candidate(str(i), (1, 1, 1), 1.0, (1, 1, 1), benchmark=str(i)) for i in range(2))
     with refused(BadInput, "score"):
         frontier([one, other])
+
+
+def test_where_one_side_does_not_know_its_routers_names_decide():
+    """A server shows no routers."""
+    assert len(candidates([log(1, router_sha256="a"), speeds()])) == len(candidates([log(1), speeds()])) > 0

@@ -122,6 +122,8 @@ def test_both_parts_of_a_split_have_bars_and_intervals_in_the_row_of_their_order
     orders, parts = ["mean", "routing_first", "weights_first"], ["routing", "total", "weights"]
     data = made_up({"quantity": ["kl", "loss", "other_top"], "order": orders, "part": parts}, statistic="split")
     ax = show.quality_split(data, quantity=quantity)
+    ax.figure.canvas.draw()
+    assert any("%" in tick.get_text() for tick in ax.get_xticklabels()) == (quantity == "other_top")
     one = data.sel(quantity=quantity)
     down = [f"{order}" for order in ("weights_first", "routing_first", "mean")]
     for group, part in zip(ax.containers, ("weights", "routing"), strict=True):
