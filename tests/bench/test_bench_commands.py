@@ -63,28 +63,27 @@ def test_no_success_is_a_failure_and_its_requests_stay(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("argv", "message"),
+    ("argv", "named"),
     [
-        (["http://127.0.0.1:9/v1"], "No model is named"),
-        (["nowhere", "--model", "m"], "'nowhere' is no address"),
-        (["http://127.0.0.1:9/v1", "--model", "m", "--provider", "x"], "Only OpenRouter chooses"),
-        (["http://127.0.0.1:9/v1", "--model", "m", "--concurrency", "one"], "no list of numbers"),
-        (["http://127.0.0.1:9/v1", "--model", "m", "--prompts", "nothing.txt"], "cannot be read"),
-        (
-            ["http://127.0.0.1:9/v1", "--model", "m", "--dtype", "bfloat16", "--static-cache"],
-            "with --dtype, --static-cache. That is for a model that is loaded here",
-        ),
-        (["http://127.0.0.1:9/v1", "--model", "m", "--max-dollars", "1"], "or --price 0.54,0.54."),
-        (["http://127.0.0.1:9/v1", "--model", "m", "--price", "x"], "A price of 'x' was asked for"),
-        (["http://127.0.0.1:9/v1", "--model", "m", "--price", "1"], r"price of (1.0,) was asked for"),
-        (["openrouter", "--provider", "deepinfra"], "OPENROUTER_API_KEY is not set"),
+        (["http://127.0.0.1:9/v1"], ["--model"]),
+        (["nowhere", "--model", "m"], ["'nowhere'"]),
+        (["http://127.0.0.1:9/v1", "--model", "m", "--provider", "x"], ["'x'", "OpenRouter"]),
+        (["http://127.0.0.1:9/v1", "--model", "m", "--concurrency", "one"], ["'one'"]),
+        (["http://127.0.0.1:9/v1", "--model", "m", "--prompts", "nothing.txt"], ["nothing.txt"]),
+        (["http://127.0.0.1:9/v1", "--model", "m", "--dtype", "bfloat16", "--static-cache"],
+         ["--dtype", "--static-cache"]),
+        (["http://127.0.0.1:9/v1", "--model", "m", "--max-dollars", "1"], ["$1", "--price"]),
+        (["http://127.0.0.1:9/v1", "--model", "m", "--price", "x"], ["'x'"]),
+        (["http://127.0.0.1:9/v1", "--model", "m", "--price", "1"], ["(1.0,)"]),
+        (["openrouter", "--provider", "deepinfra"], ["OPENROUTER_API_KEY"]),
     ],
-)
-def test_mistakes_of_bench_send_nothing(argv, message, capsys, tmp_path, monkeypatch):
+)  # fmt: skip
+def test_mistakes_of_bench_send_nothing(argv, named, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("OPENROUTER_API_KEY", raising=False)
     assert cli.main(["bench", *argv]) == cli.EXIT_FAILED
-    assert message in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert all(name in said for name in named)
     assert not list(tmp_path.iterdir())
 
 

@@ -36,19 +36,20 @@ def test_for_a_script(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("argv", "message"),
+    ("argv", "named", "loads"),
     [
-        (["demo", "--device-map", "abacus"], "measured on 'abacus'. torch knows no such device. Give auto"),
-        (["demo", "--model", "m", "--max-dollars", "1"], "with --model, --max-dollars. That is for an endpoint"),
-        (["demo", "--output-tokens", "99999"], "answers of 99999 were to be generated. The model's context is"),
-        (["demo", "--concurrency", "0"], "That is no load"),
-        (["demo", "--requests", "0"], "A benchmark of 0 calls"),
-        (["demo", "--rate", "2"], "with --rate. That is for an endpoint"),
+        (["demo", "--device-map", "abacus"], ["'abacus'"], True),
+        (["demo", "--model", "m", "--max-dollars", "1"], ["--model", "--max-dollars"], True),
+        (["demo", "--output-tokens", "99999"], ["99999"], True),
+        (["demo", "--concurrency", "0"], ["0"], False),
+        (["demo", "--requests", "0"], ["0"], False),
+        (["demo", "--rate", "2"], ["--rate"], True),
     ],
 )
-def test_mistakes_measure_nothing(argv, message, tmp_path, capsys, monkeypatch):
-    if "no load" in message or "0 calls" in message:  # said before the model is loaded
+def test_mistakes_measure_nothing(argv, named, loads, tmp_path, capsys, monkeypatch):
+    if not loads:  # said before the model is loaded
         monkeypatch.setattr("mixlens.models.load.load", None)
     assert cli.main(["bench", *argv, "--out", str(tmp_path / "run")]) == cli.EXIT_FAILED
-    assert message in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert all(name in said for name in named)
     assert not (tmp_path / "run").exists()

@@ -145,7 +145,7 @@ def test_providers_and_prices_of_now_on_the_command_line(capsys, monkeypatch):
     assert cli.main(["cost", *workload, "--live"]) == cli.EXIT_FAILED
     assert "--model" in capsys.readouterr().err
     assert cli.main(["providers", "run"]) == cli.EXIT_FAILED
-    assert "Give NAME=RUN" in capsys.readouterr().err
+    assert "NAME=RUN" in capsys.readouterr().err
 
 
 def test_models_and_probe_on_the_command_line(capsys, tmp_path):

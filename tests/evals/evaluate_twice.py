@@ -5,4 +5,4 @@ import mixlens as ml
 try:
     ml.evaluate(ml.load("demo", verbose=False), "demo", settings=ml.EvalSettings(progress=False))
 except ml.BadInput as error:
-    print(f"BadInput: {error}", flush=True)
+    print(f"BadInput: {error.argument} {error.value}", flush=True)
