@@ -99,6 +99,16 @@ def test_shares_by_position(case):
                 assert_cells(here.estimate.sel(layer=layer), shares or nothing)
 
 
+def test_balance_is_bounded_by_what_perfect_balance_gives():
+    """Documents of two experts each, balanced together: corrected for the bias, intervals would go lower."""
+    document = np.repeat(np.arange(8), 10)
+    ids = np.stack([2 * (document % 4), 2 * (document % 4) + 1], -1)[:, None]
+    trace = ml.Trace.from_arrays(ids, n_experts=8, tokens={"sequence": document})
+    low = ml.stats.load_balance(trace, bootstrap=QUICK).ci_low
+    assert float(low.sel(measure="cv").min()) == 0
+    assert float(low.sel(measure="max_over_mean").min()) == 1
+
+
 @pytest.mark.parametrize(("longest", "bins"), [(1, ["0", "1+"]), (2, ["0", "1+"]), (3, ["0", "1", "2+"]),
                                                    (5, ["0", "1", "2-3", "4+"])])  # fmt: skip
 def test_positions_are_in_powers_of_two(longest, bins):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from helpers.refusals import refused
@@ -190,6 +191,14 @@ def test_a_generation_config_may_stand_behind_the_prompt(model):
     with Recorder(model) as recorder:
         model.generate(ids, config)
     assert recorder.trace().read("phase").tolist() == [0] * ids.shape[1] + [1] * 2
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_table_has_one_row_for_every_row_of_a_batch(model, rows):
+    with torch.no_grad(), Recorder(model) as recorder:
+        model(torch.ones(2, 4, dtype=torch.long), attention_mask=torch.ones(2, 4, dtype=torch.long))
+    with refused(BadInput, "sequences", rows):
+        recorder.trace(pd.DataFrame({"domain": ["x"] * rows}))
 
 
 def test_lengths_that_the_batch_does_not_have_are_refused(model):
