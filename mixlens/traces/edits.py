@@ -177,7 +177,7 @@ def temperature(value: float, *, layers: Numbers | None = None, where: Where = E
 
 def top_k(k: int, *, layers: Numbers | None = None) -> Edit:
     """Every token chooses k experts, weights renormalised. A Recorder needs the same k in all layers."""
-    return TopK(_layers(layers), _numbers(k)[0])
+    return TopK(_layers(layers), _number(k, "k"))
 
 
 def reroute(layers: Numbers | None, source: int, target: int, *, where: Where = EVERYWHERE) -> Edit:
@@ -191,7 +191,7 @@ def reroute(layers: Numbers | None, source: int, target: int, *, where: Where = 
             argument="target",
             value=target,
         )
-    return Reroute(_layers(layers), _numbers(source)[0], _numbers(target)[0], where)
+    return Reroute(_layers(layers), _number(source, "source"), _number(target, "target"), where)
 
 
 def replay(trace: Trace, *, weights: bool = False, layers: Numbers | None = None, where: Where = EVERYWHERE) -> Edit:
@@ -245,29 +245,34 @@ def patch(site: str, values: Any, *, layer: int, expert: int | None = None, wher
             argument="expert",
             value=expert,
         )
-    (number, *others) = _numbers(layer)
-    if others:
-        raise BadInput(
-            f"{site} was to be patched in layers {layer!r}. A patch has one. Give several patches.",
-            argument="layer",
-            value=layer,
-        )
+    number = _number(layer, "layer")
     found, sequences, positions = values_of(site, values, number, expert, where)
-    return Patch(site, found, (number,), None if expert is None else _numbers(expert)[0], sequences, positions, where)
+    return Patch(
+        site, found, (number,), None if expert is None else _number(expert, "expert"), sequences, positions, where
+    )
 
 
 def _layers(layers: Numbers | None) -> tuple[int, ...] | None:
-    return None if layers is None else _numbers(layers)
+    return None if layers is None else _numbers(layers, "layers")
 
 
-def _numbers(numbers: Numbers) -> tuple[int, ...]:
+def _numbers(numbers: Numbers, name: str = "experts") -> tuple[int, ...]:
     if found := whole_numbers(numbers):
         return found
     raise BadInput(
-        f"Layers, experts or a k were given as {numbers!r}. They are whole numbers, one or several. Give such numbers.",
-        argument="numbers",
-        value=numbers,
+        f"Cannot make an edit with {name}={numbers!r}. Give one whole number, or several.", argument=name, value=numbers
     )
+
+
+def _number(number: int, name: str) -> int:
+    found, *others = _numbers(number, name)
+    if others:
+        raise BadInput(
+            f"Cannot make an edit with {name}={number!r}. Give one whole number; for several, make several edits.",
+            argument=name,
+            value=number,
+        )
+    return found
 
 
 def _finite(name: str, value: float) -> None:
