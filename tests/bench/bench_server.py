@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import select
 import ssl
 import threading
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -73,7 +73,9 @@ def serving(script: Script, *, tls: ssl.SSLContext | None = None) -> Iterator[st
                     self.close_connection = True
                     return
                 if isinstance(piece, float):
-                    time.sleep(piece)
+                    if select.select([self.connection], [], [], piece)[0]:  # the client has gone
+                        self.close_connection = True
+                        return
                 elif isinstance(piece, bytes):
                     self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece))
                     self.wfile.flush()

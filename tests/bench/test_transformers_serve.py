@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import httpx
@@ -52,13 +52,13 @@ def url(tmp_path_factory):
 
 
 def ready(url: str, server: subprocess.Popen) -> str:
-    until = time.monotonic() + 180
-    while time.monotonic() < until and server.poll() is None:
+    for _ in range(360):
         try:
             httpx.get(url + "/models", timeout=2, trust_env=False)
             return url
         except httpx.TransportError:
-            time.sleep(0.5)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                raise AssertionError(f"transformers serve ended with {server.wait(0.5)}") from None
     raise AssertionError("transformers serve did not start")
 
 
