@@ -19,7 +19,7 @@ def make_trace() -> Callable[..., Trace]:
     ) -> Trace:
         rng = np.random.default_rng(seed)
         rows = [
-            {"document_id": f"d{d}", "domain": "xy"[d % 2], "source": "ab"[d % 4 // 2]}
+            {"document_id": f"d{d}", "domain": "yx"[d % 2], "source": "ab"[d % 4 // 2]}
             for d in range(n_documents)
             for _ in range(rng.integers(1, 4))
         ]
