@@ -19,10 +19,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 
 import psutil
@@ -150,26 +149,10 @@ def run_check(check: Check, *, limits: Limits = Limits(), unsafe_without_sandbox
     return CodeResult(outcome, error, answer.stdout, answer.stderr, verdict.seconds)
 
 
-def run_codes(
-    programs: Sequence[str],
-    *,
-    limits: Limits = Limits(),
-    workers: int | None = None,
-    unsafe_without_sandbox: bool = False,
-) -> list[CodeResult]:
-    """run_code for each program, `workers` at a time; None for one a core."""
-    options = {"limits": limits, "unsafe_without_sandbox": unsafe_without_sandbox}
-    return _at_a_time([partial(run_code, program, **options) for program in programs], workers)
-
-
 def run_checks(checks: Sequence[Check], *, limits: Limits = Limits(), workers: int | None = None) -> list[CodeResult]:
     """run_check for each, `workers` at a time; None for one a core."""
-    return _at_a_time([partial(run_check, check, limits=limits) for check in checks], workers)
-
-
-def _at_a_time(calls: Sequence[Callable[[], CodeResult]], workers: int | None) -> list[CodeResult]:
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        run = [pool.submit(call) for call in calls]
+        run = [pool.submit(run_check, check, limits=limits) for check in checks]
         try:
             return [future.result() for future in run]
         finally:

@@ -16,7 +16,7 @@ from helpers.refusals import refused
 
 from mixlens.errors import SandboxError
 from mixlens.evals import sandbox
-from mixlens.evals.sandbox import Limits, check_sandbox, run_code, run_codes
+from mixlens.evals.sandbox import Check, Limits, check_sandbox, run_checks, run_code
 
 needs_bubblewrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
 # Generous: on a busy machine a program must fail by its own limit, not by the clock.
@@ -273,7 +273,7 @@ while True:  # until the daemon is there
 
 @needs_bubblewrap
 def test_many_at_a_time_in_order():
-    results = run_codes([f"print({i})" for i in range(6)], limits=LIMITS, workers=3)
+    results = run_checks([Check(f"print({i})", "pass", ()) for i in range(6)], limits=LIMITS, workers=3)
     assert [r.stdout for r in results] == [f"{i}\n" for i in range(6)]
 
 
@@ -311,15 +311,15 @@ def test_who_insists_gets_limits_without_a_sandbox(monkeypatch):
 def test_what_stops_one_program_stops_those_that_wait(monkeypatch):
     begun: list[str] = []
 
-    def run(program: str, **_) -> None:
-        begun.append(program)
+    def run(check: Check, **_) -> None:
+        begun.append(check.answer)
         subprocess.run(["true"])
-        if program == "0":
+        if check.answer == "0":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(sandbox, "run_code", run)
+    monkeypatch.setattr(sandbox, "run_check", run)
     with pytest.raises(KeyboardInterrupt):
-        run_codes([str(n) for n in range(2000)], workers=1)
+        run_checks([Check(str(n), "", ()) for n in range(2000)], workers=1)
     assert len(begun) < 2000
 
 
