@@ -64,6 +64,13 @@ def part_of_arrays(
     starts = np.concatenate([[0], np.cumsum(length)])
     arrays.setdefault("position", np.arange(n) - starts[sequence])
     arrays.setdefault("phase", np.full(n, store.PROMPT, np.uint8))
+    if sequences is not None and not isinstance(sequences, pd.DataFrame):
+        raise BadInput(
+            f"Cannot make a trace: sequences= takes a DataFrame, got {type(sequences).__name__}. Give one row for every "
+            "sequence, in order.",
+            argument="sequences",
+            value=type(sequences).__name__,
+        )
     table = pd.DataFrame(index=pd.RangeIndex(len(length))) if sequences is None else sequences
     if len(table) != len(length):
         raise BadInput(

@@ -168,6 +168,7 @@ def test_a_missing_signal_says_what_there_is_and_how_to_get_it():
         ({"expert_id": np.zeros((3, 2, 2), int), "tokens": {"sequence": [1, 0, 2]}}, ("sequence",)),
         ({"expert_id": np.zeros((3, 2, 2), int), "tokens": {"word": [1, 0, 2]}}, ("tokens", "word")),
         ({"expert_id": np.zeros((3, 2, 2), int), "sequences": SEQUENCES}, ("sequences", 5)),
+        ({"expert_id": np.zeros((3, 2, 2), int), "sequences": ["a"]}, ("sequences", "list")),
     ],
 )
 def test_arrays_that_do_not_fit_are_refused(arguments, named):
