@@ -66,8 +66,8 @@ def part_of_arrays(
     arrays.setdefault("phase", np.full(n, store.PROMPT, np.uint8))
     if sequences is not None and not isinstance(sequences, pd.DataFrame):
         raise BadInput(
-            f"Cannot make a trace: sequences= takes a DataFrame, got {type(sequences).__name__}. Give one row for every "
-            "sequence, in order.",
+            f"Cannot make a trace: sequences= takes a DataFrame, got {type(sequences).__name__}. Give one row for "
+            "every sequence, in order.",
             argument="sequences",
             value=type(sequences).__name__,
         )
