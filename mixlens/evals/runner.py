@@ -170,13 +170,15 @@ def job_of(
         )
     names = tuple(tasks) if isinstance(tasks, Iterable) and not isinstance(tasks, str) else (tasks,)
     named = bool(names) and all(isinstance(name, str) for name in names)
-    whole = all(isinstance(n, int) and n >= 1 for n in (1 if limit is None else limit, settings.batch_size))
-    if not named or not whole:
+    counts = {"batch_size": settings.batch_size, "limit": 1 if limit is None else limit}
+    wrong = {} if named else {"tasks": list(names)}
+    wrong |= {name: n for name, n in counts.items() if not (isinstance(n, int) and n >= 1)}
+    for argument, value in wrong.items():
         raise BadInput(
             f"An evaluation of {list(names)} with limit={limit} and batch_size={settings.batch_size} was asked for. "
             "That is nothing to evaluate. Name one task or more, and numbers from 1.",
-            argument="tasks" if not named else "batch_size" if settings.batch_size < 1 else "limit",
-            value=list(names) if not named else settings.batch_size if settings.batch_size < 1 else limit,
+            argument=argument,
+            value=value,
         )
     if data is not None and not Path(data).is_dir():
         raise BadInput(

@@ -139,7 +139,7 @@ class Endpoint:
                 f"An endpoint at {host} was asked for with the key of {self.key_env}. The address is http, so that "
                 "the key could be read on its way. Use https.",
                 argument="url",
-                value=self.url,
+                value=parts.scheme,
             )
 
     def __repr__(self) -> str:

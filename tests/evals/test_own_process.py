@@ -261,6 +261,8 @@ def test_settings_arrive_as_they_are_or_are_refused():
         ({"limit": float("nan")}, "limit"),
         ({"limit": "3"}, "limit"),
         ({"settings": EvalSettings(batch_size=0)}, "batch_size"),
+        ({"settings": EvalSettings(batch_size="3")}, "batch_size"),
+        ({"settings": EvalSettings(batch_size=2.5)}, "batch_size"),
         ({"settings": {}}, "settings"),
     ],
 )

@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pandas as pd
 import pytest
+from helpers.displayed import numbers
 from helpers.refusals import refused
 from scipy.stats import binomtest
 
@@ -177,7 +178,8 @@ def test_tasks_that_one_log_alone_has_are_named():
 def test_other_prompts_are_said():
     b = log({"x": [1.0, 0.0, 0.0]}, "two")
     b.records[1]["prompt"] = "[INST] question 1"
-    assert "1" in compare_logs(log({"x": [1.0, 0.0, 0.0]}), b).remarks()[1]
+    b.records[2]["prompt"] = "[INST] question 2"
+    assert numbers(compare_logs(log({"x": [1.0, 0.0, 0.0]}), b).remarks()[1])[0] == 2
 
 
 def test_what_cannot_be_compared_is_refused_with_the_reason():

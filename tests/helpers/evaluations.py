@@ -11,15 +11,11 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
-from mixlens.evals import mathematics as mathematics
 from mixlens.evals.backends import LocalBackend as LocalBackend
 from mixlens.evals.generating import Sampling as Sampling
 from mixlens.evals.generating import StopStrings as StopStrings
 from mixlens.evals.generating import check_sampling as check_sampling
 from mixlens.evals.grade import Job as Job
-from mixlens.evals.grade import load_tasks as load_tasks
-from mixlens.evals.model import tokenizer_of as tokenizer_of
-from mixlens.evals.routing import with_samples as with_samples
 
 
 def pairs(asked: Sequence[tuple[str, str]], task: str = "t") -> list[Instance]:
