@@ -6,6 +6,8 @@ Names are loaded when they are first used, so that importing mixlens is fast and
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from mixlens.notebook import register as _register_displays
+
 if TYPE_CHECKING:
     from mixlens import show, stats
     from mixlens.bench.bench import Bench
@@ -177,3 +179,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*__all__, "__version__"])
+
+
+_register_displays()

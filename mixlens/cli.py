@@ -184,8 +184,8 @@ def _info(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _demo(arguments: argparse.Namespace) -> dict[str, Any]:
+    from mixlens.models.audit import describe
     from mixlens.models.demo import DEMO, demo_documents
-    from mixlens.models.layout import describe
     from mixlens.models.load import load
     from mixlens.show.report import report
     from mixlens.traces.record import record

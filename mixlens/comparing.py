@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import os
-from importlib import import_module
 from typing import Any
 
 import pandas as pd
@@ -162,9 +161,7 @@ class Comparison:
 
     def _repr_html_(self) -> str:
         lacking = "".join(f"<div>{html.escape(text)}</div>" for text in self.missing().values())
-        words = f"<div><p>{html.escape(self.title())}</p>{shown(self.overview()).to_html(escape=True)}{lacking}</div>"
-        # What draws stands above comparisons, and is loaded when a notebook asks for it.
-        return import_module("mixlens.show.displays").comparison_html(self, words)
+        return f"<div><p>{html.escape(self.title())}</p>{shown(self.overview()).to_html(escape=True)}{lacking}</div>"
 
 
 def _kind(run: Any) -> str:

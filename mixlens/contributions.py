@@ -13,7 +13,8 @@ from accelerate.utils import align_module_device
 from torch import nn
 
 from mixlens.measuring import Corpus, lengths_of, measure_documents, sum_documents
-from mixlens.models.layout import decoder_of, describe, final_scale, moe_layers, n_experts
+from mixlens.models.audit import describe
+from mixlens.models.layout import decoder_of, final_scale, moe_layers, n_experts
 from mixlens.models.quantize_linears import dequantized
 from mixlens.stats import contributions as stats
 from mixlens.traces.editing import top_k_of

@@ -16,7 +16,8 @@ from torch import nn
 from mixlens.comparing import same_tokenizer
 from mixlens.errors import BadInput, ModelError
 from mixlens.measuring import Corpus, lengths_of, measure_documents, sum_documents
-from mixlens.models.layout import describe, expert_weights, moe_layers, n_experts
+from mixlens.models.audit import describe
+from mixlens.models.layout import expert_weights, moe_layers, n_experts
 from mixlens.stats.impact import CONDITIONS, KIND, MATRICES, Impact
 from mixlens.traces.editing import top_k_of
 from mixlens.traces.edits import edit, replay

@@ -18,7 +18,8 @@ from torch import nn
 from tqdm import tqdm
 
 from mixlens.errors import BadInput
-from mixlens.models.layout import describe, n_experts
+from mixlens.models.audit import describe
+from mixlens.models.layout import n_experts
 from mixlens.runs import RunWriter, now, versions
 from mixlens.stats.measured import VOCABULARY, Measured, read_measured
 from mixlens.traces import store

@@ -24,8 +24,7 @@ from mixlens.bench.run import benchmark
 from mixlens.errors import BadInput
 from mixlens.impact import SETTINGS, quantization_impact
 from mixlens.measuring import Corpus
-from mixlens.models.audit import audit
-from mixlens.models.layout import describe
+from mixlens.models.audit import audit, describe
 from mixlens.models.load import load
 from mixlens.models.quantize_linears import require
 from mixlens.models.quantize_load import skeleton_of

@@ -6,7 +6,6 @@ import html
 import os
 from collections import Counter
 from collections.abc import Hashable, Sequence
-from importlib import import_module
 from pathlib import Path
 from shutil import get_terminal_size
 from typing import Any
@@ -195,9 +194,7 @@ class Bench:
 
     def _repr_html_(self) -> str:
         said = "".join(f"<div>{html.escape(remark)}</div>" for remark in self.remarks())
-        words = f"<div class='mixlens-bench'>{self.overview().to_html(border=0)}{said}</div>"
-        # What draws stands above benchmarks, and is loaded when a notebook asks for it.
-        return import_module("mixlens.show.displays").bench_html(self, words)
+        return f"<div class='mixlens-bench'>{self.overview().to_html(border=0)}{said}</div>"
 
 
 def _text(row: dict[Hashable, Any], factor: float, decimals: int) -> str:

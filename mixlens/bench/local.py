@@ -30,7 +30,8 @@ from mixlens.bench.model_prompts import Prompts
 from mixlens.bench.model_work import Work
 from mixlens.bench.prompts import Workload
 from mixlens.errors import BadInput, MixlensError, ModelError
-from mixlens.models.layout import describe, moe_layers
+from mixlens.models.audit import describe
+from mixlens.models.layout import moe_layers
 from mixlens.models.unfuse import is_unfused
 from mixlens.runs import RunWriter, now, versions
 from mixlens.traces.compiled import CompiledRecorder

@@ -13,8 +13,7 @@ from mixlens.bench.bench import Bench
 from mixlens.bench.prices import STATEMENT, WORDS, prices, statements
 from mixlens.bench.probe import Probe
 from mixlens.errors import BadInput, EndpointError
-from mixlens.models.calls import get_json
-from mixlens.models.endpoint import canonical
+from mixlens.models.endpoint import canonical, get_json
 from mixlens.runs import now
 
 OPENROUTER = "https://openrouter.ai/api/v1"

@@ -12,8 +12,8 @@ from torch import nn
 
 from mixlens.errors import BadInput
 from mixlens.evals.model import Batch, LocalLM, cut, tokenizer_of
+from mixlens.models.audit import describe
 from mixlens.models.endpoint import Endpoint
-from mixlens.models.layout import describe
 from mixlens.traces.editing import edits_of
 
 # Requests of a backend that batches by itself, that are asked for and kept together.

@@ -12,8 +12,7 @@ import httpx
 from mixlens.errors import BadInput, EndpointError
 from mixlens.evals.generating import check_sampling
 from mixlens.evals.model import Batch, cut, tokenizer_of
-from mixlens.models.calls import Completion
-from mixlens.models.endpoint import Endpoint
+from mixlens.models.endpoint import Completion, Endpoint
 
 # OpenAI-compatible servers take this many stop strings; the others are applied to what comes back.
 _MOST_STOPS = 4

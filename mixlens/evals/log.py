@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Sequence
 from functools import cached_property
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -119,9 +118,7 @@ class Log:
 
     def _repr_html_(self) -> str:
         said = "".join(f"<div>{html.escape(remark)}</div>" for remark in self.remarks())
-        words = f"<div class='mixlens-log'>{self._shown().to_html(border=0, index=False)}{said}</div>"
-        # What draws stands above evaluations, and is loaded when a notebook asks for it.
-        return import_module("mixlens.show.displays").log_html(self, words)
+        return f"<div class='mixlens-log'>{self._shown().to_html(border=0, index=False)}{said}</div>"
 
     def _shown(self) -> pd.DataFrame:
         """Scores as text; of a benchmark of several tasks its averages alone."""

@@ -18,17 +18,15 @@ import subprocess
 import sys
 import tempfile
 import threading
-import traceback
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import fields
-from functools import partial
 from typing import Any
 
 import torch
 
 from mixlens import errors
-from mixlens.errors import BadInput, MixlensError, RunError
+from mixlens.errors import BadInput, RunError
 
 _LOADING = ("device_map", "dtype", "revision", "experts", "quantization")
 # For a process that was told to end to leave the forward that it is in.
@@ -108,7 +106,7 @@ def _follow(asked: str, progress: Any) -> dict[str, Any]:
     from mixlens.evals.progress import reporting
 
     process = subprocess.Popen(
-        [sys.executable, "-m", "mixlens.evals.own_process"],
+        [sys.executable, "-m", "mixlens.evals.worker"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -171,67 +169,3 @@ def _ended(status: int, said: str) -> RunError:
         argument="own_process",
         value=status,
     )
-
-
-# ---------------------------------------------------------------------- the other process
-
-
-def _main() -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    events = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # whatever a library prints is no event
-
-    def tell(**event: Any) -> None:
-        events.write(json.dumps(event, default=str) + "\n")
-        events.flush()
-
-    def end(**event: Any) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # from here on there is nothing to stop
-        tell(**event)
-
-    asked = json.loads(sys.stdin.buffer.readline())
-    threading.Thread(target=_end_with_caller, daemon=True).start()
-    try:
-        _evaluate(asked, lambda done, total: tell(progress=[done, total]))
-        end(done=True)
-    except MixlensError as error:
-        end(error=_told(error))
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-    except Exception as error:
-        traceback.print_exc()
-        end(error=_told(_unforeseen(error)))
-
-
-def _evaluate(asked: dict[str, Any], progress: Any) -> None:
-    from mixlens.evals.grade import Job
-    from mixlens.evals.runner import EvalSettings, run
-    from mixlens.models.load import load
-
-    torch.set_num_threads(asked["threads"])
-    settings = EvalSettings(progress=progress, **asked["settings"])
-    model = partial(load, asked["model"], verbose=asked["verbose"], **asked["loading"])
-    run(model, Job.of(asked["job"]), asked["out"], settings)
-
-
-def _end_with_caller() -> None:
-    os.read(0, 1)
-    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
-
-
-def _told(error: MixlensError) -> tuple[str, str, dict[str, Any]]:
-    return type(error).__name__, str(error), {"argument": error.argument, "value": error.value}
-
-
-def _unforeseen(error: Exception) -> RunError:
-    return RunError(
-        f"An evaluation was to run in a process of its own. It raised {type(error).__name__}: "
-        f"{str(error).strip()[:500]}. What was answered is kept if out= was given; evaluate a model that you load, "
-        "ml.load(...), to see where.",
-        argument="own_process",
-        value=type(error).__name__,
-    )
-
-
-if __name__ == "__main__":
-    _main()

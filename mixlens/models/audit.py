@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,7 +14,8 @@ import torch
 from torch import nn
 
 from mixlens.errors import BadInput
-from mixlens.models.layout import KINDS, kind_of
+from mixlens.models.demo import DEMO, demo_path
+from mixlens.models.layout import KINDS, config_of, kind_of, moe_layers
 from mixlens.models.quantize_linears import SCHEMES, scheme_of
 from mixlens.models.unfuse import is_unfused
 
@@ -20,6 +23,17 @@ _BF16 = 2  # bytes
 _SLACK = 1.1  # what packing of 3 bits into 32 may waste
 # What a module keeps beside its own weights: other modules, hooks, and the scratch of bitsandbytes' last forward.
 _NOT_WEIGHTS = frozenset({"_modules", "_hf_hook", "module", "grad", "idx", "subB", "CBt", "SBt", "_old_forward"})
+
+# In a config, what transformers writes on saving, and what is about the run rather than the model.
+_VOLATILE = (
+    "_name_or_path",
+    "architectures",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "use_cache",
+    "output_router_logits",
+)
 
 
 @dataclass(frozen=True, repr=False)
@@ -262,3 +276,36 @@ def _remarks(model: Any, table: pd.DataFrame, offloaded: int) -> Iterator[str]:
 
 def _escaped(text: str) -> str:
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """Provenance of a loaded model, as plain JSON values: with its audit, and parameters as it counts them."""
+    config, audited = config_of(model), audit(model).summary()
+    kept = {key: value for key, value in config.to_dict().items() if key not in _VOLATILE}
+    digest = hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
+    name = str(getattr(model, "name_or_path", "") or config._name_or_path or type(model).__name__)
+    devices = sorted({str(p.device) for p in model.parameters()})
+    return {
+        "name": DEMO if name == str(demo_path()) else name,
+        "revision": getattr(config, "_commit_hash", None),
+        "config_sha256": digest,
+        "router_sha256": _router_fingerprint(model),
+        "class": type(model).__name__,
+        "parameters": audited["weights"],
+        "dtype": str(getattr(model, "dtype", "")).removeprefix("torch."),
+        "experts_implementation": getattr(config, "_experts_implementation", None),
+        "attention_implementation": getattr(config, "_attn_implementation", None),
+        "devices": devices,
+        "audit": audited,
+    }
+
+
+def _router_fingerprint(model: nn.Module) -> str | None:
+    """Hash of all router weights: tells checkpoints of one architecture apart. None where they are offloaded."""
+    digest = hashlib.sha256()
+    for layer in moe_layers(model):
+        weight = layer.gate.weight
+        if weight.device.type == "meta":
+            return None
+        digest.update(weight.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,21 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from mixlens.errors import ModelError
-from mixlens.models.demo import DEMO, demo_path
 from mixlens.models.quantize_linears import dequantized
 from mixlens.models.unfuse import is_unfused
-
-# Written by transformers on saving, or about the run rather than the model.
-_VOLATILE = (
-    "_name_or_path",
-    "architectures",
-    "transformers_version",
-    "dtype",
-    "torch_dtype",
-    "use_cache",
-    "output_router_logits",
-)
-
 
 # What a module is, by the parts of its name; the first that is found holds.
 _KINDS = {
@@ -165,11 +150,11 @@ def kind_of(name: str) -> str:
 
 
 def n_experts(model: nn.Module) -> int:
-    return int(_config(model).num_local_experts)
+    return int(config_of(model).num_local_experts)
 
 
 def top_k(model: nn.Module) -> int:
-    return int(_config(model).num_experts_per_tok)
+    return int(config_of(model).num_experts_per_tok)
 
 
 def check_config(config: Any, name: str) -> None:
@@ -192,32 +177,8 @@ def check_config(config: Any, name: str) -> None:
         )
 
 
-def describe(model: nn.Module) -> dict[str, Any]:
-    """Provenance of a loaded model, as plain JSON values: with its audit, and parameters as it counts them."""
-    from mixlens.models.audit import audit  # which stands on this file
-
-    config, audited = _config(model), audit(model).summary()
-    kept = {key: value for key, value in config.to_dict().items() if key not in _VOLATILE}
-    digest = hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
-    name = str(getattr(model, "name_or_path", "") or config._name_or_path or type(model).__name__)
-    devices = sorted({str(p.device) for p in model.parameters()})
-    return {
-        "name": DEMO if name == str(demo_path()) else name,
-        "revision": getattr(config, "_commit_hash", None),
-        "config_sha256": digest,
-        "router_sha256": _router_fingerprint(model),
-        "class": type(model).__name__,
-        "parameters": audited["weights"],
-        "dtype": str(getattr(model, "dtype", "")).removeprefix("torch."),
-        "experts_implementation": getattr(config, "_experts_implementation", None),
-        "attention_implementation": getattr(config, "_attn_implementation", None),
-        "devices": devices,
-        "audit": audited,
-    }
-
-
 def context_length(model: nn.Module) -> int:
-    return int(_config(model).max_position_embeddings)
+    return int(config_of(model).max_position_embeddings)
 
 
 def input_device(model: nn.Module) -> torch.device:
@@ -230,7 +191,7 @@ def input_device(model: nn.Module) -> torch.device:
     return next(embedding.parameters()).device
 
 
-def _config(model: nn.Module) -> Any:
+def config_of(model: nn.Module) -> Any:
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "num_local_experts"):
         raise ModelError(
@@ -240,14 +201,3 @@ def _config(model: nn.Module) -> Any:
             value=type(model).__name__,
         )
     return config
-
-
-def _router_fingerprint(model: nn.Module) -> str | None:
-    """Hash of all router weights: tells checkpoints of one architecture apart. None where they are offloaded."""
-    digest = hashlib.sha256()
-    for layer in moe_layers(model):
-        weight = layer.gate.weight
-        if weight.device.type == "meta":
-            return None
-        digest.update(weight.detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()

@@ -14,7 +14,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import nn
 
 from mixlens.errors import BadInput
-from mixlens.models.layout import describe, expert_weights, moe_layers
+from mixlens.models.audit import describe
+from mixlens.models.layout import expert_weights, moe_layers
 
 _CHUNK = 2**22
 

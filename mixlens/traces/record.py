@@ -16,8 +16,9 @@ from torch import nn
 from tqdm import tqdm
 
 from mixlens.errors import BadInput
+from mixlens.models.audit import describe
 from mixlens.models.hub import tokenizer_beside
-from mixlens.models.layout import context_length, describe, input_device, moe_layers, n_experts
+from mixlens.models.layout import context_length, input_device, moe_layers, n_experts
 from mixlens.runs import RunWriter, now, versions
 from mixlens.traces import saving, store
 from mixlens.traces.documents import OVERLONG, Documents, Piece, Tally, pieces_of

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from mixlens.errors import BadInput
-from mixlens.models.layout import describe, moe_layers, n_experts
+from mixlens.models.audit import describe
+from mixlens.models.layout import moe_layers, n_experts
 from mixlens.runs import now, versions
 from mixlens.traces import store
 from mixlens.traces.editing import edits_of

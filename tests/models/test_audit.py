@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 import mixlens as ml
 from mixlens.cli import main
 from mixlens.errors import BadInput
+from mixlens.models.audit import describe
 from mixlens.models.demo import demo_path
-from mixlens.models.layout import describe
 from mixlens.models.quantize_linears import SCHEMES
 from mixlens.models.unfuse import unfuse
 

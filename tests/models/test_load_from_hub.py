@@ -19,7 +19,7 @@ from mixlens.models.hub import FAULTS
 CHILD = """
 import json, sys
 import mixlens as ml
-from mixlens.models.layout import describe
+from mixlens.models.audit import describe
 outcomes = []
 for name, arguments, out in json.loads(sys.argv[1]):
     try:
