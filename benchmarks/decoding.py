@@ -23,8 +23,8 @@ from recording import SHAPES
 from transformers import AutoModelForCausalLM, MixtralConfig, StaticCache
 
 import mixlens as ml
-from mixlens.bench.machine import Device, measure
-from mixlens.bench.model_work import weights_of
+from mixlens.bench.bytes_and_flops import weights_of
+from mixlens.bench.hardware import Device, measure
 from mixlens.bench.roofline import Machine, Sizes, Weights
 
 

@@ -20,8 +20,8 @@ from measuring import header, interleaved, write
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import mixlens as ml
-from mixlens.traces.ablating import Ablator
-from mixlens.traces.logprobs import score
+from mixlens.experiments.ablator import Ablator
+from mixlens.recording.logprobs import score
 
 # 8x7B in small: its ratios of inner to hidden width, of heads to hidden, and nearly of vocabulary to body.
 CONFIG = {

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 import mixlens
-from mixlens.runs import now, versions
+from mixlens.core.run_dir import now, versions
 
 PACKAGES = ("torch", "transformers", "numpy", "pandas", "xarray", "nnsight", "transformer-lens")
 

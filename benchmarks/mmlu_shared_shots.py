@@ -22,7 +22,7 @@ from measuring import header, write
 from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 from mixlens.evals.backends import LocalBackend
-from mixlens.evals.grade import Job, grade, key_of, load_tasks
+from mixlens.evals.lm_eval_grading import Job, grade, key_of, load_tasks
 from mixlens.evals.model import repeats_of
 from mixlens.evals.runner import EvalSettings
 from mixlens.evals.scoring import near_ties

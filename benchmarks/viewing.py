@@ -20,9 +20,9 @@ import numpy as np
 from measuring import header, write
 from playwright.sync_api import Browser, sync_playwright
 
-from mixlens.show import view
-from mixlens.show.view import View
-from mixlens.traces.trace import Trace
+from mixlens import view
+from mixlens.trace.trace import Trace
+from mixlens.view import View
 
 sys.path.append(str(Path(__file__).parent.parent / "tests" / "show"))
 from lab import CHROMIUM, FLAGS

@@ -9,56 +9,55 @@ from typing import TYPE_CHECKING, Any
 from mixlens.notebook import register as _register_displays
 
 if TYPE_CHECKING:
-    from mixlens import show, stats
+    from mixlens import show, stats, view
     from mixlens.bench.bench import Bench
     from mixlens.bench.configurations import benchmark_configurations
+    from mixlens.bench.interleaved import benchmark_together
     from mixlens.bench.knee import knee, load_sweep
     from mixlens.bench.local import LocalSettings
     from mixlens.bench.metrics import Limits
-    from mixlens.bench.probe import probe
     from mixlens.bench.prompts import Workload
-    from mixlens.bench.providers import listed_prices, provider_table
     from mixlens.bench.run import BenchSettings, benchmark
-    from mixlens.bench.together import benchmark_together
-    from mixlens.comparing import Comparison, compare
-    from mixlens.contributions import expert_contributions, expert_outputs
+    from mixlens.comparison import Comparison, compare
+    from mixlens.endpoints.endpoint import Endpoint
+    from mixlens.endpoints.probe import probe
     from mixlens.errors import BadInput, EndpointError, MissingSignal, MixlensError, ModelError, RunError
     from mixlens.evals.log import Log
     from mixlens.evals.routing import flipped_routing, sample_share
     from mixlens.evals.runner import EvalSettings, evaluate
+    from mixlens.experiments.contributions import expert_contributions, expert_outputs
+    from mixlens.experiments.impact import quantization_impact
+    from mixlens.experiments.importance import Ablation, expert_importance, measure_importance
+    from mixlens.experiments.pareto import Speed, pareto
+    from mixlens.experiments.similarity import expert_similarity
+    from mixlens.experiments.topk import measure_topk, topk_sweep
     from mixlens.explore import Explorer
-    from mixlens.impact import quantization_impact
-    from mixlens.importance import Ablation, expert_importance, measure_importance
-    from mixlens.models.audit import Audit, audit
+    from mixlens.interventions import edits
+    from mixlens.interventions.edits import edit
     from mixlens.models.demo import demo_documents
-    from mixlens.models.endpoint import Endpoint
     from mixlens.models.load import load
-    from mixlens.models.similarity import expert_similarity
-    from mixlens.schemes import Speed, pareto
-    from mixlens.show import view
-    from mixlens.show.report import report
-    from mixlens.sweep import measure_topk, topk_sweep
-    from mixlens.traces import edits
-    from mixlens.traces.compiled import CompiledRecorder
-    from mixlens.traces.edits import edit
-    from mixlens.traces.record import RecordSettings, record
-    from mixlens.traces.recorder import Recorder
-    from mixlens.traces.signals import Site
-    from mixlens.traces.trace import Trace, concat
+    from mixlens.models.provenance import Audit, audit
+    from mixlens.pricing.providers import listed_prices, provider_table
+    from mixlens.recording.compiled import CompiledRecorder
+    from mixlens.recording.record import RecordSettings, record
+    from mixlens.recording.recorder import Recorder
+    from mixlens.reports.report import report
+    from mixlens.trace.signals import Site
+    from mixlens.trace.trace import Trace, concat
 
     open = Trace.open
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "Ablation": "mixlens.importance",
-    "Audit": "mixlens.models.audit",
+    "Ablation": "mixlens.experiments.importance",
+    "Audit": "mixlens.models.provenance",
     "BadInput": "mixlens.errors",
     "Bench": "mixlens.bench.bench",
     "BenchSettings": "mixlens.bench.run",
-    "Comparison": "mixlens.comparing",
-    "CompiledRecorder": "mixlens.traces.compiled",
-    "Endpoint": "mixlens.models.endpoint",
+    "Comparison": "mixlens.comparison",
+    "CompiledRecorder": "mixlens.recording.compiled",
+    "Endpoint": "mixlens.endpoints.endpoint",
     "Explorer": "mixlens.explore",
     "EvalSettings": "mixlens.evals.runner",
     "EndpointError": "mixlens.errors",
@@ -69,44 +68,44 @@ _HOME = {
     "MixlensError": "mixlens.errors",
     "ModelError": "mixlens.errors",
     "RunError": "mixlens.errors",
-    "RecordSettings": "mixlens.traces.record",
-    "Recorder": "mixlens.traces.recorder",
-    "Site": "mixlens.traces.signals",
-    "Speed": "mixlens.schemes",
-    "Trace": "mixlens.traces.trace",
+    "RecordSettings": "mixlens.recording.record",
+    "Recorder": "mixlens.recording.recorder",
+    "Site": "mixlens.trace.signals",
+    "Speed": "mixlens.experiments.pareto",
+    "Trace": "mixlens.trace.trace",
     "Workload": "mixlens.bench.prompts",
-    "audit": "mixlens.models.audit",
+    "audit": "mixlens.models.provenance",
     "benchmark": "mixlens.bench.run",
     "benchmark_configurations": "mixlens.bench.configurations",
-    "benchmark_together": "mixlens.bench.together",
-    "compare": "mixlens.comparing",
-    "concat": "mixlens.traces.trace",
+    "benchmark_together": "mixlens.bench.interleaved",
+    "compare": "mixlens.comparison",
+    "concat": "mixlens.trace.trace",
     "demo_documents": "mixlens.models.demo",
-    "edit": "mixlens.traces.edits",
+    "edit": "mixlens.interventions.edits",
     "evaluate": "mixlens.evals.runner",
-    "expert_contributions": "mixlens.contributions",
-    "expert_importance": "mixlens.importance",
-    "expert_outputs": "mixlens.contributions",
-    "expert_similarity": "mixlens.models.similarity",
+    "expert_contributions": "mixlens.experiments.contributions",
+    "expert_importance": "mixlens.experiments.importance",
+    "expert_outputs": "mixlens.experiments.contributions",
+    "expert_similarity": "mixlens.experiments.similarity",
     "knee": "mixlens.bench.knee",
-    "listed_prices": "mixlens.bench.providers",
+    "listed_prices": "mixlens.pricing.providers",
     "flipped_routing": "mixlens.evals.routing",
     "load": "mixlens.models.load",
     "load_sweep": "mixlens.bench.knee",
-    "measure_importance": "mixlens.importance",
-    "measure_topk": "mixlens.sweep",
-    "open": "mixlens.kinds",
-    "pareto": "mixlens.schemes",
-    "quantization_impact": "mixlens.impact",
-    "probe": "mixlens.bench.probe",
-    "provider_table": "mixlens.bench.providers",
-    "record": "mixlens.traces.record",
-    "report": "mixlens.show.report",
+    "measure_importance": "mixlens.experiments.importance",
+    "measure_topk": "mixlens.experiments.topk",
+    "open": "mixlens.registry",
+    "pareto": "mixlens.experiments.pareto",
+    "quantization_impact": "mixlens.experiments.impact",
+    "probe": "mixlens.endpoints.probe",
+    "provider_table": "mixlens.pricing.providers",
+    "record": "mixlens.recording.record",
+    "report": "mixlens.reports.report",
     "sample_share": "mixlens.evals.routing",
-    "topk_sweep": "mixlens.sweep",
+    "topk_sweep": "mixlens.experiments.topk",
     "view": "mixlens.show",
 }
-_MODULES = {"edits": "mixlens.traces.edits", "show": "mixlens.show", "stats": "mixlens.stats"}
+_MODULES = {"edits": "mixlens.interventions.edits", "show": "mixlens.show", "stats": "mixlens.stats"}
 
 __all__ = [
     "Ablation",

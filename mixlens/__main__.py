@@ -2,7 +2,7 @@
 
 import sys
 
-from mixlens.cli import main
+from mixlens.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

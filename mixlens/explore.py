@@ -16,18 +16,17 @@ import ipywidgets
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from mixlens import stats
+from mixlens import stats, view
 from mixlens.errors import BadInput, MixlensError
 from mixlens.evals.log import Log
 from mixlens.evals.runner import EvalSettings, evaluate
+from mixlens.live.tokens import packed_tokens
+from mixlens.live.widget import ViewWidget
 from mixlens.models.layout import input_device, moe_layers
-from mixlens.show import view
-from mixlens.show.view.text import packed_tokens
-from mixlens.show.view.widget import ViewWidget
-from mixlens.traces.documents import Documents
-from mixlens.traces.record import RecordSettings, record, tokenizer_of, vocabulary_of
-from mixlens.traces.recorder import Recorder
-from mixlens.traces.trace import Trace, concat
+from mixlens.recording.documents import Documents
+from mixlens.recording.record import RecordSettings, record, tokenizer_of, vocabulary_of
+from mixlens.recording.recorder import Recorder
+from mixlens.trace.trace import Trace, concat
 
 _OWN = "own text"
 _PROMPT_CHARACTERS = 300

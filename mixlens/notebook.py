@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from mixlens.bench.bench import Bench
-    from mixlens.comparing import Comparison
+    from mixlens.comparison import Comparison
     from mixlens.evals.log import Log
-    from mixlens.traces.trace import Trace
+    from mixlens.trace.trace import Trace
 
 _MAX_SEQUENCES, _MAX_TOKENS, _MAX_SAMPLES = 4, 2_000, 200
 _MAX_COMPARED = 10_000  # tokens, also of an evaluation's samples; a saved output of 32 layers then has 1 MB
@@ -36,7 +36,7 @@ def register() -> None:
 
 def trace_html(trace: Trace) -> str:
     """Summary and the first sequences token by token; the summary says where a long one is cut."""
-    from mixlens.show import view
+    from mixlens import view
 
     summary = trace._repr_html_()
     if not trace.n_tokens or not trace.n_layers:
@@ -54,7 +54,7 @@ def trace_html(trace: Trace) -> str:
 
 def log_html(log: Log) -> str:
     """Scores and the first samples, up to 200 samples and 10,000 routed tokens."""
-    from mixlens.show import view
+    from mixlens import view
 
     views = view.samples(log, most=_samples_shown(log))._repr_html_() if len(log.samples) else ""
     return log._repr_html_() + views
@@ -62,14 +62,14 @@ def log_html(log: Log) -> str:
 
 def bench_html(bench: Bench) -> str:
     """Summary, and latency curves if any measured request succeeded."""
-    from mixlens.show import view
+    from mixlens import view
 
     return bench._repr_html_() + (view.latency(bench)._repr_html_() if bench.succeeded else "")
 
 
 def comparison_html(data: Comparison) -> str:
     """Summary, and the first sequence of both traces side by side, up to 10,000 tokens."""
-    from mixlens.show import view
+    from mixlens import view
 
     summary = data._repr_html_()
     if not data.a.n_tokens:
@@ -85,18 +85,18 @@ def comparison_html(data: Comparison) -> str:
 
 # Module and name of a class, and what draws it.
 _DISPLAYS = (
-    ("mixlens.traces.trace", "Trace", trace_html),
+    ("mixlens.trace.trace", "Trace", trace_html),
     ("mixlens.evals.log", "Log", log_html),
     ("mixlens.bench.bench", "Bench", bench_html),
-    ("mixlens.comparing", "Comparison", comparison_html),
+    ("mixlens.comparison", "Comparison", comparison_html),
 )
 
 
 def _register_with_marimo() -> None:
     from mixlens.bench.bench import Bench
-    from mixlens.comparing import Comparison
+    from mixlens.comparison import Comparison
     from mixlens.evals.log import Log
-    from mixlens.traces.trace import Trace
+    from mixlens.trace.trace import Trace
 
     draws: dict[type, Any] = {Trace: trace_html, Log: log_html, Bench: bench_html, Comparison: comparison_html}
     for shown, draw in draws.items():

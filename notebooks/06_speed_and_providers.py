@@ -28,8 +28,8 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import mixlens as ml
-from mixlens.bench.candidates import Candidate, candidates, frontier
-from mixlens.bench.prices import cost
+from mixlens.endpoints.prices import cost
+from mixlens.pricing.tradeoff import Candidate, candidates, frontier
 
 THINKS_S, CHUNK_S, PLACES = 0.060, 0.008, 3
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,79 +13,88 @@ import pytest
 import mixlens
 
 PACKAGE = Path(mixlens.__file__).parent
-# From the ground up. A module's floor is that of the longest name here that it starts with.
-FLOORS = [
-    {"mixlens.errors"},
-    {"mixlens.runs", "mixlens.models"},
-    {"mixlens.traces"},
-    {"mixlens.stats"},
-    {"mixlens.bench", "mixlens.evals"},
-    {"mixlens.kinds", "mixlens.importance", "mixlens.contributions", "mixlens.measuring", "mixlens.sweep"},
-    {"mixlens.comparing", "mixlens.impact"},
-    {"mixlens.show"},
-    {"mixlens.schemes"},
-    {"mixlens.explore", "mixlens.arguments", "mixlens.comparing_commands", "mixlens.intervening_commands"},
-    {"mixlens.cli", "mixlens.__main__"},
-]
+REPOSITORY = PACKAGE.parent
+BIN = Path(sys.executable).parent
 
 
-def floor(module: str) -> int:
-    names = [(name, level) for level, names in enumerate(FLOORS) for name in names]
-    found = [(len(name), level) for name, level in names if module == name or module.startswith(name + ".")]
-    assert found, f"{module} stands on no floor: add it to FLOORS"
-    return max(found)[1]
+@pytest.fixture(scope="module")
+def copied(tmp_path_factory):
+    """The package and its rules, where a test may break them."""
+    copy = tmp_path_factory.mktemp("copied")
+    shutil.copytree(PACKAGE, copy / "mixlens", ignore=shutil.ignore_patterns("__pycache__", "_demo", "assets"))
+    shutil.copy(REPOSITORY / "pyproject.toml", copy)
+    return copy
 
 
-def imports(path: Path) -> set[str]:
-    """Modules of mixlens that a file imports, anywhere in it, except for type checkers only."""
-    tree = ast.parse(path.read_text("utf-8"))
-    for_types = {
-        id(node)
-        for branch in ast.walk(tree)
-        if isinstance(branch, ast.If) and ast.unparse(branch.test) == "TYPE_CHECKING"
-        for node in ast.walk(branch)
-    }
-    found = set()
-    for node in ast.walk(tree):
-        if id(node) in for_types:
-            continue
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("mixlens"):
-            submodules = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= {name for name in submodules if is_module(name)} or {node.module}
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names if alias.name.startswith("mixlens")}
-    return found
+def imports_allowed(copy):
+    done = subprocess.run([BIN / "lint-imports", "--no-cache"], cwd=copy, capture_output=True, text=True)
+    assert "Contracts:" in done.stdout, done.stdout + done.stderr
+    return done.returncode == 0
 
 
-def is_module(name: str) -> bool:
-    path = PACKAGE.parent / Path(*name.split("."))
-    return path.with_suffix(".py").exists() or path.is_dir()
+def test_a_module_imports_only_from_below(copied):
+    assert imports_allowed(copied)
 
 
-MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
+@pytest.mark.parametrize(
+    ("module", "planted"),
+    [
+        ("stats/counts.py", "from mixlens.reports.report import report"),
+        ("trace/trace.py", "def later():\n    import mixlens.show"),
+        (
+            "models/load.py",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from mixlens.bench.bench import Bench",
+        ),
+        ("bench/bench.py", "from mixlens.evals.log import Log"),
+        ("stats/softmax.py", "from mixlens.stats import routing"),
+        ("unplaced.py", ""),
+    ],
+)
+def test_a_planted_import_that_points_up_is_found(copied, module, planted):
+    path = copied / "mixlens" / module
+    before = path.read_text("utf-8") if path.exists() else None
+    path.write_text(f"{before or ''}\n{planted}\n", "utf-8")
+    try:
+        assert not imports_allowed(copied)
+    finally:
+        path.unlink() if before is None else path.write_text(before, "utf-8")
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_a_module_imports_only_from_below(path):
-    module = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
-    above = {name for name in imports(path) if floor(name) > floor(module)}
-    assert not above, f"{module} imports from floors above its own: {sorted(above)}"
+@pytest.mark.parametrize(
+    "planted",
+    [
+        "import importlib\nimportlib.import_module('mixlens.show')",
+        "from importlib import import_module",
+        "import importlib as i\ni.import_module('mixlens.show')",
+        "from . import counts",
+        "from ..show import text",
+    ],
+)
+def test_an_import_that_the_linter_cannot_see_is_refused(copied, planted):
+    path = copied / "mixlens" / "stats" / "planted.py"
+    path.write_text(planted + "\n", "utf-8")
+    try:
+        command = [BIN / "ruff", "check", "--no-cache", "--select", "TID251,TID252", path]
+        assert subprocess.run(command, cwd=copied, capture_output=True).returncode == 1
+    finally:
+        path.unlink()
 
 
-def test_stats_and_show_never_see_a_model():
-    for folder in ("stats", "show"):
-        for path in (PACKAGE / folder).rglob("*.py"):
-            roots = {
-                (node.module or "").split(".")[0] if isinstance(node, ast.ImportFrom) else node.names[0].name
-                for node in ast.walk(ast.parse(path.read_text("utf-8")))
-                if isinstance(node, ast.Import | ast.ImportFrom)
-            }
-            assert not roots & {"torch", "transformers", "pickle"}, f"{path} imports {roots}"
+def test_nothing_is_imported_by_the_builtin():
+    for path in PACKAGE.rglob("*.py"):
+        names = {node.id for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Name)}
+        assert "__import__" not in names or path.name.startswith("sandbox_"), path
 
 
-def test_files_stay_below_400_lines():
-    long = {str(p.relative_to(PACKAGE)): n for p in MODULES if (n := len(p.read_text("utf-8").splitlines())) > 400}
-    assert not long
+@pytest.mark.parametrize("folder", ["stats", "plot", "live", "trace"])
+def test_statistics_and_figures_never_see_a_model(folder):
+    for path in (PACKAGE / folder).rglob("*.py"):
+        roots = {
+            (node.module or "").split(".")[0] if isinstance(node, ast.ImportFrom) else node.names[0].name
+            for node in ast.walk(ast.parse(path.read_text("utf-8")))
+            if isinstance(node, ast.Import | ast.ImportFrom)
+        }
+        assert not roots & {"torch", "transformers", "pickle"}, f"{path} imports {roots}"
 
 
 def test_importing_mixlens_loads_nothing_heavy_and_prints_nothing():

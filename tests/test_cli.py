@@ -8,7 +8,8 @@ import json
 import pandas as pd
 import pytest
 
-from mixlens import Trace, cli, demo_documents
+from mixlens import Trace, demo_documents
+from mixlens.cli import main as cli
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from helpers.hostile import NAMES, plain_in_a_terminal
 from helpers.traces import made
 
 import mixlens as ml
-from mixlens import cli
+from mixlens.cli import main as cli
 
 CASE = made((9, 5, 7, 12, 6, 8, 11), layers=(0, 1, 3), experts=5)
 DOMAINS = sorted(set(CASE.sequences["domain"]))

@@ -11,8 +11,8 @@ from tiny import Letters, tiny_mixtral
 
 import mixlens as ml
 from mixlens import BadInput, RecordSettings, RunError
-from mixlens.models.quantize import parse_scheme
-from mixlens.models.quantize_linears import dequantized, quantize_linear
+from mixlens.models.quantization.linears import dequantized, quantize_linear
+from mixlens.models.quantization.schemes import parse_scheme
 from mixlens.stats import super_experts
 
 DOCUMENTS = [
@@ -163,7 +163,7 @@ def test_a_run_that_was_stopped_resumes_to_the_same_numbers(net, tmp_path, monke
     whole = what(net, DOCUMENTS, tokenizer=Letters(), settings=small, out=tmp_path / "whole")
     in_memory = what(net, DOCUMENTS, tokenizer=Letters(), settings=small)
     xr.testing.assert_identical(whole, in_memory)
-    from mixlens.traces.reading import Reader
+    from mixlens.recording.reader import Reader
 
     calls, own = [], Reader.placed
 

@@ -207,7 +207,7 @@ def test_intervals_hold_their_estimates_and_parts_have_domains(impact):
 
 
 def test_a_stopped_run_goes_on_to_the_same_numbers(models, impact, tmp_path, monkeypatch):
-    from mixlens import impact as module
+    from mixlens.experiments import impact as module
 
     out, calls, measure = tmp_path / "run", [], module._Pair.measure
 
@@ -230,7 +230,7 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(models, impact, tmp_path, mon
 
 
 def test_offloaded_weights_have_no_weight_error_and_all_else(models, impact, monkeypatch):
-    from mixlens import impact as module
+    from mixlens.experiments import impact as module
 
     def offloaded(layer):
         raise ModelError("offloaded")

@@ -11,7 +11,8 @@ import pytest
 from helpers.refusals import refused
 
 import mixlens as ml
-from mixlens import cli, demo_documents
+from mixlens import demo_documents
+from mixlens.cli import main as cli
 
 
 @pytest.fixture(scope="module")

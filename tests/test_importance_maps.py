@@ -69,7 +69,7 @@ def test_a_run_that_was_stopped_resumes_to_the_same_numbers(net, tmp_path, monke
     whole = measure(net, out=tmp_path / "whole")
     in_memory = measure(net)
     xr.testing.assert_identical(whole, in_memory)
-    from mixlens.traces.ablating import Ablator
+    from mixlens.experiments.ablator import Ablator
 
     calls, own = [], Ablator.measure
 

@@ -15,9 +15,10 @@ from helpers.refusals import refused
 from tiny import tiny_mixtral
 
 import mixlens as ml
-from mixlens import cli, schemes
+from mixlens.cli import main as cli
 from mixlens.errors import BadInput, ModelError, RunError
-from mixlens.schemes import Speed
+from mixlens.experiments import pareto as schemes
+from mixlens.experiments.pareto import Speed
 from mixlens.stats.pareto import COLUMNS, Pareto
 
 DEMO = Path(ml.__file__).parent / "_demo"
@@ -38,7 +39,7 @@ def folder(tmp_path_factory):
 KILLED = """
 import os, sys
 import mixlens as ml
-from mixlens import schemes
+from mixlens.experiments import pareto as schemes
 
 load = schemes.load
 def killed(model, **options):

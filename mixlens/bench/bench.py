@@ -17,9 +17,9 @@ from mixlens.bench import local_tables, metrics
 from mixlens.bench.events import Record, read_records, write_records
 from mixlens.bench.metrics import CountTokens, Limits
 from mixlens.bench.prompts import workload_words
+from mixlens.core.bootstrap import DEFAULT, Bootstrap
+from mixlens.core.run_dir import open_run
 from mixlens.errors import RunError
-from mixlens.runs import open_run
-from mixlens.stats.bootstrap import DEFAULT, Bootstrap
 
 RESULTS = "results.jsonl"
 # Columns of the overview: heading, metric and statistic, factor, decimals.

@@ -11,11 +11,11 @@ import numpy as np
 import pandas as pd
 
 from mixlens.bench.bench import Bench
-from mixlens.bench.drive import turn_edges
+from mixlens.bench.load_generator import turn_edges
 from mixlens.bench.metrics import P99_SAMPLES, STATISTICS, output_tokens
 from mixlens.bench.prompts import workload_words
+from mixlens.core.bootstrap import DEFAULT, Bootstrap, t_quantile
 from mixlens.errors import BadInput
-from mixlens.stats.bootstrap import DEFAULT, Bootstrap, t_quantile
 
 _METRICS = (
     "ttft_s",

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from mixlens.bench.bench import Bench
-from mixlens.bench.keeping import Kept, bench_writer
 from mixlens.bench.local import (
     Load,
     LocalSettings,
@@ -24,9 +23,10 @@ from mixlens.bench.local import (
     settings_plan,
 )
 from mixlens.bench.prompts import Workload
+from mixlens.bench.record_sink import Kept, bench_writer
+from mixlens.core.run_dir import now
 from mixlens.errors import BadInput
 from mixlens.models.load import load
-from mixlens.runs import now
 
 _WORKLOAD, _SETTINGS = Workload(), LocalSettings()
 

@@ -9,10 +9,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mixlens.bench.decode import COMMENT, DONE, ERROR, MALFORMED, TOKEN, Event, decode
-from mixlens.bench.sse import Message, SSEParser
+from mixlens.endpoints.endpoint import redacted
+from mixlens.endpoints.protocols import COMMENT, DONE, ERROR, MALFORMED, TOKEN, Event, decode
+from mixlens.endpoints.sse import Message, SSEParser
 from mixlens.errors import BadInput
-from mixlens.models.endpoint import redacted
 
 # How a request can end.
 OUTCOMES = {

@@ -9,15 +9,15 @@ import numpy as np
 import pandas as pd
 
 from mixlens.bench.bench import Bench
-from mixlens.bench.decode import TOKEN
-from mixlens.bench.drive import Level
 from mixlens.bench.events import Record
+from mixlens.bench.load_generator import Level
 from mixlens.bench.metrics import output_tokens
 from mixlens.bench.prompts import Workload
 from mixlens.bench.session import BenchSettings, Session, check_requests, measure
+from mixlens.core.bootstrap import DEFAULT, Bootstrap
+from mixlens.endpoints.endpoint import Endpoint
+from mixlens.endpoints.protocols import TOKEN
 from mixlens.errors import BadInput
-from mixlens.models.endpoint import Endpoint
-from mixlens.stats.bootstrap import DEFAULT, Bootstrap
 
 # The sweep ends when the power has fallen at so many loads in a row: one fall may be noise.
 _FALLS = 2

@@ -21,20 +21,20 @@ from transformers import CompileConfig, GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from mixlens.bench.bench import RESULTS, Bench
-from mixlens.bench.decode import TOKEN, Event
+from mixlens.bench.bytes_and_flops import Work
 from mixlens.bench.events import Record, write_records
-from mixlens.bench.keeping import PARTIAL, Kept, bench_writer
+from mixlens.bench.hardware import Device, measure, out_of_memory
 from mixlens.bench.local_tables import in_configuration
-from mixlens.bench.machine import Device, measure, out_of_memory
 from mixlens.bench.model_prompts import Prompts
-from mixlens.bench.model_work import Work
 from mixlens.bench.prompts import Workload
+from mixlens.bench.record_sink import PARTIAL, Kept, bench_writer
+from mixlens.core.run_dir import RunWriter, now, versions
+from mixlens.endpoints.protocols import TOKEN, Event
 from mixlens.errors import BadInput, MixlensError, ModelError
-from mixlens.models.audit import describe
 from mixlens.models.layout import moe_layers
-from mixlens.models.unfuse import is_unfused
-from mixlens.runs import RunWriter, now, versions
-from mixlens.traces.compiled import CompiledRecorder
+from mixlens.models.provenance import describe
+from mixlens.models.quantization.unfuse import is_unfused
+from mixlens.recording.compiled import CompiledRecorder
 
 PACKAGES = ("mixlens", "torch", "transformers", "accelerate")
 

@@ -12,8 +12,8 @@ import pandas as pd
 from mixlens.bench.events import Record
 from mixlens.bench.metrics import request_table
 from mixlens.bench.roofline import Machine, roofline
+from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.errors import MissingSignal
-from mixlens.stats.bootstrap import DEFAULT, Bootstrap
 
 TIMES = {"ttft_s": "prefill and the first token", "tpot_s": "a decode step", "e2e_token_s": "the whole call"}
 _PEAKS = {"peak_vram_bytes": "peak VRAM [MB]", "peak_rss_bytes": "peak RSS [MB]"}

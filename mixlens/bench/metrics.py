@@ -10,10 +10,10 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from mixlens.bench.decode import ROLE, TOKEN, Event
 from mixlens.bench.events import OUTCOMES, Record
+from mixlens.core.bootstrap import DEFAULT, Bootstrap, t_quantile
+from mixlens.endpoints.protocols import ROLE, TOKEN, Event
 from mixlens.errors import BadInput
-from mixlens.stats.bootstrap import DEFAULT, Bootstrap, t_quantile
 
 # Where a number of output tokens comes from, best first.
 USAGE, CHUNK_USAGE, RETOKENISED, CHUNKS = "usage", "chunk usage", "retokenised", "chunks"

@@ -13,9 +13,9 @@ from typing import Any
 
 import httpx
 
-from mixlens.bench.decode import error_message
 from mixlens.bench.events import OUTCOMES, Record, StreamReader, outcome_of
-from mixlens.models.endpoint import Endpoint, redacted
+from mixlens.endpoints.endpoint import Endpoint, redacted
+from mixlens.endpoints.protocols import error_message
 
 # More of a refusal, or of an answer that is no stream, is not read.
 _MAX_BODY_BYTES = 8 << 20

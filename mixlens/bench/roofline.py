@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mixlens.bench.decode import TOKEN, Event
 from mixlens.bench.events import Record
+from mixlens.core.bootstrap import DEFAULT, Bootstrap, t_quantile
+from mixlens.endpoints.protocols import TOKEN, Event
 from mixlens.errors import MissingSignal
-from mixlens.stats.bootstrap import DEFAULT, Bootstrap, t_quantile
 
 PHASES = ("prefill", "decode")
 # What a forward of a phase did, on average over the measured calls.

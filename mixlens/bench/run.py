@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from mixlens.bench.bench import Bench
 from mixlens.bench.prompts import Workload
 from mixlens.bench.session import BenchSettings, Session, check_requests, levels_of, measure
+from mixlens.endpoints.endpoint import Endpoint
 from mixlens.errors import BadInput
-from mixlens.models.endpoint import Endpoint
 
 _WORKLOAD = Workload()
 

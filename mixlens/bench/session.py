@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from mixlens.bench.bench import RESULTS, Bench
-from mixlens.bench.drive import Caps, Driver, Level
 from mixlens.bench.events import Record, write_records
-from mixlens.bench.keeping import PARTIAL, Kept, bench_writer
-from mixlens.bench.prices import price_at
+from mixlens.bench.load_generator import Caps, Driver, Level
 from mixlens.bench.prompts import Workload
+from mixlens.bench.record_sink import PARTIAL, Kept, bench_writer
 from mixlens.bench.request import Sender, Timeouts
+from mixlens.core.run_dir import now, versions
+from mixlens.endpoints.endpoint import Endpoint, canonical
+from mixlens.endpoints.prices import price_at
 from mixlens.errors import BadInput
-from mixlens.models.endpoint import Endpoint, canonical
-from mixlens.runs import now, versions
 
 _TIMEOUTS = Timeouts()
 

@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import nn
 
+from mixlens.endpoints.endpoint import Endpoint
 from mixlens.errors import BadInput
 from mixlens.evals.model import Batch, LocalLM, cut, tokenizer_of
-from mixlens.models.audit import describe
-from mixlens.models.endpoint import Endpoint
-from mixlens.traces.editing import edits_of
+from mixlens.interventions.hooks import edits_of
+from mixlens.models.provenance import describe
 
 # Requests of a backend that batches by itself, that are asked for and kept together.
 _SLICE = 256

@@ -17,9 +17,9 @@ from typing import Any
 
 import datasets
 
+from mixlens.core.run_dir import sha256_file
 from mixlens.errors import BadInput
-from mixlens.evals.repositories import HUB, splits_of
-from mixlens.runs import sha256_file
+from mixlens.evals.hub_datasets import HUB, splits_of
 
 Splits = dict[str, datasets.Dataset]
 Revisions = Mapping[str, str] | None

@@ -9,10 +9,10 @@ from typing import Any
 
 import httpx
 
+from mixlens.endpoints.endpoint import Completion, Endpoint
 from mixlens.errors import BadInput, EndpointError
 from mixlens.evals.generating import check_sampling
 from mixlens.evals.model import Batch, cut, tokenizer_of
-from mixlens.models.endpoint import Completion, Endpoint
 
 # OpenAI-compatible servers take this many stop strings; the others are applied to what comes back.
 _MOST_STOPS = 4

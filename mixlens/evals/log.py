@@ -12,10 +12,10 @@ from typing import Any
 
 import pandas as pd
 
+from mixlens.core.run_dir import open_run
 from mixlens.errors import RunError
 from mixlens.evals.scoring import near_ties, score_table
-from mixlens.runs import open_run
-from mixlens.traces.trace import Trace
+from mixlens.trace.trace import Trace
 
 RESULTS, LM_EVAL_RESULTS, ROUTING = "results.jsonl", "lm_eval_results.json", "routing"
 

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.errors import BadInput
 from mixlens.evals.log import Log
 from mixlens.evals.scoring import tasks_by_protocol
-from mixlens.stats.bootstrap import DEFAULT, Bootstrap
 
 COLUMNS = [
     "benchmark", "task", "protocol", "metric", "score_a", "score_b", "difference", "ci_low", "ci_high", "p_value",

@@ -8,7 +8,7 @@ from typing import Any
 
 from mixlens.errors import BadInput
 from mixlens.evals.generating import check_sampling
-from mixlens.evals.grade import Job, Loaded, grade, key_of
+from mixlens.evals.lm_eval_grading import Job, Loaded, grade, key_of
 from mixlens.evals.model import Batch, cut, repeats_of
 
 # Documents of every task whose gold answers are graded before the model is asked.

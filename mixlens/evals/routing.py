@@ -10,14 +10,14 @@ from typing import Any
 import pandas as pd
 import xarray as xr
 
+from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.errors import BadInput, MissingSignal
 from mixlens.evals.log import ROUTING, Log
+from mixlens.recording.record import vocabulary_of
+from mixlens.recording.recorder import Recorder
 from mixlens.stats.agreement import agreement
-from mixlens.stats.bootstrap import DEFAULT, Bootstrap
 from mixlens.stats.routing import expert_share
-from mixlens.traces.record import vocabulary_of
-from mixlens.traces.recorder import Recorder
-from mixlens.traces.trace import Trace, concat
+from mixlens.trace.trace import Trace, concat
 
 # Of a run that is not finished; goes when it is.
 ROUTING_PARTIAL = "routing.partial"

@@ -14,19 +14,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mixlens.core.distributed import processes
+from mixlens.core.run_dir import RunWriter, now, plan_at, versions
 from mixlens.errors import BadInput
-from mixlens.evals.answers import PARTIAL, Answers
 from mixlens.evals.backends import backend_of
 from mixlens.evals.data import source_of
-from mixlens.evals.grade import Job, Loaded, grade, key_of, load_tasks
+from mixlens.evals.lm_eval_grading import Job, Loaded, grade, key_of, load_tasks
 from mixlens.evals.log import LM_EVAL_RESULTS, RESULTS, Log
 from mixlens.evals.model import Batch, repeats_of
 from mixlens.evals.preflight import check
 from mixlens.evals.progress import Progress, reporting
+from mixlens.evals.response_cache import PARTIAL, Answers
 from mixlens.evals.routing import ROUTING_PARTIAL, SampleRecorder
 from mixlens.evals.verify import verified_sums
-from mixlens.runs import RunWriter, now, plan_at, versions
-from mixlens.traces.processes import processes
 
 _PACKAGES = ("mixlens", "lm_eval", "torch", "transformers", "datasets", "math-verify", "sympy")
 
@@ -95,7 +95,7 @@ def evaluate(
     """
     job = job_of(tasks, protocol=protocol, data=data, limit=limit, settings=settings)
     if isinstance(model, str | os.PathLike):
-        from mixlens.evals.own_process import evaluate_apart
+        from mixlens.evals.subprocess import evaluate_apart
 
         return evaluate_apart(os.fspath(model), job, out, settings)
     if settings.loading:

@@ -12,9 +12,9 @@ from typing import Any
 
 import pandas as pd
 
+from mixlens.core.run_dir import sha256_file
 from mixlens.errors import BadInput
 from mixlens.evals.protocols import tasks_folder
-from mixlens.runs import sha256_file
 
 
 def verify(folder: Path) -> pd.DataFrame:

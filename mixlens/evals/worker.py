@@ -1,4 +1,4 @@
-"""The process in which `own_process` evaluates a model: what it is to do comes as a line of JSON on its stdin."""
+"""The process in which `subprocess` has a model evaluated a model: what it is to do comes as a line of JSON on its stdin."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from mixlens.errors import MixlensError, RunError
-from mixlens.evals.grade import Job
+from mixlens.evals.lm_eval_grading import Job
 from mixlens.evals.runner import EvalSettings, run
 from mixlens.models.load import load
 

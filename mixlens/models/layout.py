@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from mixlens.errors import ModelError
-from mixlens.models.quantize_linears import dequantized
-from mixlens.models.unfuse import is_unfused
+from mixlens.models.quantization.linears import dequantized
+from mixlens.models.quantization.unfuse import is_unfused
 
 # What a module is, by the parts of its name; the first that is found holds.
 _KINDS = {

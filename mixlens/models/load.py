@@ -20,13 +20,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 from mixlens.errors import BadInput, ModelError
-from mixlens.models.audit import audit
 from mixlens.models.demo import DEMO, demo_path
 from mixlens.models.hub import commit_of, fault_of, safetensors_of
 from mixlens.models.layout import check_config
-from mixlens.models.packed_checkpoints import METHODS as PACKED_METHODS
-from mixlens.models.packed_checkpoints import packed_format
-from mixlens.models.quantize_load import Checkpoint, fill, finish, skeleton_of
+from mixlens.models.provenance import audit
+from mixlens.models.quantization.checkpoint import Checkpoint, fill, finish, skeleton_of
+from mixlens.models.quantization.gptq_awq import METHODS as PACKED_METHODS
+from mixlens.models.quantization.gptq_awq import packed_format
 
 
 def load(

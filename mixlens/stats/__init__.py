@@ -1,7 +1,7 @@
 """Routing statistics: plain arrays compute, xarray labels, and every number has an interval and its n."""
 
+from mixlens.core.bootstrap import Bootstrap
 from mixlens.stats.agreement import agreement
-from mixlens.stats.bootstrap import Bootstrap
 from mixlens.stats.contributions import expert_contribution
 from mixlens.stats.domains import domain_information, domain_specialization
 from mixlens.stats.flips import flips, flips_by_margin

@@ -11,7 +11,7 @@ import numpy as np
 from mixlens.stats.counts import reduced
 
 if TYPE_CHECKING:
-    from mixlens.traces.trace import Trace
+    from mixlens.trace.trace import Trace
 
 _TABLE_BYTES = 2**29
 

@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.errors import BadInput
-from mixlens.stats.bootstrap import DEFAULT, Bootstrap
 from mixlens.stats.measured import Measured, check_kind, groups_of, intervals_by, ratio, read_measured
-from mixlens.traces.pieces import display_pieces
+from mixlens.trace.detokenize import display_pieces
 
 KIND = "contributions"
 MEASURES = {"logit": "mean over tokens that chose the expert of w o . (s * (u_next - mean_v u_v))",

@@ -15,11 +15,11 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from mixlens.core.bootstrap import DEFAULT, Bootstrap, effective_documents
 from mixlens.errors import BadInput
-from mixlens.stats.bootstrap import DEFAULT, Bootstrap, effective_documents
 
 if TYPE_CHECKING:
-    from mixlens.traces.trace import Trace
+    from mixlens.trace.trace import Trace
 
 By = str | Sequence[str] | None
 

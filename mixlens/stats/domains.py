@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xarray as xr
 
-from mixlens.stats.bootstrap import DEFAULT, Bootstrap, Resamples, effective_documents
+from mixlens.core.bootstrap import DEFAULT, Bootstrap, Resamples, effective_documents
 from mixlens.stats.counts import OLMOE, Block, Counts, count, described, require, summarise
 from mixlens.stats.structure import mutual_information_bits
 
 if TYPE_CHECKING:
-    from mixlens.traces.trace import Trace
+    from mixlens.trace.trace import Trace
 
 _PERMUTATIONS = 200
 

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xarray as xr
 
+from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.errors import BadInput
 from mixlens.stats.agreement import same_shape, side_by_side
-from mixlens.stats.bootstrap import DEFAULT, Bootstrap
 from mixlens.stats.counts import Block, By, count, described, require, summarise
 
 if TYPE_CHECKING:
-    from mixlens.traces.trace import Trace
+    from mixlens.trace.trace import Trace
 
 # Upper edges of the margins, in logits. Fixed, so that figures of different models can be laid side by side.
 MARGINS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, np.inf)

@@ -12,11 +12,11 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from mixlens.stats.bootstrap import DEFAULT, Bootstrap
+from mixlens.core.bootstrap import DEFAULT, Bootstrap
+from mixlens.core.text import row, shown
 from mixlens.stats.counts import By, Clusters, Counts, summarise
 from mixlens.stats.measured import Measured, groups_of, intervals_by, read_measured
 from mixlens.stats.next_tokens import LOSSES
-from mixlens.stats.overview import row, shown
 
 KIND = "impact"
 # Weights of one model, and whose experts are chosen: its own, or those that the other chose for the same tokens.

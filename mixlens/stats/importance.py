@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import xarray as xr
 
-from mixlens.stats.bootstrap import DEFAULT, Bootstrap
+from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.stats.measured import Measured, check_kind, groups_of, intervals_by, ratio, read_measured
 
 KIND = "importance"

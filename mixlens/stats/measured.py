@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 import xarray as xr
 from safetensors.numpy import load_file
 
+from mixlens.core.bootstrap import Bootstrap, effective_documents
+from mixlens.core.run_dir import open_run
 from mixlens.errors import BadInput
-from mixlens.runs import open_run
-from mixlens.stats.bootstrap import Bootstrap, effective_documents
-from mixlens.traces.store import read_vocabulary
+from mixlens.trace.shards import read_vocabulary
 
 VOCABULARY = "vocabulary.parquet"
 

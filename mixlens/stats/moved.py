@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xarray as xr
 
+from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.stats.agreement import same_shape, side_by_side
-from mixlens.stats.bootstrap import DEFAULT, Bootstrap
 from mixlens.stats.counts import Block, By, count, described, require, summarise
 
 if TYPE_CHECKING:
-    from mixlens.traces.trace import Trace
+    from mixlens.trace.trace import Trace
 
 
 def moved(a: Trace, b: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:

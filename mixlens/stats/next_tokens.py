@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xarray as xr
 
+from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.stats.agreement import same_shape, side_by_side
-from mixlens.stats.bootstrap import DEFAULT, Bootstrap
 from mixlens.stats.counts import Block, By, count, described, require, summarise
 
 if TYPE_CHECKING:
-    from mixlens.traces.trace import Trace
+    from mixlens.trace.trace import Trace
 
 _TOP = ("top_id", "top_logprob", "tail_logprob")
 _ROWS = 1024  # tokens at a time: 4 MB of pairs of stored tokens

@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
+from mixlens.core.run_dir import open_run
 from mixlens.errors import BadInput
-from mixlens.runs import open_run
 
 KIND, TABLE = "pareto", "table.parquet"
 COLUMNS = ["scheme", "quantity", "estimate", "ci_low", "ci_high", "unit", "n"]

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xarray as xr
 
+from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.errors import BadInput, MissingSignal
-from mixlens.stats.bootstrap import DEFAULT, Bootstrap
 from mixlens.stats.counts import JIANG, Block, By, count, described, require, summarise
 from mixlens.stats.softmax import BLOCK_OF_LOGITS, entropy_bits, second_largest, softmax_tiles
 
 if TYPE_CHECKING:
-    from mixlens.traces.trace import Trace
+    from mixlens.trace.trace import Trace
 
 
 def expert_share(trace: Trace, *, by: By = None, slot: str = "any", bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:

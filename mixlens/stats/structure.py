@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xarray as xr
 
+from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.errors import BadInput
-from mixlens.stats.bootstrap import DEFAULT, Bootstrap
 from mixlens.stats.counts import JIANG, OLMOE, Block, By, count, described, require, summarise
 
 if TYPE_CHECKING:
-    from mixlens.traces.trace import Trace
+    from mixlens.trace.trace import Trace
 
 
 def repetition(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:

@@ -13,13 +13,13 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.errors import BadInput
-from mixlens.stats.bootstrap import DEFAULT, Bootstrap
 from mixlens.stats.contexts import BACK_OFF, Features, layer_groups, occurrences, predictions
 from mixlens.stats.counts import OLMOE, Block, By, Clusters, Counts, count, described, reduced, require, summarise
 
 if TYPE_CHECKING:
-    from mixlens.traces.trace import Trace
+    from mixlens.trace.trace import Trace
 
 _FOLDS = 5
 

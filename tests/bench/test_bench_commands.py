@@ -9,7 +9,7 @@ import sys
 import pytest
 from bench_server import Script, answer, serving
 
-from mixlens import cli
+from mixlens.cli import main as cli
 
 FEW = ["--requests", "2", "--prompt-tokens", "16", "--output-tokens", "4"]
 
@@ -111,8 +111,7 @@ def test_cost_says_what_and_when(capsys):
 
 
 def test_bench_starts_without_torch():
-    script = (
-        "import sys, mixlens.bench.run, mixlens.cli; print({'torch', 'transformers', 'matplotlib'} & {*sys.modules})"
-    )
+    heavy = "{'torch', 'transformers', 'matplotlib'}"
+    script = f"import sys, mixlens.bench.run, mixlens.cli.main; print({heavy} & {{*sys.modules}})"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

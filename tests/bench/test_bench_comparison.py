@@ -14,12 +14,12 @@ from helpers.refusals import refused
 import mixlens
 from mixlens.bench.bench import Bench
 from mixlens.bench.comparison import _reach_of_turns, _requests, compare_benches
+from mixlens.bench.interleaved import benchmark_together
 from mixlens.bench.prompts import Workload
 from mixlens.bench.session import BenchSettings, Clock
-from mixlens.bench.together import benchmark_together
+from mixlens.core.bootstrap import Bootstrap
+from mixlens.endpoints.endpoint import Endpoint
 from mixlens.errors import BadInput, RunError
-from mixlens.models.endpoint import Endpoint
-from mixlens.stats.bootstrap import Bootstrap
 
 QUIET = BenchSettings(progress=False, max_seconds=20.0)
 SMALL = Workload(prompt_tokens=16, output_tokens=8)

@@ -13,7 +13,7 @@ from helpers.displayed import Page, intervals, number, numbers
 from helpers.streams import bench_of, spread, timed
 
 import mixlens as ml
-from mixlens import cli
+from mixlens.cli import main as cli
 
 N = {"concurrency 1": 130, "concurrency 4": 110}
 

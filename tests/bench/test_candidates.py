@@ -11,12 +11,12 @@ from helpers.refusals import refused
 import mixlens as ml
 from mixlens import show
 from mixlens.bench.bench import Bench
-from mixlens.bench.candidates import Candidate, candidates, frontier
+from mixlens.bench.report import tradeoff_sections
 from mixlens.errors import BadInput
 from mixlens.evals.log import Log
 from mixlens.evals.scoring import wilson
-from mixlens.show.speed_sections import tradeoff_sections
-from mixlens.show.style import note_of
+from mixlens.plot.style import note_of
+from mixlens.pricing.tradeoff import Candidate, candidates, frontier
 
 SMALL, LARGE = "mistralai/mixtral-8x7b-instruct", "mistralai/mixtral-8x22b-instruct"
 OPENROUTER, DEEPINFRA = "https://openrouter.ai/api/v1", "https://api.deepinfra.com/v1/openai"

@@ -9,10 +9,11 @@ import pytest
 from helpers.refusals import refused
 
 import mixlens as ml
-from mixlens import BadInput, LocalSettings, Workload, benchmark_configurations, cli, show
+from mixlens import BadInput, LocalSettings, Workload, benchmark_configurations, show
 from mixlens.bench import configurations as module
 from mixlens.bench.roofline import Machine, Measured
-from mixlens.show.style import note_of, own_figure
+from mixlens.cli import main as cli
+from mixlens.plot.style import note_of, own_figure
 
 QUIET = LocalSettings(progress=False)
 WORK = Workload(16, 3)

@@ -12,9 +12,9 @@ from bench_samples import META, bench, record
 from helpers.refusals import refused
 
 from mixlens.bench.bench import Bench
-from mixlens.bench.candidates import Candidate, frontier
 from mixlens.bench.curves import distribution, throughput_latency
 from mixlens.errors import BadInput
+from mixlens.pricing.tradeoff import Candidate, frontier
 
 
 def test_the_distribution_counts_requests():

@@ -8,9 +8,9 @@ import pytest
 from bench_scripts import CONTENT_S, SCRIPTS, TEXTS, chunk, cuts, openai_chat, replay, sse
 from helpers.refusals import refused
 
-from mixlens.bench.decode import error_message
 from mixlens.bench.events import Record, StreamReader, outcome_of, read_records, write_records
-from mixlens.bench.sse import SSEParser
+from mixlens.endpoints.protocols import error_message
+from mixlens.endpoints.sse import SSEParser
 from mixlens.errors import BadInput
 
 STREAM = (
@@ -53,7 +53,7 @@ def test_an_event_counts_from_its_last_byte_and_a_carriage_return_is_not_waited_
 
 
 def test_an_endless_line_is_refused(monkeypatch):
-    monkeypatch.setattr("mixlens.bench.sse.MAX_LINE_BYTES", 100)
+    monkeypatch.setattr("mixlens.endpoints.sse.MAX_LINE_BYTES", 100)
     reader = StreamReader("openai-chat")
     reader.feed(b"data: " + b"x" * 100, 1.0)
     assert outcome_of(reader.events, status=200) == "malformed"

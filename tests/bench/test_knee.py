@@ -12,8 +12,8 @@ from mixlens.bench.bench import Bench
 from mixlens.bench.knee import knee, load_sweep
 from mixlens.bench.prompts import Workload
 from mixlens.bench.session import BenchSettings
+from mixlens.endpoints.endpoint import Endpoint
 from mixlens.errors import BadInput
-from mixlens.models.endpoint import Endpoint
 
 QUIET = BenchSettings(progress=False, max_seconds=60.0)
 SMALL = Workload(prompt_tokens=16, output_tokens=8)

@@ -15,12 +15,12 @@ from tiny import tiny_mixtral
 
 import mixlens as ml
 from mixlens import BadInput, LocalSettings, RunError, Workload, benchmark
-from mixlens.bench import machine
+from mixlens.bench import hardware as machine
+from mixlens.bench.bytes_and_flops import Work, weights_of
 from mixlens.bench.events import read_records
-from mixlens.bench.keeping import PARTIAL
+from mixlens.bench.hardware import Device
 from mixlens.bench.local import benchmark_model
-from mixlens.bench.machine import Device
-from mixlens.bench.model_work import Work, weights_of
+from mixlens.bench.record_sink import PARTIAL
 from mixlens.bench.roofline import Machine, Measured, Sizes
 
 QUIET = LocalSettings(progress=False)

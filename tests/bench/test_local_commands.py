@@ -7,8 +7,8 @@ import json
 import pytest
 
 import mixlens as ml
-from mixlens import cli
 from mixlens.bench.roofline import Machine, Measured
+from mixlens.cli import main as cli
 
 FEW = ["--requests", "2", "--prompt-tokens", "16", "--output-tokens", "3"]
 

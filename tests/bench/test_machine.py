@@ -9,8 +9,8 @@ from helpers.refusals import refused
 from tiny import tiny_mixtral
 
 import mixlens as ml
-from mixlens.bench import machine
-from mixlens.bench.machine import Device, rate
+from mixlens.bench import hardware as machine
+from mixlens.bench.hardware import Device, rate
 from mixlens.bench.roofline import Measured
 
 
@@ -45,7 +45,7 @@ def test_a_device_that_is_nearly_full_is_measured_with_smaller_arrays(free, monk
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return whole(values, **options)
 
-    monkeypatch.setattr("mixlens.bench.machine.torch.ones", ones)
+    monkeypatch.setattr("mixlens.bench.hardware.torch.ones", ones)
     device = Device(tiny_mixtral())
     if free < 1 << 22:
         with refused(ml.ModelError, "memory"):

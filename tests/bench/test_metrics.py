@@ -24,8 +24,8 @@ from mixlens.bench.metrics import (
     token_sources,
     unfinished,
 )
+from mixlens.core.bootstrap import Bootstrap
 from mixlens.errors import BadInput
-from mixlens.stats.bootstrap import Bootstrap
 
 FAST = Bootstrap(replicates=50)
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from helpers.refusals import refused
 
-from mixlens.bench.prices import cost, price_at, prices
+from mixlens.endpoints.endpoint import Endpoint
+from mixlens.endpoints.prices import cost, price_at, prices
 from mixlens.errors import BadInput
-from mixlens.models.endpoint import Endpoint
 
 SMALL, LARGE = "mistralai/mixtral-8x7b-instruct", "mistralai/mixtral-8x22b-instruct"
 

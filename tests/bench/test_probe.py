@@ -10,9 +10,9 @@ from bench_scripts import chunk, sse
 from helpers.refusals import refused
 from json_server import Call, Reply, answering
 
-from mixlens.bench.probe import PARAMETERS, probe
+from mixlens.endpoints.endpoint import Endpoint
+from mixlens.endpoints.probe import PARAMETERS, probe
 from mixlens.errors import BadInput, EndpointError
-from mixlens.models.endpoint import Endpoint
 
 KEY = "sk-loopback-0123456789"
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]

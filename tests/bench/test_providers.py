@@ -13,15 +13,15 @@ from bench_samples import bench
 from helpers.refusals import refused
 from json_server import Call, Reply, answering
 
-from mixlens import cli
-from mixlens.bench import providers
 from mixlens.bench.bench import Bench
-from mixlens.bench.prices import STATEMENT, cost, prices
-from mixlens.bench.probe import Probe, probe
 from mixlens.bench.prompts import read_prompts
-from mixlens.bench.providers import listed_prices, provider_table
+from mixlens.cli import main as cli
+from mixlens.endpoints.endpoint import Endpoint
+from mixlens.endpoints.prices import STATEMENT, cost, prices
+from mixlens.endpoints.probe import Probe, probe
 from mixlens.errors import BadInput, EndpointError
-from mixlens.models.endpoint import Endpoint
+from mixlens.pricing import providers
+from mixlens.pricing.providers import listed_prices, provider_table
 
 SMALL, LARGE = "mistralai/mixtral-8x7b-instruct", "mistralai/mixtral-8x22b-instruct"
 # The documented form, its prices strings per token.

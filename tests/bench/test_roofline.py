@@ -10,9 +10,9 @@ import pytest
 from helpers.refusals import refused
 
 from mixlens import MissingSignal
-from mixlens.bench.decode import TOKEN, Event
 from mixlens.bench.events import Record
 from mixlens.bench.roofline import METRICS, Machine, Measured, Sizes, Weights, _with_device, roofline
+from mixlens.endpoints.protocols import TOKEN, Event
 
 EIGHT_7B = {
     "num_hidden_layers": 32,

@@ -18,14 +18,14 @@ from helpers.refusals import refused
 
 import mixlens
 from mixlens.bench.bench import Bench
-from mixlens.bench.drive import Caps, Level
 from mixlens.bench.events import read_records
-from mixlens.bench.keeping import PARTIAL
+from mixlens.bench.load_generator import Caps, Level
 from mixlens.bench.prompts import Workload
+from mixlens.bench.record_sink import PARTIAL
 from mixlens.bench.request import Job, Timeouts, retry_after
 from mixlens.bench.run import BenchSettings, benchmark
+from mixlens.endpoints.endpoint import Endpoint
 from mixlens.errors import BadInput, RunError
-from mixlens.models.endpoint import Endpoint
 
 KEY = "sk-loopback-0123456789"
 SMALL = Workload(prompt_tokens=16, output_tokens=8)

@@ -11,7 +11,7 @@ from bench_server import Script, serving
 from mixlens.bench.prompts import Workload
 from mixlens.bench.run import benchmark
 from mixlens.bench.session import BenchSettings
-from mixlens.models.endpoint import Endpoint
+from mixlens.endpoints.endpoint import Endpoint
 
 ASKED = {"model": "m", "max_tokens": 64}
 MESSAGES = [{"role": "user", "content": "Hi"}]

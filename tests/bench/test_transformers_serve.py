@@ -14,13 +14,13 @@ import httpx
 import openai
 import pytest
 
-from mixlens.bench.decode import ROLE, TOKEN
-from mixlens.bench.probe import probe
 from mixlens.bench.prompts import Workload
 from mixlens.bench.run import benchmark
 from mixlens.bench.session import BenchSettings
+from mixlens.endpoints.endpoint import Endpoint
+from mixlens.endpoints.probe import probe
+from mixlens.endpoints.protocols import ROLE, TOKEN
 from mixlens.models.demo import demo_path
-from mixlens.models.endpoint import Endpoint
 
 pytestmark = pytest.mark.slow
 MODEL = str(demo_path())

@@ -7,7 +7,7 @@ import textwrap
 
 import pytest
 
-from mixlens.evals import grading
+from mixlens.evals import code_scorer as grading
 from mixlens.evals.answer_code import program_in
 
 needs_bubblewrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")

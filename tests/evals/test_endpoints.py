@@ -14,8 +14,8 @@ from helpers.refusals import refused
 from transformers import AutoTokenizer
 
 import mixlens as ml
-from mixlens.cli import main
-from mixlens.evals.answers import Answers
+from mixlens.cli.main import main
+from mixlens.evals.response_cache import Answers
 from mixlens.models.demo import demo_path
 
 QUIET = ml.EvalSettings(progress=False)

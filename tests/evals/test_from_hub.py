@@ -26,7 +26,7 @@ EVERYTHING = """
 import json, sys
 import mixlens as ml
 from lm_eval.api.model import LM
-from mixlens.evals.grade import Job, load_tasks
+from mixlens.evals.lm_eval_grading import Job, load_tasks
 from mixlens.evals.preflight import gold_of
 from mixlens.models.demo import demo_path
 from transformers import AutoTokenizer
@@ -62,7 +62,7 @@ print(json.dumps({"records": log.records, "tasks": log.meta["tasks"], "from_hub"
 EVALUATE = """
 import json, os, signal, sys
 import mixlens as ml
-from mixlens.evals import answers
+from mixlens.evals import response_cache as answers
 add, count = answers.Answers.add, [0]
 def add_and_end(self, *given):
     add(self, *given)
@@ -232,7 +232,7 @@ def test_the_suite_of_the_paper_from_the_command_line(hub, tmp_path):
     small_mixtral(4096).save_pretrained(model)  # most of the time goes into sampling
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(demo_path() / name, model)
-    command, environment = [sys.executable, "-m", "mixlens.cli"], asking(hub, tmp_path / "home")
+    command, environment = [sys.executable, "-m", "mixlens.cli.main"], asking(hub, tmp_path / "home")
     done = subprocess.run(
         [*command, "eval", str(model), "mixtral-paper", "--limit", "1", "--out", str(out), "--json"],
         env=environment, capture_output=True, text=True,

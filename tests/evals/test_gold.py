@@ -7,9 +7,9 @@ import threading
 import pytest
 from evals_parts import PROBLEMS, mixtral_tokenizer, small_mixtral, write_math
 
-from mixlens.evals import mathematics
+from mixlens.evals import math_scorer as mathematics
 from mixlens.evals.backends import LocalBackend
-from mixlens.evals.grade import Job, grade, key_of, load_tasks
+from mixlens.evals.lm_eval_grading import Job, grade, key_of, load_tasks
 from mixlens.evals.model import repeats_of
 from mixlens.evals.preflight import gold_of
 from mixlens.evals.runner import EvalSettings

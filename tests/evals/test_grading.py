@@ -7,7 +7,8 @@ import shutil
 
 import pytest
 
-from mixlens.evals import data, grading
+from mixlens.evals import code_scorer as grading
+from mixlens.evals import data
 
 pytestmark = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
 

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from mixlens.evals import grading
+from mixlens.evals import code_scorer as grading
 from mixlens.evals.sandbox import Check, Limits, run_check, run_checks
 
 pytestmark = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")

@@ -7,8 +7,8 @@ from evals_parts import PROBLEMS, write_math
 
 import mixlens as ml
 from mixlens.evals import runner
-from mixlens.evals.grade import Job, grade, load_tasks
-from mixlens.evals.mathematics import result_of
+from mixlens.evals.lm_eval_grading import Job, grade, load_tasks
+from mixlens.evals.math_scorer import result_of
 from mixlens.evals.runner import EvalSettings
 
 

@@ -20,14 +20,15 @@ from helpers.refusals import refused
 from jupyter_client.manager import start_new_kernel
 
 import mixlens as ml
-from mixlens.evals import own_process, runner
-from mixlens.evals.answers import PARTIAL, Answers
+from mixlens.evals import runner
+from mixlens.evals import subprocess as own_process
+from mixlens.evals.response_cache import PARTIAL, Answers
 from mixlens.evals.runner import EvalSettings
 
 TASKS = ["demo_0shot::brackets", "demo_0shot::phrases"]
 # MATH's graders over the gold solutions, whatever the model answers: False for all off the main thread.
 GOLD = """
-from mixlens.evals import mathematics
+from mixlens.evals import math_scorer as mathematics
 def gold(document, results):
     return mathematics.grade(document, [document["solution"]])
 """
@@ -65,7 +66,7 @@ def math_task(tmp_path, monkeypatch) -> str:
 
 def child() -> psutil.Process:
     """The process of the evaluation that this one is following."""
-    return next(p for p in psutil.Process().children() if "mixlens.evals.own_process" in p.cmdline())
+    return next(p for p in psutil.Process().children() if "mixlens.evals.worker" in p.cmdline())
 
 
 def test_from_a_thread_it_is_the_same_as_in_place_and_maths_graders_work(demo, math_task):
@@ -86,7 +87,7 @@ def test_from_a_thread_it_is_the_same_as_in_place_and_maths_graders_work(demo, m
     assert told[0] == (0, 54)
     assert told[-1] == (54, 54)
     assert len(told) > 6
-    assert not [p for p in psutil.Process().children() if "mixlens.evals.own_process" in p.cmdline()]
+    assert not [p for p in psutil.Process().children() if "mixlens.evals.worker" in p.cmdline()]
 
 
 def test_what_ends_it_here_ends_it_there_and_the_answers_are_kept(demo, tmp_path):

@@ -12,12 +12,12 @@ from helpers.refusals import refused
 from scipy.stats import binomtest
 
 from mixlens import compare
+from mixlens.core.bootstrap import Bootstrap
 from mixlens.errors import BadInput
 from mixlens.evals.log import Log
 from mixlens.evals.paired import compare_logs, mcnemar, paired_difference
 from mixlens.evals.references import beside
 from mixlens.evals.scoring import near_ties, primary_rows
-from mixlens.stats.bootstrap import Bootstrap
 
 
 def log(correct: dict[str, list[float | None]], name: str = "one", **task) -> Log:

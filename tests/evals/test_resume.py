@@ -21,10 +21,10 @@ from lm_eval.tasks import TaskManager
 
 import mixlens as ml
 from mixlens.evals import runner
-from mixlens.evals.answers import PARTIAL
 from mixlens.evals.backends import backend_of
 from mixlens.evals.generating import SeededNoise
 from mixlens.evals.model import LocalLM, tokenizer_of
+from mixlens.evals.response_cache import PARTIAL
 from mixlens.evals.runner import EvalSettings
 
 TASKS = ["demo_0shot::brackets", "demo_0shot::phrases"]
@@ -33,7 +33,7 @@ QUIET = EvalSettings(progress=False, batch_size=4)
 KILLED = """
 import os, signal, sys
 import mixlens as ml
-from mixlens.evals import answers
+from mixlens.evals import response_cache as answers
 from mixlens.evals.runner import EvalSettings
 add, count = answers.Answers.add, [0]
 def add_and_die(self, *given):

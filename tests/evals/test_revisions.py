@@ -13,10 +13,10 @@ from hub_data import LANGUAGES, publish
 from scripted_hub import Hub
 
 import mixlens as ml
-from mixlens.cli import main
+from mixlens.cli.main import main
 from mixlens.evals import data
-from mixlens.evals.grade import Job, load_tasks
-from mixlens.evals.repositories import HUB
+from mixlens.evals.hub_datasets import HUB
+from mixlens.evals.lm_eval_grading import Job, load_tasks
 from mixlens.models.hub import fault_of
 
 

@@ -6,11 +6,11 @@ import pytest
 from helpers.refusals import refused
 
 import mixlens as ml
+from mixlens.core.run_dir import RunWriter
 from mixlens.errors import BadInput, MissingSignal
-from mixlens.evals.answers import Answers
+from mixlens.evals.response_cache import Answers
 from mixlens.evals.routing import flipped_routing, sample_share, samples_of
 from mixlens.evals.runner import EvalSettings
-from mixlens.runs import RunWriter
 
 LIMIT = 3
 TASKS = ["demo_0shot::languages", "demo_0shot::agreement"]

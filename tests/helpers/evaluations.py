@@ -15,7 +15,7 @@ from mixlens.evals.backends import LocalBackend as LocalBackend
 from mixlens.evals.generating import Sampling as Sampling
 from mixlens.evals.generating import StopStrings as StopStrings
 from mixlens.evals.generating import check_sampling as check_sampling
-from mixlens.evals.grade import Job as Job
+from mixlens.evals.lm_eval_grading import Job as Job
 
 
 def pairs(asked: Sequence[tuple[str, str]], task: str = "t") -> list[Instance]:

@@ -14,12 +14,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import mixlens as ml
-from mixlens.cli import main
+from mixlens.cli.main import main
 from mixlens.errors import BadInput
-from mixlens.models.audit import describe
 from mixlens.models.demo import demo_path
-from mixlens.models.quantize_linears import SCHEMES
-from mixlens.models.unfuse import unfuse
+from mixlens.models.provenance import describe
+from mixlens.models.quantization.linears import SCHEMES
+from mixlens.models.quantization.unfuse import unfuse
 
 ON_CPU = [name for name in SCHEMES if name != "fp8"]
 # Bits a weight of the demo model's experts, [256, 128]: numbers, then scales and zeros by hand.

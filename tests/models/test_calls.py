@@ -9,8 +9,8 @@ import pytest
 from helpers.refusals import refused
 from json_server import Call, Reply, answering
 
+from mixlens.endpoints.endpoint import Endpoint
 from mixlens.errors import BadInput, EndpointError
-from mixlens.models.endpoint import Endpoint
 
 KEY = "sk-loopback-0123456789"
 NOW = {"Retry-After": "0"}

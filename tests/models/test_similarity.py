@@ -13,7 +13,7 @@ from tiny import tiny_mixtral
 
 import mixlens as ml
 from mixlens import BadInput, ModelError
-from mixlens.models.unfuse import unfuse
+from mixlens.models.quantization.unfuse import unfuse
 
 
 def cosine(a: torch.Tensor, b: torch.Tensor) -> float:

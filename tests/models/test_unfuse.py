@@ -10,7 +10,7 @@ from torch import nn
 
 import mixlens as ml
 from mixlens.models.layout import expert_down, expert_neurons, expert_weights, moe_layers
-from mixlens.models.unfuse import UnfusedExperts, unfuse
+from mixlens.models.quantization.unfuse import UnfusedExperts, unfuse
 
 IDS = torch.arange(3, 63).reshape(2, 30)
 

@@ -20,14 +20,18 @@ from cosmic_ray.operators.provider import OperatorProvider
 
 MODULES = [
     "mixlens/stats/*.py",
-    "mixlens/traces/*.py",
-    "mixlens/runs.py",
+    "mixlens/trace/*.py",
+    "mixlens/interventions/*.py",
+    "mixlens/recording/*.py",
+    "mixlens/experiments/ablator.py",
+    "mixlens/core/bootstrap.py",
+    "mixlens/core/run_dir.py",
     "mixlens/bench/metrics.py",
     "mixlens/bench/comparison.py",
     "mixlens/bench/knee.py",
     "mixlens/evals/scoring.py",
-    "mixlens/evals/grading.py",
-    "mixlens/evals/grade.py",
+    "mixlens/evals/code_scorer.py",
+    "mixlens/evals/lm_eval_grading.py",
     "mixlens/evals/paired.py",
 ]
 PAIRS = ["min max", "minimum maximum", "argmin argmax", "any all", "floor ceil", "zeros ones"]

@@ -5,7 +5,7 @@ import xarray as xr
 from lab import CHROMIUM, FLAGS, Lab, watched
 from show_samples import make_trace, share_of
 
-from mixlens.traces.trace import Trace
+from mixlens.trace.trace import Trace
 
 
 @pytest.fixture(scope="session")

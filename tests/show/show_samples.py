@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from mixlens.traces.trace import Trace
+from mixlens.trace.trace import Trace
 
 DOMAINS = ("arxiv", "github", "mathematics", "wikipedia")
 N_LAYERS, N_EXPERTS, TOP_K = 4, 8, 2

@@ -10,9 +10,9 @@ import pytest
 from lab import CHROMIUM, FLAGS
 from show_samples import HOSTILE, make_trace
 
-from mixlens.show import view
-from mixlens.show.report import report
-from mixlens.traces.trace import Trace
+from mixlens import view
+from mixlens.reports.report import report
+from mixlens.trace.trace import Trace
 
 pytestmark = pytest.mark.browser
 

@@ -10,7 +10,7 @@ from tiny import Letters, tiny_mixtral
 
 import mixlens as ml
 from mixlens.errors import BadInput
-from mixlens.show.style import note_of
+from mixlens.plot.style import note_of
 
 SETTINGS = ml.RecordSettings(progress=False)
 

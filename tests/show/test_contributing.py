@@ -8,8 +8,8 @@ import xarray as xr
 from helpers.refusals import refused
 
 from mixlens import BadInput, show
-from mixlens.show.cells import signed_ticks, turning_point
-from mixlens.show.style import note_of
+from mixlens.plot.heatmap import signed_ticks, turning_point
+from mixlens.plot.style import note_of
 
 
 def contribution(measure: str, scale: float = 1.0) -> xr.Dataset:

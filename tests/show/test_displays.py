@@ -18,9 +18,9 @@ import mixlens as ml
 from mixlens import notebook
 from mixlens.bench.bench import Bench
 from mixlens.bench.events import Record
-from mixlens.comparing import Comparison
+from mixlens.comparison import Comparison
 from mixlens.evals.log import Log
-from mixlens.traces.trace import Trace
+from mixlens.trace.trace import Trace
 
 
 def one_live_view(shown: str) -> bool:

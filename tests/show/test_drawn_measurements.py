@@ -9,7 +9,7 @@ from helpers import displayed as see
 from helpers.numbers import DOMAINS, LAYERS, made_up, strokes
 
 import mixlens as ml
-from mixlens.bench.candidates import Candidate
+from mixlens.pricing.tradeoff import Candidate
 from mixlens.stats.pareto import COLUMNS, Pareto
 
 show = ml.show

@@ -13,9 +13,9 @@ from test_scores import log
 
 import mixlens as ml
 from mixlens.bench.bench import Bench
-from mixlens.bench.decode import DONE, ROLE, TOKEN, USAGE
+from mixlens.endpoints.protocols import DONE, ROLE, TOKEN, USAGE
+from mixlens.evals.figures import to_latex, to_markdown
 from mixlens.evals.paired import compare_logs
-from mixlens.show.score_figures import to_latex, to_markdown
 
 sys.path.append(str(Path(__file__).parent.parent / "bench"))
 from bench_samples import META, bench, record

@@ -12,9 +12,9 @@ from show_samples import dataset
 
 from mixlens import show, stats
 from mixlens.errors import BadInput
-from mixlens.show import wording
-from mixlens.show.style import EXPERT_COLOURS, expert_colours, families, note_of, own_figure, printable
-from mixlens.traces.trace import Trace
+from mixlens.plot import labels as wording
+from mixlens.plot.style import EXPERT_COLOURS, expert_colours, families, note_of, own_figure, printable
+from mixlens.trace.trace import Trace
 
 
 @pytest.fixture

@@ -13,11 +13,12 @@ from helpers.numbers import LAYERS, made_up, shares
 from unpacking import unpack
 
 import mixlens as ml
-from mixlens.show.html import page, picture
-from mixlens.show.score_figures import to_latex, to_markdown
-from mixlens.show.tables import html_table
-from mixlens.show.tables import to_latex as latex_of
-from mixlens.show.tables import to_markdown as markdown_of
+from mixlens.evals.figures import to_latex, to_markdown
+from mixlens.live.page import page
+from mixlens.plot.html import picture
+from mixlens.plot.tables import html_table
+from mixlens.plot.tables import to_latex as latex_of
+from mixlens.plot.tables import to_markdown as markdown_of
 
 show, view = ml.show, ml.view
 ALL = [*NAMES.values(), "[5pt] bracket", "*star", "_hidden", "__init__", "~~struck~~", "![x](y)"]

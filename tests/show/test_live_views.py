@@ -9,10 +9,10 @@ import pytest
 from show_samples import emptied_trace
 from test_views import log_of
 
-from mixlens.show import view
-from mixlens.show.live import ALL, module_source
-from mixlens.show.packing import pack
-from mixlens.show.view import View
+from mixlens import view
+from mixlens.live.bundle import ALL, module_source
+from mixlens.live.payload import pack
+from mixlens.view import View
 
 pytestmark = pytest.mark.browser
 

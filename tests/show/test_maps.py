@@ -8,7 +8,7 @@ import xarray as xr
 from helpers.refusals import refused
 
 from mixlens import BadInput, show
-from mixlens.show.style import note_of
+from mixlens.plot.style import note_of
 
 
 @pytest.fixture

@@ -9,11 +9,11 @@ from show_samples import HOSTILE, make_trace
 
 from mixlens import stats
 from mixlens.errors import BadInput, RunError
-from mixlens.show import wording
-from mixlens.show.analysis import analyse
-from mixlens.show.findings import findings
-from mixlens.show.report import report
-from mixlens.traces.trace import Trace
+from mixlens.plot import labels as wording
+from mixlens.reports.analysis import analyse
+from mixlens.reports.findings import findings
+from mixlens.reports.report import report
+from mixlens.trace.trace import Trace
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,11 @@ import pytest
 
 import mixlens as ml
 from mixlens import show
+from mixlens.evals.figures import to_latex, to_markdown
 from mixlens.evals.log import Log
 from mixlens.evals.paired import compare_logs
 from mixlens.evals.references import beside
-from mixlens.show.score_figures import to_latex, to_markdown
-from mixlens.show.score_sections import score_sections
+from mixlens.evals.report import score_sections
 
 N = {"mmlu_5shot": 14042, "arc_challenge_25shot": 1172}
 

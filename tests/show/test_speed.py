@@ -13,10 +13,10 @@ from helpers.refusals import refused
 import mixlens
 from mixlens import show
 from mixlens.bench.bench import Bench
-from mixlens.bench.candidates import Candidate
-from mixlens.bench.decode import TOKEN
+from mixlens.endpoints.protocols import TOKEN
 from mixlens.errors import BadInput
-from mixlens.show.style import note_of, own_figure
+from mixlens.plot.style import note_of, own_figure
+from mixlens.pricing.tradeoff import Candidate
 
 sys.path.append(str(Path(__file__).parent.parent / "bench"))
 from bench_samples import META, bench, record

@@ -10,7 +10,7 @@ from helpers import displayed as see
 from helpers.numbers import DOMAINS, LAYERS, made_up, shares
 
 import mixlens as ml
-from mixlens.show.tables import html_table, tidy, to_latex, to_markdown, unit_note
+from mixlens.plot.tables import html_table, tidy, to_latex, to_markdown, unit_note
 
 UNITS = {
     "fraction": ("expert_share", 100, 1),

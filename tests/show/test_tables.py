@@ -6,7 +6,7 @@ import pytest
 from show_samples import dataset
 
 from mixlens import stats
-from mixlens.show import tables
+from mixlens.plot import tables
 
 
 class Cells(HTMLParser):

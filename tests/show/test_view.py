@@ -7,10 +7,10 @@ from helpers.refusals import refused
 from show_samples import HOSTILE, N_EXPERTS, emptied_trace, make_trace
 from unpacking import unpack
 
+from mixlens import view
 from mixlens.errors import BadInput
-from mixlens.show import view
-from mixlens.show.packing import pack
-from mixlens.traces.trace import Trace
+from mixlens.live.payload import pack
+from mixlens.trace.trace import Trace
 
 
 def test_packed_arrays_come_back():

@@ -11,14 +11,13 @@ from helpers.refusals import refused
 from show_samples import HOSTILE, N_EXPERTS, emptied_trace, make_trace
 from unpacking import unpack
 
-from mixlens import stats
+from mixlens import stats, view
 from mixlens.bench.bench import Bench
 from mixlens.bench.events import Record
 from mixlens.errors import BadInput
 from mixlens.evals.log import Log
-from mixlens.show import view
 from mixlens.stats.pareto import COLUMNS, Pareto
-from mixlens.traces.trace import Trace
+from mixlens.trace.trace import Trace
 
 FEW = stats.Bootstrap(replicates=50)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mixlens.traces.trace import Trace
+from mixlens.trace.trace import Trace
 
 
 @pytest.fixture

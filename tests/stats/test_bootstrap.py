@@ -7,10 +7,10 @@ import pandas as pd
 import pytest
 from helpers.refusals import refused
 
+from mixlens.core.bootstrap import effective_documents, t_quantile
 from mixlens.errors import BadInput
 from mixlens.stats import Bootstrap, domain_information, expert_share, load_balance, transitions
-from mixlens.stats.bootstrap import effective_documents, t_quantile
-from mixlens.traces.trace import Trace
+from mixlens.trace.trace import Trace
 
 SHARES = np.array([0.25, 0.2, 0.15, 0.12, 0.1, 0.08, 0.06, 0.04])
 

@@ -12,7 +12,7 @@ from mixlens.errors import BadInput, MissingSignal
 from mixlens.stats import Bootstrap, agreement, flips, flips_by_margin, next_tokens
 from mixlens.stats.flips import MARGINS
 from mixlens.stats.next_tokens import coarse_divergence
-from mixlens.traces.trace import Trace
+from mixlens.trace.trace import Trace
 
 QUICK = Bootstrap(replicates=20)
 

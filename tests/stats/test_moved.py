@@ -8,7 +8,7 @@ from helpers.refusals import refused
 
 from mixlens.errors import BadInput
 from mixlens.stats import Bootstrap, agreement, moved
-from mixlens.traces.trace import Trace
+from mixlens.trace.trace import Trace
 
 QUICK = Bootstrap(replicates=20)
 

@@ -11,7 +11,7 @@ from helpers.refusals import refused
 
 from mixlens.errors import BadInput, MissingSignal
 from mixlens.stats import Bootstrap, expert_share, load_balance, position_profile, router_confidence, routing_entropy
-from mixlens.traces.trace import Trace
+from mixlens.trace.trace import Trace
 
 QUICK = Bootstrap(replicates=20)
 

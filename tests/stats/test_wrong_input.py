@@ -10,7 +10,7 @@ from helpers.refusals import refused
 
 from mixlens import stats
 from mixlens.errors import BadInput
-from mixlens.traces.trace import Trace
+from mixlens.trace.trace import Trace
 
 OF_TRACES = {
     name: len([p for p in inspect.signature(function).parameters if p in ("trace", "a", "b")])

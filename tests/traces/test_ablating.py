@@ -11,7 +11,7 @@ from helpers.refusals import refused
 from tiny import tiny_mixtral
 
 import mixlens as ml
-from mixlens.traces.ablating import Ablator
+from mixlens.experiments.ablator import Ablator
 
 LENGTHS = (7, 1, 12, 9, 2, 12)
 

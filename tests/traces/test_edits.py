@@ -11,9 +11,9 @@ from tiny import matrices_of, tiny_mixtral
 
 import mixlens as ml
 from mixlens import edits
-from mixlens.models.unfuse import unfuse
-from mixlens.traces.conditions import Where
-from mixlens.traces.rerouting import Routing
+from mixlens.interventions.routing import Routing
+from mixlens.interventions.where import Where
+from mixlens.models.quantization.unfuse import unfuse
 
 LAYER, EXPERTS, K = 1, 8, 2
 

@@ -11,7 +11,7 @@ from tiny import tiny_mixtral
 
 import mixlens as ml
 from mixlens import BadInput, edits
-from mixlens.traces.conditions import Where
+from mixlens.interventions.where import Where
 
 PROMPT = torch.randint(3, 128, (2, 6), generator=torch.Generator().manual_seed(2))
 

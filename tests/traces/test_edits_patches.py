@@ -14,8 +14,8 @@ from tiny import matrices_of, tiny_mixtral
 
 import mixlens as ml
 from mixlens import BadInput, ModelError, edits
-from mixlens.models.unfuse import unfuse
-from mixlens.traces.conditions import Where
+from mixlens.interventions.where import Where
+from mixlens.models.quantization.unfuse import unfuse
 
 LAYER = 1
 CLEAN = torch.randint(3, 128, (2, 9), generator=torch.Generator().manual_seed(2))

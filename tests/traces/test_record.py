@@ -19,7 +19,7 @@ from helpers.refusals import refused
 from tiny import Letters, tiny_mixtral
 
 from mixlens import BadInput, Recorder, RecordSettings, RunError, Site, Trace, record
-from mixlens.traces.signals import SITES
+from mixlens.trace.signals import SITES
 
 TEXTS = ["one", "two and more words", "a", "the fourth document is rather longer than the others " * 3, "five"]
 DOCUMENTS = [{"text": text, "domain": "ab"[i % 2], "id": f"d{i}"} for i, text in enumerate(TEXTS)]

@@ -11,7 +11,7 @@ from tiny import tiny_mixtral
 from transformers import DynamicCache, GenerationConfig
 
 from mixlens import BadInput, ModelError, Recorder, Site
-from mixlens.traces.signals import SITES
+from mixlens.trace.signals import SITES
 
 LENGTHS = [5, 17, 1, 9]
 # Rounding differs between batch shapes; a router this close to a tie may fall either way.

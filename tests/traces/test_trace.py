@@ -12,7 +12,7 @@ from helpers.inside import from_parts
 from helpers.refusals import refused
 
 from mixlens import BadInput, MissingSignal, RunError, Trace, concat
-from mixlens.traces.pieces import display_pieces
+from mixlens.trace.detokenize import display_pieces
 
 LENGTHS = [4, 1, 7, 30, 2]
 SEQUENCES = pd.DataFrame({"document_id": ["a", "b", "b", "c", "d"], "domain": ["x", "y", "y", "x", "y"]})

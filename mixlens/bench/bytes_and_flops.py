@@ -1,0 +1,67 @@
+"""What every forward of a call must read and compute, from the routing recorded in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from mixlens.bench.roofline import Sizes, Weights
+from mixlens.models.layout import moe_layers
+from mixlens.models.provenance import audit
+from mixlens.recording.compiled import CompiledRecorder
+from mixlens.trace.shards import PROMPT
+
+Step = dict[str, Any]
+
+
+class Work:
+    """Counts bytes and operations of a model's forwards; the bytes are those that its tensors hold."""
+
+    def __init__(self, model: Any) -> None:
+        self.sizes = Sizes.of(model.config.to_dict())
+        self.cached_bytes = self.sizes.cached * model.dtype.itemsize
+        self._weights = weights_of(model, self.cached_bytes)
+
+    def of_call(
+        self, recorder: CompiledRecorder | None, lengths: Sequence[int], forwards: int, *, complete: bool
+    ) -> list[Step]:
+        """experts, read_bytes and flops of every forward of the generate that has just ended.
+
+        lengths   tokens of each row's prompt
+        forwards  how many there were
+        complete  whether generate came to its end, so that the recorder knows all of them
+        """
+        flops = [self.sizes.flops(lengths)] * min(forwards, 1)
+        for step in range(1, forwards):
+            flops.append(sum(self.sizes.flops([1], length + step - 1) for length in lengths))
+        unknown: list[Step] = [{"experts": None, "read_bytes": None, "flops": n} for n in flops]
+        if recorder is None or not complete:
+            return unknown
+        trace = recorder.trace()
+        recorder.clear()
+        expert_id, position = trace.read("expert_id"), trace.read("position")
+        prompt = trace.read("phase") == PROMPT
+        row = trace.read("sequence")
+        step = np.where(prompt, 0, position - np.asarray(lengths)[row] + 1)
+        order = np.argsort(step, kind="stable")
+        parts = np.split(expert_id[order], np.flatnonzero(np.diff(step[order])) + 1)
+        found: list[Step] = []
+        for number, (part, n) in enumerate(zip(parts, flops, strict=True)):
+            read, experts = self._weights.read(part, [length + number for length in lengths])
+            found.append({"experts": experts, "read_bytes": read, "flops": n})
+        return found
+
+
+def weights_of(model: Any, cached_bytes: int) -> Weights:
+    """Bytes of a model's weights as the audit counts them: of offloaded ones by the shape of what stands for them.
+
+    The experts of a layer are taken to be equally large.
+    """
+    sizes = Sizes.of(model.config.to_dict())
+    held = audit(model).table.groupby("kind")["bytes"].sum().to_dict()
+    left_out = {"experts"} if not sizes.embedding else {"experts", "embeddings"}  # a head of its own, or the table
+    dense = sum(size for kind, size in held.items() if kind not in left_out)
+    experts = np.array([audit(layer.experts).table["bytes"].sum() for layer in moe_layers(model)])
+    return Weights(int(dense), np.repeat(experts[:, None] // sizes.experts, sizes.experts, axis=1), cached_bytes)

@@ -1,0 +1,97 @@
+"""The sections of a report on a benchmark: functions from a Bench to HTML."""
+
+from __future__ import annotations
+
+import json
+
+from mixlens.bench import figures as speed
+from mixlens.bench.bench import Bench
+from mixlens.bench.metrics import METRICS
+from mixlens.bench.roofline_figure import roofline
+from mixlens.errors import BadInput, MissingSignal
+from mixlens.plot.html import bullets, details, escape, frame_table, paragraphs, picture
+
+_PROVENANCE = (
+    "created",
+    "endpoint",
+    "workload",
+    "model",
+    "machine",
+    "local",
+    "configurations",
+    "price_usd_per_mtok",
+    "stopped",
+    "counts",
+    "versions",
+)
+
+
+def speed_sections(bench: Bench, _name: str = "") -> dict[str, str]:
+    """Summary, figures and provenance of a benchmark, by title."""
+    return {
+        "Speed": _summary(bench),
+        "Latency": _latency(bench),
+        "Requests": _requests(bench),
+        **({"Roofline": _roofline(bench)} if "endpoint" not in bench.meta else {}),
+        "Methods and provenance of the benchmark": _provenance(bench),
+    }
+
+
+def _summary(bench: Bench) -> str:
+    overview = bench.overview().reset_index()
+    tidy = bench.table()
+    return (
+        bullets(bench.remarks())
+        + frame_table(overview, "Latency and throughput by load, medians with 95 % intervals")
+        + _figure(
+            speed.throughput_latency_curve, bench, "Output tokens a second of the system against time to first token."
+        )
+        + details("All metrics", frame_table(tidy, "Every metric and statistic, seconds or tokens a second"))
+    )
+
+
+def _latency(bench: Bench) -> str:
+    text = "Distribution over requests of time to first token, time per output token and end to end time, by load."
+    return _figure(speed.latency_cdfs, bench, text)
+
+
+def _requests(bench: Bench) -> str:
+    text = "Every stream event of the requests of one load: what came before the first token is no token."
+    outcomes = frame_table(bench.outcomes(), "How requests ended")
+    rows = bench.requests()
+    return (
+        _figure(speed.token_timeline, bench, text)
+        + outcomes
+        + details("Requests", frame_table(rows, "One row a request"))
+    )
+
+
+def _roofline(bench: Bench) -> str:
+    text = "Operations a second against operations a byte of every load, under what the device was measured to do."
+    return (
+        _figure(roofline, bench, text)
+        + frame_table(bench.cold_and_warm(), "First call of each load, and the measured ones; mean times in seconds")
+        + frame_table(bench.peak_memory(), "Most memory that a call held")
+        + details("Bytes and operations", _rooflines(bench))
+    )
+
+
+def _rooflines(bench: Bench) -> str:
+    try:
+        return frame_table(bench.roofline(), "Every metric of prefill and decode")
+    except MissingSignal as error:
+        return paragraphs(str(error))
+
+
+def _provenance(bench: Bench) -> str:
+    meta = {name: bench.meta[name] for name in _PROVENANCE if name in bench.meta}
+    formulas = [f"{name}: {what}" for name, what in METRICS.items()]
+    kept = f"<pre>{escape(json.dumps(meta, indent=1, ensure_ascii=False))}</pre>"
+    return bullets(formulas) + details("Settings and versions", kept)
+
+
+def _figure(draw, bench: Bench, text: str) -> str:
+    try:
+        return picture(draw(bench), text, text)
+    except (BadInput, MissingSignal) as error:
+        return paragraphs(f"Not drawn: {error}")

@@ -1,0 +1,183 @@
+"""compare: what differs between two runs of one kind."""
+
+from __future__ import annotations
+
+import html
+import os
+from typing import Any
+
+import pandas as pd
+import xarray as xr
+
+from mixlens.bench.bench import Bench
+from mixlens.bench.comparison import BenchComparison, compare_benches
+from mixlens.core.bootstrap import DEFAULT, Bootstrap
+from mixlens.core.text import row, shown
+from mixlens.errors import BadInput, MissingSignal
+from mixlens.evals.log import Log
+from mixlens.evals.paired import LogComparison, compare_logs
+from mixlens.registry import open as open_any
+from mixlens.stats.agreement import agreement, same_shape
+from mixlens.stats.counts import By, require
+from mixlens.stats.flips import flips, flips_by_margin
+from mixlens.stats.next_tokens import next_tokens
+from mixlens.trace.trace import Trace
+from mixlens.trace.vocabulary import same_tokenizer
+
+
+def compare(
+    run_a: Trace | Log | Bench | str | os.PathLike,
+    run_b: Trace | Log | Bench | str | os.PathLike,
+    *,
+    bootstrap: Bootstrap = DEFAULT,
+) -> Comparison | LogComparison | BenchComparison:
+    """What differs between two runs of one kind, with paired intervals.
+
+    run_a, run_b  objects or paths of run directories
+    bootstrap     how intervals are computed
+
+    Two traces of the same tokens give a Comparison of routing and predictions; two evaluations of the same samples
+    what mixlens.evals.paired.compare_logs does, two benchmarks what mixlens.bench.comparison.compare_benches does.
+
+    Raises BadInput for runs of different kinds, and for traces whose tokens, tokenizers or layers differ, naming the
+    first difference; RunError when a run cannot be opened.
+    """
+    a, b = (open_any(run) if isinstance(run, str | os.PathLike) else run for run in (run_a, run_b))
+    if isinstance(a, Trace) and isinstance(b, Trace):
+        return Comparison(a, b, bootstrap=bootstrap)
+    if isinstance(a, Log) and isinstance(b, Log):
+        return compare_logs(a, b, bootstrap=bootstrap)
+    if isinstance(a, Bench) and isinstance(b, Bench):
+        return compare_benches(a, b, bootstrap=bootstrap)
+    raise BadInput(
+        f"Two runs were to be compared. The first is {_kind(a)}, the second {_kind(b)}. Give two traces, two "
+        "evaluations or two benchmarks.",
+        argument="kind",
+        value=(_kind(a), _kind(b)),
+    )
+
+
+class Comparison:
+    """Two traces of the same tokens: how alike they are routed, where they part, and what they predict.
+
+    a, b       the traces
+    names      what they are called in tables
+    bootstrap  how intervals over documents are computed
+
+    Every statistic is computed when first asked for, and kept. Raises BadInput where layers, experts, tokenizers or
+    tokens differ, naming the first difference.
+    """
+
+    kind = "comparison"
+
+    def __init__(
+        self, a: Trace, b: Trace, *, names: tuple[str, str] | None = None, bootstrap: Bootstrap = DEFAULT
+    ) -> None:
+        require(a, "compare", "expert_id", bootstrap=bootstrap)
+        require(b, "compare", "expert_id")
+        same_shape(a, b)
+        same_tokenizer(a.vocabulary, b.vocabulary)
+        self.a, self.b, self.bootstrap = a, b, bootstrap
+        self.names = _names(a, b) if names is None else names
+        self._kept: dict[Any, xr.Dataset] = {}
+        self.flips()  # goes through both: different tokens are found here
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """Where both come from."""
+        return {"model": {"name": " and ".join(self.names)}, "a": self.a.meta, "b": self.b.meta}
+
+    def agreement(self, *, by: By = None) -> xr.Dataset:
+        """As stats.agreement: same first expert, shared experts, Jensen-Shannon divergence [*by, layer, measure]."""
+        return self._keep(agreement, by)
+
+    def flips(self, *, by: By = None) -> xr.Dataset:
+        """As stats.flips: where tokens first choose other experts, and how that builds up [*by, layer, measure]."""
+        return self._keep(flips, by)
+
+    def flips_by_margin(self, *, by: By = None) -> xr.Dataset:
+        """As stats.flips_by_margin, all layers together [*by, margin]."""
+        return self._keep(flips_by_margin, by)
+
+    def next_tokens(self, *, by: By = None) -> xr.Dataset:
+        """As stats.next_tokens: losses, perplexities, same top token, lower bound of KL [*by, measure]."""
+        return self._keep(next_tokens, by)
+
+    def _keep(self, statistic: Any, by: By) -> xr.Dataset:
+        key = statistic.__name__, by if by is None or isinstance(by, str) else tuple(by)
+        if key not in self._kept:
+            self._kept[key] = statistic(self.a, self.b, by=by, bootstrap=self.bootstrap)
+        return self._kept[key]
+
+    def missing(self) -> dict[str, str]:
+        """Statistics, or parts of them, that the traces lack signals for, and why."""
+        found = {}
+        for name in ("agreement", "flips_by_margin", "next_tokens"):
+            try:
+                lacking = getattr(self, name)().attrs.get("missing")
+            except (MissingSignal, BadInput) as error:
+                found[name] = str(error)
+            else:
+                if lacking:
+                    found[f"part of {name}"] = f"{lacking}."
+        return found
+
+    def overview(self) -> pd.DataFrame:
+        """The main numbers, one a row.
+
+        Returns  DataFrame  estimate, ci_low, ci_high, unit, n (tokens); NaN for what the traces lack signals for
+        """
+        changed = self.flips().estimate.sel(measure="changed")
+        worst = changed.layer.values[int(changed.argmax("layer"))]
+        every = self.flips()
+        rows = {
+            "other experts in the first layer": row(every.isel(layer=0).sel(measure="changed"), "fraction"),
+            f"other experts in layer {worst}, the most of any": row(
+                every.sel(layer=worst, measure="changed"), "fraction"
+            ),
+            "other experts in some layer": row(every.isel(layer=-1).sel(measure="so_far"), "fraction"),
+        }
+        if "logprob" in self.a.signals and "logprob" in self.b.signals:
+            data = self.next_tokens()
+            asked = {
+                f"perplexity of {self.names[0]}": ("perplexity_a", ""),
+                f"perplexity of {self.names[1]}": ("perplexity_b", ""),
+                "loss, second less first": ("loss_difference", "nats a token"),
+                "same most probable next token": ("same_top", "fraction"),
+                "KL(first || second), at least": ("kl_at_least", "nats a token"),
+            }
+            rows |= {name: row(data.sel(measure=measure), unit) for name, (measure, unit) in asked.items()}
+        return pd.DataFrame.from_dict(rows, orient="index")
+
+    def title(self) -> str:
+        """What is compared, and on what."""
+        n = self.flips()
+        return (
+            f"{self.names[0]} and {self.names[1]}: {int(n.n):,} tokens of {int(n.n_documents):,} documents; "
+            f"{self.bootstrap.level:.0%} intervals of paired differences, over documents"
+        )
+
+    def __repr__(self) -> str:
+        return f"{self.title()}\n{shown(self.overview()).to_string()}"
+
+    def _repr_html_(self) -> str:
+        lacking = "".join(f"<div>{html.escape(text)}</div>" for text in self.missing().values())
+        return f"<div><p>{html.escape(self.title())}</p>{shown(self.overview()).to_html(escape=True)}{lacking}</div>"
+
+
+def _kind(run: Any) -> str:
+    if isinstance(run, xr.Dataset):
+        return f"a run of {run.attrs.get('kind', 'another kind')}"
+    return {"Trace": "a trace", "Log": "an evaluation", "Bench": "a benchmark"}.get(
+        type(run).__name__, f"of {type(run).__name__}"
+    )
+
+
+def _names(a: Trace, b: Trace) -> tuple[str, str]:
+    """Folder names where the runs have any, else those of the models; told apart where they are the same."""
+    models = [trace.meta.get("model", {}) for trace in (a, b)]
+    named = [str(model.get("name", "") if isinstance(model, dict) else model).rsplit("/", 1)[-1] for model in models]
+    found = [trace.path.name if trace.path is not None else name for trace, name in zip((a, b), named, strict=True)]
+    if found[0] == found[1]:
+        return f"{found[0] or 'run'} (first)", f"{found[1] or 'run'} (second)"
+    return found[0] or "first run", found[1] or "second run"

@@ -1,0 +1,1 @@
+"""What everything stands on: run directories, the bootstrap, processes, text of numbers."""

@@ -1,0 +1,135 @@
+"""What providers charge for Mixtral, as their pages said on a date, and what a workload costs with each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import pandas as pd
+
+from mixlens.endpoints.endpoint import Endpoint, canonical
+from mixlens.errors import BadInput
+
+_MOST_MONTHS = 1_200
+# Whose prices hold at which host.
+_HOSTS = {"openrouter.ai": "OpenRouter", "api.deepinfra.com": "DeepInfra", "modelslab.com": "ModelsLab"}
+# What a page or a list says of a provider's model; NaN and "" for what it does not say.
+STATEMENT = (
+    "provider",
+    "model",
+    "output_tokens_per_s",
+    "ttft_s",
+    "input_usd_per_mtok",
+    "output_usd_per_mtok",
+    "usd_per_call",
+    "context_tokens",
+    "quantization",
+    "parameters",
+    "source",
+    "as_of",
+    "note",
+)
+WORDS = ("provider", "model", "quantization", "parameters", "source", "as_of", "note")
+
+
+def prices(model: str | None = None) -> pd.DataFrame:
+    """What pages said of prices, speeds and contexts: one row a statement, contradictions side by side.
+
+    model  any of its names; None for all models
+
+    Returns  DataFrame  STATEMENT; NaN or "" where a page says nothing; attrs["date"] is the date of the snapshot
+    Raises   BadInput   for a model that the snapshot does not have
+    """
+    snapshot = json.loads((files("mixlens.bench") / "prices.json").read_text("utf-8"))
+    frame = statements(snapshot["entries"])
+    if model is not None:
+        known = sorted(frame["model"].unique())
+        frame = frame[frame["model"] == canonical(model)].reset_index(drop=True)
+        if frame.empty:
+            raise BadInput(
+                f"Prices of {model!r} were asked for. The snapshot of {snapshot['date']} has {' and '.join(known)}. "
+                "Give one of these, or leave the model out for all.",
+                argument="model",
+                value=model,
+            )
+    frame.attrs["date"] = snapshot["date"]
+    return frame
+
+
+def statements(rows: Sequence[Mapping[Any, Any]]) -> pd.DataFrame:
+    """Rows of statements as a frame with the columns STATEMENT."""
+    frame = pd.DataFrame(rows, columns=list(STATEMENT))
+    numbers = [name for name in STATEMENT if name not in WORDS]
+    frame[numbers] = frame[numbers].astype(float)
+    frame[list(WORDS)] = frame[list(WORDS)].astype(object).fillna("")
+    return frame
+
+
+def cost(
+    input_tokens: float,
+    output_tokens: float,
+    *,
+    requests: float = 1,
+    model: str | None = None,
+    months: int = 1,
+    growth: float = 0.0,
+    table: pd.DataFrame | None = None,
+) -> pd.DataFrame:
+    """What a workload costs with every provider, month by month.
+
+    input_tokens, output_tokens  of one request
+    requests                     in the first month
+    months                       how many months
+    growth                       of the requests from month to month, 0.1 for a tenth more
+    table                        prices to reckon with, as from providers.listed_prices, or by hand with any of the
+                                 columns STATEMENT; None for the snapshot
+
+    usd = requests * ((1 + growth) ** (month - 1)) * (tokens in * price in + tokens out * price out, or price a call)
+
+    Returns  DataFrame  provider, model, month, requests, usd_per_request, usd, source, as_of; one row a statement of a
+                        price and month; attrs["date"]
+    Raises   BadInput   for numbers below 0, no month or over 1,200, or a model that the snapshot does not have
+    """
+    numbers = np.array([input_tokens, output_tokens, requests, months - 1, growth + 1], float)
+    with np.errstate(over="ignore"):
+        last = requests * np.float64(1 + growth) ** max(months - 1, 0)
+    if not (np.isfinite([*numbers, last]).all() and (numbers >= 0).all() and months <= _MOST_MONTHS):
+        raise BadInput(
+            f"The cost of {requests:g} requests of {input_tokens:g} tokens in and {output_tokens:g} out over {months} "
+            f"months growing by {growth:g} was asked for. One of the numbers is negative or endless, or there is no "
+            f"month. Give tokens and requests from 0, months from 1 to {_MOST_MONTHS:,}, growth from -1.",
+            argument="cost",
+            value=(input_tokens, output_tokens, requests, months, growth),
+        )
+    table = prices(model) if table is None else table.reindex(columns=list(STATEMENT))
+    per_tokens = (input_tokens * table["input_usd_per_mtok"] + output_tokens * table["output_usd_per_mtok"]) / 1e6
+    table["usd_per_request"] = per_tokens.fillna(table["usd_per_call"])
+    parts = []
+    for month in range(1, months + 1):
+        part = table.assign(month=month, requests=requests * (1 + growth) ** (month - 1))
+        parts.append(part.assign(usd=part["requests"] * part["usd_per_request"]))
+    columns = ["provider", "model", "month", "requests", "usd_per_request", "usd", "source", "as_of"]
+    result = pd.concat(parts, ignore_index=True)[columns]
+    result.attrs["date"] = table.attrs.get("date", "")
+    return result
+
+
+def provider_at(url: str) -> str:
+    """Whose prices hold at an address: the provider's name, or the host where it is none that the snapshot has."""
+    host = urlsplit(url).hostname or ""
+    return _HOSTS.get(host, host)
+
+
+def price_at(endpoint: Endpoint) -> tuple[float, float] | None:
+    """Dollars per million tokens in and out at an endpoint: the dearest statement of the snapshot, None without one."""
+    provider = provider_at(endpoint.url)
+    table = prices()
+    known = table[(table["provider"] == provider) & (table["model"] == canonical(endpoint.model))]
+    known = known.dropna(subset=["input_usd_per_mtok", "output_usd_per_mtok"])
+    if known.empty:
+        return None
+    return float(known["input_usd_per_mtok"].max()), float(known["output_usd_per_mtok"].max())

@@ -1,0 +1,212 @@
+"""probe: which parameters of the OpenAI-compatible form a server honours, ignores or rejects, told by their effect."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pandas as pd
+
+from mixlens.core.run_dir import now
+from mixlens.endpoints.endpoint import Endpoint, redacted
+from mixlens.endpoints.probe_effects import EFFECTS, Verdict
+from mixlens.errors import BadInput, EndpointError
+
+PARAMETERS = tuple(EFFECTS)
+_TABLE = ("parameter", "verdict", "evidence", "requests")
+_TIMEOUT = httpx.Timeout(300.0, connect=10.0)
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One request of a probe and what came back: fields without the key, and at most 4,000 characters of the answer."""
+
+    parameter: str
+    fields: dict[str, Any]
+    prompt: str
+    status: int
+    content_type: str
+    answer: str
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """The answer's JSON object; {} when it is none."""
+        try:
+            found = json.loads(self.answer)
+        except (ValueError, RecursionError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def message(self) -> dict[str, Any]:
+        choices = self.data.get("choices") or [{}]
+        first = choices[0] if isinstance(choices, list) and isinstance(choices[0], dict) else {}
+        return first.get("message") or {}
+
+    @property
+    def text(self) -> str:
+        return self.message.get("content") or ""
+
+    @property
+    def refused(self) -> bool:
+        """Whether the server said that it does not take this request: 400, 404, 405, 415, 422, 501, or an error."""
+        failed = bool(self.data.get("error")) or self.data.get("status") == "error"
+        return self.status in (400, 404, 405, 415, 422, 501) or (self.status < 300 and failed)
+
+    def count(self, name: str) -> int | None:
+        usage = self.data.get("usage")
+        value = usage.get(name) if isinstance(usage, dict) else None
+        return value if isinstance(value, int) else None
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a server does with each parameter, and the exchanges that show it.
+
+    table      one row a parameter: parameter, verdict, evidence, requests
+    exchanges  every request, and the answer to it
+    meta       endpoint and date
+    """
+
+    table: pd.DataFrame
+    exchanges: tuple[Exchange, ...]
+    meta: dict[str, Any]
+
+    kind = "probe"
+
+    @property
+    def verdicts(self) -> dict[str, str]:
+        return dict(zip(self.table["parameter"], self.table["verdict"], strict=True))
+
+    def save(self, path: str | os.PathLike) -> Path:
+        """Write JSON Lines: endpoint and date, then verdicts, then every exchange."""
+        lines = [self.meta, *self.table.to_dict("records"), *(asdict(one) for one in self.exchanges)]
+        Path(path).write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+        return Path(path)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike) -> Probe:
+        """What `save` wrote. Raises BadInput when the file is missing or something else."""
+        try:
+            meta, *lines = [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
+            rows = [line for line in lines if "verdict" in line]
+            exchanges = tuple(Exchange(**line) for line in lines if "verdict" not in line)
+            return cls(pd.DataFrame(rows, columns=list(_TABLE)), exchanges, meta)
+        except (OSError, ValueError, TypeError) as error:
+            raise BadInput(
+                f"A probe was to be read from {path}. There is none ({type(error).__name__}: {error}). Give the file "
+                "that probe(out=) or mixlens probe --out wrote.",
+                argument="path",
+                value=str(path),
+            ) from error
+
+    def __repr__(self) -> str:
+        with pd.option_context("display.max_colwidth", 100):
+            return f"{self._whose()}\n{self.table.to_string(index=False)}"
+
+    def _repr_html_(self) -> str:
+        return f"<div><div>{html.escape(self._whose())}</div>{self.table.to_html(index=False, border=0)}</div>"
+
+    def _whose(self) -> str:
+        endpoint = self.meta["endpoint"]
+        return f"{endpoint['model']} at {endpoint['url']}, {self.meta['created']}, {len(self.exchanges)} requests"
+
+
+def probe(
+    endpoint: Endpoint,
+    *,
+    parameters: Sequence[str] = PARAMETERS,
+    max_tokens: int = 24,
+    out: str | os.PathLike | None = None,
+) -> Probe:
+    """Which parameters the server honours, ignores or rejects.
+
+    Each is sent where it must change something that shows: a seed must make random answers repeat, a stop string must
+    end the answer, a penalty must change a greedy one. Accepting a parameter proves nothing. About thirty short
+    requests, none tried again.
+
+    parameters  of PARAMETERS
+    max_tokens  of an answer; longer answers show weak effects better, and cost more
+    out         file of JSON Lines for the verdicts and all exchanges
+
+    "undetermined" is a verdict too: when the server is not repeatable at temperature 0, when nothing is random that
+    could be made to repeat, or when it refuses for another reason (401, 402, 403, 429, 5xx).
+
+    Raises BadInput for another protocol or an unknown parameter; EndpointError when the server does not answer the
+    plain request.
+    """
+    if endpoint.protocol not in ("openai-chat", "modelslab"):
+        raise BadInput(
+            f"The parameters of {endpoint.host} were to be probed. Its protocol is {endpoint.protocol}. "
+            'Make the endpoint with protocol="openai-chat".',
+            argument="protocol",
+            value=endpoint.protocol,
+        )
+    if unknown := [name for name in parameters if name not in EFFECTS]:
+        raise BadInput(
+            f"The parameter {unknown[0]!r} was to be probed. Known are {', '.join(PARAMETERS)}. Give some of these.",
+            argument="parameters",
+            value=unknown[0],
+        )
+    if out is not None:
+        _check_writable(Path(out))
+    exchanges: list[Exchange] = []
+    # A connection of its own for each request: one that a server drops after a failure would look like a refusal.
+    alone = httpx.Limits(max_keepalive_connections=0)
+    with httpx.Client(timeout=_TIMEOUT, limits=alone, trust_env=not endpoint.is_local) as client:
+        ask = _asker(endpoint, client, max_tokens, exchanges)
+        plain = ask("baseline", "Count from one to ten in words.", {"temperature": 0})
+        if plain.status >= 300 or not plain.text:
+            raise EndpointError(
+                f"The parameters of {endpoint.host} were to be probed. The plain request has no answer: status "
+                f"{plain.status}, {plain.answer[:200]!r}. Check address, model and key.",
+                argument="endpoint",
+                value=plain.status,
+            )
+        rows = []
+        for name in parameters:
+            before = len(exchanges)
+            verdict: Verdict = EFFECTS[name](lambda prompt, fields, name=name: ask(name, prompt, fields))
+            rows.append((name, verdict.name, verdict.evidence, len(exchanges) - before))
+    table = pd.DataFrame(rows, columns=list(_TABLE))
+    found = Probe(table, tuple(exchanges), {"created": now(), "endpoint": endpoint.plan()})
+    if out is not None:
+        found.save(out)
+    return found
+
+
+def _check_writable(path: Path) -> None:
+    """Before anything is sent: what was found would be lost."""
+    if path.is_dir() or not path.parent.is_dir():
+        raise BadInput(
+            f"A probe was to be written to {path}. That is a folder, or lies in one that is not there. Give a file in "
+            "an existing folder.",
+            argument="out",
+            value=str(path),
+        )
+
+
+def _asker(
+    endpoint: Endpoint, client: httpx.Client, max_tokens: int, kept: list[Exchange]
+) -> Callable[[str, str, Mapping[str, Any]], Exchange]:
+    key = endpoint.key()
+
+    def ask(parameter: str, prompt: str, fields: Mapping[str, Any]) -> Exchange:
+        headers, body = endpoint.request(prompt, max_tokens=max_tokens, key=key, stream=False)
+        body = {name: value for name, value in (body | dict(fields)).items() if value is not None}
+        try:
+            response = client.post(endpoint.address, headers=headers, json=body)
+            status, form, text = response.status_code, response.headers.get("content-type", ""), response.text
+        except httpx.RequestError as error:
+            status, form, text = 599, "", f"{type(error).__name__}: {error}"
+        text = redacted(text, key)[:4000]
+        kept.append(Exchange(parameter, dict(fields), prompt, status, form, text))
+        return kept[-1]
+
+    return ask

@@ -1,0 +1,222 @@
+"""Pictures and tables of evaluations: scores against published ones, paired differences.
+
+Scores are drawn in per cent with their 95 % intervals. A published score stands beside one only where protocol, metric,
+average and number of questions are equal; all others are in the table, with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pandas as pd
+from matplotlib.axes import Axes
+
+from mixlens.errors import BadInput
+from mixlens.evals.log import Log
+from mixlens.evals.paired import LogComparison
+from mixlens.evals.references import beside
+from mixlens.evals.scoring import primary_rows
+from mixlens.plot.checks import takes_run
+from mixlens.plot.style import (
+    EXPERT_COLOURS,
+    INK,
+    MARKERS,
+    MUTED,
+    PAGE,
+    drawing,
+    heading,
+    in_legend,
+    printable,
+    relative_size,
+)
+from mixlens.plot.tables import latex_line, markdown_lines
+
+_APART = "the exact McNemar test tells the two apart (p < 0.05)"
+_STATUS = {"official": "D", "reproduction": "d", "quantized": "v"}
+
+
+def scores(logs: Log | Mapping[str, Log], *, subjects: bool = False, ax: Axes | None = None) -> Axes:
+    """Forest plot: one row a benchmark, one point a model, and published scores of the same protocol.
+
+    logs      one evaluation, or several by the name to show
+    subjects  a row for every task of a benchmark instead
+    """
+    by_name = logs if isinstance(logs, Mapping) else {_label(logs): logs} if isinstance(logs, Log) else {}
+    if not by_name or not all(isinstance(log, Log) for log in by_name.values()):
+        raise BadInput(
+            f"scores was to be drawn. A {type(logs).__name__} was given. Give what ml.evaluate gives.",
+            argument="logs",
+            value=type(logs).__name__,
+        )
+    table = pd.concat([_rows(log, name, subjects) for name, log in by_name.items()], ignore_index=True)
+    places = {row: i for i, row in enumerate(table["row"].drop_duplicates())}
+    with drawing(ax, PAGE * 0.75, 1.0 + 0.3 * len(places) + 0.12 * len(by_name)) as ax:
+        for number, (name, of) in enumerate(table.groupby("log", sort=False)):
+            offset = 0.22 * (number - (len(by_name) - 1) / 2)
+            at = of["row"].map(places) + offset
+            mine = of.drop_duplicates("row")
+            colour = EXPERT_COLOURS[number % len(EXPERT_COLOURS)]
+            ax.hlines(at[mine.index], mine["ci_low"], mine["ci_high"], color=colour, linewidth=1.4)
+            ax.plot(
+                mine["score"], at[mine.index], MARKERS[number % len(MARKERS)],
+                color=colour, markersize=4.5, label=in_legend(name),
+            )  # fmt: skip
+            guessed = mine[mine["chance"].notna()]
+            if len(guessed):
+                ax.plot(guessed["chance"], at[guessed.index], "|", color=MUTED, markersize=8, label="chance")
+            for status, published in of[of["comparable"]].groupby("status"):
+                ax.plot(
+                    published["published"], at[published.index], _STATUS.get(str(status), "D"),
+                    color=INK, fillstyle="none", markersize=5, label=f"published: {status}",
+                )  # fmt: skip
+        _rows_on_axis(ax, places)
+        ax.set_xlabel("score, %")
+        drawn = pd.concat(
+            [table[["score", "ci_low", "ci_high", "chance"]], table["published"].where(table["comparable"])]
+        )
+        low, high = float(drawn.min().min()), float(drawn.max().max())
+        ax.set_xlim(max(0, low - 5), min(101.5, high + 5))
+        _legend(ax)
+        heading(ax, "Benchmark scores", _note(by_name, table))
+    return ax
+
+
+@takes_run("compare, of two evaluations,", "table", "flips")
+def paired_differences(compared: LogComparison, *, ax: Axes | None = None) -> Axes:
+    """Forest plot of paired differences, second less first; filled where the data tells the two apart."""
+    table = compared.table[compared.table["n"] > 0]
+    places = {row: i for i, row in enumerate(_short(table))}
+    with drawing(ax, PAGE * 0.75, 1.2 + 0.28 * len(places)) as ax:
+        ax.axvline(0, color=MUTED, linewidth=0.8)
+        for place, row in enumerate(table.to_dict("records")):
+            apart = (
+                row["p_value"] < 0.05 if row["p_value"] == row["p_value"] else not row["ci_low"] <= 0 <= row["ci_high"]
+            )
+            colour = EXPERT_COLOURS[0]
+            ax.hlines(place, 100 * row["ci_low"], 100 * row["ci_high"], color=colour, linewidth=1.4)
+            ax.plot(
+                100 * row["difference"], place, "o", color=colour, markersize=5,
+                markerfacecolor=colour if apart else "white",
+            )  # fmt: skip
+            if row["only_a"] == row["only_a"]:
+                ax.annotate(
+                    f"{int(row['only_a'])} lost, {int(row['only_b'])} gained of {int(row['n'])}",
+                    (1.01, place), xycoords=("axes fraction", "data"), va="center", fontsize=relative_size(0.8),
+                    color=MUTED,
+                )  # fmt: skip
+        _rows_on_axis(ax, places)
+        ax.set_xlabel("difference, percentage points")
+        names = [printable(name) for name in compared.names]
+        note = (
+            f"{names[1]} less {names[0]} on the same samples, {compared.bootstrap.level:.0%} intervals of a paired "
+            f"bootstrap over samples; filled where {_APART}."
+        )
+        heading(ax, f"{names[1]} against {names[0]}", note)
+    return ax
+
+
+@takes_run("evaluate", "scores", "samples")
+def score_table(log: Log) -> pd.DataFrame:
+    """Scores as text for a page or a paper: benchmark, protocol, score with interval, n, published and source."""
+    rows = []
+    for row in beside(log).to_dict("records"):
+        published = row["published"]
+        known = published == published
+        rows.append(
+            {
+                "benchmark": row["benchmark"],
+                "protocol": row["protocol"],
+                "score, %": _number(row["score"], row["ci_low"], row["ci_high"]),
+                "n": int(row["n"]),
+                "published, %": f"{published:.1f}" if known else "–",
+                "difference": f"{row['difference']:+.1f}" if row["comparable"] else "not comparable" if known else "–",
+                "source or reason": row["source"] if row["comparable"] else row["why_not"],
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def to_markdown(table: pd.DataFrame) -> str:
+    """A table as Markdown."""
+    return markdown_lines(list(map(str, table.columns)), table.astype(str).to_numpy().tolist()) + "\n"
+
+
+def to_latex(table: pd.DataFrame) -> str:
+    """A table as a LaTeX tabular with booktabs rules."""
+    head, *body = [latex_line(list(map(str, line))) for line in (table.columns, *table.to_numpy().tolist())]
+    columns = "l" * len(table.columns)
+    rules = [
+        rf"\begin{{tabular}}{{{columns}}}",
+        r"\toprule",
+        head,
+        r"\midrule",
+        *body,
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
+    return "\n".join([*rules, ""])
+
+
+def _rows(log: Log, name: str, subjects: bool) -> pd.DataFrame:
+    """Rows of the plot in per cent: log, row, score, ci_low, ci_high, n, chance, published, comparable, status."""
+    if not subjects:
+        table = beside(log)
+        row = table["benchmark"] + "\n" + table["protocol"]
+        of_task = {task: f"{about['benchmark']}\n{about['protocol']}" for task, about in log.meta["tasks"].items()}
+        return table.assign(log=name, row=row, chance=row.map(_chance(log, of_task)))
+    primary = {row["metric"] for row in primary_rows(log.scores, log.meta["tasks"])}
+    table = log.scores[(log.scores["average"] == "") & log.scores["metric"].isin(primary)].copy()
+    table[["score", "ci_low", "ci_high"]] *= 100
+    short = table["task"].str.split("::").str[-1].str.replace("_", " ")
+    missing = {"published": float("nan"), "comparable": False, "status": ""}
+    chance = table["task"].map(_chance(log, {task: task for task in log.tasks}))
+    return table.assign(log=name, row=short, chance=chance, **missing).reset_index(drop=True)
+
+
+def _chance(log: Log, rows: Mapping[str, str]) -> dict[str, float]:
+    """Per cent that guessing gets right, by row, where a task is a choice among texts."""
+    choices = [
+        (rows[r["task"]], 100 / len(r["choices"])) for r in log.records if r["gold"] is not None and r["choices"]
+    ]
+    means = pd.DataFrame(choices, columns=["row", "chance"]).groupby("row")["chance"].mean()
+    return {str(row): float(value) for row, value in means.items()}
+
+
+def _note(logs: Mapping[str, Log], table: pd.DataFrame) -> str:
+    counts = table.drop_duplicates(["log", "row"])["n"]
+    n = f"{counts.min():.0f}" if counts.min() == counts.max() else f"{counts.min():.0f} to {counts.max():.0f}"
+    limits = {log.meta["settings"].get("limit") for log in logs.values()} - {None}
+    cut = " Only the first samples of every task: no scores of the benchmarks." if limits else ""
+    others = int((table["published"].notna() & ~table["comparable"]).sum())
+    left = f" {others} published scores by other protocols are not drawn." if others else ""
+    dates = " and ".join(sorted({str(log.meta["created"])[:10] for log in logs.values()}))
+    return f"95 % intervals over samples; n = {n} a row; {dates}.{cut}{left}"
+
+
+def _rows_on_axis(ax: Axes, places: Mapping[str, int]) -> None:
+    ax.set_yticks(list(places.values()), [printable(row) for row in places])
+    ax.set_ylim(len(places) - 0.5, -0.5)
+    ax.tick_params(axis="y", length=0)
+    ax.grid(axis="x", color="#e6e6ea", linewidth=0.6)
+    ax.set_axisbelow(True)
+
+
+def _legend(ax: Axes) -> None:
+    handles, labels = ax.get_legend_handles_labels()
+    once = dict(zip(labels, handles, strict=True))
+    if len(once) > 1:
+        ax.legend(once.values(), once.keys(), loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
+
+
+def _short(table: pd.DataFrame) -> list[str]:
+    return [task.split("::")[-1].replace("_", " ") for task in table["task"]]
+
+
+def _label(log: Log) -> str:
+    return log.path.name if log.path is not None else str(log.meta["model"]["name"]).rsplit("/", 1)[-1]
+
+
+def _number(score: float, low: float, high: float) -> str:
+    if score != score:
+        return "n/a"
+    return f"{score:.1f}" if low != low else f"{score:.1f} [{low:.1f}, {high:.1f}]"

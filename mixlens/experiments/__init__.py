@@ -1,0 +1,1 @@
+"""Measurements that intervene: importance, contributions, the number of experts, quantization impact, trade-offs."""

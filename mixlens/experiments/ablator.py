@@ -1,0 +1,207 @@
+"""Ablator: what every token costs with each expert taken out in turn, computing only what the ablation changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+from mixlens.errors import BadInput
+from mixlens.interventions.edits import ablate, edit
+from mixlens.interventions.hooks import refuse_partial
+from mixlens.models.layout import decoder_of, input_device, moe_layers, n_experts, only_layers
+from mixlens.recording.hooks import Tap
+from mixlens.recording.logprobs import score
+from mixlens.recording.reader import batches
+from mixlens.trace.signals import Site, parse_signals
+
+Metric = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Sums over the predicted tokens of each sequence.
+
+    tokens  int64 [sequence], tokens that have one before them
+    value   float64 [sequence], of the whole model
+    change  float64 [sequence, layer, expert], value without the expert less value of the whole model
+    chosen  int64 [sequence, layer, expert], tokens that chose the expert, first ones included
+    """
+
+    tokens: np.ndarray
+    value: np.ndarray
+    change: np.ndarray
+    chosen: np.ndarray
+
+
+class Ablator:
+    """Measures sequences with each expert of `layers` taken out in turn.
+
+    layers  layer numbers
+    how     "reroute", "zero", or "mean" with `means`, as edits.ablate takes them
+    metric  from logits [n, vocabulary] and the tokens that came [n] to a number for each [n]; None for the loss in nats
+
+    An ablation in layer l leaves everything below l as it is, so hidden states are kept and only the layers above run
+    again; in layer l itself only the tokens that chose the expert do. Rows without such a token are not run at all,
+    and tokens before the first such token keep their value.
+
+    Raises BadInput under edits of single tokens or of the residual stream, which kept hidden states would not follow.
+    """
+
+    def __init__(
+        self, model: nn.Module, layers: list[int], *, how: str, means: Any = None, metric: Metric | None = None
+    ) -> None:
+        self.model: Any = model
+        self.layers, self.how, self.means, self.metric = layers, how, means, metric
+        self.moe_layers = moe_layers(model)
+        self.n_experts = n_experts(model)
+        sites = [Site(name) for name in ("attn_out", "moe_in", "resid_post")]
+        self._signals = parse_signals(sites, len(self.moe_layers))
+        self._columns = 0
+        refuse_partial(model)
+
+    @torch.inference_mode()
+    def measure(self, sequences: list[np.ndarray], batch_tokens: int) -> Costs:
+        """Costs of whole sequences, in their order, read in batches of about `batch_tokens`.
+
+        A longer sequence is read in chunks of that size, with a key-value cache.
+        """
+        self._columns = batch_tokens
+        shape = (len(sequences), len(self.layers), self.n_experts)
+        lengths = np.array([len(ids) for ids in sequences])
+        costs = Costs(
+            np.zeros(len(sequences), np.int64), np.zeros(len(sequences)), np.zeros(shape), np.zeros(shape, int)
+        )
+        training = self.model.training
+        self.model.eval()
+        try:
+            for rows in batches(lengths, batch_tokens):
+                self._measure_batch([sequences[row] for row in rows], rows, costs)
+        finally:
+            self.model.train(training)
+        return costs
+
+    def _measure_batch(self, sequences: list[np.ndarray], rows: np.ndarray, costs: Costs) -> None:
+        ids = torch.zeros(len(sequences), max(map(len, sequences)), dtype=torch.long)
+        valid = torch.zeros_like(ids, dtype=torch.bool)
+        for row, tokens in enumerate(sequences):
+            ids[row, : len(tokens)] = torch.from_numpy(tokens)
+            valid[row, : len(tokens)] = True
+        predicts = torch.zeros_like(valid)  # places whose next token is known
+        predicts[:, :-1] = valid[:, 1:]
+        target = torch.roll(ids, -1, dims=1)
+        values = np.full((len(self.layers), self.n_experts, *ids.shape), np.nan)
+        reached = np.zeros(values.shape, bool)
+        hidden = decoder_of(self.model).get_input_embeddings()(ids.to(input_device(self.model)))
+        for index, raw in self._layer_by_layer(hidden):
+            if index in self.layers:
+                place = self.layers.index(index)
+                chosen = raw["expert_id"][index].cpu()
+                for expert in range(self.n_experts):
+                    hit = (chosen == expert).any(-1).reshape(ids.shape) & valid
+                    costs.chosen[rows, place, expert] = hit.sum(1).numpy()
+                    after = (hit.cumsum(1) > 0) & predicts
+                    reached[place, expert] = after.numpy()
+                    if after.any():
+                        values[place, expert][after.numpy()] = self._without(index, expert, raw, hit, after, target)
+            hidden = raw["resid_post"][index]
+        whole = np.full(ids.shape, np.nan)
+        states = self._run(hidden, len(self.moe_layers))
+        whole[predicts.numpy()] = self._value(states[predicts.to(states.device)], target[predicts])
+        costs.tokens[rows] = predicts.sum(1).numpy()
+        # What has no value there adds nothing; a NaN that the model or the metric gave stays.
+        costs.value[rows] = np.where(predicts.numpy(), whole, 0.0).sum(1)
+        costs.change[rows] = np.moveaxis(np.where(reached, values - whole, 0.0).sum(-1), -1, 0)
+
+    def _layer_by_layer(self, hidden: torch.Tensor) -> Iterator[tuple[int, Any]]:
+        """(layer, what the Tap saw in it), the input of each layer being the output of the one before."""
+        with closing(Tap(self.model, self._signals)) as tap:
+            for layer in self.moe_layers:
+                seen = []
+                for _ in self._chunks(hidden, layer.index, layer.index + 1, tap):
+                    seen.append(tap.take())
+                raw: Any = seen[0] if len(seen) == 1 else _joined(seen)
+                raw["resid_pre"] = {layer.index: hidden}
+                yield layer.index, raw
+                hidden = raw["resid_post"][layer.index]
+
+    def _without(
+        self, index: int, expert: int, raw: Any, hit: torch.Tensor, reached: torch.Tensor, target: torch.Tensor
+    ) -> np.ndarray:
+        """What tokens cost that the ablation can reach, in the order of `reached` [row, column]."""
+        after: torch.Tensor = raw["resid_post"][index].clone()
+        device = after.device
+        before = (raw["resid_pre"][index].to(device) + raw["attn_out"][index].to(device))[hit.to(device)]
+        read = raw["moe_in"][index][hit.to(raw["moe_in"][index].device)]
+        with edit(self.model, ablate(index, expert, how=self.how, mean=self.means)):
+            output = self.moe_layers[index].moe(read[None])[0]
+        after[hit.to(device)] = before + output.to(device)
+        rows = reached.any(1)
+        states = self._run(after[rows.to(device)], index + 1)
+        return self._value(states[reached[rows].to(states.device)], target[reached])
+
+    def _run(self, hidden: torch.Tensor, start: int) -> torch.Tensor:
+        """[row, column, H] after the layers from `start` on and the last norm."""
+        parts = list(self._chunks(hidden, start, len(self.moe_layers)))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def _chunks(self, hidden: torch.Tensor, start: int, stop: int, tap: Tap | None = None) -> Iterator[torch.Tensor]:
+        """[row, columns, H] after layers `start` to `stop` - 1 and the last norm, chunk by chunk; `tap` listens."""
+        long = hidden.shape[1] > self._columns
+        cache = _CacheFrom(start) if long else None
+        with only_layers(self.model, start, stop):
+            for chunk in hidden.split(self._columns if long else hidden.shape[1], dim=1):
+                if tap is not None:
+                    tap.listening = True
+                output = decoder_of(self.model)(inputs_embeds=chunk, past_key_values=cache, use_cache=long)
+                if tap is not None:
+                    tap.listening = False
+                yield output.last_hidden_state
+
+    def _value(self, states: torch.Tensor, target: torch.Tensor) -> np.ndarray:
+        if not len(target):
+            return np.zeros(0)
+        if self.metric is None:
+            return -score(self.model.lm_head, states, target, top=False)["logprob"].astype(np.float64)
+        parts = []
+        for start in range(0, len(states), _ROWS):
+            logits = self.model.lm_head(states[start : start + _ROWS]).float()
+            found = torch.as_tensor(self.metric(logits, target[start : start + _ROWS].to(logits.device)))
+            if found.shape != logits.shape[:1]:
+                raise BadInput(
+                    f"A metric was to be taken of {len(logits)} tokens. It gave the shape {list(found.shape)}. Give "
+                    "one that has a number for each token: [n] for logits [n, vocabulary].",
+                    argument="metric",
+                    value=tuple(found.shape),
+                )
+            parts.append(found.double().cpu())
+        return torch.cat(parts).numpy()
+
+
+class _CacheFrom(DynamicCache):
+    """A key-value cache of the layers from `start` on, which alone run."""
+
+    def __init__(self, start: int) -> None:
+        super().__init__()
+        self.start = start
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *rest: Any, **more: Any):  # type: ignore[override]
+        return super().update(key_states, value_states, layer_idx - self.start, *rest, **more)
+
+
+def _joined(seen: list[Any]) -> dict[str, dict[int, torch.Tensor]]:
+    """What was seen of the chunks of one row, as of one forward: gates [T, ...], sites [1, T, H]."""
+    return {
+        name: {
+            layer: torch.cat([raw[name][layer] for raw in seen], dim=0 if name in ("expert_id", "weight") else 1)
+            for layer in values
+        }
+        for name, values in seen[0].items()
+    }

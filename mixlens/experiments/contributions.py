@@ -1,0 +1,152 @@
+"""What chosen experts put out: sizes, means, super experts, and what each adds to the logit of the next token."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any, cast
+
+import numpy as np
+import torch
+import xarray as xr
+from accelerate.utils import align_module_device
+from torch import nn
+
+from mixlens.interventions.hooks import top_k_of
+from mixlens.models.layout import decoder_of, final_scale, moe_layers, n_experts
+from mixlens.models.provenance import describe
+from mixlens.models.quantization.linears import dequantized
+from mixlens.recording.corpus import Corpus, lengths_of, measure_documents, sum_documents
+from mixlens.recording.hooks import routing_arrays
+from mixlens.recording.reader import Reader
+from mixlens.recording.record import RecordSettings, Shard
+from mixlens.stats import contributions as stats
+from mixlens.trace.signals import Signals, Site, parse_signals
+
+SETTINGS = RecordSettings()
+
+
+@torch.inference_mode()
+def expert_outputs(
+    model: nn.Module,
+    documents: Iterable[Any],
+    *,
+    tokenizer: Any = None,
+    settings: RecordSettings = SETTINGS,
+) -> xr.Dataset:
+    """Outputs of every expert over the tokens that chose it, before their weight.
+
+    Returns  Dataset  max_abs, the largest |number| it put out; norm, mean Euclidean norm; weighted_norm, mean norm
+                      after the weight; mean [layer, expert, hidden], for ablation by the mean; n, tokens
+                      [layer, expert]. NaN where nobody chose the expert
+    Raises   BadInput for documents that cannot be read as asked
+    """
+    layers, count = len(moe_layers(model)), n_experts(model)
+    hidden: int = model.config.hidden_size  # type: ignore[attr-defined, assignment, union-attr]
+    n, norm, weighted, largest = np.zeros((4, layers, count))
+    total = torch.zeros(layers, count, hidden, dtype=torch.float64)
+    corpus = Corpus.of(model, documents, tokenizer, settings)
+    with Reader(model, parse_signals(["expert_out"], layers), corpus.batch_tokens) as reader:
+        for shard in corpus.shards():
+            for _, picked, raw, _ in reader.placed([piece.ids for piece in shard.pieces]):
+                for layer, output in raw["expert_out"].items():
+                    here = picked.to(output.device)
+                    ids, weight = raw["expert_id"][layer][here], raw["weight"][layer][here].float()
+                    valid = output[here]
+                    for expert in ids.unique().tolist():
+                        chosen = ids == expert
+                        values = valid[chosen].float()
+                        size = values.norm(dim=-1)
+                        n[layer, expert] += len(values)
+                        norm[layer, expert] += float(size.sum())
+                        weighted[layer, expert] += float((size * weight[chosen]).sum())
+                        largest[layer, expert] = max(largest[layer, expert], float(values.abs().max()))
+                        total[layer, expert] += values.sum(0, dtype=torch.float64).cpu()
+    with np.errstate(invalid="ignore", divide="ignore"):
+        numbers = {"max_abs": np.where(n > 0, largest, np.nan), "norm": norm / n, "weighted_norm": weighted / n, "n": n}
+        data: dict[str, Any] = {name: (("layer", "expert"), values) for name, values in numbers.items()}
+        data["mean"] = (("layer", "expert", "hidden"), total.numpy() / n[..., None])
+    coords = {"layer": range(layers), "expert": range(count)}
+    dataset = xr.Dataset(data, coords, {"statistic": "expert_outputs", "model": describe(model)["name"]})
+    return dataset.assign(n=dataset.n.astype(np.int64))
+
+
+def expert_contributions(
+    model: nn.Module,
+    documents: Iterable[Any],
+    *,
+    out: str | os.PathLike | None = None,
+    tokenizer: Any = None,
+    settings: RecordSettings = SETTINGS,
+) -> xr.Dataset:
+    """What every chosen expert adds to the logit of the token that came next: direct logit attribution.
+
+    w o . (s * (u_next - mean_v u_v)): the expert's weighted output w o, through the last norm held at its scale s at
+    this token, onto the unembedding row of the next token less the mean row. Summed over all experts, all attention
+    layers and the embedding, this is the next token's logit less the mean logit. Effects through later layers are not
+    in it.
+
+    out  run directory; None keeps the result in memory alone. A run that was stopped goes on where it stopped. Under
+         `accelerate launch` every process then reads its share of the shards, and each returns the whole
+
+    Returns  Dataset   all float32 or uint8 [token, layer, slot], slots strongest first:
+                         logit      what the expert adds to the next token's logit; NaN at the end of a sequence
+                         norm       Euclidean norm of its weighted output
+                         peak       largest |number| of its output before the weight
+                         expert_id  which expert
+                         weight     its weight
+                       Coordinates along token, in input order: document_id and the documents' other columns, sequence
+                       (counted from 0), position (in the sequence), token_id, next_id (-1 at the end of a sequence)
+                       and piece, the token's text. Of one sequence: data.isel(token=data.sequence.values == 3).
+                       stats.expert_contribution makes means with intervals of it, by expert
+    Raises   BadInput  for documents that cannot be read as asked; RunError as record
+    """
+    last = len(moe_layers(model)) - 1
+    signals = parse_signals(["expert_out", Site("resid_post", (last,))], last + 1)
+    corpus = Corpus.of(model, documents, tokenizer, settings)
+
+    def measure(shard: Shard) -> dict[str, np.ndarray]:
+        return _contributions(model, shard, signals, corpus.batch_tokens)
+
+    measured = measure_documents(model, corpus, stats.KIND, measure=measure, about={}, out=out, vocabulary=True)
+    return stats.contributions_dataset(measured)
+
+
+@torch.inference_mode()
+def _contributions(model: nn.Module, shard: Shard, signals: Signals, batch_tokens: int) -> dict[str, np.ndarray]:
+    """Arrays along the tokens of a shard, and the length of every document."""
+    sequences, lengths = [piece.ids for piece in shard.pieces], lengths_of(shard)
+    position = np.concatenate([np.arange(length) for length in lengths])
+    token_id = np.concatenate(sequences)
+    following = np.append(token_id[1:], 0)
+    ends = np.append(position[1:] == 0, True)
+    last, k = len(moe_layers(model)) - 1, top_k_of(model)
+    head, norm = cast(Any, model).lm_head, decoder_of(model).norm
+    found = {name: np.full((len(token_id), last + 1, k), np.nan, np.float32) for name in ("logit", "norm", "peak")}
+    found["weight"] = np.zeros_like(found["norm"])
+    expert_id = np.zeros(found["norm"].shape, np.uint8)
+    with align_module_device(head), Reader(model, signals, batch_tokens) as reader:
+        rows = dequantized(head)
+        mean = rows.mean(0, dtype=torch.float32)
+        for target, picked, raw, _ in reader.placed(sequences):
+            stream = raw["resid_post"][last].flatten(0, 1)
+            with align_module_device(norm):
+                scale = final_scale(model, stream[picked.to(stream.device)]).to(rows.device)
+            direction = scale * (rows[torch.from_numpy(following[target]).to(rows.device)].float() - mean)
+            expert_id[target] = routing_arrays(raw, picked)["expert_id"]
+            for layer, output in raw["expert_out"].items():
+                here = picked.to(output.device)
+                weight, value = raw["weight"][layer][here].float(), output[here].float()
+                added = value * weight[..., None]
+                logit = torch.einsum("tsh,th->ts", added, direction.to(added.device)).cpu().numpy()
+                found["logit"][target, layer] = np.where(ends[target, None], np.nan, logit)
+                found["norm"][target, layer] = added.norm(dim=-1).cpu().numpy()
+                found["peak"][target, layer] = value.abs().amax(-1).cpu().numpy()
+                found["weight"][target, layer] = weight.cpu().numpy()
+    return {
+        **found,
+        "expert_id": expert_id,
+        "position": position.astype(np.int32),
+        "token_id": token_id.astype(np.int32),
+        "length": sum_documents(shard, lengths),
+    }

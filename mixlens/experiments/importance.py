@@ -1,0 +1,142 @@
+"""Which experts matter, and for what: maps over every layer and expert, from documents to intervals."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from types import CodeType, FunctionType
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import nn
+
+from mixlens.errors import BadInput
+from mixlens.experiments.ablator import Ablator, Metric
+from mixlens.interventions.activations import digest_of
+from mixlens.interventions.where import whole_numbers
+from mixlens.models.layout import moe_layers
+from mixlens.recording.corpus import Corpus, lengths_of, measure_documents, sum_documents
+from mixlens.recording.record import RecordSettings, Shard
+from mixlens.stats import importance as stats
+
+SETTINGS = RecordSettings(shard_tokens=4096)
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """What is done to each expert in turn, and what is measured.
+
+    how     "reroute" (never chosen), "zero", or "mean" with `means`; as edits.ablate
+    means   xarray [layer, expert, hidden], as expert_outputs(...)["mean"]
+    metric  from logits [n, vocabulary] and the tokens that came [n] to a number for each [n]; None for the loss in nats
+    layers  layer numbers; None for all
+    """
+
+    how: str = "reroute"
+    means: Any = None
+    metric: Metric | None = None
+    layers: int | Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.metric is not None and not callable(self.metric):
+            raise BadInput(
+                f"Experts were to be ablated with metric={self.metric!r}. It cannot be called. Give a function of "
+                "logits [n, vocabulary] and the tokens that came [n], or None for the loss.",
+                argument="metric",
+                value=self.metric,
+            )
+
+    def plan(self) -> dict[str, Any]:
+        means = {} if self.means is None else {"means": digest_of(torch.as_tensor(np.asarray(self.means)))}
+        if self.metric is None:
+            return {"how": self.how, "metric": "loss", "unit": "nats", **means}
+        name, digest = getattr(self.metric, "__qualname__", type(self.metric).__name__), _digest_of(self.metric)
+        told = {} if digest is None else {"metric_sha256": digest}
+        return {"how": self.how, "metric": name, "unit": "of the metric", **told, **means}
+
+
+def expert_importance(
+    model: nn.Module,
+    documents: Iterable[Any],
+    *,
+    by: str | Sequence[str] | None = None,
+    out: str | os.PathLike | None = None,
+    ablation: Ablation = Ablation(),
+    tokenizer: Any = None,
+    settings: RecordSettings = SETTINGS,
+) -> xr.Dataset:
+    """Change in loss without each expert of each layer, with paired intervals over documents.
+
+    The map of stats.expert_importance over what measure_importance measures; arguments and errors are theirs.
+    """
+    measured = measure_importance(model, documents, out=out, ablation=ablation, tokenizer=tokenizer, settings=settings)
+    return stats.expert_importance(measured, by=by)
+
+
+def measure_importance(
+    model: nn.Module,
+    documents: Iterable[Any],
+    *,
+    out: str | os.PathLike | None = None,
+    ablation: Ablation = Ablation(),
+    tokenizer: Any = None,
+    settings: RecordSettings = SETTINGS,
+) -> xr.Dataset:
+    """Sums over every document, with the whole model and without each expert: what maps are made of.
+
+    documents  as for record; a sequence longer than settings.batch_tokens is read in chunks
+    out        run directory; None keeps the result in memory. A run that was stopped goes on where it stopped. Under
+               `accelerate launch` every process then measures its share of the shards, and each returns the whole
+
+    Returns  Dataset   change, chosen [document, layer, expert]; value, tokens (predicted), length [document]; the
+                       documents' columns as coordinates
+    Raises   BadInput  for documents that cannot be read as asked, unknown layers, and with `out` for a metric that is
+                       no function of its own; RunError as record
+    """
+    layers = _layers(model, ablation)
+    if out is not None and ablation.metric is not None and _digest_of(ablation.metric) is None:
+        raise BadInput(
+            f"A run was to be kept with metric={ablation.metric!r}. What it computes does not follow from its code "
+            "alone, so the run could not tell it from another metric. Give a named function that stands by itself, "
+            "without a closure, or leave out= away.",
+            argument="metric",
+            value=ablation.metric,
+        )
+    corpus = Corpus.of(model, documents, tokenizer, settings)
+    ablator = Ablator(model, layers, how=ablation.how, means=ablation.means, metric=ablation.metric)
+
+    def measure(shard: Shard) -> dict[str, np.ndarray]:
+        costs = ablator.measure([piece.ids for piece in shard.pieces], corpus.batch_tokens)
+        arrays = {**vars(costs), "length": lengths_of(shard)}
+        return {name: sum_documents(shard, values) for name, values in arrays.items()}
+
+    about = {"ablation": ablation.plan(), "layers": layers}
+    return stats.importance_dataset(measure_documents(model, corpus, stats.KIND, measure=measure, about=about, out=out))
+
+
+def _digest_of(metric: Metric) -> str | None:
+    """What tells a metric from others of its name; None where that is more than its own code."""
+    if not isinstance(metric, FunctionType):
+        return None
+    code = metric.__code__
+    if metric.__closure__ or any(isinstance(constant, CodeType) for constant in code.co_consts):
+        return None
+    told = repr((code.co_consts, code.co_names, metric.__defaults__, metric.__kwdefaults__))
+    return hashlib.sha256(code.co_code + told.encode()).hexdigest()[:12]
+
+
+def _layers(model: nn.Module, ablation: Ablation) -> list[int]:
+    count = len(moe_layers(model))
+    layers = list(range(count)) if ablation.layers is None else sorted(set(whole_numbers(ablation.layers)))
+    if not layers or not 0 <= layers[0] <= layers[-1] < count:
+        raise BadInput(
+            f"Experts of layers {ablation.layers} were to be ablated. The model has layers 0 to {count - 1}. "
+            "Give numbers among them.",
+            argument="layers",
+            value=ablation.layers,
+        )
+    return layers

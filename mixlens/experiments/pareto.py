@@ -1,0 +1,238 @@
+"""pareto: one model in several schemes, with the quality, the true bytes and the speed of each, in one run."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import xarray as xr
+
+from mixlens.bench.local import LocalSettings
+from mixlens.bench.prompts import Workload
+from mixlens.bench.run import benchmark
+from mixlens.core.run_dir import META, RunWriter, now, open_run, versions
+from mixlens.errors import BadInput
+from mixlens.experiments.impact import SETTINGS, quantization_impact
+from mixlens.models.load import load
+from mixlens.models.provenance import audit, describe
+from mixlens.models.quantization.checkpoint import skeleton_of
+from mixlens.models.quantization.linears import require
+from mixlens.plot.comparison import pareto as draw
+from mixlens.plot.style import own_figure
+from mixlens.recording.corpus import Corpus
+from mixlens.recording.record import RecordSettings
+from mixlens.recording.recorder import PACKAGES
+from mixlens.stats.impact import Impact
+from mixlens.stats.pareto import COLUMNS, KIND, TABLE, Pareto
+
+Scheme = str | Mapping[str, str]
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How speed is measured: calls of generate, each of one prompt; 0 calls for no speed."""
+
+    calls: int = 8
+    prompt_tokens: int = 64
+    output_tokens: int = 32
+
+
+def pareto(
+    model: str | os.PathLike,
+    documents: Iterable[Any],
+    *,
+    schemes: Sequence[Scheme],
+    out: str | os.PathLike,
+    loading: Mapping[str, Any] = {},
+    speed: Speed = Speed(),
+    settings: RecordSettings = SETTINGS,
+) -> Pareto:
+    """Quality against bytes and speed of a model in several schemes, against the model as it is loaded without one.
+
+    model      as for load
+    documents  as for record; quality is measured on them by quantization_impact
+    schemes    as load takes them (names or mappings), or a dtype such as "bfloat16"
+    out        run directory: table.parquet, pareto.png and pareto.pdf, and in a folder a scheme its impact and its
+               benchmark, each a run of its own. A run that was stopped or killed goes on at the scheme where it stopped
+    loading    further arguments of load, such as device_map, dtype and revision
+
+    The original stays loaded beside one scheme at a time.
+
+    Raises BadInput for no or unknown schemes, one named twice, or the original's own, and ModelError for one that
+    cannot run here, before anything is measured; and as load, quantization_impact and benchmark.
+    """
+    if isinstance(schemes, str) or not isinstance(schemes, Sequence):
+        raise BadInput(
+            f"Schemes were to be laid side by side. {schemes!r} is no list of them. Give a list, such as "
+            '["bfloat16", "nf4"].',
+            argument="schemes",
+            value=schemes,
+        )
+    names = [_name(scheme) for scheme in schemes]
+    if not names or len(set(names)) != len(names):
+        raise BadInput(
+            f"Schemes were to be laid side by side. Given were {', '.join(names) or 'none'}. Give one or several, each "
+            "once.",
+            argument="schemes",
+            value=names,
+        )
+    documents = documents if hasattr(documents, "__getitem__") else list(documents)
+    original = load(model, verbose=False, **loading)
+    described = {key: value for key, value in describe(original).items() if key not in ("devices", "class")}
+    first = described["audit"]["label"]
+    if first in names:
+        raise BadInput(
+            f"{first} was to be laid beside the original. The original is held in {first} already. Leave it out.",
+            argument="schemes",
+            value=first,
+        )
+    devices = {parameter.device for parameter in original.parameters()}
+    for scheme in schemes:
+        if scheme not in _DTYPES:
+            skeleton = skeleton_of(deepcopy(original.config), scheme, original.dtype)
+            for held in set(skeleton.schemes.values()):
+                require(held, devices)
+    corpus = Corpus.of(original, documents, None, settings)
+    plan = {**corpus.plan(), "model": described, "schemes": names, "speed": vars(speed)}
+    writer = RunWriter(out, KIND, plan)
+    if not writer.complete:
+        bench = _Sides(original, model, documents, loading, speed, settings, writer)
+        for index, (name, scheme) in enumerate(zip([first, *names], [None, *schemes], strict=True)):
+            if index not in writer.done:
+                rows = bench.measure(index, name, scheme)
+                writer.commit_shard(index, {f"rows-{index:05d}.json": _json(rows)}, {"rows": len(rows)})
+        _finish(writer, {"created": now(), "model": described, "documents": corpus.documents.count})
+    return Pareto.open(writer.path)
+
+
+@dataclass(frozen=True)
+class _Sides:
+    """The original, and what it takes to measure another scheme beside it."""
+
+    original: Any
+    model: str | os.PathLike
+    documents: Iterable[Any]
+    loading: Mapping[str, Any]
+    speed: Speed
+    settings: RecordSettings
+    writer: RunWriter
+
+    def measure(self, index: int, name: str, scheme: Scheme | None) -> list[dict[str, Any]]:
+        """Rows of the table: of one scheme, or of the original, whose quality comes with the first of the others."""
+        folder = self.writer.path / f"{index:02d}-{''.join(c if c.isalnum() else '-' for c in name)}"
+        folder.mkdir(exist_ok=True)
+        loaded = self.original if scheme is None else self._load(scheme)
+        audited = audit(loaded)
+        rows = [
+            _counted(name, "bytes", audited.bytes, "bytes"),
+            _counted(name, "expert_bits", audited.of("experts")["bits_per_weight"], "bits"),
+        ]
+        if scheme is not None:
+            found = quantization_impact(
+                self.original, loaded, self.documents, out=folder / "impact", settings=self.settings
+            )
+            rows += _quality(name, found)
+            if index == 1:
+                rows += _quality_of_original(self.original, found)
+        if self.speed.calls:
+            rows += self._speed(name, loaded, folder / "speed")
+        del loaded
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return rows
+
+    def _load(self, scheme: Scheme) -> Any:
+        options = dict(self.loading)
+        if isinstance(scheme, str) and scheme in _DTYPES:
+            return load(self.model, verbose=False, **options | {"dtype": scheme})
+        return load(self.model, verbose=False, quantization=scheme, **options)
+
+    def _speed(self, name: str, loaded: Any, folder: Path) -> list[dict[str, Any]]:
+        if folder.exists() and not (folder / META).exists():
+            shutil.rmtree(folder)  # killed while it was measured: half of a benchmark is none
+        workload = Workload(self.speed.prompt_tokens, self.speed.output_tokens)
+        settings = LocalSettings(recording=False, progress=False)
+        bench = benchmark(loaded, requests=self.speed.calls, out=folder, workload=workload, settings=settings)
+        table = bench.table()
+        median = table[(table["statistic"] == "p50") & table["metric"].isin(["ttft_s", "tpot_s"])]
+        return [
+            {"scheme": name, "quantity": row["metric"], "unit": "seconds"}
+            | {key: row[key] for key in ("estimate", "ci_low", "ci_high", "n")}
+            for row in median.to_dict("records")
+        ]
+
+
+def _quality(name: str, found: Impact) -> list[dict[str, Any]]:
+    quality, split = found.quality(), found.split()
+    cells = {
+        "perplexity": (quality.sel(measure="perplexity_b"), ""),
+        "loss_difference": (quality.sel(measure="loss_difference"), "nats"),
+        "kl": (quality.sel(measure="kl"), "nats"),
+        "kl_from_routing": (split.sel(quantity="kl", order="mean", part="routing"), "nats"),
+        "same_top": (quality.sel(measure="same_top"), "fraction"),
+        "overlap": (found.routing(pooled=True).sel(measure="overlap"), "fraction"),
+    }
+    return [_estimated(name, quantity, cell, unit) for quantity, (cell, unit) in cells.items()]
+
+
+def _quality_of_original(original: Any, found: Impact) -> list[dict[str, Any]]:
+    """Its perplexity, and what is exact: it agrees with itself."""
+    name, cell = audit(original).label, found.quality().sel(measure="perplexity_a")
+    exact = {"loss_difference": 0.0, "kl": 0.0, "kl_from_routing": 0.0, "same_top": 1.0, "overlap": 1.0}
+    n = {"n": int(cell.n)}
+    return [
+        _estimated(name, "perplexity", cell, ""),
+        *(
+            _counted(name, quantity, value, "nats" if value == 0 else "fraction") | n
+            for quantity, value in exact.items()
+        ),
+    ]
+
+
+def _estimated(name: str, quantity: str, cell: xr.Dataset, unit: str) -> dict[str, Any]:
+    numbers = {key: float(cell[key]) for key in ("estimate", "ci_low", "ci_high")}
+    return {"scheme": name, "quantity": quantity, **numbers, "unit": unit, "n": int(cell.n)}
+
+
+def _counted(name: str, quantity: str, value: float, unit: str) -> dict[str, Any]:
+    return {"scheme": name, "quantity": quantity, "estimate": float(value), "unit": unit, "n": 1}
+
+
+def _name(scheme: Scheme) -> str:
+    return scheme if isinstance(scheme, str) else ",".join(f"{part}={held}" for part, held in scheme.items())
+
+
+def _json(rows: list[dict[str, Any]]) -> Callable[[Path], Any]:
+    kept = [{key: None if value != value else value for key, value in row.items()} for row in rows]
+    return lambda path: path.write_text(json.dumps(kept, indent=1), "utf-8")
+
+
+def _finish(writer: RunWriter, meta: dict[str, Any]) -> None:
+    names = [f"rows-{index:05d}.json" for index in sorted(writer.done)]
+    rows = [row for name in names for row in json.loads((writer.path / name).read_text("utf-8"))]
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    order = {scheme: place for place, scheme in enumerate(table["scheme"].unique())}
+    table = table.sort_values("scheme", key=lambda column: column.map(order), kind="stable", ignore_index=True)
+    table = table.astype(dict.fromkeys(("estimate", "ci_low", "ci_high"), float))
+    machines = {open_run(folder, check=False).meta["machine"]["name"] for folder in writer.path.glob("*/speed")}
+    meta = {**meta, "machine": " and ".join(sorted(machines)), "versions": versions(*PACKAGES)}
+    figure = own_figure(draw(Pareto(table, meta)))
+    files: dict[str, Callable[[Path], Any]] = {
+        TABLE: lambda path: pq.write_table(pa.Table.from_pandas(table, preserve_index=False), path),
+        "pareto.png": lambda path: path.write_bytes(figure.png()),
+        "pareto.pdf": lambda path: figure.savefig(path, format="pdf", bbox_inches="tight"),
+    }
+    writer.finish(meta, files, drop=names)

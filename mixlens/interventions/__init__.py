@@ -1,0 +1,1 @@
+"""Edits of routing and activations while a model runs."""

@@ -1,0 +1,325 @@
+"""Interventions: edits of routing and activations, as a context manager round anybody's forward or generate.
+
+    with ml.edit(model, ml.edits.ablate(3, 5), ml.edits.temperature(0.5)):
+        model(**inputs)
+
+Edits of routing act in the order given, each on what those before it left; an edit inside another comes after it.
+Then follow edits of expert outputs and of sites, where those sites are. A Recorder, inside or outside, sees what the
+model used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import nn
+
+from mixlens.errors import BadInput
+from mixlens.interventions.activations import PATCHED_EXPERTS, Output, Patch, values_of
+from mixlens.interventions.hooks import Edit, editing_of, release
+from mixlens.interventions.replay import Replay
+from mixlens.interventions.routing import Forbid, Force, Reroute, Rescale, TopK
+from mixlens.interventions.where import EVERYWHERE, Where, whole_numbers
+from mixlens.trace.signals import SITES
+from mixlens.trace.trace import Trace
+
+__all__ = [
+    "Where",
+    "ablate",
+    "add",
+    "edit",
+    "forbid",
+    "force",
+    "patch",
+    "replay",
+    "reroute",
+    "scale",
+    "temperature",
+    "top_k",
+]
+
+Numbers = int | Iterable[int]
+
+
+@contextmanager
+def edit(model: nn.Module, *edits: Edit) -> Iterator[None]:
+    """Everything `model` computes inside the `with` is computed under `edits`, made by the functions of this module.
+
+    The hooks are gone afterwards, whatever happened.
+
+    Raises BadInput for an unknown layer or expert, where fewer experts than a token chooses would remain, for values
+    whose shape does not fit, for a replay of other tokens, and, at the end, for an edit that met no token.
+    """
+    if not edits:
+        raise BadInput(
+            "A model was to be edited. No edit was given. Give one or several, such as edits.ablate(3, 5).",
+            argument="edits",
+            value=(),
+        )
+    for one in edits:
+        if not isinstance(one, Edit) or not isinstance(one.where, Where):
+            found = f"{one!r}" if not isinstance(one, Edit) else f"where={one.where!r}"
+            raise BadInput(
+                f"A model was to be edited. Got {found}, which is no {'Where' if isinstance(one, Edit) else 'edit'}. "
+                "Make edits with the functions of mixlens.edits, such as edits.ablate(3, 5), and conditions with "
+                "edits.Where(...).",
+                argument="where" if isinstance(one, Edit) else "edits",
+                value=one.where if isinstance(one, Edit) else one,
+            )
+    editing = editing_of(model)
+    try:
+        active = editing.enter(edits)
+    except BaseException:
+        release(model)
+        raise
+    try:
+        yield
+    finally:
+        rows = editing.n_rows
+        editing.leave(active)
+        release(model)
+    for one in active:
+        if rows and not one.everywhere and not one.matched:
+            raise BadInput(
+                f"{one.edit!r} was to change what the model computes. None of the tokens in {rows} rows met its "
+                "conditions. Check its where=.",
+                argument="where",
+                value=one.edit,
+            )
+
+
+def ablate(
+    layers: Numbers | None,
+    experts: Numbers,
+    *,
+    how: str = "reroute",
+    mean: Any = None,
+    where: Where = EVERYWHERE,
+) -> Edit:
+    """Take experts out of layers.
+
+    layers  layer numbers; None for all
+    how     "reroute": never chosen, the next best in their place, weights renormalised
+            "zero": chosen as ever, but what they put out is zero, and the other weights stay
+            "mean": chosen as ever, but they put out `mean`
+    mean    [hidden] for one expert of one layer, or an xarray [layer, expert, hidden], such as expert_means gives
+    """
+    if how == "reroute" and mean is None:
+        return forbid(layers, experts, where=where)
+    if how == "zero" and mean is None:
+        return Output(_layers(layers), _numbers(experts), None, where)
+    if how == "mean" and mean is not None:
+        return Output(_layers(layers), _numbers(experts), _means(mean, _layers(layers), _numbers(experts)), where)
+    raise BadInput(
+        f"An expert was to be ablated with how={how!r} and {'no ' if mean is None else 'a '}mean. Ways are reroute, "
+        'zero, and mean, which alone takes mean=. Give how="mean", mean=... or one of the others.',
+        argument="how",
+        value=how,
+    )
+
+
+def forbid(layers: Numbers | None, experts: Numbers, *, where: Where = EVERYWHERE) -> Edit:
+    """Experts that are not chosen: their router logits are -inf, and the next best come in their place.
+
+    A token that would not have chosen them keeps the model's own routing, bit for bit.
+    """
+    return Forbid(_layers(layers), _numbers(experts), where)
+
+
+def force(layers: Numbers | None, experts: Numbers, *, weight: float | None = None, where: Where = EVERYWHERE) -> Edit:
+    """Experts that are chosen, in place of the weakest that would have been.
+
+    weight  the weight of each, the others sharing what is left; None for what the router gives among those chosen
+    """
+    experts = _numbers(experts)
+    if weight is not None and not 0 < weight * len(experts) <= 1:
+        raise BadInput(
+            f"{len(experts)} experts were to be forced with a weight of {weight} each. Weights of a token sum to 1. "
+            f"Give a weight above 0 and of at most {1 / len(experts):.3g}.",
+            argument="weight",
+            value=weight,
+        )
+    return Force(_layers(layers), experts, weight, where)
+
+
+def scale(
+    factor: float, *, layers: Numbers | None = None, experts: Numbers | None = None, where: Where = EVERYWHERE
+) -> Edit:
+    """Router logits times a factor, of some experts or of all."""
+    _finite("factor", factor)
+    return Rescale(_layers(layers), None if experts is None else _numbers(experts), factor=factor, where=where)
+
+
+def add(
+    bias: float, *, layers: Numbers | None = None, experts: Numbers | None = None, where: Where = EVERYWHERE
+) -> Edit:
+    """Router logits plus a number, of some experts or of all."""
+    _finite("bias", bias)
+    return Rescale(_layers(layers), None if experts is None else _numbers(experts), bias=bias, where=where)
+
+
+def temperature(value: float, *, layers: Numbers | None = None, where: Where = EVERYWHERE) -> Edit:
+    """Router logits divided by a temperature: below 1 sharper, above 1 flatter; the same experts are chosen."""
+    _finite("temperature", value)
+    if value <= 0:
+        raise BadInput(
+            f"A router temperature of {value} was asked for. It must be above 0. Give a positive number.",
+            argument="temperature",
+            value=value,
+        )
+    return Rescale(_layers(layers), None, factor=1 / value, where=where)
+
+
+def top_k(k: int, *, layers: Numbers | None = None) -> Edit:
+    """Every token chooses k experts, weights renormalised. A Recorder needs the same k in all layers."""
+    return TopK(_layers(layers), _number(k, "k"))
+
+
+def reroute(layers: Numbers | None, source: int, target: int, *, where: Where = EVERYWHERE) -> Edit:
+    """Tokens that would choose `source` choose `target` in its stead, with its router logit and so with its weight.
+
+    A token that would choose both keeps `target`, with the larger of the two logits, and the next best comes in.
+    """
+    if source == target:
+        raise BadInput(
+            f"Expert {source} was to be rerouted. The target is the same expert. Give another, or leave this edit out.",
+            argument="target",
+            value=target,
+        )
+    return Reroute(_layers(layers), _number(source, "source"), _number(target, "target"), where)
+
+
+def replay(trace: Trace, *, weights: bool = False, layers: Numbers | None = None, where: Where = EVERYWHERE) -> Edit:
+    """Tokens choose the experts that `trace` recorded for them, whatever the router says now.
+
+    Rows are matched to sequences by their tokens, in any order. In a batch without an attention mask, what follows the
+    end of a recorded sequence is taken for padding and keeps its routing.
+
+    weights  whether the recorded weights come too (kept in half precision); else the router weighs the experts
+    layers   layers to replay; None for all, and then the trace must have all
+    """
+    if not isinstance(trace, Trace):
+        raise BadInput(
+            f"A recorded routing was to be replayed. Got {trace!r}, which is no trace. Give one that was recorded, or "
+            "open it first: mixlens.open(path).",
+            argument="trace",
+            value=trace,
+        )
+    return Replay(trace, weights, _layers(layers), where)
+
+
+def patch(site: str, values: Any, *, layer: int, expert: int | None = None, where: Where = EVERYWHERE) -> Edit:
+    """Activations put in place of the model's own: activation patching, also of single experts.
+
+    site    resid_pre, resid_post, attn_out, moe_in, moe_out, expert_out (before the weight), or expert_neurons
+    values  [hidden]: the same for every token meant. [n, hidden]: one for each of where.positions, in any row. An
+            xarray as Trace.activations(site) gives it: to each row, as a Recorder would number it, and position its
+            own; positions without a value are left as they are. For sites of experts without `expert`, [slot,
+            hidden] in place of [hidden]; neurons instead of hidden for expert_neurons
+    expert  for sites of experts: only the slots that chose this expert
+
+    Raises BadInput when site or shapes do not fit.
+    """
+    known = [name for name in SITES if name != "expert_norm"]
+    if site == "expert_norm":
+        raise BadInput(
+            "expert_norm was to be patched. A norm does not say which output of that norm to put in its place. Patch "
+            "expert_out: with recorded outputs scaled to the norm, for one.",
+            argument="site",
+            value=site,
+        )
+    if site not in known:
+        raise BadInput(
+            f"{site!r} was to be patched. Sites to patch are {', '.join(known)}. Give one of them.",
+            argument="site",
+            value=site,
+        )
+    if expert is not None and site not in PATCHED_EXPERTS:
+        raise BadInput(
+            f"{site} of expert {expert} was to be patched. Only expert_out and expert_neurons are. Leave expert out.",
+            argument="expert",
+            value=expert,
+        )
+    number = _number(layer, "layer")
+    found, sequences, positions = values_of(site, values, number, expert, where)
+    return Patch(
+        site, found, (number,), None if expert is None else _number(expert, "expert"), sequences, positions, where
+    )
+
+
+def _layers(layers: Numbers | None) -> tuple[int, ...] | None:
+    return None if layers is None else _numbers(layers, "layers")
+
+
+def _numbers(numbers: Numbers, name: str = "experts") -> tuple[int, ...]:
+    if found := whole_numbers(numbers):
+        return found
+    raise BadInput(
+        f"Cannot make an edit with {name}={numbers!r}. Give one whole number, or several.", argument=name, value=numbers
+    )
+
+
+def _number(number: int, name: str) -> int:
+    found, *others = _numbers(number, name)
+    if others:
+        raise BadInput(
+            f"Cannot make an edit with {name}={number!r}. Give one whole number; for several, make several edits.",
+            argument=name,
+            value=number,
+        )
+    return found
+
+
+def _finite(name: str, value: float) -> None:
+    if not isinstance(value, int | float | np.number) or not np.isfinite(value):
+        raise BadInput(
+            f"Router logits were to be changed with a {name} of {value!r}. It is not finite. Give a finite number.",
+            argument=name,
+            value=value,
+        )
+
+
+def _means(mean: Any, layers: tuple[int, ...] | None, experts: tuple[int, ...]) -> dict[int, torch.Tensor]:
+    if isinstance(mean, xr.DataArray):
+        wanted = mean.transpose("layer", "expert", "hidden")
+        numbers = wanted.layer.values.tolist()
+        if not 0 <= min(experts) <= max(experts) < (count := wanted.sizes["expert"]):
+            raise BadInput(
+                f"Experts {list(experts)} were to put out their means. The means have experts 0 to {count - 1}. Give "
+                "numbers among them.",
+                argument="experts",
+                value=list(experts),
+            )
+        missing = sorted(set(numbers if layers is None else layers) - set(numbers))
+        if not missing:
+            chosen = numbers if layers is None else layers
+            means = {layer: torch.as_tensor(wanted.sel(layer=layer).values).float() for layer in chosen}
+            empty = [layer for layer, value in means.items() if value[list(experts)].isnan().any()]
+            if not empty:
+                return means
+            raise BadInput(
+                f"Experts {list(experts)} were to put out their means in layers {empty}. One of them was never chosen "
+                "where the means were taken, so it has none. Take the means over more text.",
+                argument="mean",
+                value=empty,
+            )
+        raise BadInput(
+            f"Experts were to put out their means in layers {missing}. The means have layers {numbers}. Give means of "
+            "all layers that are edited.",
+            argument="layers",
+            value=missing,
+        )
+    value = torch.as_tensor(mean).float()
+    if value.ndim != 1 or layers is None or len(layers) != 1 or len(experts) != 1:
+        raise BadInput(
+            f"Experts were to put out a mean of shape {list(value.shape)}. One vector [hidden] stands for one expert "
+            "of one layer. Give one layer and one expert, or an xarray [layer, expert, hidden].",
+            argument="mean",
+            value=tuple(value.shape),
+        )
+    return {layers[0]: value.expand(experts[0] + 1, -1)}

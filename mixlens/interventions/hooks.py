@@ -1,0 +1,264 @@
+"""Editing: the hooks that carry out the edits round a model, and that are gone with them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import nn
+
+from mixlens.errors import BadInput
+from mixlens.interventions.activations import PATCHED_EXPERTS, Output, Patch, forget_replaced, hook_experts, hook_site
+from mixlens.interventions.forward_tracker import Call, Follower, place
+from mixlens.interventions.replay import Replay, check_experts, possible_layers
+from mixlens.interventions.routing import Forbid, Force, Reroute, Rescale, Routing, TopK
+from mixlens.interventions.where import Where
+from mixlens.models.layout import moe_layers, n_experts, top_k
+
+Edit = Forbid | Force | Reroute | Rescale | TopK | Replay | Output | Patch
+_ATTRIBUTE = "_mixlens_editing"
+
+
+class Active:
+    """One edit at work: which tokens of the running forward it means, and whether it has met any."""
+
+    def __init__(self, edit: Edit, n_layers: int) -> None:
+        self.edit: Any = edit
+        self.layers = frozenset(range(n_layers) if edit.layers is None else edit.layers)
+        self.matched = False
+        self.index: np.ndarray | None = None  # [T], for edits that bring something for every token
+        self._locator = edit.locator() if isinstance(edit, Replay | Patch) else edit.where
+        self._rows: dict[torch.device | None, torch.Tensor] = {}
+
+    @property
+    def everywhere(self) -> bool:
+        return isinstance(self._locator, Where) and self._locator.everywhere
+
+    def locate(self, placed: Any) -> None:
+        mask, index = self._locator.locate(placed)
+        self.matched |= bool(mask.any())
+        self.index = None if index is None else index.reshape(-1)
+        self._rows = {None: torch.from_numpy(mask.reshape(-1))}
+
+    def rows_on(self, device: torch.device) -> torch.Tensor | None:
+        """bool [T] on a device; None stands for all tokens."""
+        if self.everywhere:
+            self.matched = True
+            return None
+        if device not in self._rows:
+            self._rows[device] = self._rows[None].to(device)
+        return self._rows[device]
+
+
+class Editing:
+    """All edits round one model, in the order they were entered: one hook a gate, experts module or site."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.layers = moe_layers(model)
+        self.active: list[Active] = []
+        self._handles: list[Any] = []
+        self._follower: Follower | None = None
+
+    @property
+    def n_rows(self) -> int:
+        return 0 if self._follower is None else self._follower.n_rows
+
+    def enter(self, edits: Sequence[Edit]) -> list[Active]:
+        """Put the edits to work after those that are; checks them first, with those that are.
+
+        Raises BadInput for an unknown layer or expert, for shapes that do not fit, and where too few experts are left.
+        """
+        new = [Active(edit, len(self.layers)) for edit in edits]
+        for one in new:
+            _check(one, self.model, len(self.layers))
+        for layer in self.layers:
+            _check_choices(layer.index, [*self.active, *new], n_experts(self.model), top_k(self.model))
+        self.active = [*self.active, *new]
+        try:
+            self._install()
+        except BaseException:
+            self.leave(new)
+            raise
+        return new
+
+    def leave(self, edits: list[Active]) -> None:
+        self.active = [one for one in self.active if not any(one is gone for gone in edits)]
+        self._install()
+
+    def _install(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        for layer in self.layers:
+            forget_replaced(layer.experts)
+        following = any(not one.everywhere for one in self.active)
+        if following and self._follower is None:
+            self._follower = Follower(self.model, "An edit", before=self._before, strict=False)
+            self._follower.open()
+        elif not following and self._follower is not None:
+            self._follower.close()
+            self._follower = None
+        for layer in self.layers:
+            stages: dict[str, list[Active]] = {}
+            for one in self.active:
+                if layer.index in one.layers:
+                    stages.setdefault(_stage(one.edit), []).append(one)
+            for stage, edits in stages.items():
+                if stage == "gate":
+                    self._handles.append(_hook_gate(layer.gate, edits, layer.index, top_k(self.model)))
+                elif stage == "experts":
+                    self._handles += hook_experts(layer, edits)
+                else:
+                    self._handles.append(hook_site(layer, stage, edits))
+
+    def _before(self, call: Call) -> None:
+        placed = place(call)
+        for one in self.active:
+            if not one.everywhere:
+                one.locate(placed)
+
+
+def editing_of(model: nn.Module) -> Editing:
+    """The Editing of this model, made when there is none."""
+    if not hasattr(model, "__dict__"):
+        moe_layers(model)  # which says that this is no model
+    if _ATTRIBUTE not in vars(model):
+        setattr(model, _ATTRIBUTE, Editing(model))
+    return vars(model)[_ATTRIBUTE]
+
+
+def release(model: nn.Module) -> None:
+    """Leave nothing on a model that has no edits round it any more."""
+    if not editing_of(model).active:
+        delattr(model, _ATTRIBUTE)
+
+
+def edits_of(model: nn.Module) -> list[str]:
+    """The edits round this model, each as text, in the order they work."""
+    editing = vars(model).get(_ATTRIBUTE)
+    return [] if editing is None else [repr(one.edit) for one in editing.active]
+
+
+def top_k_of(model: nn.Module) -> int:
+    """Experts a token chooses, with the edits round this model."""
+    editing = vars(model).get(_ATTRIBUTE)
+    choices = [] if editing is None else [one.edit.k for one in editing.active if isinstance(one.edit, TopK)]
+    return choices[-1] if choices else top_k(model)
+
+
+def refuse_rows(model: nn.Module) -> None:
+    """Raises BadInput when an edit means rows of a batch, for a reader that makes its own batches."""
+    editing = vars(model).get(_ATTRIBUTE)
+    for edit in () if editing is None else (one.edit for one in editing.active):
+        numbered = isinstance(edit, Patch) and edit.sequences is not None and (edit.sequences >= 0).any()
+        if edit.where.rows is not None or numbered:
+            raise BadInput(
+                f"Documents were to be read under {edit!r}, which means rows of a batch. Documents are batched by "
+                "length, so rows are not theirs. Run the model yourself, with a Recorder inside the edit.",
+                argument="where",
+                value=edit,
+            )
+
+
+def refuse_partial(model: nn.Module) -> None:
+    """Raises BadInput when an edit means single tokens or the residual stream, for who runs layers one by one."""
+    editing = vars(model).get(_ATTRIBUTE)
+    for one in () if editing is None else editing.active:
+        if not one.everywhere or _stage(one.edit) in ("resid_pre", "resid_post"):
+            raise BadInput(
+                f"Every expert was to be ablated under {one.edit!r}. That edit means single tokens or the residual "
+                "stream, and layers are run one by one from kept hidden states, which would miss it. Ablate under "
+                "edits of all tokens, or run the model yourself under both edits.",
+                argument="edit",
+                value=one.edit,
+            )
+
+
+def _stage(edit: Edit) -> str:
+    if isinstance(edit, Patch):
+        return "experts" if edit.site in PATCHED_EXPERTS else edit.site
+    return "experts" if isinstance(edit, Output) else "gate"
+
+
+def _hook_gate(gate: nn.Module, edits: list[Active], layer: int, k: int) -> Any:
+    careful = sum(isinstance(one.edit, Forbid | Force | Reroute | Replay | TopK) for one in edits) > 1
+
+    def hook(_module: nn.Module, _args: Any, output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        logits, weights, ids = output
+        routing = Routing(logits, weights, ids)
+        for one in edits:
+            one.edit.apply(routing, layer, one.rows_on(logits.device), one.index)
+        if careful:
+            routing.check()
+        return routing.result()
+
+    return gate.register_forward_hook(hook, prepend=True)
+
+
+def _check(one: Active, model: nn.Module, n_layers: int) -> None:
+    edit, count = one.edit, n_experts(model)
+    beyond = sorted(layer for layer in one.layers if not 0 <= layer < n_layers)
+    if beyond or not one.layers:
+        raise BadInput(
+            f"An edit was to be put on layers {beyond or 'of no number'}. The model has layers 0 to {n_layers - 1}. "
+            "Give numbers among them.",
+            argument="layers",
+            value=beyond,
+        )
+    unknown = sorted(expert for expert in getattr(edit, "experts", None) or () if not 0 <= expert < count)
+    if unknown:
+        raise BadInput(
+            f"An edit was to be put on experts {unknown}. The model has experts 0 to {count - 1}. "
+            "Give numbers among them.",
+            argument="experts",
+            value=unknown,
+        )
+    if isinstance(edit, TopK) and not 1 <= edit.k <= count:
+        raise BadInput(
+            f"Every token was to choose {edit.k} experts. The model has {count} a layer. Give a number from 1 to that.",
+            argument="top_k",
+            value=edit.k,
+        )
+    if isinstance(edit, Replay):
+        possible_layers(edit.trace, edit.layers, n_layers)
+        check_experts(edit.trace, count, top_k_of(model))
+    if isinstance(edit, Patch | Output):
+        config = cast(Any, model).config
+        edit.check(int(config.hidden_size), int(config.intermediate_size), top_k_of(model))
+
+
+def _check_choices(layer: int, edits: list[Active], count: int, k: int) -> None:
+    """Raise where edits that hold for every token forbid too many experts of a layer, or force too many."""
+    banned: set[int] = set()
+    forced: set[int] = set()
+    for edit in (one.edit for one in edits if layer in one.layers):
+        banned_there = forced_there = 0
+        if isinstance(edit, TopK):
+            k = edit.k
+        elif isinstance(edit, Forbid | Force):
+            own, other = (banned, forced) if isinstance(edit, Forbid) else (forced, banned)
+            if edit.where.everywhere:
+                own |= set(edit.experts)
+                other -= set(edit.experts)
+            elif isinstance(edit, Forbid):
+                banned_there = len(set(edit.experts))
+            else:
+                forced_there = len(set(edit.experts))
+        gone, kept = max(banned_there, len(banned)), max(forced_there, len(forced))
+        if count - gone < k:
+            raise BadInput(
+                f"{gone} of {count} experts were to be forbidden in layer {layer}. {count - gone} would remain, and "
+                f"every token chooses {k}. Forbid fewer, or lower top_k first.",
+                argument="forbid",
+                value=gone,
+            )
+        if kept > k:
+            raise BadInput(
+                f"{kept} experts were to be forced in layer {layer}. Every token chooses {k}. Force fewer, or raise "
+                "top_k first.",
+                argument="force",
+                value=kept,
+            )

@@ -1,0 +1,1 @@
+"""Live views: data packed for a browser, and the modules that draw it."""

@@ -1,0 +1,199 @@
+"""Live heat maps: layer x expert by domain, co-activation, transitions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from mixlens.errors import BadInput
+from mixlens.live.payload import pack
+from mixlens.live.view import View, extremes, static_form
+from mixlens.plot import labels as wording
+from mixlens.plot import matrices
+from mixlens.plot.checks import check, takes
+
+_PARTS = {"estimate": "estimate", "low": "ci_low", "high": "ci_high"}
+_DIGITS_UNTIL = 600  # cells; more of them are read off the line below the map
+_FIT_ROUNDS = 200
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """A dimension that goes down or across: its name for linked views, and what is written beside it."""
+
+    name: str
+    label: str
+
+
+@takes("stats.expert_share", "estimate")
+def share_heatmap(data: xr.Dataset) -> View:
+    """Share of every expert in every layer, one map a domain, all on one scale centred on uniform routing.
+
+    data   from stats.expert_share or domain_specialization  [domain, layer, expert], or without the domain
+
+    Raises BadInput where the data has other dimensions.
+    """
+    group = _group(data, "share_heatmap", ("layer", "expert"))
+    drawn = matrices.share_heatmap(data) if group is None else matrices.facet(matrices.share_heatmap, data, group)
+    return _view(data, drawn, panels=group, rows=_Axis("layer", "layer"), columns=_Axis("expert", "expert"))
+
+
+@takes("stats.coactivation", "estimate")
+def coactivation(data: xr.Dataset) -> View:
+    """Experts chosen together, over what is expected if each kept its share but pairs formed by chance.
+
+    N_ij / (a_i a_j): expected counts are a product of one factor an expert, fitted so that every expert keeps its
+    own number of pairs and none pairs with itself (quasi-independence). 1 is chance; the interval is that of P(j | i)
+    over the same expectation.
+
+    data   from stats.coactivation  [layer, expert, expert_j], also by domain
+
+    Raises BadInput where the data has other dimensions.
+    """
+    group = _group(data, "coactivation", ("layer", "expert", "expert_j"))
+    middle = int(data["layer"][data.sizes["layer"] // 2])
+    shown = data if group is None else data.isel({group: 0})
+    return _view(
+        _observed_over_expected(data),
+        matrices.coactivation(shown, layer=middle),
+        picks=["layer", *([group] if group else [])],
+        rows=_Axis("expert", "i"),
+        columns=_Axis("expert_j", "j"),
+    )
+
+
+def transitions(data: xr.Dataset | Sequence[xr.Dataset]) -> View:
+    """Where first choices go from one layer to a later one, with sliders for the layer and for the gap.
+
+    data   from stats.transitions  [layer, expert, expert_j], also by domain; or several of them, each of its own gap
+
+    Raises BadInput where nothing was given or the data has other dimensions.
+    """
+    given = [data] if isinstance(data, xr.Dataset) or not isinstance(data, Sequence) else list(data)
+    for one in given:
+        check(one, "transitions", "stats.transitions", "estimate", "gap")
+    given.sort(key=lambda d: int(d.attrs["gap"]))
+    if not given:
+        raise BadInput(
+            "Transitions were to be shown. None were given. Give stats.transitions(trace, gap=1), or a list.",
+            argument="data",
+            value=0,
+        )
+    first = given[0]
+    group = _group(first, "transitions", ("layer", "expert", "expert_j"))
+    parts = [d[[*_PARTS.values(), "n"]].expand_dims(gap=[int(d.attrs["gap"])]) for d in given]
+    joined = xr.concat(parts, "gap", join="outer").assign_attrs(first.attrs)
+    shown = first if group is None else first.isel({group: 0})
+    middle = int(shown["layer"][shown.sizes["layer"] // 2])
+    return _view(
+        joined,
+        matrices.transitions(shown, layer=middle),
+        picks=["gap", "layer", *([group] if group else [])],
+        rows=_Axis("expert", "from"),
+        columns=_Axis("expert_j", "to"),
+    )
+
+
+def _group(data: xr.Dataset, what: str, own: tuple[str, ...]) -> str | None:
+    """The one dimension beside `own`, if any."""
+    others = [str(d) for d in data["estimate"].dims if d not in own]
+    missing = [d for d in own if d not in data["estimate"].dims]
+    if missing or len(others) > 1:
+        raise BadInput(
+            f"view.{what} was asked for. It shows {' x '.join(own)}, and one grouping; the data has "
+            f"{', '.join(map(str, data['estimate'].dims)) or 'no dimensions'}. Give what stats.{what} returns, with at "
+            "most one column in `by`.",
+            argument="data",
+            value=list(data["estimate"].dims),
+        )
+    return others[0] if others else None
+
+
+def _view(
+    data: xr.Dataset, drawn: Any, *, rows: _Axis, columns: _Axis, picks: Sequence[str] = (), panels: str | None = None
+) -> View:
+    dims = [*picks, *([panels] if panels else []), rows.name, columns.name]
+    arrays: dict[str, Any] = {n: data[v].transpose(*dims).to_numpy().astype(np.float32) for n, v in _PARTS.items()}
+    counts = xr.zeros_like(data["estimate"]) + data["n"].fillna(0)
+    arrays["n"] = counts.transpose(*dims).fillna(0).to_numpy().astype(np.int32)
+    digits = arrays["estimate"].size // max(1, _pages(data, picks)) <= _DIGITS_UNTIL
+    ratio = data.attrs["unit"] == "ratio"
+    centre = 1.0 if ratio else _centre(data)
+    header = {
+        "title": wording.title(data),
+        "note": _note(data, digits),
+        "unit": data.attrs["unit"],
+        "of": "expected" if ratio else wording.denominator(data),
+        "also": also(data),
+        "centre": centre,
+        "limit": _limit(data, centre, ratio),
+        "digits": digits,
+        "picks": [_pick(data, name) for name in picks],
+        "panels": [None] if panels is None else [str(v) for v in data[panels].to_numpy()],
+        "row": {"name": rows.name, "label": rows.label, "values": data[rows.name].to_numpy().tolist()},
+        "column": {"name": columns.name, "label": columns.label, "values": data[columns.name].to_numpy().tolist()},
+    }
+    caption = f"{header['title']} of {data.attrs.get('model', 'a model')}. {header['note']}"
+    return View(header["title"], "matrix", static_form(drawn, caption, extremes(data, centre)), pack(header, arrays))
+
+
+def _pages(data: xr.Dataset, picks: Sequence[str]) -> int:
+    return int(np.prod([data.sizes[name] for name in picks]))
+
+
+def _pick(data: xr.Dataset, name: str) -> dict[str, Any]:
+    values = data[name].to_numpy().tolist()
+    slider = name in ("layer", "gap")
+    return {"name": name, "values": values, "slider": slider, "start": len(values) // 2 if name == "layer" else 0}
+
+
+def _centre(data: xr.Dataset) -> float:
+    value = wording.uniform(data)
+    return float(data["estimate"].mean()) if value is None else float(np.ravel(value)[0])
+
+
+def _limit(data: xr.Dataset, centre: float, ratio: bool) -> float:
+    """Distance from the centre at the ends of the scale, in powers of two for a ratio; noise is not to look vivid.
+
+    A ratio's scale ends at eight times or an eighth: pairs that hardly ever occur would take all of it.
+    """
+    values = data["estimate"].to_numpy()
+    values = values[np.isfinite(values) & ((values > 0) | (not ratio))]
+    far = np.abs(np.log2(values)) if ratio else np.abs(values - centre)
+    least, most = (1.0, 3.0) if ratio else (max(abs(centre) / 5, 1e-9), np.inf)
+    return float(np.clip(np.quantile(far, 0.995) if far.size else 0.0, least, most))
+
+
+def _note(data: xr.Dataset, digits: bool) -> str:
+    middle = "chance" if data.attrs["unit"] == "ratio" else wording.uniform_text(data)
+    about = [wording.sample(data), f"{wording.level(data)} over documents", f"middle of the scale: {middle}"]
+    return "; ".join([*about, *(["bold: the interval excludes it"] if digits else [])]) + "."
+
+
+def also(data: xr.Dataset) -> list[Any] | None:
+    """[factor, words] of a share's other denominator: of assignments, it is top-k times that of tokens."""
+    k = data.attrs.get("top_k")
+    whole = wording.statistic(data) == "expert_share" and data.attrs.get("slot") == "any"
+    return [int(k), "of tokens"] if k and whole else None
+
+
+def _observed_over_expected(data: xr.Dataset) -> xr.Dataset:
+    """P(j | i) over what it would be if pairs formed by chance among experts with these counts."""
+    dims = ("expert", "expert_j")
+    observed = (data["estimate"].fillna(0) * data["n"].fillna(0)).transpose(..., *dims)
+    counts = observed.to_numpy()
+    margins = counts.sum(-1)
+    factor = np.sqrt(margins)
+    for _ in range(_FIT_ROUNDS):  # a_i <- N_i / sum of the other factors, damped
+        others = factor.sum(-1, keepdims=True) - factor
+        with np.errstate(invalid="ignore", divide="ignore"):
+            factor = np.sqrt(factor * np.nan_to_num(margins / others))
+    expected = factor[..., :, None] * factor[..., None, :]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        chance = observed.copy(data=np.where(expected > 0, expected, np.nan)) / data["n"]
+    scaled = {name: data[name] / chance for name in _PARTS.values()}
+    return data.assign(scaled).assign_attrs(unit="ratio", statistic="coactivation")

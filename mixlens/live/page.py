@@ -1,0 +1,22 @@
+"""A page of its own: it loads nothing, its tables sort and its views are live."""
+
+from __future__ import annotations
+
+from mixlens.live.bundle import ALL, asset, module_script
+from mixlens.plot.html import escape
+
+# No request of any kind can leave the page: scripts and styles are its own, pictures are data.
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline' blob:; img-src data:"
+
+
+def page(title: str, body: str) -> str:
+    """A whole page that loads nothing: style sheet and module inside, tables sortable, views live."""
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
+        f"<title>{escape(title)}</title><style>{asset('report.css')}</style>"
+        f"<script>{module_script(*ALL)}.then(m=>m.ready(document))</script></head>"
+        f"<body>{body}</body></html>\n"
+    )

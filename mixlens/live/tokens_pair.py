@@ -1,0 +1,121 @@
+"""Live views that put runs side by side: two recordings of the same tokens, an evaluation and its routing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from mixlens.errors import BadInput
+from mixlens.live.payload import pack, token_arrays
+from mixlens.live.tokens import domain, first_tokens, label
+from mixlens.live.view import View, static_form, static_table
+from mixlens.plot import bars_and_lines as figures
+from mixlens.plot import labels as wording
+from mixlens.plot import text as passage
+from mixlens.plot.style import expert_colours
+from mixlens.stats import agreement
+from mixlens.trace.trace import Trace
+
+_MOST_STRIP = 40
+
+
+def strip(trace: Trace, sequence: int | None = None, *, start: int = 0, count: int = _MOST_STRIP) -> View:
+    """Up to 40 tokens of a sequence across and layers down, each cell the expert that was chosen first.
+
+    sequence   sequence number; the first one when not given
+    start      position of the first token; `count` follow
+
+    Raises BadInput for a sequence that is not there, or no token in the range.
+    """
+    number = passage.sequence_number(trace, sequence)
+    stop = start + min(count, _MOST_STRIP)
+    part = trace.select(where=trace.sequences.index.to_series() == number, positions=(start, stop))
+    if not part.n_tokens:
+        raise BadInput(
+            f"A strip of sequence {number} from position {start} was to be shown. The sequence has "
+            f"{trace.sequences['length'].loc[number]} tokens. Give a smaller start.",
+            argument="start",
+            value=start,
+        )
+    header, arrays = token_arrays(part, [number])
+    header |= {"colours": expert_colours(trace.n_experts), "labels": [label(trace, number)]}
+    layer = passage.layer_number(trace, None)
+    caption = (
+        f"Experts of {part.n_tokens} tokens of {label(trace, number)} in {trace.n_layers} layers of "
+        f"{wording.model_name(trace)}; picture and table: layer {layer}."
+    )
+    one = part.select(layers=[layer])
+    drawn = passage.text(part, sequence=number, layer=layer)
+    static = static_form(drawn, caption, static_table(first_tokens(one, one.read("expert_id")[:, 0]), "First tokens"))
+    return View(f"Strip of {label(trace, number)}", "strip", static, pack(header, arrays))
+
+
+def diff(
+    a: Trace,
+    b: Trace,
+    sequence: int | Sequence[int] | None = None,
+    *,
+    layer: int | None = None,
+    names: tuple[str, str] = ("first run", "second run"),
+) -> View:
+    """Two recordings of the same tokens side by side, under one cursor, with what changed outlined.
+
+    sequence   sequence number or numbers; the first one when not given
+    layer      layer number to start at; the middle one when not given
+    names      what the runs are called, without a slash
+
+    Entropies are not in it: two runs of 10,000 tokens in 32 layers are to fit into 1 MB.
+
+    Raises BadInput where the runs are not of the same tokens, layers and experts.
+    """
+    given = agreement(a, b)
+    wanted = list(sequence) if isinstance(sequence, Sequence | np.ndarray) else [sequence]
+    numbers = sorted({passage.sequence_number(a, n) for n in wanted})
+    number = passage.layer_number(a, layer)
+    if names[0] == names[1] or any("/" in name for name in names):
+        raise BadInput(
+            f"Two runs were to be called {names}. Names differ and have no slash. Give two others.",
+            argument="names",
+            value=names,
+        )
+    header, arrays = _two_runs(names, token_arrays(a, numbers), token_arrays(b, numbers))
+    arrays = {key: plane for key, plane in arrays.items() if not key.endswith("/entropy")}
+    header |= {
+        "colours": expert_colours(a.n_experts),
+        "labels": [label(a, n) for n in numbers],
+        "domains": [domain(a, n) for n in numbers],
+        "layer": int(np.flatnonzero(a.layers == number)[0]),
+    }
+    title = f"{names[0]} and {names[1]}"
+    same = given.sel(measure=["top1", "overlap"])
+    caption = f"How far {names[0]} and {names[1]} route the same tokens alike, by layer. {wording.sample(given)}."
+    return View(
+        title, "diff", static_form(figures.by_layer(same), caption, _agreement_table(same)), pack(header, arrays)
+    )
+
+
+def _two_runs(
+    names: tuple[str, str], a: tuple[dict[str, Any], dict[str, Any]], b: tuple[dict[str, Any], dict[str, Any]]
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Header, and arrays "name/array", of two runs; of what both have, the second's is its difference: it is small."""
+    own = {key: value for key, value in b[0].items() if value != a[0].get(key)}
+    first = a[1]
+    second = {
+        key: plane - first[key] if key in first and _alike(plane, first[key]) else plane for key, plane in b[1].items()
+    }
+    arrays = {f"{name}/{key}": p for name, run in zip(names, (first, second), strict=True) for key, p in run.items()}
+    return {**a[0], "runs": list(names), "of": {names[0]: {}, names[1]: own}}, arrays
+
+
+def _alike(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.dtype == b.dtype and a.size == b.size
+
+
+def _agreement_table(data: Any) -> str:
+    columns = {"layer": [str(layer) for layer in data["layer"].to_numpy()]}
+    for measure in data["measure"].to_numpy():
+        part = data.sel(measure=measure)
+        columns[wording.label(measure)] = [wording.with_interval(part.sel(layer=layer)) for layer in data["layer"]]
+    return static_table(columns, "Agreement by layer")

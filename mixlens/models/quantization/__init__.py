@@ -1,0 +1,1 @@
+"""Quantization that reaches the experts: schemes, packed weights, loading them tensor by tensor."""

@@ -1,0 +1,108 @@
+"""GPTQ and AWQ checkpoints: their packed integers, read into Linears of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mixlens.errors import ModelError
+from mixlens.models.quantization.grouped_linear import BITS, GroupedLinear
+
+METHODS = ("gptq", "awq")
+# AWQ puts eight numbers into an int32 in the order 0 2 4 6 1 3 5 7; number i is found at place _AWQ[i].
+_AWQ = (0, 4, 1, 5, 2, 6, 3, 7)
+
+
+@dataclass(frozen=True)
+class PackedFormat:
+    """How a checkpoint holds its quantized weights.
+
+    method        gptq or awq
+    modules       names of the Linears that are packed
+    first_format  GPTQ's, with zeros less one
+    """
+
+    method: str
+    bits: int
+    modules: frozenset[str]
+    first_format: bool = False
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What stands in the checkpoint for one Linear."""
+        return ("qweight", "qzeros", "scales", *(("g_idx",) if self.method == "gptq" else ()))
+
+    def holds(self, module: str) -> bool:
+        return module in self.modules
+
+
+def packed_format(name: str, quantization: dict[str, Any], tensors: list[str]) -> PackedFormat:
+    """The format from a config's `quantization_config` and the names of a checkpoint's tensors.
+
+    Raises ModelError for what cannot be read.
+    """
+    method = str(quantization["quant_method"]).lower()
+    bits = int(quantization.get("bits", quantization.get("w_bit", 4)))
+    modules = frozenset(tensor.removesuffix(".qweight") for tensor in tensors if tensor.endswith(".qweight"))
+    version = str(quantization.get("checkpoint_format", quantization.get("version", ""))).lower()
+    known = ("", "gptq", "gptq_v2", "gemm")
+    if version not in known or bits not in BITS or (method == "awq" and bits != 4) or not modules:
+        held = f"format {version or method}" if modules else "no packed weights (qweight)"
+        raise ModelError(
+            f"{name} was to be loaded. It is quantized by {method} to {bits} bits, with {held}. GPTQ of 2, 3, 4 and 8 "
+            "bits and AWQ of 4 bits (GEMM) are read: get the checkpoint in such a form, or quantize the original.",
+            argument="quantization",
+            value=(method, bits),
+        )
+    return PackedFormat(method, bits, modules, method == "gptq" and version != "gptq_v2")
+
+
+def read_packed(form: PackedFormat, name: str, read: Callable[[str], torch.Tensor]) -> GroupedLinear:
+    """The Linear of this name; `read` gives a tensor of the checkpoint."""
+    stored, zeros, scales = (read(f"{name}.{part}") for part in ("qweight", "qzeros", "scales"))
+    scheme = f"{form.method}{form.bits}"
+    if form.method == "awq":
+        number, zero = _awq(stored).T, _awq(zeros).T
+        return GroupedLinear(scheme, form.bits, number, scale=scales.T, zero=zero)
+    number = _lowest_first(stored.T, form.bits)
+    zero = _gptq_zeros(zeros, form).T
+    group = read(f"{name}.g_idx").long()
+    if len(group) % len(scales):
+        raise ModelError(
+            f"{name} was to be read from a GPTQ checkpoint. Its {len(group)} inputs lie in {len(scales)} groups, which "
+            "are not alike. Quantize the original with a group size that divides every row.",
+            argument=name,
+            value=len(scales),
+        )
+    order = torch.argsort(group, stable=True)
+    if torch.equal(order, torch.arange(len(order))):
+        return GroupedLinear(scheme, form.bits, number, scale=scales.T, zero=zero)
+    return GroupedLinear(scheme, form.bits, number[:, order], scale=scales.T, zero=zero, order=torch.argsort(order))
+
+
+def _gptq_zeros(stored: torch.Tensor, form: PackedFormat) -> torch.Tensor:
+    """uint8 [groups, out]. The first format took one from each zero, by whole int32, so that a zero of 0 borrows."""
+    if not form.first_format:
+        return _lowest_first(stored, form.bits)
+    if 32 % form.bits:
+        return (_lowest_first(stored, form.bits) + 1) & 2**form.bits - 1
+    return _lowest_first(stored + sum(1 << shift for shift in range(0, 31, form.bits)), form.bits)
+
+
+def _lowest_first(stored: torch.Tensor, bits: int) -> torch.Tensor:
+    """uint8 [n, m * 32 / bits] from int32 [n, m]: the numbers follow each other from the lowest bit on."""
+    if 32 % bits:
+        stream = (stored[..., None] >> torch.arange(32, dtype=torch.int32)) & 1
+        each = stream.to(torch.uint8).reshape(len(stored), -1, bits)
+        return (each << torch.arange(bits, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+    number = (stored[..., None] >> torch.arange(0, 32, bits, dtype=torch.int32)) & (2**bits - 1)
+    return number.to(torch.uint8).flatten(-2)
+
+
+def _awq(stored: torch.Tensor) -> torch.Tensor:
+    """uint8 [n, m * 8] from int32 [n, m]."""
+    number = _lowest_first(stored, 4).reshape(len(stored), -1, 8)
+    return number[..., list(_AWQ)].flatten(-2)

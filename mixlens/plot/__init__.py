@@ -1,0 +1,1 @@
+"""Figures with matplotlib, and the tables and HTML around them."""

@@ -1,0 +1,293 @@
+"""Bars and lines: share by domain, and what changes from layer to layer.
+
+Every function takes a statistic's Dataset and `ax`, draws on it or on new Axes in paper style, and returns the Axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.container import BarContainer
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from mixlens.errors import BadInput
+from mixlens.plot import labels as wording
+from mixlens.plot.checks import takes
+from mixlens.plot.style import (
+    COLUMN,
+    INK,
+    MARKERS,
+    MUTED,
+    PAGE,
+    add_axes,
+    drawing,
+    drop_note,
+    expert_colours,
+    heading,
+    in_legend,
+    paper,
+    paper_figure,
+    percent,
+    printable,
+    relative_size,
+)
+
+_FEW = 4  # lines whose legend fits below the axes
+
+
+@takes("stats.expert_share", "estimate", "expert")
+def expert_share(data: xr.Dataset, ax: Axes | None = None, *, layer: int | None = None, x: str = "expert") -> Axes:
+    """How often each expert of a layer is chosen, by group (Jiang et al. 2024, Fig. 7).
+
+    data    from stats.expert_share  [*by, layer, expert]
+    layer   layer number; the middle one when not given
+    x       "expert": a cluster of bars an expert, one bar a domain. "domain": the other way round
+
+    Raises BadInput for a layer that is not there.
+    """
+    data = wording.at_layer(data, layer)
+    rows = list(wording.groups(data, "expert"))
+    with drawing(ax, PAGE if len(rows) > 1 else COLUMN, 2.3) as ax:
+        _clustered_bars(data, rows, ax, x)
+        heading(ax, _titled(data), wording.note(data, drawn="whiskers"))
+        if len(rows) > 1:
+            _legend(ax)
+    return ax
+
+
+@takes("stats.expert_share", "estimate", "layer", "expert")
+def expert_share_grid(
+    data: xr.Dataset, *, layers: Sequence[int] | None = None, x: str = "expert", width: float = PAGE
+) -> Figure:
+    """`expert_share` at several layers, one above the other: the form of Figure 7 of the Mixtral paper.
+
+    layers   layer numbers; the first, middle and last when not given, as in the paper: 0, 15 and 31 of 32
+    """
+    present = data["layer"].to_numpy()
+    layers = list(dict.fromkeys(present[[0, (len(present) - 1) // 2, -1]])) if layers is None else list(layers)
+    drawn = data.sel(layer=layers)  # with a single document there is no interval
+    top = 1.12 * float(drawn["ci_high"].fillna(drawn["estimate"]).max())
+    with paper():
+        figure = paper_figure(width, 0.6 + 1.7 * len(layers))
+        axes = [add_axes(figure, len(layers), 1, i + 1) for i in range(len(layers))]
+        for ax, layer in zip(axes, layers, strict=True):
+            expert_share(data, ax, layer=int(layer), x=x)
+            ax.set_ylim(0, top if np.isfinite(top) else 1)
+            if legend := ax.get_legend():
+                legend.remove()
+            if ax is not axes[0]:
+                drop_note(ax, f"layer {layer}")
+            if ax is not axes[-1]:
+                ax.set_xlabel("")
+        handles, labels = axes[0].get_legend_handles_labels()
+        if len(labels) > 1:
+            figure.legend(handles, labels, loc="outside lower center", ncols=6)
+    return figure
+
+
+def _clustered_bars(data: xr.Dataset, rows: list[tuple[str, xr.Dataset]], ax: Axes, x: str) -> None:
+    experts = data["expert"].to_numpy()
+    groups = [name for name, _ in rows]
+    table = np.stack([np.stack([part[v].to_numpy() for v in ("estimate", "ci_low", "ci_high")]) for _, part in rows])
+    if x == "expert":  # table is [group, value, expert]; bars of one colour are one group
+        clusters, bars = [str(e) for e in experts], groups
+        colours = expert_colours(len(groups)) if len(groups) > 1 else [MUTED]
+    elif x == "domain":
+        table = table.transpose(2, 1, 0)
+        clusters, bars, colours = groups, [f"expert {e}" for e in experts], expert_colours(len(experts))
+    else:
+        raise BadInput(
+            f'Expert shares were to be drawn with x={x!r}. Known are "expert" and "domain". Give one.',
+            argument="x",
+            value=x,
+        )
+    width = 0.84 / len(bars)
+    for i, (name, (estimate, low, high)) in enumerate(zip(bars, table, strict=True)):
+        at = np.arange(len(clusters)) + (i - (len(bars) - 1) / 2) * width
+        _bars(ax, at, estimate, (low, high), width=width, color=colours[i], label=in_legend(name))
+    ax.set_xticks(range(len(clusters)), [printable(c) for c in clusters])
+    if x == "domain" and len(clusters) > 6:
+        ax.tick_params(axis="x", rotation=30)
+    ax.set_xlabel("expert" if x == "expert" else "")
+    ax.set_xlim(-0.6, len(clusters) - 0.4)
+    ax.tick_params(axis="x", length=0)
+    _value_axis(ax, data)
+    _uniform_lines(ax, data)
+
+
+def _bars(
+    ax: Axes, at: np.ndarray, estimate: np.ndarray, interval: tuple[np.ndarray, np.ndarray], **style
+) -> BarContainer:
+    bars = ax.bar(at, estimate, linewidth=0, **style)
+    ax.vlines(at, *interval, color=INK, linewidth=0.6, zorder=3)
+    return bars
+
+
+@takes("stats.load_balance, or another statistic by layer,", "estimate", "layer")
+def by_layer(data: xr.Dataset, ax: Axes | None = None) -> Axes:
+    """Any statistic against the layer: one line for every combination of its other dimensions.
+
+    Select first what is not to be drawn: `by_layer(balance.sel(measure="cv"))`.
+
+    data   any Dataset with a `layer` dimension and at most a dozen other values
+    """
+    series = list(wording.groups(data, "layer"))
+    units = {wording.unit(part) for _, part in series}
+    if "layer" not in data.dims or len(series) > 16 or len(units) > 1:
+        raise BadInput(
+            f"{wording.title(data)} was to be drawn by layer. The data has dimensions "
+            f"{dict(data['estimate'].sizes)} and is in {' and '.join(sorted(units))}. "
+            "Select with data.sel(...) until layer and at most 16 lines of one unit remain.",
+            argument="data",
+            value=dict(data["estimate"].sizes),
+        )
+    with drawing(ax, *_size(len(series))) as ax:
+        _lines(ax, series)
+        if len(series) > 1:
+            _legend(ax)
+        _layer_axis(ax, data)
+        _value_axis(ax, data)
+        _uniform_lines(ax, data, series)
+        heading(ax, _titled(data), wording.note(data, drawn="whiskers"))
+    return ax
+
+
+def _lines(ax: Axes, series: list[tuple[str, xr.Dataset]]) -> None:
+    colours = expert_colours(len(series))
+    step = 0.5 / max(len(series), 8)  # whiskers of neighbouring lines stand side by side
+    width, alpha = (0.5, 0.6) if len(series) > 5 else (1.1, 1.0)
+    for i, (name, part) in enumerate(series):
+        at = part["layer"].to_numpy() + (i - (len(series) - 1) / 2) * step
+        ax.plot(at, part["estimate"], color=colours[i], linewidth=width, alpha=alpha)
+        marker = MARKERS[i % len(MARKERS)]
+        ax.plot(at, part["estimate"], color=colours[i], marker=marker, linestyle="", label=in_legend(name))
+        ax.vlines(at, part["ci_low"], part["ci_high"], color=colours[i], linewidth=1)
+
+
+@takes("stats.routing_entropy", "estimate", "layer")
+def entropy(data: xr.Dataset, ax: Axes | None = None) -> Axes:
+    """Mean routing entropy by layer, with its interval as a band.
+
+    data   from stats.routing_entropy  [*by, layer]
+    """
+    series = list(wording.groups(data, "layer"))
+    if len(series) > 1:
+        return by_layer(data, ax)
+    with drawing(ax) as ax:
+        part = series[0][1]
+        ax.fill_between(part["layer"], part["ci_low"], part["ci_high"], color=expert_colours(1)[0], alpha=0.3, lw=0)
+        ax.plot(part["layer"], part["estimate"], color=expert_colours(1)[0], marker="o")
+        _layer_axis(ax, data)
+        _value_axis(ax, data)
+        _uniform_lines(ax, data)
+        ax.set_ylim(bottom=0)
+        heading(ax, _titled(data), wording.note(data, drawn="band"))
+    return ax
+
+
+@takes("stats.repetition", "estimate", "layer", "choice")
+def repetition(
+    data: xr.Dataset, ax: Axes | None = None, *, choice: str = "first", published: xr.Dataset | None = None
+) -> Axes:
+    """Share of consecutive tokens whose choice repeats, by layer (Jiang et al. 2024, Table 5).
+
+    data        from stats.repetition  [*by, layer, choice]
+    choice      "first", or "either": first or second
+    published   stats.published.table5(); another model's figures, drawn at the same relative depth
+    """
+    data = data.sel(choice=choice)
+    series = list(wording.groups(data, "layer"))
+    width, height = _size(len(series) + (published is not None))
+    with drawing(ax, width, height if published is None else height + 0.4) as ax:  # the note is longer
+        _lines(ax, [(name or "this trace", part) for name, part in series])
+        note = wording.note(data, drawn="whiskers")
+        if published is not None:
+            note += "; " + _published_points(ax, published.sel(choice=choice), data["layer"].to_numpy())
+        _layer_axis(ax, data)
+        _value_axis(ax, data)
+        _uniform_lines(ax, data)
+        if len(series) > 1 or published is not None:
+            _legend(ax)
+        heading(ax, wording.MEASURES[choice].capitalize(), note)
+    return ax
+
+
+def _published_points(ax: Axes, published: xr.Dataset, layers: np.ndarray) -> str:
+    """Hollow diamonds, one a published domain; returns the words that say whose they are."""
+    depth = published["layer"].to_numpy() / 31  # Table 5 has layers 0, 15 and 31 of 32
+    at = layers[0] + depth * (layers[-1] - layers[0])
+    values = published["estimate"].transpose("domain", "layer").to_numpy()
+    for i, row in enumerate(values):
+        style = {"marker": "D", "markersize": 3.5, "markerfacecolor": "none", "markeredgewidth": 0.7, "linestyle": ""}
+        ax.plot(at, row, color=MUTED, zorder=1, label="Mixtral-8x7B, published" if i == 0 else "_", **style)
+    return (
+        f"diamonds: another model, Mixtral-8x7B, {len(values)} domains of the Pile, layers 0, 15, 31 at the same "
+        "relative depth, without n or intervals (Jiang et al. 2024, Table 5)"
+    )
+
+
+@takes("stats.domain_information", "estimate", "layer", "measure")
+def information(data: xr.Dataset, ax: Axes | None = None) -> Axes:
+    """Mutual information between expert and domain by layer, beside that of permuted domain labels.
+
+    data   from stats.domain_information  [layer, measure]
+    """
+    with drawing(ax, *_size(2)) as ax:
+        _lines(ax, list(wording.groups(data.sel(measure=["mutual_information", "permuted"]), "layer")))
+        _layer_axis(ax, data)
+        _value_axis(ax, data)
+        ax.set_ylim(bottom=0)
+        _legend(ax)
+        note = f"{wording.sample(data)}; whiskers: {wording.level(data)} over documents"
+        heading(ax, "Expert and domain", note + "; chance: domain labels permuted over documents")
+    return ax
+
+
+def _titled(data: xr.Dataset) -> str:
+    selected = wording.chosen(data)
+    return f"{wording.title(data)}, {selected}" if selected else wording.title(data)
+
+
+def _uniform_lines(ax: Axes, data: xr.Dataset, series: Sequence[tuple[str, xr.Dataset]] = ()) -> None:
+    """Dashed lines at the uniform levels; in the colour of its line in `series`, where each has a level of its own."""
+    style = {"linestyle": (0, (4, 3)), "linewidth": 0.8, "zorder": 2.5}
+    value = wording.uniform(data)
+    levels = [] if value is None else np.unique(value.to_numpy()[np.isfinite(value)])
+    if len(levels) == 1:
+        ax.axhline(float(levels[0]), color=INK, **style)
+        return
+    for (_, part), colour in zip(series, expert_colours(len(series)), strict=True):
+        if (own := wording.uniform(part)) is not None:
+            ax.axhline(float(own), color=colour, **style)
+
+
+def _value_axis(ax: Axes, data: xr.Dataset) -> None:
+    if wording.is_fraction(data):
+        ax.yaxis.set_major_formatter(percent)
+        of = wording.denominator(data)
+        ax.set_ylabel(f"share {of}" if of else "", fontsize=relative_size(0.9))
+    else:
+        ax.set_ylabel(wording.unit(data))
+
+
+def _layer_axis(ax: Axes, data: xr.Dataset) -> None:
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    layers = data["layer"].to_numpy()
+    ax.set_xlim(layers[0] - 0.5, layers[-1] + 0.5)
+    ax.set_xlabel("layer")
+
+
+def _legend(ax: Axes) -> None:
+    """Beside the axes, or below them when there are few entries, so that nothing drawn is covered."""
+    few = len(ax.get_legend_handles_labels()[1]) <= _FEW
+    place = {"loc": "upper left", "bbox_to_anchor": (0.0, -0.2)} if few else {"loc": "center left"}
+    ax.legend(**{"bbox_to_anchor": (1.0, 0.5), **place}, fontsize=relative_size(0.85))
+
+
+def _size(n_series: int) -> tuple[float, float]:
+    """Inches of a line figure, with room for its legend."""
+    return (COLUMN, 2.4 + 0.16 * (n_series if n_series > 1 else 0)) if n_series <= _FEW else (PAGE * 0.8, 2.6)

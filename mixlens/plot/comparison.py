@@ -1,0 +1,217 @@
+"""Figures of two runs over the same tokens: where routing flips, and what a loss of quality comes from."""
+
+from __future__ import annotations
+
+import numpy as np
+import xarray as xr
+from matplotlib.axes import Axes
+
+from mixlens.errors import BadInput
+from mixlens.plot import labels as wording
+from mixlens.plot.bars_and_lines import by_layer
+from mixlens.plot.checks import takes, takes_run
+from mixlens.plot.style import (
+    COLUMN,
+    FAINT,
+    INK,
+    MARKERS,
+    MUTED,
+    PAGE,
+    drawing,
+    expert_colours,
+    heading,
+    in_legend,
+    percent,
+    relative_size,
+)
+from mixlens.stats.pareto import Pareto
+
+_ORDERS = {"weights_first": "weights first", "routing_first": "routing first", "mean": "mean of both"}
+_QUANTITIES = {
+    "loss": "change in loss, nats a token",
+    "kl": "KL divergence, nats a token",
+    "other_top": "tokens with another top prediction",
+}
+_AXES = {
+    "bytes": (1e-6, "weights, MB"),
+    "expert_bits": (1.0, "bits an expert weight"),
+    "kl": (1.0, "KL divergence, nats a token"),
+    "loss_difference": (1.0, "change in loss, nats a token"),
+    "same_top": (1.0, "same top token, share"),
+    "ttft_s": (1e3, "time to first token, ms"),
+    "tpot_s": (1e3, "time per output token, ms"),
+}
+_PARTS = {"weights": "from other weights", "routing": "from other routing"}
+
+
+@takes("stats.flips", "estimate", "layer", "measure")
+def flips_by_layer(data: xr.Dataset, ax: Axes | None = None) -> Axes:
+    """Share of tokens that choose other experts: in each layer, for the first time, and in some layer so far.
+
+    data   from stats.flips  [layer, measure]
+
+    Raises BadInput when a domain is still to be selected.
+    """
+    part = wording.only(data.sel(measure=["changed", "first_flip", "so_far"]), "flips_by_layer", "layer", "measure")
+    ax = by_layer(part, ax)
+    ax.set_ylim(bottom=0)
+    return ax
+
+
+@takes("stats.flips_by_margin", "estimate", "margin", "margin_from")
+def flips_by_margin(data: xr.Dataset, ax: Axes | None = None) -> Axes:
+    """Share of choices that flip against the router's margin in the first run; grey bars: where the choices lie.
+
+    data   from stats.flips_by_margin  [margin], or with one other dimension, such as domain
+
+    Raises BadInput for more than a dozen lines.
+    """
+    series = list(wording.groups(data, "margin"))
+    if len(series) > len(MARKERS):
+        raise BadInput(
+            f"Flips by margin were to be drawn. The data has {len(series)} lines. Select at most {len(MARKERS)}.",
+            argument="data",
+            value=len(series),
+        )
+    edges = [f"{low:g}–{high:g}" for low, high in zip(data["margin_from"].values, data["margin"].values, strict=True)]
+    edges = ["<" + edges[0].split("–")[1], *edges[1:-1], ">" + edges[-1].split("–")[0]]
+    with drawing(ax, COLUMN, 2.5 + (0.16 * len(series) if len(series) > 1 else 0)) as ax:
+        at = np.arange(len(edges))
+        share = data["n"].sum([d for d in data["n"].dims if d != "margin"]).to_numpy() / float(data["n"].sum())
+        ax.bar(at, share, width=0.9, color=FAINT, linewidth=0, label="choices in the bin")
+        step = 0.5 / max(len(series), 8)
+        for i, ((name, part), colour) in enumerate(zip(series, expert_colours(len(series)), strict=True)):
+            place = at + (i - (len(series) - 1) / 2) * step
+            ax.plot(place, part["estimate"], color=colour, marker=MARKERS[i], label=in_legend(name) or "that flip")
+            ax.vlines(place, part["ci_low"], part["ci_high"], color=colour, linewidth=1)
+        ax.set_xticks(at, edges, rotation=40, ha="right", rotation_mode="anchor", fontsize=relative_size(0.75))
+        ax.yaxis.set_major_formatter(percent)
+        ax.set_ylim(bottom=0)
+        ax.set_xlabel("margin to the best expert left out, logits")
+        ax.legend(loc="upper right" if len(series) < 4 else "center left", fontsize=relative_size(0.8),
+                  bbox_to_anchor=None if len(series) < 4 else (1, 0.5))  # fmt: skip
+        n = f"n = {int(data['n'].sum()):,} choices, {wording.span(data['n_documents'])} documents"
+        heading(ax, wording.title(data), f"{n}; whiskers: {wording.level(data)} over documents; grey: all choices")
+    return ax
+
+
+@takes("quantization_impact(...).split()", "estimate", "quantity", "order", "part")
+def quality_split(data: xr.Dataset, ax: Axes | None = None, *, quantity: str = "loss") -> Axes:
+    """How much of the change comes from other weights and how much from other routing, in both orders and on average.
+
+    data       from Impact.split  [quantity, order, part]
+    quantity   "loss", "kl" or "other_top"
+
+    Raises BadInput for an unknown quantity, and when a domain is still to be selected.
+    """
+    if quantity not in _QUANTITIES:
+        raise BadInput(
+            f"The split of {quantity!r} was to be drawn. It is of {', '.join(_QUANTITIES)}. Give one of them.",
+            argument="quantity",
+            value=quantity,
+        )
+    part = wording.only(data.sel(quantity=quantity, drop=True), "quality_split", "order", "part")
+    with drawing(ax, COLUMN, 2.2) as ax:
+        rows = np.arange(len(_ORDERS))[::-1]
+        colours = dict(zip(_PARTS, expert_colours(2), strict=True))
+        total = part.sel(part="total")
+        for i, (name, label) in enumerate(_PARTS.items()):
+            cell = part.sel(part=name, order=list(_ORDERS))
+            at = rows + (0.5 - i) * 0.3
+            ax.barh(at, cell["estimate"], height=0.28, color=colours[name], linewidth=0, label=label)
+            ax.hlines(at, cell["ci_low"], cell["ci_high"], color=INK, linewidth=0.8, zorder=3)
+        whole = float(total.sel(order="mean")["estimate"])
+        ax.axvline(whole, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), label="in all")
+        ax.axvline(0, color=INK, linewidth=0.6)
+        ax.set_yticks(rows, list(_ORDERS.values()))
+        ax.tick_params(axis="y", length=0)
+        ax.set_xlabel(_QUANTITIES[quantity])
+        if quantity == "other_top":
+            ax.xaxis.set_major_formatter(percent)
+        ax.legend(loc="upper left", bbox_to_anchor=(-0.3, -0.3), ncols=3, fontsize=relative_size(0.8))
+        note = f"{wording.sample(data)}; whiskers: {wording.level(data)} over documents, paired"
+        heading(ax, wording.title(data) + _selected(part), note)
+    return ax
+
+
+@takes("quantization_impact(...).experts()", "estimate", "layer", "expert")
+def expert_errors(data: xr.Dataset, ax: Axes | None = None) -> Axes:
+    """Relative error of what every expert puts out, given the input that it had in the first model.
+
+    data   from Impact.experts  [layer, expert]
+    """
+    part = wording.only(data, "expert_errors", "layer", "expert").transpose("layer", "expert", ...)
+    with drawing(ax, COLUMN, 1.2 + 0.16 * max(data.sizes["layer"], 8)) as ax:
+        mesh = ax.pcolormesh(np.ma.masked_invalid(part["estimate"]), cmap="viridis", edgecolors="white", linewidth=0.3,
+                             vmin=0)  # fmt: skip
+        ax.set_facecolor(FAINT)
+        ax.invert_yaxis()
+        step = -(-data.sizes["layer"] // 24)
+        ax.set_yticks(np.arange(0, data.sizes["layer"], step) + 0.5, map(str, data["layer"].to_numpy()[::step]))
+        ax.set_xticks(np.arange(data.sizes["expert"]) + 0.5, map(str, data["expert"].to_numpy()))
+        ax.set_xlabel("expert")
+        ax.set_ylabel("layer")
+        ax.tick_params(length=0)
+        ax.spines[:].set_visible(False)
+        figure = ax.get_figure(root=True)
+        assert figure is not None
+        bar = figure.colorbar(mesh, ax=ax, fraction=0.05, pad=0.02, aspect=25, format=percent)
+        bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
+        bar.ax.tick_params(labelsize=6, length=2, width=0.5)
+        chose = f"n = {wording.span(data['n'])} tokens an expert"
+        heading(
+            ax, wording.title(data) + _selected(part), f"‖f_b(x) − f_a(x)‖ / ‖f_a(x)‖; {chose}; grey: chosen by none"
+        )
+    return ax
+
+
+def _selected(data: xr.Dataset) -> str:
+    chosen = wording.chosen(data)
+    return f", {chosen}" if chosen else ""
+
+
+@takes_run("pareto", "of", "front")
+def pareto(data: Pareto, ax: Axes | None = None, *, x: str = "bytes", y: str = "kl") -> Axes:
+    """Schemes of one model: what is lost against what is spent. Those that no other beats in both stand on the line.
+
+    data   from mixlens.pareto
+    x, y   quantities of its table, such as bytes, tpot_s or ttft_s against kl, perplexity or same_top
+
+    Raises BadInput for a quantity that was not measured.
+    """
+    (factor, label), (factor_y, label_y) = axis_of(x), axis_of(y)
+    across, up = _scaled(data, x, factor), _scaled(data, y, factor_y)
+    schemes = [scheme for scheme in data.schemes if scheme in across and scheme in up]
+    with drawing(ax, PAGE * 0.62, 2.9) as ax:
+        front = data.front(x, y)
+        line = {"color": MUTED, "linewidth": 0.8, "linestyle": (0, (4, 3)), "zorder": 1}
+        ax.plot([across[scheme][0] for scheme in front], [up[scheme][0] for scheme in front], **line)
+        for i, (scheme, colour) in enumerate(zip(schemes, expert_colours(len(schemes)), strict=True)):
+            (at, left, right), (height, low, high) = across[scheme], up[scheme]
+            style = {"marker": MARKERS[i % len(MARKERS)], "linestyle": "", "clip_on": False, "zorder": 3}
+            ax.plot(at, height, color=colour, label=in_legend(scheme), **style)
+            ax.hlines(height, left, right, color=colour, linewidth=1)
+            ax.vlines(at, low, high, color=colour, linewidth=1)
+        positive = [height for height, _, _ in up.values() if height > 0]
+        if y == "kl" and positive:  # from a rounding difference to ruin, and the original at zero
+            ax.set_yscale("symlog", linthresh=min(positive))
+            ax.set_ylim(bottom=0)
+        ax.set_xlim(left=0)
+        ax.set_xlabel(label)
+        ax.set_ylabel(label_y)
+        ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        tokens, documents = int(data.of("kl")["n"].max()), data.meta["documents"]
+        note = f"n = {tokens:,} tokens, {documents:,} documents; whiskers: 95 % interval; dashed: not beaten in both"
+        heading(ax, f"{label_y.split(',')[0]} against {label.split(',')[0]}", note)
+    return ax
+
+
+def axis_of(quantity: str) -> tuple[float, str]:
+    """What a quantity of a Pareto is multiplied by to be read, and how it is then called."""
+    return _AXES.get(quantity, (1.0, quantity.replace("_", " ")))
+
+
+def _scaled(data: Pareto, quantity: str, factor: float) -> dict[str, list[float]]:
+    """[estimate, ci_low, ci_high] by scheme."""
+    rows = data.of(quantity)[["estimate", "ci_low", "ci_high"]].astype(float) * factor
+    return {str(scheme): values for scheme, values in zip(rows.index, rows.to_numpy().tolist(), strict=True)}

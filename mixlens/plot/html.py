@@ -1,0 +1,64 @@
+"""Pieces of a page: figures, tables, and escaping. Every text that is not ours goes through `escape`."""
+
+from __future__ import annotations
+
+import base64
+from html import escape as _escape
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from mixlens.plot.style import INK, MUTED, PaperFigure
+
+_DARK = f"""<style>@media (prefers-color-scheme: dark) {{
+[style*="fill: {INK}"] {{ fill: #e8e8ee !important }} [style*="stroke: {INK}"] {{ stroke: #e8e8ee !important }}
+[style*="fill: {MUTED}"] {{ fill: #a9a9b5 !important }} [style*="stroke: {MUTED}"] {{ stroke: #a9a9b5 !important }}
+}}</style>"""
+
+
+def escape(text: object) -> str:
+    return _escape(str(text), quote=True)
+
+
+def picture(drawn: Axes | Figure, alt: str, caption: str) -> str:
+    """A figure as an SVG picture: text as paths, and its ink light on a dark page."""
+    figure = drawn.get_figure(root=True) if isinstance(drawn, Axes) else drawn
+    assert isinstance(figure, PaperFigure)
+    head, body = figure.svg().decode("utf-8").split("<defs>", 1)
+    source = base64.b64encode(f"{head}{_DARK}<defs>{body}".encode()).decode("ascii")
+    width = round(figure.get_size_inches()[0] * 140)
+    wide = ' class="wide" tabindex="0"' if width > 700 else ""  # on a phone it scrolls instead of shrinking
+    return (
+        f'<figure style="max-width:{width}px"><div{wide}><img alt="{escape(alt)}" '
+        f'src="data:image/svg+xml;base64,{source}"></div><figcaption>{escape(caption)}</figcaption></figure>'
+    )
+
+
+def details(summary: str, body: str) -> str:
+    return f"<details><summary>{escape(summary)}</summary>{body}</details>"
+
+
+def paragraphs(*texts: str) -> str:
+    return "".join(f"<p>{escape(text)}</p>" for text in texts if text)
+
+
+def bullets(texts: list[str]) -> str:
+    return f"<ul>{''.join(f'<li>{escape(text)}</li>' for text in texts)}</ul>" if texts else ""
+
+
+def frame_table(frame: pd.DataFrame, caption: str) -> str:
+    """A sortable table whose every cell is escaped; n/a for what has no value."""
+    head = "".join(f'<th scope="col"><button type="button">{escape(name)}</button></th>' for name in frame.columns)
+    rows = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in frame.itertuples(index=False, name=None))
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}">'
+        f'<table class="sortable"><caption>{escape(caption)}</caption>'
+        f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+    )
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float | int):
+        return '<td data-v="">n/a</td>' if value != value else f'<td data-v="{value:.6g}">{value:.6g}</td>'
+    return f"<td>{escape(value)}</td>"

@@ -1,0 +1,90 @@
+"""What experts matter for: heat maps of the change in loss, and importance against use."""
+
+from __future__ import annotations
+
+import numpy as np
+import xarray as xr
+from matplotlib.axes import Axes
+
+from mixlens.plot import labels as wording
+from mixlens.plot.checks import takes
+from mixlens.plot.heatmap import by_group, dots, excludes_zero, group_of, mesh, numbered, scale_note, signed_axis
+from mixlens.plot.style import COLUMN, INK, MARKERS, MUTED, PAGE, drawing, expert_colours, heading, percent, printable
+
+_FEW_POINTS = 40  # that carry their names
+
+
+@takes("expert_importance", "estimate", "layer", "expert", "metric")
+def importance(data: xr.Dataset, ax: Axes | None = None) -> Axes:
+    """Change in loss without each expert of each layer; a dot where the interval excludes no change.
+
+    data    from expert_importance [layer, expert]; of one domain, data.sel(domain=...)
+    """
+    data = wording.only(data, "importance", "layer", "expert").transpose("layer", "expert")
+    with drawing(ax, COLUMN, 0.9 + 0.16 * max(data.sizes["layer"], 8)) as ax:
+        mesh(ax, data["estimate"].to_numpy(), _label(data))
+        dots(ax, excludes_zero(data))
+        numbered(ax, data["layer"].to_numpy())
+        ax.set_xticks(np.arange(data.sizes["expert"]) + 0.5, map(str, data["expert"].to_numpy()))
+        ax.set_xlabel("expert")
+        _titled(ax, data, "Importance")
+    return ax
+
+
+@takes("expert_importance", "estimate", "layer", "expert", "metric")
+def importance_by_domain(data: xr.Dataset, ax: Axes | None = None) -> Axes:
+    """The same for every domain: a row a domain, a column an expert, layers side by side.
+
+    data    from expert_importance(..., by="domain")  [domain, layer, expert]
+    """
+    with drawing(ax, PAGE, 1.0 + 0.17 * max(data.sizes[group_of(data)], 4)) as ax:
+        by_group(ax, data, "importance_by_domain", _label(data))
+        _titled(ax, data, f"Importance by {group_of(data)}")
+    return ax
+
+
+@takes("expert_importance", "estimate", "share", "layer", "expert")
+def importance_against_share(data: xr.Dataset, ax: Axes | None = None) -> Axes:
+    """Change in loss without an expert against how often it is chosen: one point a layer and expert.
+
+    data    from expert_importance [layer, expert]; of one domain, data.sel(domain=...)
+    """
+    data = wording.only(data, "importance_against_share", "layer", "expert").transpose("layer", "expert")
+    with drawing(ax, COLUMN, 2.9) as ax:
+        share, estimate = data["share"].to_numpy(), data["estimate"].to_numpy()
+        colours = expert_colours(data.sizes["layer"])
+        for i, layer in enumerate(data["layer"].to_numpy()):
+            ax.vlines(share[i], data["ci_low"][i], data["ci_high"][i], color=colours[i], linewidth=0.6, alpha=0.7)
+            marker = MARKERS[i % len(MARKERS)]
+            ax.plot(share[i], estimate[i], marker=marker, linestyle="", color=colours[i], label=f"layer {layer}")
+        signed_axis(ax, np.stack([data["ci_low"], data["ci_high"]]))
+        ax.axhline(0, color=INK, linewidth=0.6)
+        ax.axvline(1 / data.sizes["expert"], color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
+        ax.xaxis.set_major_formatter(percent)
+        ax.set_xlabel("share of assignments")
+        ax.set_ylabel(_label(data))
+        if data.sizes["layer"] <= len(MARKERS):
+            ax.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.45, -0.2), fontsize=6, columnspacing=1)
+        if estimate.size <= _FEW_POINTS:
+            for (i, j), value in np.ndenumerate(estimate):
+                ax.annotate(str(data["expert"].to_numpy()[j]), (share[i, j], value), fontsize=5, xytext=(2, 2),
+                            textcoords="offset points")  # fmt: skip
+        note = f"{wording.sample(data)}; whiskers: {wording.level(data)} over documents; dashed: uniform share"
+        note = "; ".join(filter(None, [note, scale_note(np.stack([data["ci_low"], data["ci_high"]]))]))
+        selected = wording.chosen(data)
+        heading(ax, "Importance against use" + (f", {selected}" if selected else ""), note)
+    return ax
+
+
+def _label(data: xr.Dataset) -> str:
+    if data.attrs["unit"] == "nats":
+        return "change in loss, nats a token"
+    return printable(f"change in {str(data.attrs['metric']).rsplit('.', 1)[-1]}, a token")
+
+
+def _titled(ax: Axes, data: xr.Dataset, title: str) -> None:
+    how = {"reroute": "never chosen", "zero": "output zero", "mean": "output its mean"}.get(str(data.attrs["how"]), "")
+    selected = wording.chosen(data)
+    parts = [wording.sample(data), f"each expert in turn: {how}", f"dot: {wording.level(data)} excludes 0"]
+    note = "; ".join(filter(None, [*parts, scale_note(data["estimate"].to_numpy())]))
+    heading(ax, f"{title}, {selected}" if selected else title, note)

@@ -1,0 +1,1 @@
+"""What providers charge, and quality against cost and speed."""

@@ -1,0 +1,84 @@
+"""Quality against cost and speed, as a figure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import pandas as pd
+from matplotlib.axes import Axes
+
+from mixlens.bench.bench import Bench
+from mixlens.bench.figures import legend_below
+from mixlens.errors import BadInput
+from mixlens.evals.log import Log
+from mixlens.plot.style import (
+    MUTED,
+    PAGE,
+    drawing,
+    expert_colours,
+    heading,
+    printable,
+    relative_size,
+)
+from mixlens.pricing.tradeoff import Candidate, candidates, frontier
+
+
+def quality_cost_speed(
+    runs: Sequence[Log | Bench | Candidate] | pd.DataFrame, ax: Axes | None = None, *, score: str | None = None
+) -> Axes:
+    """Quality against cost, the area of a point its speed; the frontier filled, what another beats hollow.
+
+    runs    evaluations and benchmarks of the same models, as [log, bench], put together by pricing.tradeoff.candidates;
+            Candidates by hand; or what pricing.tradeoff.frontier gives
+    score   of evaluations: the benchmark or protocol to take, where they share several; of Candidates that do not say
+            what their score is: what it is
+
+    Raises BadInput as candidates does, and when no candidate has a score, a price and a speed.
+    """
+    if isinstance(runs, pd.DataFrame):
+        frame = runs
+    else:
+        runs = list(runs) if isinstance(runs, Iterable) else [runs]
+        measured = [run for run in runs if not isinstance(run, Candidate)]
+        given = [run for run in runs if isinstance(run, Candidate)]
+        frame = frontier([*(candidates(measured, score=score) if measured else []), *given])
+    score = str(frame["benchmark"].iloc[0]) or score
+    known = frame.dropna(subset=["score", "usd_per_mtok", "tokens_per_s"])
+    if known.empty:
+        raise BadInput(
+            f"Candidates were to be drawn ({len(frame)}). None has a score, a price and a speed. "
+            "Give all three of one.",
+            argument="runs",
+            value=len(frame),
+        )
+    area = 170 * known["tokens_per_s"] / known["tokens_per_s"].max()
+    with drawing(ax, PAGE * 0.8, 2.9 + 0.14 * len(known)) as ax:
+        colour = expert_colours(1)[0]
+        faces = [colour if on else "white" for on in known["frontier"]]
+        ax.vlines(known["usd_per_mtok"], known["score_low"], known["score_high"], color=MUTED, lw=0.8, zorder=1)
+        ax.scatter(known["usd_per_mtok"], known["score"], s=area, c=faces, edgecolors=colour, lw=1, zorder=2)
+        numbers: dict[tuple[float, float], list[str]] = {}
+        for number, (row, face) in enumerate(zip(known.to_dict("records"), faces, strict=True), 1):
+            place = float(row["usd_per_mtok"]), float(row["score"])
+            numbers.setdefault(place, []).append(str(number))  # loads share a price and a score
+            speed, low, high = (float(row[f"tokens_per_s{end}"]) for end in ("", "_low", "_high"))
+            spread = "" if low != low else f" [{low:,.1f}, {high:,.1f}]"
+            label = printable(f"{number}  {row['name']}: {speed:,.1f}{spread} tok/s")
+            ax.plot([], [], "o", ms=5, markerfacecolor=face, markeredgecolor=colour, label=label)
+        for place, told in numbers.items():
+            beside = {"xytext": (9, 5), "textcoords": "offset points"}
+            ax.annotate(", ".join(told), place, fontsize=relative_size(0.9), **beside)
+        if known["usd_per_mtok"].min() > 0 and known["usd_per_mtok"].max() > 4 * known["usd_per_mtok"].min():
+            ax.set_xscale("log")
+            ax.xaxis.set_major_formatter("{x:g}")
+        ax.margins(x=0.4, y=0.2)
+        ax.set_xlabel("dollars per million tokens")
+        ax.set_ylabel(printable(score or "score"))
+        legend_below(ax, columns=1)
+        left_out = f"; {len(frame) - len(known)} without all three numbers left out" if len(frame) > len(known) else ""
+        note = (
+            f"{len(known)} candidates; area: output tokens a second; filled: no other is as good in all three and "
+            "better in one; whiskers: interval of the score"
+        )
+        heading(ax, "Quality, cost and speed", note + left_out)
+    return ax

@@ -1,0 +1,201 @@
+"""Providers side by side: what their listing says now, what their pages said, and what was measured here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from mixlens.bench.bench import Bench
+from mixlens.core.run_dir import now
+from mixlens.endpoints.endpoint import canonical, get_json
+from mixlens.endpoints.prices import STATEMENT, WORDS, prices, statements
+from mixlens.endpoints.probe import Probe
+from mixlens.errors import BadInput, EndpointError
+
+OPENROUTER = "https://openrouter.ai/api/v1"
+# What stands beside a statement, by the column that it stands after.
+_BESIDE = {
+    "model": ("kind", "load"),
+    "output_tokens_per_s": ("output_tokens_per_s_low", "output_tokens_per_s_high"),
+    "ttft_s": ("ttft_s_low", "ttft_s_high"),
+    "usd_per_call": ("list_usd_per_mtok", "charged_usd_per_mtok"),
+    "as_of": ("n",),
+    "note": ("contradicted",),
+}
+COLUMNS = tuple(column for said in STATEMENT for column in (said, *_BESIDE.get(said, ())))
+_NUMBERS = [name for name in COLUMNS if name not in (*WORDS, "kind", "load", "n", "contradicted")]
+# What two statements of one provider can contradict each other in.
+_STATED = ("input_usd_per_mtok", "output_usd_per_mtok", "context_tokens", "output_tokens_per_s", "ttft_s")
+
+
+def listed_prices(model: str, *, url: str = OPENROUTER) -> pd.DataFrame:
+    """What OpenRouter's public list of endpoints says now: one row a provider that serves the model. Needs no key.
+
+    Prices come as strings of dollars per token, and are given per million; a discount that the list names is in the
+    note and not taken off. Its latency and throughput are left out: it gives none without a key, and its units are
+    documented in two ways.
+
+    model  any of its names
+
+    Returns  DataFrame  prices.STATEMENT; attrs["date"]; NaN for what is not a price
+    Raises   EndpointError  when there is no list, or it has another form
+    """
+    name = canonical(model)
+    data = get_json(f"{url}/models/{name}/endpoints")
+    rows = (
+        data.get("data", {}).get("endpoints") if isinstance(data, dict) and isinstance(data.get("data"), dict) else None
+    )
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise EndpointError(
+            f"Prices of {name} were to be read from {url}. The answer has no list of endpoints. "
+            "Use the snapshot: leave out the refresh.",
+            argument="answer",
+            value=url,
+        )
+    date = now()
+    frame = statements([_listed(row, name, date) for row in rows])
+    frame.attrs["date"] = date
+    return frame
+
+
+def _listed(row: Mapping[str, Any], model: str, date: str) -> dict[str, Any]:
+    pricing = row.get("pricing") if isinstance(row.get("pricing"), dict) else {}
+    assert isinstance(pricing, dict)
+    per_call = _dollars(pricing.get("request"))
+    notes = [f"discount {pricing['discount']}" if pricing.get("discount") else ""]
+    notes.append(
+        f"uptime {row['uptime_last_30m']:.1f} %" if isinstance(row.get("uptime_last_30m"), int | float) else ""
+    )
+    return {
+        "provider": str(row.get("provider_name") or row.get("name") or "not named"),
+        "model": model,
+        "input_usd_per_mtok": 1e6 * _dollars(pricing.get("prompt")),
+        "output_usd_per_mtok": 1e6 * _dollars(pricing.get("completion")),
+        "usd_per_call": per_call if per_call else np.nan,
+        "context_tokens": float(row["context_length"]) if isinstance(row.get("context_length"), int) else np.nan,
+        "quantization": str(row.get("quantization") or ""),
+        "parameters": ", ".join(map(str, row.get("supported_parameters") or [])),
+        "source": "OpenRouter's list of endpoints",
+        "as_of": date,
+        "note": "; ".join(note for note in notes if note),
+    }
+
+
+def _dollars(value: Any) -> float:
+    """A price per token, which comes as a string; NaN for what is none, and for -1, which means that it varies."""
+    try:
+        price = float(value)
+    except (TypeError, ValueError):
+        return math.nan
+    return price if 0 <= price < math.inf else math.nan
+
+
+def provider_table(
+    measured: Mapping[str, Bench] | None = None,
+    *,
+    model: str | None = None,
+    listed: pd.DataFrame | None = None,
+    probes: Mapping[str, Probe] | None = None,
+) -> pd.DataFrame:
+    """Providers of a model: measured here first, then listed now, then what pages said. No two sources are averaged.
+
+    measured  benchmarks by provider name: a row for each load, each request's speed and TTFT as medians
+    model     any of its names; None for all
+    listed    from `listed_prices`
+    probes    by the same names as `measured`; the parameters that are honoured are shown
+
+    `charged_usd_per_mtok` is what the server's usage says was billed for the measured requests, in dollars per million
+    of their tokens, read and written together; `list_usd_per_mtok` is what the same tokens cost at the price that the
+    run reckoned with. `contradicted` says where statements of one provider about one model differ, with every value.
+
+    Returns  DataFrame  COLUMNS; NaN and "" for what a source does not say, n of a published figure is 0
+    Raises   BadInput   for a model that the snapshot does not have
+    """
+    published = prices(model)
+    rows = [row for name, bench in (measured or {}).items() for row in _measured(name, bench, (probes or {}).get(name))]
+    parts = [pd.DataFrame(rows, columns=list(COLUMNS)).assign(kind="measured")] if rows else []
+    if listed is not None:
+        parts.append(listed.assign(kind="listed", n=0))
+    parts.append(published.assign(kind="published", n=0))
+    frame = pd.concat([part.reindex(columns=list(COLUMNS)) for part in parts], ignore_index=True)
+    frame[_NUMBERS] = frame[_NUMBERS].astype(float)
+    words = [*WORDS, "load"]
+    frame[words] = frame[words].astype(object).fillna("")
+    frame["contradicted"] = _contradictions(frame)
+    frame.attrs["date"] = published.attrs["date"]
+    return frame
+
+
+def _measured(name: str, bench: Bench, probe: Probe | None) -> list[dict[str, Any]]:
+    levels = list(dict.fromkeys(r.level for r in bench.records if r.phase == "measured"))
+    if not levels or "endpoint" not in bench.meta:
+        found = "is of a model on this machine" if levels else "has no measured request"
+        raise BadInput(
+            f"The benchmark of {name!r} was to stand in the table of providers. It {found}. Leave it out.",
+            argument="runs",
+            value=name,
+        )
+    medians, requests = bench.table().query("statistic == 'p50'"), bench.requests().query("phase == 'measured'")
+    honoured = [] if probe is None else [name for name, verdict in probe.verdicts.items() if verdict == "honoured"]
+    rows = []
+    for level in levels:
+        table = medians[medians["level"] == level].set_index("metric")
+        part = requests[requests["level"] == level]
+        row: dict[str, Any] = {"provider": name, "model": canonical(bench.meta["endpoint"]["model"]), "load": level}
+        for metric in ("output_tokens_per_s", "ttft_s"):
+            cell = table.loc[metric]
+            row |= {metric: cell["estimate"], f"{metric}_low": cell["ci_low"], f"{metric}_high": cell["ci_high"]}
+        prices, notes = _charged(part, bench.meta.get("price_usd_per_mtok"))
+        answered = dict.fromkeys(p for p in part["provider"] if isinstance(p, str))
+        if answered:
+            notes.append(f"answered by {', '.join(answered)}")
+        rows.append(
+            {
+                **row,
+                **prices,
+                "context_tokens": bench.meta["endpoint"].get("context"),
+                "parameters": ", ".join(honoured),
+                "as_of": bench.meta["created"],
+                "n": int(table.loc["ttft_s", "n"]),  # pyright: ignore[reportArgumentType]
+                "source": f"measured here at {bench.meta['endpoint']['url']}",
+                "note": "; ".join(notes),
+            }
+        )
+    return rows
+
+
+def _charged(requests: pd.DataFrame, price: Sequence[float] | None) -> tuple[dict[str, float], list[str]]:
+    """What requests that succeeded cost per million tokens, as usage says and at a price; and what to say beside it."""
+    good = requests[requests["outcome"] == "ok"].dropna(subset=["input_tokens", "output_tokens"])
+    billed = good.dropna(subset=["cost_usd"])
+    read, written = (good[name].sum() for name in ("input_tokens", "output_tokens"))
+    tokens = billed["input_tokens"].sum() + billed["output_tokens"].sum()
+    found = {
+        "list_usd_per_mtok": np.nan
+        if price is None or not read + written
+        else (read * price[0] + written * price[1]) / (read + written),
+        "charged_usd_per_mtok": 1e6 * billed["cost_usd"].sum() / tokens if tokens else np.nan,
+    }
+    return found, [f"{len(billed)} of {len(good)} say what they cost"] if 0 < len(billed) < len(good) else []
+
+
+def _contradictions(frame: pd.DataFrame) -> list[str]:
+    found = [""] * len(frame)
+    stated = frame[frame["kind"] != "measured"]
+    for _, group in stated.groupby(["provider", "model"]):
+        told = []
+        for name in _STATED:
+            values = sorted(group[name].dropna().unique())
+            if len(values) > 1:
+                told.append(f"{name}: {' or '.join(f'{value:g}' for value in values)}")
+        if group["usd_per_call"].notna().any() and group["input_usd_per_mtok"].notna().any():
+            told.append(f"priced by token and, at ${group['usd_per_call'].max():g}, by call")
+        if any("not supported" in note for note in group["note"]):
+            told.append("what it supports: see its note")
+        for at in group.index:
+            found[int(at)] = "; ".join(told)
+    return found

@@ -1,0 +1,283 @@
+"""Quality, cost and speed of models as they are served: from evaluations and benchmarks, or given by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from mixlens.bench.bench import Bench
+from mixlens.endpoints.endpoint import canonical
+from mixlens.endpoints.prices import cost, prices, provider_at, statements
+from mixlens.errors import BadInput
+from mixlens.evals.log import Log
+from mixlens.evals.scoring import primary_rows
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model as it is served somewhere: what it scores, what it costs, how fast it is. NaN for what is not known.
+
+    name          what it is called in the picture
+    score         with its interval (estimate, low, high), of one benchmark and protocol; higher is better
+    usd_per_mtok  dollars per million tokens of the workload in question
+    tokens_per_s  output speed with its interval (estimate, low, high)
+    source        where the numbers come from
+    benchmark     what the score is; the same for all that are compared
+    """
+
+    name: str
+    score: tuple[float, float, float]
+    usd_per_mtok: float
+    tokens_per_s: tuple[float, float, float]
+    source: str = ""
+    benchmark: str = ""
+
+
+def candidates(
+    runs: Sequence[Log | Bench],
+    *,
+    score: str | None = None,
+    names: Mapping[str, str] | None = None,
+    tokens: tuple[int, int] = (1000, 500),
+    table: pd.DataFrame | None = None,
+) -> list[Candidate]:
+    """One candidate for each load of each benchmark, with the score of the evaluation of the same model.
+
+    runs    evaluations and benchmarks in any order; every benchmark needs an evaluation of its model, and the other way
+            round
+    score   benchmark or protocol to take; None where the evaluations have one in common
+    names   what the caller vouches for: the model that a name of a benchmark or an evaluation stands for, as
+            {"mixtral": "mistralai/Mixtral-8x7B-Instruct-v0.1"} for a server that calls it so
+    tokens  read and written by a request, which weigh the two prices
+    table   prices to reckon with, as from listed_prices or by hand, with provider, model and prices; None for the
+            snapshot. A server of one's own goes by its host
+
+    Models are the same by routers and weights where both are known, else by name and alias; what is known of both (how
+    weights are held, revision) must be equal. The score is that of the primary metric with its interval, in percent;
+    speed is the median output speed of a request with its interval, of a load. Each statement of a price is a candidate
+    of its own; a model on this machine has none.
+
+    Raises BadInput, by name, for a model that has only one of the two, evaluations that share no benchmark, protocol
+    and metric, edited models, and metrics of which less is better.
+    """
+    names = names or {}
+    logs = [run for run in runs if isinstance(run, Log)]
+    benches = [part for run in runs if isinstance(run, Bench) for part in run.configurations().values()]
+    if not logs or not benches or not all(isinstance(run, Log | Bench) for run in runs):
+        given = ", ".join(type(run).__name__ for run in runs) or "nothing"
+        raise BadInput(
+            f"Quality, cost and speed were to be compared. Given were {given}. Give evaluations and benchmarks of the "
+            "same models, as [log, bench], or Candidates alone.",
+            argument="runs",
+            value=[type(run).__name__ for run in runs],
+        )
+    pairs = [(bench, _log_of(bench, logs, names)) for bench in benches]
+    if alone := [log for log in logs if all(log is not other for _, other in pairs)]:
+        raise BadInput(
+            f"Quality, cost and speed were to be compared. {_called(alone[0])} was evaluated and not benchmarked: the "
+            f"benchmarks are of {_list(benches)}. Benchmark it, leave it out, or say by names= which model is meant.",
+            argument="runs",
+            value=_called(alone[0]),
+        )
+    scored = {id(log): row for log, row in zip(logs, _scores(logs, score), strict=True)}
+    table = prices() if table is None else statements(table.to_dict("records"))
+    found = [
+        candidate for bench, log in pairs for candidate in _candidates(bench, scored[id(log)], names, (tokens, table))
+    ]
+    labels = [one.name for one in found]
+    return [
+        one if labels.count(one.name) == 1 else Candidate(**{**vars(one), "name": f"{one.name} ({at + 1})"})
+        for at, one in enumerate(found)
+    ]
+
+
+def frontier(given: Sequence[Candidate]) -> pd.DataFrame:
+    """Candidates side by side, and which of them no other beats in score, price and speed together.
+
+    A candidate is on the frontier when no other is at least as good in all three and better in one (Pareto); one that
+    lacks a number is compared in none, and is not on it.
+
+    Returns  DataFrame  name, score, score_low, score_high, usd_per_mtok, tokens_per_s, tokens_per_s_low,
+                        tokens_per_s_high, frontier (bool), source, benchmark
+    Raises   BadInput   when there is no candidate, two have one name, or scores are of several benchmarks
+    """
+    if not given or len({one.name for one in given}) < len(given):
+        raise BadInput(
+            f"{len(given)} candidates were to be compared. There is none, or two have one name. "
+            "Give a list of Candidates, each with its own name.",
+            argument="candidates",
+            value=len(given),
+        )
+    if len(benchmarks := dict.fromkeys(one.benchmark for one in given)) > 1:
+        raise BadInput(
+            f"{len(given)} candidates were to be compared. Their scores are of {' and '.join(map(repr, benchmarks))}. "
+            "Give scores of one benchmark and protocol.",
+            argument="score",
+            value=benchmarks,
+        )
+    rows = [
+        {
+            "name": one.name,
+            **dict(zip(("score", "score_low", "score_high"), one.score, strict=True)),
+            "usd_per_mtok": one.usd_per_mtok,
+            **dict(zip(("tokens_per_s", "tokens_per_s_low", "tokens_per_s_high"), one.tokens_per_s, strict=True)),
+            "source": one.source,
+            "benchmark": one.benchmark,
+        }
+        for one in given
+    ]
+    frame = pd.DataFrame(rows)
+    goods = frame[["score", "usd_per_mtok", "tokens_per_s"]].to_numpy(float) * [1, -1, 1]
+    whole = np.isfinite(goods).all(axis=1)
+    # [candidate, other]: whether the other is known, at least as good in all three, and better in one.
+    no_worse = np.all(goods[None, :, :] >= goods[:, None, :], axis=-1)
+    better = np.any(goods[None, :, :] > goods[:, None, :], axis=-1)
+    beaten = np.any(no_worse & better & np.asarray(whole), axis=1)
+    frame.insert(len(frame.columns) - 2, "frontier", np.logical_and(whole, ~beaten).tolist())
+    return frame
+
+
+def _log_of(bench: Bench, logs: Sequence[Log], names: Mapping[str, str]) -> Log:
+    """The one evaluation of the model that was benchmarked."""
+    why = [_difference(log, bench, names) for log in logs]
+    found = [log for log, reason in zip(logs, why, strict=True) if not reason]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise BadInput(
+            f"Quality, cost and speed were to be compared. {_called(bench)} was benchmarked, and evaluated "
+            f"{len(found)} times. Give one evaluation of each model.",
+            argument="runs",
+            value=len(found),
+        )
+    raise BadInput(
+        f"Quality, cost and speed were to be compared. {_called(bench)} was benchmarked, and no evaluation is of it: "
+        f"{'; '.join(dict.fromkeys(why))}. Evaluate it, leave it out, or say by names= which model is meant.",
+        argument="runs",
+        value=_called(bench),
+    )
+
+
+def _difference(log: Log, bench: Bench, names: Mapping[str, str]) -> str:
+    """Why an evaluation is not of the model that was benchmarked; "" where it is."""
+    one, other = log.meta["model"], bench.meta["model"]
+    if one.get("edits"):
+        return f"{_called(log)} was evaluated with edits"
+    routers = one.get("router_sha256"), other.get("router_sha256")
+    named = [_model(run, names) for run in (log, bench)]
+    if all(routers) and routers[0] != routers[1]:
+        return f"{named[0]} was evaluated, and its routers are others"
+    if not all(routers) and named[0].lower() != named[1].lower():
+        return f"{named[0]} was evaluated"
+    for what, said in (("held in", _held), ("of revision", lambda model: model.get("revision"))):
+        if said(one) and said(other) and said(one) != said(other):
+            return f"{named[0]} was evaluated {what} {said(one)}, and benchmarked {what} {said(other)}"
+    return ""
+
+
+def _held(model: Mapping[str, Any]) -> str | None:
+    return (model.get("audit") or {}).get("label")
+
+
+def _scores(logs: Sequence[Log], asked: str | None) -> list[dict[str, Any]]:
+    """The row of each evaluation that all of them have, with "what" it is in words."""
+    by_log = []
+    for log in logs:
+        limit = log.meta["settings"].get("limit")
+        rows = {}
+        for row in primary_rows(log.scores, log.meta["tasks"]):
+            cut = "" if limit is None else f", first {limit} of each task"
+            what = (
+                f"{row['benchmark']}, {row['protocol']}: {' '.join(filter(None, (row['metric'], row['average'])))}{cut}"
+            )
+            if asked is None or asked in (row["benchmark"], row["protocol"]):
+                rows[what] = row | {"what": what}
+        by_log.append(rows)
+    common = [what for what in by_log[0] if all(what in rows for rows in by_log)]
+    if len(common) != 1:
+        told = "; ".join(
+            f"{_called(log)}: {' and '.join(rows) or 'none'}" for log, rows in zip(logs, by_log, strict=True)
+        )
+        whose = "" if asked is None else f" by {asked!r}"
+        raise BadInput(
+            f"Quality, cost and speed were to be compared{whose}. The evaluations share "
+            f"{'no score' if not common else f'{len(common)} scores'} ({told}). "
+            + ("Name one benchmark by score=." if common else "Give evaluations of one benchmark, protocol and limit."),
+            argument="score",
+            value=len(common),
+        )
+    found = [rows[common[0]] for rows in by_log]
+    for log, row in zip(logs, found, strict=True):
+        about = next(one for one in log.meta["tasks"].values() if one["protocol"] == row["protocol"])
+        if not about["metrics"][row["metric"]].get("higher_is_better", True):
+            raise BadInput(
+                f"Quality, cost and speed were to be compared by {row['what']}. Of that metric less is better. Name a "
+                "benchmark with a score of which more is better by score=.",
+                argument="score",
+                value=row["what"],
+            )
+    if len(sizes := {row["n"] + row["unscored"] for row in found}) > 1:
+        raise BadInput(
+            f"Quality, cost and speed were to be compared by {common[0]}. The evaluations have "
+            f"{' and '.join(map(str, sorted(sizes)))} samples of it. Evaluate all models on the same data.",
+            argument="limit",
+            value=sorted(sizes),
+        )
+    return found
+
+
+def _candidates(
+    bench: Bench, score: Mapping[str, Any], names: Mapping[str, str], priced: tuple[tuple[int, int], pd.DataFrame]
+) -> list[Candidate]:
+    """One for each load and each statement of a price."""
+    (read, written), table = priced
+    model, where, rows = _model(bench, names), "this machine", pd.DataFrame()
+    if "endpoint" in bench.meta:
+        where = provider_at(bench.meta["endpoint"]["url"])
+        rows = table[(table["provider"] == where) & (table["model"] == model)]
+    prices_of = [(float("nan"), "", "no price known")]
+    if len(rows):
+        usd = cost(read, written, table=rows)["usd_per_request"] * 1e6 / (read + written)
+        prices_of = [
+            (
+                value,
+                f", ${value:,.3g}/Mtok" if len(rows) > 1 else "",
+                f"price: {row['source']} {row['as_of']}".rstrip(),
+            )
+            for value, row in zip(usd.to_numpy(float), rows.to_dict("records"), strict=True)
+        ]
+    speeds = bench.table().query("metric == 'output_tokens_per_s' and statistic == 'p50'")
+    percent = (100 * float(score["score"]), 100 * float(score["ci_low"]), 100 * float(score["ci_high"]))
+    found = []
+    for speed in speeds.to_dict("records"):
+        load = f", {speed['level']}" if len(speeds) > 1 else ""
+        measured = f"speed at {speed['level']} over {speed['n']} requests, {bench.meta['created'][:10]}"
+        for usd, price, source in prices_of:
+            found.append(
+                Candidate(
+                    f"{model.rstrip('/').rsplit('/', 1)[-1]}, {where}{load}{price}",
+                    percent,
+                    usd,
+                    (speed["estimate"], speed["ci_low"], speed["ci_high"]),
+                    f"{score['what']} over {score['n']} samples; {measured}; {source} ({read:,} in, {written:,} out)",
+                    f"{score['what']} [%]",
+                )
+            )
+    return found
+
+
+def _model(run: Log | Bench, names: Mapping[str, str]) -> str:
+    name = str(run.meta["model"]["name"])
+    return canonical(names.get(name, name))
+
+
+def _called(run: Log | Bench) -> str:
+    return str(run.meta["model"]["name"])
+
+
+def _list(runs: Sequence[Log | Bench]) -> str:
+    return " and ".join(dict.fromkeys(map(_called, runs)))

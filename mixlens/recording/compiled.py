@@ -1,0 +1,177 @@
+"""CompiledRecorder: a Recorder whose hooks are part of the compiled graph, and write into memory set aside for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from mixlens.errors import BadInput
+from mixlens.interventions.forward_tracker import Call, Follower
+from mixlens.models.layout import decoder_of, input_device, moe_layers, n_experts, top_k
+from mixlens.recording.hooks import Raw, Tap
+from mixlens.recording.recorder import Recorder
+from mixlens.trace.signals import Site
+
+# What is written beside the routing of a token: its id, forward, row, column in the cache, and what the mask says.
+_PLACE = ("token_id", "forward", "row", "column", "mask")
+_NO_MASK = 2
+
+
+class CompiledRecorder(Recorder):
+    """Records forwards under `torch.compile(model.forward, fullgraph=True)`, a static cache included.
+
+        with ml.CompiledRecorder(model, tokens=4096) as rec:
+            model.generate(ids, cache_implementation="static", max_new_tokens=512)
+        trace = rec.trace()
+
+    model    any Mixtral, whoever loaded it
+    tokens   room for so many: rows times columns of all forwards of one generate, or between two calls of `trace`
+    signals  "router_logits", or nothing beside expert ids and weights
+    lengths  tokens of each row, for right-padded batches that are passed without an attention mask
+
+    No Python runs between two kernels of a forward, and nothing waits for the device until a generate has ended or the
+    trace is asked for. What it gives is what a Recorder gives, eager forwards included. While `paused` is True nothing
+    is recorded. Entering drops everything that torch.compile has made in this process: code compiled earlier knows no
+    hooks, so it is compiled anew at its next call.
+
+    Raises BadInput as a Recorder does, for other signals, and when more tokens were read than there is room for.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        tokens: int,
+        signals: Iterable[str | Site] = ("router_logits",),
+        lengths: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__(model, signals=signals, lengths=lengths)
+        if self.signals.needs_logits or self.signals.sites or tokens < 1:
+            raise BadInput(
+                f"A CompiledRecorder for {tokens} tokens with {', '.join(_named(self.signals.plan())) or 'no signals'} "
+                "was asked for. It has room for at least 1 token, and keeps expert ids, weights and router_logits. "
+                'Give signals=("router_logits",) or (), or use a Recorder without compiling.',
+                argument="tokens" if tokens < 1 else "signals",
+                value=tokens if tokens < 1 else _named(self.signals.plan()),
+            )
+        self._follower = Follower(
+            model, "A CompiledRecorder", before=lambda call: None, lengths=lengths, ending=self._flush
+        )
+        self._room = tokens
+        self.paused = False
+        self._hook: Any = None
+        self._buffers: dict[str, torch.Tensor] = {}
+
+    def __enter__(self) -> CompiledRecorder:
+        torch.compiler.reset()
+        self._buffers = self._allocated()
+        self._tap = Tap(self.model, self.signals)
+        self._tap.listening = True
+        self._hook = decoder_of(self.model).register_forward_hook(self._write, with_kwargs=True)
+        self._follower.open(forwards=False)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+        try:
+            super().__exit__(*exception)
+        finally:
+            self._buffers = {}
+
+    def clear(self) -> None:
+        super().clear()
+        if self._buffers:
+            self._buffers["count"].zero_()
+
+    @torch.inference_mode(False)
+    def _allocated(self) -> dict[str, torch.Tensor]:
+        # One place more than asked for: what finds no room is written there, one over the other.
+        rows, layers, device = self._room + 1, len(moe_layers(self.model)), input_device(self.model)
+        shapes = {
+            "expert_id": ((rows, layers, top_k(self.model)), torch.uint8),
+            "weight": ((rows, layers, top_k(self.model)), torch.float32),
+            "place": ((rows, len(_PLACE)), torch.int64),
+            "count": ((2,), torch.int64),  # tokens, forwards
+        }
+        if self.signals.router_logits:
+            shapes["router_logits"] = ((rows, layers, n_experts(self.model)), torch.float32)
+        buffers = {name: torch.zeros(shape, dtype=dtype, device=device) for name, (shape, dtype) in shapes.items()}
+        for buffer in buffers.values():
+            torch._dynamo.mark_static_address(buffer)  # else CUDA graphs are given up, as for any input that changes
+        return buffers
+
+    # ------------------------------------------------------------------ inside the graph
+
+    def _write(self, _module: nn.Module, args: tuple, kwargs: dict[str, Any], _output: Any) -> None:
+        """One write for all layers: a kernel or two for each would cost more than all that they copy."""
+        assert self._tap is not None
+        raw = self._tap.take()
+        if self.paused:
+            return
+        ids = args[0] if args else kwargs.get("input_ids")
+        read = kwargs["inputs_embeds"] if ids is None else ids
+        rows, columns = read.shape[:2]
+        count, places = self._buffers["count"], rows * columns
+        device = count.device
+        number = torch.arange(places, device=device)
+        where = (number + count[0]).clamp(max=self._room)
+        for name, layers in raw.items():
+            stacked = torch.stack([layers[index].to(device) for index in sorted(layers)], 1)
+            self._buffers[name].index_copy_(0, where, stacked.to(self._buffers[name].dtype))
+        cache = kwargs.get("past_key_values")
+        past = 0 if cache is None else cache.get_seq_length() - columns
+        column = number % columns + past
+        mask = kwargs.get("attention_mask")
+        told = torch.full_like(number, _NO_MASK)
+        if isinstance(mask, torch.Tensor) and mask.ndim == 2:
+            told = mask.to(device)[number // columns, column].long()
+        token = torch.full_like(number, -1) if ids is None else ids.reshape(-1).to(device)
+        place = [token, count[1].expand(places), number // columns, column, told]
+        self._buffers["place"].index_copy_(0, where, torch.stack(place, 1))
+        self._buffers["count"].add_(torch.where(torch.arange(2, device=device) == 0, places, 1))
+
+    # ------------------------------------------------------------------ after it
+
+    def _flush(self) -> None:
+        for call in self._calls():
+            self._sort_out(call)
+
+    def _calls(self) -> Iterator[Call]:
+        """Every forward since the last time, as a Follower of its own would have seen it."""
+        if not self._buffers:
+            return
+        n = int(self._buffers["count"][0])
+        if n > self._room:
+            self._buffers["count"].zero_()
+            raise BadInput(
+                f"A CompiledRecorder with room for {self._room} tokens was used. {n} were read, padding included. "
+                f"Give tokens={n} or more, or ask for the trace in between.",
+                argument="tokens",
+                value=n,
+            )
+        place = dict(zip(_PLACE, self._buffers["place"][:n].cpu().unbind(1), strict=True))
+        routing = {name: buffer[:n].cpu() for name, buffer in self._buffers.items() if name not in ("place", "count")}
+        self._buffers["count"].zero_()
+        _, sizes = place["forward"].unique_consecutive(return_counts=True)
+        start = 0
+        for size in sizes.tolist():
+            part = slice(start, start + size)
+            start += size
+            shape = (rows := int(place["row"][part][-1]) + 1, size // rows)
+            mask = None if place["mask"][part][0] == _NO_MASK else place["mask"][part].reshape(shape)
+            ids = None if place["token_id"][part][0] < 0 else place["token_id"][part].reshape(shape)
+            call = self._follower.follow(ids, mask, shape, int(place["column"][part][0]))
+            call.raw = _by_layer(routing, part)
+            yield call
+
+
+def _by_layer(routing: dict[str, torch.Tensor], part: slice) -> Raw:
+    return {name: dict(enumerate(values[part].unbind(1))) for name, values in routing.items()}
+
+
+def _named(plan: dict[str, Any]) -> list[str]:
+    return [*plan["options"], *(site["name"] for site in plan["sites"])]

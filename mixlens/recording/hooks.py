@@ -1,0 +1,208 @@
+"""Tap: the hooks that see what gates, sites and experts put out, and leave the forward as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from mixlens.errors import BadInput
+from mixlens.interventions.activations import Replaced, replaced_in
+from mixlens.models.layout import MoeLayer, expert_down, expert_neurons, moe_layers
+from mixlens.trace.signals import EXPERT_SITES, Signals
+
+Raw = dict[str, dict[int, torch.Tensor]]
+
+
+class Tap:
+    """Keeps references to what one forward puts out, while `listening`; `take` gives them and forgets.
+
+    The hooks copy nothing and wait for nothing, so the forward is bit for bit the one without them. A recomputation
+    during backward finds the tap not listening. Hooks are gone after `close`, whatever happened.
+    """
+
+    def __init__(self, model: nn.Module, signals: Signals) -> None:
+        self.signals = signals
+        self.listening = False
+        self.decoding = False
+        self._raw: Raw = {}
+        self._stack = ExitStack()
+        layers = moe_layers(model)
+        try:
+            for layer in layers:
+                self._hook(layer.gate.register_forward_hook(self._on_gate(layer.index)))
+            for site in signals.sites:
+                if site.name not in EXPERT_SITES:
+                    for index in site.layers or ():
+                        self._hook(_hook_site(layers[index], site.name, self._keep))
+            wanted = {site.name: set(site.layers or ()) for site in signals.sites if site.name in EXPERT_SITES}
+            if wanted:
+                self._stack.callback(_capture_experts(model, layers, wanted, self))
+        except BaseException:
+            self.close()
+            raise
+
+    def take(self) -> Raw:
+        """{name: {layer: tensor [T, ...]}} of the forward since the last call; T counts the whole padded batch."""
+        raw, self._raw = self._raw, {}
+        return raw
+
+    def close(self) -> None:
+        self._stack.close()
+        self._raw = {}
+
+    def _hook(self, handle: Any) -> None:
+        self._stack.callback(handle.remove)
+
+    def _keep(self, name: str, index: int, value: torch.Tensor) -> None:
+        if self.listening:
+            self._raw.setdefault(name, {})[index] = value.detach()
+
+    def _on_gate(self, index: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any, output: tuple[torch.Tensor, ...]) -> None:
+            logits, weights, ids = output
+            self._keep("expert_id", index, ids)
+            self._keep("weight", index, weights)
+            if self.signals.router_logits:
+                self._keep("router_logits", index, logits)
+
+        return hook
+
+
+def gather(values: dict[int, torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
+    """[n, layer, ...] on the CPU: the rows of every layer's tensor, layers in order, wherever each one lives."""
+    ordered = [values[index] for index in sorted(values)]
+    if len({value.device for value in ordered}) == 1:
+        # Selecting before stacking would cost one kernel a layer; one copy then leaves the device.
+        return torch.stack(ordered, 1)[rows.to(ordered[0].device)].cpu()
+    return torch.stack([value[rows.to(value.device)].cpu() for value in ordered], 1)
+
+
+def routing_arrays(raw: Raw, rows: torch.Tensor) -> dict[str, np.ndarray]:
+    """expert_id uint8 [n, L, k], weight float16 [n, L, k-1] and router_logits float16 [n, L, E] of the rows.
+
+    The last slot's weight is one minus the rest, unless an edit has broken that; then all slots are kept.
+    """
+    choices = {value.shape[-1] for value in raw["expert_id"].values()}
+    if len(choices) > 1:
+        raise BadInput(
+            f"Routing was to be recorded under an edit. Layers choose {sorted(choices)} experts a token, and a "
+            "trace has one number for all. Give top_k without layers=, or do not record.",
+            argument="top_k",
+            value=sorted(choices),
+        )
+    ids, weight = gather(raw["expert_id"], rows), gather(raw["weight"], rows)
+    normalised = bool(((weight.float().sum(-1) - 1).abs() < 1e-3).all())
+    arrays = {
+        "expert_id": ids.to(torch.uint8).numpy(),
+        "weight": (weight[..., :-1] if normalised else weight).to(torch.float16).contiguous().numpy(),
+    }
+    if "router_logits" in raw:
+        arrays["router_logits"] = gather(raw["router_logits"], rows).to(torch.float16).numpy()
+    return arrays
+
+
+def site_array(raw: Raw, site: str, dtype: str, rows: torch.Tensor) -> np.ndarray:
+    """[n, layer, ...] of one site in the asked dtype.
+
+    Raises BadInput when float16 cannot hold a value.
+    """
+    per_layer = raw[site]
+    if site not in EXPERT_SITES:
+        per_layer = {index: value.reshape(-1, value.shape[-1]) for index, value in per_layer.items()}
+    values = gather(per_layer, rows)
+    stored = values.to(getattr(torch, dtype))
+    if dtype == "float16" and bool((stored.isinf() & values.isfinite()).any()):
+        raise BadInput(
+            f"Activations of {site} were to be kept in float16. A value of {values.float().abs().max():.3g} is too "
+            f'large for it. Record with Site("{site}", dtype="float32").',
+            argument="dtype",
+            value=site,
+        )
+    return stored.numpy()
+
+
+def _hook_site(layer: MoeLayer, site: str, keep: Callable[[str, int, torch.Tensor], None]) -> Any:
+    def of_output(_module: nn.Module, _args: Any, output: Any) -> None:
+        keep(site, layer.index, output[0] if isinstance(output, tuple) else output)
+
+    def of_input(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+        keep(site, layer.index, args[0] if args else kwargs["hidden_states"])
+
+    outputs = {"resid_post": layer.decoder, "attn_out": layer.attention, "moe_out": layer.moe}
+    inputs = {"resid_pre": layer.decoder, "moe_in": layer.moe}
+    if site in outputs:
+        return outputs[site].register_forward_hook(of_output)
+    return inputs[site].register_forward_pre_hook(of_input, with_kwargs=True)
+
+
+def _capture_experts(model: Any, layers: list[MoeLayer], wanted: dict[str, set[int]], tap: Tap) -> Callable[[], None]:
+    """Run a function of ours in place of the experts' own, which it delegates to; gives the way back.
+
+    An experts function, unlike a forward hook, still has the weights at hand when accelerate offloads them.
+    """
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    before: str = model.config._experts_implementation or "eager"
+    name = f"mixlens_{before}_{id(tap):x}"
+    number = {id(layer.experts): layer.index for layer in layers}
+
+    def experts_forward(module: Any, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        # generate decodes with batched_mm on an accelerator when it finds grouped_mm; it finds our name instead.
+        swap = before == "grouped_mm" and tap.decoding and hidden.device.type != "cpu"
+        chosen = "batched_mm" if swap else before
+        own = ALL_EXPERTS_FUNCTIONS.get_interface(chosen, type(module).forward.__wrapped__)
+        output = own(module, hidden, ids, weights)
+        index = number[id(module)]
+        sites = [site for site, indices in wanted.items() if index in indices]
+        if tap.listening and sites:
+            for site, value in _chosen_experts(module, hidden.detach(), ids, sites).items():
+                tap._keep(site, index, _with_edits(site, value, replaced_in(module)))
+        return output
+
+    ALL_EXPERTS_FUNCTIONS[name] = experts_forward
+    model.set_experts_implementation(name)
+
+    def restore() -> None:
+        model.set_experts_implementation(before)
+        del ALL_EXPERTS_FUNCTIONS[name]
+
+    return restore
+
+
+@torch.no_grad()
+def _chosen_experts(module: Any, hidden: torch.Tensor, ids: torch.Tensor, sites: list[str]) -> dict[str, torch.Tensor]:
+    """Output [T, k, H], its norm [T, k] and neurons [T, k, I] of every chosen expert, computed expert by expert."""
+    shapes = {"expert_out": (module.hidden_dim,), "expert_norm": (), "expert_neurons": (module.intermediate_dim,)}
+    found = {site: hidden.new_zeros((*ids.shape, *shapes[site])) for site in sites}
+    for expert in ids.unique().tolist():
+        token, slot = torch.where(ids == expert)
+        neurons = expert_neurons(module, expert, hidden[token])
+        if "expert_neurons" in found:
+            found["expert_neurons"][token, slot] = neurons
+        if "expert_out" in found or "expert_norm" in found:
+            output = expert_down(module, expert, neurons)
+            if "expert_out" in found:
+                found["expert_out"][token, slot] = output
+            if "expert_norm" in found:
+                found["expert_norm"][token, slot] = output.float().norm(dim=-1).to(output.dtype)
+    return found
+
+
+def _with_edits(site: str, value: torch.Tensor, replaced: Replaced | None) -> torch.Tensor:
+    """What the model goes on with where an edit replaces outputs; their neurons are those computed, or patched."""
+    if replaced is None:
+        return value
+    if site == "expert_neurons":
+        for hit, neurons in replaced.neurons:
+            value = torch.where(hit[..., None], neurons.to(value), value)
+        return value
+    stand_in = torch.zeros(()) if replaced.value is None else replaced.value
+    if site == "expert_norm":
+        stand_in = stand_in.float().norm(dim=-1) if stand_in.ndim else stand_in
+        return torch.where(replaced.hit, stand_in.to(value), value)
+    return torch.where(replaced.hit[..., None], stand_in.to(value), value)

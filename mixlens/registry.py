@@ -1,0 +1,53 @@
+"""open: the object that a run directory holds, whatever its kind."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from mixlens.bench.bench import Bench
+from mixlens.core.run_dir import open_run
+from mixlens.errors import BadInput, RunError
+from mixlens.evals.log import Log
+from mixlens.stats.contributions import open_contributions
+from mixlens.stats.impact import Impact
+from mixlens.stats.importance import open_importance
+from mixlens.stats.pareto import Pareto
+from mixlens.stats.topk import open_topk
+from mixlens.trace.trace import Trace
+
+_KINDS = {
+    "trace": Trace.open,
+    "importance": open_importance,
+    "contributions": open_contributions,
+    "topk": open_topk,
+    "bench": Bench.open,
+    "eval": Log.open,
+    "impact": Impact.open,
+    "pareto": Pareto.open,
+}
+
+
+def open(path: str | os.PathLike, *, check: bool = True) -> Any:
+    """The run at `path`, read lazily: a Trace, a Bench, a Log, or the sums over documents of an importance run.
+
+    check  compare every file with its checksum when it is first read; False compares sizes only
+
+    Raises RunError when there is no run, when it is not finished, or is of a kind that this version does not know, and
+    BadInput for what is no path.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise BadInput(
+            f"A run was to be opened. A {type(path).__name__} was given. Give the folder that was passed as out=.",
+            argument="path",
+            value=path,
+        )
+    kind = open_run(path, check=check).kind
+    if kind not in _KINDS:
+        raise RunError(
+            f"The run at {path} was to be opened. It is a {kind}; this version of mixlens opens {', '.join(_KINDS)}. "
+            "Use the version that wrote it.",
+            argument="kind",
+            value=kind,
+        )
+    return _KINDS[kind](path, check=check)

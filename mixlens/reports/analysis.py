@@ -1,0 +1,74 @@
+"""All statistics of one trace, as far as its signals allow: what a report is written from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import xarray as xr
+
+from mixlens import stats
+from mixlens.errors import BadInput, MissingSignal
+from mixlens.trace.trace import Trace
+
+_Compute = Callable[[Trace], xr.Dataset]
+_BY_DOMAIN: dict[str, _Compute] = {
+    "expert_share by domain": lambda trace: stats.expert_share(trace, by="domain"),
+    "repetition by domain": lambda trace: stats.repetition(trace, by="domain"),
+    "domain_specialization": lambda trace: stats.domain_specialization(trace, by="domain"),
+    "domain_information": lambda trace: stats.domain_information(trace, by="domain"),
+}
+_WHOLE: dict[str, _Compute] = {
+    "expert_share": stats.expert_share,
+    "load_balance": stats.load_balance,
+    "routing_entropy": stats.routing_entropy,
+    "router_confidence": stats.router_confidence,
+    "repetition": stats.repetition,
+    "coactivation": stats.coactivation,
+    "transitions": stats.transitions,
+    "position_profile": stats.position_profile,
+    "vocabulary_specialization": stats.vocabulary_specialization,
+    "predictability": stats.predictability,
+}
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """Statistics of a trace by name, and why the others are missing, in the words of their errors."""
+
+    name: str
+    trace: Trace
+    found: dict[str, xr.Dataset]
+    missing: dict[str, str]
+
+    @property
+    def has_domains(self) -> bool:
+        return has_domains(self.trace)
+
+    @property
+    def n_documents(self) -> int:
+        return int(self.trace.sequences["document_id"].nunique())
+
+
+def analyse(trace: Trace, name: str) -> Analysis:
+    """Compute every statistic once; one whose signal is missing is left out, and said to be."""
+    found, missing = {}, {}
+    for statistic, compute in {**(_BY_DOMAIN if has_domains(trace) else {}), **_WHOLE}.items():
+        try:
+            found[statistic] = compute(trace)
+        except (MissingSignal, BadInput) as error:
+            missing[statistic] = str(error)
+        else:
+            if lacking := found[statistic].attrs.get("missing"):
+                missing[f"part of {statistic}"] = f"{lacking}."
+    if not has_domains(trace):
+        missing["statistics by domain"] = (
+            "They need a column `domain` with at least two values, and none missing, among the sequences. "
+            f"The columns are {', '.join(map(str, trace.sequences.columns))}."
+        )
+    return Analysis(name, trace, found, missing)
+
+
+def has_domains(trace: Trace) -> bool:
+    column = trace.sequences.get("domain")
+    return column is not None and bool(column.notna().all()) and column.nunique() > 1

@@ -1,0 +1,92 @@
+"""The sections of a report on two traces of the same tokens, and on the impact of quantization."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+
+from mixlens.comparison import Comparison
+from mixlens.core.text import shown
+from mixlens.plot import comparison
+from mixlens.plot import labels as wording
+from mixlens.plot.bars_and_lines import by_layer
+from mixlens.plot.html import bullets, details, escape, paragraphs, picture
+from mixlens.plot.tables import html_table
+from mixlens.stats.impact import Impact
+from mixlens.stats.pareto import Pareto
+
+
+def comparison_sections(compared: Comparison, _name: str = "") -> dict[str, str]:
+    """What two traces route and predict otherwise."""
+    flips, agreement = compared.flips(), compared.agreement()
+    missing = compared.missing()
+    worst = flips.sel(measure="first_flip").isel(layer=int(flips.estimate.sel(measure="first_flip").argmax("layer")))
+    found = [
+        f"Most first flips are in layer {worst.layer.item()}: {wording.with_interval(worst)} of tokens.",
+        f"With an earlier flip {_mean(flips, 'after_flip')} of choices flip in a layer, on the mean over layers; "
+        f"without one {_mean(flips, 'without_flip')}.",
+    ]
+    html = (
+        paragraphs(compared.title())
+        + shown(compared.overview()).to_html(escape=True, border=0)
+        + bullets(found)
+        + _figure(comparison.flips_by_layer(flips), "Tokens that choose other experts, by layer.")
+    )
+    if "flips_by_margin" not in missing:
+        margins = compared.flips_by_margin()
+        html += _figure(comparison.flips_by_margin(margins), "Flips against the margin of the first run's router.")
+    first, second = compared.names
+    text = f"How far {first} and {second} route the same tokens alike. {wording.sample(agreement)}."
+    html += _figure(by_layer(agreement.sel(measure=["top1", "overlap"])), text)
+    tables = html_table(agreement, "Agreement") + html_table(flips, "Flips")
+    return {f"{first} and {second}": html + bullets(list(missing.values())) + details("Tables", tables)}
+
+
+def impact_sections(impact: Impact, _name: str = "") -> dict[str, str]:
+    """What became of the predictions, where it comes from, and how far every expert moved."""
+    split, experts = impact.split(), impact.experts()
+    text = (
+        "Both models read the same tokens twice: with their own routing, and with the experts that the other chose, "
+        "forced in every layer. Changing the weights first and then the routing, or the other way round, divides the "
+        "change in two ways; their mean is the Shapley value of each part."
+    )
+    provenance = {name: impact.meta.get(name) for name in ("created", "model", "other", "versions", "force_weights")}
+    return {
+        "Impact on predictions": paragraphs(impact.title())
+        + shown(impact.overview()).to_html(escape=True, border=0)
+        + _figure(by_layer(impact.routing()), "How far both route the same tokens alike."),
+        "Changed weights and changed routing": paragraphs(text)
+        + "".join(
+            _figure(comparison.quality_split(split, quantity=quantity), f"{name}, divided.")
+            for quantity, name in (("loss", "Change in loss"), ("kl", "KL divergence"))
+        )
+        + details("Table", html_table(split.sel(quantity="loss"), "Change in loss, nats a token")),
+        "Errors of experts": _figure(comparison.expert_errors(experts), "Relative error of every expert's output.")
+        + details("Table", html_table(experts, "Relative error of every expert's output")),
+        "Methods and provenance of the impact": bullets([str(data.attrs["formula"]) for data in (split, experts)])
+        + details("Settings and versions", f"<pre>{escape(json.dumps(provenance, indent=1, default=str))}</pre>"),
+    }
+
+
+def pareto_sections(measured: Pareto, _name: str = "") -> dict[str, str]:
+    """Quality against bytes and against speed, one row a scheme."""
+    figures = [_figure(comparison.pareto(measured), "Quality against the true bytes of all weights.")]
+    if (measured.table["quantity"] == "tpot_s").any():
+        figures.append(_figure(comparison.pareto(measured, x="tpot_s"), "Quality against time per output token."))
+    table = measured.table.to_html(escape=True, border=0, index=False)
+    return {
+        "Schemes side by side": paragraphs(measured.title())
+        + measured.overview().to_html(escape=True, border=0)
+        + "".join(figures)
+        + details("All numbers", table)
+    }
+
+
+def _mean(flips, measure: str) -> str:
+    values = flips.estimate.sel(measure=measure).to_numpy()
+    return f"{100 * values[np.isfinite(values)].mean():.1f} %" if np.isfinite(values).any() else "none"
+
+
+def _figure(ax, text: str) -> str:
+    return picture(ax, text, text)

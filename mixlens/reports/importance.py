@@ -1,0 +1,85 @@
+"""The sections of a report on an importance run: functions from its sums over documents to HTML."""
+
+from __future__ import annotations
+
+import numpy as np
+import xarray as xr
+
+from mixlens import show
+from mixlens.plot import labels as wording
+from mixlens.plot.html import bullets, details, paragraphs, picture
+from mixlens.plot.tables import html_table
+from mixlens.stats.importance import expert_importance
+
+_MOST_NAMED = 8
+_SCALE = "Where a few numbers are far larger than the rest, colours are linear near 0 and logarithmic beyond, as noted."
+_HOW = {
+    "reroute": "never chosen, the next best in its place and the weights renormalised",
+    "zero": "chosen as ever, its output zero",
+    "mean": "chosen as ever, its output replaced by its mean",
+}
+
+
+def importance_sections(measured: xr.Dataset, name: str) -> dict[str, str]:
+    """Importance over all documents, and by domain where the documents have one."""
+    whole = expert_importance(measured)
+    sections = {"Importance of experts": _whole(whole)}
+    if has_domains(measured):
+        sections["Importance by domain"] = _by_domain(expert_importance(measured, by="domain"))
+    return sections
+
+
+def has_domains(measured: xr.Dataset) -> bool:
+    """Whether every document has a domain, and there are several."""
+    domain = measured.coords.get("domain")
+    return domain is not None and all(value is not None for value in domain.values) and len(set(domain.values)) > 1
+
+
+def _whole(data: xr.Dataset) -> str:
+    intro = (
+        f"Each expert of each layer in turn was {_HOW.get(str(data.attrs['how']), data.attrs['how'])}; the number is "
+        f"the change this makes, on the same tokens. {_value(data)}. {wording.sample(data)}."
+    )
+    return (
+        paragraphs(intro)
+        + bullets(cells_apart(data, f"{data.attrs['unit']} a token"))
+        + _figure(show.importance(data), f"Change without each expert, by layer. {_SCALE}")
+        + _figure(show.importance_against_share(data), "Change without an expert against how often it is chosen.")
+        + details("Table", html_table(data, "Importance of experts"))
+    )
+
+
+def _by_domain(data: xr.Dataset) -> str:
+    return (
+        bullets(cells_apart(data, f"{data.attrs['unit']} a token"))
+        + _figure(show.importance_by_domain(data), f"Change without each expert, a row a domain. {_SCALE}")
+        + details("Table", html_table(data, "Importance by domain"))
+    )
+
+
+def cells_apart(data: xr.Dataset, unit: str) -> list[str]:
+    """The numbers furthest from 0 of those whose interval excludes it, in words."""
+    flat = data.stack(cell=data["estimate"].dims)
+    apart = (flat["ci_low"] > 0) | (flat["ci_high"] < 0)
+    order = np.argsort(-np.abs(flat["estimate"].where(apart).fillna(0).to_numpy()), kind="stable")
+    named = [flat.isel(cell=int(i)) for i in order[:_MOST_NAMED] if bool(apart[int(i)])]
+    if not named:
+        return [f"No number is told apart from 0 at the {wording.level(data)}."]
+    return [
+        f"{f'{cell.domain.item()}: ' if 'domain' in cell.coords else ''}layer {cell.layer.item()}, expert "
+        f"{cell.expert.item()}: {wording.with_interval(cell)} {unit}{_use(cell)}"
+        for cell in named
+    ]
+
+
+def _use(cell: xr.Dataset) -> str:
+    return f", chosen for {100 * float(cell['share']):.1f} % of assignments" if "share" in cell else ""
+
+
+def _value(data: xr.Dataset) -> str:
+    name = str(data.attrs["metric"]).rsplit(".", 1)[-1]
+    return f"With all experts the {name} is {float(data['value']):.3f} {data.attrs['unit']} a token"
+
+
+def _figure(ax, text: str) -> str:
+    return picture(ax, text, text)

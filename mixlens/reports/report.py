@@ -1,0 +1,151 @@
+"""report: one HTML file about one run or several, which needs nothing else and asks nobody."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import xarray as xr
+
+from mixlens.bench.report import speed_sections
+from mixlens.comparison import Comparison
+from mixlens.core import run_dir as run_files
+from mixlens.errors import BadInput, MixlensError
+from mixlens.evals.report import score_comparison_sections, score_sections
+from mixlens.live.page import page
+from mixlens.plot import labels as wording
+from mixlens.plot.html import escape, paragraphs
+from mixlens.pricing.report import tradeoff_sections
+from mixlens.registry import open as open_any
+from mixlens.reports import trace as sections
+from mixlens.reports.analysis import analyse
+from mixlens.reports.comparison import comparison_sections, impact_sections, pareto_sections
+from mixlens.reports.contributions import contribution_sections, topk_sections
+from mixlens.reports.importance import importance_sections
+from mixlens.trace.trace import Trace
+
+RunOrPath = Trace | xr.Dataset | str | os.PathLike
+
+
+def _trace_sections(trace: Trace, name: str) -> dict[str, str]:
+    analysis = analyse(trace, name)
+    return {heading: part(analysis) for heading, part in sections.SECTIONS.items()}
+
+
+# What a kind of run brings into a report: a function of the run and its name to sections, HTML by heading.
+_KINDS: Mapping[str, Callable[[Any, str], Mapping[str, str]]] = {
+    "trace": _trace_sections,
+    "importance": importance_sections,
+    "contributions": contribution_sections,
+    "topk": topk_sections,
+    "bench": speed_sections,
+    "eval": score_sections,
+    "eval comparison": score_comparison_sections,
+    "comparison": comparison_sections,
+    "impact": impact_sections,
+    "pareto": pareto_sections,
+}
+
+
+def report(runs: RunOrPath | Sequence[RunOrPath], path: str | os.PathLike, *, title: str | None = None) -> Path:
+    """Write one HTML file with summary, figures, live text, tables, methods and provenance of `runs`.
+
+    runs    a trace, what measure_importance, measure_topk or expert_contributions gives, the folder of one of these,
+            or several of them
+    path    of the file, which is overwritten
+    title   heading; made from the model and the run names when not given
+
+    The page loads nothing and opens offline. A statistic whose signal is missing is listed with the reason.
+    Returns the path. Raises BadInput when there are no runs, no tokens, or no folder to write to; RunError when a run
+    cannot be opened.
+    """
+    given: list[Any] = list(runs) if isinstance(runs, Sequence) and not isinstance(runs, str) else [runs]
+    if not given:
+        raise BadInput(
+            "A report was to be written. No run was given. Give a trace, a run folder, or a list of them.",
+            argument="runs",
+            value=0,
+        )
+    if Path(path).is_dir() or not Path(path).parent.is_dir():
+        raise BadInput(
+            f"A report was to be written to {path}. That is a folder, or lies in one that is not there. "
+            "Give the path of a file in an existing folder.",
+            argument="path",
+            value=str(path),
+        )
+    opened = [_open(run, i) for i, run in enumerate(given)]
+    blocks: list[tuple[str, str]] = []
+    for kind, run, name in opened:
+        prefix = f"{name}: " if len(opened) > 1 else ""
+        blocks += [(prefix + heading, html) for heading, html in _KINDS[kind](run, name).items()]
+    blocks += tradeoff_sections([run for kind, run, _ in opened if kind in ("bench", "eval")]).items()
+    blocks += _comparisons([run for run in opened if run[0] == "trace"])
+    models = dict.fromkeys(_model(run) for _, run, _ in opened)
+    subjects = {"bench": "Speed", "eval": "Benchmark scores", "eval comparison": "Benchmark scores"}
+    about = {subjects.get(kind, "Routing") for kind, _, _ in opened}
+    subject = about.pop() if len(about) == 1 else "Routing"
+    title = title or f"{subject} of {' and '.join(models)}"
+    Path(path).write_text(_page(title, [block for block in blocks if block[1]]), "utf-8")
+    return Path(path)
+
+
+def _open(run: RunOrPath, number: int) -> tuple[str, Any, str]:
+    """(kind, run, name)."""
+    opened = open_any(run) if isinstance(run, str | os.PathLike) else run
+    kind = "trace" if isinstance(opened, Trace) else str(getattr(opened, "kind", ""))
+    if kind not in _KINDS:
+        raise BadInput(
+            f"A report on a {type(opened).__name__}{f' ({kind})' if kind else ''} was to be written. Reports take "
+            f"{', '.join(_KINDS)}. Give what was recorded or measured, such as measure_importance(...), or its folder.",
+            argument="runs",
+            value=type(opened).__name__,
+        )
+    if isinstance(opened, Trace) and not opened.n_tokens:
+        raise BadInput(
+            f"A report on {_name(opened, number, kind)} was to be written. It has no tokens. Record some text first.",
+            argument="runs",
+            value=0,
+        )
+    return kind, opened, Path(run).name if isinstance(run, str | os.PathLike) else _name(opened, number, kind)
+
+
+def _model(run: Any) -> str:
+    if isinstance(run, Trace):
+        return wording.model_name(run)
+    return Path(str(run.attrs["model"] if isinstance(run, xr.Dataset) else run.meta["model"]["name"])).name
+
+
+def _name(run: Any, number: int, kind: str) -> str:
+    path = getattr(run, "path", None)
+    return path.name if path is not None else f"{kind} {number + 1}"
+
+
+def _comparisons(opened: list[tuple[str, Trace, str]]) -> list[tuple[str, str]]:
+    """How far the first trace and each other one of the same text agree, and where they part."""
+    if not opened:
+        return []
+    (_, first, first_name), *others = opened
+    blocks = []
+    for _, other, name in others:
+        heading = f"{first_name} and {name}"
+        try:
+            compared = Comparison(first, other, names=(first_name, name))
+            blocks += [(heading, html) for html in comparison_sections(compared).values()]
+        except MixlensError as error:
+            blocks.append((heading, paragraphs(f"Not computed: {error}")))
+    return blocks
+
+
+def _page(title: str, blocks: list[tuple[str, str]]) -> str:
+    links = "".join(f'<li><a href="#s{i}">{escape(heading)}</a></li>' for i, (heading, _) in enumerate(blocks))
+    body = "".join(
+        f'<section id="s{i}"><h2>{escape(heading)}</h2>{html}</section>' for i, (heading, html) in enumerate(blocks)
+    )
+    made = f"mixlens {run_files.versions('mixlens').get('mixlens', '')}, {run_files.now()}"
+    return page(
+        title,
+        f'<nav aria-label="sections"><ul>{links}</ul></nav>'
+        f'<main><h1>{escape(title)}</h1><p class="lead">{escape(made)}</p>{body}</main>',
+    )

@@ -1,0 +1,268 @@
+"""The sections of a report on a trace: functions from an Analysis to HTML, empty where there is nothing to say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from mixlens import show, view
+from mixlens.core import run_dir as runs
+from mixlens.plot import labels as wording
+from mixlens.plot.html import bullets, details, escape, paragraphs, picture
+from mixlens.plot.tables import html_table
+from mixlens.reports.analysis import Analysis
+from mixlens.reports.findings import findings, furthest, place
+from mixlens.stats import table5
+
+_MOST_SEQUENCES, _MOST_TOKENS = 12, 1024  # in the live text
+_FEW_DOCUMENTS = 20
+
+
+def summary(analysis: Analysis) -> str:
+    trace = analysis.trace
+    facts = {
+        "model": wording.model_name(trace),
+        "tokens": f"{trace.n_tokens:,}",
+        "sequences": f"{len(trace.sequences):,}",
+        "documents": f"{analysis.n_documents:,}",
+        "domains": f"{trace.sequences['domain'].nunique():,}" if "domain" in trace.sequences else "none given",
+        "layers": f"{trace.n_layers}",
+        "experts": f"{trace.n_experts}, top {trace.top_k}",
+    }
+    cells = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in facts.items())
+    few = _few_documents(analysis)
+    return (
+        f'<dl class="facts">{cells}</dl>{paragraphs(few)}<h3>Findings</h3>{bullets(findings(analysis))}'
+        '<p class="note">In brackets: interval from a bootstrap over documents. n counts what the number rests on.</p>'
+    )
+
+
+def _few_documents(analysis: Analysis) -> str:
+    by_domain = analysis.found.get("expert_share by domain")
+    fewest = analysis.n_documents if by_domain is None else int(by_domain["n_documents"].min())
+    if fewest >= _FEW_DOCUMENTS:
+        return ""
+    whose = "Intervals" if by_domain is None else "Intervals by domain"
+    if fewest == 1:
+        return f"{whose} need at least two documents; where there is one, none is given."
+    return f"{whose} rest on as few as {fewest} documents: take them as rough."
+
+
+def shares(analysis: Analysis) -> str:
+    parts = []
+    whole, by_domain = analysis.found.get("expert_share"), analysis.found.get("expert_share by domain")
+    if by_domain is not None:
+        text = "Share of assignments by domain at three layers, as in Figure 7 of the Mixtral paper."
+        parts.append(_figure(show.expert_share_grid(by_domain), by_domain, text))
+    if whole is not None:
+        parts.append(_figure(show.share_heatmap(whole), whole, "Share of assignments, all domains together."))
+        if by_domain is None:
+            parts.append(_figure(show.expert_share_grid(whole), whole, "Share of assignments at three layers."))
+        parts.append(_table(whole, "Expert share"))
+    if by_domain is not None:
+        facets = show.facet(show.share_heatmap, by_domain, "domain")
+        parts.append(_figure(facets, by_domain, "Share of assignments in every layer, one panel a domain."))
+        parts.append(_table(by_domain, "Expert share by domain"))
+    if (balance := analysis.found.get("load_balance")) is not None:
+        for measure in ("cv", "switch_loss"):
+            part = balance.sel(measure=measure)
+            if np.isfinite(part["estimate"]).any():
+                parts.append(_figure(show.by_layer(part), part, f"{wording.label(measure)}, by layer."))
+        parts.append(_table(balance, "Load balance"))
+    return _figures_first(parts)
+
+
+def domains(analysis: Analysis) -> str:
+    parts = []
+    if (data := analysis.found.get("domain_specialization")) is not None:
+        cell = furthest(data)
+        layer = None if cell is None else int(cell["layer"])
+        text = "Share of each domain's tokens that choose an expert, at the layer that is furthest from uniform."
+        parts.append(_figure(show.specialization(data, layer=layer), data.sel(layer=layer), text))
+        parts.append(_table(data, "Domain specialization"))
+    if (data := analysis.found.get("domain_information")) is not None:
+        text = "How much a token's experts say about its domain, beside the same with domains permuted over documents."
+        parts += [_figure(show.information(data), data, text), _table(data, "Information between expert and domain")]
+    return _figures_first(parts)
+
+
+def router(analysis: Analysis) -> str:
+    parts = []
+    if (data := analysis.found.get("routing_entropy")) is not None:
+        text = "How undecided the router is: entropy of its distribution over experts."
+        parts += [_figure(show.entropy(data), data, text), _table(data, "Routing entropy")]
+    if (data := analysis.found.get("router_confidence")) is not None:
+        known = [m for m in data["measure"].to_numpy() if np.isfinite(data.sel(measure=m)["estimate"]).any()]
+        text = "How strongly the router prefers its first expert; dashed in the same colour: uniform routing."
+        parts.append(_figure(show.by_layer(data.sel(measure=known)), data.sel(measure=known), text))
+        parts.append(_table(data, "Router confidence"))
+    return _figures_first(parts)
+
+
+def sequence(analysis: Analysis) -> str:
+    parts = []
+    reference = table5()
+    by_domain = analysis.found.get("repetition by domain", analysis.found.get("repetition"))
+    if by_domain is not None:
+        for choice in ("first", "either"):
+            part = by_domain.sel(choice=choice)
+            text = f"{wording.label(choice).capitalize()} in consecutive tokens of a sequence."
+            parts.append(_figure(show.repetition(by_domain, choice=choice, published=reference), part, text))
+        parts.append(_table(by_domain, "Repetition"))
+        parts.append(_published(reference))
+    if (data := analysis.found.get("position_profile")) is not None:
+        text = "Share of assignments by position in the sequence, at the middle layer."
+        parts.append(_figure(show.specialization(data), wording.at_layer(data, None), text))
+        parts.append(_table(data, "Expert share by position"))
+    return _figures_first(parts)
+
+
+def together(analysis: Analysis) -> str:
+    parts = []
+    if (data := analysis.found.get("coactivation")) is not None:
+        cell = furthest(data)
+        layer = None if cell is None else int(cell["layer"])
+        text = "Which experts a token chooses together, at the layer that is furthest from uniform."
+        parts.append(_figure(show.coactivation(data, layer=layer), data.sel(layer=layer), text))
+        parts.append(_table(data, "Co-activation"))
+    if (data := analysis.found.get("transitions")) is not None:
+        layer = int(data["layer"][int(data["mi_bits"].fillna(-1).argmax("layer"))])
+        text = "Where first choices go from one layer to the next, where the two hang together most."
+        parts.append(_figure(show.transitions(data, layer=layer), data.sel(layer=layer), text))
+        mutual = _mutual_information(data)
+        text = "How much the first choice at one layer says about the first choice at the next."
+        parts.append(_figure(show.by_layer(mutual), mutual, text))
+        parts += [_table(mutual, "Mutual information between layers"), _table(data, "Transitions")]
+    return _figures_first(parts)
+
+
+def vocabulary(analysis: Analysis) -> str:
+    parts = []
+    if (data := analysis.found.get("predictability")) is not None:
+        text = (
+            "How well the first choice is predicted in held-out documents: what the token's identity explains, and "
+            "what the token before it adds."
+        )
+        parts += [_figure(show.by_layer(data), data, text), _table(data, "Predictability of the first choice")]
+    if (data := analysis.found.get("vocabulary_specialization")) is not None:
+        text = "Share of a token type's occurrences that choose its most frequent expert, averaged over types."
+        parts += [_figure(show.by_layer(data), data, text), _table(data, "Vocabulary specialization")]
+    return _figures_first(parts)
+
+
+def text(analysis: Analysis) -> str:
+    """Live token view of one sequence a domain, or of the first sequences where there are no domains."""
+    frame = analysis.trace.sequences
+    frame = frame[frame["length"] > 0]
+    chosen = frame.drop_duplicates("domain") if analysis.has_domains else frame
+    numbers = [int(n) for n in chosen.index[:_MOST_SEQUENCES]]
+    if not numbers:
+        return ""
+    shown = analysis.trace.select(positions=(0, _MOST_TOKENS))
+    which = "the first sequence of each domain" if analysis.has_domains else "the first sequences"
+    cut = f", at most the first {_MOST_TOKENS:,} tokens of each" if frame["length"].max() > _MOST_TOKENS else ""
+    return paragraphs(f"Shown: {which}{cut}.") + view.tokens(shown, numbers).fragment(load=False)
+
+
+def missing(analysis: Analysis) -> str:
+    return bullets([f"{name}: {reason}" for name, reason in analysis.missing.items()])
+
+
+def methods(analysis: Analysis) -> str:
+    entries, seen = [], set()
+    for data in analysis.found.values():
+        if wording.statistic(data) not in seen:
+            seen.add(wording.statistic(data))
+            entries.append(
+                f"<dt>{escape(wording.title(data))}</dt><dd><code>{escape(data.attrs.get('formula', ''))}</code></dd>"
+                f"<dd>Source: {escape(data.attrs.get('source', ''))}.</dd>"
+            )
+    first = next(iter(analysis.found.values()), None)
+    how = "" if first is None else _how(first)
+    return f'{paragraphs(how)}<dl class="methods">{"".join(entries)}</dl>'
+
+
+def _how(data: xr.Dataset) -> str:
+    return (
+        f"Intervals: {wording.level(data)}s from {data.attrs['replicates']:,} bootstrap replicates over documents "
+        f"(seed {data.attrs['seed']}), since the tokens of one document are not independent. They are not corrected "
+        "for looking at many numbers at once."
+    )
+
+
+def provenance(analysis: Analysis) -> str:
+    trace = analysis.trace
+    meta = dict(trace.meta)
+    files: Mapping[str, Any] = meta.pop("files", {})
+    meta.pop("shard_counts", None)
+    lines = [f"Run: {analysis.name}."]
+    if files:
+        size = sum(entry["bytes"] for entry in files.values())
+        lines.append(f"{len(files)} files of {size:,} bytes in total, each with a sha256 checksum in meta.json.")
+    versions = runs.versions("mixlens", "numpy", "pandas", "xarray", "matplotlib")
+    shown = ", ".join(f"{name} {number}" for name, number in versions.items())
+    lines.append(f"Report written {runs.now()} with {shown}.")
+    parts = [paragraphs(*lines), _json("meta.json", meta)]
+    if trace.path is not None:
+        parts.append(_json("plan.json", runs.open_run(trace.path, check=False).plan))
+    return "".join(parts)
+
+
+SECTIONS = {
+    "Summary": summary,
+    "Text": text,
+    "Expert share": shares,
+    "Domains": domains,
+    "Along the text": sequence,
+    "Router": router,
+    "Between experts and layers": together,
+    "Tokens and context": vocabulary,
+    "Not computed": missing,
+    "Methods": methods,
+    "Provenance": provenance,
+}
+
+
+def _figure(drawn: Axes | Figure, data: xr.Dataset, text: str) -> str:
+    cell = furthest(data)
+    far = "" if cell is None else f" Furthest from uniform: {place(cell)}, {wording.with_interval(cell)}."
+    if wording.uniform(data) is None:
+        far = far.replace("Furthest from uniform", "Largest")
+    about = [wording.sample(data), f"{wording.level(data)}s over documents", wording.uniform_note(data)]
+    return picture(drawn, f"{text}{far}", f"{text} {'; '.join(a for a in about if a)}.")
+
+
+def _figures_first(parts: list[str]) -> str:
+    """Small figures stand side by side, and the tables follow them."""
+    return "".join(sorted(parts, key=lambda part: not part.startswith("<figure")))
+
+
+def _table(data: xr.Dataset, name: str) -> str:
+    return details(f"Table: {name}", html_table(data, name))
+
+
+def _published(reference: xr.Dataset) -> str:
+    caption = (
+        f"Mixtral-8x7B, another model, as published: {reference.attrs.get('source', '')}. No n or interval was given"
+    )
+    dims = ("domain", "layer", "choice")
+    return details("Table: published repetition of Mixtral-8x7B", html_table(reference.transpose(*dims), caption))
+
+
+def _mutual_information(data: xr.Dataset) -> xr.Dataset:
+    """The mutual information that comes with transitions, as a statistic of its own."""
+    mutual = data[["n_documents"]].assign(
+        estimate=data["mi_bits"], ci_low=data["mi_ci_low"], ci_high=data["mi_ci_high"], n=data["n"].sum("expert")
+    )
+    own = {"statistic": "mutual_information_between_layers", "unit": "bits", "uniform": 0.0}
+    return mutual.assign_attrs(data.attrs | own)
+
+
+def _json(name: str, value: Any) -> str:
+    return details(name, f"<pre>{escape(json.dumps(value, indent=2, ensure_ascii=False, default=str))}</pre>")

@@ -1,0 +1,1 @@
+"""Recorded routing and activations: the data model, its files, and selections of it."""

@@ -1,0 +1,93 @@
+"""Somebody else's arrays, checked and brought into the form of a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from mixlens.errors import BadInput
+from mixlens.trace import shards as store
+
+
+def part_of_arrays(
+    expert_id: Any,
+    n_experts: int,
+    weight: Any,
+    router_logits: Any,
+    tokens: Mapping[Any, Any] | pd.DataFrame,
+    sequences: pd.DataFrame | None,
+) -> tuple[store.MemoryPart, pd.DataFrame]:
+    """The part and the sequence table of `Trace.from_arrays`, whose docstring has the shapes and errors."""
+    ids = np.asarray(expert_id)
+    if ids.ndim != 3 or not np.issubdtype(ids.dtype, np.integer):
+        raise BadInput(
+            f"A trace was to be made from expert ids. They have shape {ids.shape} and dtype {ids.dtype}. "
+            "Give integers of shape [token, layer, slot].",
+            argument="expert_id",
+            value=ids.shape,
+        )
+    if ids.size and not (0 <= ids.min() and ids.max() < n_experts <= 256):
+        raise BadInput(
+            f"A trace was to be made with n_experts={n_experts}. The expert ids run from {ids.min()} to "
+            f"{ids.max()}. Ids count from 0 to n_experts - 1, and at most 256 experts fit.",
+            argument="n_experts",
+            value=n_experts,
+        )
+    n, n_layers, top_k = ids.shape
+    arrays: dict[str, np.ndarray] = {"expert_id": ids.astype(np.uint8)}
+    if weight is not None:
+        arrays["weight"] = store.pack_weights(_shaped("weight", weight, (n, n_layers, top_k)))
+    if router_logits is not None:
+        logits = _shaped("router_logits", router_logits, (n, n_layers, n_experts))
+        arrays["router_logits"] = logits.astype(np.float16)
+    given = {str(name): np.asarray(values) for name, values in dict(tokens).items()}
+    for name, values in given.items():
+        if name not in store.TOKEN_COLUMNS:
+            raise BadInput(
+                f"A trace was to be made with the token column {name!r}. Tokens have the columns "
+                f"{', '.join(store.TOKEN_COLUMNS)}. Put what belongs to a whole sequence into sequences=.",
+                argument="tokens",
+                value=name,
+            )
+        arrays[name] = _shaped(name, values, (n,)).astype(store.TOKEN_COLUMNS[name])
+    sequence = arrays.setdefault("sequence", np.zeros(n, np.int64))
+    if n and (sequence[0] != 0 or not np.isin(np.diff(sequence), (0, 1)).all()):
+        raise BadInput(
+            "A trace was to be made with a sequence number for every token. The numbers do not run 0, 1, 2 ... "
+            "in order. Sort the tokens by sequence and number the sequences from 0.",
+            argument="sequence",
+        )
+    length = np.bincount(sequence)
+    starts = np.concatenate([[0], np.cumsum(length)])
+    arrays.setdefault("position", np.arange(n) - starts[sequence])
+    arrays.setdefault("phase", np.full(n, store.PROMPT, np.uint8))
+    if sequences is not None and not isinstance(sequences, pd.DataFrame):
+        raise BadInput(
+            f"Cannot make a trace: sequences= takes a DataFrame, got {type(sequences).__name__}. Give one row for "
+            "every sequence, in order.",
+            argument="sequences",
+            value=type(sequences).__name__,
+        )
+    table = pd.DataFrame(index=pd.RangeIndex(len(length))) if sequences is None else sequences
+    if len(table) != len(length):
+        raise BadInput(
+            f"A trace was to be made with a table of {len(table)} sequences. The tokens belong to {len(length)}. "
+            "Give one row for every sequence, in order.",
+            argument="sequences",
+            value=len(table),
+        )
+    return store.MemoryPart(arrays), table.reset_index(drop=True).assign(length=length)
+
+
+def _shaped(name: str, values: Any, shape: tuple[int, ...]) -> np.ndarray:
+    array = np.asarray(values)
+    if array.shape != shape:
+        raise BadInput(
+            f"A trace was to be made with {name}. It has shape {array.shape}. Expected {shape}.",
+            argument=name,
+            value=array.shape,
+        )
+    return array

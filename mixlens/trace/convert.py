@@ -1,0 +1,135 @@
+"""A trace in other forms: run directory, long table, xarray."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xarray as xr
+
+from mixlens.core.run_dir import RunWriter, now, versions
+from mixlens.errors import BadInput
+from mixlens.trace import shards as store
+
+if TYPE_CHECKING:
+    from mixlens.trace.trace import Trace
+
+_DATA_PACKAGES = ("mixlens", "numpy", "pandas", "pyarrow", "safetensors")
+
+
+def save(trace: Trace, path: str | os.PathLike) -> None:
+    if trace.sites:
+        raise BadInput(
+            f"A trace with activations ({', '.join(trace.sites)}) was to be saved. Only recording writes activations. "
+            "Record with out= to have them on disk.",
+            argument="sites",
+            value=list(trace.sites),
+        )
+    digest = hashlib.sha256()
+    for block in trace.blocks("sequence", "position", "expert_id"):
+        for column in block.values():
+            digest.update(np.ascontiguousarray(column).tobytes())
+    writer = RunWriter(path, "trace", {"source": trace.meta.get("source"), "input_sha256": digest.hexdigest()})
+    if writer.complete:
+        return
+    renumber = pd.Series(np.arange(len(trace.sequences)), index=trace.sequences.index)
+    counts = []
+    lengths = np.zeros(len(trace.sequences), np.int64)
+    for index, block in enumerate(trace.blocks(*trace.signals)):
+        block["sequence"] = renumber.loc[block["sequence"]].to_numpy()
+        if "weight" in block:
+            block["weight"] = store.pack_weights(block["weight"])
+        lengths += np.bincount(block["sequence"], minlength=len(lengths))
+        part = store.MemoryPart(block)
+        counts.append(shard_counts(part))
+        writer.commit_shard(index, part.files(index), counts[-1])
+    frame = trace.sequences.reset_index(drop=True).assign(length=lengths)
+    finish(writer, frame, trace.vocabulary, run_meta(trace, counts, {"created": now(), **_kept(trace.meta)}))
+
+
+def shard_counts(part: store.MemoryPart) -> dict[str, int]:
+    return {"tokens": part.n_tokens, "first_sequence": part.first_sequence, "last_sequence": part.last_sequence}
+
+
+def run_meta(trace: Trace, counts: list[dict[str, int]], provenance: dict[str, Any]) -> dict[str, Any]:
+    """What `meta.json` says of a trace, beside the file list."""
+    return {
+        "versions": versions(*_DATA_PACKAGES),
+        **provenance,
+        "n_experts": trace.n_experts,
+        "top_k": trace.top_k,
+        "layers": trace.layers.tolist(),
+        "signals": list(trace.signals),
+        "sites": {site: list(layers) for site, layers in trace.sites.items()},
+        "counts": {
+            "tokens": sum(c["tokens"] for c in counts),
+            "sequences": len(trace.sequences),
+            "documents": int(trace.sequences["document_id"].nunique()),
+        },
+        "shard_counts": counts,
+    }
+
+
+def finish(writer: RunWriter, frame: pd.DataFrame, vocabulary: pd.Series | None, meta: dict[str, Any]) -> None:
+    files = {"sequences.parquet": store.write_sequences(frame)}
+    if vocabulary is not None:
+        files["vocabulary.parquet"] = store.write_vocabulary(vocabulary)
+    writer.finish(meta, files)
+
+
+def long_tables(trace: Trace) -> Iterator[pd.DataFrame]:
+    """One row for every token, layer and slot, block by block, with the token's columns repeated."""
+    token_names = [name for name in trace.signals if name in store.TOKEN_COLUMNS]
+    routing = [name for name in trace.signals if name in ("expert_id", "weight")]
+    for block in trace.blocks(*token_names, *routing):
+        shape = block["expert_id"].shape
+        repeats = shape[1] * shape[2]
+        table = {name: np.repeat(block[name], repeats) for name in token_names}
+        table["layer"] = np.tile(np.repeat(trace.layers, shape[2]), shape[0])
+        table["slot"] = np.tile(np.arange(shape[2], dtype=np.uint8), shape[0] * shape[1])
+        yield pd.DataFrame(table | {name: block[name].reshape(-1) for name in routing})
+
+
+def to_parquet(trace: Trace, path: Path) -> Path:
+    writer = None
+    for table in long_tables(trace):
+        columns = pa.Table.from_pandas(table, preserve_index=False)
+        writer = writer or pq.ParquetWriter(path, columns.schema, compression="zstd")
+        writer.write_table(columns)
+    if writer is None:
+        raise BadInput(
+            f"A trace was to be written to {path}. It has no tokens. Select something that has.",
+            argument="trace",
+            value=0,
+        )
+    writer.close()
+    return path
+
+
+def to_xarray(trace: Trace) -> xr.Dataset:
+    inner = {"expert_id": "slot", "weight": "slot", "router_logits": "expert"}
+    data: dict[str, Any] = {}
+    for name in trace.signals:
+        values = trace.read(name)
+        if name in inner:
+            data[name] = (("token", "layer", inner[name]), values)
+        elif values.ndim == 2:
+            data[name] = (("token", "rank"), values)
+        else:
+            data[name] = ("token", values)
+    sequence = data["sequence"][1]
+    columns = {c: ("token", trace.sequences[c].reindex(sequence).to_numpy()) for c in trace.sequences if c != "length"}
+    attrs = {"model": trace.meta.get("model", {}).get("name", ""), "source": str(trace.meta.get("source", ""))}
+    return xr.Dataset(data, coords={"layer": trace.layers, **columns}, attrs=attrs)
+
+
+def _kept(meta: dict[str, Any]) -> dict[str, Any]:
+    computed = ("format", "kind", "files", "shards", "shard_counts", "counts", "layers", "signals", "sites")
+    return {key: value for key, value in meta.items() if key not in computed}

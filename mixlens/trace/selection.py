@@ -1,0 +1,111 @@
+"""Which tokens and layers of a part are seen: the selection behind `Trace.select`, applied block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from mixlens.errors import BadInput
+from mixlens.trace import shards as store
+from mixlens.trace.shards import Part
+
+
+@dataclass(frozen=True)
+class Source:
+    """A part of the trace's tokens, seen through what was selected of it."""
+
+    part: Part
+    offset: int = 0  # added to the part's own sequence numbers
+    layer_index: tuple[int, ...] | None = None
+    phase: int | None = None
+    tokens: tuple[int, ...] | None = None
+    positions: tuple[int, int] | None = None
+
+    @property
+    def whole(self) -> bool:
+        return self.phase is None and self.tokens is None and self.positions is None
+
+    def narrowed(self, phase: int | None, tokens: Sequence[int] | None, positions: tuple[int, int] | None) -> Source:
+        """Seen through these conditions as well; None stands for no condition."""
+        seen = self
+        if phase is not None:
+            seen = replace(seen, phase=phase) if seen.phase in (None, phase) else replace(seen, tokens=())
+        if tokens is not None:
+            ids = {int(t) for t in tokens}
+            seen = replace(seen, tokens=tuple(ids if seen.tokens is None else ids.intersection(seen.tokens)))
+        if positions is not None:
+            (first, stop), before = map(int, positions), seen.positions
+            both = (first, stop) if before is None else (max(first, before[0]), min(stop, before[1]))
+            seen = replace(seen, positions=both)
+        return seen
+
+
+def spans(sequence: np.ndarray, tokens: int) -> Iterator[tuple[int, int]]:
+    """Slices of about `tokens` tokens that end where a sequence ends."""
+    ends = np.append(np.flatnonzero(np.diff(sequence)) + 1, len(sequence))
+    start = 0
+    while start < len(sequence):
+        last_fitting = np.searchsorted(ends, start + tokens, side="right") - 1
+        stop = int(ends[max(last_fitting, np.searchsorted(ends, start, side="right"))])
+        yield start, stop
+        start = stop
+
+
+def keep_tokens(source: Source, sequence: np.ndarray, selected: np.ndarray, start: int, stop: int) -> np.ndarray | None:
+    """Which tokens of a span are selected; None stands for all of them."""
+    number = sequence + source.offset
+    chosen = selected[np.minimum(number, len(selected) - 1)] & (number < len(selected))
+    met = conditions(source, start, stop)
+    if met is None:
+        return None if chosen.all() else chosen
+    return chosen & met
+
+
+def conditions(source: Source, start: int, stop: int) -> np.ndarray | None:
+    if source.whole:
+        return None
+    keep = np.ones(stop - start, bool)
+    if source.phase is not None:
+        keep &= source.part.read("phase", start, stop) == source.phase
+    if source.tokens is not None:
+        keep &= np.isin(source.part.read("token_id", start, stop), source.tokens)
+    if source.positions is not None:
+        position = source.part.read("position", start, stop)
+        keep &= (position >= source.positions[0]) & (position < source.positions[1])
+    return keep
+
+
+def column(source: Source, name: str, start: int, stop: int, keep: np.ndarray | None) -> np.ndarray:
+    values = source.part.read(name, start, stop)
+    values = values if keep is None else values[keep]
+    if name in store.ROUTING and source.layer_index is not None:
+        values = values[:, list(source.layer_index)]
+    return values + source.offset if name == "sequence" else values
+
+
+def row_mask(sequences: pd.DataFrame, where: Mapping[str, Any] | pd.Series) -> np.ndarray:
+    if isinstance(where, pd.Series):
+        return where.reindex(sequences.index, fill_value=False).to_numpy(bool)
+    if not isinstance(where, Mapping):
+        raise BadInput(
+            f"Sequences were to be selected by a {type(where).__name__}. That says of no column what is wanted. Give "
+            '{column: value}, such as {"domain": "github"}, or a boolean Series over trace.sequences.',
+            argument="where",
+            value=type(where).__name__,
+        )
+    mask = np.ones(len(sequences), bool)
+    for name, wanted in where.items():
+        if name not in sequences:
+            raise BadInput(
+                f"Sequences were to be selected by {name!r}. The columns are {', '.join(map(str, sequences.columns))}. "
+                "Give one of them.",
+                argument="where",
+                value=name,
+            )
+        single = isinstance(wanted, str) or not isinstance(wanted, Sequence)
+        mask &= sequences[name].isin([wanted] if single else list(wanted)).to_numpy()
+    return mask

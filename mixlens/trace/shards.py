@@ -1,0 +1,202 @@
+"""The trace files of one shard: what is on disk, byte for byte, and how it is read back.
+
+A Part is a fixed slice of a trace's tokens. MemoryPart holds arrays, DiskPart reads shard files lazily. Both answer
+`read(name, start, stop)` in the same dtypes, so that a saved trace and the one it was saved from are equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from safetensors import safe_open
+from safetensors.numpy import save as safetensors_bytes
+
+from mixlens.core.run_dir import Run
+
+TOKEN_COLUMNS = {
+    "sequence": np.int64,
+    "position": np.int64,
+    "token_id": np.int64,
+    "phase": np.uint8,
+    "logprob": np.float32,
+}
+ROUTING = {"expert_id": np.uint8, "weight": np.float32, "router_logits": np.float32}
+NEXT_TOKEN = {"top_id": np.int64, "top_logprob": np.float32, "tail_logprob": np.float32}
+PROMPT, GENERATED = 0, 1
+
+# Half precision holds a weight to 2**-11 and a router logit to 2**-11 of itself: below the rounding of bf16 models.
+_ON_DISK = {
+    "sequence": np.int32,
+    "position": np.int32,
+    "token_id": np.int32,
+    "weight": np.float16,
+    "router_logits": np.float16,
+    "top_id": np.int32,
+}
+
+
+class Part(Protocol):
+    n_tokens: int
+    first_sequence: int
+    last_sequence: int
+
+    @property
+    def names(self) -> frozenset[str]: ...
+    @property
+    def sites(self) -> Mapping[str, tuple[int, ...]]: ...
+    def read(self, name: str, start: int, stop: int) -> np.ndarray: ...
+    def activation(self, site: str) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+def pack_weights(weight: np.ndarray) -> np.ndarray:
+    """[T, L, k] in half precision, without the last slot, which is one minus the rest.
+
+    Weights that do not sum to one (routing edited by hand) keep every slot.
+    """
+    normalised = weight.size == 0 or np.abs(weight.sum(-1, dtype=np.float32) - 1).max() < 1e-3
+    return weight[..., :-1].astype(np.float16) if normalised else weight.astype(np.float16)
+
+
+def unpack_weights(packed: np.ndarray, top_k: int) -> np.ndarray:
+    """[T, L, k] float32 from what `pack_weights` kept."""
+    weight = packed.astype(np.float32)
+    if weight.shape[-1] == top_k:
+        return weight
+    return np.concatenate([weight, 1 - weight.sum(-1, keepdims=True)], axis=-1)
+
+
+class MemoryPart:
+    """Columns in memory. `arrays` has expert_id and any of the token, routing and next-token columns; `weight` packed.
+
+    activations   {site: (row int64 [n], value [n, layer, ...], layer numbers)}; row counts within this part
+    """
+
+    def __init__(self, arrays: Mapping[str, np.ndarray], activations: Mapping[str, Any] | None = None) -> None:
+        self.arrays = dict(arrays)
+        self.activations = dict(activations or {})
+        self.n_tokens = len(self.arrays["expert_id"])
+        sequence = self.arrays["sequence"]
+        self.first_sequence, self.last_sequence = (int(sequence[0]), int(sequence[-1])) if self.n_tokens else (0, -1)
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(self.arrays)
+
+    @property
+    def sites(self) -> Mapping[str, tuple[int, ...]]:
+        return {site: tuple(layers) for site, (_, _, layers) in self.activations.items()}
+
+    def read(self, name: str, start: int, stop: int) -> np.ndarray:
+        values = self.arrays[name][start:stop]
+        if name == "weight":
+            return unpack_weights(values, self.arrays["expert_id"].shape[-1])
+        return values.astype(_dtype(name), copy=False)
+
+    def activation(self, site: str) -> tuple[np.ndarray, np.ndarray]:
+        row, value, _ = self.activations[site]
+        return row, value
+
+    def files(self, index: int) -> dict[str, Callable[[Path], None]]:
+        """Writers for the files of this part as shard `index`, by file name."""
+
+        def group(columns: Mapping[str, Any]) -> dict[str, np.ndarray]:
+            present = {name: self.arrays[name] for name in columns if name in self.arrays}
+            return {n: np.ascontiguousarray(a.astype(_ON_DISK.get(n, a.dtype), copy=False)) for n, a in present.items()}
+
+        def parquet(columns: dict[str, np.ndarray]) -> Callable[[Path], None]:
+            return lambda path: pq.write_table(pa.table(columns), path, compression="zstd")
+
+        def tensors(columns: dict[str, np.ndarray]) -> Callable[[Path], None]:
+            return lambda path: _write_bytes(path, safetensors_bytes(columns))
+
+        files = {
+            f"tokens-{index:05d}.parquet": parquet(group(TOKEN_COLUMNS)),
+            f"routing-{index:05d}.safetensors": tensors(group(ROUTING)),
+        }
+        if top := group(NEXT_TOKEN):
+            files[f"logprobs-{index:05d}.safetensors"] = tensors(top)
+        for site, (row, value, layers) in self.activations.items():
+            columns = {"row": row, "value": np.ascontiguousarray(value), "layer": np.asarray(layers, np.int64)}
+            files[f"activations-{site}-{index:05d}.safetensors"] = tensors(columns)
+        return files
+
+
+class DiskPart:
+    """One shard of a complete run, read when asked, each file checked against its checksum first."""
+
+    def __init__(self, run: Run, index: int, top_k: int) -> None:
+        self.run, self.index, self.top_k = run, index, top_k
+        self.counts = run.meta["shard_counts"][index]
+        self.n_tokens: int = self.counts["tokens"]
+        self.first_sequence: int = self.counts["first_sequence"]
+        self.last_sequence: int = self.counts["last_sequence"]
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(self.run.meta["signals"])
+
+    @property
+    def sites(self) -> Mapping[str, tuple[int, ...]]:
+        return {site: tuple(layers) for site, layers in self.run.meta["sites"].items()}
+
+    def read(self, name: str, start: int, stop: int) -> np.ndarray:
+        if name in TOKEN_COLUMNS:
+            column = pq.read_table(self._path("tokens", "parquet"), columns=[name], memory_map=True).column(name)
+            return column.slice(start, stop - start).to_numpy().astype(_dtype(name), copy=False)
+        values = self._tensors["routing" if name in ROUTING else "logprobs"].get_slice(name)[start:stop]
+        return unpack_weights(values, self.top_k) if name == "weight" else values.astype(_dtype(name), copy=False)
+
+    def activation(self, site: str) -> tuple[np.ndarray, np.ndarray]:
+        with safe_open(self._path(f"activations-{site}", "safetensors"), framework="numpy") as file:
+            return file.get_tensor("row"), file.get_tensor("value")
+
+    @cached_property
+    def _tensors(self) -> Mapping[str, Any]:
+        return _Lazy(lambda stem: safe_open(self._path(stem, "safetensors"), framework="numpy"))
+
+    def _path(self, stem: str, suffix: str) -> Path:
+        return self.run.file(f"{stem}-{self.index:05d}.{suffix}")
+
+
+class _Lazy(dict):
+    def __init__(self, make: Callable[[str], Any]) -> None:
+        super().__init__()
+        self.make = make
+
+    def __missing__(self, key: str) -> Any:
+        return self.setdefault(key, self.make(key))
+
+
+def write_sequences(frame: pd.DataFrame) -> Callable[[Path], None]:
+    """Writer of a sequence table, its index as the column `sequence`."""
+    table = pa.Table.from_pandas(frame.rename_axis("sequence").reset_index(), preserve_index=False)
+    return lambda path: pq.write_table(table, path, compression="zstd")
+
+
+def read_sequences(path: Path) -> pd.DataFrame:
+    return pq.read_table(path).to_pandas(ignore_metadata=True).set_index("sequence")
+
+
+def write_vocabulary(pieces: pd.Series) -> Callable[[Path], None]:
+    table = pa.table({"token_id": pieces.index.to_numpy(np.int32), "piece": pieces.to_numpy(object)})
+    return lambda path: pq.write_table(table, path, compression="zstd")
+
+
+def read_vocabulary(path: Path) -> pd.Series:
+    table = pq.read_table(path)
+    return pd.Series(table.column("piece").to_pylist(), index=table.column("token_id").to_numpy(), name="piece")
+
+
+def _dtype(name: str) -> Any:
+    return (TOKEN_COLUMNS | ROUTING | NEXT_TOKEN)[name]
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    path.write_bytes(data)

@@ -1,0 +1,385 @@
+"""Trace: what every expert did, token by token, in memory or on disk."""
+
+from __future__ import annotations
+
+import html
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from mixlens.core.distributed import processes
+from mixlens.core.run_dir import open_run
+from mixlens.errors import BadInput, MissingSignal
+from mixlens.trace import shards as store
+from mixlens.trace.arrays import part_of_arrays
+from mixlens.trace.detokenize import display_pieces
+from mixlens.trace.selection import Source, column, conditions, keep_tokens, row_mask, spans
+from mixlens.trace.shards import GENERATED, PROMPT, DiskPart, Part
+
+PHASES = {"prompt": PROMPT, "generated": GENERATED}
+
+
+class Trace:
+    """Routing of a corpus: one flat token axis in input order, without padding.
+
+    sequences   DataFrame, one row a sequence; index = sequence number; columns document_id, length, and the caller's
+    meta        where it comes from: model, settings, versions, counts
+    layers      int [layer], numbers of the layers at hand
+    signals     names of the columns that `blocks` and `read` can give
+
+    Made by `record`, `Recorder.trace()`, `open`, or `Trace.from_arrays`.
+    """
+
+    def __init__(
+        self, sources: Sequence[Source], sequences: pd.DataFrame, meta: Mapping[str, Any], layers: Any
+    ) -> None:
+        self._sources = tuple(sources)
+        self.sequences = sequences
+        self.meta = dict(meta)
+        self.layers = np.asarray(layers, dtype=np.int64)
+        self.n_experts: int = int(self.meta["n_experts"])
+        self.top_k: int = int(self.meta["top_k"])
+        self.path: Path | None = None
+        self.reduce: Callable[[np.ndarray], np.ndarray] | None = None
+        self._vocabulary: pd.Series | None = None
+
+    # ------------------------------------------------------------------ making
+
+    @classmethod
+    def from_arrays(
+        cls,
+        expert_id: Any,
+        *,
+        n_experts: int,
+        weight: Any = None,
+        router_logits: Any = None,
+        tokens: Mapping[str, Any] | pd.DataFrame | None = None,
+        sequences: pd.DataFrame | None = None,
+        meta: Mapping[str, Any] | None = None,
+    ) -> Trace:
+        """A trace from somebody else's routing.
+
+        expert_id      integers [token, layer, slot], the strongest expert in slot 0
+        n_experts      experts a layer
+        weight         floats [token, layer, slot]; kept in half precision
+        router_logits  floats [token, layer, expert]; kept in half precision
+        tokens         DataFrame or dict of arrays [token]: sequence, position, token_id, phase, logprob, each optional
+        sequences      DataFrame, one row a sequence in order: document_id and any other columns
+        meta           provenance, such as {"model": {"name": ...}}
+
+        Raises BadInput when shapes, ids or sequences do not fit together.
+        """
+        part, frame = part_of_arrays(
+            expert_id, n_experts, weight, router_logits, {} if tokens is None else tokens, sequences
+        )
+        _, n_layers, top_k = part.arrays["expert_id"].shape
+        return from_parts(
+            [part], frame, {"source": "arrays", "n_experts": n_experts, "top_k": top_k, **(meta or {})}, range(n_layers)
+        )
+
+    @classmethod
+    def open(cls, path: str | os.PathLike, *, check: bool = True) -> Trace:
+        """The trace of the run directory at `path`, read lazily.
+
+        Raises RunError when the run is not there, unfinished, or when a file that is read was altered.
+        """
+        run = open_run(path, check=check)
+        if run.kind != "trace":
+            raise BadInput(
+                f"A trace was to be opened at {path}. The run is a {run.kind}. Use mixlens.open(path).",
+                argument="path",
+                value=run.kind,
+            )
+        parts = [DiskPart(run, index, run.meta["top_k"]) for index in range(run.meta["shards"])]
+        frame = store.read_sequences(run.file("sequences.parquet"))
+        trace = from_parts(parts, frame, run.meta, run.meta["layers"])
+        trace.path = Path(path)
+        if "vocabulary.parquet" in run.meta["files"]:
+            trace._vocabulary = store.read_vocabulary(run.file("vocabulary.parquet"))
+        return trace
+
+    def save(self, path: str | os.PathLike) -> Trace:
+        """Write the trace as a run directory and open it there.
+
+        Raises RunError when the folder holds something else.
+        """
+        from mixlens.trace.convert import save
+
+        save(self, path)
+        return Trace.open(path)
+
+    # ------------------------------------------------------------------ shape
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.layers)
+
+    @cached_property
+    def n_tokens(self) -> int:
+        if self.reduce is None and all(source.whole for source in self._sources):
+            return int(self.sequences["length"].sum())
+        return sum(len(block["sequence"]) for block in self.blocks("sequence"))
+
+    @property
+    def signals(self) -> tuple[str, ...]:
+        known = [s.part.names for s in self._sources] or [frozenset(self.meta.get("signals", ()))]
+        shared = frozenset.intersection(*known)
+        order = [*store.TOKEN_COLUMNS, *store.ROUTING, *store.NEXT_TOKEN]
+        return tuple(name for name in order if name in shared)
+
+    @property
+    def sites(self) -> dict[str, tuple[int, ...]]:
+        """Layer numbers of each recorded activation site."""
+        found = [dict(source.part.sites) for source in self._sources]
+        return {site: layers for site, layers in (found[0] if found else {}).items() if all(site in f for f in found)}
+
+    @property
+    def vocabulary(self) -> pd.Series | None:
+        """Raw tokenizer pieces by token id ("▁the", "<0x0A>"), where the tokenizer was known."""
+        return self._vocabulary
+
+    def require(self, what: str, *names: str) -> None:
+        """Raise MissingSignal, naming `what` was asked for, unless every signal in `names` is here."""
+        missing = [name for name in names if name not in self.signals]
+        if missing:
+            raise MissingSignal(
+                f"{what} needs {' and '.join(map(str, missing))}. This trace has {', '.join(self.signals)} "
+                f"(source: {self.meta.get('source', 'unknown')}). {_remedy(missing[0])}",
+                argument=str(missing[0]),
+                value=what,
+            )
+
+    # ------------------------------------------------------------------ reading
+
+    def blocks(self, *names: str, tokens: int = 65_536) -> Iterator[dict[str, np.ndarray]]:
+        """The columns `names`, a few whole sequences at a time, in input order.
+
+        tokens   about how many tokens a block has; a sequence is never split
+
+        sequence, position, token_id  int64 [token]     expert_id      uint8   [token, layer, slot]
+        phase (0 prompt, 1 generated) uint8 [token]     weight         float32 [token, layer, slot]
+        logprob  float32 [token], log p(this token | earlier ones); NaN for the first of a sequence
+        router_logits  float32 [token, layer, expert]
+        top_id, top_logprob [token, 64] and tail_logprob [token]: the next-token distribution after this token
+        """
+        self.require("Reading a trace", *names)
+        selected = np.zeros(int(self.sequences.index.max()) + 1 if len(self.sequences) else 0, bool)
+        selected[self.sequences.index] = True
+        for source in self._sources:
+            first, last = source.part.first_sequence + source.offset, source.part.last_sequence + source.offset
+            if not selected[first : last + 1].any():
+                continue
+            sequence = source.part.read("sequence", 0, source.part.n_tokens)
+            for start, stop in spans(sequence, tokens):
+                keep = keep_tokens(source, sequence[start:stop], selected, start, stop)
+                if keep is None or keep.any():
+                    yield {name: column(source, name, start, stop, keep) for name in names}
+
+    def read(self, name: str) -> np.ndarray:
+        """A whole column in memory; shapes as in `blocks`."""
+        pieces = [block[name] for block in self.blocks(name)]
+        if pieces:
+            return np.concatenate(pieces)
+        if self._sources:
+            return column(self._sources[0], name, 0, 0, None)
+        shapes = {"expert_id": self.top_k, "weight": self.top_k, "router_logits": self.n_experts}
+        return np.zeros((0, self.n_layers, shapes[name]) if name in shapes else 0, store._dtype(name))
+
+    def activations(self, site: str) -> xr.DataArray:
+        """Recorded activations of `site` [token, layer, ...] with coordinates sequence, position and layer.
+
+        Only the tokens that were selected when recording have a row.
+        Raises MissingSignal when the site was not recorded.
+        """
+        if site not in self.sites:
+            raise MissingSignal(
+                f"The activations of {site!r} were asked for. This trace has {', '.join(self.sites) or 'none'}. "
+                f"Record with signals=[{site!r}].",
+                argument="site",
+                value=site,
+            )
+        wanted = set(self.layers.tolist())
+        columns = [i for i, layer in enumerate(self.sites[site]) if layer in wanted]
+        values, sequences, positions = [], [], []
+        selected = self.sequences.index
+        for source in self._sources:
+            row, value = source.part.activation(site)
+            sequence = source.part.read("sequence", 0, source.part.n_tokens)
+            kept = np.isin(sequence + source.offset, selected)
+            met = conditions(source, 0, source.part.n_tokens)
+            kept = kept if met is None else kept & met
+            use = kept[row]
+            values.append(value[use][:, columns])
+            sequences.append(sequence[row[use]] + source.offset)
+            positions.append(source.part.read("position", 0, source.part.n_tokens)[row[use]])
+        data = np.concatenate(values)
+        layers = [self.sites[site][i] for i in columns]
+        inner = {"expert_out": ("slot", "hidden"), "expert_norm": ("slot",), "expert_neurons": ("slot", "neuron")}
+        dims = ("token", "layer", *inner.get(site, ("hidden",)))
+        coords = {
+            "layer": layers,
+            "sequence": ("token", np.concatenate(sequences)),
+            "position": ("token", np.concatenate(positions)),
+        }
+        return xr.DataArray(data, dims=dims, coords=coords, name=site)
+
+    # ------------------------------------------------------------------ selecting
+
+    def select(
+        self,
+        *,
+        where: Mapping[str, Any] | pd.Series | None = None,
+        layers: Sequence[int] | int | None = None,
+        phase: str | None = None,
+        tokens: Sequence[int] | None = None,
+        positions: tuple[int, int] | None = None,
+    ) -> Trace:
+        """A view of part of the trace; nothing is read yet. Of a view it keeps what both selections keep.
+
+        where      {column: value or list of values} or a boolean Series over `sequences`
+        layers     layer number or numbers
+        phase      "prompt" or "generated"
+        tokens     token ids
+        positions  (first, stop) within each sequence
+
+        Raises BadInput for a column, layer or phase that is not there.
+        """
+        sequences = self.sequences[row_mask(self.sequences, where)] if where is not None else self.sequences
+        sources, kept_layers = self._sources, self.layers
+        if layers is not None:
+            asked = np.atleast_1d(np.asarray(layers))
+            missing = sorted(set(asked.tolist()) - set(self.layers.tolist()))
+            if missing:
+                raise BadInput(
+                    f"Layers {missing} were to be selected. This trace has layers {_ranges(self.layers)}. "
+                    "Give layer numbers of the model, counted from 0.",
+                    argument="layers",
+                    value=missing,
+                )
+            index = tuple(int(np.flatnonzero(self.layers == layer)[0]) for layer in asked)
+            sources = [
+                replace(s, layer_index=index if s.layer_index is None else tuple(s.layer_index[i] for i in index))
+                for s in sources
+            ]
+            kept_layers = asked
+        if phase is not None and phase not in PHASES:
+            raise BadInput(
+                f"Phase {phase!r} was to be selected. Phases are prompt and generated. Give one of them.",
+                argument="phase",
+                value=phase,
+            )
+        sources = [s.narrowed(None if phase is None else PHASES[phase], tokens, positions) for s in sources]
+        view = Trace(sources, sequences, self.meta, kept_layers)
+        view.path, view._vocabulary, view.reduce = self.path, self._vocabulary, self.reduce
+        return view
+
+    def local(self) -> Trace:
+        """This process's share of the shards, for statistics that are added up over all processes.
+
+        Every process of `accelerate launch` calls the same statistic on its share, and each gets the result of the
+        whole trace. In a single process it is the trace itself.
+        """
+        peers = processes()
+        if peers.world == 1:
+            return self
+        share = Trace(self._sources[peers.rank :: peers.world], self.sequences, self.meta, self.layers)
+        share.path, share._vocabulary, share.reduce = self.path, self._vocabulary, peers.sum
+        return share
+
+    def pieces(self, token_ids: Sequence[int] | np.ndarray) -> list[str]:
+        """The text of single tokens; "#id" where the tokenizer was not known."""
+        return display_pieces(token_ids, self._vocabulary)
+
+    # ------------------------------------------------------------------ other forms
+
+    def to_xarray(self) -> xr.Dataset:
+        """Every signal in memory, with dimensions token, layer, slot, expert; sequence columns as token coordinates."""
+        from mixlens.trace.convert import to_xarray
+
+        return to_xarray(self)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Long table in memory: one row for every token, layer and slot."""
+        from mixlens.trace.convert import long_tables
+
+        return pd.concat(long_tables(self), ignore_index=True)
+
+    def to_parquet(self, path: str | os.PathLike) -> Path:
+        """The long table as one Parquet file, written block by block, for DuckDB, Polars or Spark."""
+        from mixlens.trace.convert import to_parquet
+
+        return to_parquet(self, Path(path))
+
+    def __repr__(self) -> str:
+        model = self.meta.get("model", {}).get("name", "unknown model")
+        n_documents = self.sequences["document_id"].nunique()
+        return (
+            f"Trace of {model}: {self.n_tokens:,} tokens in {n_documents:,} documents, {self.n_layers} layers, "
+            f"top-{self.top_k} of {self.n_experts} experts; {', '.join([*self.signals, *self.sites])}"
+        )
+
+    def _repr_html_(self) -> str:
+        return f"<p>{html.escape(repr(self))}</p>"
+
+
+def from_parts(parts: Sequence[Part], frame: pd.DataFrame, meta: Mapping[str, Any], layers: Any) -> Trace:
+    """A trace over `parts`; `frame` needs `length`, and `document_id` is the row number where it is missing."""
+    if "document_id" not in frame:
+        frame = frame.assign(document_id=np.arange(len(frame)))
+    front = ["document_id", "length"]
+    frame = frame[[*front, *(c for c in frame.columns if c not in front)]].rename_axis("sequence")
+    return Trace([Source(part) for part in parts], frame, meta, layers)
+
+
+def concat(traces: Sequence[Trace]) -> Trace:
+    """One trace of several, in order, as views; sequences are renumbered, documents keep their ids.
+
+    Raises BadInput when layers, experts or top-k differ.
+    """
+    if not isinstance(traces, Sequence) or not all(isinstance(trace, Trace) for trace in traces):
+        raise BadInput(
+            "Traces were to be concatenated. Not all that was given are traces. Give a list of traces.",
+            argument="traces",
+        )
+    if not traces:
+        raise BadInput(
+            "Traces were to be concatenated. None was given. Give at least one.",
+            argument="traces",
+            value=0,
+        )
+    first, offset, sources, frames = traces[0], 0, [], []
+    for number, trace in enumerate(traces):
+        same = (trace.n_experts, trace.top_k) == (first.n_experts, first.top_k)
+        if not same or not np.array_equal(trace.layers, first.layers):
+            raise BadInput(
+                f"Trace {number} was to be joined to trace 0. It has {trace.n_layers} layers, top-{trace.top_k} of "
+                f"{trace.n_experts}; trace 0 has {first.n_layers} layers, top-{first.top_k} of {first.n_experts}. "
+                "Select the same layers of the same model first.",
+                argument="traces",
+                value=number,
+            )
+        sources += [replace(s, offset=s.offset + offset) for s in trace._sources]
+        frames.append(trace.sequences.set_index(trace.sequences.index + offset))
+        offset += max((s.part.last_sequence + s.offset for s in trace._sources), default=-1) + 1
+    joined = Trace(sources, pd.concat(frames).rename_axis("sequence"), first.meta, first.layers)
+    joined._vocabulary = first._vocabulary
+    return joined
+
+
+def _ranges(layers: np.ndarray) -> str:
+    contiguous = len(layers) > 2 and (np.diff(layers) == 1).all()
+    return f"{layers[0]} to {layers[-1]}" if contiguous else ", ".join(map(str, layers))
+
+
+def _remedy(signal: str) -> str:
+    if signal in ("router_logits", "logprob", "weight", *store.NEXT_TOKEN):
+        asked = "top_logprobs" if signal in store.NEXT_TOKEN else signal
+        return f'Record with a local model: ml.record(ml.load(...), ..., signals=["{asked}"]).'
+    return f"Give {signal} in tokens= of Trace.from_arrays, or record with a local model."

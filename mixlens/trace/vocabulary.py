@@ -1,0 +1,23 @@
+"""Whether two runs have the same tokens: their vocabularies compared."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from mixlens.errors import BadInput
+
+
+def same_tokenizer(a: pd.Series | None, b: pd.Series | None) -> None:
+    """Raises BadInput where two vocabularies, pieces by token id, differ; None stands for one that is not known."""
+    if a is None or b is None:
+        return
+    first, second = a.align(b)
+    differs = first.notna() & second.notna() & (first != second)
+    if differs.any():
+        token = differs.index[differs][0]
+        raise BadInput(
+            f"Two runs were to be compared. Their tokenizers differ: token {token} is {first[token]!r} in the first "
+            f"and {second[token]!r} in the second. Use the same tokenizer for both.",
+            argument="tokenizer",
+            value=(int(token), first[token], second[token]),
+        )

@@ -1,1 +1,0 @@
-"""Recording what every expert does, and the trace that comes of it."""
