@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from mixlens.bench import figures as speed
+from mixlens.bench import figures
 from mixlens.bench.bench import Bench
 from mixlens.bench.metrics import METRICS
 from mixlens.bench.roofline_figure import roofline
@@ -44,7 +44,7 @@ def _summary(bench: Bench) -> str:
         bullets(bench.remarks())
         + frame_table(overview, "Latency and throughput by load, medians with 95 % intervals")
         + _figure(
-            speed.throughput_latency_curve, bench, "Output tokens a second of the system against time to first token."
+            figures.throughput_latency_curve, bench, "Output tokens a second of the system against time to first token."
         )
         + details("All metrics", frame_table(tidy, "Every metric and statistic, seconds or tokens a second"))
     )
@@ -52,7 +52,7 @@ def _summary(bench: Bench) -> str:
 
 def _latency(bench: Bench) -> str:
     text = "Distribution over requests of time to first token, time per output token and end to end time, by load."
-    return _figure(speed.latency_cdfs, bench, text)
+    return _figure(figures.latency_cdfs, bench, text)
 
 
 def _requests(bench: Bench) -> str:
@@ -60,7 +60,7 @@ def _requests(bench: Bench) -> str:
     outcomes = frame_table(bench.outcomes(), "How requests ended")
     rows = bench.requests()
     return (
-        _figure(speed.token_timeline, bench, text)
+        _figure(figures.token_timeline, bench, text)
         + outcomes
         + details("Requests", frame_table(rows, "One row a request"))
     )

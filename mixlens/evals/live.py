@@ -11,7 +11,7 @@ from mixlens.errors import BadInput
 from mixlens.evals.log import Log
 from mixlens.live.payload import pack, token_arrays
 from mixlens.live.view import View, static_form, static_table
-from mixlens.plot import labels as wording
+from mixlens.plot import labels
 from mixlens.plot.checks import takes_run
 from mixlens.plot.style import PAGE, drawing, expert_colours, heading, printable
 from mixlens.trace.trace import Trace
@@ -47,8 +47,8 @@ def samples(log: Log, trace: Trace | None = None, *, most: int = _MOST_SAMPLES) 
     cut = "" if len(kept) == len(frame) else f"; the first {len(kept):,} are shown"
     unscored = int(frame["correct"].isna().sum())
     header["note"] = (
-        f"{_model_of(log)}: n = {wording.counted(f'{len(frame):,}', 'sample')} of "
-        f"{wording.counted(str(len(log.tasks)), 'task')}, {unscored:,} not scored{cut}."
+        f"{_model_of(log)}: n = {labels.counted(f'{len(frame):,}', 'sample')} of "
+        f"{labels.counted(str(len(log.tasks)), 'task')}, {unscored:,} not scored{cut}."
     )
     static = static_form(_scores_picture(frame, header["note"]), header["note"], _sample_table(kept))
     return View(f"Samples of {_model_of(log)}", "samples", static, pack(header, arrays))

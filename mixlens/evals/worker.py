@@ -1,4 +1,4 @@
-"""The process in which `subprocess` has a model evaluated a model: what it is to do comes as a line of JSON on its stdin."""
+"""The process in which `subprocess` evaluates a model: what to do comes as one line of JSON on stdin."""
 
 from __future__ import annotations
 

@@ -12,8 +12,7 @@ import xarray as xr
 from mixlens.errors import BadInput
 from mixlens.live.payload import pack
 from mixlens.live.view import View, extremes, static_form
-from mixlens.plot import labels as wording
-from mixlens.plot import matrices
+from mixlens.plot import labels, matrices
 from mixlens.plot.checks import check, takes
 
 _PARTS = {"estimate": "estimate", "low": "ci_low", "high": "ci_high"}
@@ -124,10 +123,10 @@ def _view(
     ratio = data.attrs["unit"] == "ratio"
     centre = 1.0 if ratio else _centre(data)
     header = {
-        "title": wording.title(data),
+        "title": labels.title(data),
         "note": _note(data, digits),
         "unit": data.attrs["unit"],
-        "of": "expected" if ratio else wording.denominator(data),
+        "of": "expected" if ratio else labels.denominator(data),
         "also": also(data),
         "centre": centre,
         "limit": _limit(data, centre, ratio),
@@ -152,7 +151,7 @@ def _pick(data: xr.Dataset, name: str) -> dict[str, Any]:
 
 
 def _centre(data: xr.Dataset) -> float:
-    value = wording.uniform(data)
+    value = labels.uniform(data)
     return float(data["estimate"].mean()) if value is None else float(np.ravel(value)[0])
 
 
@@ -169,15 +168,15 @@ def _limit(data: xr.Dataset, centre: float, ratio: bool) -> float:
 
 
 def _note(data: xr.Dataset, digits: bool) -> str:
-    middle = "chance" if data.attrs["unit"] == "ratio" else wording.uniform_text(data)
-    about = [wording.sample(data), f"{wording.level(data)} over documents", f"middle of the scale: {middle}"]
+    middle = "chance" if data.attrs["unit"] == "ratio" else labels.uniform_text(data)
+    about = [labels.sample(data), f"{labels.level(data)} over documents", f"middle of the scale: {middle}"]
     return "; ".join([*about, *(["bold: the interval excludes it"] if digits else [])]) + "."
 
 
 def also(data: xr.Dataset) -> list[Any] | None:
     """[factor, words] of a share's other denominator: of assignments, it is top-k times that of tokens."""
     k = data.attrs.get("top_k")
-    whole = wording.statistic(data) == "expert_share" and data.attrs.get("slot") == "any"
+    whole = labels.statistic(data) == "expert_share" and data.attrs.get("slot") == "any"
     return [int(k), "of tokens"] if k and whole else None
 
 

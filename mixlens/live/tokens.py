@@ -11,8 +11,7 @@ import xarray as xr
 from mixlens.errors import BadInput
 from mixlens.live.payload import pack, signed_plane, token_arrays
 from mixlens.live.view import View, static_form, static_table
-from mixlens.plot import labels as wording
-from mixlens.plot import text as passage
+from mixlens.plot import labels, text
 from mixlens.plot.style import expert_colours
 from mixlens.trace.trace import Trace
 
@@ -39,8 +38,8 @@ def tokens(
     Raises BadInput for a sequence or layer that is not there, and for contributions of other tokens.
     """
     wanted = list(sequence) if isinstance(sequence, Sequence | np.ndarray) else [sequence]
-    numbers = sorted({passage.sequence_number(trace, n) for n in wanted or [None]})
-    number = passage.layer_number(trace, layer)
+    numbers = sorted({text.sequence_number(trace, n) for n in wanted or [None]})
+    number = text.layer_number(trace, layer)
     title = f"Routing of {label(trace, numbers[0])}" + (f" and {len(numbers) - 1} more" if numbers[1:] else "")
     packed = packed_tokens(trace, numbers, number, contributions)
     return View(title, "tokens", _static(trace, numbers[0], number), packed)
@@ -97,13 +96,13 @@ def _matched(trace: Trace, numbers: list[int], data: xr.Dataset) -> dict[str, np
 
 def _static(trace: Trace, number: int, layer: int) -> str:
     """Picture, caption and table of the first tokens."""
-    drawn = passage.text(trace, sequence=number, layer=layer)
+    drawn = text.text(trace, sequence=number, layer=layer)
     one = trace.select(where=trace.sequences.index.to_series() == number, layers=[layer])
     ids = one.read("expert_id")[:, 0]
     counts = np.bincount(ids[:, 0], minlength=trace.n_experts)
     most = ", ".join(f"expert {e} for {counts[e]}" for e in np.argsort(-counts, kind="stable")[:3])
     caption = (
-        f"Text of {label(trace, number)} at layer {layer} of {wording.model_name(trace)}, "
+        f"Text of {label(trace, number)} at layer {layer} of {labels.model_name(trace)}, "
         f"n = {len(ids):,} tokens. First choices: {most} tokens ..."
     )
     table = static_table(first_tokens(one, ids), f"First {min(_ROWS, len(ids))} of {len(ids):,} tokens")

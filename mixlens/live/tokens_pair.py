@@ -11,9 +11,7 @@ from mixlens.errors import BadInput
 from mixlens.live.payload import pack, token_arrays
 from mixlens.live.tokens import domain, first_tokens, label
 from mixlens.live.view import View, static_form, static_table
-from mixlens.plot import bars_and_lines as figures
-from mixlens.plot import labels as wording
-from mixlens.plot import text as passage
+from mixlens.plot import bars_and_lines, labels, text
 from mixlens.plot.style import expert_colours
 from mixlens.stats import agreement
 from mixlens.trace.trace import Trace
@@ -29,7 +27,7 @@ def strip(trace: Trace, sequence: int | None = None, *, start: int = 0, count: i
 
     Raises BadInput for a sequence that is not there, or no token in the range.
     """
-    number = passage.sequence_number(trace, sequence)
+    number = text.sequence_number(trace, sequence)
     stop = start + min(count, _MOST_STRIP)
     part = trace.select(where=trace.sequences.index.to_series() == number, positions=(start, stop))
     if not part.n_tokens:
@@ -41,13 +39,13 @@ def strip(trace: Trace, sequence: int | None = None, *, start: int = 0, count: i
         )
     header, arrays = token_arrays(part, [number])
     header |= {"colours": expert_colours(trace.n_experts), "labels": [label(trace, number)]}
-    layer = passage.layer_number(trace, None)
+    layer = text.layer_number(trace, None)
     caption = (
         f"Experts of {part.n_tokens} tokens of {label(trace, number)} in {trace.n_layers} layers of "
-        f"{wording.model_name(trace)}; picture and table: layer {layer}."
+        f"{labels.model_name(trace)}; picture and table: layer {layer}."
     )
     one = part.select(layers=[layer])
-    drawn = passage.text(part, sequence=number, layer=layer)
+    drawn = text.text(part, sequence=number, layer=layer)
     static = static_form(drawn, caption, static_table(first_tokens(one, one.read("expert_id")[:, 0]), "First tokens"))
     return View(f"Strip of {label(trace, number)}", "strip", static, pack(header, arrays))
 
@@ -72,8 +70,8 @@ def diff(
     """
     given = agreement(a, b)
     wanted = list(sequence) if isinstance(sequence, Sequence | np.ndarray) else [sequence]
-    numbers = sorted({passage.sequence_number(a, n) for n in wanted})
-    number = passage.layer_number(a, layer)
+    numbers = sorted({text.sequence_number(a, n) for n in wanted})
+    number = text.layer_number(a, layer)
     if names[0] == names[1] or any("/" in name for name in names):
         raise BadInput(
             f"Two runs were to be called {names}. Names differ and have no slash. Give two others.",
@@ -90,9 +88,9 @@ def diff(
     }
     title = f"{names[0]} and {names[1]}"
     same = given.sel(measure=["top1", "overlap"])
-    caption = f"How far {names[0]} and {names[1]} route the same tokens alike, by layer. {wording.sample(given)}."
+    caption = f"How far {names[0]} and {names[1]} route the same tokens alike, by layer. {labels.sample(given)}."
     return View(
-        title, "diff", static_form(figures.by_layer(same), caption, _agreement_table(same)), pack(header, arrays)
+        title, "diff", static_form(bars_and_lines.by_layer(same), caption, _agreement_table(same)), pack(header, arrays)
     )
 
 
@@ -117,5 +115,5 @@ def _agreement_table(data: Any) -> str:
     columns = {"layer": [str(layer) for layer in data["layer"].to_numpy()]}
     for measure in data["measure"].to_numpy():
         part = data.sel(measure=measure)
-        columns[wording.label(measure)] = [wording.with_interval(part.sel(layer=layer)) for layer in data["layer"]]
+        columns[labels.label(measure)] = [labels.with_interval(part.sel(layer=layer)) for layer in data["layer"]]
     return static_table(columns, "Agreement by layer")

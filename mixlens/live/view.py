@@ -18,7 +18,7 @@ from PIL import Image, ImageChops
 
 from mixlens.live.bundle import mount_script
 from mixlens.live.page import page
-from mixlens.plot import labels as wording
+from mixlens.plot import labels
 from mixlens.plot.style import PaperFigure
 
 _CELL = "padding:2px 8px;text-align:left;border-bottom:1px solid #d6d6dc"
@@ -114,14 +114,14 @@ def extremes(data: xr.Dataset, centre: float, rows: int = 8) -> str:
     table = frame.to_dataframe(dim_order=dims)[["estimate", "ci_low", "ci_high", "n"]].dropna(subset="estimate")
     order = (table["estimate"] - centre).abs().sort_values(ascending=False, kind="stable").index[:rows]
     kept = table.loc[order].reset_index()
-    columns = {name: [wording.label(v, name) for v in kept[name]] for name in dims}
-    unit = " [%]" if wording.is_fraction(data) else ""
+    columns = {name: [labels.label(v, name) for v in kept[name]] for name in dims}
+    unit = " [%]" if labels.is_fraction(data) else ""
     columns |= {
-        f"{wording.title(data).lower()}{unit}": [wording.plain(v, data) for v in kept["estimate"]],
-        f"{wording.level(data)}": [
-            f"{wording.plain(low, data)} to {wording.plain(high, data)}"
+        f"{labels.title(data).lower()}{unit}": [labels.plain(v, data) for v in kept["estimate"]],
+        f"{labels.level(data)}": [
+            f"{labels.plain(low, data)} to {labels.plain(high, data)}"
             for low, high in zip(kept["ci_low"], kept["ci_high"], strict=True)
         ],
         "n": [f"{int(n):,}" for n in kept["n"]],
     }
-    return static_table(columns, f"Furthest from {wording.plain(centre, data)}: {len(kept)} of {len(table):,} numbers")
+    return static_table(columns, f"Furthest from {labels.plain(centre, data)}: {len(kept)} of {len(table):,} numbers")

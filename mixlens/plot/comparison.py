@@ -7,7 +7,7 @@ import xarray as xr
 from matplotlib.axes import Axes
 
 from mixlens.errors import BadInput
-from mixlens.plot import labels as wording
+from mixlens.plot import labels
 from mixlens.plot.bars_and_lines import by_layer
 from mixlens.plot.checks import takes, takes_run
 from mixlens.plot.style import (
@@ -52,7 +52,7 @@ def flips_by_layer(data: xr.Dataset, ax: Axes | None = None) -> Axes:
 
     Raises BadInput when a domain is still to be selected.
     """
-    part = wording.only(data.sel(measure=["changed", "first_flip", "so_far"]), "flips_by_layer", "layer", "measure")
+    part = labels.only(data.sel(measure=["changed", "first_flip", "so_far"]), "flips_by_layer", "layer", "measure")
     ax = by_layer(part, ax)
     ax.set_ylim(bottom=0)
     return ax
@@ -66,7 +66,7 @@ def flips_by_margin(data: xr.Dataset, ax: Axes | None = None) -> Axes:
 
     Raises BadInput for more than a dozen lines.
     """
-    series = list(wording.groups(data, "margin"))
+    series = list(labels.groups(data, "margin"))
     if len(series) > len(MARKERS):
         raise BadInput(
             f"Flips by margin were to be drawn. The data has {len(series)} lines. Select at most {len(MARKERS)}.",
@@ -90,8 +90,8 @@ def flips_by_margin(data: xr.Dataset, ax: Axes | None = None) -> Axes:
         ax.set_xlabel("margin to the best expert left out, logits")
         ax.legend(loc="upper right" if len(series) < 4 else "center left", fontsize=relative_size(0.8),
                   bbox_to_anchor=None if len(series) < 4 else (1, 0.5))  # fmt: skip
-        n = f"n = {int(data['n'].sum()):,} choices, {wording.span(data['n_documents'])} documents"
-        heading(ax, wording.title(data), f"{n}; whiskers: {wording.level(data)} over documents; grey: all choices")
+        n = f"n = {int(data['n'].sum()):,} choices, {labels.span(data['n_documents'])} documents"
+        heading(ax, labels.title(data), f"{n}; whiskers: {labels.level(data)} over documents; grey: all choices")
     return ax
 
 
@@ -110,7 +110,7 @@ def quality_split(data: xr.Dataset, ax: Axes | None = None, *, quantity: str = "
             argument="quantity",
             value=quantity,
         )
-    part = wording.only(data.sel(quantity=quantity, drop=True), "quality_split", "order", "part")
+    part = labels.only(data.sel(quantity=quantity, drop=True), "quality_split", "order", "part")
     with drawing(ax, COLUMN, 2.2) as ax:
         rows = np.arange(len(_ORDERS))[::-1]
         colours = dict(zip(_PARTS, expert_colours(2), strict=True))
@@ -129,8 +129,8 @@ def quality_split(data: xr.Dataset, ax: Axes | None = None, *, quantity: str = "
         if quantity == "other_top":
             ax.xaxis.set_major_formatter(percent)
         ax.legend(loc="upper left", bbox_to_anchor=(-0.3, -0.3), ncols=3, fontsize=relative_size(0.8))
-        note = f"{wording.sample(data)}; whiskers: {wording.level(data)} over documents, paired"
-        heading(ax, wording.title(data) + _selected(part), note)
+        note = f"{labels.sample(data)}; whiskers: {labels.level(data)} over documents, paired"
+        heading(ax, labels.title(data) + _selected(part), note)
     return ax
 
 
@@ -140,7 +140,7 @@ def expert_errors(data: xr.Dataset, ax: Axes | None = None) -> Axes:
 
     data   from Impact.experts  [layer, expert]
     """
-    part = wording.only(data, "expert_errors", "layer", "expert").transpose("layer", "expert", ...)
+    part = labels.only(data, "expert_errors", "layer", "expert").transpose("layer", "expert", ...)
     with drawing(ax, COLUMN, 1.2 + 0.16 * max(data.sizes["layer"], 8)) as ax:
         mesh = ax.pcolormesh(np.ma.masked_invalid(part["estimate"]), cmap="viridis", edgecolors="white", linewidth=0.3,
                              vmin=0)  # fmt: skip
@@ -158,15 +158,15 @@ def expert_errors(data: xr.Dataset, ax: Axes | None = None) -> Axes:
         bar = figure.colorbar(mesh, ax=ax, fraction=0.05, pad=0.02, aspect=25, format=percent)
         bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
         bar.ax.tick_params(labelsize=6, length=2, width=0.5)
-        chose = f"n = {wording.span(data['n'])} tokens an expert"
+        chose = f"n = {labels.span(data['n'])} tokens an expert"
         heading(
-            ax, wording.title(data) + _selected(part), f"‖f_b(x) − f_a(x)‖ / ‖f_a(x)‖; {chose}; grey: chosen by none"
+            ax, labels.title(data) + _selected(part), f"‖f_b(x) − f_a(x)‖ / ‖f_a(x)‖; {chose}; grey: chosen by none"
         )
     return ax
 
 
 def _selected(data: xr.Dataset) -> str:
-    chosen = wording.chosen(data)
+    chosen = labels.chosen(data)
     return f", {chosen}" if chosen else ""
 
 

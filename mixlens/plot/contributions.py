@@ -8,7 +8,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 
 from mixlens.errors import BadInput
-from mixlens.plot import labels as wording
+from mixlens.plot import labels
 from mixlens.plot.checks import takes
 from mixlens.plot.heatmap import by_group, dots, excludes_zero, group_of, mesh, numbered, scale_note
 from mixlens.plot.style import COLUMN, MARKERS, MUTED, PAGE, drawing, expert_colours, heading, in_legend, printable
@@ -24,7 +24,7 @@ def contribution(data: xr.Dataset, ax: Axes | None = None) -> Axes:
 
     data    from stats.expert_contribution [layer, expert]; of one domain, data.sel(domain=...)
     """
-    data = wording.only(data, "contribution", "layer", "expert").transpose("layer", "expert")
+    data = labels.only(data, "contribution", "layer", "expert").transpose("layer", "expert")
     with drawing(ax, COLUMN, 0.9 + 0.16 * max(data.sizes["layer"], 8)) as ax:
         signed = data.attrs["measure"] == "logit"
         mesh(ax, data["estimate"].to_numpy(), _LABELS[data.attrs["measure"]], signed=signed)
@@ -92,7 +92,7 @@ def topk_curve(data: xr.Dataset, ax: Axes | None = None) -> Axes:
 
     data    from topk_sweep  [*by, k]
     """
-    series = list(wording.groups(data, "k"))
+    series = list(labels.groups(data, "k"))
     with drawing(ax, COLUMN, 2.4 if len(series) == 1 else 2.7 if len(series) < 5 else 3.3) as ax:
         colours, step = expert_colours(len(series)), 0.4 / max(len(series), 8)
         for i, (name, part) in enumerate(series):
@@ -106,7 +106,7 @@ def topk_curve(data: xr.Dataset, ax: Axes | None = None) -> Axes:
         ax.set_ylabel("loss, nats a token")
         if len(series) > 1:
             ax.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.45, -0.22), fontsize=6, columnspacing=1)
-        note = f"{wording.sample(data)}; whiskers: {wording.level(data)} over documents; dashed: the model's own k"
+        note = f"{labels.sample(data)}; whiskers: {labels.level(data)} over documents; dashed: the model's own k"
         heading(ax, "Loss by number of experts", note)
     return ax
 
@@ -117,7 +117,7 @@ def topk_routing(data: xr.Dataset, ax: Axes | None = None) -> Axes:
 
     data    from topk_sweep  [k]; of one domain, data.sel(domain=...)
     """
-    data = wording.only(data, "topk_routing", "k")
+    data = labels.only(data, "topk_routing", "k")
     with drawing(ax, COLUMN, 2.8) as ax:
         k, first = data["k"].to_numpy(), data["first_weight"].transpose("layer", "k").to_numpy()
         shades = colormaps["viridis_r"](np.linspace(0.1, 1, len(first)))
@@ -131,15 +131,15 @@ def topk_routing(data: xr.Dataset, ax: Axes | None = None) -> Axes:
         ax.set_ylabel("weight of the strongest")
         if len(first) <= len(MARKERS):
             ax.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.45, -0.22), fontsize=6, columnspacing=1)
-        note = f"{wording.sample(data)}; dashed: equal weights, 1/k; dotted: the model's own k"
-        selected = wording.chosen(data)
+        note = f"{labels.sample(data)}; dashed: equal weights, 1/k; dotted: the model's own k"
+        selected = labels.chosen(data)
         heading(ax, "Weight of the strongest expert" + (f", {selected}" if selected else ""), note)
     return ax
 
 
 def _titled(ax: Axes, data: xr.Dataset, title: str) -> None:
     logit = data.attrs["measure"] == "logit"
-    parts = [wording.sample(data), "mean over tokens that chose the expert"]
-    parts += [f"dot: {wording.level(data)} excludes 0", scale_note(data["estimate"].to_numpy())] if logit else []
-    selected = wording.chosen(data)
+    parts = [labels.sample(data), "mean over tokens that chose the expert"]
+    parts += [f"dot: {labels.level(data)} excludes 0", scale_note(data["estimate"].to_numpy())] if logit else []
+    selected = labels.chosen(data)
     heading(ax, f"{title}, {selected}" if selected else title, "; ".join(filter(None, parts)))

@@ -11,7 +11,7 @@ from matplotlib.colors import CenteredNorm, LogNorm, Normalize, SymLogNorm
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from mixlens.errors import BadInput
-from mixlens.plot import labels as wording
+from mixlens.plot import labels
 from mixlens.plot.style import DIVERGING, FAINT, INK, printable
 
 _SPREAD = 8  # times the median at which a linear scale shows only the largest
@@ -98,7 +98,7 @@ def by_group(ax: Axes, data: xr.Dataset, what: str, label: str, *, signed: bool 
     Raises BadInput where `data` has further dimensions.
     """
     group = group_of(data)
-    data = wording.only(data, what, group, "layer", "expert").transpose(group, "layer", "expert")
+    data = labels.only(data, what, group, "layer", "expert").transpose(group, "layer", "expert")
     rows, layers, experts = (data.sizes[dim] for dim in (group, "layer", "expert"))
     mesh(ax, data["estimate"].to_numpy().reshape(rows, -1), label, signed=signed)
     if signed:

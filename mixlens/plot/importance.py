@@ -6,7 +6,7 @@ import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 
-from mixlens.plot import labels as wording
+from mixlens.plot import labels
 from mixlens.plot.checks import takes
 from mixlens.plot.heatmap import by_group, dots, excludes_zero, group_of, mesh, numbered, scale_note, signed_axis
 from mixlens.plot.style import COLUMN, INK, MARKERS, MUTED, PAGE, drawing, expert_colours, heading, percent, printable
@@ -20,7 +20,7 @@ def importance(data: xr.Dataset, ax: Axes | None = None) -> Axes:
 
     data    from expert_importance [layer, expert]; of one domain, data.sel(domain=...)
     """
-    data = wording.only(data, "importance", "layer", "expert").transpose("layer", "expert")
+    data = labels.only(data, "importance", "layer", "expert").transpose("layer", "expert")
     with drawing(ax, COLUMN, 0.9 + 0.16 * max(data.sizes["layer"], 8)) as ax:
         mesh(ax, data["estimate"].to_numpy(), _label(data))
         dots(ax, excludes_zero(data))
@@ -49,7 +49,7 @@ def importance_against_share(data: xr.Dataset, ax: Axes | None = None) -> Axes:
 
     data    from expert_importance [layer, expert]; of one domain, data.sel(domain=...)
     """
-    data = wording.only(data, "importance_against_share", "layer", "expert").transpose("layer", "expert")
+    data = labels.only(data, "importance_against_share", "layer", "expert").transpose("layer", "expert")
     with drawing(ax, COLUMN, 2.9) as ax:
         share, estimate = data["share"].to_numpy(), data["estimate"].to_numpy()
         colours = expert_colours(data.sizes["layer"])
@@ -69,9 +69,9 @@ def importance_against_share(data: xr.Dataset, ax: Axes | None = None) -> Axes:
             for (i, j), value in np.ndenumerate(estimate):
                 ax.annotate(str(data["expert"].to_numpy()[j]), (share[i, j], value), fontsize=5, xytext=(2, 2),
                             textcoords="offset points")  # fmt: skip
-        note = f"{wording.sample(data)}; whiskers: {wording.level(data)} over documents; dashed: uniform share"
+        note = f"{labels.sample(data)}; whiskers: {labels.level(data)} over documents; dashed: uniform share"
         note = "; ".join(filter(None, [note, scale_note(np.stack([data["ci_low"], data["ci_high"]]))]))
-        selected = wording.chosen(data)
+        selected = labels.chosen(data)
         heading(ax, "Importance against use" + (f", {selected}" if selected else ""), note)
     return ax
 
@@ -84,7 +84,7 @@ def _label(data: xr.Dataset) -> str:
 
 def _titled(ax: Axes, data: xr.Dataset, title: str) -> None:
     how = {"reroute": "never chosen", "zero": "output zero", "mean": "output its mean"}.get(str(data.attrs["how"]), "")
-    selected = wording.chosen(data)
-    parts = [wording.sample(data), f"each expert in turn: {how}", f"dot: {wording.level(data)} excludes 0"]
+    selected = labels.chosen(data)
+    parts = [labels.sample(data), f"each expert in turn: {how}", f"dot: {labels.level(data)} excludes 0"]
     note = "; ".join(filter(None, [*parts, scale_note(data["estimate"].to_numpy())]))
     heading(ax, f"{title}, {selected}" if selected else title, note)

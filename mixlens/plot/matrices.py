@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from mixlens.errors import BadInput
-from mixlens.plot import labels as wording
+from mixlens.plot import labels
 from mixlens.plot.checks import check, takes
 from mixlens.plot.style import (
     COLUMN,
@@ -44,7 +44,7 @@ def share_heatmap(data: xr.Dataset, ax: Axes | None = None, *, limit: float | No
     data    from stats.expert_share [layer, expert], or domain_specialization; of one domain, data.sel(domain=...)
     limit   distance from uniform at the ends of the colour scale; the largest in the data when not given
     """
-    data = wording.only(data, "share_heatmap", "layer", "expert")
+    data = labels.only(data, "share_heatmap", "layer", "expert")
     with drawing(ax, COLUMN, 0.9 + 0.16 * max(data.sizes["layer"], 8)) as ax:
         _matrix(ax, data.transpose("layer", "expert", ...), "layer", "expert", limit)
     return ax
@@ -63,7 +63,7 @@ def specialization(
     group = str(next(d for d in data["estimate"].dims if d not in ("layer", "expert")))
     if domain is not None:
         return share_heatmap(data.sel({group: domain}), ax)
-    data = wording.only(wording.at_layer(data, layer), "specialization", group, "expert")
+    data = labels.only(labels.at_layer(data, layer), "specialization", group, "expert")
     with drawing(ax, COLUMN, 0.9 + 0.16 * max(data.sizes[group], 8)) as ax:
         _matrix(ax, data.transpose(group, "expert", ...), group, "expert", None)
     return ax
@@ -94,7 +94,7 @@ def transitions(data: xr.Dataset, ax: Axes | None = None, *, layer: int | None =
 
 
 def _expert_by_expert(data: xr.Dataset, ax: Axes | None, layer: int | None, name: str, rows: str, columns: str) -> Axes:
-    data = wording.only(wording.at_layer(data, layer), name, "expert", "expert_j")
+    data = labels.only(labels.at_layer(data, layer), name, "expert", "expert_j")
     with drawing(ax, COLUMN, 2.9) as ax:
         _matrix(ax, data.transpose("expert", "expert_j", ...), "expert", "expert_j", None)
         ax.set_ylabel(rows)
@@ -129,7 +129,7 @@ def facet(draw: Callable[..., Axes], data: xr.Dataset, dim: str, *, columns: int
             drop_note(ax, value)
         if shared:
             _share_colorbar(figure, panels, data)
-        text = f"{wording.title(data)} by {dim}. {_small_print(data)}"
+        text = f"{labels.title(data)} by {dim}. {_small_print(data)}"
         figure.suptitle("\n".join(textwrap.wrap(printable(text), int(width * 18))), fontsize=7, x=0.01, ha="left")
     return figure
 
@@ -152,12 +152,12 @@ def _limit(data: xr.Dataset) -> float:
 
 
 def _centre(data: xr.Dataset) -> float:
-    value = wording.uniform(data)
+    value = labels.uniform(data)
     return float(data["estimate"].mean() if value is None else value)
 
 
 def _small_print(data: xr.Dataset) -> str:
-    return f"{wording.sample(data)}; white: {wording.uniform_note(data)}; bold: {wording.level(data)} excludes it"
+    return f"{labels.sample(data)}; white: {labels.uniform_note(data)}; bold: {labels.level(data)} excludes it"
 
 
 def _matrix(ax: Axes, data: xr.Dataset, row: str, column: str, limit: float | None) -> None:
@@ -182,8 +182,8 @@ def _matrix(ax: Axes, data: xr.Dataset, row: str, column: str, limit: float | No
     assert figure is not None
     _colorbar(figure, mesh, [ax], data)
     _digits(ax, data, centre, limit)
-    selected = wording.chosen(data)
-    heading(ax, f"{wording.title(data)}, {selected}" if selected else wording.title(data), _small_print(data))
+    selected = labels.chosen(data)
+    heading(ax, f"{labels.title(data)}, {selected}" if selected else labels.title(data), _small_print(data))
 
 
 def _colorbar(figure: Figure, mesh: ScalarMappable, beside: list, data: xr.Dataset) -> None:
@@ -192,7 +192,7 @@ def _colorbar(figure: Figure, mesh: ScalarMappable, beside: list, data: xr.Datas
     bar.ax.tick_params(labelsize=6, length=2, width=0.5)
     low, high = mesh.get_clim()
     bar.ax.set_ylim(max(0.0, low or 0.0), min(1.0, high or 1.0))  # the scale is symmetric, shares end at 0 and 1
-    bar.set_label(f"share {wording.denominator(data)}", fontsize=7)
+    bar.set_label(f"share {labels.denominator(data)}", fontsize=7)
 
 
 def _ticks(values: np.ndarray, most: int) -> tuple[np.ndarray, list[str]]:

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from mixlens.plot import labels as wording
+from mixlens.plot import labels
 from mixlens.plot.checks import check
 from mixlens.plot.html import escape
 
@@ -51,7 +51,7 @@ def wide(data: xr.Dataset) -> pd.DataFrame:
         at = dict(zip(down, place, strict=True))
         row: list[object] = [_named(d, data[d].to_numpy()[i]) for d, i in at.items()]
         row += [tuple(map(float, cell)) for cell in stacked[place]]
-        rows.append(row + [wording.span(_part(data[name], at)) for name in counts])
+        rows.append(row + [labels.span(_part(data[name], at)) for name in counts])
     heads = [*down, *(_column(across, value) for value in data[across].to_numpy()), *(_COUNTS[name] for name in counts)]
     return pd.DataFrame(rows, columns=pd.Index(heads))
 
@@ -61,11 +61,11 @@ def _part(counts: xr.DataArray, at: dict[str, int]) -> xr.DataArray:
 
 
 def _named(dim: str, value: object) -> object:
-    return wording.label(value, dim) if dim in wording.OURS else value
+    return labels.label(value, dim) if dim in labels.OURS else value
 
 
 def _column(dim: str, value: object) -> str:
-    return f"expert {value}" if dim == "expert" else f"j = {value}" if dim == "expert_j" else wording.label(value, dim)
+    return f"expert {value}" if dim == "expert" else f"j = {value}" if dim == "expert_j" else labels.label(value, dim)
 
 
 def _laid_out(data: xr.Dataset) -> xr.Dataset:
@@ -80,7 +80,7 @@ def html_table(data: xr.Dataset, caption: str = "") -> str:
     A column sorts when its heading is pressed, numbers as numbers, missing ones last.
     """
     frame, parts = wide(data), _parts(data)
-    text = f"{caption or wording.title(data)}. {unit_note(data)}"
+    text = f"{caption or labels.title(data)}. {unit_note(data)}"
     head = "".join(
         f'<th scope="col"><button type="button">{escape(name.replace("_", " "))}</button></th>'
         for name in frame.columns
@@ -90,7 +90,7 @@ def html_table(data: xr.Dataset, caption: str = "") -> str:
         for row in frame.itertuples(index=False, name=None)
     )
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption or wording.title(data))}">'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption or labels.title(data))}">'
         f'<table class="sortable"><caption>{escape(text)}</caption>'
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
@@ -98,9 +98,9 @@ def html_table(data: xr.Dataset, caption: str = "") -> str:
 
 def unit_note(data: xr.Dataset) -> str:
     """What a cell says: its unit, its interval, and the value under uniform routing."""
-    scale = f"Per cent {wording.denominator(data)}".rstrip() if wording.is_fraction(data) else wording.unit(data)
-    interval = f"{wording.level(data)} over documents with each number" if "ci_low" in data else ""
-    parts = [scale.capitalize(), interval, wording.uniform_note(data)]
+    scale = f"Per cent {labels.denominator(data)}".rstrip() if labels.is_fraction(data) else labels.unit(data)
+    interval = f"{labels.level(data)} over documents with each number" if "ci_low" in data else ""
+    parts = [scale.capitalize(), interval, labels.uniform_note(data)]
     return "; ".join(part for part in parts if part) + "."
 
 
@@ -117,9 +117,9 @@ def _cell(value: object, data: xr.Dataset) -> str:
         estimate, low, high = value
         if not math.isfinite(estimate):
             return '<td data-v="">–</td>'
-        interval = f"<small>{wording.plain(low, data)} to {wording.plain(high, data)}</small>"
+        interval = f"<small>{labels.plain(low, data)} to {labels.plain(high, data)}</small>"
         shown = interval if math.isfinite(low) else ""
-        return f'<td data-v="{estimate:.6g}">{wording.plain(estimate, data)}{shown}</td>'
+        return f'<td data-v="{estimate:.6g}">{labels.plain(estimate, data)}{shown}</td>'
     if isinstance(value, str) and value.replace(",", "").isdigit():
         return f'<td data-v="{value.replace(",", "")}">{value}</td>'
     return f"<td>{escape(value)}</td>"
@@ -184,7 +184,7 @@ def _texts(data: xr.Dataset) -> tuple[list[str], list[list[str]]]:
     def text(value: object, part: xr.Dataset) -> str:
         if not isinstance(value, tuple):
             return str(value)
-        estimate, low, high = (wording.plain(v, part) for v in value)
+        estimate, low, high = (labels.plain(v, part) for v in value)
         return estimate if low == "–" else f"{estimate} [{low}, {high}]"
 
     rows = frame.itertuples(index=False, name=None)

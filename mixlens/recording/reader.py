@@ -13,7 +13,7 @@ from mixlens.interventions.hooks import refuse_rows
 from mixlens.models.layout import decoder_of, input_device
 from mixlens.recording.hooks import Raw, Tap, routing_arrays, site_array
 from mixlens.recording.logprobs import score
-from mixlens.trace import shards as store
+from mixlens.trace import shards
 from mixlens.trace.signals import Signals, Site
 
 
@@ -43,7 +43,7 @@ class Reader:
         self.model.train(self._was_training)
 
     @torch.inference_mode()
-    def read(self, sequences: list[np.ndarray], first_sequence: int = 0) -> store.MemoryPart:
+    def read(self, sequences: list[np.ndarray], first_sequence: int = 0) -> shards.MemoryPart:
         """The part of a trace that these sequences make, in their order."""
         lengths = np.array([len(ids) for ids in sequences])
         start = np.concatenate([[0], np.cumsum(lengths)])
@@ -59,10 +59,10 @@ class Reader:
             "sequence": np.repeat(np.arange(len(sequences)), lengths) + first_sequence,
             "position": np.arange(start[-1]) - np.repeat(start[:-1], lengths),
             "token_id": np.concatenate(sequences),
-            "phase": np.full(start[-1], store.PROMPT, np.uint8),
+            "phase": np.full(start[-1], shards.PROMPT, np.uint8),
             **tokens.arrays,
         }
-        return store.MemoryPart(arrays, {name: rows.sorted() for name, rows in sites.items()})
+        return shards.MemoryPart(arrays, {name: rows.sorted() for name, rows in sites.items()})
 
     def placed(self, sequences: list[np.ndarray]) -> Iterator[tuple[np.ndarray, torch.Tensor, Raw, torch.Tensor]]:
         """(tokens, counted through all sequences [n]; their rows in the batch [n]; raw signals; last hidden states).

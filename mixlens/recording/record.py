@@ -25,7 +25,7 @@ from mixlens.models.provenance import describe
 from mixlens.recording.documents import OVERLONG, Documents, Piece, Tally, pieces_of
 from mixlens.recording.reader import Reader
 from mixlens.recording.recorder import PACKAGES
-from mixlens.trace import convert as saving
+from mixlens.trace import convert
 from mixlens.trace import shards as store
 from mixlens.trace.signals import DEFAULT, Signals, Site, parse_signals
 from mixlens.trace.trace import Trace, from_parts
@@ -162,7 +162,7 @@ def _record_to_disk(model: nn.Module, reader: Reader, writer: RunWriter, corpus:
                     part = reader.read([piece.ids for piece in shard.pieces], shard.first_sequence)
                     table = store.write_sequences(_sequence_rows(shard))
                     rows = {f"sequences-{shard.index:05d}.parquet": table}
-                    writer.commit_shard(shard.index, part.files(shard.index) | rows, saving.shard_counts(part))
+                    writer.commit_shard(shard.index, part.files(shard.index) | rows, convert.shard_counts(part))
                 bar.update(shard.documents)
     except KeyboardInterrupt:
         print(

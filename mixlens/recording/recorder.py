@@ -18,7 +18,7 @@ from mixlens.models.layout import moe_layers, n_experts
 from mixlens.models.provenance import describe
 from mixlens.recording.hooks import Raw, Tap, routing_arrays, site_array
 from mixlens.recording.logprobs import score
-from mixlens.trace import shards as store
+from mixlens.trace import shards
 from mixlens.trace.signals import DEFAULT, Signals, Site, parse_signals
 from mixlens.trace.trace import Trace, from_parts
 
@@ -100,7 +100,7 @@ class Recorder:
         rank = np.empty_like(order)
         rank[order] = np.arange(len(order))
         activations = {site.name: self._activations(site, rank) for site in self.signals.sites}
-        part = store.MemoryPart(columns, activations)
+        part = shards.MemoryPart(columns, activations)
         meta = {
             "source": "recorder",
             "created": now(),
@@ -191,7 +191,7 @@ class Recorder:
     def _keep_site(self, site: Site, raw: Raw, flat: np.ndarray, phase: np.ndarray) -> None:
         wanted = np.ones(len(flat), bool)
         if site.tokens in ("prompt", "generated"):
-            wanted = phase == (store.GENERATED if site.tokens == "generated" else store.PROMPT)
+            wanted = phase == (shards.GENERATED if site.tokens == "generated" else shards.PROMPT)
         value = site_array(raw, site.name, site.dtype, torch.from_numpy(flat[wanted]))
         self._sites.setdefault(site.name, []).append((self._n_recorded + np.flatnonzero(wanted), value))
 

@@ -8,8 +8,7 @@ import numpy as np
 
 from mixlens.comparison import Comparison
 from mixlens.core.text import shown
-from mixlens.plot import comparison
-from mixlens.plot import labels as wording
+from mixlens.plot import comparison, labels
 from mixlens.plot.bars_and_lines import by_layer
 from mixlens.plot.html import bullets, details, escape, paragraphs, picture
 from mixlens.plot.tables import html_table
@@ -23,7 +22,7 @@ def comparison_sections(compared: Comparison, _name: str = "") -> dict[str, str]
     missing = compared.missing()
     worst = flips.sel(measure="first_flip").isel(layer=int(flips.estimate.sel(measure="first_flip").argmax("layer")))
     found = [
-        f"Most first flips are in layer {worst.layer.item()}: {wording.with_interval(worst)} of tokens.",
+        f"Most first flips are in layer {worst.layer.item()}: {labels.with_interval(worst)} of tokens.",
         f"With an earlier flip {_mean(flips, 'after_flip')} of choices flip in a layer, on the mean over layers; "
         f"without one {_mean(flips, 'without_flip')}.",
     ]
@@ -37,7 +36,7 @@ def comparison_sections(compared: Comparison, _name: str = "") -> dict[str, str]
         margins = compared.flips_by_margin()
         html += _figure(comparison.flips_by_margin(margins), "Flips against the margin of the first run's router.")
     first, second = compared.names
-    text = f"How far {first} and {second} route the same tokens alike. {wording.sample(agreement)}."
+    text = f"How far {first} and {second} route the same tokens alike. {labels.sample(agreement)}."
     html += _figure(by_layer(agreement.sel(measure=["top1", "overlap"])), text)
     tables = html_table(agreement, "Agreement") + html_table(flips, "Flips")
     return {f"{first} and {second}": html + bullets(list(missing.values())) + details("Tables", tables)}

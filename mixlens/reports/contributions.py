@@ -6,7 +6,7 @@ import numpy as np
 import xarray as xr
 
 from mixlens import show
-from mixlens.plot import labels as wording
+from mixlens.plot import labels
 from mixlens.plot.html import bullets, details, paragraphs, picture
 from mixlens.plot.tables import html_table
 from mixlens.reports.importance import cells_apart, has_domains
@@ -24,7 +24,7 @@ def contribution_sections(contributions: xr.Dataset, name: str) -> dict[str, str
     intro = (
         "A chosen expert's weighted output, through the last norm held at its scale, onto the unembedding row of the "
         "token that came next less the mean row: what the expert adds to that token's logit directly, without effects "
-        f"through later layers. {wording.sample(whole)}."
+        f"through later layers. {labels.sample(whole)}."
     )
     sections = {
         "Contribution of experts": paragraphs(intro)
@@ -50,7 +50,7 @@ def topk_sections(measured: xr.Dataset, name: str) -> dict[str, str]:
     own = int(whole.attrs["own_k"])
     intro = (
         f"Every token chose k experts, weights renormalised, on the same tokens. The model's own k is {own}. "
-        f"{wording.sample(whole)}."
+        f"{labels.sample(whole)}."
     )
     html = (
         paragraphs(intro)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from mixlens.plot import labels as wording
+from mixlens.plot import labels
 from mixlens.reports.analysis import Analysis
 
 
@@ -20,7 +20,7 @@ def findings(analysis: Analysis) -> list[str]:
 
 def furthest(data: xr.Dataset) -> xr.Dataset | None:
     """The one number furthest from uniform, or the largest where there is no uniform; None when all are missing."""
-    expected = wording.uniform(data)
+    expected = labels.uniform(data)
     return _at(data, data["estimate"] if expected is None else abs(data["estimate"] - expected))
 
 
@@ -45,14 +45,14 @@ def place(cell: xr.Dataset) -> str:
     words = []
     for name, coord in cell.coords.items():
         if coord.ndim == 0 and name in cell["estimate"].coords:
-            value = wording.label(coord.item(), str(name))
+            value = labels.label(coord.item(), str(name))
             words.append(f"{name} {value}" if name in ("layer", "expert", "position_bin") else value)
     return ", ".join(words)
 
 
 def compared(data: xr.Dataset) -> str:
     """How many numbers lie above and below uniform, by their intervals."""
-    expected = wording.uniform(data)
+    expected = labels.uniform(data)
     if expected is None:
         return ""
     known = np.isfinite(data["estimate"])
@@ -63,7 +63,7 @@ def compared(data: xr.Dataset) -> str:
 
 
 def _n(cell: xr.Dataset) -> str:
-    return f"({wording.sample(cell)})"
+    return f"({labels.sample(cell)})"
 
 
 def _of_many(data: xr.Dataset) -> str:
@@ -75,8 +75,8 @@ def _share(data: xr.Dataset) -> list[str]:
     if cell is None:
         return []
     return [
-        f"Expert share furthest from uniform: {place(cell)}, {wording.with_interval(cell)} of assignments, where "
-        f"uniform routing gives {wording.uniform_text(data)} {_n(cell)}. {_of_many(data)}"
+        f"Expert share furthest from uniform: {place(cell)}, {labels.with_interval(cell)} of assignments, where "
+        f"uniform routing gives {labels.uniform_text(data)} {_n(cell)}. {_of_many(data)}"
     ]
 
 
@@ -87,7 +87,7 @@ def _balance(data: xr.Dataset) -> list[str]:
         return []
     return [
         f"Load is least even at layer {int(worst['layer'])}: coefficient of variation of the experts' loads "
-        f"{wording.with_interval(worst)}; most even at layer {int(best['layer'])}: {wording.with_interval(best)}; "
+        f"{labels.with_interval(worst)}; most even at layer {int(best['layer'])}: {labels.with_interval(best)}; "
         f"perfect balance is 0 {_n(worst)}."
     ]
 
@@ -97,8 +97,8 @@ def _specialization(data: xr.Dataset) -> list[str]:
     if cell is None:
         return []
     return [
-        f"Most specialised: {place(cell)}, chosen by {wording.with_interval(cell)} of the domain's tokens, where "
-        f"uniform routing gives {wording.uniform_text(data)} {_n(cell)}. {_of_many(data)}"
+        f"Most specialised: {place(cell)}, chosen by {labels.with_interval(cell)} of the domain's tokens, where "
+        f"uniform routing gives {labels.uniform_text(data)} {_n(cell)}. {_of_many(data)}"
     ]
 
 
@@ -109,7 +109,7 @@ def _information(data: xr.Dataset) -> list[str]:
         return []
     sure = int((excess["ci_low"] > 0).sum())
     return [
-        f"Expert and domain share the most information at layer {int(cell['layer'])}: {wording.with_interval(cell)} "
+        f"Expert and domain share the most information at layer {int(cell['layer'])}: {labels.with_interval(cell)} "
         f"above permuted domain labels {_n(cell)}. "
         f"The interval lies above 0 in {sure} of {excess.sizes['layer']} layers."
     ]
@@ -120,13 +120,13 @@ def _repetition(data: xr.Dataset) -> list[str]:
     for choice, name in (("first", "First choices"), ("either", "First or second choices")):
         part = data.sel(choice=choice)
         cell = furthest(part)
-        expected = wording.uniform(part)
+        expected = labels.uniform(part)
         if cell is None or expected is None:
             continue
-        chance = wording.number(float(expected), part)
+        chance = labels.number(float(expected), part)
         sentences.append(
             f"{name} of consecutive tokens repeat by chance in {chance}; measured {compared(part)} layers; furthest "
-            f"from it at layer {int(cell['layer'])}: {wording.with_interval(cell)} {_n(cell)}."
+            f"from it at layer {int(cell['layer'])}: {labels.with_interval(cell)} {_n(cell)}."
         )
     return sentences
 
@@ -136,9 +136,9 @@ def _entropy(data: xr.Dataset) -> list[str]:
     if low is None or high is None:
         return []
     return [
-        f"The router is most decided at layer {int(low['layer'])}, with an entropy of {wording.with_interval(low)}, "
-        f"and least at layer {int(high['layer'])}, with {wording.with_interval(high)}; "
-        f"uniform routing gives {wording.uniform_text(data)} {_n(low)}."
+        f"The router is most decided at layer {int(low['layer'])}, with an entropy of {labels.with_interval(low)}, "
+        f"and least at layer {int(high['layer'])}, with {labels.with_interval(high)}; "
+        f"uniform routing gives {labels.uniform_text(data)} {_n(low)}."
     ]
 
 
@@ -149,7 +149,7 @@ def _coactivation(data: xr.Dataset) -> list[str]:
     i, j = int(cell["expert"]), int(cell["expert_j"])
     return [
         f"Company furthest from uniform: at layer {int(cell['layer'])} tokens of expert {i} also go to expert {j} in "
-        f"{wording.with_interval(cell)}, where uniform routing gives {wording.uniform_text(data)} {_n(cell)}. "
+        f"{labels.with_interval(cell)}, where uniform routing gives {labels.uniform_text(data)} {_n(cell)}. "
         f"{_of_many(data)}"
     ]
 
@@ -164,7 +164,7 @@ def _transitions(data: xr.Dataset) -> list[str]:
     return [
         f"First choices of neighbouring layers hang together most between layers {layer} and {layer + gap}: mutual "
         f"information {float(best['mi_bits']):.3f} bits [{low:.3f}, {high:.3f}], independent layers give 0 "
-        f"(n = {n:,} tokens, {wording.counted(wording.span(best['n_documents']), 'document')})."
+        f"(n = {n:,} tokens, {labels.counted(labels.span(best['n_documents']), 'document')})."
     ]
 
 
@@ -174,7 +174,7 @@ def _vocabulary(data: xr.Dataset) -> list[str]:
         return []
     return [
         f"Token types keep to one expert most at layer {int(cell['layer'])}: on average "
-        f"{wording.with_interval(cell)} of a type's occurrences choose its most frequent expert {_n(cell)}."
+        f"{labels.with_interval(cell)} of a type's occurrences choose its most frequent expert {_n(cell)}."
     ]
 
 
@@ -187,8 +187,8 @@ def _predictability(data: xr.Dataset) -> list[str]:
     chance, context = there.sel(measure="majority"), there.sel(measure="token_and_previous")
     return [
         f"A token's identity predicts its first expert best at layer {int(cell['layer'])}: "
-        f"{wording.with_interval(cell)} of held-out tokens, against {wording.with_interval(chance)} from the most "
-        f"frequent expert alone and {wording.with_interval(context)} with the token before it known too {_n(cell)}."
+        f"{labels.with_interval(cell)} of held-out tokens, against {labels.with_interval(chance)} from the most "
+        f"frequent expert alone and {labels.with_interval(context)} with the token before it known too {_n(cell)}."
     ]
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import xarray as xr
 
 from mixlens import show
-from mixlens.plot import labels as wording
+from mixlens.plot import labels
 from mixlens.plot.html import bullets, details, paragraphs, picture
 from mixlens.plot.tables import html_table
 from mixlens.stats.importance import expert_importance
@@ -38,7 +38,7 @@ def has_domains(measured: xr.Dataset) -> bool:
 def _whole(data: xr.Dataset) -> str:
     intro = (
         f"Each expert of each layer in turn was {_HOW.get(str(data.attrs['how']), data.attrs['how'])}; the number is "
-        f"the change this makes, on the same tokens. {_value(data)}. {wording.sample(data)}."
+        f"the change this makes, on the same tokens. {_value(data)}. {labels.sample(data)}."
     )
     return (
         paragraphs(intro)
@@ -64,10 +64,10 @@ def cells_apart(data: xr.Dataset, unit: str) -> list[str]:
     order = np.argsort(-np.abs(flat["estimate"].where(apart).fillna(0).to_numpy()), kind="stable")
     named = [flat.isel(cell=int(i)) for i in order[:_MOST_NAMED] if bool(apart[int(i)])]
     if not named:
-        return [f"No number is told apart from 0 at the {wording.level(data)}."]
+        return [f"No number is told apart from 0 at the {labels.level(data)}."]
     return [
         f"{f'{cell.domain.item()}: ' if 'domain' in cell.coords else ''}layer {cell.layer.item()}, expert "
-        f"{cell.expert.item()}: {wording.with_interval(cell)} {unit}{_use(cell)}"
+        f"{cell.expert.item()}: {labels.with_interval(cell)} {unit}{_use(cell)}"
         for cell in named
     ]
 

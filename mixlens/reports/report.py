@@ -11,11 +11,11 @@ import xarray as xr
 
 from mixlens.bench.report import speed_sections
 from mixlens.comparison import Comparison
-from mixlens.core import run_dir as run_files
+from mixlens.core import run_dir
 from mixlens.errors import BadInput, MixlensError
 from mixlens.evals.report import score_comparison_sections, score_sections
 from mixlens.live.page import page
-from mixlens.plot import labels as wording
+from mixlens.plot import labels
 from mixlens.plot.html import escape, paragraphs
 from mixlens.pricing.report import tradeoff_sections
 from mixlens.registry import open as open_any
@@ -113,7 +113,7 @@ def _open(run: RunOrPath, number: int) -> tuple[str, Any, str]:
 
 def _model(run: Any) -> str:
     if isinstance(run, Trace):
-        return wording.model_name(run)
+        return labels.model_name(run)
     return Path(str(run.attrs["model"] if isinstance(run, xr.Dataset) else run.meta["model"]["name"])).name
 
 
@@ -143,7 +143,7 @@ def _page(title: str, blocks: list[tuple[str, str]]) -> str:
     body = "".join(
         f'<section id="s{i}"><h2>{escape(heading)}</h2>{html}</section>' for i, (heading, html) in enumerate(blocks)
     )
-    made = f"mixlens {run_files.versions('mixlens').get('mixlens', '')}, {run_files.now()}"
+    made = f"mixlens {run_dir.versions('mixlens').get('mixlens', '')}, {run_dir.now()}"
     return page(
         title,
         f'<nav aria-label="sections"><ul>{links}</ul></nav>'

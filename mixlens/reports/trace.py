@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mixlens import show, view
-from mixlens.core import run_dir as runs
-from mixlens.plot import labels as wording
+from mixlens.core import run_dir
+from mixlens.plot import labels
 from mixlens.plot.html import bullets, details, escape, paragraphs, picture
 from mixlens.plot.tables import html_table
 from mixlens.reports.analysis import Analysis
@@ -27,7 +27,7 @@ _FEW_DOCUMENTS = 20
 def summary(analysis: Analysis) -> str:
     trace = analysis.trace
     facts = {
-        "model": wording.model_name(trace),
+        "model": labels.model_name(trace),
         "tokens": f"{trace.n_tokens:,}",
         "sequences": f"{len(trace.sequences):,}",
         "documents": f"{analysis.n_documents:,}",
@@ -73,7 +73,7 @@ def shares(analysis: Analysis) -> str:
         for measure in ("cv", "switch_loss"):
             part = balance.sel(measure=measure)
             if np.isfinite(part["estimate"]).any():
-                parts.append(_figure(show.by_layer(part), part, f"{wording.label(measure)}, by layer."))
+                parts.append(_figure(show.by_layer(part), part, f"{labels.label(measure)}, by layer."))
         parts.append(_table(balance, "Load balance"))
     return _figures_first(parts)
 
@@ -112,13 +112,13 @@ def sequence(analysis: Analysis) -> str:
     if by_domain is not None:
         for choice in ("first", "either"):
             part = by_domain.sel(choice=choice)
-            text = f"{wording.label(choice).capitalize()} in consecutive tokens of a sequence."
+            text = f"{labels.label(choice).capitalize()} in consecutive tokens of a sequence."
             parts.append(_figure(show.repetition(by_domain, choice=choice, published=reference), part, text))
         parts.append(_table(by_domain, "Repetition"))
         parts.append(_published(reference))
     if (data := analysis.found.get("position_profile")) is not None:
         text = "Share of assignments by position in the sequence, at the middle layer."
-        parts.append(_figure(show.specialization(data), wording.at_layer(data, None), text))
+        parts.append(_figure(show.specialization(data), labels.at_layer(data, None), text))
         parts.append(_table(data, "Expert share by position"))
     return _figures_first(parts)
 
@@ -177,10 +177,10 @@ def missing(analysis: Analysis) -> str:
 def methods(analysis: Analysis) -> str:
     entries, seen = [], set()
     for data in analysis.found.values():
-        if wording.statistic(data) not in seen:
-            seen.add(wording.statistic(data))
+        if labels.statistic(data) not in seen:
+            seen.add(labels.statistic(data))
             entries.append(
-                f"<dt>{escape(wording.title(data))}</dt><dd><code>{escape(data.attrs.get('formula', ''))}</code></dd>"
+                f"<dt>{escape(labels.title(data))}</dt><dd><code>{escape(data.attrs.get('formula', ''))}</code></dd>"
                 f"<dd>Source: {escape(data.attrs.get('source', ''))}.</dd>"
             )
     first = next(iter(analysis.found.values()), None)
@@ -190,7 +190,7 @@ def methods(analysis: Analysis) -> str:
 
 def _how(data: xr.Dataset) -> str:
     return (
-        f"Intervals: {wording.level(data)}s from {data.attrs['replicates']:,} bootstrap replicates over documents "
+        f"Intervals: {labels.level(data)}s from {data.attrs['replicates']:,} bootstrap replicates over documents "
         f"(seed {data.attrs['seed']}), since the tokens of one document are not independent. They are not corrected "
         "for looking at many numbers at once."
     )
@@ -205,12 +205,12 @@ def provenance(analysis: Analysis) -> str:
     if files:
         size = sum(entry["bytes"] for entry in files.values())
         lines.append(f"{len(files)} files of {size:,} bytes in total, each with a sha256 checksum in meta.json.")
-    versions = runs.versions("mixlens", "numpy", "pandas", "xarray", "matplotlib")
+    versions = run_dir.versions("mixlens", "numpy", "pandas", "xarray", "matplotlib")
     shown = ", ".join(f"{name} {number}" for name, number in versions.items())
-    lines.append(f"Report written {runs.now()} with {shown}.")
+    lines.append(f"Report written {run_dir.now()} with {shown}.")
     parts = [paragraphs(*lines), _json("meta.json", meta)]
     if trace.path is not None:
-        parts.append(_json("plan.json", runs.open_run(trace.path, check=False).plan))
+        parts.append(_json("plan.json", run_dir.open_run(trace.path, check=False).plan))
     return "".join(parts)
 
 
@@ -231,10 +231,10 @@ SECTIONS = {
 
 def _figure(drawn: Axes | Figure, data: xr.Dataset, text: str) -> str:
     cell = furthest(data)
-    far = "" if cell is None else f" Furthest from uniform: {place(cell)}, {wording.with_interval(cell)}."
-    if wording.uniform(data) is None:
+    far = "" if cell is None else f" Furthest from uniform: {place(cell)}, {labels.with_interval(cell)}."
+    if labels.uniform(data) is None:
         far = far.replace("Furthest from uniform", "Largest")
-    about = [wording.sample(data), f"{wording.level(data)}s over documents", wording.uniform_note(data)]
+    about = [labels.sample(data), f"{labels.level(data)}s over documents", labels.uniform_note(data)]
     return picture(drawn, f"{text}{far}", f"{text} {'; '.join(a for a in about if a)}.")
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from mixlens.errors import BadInput
-from mixlens.trace import shards as store
+from mixlens.trace import shards
 
 
 def part_of_arrays(
@@ -19,7 +19,7 @@ def part_of_arrays(
     router_logits: Any,
     tokens: Mapping[Any, Any] | pd.DataFrame,
     sequences: pd.DataFrame | None,
-) -> tuple[store.MemoryPart, pd.DataFrame]:
+) -> tuple[shards.MemoryPart, pd.DataFrame]:
     """The part and the sequence table of `Trace.from_arrays`, whose docstring has the shapes and errors."""
     ids = np.asarray(expert_id)
     if ids.ndim != 3 or not np.issubdtype(ids.dtype, np.integer):
@@ -39,20 +39,20 @@ def part_of_arrays(
     n, n_layers, top_k = ids.shape
     arrays: dict[str, np.ndarray] = {"expert_id": ids.astype(np.uint8)}
     if weight is not None:
-        arrays["weight"] = store.pack_weights(_shaped("weight", weight, (n, n_layers, top_k)))
+        arrays["weight"] = shards.pack_weights(_shaped("weight", weight, (n, n_layers, top_k)))
     if router_logits is not None:
         logits = _shaped("router_logits", router_logits, (n, n_layers, n_experts))
         arrays["router_logits"] = logits.astype(np.float16)
     given = {str(name): np.asarray(values) for name, values in dict(tokens).items()}
     for name, values in given.items():
-        if name not in store.TOKEN_COLUMNS:
+        if name not in shards.TOKEN_COLUMNS:
             raise BadInput(
                 f"A trace was to be made with the token column {name!r}. Tokens have the columns "
-                f"{', '.join(store.TOKEN_COLUMNS)}. Put what belongs to a whole sequence into sequences=.",
+                f"{', '.join(shards.TOKEN_COLUMNS)}. Put what belongs to a whole sequence into sequences=.",
                 argument="tokens",
                 value=name,
             )
-        arrays[name] = _shaped(name, values, (n,)).astype(store.TOKEN_COLUMNS[name])
+        arrays[name] = _shaped(name, values, (n,)).astype(shards.TOKEN_COLUMNS[name])
     sequence = arrays.setdefault("sequence", np.zeros(n, np.int64))
     if n and (sequence[0] != 0 or not np.isin(np.diff(sequence), (0, 1)).all()):
         raise BadInput(
@@ -63,7 +63,7 @@ def part_of_arrays(
     length = np.bincount(sequence)
     starts = np.concatenate([[0], np.cumsum(length)])
     arrays.setdefault("position", np.arange(n) - starts[sequence])
-    arrays.setdefault("phase", np.full(n, store.PROMPT, np.uint8))
+    arrays.setdefault("phase", np.full(n, shards.PROMPT, np.uint8))
     if sequences is not None and not isinstance(sequences, pd.DataFrame):
         raise BadInput(
             f"Cannot make a trace: sequences= takes a DataFrame, got {type(sequences).__name__}. Give one row for "
@@ -79,7 +79,7 @@ def part_of_arrays(
             argument="sequences",
             value=len(table),
         )
-    return store.MemoryPart(arrays), table.reset_index(drop=True).assign(length=length)
+    return shards.MemoryPart(arrays), table.reset_index(drop=True).assign(length=length)
 
 
 def _shaped(name: str, values: Any, shape: tuple[int, ...]) -> np.ndarray:

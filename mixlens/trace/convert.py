@@ -16,7 +16,7 @@ import xarray as xr
 
 from mixlens.core.run_dir import RunWriter, now, versions
 from mixlens.errors import BadInput
-from mixlens.trace import shards as store
+from mixlens.trace import shards
 
 if TYPE_CHECKING:
     from mixlens.trace.trace import Trace
@@ -45,16 +45,16 @@ def save(trace: Trace, path: str | os.PathLike) -> None:
     for index, block in enumerate(trace.blocks(*trace.signals)):
         block["sequence"] = renumber.loc[block["sequence"]].to_numpy()
         if "weight" in block:
-            block["weight"] = store.pack_weights(block["weight"])
+            block["weight"] = shards.pack_weights(block["weight"])
         lengths += np.bincount(block["sequence"], minlength=len(lengths))
-        part = store.MemoryPart(block)
+        part = shards.MemoryPart(block)
         counts.append(shard_counts(part))
         writer.commit_shard(index, part.files(index), counts[-1])
     frame = trace.sequences.reset_index(drop=True).assign(length=lengths)
     finish(writer, frame, trace.vocabulary, run_meta(trace, counts, {"created": now(), **_kept(trace.meta)}))
 
 
-def shard_counts(part: store.MemoryPart) -> dict[str, int]:
+def shard_counts(part: shards.MemoryPart) -> dict[str, int]:
     return {"tokens": part.n_tokens, "first_sequence": part.first_sequence, "last_sequence": part.last_sequence}
 
 
@@ -78,15 +78,15 @@ def run_meta(trace: Trace, counts: list[dict[str, int]], provenance: dict[str, A
 
 
 def finish(writer: RunWriter, frame: pd.DataFrame, vocabulary: pd.Series | None, meta: dict[str, Any]) -> None:
-    files = {"sequences.parquet": store.write_sequences(frame)}
+    files = {"sequences.parquet": shards.write_sequences(frame)}
     if vocabulary is not None:
-        files["vocabulary.parquet"] = store.write_vocabulary(vocabulary)
+        files["vocabulary.parquet"] = shards.write_vocabulary(vocabulary)
     writer.finish(meta, files)
 
 
 def long_tables(trace: Trace) -> Iterator[pd.DataFrame]:
     """One row for every token, layer and slot, block by block, with the token's columns repeated."""
-    token_names = [name for name in trace.signals if name in store.TOKEN_COLUMNS]
+    token_names = [name for name in trace.signals if name in shards.TOKEN_COLUMNS]
     routing = [name for name in trace.signals if name in ("expert_id", "weight")]
     for block in trace.blocks(*token_names, *routing):
         shape = block["expert_id"].shape

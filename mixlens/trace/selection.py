@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from mixlens.errors import BadInput
-from mixlens.trace import shards as store
+from mixlens.trace import shards
 from mixlens.trace.shards import Part
 
 
@@ -82,7 +82,7 @@ def conditions(source: Source, start: int, stop: int) -> np.ndarray | None:
 def column(source: Source, name: str, start: int, stop: int, keep: np.ndarray | None) -> np.ndarray:
     values = source.part.read(name, start, stop)
     values = values if keep is None else values[keep]
-    if name in store.ROUTING and source.layer_index is not None:
+    if name in shards.ROUTING and source.layer_index is not None:
         values = values[:, list(source.layer_index)]
     return values + source.offset if name == "sequence" else values
 

@@ -17,7 +17,7 @@ import xarray as xr
 from mixlens.core.distributed import processes
 from mixlens.core.run_dir import open_run
 from mixlens.errors import BadInput, MissingSignal
-from mixlens.trace import shards as store
+from mixlens.trace import shards
 from mixlens.trace.arrays import part_of_arrays
 from mixlens.trace.detokenize import display_pieces
 from mixlens.trace.selection import Source, column, conditions, keep_tokens, row_mask, spans
@@ -98,11 +98,11 @@ class Trace:
                 value=run.kind,
             )
         parts = [DiskPart(run, index, run.meta["top_k"]) for index in range(run.meta["shards"])]
-        frame = store.read_sequences(run.file("sequences.parquet"))
+        frame = shards.read_sequences(run.file("sequences.parquet"))
         trace = from_parts(parts, frame, run.meta, run.meta["layers"])
         trace.path = Path(path)
         if "vocabulary.parquet" in run.meta["files"]:
-            trace._vocabulary = store.read_vocabulary(run.file("vocabulary.parquet"))
+            trace._vocabulary = shards.read_vocabulary(run.file("vocabulary.parquet"))
         return trace
 
     def save(self, path: str | os.PathLike) -> Trace:
@@ -131,7 +131,7 @@ class Trace:
     def signals(self) -> tuple[str, ...]:
         known = [s.part.names for s in self._sources] or [frozenset(self.meta.get("signals", ()))]
         shared = frozenset.intersection(*known)
-        order = [*store.TOKEN_COLUMNS, *store.ROUTING, *store.NEXT_TOKEN]
+        order = [*shards.TOKEN_COLUMNS, *shards.ROUTING, *shards.NEXT_TOKEN]
         return tuple(name for name in order if name in shared)
 
     @property
@@ -190,7 +190,7 @@ class Trace:
         if self._sources:
             return column(self._sources[0], name, 0, 0, None)
         shapes = {"expert_id": self.top_k, "weight": self.top_k, "router_logits": self.n_experts}
-        return np.zeros((0, self.n_layers, shapes[name]) if name in shapes else 0, store._dtype(name))
+        return np.zeros((0, self.n_layers, shapes[name]) if name in shapes else 0, shards._dtype(name))
 
     def activations(self, site: str) -> xr.DataArray:
         """Recorded activations of `site` [token, layer, ...] with coordinates sequence, position and layer.
@@ -379,7 +379,7 @@ def _ranges(layers: np.ndarray) -> str:
 
 
 def _remedy(signal: str) -> str:
-    if signal in ("router_logits", "logprob", "weight", *store.NEXT_TOKEN):
-        asked = "top_logprobs" if signal in store.NEXT_TOKEN else signal
+    if signal in ("router_logits", "logprob", "weight", *shards.NEXT_TOKEN):
+        asked = "top_logprobs" if signal in shards.NEXT_TOKEN else signal
         return f'Record with a local model: ml.record(ml.load(...), ..., signals=["{asked}"]).'
     return f"Give {signal} in tokens= of Trace.from_arrays, or record with a local model."
