@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     from mixlens.models.provenance import Audit, audit
     from mixlens.pricing.providers import listed_prices, provider_table
     from mixlens.recording.compiled import CompiledRecorder
-    from mixlens.recording.record import RecordSettings, record
+    from mixlens.recording.corpus import RecordSettings
+    from mixlens.recording.record import record
     from mixlens.recording.recorder import Recorder
     from mixlens.reports.report import report
     from mixlens.trace.signals import Site
@@ -68,7 +69,7 @@ _HOME = {
     "MixlensError": "mixlens.errors",
     "ModelError": "mixlens.errors",
     "RunError": "mixlens.errors",
-    "RecordSettings": "mixlens.recording.record",
+    "RecordSettings": "mixlens.recording.corpus",
     "Recorder": "mixlens.recording.recorder",
     "Site": "mixlens.trace.signals",
     "Speed": "mixlens.experiments.pareto",

@@ -23,8 +23,9 @@ from mixlens.evals.runner import EvalSettings, evaluate
 from mixlens.live.tokens import packed_tokens
 from mixlens.live.widget import ViewWidget
 from mixlens.models.layout import input_device, moe_layers
+from mixlens.recording.corpus import RecordSettings, tokenizer_of, vocabulary_of
 from mixlens.recording.documents import Documents
-from mixlens.recording.record import RecordSettings, record, tokenizer_of, vocabulary_of
+from mixlens.recording.record import record
 from mixlens.recording.recorder import Recorder
 from mixlens.trace.trace import Trace, concat
 

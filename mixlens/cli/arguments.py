@@ -14,7 +14,7 @@ from mixlens.errors import BadInput
 if TYPE_CHECKING:
     import xarray as xr
 
-    from mixlens.recording.record import RecordSettings
+    from mixlens.recording.corpus import RecordSettings
 
 
 def reading_arguments(parser: argparse.ArgumentParser) -> None:

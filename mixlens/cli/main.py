@@ -134,7 +134,8 @@ def _command(commands: Any, name: str, run: Callable[..., Any], what: str) -> ar
 
 
 def _record(arguments: argparse.Namespace) -> dict[str, Any]:
-    from mixlens.recording.record import RecordSettings, record
+    from mixlens.recording.corpus import RecordSettings
+    from mixlens.recording.record import record
 
     documents, model, settings = read(arguments, RecordSettings())
     signals = [name for name in arguments.signals.split(",") if name]

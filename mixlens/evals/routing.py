@@ -13,7 +13,7 @@ import xarray as xr
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.errors import BadInput, MissingSignal
 from mixlens.evals.log import ROUTING, Log
-from mixlens.recording.record import vocabulary_of
+from mixlens.recording.corpus import vocabulary_of
 from mixlens.recording.recorder import Recorder
 from mixlens.stats.agreement import agreement
 from mixlens.stats.routing import expert_share

@@ -16,10 +16,9 @@ from mixlens.interventions.hooks import top_k_of
 from mixlens.models.layout import decoder_of, final_scale, moe_layers, n_experts
 from mixlens.models.provenance import describe
 from mixlens.models.quantization.linears import dequantized
-from mixlens.recording.corpus import Corpus, lengths_of, measure_documents, sum_documents
+from mixlens.recording.corpus import Corpus, RecordSettings, Shard, lengths_of, measure_documents, sum_documents
 from mixlens.recording.hooks import routing_arrays
 from mixlens.recording.reader import Reader
-from mixlens.recording.record import RecordSettings, Shard
 from mixlens.stats import contributions as stats
 from mixlens.trace.signals import Signals, Site, parse_signals
 

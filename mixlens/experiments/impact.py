@@ -17,11 +17,19 @@ from mixlens.errors import BadInput, ModelError
 from mixlens.interventions.edits import edit, replay
 from mixlens.interventions.hooks import top_k_of
 from mixlens.models.layout import expert_weights, moe_layers, n_experts
-from mixlens.models.provenance import describe
-from mixlens.recording.corpus import Corpus, lengths_of, measure_documents, sum_documents
+from mixlens.models.provenance import describe, identity
+from mixlens.recording.corpus import (
+    Corpus,
+    RecordSettings,
+    Shard,
+    lengths_of,
+    measure_documents,
+    sum_documents,
+    tokenizer_of,
+    vocabulary_of,
+)
 from mixlens.recording.hooks import Raw, gather
 from mixlens.recording.reader import Reader, batches
-from mixlens.recording.record import RecordSettings, Shard, tokenizer_of, vocabulary_of
 from mixlens.stats.impact import CONDITIONS, KIND, MATRICES, Impact
 from mixlens.trace.signals import parse_signals
 from mixlens.trace.trace import Trace
@@ -62,7 +70,7 @@ def quantization_impact(
         tokenizer = tokenizer_of(model_a)
         same_tokenizer(vocabulary_of(tokenizer), _vocabulary_of(model_b))
     corpus = Corpus.of(model_a, documents, tokenizer, settings)
-    other = {key: value for key, value in describe(model_b).items() if key not in ("devices", "class")}
+    other = identity(describe(model_b))
     pair = _Pair(model_a, model_b, corpus.batch_tokens, force_weights)
     measured = measure_documents(
         model_a, corpus, KIND, measure=pair.measure, about={"other": other, "force_weights": force_weights}, out=out

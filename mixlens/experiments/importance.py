@@ -19,8 +19,7 @@ from mixlens.experiments.ablator import Ablator, Metric
 from mixlens.interventions.activations import digest_of
 from mixlens.interventions.where import whole_numbers
 from mixlens.models.layout import moe_layers
-from mixlens.recording.corpus import Corpus, lengths_of, measure_documents, sum_documents
-from mixlens.recording.record import RecordSettings, Shard
+from mixlens.recording.corpus import Corpus, RecordSettings, Shard, lengths_of, measure_documents, sum_documents
 from mixlens.stats import importance as stats
 
 SETTINGS = RecordSettings(shard_tokens=4096)

@@ -25,13 +25,12 @@ from mixlens.core.run_dir import META, RunWriter, now, open_run, versions
 from mixlens.errors import BadInput
 from mixlens.experiments.impact import SETTINGS, quantization_impact
 from mixlens.models.load import load
-from mixlens.models.provenance import audit, describe
+from mixlens.models.provenance import audit, describe, identity
 from mixlens.models.quantization.checkpoint import skeleton_of
 from mixlens.models.quantization.linears import require
 from mixlens.plot.comparison import pareto as draw
 from mixlens.plot.style import own_figure
-from mixlens.recording.corpus import Corpus
-from mixlens.recording.record import RecordSettings
+from mixlens.recording.corpus import Corpus, RecordSettings
 from mixlens.recording.recorder import PACKAGES
 from mixlens.stats.impact import Impact
 from mixlens.stats.pareto import COLUMNS, KIND, TABLE, Pareto
@@ -90,7 +89,7 @@ def pareto(
         )
     documents = documents if hasattr(documents, "__getitem__") else list(documents)
     original = load(model, verbose=False, **loading)
-    described = {key: value for key, value in describe(original).items() if key not in ("devices", "class")}
+    described = identity(describe(original))
     first = described["audit"]["label"]
     if first in names:
         raise BadInput(

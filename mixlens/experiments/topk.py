@@ -15,9 +15,8 @@ from mixlens.interventions.edits import edit
 from mixlens.interventions.edits import top_k as choose
 from mixlens.interventions.where import whole_numbers
 from mixlens.models.layout import moe_layers, n_experts, top_k
-from mixlens.recording.corpus import Corpus, lengths_of, measure_documents, sum_documents
+from mixlens.recording.corpus import Corpus, RecordSettings, Shard, lengths_of, measure_documents, sum_documents
 from mixlens.recording.reader import Reader
-from mixlens.recording.record import RecordSettings, Shard
 from mixlens.stats import topk as stats
 from mixlens.trace.signals import Signals, parse_signals
 

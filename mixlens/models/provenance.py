@@ -300,6 +300,11 @@ def describe(model: nn.Module) -> dict[str, Any]:
     }
 
 
+def identity(described: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the part of a description that decides what a run records: a run resumes on other devices."""
+    return {key: value for key, value in described.items() if key not in ("devices", "class")}
+
+
 def _router_fingerprint(model: nn.Module) -> str | None:
     """Hash of all router weights: tells checkpoints of one architecture apart. None where they are offloaded."""
     digest = hashlib.sha256()

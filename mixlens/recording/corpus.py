@@ -1,11 +1,12 @@
-"""Measuring documents shard by shard: in memory, or as a run that resumes, in one process or several."""
+"""Documents through a model shard by shard: in memory, or as a run that resumes, in one process or several."""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +18,20 @@ from safetensors.numpy import save_file
 from torch import nn
 from tqdm import tqdm
 
-from mixlens.core.distributed import Processes, processes
+from mixlens.core.distributed import processes
 from mixlens.core.run_dir import RunWriter, now, versions
 from mixlens.errors import BadInput
 from mixlens.interventions.hooks import edits_of, top_k_of
-from mixlens.models.layout import n_experts
-from mixlens.models.provenance import describe
-from mixlens.recording.documents import Documents, Tally
-from mixlens.recording.record import (
-    RecordSettings,
-    Shard,
-    batch_size,
-    length_limit,
-    shards_of,
-    tokenizer_of,
-    vocabulary_of,
-)
+from mixlens.models.hub import tokenizer_beside
+from mixlens.models.layout import context_length, input_device, n_experts
+from mixlens.models.provenance import describe, identity
+from mixlens.recording.documents import OVERLONG, Documents, Piece, Tally, pieces_of
 from mixlens.recording.recorder import PACKAGES
 from mixlens.stats.measured import VOCABULARY, Measured, read_measured
 from mixlens.trace import shards as store
 
-Measure = Callable[[Shard], dict[str, np.ndarray]]
-# What measurements call their own numbers and axes, beside which the documents' columns are to stand.
+_DESCRIPTIONS = {"trace": "recording"}  # of progress bars, where they differ from the kind of run
+# Names of measured quantities and their axes: no column of the documents may have one.
 _TAKEN = frozenset({
     "change", "chosen", "condition", "error", "expert", "expert_id", "first_weight", "k", "kl", "layer", "logit",
     "loss", "matrix", "next_id", "norm", "peak", "piece", "position", "same_first", "same_top", "shared", "size",
@@ -47,42 +40,80 @@ _TAKEN = frozenset({
 
 
 @dataclass(frozen=True)
+class RecordSettings:
+    """How documents are read.
+
+    text          name of the text column
+    max_length    tokens a sequence; None for the model's context
+    overlong      what happens to a longer document: "error", "truncate" (counted), or "split" into sequences
+    batch_tokens  tokens a forward, padding included; None for 4,096 on a CPU and 16,384 on an accelerator. A longer
+                  sequence is read alone, in chunks of this size, with a key-value cache
+    shard_tokens  tokens after which a shard is closed; a killed run loses at most the open shard
+    progress      whether to show a progress bar
+    """
+
+    text: str = "text"
+    max_length: int | None = None
+    overlong: str = "error"
+    batch_tokens: int | None = None
+    shard_tokens: int = 65_536
+    progress: bool = True
+
+
+@dataclass(frozen=True)
+class Shard:
+    index: int
+    first_sequence: int
+    documents: int
+    pieces: list[Piece]
+
+
+@dataclass(frozen=True)
 class Corpus:
-    """Documents, and how a model is to read them."""
+    """Documents, and how a model reads them: fixed slices, whoever computes them."""
 
     documents: Documents
     tokenizer: Any
     limit: int
     batch_tokens: int
     settings: RecordSettings
+    tally: Tally = field(default_factory=Tally)
 
     @staticmethod
     def of(model: nn.Module, documents: Iterable[Any], tokenizer: Any, settings: RecordSettings) -> Corpus:
-        """Raises BadInput for documents that cannot be read as asked, or have a column called like what is measured."""
-        limit, tokens = length_limit(model, settings), batch_size(model, settings)
+        """Raises BadInput for documents that cannot be read as the settings say."""
+        batch_tokens = batch_size(model, settings)
+        tokenizer = tokenizer if tokenizer is not None else tokenizer_of(model)
         checked = Documents(documents, settings.text)
-        if taken := sorted(_TAKEN & next(iter(checked)).columns.keys()):
-            raise BadInput(
-                f"Documents were to be measured. They have a column called {', '.join(taken)}, as numbers that mixlens "
-                "measures are. Rename it.",
-                argument=taken[0],
-                value=taken,
-            )
-        return Corpus(
-            checked,
-            tokenizer if tokenizer is not None else tokenizer_of(model),
-            limit,
-            tokens,
-            settings,
-        )
+        return Corpus(checked, tokenizer, length_limit(model, settings), batch_tokens, settings)
 
     def shards(self) -> Iterator[Shard]:
-        return shards_of(self.documents, self.tokenizer, self.limit, self.settings, Tally())
+        """Slices of the documents; a shard closes with the document that fills it."""
+        index, first, tokens, count, pieces = 0, 0, 0, 0, []
+        for document in self.documents:
+            ids = self.tokenizer(document.text)["input_ids"]
+            pieces += (new := pieces_of(document, ids, self.limit, self.settings.overlong, self.tally))
+            tokens, count = tokens + sum(len(piece.ids) for piece in new), count + 1
+            if tokens >= self.settings.shard_tokens:
+                yield Shard(index, first, count, pieces)
+                index, first, tokens, count, pieces = index + 1, first + len(pieces), 0, 0, []
+        if pieces:
+            yield Shard(index, first, count, pieces)
+
+    def progress(self, description: str, *, leads: bool = True) -> Iterator[Shard]:
+        """The shards, under a progress bar over documents in the process that leads."""
+        hidden = not (self.settings.progress and leads)
+        with tqdm(total=self.documents.count, unit="doc", disable=hidden, desc=description) as bar:
+            for shard in self.shards():
+                yield shard
+                bar.update(shard.documents)
 
     def vocabulary(self) -> pd.Series | None:
+        """Raw pieces by token id, where the tokenizer can tell them."""
         return vocabulary_of(self.tokenizer)
 
     def plan(self) -> dict[str, Any]:
+        """The settings that decide what is recorded, and a hash of the documents."""
         return {
             "input_sha256": self.documents.digest,
             "documents": self.documents.count,
@@ -94,12 +125,48 @@ class Corpus:
         }
 
 
+def run_shards(
+    out: str | os.PathLike,
+    kind: str,
+    plan: dict[str, Any],
+    corpus: Corpus,
+    commit: Callable[[RunWriter, Shard], None],
+    finish: Callable[[RunWriter], None],
+) -> None:
+    """Compute every shard of a corpus into a run directory. A run that was stopped resumes; a complete one is left.
+
+    Under `accelerate launch` every process commits its share of the shards, and the one that leads finishes the run.
+
+    Raises RunError when `out` holds something else or cannot be written.
+    """
+    peers = processes()
+    if not peers.leads:
+        peers.wait()
+    writer = RunWriter(out, kind, plan, leader=peers.leads)
+    if peers.leads:
+        peers.wait()
+    if not writer.complete:
+        done = writer.done
+        try:
+            for shard in corpus.progress(_DESCRIPTIONS.get(kind, kind), leads=peers.leads):
+                if shard.index % peers.world == peers.rank and shard.index not in done:
+                    commit(writer, shard)
+        except KeyboardInterrupt:
+            told = f"{len(writer.done)} shards are complete in {writer.path}; the same call resumes from there."
+            print(f"\nStopped. {told}", file=sys.stderr)
+            raise
+        peers.wait()
+        if peers.leads:
+            finish(writer)
+    peers.wait()
+
+
 def measure_documents(
     model: nn.Module,
     corpus: Corpus,
     kind: str,
     *,
-    measure: Measure,
+    measure: Callable[[Shard], dict[str, np.ndarray]],
     about: Mapping[str, Any],
     out: str | os.PathLike | None,
     vocabulary: bool = False,
@@ -112,8 +179,16 @@ def measure_documents(
                 `accelerate launch` every process then measures its share of the shards, and each gets the whole
     vocabulary  whether the run keeps the pieces of the tokenizer
 
-    Raises RunError when `out` holds something else or cannot be written.
+    Raises BadInput where a column of the documents is called like a measured quantity; RunError when `out` holds
+    something else or cannot be written.
     """
+    if taken := sorted(_TAKEN & next(iter(corpus.documents)).columns.keys()):
+        raise BadInput(
+            f"Cannot measure these documents: their column {', '.join(taken)} has the name of a measured quantity. "
+            "Rename it.",
+            argument=taken[0],
+            value=taken,
+        )
     meta = {
         "created": now(),
         "model": describe(model),
@@ -122,26 +197,27 @@ def measure_documents(
         "top_k": top_k_of(model),
         **about,
     }
+    pieces = corpus.vocabulary() if vocabulary else None
     if out is None:
-        parts = [(measure(shard), documents_of(shard)) for shard in _progress(corpus, kind, leads=True)]
+        parts = [(measure(shard), documents_of(shard)) for shard in corpus.progress(kind)]
         joined = {name: np.concatenate([arrays[name] for arrays, _ in parts]) for name in parts[0][0]}
         tables = pd.concat([table for _, table in parts], ignore_index=True)
         tables = tables.astype(object).where(tables.notna(), None)
-        return Measured(joined, tables, meta, corpus.vocabulary() if vocabulary else None)
-    described = {key: value for key, value in meta["model"].items() if key not in ("devices", "class")}
-    plan = {**corpus.plan(), "model": described, **about, **({"edits": e} if (e := edits_of(model)) else {})}
-    peers = processes()
-    if not peers.leads:
-        peers.wait()
-    writer = RunWriter(out, kind, plan, leader=peers.leads)
-    if peers.leads:
-        peers.wait()
-    if not writer.complete:
-        _measure_to_disk(writer, corpus, measure, peers)
-        peers.wait()
-        if peers.leads:
-            _finish(writer, meta, corpus.vocabulary() if vocabulary else None)
-    peers.wait()
+        return Measured(joined, tables, meta, pieces)
+    plan = {
+        **corpus.plan(),
+        "model": identity(meta["model"]),
+        **about,
+        **({"edits": edits} if (edits := edits_of(model)) else {}),
+    }
+    run_shards(
+        out,
+        kind,
+        plan,
+        corpus,
+        lambda writer, shard: _commit(writer, shard, measure(shard)),
+        lambda writer: _finish(writer, meta, pieces),
+    )
     return read_measured(out, kind)
 
 
@@ -164,28 +240,6 @@ def lengths_of(shard: Shard) -> np.ndarray:
     return np.array([len(piece.ids) for piece in shard.pieces])
 
 
-def _progress(corpus: Corpus, kind: str, *, leads: bool) -> Iterator[Shard]:
-    hidden = not (corpus.settings.progress and leads)
-    with tqdm(total=corpus.documents.count, unit="doc", disable=hidden, desc=kind) as bar:
-        for shard in corpus.shards():
-            yield shard
-            bar.update(shard.documents)
-
-
-def _measure_to_disk(writer: RunWriter, corpus: Corpus, measure: Measure, peers: Processes) -> None:
-    done = writer.done
-    try:
-        for shard in _progress(corpus, writer.kind, leads=peers.leads):
-            if shard.index % peers.world == peers.rank and shard.index not in done:
-                _commit(writer, shard, measure(shard))
-    except KeyboardInterrupt:
-        print(
-            f"\nStopped. {len(writer.done)} shards are complete in {writer.path}; the same call goes on from there.",
-            file=sys.stderr,
-        )
-        raise
-
-
 def _commit(writer: RunWriter, shard: Shard, arrays: dict[str, np.ndarray]) -> None:
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     rows = pa.Table.from_pandas(documents_of(shard), preserve_index=False)
@@ -205,3 +259,73 @@ def _finish(writer: RunWriter, meta: dict[str, Any], vocabulary: pd.Series | Non
         files[VOCABULARY] = store.write_vocabulary(vocabulary)
     counts = {name: sum(record[name] for record in done.values()) for name in ("documents", "tokens")}
     writer.finish({**meta, "counts": counts}, files, drop=tables)
+
+
+def vocabulary_of(tokenizer: Any) -> pd.Series | None:
+    """Raw pieces by token id, of a tokenizer that can tell them."""
+    if not hasattr(tokenizer, "get_vocab"):
+        return None
+    pieces = pd.Series({index: piece for piece, index in tokenizer.get_vocab().items()}, name="piece")
+    return pieces.sort_index()
+
+
+def tokenizer_of(model: nn.Module) -> Any:
+    try:
+        return tokenizer_beside(model)
+    except (OSError, ValueError) as error:
+        name = getattr(model, "name_or_path", "") or "the model"
+        raise BadInput(
+            f"Documents were to be recorded with the tokenizer of {name}. None was found there. Pass "
+            "tokenizer=AutoTokenizer.from_pretrained(...).",
+            argument="tokenizer",
+            value=name,
+        ) from error
+
+
+def _check(settings: Any) -> None:
+    if not isinstance(settings, RecordSettings):
+        raise BadInput(
+            f"Documents were to be recorded. Their settings are a {type(settings).__name__}, not RecordSettings. Give "
+            "settings=ml.RecordSettings(...).",
+            argument="settings",
+            value=type(settings).__name__,
+        )
+
+
+def batch_size(model: nn.Module, settings: RecordSettings) -> int:
+    _check(settings)
+    if settings.batch_tokens is not None:
+        return _positive("batch_tokens", settings.batch_tokens)
+    return 4096 if input_device(model).type == "cpu" else 16_384
+
+
+def length_limit(model: nn.Module, settings: RecordSettings) -> int:
+    _check(settings)
+    if settings.overlong not in OVERLONG:
+        raise BadInput(
+            f"Documents were to be recorded with overlong={settings.overlong!r}. Choices are {', '.join(OVERLONG)}. "
+            "Give one of them.",
+            argument="overlong",
+            value=settings.overlong,
+        )
+    _positive("shard_tokens", settings.shard_tokens)
+    context = context_length(model)
+    limit = context if settings.max_length is None else _positive("max_length", settings.max_length)
+    if limit > context:
+        raise BadInput(
+            f"Sequences of {limit:,} tokens were to be recorded. The model's context is {context:,}. Give a smaller "
+            "max_length.",
+            argument="max_length",
+            value=limit,
+        )
+    return limit
+
+
+def _positive(name: str, value: int) -> int:
+    if not isinstance(value, Integral) or value < 1:
+        raise BadInput(
+            f"Documents were to be recorded with {name}={value}. It must be 1 or more. Give a larger one.",
+            argument=name,
+            value=value,
+        )
+    return value

@@ -199,7 +199,7 @@ def _hqq(weight: torch.Tensor, scheme: Scheme, device: torch.device) -> nn.Modul
     number, meta = Quantizer.quantize(
         weight.to(device).float(),
         nbits=scheme.bits,
-        group_size=scheme.group_size,
+        group_size=scheme.group_size,  # type: ignore[arg-type]  HQQ schemes have groups
         axis=1,
         round_zero=scheme.bits == 4,
         bitpack=False,
