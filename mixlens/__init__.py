@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from mixlens.evals.log import Log
     from mixlens.evals.routing import flipped_routing, sample_share
     from mixlens.evals.runner import EvalSettings, evaluate
-    from mixlens.experiments.contributions import expert_contributions, expert_outputs
-    from mixlens.experiments.impact import quantization_impact
+    from mixlens.experiments.contributions import measure_contributions, expert_outputs
+    from mixlens.experiments.impact import measure_impact
     from mixlens.experiments.importance import Ablation, expert_importance, measure_importance
     from mixlens.experiments.pareto import Speed, pareto
-    from mixlens.experiments.similarity import expert_similarity
+    from mixlens.experiments.similarity import measure_similarity
     from mixlens.experiments.topk import measure_topk, topk_sweep
     from mixlens.explore import Explorer
     from mixlens.interventions import edits
@@ -84,10 +84,10 @@ _HOME = {
     "demo_documents": "mixlens.models.demo",
     "edit": "mixlens.interventions.edits",
     "evaluate": "mixlens.evals.runner",
-    "expert_contributions": "mixlens.experiments.contributions",
+    "measure_contributions": "mixlens.experiments.contributions",
     "expert_importance": "mixlens.experiments.importance",
     "expert_outputs": "mixlens.experiments.contributions",
-    "expert_similarity": "mixlens.experiments.similarity",
+    "measure_similarity": "mixlens.experiments.similarity",
     "knee": "mixlens.bench.knee",
     "listed_prices": "mixlens.pricing.providers",
     "flipped_routing": "mixlens.evals.routing",
@@ -97,7 +97,7 @@ _HOME = {
     "measure_topk": "mixlens.experiments.topk",
     "open": "mixlens.registry",
     "pareto": "mixlens.experiments.pareto",
-    "quantization_impact": "mixlens.experiments.impact",
+    "measure_impact": "mixlens.experiments.impact",
     "probe": "mixlens.endpoints.probe",
     "provider_table": "mixlens.pricing.providers",
     "record": "mixlens.recording.record",
@@ -143,10 +143,10 @@ __all__ = [
     "edit",
     "edits",
     "evaluate",
-    "expert_contributions",
+    "measure_contributions",
     "expert_importance",
     "expert_outputs",
-    "expert_similarity",
+    "measure_similarity",
     "flipped_routing",
     "knee",
     "listed_prices",
@@ -158,7 +158,7 @@ __all__ = [
     "pareto",
     "probe",
     "provider_table",
-    "quantization_impact",
+    "measure_impact",
     "record",
     "report",
     "sample_share",

@@ -8,6 +8,7 @@ import json
 import pandas as pd
 import pytest
 
+import mixlens
 from mixlens import Trace, demo_documents
 from mixlens.cli import main as cli
 
@@ -76,26 +77,26 @@ def test_info_verify_names_an_altered_file(corpus, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("argv", "named"),
+    ("argv", "named", "status"),
     [
-        (["info", "nowhere"], ["nowhere"]),
-        (["report", "nowhere"], ["nowhere"]),
-        (["record", "demo", "nothing.jsonl", "--out", "x"], ["nothing.jsonl"]),
-        (["record", "nowhere/model", "BAD", "--out", "x"], ["bad.jsonl", "Line 2"]),
-        (["record", "demo", "GOOD", "--out", "x", "--text", "body"], ["body"]),
-        (["record", "demo", "GOOD", "--out", "x", "--signals", "moe_ot"], ["moe_ot", "moe_out"]),
-        (["record", "demo", "GOOD", "--out", "x", "--max-length", "3"], ["3"]),
-        (["stats", "RUN", "repetition", "--by", "topic"], ["topic", "domain"]),
-        (["stats", "RUN", "repetition", "--layers", "0,nine"], ["0,nine"]),
-        (["stats", "RUN", "repetition", "--layers", "99"], ["99", "0 to 7"]),
-        (["stats", "RUN", "repetition", "--csv", "no/such/folder/x.csv"], ["no/such/folder/x.csv"]),
-        (["info", "FOREIGN"], ["meta.json"]),
-        (["report", "FOREIGN"], ["meta.json"]),
-        (["record", "demo", "CUT", "--out", "x"], ["cut.jsonl.gz"]),
-        (["record", "demo", "GOOD", "--out", "x", "--device-map", "mars"], ["mars"]),
+        (["info", "nowhere"], ["nowhere"], cli.EXIT_FAILED),
+        (["report", "nowhere"], ["nowhere"], cli.EXIT_FAILED),
+        (["record", "demo", "nothing.jsonl", "--out", "x"], ["nothing.jsonl"], cli.EXIT_USAGE),
+        (["record", "nowhere/model", "BAD", "--out", "x"], ["bad.jsonl", "line 2"], cli.EXIT_USAGE),
+        (["record", "demo", "GOOD", "--out", "x", "--text", "body"], ["body"], cli.EXIT_USAGE),
+        (["record", "demo", "GOOD", "--out", "x", "--signals", "moe_ot"], ["moe_ot", "moe_out"], cli.EXIT_USAGE),
+        (["record", "demo", "GOOD", "--out", "x", "--max-length", "3"], ["3"], cli.EXIT_USAGE),
+        (["stats", "RUN", "repetition", "--by", "topic"], ["topic", "domain"], cli.EXIT_USAGE),
+        (["stats", "RUN", "repetition", "--layers", "0,nine"], ["0,nine"], cli.EXIT_USAGE),
+        (["stats", "RUN", "repetition", "--layers", "99"], ["99", "0 to 7"], cli.EXIT_USAGE),
+        (["stats", "RUN", "repetition", "--csv", "no/such/folder/x.csv"], ["no/such/folder/x.csv"], cli.EXIT_USAGE),
+        (["info", "FOREIGN"], ["meta.json"], cli.EXIT_FAILED),
+        (["report", "FOREIGN"], ["meta.json"], cli.EXIT_FAILED),
+        (["record", "demo", "CUT", "--out", "x"], ["cut.jsonl.gz"], cli.EXIT_USAGE),
+        (["record", "demo", "GOOD", "--out", "x", "--device-map", "mars"], ["mars"], cli.EXIT_USAGE),
     ],
 )
-def test_mistakes_end_with_a_message_and_a_status(argv, named, run, tmp_path, capsys, monkeypatch):
+def test_mistakes_end_with_a_message_and_a_status(argv, named, status, run, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "good.jsonl").write_text('{"text": "one text of several words"}\n')
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\nnot json\n')
@@ -105,21 +106,71 @@ def test_mistakes_end_with_a_message_and_a_status(argv, named, run, tmp_path, ca
     names = {"RUN": str(run), "GOOD": "good.jsonl", "BAD": "bad.jsonl", "CUT": "cut.jsonl.gz", "FOREIGN": "foreign"}
     code = cli.main([names.get(word, word) for word in argv])
     error = capsys.readouterr().err
-    assert code == cli.EXIT_FAILED
+    assert code == status
     assert all(name in error for name in named)
     assert "Traceback" not in error
 
 
-def test_wrong_usage_is_status_2(capsys):
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["stats", "run", "no_such_statistic"])
-    assert stop.value.code == cli.EXIT_USAGE
-    assert "expert_share" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["stats", "run", "no_such_statistic"], "expert_share"),
+        (["no_such_command"], "no_such_command"),
+        (["stats", "run"], "NAME"),
+        (["info", "run", "--verfy"], "--verify"),
+        (["stats", "run", "repetition", "--layers", "zero"], "--layers"),
+        (["record", "demo", "GOOD", "--out", "x", "--max-length", "-5"], "--max-length"),
+        (["record", "demo", "GOOD", "--out", "x", "--limit", "many"], "--limit"),
+        (["record", "demo", "GOOD", "--out", "x", "--quantization", "int4"], "--quantization"),
+        (["record", "demo", "GOOD", "--out", "x", "--quantization", "experts=int4"], "int4"),
+        (["record", "demo", "GOOD", "--out", "x", "--signals", "router_logit"], "--signals"),
+        (["record", "demo", "GOOD"], "--out"),
+        (["pareto", "demo", "GOOD", "--out", "x", "--schemes", "nf4,int4"], "--schemes"),
+        (["pareto", "demo", "GOOD", "--out", "x", "--schemes", "nf4", "--scores", "run"], "--scores"),
+        (["topk", "demo", "GOOD", "--out", "x", "--ks", "1,x"], "--ks"),
+        (["bench", "demo", "--concurrency", "1,x"], "--concurrency"),
+        (["bench", "demo", "--dtype", "int4"], "int4"),
+        (["eval", "demo", "mmlu", "--batch-size", "0"], "--batch-size"),
+    ],
+)
+def test_wrong_usage_is_status_2_before_a_model_is_loaded(argv, named, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("mixlens.models.load.load", None)
+    (tmp_path / "good.jsonl").write_text('{"text": "one text of several words"}\n')
+    monkeypatch.chdir(tmp_path)
+    code = cli.main(["good.jsonl" if word == "GOOD" else word for word in argv])
+    error = capsys.readouterr().err
+    assert code == cli.EXIT_USAGE
+    assert named in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "x").exists()
+
+
+def test_an_interruption_is_status_130(run, monkeypatch):
+    monkeypatch.setattr("mixlens.reports.report.report", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert cli.main(["report", str(run)]) == cli.EXIT_INTERRUPTED
+
+
+def test_a_message_names_options_and_not_arguments_of_python(run, capsys):
+    assert cli.main(["record", "demo", __file__, "--out", str(run), "--max-length", "99999999"]) == cli.EXIT_USAGE
+    error = capsys.readouterr().err
+    assert "--max-length" in error
+    assert "max_length" not in error
 
 
 def test_help_names_every_command(capsys):
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["--help"])
-    assert stop.value.code == 0
+    assert cli.main(["--help"]) == 0
     text = capsys.readouterr().out
     assert all(name in text for name in ("record", "stats", "report", "info", "demo"))
+
+
+def test_the_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert mixlens.__version__ in capsys.readouterr().out
+
+
+def test_quiet_prints_the_result_alone(corpus, tmp_path, capfd):
+    assert cli.main(["record", "demo", str(corpus), "--limit", "2", "--out", str(tmp_path / "run"), "--quiet"]) == 0
+    printed = capfd.readouterr()
+    assert "tokens" in printed.out
+    assert "demo" not in printed.err
+    assert "doc" not in printed.err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,7 @@ from helpers.traces import made
 
 import mixlens as ml
 from mixlens.cli import main as cli
+from mixlens.cli.runs import Statistic
 
 CASE = made((9, 5, 7, 12, 6, 8, 11), layers=(0, 1, 3), experts=5)
 DOMAINS = sorted(set(CASE.sequences["domain"]))
@@ -63,7 +65,7 @@ def test_json_and_csv_have_every_digit(run, capsys, tmp_path):
         assert found["n"].tolist() == [n for (n,) in cells(CASE, (4,))]
 
 
-@pytest.mark.parametrize("name", sorted(set(cli.STATISTICS) - {"transitions"}))
+@pytest.mark.parametrize("name", sorted({*get_args(Statistic)} - {"transitions"}))
 def test_every_statistic_prints_the_numbers_of_its_function(run, capsys, name):
     """Those numbers are held to loops elsewhere; here it is which numbers, of which layers, under which names."""
     rows = pd.DataFrame(json.loads(printed(capsys, "stats", run, name, "--layers", "1,3", "--json"))["rows"])
@@ -91,5 +93,5 @@ def test_no_name_steers_the_terminal(capsys, tmp_path):
     text = printed(capsys, "stats", path, "expert_share", "--by", "domain")
     assert plain_in_a_terminal(text)
     assert "red" in text
-    assert cli.main(["stats", path, "expert_share", "--by", NAMES["terminal"]]) == cli.EXIT_FAILED
+    assert cli.main(["stats", path, "expert_share", "--by", NAMES["terminal"]]) == cli.EXIT_USAGE
     assert plain_in_a_terminal(capsys.readouterr().err)

@@ -90,7 +90,7 @@ def test_means_fit_the_ablation_by_the_mean(net):
 
 
 def test_contributions_with_attention_and_embedding_add_up_to_the_logit(net):
-    found = ml.expert_contributions(net, DOCUMENTS, tokenizer=Letters(), settings=QUIET)
+    found = ml.measure_contributions(net, DOCUMENTS, tokenizer=Letters(), settings=QUIET)
     rows = net.lm_head.weight.detach()
     for number, document in enumerate(DOCUMENTS):
         ids, gates, attention, last, moe_in, embedding, logits = seen_by_hand(net, document["text"])
@@ -120,13 +120,13 @@ def test_contributions_through_a_quantized_head_are_those_of_its_weights(scheme)
     asked = parse_scheme(scheme)
     held.lm_head = quantize_linear(plain.lm_head.weight.detach(), asked, torch.device("cpu"), torch.float32)
     plain.lm_head.weight.data = dequantized(held.lm_head).clone()
-    found, wanted = (ml.expert_contributions(m, DOCUMENTS, tokenizer=Letters(), settings=QUIET) for m in (held, plain))
+    found, wanted = (ml.measure_contributions(m, DOCUMENTS, tokenizer=Letters(), settings=QUIET) for m in (held, plain))
     np.testing.assert_allclose(found.logit, wanted.logit, atol=1e-5)
 
 
 @pytest.mark.parametrize("measure", ["logit", "norm"])
 def test_contributions_of_experts_are_means_over_their_tokens(net, measure):
-    found = ml.expert_contributions(net, DOCUMENTS, tokenizer=Letters(), settings=QUIET)
+    found = ml.measure_contributions(net, DOCUMENTS, tokenizer=Letters(), settings=QUIET)
     data = ml.stats.expert_contribution(found, measure=measure, by="domain")
     assert data.estimate.dims == ("domain", "layer", "expert")
     for domain in ("code", "prose"):
@@ -157,7 +157,7 @@ def test_contributions_of_experts_are_means_over_their_tokens(net, measure):
         ml.stats.expert_contribution(found, measure="size")
 
 
-@pytest.mark.parametrize("what", [ml.expert_contributions, ml.measure_topk])
+@pytest.mark.parametrize("what", [ml.measure_contributions, ml.measure_topk])
 def test_a_run_that_was_stopped_resumes_to_the_same_numbers(net, tmp_path, monkeypatch, what):
     small = RecordSettings(progress=False, shard_tokens=12)
     whole = what(net, DOCUMENTS, tokenizer=Letters(), settings=small, out=tmp_path / "whole")
@@ -174,7 +174,7 @@ def test_a_run_that_was_stopped_resumes_to_the_same_numbers(net, tmp_path, monke
         return own(self, sequences)
 
     monkeypatch.setattr(Reader, "placed", stops)
-    calls += [0] * 8 if what is ml.expert_contributions else []
+    calls += [0] * 8 if what is ml.measure_contributions else []
     with pytest.raises(KeyboardInterrupt):
         what(net, DOCUMENTS, tokenizer=Letters(), settings=small, out=tmp_path / "stopped")
     with refused(RunError, "shards", 1):
@@ -188,12 +188,12 @@ def test_a_run_that_was_stopped_resumes_to_the_same_numbers(net, tmp_path, monke
 
 def test_contributions_under_edits_are_of_what_the_model_then_used(net):
     with ml.edit(net, ml.edits.top_k(3), ml.edits.forbid(1, 2)):
-        found = ml.expert_contributions(net, DOCUMENTS, tokenizer=Letters(), settings=QUIET)
+        found = ml.measure_contributions(net, DOCUMENTS, tokenizer=Letters(), settings=QUIET)
     assert found.sizes["slot"] == 3
     assert not (found.expert_id.sel(layer=1) == 2).any()
     np.testing.assert_allclose(found.weight.sum("slot"), 1, atol=1e-5)
     with ml.edit(net, ml.edits.top_k(3, layers=1)), refused(BadInput, "top_k", [2, 3]):
-        ml.expert_contributions(net, DOCUMENTS, tokenizer=Letters(), settings=QUIET)
+        ml.measure_contributions(net, DOCUMENTS, tokenizer=Letters(), settings=QUIET)
 
 
 def test_a_super_expert_is_found():
@@ -254,5 +254,5 @@ def test_statistics_refuse_what_they_are_not_made_of(net):
 @pytest.mark.parametrize("shown", [True, False])
 def test_progress_is_shown_unless_it_is_switched_off(net, capfd, shown):
     settings = ml.RecordSettings(progress=shown)
-    ml.expert_contributions(net, ["hello"], tokenizer=Letters(), settings=settings)
+    ml.measure_contributions(net, ["hello"], tokenizer=Letters(), settings=settings)
     assert capfd.readouterr().err.count("100%") == shown

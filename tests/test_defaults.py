@@ -44,7 +44,7 @@ FUNCTIONS: dict[Any, dict[str, Any]] = {
     ml.load_sweep: {"most": 64, "requests": 32},
     ml.evaluate: {"protocol": None, "limit": None},
     ml.probe: {"max_tokens": 24},
-    ml.quantization_impact: {"force_weights": False},
+    ml.measure_impact: {"force_weights": False},
     ml.Endpoint.complete: {"retries": 4},
     ml.stats.similarity_and_coactivation: {"permutations": 2000, "seed": 0},
     ml.stats.transitions: {"gap": 1},

@@ -79,7 +79,7 @@ def test_contributions_and_the_sweep_print_what_their_runs_hold(others, corpus, 
     data = ml.stats.topk_sweep(ml.open(others / "topk"))
     assert [row["k"] for row in rows] == [1, 2, 3]
     assert [row["change"] for row in rows] == pytest.approx(data.change.values.tolist())
-    assert cli.main([*command[:-1], "1,x"]) == 1
+    assert cli.main([*command[:-1], "1,x"]) == 2
     assert "1,x" in capsys.readouterr().err
 
 
@@ -122,5 +122,5 @@ def test_means_are_those_of_the_same_documents(corpus, tmp_path, capsys):
 
 def test_one_layer_too_many_is_said(corpus, tmp_path, capsys):
     command = ["importance", "demo", str(corpus), "--out", str(tmp_path / "x"), "--device-map", "cpu", "--layers", "8"]
-    assert cli.main(command) == 1
+    assert cli.main(command) == 2
     assert "layers 0 to 7" in capsys.readouterr().err

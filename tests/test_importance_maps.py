@@ -179,7 +179,7 @@ common = dict(tokenizer=Letters(), settings=SETTINGS)
 model = tiny_mixtral()
 ml.measure_importance(model, DOCUMENTS, out={out!r} + "/importance", **common)
 ml.measure_topk(model, DOCUMENTS, out={out!r} + "/topk", ks=[1, 2], **common)
-found = ml.expert_contributions(model, DOCUMENTS, out={out!r} + "/contributions", **common)
+found = ml.measure_contributions(model, DOCUMENTS, out={out!r} + "/contributions", **common)
 assert len(set(found.document_id.values)) == len(DOCUMENTS)  # every process has the whole
 """
 
@@ -225,8 +225,8 @@ def test_a_loss_that_is_nan_at_every_k_stays_so():
 def test_a_column_called_like_a_number_is_refused_before_the_model_runs(net, name, monkeypatch):
     monkeypatch.setattr(type(net), "forward", None)
     documents = [{"text": "x", name: 1}]
-    for measured in (ml.measure_importance, ml.measure_topk, ml.expert_contributions):
+    for measured in (ml.measure_importance, ml.measure_topk, ml.measure_contributions):
         with refused(BadInput, name, [name]):
             measured(net, documents, tokenizer=Letters(), settings=SETTINGS)
     with refused(BadInput, name, [name]):
-        ml.quantization_impact(net, net, documents, tokenizer=Letters(), settings=SETTINGS)
+        ml.measure_impact(net, net, documents, tokenizer=Letters(), settings=SETTINGS)

@@ -216,7 +216,7 @@ def test_the_commands(folder, resumed, tmp_path, capsys):
     rows = {row["what"]: row["estimate"] for row in json.loads(capsys.readouterr().out)["rows"]}
     assert rows["other experts in some layer"] == 0
     assert rows["loss, second less first"] == 0
-    assert cli.main(["impact", *reading, "--out", str(tmp_path / "i")]) == 1
+    assert cli.main(["impact", *reading, "--out", str(tmp_path / "i")]) == 2
     assert "No scheme was given" in capsys.readouterr().err
 
 
@@ -225,7 +225,7 @@ def test_more_bits_of_one_method_are_never_worse_on_the_demo_model():
     documents = ml.demo_documents()[::6]
     settings = ml.RecordSettings(progress=False, max_length=64, overlong="truncate")
     found = [
-        ml.quantization_impact(
+        ml.measure_impact(
             original, ml.load("demo", quantization=f"hqq{bits}-g32", verbose=False), documents, settings=settings
         )
         for bits in (4, 3, 2)

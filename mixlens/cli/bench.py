@@ -1,323 +1,294 @@
-"""The commands mixlens bench, probe, providers, models and cost."""
+"""The command bench: how fast an endpoint answers, or a model generates on this machine."""
 
 from __future__ import annotations
 
-import argparse
-import json
-from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from itertools import product
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from mixlens.cli.bench_local import (
-    add_local_arguments,
-    check_endpoint_arguments,
-    is_address,
-    measured_here,
-    numbers_of,
+from cyclopts import Group, Parameter
+
+from mixlens.cli.app import Result, app
+from mixlens.cli.options import (
+    Dollars,
+    Dtypes,
+    Integers,
+    Names,
+    NotNegative,
+    Numbers,
+    Output,
+    Positive,
+    Schemes,
+    Seconds,
+    Server,
 )
+from mixlens.cli.tables import rows_of
 from mixlens.errors import BadInput, RunError
 
+if TYPE_CHECKING:
+    from mixlens.bench.bench import Bench
+    from mixlens.bench.prompts import Workload
 
-def add_commands(add: Callable[[str, Callable[..., Any], str], argparse.ArgumentParser]) -> None:
-    """Declare them; `add` makes the parser of a command from its name, what runs it, and what it does."""
-    bench = add("bench", _bench, "measure how fast an endpoint answers, or a model generates here")
-    _endpoint_arguments(bench)
-    add_local_arguments(bench)
-    bench.add_argument("--concurrency", metavar="N,N,...", help="requests at a time (default: 1)")
-    bench.add_argument(
-        "--sweep", type=int, metavar="N", help="concurrencies 1, 2, 4 ... up to N, until more brings only waiting"
-    )
-    bench.add_argument("--rate", metavar="R,R,...", help="requests a second, whether or not the earlier ones are done")
-    bench.add_argument("--arrivals", choices=("poisson", "constant"), default="poisson")
-    bench.add_argument("--requests", type=int, default=32, help="measured requests a load (default: %(default)s)")
-    bench.add_argument(
-        "--warmup", type=int, default=1, help="requests before, for each at a time (default: %(default)s)"
-    )
-    bench.add_argument("--prompt-tokens", type=int, default=256, help="(default: %(default)s)")
-    bench.add_argument("--output-tokens", type=int, default=128, help="at most (default: %(default)s)")
-    bench.add_argument("--prompts", metavar="FILE", help="text file, one prompt a line, or JSON Lines")
-    bench.add_argument("--text", default="text", metavar="COLUMN", help="text column of JSON Lines (default: text)")
-    bench.add_argument("--max-seconds", type=float, default=600.0, help="start nothing after (default: %(default)s)")
-    bench.add_argument("--max-dollars", type=float, help="spend no more")
-    bench.add_argument("--price", metavar="IN,OUT", help="dollars per million tokens (default: the snapshot's)")
-    bench.add_argument("--out", help="run directory (default: out/bench-DATE-TIME)")
-
-    probe = add("probe", _probe, "tell which parameters an endpoint honours, ignores or rejects")
-    _endpoint_arguments(probe)
-    probe.add_argument("--parameters", metavar="NAME,NAME,...", help="only these")
-    probe.add_argument("--out", metavar="FILE", help="JSON Lines of the verdicts and of every exchange")
-
-    models = add("models", _models, "list the models of an endpoint")
-    _endpoint_arguments(models)
-
-    providers = add("providers", _providers, "compare providers: speed, price, context, by source and date")
-    providers.add_argument("runs", nargs="*", metavar="NAME=RUN", help="what mixlens bench measured, by provider")
-    providers.add_argument("--model", default="mistralai/mixtral-8x7b-instruct", help="(default: %(default)s)")
-    providers.add_argument(
-        "--probe",
-        action="append",
-        default=[],
-        metavar="NAME=FILE",
-        help="what mixlens probe wrote; can be repeated",
-    )
-    providers.add_argument("--live", action="store_true", help="also ask OpenRouter's public list now")
-    providers.add_argument("--csv", metavar="FILE", help="write the table there instead")
-
-    cost = add("cost", _cost, "say what a workload costs with each provider")
-    cost.add_argument("--input-tokens", type=float, required=True, help="of one request")
-    cost.add_argument("--output-tokens", type=float, required=True, help="of one request")
-    cost.add_argument("--requests", type=float, default=1, help="a month (default: %(default)s)")
-    cost.add_argument("--months", type=int, default=1, help="(default: %(default)s)")
-    cost.add_argument("--growth", type=float, default=0.0, help="of requests from month to month, 0.1 for a tenth")
-    cost.add_argument("--model", help="only this one")
-    cost.add_argument("--live", action="store_true", help="prices of OpenRouter's public list now, of --model")
+_SPREAD = ("auto", "balanced", "balanced_low_0", "sequential", "disk")
+_LOCAL = Group("For a model that is measured on this machine")
+_REMOTE = Group("For an endpoint")
 
 
-def _endpoint_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "url",
-        metavar="URL",
-        help='as in http://127.0.0.1:8000/v1, or "openrouter", "deepinfra", "modelslab"; for bench also a model to '
-        'measure here: a Hub id, a folder, or "demo"',
-    )
-    parser.add_argument("--model", help="name that the server knows it by (may be left out for the three named)")
-    parser.add_argument(
-        "--protocol",
-        choices=("openai-chat", "openai-completions", "anthropic", "modelslab"),
-        help="(default: openai-chat)",
-    )
-    parser.add_argument("--key-env", metavar="NAME", help="environment variable that holds the key")
-    parser.add_argument("--provider", metavar="NAME", help="of openrouter: only this one may answer")
+@Parameter(name="*", group=_LOCAL)
+@dataclass(frozen=True)
+class Local:
+    """How a model is loaded and measured on this machine.
+
+    Parameters
+    ----------
+    device_map
+        As in mixlens.load, such as auto, cpu or cuda:0.
+    dtype
+        float32, bfloat16 or float16, each measured.
+    quantization
+        Schemes, each measured: "none,nf4"; with parts, divided by semicolons: "none;attention=nf4,experts=hqq2".
+    experts
+        eager, grouped_mm, batched_mm, each measured.
+    static_cache
+        Keep keys and values in memory set aside.
+    compiled
+        Decode through torch.compile, in a static cache.
+    no_recording
+        Leave routing out, and with it the bytes read.
+    """
+
+    device_map: str | None = None
+    dtype: Dtypes | None = None
+    quantization: Schemes = None
+    experts: Names | None = None
+    static_cache: bool = False
+    compiled: bool = False
+    no_recording: bool = False
 
 
-def _bench(arguments: argparse.Namespace) -> dict[str, Any] | None:
-    from mixlens.bench.knee import knee, load_sweep
+@Parameter(name="*", group=_REMOTE)
+@dataclass(frozen=True)
+class Remote(Server):
+    """How an endpoint is loaded and paid.
+
+    Parameters
+    ----------
+    model
+        Name that the server knows the model by; may be left out for openrouter, deepinfra and modelslab.
+    protocol
+        openai-chat where left out.
+    key_env
+        Environment variable that holds the key.
+    provider
+        Of openrouter: only this provider may answer.
+    sweep
+        Concurrencies 1, 2, 4 ... up to N, until more brings only waiting.
+    rate
+        Requests a second, whether or not the earlier ones are done.
+    max_dollars
+        Spend no more.
+    price
+        Dollars per million input and output tokens; the snapshot's where left out.
+    """
+
+    sweep: Positive | None = None
+    rate: Numbers | None = None
+    max_dollars: Dollars | None = None
+    price: Annotated[Numbers, Parameter(metavar="IN,OUT")] | None = None
+
+
+@app.command
+def bench(
+    target: str,
+    /,
+    *,
+    concurrency: Integers | None = None,
+    arrivals: Literal["poisson", "constant"] = "poisson",
+    requests: Positive = 32,
+    warmup: NotNegative = 1,
+    prompt_tokens: Positive = 256,
+    output_tokens: Positive = 128,
+    prompts: str | None = None,
+    text: str = "text",
+    max_seconds: Seconds = 600.0,
+    out: str | None = None,
+    remote: Remote = Remote(),
+    local: Local = Local(),
+    output: Output = Output(),
+) -> Result:
+    """Measure how fast an endpoint answers, or a model generates on this machine.
+
+    Parameters
+    ----------
+    target
+        URL such as http://127.0.0.1:8000/v1, or openrouter, deepinfra, modelslab; or a model to load: a Hub id, a
+        folder, or "demo".
+    concurrency
+        Requests at a time, 1 where left out.
+    arrivals
+        How requests at a rate arrive.
+    requests
+        Measured requests a load.
+    warmup
+        Requests before, for each at a time.
+    prompt_tokens
+        Tokens of a prompt.
+    output_tokens
+        Tokens of an answer, at most.
+    prompts
+        Text file, one prompt a line, or JSON Lines.
+    text
+        Text column of JSON Lines.
+    max_seconds
+        Start nothing after this many seconds.
+    out
+        Run directory; out/bench-DATE-TIME where left out.
+    """
+    from mixlens.bench.knee import knee
     from mixlens.bench.prompts import Workload, read_prompts
-    from mixlens.bench.run import benchmark
 
-    out = arguments.out or f"out/bench-{datetime.now():%Y%m%d-%H%M%S}"
-    prompts = None if arguments.prompts is None else read_prompts(arguments.prompts, column=arguments.text)
-    workload = Workload(arguments.prompt_tokens, arguments.output_tokens, prompts)
-    if not is_address(arguments.url):
-        bench = measured_here(arguments, out, workload)
+    _check(target, local, remote, concurrency)
+    folder = out or f"out/bench-{datetime.now():%Y%m%d-%H%M%S}"
+    given = None if prompts is None else read_prompts(prompts, column=text)
+    fixed = {"requests": requests, "out": folder, "workload": Workload(prompt_tokens, output_tokens, given)}
+    if _is_address(target):
+        settings = _settings(warmup, arrivals, max_seconds, remote, output)
+        found = _measure_endpoint(target, remote, concurrency, settings=settings, **fixed)
     else:
-        check_endpoint_arguments(arguments)
-        fixed = {"requests": arguments.requests, "out": out, "workload": workload, "settings": _settings(arguments)}
-        if arguments.sweep is not None:
-            if arguments.concurrency or arguments.rate:
-                raise BadInput(
-                    f"A sweep up to {arguments.sweep} was asked for, and fixed loads too. A sweep chooses its loads. "
-                    "Leave out --concurrency and --rate, or --sweep.",
-                    argument="--sweep",
-                    value=arguments.sweep,
-                )
-            bench = load_sweep(_endpoint(arguments), most=arguments.sweep, **fixed)
-        else:
-            loads = {
-                "concurrency": numbers_of(arguments.concurrency, int),
-                "rate": numbers_of(arguments.rate, float),
-            }
-            bench = benchmark(_endpoint(arguments), **loads, **fixed)
-    if not bench.succeeded:
-        ended = bench.outcomes().groupby("outcome")["n"].sum()
-        words = next((record.detail for record in bench.records if record.detail), "")
-        found = ", ".join(f"{n} {outcome}" for outcome, n in ended.items()) or "none was sent"
-        raise RunError(
-            f"{arguments.url} was to be measured. No measured request succeeded: {found}"
-            f"{f' ({words})' if words else ''}{_stopped(bench.meta)}. Every request is in {out}/results.jsonl.",
-            argument="requests",
+        found = _measure_model(target, local, concurrency, warmup, max_seconds, output, **fixed)
+    if not found.succeeded:
+        raise _no_success(target, found, folder)
+    data = {
+        "run": folder,
+        "stopped": found.meta["stopped"],
+        "remarks": found.remarks(),
+        "rows": rows_of(found.table()),
+    }
+    shown = f"{found!r}\nrun: {folder}"
+    if remote.sweep:
+        table = knee(found)
+        data["knee"] = rows_of(table)
+        shown += f"\n\nknee: the load of the greatest power, tokens a second over median seconds\n{table.to_string()}"
+    return Result(data, shown)
+
+
+def _is_address(target: str) -> bool:
+    from mixlens.endpoints.endpoint import PRESETS
+
+    return "://" in target or target in PRESETS
+
+
+def _given(options: Any) -> list[str]:
+    given = [name for name, value in vars(options).items() if value is not None and value is not False]
+    return [f"--{name.replace('_', '-')}" for name in given]
+
+
+def _check(target: str, local: Local, remote: Remote, concurrency: tuple[int, ...] | None) -> None:
+    """Raise BadInput for options that do not go together."""
+    if _is_address(target):
+        if given := _given(local):
+            raise BadInput(
+                f"Cannot measure {target} with {', '.join(given)}: that holds for a model loaded on this machine. "
+                "Leave it out, or pass a Hub id or a folder.",
+                argument=given[0],
+            )
+    elif given := _given(remote):
+        raise BadInput(
+            f"Cannot load and measure {target!r} with {', '.join(given)}: that holds for an endpoint. Leave it out, or "
+            "pass an address that begins with http.",
+            argument=given[0],
         )
-    if arguments.json:
-        rows = _rows(bench.table())
-        found = {"run": out, "stopped": bench.meta["stopped"], "remarks": bench.remarks(), "rows": rows}
-        return found | ({"knee": _rows(knee(bench))} if arguments.sweep else {})
-    print(f"{bench!r}\nrun: {out}")
-    if arguments.sweep:
-        print(f"\nknee: the load of the greatest power, tokens a second over median seconds\n{knee(bench).to_string()}")
-    return None
+    if remote.sweep is not None and (concurrency or remote.rate):
+        raise BadInput(
+            f"Cannot combine --sweep {remote.sweep} with fixed loads: a sweep chooses its loads. Leave out "
+            "--concurrency and --rate, or --sweep.",
+            argument="--sweep",
+            value=remote.sweep,
+        )
 
 
-def _settings(arguments: argparse.Namespace) -> Any:
+def _settings(warmup: int, arrivals: str, max_seconds: float, remote: Remote, output: Output) -> Any:
     from mixlens.bench.run import BenchSettings
 
     return BenchSettings(
-        arguments.warmup,
-        arguments.arrivals,
-        max_seconds=arguments.max_seconds,
-        max_dollars=arguments.max_dollars,
-        price=None if arguments.price is None else tuple(numbers_of(arguments.price, float, "A price") or ()),
-        progress=not arguments.json,
+        warmup,
+        arrivals,
+        max_seconds=max_seconds,
+        max_dollars=remote.max_dollars,
+        price=remote.price,  # type: ignore[arg-type]  BenchSettings refuses any other number of prices
+        progress=output.progress,
     )
 
 
-def _stopped(meta: dict[str, Any]) -> str:
-    return f", stopped by {meta['stopped']}" if meta["stopped"] else ""
+def _measure_endpoint(target: str, remote: Remote, concurrency: tuple[int, ...] | None, **fixed: Any) -> Bench:
+    from mixlens.bench.knee import load_sweep
+    from mixlens.bench.run import benchmark
+
+    endpoint = remote.endpoint(target)
+    if remote.sweep is not None:
+        return load_sweep(endpoint, most=remote.sweep, **fixed)
+    return benchmark(endpoint, concurrency=concurrency, rate=remote.rate, **fixed)
 
 
-def _endpoint(arguments: argparse.Namespace) -> Any:
-    from mixlens.endpoints.endpoint import PRESETS, Endpoint
+def _measure_model(
+    target: str,
+    local: Local,
+    concurrency: tuple[int, ...] | None,
+    warmup: int,
+    max_seconds: float,
+    output: Output,
+    *,
+    requests: int,
+    out: str,
+    workload: Workload,
+) -> Bench:
+    """Measure a model in one configuration, or in all combinations of dtypes and schemes."""
+    import torch
 
-    names = ("model", "protocol", "key_env")
-    fields = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-    if arguments.provider is not None and arguments.url != "openrouter":
+    from mixlens.bench.configurations import benchmark_configurations
+    from mixlens.bench.local import LocalSettings, check_calls, loads_of
+    from mixlens.bench.run import benchmark
+    from mixlens.models.load import load
+
+    place = local.device_map
+    try:
+        torch.device("cpu" if place is None or place in _SPREAD or place.isdigit() else place)
+    except RuntimeError as error:
         raise BadInput(
-            f"The provider {arguments.provider!r} was asked for at {arguments.url}. Only OpenRouter chooses between "
-            "providers. Give openrouter as the URL, or leave --provider out.",
-            argument="--provider",
-            value=arguments.provider,
-        )
-    if arguments.url in PRESETS:
-        pinned = {"providers": [arguments.provider]} if arguments.provider else {}
-        return PRESETS[arguments.url](**fields, **pinned)
-    if "model" not in fields:
-        raise BadInput(
-            f"{arguments.url} was to be measured. No model is named. Give --model NAME, as the server knows it.",
-            argument="--model",
-        )
-    return Endpoint(arguments.url, **fields)
-
-
-def _rows(frame: Any) -> list[dict[str, Any]]:
-    return json.loads(frame.to_json(orient="records", double_precision=15))
-
-
-def _probe(arguments: argparse.Namespace) -> dict[str, Any] | None:
-    from mixlens.endpoints.probe import PARAMETERS, probe
-
-    names = PARAMETERS if arguments.parameters is None else arguments.parameters.split(",")
-    found = probe(_endpoint(arguments), parameters=names, out=arguments.out)
-    if arguments.json:
-        return {**found.meta, "rows": _rows(found.table)}
-    print(found)
-    return None
-
-
-def _models(arguments: argparse.Namespace) -> dict[str, Any] | None:
-    arguments.model = arguments.model or "-"
-    found = _endpoint(arguments).models()
-    if arguments.json:
-        return {"models": found}
-    print("\n".join(str(model["id"]) for model in found))
-    return None
-
-
-def _providers(arguments: argparse.Namespace) -> dict[str, Any] | None:
-    from mixlens.bench.bench import Bench
-    from mixlens.endpoints.probe import Probe
-    from mixlens.pricing.providers import listed_prices, provider_table
-
-    measured = {name: Bench.open(path) for name, path in map(_named, arguments.runs)}
-    probes = {name: Probe.open(path) for name, path in map(_named, arguments.probe)}
-    if unknown := [name for name in probes if name not in measured]:
-        raise BadInput(
-            f"A probe of {unknown[0]!r} was to stand in the table of providers. No run is given for that name. Give "
-            f"{unknown[0]}=RUN too.",
-            argument="runs",
-            value=unknown[0],
-        )
-    listed = listed_prices(arguments.model) if arguments.live else None
-    table = provider_table(measured, model=arguments.model, listed=listed, probes=probes)
-    if arguments.csv:
-        try:
-            table.to_csv(arguments.csv, index=False)
-        except OSError as error:
-            raise BadInput(
-                f"The table of providers was to be written to {arguments.csv}. That cannot be done: {error}. Give a "
-                "file in a folder that is there.",
-                argument="--csv",
-                value=arguments.csv,
-            ) from error
-        return {"written": arguments.csv, "rows": len(table)}
-    if arguments.json:
-        return {"date": table.attrs["date"], "rows": _rows(table)}
-    print(_provider_text(table))
-    return None
-
-
-def _named(text: str) -> tuple[str, str]:
-    name, _, path = text.partition("=")
-    if not (name and path):
-        raise BadInput(
-            f"{text!r} was to stand in the table of providers. It does not say whose it is. Give NAME=RUN, or for a "
-            "probe NAME=FILE.",
-            argument="runs",
-            value=text,
-        )
-    return name, path
-
-
-def _provider_text(table: Any) -> str:
-    """Numbers of every row in columns, of which those without any are left out; then who said them, and when."""
-    shown = table[["provider", "kind", "load"]].copy()
-    for heading, column, factor, decimals in (
-        ("tok/s", "output_tokens_per_s", 1, 1),
-        ("TTFT [ms]", "ttft_s", 1e3, 0),
-    ):
-        columns = [column, f"{column}_low", f"{column}_high"]
-        shown[heading] = [_interval(factor * row, decimals) for row in table[columns].to_numpy(float)]
-    names = {
-        "input_usd_per_mtok": "$/Mtok in",
-        "output_usd_per_mtok": "$/Mtok out",
-        "usd_per_call": "$/call",
-        "list_usd_per_mtok": "$/Mtok listed",
-        "charged_usd_per_mtok": "$/Mtok charged",
-        "context_tokens": "context",
-    }
-    for column, heading in names.items():
-        shown[heading] = ["n/a" if value != value else f"{value:,.6g}" for value in table[column]]
-    shown = shown.assign(quantization=table["quantization"], parameters=table["parameters"], n=table["n"])
-    empty = [name for name in shown.columns if shown[name].isin(("", "n/a")).all()]
-    shown.index = range(1, len(shown) + 1)
-    said = [
-        f"{at}. {'; '.join(filter(None, (row['source'], row['as_of'], row['note'])))}"
-        + (f". Contradicted: {row['contradicted']}" if row["contradicted"] else "")
-        for at, row in enumerate(table.to_dict("records"), 1)
+            f"Cannot measure a model on {place!r}: torch knows no such device. Pass auto, cpu, cuda:0, or another "
+            "device of torch.",
+            argument="--device-map",
+            value=place,
+        ) from error
+    settings = LocalSettings(
+        warmup=warmup,
+        experts=list(local.experts) if local.experts else None,
+        static_cache=local.static_cache,
+        compiled=local.compiled,
+        recording=not local.no_recording,
+        max_seconds=max_seconds,
+        progress=output.progress,
+    )
+    fixed = {"requests": requests, "out": out, "workload": workload, "settings": settings, "concurrency": concurrency}
+    check_calls(requests, settings)  # before a model is loaded, which may take long
+    loads_of(concurrency, workload, settings)
+    combined = [
+        {"device_map": place, "dtype": dtype, "quantization": scheme}
+        for dtype, scheme in product(local.dtype or [None], local.quantization or [None])
     ]
-    return "\n".join([*dict.fromkeys(table["model"]), shown.drop(columns=empty).to_string(), "", *said])
+    if len(combined) > 1:
+        return benchmark_configurations(target, combined, **fixed)
+    return benchmark(load(target, verbose=output.progress, **combined[0]), **fixed)
 
 
-def _interval(numbers: Sequence[float], decimals: int) -> str:
-    estimate, low, high = numbers
-    if estimate != estimate:
-        return "n/a"
-    return f"{estimate:.{decimals}f}" + ("" if low != low else f" [{low:.{decimals}f}, {high:.{decimals}f}]")
-
-
-def _cost(arguments: argparse.Namespace) -> dict[str, Any] | None:
-    from mixlens.endpoints.prices import cost
-    from mixlens.pricing.providers import listed_prices
-
-    if arguments.live and arguments.model is None:
-        raise BadInput(
-            "Prices of now were asked for. They are listed by model, and none is named. Give --model NAME.",
-            argument="--model",
-        )
-
-    table = cost(
-        arguments.input_tokens,
-        arguments.output_tokens,
-        requests=arguments.requests,
-        model=arguments.model,
-        months=arguments.months,
-        growth=arguments.growth,
-        table=listed_prices(arguments.model) if arguments.live else None,
+def _no_success(target: str, found: Bench, folder: str) -> RunError:
+    ended = found.outcomes().groupby("outcome")["n"].sum()
+    detail = next((record.detail for record in found.records if record.detail), "")
+    outcomes = ", ".join(f"{n} {outcome}" for outcome, n in ended.items()) or "none was sent"
+    stopped = f", stopped by {found.meta['stopped']}" if found.meta["stopped"] else ""
+    return RunError(
+        f"Measured nothing at {target}: no measured request succeeded: {outcomes}{f' ({detail})' if detail else ''}"
+        f"{stopped}. Every request is in {folder}/results.jsonl.",
+        argument="requests",
     )
-    if arguments.json:
-        return {"date": table.attrs["date"], "rows": _rows(table)}
-    print(_cost_text(table))
-    print(f"\nPrices as pages gave them, gathered {table.attrs['date']}; contradictions stand side by side.")
-    return None
-
-
-def _cost_text(table: Any) -> str:
-    """Dollars of every month, one line a statement of a price; then who stated it, and when."""
-    first = table[table["month"] == 1]
-    shown = first[["provider", "model"]].assign(**{"$/request": first["usd_per_request"].map("{:.5f}".format)})
-    months = {f"month {month}": part["usd"].to_numpy() for month, part in table.groupby("month")}
-    if len(months) > 1:
-        months["in all"] = sum(months.values())
-    for heading, usd in months.items():
-        shown[heading] = ["n/a" if value != value else f"${value:,.{2 if value >= 1 else 5}f}" for value in usd]
-    shown.index = range(1, len(shown) + 1)
-    said = [f"{at}. {row['source']}; {row['as_of']}" for at, row in enumerate(first.to_dict("records"), 1)]
-    return "\n".join([shown.to_string(), "", *said])

@@ -44,7 +44,7 @@ def prices(model: str | None = None) -> pd.DataFrame:
     Returns  DataFrame  STATEMENT; NaN or "" where a page says nothing; attrs["date"] is the date of the snapshot
     Raises   BadInput   for a model that the snapshot does not have
     """
-    snapshot = json.loads((files("mixlens.bench") / "prices.json").read_text("utf-8"))
+    snapshot = json.loads((files("mixlens.endpoints") / "prices.json").read_text("utf-8"))
     frame = statements(snapshot["entries"])
     if model is not None:
         known = sorted(frame["model"].unique())

@@ -70,7 +70,7 @@ def expert_outputs(
     return dataset.assign(n=dataset.n.astype(np.int64))
 
 
-def expert_contributions(
+def measure_contributions(
     model: nn.Module,
     documents: Iterable[Any],
     *,

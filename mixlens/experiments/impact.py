@@ -1,4 +1,4 @@
-"""quantization_impact: a model and a changed copy of it side by side, with each other's routing put in as well."""
+"""measure_impact: a model and a changed copy of it side by side, with each other's routing put in as well."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SETTINGS = RecordSettings(shard_tokens=16_384)
 _ROWS = 256  # tokens whose predictions over the whole vocabulary are held at a time, four of each
 
 
-def quantization_impact(
+def measure_impact(
     model_a: nn.Module,
     model_b: nn.Module,
     documents: Iterable[Any],

@@ -23,7 +23,7 @@ from mixlens.bench.prompts import Workload
 from mixlens.bench.run import benchmark
 from mixlens.core.run_dir import META, RunWriter, now, open_run, versions
 from mixlens.errors import BadInput
-from mixlens.experiments.impact import SETTINGS, quantization_impact
+from mixlens.experiments.impact import SETTINGS, measure_impact
 from mixlens.models.load import load
 from mixlens.models.provenance import audit, describe, identity
 from mixlens.models.quantization.checkpoint import skeleton_of
@@ -48,7 +48,7 @@ class Speed:
     output_tokens: int = 32
 
 
-def pareto(
+def measure_pareto(
     model: str | os.PathLike,
     documents: Iterable[Any],
     *,
@@ -61,7 +61,7 @@ def pareto(
     """Quality against bytes and speed of a model in several schemes, against the model as it is loaded without one.
 
     model      as for load
-    documents  as for record; quality is measured on them by quantization_impact
+    documents  as for record; quality is measured on them by measure_impact
     schemes    as load takes them (names or mappings), or a dtype such as "bfloat16"
     out        run directory: table.parquet, pareto.png and pareto.pdf, and in a folder a scheme its impact and its
                benchmark, each a run of its own. A run that was stopped or killed goes on at the scheme where it stopped
@@ -70,7 +70,7 @@ def pareto(
     The original stays loaded beside one scheme at a time.
 
     Raises BadInput for no or unknown schemes, one named twice, or the original's own, and ModelError for one that
-    cannot run here, before anything is measured; and as load, quantization_impact and benchmark.
+    cannot run here, before anything is measured; and as load, measure_impact and benchmark.
     """
     if isinstance(schemes, str) or not isinstance(schemes, Sequence):
         raise BadInput(
@@ -139,7 +139,7 @@ class _Sides:
             _counted(name, "expert_bits", audited.of("experts")["bits_per_weight"], "bits"),
         ]
         if scheme is not None:
-            found = quantization_impact(
+            found = measure_impact(
                 self.original, loaded, self.documents, out=folder / "impact", settings=self.settings
             )
             rows += _quality(name, found)

@@ -21,7 +21,7 @@ _CHUNK = 2**22
 
 
 @torch.no_grad()
-def expert_similarity(
+def measure_similarity(
     model: nn.Module, *, layers: int | Sequence[int] | None = None, match: bool = False
 ) -> xr.Dataset:
     """Cosines between the experts of each layer, and between their router vectors.
@@ -70,7 +70,7 @@ def expert_similarity(
     return xr.Dataset(
         {name: (dims.get(name, pair), np.stack(values)) for name, values in found.items()},
         {"layer": numbers, "matrix": ["w1", "w2", "w3"], "expert": range(count), "expert_j": range(count)},
-        {"statistic": "expert_similarity", "unit": "cosine", "model": describe(model)["name"]},
+        {"statistic": "measure_similarity", "unit": "cosine", "model": describe(model)["name"]},
     )
 
 

@@ -29,7 +29,7 @@ def tokens(
 
     sequence        sequence number or numbers (trace.sequences.index); the first one when not given
     layer           layer number to start at; the middle one when not given
-    contributions   from expert_contributions over the same documents: the text can then be coloured by the size of
+    contributions   from measure_contributions over the same documents: the text can then be coloured by the size of
                     the experts' outputs, and by what they add to the logit of the next token
 
     What is shown is rounded: weights are right to 0.004, entropies to 1.7 % of log2(experts), log-probabilities to
@@ -87,7 +87,7 @@ def _matched(trace: Trace, numbers: list[int], data: xr.Dataset) -> dict[str, np
         found = f"{missing:,} of {len(rows):,} tokens are not in them" if missing else "their expert ids are others"
         raise BadInput(
             f"Contributions were to be shown along sequence {numbers[0]}. They are of other tokens: {found}. "
-            "Give expert_contributions the documents and settings that the trace was recorded with.",
+            "Give measure_contributions the documents and settings that the trace was recorded with.",
             argument="contributions",
             value=(missing, len(rows)) if missing else "expert_id",
         )

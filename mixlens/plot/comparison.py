@@ -95,7 +95,7 @@ def flips_by_margin(data: xr.Dataset, ax: Axes | None = None) -> Axes:
     return ax
 
 
-@takes("quantization_impact(...).split()", "estimate", "quantity", "order", "part")
+@takes("measure_impact(...).split()", "estimate", "quantity", "order", "part")
 def quality_split(data: xr.Dataset, ax: Axes | None = None, *, quantity: str = "loss") -> Axes:
     """How much of the change comes from other weights and how much from other routing, in both orders and on average.
 
@@ -134,7 +134,7 @@ def quality_split(data: xr.Dataset, ax: Axes | None = None, *, quantity: str = "
     return ax
 
 
-@takes("quantization_impact(...).experts()", "estimate", "layer", "expert")
+@takes("measure_impact(...).experts()", "estimate", "layer", "expert")
 def expert_errors(data: xr.Dataset, ax: Axes | None = None) -> Axes:
     """Relative error of what every expert puts out, given the input that it had in the first model.
 

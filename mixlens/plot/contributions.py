@@ -50,13 +50,13 @@ def contribution_by_domain(data: xr.Dataset, ax: Axes | None = None) -> Axes:
     return ax
 
 
-@takes("expert_contributions", "logit", "sequence", "position")
+@takes("measure_contributions", "logit", "sequence", "position")
 def contributions(
     data: xr.Dataset, ax: Axes | None = None, *, sequence: int | None = None, positions: tuple[int, int] = (0, 64)
 ) -> Axes:
     """What the chosen experts of each layer add to the logit of the next token, along a text.
 
-    data       from expert_contributions  [token, layer, slot]; the slots of a layer are added up
+    data       from measure_contributions  [token, layer, slot]; the slots of a layer are added up
     sequence   sequence number; the first one when not given
     positions  (first, stop) within the sequence
 

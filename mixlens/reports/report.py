@@ -52,7 +52,7 @@ _KINDS: Mapping[str, Callable[[Any, str], Mapping[str, str]]] = {
 def report(runs: RunOrPath | Sequence[RunOrPath], path: str | os.PathLike, *, title: str | None = None) -> Path:
     """Write one HTML file with summary, figures, live text, tables, methods and provenance of `runs`.
 
-    runs    a trace, what measure_importance, measure_topk or expert_contributions gives, the folder of one of these,
+    runs    a trace, what measure_importance, measure_topk or measure_contributions gives, the folder of one of these,
             or several of them
     path    of the file, which is overwritten
     title   heading; made from the model and the run names when not given

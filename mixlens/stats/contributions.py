@@ -33,7 +33,7 @@ def expert_contribution(
     measure  "logit", what its weighted output adds to the logit of the token that came next, less the mean logit; or
              "norm", the Euclidean norm of its weighted output
 
-    Needs    contributions  as expert_contributions or open gives them
+    Needs    contributions  as measure_contributions or open gives them
     Returns  Dataset   in logits, or of the hidden states' unit, ci_low, ci_high, n (tokens that chose the expert)
                        [*by, layer, expert]; max_abs, the largest |number| it put out before its weight, [*by, layer,
                        expert], for super_experts; n_documents [*by]. NaN where nobody chose the expert
@@ -45,7 +45,7 @@ def expert_contribution(
             argument="measure",
             value=measure,
         )
-    check_kind(contributions, KIND, "expert_contributions")
+    check_kind(contributions, KIND, "measure_contributions")
     sums, n, peak, documents = _by_document(contributions, measure)
     labels, group = groups_of(documents, by)
     shape = tuple(len(values) for values in labels.values())
@@ -79,7 +79,7 @@ def expert_contribution(
 
 
 def open_contributions(path: str | os.PathLike, *, check: bool = True) -> xr.Dataset:
-    """The contributions along every text that a run holds, as expert_contributions gives them, in memory.
+    """The contributions along every text that a run holds, as measure_contributions gives them, in memory.
 
     Raises RunError when the run is not there, unfinished or altered, BadInput when it is of another kind.
     """
@@ -104,7 +104,7 @@ def contributions_dataset(measured: Measured) -> xr.Dataset:
     data = {name: (("token", "layer", "slot"), values) for name, values in arrays.items()}
     attrs = {
         "kind": KIND,
-        "statistic": "expert_contributions",
+        "statistic": "measure_contributions",
         "unit": "logit",
         "model": meta["model"]["name"],
         "n_experts": meta["n_experts"],

@@ -25,7 +25,7 @@ MATRICES = ("w1", "w2", "w3")
 
 
 class Impact:
-    """A model `a` and a changed copy `b` on the same tokens, measured by quantization_impact.
+    """A model `a` and a changed copy `b` on the same tokens, measured by measure_impact.
 
     sums   Dataset of sums over each document: loss, kl, same_top [document, condition]; same_first, shared
            [document, layer]; error, size (squared norms), chosen [document, layer, expert]; tokens (predicted), length

@@ -31,7 +31,7 @@ def next_tokens(a: Trace, b: Trace, *, by: By = None, bootstrap: Bootstrap = DEF
     same_top                 share of tokens for which both hold the same next token for the most probable
     kl_at_least              lower bound of the mean KL(p_a || p_b), nats: the tokens that both runs have among their
                              stored top ones, and all others as a single outcome. By the data-processing inequality
-                             joining outcomes never makes the divergence larger; quantization_impact gives the exact one
+                             joining outcomes never makes the divergence larger; measure_impact gives the exact one
 
     The bootstrap draws documents with the values of both runs. All measures are over the same tokens: those with one
     before them in their sequence.

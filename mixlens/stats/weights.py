@@ -16,7 +16,7 @@ def similarity_and_coactivation(
     Pearson's r over all pairs i < j between their similarity and (P(j|i) + P(i|j)) / 2. Pairs that share an expert are
     not independent, so the null distribution relabels whole experts of one of the two matrices (Mantel 1967).
 
-    similarity    [layer, expert, expert_j], such as expert_similarity(model).router_cosine
+    similarity    [layer, expert, expert_j], such as measure_similarity(model).router_cosine
     coactivation  from stats.coactivation, with layer, expert and expert_j
 
     Returns  Dataset  r, null_low, null_high (2.5 % and 97.5 % of the permutations), p (two-sided), n (pairs) [layer]
@@ -25,7 +25,7 @@ def similarity_and_coactivation(
     if not isinstance(similarity, xr.DataArray) or not isinstance(coactivation, xr.Dataset):
         raise BadInput(
             f"Similarity was to be compared with co-activation. Given were a {type(similarity).__name__} and a "
-            f"{type(coactivation).__name__}. Give one matrix of expert_similarity(model), such as its router_cosine, "
+            f"{type(coactivation).__name__}. Give one matrix of measure_similarity(model), such as its router_cosine, "
             "and what stats.coactivation gave.",
             argument="similarity",
             value=(type(similarity).__name__, type(coactivation).__name__),

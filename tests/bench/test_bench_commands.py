@@ -81,7 +81,7 @@ def test_no_success_is_a_failure_and_its_requests_stay(tmp_path, capsys):
 def test_mistakes_of_bench_send_nothing(argv, named, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("OPENROUTER_API_KEY", raising=False)
-    assert cli.main(["bench", *argv]) == cli.EXIT_FAILED
+    assert cli.main(["bench", *argv]) == cli.EXIT_USAGE
     said = capsys.readouterr().err
     assert all(name in said for name in named)
     assert not list(tmp_path.iterdir())

@@ -49,7 +49,7 @@ def test_for_a_script(tmp_path, capsys):
 def test_mistakes_measure_nothing(argv, named, loads, tmp_path, capsys, monkeypatch):
     if not loads:  # said before the model is loaded
         monkeypatch.setattr("mixlens.models.load.load", None)
-    assert cli.main(["bench", *argv, "--out", str(tmp_path / "run")]) == cli.EXIT_FAILED
+    assert cli.main(["bench", *argv, "--out", str(tmp_path / "run")]) == cli.EXIT_USAGE
     said = capsys.readouterr().err
     assert all(name in said for name in named)
     assert not (tmp_path / "run").exists()

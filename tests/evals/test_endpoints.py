@@ -126,5 +126,5 @@ def test_an_echo_without_log_probabilities_is_refused(demo, without):
 
 def test_words_of_transformers_are_not_dropped_for_vllm(capsys, tmp_path):
     out = str(tmp_path / "out")
-    assert main(["eval", "demo", "demo", "--backend", "vllm", "--quantization", "nf4", "--out", out]) == 1
+    assert main(["eval", "demo", "demo", "--backend", "vllm", "--quantization", "nf4", "--out", out]) == 2
     assert "--vllm-args" in capsys.readouterr().err

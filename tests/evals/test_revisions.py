@@ -48,7 +48,7 @@ def test_revisions_that_cannot_be_are_said(capsys):
     }.items():
         with refused(ml.BadInput, *said):
             ml.evaluate("demo", "gsm8k_5shot", settings=ml.EvalSettings(revisions=revisions))  # type: ignore[arg-type]
-    assert main(["eval", "demo", "demo_0shot", "--data-revision", "openai/gsm8k"]) == 1
+    assert main(["eval", "demo", "demo_0shot", "--data-revision", "openai/gsm8k"]) == 2
     assert "--data-revision" in capsys.readouterr().err
 
 

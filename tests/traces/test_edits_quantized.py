@@ -110,7 +110,7 @@ def test_a_map_is_that_of_forwards_under_the_edit(net):
 
 def test_contributions_of_a_quantized_model_add_up(net):
     documents = ["a quantized model"]
-    found = ml.expert_contributions(net, documents, tokenizer=Letters(), settings=ml.RecordSettings(progress=False))
+    found = ml.measure_contributions(net, documents, tokenizer=Letters(), settings=ml.RecordSettings(progress=False))
     parts: dict[str, torch.Tensor] = {}
     handles = [
         layer.self_attn.register_forward_hook(lambda _m, _a, out, i=i: parts.__setitem__(f"attention {i}", out[0][0]))

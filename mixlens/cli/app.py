@@ -1,0 +1,132 @@
+"""The application: how a command is found, run, printed and ended."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TextIO
+
+from cyclopts import App, CycloptsError, Parameter
+
+from mixlens.errors import BadInput, MixlensError
+
+EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def _version() -> str:
+    from mixlens import __version__
+
+    return f"mixlens {__version__}"
+
+
+app = App(
+    "mixlens",
+    help="See what every expert of a Mixtral model does.",
+    version=_version,
+    help_format="plaintext",
+    default_parameter=Parameter(negative=()),
+    suppress_keyboard_interrupt=False,
+)
+app.register_install_completion_command(help="Install completion for bash, zsh or fish.")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command found: `data` for --json, and `text` for a person; without text the data is listed."""
+
+    data: dict[str, Any]
+    text: str | None = None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    as_json = "--json" in argv
+    try:
+        command, bound, _ = app.parse_args(argv, exit_on_error=False, print_error=False)
+    except CycloptsError as error:
+        return _fail(_usage(error, argv), "BadInput", EXIT_USAGE, as_json=as_json)
+    try:
+        with contextlib.redirect_stdout(_Visible(sys.stdout)):
+            result = command(*bound.args, **bound.kwargs)
+            if isinstance(result, Result):
+                print(
+                    json.dumps(result.data, indent=1, default=str) if as_json else result.text or _listed(result.data)
+                )
+        sys.stdout.flush()
+    except MixlensError as error:
+        status = EXIT_USAGE if isinstance(error, BadInput) else EXIT_FAILED
+        return _fail(_by_option(str(error), command), type(error).__name__, status, as_json=as_json)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader (head, a pager) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return EXIT_DONE
+
+
+def _usage(error: CycloptsError, argv: Sequence[str]) -> str:
+    """The message of a parsing error on one line, and where to find the usage."""
+    names = [name for name in argv[:1] if not name.startswith("-") and name in app]
+    return f"{' '.join(str(error).split())} See {' '.join(['mixlens', *names, '--help'])}."
+
+
+def _by_option(text: str, command: Callable[..., Any]) -> str:
+    """Write the arguments of Python that a message names as the options of the command."""
+    for name in _options(command):
+        option = f"--{name.replace('_', '-')}"
+        text = re.sub(rf"(?<![\w.\-]){name}=(?=[\s.,;:)]|$)", option, text)
+        text = re.sub(rf"(?<![\w.\-]){name}=(?=\S)", f"{option} ", text)
+        if "_" in name:
+            text = re.sub(rf"(?<![\w.\-]){name}(?![\w(])", option, text)
+    return text
+
+
+def _options(command: Callable[..., Any]) -> list[str]:
+    names = []
+    for parameter in inspect.signature(command).parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            names += list(getattr(parameter.default, "__dataclass_fields__", (parameter.name,)))
+    return sorted(set(names), key=len, reverse=True)
+
+
+def _fail(message: str, kind: str, status: int, *, as_json: bool) -> int:
+    if as_json:
+        print(json.dumps({"error": kind, "message": message}))
+    print(f"mixlens: {message}", file=_Visible(sys.stderr))
+    return status
+
+
+class _Visible(io.TextIOBase):
+    """A terminal that printed text cannot steer: control and direction characters appear as escapes."""
+
+    def __init__(self, terminal: TextIO) -> None:
+        self._terminal = terminal
+
+    def write(self, text: str) -> int:
+        shown = _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+        self._terminal.write(shown)
+        return len(text)
+
+    def flush(self) -> None:
+        self._terminal.flush()
+
+
+def _listed(data: dict[str, Any]) -> str:
+    width = max(len(key) for key in data)
+    return "\n".join(f"{key:<{width}}  {_flat(value)}" for key, value in data.items())
+
+
+def _flat(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_flat(inner)}" for key, inner in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -1,0 +1,271 @@
+"""The commands importance, contributions, topk, impact, pareto and audit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from mixlens.cli.app import Result, app
+from mixlens.cli.documents import read_documents
+from mixlens.cli.options import Integers, Loading, NotNegative, Output, Reading, Schemes
+from mixlens.cli.tables import rows_of, statistic
+from mixlens.errors import BadInput
+
+
+@app.command
+def importance(
+    model: str,
+    documents: list[str],
+    /,
+    *,
+    out: str,
+    how: Literal["reroute", "zero", "mean"] = "reroute",
+    layers: Integers | None = None,
+    by: str | None = None,
+    csv: str | None = None,
+    reading: Reading = Reading(),
+    loading: Loading = Loading(),
+    output: Output = Output(),
+) -> Result:
+    """Measure the loss without each expert of each layer.
+
+    Parameters
+    ----------
+    model
+        Hub id, folder, or "demo".
+    documents
+        JSON Lines (.jsonl, .jsonl.gz) or text files (one document each).
+    out
+        Run directory; a run that was stopped there resumes.
+    how
+        Never choose the expert, set its output to zero, or set it to its mean over the same documents.
+    layers
+        Only these layers.
+    by
+        Column of the documents to group by, such as domain.
+    csv
+        File to write the table to instead.
+    """
+    from mixlens.experiments.contributions import expert_outputs
+    from mixlens.experiments.importance import SETTINGS, Ablation, measure_importance
+    from mixlens.stats import expert_importance
+
+    texts, settings = read_documents(documents, reading.limit), reading.settings(SETTINGS, output)
+    loaded = loading.load(model, output)
+    means = expert_outputs(loaded, texts, settings=settings)["mean"] if how == "mean" else None
+    ablation = Ablation(how=how, means=means, layers=None if layers is None else list(layers))
+    measured = measure_importance(loaded, texts, out=out, ablation=ablation, settings=settings)
+    return statistic(expert_importance(measured, by=by), csv=csv, also=["share"])
+
+
+@app.command
+def contributions(
+    model: str,
+    documents: list[str],
+    /,
+    *,
+    out: str,
+    measure: Literal["logit", "norm"] = "logit",
+    by: str | None = None,
+    csv: str | None = None,
+    reading: Reading = Reading(),
+    loading: Loading = Loading(),
+    output: Output = Output(),
+) -> Result:
+    """Measure what each chosen expert adds to the logit of the next token.
+
+    Parameters
+    ----------
+    model
+        Hub id, folder, or "demo".
+    documents
+        JSON Lines (.jsonl, .jsonl.gz) or text files (one document each).
+    out
+        Run directory; a run that was stopped there resumes.
+    measure
+        Which of the two the table shows; the run has both.
+    by
+        Column of the documents to group by, such as domain.
+    csv
+        File to write the table to instead.
+    """
+    from mixlens.experiments.contributions import SETTINGS, measure_contributions
+    from mixlens.stats import expert_contribution
+
+    texts, settings = read_documents(documents, reading.limit), reading.settings(SETTINGS, output)
+    found = measure_contributions(loading.load(model, output), texts, out=out, settings=settings)
+    return statistic(expert_contribution(found, measure=measure, by=by), csv=csv, also=["max_abs"])
+
+
+@app.command
+def topk(
+    model: str,
+    documents: list[str],
+    /,
+    *,
+    out: str,
+    ks: Integers | None = None,
+    by: str | None = None,
+    csv: str | None = None,
+    reading: Reading = Reading(),
+    loading: Loading = Loading(),
+    output: Output = Output(),
+) -> Result:
+    """Measure the loss when every token chooses k experts, for each k.
+
+    Parameters
+    ----------
+    model
+        Hub id, folder, or "demo".
+    documents
+        JSON Lines (.jsonl, .jsonl.gz) or text files (one document each).
+    out
+        Run directory; a run that was stopped there resumes.
+    ks
+        Only these numbers of experts; 1 to all where left out.
+    by
+        Column of the documents to group by, such as domain.
+    csv
+        File to write the table to instead.
+    """
+    from mixlens.experiments.topk import SETTINGS, measure_topk
+    from mixlens.stats import topk_sweep
+
+    texts, settings = read_documents(documents, reading.limit), reading.settings(SETTINGS, output)
+    measured = measure_topk(
+        loading.load(model, output), texts, ks=None if ks is None else list(ks), out=out, settings=settings
+    )
+    return statistic(topk_sweep(measured, by=by), csv=csv, also=["change", "change_low", "change_high"])
+
+
+@app.command
+def impact(
+    model: str,
+    documents: list[str],
+    /,
+    *,
+    out: str,
+    by: str | None = None,
+    force_weights: bool = False,
+    reading: Reading = Reading(),
+    loading: Loading = Loading(),
+    output: Output = Output(),
+) -> Result:
+    """Measure what quantization does to predictions, routing and every expert.
+
+    Parameters
+    ----------
+    model
+        Hub id, folder, or "demo".
+    documents
+        JSON Lines (.jsonl, .jsonl.gz) or text files (one document each).
+    out
+        Run directory; a run that was stopped there resumes.
+    by
+        Column of the documents to group by, such as domain.
+    force_weights
+        Under the other model's routing also use its router weights.
+    """
+    from mixlens.experiments.impact import SETTINGS, measure_impact
+    from mixlens.plot.tables import tidy
+
+    if loading.quantization is None:
+        raise BadInput(
+            "Cannot measure the impact of quantization: no scheme is given. Pass one, such as --quantization nf4.",
+            argument="--quantization",
+        )
+    texts, settings = read_documents(documents, reading.limit), reading.settings(SETTINGS, output)
+    changed = loading.load(model, output)
+    original = replace(loading, quantization=None).load(model, output)
+    found = measure_impact(original, changed, texts, out=out, force_weights=force_weights, settings=settings)
+    data, text = {"run": out, "rows": rows_of(found.overview().rename_axis("what").reset_index())}, repr(found)
+    if by is not None:
+        parts = tidy(found.split(by=by))
+        data["split"] = rows_of(parts)
+        text += f"\n\nThe change by part, by {by}:\n{parts.round(4).to_string(index=False)}"
+    return Result(data, text)
+
+
+@app.command
+def pareto(
+    model: str,
+    documents: list[str],
+    /,
+    *,
+    out: str,
+    schemes: Schemes,
+    calls: NotNegative = 8,
+    scores: Annotated[list[str] | None, Parameter(metavar="SCHEME=RUN")] = None,
+    reading: Reading = Reading(),
+    loading: Loading = Loading(),
+    output: Output = Output(),
+) -> Result:
+    """Measure quality, bytes and speed of a model in several quantization schemes.
+
+    Parameters
+    ----------
+    model
+        Hub id, folder, or "demo".
+    documents
+        JSON Lines (.jsonl, .jsonl.gz) or text files (one document each).
+    out
+        Run directory.
+    schemes
+        Such as "nf4,hqq3,bfloat16"; with parts, divided by semicolons: "nf4;attention=nf4,experts=hqq2".
+    calls
+        Timed calls a scheme, 0 for none.
+    scores
+        Evaluation of a scheme; can be repeated.
+    """
+    from mixlens.experiments.pareto import SETTINGS, Speed, measure_pareto
+    from mixlens.registry import open as open_run
+
+    if loading.quantization is not None:
+        raise BadInput(
+            "Cannot combine --quantization with --schemes: the original is loaded without one. Add the scheme to "
+            "--schemes.",
+            argument="--quantization",
+            value=loading.quantization,
+        )
+    evaluations = {scheme: open_run(run) for scheme, run in map(_score, scores or [])}
+    found = measure_pareto(
+        model,
+        read_documents(documents, reading.limit),
+        schemes=schemes,
+        out=out,
+        loading={"device_map": loading.device_map, "dtype": loading.dtype, "revision": loading.revision},
+        speed=Speed(calls=calls),
+        settings=reading.settings(SETTINGS, output),
+    )
+    if evaluations:
+        found = found.with_scores(evaluations)
+    data = {"run": out, "front": found.front(), "rows": rows_of(found.table)}
+    return Result(data, f"{found!r}\n\ntable and figure: {out}")
+
+
+@app.command
+def audit(model: str, /, *, loading: Loading = Loading(), output: Output = Output()) -> Result:
+    """Count the bytes that each kind of weight takes.
+
+    Parameters
+    ----------
+    model
+        Hub id, folder, or "demo".
+    """
+    from mixlens.models.provenance import audit
+
+    found = audit(loading.load(model, output))
+    return Result(found.summary(), str(found))
+
+
+def _score(text: str) -> tuple[str, str]:
+    scheme, _, run = text.rpartition("=")
+    if not scheme:
+        raise BadInput(
+            f"Cannot use --scores {text}: it names no scheme. Write it as nf4=runs/eval-nf4.",
+            argument="--scores",
+            value=text,
+        )
+    return scheme, run

@@ -1,0 +1,216 @@
+"""Options that several commands share, each declared once, and the types of their values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+
+from cyclopts import Parameter, Token, validators
+
+if TYPE_CHECKING:
+    from mixlens.recording.corpus import RecordSettings
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+Positive = Annotated[int, Parameter(validator=validators.Number(gte=1))]
+NotNegative = Annotated[int, Parameter(validator=validators.Number(gte=0))]
+Dollars = Annotated[float, Parameter(validator=validators.Number(gt=0))]
+Seconds = Annotated[float, Parameter(validator=validators.Number(gt=0))]
+
+
+def _list_of(kind: type[int] | type[float], example: str) -> Any:
+    def read(_type: Any, tokens: Sequence[Token]) -> tuple[Any, ...]:
+        try:
+            return tuple(kind(part) for part in tokens[0].value.split(","))
+        except ValueError:
+            raise ValueError(f"{tokens[0].value!r} is not a list of numbers such as {example}.") from None
+
+    return read
+
+
+def _names(_type: Any, tokens: Sequence[Token]) -> tuple[str, ...]:
+    return tuple(name.strip() for name in tokens[0].value.split(",") if name.strip())
+
+
+def _signals(_type: Any, tokens: Sequence[Token]) -> tuple[str, ...]:
+    from mixlens.errors import BadInput
+    from mixlens.trace.signals import parse_signals
+
+    names = _names(_type, tokens)
+    try:
+        parse_signals(names, n_layers=1)  # names only; layers are those of the model
+    except BadInput as error:
+        raise ValueError(str(error)) from error
+    return names
+
+
+def _dtypes(_type: Any, tokens: Sequence[Token]) -> tuple[str, ...]:
+    names = _names(_type, tokens)
+    if unknown := [name for name in names if name not in get_args(Dtype)]:
+        raise ValueError(f"{unknown[0]!r} is not one of {', '.join(get_args(Dtype))}.")
+    return names
+
+
+def quantization_of(text: str) -> str | dict[str, str]:
+    """Return what `load` takes, from "nf4" or "attention=nf4,experts=hqq2".
+
+    Raises ValueError for a scheme that does not exist.
+    """
+    from mixlens.errors import BadInput
+    from mixlens.models.quantization.schemes import parse_scheme
+
+    parts = [entry.rpartition("=") for entry in text.split(",")] if "=" in text else [("", "", text)]
+    for _, _, scheme in parts:
+        try:
+            parse_scheme(scheme)
+        except BadInput as error:
+            raise ValueError(str(error)) from error
+    return text if "=" not in text else {part: scheme for part, _, scheme in parts}
+
+
+def schemes_of(text: str) -> list[str | dict[str, str] | None]:
+    """Return several schemes: divided by semicolons, or by commas where no parts are named; "none" is None."""
+    divided = text.split(";") if ";" in text or "=" in text else text.split(",")
+    named = [scheme.strip() for scheme in divided if scheme.strip()]
+    return [None if scheme == "none" else quantization_of(scheme) for scheme in named]
+
+
+Integers = Annotated[tuple[int, ...], Parameter(converter=_list_of(int, "0,15,31"), n_tokens=1, metavar="N,N,...")]
+Numbers = Annotated[tuple[float, ...], Parameter(converter=_list_of(float, "0.5,2"), n_tokens=1, metavar="R,R,...")]
+Names = Annotated[tuple[str, ...], Parameter(converter=_names, n_tokens=1, metavar="NAME,NAME,...")]
+Signals = Annotated[tuple[str, ...], Parameter(converter=_signals, n_tokens=1, metavar="NAME,NAME,...")]
+Dtypes = Annotated[tuple[str, ...], Parameter(converter=_dtypes, n_tokens=1, metavar="NAME,NAME,...")]
+Quantization = Annotated[
+    Any, Parameter(converter=lambda _, tokens: quantization_of(tokens[0].value), n_tokens=1, metavar="SCHEME")
+]
+Schemes = Annotated[
+    Any, Parameter(converter=lambda _, tokens: schemes_of(tokens[0].value), n_tokens=1, metavar="S,S,...")
+]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Output:
+    """How a command reports.
+
+    Parameters
+    ----------
+    json
+        Print the result as JSON.
+    quiet
+        Print the result only: no progress, no remarks on loading.
+    """
+
+    json: bool = False
+    quiet: bool = False
+
+    @property
+    def progress(self) -> bool:
+        return not (self.json or self.quiet)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Loading:
+    """How a model is loaded.
+
+    Parameters
+    ----------
+    quantization
+        Such as nf4, int8, hqq2-g16; or by part: "attention=nf4,experts=hqq2,*.layers.0.*=none".
+    device_map
+        As in accelerate, such as "auto" or "cpu".
+    dtype
+        Of weights that are not quantized.
+    revision
+        Branch, tag or commit on the Hub.
+    """
+
+    quantization: Quantization = None
+    device_map: str | None = None
+    dtype: Dtype | None = None
+    revision: str | None = None
+
+    def load(self, model: str, output: Output) -> Any:
+        from mixlens.models.load import load
+
+        return load(model, **vars(self), verbose=output.progress)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Reading:
+    """How documents are read.
+
+    Parameters
+    ----------
+    text
+        Text column of JSON Lines.
+    limit
+        Only the first N documents of every file.
+    max_length
+        Tokens a sequence; the context of the model where left out.
+    overlong
+        What to do with longer documents.
+    batch_tokens
+        Tokens a forward.
+    """
+
+    text: str = "text"
+    limit: Positive | None = None
+    max_length: Positive | None = None
+    overlong: Literal["error", "truncate", "split"] = "error"
+    batch_tokens: Positive | None = None
+
+    def settings(self, base: RecordSettings, output: Output) -> RecordSettings:
+        kept = {name: value for name, value in vars(self).items() if name != "limit"}
+        return replace(base, **kept, progress=output.progress)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Server:
+    """How an endpoint is asked.
+
+    Parameters
+    ----------
+    model
+        Name that the server knows the model by; may be left out for openrouter, deepinfra and modelslab.
+    protocol
+        openai-chat where left out.
+    key_env
+        Environment variable that holds the key.
+    provider
+        Of openrouter: only this provider may answer.
+    """
+
+    model: str | None = None
+    protocol: Literal["openai-chat", "openai-completions", "anthropic", "modelslab"] | None = None
+    key_env: str | None = None
+    provider: str | None = None
+
+    def endpoint(self, url: str) -> Any:
+        """Return the Endpoint at `url`, which may be the name of a preset.
+
+        Raises BadInput where the model is not named, or a provider for another address than OpenRouter's.
+        """
+        from mixlens.endpoints.endpoint import PRESETS, Endpoint
+        from mixlens.errors import BadInput
+
+        named = {"model": self.model, "protocol": self.protocol, "key_env": self.key_env}
+        fields: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
+        if self.provider is not None and url != "openrouter":
+            raise BadInput(
+                f"Cannot choose the provider {self.provider!r} at {url}: only OpenRouter chooses between providers. "
+                "Pass openrouter as the URL, or leave out --provider.",
+                argument="--provider",
+                value=self.provider,
+            )
+        if url in PRESETS:
+            pinned = {"providers": [self.provider]} if self.provider else {}
+            return PRESETS[url](**fields, **pinned)
+        if self.model is None:
+            raise BadInput(
+                f"Cannot ask {url}: no model is named. Pass --model NAME, as the server knows it.", argument="--model"
+            )
+        return Endpoint(url, **fields)

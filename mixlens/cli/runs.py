@@ -1,0 +1,191 @@
+"""The commands record, stats, report, info, compare and demo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from mixlens.cli.app import Result, app
+from mixlens.cli.documents import read_documents
+from mixlens.cli.options import Integers, Loading, Output, Reading, Signals
+from mixlens.cli.tables import rows_of, statistic
+from mixlens.errors import RunError
+
+Statistic = Literal[
+    "expert_share",
+    "load_balance",
+    "routing_entropy",
+    "router_confidence",
+    "repetition",
+    "coactivation",
+    "transitions",
+    "position_profile",
+    "domain_specialization",
+    "domain_information",
+    "vocabulary_specialization",
+    "predictability",
+]
+
+
+@app.command
+def record(
+    model: str,
+    documents: list[str],
+    /,
+    *,
+    out: str,
+    signals: Signals = ("router_logits", "logprob"),
+    reading: Reading = Reading(),
+    loading: Loading = Loading(),
+    output: Output = Output(),
+) -> Result:
+    """Record the routing of a corpus into a run directory.
+
+    Parameters
+    ----------
+    model
+        Hub id, folder, or "demo".
+    documents
+        JSON Lines (.jsonl, .jsonl.gz) or text files (one document each).
+    out
+        Run directory; a run that was stopped there resumes.
+    signals
+        router_logits, logprob, top_logprobs, or sites such as moe_out.
+    """
+    from mixlens.recording.corpus import RecordSettings
+    from mixlens.recording.record import record
+
+    texts, settings = read_documents(documents, reading.limit), reading.settings(RecordSettings(), output)
+    trace = record(loading.load(model, output), texts, out=out, signals=signals, settings=settings)
+    return Result({"run": out, **trace.meta["counts"], "signals": [*trace.signals, *trace.sites]})
+
+
+@app.command
+def stats(
+    run: str,
+    name: Statistic,
+    /,
+    *,
+    by: str | None = None,
+    layers: Integers | None = None,
+    csv: str | None = None,
+    output: Output = Output(),
+) -> Result:
+    """Print a statistic of a run, with intervals and n.
+
+    Parameters
+    ----------
+    run
+        Run directory.
+    name
+        The statistic.
+    by
+        Column of the sequences to group by, such as domain.
+    layers
+        Only these layers.
+    csv
+        File to write the table to instead.
+    """
+    from mixlens import stats
+    from mixlens.trace.trace import Trace
+
+    trace = Trace.open(run)
+    if layers:
+        trace = trace.select(layers=list(layers))
+    return statistic(getattr(stats, name)(trace, **({"by": by} if by else {})), csv=csv)
+
+
+@app.command
+def report(runs: list[str], /, *, out: str = "report.html", output: Output = Output()) -> Result:
+    """Write one HTML file about one run or several.
+
+    Parameters
+    ----------
+    runs
+        Run directories.
+    out
+        File to write.
+    """
+    from mixlens.reports.report import report
+
+    return Result({"report": str(report(runs if len(runs) > 1 else runs[0], out))})
+
+
+@app.command
+def info(run: str | None = None, /, *, verify: bool = False, output: Output = Output()) -> Result:
+    """Describe a run, or what is installed.
+
+    Parameters
+    ----------
+    run
+        Run directory; versions and devices where left out.
+    verify
+        Check every file of the run against its checksum.
+    """
+    from mixlens.core.run_dir import open_run, versions
+
+    if run is None:
+        import torch
+
+        installed = versions("mixlens", "torch", "transformers", "accelerate", "datasets", "safetensors")
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        return Result({**installed, "devices": names or ["cpu"]})
+    opened = open_run(run)
+    if verify and (faults := opened.verify()):
+        raise RunError(
+            f"The run {run} is damaged: {len(faults)} of its {len(opened.meta['files'])} files are at fault: "
+            f"{'; '.join(faults)}. Restore them from a copy, or record again into a new folder.",
+            argument="path",
+            value=len(faults),
+        )
+    names = ("kind", "created", "model", "counts", "signals", "sites", "versions")
+    held = {key: opened.meta[key] for key in names if key in opened.meta}
+    return Result({**held, "files": len(opened.meta["files"]), "verified": verify})
+
+
+@app.command
+def compare(a: str, b: str, /, *, output: Output = Output()) -> Result:
+    """Compare two runs of one kind.
+
+    Parameters
+    ----------
+    a
+        Run directory.
+    b
+        Run directory of the same tokens, samples or load.
+    """
+    from mixlens.comparison import Comparison, compare
+
+    found = compare(a, b)
+    if isinstance(found, Comparison):
+        rows = rows_of(found.overview().rename_axis("what").reset_index())
+        data: dict[str, Any] = {"runs": list(found.names), "rows": rows, "missing": found.missing()}
+    else:
+        data = {"runs": [a, b], "rows": rows_of(found.table)}
+    return Result(data, repr(found))
+
+
+@app.command
+def demo(*, out: str = "out/demo", output: Output = Output()) -> Result:
+    """Record the bundled model on the bundled samples, and write a report.
+
+    Parameters
+    ----------
+    out
+        Folder for the run and report.html.
+    """
+    from dataclasses import replace
+
+    from mixlens.models.demo import DEMO, demo_documents
+    from mixlens.models.load import load
+    from mixlens.models.provenance import describe
+    from mixlens.recording.corpus import RecordSettings
+    from mixlens.recording.record import record
+    from mixlens.reports.report import report
+
+    folder, model = Path(out), load(DEMO, verbose=output.progress)
+    # Named after the weights: a newer demo model gets a run of its own beside the old one.
+    run = folder / f"run-{str(describe(model)['router_sha256'])[:8]}"
+    trace = record(model, demo_documents(), out=run, settings=replace(RecordSettings(), progress=output.progress))
+    path = report(trace, folder / "report.html")
+    return Result({"run": str(run), "report": str(path), **trace.meta["counts"]})

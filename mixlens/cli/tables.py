@@ -1,0 +1,48 @@
+"""How commands print and write tables."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from mixlens.cli.app import Result
+from mixlens.errors import BadInput
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import xarray as xr
+
+
+def rows_of(frame: Any) -> list[dict[str, Any]]:
+    """Return the rows of a frame as plain values; NaN as None."""
+    return json.loads(frame.to_json(orient="records", double_precision=15))
+
+
+def statistic(data: xr.Dataset, *, csv: str | None, also: Sequence[str] = ()) -> Result:
+    """Return a statistic, with the variables `also`, or write it to a CSV file."""
+    from mixlens.plot.tables import tidy
+
+    frame = tidy(data, also=also)
+    if csv:
+        return written(frame, csv)
+    attrs = {str(key): value.tolist() if hasattr(value, "tolist") else value for key, value in data.attrs.items()}
+    text = frame.to_string(index=False, float_format=lambda value: f"{value:.4f}")
+    source = f"{data.attrs.get('formula', '')}\nsource: {data.attrs.get('source', '')}"
+    return Result({"statistic": data.attrs["statistic"], "attrs": attrs, "rows": rows_of(frame)}, f"{text}\n\n{source}")
+
+
+def written(frame: pd.DataFrame, path: str) -> Result:
+    """Write a frame as CSV.
+
+    Raises BadInput where the file cannot be written.
+    """
+    try:
+        frame.to_csv(path, index=False)
+    except OSError as error:
+        raise BadInput(
+            f"Cannot write the table to {path}: {error.strerror or error}. Pass --csv a file in an existing folder.",
+            argument="--csv",
+            value=path,
+        ) from error
+    return Result({"written": path, "rows": len(frame)})
