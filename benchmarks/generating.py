@@ -33,8 +33,8 @@ def main() -> None:
         random_model(options.shape),
         concurrency=options.batch,
         requests=options.calls,
-        workload=ml.Workload(options.prompt, options.output),
-        settings=ml.LocalSettings(experts=options.experts, max_seconds=None),
+        workload=ml.bench.Workload(options.prompt, options.output),
+        settings=ml.bench.LocalSettings(experts=options.experts, max_seconds=None),
     )
     print(bench)
     results = {

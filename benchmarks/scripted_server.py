@@ -49,7 +49,8 @@ def main() -> None:
 
 def measure(url: str, protocol: str, options: argparse.Namespace) -> dict[str, Any]:
     """Median of each metric, and the largest error of any request, in milliseconds."""
-    from mixlens import BenchSettings, Endpoint, Workload, benchmark
+    from mixlens import Endpoint, benchmark
+    from mixlens.bench import BenchSettings, Workload
 
     bench = benchmark(
         Endpoint(url, model="scripted", protocol=protocol),

@@ -26,8 +26,8 @@ from mixlens.trace.vocabulary import same_tokenizer
 
 
 def compare(
-    run_a: Trace | Log | Bench | str | os.PathLike,
-    run_b: Trace | Log | Bench | str | os.PathLike,
+    run_a: Trace | Log | Bench | str | os.PathLike[str],
+    run_b: Trace | Log | Bench | str | os.PathLike[str],
     *,
     bootstrap: Bootstrap = DEFAULT,
 ) -> Comparison | LogComparison | BenchComparison:

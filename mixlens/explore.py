@@ -284,6 +284,6 @@ class _Watch(StoppingCriteria):
     def __init__(self, tell: Callable[[int], None]) -> None:
         self._tell = tell
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> Any:
         self._tell(int(input_ids.shape[1]))
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
+
+import xarray as xr
 
 from mixlens.bench.bench import Bench
 from mixlens.core.run_dir import open_run
@@ -16,7 +19,9 @@ from mixlens.stats.pareto import Pareto
 from mixlens.stats.topk import open_topk
 from mixlens.trace.trace import Trace
 
-_KINDS = {
+Run = Trace | Log | Bench | Impact | Pareto | xr.Dataset
+
+_KINDS: dict[str, Callable[..., Any]] = {
     "trace": Trace.open,
     "importance": open_importance,
     "contributions": open_contributions,
@@ -28,7 +33,7 @@ _KINDS = {
 }
 
 
-def open(path: str | os.PathLike, *, check: bool = True) -> Any:
+def open(path: str | os.PathLike[str], *, check: bool = True) -> Run:
     """The run at `path`, read lazily: a Trace, a Bench, a Log, or the sums over documents of an importance run.
 
     check  compare every file with its checksum when it is first read; False compares sizes only

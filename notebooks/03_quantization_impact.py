@@ -103,7 +103,7 @@ print(
 # of paired differences, from a bootstrap over documents.
 
 # %%
-impact = ml.quantization_impact(original, quantized, DOCUMENTS, settings=SETTINGS)
+impact = ml.experiments.measure_impact(original, quantized, DOCUMENTS, settings=SETTINGS)
 impact
 
 # %%
@@ -178,7 +178,9 @@ if original.dtype != torch.bfloat16:
     SCHEMES = ["bfloat16", *SCHEMES]
 del original, quantized, runs, model  # the next call loads its own
 few = ml.demo_documents()[::6] if MODEL == "demo" else DOCUMENTS
-front = ml.pareto(MODEL, few, schemes=SCHEMES, out=OUT / "pareto", settings=SETTINGS, speed=ml.Speed(2, 16, 4))
+front = ml.experiments.measure_pareto(
+    MODEL, few, schemes=SCHEMES, out=OUT / "pareto", settings=SETTINGS, speed=ml.experiments.Speed(2, 16, 4)
+)
 front.overview().T
 
 # %%

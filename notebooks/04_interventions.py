@@ -19,7 +19,7 @@
 # Utilization says where tokens go, not what an expert is for. Here experts are taken out, and the loss says what that
 # costs. Everything runs offline on the small trained Mixtral that comes with mixlens; set `MODEL`, `DOCUMENTS` and
 # `DOMAIN` for another. A map of all experts takes a forward of the layers above each: 256 of them for 8x7B, so keep
-# documents few and short there, or take some layers, `ml.Ablation(layers=[...])`.
+# documents few and short there, or take some layers, `ml.experiments.Ablation(layers=[...])`.
 
 # %%
 import numpy as np
@@ -69,7 +69,7 @@ pd.DataFrame(
 # colours are linear near zero and logarithmic beyond, as the figure says.
 
 # %%
-measured = ml.measure_importance(model, documents, settings=settings)
+measured = ml.experiments.measure_importance(model, documents, settings=settings)
 importance = ml.stats.expert_importance(measured, by="domain")
 ml.show.importance_by_domain(importance)
 
@@ -138,7 +138,7 @@ ml.show.importance_against_share(importance.sel(domain=DOMAIN))
 # Mixtral is trained with two. The same documents with each token choosing one to eight:
 
 # %%
-sweep = ml.stats.topk_sweep(ml.measure_topk(model, documents, settings=settings))
+sweep = ml.stats.topk_sweep(ml.experiments.measure_topk(model, documents, settings=settings))
 ml.show.topk_curve(sweep)
 
 # %%
@@ -168,7 +168,7 @@ ml.show.topk_routing(sweep)
 # of it. Means over the tokens that chose the expert, and then the same along one text.
 
 # %%
-contributions = ml.expert_contributions(model, documents, settings=settings)
+contributions = ml.experiments.measure_contributions(model, documents, settings=settings)
 contribution = ml.stats.expert_contribution(contributions)
 ml.show.contribution(contribution)
 

@@ -27,13 +27,13 @@ import pandas as pd
 
 import mixlens as ml
 from mixlens.evals.protocols import suites
-from mixlens.evals.references import beside, references
+from mixlens.evals.published import beside, references
 from mixlens.evals.routing import sample_share
 
 MODEL, TASKS, PROTOCOL, LIMIT = "demo", "demo", None, None
 PUBLISHED = "mistralai/Mixtral-8x7B-v0.1"  # whose published scores stand beside
 model = ml.load(MODEL, verbose=False)
-settings = ml.EvalSettings(progress=False, routing=True)
+settings = ml.evals.EvalSettings(progress=False, routing=True)
 
 # %% [markdown]
 # ## Why the protocol matters

@@ -84,8 +84,8 @@ class Handler(BaseHTTPRequestHandler):
 
 server, slower = Server(), Server(slower=1.5)
 endpoint = ml.Endpoint(server.url, model="mistralai/mixtral-8x7b-instruct")
-work = ml.Workload(prompt_tokens=32, output_tokens=8)
-quiet = ml.BenchSettings(progress=False)
+work = ml.bench.Workload(prompt_tokens=32, output_tokens=8)
+quiet = ml.bench.BenchSettings(progress=False)
 
 # %% [markdown]
 # ## One benchmark
@@ -118,8 +118,8 @@ bench.events().query("level == 'concurrency 1' and phase == 'measured' and index
 # says which load had the most, and in what share of bootstrap resamples.
 
 # %%
-swept = ml.load_sweep(endpoint, most=16, requests=24, workload=work, settings=quiet)
-found = ml.knee(swept)
+swept = ml.bench.load_sweep(endpoint, most=16, requests=24, workload=work, settings=quiet)
+found = ml.bench.knee(swept)
 found.round(3)
 
 # %%
@@ -139,7 +139,7 @@ print(
 # take turns on the same prompts, and `compare` pairs the requests.
 
 # %%
-both = ml.benchmark_together(
+both = ml.bench.benchmark_together(
     {"a": endpoint, "b": ml.Endpoint(slower.url, model=endpoint.model)}, requests=24, workload=work, settings=quiet
 )
 compared = ml.compare(both["a"], both["b"])
@@ -157,17 +157,17 @@ print(f"b is built to be 1.5 times as slow; measured: {ttft.ratio:.2f} [{ttft.ci
 # knows `stop`, `stream` and nothing else.
 
 # %%
-probed = ml.probe(endpoint)
+probed = ml.bench.probe(endpoint)
 probed.table.set_index("parameter")
 
 # %% [markdown]
 # ## Providers and cost
 #
 # What was measured stands beside what providers publish, each with its source and date. Statements of one provider that
-# contradict each other are shown, not resolved. `ml.listed_prices(model)` adds what OpenRouter lists now.
+# contradict each other are shown, not resolved. `ml.pricing.listed_prices(model)` adds what OpenRouter lists now.
 
 # %%
-table = ml.provider_table({"this notebook": bench}, model=endpoint.model, probes={"this notebook": probed})
+table = ml.pricing.provider_table({"this notebook": bench}, model=endpoint.model, probes={"this notebook": probed})
 columns = ["provider", "kind", "load", "output_tokens_per_s", "ttft_s", "input_usd_per_mtok", "output_usd_per_mtok"]
 table[[*columns, "charged_usd_per_mtok", "quantization", "parameters", "n", "as_of", "contradicted"]].round(3)
 
@@ -188,7 +188,7 @@ costs.pivot_table(index=["provider", "usd_per_request"], columns="month", values
 nan = float("nan")
 usd = 1e6 * cost(1000, 500).drop_duplicates(["provider", "model"]).set_index(["provider", "model"])["usd"] / 1500
 small, large = "mistralai/mixtral-8x7b-instruct", "mistralai/mixtral-8x22b-instruct"
-speeds = ml.provider_table(model=small).set_index("provider")["output_tokens_per_s"].dropna()
+speeds = ml.pricing.provider_table(model=small).set_index("provider")["output_tokens_per_s"].dropna()
 mmlu = {small: (70.6, nan, nan), large: (77.75, nan, nan)}
 published = [
     Candidate(
@@ -209,13 +209,13 @@ ml.show.quality_cost_speed(published, score="MMLU, 5-shot [%]")
 
 # %%
 model = ml.load("demo", verbose=False)
-log = ml.evaluate(model, ["demo"], limit=40, settings=ml.EvalSettings(progress=False))
+log = ml.evaluate(model, ["demo"], limit=40, settings=ml.evals.EvalSettings(progress=False))
 local = ml.benchmark(
     model,
     concurrency=(1, 4),
     requests=4,
-    workload=ml.Workload(prompt_tokens=32, output_tokens=8),
-    settings=ml.LocalSettings(progress=False),
+    workload=ml.bench.Workload(prompt_tokens=32, output_tokens=8),
+    settings=ml.bench.LocalSettings(progress=False),
 )
 frontier(candidates([log, local])).drop(columns=["source"]).round(2)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -104,9 +105,21 @@ def test_importing_mixlens_loads_nothing_heavy_and_prints_nothing():
     assert done.stderr == ""
 
 
-def test_every_public_name_is_there_and_documented():
-    for name in mixlens.__all__:
-        assert getattr(mixlens, name).__doc__, f"mixlens.{name} has no docstring"
+@pytest.mark.parametrize("package", [mixlens, mixlens.bench, mixlens.evals, mixlens.experiments, mixlens.pricing])
+def test_every_public_name_is_there_and_documented(package):
+    assert package.__all__ == dir(package)
+    for name in package.__all__:
+        assert getattr(package, name).__doc__, f"{package.__name__}.{name} has no docstring"
+
+
+@pytest.mark.parametrize("name", sorted(mixlens._MOVED))
+def test_a_name_of_before_works_and_says_the_new_one(name):
+    with pytest.warns(DeprecationWarning, match=name) as told:
+        found = getattr(mixlens, name)
+    [now] = re.findall(r"use (ml\..+)\.$", str(told[0].message))
+    if "(" not in now:
+        assert eval(now, {"ml": mixlens}) is found
+    assert told[0].filename == __file__
 
 
 def test_an_unknown_name_lists_the_known_ones():

@@ -54,7 +54,7 @@ def expert_output(model, layer: int, expert: int, hidden: torch.Tensor) -> torch
 
 
 def test_outputs_of_experts(net):
-    found = ml.expert_outputs(net, DOCUMENTS, tokenizer=Letters(), settings=QUIET)
+    found = ml.experiments.expert_outputs(net, DOCUMENTS, tokenizer=Letters(), settings=QUIET)
     outputs: dict[tuple[int, int], list] = {}
     for document in DOCUMENTS:
         _, gates, _, _, moe_in, _, _ = seen_by_hand(net, document["text"])
@@ -81,16 +81,16 @@ def test_outputs_of_experts(net):
 
 
 def test_means_fit_the_ablation_by_the_mean(net):
-    means = ml.expert_outputs(net, DOCUMENTS, tokenizer=Letters(), settings=QUIET)["mean"]
+    means = ml.experiments.expert_outputs(net, DOCUMENTS, tokenizer=Letters(), settings=QUIET)["mean"]
     expert = int(np.flatnonzero(np.isfinite(means.sel(layer=2).values[:, 0]))[0])
     with torch.no_grad(), ml.edit(net, ml.edits.ablate(2, expert, how="mean", mean=means)):
         assert torch.isfinite(net(torch.tensor([[1, 5, 9]])).logits).all()
-    ablation = ml.Ablation(how="mean", means=means.fillna(0), layers=[2])
-    ml.measure_importance(net, DOCUMENTS, tokenizer=Letters(), settings=QUIET, ablation=ablation)
+    ablation = ml.experiments.Ablation(how="mean", means=means.fillna(0), layers=[2])
+    ml.experiments.measure_importance(net, DOCUMENTS, tokenizer=Letters(), settings=QUIET, ablation=ablation)
 
 
 def test_contributions_with_attention_and_embedding_add_up_to_the_logit(net):
-    found = ml.measure_contributions(net, DOCUMENTS, tokenizer=Letters(), settings=QUIET)
+    found = ml.experiments.measure_contributions(net, DOCUMENTS, tokenizer=Letters(), settings=QUIET)
     rows = net.lm_head.weight.detach()
     for number, document in enumerate(DOCUMENTS):
         ids, gates, attention, last, moe_in, embedding, logits = seen_by_hand(net, document["text"])
@@ -120,13 +120,15 @@ def test_contributions_through_a_quantized_head_are_those_of_its_weights(scheme)
     asked = parse_scheme(scheme)
     held.lm_head = quantize_linear(plain.lm_head.weight.detach(), asked, torch.device("cpu"), torch.float32)
     plain.lm_head.weight.data = dequantized(held.lm_head).clone()
-    found, wanted = (ml.measure_contributions(m, DOCUMENTS, tokenizer=Letters(), settings=QUIET) for m in (held, plain))
+    found, wanted = (
+        ml.experiments.measure_contributions(m, DOCUMENTS, tokenizer=Letters(), settings=QUIET) for m in (held, plain)
+    )
     np.testing.assert_allclose(found.logit, wanted.logit, atol=1e-5)
 
 
 @pytest.mark.parametrize("measure", ["logit", "norm"])
 def test_contributions_of_experts_are_means_over_their_tokens(net, measure):
-    found = ml.measure_contributions(net, DOCUMENTS, tokenizer=Letters(), settings=QUIET)
+    found = ml.experiments.measure_contributions(net, DOCUMENTS, tokenizer=Letters(), settings=QUIET)
     data = ml.stats.expert_contribution(found, measure=measure, by="domain")
     assert data.estimate.dims == ("domain", "layer", "expert")
     for domain in ("code", "prose"):
@@ -150,14 +152,14 @@ def test_contributions_of_experts_are_means_over_their_tokens(net, measure):
                     assert np.isnan(cell.estimate)
                     assert np.isnan(cell.max_abs)
     whole = ml.stats.expert_contribution(found, measure="norm")
-    outputs = ml.expert_outputs(net, DOCUMENTS, tokenizer=Letters(), settings=QUIET)
+    outputs = ml.experiments.expert_outputs(net, DOCUMENTS, tokenizer=Letters(), settings=QUIET)
     np.testing.assert_allclose(whole.max_abs, outputs.max_abs, rtol=1e-5)
     np.testing.assert_allclose(whole.estimate, outputs.weighted_norm, rtol=1e-4)
     with refused(BadInput, "measure", "size"):
         ml.stats.expert_contribution(found, measure="size")
 
 
-@pytest.mark.parametrize("what", [ml.measure_contributions, ml.measure_topk])
+@pytest.mark.parametrize("what", [ml.experiments.measure_contributions, ml.experiments.measure_topk])
 def test_a_run_that_was_stopped_resumes_to_the_same_numbers(net, tmp_path, monkeypatch, what):
     small = RecordSettings(progress=False, shard_tokens=12)
     whole = what(net, DOCUMENTS, tokenizer=Letters(), settings=small, out=tmp_path / "whole")
@@ -174,7 +176,7 @@ def test_a_run_that_was_stopped_resumes_to_the_same_numbers(net, tmp_path, monke
         return own(self, sequences)
 
     monkeypatch.setattr(Reader, "placed", stops)
-    calls += [0] * 8 if what is ml.measure_contributions else []
+    calls += [0] * 8 if what is ml.experiments.measure_contributions else []
     with pytest.raises(KeyboardInterrupt):
         what(net, DOCUMENTS, tokenizer=Letters(), settings=small, out=tmp_path / "stopped")
     with refused(RunError, "shards", 1):
@@ -188,12 +190,12 @@ def test_a_run_that_was_stopped_resumes_to_the_same_numbers(net, tmp_path, monke
 
 def test_contributions_under_edits_are_of_what_the_model_then_used(net):
     with ml.edit(net, ml.edits.top_k(3), ml.edits.forbid(1, 2)):
-        found = ml.measure_contributions(net, DOCUMENTS, tokenizer=Letters(), settings=QUIET)
+        found = ml.experiments.measure_contributions(net, DOCUMENTS, tokenizer=Letters(), settings=QUIET)
     assert found.sizes["slot"] == 3
     assert not (found.expert_id.sel(layer=1) == 2).any()
     np.testing.assert_allclose(found.weight.sum("slot"), 1, atol=1e-5)
     with ml.edit(net, ml.edits.top_k(3, layers=1)), refused(BadInput, "top_k", [2, 3]):
-        ml.measure_contributions(net, DOCUMENTS, tokenizer=Letters(), settings=QUIET)
+        ml.experiments.measure_contributions(net, DOCUMENTS, tokenizer=Letters(), settings=QUIET)
 
 
 def test_a_super_expert_is_found():
@@ -241,7 +243,7 @@ def test_a_k_the_model_has_not(net):
 
 def test_statistics_refuse_what_they_are_not_made_of(net):
     trace = ml.record(net, DOCUMENTS, tokenizer=Letters(), settings=QUIET)
-    sweep = ml.measure_topk(net, DOCUMENTS, ks=1, tokenizer=Letters(), settings=QUIET)
+    sweep = ml.experiments.measure_topk(net, DOCUMENTS, ks=1, tokenizer=Letters(), settings=QUIET)
     for statistic in (ml.stats.expert_importance, ml.stats.expert_contribution, ml.stats.topk_sweep):
         with refused(BadInput, "kind", "Trace"):
             statistic(trace)
@@ -254,5 +256,5 @@ def test_statistics_refuse_what_they_are_not_made_of(net):
 @pytest.mark.parametrize("shown", [True, False])
 def test_progress_is_shown_unless_it_is_switched_off(net, capfd, shown):
     settings = ml.RecordSettings(progress=shown)
-    ml.measure_contributions(net, ["hello"], tokenizer=Letters(), settings=settings)
+    ml.experiments.measure_contributions(net, ["hello"], tokenizer=Letters(), settings=settings)
     assert capfd.readouterr().err.count("100%") == shown

@@ -16,35 +16,35 @@ SETTINGS: dict[Any, dict[str, Any]] = {
     ml.RecordSettings: {
         "text": "text", "max_length": None, "overlong": "error", "batch_tokens": None, "progress": True,
     },
-    ml.EvalSettings: {
+    ml.evals.EvalSettings: {
         "batch_size": 8, "max_length": None, "max_new_tokens": 1024, "seed": 0, "share_prefix": True, "routing": False,
         "progress": True,
     },
-    ml.BenchSettings: {
+    ml.bench.BenchSettings: {
         "warmup": 1, "arrivals": "poisson", "max_seconds": 600.0, "max_dollars": None, "price": None, "progress": True,
     },
-    type(ml.BenchSettings().timeouts): {"connect_s": 10.0, "stall_s": 60.0, "total_s": 600.0},
-    ml.LocalSettings: {
+    type(ml.bench.BenchSettings().timeouts): {"connect_s": 10.0, "stall_s": 60.0, "total_s": 600.0},
+    ml.bench.LocalSettings: {
         "warmup": 1, "experts": None, "static_cache": False, "compiled": False, "recording": True, "max_seconds": 600.0,
         "progress": True,
     },
-    ml.Workload: {"prompt_tokens": 256, "output_tokens": 128, "prompts": None, "count_tokens": None, "seed": 0},
-    ml.Speed: {"calls": 8, "prompt_tokens": 64, "output_tokens": 32},
-    ml.Ablation: {"how": "reroute", "means": None, "metric": None, "layers": None},
+    ml.bench.Workload: {"prompt_tokens": 256, "output_tokens": 128, "prompts": None, "count_tokens": None, "seed": 0},
+    ml.experiments.Speed: {"calls": 8, "prompt_tokens": 64, "output_tokens": 32},
+    ml.experiments.Ablation: {"how": "reroute", "means": None, "metric": None, "layers": None},
     ml.Endpoint: {"protocol": "openai-chat", "key_env": None, "context": None},
     ml.Site: {"layers": None, "dtype": "float16", "tokens": "all"},
-    ml.Limits: {"ttft_s": None, "tpot_s": None, "e2e_token_s": None},
+    ml.bench.Limits: {"ttft_s": None, "tpot_s": None, "e2e_token_s": None},
 }  # fmt: skip
 FUNCTIONS: dict[Any, dict[str, Any]] = {
     ml.Recorder: {"signals": ("router_logits", "logprob"), "lengths": None},
     ml.record: {"out": None, "signals": ("router_logits", "logprob")},
     ml.benchmark: {"concurrency": None, "rate": None, "requests": 32},
-    ml.benchmark_together: {"concurrency": None, "rate": None, "requests": 32},
-    ml.benchmark_configurations: {"requests": 8},
-    ml.load_sweep: {"most": 64, "requests": 32},
+    ml.bench.benchmark_together: {"concurrency": None, "rate": None, "requests": 32},
+    ml.bench.benchmark_configurations: {"requests": 8},
+    ml.bench.load_sweep: {"most": 64, "requests": 32},
     ml.evaluate: {"protocol": None, "limit": None},
-    ml.probe: {"max_tokens": 24},
-    ml.measure_impact: {"force_weights": False},
+    ml.bench.probe: {"max_tokens": 24},
+    ml.experiments.measure_impact: {"force_weights": False},
     ml.Endpoint.complete: {"retries": 4},
     ml.stats.similarity_and_coactivation: {"permutations": 2000, "seed": 0},
     ml.stats.transitions: {"gap": 1},

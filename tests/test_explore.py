@@ -123,7 +123,7 @@ def test_a_stopped_evaluation_goes_on_and_is_scored_and_shown(explorer, model):
     explorer.progress.observe(lambda change: told.append(change["new"]), "value")
     explorer.start(explorer._evaluate)
     explorer.wait()
-    alone = ml.evaluate(model, explorer.tasks.value, limit=12, settings=ml.EvalSettings(progress=False))
+    alone = ml.evaluate(model, explorer.tasks.value, limit=12, settings=ml.evals.EvalSettings(progress=False))
     assert told[0] == 0
     assert told[1] == stopped >= 10  # those answered before were not asked again
     assert told == sorted(told)

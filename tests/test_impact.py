@@ -32,7 +32,7 @@ def models():
 
 @pytest.fixture(scope="module")
 def impact(models):
-    return ml.measure_impact(*models, DOCUMENTS, tokenizer=Letters(), settings=SETTINGS)
+    return ml.experiments.measure_impact(*models, DOCUMENTS, tokenizer=Letters(), settings=SETTINGS)
 
 
 def routed(model, ids, other=None, weights=None):
@@ -88,7 +88,9 @@ def by_hand(models, force_weights=False):
 
 @pytest.mark.parametrize("force_weights", [False, True])
 def test_quality_and_split_by_hand(models, force_weights):
-    found = ml.measure_impact(*models, DOCUMENTS, tokenizer=Letters(), settings=SETTINGS, force_weights=force_weights)
+    found = ml.experiments.measure_impact(
+        *models, DOCUMENTS, tokenizer=Letters(), settings=SETTINGS, force_weights=force_weights
+    )
     loss, kl, same = by_hand(models, force_weights).mean(1)
     quality = found.quality(bootstrap=QUICK).estimate
     expected = {"loss_a": loss[0], "loss_difference": loss[1] - loss[0], "perplexity_b": math.exp(loss[1]), "kl": kl[1]}
@@ -140,20 +142,20 @@ def test_a_run_tells_which_model_was_which(tmp_path):
     one, other = tiny_mixtral(num_hidden_layers=1), tiny_mixtral(num_hidden_layers=1)
     one.config._name_or_path, other.config._name_or_path = "x/one", "x/other"
     asked = {"tokenizer": Letters(), "settings": SETTINGS, "out": tmp_path / "run"}
-    found = ml.measure_impact(one, other, DOCUMENTS[:2], **asked)
+    found = ml.experiments.measure_impact(one, other, DOCUMENTS[:2], **asked)
     for run in (found, ml.open(tmp_path / "run")):
         assert (run.meta["model"]["name"], run.meta["other"]["name"]) == ("x/one", "x/other")
         assert run.names == ("one", "other")
         assert run.meta["force_weights"] is False
         assert run.split().attrs["forced_weights"] == "False"
     with refused(RunError, "out", ["force_weights"]):
-        ml.measure_impact(one, other, DOCUMENTS[:2], force_weights=True, **asked)
+        ml.experiments.measure_impact(one, other, DOCUMENTS[:2], force_weights=True, **asked)
     with refused(RunError, "out", ["model", "other"]):
-        ml.measure_impact(other, one, DOCUMENTS[:2], **asked)
+        ml.experiments.measure_impact(other, one, DOCUMENTS[:2], **asked)
 
 
 def test_a_model_against_itself(models):
-    same = ml.measure_impact(models[0], models[0], DOCUMENTS, tokenizer=Letters(), settings=SETTINGS)
+    same = ml.experiments.measure_impact(models[0], models[0], DOCUMENTS, tokenizer=Letters(), settings=SETTINGS)
     # Replay of a model's own routing is the model's own forward: every condition to the last bit.
     assert (same.sums.loss.values == same.sums.loss.values[:, :1]).all()
     assert not same.sums.kl.values.any()
@@ -171,7 +173,9 @@ def test_only_the_router_changed_means_only_routing_counts(models):
     with torch.no_grad():
         for layer in other.model.layers:
             layer.mlp.gate.weight += 0.3 * torch.randn_like(layer.mlp.gate.weight)
-    found = ml.measure_impact(models[0], other, DOCUMENTS, tokenizer=Letters(), settings=SETTINGS, force_weights=True)
+    found = ml.experiments.measure_impact(
+        models[0], other, DOCUMENTS, tokenizer=Letters(), settings=SETTINGS, force_weights=True
+    )
     kl = found.split().sel(quantity="kl").estimate
     assert float(kl.sel(part="total", order="mean")) > 1e-3
     assert float(kl.sel(part="weights", order="weights_first")) == pytest.approx(0, abs=1e-5)
@@ -215,10 +219,10 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(models, impact, tmp_path, mon
 
     monkeypatch.setattr(module._Pair, "measure", stop)
     with pytest.raises(KeyboardInterrupt):
-        ml.measure_impact(*models, DOCUMENTS, tokenizer=Letters(), settings=SETTINGS, out=out)
+        ml.experiments.measure_impact(*models, DOCUMENTS, tokenizer=Letters(), settings=SETTINGS, out=out)
     with refused(RunError, "shards", 1):
         ml.open(out)
-    went_on = ml.measure_impact(*models, DOCUMENTS, tokenizer=Letters(), settings=SETTINGS, out=out)
+    went_on = ml.experiments.measure_impact(*models, DOCUMENTS, tokenizer=Letters(), settings=SETTINGS, out=out)
     assert calls[2:] == list(range(1, max(calls) + 1))
     for found in (went_on, ml.open(out)):
         assert found.sums.equals(impact.sums)
@@ -232,7 +236,7 @@ def test_offloaded_weights_have_no_weight_error_and_all_else(models, impact, mon
         raise ModelError("offloaded")
 
     monkeypatch.setattr(module, "expert_weights", offloaded)
-    found = ml.measure_impact(*models, DOCUMENTS, tokenizer=Letters(), settings=SETTINGS)
+    found = ml.experiments.measure_impact(*models, DOCUMENTS, tokenizer=Letters(), settings=SETTINGS)
     assert np.isnan(found.sums.weight_error).all()
     assert found.sums.drop_vars("weight_error").equals(impact.sums.drop_vars("weight_error"))
 
@@ -244,14 +248,16 @@ def test_a_second_model_whose_layers_accelerate_offloads(models, impact, tmp_pat
     offloaded: Any = rounded(model)
     dispatch_model(offloaded, places, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True)
     assert offloaded.model.layers[1].mlp.gate.weight.is_meta
-    found = ml.measure_impact(model, offloaded, DOCUMENTS, tokenizer=Letters(), settings=SETTINGS)
+    found = ml.experiments.measure_impact(model, offloaded, DOCUMENTS, tokenizer=Letters(), settings=SETTINGS)
     assert found.sums.drop_vars("weight_error").equals(impact.sums.drop_vars("weight_error"))
 
 
 def test_models_of_different_shapes_are_refused(models):
     with refused(BadInput, "neurons an expert", (64, 32)):
-        ml.measure_impact(models[0], tiny_mixtral(intermediate_size=32), DOCUMENTS, tokenizer=Letters())
+        ml.experiments.measure_impact(models[0], tiny_mixtral(intermediate_size=32), DOCUMENTS, tokenizer=Letters())
     with refused(BadInput, "layers", (4, 3)):
-        ml.measure_impact(models[0], tiny_mixtral(num_hidden_layers=3), DOCUMENTS, tokenizer=Letters())
+        ml.experiments.measure_impact(models[0], tiny_mixtral(num_hidden_layers=3), DOCUMENTS, tokenizer=Letters())
     with refused(BadInput, "by", "colour"):
-        ml.measure_impact(*models, DOCUMENTS[:2], tokenizer=Letters(), settings=SETTINGS).quality(by="colour")
+        ml.experiments.measure_impact(*models, DOCUMENTS[:2], tokenizer=Letters(), settings=SETTINGS).quality(
+            by="colour"
+        )

@@ -111,7 +111,7 @@ def test_means_are_those_of_the_same_documents(corpus, tmp_path, capsys):
     rows = json.loads(capsys.readouterr().out)["rows"]
     documents = [json.loads(line) for line in corpus.read_text("utf-8").splitlines()]
     model, quiet = ml.load("demo", device_map="cpu", verbose=False), ml.RecordSettings(progress=False)
-    means = ml.expert_outputs(model, documents, settings=quiet)["mean"]
+    means = ml.experiments.expert_outputs(model, documents, settings=quiet)["mean"]
     expert = max(rows, key=lambda row: row["share"])["expert"]
     loss = []
     for edits in ([], [ml.edits.ablate(7, expert, how="mean", mean=means)]):

@@ -19,7 +19,8 @@ from helpers.refusals import refused
 from tiny import Letters, tiny_mixtral
 
 import mixlens as ml
-from mixlens import Ablation, BadInput, RecordSettings, RunError
+from mixlens import BadInput, RecordSettings, RunError
+from mixlens.experiments import Ablation
 
 DOCUMENTS = [
     {"id": f"d{i}", "domain": domain, "text": text}
@@ -36,7 +37,7 @@ def net():
 
 
 def measure(net, documents=DOCUMENTS, **options):
-    return ml.measure_importance(net, documents, tokenizer=Letters(), **{"settings": SETTINGS, **options})
+    return ml.experiments.measure_importance(net, documents, tokenizer=Letters(), **{"settings": SETTINGS, **options})
 
 
 def test_sums_are_those_of_recording_under_the_same_edit(net):
@@ -92,7 +93,7 @@ def test_a_run_that_was_stopped_resumes_to_the_same_numbers(net, tmp_path, monke
     with refused(RunError, "out", ["ablation"]):
         measure(net, out=tmp_path / "whole", ablation=Ablation(how="zero"))
     with refused(RunError, "out") as error:
-        ml.measure_topk(net, DOCUMENTS, tokenizer=Letters(), out=tmp_path / "whole", settings=SETTINGS)
+        ml.experiments.measure_topk(net, DOCUMENTS, tokenizer=Letters(), out=tmp_path / "whole", settings=SETTINGS)
     assert {"kind", "ks", "own_k"} <= set(error.value.value)
 
 
@@ -126,7 +127,7 @@ def test_whatever_decides_the_numbers_makes_another_run(net, tmp_path, key, chan
 
 def once(net, *, edits, **options):
     with ml.edit(net, *edits) if edits else nullcontext():
-        return ml.measure_importance(net, **options)
+        return ml.experiments.measure_importance(net, **options)
 
 
 def test_a_map_by_domain_with_a_metric_of_ones_own(net):
@@ -177,9 +178,9 @@ import mixlens as ml
 
 common = dict(tokenizer=Letters(), settings=SETTINGS)
 model = tiny_mixtral()
-ml.measure_importance(model, DOCUMENTS, out={out!r} + "/importance", **common)
-ml.measure_topk(model, DOCUMENTS, out={out!r} + "/topk", ks=[1, 2], **common)
-found = ml.measure_contributions(model, DOCUMENTS, out={out!r} + "/contributions", **common)
+ml.experiments.measure_importance(model, DOCUMENTS, out={out!r} + "/importance", **common)
+ml.experiments.measure_topk(model, DOCUMENTS, out={out!r} + "/topk", ks=[1, 2], **common)
+found = ml.experiments.measure_contributions(model, DOCUMENTS, out={out!r} + "/contributions", **common)
 assert len(set(found.document_id.values)) == len(DOCUMENTS)  # every process has the whole
 """
 
@@ -217,7 +218,7 @@ def test_two_processes_write_the_runs_of_one(tmp_path):
 def test_a_loss_that_is_nan_at_every_k_stays_so():
     broken = tiny_mixtral()
     broken.lm_head.weight.data[5] = torch.nan
-    measured = ml.measure_topk(broken, DOCUMENTS[:2], ks=1, tokenizer=Letters(), settings=SETTINGS)
+    measured = ml.experiments.measure_topk(broken, DOCUMENTS[:2], ks=1, tokenizer=Letters(), settings=SETTINGS)
     assert measured.loss.isnull().all()
 
 
@@ -225,8 +226,12 @@ def test_a_loss_that_is_nan_at_every_k_stays_so():
 def test_a_column_called_like_a_number_is_refused_before_the_model_runs(net, name, monkeypatch):
     monkeypatch.setattr(type(net), "forward", None)
     documents = [{"text": "x", name: 1}]
-    for measured in (ml.measure_importance, ml.measure_topk, ml.measure_contributions):
+    for measured in (
+        ml.experiments.measure_importance,
+        ml.experiments.measure_topk,
+        ml.experiments.measure_contributions,
+    ):
         with refused(BadInput, name, [name]):
             measured(net, documents, tokenizer=Letters(), settings=SETTINGS)
     with refused(BadInput, name, [name]):
-        ml.measure_impact(net, net, documents, tokenizer=Letters(), settings=SETTINGS)
+        ml.experiments.measure_impact(net, net, documents, tokenizer=Letters(), settings=SETTINGS)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from typing import get_args
 
 import matplotlib as mpl
 import pytest
 
 from mixlens import stats
 from mixlens.cli import main as cli
+from mixlens.cli.runs import Statistic
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -30,7 +32,7 @@ def test_its_commands_are_understood():
     commands = re.findall(r"^mixlens (.+)$", shell, re.MULTILINE)
     assert len(commands) >= 4
     for command in commands:
-        cli._parser().parse_args(shlex.split(command))
+        cli.app.parse_args(shlex.split(command), exit_on_error=False, print_error=False)
 
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\((?!http)([^)#]+)", README))))
@@ -41,5 +43,5 @@ def test_its_links_lead_somewhere(target):
 def test_its_statistics_are_those_there_are():
     table = README.split("## Statistics")[1].split("## ")[0]
     named = set(re.findall(r"`(\w+)`", table.split("Every one takes")[0]))
-    assert named == {*cli.STATISTICS, "agreement"}
+    assert named == {*get_args(Statistic), "agreement"}
     assert all(hasattr(stats, name) for name in named)

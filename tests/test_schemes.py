@@ -50,7 +50,7 @@ def killed(model, **options):
 schemes.load = killed
 documents = [{"text": f"The {word} of the river {i}", "domain": word} for i in range(3) for word in ("bank", "bend")]
 settings = ml.RecordSettings(progress=False, max_length=24, overlong="truncate")
-schemes.pareto(sys.argv[1], documents, schemes=["bfloat16", "hqq4-g16", "hqq2-g16"], out=sys.argv[2],
+schemes.measure_pareto(sys.argv[1], documents, schemes=["bfloat16", "hqq4-g16", "hqq2-g16"], out=sys.argv[2],
                speed=schemes.Speed(2, 16, 2), settings=settings)
 """
 
@@ -73,11 +73,11 @@ def resumed(folder, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(schemes, "load", stopped)
         with pytest.raises(KeyboardInterrupt):
-            schemes.pareto(folder, DOCUMENTS, **asked)
+            schemes.measure_pareto(folder, DOCUMENTS, **asked)
         with refused(RunError, "shards", 3):
             ml.open(out)
         patch.setattr(schemes, "load", seen)
-        return schemes.pareto(folder, DOCUMENTS, **asked), loaded
+        return schemes.measure_pareto(folder, DOCUMENTS, **asked), loaded
 
 
 def test_a_stopped_run_goes_on_at_the_scheme_where_it_stopped(resumed):
@@ -94,7 +94,7 @@ def test_a_killed_process_leaves_a_run_that_goes_on(folder, tmp_path):
     assert done.returncode == -9, done.stderr.decode()
     before = {path: path.read_bytes() for path in out.rglob("meta.json")}
     assert {path.parent.name for path in before} == {"impact", "speed"}
-    found = schemes.pareto(
+    found = schemes.measure_pareto(
         folder,
         DOCUMENTS,
         schemes=["bfloat16", "hqq4-g16", "hqq2-g16"],
@@ -179,7 +179,7 @@ def test_scores_are_added_by_scheme():
 )
 def test_what_cannot_run_is_refused_before_anything_is_measured(folder, tmp_path, asked, error, named):
     with refused(error, *named):
-        ml.pareto(folder, DOCUMENTS, schemes=asked, out=tmp_path / "run", settings=SETTINGS)
+        ml.experiments.measure_pareto(folder, DOCUMENTS, schemes=asked, out=tmp_path / "run", settings=SETTINGS)
     assert not (tmp_path / "run").exists()
 
 
@@ -188,11 +188,11 @@ def test_what_cannot_run_is_refused_before_anything_is_measured(folder, tmp_path
 )
 def test_what_is_no_list_of_documents_is_refused_as_everywhere(folder, tmp_path, documents, named):
     with refused(BadInput, named):
-        ml.pareto(folder, documents, schemes=["bfloat16"], out=tmp_path / "run", settings=SETTINGS)
+        ml.experiments.measure_pareto(folder, documents, schemes=["bfloat16"], out=tmp_path / "run", settings=SETTINGS)
 
 
 def test_a_speed_says_on_what_machine(folder, tmp_path):
-    found = schemes.pareto(
+    found = schemes.measure_pareto(
         folder, DOCUMENTS[:2], schemes=["bfloat16"], out=tmp_path / "run", speed=Speed(1, 16, 2), settings=SETTINGS
     )
     machine = ml.open(tmp_path / "run" / "01-bfloat16" / "speed").meta["machine"]["name"]
@@ -217,7 +217,7 @@ def test_the_commands(folder, resumed, tmp_path, capsys):
     assert rows["other experts in some layer"] == 0
     assert rows["loss, second less first"] == 0
     assert cli.main(["impact", *reading, "--out", str(tmp_path / "i")]) == 2
-    assert "No scheme was given" in capsys.readouterr().err
+    assert "--quantization" in capsys.readouterr().err
 
 
 def test_more_bits_of_one_method_are_never_worse_on_the_demo_model():
@@ -225,7 +225,7 @@ def test_more_bits_of_one_method_are_never_worse_on_the_demo_model():
     documents = ml.demo_documents()[::6]
     settings = ml.RecordSettings(progress=False, max_length=64, overlong="truncate")
     found = [
-        ml.measure_impact(
+        ml.experiments.measure_impact(
             original, ml.load("demo", quantization=f"hqq{bits}-g32", verbose=False), documents, settings=settings
         )
         for bits in (4, 3, 2)

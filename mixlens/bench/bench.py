@@ -59,7 +59,7 @@ class Bench:
         self.records, self.meta, self.path, self.count_tokens = list(records), meta, path, count_tokens
 
     @classmethod
-    def open(cls, path: str | os.PathLike, *, check: bool = True) -> Bench:
+    def open(cls, path: str | os.PathLike[str], *, check: bool = True) -> Bench:
         """The benchmark at `path`. Raises RunError when there is none, or a run of another kind."""
         run = open_run(path, check=check)
         if run.kind != "bench":
@@ -109,7 +109,7 @@ class Bench:
         ]
         return pd.DataFrame(rows, columns=["level", "index", "phase", "at_s", "kind", "text", "finish"])
 
-    def to_jsonl(self, path: str | os.PathLike) -> Path:
+    def to_jsonl(self, path: str | os.PathLike[str]) -> Path:
         """Write every record to one file of JSON Lines, one request a line, as in a run directory."""
         write_records(path, self.records)
         return Path(path)

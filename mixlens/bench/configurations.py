@@ -32,12 +32,12 @@ _WORKLOAD, _SETTINGS = Workload(), LocalSettings()
 
 
 def benchmark_configurations(
-    model: str | os.PathLike,
+    model: str | os.PathLike[str],
     configurations: Sequence[Mapping[str, Any]],
     *,
     concurrency: int | Sequence[int] | None = None,
     requests: int = 8,
-    out: str | os.PathLike | None = None,
+    out: str | os.PathLike[str] | None = None,
     workload: Workload | Sequence[Workload] = _WORKLOAD,
     settings: LocalSettings = _SETTINGS,
 ) -> Bench:
@@ -85,7 +85,7 @@ def benchmark_configurations(
 
 
 def _measured(
-    model: str | os.PathLike,
+    model: str | os.PathLike[str],
     options: Mapping[str, Any],
     loads: Sequence[Load],
     settings: LocalSettings,

@@ -159,13 +159,13 @@ def outcome_of(events: Iterable[Event], *, status: int | None, fault: str | None
     return "ok" if TOKEN in kinds else "empty"
 
 
-def write_records(path: str | os.PathLike, records: Iterable[Record]) -> None:
+def write_records(path: str | os.PathLike[str], records: Iterable[Record]) -> None:
     """JSON Lines, one record a line."""
     with Path(path).open("w", encoding="utf-8") as file:
         file.writelines(record.to_json() + "\n" for record in records)
 
 
-def read_records(path: str | os.PathLike) -> Iterator[Record]:
+def read_records(path: str | os.PathLike[str]) -> Iterator[Record]:
     """Records of JSON Lines; a last line cut short, as a killed run leaves it, is passed over.
 
     Raises BadInput when any other line is no record.

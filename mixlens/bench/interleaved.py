@@ -26,7 +26,7 @@ def benchmark_together(
     concurrency: int | Sequence[int] | None = None,
     rate: float | Sequence[float] | None = None,
     requests: int = 32,
-    out: str | os.PathLike | None = None,
+    out: str | os.PathLike[str] | None = None,
     workload: Workload = _WORKLOAD,
     settings: BenchSettings = _SETTINGS,
 ) -> dict[str, Bench]:

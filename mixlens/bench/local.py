@@ -86,7 +86,7 @@ def benchmark_model(
     *,
     batch: int | Sequence[int] | None,
     requests: int,
-    out: str | os.PathLike | None,
+    out: str | os.PathLike[str] | None,
     workload: Workload | Sequence[Workload],
     settings: Any = None,
     device: Device | None = None,

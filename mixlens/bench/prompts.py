@@ -97,7 +97,7 @@ def _made(words: Sequence[str]) -> str:
 
 
 def read_prompts(
-    documents: str | os.PathLike | Iterable[str | Mapping[str, Any]], *, column: str = "text"
+    documents: str | os.PathLike[str] | Iterable[str | Mapping[str, Any]], *, column: str = "text"
 ) -> list[str]:
     """Prompts from a file or a data set, for Workload(prompts=...).
 

@@ -25,7 +25,7 @@ def benchmark(
     concurrency: int | Sequence[int] | None = None,
     rate: float | Sequence[float] | None = None,
     requests: int = 32,
-    out: str | os.PathLike | None = None,
+    out: str | os.PathLike[str] | None = None,
     workload: Workload | Sequence[Workload] = _WORKLOAD,
     settings: BenchSettings | LocalSettings | None = None,
 ) -> Bench:

@@ -86,7 +86,7 @@ class Session:
         endpoint: Endpoint,
         plan: dict[str, Any],
         *,
-        out: str | os.PathLike | None,
+        out: str | os.PathLike[str] | None,
         workload: Workload,
         settings: BenchSettings,
         total: int,

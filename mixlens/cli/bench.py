@@ -145,8 +145,8 @@ def bench(
     out
         Run directory; out/bench-DATE-TIME where left out.
     """
-    from mixlens.bench.knee import knee
     from mixlens.bench.prompts import Workload, read_prompts
+    from mixlens.bench.sweep import knee
 
     _check(target, local, remote, concurrency)
     folder = out or f"out/bench-{datetime.now():%Y%m%d-%H%M%S}"
@@ -222,8 +222,8 @@ def _settings(warmup: int, arrivals: str, max_seconds: float, remote: Remote, ou
 
 
 def _measure_endpoint(target: str, remote: Remote, concurrency: tuple[int, ...] | None, **fixed: Any) -> Bench:
-    from mixlens.bench.knee import load_sweep
     from mixlens.bench.run import benchmark
+    from mixlens.bench.sweep import load_sweep
 
     endpoint = remote.endpoint(target)
     if remote.sweep is not None:

@@ -82,7 +82,7 @@ def evaluate(
             "Cannot evaluate: model or tasks are missing. Pass both, as in mixlens eval demo mmlu, or --list.",
             argument="model",
         )
-    from mixlens.evals.references import beside
+    from mixlens.evals.published import beside
     from mixlens.evals.runner import EvalSettings, job_of, run
 
     folder = out or f"out/eval-{datetime.now():%Y%m%d-%H%M%S}"

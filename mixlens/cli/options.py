@@ -69,10 +69,11 @@ def quantization_of(text: str) -> str | dict[str, str]:
 
 
 def schemes_of(text: str) -> list[str | dict[str, str] | None]:
-    """Return several schemes: divided by semicolons, or by commas where no parts are named; "none" is None."""
+    """Return several schemes or dtypes: divided by semicolons, or by commas where no parts are named."""
     divided = text.split(";") if ";" in text or "=" in text else text.split(",")
     named = [scheme.strip() for scheme in divided if scheme.strip()]
-    return [None if scheme == "none" else quantization_of(scheme) for scheme in named]
+    plain: dict[str, str | None] = {"none": None, **{dtype: dtype for dtype in get_args(Dtype)}}
+    return [plain[scheme] if scheme in plain else quantization_of(scheme) for scheme in named]
 
 
 Integers = Annotated[tuple[int, ...], Parameter(converter=_list_of(int, "0,15,31"), n_tokens=1, metavar="N,N,...")]

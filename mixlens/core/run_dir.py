@@ -55,7 +55,9 @@ class RunWriter:
     Raises RunError when the directory holds another run, or anything that is not a run.
     """
 
-    def __init__(self, path: str | os.PathLike, kind: str, plan: Mapping[str, Any], *, leader: bool = True) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], kind: str, plan: Mapping[str, Any], *, leader: bool = True
+    ) -> None:
         self.path = Path(path)
         self.kind = kind
         self.plan = {"format": _FORMAT, "kind": kind, **json.loads(json.dumps(plan))}
@@ -196,7 +198,7 @@ class Run:
         return [f"{name} {fault}" for name, fault in faults if fault]
 
 
-def open_run(path: str | os.PathLike, *, check: bool = True) -> Run:
+def open_run(path: str | os.PathLike[str], *, check: bool = True) -> Run:
     """The complete run at `path`. With `check=False` sizes are compared, but not checksums.
 
     Raises RunError when there is no run, or when it is not finished.
@@ -229,7 +231,7 @@ def open_run(path: str | os.PathLike, *, check: bool = True) -> Run:
     )
 
 
-def plan_at(path: str | os.PathLike) -> dict[str, Any]:
+def plan_at(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The plan of the run at `path`, finished or not; empty where there is none."""
     plan = Path(path) / PLAN
     found = _read_json(plan) if plan.exists() else {}

@@ -84,14 +84,14 @@ class Probe:
     def verdicts(self) -> dict[str, str]:
         return dict(zip(self.table["parameter"], self.table["verdict"], strict=True))
 
-    def save(self, path: str | os.PathLike) -> Path:
+    def save(self, path: str | os.PathLike[str]) -> Path:
         """Write JSON Lines: endpoint and date, then verdicts, then every exchange."""
         lines = [self.meta, *self.table.to_dict("records"), *(asdict(one) for one in self.exchanges)]
         Path(path).write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
         return Path(path)
 
     @classmethod
-    def open(cls, path: str | os.PathLike) -> Probe:
+    def open(cls, path: str | os.PathLike[str]) -> Probe:
         """What `save` wrote. Raises BadInput when the file is missing or something else."""
         try:
             meta, *lines = [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
@@ -123,7 +123,7 @@ def probe(
     *,
     parameters: Sequence[str] = PARAMETERS,
     max_tokens: int = 24,
-    out: str | os.PathLike | None = None,
+    out: str | os.PathLike[str] | None = None,
 ) -> Probe:
     """Which parameters the server honours, ignores or rejects.
 

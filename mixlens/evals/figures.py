@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from mixlens.errors import BadInput
 from mixlens.evals.log import Log
 from mixlens.evals.paired import LogComparison
-from mixlens.evals.references import beside
+from mixlens.evals.published import beside
 from mixlens.evals.scoring import primary_rows
 from mixlens.plot.checks import takes_run
 from mixlens.plot.style import (

@@ -93,7 +93,7 @@ class StopStrings(StoppingCriteria):
         # However it is cut into tokens, each holds a byte or more.
         self.tail = 1 + max([len(stop.encode()) for stop in self.until], default=0)
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> Any:
         first = max(self.start, input_ids.shape[1] - self.tail)
         texts = [self.lm.decode(row) for row in input_ids[:, first:].tolist()] if self.until else [""] * len(input_ids)
         done = [any(stop in text for stop in self.until) for text in texts]

@@ -49,7 +49,7 @@ class Log:
         self.records, self.meta, self.path = list(records), meta, path
 
     @classmethod
-    def open(cls, path: str | os.PathLike, *, check: bool = True) -> Log:
+    def open(cls, path: str | os.PathLike[str], *, check: bool = True) -> Log:
         """The evaluation at `path`. Raises RunError when there is none, or a run of another kind."""
         run = open_run(path, check=check)
         if run.kind != "eval":

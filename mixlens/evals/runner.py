@@ -69,8 +69,8 @@ def evaluate(
     tasks: str | Sequence[str],
     *,
     protocol: str | None = None,
-    out: str | os.PathLike | None = None,
-    data: str | os.PathLike | None = None,
+    out: str | os.PathLike[str] | None = None,
+    data: str | os.PathLike[str] | None = None,
     limit: int | None = None,
     settings: EvalSettings = SETTINGS,
 ) -> Log:
@@ -108,7 +108,7 @@ def evaluate(
     return run(lambda: model, job, out, settings)
 
 
-def run(model_of: Callable[[], Any], job: Job, out: str | os.PathLike | None, settings: EvalSettings) -> Log:
+def run(model_of: Callable[[], Any], job: Job, out: str | os.PathLike[str] | None, settings: EvalSettings) -> Log:
     """evaluate in this process; `model_of` loads the model, once tasks and data are there."""
     with ExitStack() as stack:
         job = job.at_commits({} if out is None else plan_at(out).get("data", {}))
@@ -156,7 +156,7 @@ def job_of(
     tasks: str | Sequence[str],
     *,
     protocol: str | None,
-    data: str | os.PathLike | None,
+    data: str | os.PathLike[str] | None,
     limit: int | None,
     settings: EvalSettings,
 ) -> Job:
@@ -164,7 +164,7 @@ def job_of(
     if not isinstance(settings, EvalSettings):
         raise BadInput(
             f"An evaluation was asked for with settings of type {type(settings).__name__}. They are EvalSettings. "
-            "Give ml.EvalSettings(batch_size=8), for instance.",
+            "Give ml.evals.EvalSettings(batch_size=8), for instance.",
             argument="settings",
             value=type(settings).__name__,
         )

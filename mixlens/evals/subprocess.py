@@ -33,7 +33,7 @@ _LOADING = ("device_map", "dtype", "revision", "experts", "quantization")
 _GRACE_S = 10.0
 
 
-def evaluate_apart(model: str, job: Any, out: str | os.PathLike | None, settings: Any) -> Any:
+def evaluate_apart(model: str, job: Any, out: str | os.PathLike[str] | None, settings: Any) -> Any:
     """runner.run of the model of this name, in another process.
 
     Returns  Log  opened from `out`; from a temporary folder, kept as long as this process, where out is None

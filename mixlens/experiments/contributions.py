@@ -74,7 +74,7 @@ def measure_contributions(
     model: nn.Module,
     documents: Iterable[Any],
     *,
-    out: str | os.PathLike | None = None,
+    out: str | os.PathLike[str] | None = None,
     tokenizer: Any = None,
     settings: RecordSettings = SETTINGS,
 ) -> xr.Dataset:

@@ -44,7 +44,7 @@ def measure_impact(
     model_b: nn.Module,
     documents: Iterable[Any],
     *,
-    out: str | os.PathLike | None = None,
+    out: str | os.PathLike[str] | None = None,
     force_weights: bool = False,
     tokenizer: Any = None,
     settings: RecordSettings = SETTINGS,

@@ -49,11 +49,11 @@ class Speed:
 
 
 def measure_pareto(
-    model: str | os.PathLike,
+    model: str | os.PathLike[str],
     documents: Iterable[Any],
     *,
     schemes: Sequence[Scheme],
-    out: str | os.PathLike,
+    out: str | os.PathLike[str],
     loading: Mapping[str, Any] = {},
     speed: Speed = Speed(),
     settings: RecordSettings = SETTINGS,
@@ -121,7 +121,7 @@ class _Sides:
     """The original, and what it takes to measure another scheme beside it."""
 
     original: Any
-    model: str | os.PathLike
+    model: str | os.PathLike[str]
     documents: Iterable[Any]
     loading: Mapping[str, Any]
     speed: Speed
@@ -139,9 +139,7 @@ class _Sides:
             _counted(name, "expert_bits", audited.of("experts")["bits_per_weight"], "bits"),
         ]
         if scheme is not None:
-            found = measure_impact(
-                self.original, loaded, self.documents, out=folder / "impact", settings=self.settings
-            )
+            found = measure_impact(self.original, loaded, self.documents, out=folder / "impact", settings=self.settings)
             rows += _quality(name, found)
             if index == 1:
                 rows += _quality_of_original(self.original, found)

@@ -66,11 +66,11 @@ def measure_similarity(
             found.setdefault(name, []).append(values)
     pair = ("layer", "expert", "expert_j")
     dims = {"cosine": ("layer", "matrix", "expert", "expert_j"), "router_norm": ("layer", "expert")}
-    count = len(router)
+    count = len(found["router_norm"][0])
     return xr.Dataset(
         {name: (dims.get(name, pair), np.stack(values)) for name, values in found.items()},
         {"layer": numbers, "matrix": ["w1", "w2", "w3"], "expert": range(count), "expert_j": range(count)},
-        {"statistic": "measure_similarity", "unit": "cosine", "model": describe(model)["name"]},
+        {"statistic": "expert_similarity", "unit": "cosine", "model": describe(model)["name"]},
     )
 
 

@@ -29,7 +29,7 @@ def topk_sweep(
     *,
     by: str | Sequence[str] | None = None,
     ks: int | Iterable[int] | None = None,
-    out: str | os.PathLike | None = None,
+    out: str | os.PathLike[str] | None = None,
     tokenizer: Any = None,
     settings: RecordSettings = SETTINGS,
 ) -> xr.Dataset:
@@ -46,7 +46,7 @@ def measure_topk(
     documents: Iterable[Any],
     *,
     ks: int | Iterable[int] | None = None,
-    out: str | os.PathLike | None = None,
+    out: str | os.PathLike[str] | None = None,
     tokenizer: Any = None,
     settings: RecordSettings = SETTINGS,
 ) -> xr.Dataset:

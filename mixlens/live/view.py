@@ -54,7 +54,7 @@ class View:
         """The view as a page of its own, which needs nothing else."""
         return page(self.title, f"<main>{self.fragment(load=False)}</main>")
 
-    def save(self, path: str | os.PathLike) -> Path:
+    def save(self, path: str | os.PathLike[str]) -> Path:
         """Write `to_html()`."""
         Path(path).write_text(self.to_html(), "utf-8")
         return Path(path)

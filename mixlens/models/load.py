@@ -30,7 +30,7 @@ from mixlens.models.quantization.gptq_awq import packed_format
 
 
 def load(
-    model: str | os.PathLike,
+    model: str | os.PathLike[str],
     *,
     device_map: str | Mapping[str, Any] | None = None,
     dtype: str | torch.dtype | None = None,

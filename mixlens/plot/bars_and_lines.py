@@ -1,4 +1,4 @@
-"""Bars and lines: share by domain, and what changes from layer to layer.
+"""Bars and lines: expert share by domain, and statistics that change from layer to layer.
 
 Every function takes a statistic's Dataset and `ax`, draws on it or on new Axes in paper style, and returns the Axes.
 """
@@ -41,13 +41,33 @@ _FEW = 4  # lines whose legend fits below the axes
 
 @takes("stats.expert_share", "estimate", "expert")
 def expert_share(data: xr.Dataset, ax: Axes | None = None, *, layer: int | None = None, x: str = "expert") -> Axes:
-    """How often each expert of a layer is chosen, by group (Jiang et al. 2024, Fig. 7).
+    """Draw how often each expert of a layer is chosen, by group (Jiang et al. 2024, Fig. 7).
 
-    data    from stats.expert_share  [*by, layer, expert]
-    layer   layer number; the middle one when not given
-    x       "expert": a cluster of bars an expert, one bar a domain. "domain": the other way round
+    Parameters
+    ----------
+    data : xarray.Dataset
+        From `stats.expert_share`, [*by, layer, expert].
+    ax : matplotlib.axes.Axes, optional
+        Axes to draw on. By default a new figure in paper style.
+    layer : int, optional
+        Layer number. By default the middle layer.
+    x : {"expert", "domain"}, optional
+        "expert" draws a cluster of bars for each expert, one bar per domain; "domain" a cluster for each domain.
 
-    Raises BadInput for a layer that is not there.
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    BadInput
+        If `data` is not such a Dataset, does not have `layer`, or `x` is unknown.
+
+    Examples
+    --------
+    >>> share = ml.stats.expert_share(trace, by="domain")
+    >>> ml.show.expert_share(share, layer=3).get_xlabel()
+    'expert'
     """
     data = wording.at_layer(data, layer)
     rows = list(wording.groups(data, "expert"))
@@ -63,9 +83,33 @@ def expert_share(data: xr.Dataset, ax: Axes | None = None, *, layer: int | None 
 def expert_share_grid(
     data: xr.Dataset, *, layers: Sequence[int] | None = None, x: str = "expert", width: float = PAGE
 ) -> Figure:
-    """`expert_share` at several layers, one above the other: the form of Figure 7 of the Mixtral paper.
+    """Draw `expert_share` at several layers, one above the other, as in Figure 7 of the Mixtral paper.
 
-    layers   layer numbers; the first, middle and last when not given, as in the paper: 0, 15 and 31 of 32
+    Parameters
+    ----------
+    data : xarray.Dataset
+        From `stats.expert_share`, [*by, layer, expert].
+    layers : sequence of int, optional
+        Layer numbers. By default the first, middle and last layer, as in the paper: 0, 15 and 31 of 32.
+    x : {"expert", "domain"}, optional
+        As in `expert_share`.
+    width : float, optional
+        Width of the figure in inches. By default the full width of a two-column paper.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Raises
+    ------
+    BadInput
+        If `data` is not such a Dataset, or `x` is unknown.
+
+    Examples
+    --------
+    >>> figure = ml.show.expert_share_grid(ml.stats.expert_share(trace, by="domain"), layers=[0, 7])
+    >>> len(figure.axes)
+    2
     """
     present = data["layer"].to_numpy()
     layers = list(dict.fromkeys(present[[0, (len(present) - 1) // 2, -1]])) if layers is None else list(layers)
@@ -101,7 +145,7 @@ def _clustered_bars(data: xr.Dataset, rows: list[tuple[str, xr.Dataset]], ax: Ax
         clusters, bars, colours = groups, [f"expert {e}" for e in experts], expert_colours(len(experts))
     else:
         raise BadInput(
-            f'Expert shares were to be drawn with x={x!r}. Known are "expert" and "domain". Give one.',
+            f'Cannot draw expert shares with x={x!r}. Pass x="expert" or x="domain".',
             argument="x",
             value=x,
         )
@@ -127,21 +171,40 @@ def _bars(
     return bars
 
 
-@takes("stats.load_balance, or another statistic by layer,", "estimate", "layer")
+@takes("stats.load_balance or another statistic by layer", "estimate", "layer")
 def by_layer(data: xr.Dataset, ax: Axes | None = None) -> Axes:
-    """Any statistic against the layer: one line for every combination of its other dimensions.
+    """Draw any statistic against the layer, with one line for every combination of its other dimensions.
 
-    Select first what is not to be drawn: `by_layer(balance.sel(measure="cv"))`.
+    Parameters
+    ----------
+    data : xarray.Dataset
+        Any statistic with a `layer` dimension and at most 16 combinations of its other dimensions, all in one unit.
+        Select with `data.sel` beforehand, as in the example.
+    ax : matplotlib.axes.Axes, optional
+        Axes to draw on. By default a new figure in paper style.
 
-    data   any Dataset with a `layer` dimension and at most a dozen other values
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    BadInput
+        If `data` has no layers, has more than 16 lines, or has lines in several units.
+
+    Examples
+    --------
+    >>> balance = ml.stats.load_balance(trace)
+    >>> ml.show.by_layer(balance.sel(measure="cv")).get_xlabel()
+    'layer'
     """
     series = list(wording.groups(data, "layer"))
     units = {wording.unit(part) for _, part in series}
     if "layer" not in data.dims or len(series) > 16 or len(units) > 1:
         raise BadInput(
-            f"{wording.title(data)} was to be drawn by layer. The data has dimensions "
-            f"{dict(data['estimate'].sizes)} and is in {' and '.join(sorted(units))}. "
-            "Select with data.sel(...) until layer and at most 16 lines of one unit remain.",
+            f"Cannot draw {wording.title(data)} by layer: the data has dimensions "
+            f"{dict(data['estimate'].sizes)} and units {' and '.join(sorted(units))}. "
+            "Select with data.sel(...) until the layers of at most 16 lines in one unit remain.",
             argument="data",
             value=dict(data["estimate"].sizes),
         )
@@ -158,7 +221,7 @@ def by_layer(data: xr.Dataset, ax: Axes | None = None) -> Axes:
 
 def _lines(ax: Axes, series: list[tuple[str, xr.Dataset]]) -> None:
     colours = expert_colours(len(series))
-    step = 0.5 / max(len(series), 8)  # whiskers of neighbouring lines stand side by side
+    step = 0.5 / max(len(series), 8)  # so that whiskers of neighbouring lines do not overlap
     width, alpha = (0.5, 0.6) if len(series) > 5 else (1.1, 1.0)
     for i, (name, part) in enumerate(series):
         at = part["layer"].to_numpy() + (i - (len(series) - 1) / 2) * step
@@ -170,9 +233,28 @@ def _lines(ax: Axes, series: list[tuple[str, xr.Dataset]]) -> None:
 
 @takes("stats.routing_entropy", "estimate", "layer")
 def entropy(data: xr.Dataset, ax: Axes | None = None) -> Axes:
-    """Mean routing entropy by layer, with its interval as a band.
+    """Draw the mean routing entropy by layer, with its interval as a band.
 
-    data   from stats.routing_entropy  [*by, layer]
+    Parameters
+    ----------
+    data : xarray.Dataset
+        From `stats.routing_entropy`, [*by, layer]. With groups, draws one line per group as `by_layer` does.
+    ax : matplotlib.axes.Axes, optional
+        Axes to draw on. By default a new figure in paper style.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    BadInput
+        If `data` is not such a Dataset.
+
+    Examples
+    --------
+    >>> ml.show.entropy(ml.stats.routing_entropy(trace)).get_xlabel()
+    'layer'
     """
     series = list(wording.groups(data, "layer"))
     if len(series) > 1:
@@ -193,11 +275,34 @@ def entropy(data: xr.Dataset, ax: Axes | None = None) -> Axes:
 def repetition(
     data: xr.Dataset, ax: Axes | None = None, *, choice: str = "first", published: xr.Dataset | None = None
 ) -> Axes:
-    """Share of consecutive tokens whose choice repeats, by layer (Jiang et al. 2024, Table 5).
+    """Draw the share of consecutive tokens whose choice repeats, by layer (Jiang et al. 2024, Table 5).
 
-    data        from stats.repetition  [*by, layer, choice]
-    choice      "first", or "either": first or second
-    published   stats.published.table5(); another model's figures, drawn at the same relative depth
+    Parameters
+    ----------
+    data : xarray.Dataset
+        From `stats.repetition`, [*by, layer, choice].
+    ax : matplotlib.axes.Axes, optional
+        Axes to draw on. By default a new figure in paper style.
+    choice : {"first", "either"}, optional
+        Whether the first choice repeats, or either the first or the second one.
+    published : xarray.Dataset, optional
+        `stats.table5()`: another model's numbers, drawn at the same relative depth.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    BadInput
+        If `data` is not such a Dataset.
+
+    Examples
+    --------
+    >>> repetition = ml.stats.repetition(trace)
+    >>> ax = ml.show.repetition(repetition, choice="either", published=ml.stats.table5())
+    >>> ax.get_xlabel()
+    'layer'
     """
     data = data.sel(choice=choice)
     series = list(wording.groups(data, "layer"))
@@ -217,7 +322,7 @@ def repetition(
 
 
 def _published_points(ax: Axes, published: xr.Dataset, layers: np.ndarray) -> str:
-    """Hollow diamonds, one a published domain; returns the words that say whose they are."""
+    """Draw a hollow diamond for each published domain, and return the note that names their source."""
     depth = published["layer"].to_numpy() / 31  # Table 5 has layers 0, 15 and 31 of 32
     at = layers[0] + depth * (layers[-1] - layers[0])
     values = published["estimate"].transpose("domain", "layer").to_numpy()
@@ -232,9 +337,29 @@ def _published_points(ax: Axes, published: xr.Dataset, layers: np.ndarray) -> st
 
 @takes("stats.domain_information", "estimate", "layer", "measure")
 def information(data: xr.Dataset, ax: Axes | None = None) -> Axes:
-    """Mutual information between expert and domain by layer, beside that of permuted domain labels.
+    """Draw the mutual information between expert and domain by layer, beside that of permuted domain labels.
 
-    data   from stats.domain_information  [layer, measure]
+    Parameters
+    ----------
+    data : xarray.Dataset
+        From `stats.domain_information`, [layer, measure].
+    ax : matplotlib.axes.Axes, optional
+        Axes to draw on. By default a new figure in paper style.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    BadInput
+        If `data` is not such a Dataset.
+
+    Examples
+    --------
+    >>> information = ml.stats.domain_information(trace, by="domain")
+    >>> ml.show.information(information).get_xlabel()
+    'layer'
     """
     with drawing(ax, *_size(2)) as ax:
         _lines(ax, list(wording.groups(data.sel(measure=["mutual_information", "permuted"]), "layer")))
@@ -253,7 +378,10 @@ def _titled(data: xr.Dataset) -> str:
 
 
 def _uniform_lines(ax: Axes, data: xr.Dataset, series: Sequence[tuple[str, xr.Dataset]] = ()) -> None:
-    """Dashed lines at the uniform levels; in the colour of its line in `series`, where each has a level of its own."""
+    """Draw dashed lines at the uniform levels.
+
+    Where the lines of `series` have different levels, each level has the colour of its line.
+    """
     style = {"linestyle": (0, (4, 3)), "linewidth": 0.8, "zorder": 2.5}
     value = wording.uniform(data)
     levels = [] if value is None else np.unique(value.to_numpy()[np.isfinite(value)])
@@ -282,12 +410,12 @@ def _layer_axis(ax: Axes, data: xr.Dataset) -> None:
 
 
 def _legend(ax: Axes) -> None:
-    """Beside the axes, or below them when there are few entries, so that nothing drawn is covered."""
+    """Place the legend beside the axes, or below them when it has few entries, so that it covers nothing."""
     few = len(ax.get_legend_handles_labels()[1]) <= _FEW
     place = {"loc": "upper left", "bbox_to_anchor": (0.0, -0.2)} if few else {"loc": "center left"}
     ax.legend(**{"bbox_to_anchor": (1.0, 0.5), **place}, fontsize=relative_size(0.85))
 
 
 def _size(n_series: int) -> tuple[float, float]:
-    """Inches of a line figure, with room for its legend."""
+    """Return the size of a line figure in inches, with room for its legend."""
     return (COLUMN, 2.4 + 0.16 * (n_series if n_series > 1 else 0)) if n_series <= _FEW else (PAGE * 0.8, 2.6)

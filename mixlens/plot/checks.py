@@ -1,4 +1,4 @@
-"""What a figure takes, checked before it draws, so that anything else is refused in words."""
+"""Checks of the first argument of a figure, made before anything is drawn."""
 
 from __future__ import annotations
 
@@ -14,11 +14,16 @@ Draw = TypeVar("Draw", bound=Callable[..., Any])
 
 
 def takes(given_by: str, *needed: str) -> Callable[[Draw], Draw]:
-    """Of a function that draws: its first argument is a Dataset with these dimensions, variables or attributes.
+    """Declare which Dataset a drawing function takes as its first argument.
 
-    given_by   what computes such a Dataset, as a user writes it behind `ml.`
+    The function then raises BadInput for anything that is no Dataset, or lacks one of `needed`.
 
-    Raises BadInput, when the function is called, for anything else.
+    Parameters
+    ----------
+    given_by : str
+        The call that computes such a Dataset, as a user writes it behind ``ml.``.
+    *needed : str
+        Dimensions, variables or attributes that the Dataset must have.
     """
 
     def checked(draw: Draw) -> Draw:
@@ -33,15 +38,15 @@ def takes(given_by: str, *needed: str) -> Callable[[Draw], Draw]:
 
 
 def takes_run(given_by: str, *attributes: str) -> Callable[[Draw], Draw]:
-    """The same of a function whose first argument is a run or a comparison: an object with these attributes."""
+    """Declare that the first argument of a drawing function is a run or comparison with these attributes."""
 
     def checked(draw: Draw) -> Draw:
         @wraps(draw)
         def drawn(run: Any, *args: Any, **options: Any) -> Any:
             if not all(hasattr(run, name) for name in attributes):
                 raise BadInput(
-                    f"{draw.__name__} was to be drawn. A {type(run).__name__} was given. Give what "
-                    f"ml.{given_by} gives.",
+                    f"Cannot draw {draw.__name__}: got a value of type {type(run).__name__}. "
+                    f"Pass what ml.{given_by} returns.",
                     argument="run",
                     value=type(run).__name__,
                 )
@@ -53,15 +58,15 @@ def takes_run(given_by: str, *attributes: str) -> Callable[[Draw], Draw]:
 
 
 def check(data: Any, what: str, given_by: str, *needed: str) -> None:
-    """Raises BadInput, naming `what` was to be drawn, unless `data` is a Dataset with everything in `needed`."""
+    """Raise BadInput, naming the figure `what`, unless `data` is a Dataset that has everything in `needed`."""
     if not isinstance(data, xr.Dataset):
-        found, wrong = f"A {type(data).__name__} was given", type(data).__name__
+        found, wrong = f"expected a Dataset, got {type(data).__name__}", type(data).__name__
     elif missing := [n for n in needed if n not in data.variables and n not in data.dims and n not in data.attrs]:
-        found, wrong = f"A Dataset without {' and '.join(missing)} was given", missing
+        found, wrong = f"the Dataset lacks {' and '.join(missing)}", missing
     else:
         return
     raise BadInput(
-        f"{what} was to be drawn. {found}. Give what ml.{given_by} gives.",
+        f"Cannot draw {what}: {found}. Pass what ml.{given_by} returns.",
         argument="data",
         value=wrong,
     )

@@ -76,7 +76,7 @@ def _shade(colour: str, amount: float) -> str:
 class PaperFigure(Figure):
     """A Figure that pyplot does not know, and that a notebook shows."""
 
-    def save(self, path: str | os.PathLike) -> Path:
+    def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the figure; the ending says the form, and pdf and svg are vector."""
         with matplotlib.rc_context(PAPER):
             self.savefig(path, bbox_inches="tight")
@@ -102,7 +102,7 @@ class PaperFigure(Figure):
 class PaperAxes(Axes):
     """Axes that a notebook shows when they are the value of a cell."""
 
-    def save(self, path: str | os.PathLike) -> Path:
+    def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the figure of these axes; the ending says the form, and pdf and svg are vector."""
         return own_figure(self).save(path)
 

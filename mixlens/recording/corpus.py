@@ -126,7 +126,7 @@ class Corpus:
 
 
 def run_shards(
-    out: str | os.PathLike,
+    out: str | os.PathLike[str],
     kind: str,
     plan: dict[str, Any],
     corpus: Corpus,
@@ -168,7 +168,7 @@ def measure_documents(
     *,
     measure: Callable[[Shard], dict[str, np.ndarray]],
     about: Mapping[str, Any],
-    out: str | os.PathLike | None,
+    out: str | os.PathLike[str] | None,
     vocabulary: bool = False,
 ) -> Measured:
     """What `measure` finds in every shard of the corpus, put together.

@@ -30,7 +30,7 @@ def record(
     model: nn.Module,
     documents: Iterable[Any],
     *,
-    out: str | os.PathLike | None = None,
+    out: str | os.PathLike[str] | None = None,
     tokenizer: Any = None,
     signals: Iterable[str | Site] = DEFAULT,
     settings: RecordSettings = RecordSettings(),
@@ -49,8 +49,9 @@ def record(
     Raises BadInput for documents that cannot be read as asked, RunError when `out` holds something else or cannot be
     written, ModelError when the model has no experts.
     """
+    layers = range(len(moe_layers(model)))
     corpus = Corpus.of(model, documents, tokenizer, settings)
-    reader = Reader(model, parse_signals(signals, len(moe_layers(model))), corpus.batch_tokens)
+    reader = Reader(model, parse_signals(signals, len(layers)), corpus.batch_tokens)
     about = describe(model)
     edits = edits_of(model)
     plan = {
@@ -68,7 +69,6 @@ def record(
         "n_experts": n_experts(model),
         "top_k": top_k_of(model),
     }
-    layers = range(len(moe_layers(model)))
 
     def compute(shard: Shard) -> tuple[MemoryPart, pd.DataFrame]:
         return reader.read([piece.ids for piece in shard.pieces], shard.first_sequence), _sequence_rows(shard)

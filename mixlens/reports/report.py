@@ -26,7 +26,7 @@ from mixlens.reports.contributions import contribution_sections, topk_sections
 from mixlens.reports.importance import importance_sections
 from mixlens.trace.trace import Trace
 
-RunOrPath = Trace | xr.Dataset | str | os.PathLike
+RunOrPath = Trace | xr.Dataset | str | os.PathLike[str]
 
 
 def _trace_sections(trace: Trace, name: str) -> dict[str, str]:
@@ -49,7 +49,7 @@ _KINDS: Mapping[str, Callable[[Any, str], Mapping[str, str]]] = {
 }
 
 
-def report(runs: RunOrPath | Sequence[RunOrPath], path: str | os.PathLike, *, title: str | None = None) -> Path:
+def report(runs: RunOrPath | Sequence[RunOrPath], path: str | os.PathLike[str], *, title: str | None = None) -> Path:
     """Write one HTML file with summary, figures, live text, tables, methods and provenance of `runs`.
 
     runs    a trace, what measure_importance, measure_topk or measure_contributions gives, the folder of one of these,

@@ -78,7 +78,7 @@ def expert_contribution(
     )
 
 
-def open_contributions(path: str | os.PathLike, *, check: bool = True) -> xr.Dataset:
+def open_contributions(path: str | os.PathLike[str], *, check: bool = True) -> xr.Dataset:
     """The contributions along every text that a run holds, as measure_contributions gives them, in memory.
 
     Raises RunError when the run is not there, unfinished or altered, BadInput when it is of another kind.
@@ -104,7 +104,7 @@ def contributions_dataset(measured: Measured) -> xr.Dataset:
     data = {name: (("token", "layer", "slot"), values) for name, values in arrays.items()}
     attrs = {
         "kind": KIND,
-        "statistic": "measure_contributions",
+        "statistic": "expert_contributions",
         "unit": "logit",
         "model": meta["model"]["name"],
         "n_experts": meta["n_experts"],

@@ -41,7 +41,7 @@ class Impact:
         self.sums = _dataset(measured)
 
     @classmethod
-    def open(cls, path: str | os.PathLike, *, check: bool = True) -> Impact:
+    def open(cls, path: str | os.PathLike[str], *, check: bool = True) -> Impact:
         """The run at `path`. Raises RunError when there is none or it is not finished, BadInput for another kind."""
         return cls(read_measured(path, KIND, check=check), path=Path(path))
 

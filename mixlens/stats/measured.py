@@ -35,7 +35,7 @@ class Measured:
         return {str(name): ("document", self.documents[name].to_numpy(object)) for name in self.documents}
 
 
-def read_measured(path: str | os.PathLike, kind: str, *, check: bool = True) -> Measured:
+def read_measured(path: str | os.PathLike[str], kind: str, *, check: bool = True) -> Measured:
     """The run of this kind at `path`, in memory.
 
     Raises RunError when the run is not there, unfinished or altered, and BadInput when it is of another kind.

@@ -47,7 +47,7 @@ class Pareto:
         self.table, self.meta, self.path = table, meta, path
 
     @classmethod
-    def open(cls, path: str | os.PathLike, *, check: bool = True) -> Pareto:
+    def open(cls, path: str | os.PathLike[str], *, check: bool = True) -> Pareto:
         """The run at `path`. Raises RunError when there is none or it is not finished, BadInput for another kind."""
         run = open_run(path, check=check)
         if run.kind != KIND:

@@ -67,7 +67,7 @@ def topk_sweep(
     return xr.Dataset(data, {**labels, "k": ks, "layer": measured.layer.values, "expert": range(experts)}, attrs)
 
 
-def open_topk(path: str | os.PathLike, *, check: bool = True) -> xr.Dataset:
+def open_topk(path: str | os.PathLike[str], *, check: bool = True) -> xr.Dataset:
     """The sums over documents that a sweep over k holds; `topk_sweep` makes the curve of them.
 
     Raises RunError when the run is not there, unfinished or altered, BadInput when it is of another kind.

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _DATA_PACKAGES = ("mixlens", "numpy", "pandas", "pyarrow", "safetensors")
 
 
-def save(trace: Trace, path: str | os.PathLike) -> None:
+def save(trace: Trace, path: str | os.PathLike[str]) -> None:
     if trace.sites:
         raise BadInput(
             f"A trace with activations ({', '.join(trace.sites)}) was to be saved. Only recording writes activations. "

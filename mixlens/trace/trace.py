@@ -85,7 +85,7 @@ class Trace:
         )
 
     @classmethod
-    def open(cls, path: str | os.PathLike, *, check: bool = True) -> Trace:
+    def open(cls, path: str | os.PathLike[str], *, check: bool = True) -> Trace:
         """The trace of the run directory at `path`, read lazily.
 
         Raises RunError when the run is not there, unfinished, or when a file that is read was altered.
@@ -105,7 +105,7 @@ class Trace:
             trace._vocabulary = shards.read_vocabulary(run.file("vocabulary.parquet"))
         return trace
 
-    def save(self, path: str | os.PathLike) -> Trace:
+    def save(self, path: str | os.PathLike[str]) -> Trace:
         """Write the trace as a run directory and open it there.
 
         Raises RunError when the folder holds something else.
@@ -311,7 +311,7 @@ class Trace:
 
         return pd.concat(long_tables(self), ignore_index=True)
 
-    def to_parquet(self, path: str | os.PathLike) -> Path:
+    def to_parquet(self, path: str | os.PathLike[str]) -> Path:
         """The long table as one Parquet file, written block by block, for DuckDB, Polars or Spark."""
         from mixlens.trace.convert import to_parquet
 

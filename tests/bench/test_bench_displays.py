@@ -26,7 +26,7 @@ def load(level: str, n: int, seed: int, **more) -> tuple[list, dict[str, np.ndar
 
 
 @pytest.fixture(scope="module")
-def measured() -> tuple[ml.Bench, dict]:
+def measured() -> tuple[ml.bench.Bench, dict]:
     """Two loads, each with failures; a warm-up request slower than all."""
     records, truth = [], {}
     for seed, (level, n) in enumerate(N.items()):
@@ -46,7 +46,7 @@ SHOWN = [
 ]
 
 
-def held_to_truth(cells: dict[str, dict[str, str]], bench: ml.Bench, truth: dict) -> None:
+def held_to_truth(cells: dict[str, dict[str, str]], bench: ml.bench.Bench, truth: dict) -> None:
     """{load: {heading: text}} against the raw numbers, at the precision shown."""
     assert list(cells) == list(N)
     table = bench.table().set_index(["level", "metric", "statistic"])

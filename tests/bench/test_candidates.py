@@ -11,11 +11,11 @@ from helpers.refusals import refused
 import mixlens as ml
 from mixlens import show
 from mixlens.bench.bench import Bench
-from mixlens.bench.report import tradeoff_sections
 from mixlens.errors import BadInput
 from mixlens.evals.log import Log
 from mixlens.evals.scoring import wilson
 from mixlens.plot.style import note_of
+from mixlens.pricing.report import tradeoff_sections
 from mixlens.pricing.tradeoff import Candidate, candidates, frontier
 
 SMALL, LARGE = "mistralai/mixtral-8x7b-instruct", "mistralai/mixtral-8x22b-instruct"

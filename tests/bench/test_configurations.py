@@ -9,7 +9,8 @@ import pytest
 from helpers.refusals import refused
 
 import mixlens as ml
-from mixlens import BadInput, LocalSettings, Workload, benchmark_configurations, show
+from mixlens import BadInput, show
+from mixlens.bench import LocalSettings, Workload, benchmark_configurations
 from mixlens.bench import configurations as module
 from mixlens.bench.roofline import Machine, Measured
 from mixlens.cli import main as cli

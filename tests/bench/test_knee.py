@@ -9,9 +9,9 @@ from bench_server import Script, answer, serving
 from helpers.refusals import refused
 
 from mixlens.bench.bench import Bench
-from mixlens.bench.knee import knee, load_sweep
 from mixlens.bench.prompts import Workload
 from mixlens.bench.session import BenchSettings
+from mixlens.bench.sweep import knee, load_sweep
 from mixlens.endpoints.endpoint import Endpoint
 from mixlens.errors import BadInput
 

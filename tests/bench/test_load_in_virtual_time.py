@@ -15,7 +15,7 @@ from scipy import stats
 
 import mixlens as ml
 
-SMALL = ml.Workload(prompt_tokens=16, output_tokens=50)
+SMALL = ml.bench.Workload(prompt_tokens=16, output_tokens=50)
 
 
 def drive(level: Level, requests: int, *, server: Server | None = None, warmup: int = 0, caps: Caps | None = None):

@@ -14,7 +14,8 @@ from helpers.refusals import refused
 from tiny import tiny_mixtral
 
 import mixlens as ml
-from mixlens import BadInput, LocalSettings, RunError, Workload, benchmark
+from mixlens import BadInput, RunError, benchmark
+from mixlens.bench import LocalSettings, Workload
 from mixlens.bench import hardware as machine
 from mixlens.bench.bytes_and_flops import Work, weights_of
 from mixlens.bench.events import read_records
@@ -360,7 +361,7 @@ def test_quantized_weights_count_what_they_hold():
         ({"settings": replace(QUIET, max_seconds=0.0)}, ("requests", (2, 1, 0.0))),
         ({"workload": Workload(500, 13)}, ("prompt_tokens", 500)),
         ({"workload": Workload(output_tokens=2, prompts=["a"])}, ("tokenizer",)),
-        ({"settings": ml.BenchSettings()}, ("model", "MixtralForCausalLM")),
+        ({"settings": ml.bench.BenchSettings()}, ("model", "MixtralForCausalLM")),
         ({"settings": replace(QUIET, experts=("eager", ""))}, ("experts", "")),
         (
             {"settings": replace(QUIET, experts="fastest")},

@@ -39,7 +39,7 @@ def succeeded(run: list[Known], level: str) -> list[Known]:
     return [k for k in run if (k.record.level, k.record.phase, k.record.outcome) == (level, "measured", "ok")]
 
 
-def bench(run: list[Known]) -> ml.Bench:
+def bench(run: list[Known]) -> ml.bench.Bench:
     return bench_of([known.record for known in run])
 
 
@@ -83,7 +83,7 @@ def test_throughput_and_goodput_are_over_the_window_of_all_measured_requests(run
     made = bench(run)
     limits = {"ttft_s": 1.5, "tpot_s": 0.2, "e2e_token_s": 2.5}
     rates = made.throughput().set_index(["level", "metric"])
-    kept = {stated: made.goodput(ml.Limits(**{name: limits[name] for name in stated})).set_index("level")
+    kept = {stated: made.goodput(ml.bench.Limits(**{name: limits[name] for name in stated})).set_index("level")
             for stated in (("ttft_s",), ("tpot_s",), ("e2e_token_s",), tuple(limits))}  # fmt: skip
     for level in LEVELS:
         good = succeeded(run, level)
@@ -133,14 +133,14 @@ def test_events_are_told_in_seconds_after_their_request_was_sent(run):
 def test_a_limit_that_is_just_met_is_kept():
     records = [timed(0, 0.5, 0.25, n=3), timed(0, 0.5, 0.25, n=3, outcome="timeout")]
     for name, value in (("ttft_s", 0.5), ("tpot_s", 0.25), ("e2e_token_s", 1.0)):
-        at, below = (ml.Limits(**{name: limit}) for limit in (value, value - 1e-6))
+        at, below = (ml.bench.Limits(**{name: limit}) for limit in (value, value - 1e-6))
         assert [bench_of(records).goodput(limits)["good"].item() for limits in (at, below)] == [1, 0]
 
 
 def test_two_tokens_that_arrive_at_once_have_no_speed_and_keep_no_limit():
     row = bench_of([timed(0, 0.5, 0.0, n=2)]).requests().iloc[0]
     assert np.isnan([row["tpot_s"], row["output_tokens_per_s"]]).all()
-    assert bench_of([timed(0, 0.5, 0.0, n=2)]).goodput(ml.Limits(tpot_s=9.0))["good"].item() == 0
+    assert bench_of([timed(0, 0.5, 0.0, n=2)]).goodput(ml.bench.Limits(tpot_s=9.0))["good"].item() == 0
 
 
 @pytest.mark.parametrize(("n", "known"), [(99, False), (100, True)])

@@ -3,6 +3,6 @@
 import mixlens as ml
 
 try:
-    ml.evaluate(ml.load("demo", verbose=False), "demo", settings=ml.EvalSettings(progress=False))
+    ml.evaluate(ml.load("demo", verbose=False), "demo", settings=ml.evals.EvalSettings(progress=False))
 except ml.BadInput as error:
     print(f"BadInput: {error.argument} {error.value}", flush=True)

@@ -13,7 +13,7 @@ from json_server import Reply, answering
 import mixlens as ml
 
 STOPS = ["\nclass", "\ndef", "\n#", "\nif", "\nprint"]  # servers take four
-QUIET = ml.EvalSettings(progress=False, batch_size=2, seed=10)
+QUIET = ml.evals.EvalSettings(progress=False, batch_size=2, seed=10)
 
 
 def generate(protocol: str, text: str, repeats=(0,), settings=QUIET, **asked) -> tuple[list[str], list[dict]]:

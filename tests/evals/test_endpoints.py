@@ -18,7 +18,7 @@ from mixlens.cli.main import main
 from mixlens.evals.response_cache import Answers
 from mixlens.models.demo import demo_path
 
-QUIET = ml.EvalSettings(progress=False)
+QUIET = ml.evals.EvalSettings(progress=False)
 
 
 @pytest.fixture(scope="module")

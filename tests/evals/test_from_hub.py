@@ -51,7 +51,7 @@ class Right(LM):
     loglikelihood_rolling = None
 
 loaded, _ = asked(Job(tuple(names), limit=2).at_commits({}))
-log = ml.evaluate(Right(), names, limit=2, settings=ml.EvalSettings(progress=False))
+log = ml.evaluate(Right(), names, limit=2, settings=ml.evals.EvalSettings(progress=False))
 _, from_hub = asked(Job(tuple(local), limit=2).at_commits({}))
 _, from_folder = asked(Job(tuple(local), limit=2, root=folder))
 _, by_lm_eval = asked(Job(tuple(stock), limit=2))
@@ -72,7 +72,7 @@ def add_and_end(self, *given):
 answers.Answers.add = add_and_end
 outcomes = []
 for tasks, arguments, settings, batches in json.loads(sys.argv[1]):
-    settings = ml.EvalSettings(progress=False, batch_size=1, **settings)
+    settings = ml.evals.EvalSettings(progress=False, batch_size=1, **settings)
     try:
         log = ml.evaluate(ml.load("demo", verbose=False), tasks, settings=settings, **arguments)
         outcomes.append({"revision": {about["data"]["revision"] for about in log.meta["tasks"].values()}.pop(),
@@ -238,7 +238,7 @@ def test_the_suite_of_the_paper_from_the_command_line(hub, tmp_path):
         env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    log = ml.Log.open(out)
+    log = ml.evals.Log.open(out)
     asked = {about["protocol"] for about in log.meta["tasks"].values()}
     assert asked == set(suites()["mixtral-paper"].values())
     assert {about["data"]["repository"]: about["data"]["revision"] for about in log.meta["tasks"].values()} == commits

@@ -16,9 +16,9 @@ COLOURS = list(WORDS)
 
 @pytest.fixture
 def evaluated(tmp_path):
-    def evaluate(model: Told, rows, **fields) -> ml.Log:
+    def evaluate(model: Told, rows, **fields) -> ml.evals.Log:
         task = task_file(tmp_path, "told", rows, **fields)
-        return ml.evaluate(model, task, settings=ml.EvalSettings(progress=False))
+        return ml.evaluate(model, task, settings=ml.evals.EvalSettings(progress=False))
 
     return evaluate
 

@@ -111,7 +111,7 @@ def test_routing_of_a_perplexity_holds_every_token_once(demo, wikitext):
     assert set(rows["task"]) == {"wikitext"}
     assert rows["length"].max() == 7
     assert rows["document_id"].nunique() == len(PAGES)
-    assert ml.sample_share(log, by="task")["estimate"].sum("expert").values == pytest.approx(1)
+    assert ml.evals.sample_share(log, by="task")["estimate"].sum("expert").values == pytest.approx(1)
 
 
 def test_a_task_file_of_ones_own_is_scored_and_its_data_is_named(demo, choosing):

@@ -40,7 +40,7 @@ def lm(demo):
 
 
 def backend(demo, **settings) -> LocalBackend:
-    return LocalBackend(demo, ml.EvalSettings(**{"progress": False, "batch_size": 3, **settings}))
+    return LocalBackend(demo, ml.evals.EvalSettings(**{"progress": False, "batch_size": 3, **settings}))
 
 
 def tokens(lm, context: str, continuation: str) -> tuple[list[int], list[int]]:

@@ -160,7 +160,7 @@ def test_options_of_loading_and_routing_go_along(demo):
     settings = EvalSettings(progress=False, routing=True, loading={"dtype": "bfloat16"})
     log = ml.evaluate("demo", TASKS[0], limit=2, settings=settings)
     assert log.meta["model"]["dtype"] == "bfloat16"
-    assert ml.sample_share(log)["estimate"].sum("expert").values == pytest.approx(1)
+    assert ml.evals.sample_share(log)["estimate"].sum("expert").values == pytest.approx(1)
 
 
 FOLLOWED = """
@@ -169,7 +169,7 @@ import mixlens as ml
 def tell(done, total):
     if done:  # the first answers are kept
         print(psutil.Process().children()[0].pid, flush=True)
-ml.evaluate("demo", "demo", out=sys.argv[1], settings=ml.EvalSettings(progress=tell, batch_size=1))
+ml.evaluate("demo", "demo", out=sys.argv[1], settings=ml.evals.EvalSettings(progress=tell, batch_size=1))
 """
 
 
@@ -203,7 +203,7 @@ def test_several_processes_of_a_launcher_are_refused():
 
 CELL = """
 import mixlens as ml
-log = ml.evaluate("demo", {tasks}, out={out!r}, settings=ml.EvalSettings(batch_size=1{more}))
+log = ml.evaluate("demo", {tasks}, out={out!r}, settings=ml.evals.EvalSettings(batch_size=1{more}))
 print("ended", len(log.records), log.samples["math_equal"].dropna().tolist())
 """
 
@@ -237,7 +237,7 @@ def test_in_a_kernel_it_shows_progress_is_interrupted_and_goes_on(demo, math_tas
         manager.shutdown_kernel()
     assert f"ended 126 {[1.0] * len(PROBLEMS)}" in "".join(texts)
     assert "evaluate: 100%" in "".join(texts)
-    resumed = ml.Log.open(out)
+    resumed = ml.evals.Log.open(out)
     assert resumed.records == ml.evaluate(demo, tasks, settings=EvalSettings(progress=False, batch_size=1)).records
 
 

@@ -16,7 +16,7 @@ from mixlens.core.bootstrap import Bootstrap
 from mixlens.errors import BadInput
 from mixlens.evals.log import Log
 from mixlens.evals.paired import compare_logs, mcnemar, paired_difference
-from mixlens.evals.references import beside
+from mixlens.evals.published import beside
 from mixlens.evals.scoring import near_ties, primary_rows
 
 

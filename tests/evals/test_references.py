@@ -7,7 +7,7 @@ import re
 import pytest
 
 from mixlens.evals.log import Log
-from mixlens.evals.references import beside, references
+from mixlens.evals.published import beside, references
 
 MODELS = [f"mistralai/Mixtral-{size}{form}-v0.1" for form in ("", "-Instruct") for size in ("8x7B", "8x22B")]
 SOURCES = {

@@ -47,13 +47,13 @@ def test_revisions_that_cannot_be_are_said(capsys):
         ("openai/gsm8k",): ("revisions", ("openai/gsm8k",)),
     }.items():
         with refused(ml.BadInput, *said):
-            ml.evaluate("demo", "gsm8k_5shot", settings=ml.EvalSettings(revisions=revisions))  # type: ignore[arg-type]
+            ml.evaluate("demo", "gsm8k_5shot", settings=ml.evals.EvalSettings(revisions=revisions))  # type: ignore[arg-type]
     assert main(["eval", "demo", "demo_0shot", "--data-revision", "openai/gsm8k"]) == 2
     assert "--data-revision" in capsys.readouterr().err
 
 
 def test_a_revision_of_a_data_set_that_no_task_reads_is_refused(tmp_path):
-    settings = ml.EvalSettings(revisions={"openai/gsm8k": "main"}, progress=False)
+    settings = ml.evals.EvalSettings(revisions={"openai/gsm8k": "main"}, progress=False)
     with refused(ml.BadInput, "revisions", ["openai/gsm8k"]):
         ml.evaluate(ml.load("demo", verbose=False), "demo_0shot::phrases", settings=settings)
 

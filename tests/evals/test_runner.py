@@ -74,7 +74,7 @@ def test_mmlu_of_two_subjects_is_that_of_stock_lm_eval(demo, data, tmp_path):
 def test_a_run_opens_as_what_evaluate_gave(demo, data, tmp_path):
     log = ml.evaluate(demo, TASKS, out=tmp_path / "run", data=data, limit=3, settings=QUIET)
     opened = ml.open(tmp_path / "run")
-    assert isinstance(opened, ml.Log)
+    assert isinstance(opened, ml.evals.Log)
     assert opened.records == log.records
     assert opened.meta["tasks"] == log.meta["tasks"]
     assert opened.scores.equals(log.scores)

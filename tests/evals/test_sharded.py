@@ -7,7 +7,7 @@ from accelerate import dispatch_model
 
 import mixlens as ml
 
-SETTINGS = ml.EvalSettings(routing=True, progress=False)
+SETTINGS = ml.evals.EvalSettings(routing=True, progress=False)
 
 
 def test_a_model_in_memory_and_on_disk_scores_and_routes_as_a_whole_one(tmp_path):

@@ -96,5 +96,5 @@ def spread(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return random.gamma(1.5, 0.3, n) + 0.01, random.gamma(1.5, 0.02, n) + 0.001
 
 
-def bench_of(records: list[Record], **meta: Any) -> ml.Bench:
-    return ml.Bench(records, META | meta)
+def bench_of(records: list[Record], **meta: Any) -> ml.bench.Bench:
+    return ml.bench.Bench(records, META | meta)

@@ -23,7 +23,7 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def test_cosines_of_every_matrix_and_of_router_vectors():
     net = tiny_mixtral()
-    found = ml.measure_similarity(net)
+    found = ml.experiments.measure_similarity(net)
     for layer in range(4):
         moe = net.model.layers[layer].mlp
         for i in range(8):
@@ -54,7 +54,7 @@ def test_upcycled_experts_with_shuffled_neurons_are_matched():
         experts.down_proj[1] = experts.down_proj[0]
         experts.gate_up_proj[2] = torch.cat([gate[order], up[order]])
         experts.down_proj[2] = experts.down_proj[0][:, order]
-    found = ml.measure_similarity(net, layers=[2], match=True).sel(layer=2)
+    found = ml.experiments.measure_similarity(net, layers=[2], match=True).sel(layer=2)
     copied, shuffled, other = (found.sel(expert=0, expert_j=j) for j in (1, 2, 5))
     assert float(copied.in_place) == pytest.approx(1, abs=1e-5)
     assert float(copied.matched) == pytest.approx(1, abs=1e-5)
@@ -68,7 +68,7 @@ def test_upcycled_experts_with_shuffled_neurons_are_matched():
 @pytest.mark.parametrize("neurons", [1, 2, 5])
 def test_neurons_are_matched_as_the_best_of_all_permutations(neurons):
     net = tiny_mixtral(intermediate_size=neurons)
-    found = ml.measure_similarity(net, layers=[1], match=True).sel(layer=1)
+    found = ml.experiments.measure_similarity(net, layers=[1], match=True).sel(layer=1)
     experts = net.model.layers[1].mlp.experts
     rows = [torch.cat([*experts.gate_up_proj[e].chunk(2), experts.down_proj[e].T], dim=1) for e in range(8)]
     for i, j in ((0, 1), (2, 6), (7, 3)):
@@ -81,12 +81,12 @@ def test_neurons_are_matched_as_the_best_of_all_permutations(neurons):
 
 @pytest.mark.parametrize("layout", [lambda net: net, unfuse], ids=["fused", "unfused"])
 def test_offloaded_and_unfused_experts_are_compared_too(tmp_path, layout):
-    expected = ml.measure_similarity(tiny_mixtral(), match=True)
+    expected = ml.experiments.measure_similarity(tiny_mixtral(), match=True)
     places = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
     places |= {f"model.layers.{i}": "disk" if i else "cpu" for i in range(4)}
     net = dispatch_model(layout(tiny_mixtral()), places, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
     assert next(net.model.layers[1].mlp.experts.parameters()).is_meta
-    found = ml.measure_similarity(net, match=True)
+    found = ml.experiments.measure_similarity(net, match=True)
     for name in expected:
         np.testing.assert_allclose(found[name], expected[name], atol=1e-6)
     assert next(net.model.layers[1].mlp.experts.parameters()).is_meta
@@ -95,7 +95,7 @@ def test_offloaded_and_unfused_experts_are_compared_too(tmp_path, layout):
 def test_what_cannot_be_done_is_said():
     net = tiny_mixtral()
     with refused(BadInput, "layers", [4]):
-        ml.measure_similarity(net, layers=[4])
+        ml.experiments.measure_similarity(net, layers=[4])
     net.model.layers[1].mlp.experts.to("meta")
     with refused(ModelError, "layer", 1):
-        ml.measure_similarity(net)
+        ml.experiments.measure_similarity(net)

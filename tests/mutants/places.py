@@ -28,7 +28,7 @@ MODULES = [
     "mixlens/core/run_dir.py",
     "mixlens/bench/metrics.py",
     "mixlens/bench/comparison.py",
-    "mixlens/bench/knee.py",
+    "mixlens/bench/sweep.py",
     "mixlens/evals/scoring.py",
     "mixlens/evals/code_scorer.py",
     "mixlens/evals/lm_eval_grading.py",

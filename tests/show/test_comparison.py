@@ -30,7 +30,7 @@ def compared(models):
 @pytest.fixture(scope="module")
 def impact(models, tmp_path_factory):
     out = tmp_path_factory.mktemp("impact") / "nf4"
-    return ml.measure_impact(*models, DOCUMENTS, tokenizer=Letters(), settings=SETTINGS, out=out)
+    return ml.experiments.measure_impact(*models, DOCUMENTS, tokenizer=Letters(), settings=SETTINGS, out=out)
 
 
 def test_flips_by_layer_draws_each_measure(compared):

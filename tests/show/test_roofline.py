@@ -8,10 +8,10 @@ import numpy as np
 from helpers.refusals import refused
 
 from mixlens import MissingSignal, report
-from mixlens.bench import roofline_figure as roofline
 from mixlens.bench.bench import Bench
 from mixlens.bench.events import Record
 from mixlens.endpoints.protocols import TOKEN, Event
+from mixlens.show import roofline
 
 RATE = {"ci_low": 0.0, "ci_high": 2e9, "n": 10, "how": "copy"}
 META = {

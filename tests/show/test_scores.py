@@ -12,7 +12,7 @@ from mixlens import show
 from mixlens.evals.figures import to_latex, to_markdown
 from mixlens.evals.log import Log
 from mixlens.evals.paired import compare_logs
-from mixlens.evals.references import beside
+from mixlens.evals.published import beside
 from mixlens.evals.report import score_sections
 
 N = {"mmlu_5shot": 14042, "arc_challenge_25shot": 1172}

@@ -93,7 +93,9 @@ def test_patched_neurons_go_through_the_quantized_down_projection(net):
 def test_a_map_is_that_of_forwards_under_the_edit(net):
     documents = ["a quantized model", "is measured too", "x"]
     options = {"tokenizer": Letters(), "settings": ml.RecordSettings(progress=False)}
-    measured = ml.measure_importance(net, documents, ablation=ml.Ablation(layers=[LAYER]), **options)
+    measured = ml.experiments.measure_importance(
+        net, documents, ablation=ml.experiments.Ablation(layers=[LAYER]), **options
+    )
 
     def losses() -> np.ndarray:
         trace = ml.record(net, documents, **options)
@@ -110,7 +112,9 @@ def test_a_map_is_that_of_forwards_under_the_edit(net):
 
 def test_contributions_of_a_quantized_model_add_up(net):
     documents = ["a quantized model"]
-    found = ml.measure_contributions(net, documents, tokenizer=Letters(), settings=ml.RecordSettings(progress=False))
+    found = ml.experiments.measure_contributions(
+        net, documents, tokenizer=Letters(), settings=ml.RecordSettings(progress=False)
+    )
     parts: dict[str, torch.Tensor] = {}
     handles = [
         layer.self_attn.register_forward_hook(lambda _m, _a, out, i=i: parts.__setitem__(f"attention {i}", out[0][0]))

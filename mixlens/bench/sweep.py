@@ -29,7 +29,7 @@ def load_sweep(
     *,
     most: int = 64,
     requests: int = 32,
-    out: str | os.PathLike | None = None,
+    out: str | os.PathLike[str] | None = None,
     workload: Workload = _WORKLOAD,
     settings: BenchSettings = _SETTINGS,
 ) -> Bench:

@@ -1,0 +1,36 @@
+from mixlens import bench as bench
+from mixlens import errors as errors
+from mixlens import evals as evals
+from mixlens import experiments as experiments
+from mixlens import pricing as pricing
+from mixlens import show as show
+from mixlens import stats as stats
+from mixlens import view as view
+from mixlens.bench.run import benchmark as benchmark
+from mixlens.comparison import Comparison as Comparison
+from mixlens.comparison import compare as compare
+from mixlens.endpoints.endpoint import Endpoint as Endpoint
+from mixlens.errors import BadInput as BadInput
+from mixlens.errors import EndpointError as EndpointError
+from mixlens.errors import MissingSignal as MissingSignal
+from mixlens.errors import MixlensError as MixlensError
+from mixlens.errors import ModelError as ModelError
+from mixlens.errors import RunError as RunError
+from mixlens.evals.runner import evaluate as evaluate
+from mixlens.explore import Explorer as Explorer
+from mixlens.interventions import edits as edits
+from mixlens.interventions.edits import edit as edit
+from mixlens.models.demo import demo_documents as demo_documents
+from mixlens.models.load import load as load
+from mixlens.models.provenance import audit as audit
+from mixlens.recording.compiled import CompiledRecorder as CompiledRecorder
+from mixlens.recording.corpus import RecordSettings as RecordSettings
+from mixlens.recording.record import record as record
+from mixlens.recording.recorder import Recorder as Recorder
+from mixlens.registry import open as open
+from mixlens.reports.report import report as report
+from mixlens.trace.signals import Site as Site
+from mixlens.trace.trace import Trace as Trace
+from mixlens.trace.trace import concat as concat
+
+__version__: str

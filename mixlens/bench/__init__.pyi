@@ -1,0 +1,12 @@
+from mixlens.bench.bench import Bench as Bench
+from mixlens.bench.comparison import BenchComparison as BenchComparison
+from mixlens.bench.configurations import benchmark_configurations as benchmark_configurations
+from mixlens.bench.interleaved import benchmark_together as benchmark_together
+from mixlens.bench.local import LocalSettings as LocalSettings
+from mixlens.bench.metrics import Limits as Limits
+from mixlens.bench.prompts import Workload as Workload
+from mixlens.bench.run import BenchSettings as BenchSettings
+from mixlens.bench.run import benchmark as benchmark
+from mixlens.bench.sweep import knee as knee
+from mixlens.bench.sweep import load_sweep as load_sweep
+from mixlens.endpoints.probe import probe as probe

@@ -1,0 +1,9 @@
+from mixlens.evals.log import Log as Log
+from mixlens.evals.paired import LogComparison as LogComparison
+from mixlens.evals.protocols import suites as suites
+from mixlens.evals.published import beside as beside
+from mixlens.evals.published import references as references
+from mixlens.evals.routing import flipped_routing as flipped_routing
+from mixlens.evals.routing import sample_share as sample_share
+from mixlens.evals.runner import EvalSettings as EvalSettings
+from mixlens.evals.runner import evaluate as evaluate

@@ -1,0 +1,9 @@
+from mixlens.experiments.contributions import expert_outputs as expert_outputs
+from mixlens.experiments.contributions import measure_contributions as measure_contributions
+from mixlens.experiments.impact import measure_impact as measure_impact
+from mixlens.experiments.importance import Ablation as Ablation
+from mixlens.experiments.importance import measure_importance as measure_importance
+from mixlens.experiments.pareto import Speed as Speed
+from mixlens.experiments.pareto import measure_pareto as measure_pareto
+from mixlens.experiments.similarity import measure_similarity as measure_similarity
+from mixlens.experiments.topk import measure_topk as measure_topk
