@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint browser slow mutants pins clean
+.PHONY: demo test lint docs browser slow mutants pins clean
 
 demo: $(INSTALLED)
 	$(BIN)/mixlens demo --out out/demo
@@ -14,6 +14,11 @@ test: $(VENV)/.installed-test
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright && $(BIN)/lint-imports --no-logo
+
+# The site, in out/site. A warning, such as a broken reference, fails it.
+docs: $(VENV)/.installed-docs
+	$(BIN)/python docs/site/pages.py out/site-source
+	$(BIN)/sphinx-build -q -W --keep-going out/site-source out/site
 
 browser: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m browser
@@ -30,7 +35,7 @@ mutants: $(VENV)/.installed-mutants
 # After a change of dependencies: packages keep their pins unless pyproject.toml forbids them.
 pins: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip compile pyproject.toml --extra test --extra browser --extra dev --extra mutants --python-version 3.11 \
+	$(BIN)/uv pip compile pyproject.toml --extra test --extra browser --extra dev --extra docs --extra mutants --python-version 3.11 \
 	  --no-annotate --no-emit-index-url --custom-compile-command 'make pins' --output-file constraints.txt
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -41,6 +46,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 $(VENV)/.installed-test: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,browser,dev]'
+	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed-test
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	@touch $@
 
 $(VENV)/.installed-mutants: $(VENV)/.installed-test

@@ -50,8 +50,7 @@ def compare(
     if isinstance(a, Bench) and isinstance(b, Bench):
         return compare_benches(a, b, bootstrap=bootstrap)
     raise BadInput(
-        f"Two runs were to be compared. The first is {_kind(a)}, the second {_kind(b)}. Give two traces, two "
-        "evaluations or two benchmarks.",
+        f"Cannot compare {_kind(a)} with {_kind(b)}. Pass two traces, two evaluations or two benchmarks.",
         argument="kind",
         value=(_kind(a), _kind(b)),
     )

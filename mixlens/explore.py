@@ -1,4 +1,4 @@
-"""Explorer: type a prompt, watch its routing as it is generated, record and evaluate, all from one notebook cell."""
+"""Explorer: type a prompt, watch its routing while text is generated, record and evaluate, all in one notebook cell."""
 
 from __future__ import annotations
 
@@ -40,22 +40,46 @@ _CELLS = "<style>.mixlens-scores td, .mixlens-scores th {padding: 2px 10px; text
 
 
 class _Stopped(Exception):
-    """Raised inside a forward when the stop button was pressed."""
+    """Raised inside a forward after the stop button was pressed."""
 
 
 class Explorer(ipywidgets.VBox):
-    """Widgets round a loaded model: prompt, live routing, recording and evaluation with progress and a stop button.
+    """Notebook widgets for a loaded model: prompt, live routing, recording and evaluation, with a stop button.
 
-    model      from `load`, or any Mixtral of transformers
-    documents  as in `record`: what "record" reads, all domains in turn, and the prompts of each; None for none
-    tokenizer  None for the one that belongs to the model
-    data       folder with benchmarks in their original formats, as in `evaluate`; None loads them from the Hub
+    Work runs in a thread, so the notebook stays responsive and "stop" takes effect at the next forward. Results so far
+    are kept: tokens and documents in `trace`, and an evaluation resumes where it stopped if it is started again next.
 
-    `trace` is what was last generated or recorded, `evaluation` what was last evaluated; None before. Work runs in a
-    thread, so that the notebook stays free and "stop" is heard at the next forward. What was made until then is kept:
-    tokens and documents in `trace`, and an evaluation goes on where it stopped when the same one is asked for next.
+    Parameters
+    ----------
+    model : torch.nn.Module
+        From `load`, or any Mixtral of transformers.
+    documents : iterable, optional
+        As in `record`. "record" reads them, all domains in turn, and each domain offers one as a prompt.
+    tokenizer : optional
+        By default the tokenizer that belongs to the model.
+    data : str or pathlib.Path, optional
+        Folder with benchmarks in their original formats, as in `evaluate`. By default they are loaded from the Hub.
 
-    Raises BadInput for documents that `record` would not take, and for a model without a tokenizer.
+    Attributes
+    ----------
+    trace : Trace or None
+        The last recording, or the routing of the last generated text.
+    evaluation : Log or None
+        The last finished evaluation.
+
+    Raises
+    ------
+    BadInput
+        If `record` would refuse the documents, or the model has no tokenizer.
+
+    Examples
+    --------
+    >>> explorer = ml.Explorer(model, documents)
+    >>> explorer.prompt.value, explorer.new_tokens.value = "The proof is by induction.", 4
+    >>> explorer.buttons["generate"].click()
+    >>> explorer.wait()
+    >>> explorer.trace.n_tokens > 4
+    True
     """
 
     def __init__(
@@ -75,7 +99,7 @@ class Explorer(ipywidgets.VBox):
         self._vocabulary = vocabulary_of(self.tokenizer)
         self.trace: Trace | None = None
         self.evaluation: Log | None = None
-        self._kept = tempfile.TemporaryDirectory(prefix="mixlens-explorer-")  # evaluations; gone with the explorer
+        self._kept = tempfile.TemporaryDirectory(prefix="mixlens-explorer-")  # evaluations; deleted with the explorer
         self._unfinished: dict[Any, Path] = {}
         self._stopping = threading.Event()
         self._worker: threading.Thread | None = None
@@ -116,18 +140,32 @@ class Explorer(ipywidgets.VBox):
         return list(dict.fromkeys(str(d["domain"]) for d in self.documents if "domain" in d))
 
     def _choose_domain(self, change: Mapping[str, Any]) -> None:
-        """The start of a document of the domain as the prompt; the maps move to it too."""
+        """Put the start of a document of the domain into the prompt, and move the maps to the domain."""
         if change["new"] == _OWN:
             return
         first = next(d for d in self.documents if str(d.get("domain")) == change["new"])
         self.prompt.value = str(first["text"])[:_PROMPT_CHARACTERS]
-        for shown in self.maps.children[:1]:  # which tells all others
+        for shown in self.maps.children[:1]:  # the first map passes it on to the others
             shown.asked = {"domain": change["new"]}
 
     # ------------------------------------------------------------------ running
 
     def start(self, work: Callable[[], str]) -> None:
-        """Run `work` in a thread; nothing happens while something runs."""
+        """Run `work` in a thread; do nothing while other work is running.
+
+        Parameters
+        ----------
+        work : callable
+            A function without arguments that returns the text for the status line.
+
+        Examples
+        --------
+        >>> explorer = ml.Explorer(model)
+        >>> explorer.start(lambda: "Done.")
+        >>> explorer.wait()
+        >>> explorer.status.value
+        'Done.'
+        """
         if self._worker is not None and self._worker.is_alive():
             return
         self._stopping.clear()
@@ -135,7 +173,15 @@ class Explorer(ipywidgets.VBox):
         self._worker.start()
 
     def wait(self) -> None:
-        """Until what runs is done or stopped; for scripts and tests, since a notebook that waits hears no button."""
+        """Wait until the running work is done or stopped.
+
+        Meant for scripts and tests, because a notebook that waits does not react to buttons.
+
+        Examples
+        --------
+        >>> explorer = ml.Explorer(model)
+        >>> explorer.wait()  # returns at once: nothing is running
+        """
         if self._worker is not None:
             self._worker.join()
 
@@ -146,7 +192,7 @@ class Explorer(ipywidgets.VBox):
             self._say(work())
         except MixlensError as error:
             self._say(str(error))
-        except Exception as error:  # a thread's traceback would reach nobody
+        except Exception as error:  # nobody would see a thread's traceback
             self._say(f"{type(error).__name__}: {error}")
         finally:
             self._busy(False)
@@ -166,14 +212,14 @@ class Explorer(ipywidgets.VBox):
 
     @contextmanager
     def _stoppable(self, forwards: int | None = None):
-        """Forwards of the model raise once "stop" was pressed; `forwards` of them fill the progress bar."""
+        """Make forwards of the model raise after "stop" was pressed; `forwards` of them fill the progress bar."""
         self.progress.value = 0
 
         def heed(*_: Any) -> None:
             value, total = self.progress.value, self.progress.max
             self._reach(*((value, total) if forwards is None else (min(value + 1, forwards), forwards)))
 
-        first = moe_layers(self.model)[0]  # part of every forward, also of those that pass by the model's own
+        first = moe_layers(self.model)[0]  # runs in every forward, even in those that bypass the model's own
         handle = first.decoder.register_forward_pre_hook(heed)
         try:
             yield
@@ -187,7 +233,7 @@ class Explorer(ipywidgets.VBox):
         n_prompt = inputs["input_ids"].shape[1]
         if not n_prompt:
             raise BadInput(
-                "A text was to be generated. The prompt has no tokens. Type a prompt, or choose a domain.",
+                "Cannot generate text: the prompt has no tokens. Type a prompt, or choose a domain.",
                 argument="prompt",
             )
         with Recorder(self.model, signals=["router_logits"]) as recorder:
@@ -200,12 +246,12 @@ class Explorer(ipywidgets.VBox):
                     )
             except _Stopped:
                 ended = "Stopped after"
-            finally:  # what was recorded stays, whatever ends it
+            finally:  # keep what was recorded, however generation ended
                 self._show_tokens(recorder)
             return f"{ended} {max(recorder.n_tokens - n_prompt, 0)} recorded tokens after {n_prompt} of the prompt."
 
     def _stream(self, recorder: Recorder, n_new: int) -> None:
-        """Show every fourth token, and fewer as they become many, since each time shows all of them."""
+        """Show every fourth token, and fewer as the text grows, because each update shows all tokens."""
         if n_new % max(_SHOWN_EVERY, 1 << max(n_new.bit_length() - 4, 0)) == 0:
             self._show_tokens(recorder)
 
@@ -250,7 +296,7 @@ class Explorer(ipywidgets.VBox):
                 log = evaluate(self.model, tasks, limit=limit, data=self.data, out=folder, settings=settings)
         except _Stopped:
             self._unfinished = {(tasks, limit): folder}
-            return f"Stopped after {self.progress.value:,} requests, which are kept. Evaluate the same again to go on."
+            return f"Stopped after {self.progress.value:,} requests, which are kept. Evaluate again to resume."
         self.evaluation = log
         columns = [name for name in _COLUMNS if name in log.scores]
         table = log.scores[columns].to_html(index=False, border=0, float_format="{:.3f}".format)
@@ -260,7 +306,7 @@ class Explorer(ipywidgets.VBox):
 
 
 def _in_turn(documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The first document of every domain, then the second of each, and so on."""
+    """Order documents by turns: the first of every domain, then the second of each, and so on."""
     seen: Counter[Any] = Counter()
 
     def turn(document: Mapping[str, Any]) -> int:
@@ -271,7 +317,7 @@ def _in_turn(documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _put(box: ipywidgets.Box, packed: Mapping[str, str]) -> None:
-    """Show views, by kind, in a box; one that is there already takes the new data, and keeps its layer and expert."""
+    """Show views in a box, by kind; a view already there takes the new data and keeps its layer and expert."""
     there = {shown.kind: shown for shown in box.children}
     for kind in packed.keys() & there.keys():
         there[kind].packed = packed[kind]
@@ -279,7 +325,7 @@ def _put(box: ipywidgets.Box, packed: Mapping[str, str]) -> None:
 
 
 class _Watch(StoppingCriteria):
-    """Tells how many tokens there are after every step of generate; never stops it."""
+    """Report the number of tokens after every step of generate, without ever stopping it."""
 
     def __init__(self, tell: Callable[[int], None]) -> None:
         self._tell = tell

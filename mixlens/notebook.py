@@ -1,6 +1,6 @@
-"""What a notebook shows of a trace, an evaluation, a benchmark or a comparison: its summary, then a live view.
+"""Notebook displays of a trace, an evaluation, a benchmark or a comparison: its summary, then a live view.
 
-The classes know nothing of this: their `_repr_html_` is the summary alone, which any other front end shows.
+The classes do not depend on this module: their `_repr_html_` is the summary alone, which other front ends show.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from mixlens.trace.trace import Trace
 
 _MAX_SEQUENCES, _MAX_TOKENS, _MAX_SAMPLES = 4, 2_000, 200
-_MAX_COMPARED = 10_000  # tokens, also of an evaluation's samples; a saved output of 32 layers then has 1 MB
+_MAX_COMPARED = 10_000  # tokens, also of an evaluation's samples; with 32 layers a saved output has 1 MB
 
 
 def register() -> None:
-    """Register the displays with the notebook that is running, if any.
+    """Register the displays with the running notebook, if there is one.
 
-    IPython finds a class by its name, so nothing is imported before an object is shown. marimo does not go through
-    IPython's formatters; it asks the class for `_mime_`.
+    IPython finds a class by its name, so nothing is imported before an object is displayed. marimo does not use
+    IPython's formatters; it calls the class's `_mime_`.
     """
     if shell := sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None:
         formatter = shell.display_formatter.formatters["text/html"]
@@ -35,7 +35,7 @@ def register() -> None:
 
 
 def trace_html(trace: Trace) -> str:
-    """Summary and the first sequences token by token; the summary says where a long one is cut."""
+    """Return the summary and the first sequences token by token, with a note where tokens are cut."""
     from mixlens import view
 
     summary = trace._repr_html_()
@@ -53,7 +53,7 @@ def trace_html(trace: Trace) -> str:
 
 
 def log_html(log: Log) -> str:
-    """Scores and the first samples, up to 200 samples and 10,000 routed tokens."""
+    """Return the scores and the first samples, up to 200 samples and 10,000 routed tokens."""
     from mixlens import view
 
     views = view.samples(log, most=_samples_shown(log))._repr_html_() if len(log.samples) else ""
@@ -61,14 +61,14 @@ def log_html(log: Log) -> str:
 
 
 def bench_html(bench: Bench) -> str:
-    """Summary, and latency curves if any measured request succeeded."""
+    """Return the summary, and latency curves if any measured request succeeded."""
     from mixlens import view
 
     return bench._repr_html_() + (view.latency(bench)._repr_html_() if bench.succeeded else "")
 
 
 def comparison_html(data: Comparison) -> str:
-    """Summary, and the first sequence of both traces side by side, up to 10,000 tokens."""
+    """Return the summary, and the first sequence of both traces side by side, up to 10,000 tokens."""
     from mixlens import view
 
     summary = data._repr_html_()
@@ -83,7 +83,7 @@ def comparison_html(data: Comparison) -> str:
     return summary + view.diff(a, b, names=names)._repr_html_()
 
 
-# Module and name of a class, and what draws it.
+# Module and name of a class, and the function that draws it.
 _DISPLAYS = (
     ("mixlens.trace.trace", "Trace", trace_html),
     ("mixlens.evals.log", "Log", log_html),
@@ -104,7 +104,7 @@ def _register_with_marimo() -> None:
 
 
 def _samples_shown(log: Log) -> int:
-    """Number of the first samples whose recorded prompts have 10,000 tokens at most; one at least."""
+    """Return how many first samples to show: at least one, and recorded prompts of at most 10,000 tokens."""
     from mixlens.evals.routing import samples_of
 
     if log.routing is None:

@@ -43,15 +43,15 @@ def open(path: str | os.PathLike[str], *, check: bool = True) -> Run:
     """
     if not isinstance(path, str | os.PathLike):
         raise BadInput(
-            f"A run was to be opened. A {type(path).__name__} was given. Give the folder that was passed as out=.",
+            f"Cannot open a run: expected a path, got {type(path).__name__}. Pass the folder given as out=.",
             argument="path",
             value=path,
         )
     kind = open_run(path, check=check).kind
     if kind not in _KINDS:
         raise RunError(
-            f"The run at {path} was to be opened. It is a {kind}; this version of mixlens opens {', '.join(_KINDS)}. "
-            "Use the version that wrote it.",
+            f"Cannot open the run at {path}: it is of kind {kind}, and this version of mixlens opens "
+            f"{', '.join(_KINDS)}. Use the version that wrote it.",
             argument="kind",
             value=kind,
         )

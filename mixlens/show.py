@@ -1,5 +1,8 @@
 """Figures of routing statistics: each takes a Dataset and `ax=`, and returns the Axes; grids return a Figure."""
 
+import warnings
+from typing import Any
+
 from mixlens import view
 from mixlens.bench.figures import (
     latency_cdf,
@@ -8,18 +11,25 @@ from mixlens.bench.figures import (
     token_timeline,
 )
 from mixlens.bench.roofline_figure import roofline
-from mixlens.evals.figures import paired_differences, score_table, scores
+from mixlens.evals.figures import paired_differences, scores
 from mixlens.plot import tables
-from mixlens.plot.bars_and_lines import by_layer, entropy, expert_share, expert_share_grid, information, repetition
+from mixlens.plot.bars_and_lines import (
+    by_layer,
+    domain_information,
+    expert_share,
+    expert_share_grid,
+    repetition,
+    routing_entropy,
+)
 from mixlens.plot.comparison import expert_errors, flips_by_layer, flips_by_margin, pareto, quality_split
 from mixlens.plot.contributions import (
-    contribution,
     contribution_by_domain,
     contributions,
-    topk_curve,
+    expert_contribution,
     topk_routing,
+    topk_sweep,
 )
-from mixlens.plot.importance import importance, importance_against_share, importance_by_domain
+from mixlens.plot.importance import expert_importance, importance_against_share, importance_by_domain
 from mixlens.plot.matrices import coactivation, facet, share_heatmap, specialization, transitions
 from mixlens.plot.text import text
 from mixlens.pricing.figures import quality_cost_speed
@@ -27,20 +37,19 @@ from mixlens.pricing.figures import quality_cost_speed
 __all__ = [
     "by_layer",
     "coactivation",
-    "contribution",
     "contribution_by_domain",
     "contributions",
-    "entropy",
+    "domain_information",
+    "expert_contribution",
     "expert_errors",
+    "expert_importance",
     "expert_share",
     "expert_share_grid",
     "facet",
     "flips_by_layer",
     "flips_by_margin",
-    "importance",
     "importance_against_share",
     "importance_by_domain",
-    "information",
     "latency_cdf",
     "latency_cdfs",
     "paired_differences",
@@ -49,7 +58,7 @@ __all__ = [
     "quality_split",
     "repetition",
     "roofline",
-    "score_table",
+    "routing_entropy",
     "scores",
     "share_heatmap",
     "specialization",
@@ -57,8 +66,31 @@ __all__ = [
     "text",
     "throughput_latency_curve",
     "token_timeline",
-    "topk_curve",
     "topk_routing",
+    "topk_sweep",
     "transitions",
     "view",
 ]
+
+# Names before 0.1, by those of now; they work for one release.
+_MOVED = {
+    "contribution": "expert_contribution",
+    "entropy": "routing_entropy",
+    "importance": "expert_importance",
+    "information": "domain_information",
+    "topk_curve": "topk_sweep",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "score_table":
+        from mixlens.evals.figures import score_table as found
+
+        now = "ml.evals.score_table"
+    elif name in _MOVED:
+        found, now = globals()[_MOVED[name]], f"ml.show.{_MOVED[name]}"
+    else:
+        raise AttributeError(f"module 'mixlens.show' has no attribute {name!r}; it has {', '.join(__all__)}")
+    text = f"ml.show.{name} is deprecated and goes with mixlens 0.2; use {now}."
+    warnings.warn(text, DeprecationWarning, stacklevel=2)
+    return found

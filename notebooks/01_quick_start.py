@@ -64,7 +64,7 @@ print(
 
 # %%
 information = ml.stats.domain_information(trace)
-ml.show.information(information)
+ml.show.domain_information(information)
 
 # %%
 excess = information.sel(measure="excess")

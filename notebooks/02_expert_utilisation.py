@@ -63,7 +63,7 @@ ml.view.expert_share(share)
 
 # %%
 information = ml.stats.domain_information(trace)
-ml.show.information(information)
+ml.show.domain_information(information)
 
 # %%
 excess = information.sel(measure="excess")

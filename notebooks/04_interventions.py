@@ -139,7 +139,7 @@ ml.show.importance_against_share(importance.sel(domain=DOMAIN))
 
 # %%
 sweep = ml.stats.topk_sweep(ml.experiments.measure_topk(model, documents, settings=settings))
-ml.show.topk_curve(sweep)
+ml.show.topk_sweep(sweep)
 
 # %%
 least = int(sweep.k[int(sweep.estimate.values.argmin())])
@@ -170,7 +170,7 @@ ml.show.topk_routing(sweep)
 # %%
 contributions = ml.experiments.measure_contributions(model, documents, settings=settings)
 contribution = ml.stats.expert_contribution(contributions)
-ml.show.contribution(contribution)
+ml.show.expert_contribution(contribution)
 
 # %%
 ml.show.contributions(contributions, sequence=0, positions=(0, 48))

@@ -98,6 +98,12 @@ def test_statistics_and_figures_never_see_a_model(folder):
         assert not roots & {"torch", "transformers", "pickle"}, f"{path} imports {roots}"
 
 
+@pytest.mark.parametrize("name", ["score_table", *mixlens.show._MOVED])
+def test_a_figure_keeps_its_name_of_before(name):
+    with pytest.warns(DeprecationWarning, match=name):
+        assert callable(getattr(mixlens.show, name))
+
+
 def test_importing_mixlens_loads_nothing_heavy_and_prints_nothing():
     script = "import sys, mixlens; print(sorted({'torch', 'pandas', 'xarray', 'matplotlib'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

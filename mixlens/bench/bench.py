@@ -64,8 +64,8 @@ class Bench:
         run = open_run(path, check=check)
         if run.kind != "bench":
             raise RunError(
-                f"A benchmark was to be opened at {path}. The run there is a {run.kind}. Use mixlens.open, which opens "
-                "a run of any kind.",
+                f"Cannot open a benchmark at {path}: the run there is of kind {run.kind}. Use mixlens.open, which "
+                "opens a run of any kind.",
                 argument="path",
                 value=run.kind,
             )

@@ -85,7 +85,7 @@ def compare_benches(a: Bench, b: Bench, *, bootstrap: Bootstrap = DEFAULT) -> Be
     levels = [level for level in dict.fromkeys(first["level"]) if level in set(second["level"])]
     if not levels:
         raise BadInput(
-            f"Two benchmarks were to be compared. The first has loads {', '.join(dict.fromkeys(first['level']))}, the "
+            f"Cannot compare the benchmarks: the first has the loads {', '.join(dict.fromkeys(first['level']))}, the "
             f"second {', '.join(dict.fromkeys(second['level']))}. Measure both under the same loads.",
             argument="loads",
             value=(list(dict.fromkeys(first["level"])), list(dict.fromkeys(second["level"]))),
@@ -105,7 +105,7 @@ def _check_workloads(a: Bench, b: Bench) -> None:
     one, other = (bench.meta.get("workload") for bench in (a, b))
     if one and other and {**one, "seed": None} != {**other, "seed": None}:
         raise BadInput(
-            f"Two benchmarks were to be compared. The first has {workload_words(one)}; the second has "
+            f"Cannot compare the benchmarks: the first has {workload_words(one)}; the second has "
             f"{workload_words(other)}. Measure both with the same workload.",
             argument="workload",
             value=(one, other),

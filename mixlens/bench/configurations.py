@@ -124,8 +124,8 @@ def _labels(configurations: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
     if not labels or len(set(labels)) < len(labels):
         raise BadInput(
-            f"A benchmark of configurations {', '.join(labels) or 'of no kind'} was asked for. There is none, or one "
-            'is given twice. Give several, as in [{"dtype": "bfloat16"}, {"quantization": "nf4"}].',
+            f"Cannot benchmark the configurations {', '.join(labels) or '(none)'}: the list is empty, or repeats one. "
+            'Pass several different ones, as in [{"dtype": "bfloat16"}, {"quantization": "nf4"}].',
             argument="configurations",
             value=labels,
         )

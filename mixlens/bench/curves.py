@@ -70,7 +70,7 @@ def throughput_latency(
 def _known(name: str, known: Sequence[str]) -> None:
     if name not in known:
         raise BadInput(
-            f"The curve of {name!r} was asked for. A benchmark does not have it. Give one of {', '.join(known)}.",
+            f"Cannot draw the curve of {name!r}: a benchmark has no such metric. Pass one of {', '.join(known)}.",
             argument="curve",
             value=name,
         )

@@ -96,8 +96,8 @@ class Record:
             return cls(**plain, events=events)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise BadInput(
-                f"A record of a request was to be read. The line is none ({type(error).__name__}: {error}): "
-                f"{line[:60]!r}. Give a line of results.jsonl of a benchmark.",
+                f"Cannot read a record of a request ({type(error).__name__}: {error}): {line[:60]!r}. Pass a line of "
+                "results.jsonl of a benchmark.",
                 argument="line",
                 value=line[:60],
             ) from error

@@ -1,6 +1,6 @@
-"""Pictures of benchmarks: latency distributions, throughput against latency, the token timeline, the frontier.
+"""Figures of benchmarks: latency distributions, throughput against latency, and the token timeline.
 
-Every function takes a Bench (or a frame of candidates) and `ax`, and returns the Axes; grids return a Figure.
+Every function takes a Bench and `ax`, and returns the Axes; grids return a Figure.
 """
 
 from __future__ import annotations
@@ -63,18 +63,39 @@ _MOST_ROWS = 24
 
 @takes_run("benchmark", "requests", "records")
 def latency_cdf(bench: Bench, ax: Axes | None = None, *, metric: str = "ttft_s") -> Axes:
-    """The distribution of a latency over requests, one curve a load, each with the band that holds it whole.
+    """Draw the distribution of a latency over requests: one curve per load, with a confidence band.
 
-    bench    with at least one measured request that succeeded
-    metric   "ttft_s", "tpot_s", "e2e_token_s" or another of bench.metrics.METRICS that a request has
+    The band covers the whole curve at once at 95 % (Dvoretzky-Kiefer-Wolfowitz).
 
-    Raises BadInput when no request has a value.
+    Parameters
+    ----------
+    bench : Bench
+        Needs at least one measured request that succeeded.
+    ax : matplotlib.axes.Axes, optional
+        Axes to draw on. By default a new figure in paper style.
+    metric : str, optional
+        "ttft_s", "tpot_s", "e2e_token_s" or another column of ``mixlens.bench.metrics.METRICS`` that a request has.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    BadInput
+        If `bench` is no benchmark, or no request has a value of the metric.
+
+    Examples
+    --------
+    >>> bench = ml.open("runs/vllm")  # doctest: +SKIP
+    >>> ml.show.latency_cdf(bench, metric="ttft_s").get_xlabel()  # doctest: +SKIP
+    'time to first token [ms]'
     """
     data = distribution(bench, metric)
     if data.empty:
         raise BadInput(
-            f"The distribution of {_NAMES[metric]} was to be drawn. No measured request that succeeded has one. "
-            "Look at bench.outcomes(), or draw another metric.",
+            f"Cannot draw the distribution of {_NAMES[metric]}: no measured request that succeeded has a value. "
+            "See bench.outcomes(), or draw another metric.",
             argument="metric",
             value=metric,
         )
@@ -104,12 +125,35 @@ def latency_cdf(bench: Bench, ax: Axes | None = None, *, metric: str = "ttft_s")
 
 @takes_run("benchmark", "requests", "records")
 def latency_cdfs(bench: Bench, *, metrics: Sequence[str] = ("ttft_s", "tpot_s", "e2e_token_s")) -> Figure:
-    """`latency_cdf` of several metrics side by side; a metric without a value is left out."""
+    """Draw `latency_cdf` of several metrics side by side, leaving out metrics without a value.
+
+    Parameters
+    ----------
+    bench : Bench
+        Needs at least one measured request that succeeded.
+    metrics : sequence of str, optional
+        As in `latency_cdf`.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Raises
+    ------
+    BadInput
+        If `bench` is no benchmark, or no request has a value of any metric.
+
+    Examples
+    --------
+    >>> bench = ml.open("runs/vllm")  # doctest: +SKIP
+    >>> len(ml.show.latency_cdfs(bench).axes)  # doctest: +SKIP
+    3
+    """
     present = [metric for metric in metrics if not distribution(bench, metric).empty]
     if not present:
         raise BadInput(
-            f"Distributions of {', '.join(metrics)} were to be drawn. No measured request that succeeded has one. "
-            "Look at bench.outcomes().",
+            f"Cannot draw the distributions of {', '.join(metrics)}: no measured request that succeeded has a value. "
+            "See bench.outcomes().",
             argument="metrics",
             value=list(metrics),
         )
@@ -133,15 +177,39 @@ def latency_cdfs(bench: Bench, *, metrics: Sequence[str] = ("ttft_s", "tpot_s", 
 def throughput_latency_curve(
     benches: Bench | Sequence[Bench], ax: Axes | None = None, *, metric: str = "ttft_s", statistic: str = "p50"
 ) -> Axes:
-    """Throughput of the system against a latency of its requests, one point a load, one line a benchmark.
+    """Draw the throughput of the system against a latency of its requests, one point per load.
 
-    benches   one or several, whose lines are told apart by endpoint and model; of several configurations each is a line
+    Parameters
+    ----------
+    benches : Bench or sequence of Bench
+        One benchmark or several, labelled by endpoint and model. A benchmark of several configurations has one line for
+        each.
+    ax : matplotlib.axes.Axes, optional
+        Axes to draw on. By default a new figure in paper style.
+    metric, statistic : str, optional
+        The latency, of ``METRICS`` and ``STATISTICS`` in ``mixlens.bench.metrics``.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    BadInput
+        If `benches` holds anything else, or no load has both a throughput and a latency.
+
+    Examples
+    --------
+    >>> bench = ml.open("runs/vllm")  # doctest: +SKIP
+    >>> ax = ml.show.throughput_latency_curve(bench, statistic="p95")  # doctest: +SKIP
+    >>> ax.get_xlabel()  # doctest: +SKIP
+    'output tokens a second, all requests together'
     """
     given = list(benches) if isinstance(benches, Sequence) else [benches]
     if wrong := [one for one in given if not isinstance(one, Bench)]:
         raise BadInput(
-            f"throughput_latency_curve was to be drawn. A {type(wrong[0]).__name__} was given. Give what ml.benchmark "
-            "gives, one or several.",
+            f"Cannot draw throughput_latency_curve: expected benchmarks, got {type(wrong[0]).__name__}. Pass what "
+            "ml.benchmark returns, or a list of several.",
             argument="benches",
             value=type(wrong[0]).__name__,
         )
@@ -155,7 +223,7 @@ def throughput_latency_curve(
     largest = max((table["latency"].max() for table in tables), default=np.nan)
     if not largest == largest:
         raise BadInput(
-            "Throughput against latency was to be drawn. No load has both. Look at bench.outcomes() and overview().",
+            "Cannot draw throughput against latency: no load has both. See bench.outcomes() and bench.overview().",
             argument="benches",
             value=0,
         )
@@ -187,12 +255,33 @@ def throughput_latency_curve(
 
 @takes_run("benchmark", "requests", "records")
 def token_timeline(bench: Bench, ax: Axes | None = None, *, level: str | None = None, most: int = _MOST_ROWS) -> Axes:
-    """Every event of every measured request of a load, on the clock of the run: what arrived when.
+    """Draw every event of every measured request of a load against time.
 
-    level   name of the load; the first one when not given
-    most    requests at most, the first ones
+    Parameters
+    ----------
+    bench : Bench
+        Needs at least one measured request.
+    ax : matplotlib.axes.Axes, optional
+        Axes to draw on. By default a new figure in paper style.
+    level : str, optional
+        Name of the load. By default the first load.
+    most : int, optional
+        Maximum number of requests; the first ones are drawn.
 
-    Raises BadInput for a load that is not there.
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    BadInput
+        If `bench` is no benchmark, or does not have the load.
+
+    Examples
+    --------
+    >>> bench = ml.open("runs/vllm")  # doctest: +SKIP
+    >>> ml.show.token_timeline(bench).get_ylabel()  # doctest: +SKIP
+    'request'
     """
     measured = [record for record in bench.records if record.phase == "measured"]
     levels = list(dict.fromkeys(record.level for record in measured))
@@ -200,8 +289,8 @@ def token_timeline(bench: Bench, ax: Axes | None = None, *, level: str | None = 
     shown = [record for record in measured if record.level == level]
     if not shown:
         raise BadInput(
-            f"The timeline of load {level!r} was to be drawn. The benchmark has {', '.join(levels) or 'none'}. "
-            "Give the name of a load that it has.",
+            f"Cannot draw the timeline of load {level!r}: the benchmark's loads are {', '.join(levels) or 'none'}. "
+            "Pass level= the name of one of them.",
             argument="level",
             value=level,
         )
@@ -214,7 +303,7 @@ def token_timeline(bench: Bench, ax: Axes | None = None, *, level: str | None = 
             at = [(e.at_s - zero, row) for row, record in enumerate(shown) for e in record.events if e.kind == kind]
             if at:
                 colour = expert_colours(1)[0] if kind == TOKEN else INK
-                # A frame without events leaves no entry in the legend.
+                # Kinds without events would leave an empty entry in the legend; they are skipped.
                 ax.plot(*np.array(at).T, marker, ms=size, color=colour, mew=0.6, label=label, linestyle="", zorder=3)
         ax.set_ylim(len(shown) - 0.4, -0.6)
         ax.set_yticks([0, len(shown) - 1] if len(shown) > 1 else [0])
@@ -264,7 +353,7 @@ def _lost(*benches: Bench) -> str:
 
 
 def _short(levels: Sequence[str]) -> dict[str, str]:
-    """What tells each load from the others: of "batch 4, 256 + 128 tokens" its batch, where lengths are the same."""
+    """Shorten loads to what distinguishes them: "batch 4, 256 + 128 tokens" to its batch if lengths are equal."""
     parts = {level: level.split(", ") for level in levels}
     shared = set.intersection(*map(set, parts.values())) if len(parts) > 1 else set()
     told = {level: ", ".join(part for part in of if part not in shared) for level, of in parts.items()}
@@ -281,5 +370,5 @@ def legend_below(ax: Axes, columns: int = 2) -> None:
 
 
 def _columns(labels: Sequence[str], width: int) -> int:
-    """How many columns of labels stand side by side in a line of so many characters."""
+    """Return how many columns of labels fit into a line of `width` characters."""
     return max(1, width // (max(map(len, labels), default=0) + 6))

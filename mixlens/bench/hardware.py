@@ -130,7 +130,7 @@ def _arrays(device: Device, values: int) -> tuple[torch.Tensor, torch.Tensor]:
     device.release()
     if values <= _FEWEST_VALUES:
         raise ModelError(
-            f"The bandwidth of {device.name} was to be measured. {8 * values >> 20} MiB are not free beside the model. "
+            f"Cannot measure the bandwidth of {device.name}: {8 * values >> 20} MiB are not free beside the model. "
             "Free memory there, or load the model smaller or over more devices.",
             argument="memory",
             value=device.name,

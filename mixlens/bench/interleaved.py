@@ -46,8 +46,9 @@ def benchmark_together(
     names = list(endpoints)
     if len(names) < 2 or any(not name or Path(name).name != name for name in names):
         raise BadInput(
-            f"Endpoints {', '.join(map(repr, names)) or 'of no name'} were to be measured together. There are fewer "
-            "than two, or a name is no name of a folder. Give a dict of two or more, as {'a': Endpoint(...), ...}.",
+            f"Cannot benchmark the endpoints {', '.join(map(repr, names)) or '(none)'} together: there are fewer than "
+            "two, or a name cannot be the name of a folder. Pass a dict of two or more, as {'a': Endpoint(...), "
+            "...}.",
             argument="endpoints",
             value=names,
         )
@@ -59,8 +60,8 @@ def benchmark_together(
     there = [folder is not None and (folder / META).exists() for folder in folders.values()]
     if any(there) and not all(there):
         raise BadInput(
-            f"Endpoints were to be measured together in {out}. Some of them are there already, measured without "
-            "the others. Give another folder.",
+            f"Cannot benchmark endpoints together in {out}: it holds some of them already, measured without the "
+            "others. Pass another folder.",
             argument="out",
             value=str(out),
         )

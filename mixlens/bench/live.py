@@ -22,11 +22,28 @@ _METRICS = {
 
 
 def latency(bench: Bench | Mapping[str, Bench]) -> View:
-    """Share of requests that took at most so long: one curve a load, or a load of each named benchmark.
+    """Show the share of requests against their latency: one curve per load, or per load of each named benchmark.
 
-    Failed requests are in no curve, since what it took to fail is no latency; their number is said.
+    Failed requests are in no curve, since the time to a failure is no latency; the view states their number.
 
-    Raises BadInput where no request was measured.
+    Parameters
+    ----------
+    bench : Bench or mapping of str to Bench
+        One benchmark, or several by the name to show.
+
+    Returns
+    -------
+    View
+
+    Raises
+    ------
+    BadInput
+        If no request was measured.
+
+    Examples
+    --------
+    >>> ml.view.latency(ml.open("runs/vllm"))  # doctest: +SKIP
+    View: Latency
     """
     named = {"": bench} if isinstance(bench, Bench) else dict(bench)
     tables = [(name, one.requests().query("phase == 'measured'")) for name, one in named.items()]
@@ -35,8 +52,8 @@ def latency(bench: Bench | Mapping[str, Bench]) -> View:
     }
     if not groups:
         raise BadInput(
-            "Latency curves were to be shown. No request was measured. Run ml.benchmark with at least one request "
-            "after the warm-up.",
+            "Cannot show latency curves: no request was measured. Run ml.benchmark with at least one request after "
+            "the warm-up.",
             argument="bench",
             value=0,
         )

@@ -103,8 +103,8 @@ def benchmark_model(
     settings = LocalSettings() if settings is None else settings
     if not isinstance(settings, LocalSettings) or not hasattr(model, "generate"):
         raise BadInput(
-            f"A benchmark of a {type(model).__name__} with {type(settings).__name__} was asked for. Measured are an "
-            "Endpoint with BenchSettings, and a loaded model with LocalSettings. Give ml.load(...) for a name.",
+            f"Cannot benchmark a {type(model).__name__} with {type(settings).__name__}: an Endpoint takes "
+            "BenchSettings, and a loaded model LocalSettings. For a name, pass ml.load(...).",
             argument="model",
             value=type(model).__name__,
         )
@@ -326,8 +326,8 @@ def check_calls(requests: int, settings: LocalSettings) -> None:
         or (seconds is not None and not seconds > 0)
     ):
         raise BadInput(
-            f"A benchmark of {requests} calls after {settings.warmup} of warm-up within {seconds} seconds was asked "
-            "for. There must be at least 1, after 0 or more, within more than 0. Give larger numbers.",
+            f"Cannot benchmark {requests} calls after {settings.warmup} warm-up calls within {seconds} seconds: needs "
+            "at least 1 call, 0 or more warm-up calls and more than 0 seconds. Pass larger numbers.",
             argument="requests",
             value=(requests, settings.warmup, seconds),
         )
@@ -346,8 +346,9 @@ def loads_of(
     loads = [Load(*load, configuration) for load in product(rows, workloads, experts)]
     if not loads or not all(isinstance(n, int) and n >= 1 for n in rows) or len({x.name for x in loads}) < len(loads):
         raise BadInput(
-            f"A benchmark of batches of {batch} rows with {len(workloads)} workloads was asked for. That is no load, "
-            "or one is given twice. Give whole numbers from 1 and workloads of different lengths, each once.",
+            f"Cannot benchmark batches of {batch} rows with {len(workloads)} workloads: a batch size is not a whole "
+            "number from 1, or a load is repeated. Pass whole numbers from 1 and workloads of different lengths, "
+            "each once.",
             argument="batch",
             value=rows,
         )
@@ -358,8 +359,8 @@ def check_experts(model: Any, name: str | None) -> None:
     """Raises BadInput for an experts implementation that the model cannot have."""
     if name not in (None, "eager") and any(is_unfused(layer.experts) for layer in moe_layers(model)):
         raise BadInput(
-            f"Experts by {name!r} were to be measured. The model's experts are Linears of their own, as quantization "
-            "needs, which only eager computes with. Leave the name out, or load the model without quantization.",
+            f"Cannot benchmark experts={name!r}: the experts of this model are separate Linears, as quantization "
+            "needs, and only eager computes with them. Leave the name out, or load the model without quantization.",
             argument="experts",
             value=name,
         )
@@ -369,8 +370,8 @@ def check_experts(model: Any, name: str | None) -> None:
         )
     except (ValueError, ImportError) as error:
         raise BadInput(
-            f"Experts by {name!r} were to be measured. transformers says: {str(error).splitlines()[0]} "
-            "Give some of eager, grouped_mm and batched_mm.",
+            f"Cannot benchmark experts={name!r}: {str(error).splitlines()[0]} Pass some of eager, grouped_mm and "
+            "batched_mm.",
             argument="experts",
             value=name,
         ) from error

@@ -50,7 +50,8 @@ def rooflines(records: Sequence[Record], meta: Mapping[str, Any], *, bootstrap: 
         tables.append(table.assign(level=[in_configuration(label, level) for level in table["level"]]))
     if not tables:
         raise missing or MissingSignal(
-            "A roofline was asked for. No configuration of the benchmark ran. Look at bench.outcomes() and remarks().",
+            "Cannot compute a roofline: no configuration of the benchmark ran. See bench.outcomes() and "
+            "bench.remarks().",
             argument="configurations",
             value=0,
         )
@@ -92,8 +93,8 @@ def machine_of(meta: Mapping[str, Any]) -> Machine:
     """The device that a benchmark ran on. Raises MissingSignal for an endpoint, of whose device nothing is known."""
     if "machine" not in meta:
         raise MissingSignal(
-            "A roofline was asked for. The benchmark is of an endpoint, of whose device nothing is known. Benchmark a "
-            "loaded model, as in ml.benchmark(ml.load(...)).",
+            "Cannot compute a roofline: the device behind an endpoint is unknown. Benchmark a loaded model, as in "
+            "ml.benchmark(ml.load(...)).",
             argument="model",
         )
     return Machine.of(meta["machine"])

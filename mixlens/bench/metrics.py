@@ -200,7 +200,7 @@ def goodput(records: Iterable[Record], limits: Limits, *, count_tokens: CountTok
     """
     if not limits.stated:
         raise BadInput(
-            "Goodput was asked for. No limit is stated. Give at least one, as in Limits(ttft_s=2.0, tpot_s=0.2).",
+            "Cannot compute goodput without a limit. Pass at least one, as in Limits(ttft_s=2.0, tpot_s=0.2).",
             argument="limits",
         )
     rows, records = [], list(records)

@@ -30,8 +30,8 @@ class Prompts:
         given = workload.prompts or ()
         if given and self._tokenizer is None:
             raise BadInput(
-                "A benchmark on given prompts was asked for. The model has no tokenizer. Load it from a folder that "
-                "has one, or leave the prompts out.",
+                "Cannot benchmark given prompts: the model has no tokenizer. Load it from a folder that has one, or "
+                "leave the prompts out.",
                 argument="tokenizer",
                 value=None,
             )
@@ -39,8 +39,8 @@ class Prompts:
         self.columns = max(map(len, self._given), default=workload.prompt_tokens)
         if self.columns + workload.output_tokens > context_length(model):
             raise BadInput(
-                f"Prompts of {self.columns} tokens with answers of {workload.output_tokens} were to be generated. The "
-                f"model's context is {context_length(model)} tokens. Give shorter ones.",
+                f"Cannot generate answers of {workload.output_tokens} tokens to prompts of {self.columns}: the "
+                f"context of the model is {context_length(model)} tokens. Pass smaller lengths.",
                 argument="prompt_tokens",
                 value=self.columns,
             )

@@ -49,14 +49,14 @@ class Workload:
     def __post_init__(self) -> None:
         if self.output_tokens < 1 or (self.prompts is None and self.prompt_tokens < 16):
             raise BadInput(
-                f"Prompts of {self.prompt_tokens} tokens with answers of {self.output_tokens} were asked for. A made "
-                "prompt has at least 16 tokens, an answer at least 1. Give larger numbers.",
+                f"Cannot make prompts of {self.prompt_tokens} tokens with answers of {self.output_tokens}: a prompt "
+                "has at least 16 tokens and an answer at least 1. Pass larger numbers.",
                 argument="output_tokens" if self.output_tokens < 1 else "prompt_tokens",
             )
         if self.prompts is not None and not (self.prompts and all(isinstance(p, str) and p for p in self.prompts)):
             raise BadInput(
-                "A benchmark on given prompts was asked for. There are none, or one is empty or no string. "
-                "Give a list of texts.",
+                "Cannot benchmark the given prompts: the list is empty, or one of them is empty or not a string. "
+                "Pass a list of texts.",
                 argument="prompts",
             )
 
@@ -121,8 +121,8 @@ def read_prompts(
                 else f" in {column!r}; it has {', '.join(map(str, document)) or 'nothing'}"
             )
             raise BadInput(
-                f"Prompts were to be read. Document {i} has no text{has}. Name the column of the text, or leave "
-                "it out.",
+                f"Cannot read prompts: document {i} has no text{has}. Name the column of the text, or leave the "
+                "document out.",
                 argument="column",
                 value=i,
             )
@@ -135,8 +135,8 @@ def _lines(path: Path) -> list[str]:
         return [line for line in path.read_text("utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(
-            f"Prompts were to be read from {path}. The file cannot be read: {error}. Give a text file in UTF-8 with "
-            "one prompt a line, or JSON Lines.",
+            f"Cannot read prompts from {path}: {error}. Pass a text file in UTF-8 with one prompt per line, or JSON "
+            "Lines.",
             argument="path",
             value=str(path),
         ) from error
@@ -149,8 +149,8 @@ def _parsed(line: str, number: int, path: Path) -> str | Mapping[str, Any]:
         found = None
     if not isinstance(found, dict | str):
         raise BadInput(
-            f"Prompts were to be read from {path}. Line {number + 1} is no JSON object. Give JSON Lines, one document "
-            "a line.",
+            f"Cannot read prompts from {path}: line {number + 1} is not a JSON object. Pass JSON Lines, one document "
+            "per line.",
             argument="path",
             value=number + 1,
         )

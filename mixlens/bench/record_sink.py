@@ -47,8 +47,8 @@ def bench_writer(path: Path, plan: dict[str, Any]) -> RunWriter:
     if killed and not writer.complete:
         n = len((path / PARTIAL).read_bytes().splitlines())
         raise RunError(
-            f"A benchmark was to be written to {path}. One that was killed after {n} requests is there, and "
-            f"time cannot be resumed. Read its requests from {PARTIAL}, and give another folder.",
+            f"Cannot write a benchmark to {path}: it holds one that was killed after {n} requests, and a benchmark "
+            f"cannot resume. Read its requests from {PARTIAL}, and pass another folder.",
             argument="out",
             value=n,
         )

@@ -1,4 +1,4 @@
-"""The sections of a report on a benchmark: functions from a Bench to HTML."""
+"""The sections of a report on a benchmark."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PROVENANCE = (
 
 
 def speed_sections(bench: Bench, _name: str = "") -> dict[str, str]:
-    """Summary, figures and provenance of a benchmark, by title."""
+    """Return summary, figures and provenance of a benchmark as HTML, by title."""
     return {
         "Speed": _summary(bench),
         "Latency": _latency(bench),

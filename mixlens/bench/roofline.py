@@ -194,8 +194,8 @@ def roofline(
             groups.setdefault(record.level, []).append(_sums(record))
     if not any(np.isfinite(call[:, _FLOPS]).any() for calls in groups.values() for call in calls):
         raise MissingSignal(
-            "A roofline was asked for. No measured call knows the bytes and operations of its forwards. Benchmark a "
-            "loaded model, as in ml.benchmark(ml.load(...)); of an endpoint they cannot be known.",
+            "Cannot compute a roofline: no measured call has the bytes and operations of its forwards. Benchmark a "
+            "loaded model, as in ml.benchmark(ml.load(...)); an endpoint does not reveal them.",
             argument="records",
         )
     rows = []

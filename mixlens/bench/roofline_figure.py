@@ -1,4 +1,4 @@
-"""The roofline: what loads of a model achieved, under what its device was measured to allow."""
+"""The roofline: what loads of a model achieved, below what its device was measured to allow."""
 
 from __future__ import annotations
 
@@ -15,14 +15,32 @@ from mixlens.plot.style import INK, MARKERS, MUTED, PAGE, drawing, expert_colour
 
 
 def roofline(bench: Bench, ax: Axes | None = None) -> Axes:
-    """Operations a second against operations a byte, of prefill (filled) and decode (hollow) of every load.
-
-    bench  of a loaded model, with recording
+    """Draw operations per second against operations per byte of every load, for prefill (filled) and decode (hollow).
 
     The slanted line is the measured bandwidth, the flat one the measured matrix throughput; whiskers are 95 %
-    intervals. How far a mark lies below the line is what is left to gain.
+    intervals. The distance of a mark below the line is what is left to gain.
 
-    Raises MissingSignal for an endpoint, or when no routing was recorded.
+    Parameters
+    ----------
+    bench : Bench
+        Of a loaded model, measured with recording.
+    ax : matplotlib.axes.Axes, optional
+        Axes to draw on. By default a new figure in paper style.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    MissingSignal
+        If `bench` is of an endpoint, or no routing was recorded.
+
+    Examples
+    --------
+    >>> bench = ml.open("runs/local")  # doctest: +SKIP
+    >>> ml.show.roofline(bench).get_ylabel()  # doctest: +SKIP
+    'operations a second'
     """
     parts = bench.configurations()
     machines = {name: machine_of(part.meta) for name, part in parts.items()}
@@ -33,7 +51,7 @@ def roofline(bench: Bench, ax: Axes | None = None) -> Axes:
     intensity = {key: value for key, value in intensity.items() if np.isfinite(value)}
     if not intensity:
         raise MissingSignal(
-            "A roofline was to be drawn. No call knows the bytes that it read. Measure with recording, as in "
+            "Cannot draw a roofline: no call recorded the bytes that it read. Measure with recording, as in "
             "LocalSettings(recording=True).",
             argument="bench",
         )
@@ -59,7 +77,7 @@ def roofline(bench: Bench, ax: Axes | None = None) -> Axes:
         x = np.geomspace(min(reached) / 4, max(reached) * 4, 200)
         ax.set_xscale("log")
         ax.set_yscale("log")
-        # One roof a dtype: the device is the same, and only its products differ.
+        # One roof per dtype: on one device, only the throughput of matrix products differs.
         roofs = {part.meta["model"]["dtype"]: machines[name] for name, part in reversed(parts.items())}
         for style, (dtype, machine) in zip(cycle(("-", "--", ":")), reversed(roofs.items())):
             _roof(ax, x, machine, style, dtype if len(roofs) > 1 else "")
@@ -78,7 +96,7 @@ def roofline(bench: Bench, ax: Axes | None = None) -> Axes:
 
 
 def _roof(ax: Axes, x: np.ndarray, machine: Machine, style: str, dtype: str) -> None:
-    """What a device allows at so many operations a byte, with the intervals of both of its rates."""
+    """Draw what a device allows at each number of operations per byte, with the intervals of both of its rates."""
     bandwidth, peak = machine.bandwidth_bytes_per_s, machine.matmul_flops_per_s
     said = f"{bandwidth.estimate / 1e9:,.4g} GB/s measured", f"{peak.estimate / 1e9:,.4g} GFLOP/s measured"
     label = printable(f"{', '.join(said)}, {dtype}") if dtype else None

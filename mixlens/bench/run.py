@@ -51,8 +51,8 @@ def benchmark(
 
         if rate is not None:
             raise BadInput(
-                f"A model was to be measured at {rate} requests a second. Here it generates one batch after the other, "
-                "and nothing arrives. Give concurrency=, or serve the model and measure an Endpoint.",
+                f"Cannot benchmark a loaded model at {rate} requests per second: it generates one batch after the "
+                "other, and no requests arrive. Pass concurrency=, or serve the model and benchmark an Endpoint.",
                 argument="rate",
                 value=rate,
             )
@@ -62,9 +62,8 @@ def benchmark(
     settings = BenchSettings() if settings is None else settings
     if not isinstance(settings, BenchSettings) or not isinstance(workload, Workload):
         raise BadInput(
-            f"A benchmark of {target.model} was asked for, with {type(settings).__name__} and "
-            f"{type(workload).__name__}. An endpoint takes BenchSettings and one Workload. Give these, or benchmark a "
-            "loaded model.",
+            f"Cannot benchmark {target.model} with {type(settings).__name__} and {type(workload).__name__}: an "
+            "endpoint takes BenchSettings and one Workload. Pass these, or benchmark a loaded model.",
             argument="settings" if not isinstance(settings, BenchSettings) else "workload",
         )
     levels = levels_of(concurrency, rate, settings.arrivals)

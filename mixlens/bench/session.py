@@ -165,8 +165,8 @@ def levels_of(
     distinct = len({*slots}) == len(slots) and len({*rates}) == len(rates)
     if not (slots or rates) or not fine or not distinct or arrivals not in ("poisson", "constant"):
         raise BadInput(
-            f"A benchmark at concurrency {concurrency} and rate {rate} ({arrivals}) was asked for. That is no load. "
-            'Give whole numbers from 1, or rates above 0, each once, and arrivals "poisson" or "constant".',
+            f"Cannot benchmark at concurrency {concurrency} and rate {rate} ({arrivals}). Pass whole numbers from 1, "
+            'or rates above 0, each once, and arrivals="poisson" or "constant".',
             argument="arrivals"
             if arrivals not in ("poisson", "constant")
             else "concurrency"
@@ -180,8 +180,8 @@ def check_requests(requests: int, settings: BenchSettings) -> None:
     """Raises BadInput for a number of requests, a cap, a price or a timeout that is none."""
     if not isinstance(requests, int) or requests < 1 or settings.warmup < 0:
         raise BadInput(
-            f"A benchmark of {requests} requests after {settings.warmup} of warm-up was asked for. There must be at "
-            "least 1, after 0 or more. Give larger numbers.",
+            f"Cannot benchmark {requests} requests after {settings.warmup} warm-up requests: needs at least 1 "
+            "request, and 0 or more warm-up requests. Pass larger numbers.",
             argument="requests",
             value=(requests, settings.warmup),
         )
@@ -191,8 +191,8 @@ def check_requests(requests: int, settings: BenchSettings) -> None:
         wrong["price"] = settings.price
     for name, value in wrong.items():
         raise BadInput(
-            f"A benchmark with {name} of {value} was asked for. That is no limit, or no price. Give a number above 0 "
-            "(price: dollars per million tokens in and out), or leave it out.",
+            f"Cannot benchmark with {name}={value}: not a limit or a price. Pass a number above 0 (price: dollars per "
+            "million tokens in and out), or leave it out.",
             argument=name,
             value=value,
         )
@@ -206,8 +206,8 @@ def check_target(endpoint: Endpoint, workload: Workload, settings: BenchSettings
     """
     if not isinstance(endpoint, Endpoint) or not isinstance(workload, Workload):
         raise BadInput(
-            f"A {type(endpoint).__name__} was to be measured under load, with a {type(workload).__name__}. Only "
-            "endpoints take requests from several at a time. Give an Endpoint and one Workload; of a loaded model "
+            f"Cannot benchmark a {type(endpoint).__name__} with a {type(workload).__name__} under load: only an "
+            "endpoint serves several requests at a time. Pass an Endpoint and one Workload; for a loaded model, "
             "ml.benchmark measures batches.",
             argument="endpoint",
             value=type(endpoint).__name__,
@@ -215,17 +215,17 @@ def check_target(endpoint: Endpoint, workload: Workload, settings: BenchSettings
     price = settings.price or price_at(endpoint)
     if settings.max_dollars is not None and price is None:
         raise BadInput(
-            f"A cap of ${settings.max_dollars:g} was asked for. The snapshot of prices has none for {endpoint.model} "
-            f"at {endpoint.host}. Give dollars per million tokens, as in BenchSettings(price=(0.54, 0.54)) or "
-            "--price 0.54,0.54.",
+            f"Cannot cap the cost at ${settings.max_dollars:g}: the price snapshot has no entry for {endpoint.model} "
+            f"at {endpoint.host}. Pass dollars per million tokens, as in BenchSettings(price=(0.54, 0.54)) or --price "
+            "0.54,0.54.",
             argument="max_dollars",
             value=settings.max_dollars,
         )
     tokens = workload.output_tokens + (workload.prompt_tokens if workload.prompts is None else 0)
     if endpoint.context is not None and tokens > endpoint.context:
         raise BadInput(
-            f"Prompts and answers of {tokens} tokens together were to be asked of {endpoint.host}. The context of "
-            f"{endpoint.model} there has {endpoint.context}. Give shorter ones.",
+            f"Cannot request prompts and answers of {tokens} tokens together from {endpoint.host}: the context of "
+            f"{endpoint.model} there is {endpoint.context}. Pass smaller lengths.",
             argument="context",
             value=tokens,
         )

@@ -44,7 +44,7 @@ def load_sweep(
     check_requests(requests, settings)
     if most < 1:
         raise BadInput(
-            f"A sweep up to concurrency {most} was asked for. That is no load. Give 1 or more.",
+            f"Cannot sweep up to concurrency {most}. Pass 1 or more.",
             argument="most",
             value=most,
         )

@@ -43,14 +43,15 @@ class Bootstrap:
     def __post_init__(self) -> None:
         if not 0 < self.level < 1:
             raise BadInput(
-                f"Intervals of level {self.level} were asked for. A level lies between 0 and 1. Give 0.95.",
+                f"Cannot compute intervals of level {self.level}: a level lies between 0 and 1. Pass 0.95, for "
+                "example.",
                 argument="level",
                 value=self.level,
             )
         if not isinstance(self.replicates, Integral) or self.replicates < 10:
             raise BadInput(
-                f"Intervals from {self.replicates} replicates were asked for. At least 10 are needed. "
-                "Give 1000 for a level of 0.95.",
+                f"Cannot compute intervals from {self.replicates} replicates: at least 10 are needed. Pass 1000 for a "
+                "level of 0.95.",
                 argument="replicates",
                 value=self.replicates,
             )

@@ -121,7 +121,7 @@ class RunWriter:
             strangers = [p.name for p in self.path.iterdir() if not p.name.endswith(".partial")]
             if strangers:
                 raise RunError(
-                    f"A run was to be written to {self.path}. The folder is not empty and holds no run of mixlens "
+                    f"Cannot write a run to {self.path}: the folder is not empty and holds no run of mixlens "
                     f"({', '.join(sorted(strangers)[:3])} ...). Choose an empty or a new folder.",
                     argument="out",
                     value=sorted(strangers),
@@ -131,9 +131,9 @@ class RunWriter:
         different = sorted(k for k in self.plan.keys() | found.keys() if self.plan.get(k) != found.get(k))
         if different:
             raise RunError(
-                f"A run was to be written to {self.path}. The folder holds another run: "
-                f"{_differences(found, self.plan, different)}. "
-                "Choose another folder, or delete this one if you no longer need it.",
+                f"Cannot write a run to {self.path}: the folder holds another run: "
+                f"{_differences(found, self.plan, different)}. Choose another folder, or delete this one if you no "
+                "longer need it.",
                 argument="out",
                 value=different,
             )
@@ -184,8 +184,8 @@ class Run:
             fault = _fault(path, entry, contents=self.check)
             if fault:
                 raise RunError(
-                    f"{name} of the run {self.path} was to be read. The file {fault}. Restore it from a copy, or "
-                    "record again into a new folder.",
+                    f"Cannot read {name} of the run {self.path}: the file {fault}. Restore it from a copy, or record "
+                    "again into a new folder.",
                     argument=name,
                     value=path.stat().st_size if path.exists() else None,
                 )
@@ -208,8 +208,8 @@ def open_run(path: str | os.PathLike[str], *, check: bool = True) -> Run:
         meta = _read_json(path / META)
         if not isinstance(meta, dict) or not {"kind", "files"} <= meta.keys():
             raise RunError(
-                f"A run was to be opened at {path}. Its {META} is not one that mixlens wrote: it names no kind or no "
-                "files. Give the folder that was passed as out=.",
+                f"Cannot open a run at {path}: mixlens did not write its {META}, which names no kind or no files. "
+                "Pass the folder given as out=.",
                 argument=META,
                 value=str(path),
             )
@@ -218,14 +218,14 @@ def open_run(path: str | os.PathLike[str], *, check: bool = True) -> Run:
         kind = _read_json(path / PLAN).get("kind", "run")
         n = len(list(path.glob("shard-*.json")))
         raise RunError(
-            f"The run at {path} was to be opened. It is a {kind} that was stopped after {n} complete shards. "
-            "Run the same command with the same folder again: it goes on where it stopped.",
+            f"Cannot open the run at {path}: it is a {kind} that was stopped after {n} complete shards. Run the same "
+            "command with the same folder again to resume it.",
             argument="shards",
             value=n,
         )
     what = "is not there" if not path.exists() else "holds no plan.json and no meta.json"
     raise RunError(
-        f"A run was to be opened at {path}. The folder {what}. Give the folder that was passed as out=.",
+        f"Cannot open a run at {path}: the folder {what}. Pass the folder given as out=.",
         argument="path",
         value=str(path),
     )
@@ -266,7 +266,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text("utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise RunError(
-            f"{path.name} of the run {path.parent} was to be read. It is not valid JSON ({error}). Restore it from a "
+            f"Cannot read {path.name} of the run {path.parent}: it is not valid JSON ({error}). Restore it from a "
             "copy, or record again into a new folder.",
             argument=path.name,
         ) from error
@@ -288,8 +288,8 @@ def _disk_errors(path: Path):
             error.errno or 0, error.strerror or str(error)
         )
         raise RunError(
-            f"A run was to be written to {path}. Writing failed: {reason}. What was complete before is kept; make "
-            "room or give another folder, and run the same command again.",
+            f"Cannot write a run to {path}: {reason}. Complete shards are kept; free space or choose another folder, "
+            "and run the same command again.",
             argument="path",
             value=str(path),
         ) from error

@@ -120,35 +120,35 @@ class Endpoint:
             parts, host = urlsplit(""), None
         if parts.scheme not in ("http", "https") or not host:
             raise BadInput(
-                f"An endpoint at {self.url!r} was asked for. That is no http or https address. "
-                'Give one as "http://127.0.0.1:8000/v1".',
+                f"Cannot use {self.url!r} as an endpoint: not an http or https address. Pass one such as "
+                '"http://127.0.0.1:8000/v1".',
                 argument="url",
             )
         if parts.username or parts.password or parts.query or parts.fragment:
             raise BadInput(
-                f"An endpoint at {host} was asked for. Its URL carries a user, a password or a query, which would be "
-                "written into run directories. Give the plain address, and the key by key_env=.",
+                f"Cannot use the URL of {host}: it contains a user, a password or a query, which would be written "
+                "into run directories. Pass the plain address, and the key by key_env=.",
                 argument="url",
                 value=host,
             )
         if not isinstance(self.model, str) or not self.model:
             raise BadInput(
-                f"An endpoint at {host} was asked for with model={self.model!r}. A request must name one. Give the "
-                "name that the server has for it, as in `mixlens models URL`.",
+                f"Cannot use the endpoint at {host} with model={self.model!r}: a request must name a model. Pass the "
+                "server's name for it, as listed by `mixlens models URL`.",
                 argument="model",
                 value=self.model,
             )
         if self.protocol not in PATHS:
             raise BadInput(
-                f"An endpoint of protocol {self.protocol!r} was asked for. There is no such protocol. "
-                f"Give one of {', '.join(PATHS)}.",
+                f"Cannot use the protocol {self.protocol!r}: it does not exist. Pass one of {', '.join(PATHS)}.",
                 argument="protocol",
                 value=self.protocol,
             )
         if secret := [*_secrets(self.headers), *_secrets(self.extra)]:
             raise BadInput(
-                f"An endpoint at {host} was asked for with {secret[0]!r} among its headers or fields. Those are "
-                "written into run directories, and a key never is. Name the variable that holds the key by key_env=.",
+                f"Cannot use the endpoint at {host} with {secret[0]!r} in its headers or fields: they are written "
+                "into run directories, where a key must never be. Name the environment variable that holds the key "
+                "by key_env=.",
                 argument=secret[0],
             )
         if wrong := [
@@ -157,22 +157,22 @@ class Endpoint:
             if not (isinstance(v, str) and re.fullmatch(r"[!-9;-~]+", n) and v.isprintable() and v.isascii())
         ]:
             raise BadInput(
-                f"An endpoint at {host} was asked for with a header {wrong[0]!r}. Its name or value has characters "
-                "that HTTP does not allow. Use printable ASCII.",
+                f"Cannot use the endpoint at {host} with the header {wrong[0]!r}: HTTP does not allow some characters "
+                "of its name or value. Use printable ASCII.",
                 argument=wrong[0],
             )
         try:
             json.dumps(self.extra, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise BadInput(
-                f"An endpoint at {host} was asked for with more fields of the body. They cannot be sent as JSON: "
-                f"{error}. Give extra= as a dict of plain numbers, strings, lists and dicts.",
+                f"Cannot send extra= to {host} as JSON: {error}. Pass a dict of plain numbers, strings, lists and "
+                "dicts.",
                 argument="extra",
             ) from error
         if self.key_env is not None and parts.scheme == "http" and not self.is_local:
             raise BadInput(
-                f"An endpoint at {host} was asked for with the key of {self.key_env}. The address is http, so that "
-                "the key could be read on its way. Use https.",
+                f"Cannot send the key of {self.key_env} to {host}: over http anybody on the way could read it. Use "
+                "https.",
                 argument="url",
                 value=parts.scheme,
             )
@@ -236,8 +236,8 @@ class Endpoint:
         if self.protocol == "openai-completions":
             if not isinstance(prompt, str):
                 raise BadInput(
-                    f"Messages were to be sent to {self.host}. Its protocol, openai-completions, takes one text. "
-                    'Give a string, or make the endpoint with protocol="openai-chat".',
+                    f"Cannot send messages to {self.host}: its protocol, openai-completions, takes a single text. "
+                    'Pass a string, or make the endpoint with protocol="openai-chat".',
                     argument="prompt",
                     value=self.protocol,
                 )
@@ -376,8 +376,8 @@ def _messages(prompt: str | Messages, protocol: str) -> dict[str, Any]:
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
     if not messages or not all("role" in message for message in messages):
         raise BadInput(
-            f"A request with {len(messages)} messages was to be sent. There is none, or one has no role. "
-            'Give at least one {"role": "user", "content": ...}.',
+            f"Cannot send a request with {len(messages)} messages: the list is empty, or a message has no role. Pass "
+            'at least one {"role": "user", "content": ...}.',
             argument="prompt",
             value=len(messages),
         )
@@ -409,8 +409,8 @@ def complete(
         return _completion(data, endpoint.protocol, attempts)
     except (AttributeError, KeyError, IndexError, TypeError) as error:
         raise EndpointError(
-            f"{endpoint.host} was asked for a completion. Its answer is not of the form of {endpoint.protocol}: "
-            f"{json.dumps(data)[:200]}. Look at the server's address and give the protocol that it speaks.",
+            f"Cannot read the completion of {endpoint.host}: its answer does not follow {endpoint.protocol}: "
+            f"{json.dumps(data)[:200]}. Check the address of the server and pass the protocol that it speaks.",
             argument="answer",
             value=data,
         ) from error
@@ -427,8 +427,8 @@ def list_models(endpoint: Endpoint) -> list[dict[str, Any]]:
     listed = data.get("data", data.get("models")) if isinstance(data, dict) else data
     if not isinstance(listed, list) or not all(isinstance(one, dict | str) for one in listed):
         raise EndpointError(
-            f"{endpoint.host} was asked for its models. Its answer has no list: {json.dumps(data)[:200]}. "
-            "Name the model from the server's own documentation.",
+            f"Cannot list the models of {endpoint.host}: its answer contains no list: {json.dumps(data)[:200]}. Take "
+            "the name of the model from the server's documentation.",
             argument="answer",
             value=data,
         )
@@ -469,7 +469,7 @@ def _scoring(endpoint: Endpoint, logprobs: int | None, echo: bool) -> dict[str, 
     """The fields that ask for log-probabilities and for the prompt in the answer."""
     if echo and endpoint.protocol != "openai-completions":
         raise BadInput(
-            f"The prompt was to be echoed by {endpoint.host}. Only openai-completions does that, and the protocol is "
+            f"Cannot echo the prompt at {endpoint.host}: only openai-completions echoes, and the protocol is "
             f'{endpoint.protocol}. Make the endpoint with protocol="openai-completions".',
             argument="echo",
             value=endpoint.protocol,

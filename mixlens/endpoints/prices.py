@@ -51,8 +51,8 @@ def prices(model: str | None = None) -> pd.DataFrame:
         frame = frame[frame["model"] == canonical(model)].reset_index(drop=True)
         if frame.empty:
             raise BadInput(
-                f"Prices of {model!r} were asked for. The snapshot of {snapshot['date']} has {' and '.join(known)}. "
-                "Give one of these, or leave the model out for all.",
+                f"Cannot find prices of {model!r}: the snapshot of {snapshot['date']} has {' and '.join(known)}. Pass "
+                "one of these, or leave the model out for all.",
                 argument="model",
                 value=model,
             )
@@ -99,9 +99,9 @@ def cost(
         last = requests * np.float64(1 + growth) ** max(months - 1, 0)
     if not (np.isfinite([*numbers, last]).all() and (numbers >= 0).all() and months <= _MOST_MONTHS):
         raise BadInput(
-            f"The cost of {requests:g} requests of {input_tokens:g} tokens in and {output_tokens:g} out over {months} "
-            f"months growing by {growth:g} was asked for. One of the numbers is negative or endless, or there is no "
-            f"month. Give tokens and requests from 0, months from 1 to {_MOST_MONTHS:,}, growth from -1.",
+            f"Cannot compute the cost of {requests:g} requests of {input_tokens:g} input and {output_tokens:g} output "
+            f"tokens over {months} months growing by {growth:g}: a number is negative or infinite, or there is no "
+            f"month. Pass tokens and requests from 0, months from 1 to {_MOST_MONTHS:,}, growth from -1.",
             argument="cost",
             value=(input_tokens, output_tokens, requests, months, growth),
         )

@@ -100,8 +100,8 @@ class Probe:
             return cls(pd.DataFrame(rows, columns=list(_TABLE)), exchanges, meta)
         except (OSError, ValueError, TypeError) as error:
             raise BadInput(
-                f"A probe was to be read from {path}. There is none ({type(error).__name__}: {error}). Give the file "
-                "that probe(out=) or mixlens probe --out wrote.",
+                f"Cannot read a probe from {path} ({type(error).__name__}: {error}). Pass the file that probe(out=) "
+                "or mixlens probe --out wrote.",
                 argument="path",
                 value=str(path),
             ) from error
@@ -143,14 +143,15 @@ def probe(
     """
     if endpoint.protocol not in ("openai-chat", "modelslab"):
         raise BadInput(
-            f"The parameters of {endpoint.host} were to be probed. Its protocol is {endpoint.protocol}. "
-            'Make the endpoint with protocol="openai-chat".',
+            f"Cannot probe the parameters of {endpoint.host} over {endpoint.protocol}. Make the endpoint with "
+            'protocol="openai-chat".',
             argument="protocol",
             value=endpoint.protocol,
         )
     if unknown := [name for name in parameters if name not in EFFECTS]:
         raise BadInput(
-            f"The parameter {unknown[0]!r} was to be probed. Known are {', '.join(PARAMETERS)}. Give some of these.",
+            f"Cannot probe the parameter {unknown[0]!r}: known parameters are {', '.join(PARAMETERS)}. Pass some of "
+            "these.",
             argument="parameters",
             value=unknown[0],
         )
@@ -164,7 +165,7 @@ def probe(
         plain = ask("baseline", "Count from one to ten in words.", {"temperature": 0})
         if plain.status >= 300 or not plain.text:
             raise EndpointError(
-                f"The parameters of {endpoint.host} were to be probed. The plain request has no answer: status "
+                f"Cannot probe the parameters of {endpoint.host}: the plain request failed with status "
                 f"{plain.status}, {plain.answer[:200]!r}. Check address, model and key.",
                 argument="endpoint",
                 value=plain.status,
@@ -185,8 +186,8 @@ def _check_writable(path: Path) -> None:
     """Before anything is sent: what was found would be lost."""
     if path.is_dir() or not path.parent.is_dir():
         raise BadInput(
-            f"A probe was to be written to {path}. That is a folder, or lies in one that is not there. Give a file in "
-            "an existing folder.",
+            f"Cannot write a probe to {path}: it is a folder, or its folder does not exist. Pass a file in an "
+            "existing folder.",
             argument="out",
             value=str(path),
         )

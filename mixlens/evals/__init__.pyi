@@ -1,3 +1,4 @@
+from mixlens.evals.figures import score_table as score_table
 from mixlens.evals.log import Log as Log
 from mixlens.evals.paired import LogComparison as LogComparison
 from mixlens.evals.protocols import suites as suites

@@ -33,8 +33,9 @@ def backend_of(model: Any, settings: Any) -> Any:
         return EndpointBackend(model, settings)
     if isinstance(model, HFLM):
         raise BadInput(
-            f"A {type(model).__name__} of lm-eval's was to be evaluated. It cuts long prompts in silence, and a "
-            "transformers model needs none. Give the model itself, and its tokenizer by EvalSettings(tokenizer=...).",
+            f"Cannot evaluate lm-eval's {type(model).__name__}: it truncates long prompts silently, and a "
+            "transformers model does not need it. Pass the model itself, and its tokenizer by "
+            "EvalSettings(tokenizer=...).",
             argument="model",
             value=type(model).__name__,
         )
@@ -43,8 +44,8 @@ def backend_of(model: Any, settings: Any) -> Any:
     if isinstance(model, nn.Module):
         return LocalBackend(model, settings)
     raise BadInput(
-        f"A {type(model).__name__} was to be evaluated. That is no model. Give a loaded model, such as ml.load(...), "
-        "an ml.Endpoint, or a model object of lm-eval's.",
+        f"Cannot evaluate a {type(model).__name__}. Pass a loaded model, such as ml.load(...), an ml.Endpoint, or a "
+        "model object of lm-eval.",
         argument="model",
         value=type(model).__name__,
     )

@@ -164,8 +164,8 @@ def translated(hub: str, language: str, root: str | None = None, revisions: Revi
     """
     if root is not None:
         raise BadInput(
-            f"{hub} in {language} was to be read from {root}. Only the Hub has the translated benchmarks. "
-            "Leave data= out for these tasks.",
+            f"Cannot read {hub} in {language} from {root}: only the Hub has the translated benchmarks. Leave data= "
+            "out for these tasks.",
             argument="data",
             value=language,
         )
@@ -227,8 +227,8 @@ def _open(path: Path) -> Any:
 
 def _missing(path: Path) -> BadInput:
     return BadInput(
-        f"Benchmark data was to be read. {path} is not there. Give data= the folder that holds the benchmarks in their "
-        "original formats (mixlens data verify DIR says what is missing), or leave it out to load from the Hub.",
+        f"Cannot read benchmark data: {path} does not exist. Pass data= the folder that holds the benchmarks in their "
+        "original formats (mixlens data verify DIR lists what is missing), or leave it out to load from the Hub.",
         argument="data",
         value=str(path),
     )

@@ -139,8 +139,8 @@ class EndpointBackend:
         given = [logprob for logprob in logprobs if logprob is not None]
         if not given or not len(given) == len(logprobs) == len(best):
             raise EndpointError(
-                f"{self.endpoint.host} was asked for the log-probabilities of {continuation[:40]!r}. It gives "
-                f"{len(given)} for {len(logprobs)} tokens. Use a server that scores every token of a prompt.",
+                f"Cannot score {continuation[:40]!r}: {self.endpoint.host} returned {len(given)} log-probabilities "
+                f"for {len(logprobs)} tokens. Use a server that scores every token of a prompt.",
                 argument="logprobs",
                 value=(len(given), len(logprobs)),
             )

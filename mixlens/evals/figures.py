@@ -1,6 +1,6 @@
-"""Pictures and tables of evaluations: scores against published ones, paired differences.
+"""Figures and tables of evaluations: scores against published ones, and paired differences.
 
-Scores are drawn in per cent with their 95 % intervals. A published score stands beside one only where protocol, metric,
+Scores are drawn in per cent with their 95 % intervals. A published score is drawn beside one only if protocol, metric,
 average and number of questions are equal; all others are in the table, with the reason.
 """
 
@@ -29,22 +29,42 @@ from mixlens.plot.style import (
     printable,
     relative_size,
 )
-from mixlens.plot.tables import latex_line, markdown_lines
 
 _APART = "the exact McNemar test tells the two apart (p < 0.05)"
 _STATUS = {"official": "D", "reproduction": "d", "quantized": "v"}
 
 
-def scores(logs: Log | Mapping[str, Log], *, subjects: bool = False, ax: Axes | None = None) -> Axes:
-    """Forest plot: one row a benchmark, one point a model, and published scores of the same protocol.
+def scores(logs: Log | Mapping[str, Log], ax: Axes | None = None, *, subjects: bool = False) -> Axes:
+    """Draw scores as a forest plot, one row per benchmark and one point per model, beside published scores.
 
-    logs      one evaluation, or several by the name to show
-    subjects  a row for every task of a benchmark instead
+    Parameters
+    ----------
+    logs : Log or mapping of str to Log
+        One evaluation, or several by the name to show.
+    ax : matplotlib.axes.Axes, optional
+        Axes to draw on. By default a new figure in paper style.
+    subjects : bool, optional
+        Whether to draw a row for every task of a benchmark instead.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    BadInput
+        If `logs` holds anything but evaluations.
+
+    Examples
+    --------
+    >>> log = ml.evaluate(model, ["demo"], limit=1)
+    >>> ml.show.scores({"demo": log}).get_xlabel()
+    'score, %'
     """
     by_name = logs if isinstance(logs, Mapping) else {_label(logs): logs} if isinstance(logs, Log) else {}
     if not by_name or not all(isinstance(log, Log) for log in by_name.values()):
         raise BadInput(
-            f"scores was to be drawn. A {type(logs).__name__} was given. Give what ml.evaluate gives.",
+            f"Cannot draw scores: expected evaluations, got {type(logs).__name__}. Pass what ml.evaluate returns.",
             argument="logs",
             value=type(logs).__name__,
         )
@@ -82,8 +102,34 @@ def scores(logs: Log | Mapping[str, Log], *, subjects: bool = False, ax: Axes | 
 
 
 @takes_run("compare, of two evaluations,", "table", "flips")
-def paired_differences(compared: LogComparison, *, ax: Axes | None = None) -> Axes:
-    """Forest plot of paired differences, second less first; filled where the data tells the two apart."""
+def paired_differences(compared: LogComparison, ax: Axes | None = None) -> Axes:
+    """Draw a forest plot of paired differences, second minus first.
+
+    A point is filled if the exact McNemar test distinguishes the two (p < 0.05) or, without such a test, if its
+    interval excludes 0.
+
+    Parameters
+    ----------
+    compared : LogComparison
+        From `compare` of two evaluations of the same samples.
+    ax : matplotlib.axes.Axes, optional
+        Axes to draw on. By default a new figure in paper style.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    BadInput
+        If `compared` is no comparison of evaluations.
+
+    Examples
+    --------
+    >>> log = ml.evaluate(model, ["demo"], limit=1)
+    >>> ml.show.paired_differences(ml.compare(log, log)).get_xlabel()
+    'difference, percentage points'
+    """
     table = compared.table[compared.table["n"] > 0]
     places = {row: i for i, row in enumerate(_short(table))}
     with drawing(ax, PAGE * 0.75, 1.2 + 0.28 * len(places)) as ax:
@@ -117,7 +163,30 @@ def paired_differences(compared: LogComparison, *, ax: Axes | None = None) -> Ax
 
 @takes_run("evaluate", "scores", "samples")
 def score_table(log: Log) -> pd.DataFrame:
-    """Scores as text for a page or a paper: benchmark, protocol, score with interval, n, published and source."""
+    """Format the scores of an evaluation as a table for a page or a paper.
+
+    Parameters
+    ----------
+    log : Log
+        From `evaluate`.
+
+    Returns
+    -------
+    pandas.DataFrame
+        All text but n: benchmark, protocol, score with interval, n, published score, difference, and the source of the
+        published score or the reason why it is not comparable.
+
+    Raises
+    ------
+    BadInput
+        If `log` is no evaluation.
+
+    Examples
+    --------
+    >>> log = ml.evaluate(model, ["demo"], limit=1)
+    >>> ml.evals.score_table(log)["benchmark"].tolist()
+    ['demo']
+    """
     rows = []
     for row in beside(log).to_dict("records"):
         published = row["published"]
@@ -136,29 +205,8 @@ def score_table(log: Log) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def to_markdown(table: pd.DataFrame) -> str:
-    """A table as Markdown."""
-    return markdown_lines(list(map(str, table.columns)), table.astype(str).to_numpy().tolist()) + "\n"
-
-
-def to_latex(table: pd.DataFrame) -> str:
-    """A table as a LaTeX tabular with booktabs rules."""
-    head, *body = [latex_line(list(map(str, line))) for line in (table.columns, *table.to_numpy().tolist())]
-    columns = "l" * len(table.columns)
-    rules = [
-        rf"\begin{{tabular}}{{{columns}}}",
-        r"\toprule",
-        head,
-        r"\midrule",
-        *body,
-        r"\bottomrule",
-        r"\end{tabular}",
-    ]
-    return "\n".join([*rules, ""])
-
-
 def _rows(log: Log, name: str, subjects: bool) -> pd.DataFrame:
-    """Rows of the plot in per cent: log, row, score, ci_low, ci_high, n, chance, published, comparable, status."""
+    """Return rows in per cent: log, row, score, ci_low, ci_high, n, chance, published, comparable, status."""
     if not subjects:
         table = beside(log)
         row = table["benchmark"] + "\n" + table["protocol"]
@@ -174,7 +222,7 @@ def _rows(log: Log, name: str, subjects: bool) -> pd.DataFrame:
 
 
 def _chance(log: Log, rows: Mapping[str, str]) -> dict[str, float]:
-    """Per cent that guessing gets right, by row, where a task is a choice among texts."""
+    """Return the per cent that guessing gets right, by row, for tasks that are a choice among texts."""
     choices = [
         (rows[r["task"]], 100 / len(r["choices"])) for r in log.records if r["gold"] is not None and r["choices"]
     ]

@@ -38,7 +38,7 @@ def commits_of(benchmarks: Collection[str], asked: Mapping[str, str], kept: Mapp
     repositories = sorted({HUB[benchmark] for benchmark in benchmarks})
     if strangers := sorted(set(asked) - set(repositories)):
         raise BadInput(
-            f"{', '.join(strangers)} was to be read at a revision of its own. The protocols asked for read "
+            f"Cannot pin {', '.join(strangers)} to a revision: the chosen protocols read "
             f"{', '.join(repositories) or 'nothing'} from the Hub. Name one of these, or leave it out.",
             argument="revisions",
             value=strangers,
@@ -68,8 +68,8 @@ def splits_of(benchmark: str, subset: str, revisions: Mapping[str, str] | None) 
     except Exception as error:  # of datasets, of the Hub's client, of pyarrow
         raise _not_given(what, error) from error
     raise BadInput(  # datasets takes another commit from its cache where the Hub does not answer
-        f"The data set {what} was to be read. The Hub did not answer, and {builder.hash} alone is cached. Check the "
-        "network, or ask for that commit (EvalSettings(revisions=...), --data-revision).",
+        f"Cannot read the data set {what}: the Hub did not answer, and only {builder.hash} is cached. Check the "
+        "network, or pass that commit (EvalSettings(revisions=...), --data-revision).",
         argument="revisions",
         value=builder.hash,
     )
@@ -90,7 +90,7 @@ def _not_given(what: str, error: Exception) -> BadInput:
     if found == FAULTS["RepositoryNotFoundError"][0]:  # the name is not the caller's
         do = "Give a folder that holds the benchmark in its original format (data=)."
     return BadInput(
-        f"The data set {what} was to be read. The Hub did not give it: {found}. {do}",
+        f"Cannot read the data set {what} from the Hub: {found}. {do}",
         argument="data",
         value=what,
     )

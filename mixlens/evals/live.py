@@ -22,18 +22,37 @@ _MOST_SAMPLES, _MOST_TEXT = 2_000, 20_000
 
 @takes_run("evaluate", "samples", "tasks")
 def samples(log: Log, trace: Trace | None = None, *, most: int = _MOST_SAMPLES) -> View:
-    """The samples of an evaluation: filter by task and outcome, search, read; with the routing of each prompt.
+    """Show the samples of an evaluation, with filters by task and outcome, a search and the routing of each prompt.
 
-    log     an evaluation
-    most    samples shown, the first ones; the view says so where there are more
-    trace   recorded while it ran, with the columns task and sample_id of its sequences; None for the log's own, if any
+    Parameters
+    ----------
+    log : Log
+        An evaluation with at least one sample.
+    trace : Trace, optional
+        Recorded during the evaluation, with the columns task and sample_id in its sequences. By default the log's own
+        trace, if it has one.
+    most : int, optional
+        Maximum number of samples; the first ones are shown, and the view states if there are more.
 
-    Raises BadInput where the log has no samples, or the trace no such columns.
+    Returns
+    -------
+    View
+
+    Raises
+    ------
+    BadInput
+        If `log` is no evaluation or has no samples, or the trace lacks the columns.
+
+    Examples
+    --------
+    >>> log = ml.evaluate(model, ["demo"], limit=1)
+    >>> ml.view.samples(log)
+    View: Samples of demo
     """
     frame = log.samples
     if not len(frame):
         raise BadInput(
-            "Samples were to be shown. The evaluation has none. Run it on at least one sample.",
+            "Cannot show samples: the evaluation has none. Run it on at least one sample.",
             argument="log",
             value=0,
         )
@@ -58,12 +77,12 @@ def _routing_of(frame: pd.DataFrame, trace: Trace, arrays: dict[str, np.ndarray]
     missing = [name for name in ("task", "sample_id") if name not in trace.sequences]
     if missing:
         raise BadInput(
-            f"Samples were to be shown with their routing. The trace's sequences lack {' and '.join(missing)}. "
-            "Record it while evaluating, or give its sequences these columns.",
+            f"Cannot show samples with their routing: the trace's sequences lack {' and '.join(missing)}. "
+            "Record the trace while evaluating, or add these columns to its sequences.",
             argument="trace",
             value=missing,
         )
-    if "counted" in trace.sequences:  # of the rows of a sample the one that stands for it
+    if "counted" in trace.sequences:  # keep the one row that represents each sample
         trace = trace.select(where=trace.sequences["counted"].astype(bool))
     place = {(t, str(s)): i for i, (t, s) in enumerate(zip(frame["task"], frame["sample_id"], strict=True))}
     keys = zip(trace.sequences["task"], trace.sequences["sample_id"], strict=True)
@@ -75,7 +94,7 @@ def _routing_of(frame: pd.DataFrame, trace: Trace, arrays: dict[str, np.ndarray]
 
 
 def _plain(value: Any) -> Any:
-    """`value` for JSON: NaN is nothing, long text is cut with a word about it."""
+    """Convert `value` for JSON: NaN becomes null, and long text is cut with a note of its length."""
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float) and np.isnan(value):

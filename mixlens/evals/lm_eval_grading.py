@@ -82,8 +82,8 @@ class Loaded:
                 self.tasks[name], self.protocols[name] = task, protocol
             elif task.dump_config() != self.tasks[name].dump_config():
                 raise BadInput(
-                    f"Two different tasks named {name!r} were asked for. Their answers would be mixed up. Rename one "
-                    "(task: in its file), or evaluate them apart.",
+                    f"Cannot evaluate two different tasks named {name!r}: their answers would be mixed up. Rename one "
+                    "(task: in its file), or evaluate them separately.",
                     argument="tasks",
                     value=name,
                 )
@@ -139,8 +139,8 @@ def _add_lm_eval_tasks(loaded: Loaded, names: Sequence[str], metadata: Any) -> N
         tasks = _load(manager, name, [files.get(name, name)])
         if unsafe := [task for task, made in tasks.items() if getattr(made, "UNSAFE_CODE", False)]:
             raise BadInput(
-                f"{', '.join(unsafe)} was asked for. lm-eval runs the code that the model writes outside any sandbox. "
-                "Use humaneval_0shot or mbpp_3shot, which run it inside.",
+                f"Cannot evaluate {', '.join(unsafe)}: lm-eval would run code written by the model outside any "
+                "sandbox. Use humaneval_0shot or mbpp_3shot, which run it inside one.",
                 argument="tasks",
                 value=unsafe,
             )
@@ -155,8 +155,8 @@ def _load(manager: Any, name: str, configs: list[Any]) -> dict[str, Any]:
     except Exception as error:  # of lm-eval, of a task's own functions, of datasets and of the Hub's client
         said = (str(error).strip().splitlines() or [""])[0][:300].rstrip(".")
         raise BadInput(
-            f"{name} was to be loaded by lm-eval. It did not succeed: {type(error).__name__}: {said}. "
-            "Check the task file, and that its data can be reached and has the fields that it names.",
+            f"Cannot load {name} with lm-eval: {type(error).__name__}: {said}. Check the task file, and that its data "
+            "is reachable and has the fields that it names.",
             argument="tasks",
             value=name,
         ) from error
@@ -174,8 +174,8 @@ def grade(job: Job, loaded: Loaded, answers: Mapping[Key, Any], chat_template: A
         )
         if done.returncode != 0:
             raise RunError(
-                "Answers were to be graded in a process of their own, since MATH's graders need the main thread. It "
-                f"ended with {done.stderr.strip().splitlines()[-1:] or 'no words'}. Evaluate from a script, or again.",
+                "Cannot grade the answers: the process that runs MATH's graders, which need a main thread, ended "
+                f"with {done.stderr.strip().splitlines()[-1:] or 'no message'}. Evaluate from a script, or try again.",
                 argument="answers",
                 value=done.returncode,
             )

@@ -54,7 +54,7 @@ class Log:
         run = open_run(path, check=check)
         if run.kind != "eval":
             raise RunError(
-                f"An evaluation was to be opened at {path}. The run there is a {run.kind}. Use mixlens.open, which "
+                f"Cannot open an evaluation at {path}: the run there is of kind {run.kind}. Use mixlens.open, which "
                 "opens a run of any kind.",
                 argument="path",
                 value=run.kind,

@@ -221,8 +221,8 @@ class LocalLM(_Base):
                 total = float(tail.gather(1, wanted[:, None]).sum())
                 if total != total:
                     raise ModelError(
-                        "Log-probabilities were asked for. The model's logits are not numbers (NaN). Load it in "
-                        "bfloat16 or float32, and check its weights.",
+                        "Cannot compute log-probabilities: the logits of the model are NaN. Load it in bfloat16 or "
+                        "float32, and check its weights.",
                         argument="model",
                         value=total,
                     )
@@ -341,8 +341,8 @@ def tokenizer_of(model: Any, tokenizer: Any = None) -> Any:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False) if tokenizer else tokenizer_beside(model)
     except (OSError, ValueError) as error:
         raise BadInput(
-            f"The tokenizer of {name or type(model).__name__} was asked for. None could be loaded from there. "
-            "Give one by settings, as a name, a folder or a tokenizer: EvalSettings(tokenizer=...).",
+            f"Cannot load the tokenizer of {name or type(model).__name__}. Pass one as a name, a folder or a "
+            "tokenizer: EvalSettings(tokenizer=...).",
             argument="tokenizer",
             value=name or type(model).__name__,
         ) from error

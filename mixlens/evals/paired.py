@@ -212,16 +212,16 @@ def _common_tasks(a: Mapping[str, Mapping[str, Any]], b: Mapping[str, Mapping[st
             for key in ("protocol", "version", "primary", "chat"):
                 if one.get(key) != other.get(key):
                     raise BadInput(
-                        f"Two evaluations were to be compared. {one['benchmark']} has {key} {one.get(key)!r} in the "
-                        f"first and {other.get(key)!r} in the second: such scores measure different things. Evaluate "
-                        "both by one protocol.",
+                        f"Cannot compare the evaluations: {one['benchmark']} has {key} {one.get(key)!r} in the first "
+                        f"and {other.get(key)!r} in the second, so the scores measure different things. Evaluate both "
+                        "by one protocol.",
                         argument=key,
                         value=(one.get(key), other.get(key)),
                     )
     common = [name for name in a if name in b]
     if not common:
         raise BadInput(
-            f"Two evaluations were to be compared. They have no task in common: {', '.join(a)} and {', '.join(b)}. "
+            f"Cannot compare the evaluations: they have no task in common ({', '.join(a)} and {', '.join(b)}). "
             "Evaluate both on the same tasks.",
             argument="tasks",
             value=(list(a), list(b)),
@@ -240,15 +240,15 @@ def _joined(a: pd.DataFrame, b: pd.DataFrame, tasks: list[str]) -> pd.DataFrame:
     if len(other):
         task, sample = other.iloc[0]["task"], other.iloc[0]["sample_id"]
         raise BadInput(
-            f"Two evaluations were to be compared. Sample {sample} of {task} is another document in the second than in "
-            f"the first, as are {len(other)} of {len(both)}. Evaluate both on the same data.",
+            f"Cannot compare the evaluations: sample {sample} of {task} is a different document in each, as are "
+            f"{len(other)} of {len(both)} samples. Evaluate both on the same data.",
             argument="samples",
             value=(task, int(sample), len(other)),
         )
     if both.empty:
         raise BadInput(
-            f"Two evaluations were to be compared. They have no sample of {', '.join(tasks)} in common. Evaluate both "
-            "with the same limit, or none.",
+            f"Cannot compare the evaluations: they have no sample of {', '.join(tasks)} in common. Evaluate both with "
+            "the same limit, or none.",
             argument="samples",
             value=0,
         )

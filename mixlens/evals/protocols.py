@@ -84,8 +84,8 @@ def resolve(tasks: Sequence[str], protocol: str | None = None) -> tuple[list[Pro
     names, known = protocol_names(), suites()
     if protocol is not None and protocol not in known and protocol not in names:
         raise BadInput(
-            f"The protocol {protocol!r} was asked for. There is no suite or protocol of that name"
-            f"{near(protocol, [*known, *names])}. Give a suite ({', '.join(known)}) or the name of a task file.",
+            f"Cannot find the protocol {protocol!r}: no suite or protocol has that "
+            f"name{near(protocol, [*known, *names])}. Pass a suite ({', '.join(known)}) or the name of a task file.",
             argument="protocol",
             value=protocol,
         )
@@ -132,8 +132,8 @@ def unknown_task(name: str, lm_eval_names: Sequence[str]) -> BadInput:
     """The error for a task that nobody knows, with names near it."""
     known = sorted({*protocol_names(), *map(_benchmark, protocol_names()), *suites(), *lm_eval_names})
     return BadInput(
-        f"The task {name!r} was asked for. Neither mixlens nor lm-eval has it{near(name, known)}. "
-        "mixlens eval --list names the protocols; lm-eval's own tasks go by lm-eval's names.",
+        f"Cannot find the task {name!r}: neither mixlens nor lm-eval has it{near(name, known)}. List the protocols "
+        "with mixlens eval --list; lm-eval's own tasks go by lm-eval's names.",
         argument="tasks",
         value=name,
     )
@@ -146,8 +146,8 @@ def _add(chosen: dict[str, Protocol], name: str, subject: str | None) -> None:
         subjects = [member["task"] for member in protocol.config.get("task", []) if isinstance(member, dict)]
         if subject not in subjects:
             raise BadInput(
-                f"The subject {subject!r} of {name} was asked for. {name} has no such subject"
-                f"{near(subject, subjects)}. Give {name} for all of them.",
+                f"Cannot find the subject {subject!r} of {name}{near(subject, subjects)}. Pass {name} for all "
+                "subjects.",
                 argument="subject",
                 value=subject,
             )
@@ -168,8 +168,8 @@ def _pick(benchmark: str, members: list[str], protocol: str | None, known: dict[
         return members[0]
     asked = "no protocol was named" if protocol is None else f"{protocol!r} has none for it"
     raise BadInput(
-        f"The benchmark {benchmark!r} was asked for. It has several protocols, and {asked}: scores of different "
-        f"protocols cannot be compared. Give one of {', '.join(members)}, or protocol= one of {', '.join(known)}.",
+        f"Cannot choose a protocol for {benchmark!r}: it has several, and {asked}; scores of different protocols are "
+        f"not comparable. Pass one of {', '.join(members)}, or protocol= one of {', '.join(known)}.",
         argument="protocol",
         value=benchmark,
     )

@@ -43,8 +43,8 @@ def references(model: str | None = None, *, benchmark: str | None = None) -> pd.
         chosen = frame[column].map(_plain) == _plain(asked)
         if not chosen.any():
             raise BadInput(
-                f"Published scores of the {column} {asked!r} were asked for. There are none{near(asked, known)}. "
-                f"Give one of {', '.join(known)}.",
+                f"Cannot find published scores of the {column} {asked!r}{near(asked, known)}. Pass one of "
+                f"{', '.join(known)}.",
                 argument=column,
                 value=asked,
             )

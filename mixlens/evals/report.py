@@ -1,4 +1,4 @@
-"""The sections of a report on an evaluation, and on two of the same samples."""
+"""The sections of a report on an evaluation, and on two evaluations of the same samples."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MOST_SAMPLES, _MOST_CHARACTERS = 40, 600
 
 
 def score_sections(log: Log, _name: str = "") -> dict[str, str]:
-    """Scores beside published ones, subjects, some samples, the routing of the samples, and provenance."""
+    """Return scores beside published ones, subjects, some samples, their routing, and provenance as HTML, by title."""
     several = len(log.tasks) > 1
     caption = "Scores with 95 % intervals, and published ones of the same protocol."
     html = paragraphs(*log.remarks()) + picture(scores(log), caption, caption) + frame_table(score_table(log), "Scores")
@@ -39,7 +39,7 @@ def score_sections(log: Log, _name: str = "") -> dict[str, str]:
 
 
 def score_comparison_sections(compared: LogComparison, _name: str = "") -> dict[str, str]:
-    """What the paired comparison says, and the samples that flipped."""
+    """Return the paired comparison and the samples that flipped as HTML, by title."""
     text = "Paired differences with intervals."
     table = compared.table.map(lambda value: f"{value:.4g}" if isinstance(value, float) else value)
     html = (
@@ -55,7 +55,7 @@ def score_comparison_sections(compared: LogComparison, _name: str = "") -> dict[
 
 
 def frame_table(table: pd.DataFrame, caption: str) -> str:
-    """A sortable table of plain cells."""
+    """Return a sortable table of plain cells."""
     head = "".join(f'<th scope="col"><button type="button">{escape(c)}</button></th>' for c in table.columns)
     rows = table.astype(object).to_numpy().tolist()
     body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
@@ -66,7 +66,7 @@ def frame_table(table: pd.DataFrame, caption: str) -> str:
 
 
 def _samples(samples: pd.DataFrame) -> str:
-    """As many samples of every task, wrong ones first."""
+    """Show equally many samples of every task, wrong ones first."""
     each = max(1, _MOST_SAMPLES // max(1, samples["task"].nunique()))
     shown = samples.sort_values("correct", kind="stable").groupby("task", sort=False).head(each)
     columns = ["task", "sample_id", "prompt", "target", "response", "correct"]

@@ -35,8 +35,8 @@ class SampleRecorder:
     def __init__(self, backend: Any, out: Path | None) -> None:
         if not hasattr(backend, "lm") or not hasattr(backend.lm, "seen"):
             raise BadInput(
-                "The routing of an evaluation's samples was to be recorded. This model runs elsewhere, and shows no "
-                "routing. Evaluate a loaded model (ml.load), or leave routing out.",
+                "Cannot record the routing of the samples: this model runs elsewhere, and its routing is out of "
+                "reach. Evaluate a loaded model (ml.load), or leave routing out.",
                 argument="routing",
             )
         self.backend, self.out = backend, out
@@ -122,7 +122,7 @@ def flipped_routing(log_a: Log, log_b: Log, *, bootstrap: Bootstrap = DEFAULT) -
     keys = ["task", "sample_id", "choice"]
     if a.sequences[keys].to_numpy().tolist() != b.sequences[keys].to_numpy().tolist():
         raise BadInput(
-            "The routing of two evaluations was to be compared. They did not read the same samples in the same order. "
+            "Cannot compare the routing of the evaluations: they did not read the same samples in the same order. "
             "Evaluate both on the same tasks, with the same limit and batch_size.",
             argument="samples",
         )
@@ -135,13 +135,14 @@ def samples_of(log: Log) -> Trace:
     """The rows of an evaluation's trace that stand for a sample, one each. Raises MissingSignal without routing."""
     if not isinstance(log, Log):
         raise BadInput(
-            f"Routing of an evaluation was asked for. A {type(log).__name__} was given. Give what ml.evaluate gives.",
+            f"Cannot read the routing of a {type(log).__name__}: expected an evaluation. Pass the result of "
+            "ml.evaluate.",
             argument="log",
             value=type(log).__name__,
         )
     if log.routing is None:
         raise MissingSignal(
-            "The routing of an evaluation's samples was asked for. It was run without. Evaluate a local model with "
+            "Cannot read the routing of the samples: the evaluation did not record it. Evaluate a local model with "
             "EvalSettings(routing=True).",
             argument="routing",
         )

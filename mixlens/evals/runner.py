@@ -100,8 +100,8 @@ def evaluate(
         return evaluate_apart(os.fspath(model), job, out, settings)
     if settings.loading:
         raise BadInput(
-            f"A {type(model).__name__} was to be evaluated with loading={dict(settings.loading)}. It is loaded "
-            "already. Give the model's name instead, or leave loading out.",
+            f"Cannot apply loading={dict(settings.loading)} to a {type(model).__name__}: it is loaded already. Pass "
+            "the name of the model instead, or leave loading out.",
             argument="loading",
             value=dict(settings.loading),
         )
@@ -163,8 +163,8 @@ def job_of(
     """What is asked, as plain values. Raises BadInput where that is nothing, and in every process but a single one."""
     if not isinstance(settings, EvalSettings):
         raise BadInput(
-            f"An evaluation was asked for with settings of type {type(settings).__name__}. They are EvalSettings. "
-            "Give ml.evals.EvalSettings(batch_size=8), for instance.",
+            f"Cannot evaluate with settings of type {type(settings).__name__}: expected EvalSettings. Pass "
+            "ml.evals.EvalSettings(batch_size=8), for example.",
             argument="settings",
             value=type(settings).__name__,
         )
@@ -175,29 +175,29 @@ def job_of(
     wrong |= {name: n for name, n in counts.items() if not (isinstance(n, int) and n >= 1)}
     for argument, value in wrong.items():
         raise BadInput(
-            f"An evaluation of {list(names)} with limit={limit} and batch_size={settings.batch_size} was asked for. "
-            "That is nothing to evaluate. Name one task or more, and numbers from 1.",
+            f"Cannot evaluate {list(names)} with limit={limit} and batch_size={settings.batch_size}. Name at least "
+            "one task, and pass whole numbers from 1.",
             argument=argument,
             value=value,
         )
     if data is not None and not Path(data).is_dir():
         raise BadInput(
-            f"Benchmark data was to be read from {data}. There is no such folder. Give the folder that holds mmlu, "
-            "humaneval and so on, or leave data= out to load from the Hub.",
+            f"Cannot read benchmark data from {data}: no such folder. Pass the folder that holds mmlu, humaneval and "
+            "so on, or leave data= out to load from the Hub.",
             argument="data",
             value=str(data),
         )
     if (world := processes().world) > 1:
         raise BadInput(
-            f"An evaluation was asked for in each of {world} processes. Every one of them would ask everything. Start "
-            'it without accelerate launch: device_map="auto" spreads one model over all GPUs.',
+            f"Cannot evaluate in {world} processes: each would run the whole evaluation. Start it without accelerate "
+            'launch; device_map="auto" spreads one model over all GPUs.',
             argument="processes",
             value=world,
         )
     if not isinstance(settings.revisions, Mapping):
         raise BadInput(
-            f"Data sets were to be read at revisions={settings.revisions!r}. That does not say of which. Give a "
-            'revision for each, as in {"openai/gsm8k": "main"}.',
+            f"Cannot read data sets at revisions={settings.revisions!r}: expected a revision for each data set. Pass "
+            'them as in {"openai/gsm8k": "main"}.',
             argument="revisions",
             value=settings.revisions,
         )

@@ -57,16 +57,15 @@ def evaluate_apart(model: str, job: Any, out: str | os.PathLike[str] | None, set
 def _asked(model: str, job: Any, place: str, settings: Any) -> str:
     if unknown := sorted(set(settings.loading) - set(_LOADING)):
         raise BadInput(
-            f"{model} was to be loaded with {', '.join(unknown)}. A model that is given by name takes "
-            f"{', '.join(_LOADING)}. Leave the others out, or load it yourself: ml.load(...).",
+            f"Cannot load {model} with {', '.join(unknown)}: a model given by name takes {', '.join(_LOADING)}. Leave "
+            "the others out, or load it yourself: ml.load(...).",
             argument="loading",
             value=unknown,
         )
     if settings.tokenizer is not None and not isinstance(settings.tokenizer, str):
         raise BadInput(
-            f"{model} was to be evaluated in a process of its own with a {type(settings.tokenizer).__name__}. A "
-            "tokenizer stays in the process that made it. Give its name or its folder, or load the model: "
-            "ml.load(...).",
+            f"Cannot send a {type(settings.tokenizer).__name__} to the process that evaluates {model}. Pass the name "
+            "or folder of the tokenizer, or load the model: ml.load(...).",
             argument="tokenizer",
             value=type(settings.tokenizer).__name__,
         )
@@ -94,8 +93,8 @@ def _plain(value: Any) -> Any:
     if type(value).__module__ == "torch":  # a dtype or a device
         return str(value).removeprefix("torch.")
     raise BadInput(
-        f"An evaluation in a process of its own was asked for with a {type(value).__name__} among its settings. That "
-        "cannot be sent there. Give plain values, or a model that you load: ml.load(...).",
+        f"Cannot send a {type(value).__name__} among the settings to the process of the evaluation. Pass plain "
+        "values, or a model that you load: ml.load(...).",
         argument="settings",
         value=type(value).__name__,
     )
@@ -164,8 +163,8 @@ def _ended(status: int, said: str) -> RunError:
     memory = ", as the system ends one when memory runs out" if status == -signal.SIGKILL else ""
     last = (said.strip().splitlines() or ["nothing"])[-1].strip()[:300]
     return RunError(
-        f"An evaluation was to run in a process of its own. That process ended {how}{memory}; it said last: {last}. "
-        "What was answered is kept if out= was given: run it again, with a smaller batch_size if memory ran out.",
+        f"The process of the evaluation ended {how}{memory}; its last message: {last}. Answers are kept if out= was "
+        "given: run it again, with a smaller batch_size if memory ran out.",
         argument="own_process",
         value=status,
     )

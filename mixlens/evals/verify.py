@@ -30,8 +30,8 @@ def verify(folder: Path) -> pd.DataFrame:
     here = [name for name in known if (folder / name).is_dir()]
     if not here:
         raise BadInput(
-            f"Benchmark data in {folder} was to be verified. It has no folder of a known benchmark. "
-            f"Give the folder that holds one of {', '.join(known)}.",
+            f"Cannot verify benchmark data in {folder}: it has no folder of a known benchmark. Pass the folder that "
+            f"holds one of {', '.join(known)}.",
             argument="data",
             value=str(folder),
         )
@@ -51,8 +51,8 @@ def verified_sums(folder: Path, benchmarks: Collection[str]) -> dict[str, dict[s
     every = [row for of_benchmark in rows.values() for row in of_benchmark]
     if wrong := [f"{row['file']}: {row['fault']}" for row in every if row["fault"] not in ("", "missing")]:
         raise BadInput(
-            f"Benchmark data was to be read from {folder}. It is not the benchmark's: {'; '.join(wrong)}. Get the "
-            "files again (mixlens data verify DIR says which), or leave data= out to load from the Hub.",
+            f"Cannot use the benchmark data in {folder}: it differs from the released data: {'; '.join(wrong)}. Get "
+            "the files again (mixlens data verify DIR lists them), or leave data= out to load from the Hub.",
             argument="data",
             value=wrong,
         )

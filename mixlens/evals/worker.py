@@ -64,9 +64,8 @@ def _told(error: MixlensError) -> tuple[str, str, dict[str, Any]]:
 
 def _unforeseen(error: Exception) -> RunError:
     return RunError(
-        f"An evaluation was to run in a process of its own. It raised {type(error).__name__}: "
-        f"{str(error).strip()[:500]}. What was answered is kept if out= was given; evaluate a model that you load, "
-        "ml.load(...), to see where.",
+        f"The process of the evaluation raised {type(error).__name__}: {str(error).strip()[:500]}. Answers are kept "
+        "if out= was given; evaluate a model that you load, ml.load(...), to see where.",
         argument="own_process",
         value=type(error).__name__,
     )

@@ -176,8 +176,8 @@ class Ablator:
             found = torch.as_tensor(self.metric(logits, target[start : start + _ROWS].to(logits.device)))
             if found.shape != logits.shape[:1]:
                 raise BadInput(
-                    f"A metric was to be taken of {len(logits)} tokens. It gave the shape {list(found.shape)}. Give "
-                    "one that has a number for each token: [n] for logits [n, vocabulary].",
+                    f"Cannot use this metric: for {len(logits)} tokens it returned the shape {list(found.shape)}. "
+                    "Pass a function that returns one number per token: [n] for logits [n, vocabulary].",
                     argument="metric",
                     value=tuple(found.shape),
                 )

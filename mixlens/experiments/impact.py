@@ -246,8 +246,8 @@ def _same_shape(model_a: Any, model_b: Any) -> None:
     ):
         if of_a != of_b:
             raise BadInput(
-                f"The impact of quantization was asked for. The first model has {of_a} {what}, the second {of_b}. "
-                "Give a model and a quantized copy of it.",
+                f"Cannot measure the impact of quantization: the first model has {of_a} {what}, the second {of_b}. "
+                "Pass a model and a quantized copy of it.",
                 argument=what,
                 value=(of_a, of_b),
             )

@@ -43,8 +43,8 @@ class Ablation:
     def __post_init__(self) -> None:
         if self.metric is not None and not callable(self.metric):
             raise BadInput(
-                f"Experts were to be ablated with metric={self.metric!r}. It cannot be called. Give a function of "
-                "logits [n, vocabulary] and the tokens that came [n], or None for the loss.",
+                f"Cannot ablate experts with metric={self.metric!r}: it is not callable. Pass a function of logits "
+                "[n, vocabulary] and the tokens that followed [n], or None for the loss.",
                 argument="metric",
                 value=self.metric,
             )
@@ -99,9 +99,9 @@ def measure_importance(
     layers = _layers(model, ablation)
     if out is not None and ablation.metric is not None and _digest_of(ablation.metric) is None:
         raise BadInput(
-            f"A run was to be kept with metric={ablation.metric!r}. What it computes does not follow from its code "
-            "alone, so the run could not tell it from another metric. Give a named function that stands by itself, "
-            "without a closure, or leave out= away.",
+            f"Cannot save a run with metric={ablation.metric!r}: its result does not follow from its code alone, so "
+            "the run could not tell it from another metric. Pass a named function without a closure, or leave out= "
+            "out.",
             argument="metric",
             value=ablation.metric,
         )
@@ -133,8 +133,8 @@ def _layers(model: nn.Module, ablation: Ablation) -> list[int]:
     layers = list(range(count)) if ablation.layers is None else sorted(set(whole_numbers(ablation.layers)))
     if not layers or not 0 <= layers[0] <= layers[-1] < count:
         raise BadInput(
-            f"Experts of layers {ablation.layers} were to be ablated. The model has layers 0 to {count - 1}. "
-            "Give numbers among them.",
+            f"Cannot ablate experts of layers {ablation.layers}: the model has layers 0 to {count - 1}. Pass layer "
+            "numbers among them.",
             argument="layers",
             value=ablation.layers,
         )

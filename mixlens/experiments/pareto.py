@@ -74,16 +74,14 @@ def measure_pareto(
     """
     if isinstance(schemes, str) or not isinstance(schemes, Sequence):
         raise BadInput(
-            f"Schemes were to be laid side by side. {schemes!r} is no list of them. Give a list, such as "
-            '["bfloat16", "nf4"].',
+            f'Cannot compare the schemes {schemes!r}: expected a list. Pass one such as ["bfloat16", "nf4"].',
             argument="schemes",
             value=schemes,
         )
     names = [_name(scheme) for scheme in schemes]
     if not names or len(set(names)) != len(names):
         raise BadInput(
-            f"Schemes were to be laid side by side. Given were {', '.join(names) or 'none'}. Give one or several, each "
-            "once.",
+            f"Cannot compare the schemes {', '.join(names) or '(none)'}. Pass one or several, each once.",
             argument="schemes",
             value=names,
         )
@@ -93,7 +91,7 @@ def measure_pareto(
     first = described["audit"]["label"]
     if first in names:
         raise BadInput(
-            f"{first} was to be laid beside the original. The original is held in {first} already. Leave it out.",
+            f"Cannot compare {first} with the original: the original is already in {first}. Leave it out.",
             argument="schemes",
             value=first,
         )

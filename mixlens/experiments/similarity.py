@@ -45,8 +45,8 @@ def measure_similarity(
     unknown = [number for number in numbers if not 0 <= number < len(every)]
     if unknown or not numbers:
         raise BadInput(
-            f"Experts of layers {numbers} were to be compared. The model has layers 0 to {len(every) - 1}. "
-            "Give numbers among them.",
+            f"Cannot compare experts of layers {numbers}: the model has layers 0 to {len(every) - 1}. Pass layer "
+            "numbers among them.",
             argument="layers",
             value=numbers,
         )

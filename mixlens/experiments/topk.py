@@ -64,8 +64,8 @@ def measure_topk(
     asked = list(range(1, count + 1)) if ks is None else sorted(set(whole_numbers(ks)))
     if not asked or not 1 <= asked[0] <= asked[-1] <= count:
         raise BadInput(
-            f"Tokens were to choose {', '.join(map(str, asked)) or repr(ks)} experts. The model has {count} a layer. "
-            f"Give numbers from 1 to {count}.",
+            f"Cannot route every token to {', '.join(map(str, asked)) or repr(ks)} experts: the model has {count} per "
+            f"layer. Pass numbers from 1 to {count}.",
             argument="ks",
             value=ks,
         )

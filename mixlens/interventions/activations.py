@@ -144,8 +144,8 @@ class Output:
         for layer, mean in (self.means or {}).items():
             if mean.shape[-1] != hidden:
                 raise BadInput(
-                    f"Experts were to put out a mean in layer {layer}. It has {mean.shape[-1]} numbers, and the "
-                    f"model's hidden states have {hidden}. Give a mean of this model's experts.",
+                    f"Cannot set experts to their mean in layer {layer}: it has {mean.shape[-1]} numbers, and the "
+                    f"hidden states of the model have {hidden}. Pass means of this model's experts.",
                     argument="mean",
                     value=mean.shape[-1],
                 )
@@ -221,8 +221,8 @@ class Patch:
         given = tuple(self.values.shape[0 if self.positions is None else 1 :])
         if given != own:
             raise BadInput(
-                f"{self.site} was to be patched with values of shape {list(self.values.shape)}. The site has "
-                f"{list(own)} a token. Give {list(own)}, or [n, {', '.join(map(str, own))}] with n positions.",
+                f"Cannot patch {self.site} with values of shape {list(self.values.shape)}: the site has {list(own)} "
+                f"per token. Pass {list(own)}, or [n, {', '.join(map(str, own))}] with n positions.",
                 argument="values",
                 value=tuple(self.values.shape),
             )
@@ -249,7 +249,7 @@ def values_of(
     if isinstance(values, xr.DataArray):
         if layer not in values.layer.values:
             raise BadInput(
-                f"{site} of layer {layer} was to be patched from a recording. It has layers "
+                f"Cannot patch {site} of layer {layer}: the recording has layers "
                 f"{np.atleast_1d(values.layer.values).tolist()}. Record the site in this layer.",
                 argument="layer",
                 value=layer,
@@ -261,7 +261,7 @@ def values_of(
         found = torch.as_tensor(values).detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise BadInput(
-            f"{site} was to be patched with a {type(values).__name__}. It is no array of numbers. Give a tensor, an "
+            f"Cannot patch {site} with a {type(values).__name__}: expected an array of numbers. Pass a tensor, an "
             "array or a recorded activation.",
             argument="values",
             value=values,
@@ -271,8 +271,8 @@ def values_of(
     positions = np.asarray(() if where.positions is None else where.positions, np.int64)
     if len(positions) != len(found):
         raise BadInput(
-            f"{site} was to be patched with values of shape {list(found.shape)}. Its where= names {len(positions)} "
-            "positions. Give one value for every token meant, or as many positions as values.",
+            f"Cannot patch {site} with values of shape {list(found.shape)}: where= selects {len(positions)} "
+            "positions. Pass one value for every selected token, or as many positions as values.",
             argument="positions",
             value=len(positions),
         )

@@ -57,7 +57,7 @@ def edit(model: nn.Module, *edits: Edit) -> Iterator[None]:
     """
     if not edits:
         raise BadInput(
-            "A model was to be edited. No edit was given. Give one or several, such as edits.ablate(3, 5).",
+            "Cannot edit a model without an edit. Pass one or several, such as edits.ablate(3, 5).",
             argument="edits",
             value=(),
         )
@@ -65,7 +65,7 @@ def edit(model: nn.Module, *edits: Edit) -> Iterator[None]:
         if not isinstance(one, Edit) or not isinstance(one.where, Where):
             found = f"{one!r}" if not isinstance(one, Edit) else f"where={one.where!r}"
             raise BadInput(
-                f"A model was to be edited. Got {found}, which is no {'Where' if isinstance(one, Edit) else 'edit'}. "
+                f"Cannot edit a model with {found}, which is not {'a Where' if isinstance(one, Edit) else 'an edit'}. "
                 "Make edits with the functions of mixlens.edits, such as edits.ablate(3, 5), and conditions with "
                 "edits.Where(...).",
                 argument="where" if isinstance(one, Edit) else "edits",
@@ -116,8 +116,8 @@ def ablate(
     if how == "mean" and mean is not None:
         return Output(_layers(layers), _numbers(experts), _means(mean, _layers(layers), _numbers(experts)), where)
     raise BadInput(
-        f"An expert was to be ablated with how={how!r} and {'no ' if mean is None else 'a '}mean. Ways are reroute, "
-        'zero, and mean, which alone takes mean=. Give how="mean", mean=... or one of the others.',
+        f'Cannot ablate an expert with how={how!r} and {"no " if mean is None else "a "}mean. Pass how="reroute" or '
+        '"zero" without mean=, or how="mean" with it.',
         argument="how",
         value=how,
     )
@@ -139,8 +139,8 @@ def force(layers: Numbers | None, experts: Numbers, *, weight: float | None = No
     experts = _numbers(experts)
     if weight is not None and not 0 < weight * len(experts) <= 1:
         raise BadInput(
-            f"{len(experts)} experts were to be forced with a weight of {weight} each. Weights of a token sum to 1. "
-            f"Give a weight above 0 and of at most {1 / len(experts):.3g}.",
+            f"Cannot force {len(experts)} experts with a weight of {weight} each: the weights of a token sum to 1. "
+            f"Pass a weight above 0 and at most {1 / len(experts):.3g}.",
             argument="weight",
             value=weight,
         )
@@ -168,7 +168,7 @@ def temperature(value: float, *, layers: Numbers | None = None, where: Where = E
     _finite("temperature", value)
     if value <= 0:
         raise BadInput(
-            f"A router temperature of {value} was asked for. It must be above 0. Give a positive number.",
+            f"Cannot set the router temperature to {value}: it must be above 0. Pass a positive number.",
             argument="temperature",
             value=value,
         )
@@ -187,7 +187,7 @@ def reroute(layers: Numbers | None, source: int, target: int, *, where: Where = 
     """
     if source == target:
         raise BadInput(
-            f"Expert {source} was to be rerouted. The target is the same expert. Give another, or leave this edit out.",
+            f"Cannot reroute expert {source} to itself. Pass another target, or leave this edit out.",
             argument="target",
             value=target,
         )
@@ -205,8 +205,7 @@ def replay(trace: Trace, *, weights: bool = False, layers: Numbers | None = None
     """
     if not isinstance(trace, Trace):
         raise BadInput(
-            f"A recorded routing was to be replayed. Got {trace!r}, which is no trace. Give one that was recorded, or "
-            "open it first: mixlens.open(path).",
+            f"Cannot replay {trace!r}: it is not a trace. Pass a recorded trace, or open it first: mixlens.open(path).",
             argument="trace",
             value=trace,
         )
@@ -228,20 +227,21 @@ def patch(site: str, values: Any, *, layer: int, expert: int | None = None, wher
     known = [name for name in SITES if name != "expert_norm"]
     if site == "expert_norm":
         raise BadInput(
-            "expert_norm was to be patched. A norm does not say which output of that norm to put in its place. Patch "
-            "expert_out: with recorded outputs scaled to the norm, for one.",
+            "Cannot patch expert_norm: many outputs have the same norm. Patch expert_out instead, for example with "
+            "recorded outputs scaled to that norm.",
             argument="site",
             value=site,
         )
     if site not in known:
         raise BadInput(
-            f"{site!r} was to be patched. Sites to patch are {', '.join(known)}. Give one of them.",
+            f"Cannot patch {site!r}: sites to patch are {', '.join(known)}. Pass one of them.",
             argument="site",
             value=site,
         )
     if expert is not None and site not in PATCHED_EXPERTS:
         raise BadInput(
-            f"{site} of expert {expert} was to be patched. Only expert_out and expert_neurons are. Leave expert out.",
+            f"Cannot patch {site} of expert {expert}: only expert_out and expert_neurons belong to an expert. Leave "
+            "expert out.",
             argument="expert",
             value=expert,
         )
@@ -260,7 +260,7 @@ def _numbers(numbers: Numbers, name: str = "experts") -> tuple[int, ...]:
     if found := whole_numbers(numbers):
         return found
     raise BadInput(
-        f"Cannot make an edit with {name}={numbers!r}. Give one whole number, or several.", argument=name, value=numbers
+        f"Cannot make an edit with {name}={numbers!r}. Pass a whole number, or several.", argument=name, value=numbers
     )
 
 
@@ -268,7 +268,7 @@ def _number(number: int, name: str) -> int:
     found, *others = _numbers(number, name)
     if others:
         raise BadInput(
-            f"Cannot make an edit with {name}={number!r}. Give one whole number; for several, make several edits.",
+            f"Cannot make an edit with {name}={number!r}. Pass one whole number; for several, make several edits.",
             argument=name,
             value=number,
         )
@@ -278,7 +278,7 @@ def _number(number: int, name: str) -> int:
 def _finite(name: str, value: float) -> None:
     if not isinstance(value, int | float | np.number) or not np.isfinite(value):
         raise BadInput(
-            f"Router logits were to be changed with a {name} of {value!r}. It is not finite. Give a finite number.",
+            f"Cannot change router logits with a {name} of {value!r}: it is not finite. Pass a finite number.",
             argument=name,
             value=value,
         )
@@ -290,7 +290,7 @@ def _means(mean: Any, layers: tuple[int, ...] | None, experts: tuple[int, ...]) 
         numbers = wanted.layer.values.tolist()
         if not 0 <= min(experts) <= max(experts) < (count := wanted.sizes["expert"]):
             raise BadInput(
-                f"Experts {list(experts)} were to put out their means. The means have experts 0 to {count - 1}. Give "
+                f"Cannot set experts {list(experts)} to their means: the means have experts 0 to {count - 1}. Pass "
                 "numbers among them.",
                 argument="experts",
                 value=list(experts),
@@ -309,16 +309,16 @@ def _means(mean: Any, layers: tuple[int, ...] | None, experts: tuple[int, ...]) 
                 value=empty,
             )
         raise BadInput(
-            f"Experts were to put out their means in layers {missing}. The means have layers {numbers}. Give means of "
-            "all layers that are edited.",
+            f"Cannot set experts to their means in layers {missing}: the means have layers {numbers}. Pass means of "
+            "all edited layers.",
             argument="layers",
             value=missing,
         )
     value = torch.as_tensor(mean).float()
     if value.ndim != 1 or layers is None or len(layers) != 1 or len(experts) != 1:
         raise BadInput(
-            f"Experts were to put out a mean of shape {list(value.shape)}. One vector [hidden] stands for one expert "
-            "of one layer. Give one layer and one expert, or an xarray [layer, expert, hidden].",
+            f"Cannot set experts to a mean of shape {list(value.shape)}: a vector [hidden] holds for one expert of "
+            "one layer. Pass one layer and one expert, or an xarray [layer, expert, hidden].",
             argument="mean",
             value=tuple(value.shape),
         )

@@ -171,7 +171,7 @@ class Follower:
         inputs = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids", kwargs.get("inputs_embeds")))
         if inputs is None:
             raise BadInput(
-                f"{self.who} was put round generate. No input_ids were given. Pass the prompt's token ids.",
+                f"{self.who} cannot follow generate without input_ids. Pass the token ids of the prompt.",
                 argument="input_ids",
                 value=None,
             )
@@ -255,8 +255,8 @@ class Follower:
         assert self.lengths is not None
         if len(self.lengths) != rows or self.lengths.max(initial=0) > columns:
             raise BadInput(
-                f"{self.who} was given lengths={self.lengths.tolist()}. The batch has {rows} rows of {columns} tokens. "
-                "Give the number of tokens of every row.",
+                f"{self.who} cannot use lengths={self.lengths.tolist()}: the batch has {rows} rows of {columns} "
+                "tokens. Pass the number of tokens of every row.",
                 argument="lengths",
                 value=self.lengths.tolist(),
             )

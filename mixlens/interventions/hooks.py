@@ -156,8 +156,8 @@ def refuse_rows(model: nn.Module) -> None:
         numbered = isinstance(edit, Patch) and edit.sequences is not None and (edit.sequences >= 0).any()
         if edit.where.rows is not None or numbered:
             raise BadInput(
-                f"Documents were to be read under {edit!r}, which means rows of a batch. Documents are batched by "
-                "length, so rows are not theirs. Run the model yourself, with a Recorder inside the edit.",
+                f"Cannot read documents under {edit!r}, which selects rows of a batch: documents are batched by "
+                "length, so rows do not belong to them. Run the model yourself, with a Recorder inside the edit.",
                 argument="where",
                 value=edit,
             )
@@ -169,9 +169,9 @@ def refuse_partial(model: nn.Module) -> None:
     for one in () if editing is None else editing.active:
         if not one.everywhere or _stage(one.edit) in ("resid_pre", "resid_post"):
             raise BadInput(
-                f"Every expert was to be ablated under {one.edit!r}. That edit means single tokens or the residual "
-                "stream, and layers are run one by one from kept hidden states, which would miss it. Ablate under "
-                "edits of all tokens, or run the model yourself under both edits.",
+                f"Cannot ablate every expert under {one.edit!r}, which selects single tokens or edits the residual "
+                "stream: layers run one by one from stored hidden states, which would miss it. Ablate under edits of "
+                "all tokens, or run the model yourself under both edits.",
                 argument="edit",
                 value=one.edit,
             )
@@ -203,22 +203,22 @@ def _check(one: Active, model: nn.Module, n_layers: int) -> None:
     beyond = sorted(layer for layer in one.layers if not 0 <= layer < n_layers)
     if beyond or not one.layers:
         raise BadInput(
-            f"An edit was to be put on layers {beyond or 'of no number'}. The model has layers 0 to {n_layers - 1}. "
-            "Give numbers among them.",
+            f"Cannot edit layers {beyond or '(none)'}: the model has layers 0 to {n_layers - 1}. Pass numbers among "
+            "them.",
             argument="layers",
             value=beyond,
         )
     unknown = sorted(expert for expert in getattr(edit, "experts", None) or () if not 0 <= expert < count)
     if unknown:
         raise BadInput(
-            f"An edit was to be put on experts {unknown}. The model has experts 0 to {count - 1}. "
-            "Give numbers among them.",
+            f"Cannot edit experts {unknown}: the model has experts 0 to {count - 1}. Pass numbers among them.",
             argument="experts",
             value=unknown,
         )
     if isinstance(edit, TopK) and not 1 <= edit.k <= count:
         raise BadInput(
-            f"Every token was to choose {edit.k} experts. The model has {count} a layer. Give a number from 1 to that.",
+            f"Cannot route every token to {edit.k} experts: the model has {count} per layer. Pass a number from 1 to "
+            f"{count}.",
             argument="top_k",
             value=edit.k,
         )
@@ -250,15 +250,15 @@ def _check_choices(layer: int, edits: list[Active], count: int, k: int) -> None:
         gone, kept = max(banned_there, len(banned)), max(forced_there, len(forced))
         if count - gone < k:
             raise BadInput(
-                f"{gone} of {count} experts were to be forbidden in layer {layer}. {count - gone} would remain, and "
-                f"every token chooses {k}. Forbid fewer, or lower top_k first.",
+                f"Cannot forbid {gone} of {count} experts in layer {layer}: {count - gone} would remain, and every "
+                f"token chooses {k}. Forbid fewer, or lower top_k first.",
                 argument="forbid",
                 value=gone,
             )
         if kept > k:
             raise BadInput(
-                f"{kept} experts were to be forced in layer {layer}. Every token chooses {k}. Force fewer, or raise "
-                "top_k first.",
+                f"Cannot force {kept} experts in layer {layer}: every token chooses {k}. Force fewer, or raise top_k "
+                "first.",
                 argument="force",
                 value=kept,
             )

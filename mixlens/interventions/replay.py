@@ -32,7 +32,7 @@ class Replay:
         blocks = list(self.trace.blocks(*names))
         if not blocks:
             raise BadInput(
-                "A trace was to be replayed. It has no tokens. Give one that has.",
+                "Cannot replay a trace without tokens. Pass one that has tokens.",
                 argument="trace",
                 value=0,
             )
@@ -42,8 +42,8 @@ class Replay:
         whole = np.arange(n_tokens) - np.repeat(starts, np.diff(starts, append=n_tokens))
         if not np.array_equal(whole, columns["position"]):
             raise BadInput(
-                "A trace was to be replayed. Some of its sequences lack tokens (it was selected by phase, token or "
-                "position). Give the whole trace, and say which tokens are meant with where=.",
+                "Cannot replay the trace: some of its sequences lack tokens, because it was selected by phase, token "
+                "or position. Pass the whole trace, and select tokens with where=.",
                 argument="trace",
             )
         object.__setattr__(self, "tokens", n_tokens)
@@ -131,9 +131,9 @@ class _Matcher:
         ends = place >= self._length(nearest)
         recorded = "ends there" if ends else f"has token {self.token_id[self.starts[nearest] + place]}"
         return BadInput(
-            f"A recorded routing was to be replayed on row {row}. The row has token {ids[min(same, len(ids) - 1)]} at "
-            f"position {place}, where the nearest recorded sequence, {number}, {recorded}. Give the model the tokens "
-            "that were recorded.",
+            f"Cannot replay the routing on row {row}: it has token {ids[min(same, len(ids) - 1)]} at position "
+            f"{place}, where the nearest recorded sequence, {number}, {recorded}. Run the model on the tokens that "
+            "were recorded.",
             argument="row",
             value=(row, place),
         )
@@ -146,8 +146,8 @@ def possible_layers(trace: Trace, layers: Iterable[int] | None, n_layers: int) -
     beyond = sorted(set(trace.layers.tolist()) - set(range(n_layers))) if layers is None else []
     if missing or beyond:
         raise BadInput(
-            f"A recorded routing was to be replayed in layers {wanted}. The trace has layers {trace.layers.tolist()} "
-            f"and the model has {n_layers}. Give a trace of this model, or name the layers with layers=.",
+            f"Cannot replay the routing in layers {wanted}: the trace has layers {trace.layers.tolist()} and the "
+            f"model has {n_layers}. Pass a trace of this model, or name the layers with layers=.",
             argument="layers",
             value=missing or beyond,
         )
@@ -157,8 +157,8 @@ def check_experts(trace: Trace, n_experts: int, top_k: int) -> None:
     """Raises BadInput unless the trace chose as many experts, among as many."""
     if (trace.n_experts, trace.top_k) != (n_experts, top_k):
         raise BadInput(
-            f"A recorded routing was to be replayed. The trace has top-{trace.top_k} of {trace.n_experts} experts, the "
-            f"model top-{top_k} of {n_experts}. Give a trace of this model.",
+            f"Cannot replay the routing: the trace has top-{trace.top_k} of {trace.n_experts} experts, the model "
+            f"top-{top_k} of {n_experts}. Pass a trace of this model.",
             argument="trace",
             value=(trace.top_k, trace.n_experts),
         )

@@ -35,7 +35,7 @@ class Where:
                 object.__setattr__(self, name, _numbers(name, value))
         if self.phase is not None and self.phase not in PHASES:
             raise BadInput(
-                f"An edit was to apply where phase={self.phase!r}. Phases are prompt and generated. Give one of them.",
+                f"Cannot apply an edit where phase={self.phase!r}: phases are prompt and generated. Pass one of them.",
                 argument="phase",
                 value=self.phase,
             )
@@ -66,8 +66,8 @@ def _numbers(name: str, value: Any) -> tuple[int, ...]:
     found = whole_numbers(value)
     if not found or min(found) < 0:
         raise BadInput(
-            f"An edit was to apply where {name}={value!r}. It takes one whole number or several, counted from 0. "
-            f"Give some, or leave {name} out.",
+            f"Cannot apply an edit where {name}={value!r}: expected a whole number from 0, or several. Pass such "
+            f"numbers, or leave {name} out.",
             argument=name,
             value=value,
         )

@@ -1,4 +1,4 @@
-"""Script that puts a JavaScript module into a page, once, and lets it bring a view to life."""
+"""The script that loads a JavaScript module into a page once, and lets it turn a static form into a live view."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 _ASSETS = Path(__file__).parent / "assets"
 _MODULES = "window.mixlensModules"
-# The files that each kind of view needs beside core.js, in order.
+# The files that each kind of view needs besides core.js, in order.
 _FILES = {
     "tokens": ("routing.js", "text.js", "tokens.js"),
     "matrix": ("routing.js", "matrices.js"),
@@ -30,23 +30,30 @@ def asset(name: str) -> str:
 
 @cache
 def module_source(*kinds: str) -> str:
-    """Source of the ES module that has the views `kinds`: plain files, one after the other."""
+    """Return the source of the ES module with the views `kinds`: plain files, one after the other."""
     files = dict.fromkeys(name for kind in kinds for name in _FILES[kind])
     return f"const CSS={_string(asset('mixlens.css'))};\n" + "".join(asset(name) for name in ("core.js", *files))
 
 
 def module_script(*kinds: str) -> str:
-    """A JavaScript expression: the promise of the module, loaded from a blob the first time a page asks for it."""
+    """Return a JavaScript expression: the promise of the module, loaded from a blob once per page."""
     blob = f'new Blob([{_string(module_source(*kinds))}],{{type:"text/javascript"}})'
     return f"(({_MODULES}??={{}})[{_string(_version(*kinds))}]??=import(URL.createObjectURL({blob})))"
 
 
 def mount_script(kind: str, packed: str, *, load: bool) -> str:
-    """A script element that makes the nearest .mixlens before it the live view `kind`.
+    """Return a script element that turns the nearest .mixlens before it into the live view `kind`.
 
-    VS Code runs a copy of the script, at the end of the output, so that the view need not stand right before it.
+    VS Code runs a copy of the script at the end of the output, so the view need not be right before it.
 
-    load   whether the module comes along; False on a page that has the module of all kinds already
+    Parameters
+    ----------
+    kind : str
+        Kind of view.
+    packed : str
+        The data, from `payload.pack`.
+    load : bool
+        Whether to include the module; False on a page that already has the module of all kinds.
     """
     module = module_script(kind) if load else f"{_MODULES}[{_string(_version(*ALL))}]"
     return (
@@ -58,7 +65,7 @@ def mount_script(kind: str, packed: str, *, load: bool) -> str:
 
 
 def _string(text: str) -> str:
-    """`text` as a JavaScript string that ends no script element."""
+    """Return `text` as a JavaScript string that cannot end a script element."""
     return json.dumps(text).replace("<", "\\u003c")
 
 

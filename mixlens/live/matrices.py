@@ -16,13 +16,13 @@ from mixlens.plot import labels, matrices
 from mixlens.plot.checks import check, takes
 
 _PARTS = {"estimate": "estimate", "low": "ci_low", "high": "ci_high"}
-_DIGITS_UNTIL = 600  # cells; more of them are read off the line below the map
+_DIGITS_UNTIL = 600  # cells; larger maps show numbers only in the line below them
 _FIT_ROUNDS = 200
 
 
 @dataclass(frozen=True)
 class _Axis:
-    """A dimension that goes down or across: its name for linked views, and what is written beside it."""
+    """A dimension along the rows or columns: its name for linked views, and its label."""
 
     name: str
     label: str
@@ -30,11 +30,26 @@ class _Axis:
 
 @takes("stats.expert_share", "estimate")
 def share_heatmap(data: xr.Dataset) -> View:
-    """Share of every expert in every layer, one map a domain, all on one scale centred on uniform routing.
+    """Show the share of every expert in every layer: one map per domain, on one scale centred on uniform routing.
 
-    data   from stats.expert_share or domain_specialization  [domain, layer, expert], or without the domain
+    Parameters
+    ----------
+    data : xarray.Dataset
+        From `stats.expert_share` or `stats.domain_specialization`, [domain, layer, expert] or [layer, expert].
 
-    Raises BadInput where the data has other dimensions.
+    Returns
+    -------
+    View
+
+    Raises
+    ------
+    BadInput
+        If `data` is not such a Dataset, or has other dimensions.
+
+    Examples
+    --------
+    >>> ml.view.share_heatmap(ml.stats.expert_share(trace, by="domain"))
+    View: Expert share
     """
     group = _group(data, "share_heatmap", ("layer", "expert"))
     drawn = matrices.share_heatmap(data) if group is None else matrices.facet(matrices.share_heatmap, data, group)
@@ -43,15 +58,30 @@ def share_heatmap(data: xr.Dataset) -> View:
 
 @takes("stats.coactivation", "estimate")
 def coactivation(data: xr.Dataset) -> View:
-    """Experts chosen together, over what is expected if each kept its share but pairs formed by chance.
+    """Show how often experts are chosen together, relative to chance.
 
-    N_ij / (a_i a_j): expected counts are a product of one factor an expert, fitted so that every expert keeps its
-    own number of pairs and none pairs with itself (quasi-independence). 1 is chance; the interval is that of P(j | i)
-    over the same expectation.
+    The ratio is N_ij / (a_i a_j): expected counts are a product of one factor per expert, fitted so that every expert
+    keeps its own number of pairs and none pairs with itself (quasi-independence). 1 is chance. The interval is that of
+    P(j | i) over the same expectation.
 
-    data   from stats.coactivation  [layer, expert, expert_j], also by domain
+    Parameters
+    ----------
+    data : xarray.Dataset
+        From `stats.coactivation`, [layer, expert, expert_j], also by domain.
 
-    Raises BadInput where the data has other dimensions.
+    Returns
+    -------
+    View
+
+    Raises
+    ------
+    BadInput
+        If `data` is not such a Dataset, or has other dimensions.
+
+    Examples
+    --------
+    >>> ml.view.coactivation(ml.stats.coactivation(trace))
+    View: Co-activation
     """
     group = _group(data, "coactivation", ("layer", "expert", "expert_j"))
     middle = int(data["layer"][data.sizes["layer"] // 2])
@@ -66,11 +96,26 @@ def coactivation(data: xr.Dataset) -> View:
 
 
 def transitions(data: xr.Dataset | Sequence[xr.Dataset]) -> View:
-    """Where first choices go from one layer to a later one, with sliders for the layer and for the gap.
+    """Show where first choices go from one layer to a later one, with sliders for the layer and for the gap.
 
-    data   from stats.transitions  [layer, expert, expert_j], also by domain; or several of them, each of its own gap
+    Parameters
+    ----------
+    data : xarray.Dataset or sequence of xarray.Dataset
+        From `stats.transitions`, [layer, expert, expert_j], also by domain; or several of them with different gaps.
 
-    Raises BadInput where nothing was given or the data has other dimensions.
+    Returns
+    -------
+    View
+
+    Raises
+    ------
+    BadInput
+        If `data` is empty, holds anything else, or has other dimensions.
+
+    Examples
+    --------
+    >>> ml.view.transitions([ml.stats.transitions(trace, gap=gap) for gap in (1, 2)])
+    View: Transitions between layers
     """
     given = [data] if isinstance(data, xr.Dataset) or not isinstance(data, Sequence) else list(data)
     for one in given:
@@ -78,7 +123,8 @@ def transitions(data: xr.Dataset | Sequence[xr.Dataset]) -> View:
     given.sort(key=lambda d: int(d.attrs["gap"]))
     if not given:
         raise BadInput(
-            "Transitions were to be shown. None were given. Give stats.transitions(trace, gap=1), or a list.",
+            "Cannot show transitions: the list is empty. Pass ml.stats.transitions(trace, gap=1), or a list over "
+            "several gaps.",
             argument="data",
             value=0,
         )
@@ -98,14 +144,14 @@ def transitions(data: xr.Dataset | Sequence[xr.Dataset]) -> View:
 
 
 def _group(data: xr.Dataset, what: str, own: tuple[str, ...]) -> str | None:
-    """The one dimension beside `own`, if any."""
+    """Return the one dimension other than `own`, or None; raise BadInput if dimensions are missing or left over."""
     others = [str(d) for d in data["estimate"].dims if d not in own]
     missing = [d for d in own if d not in data["estimate"].dims]
     if missing or len(others) > 1:
         raise BadInput(
-            f"view.{what} was asked for. It shows {' x '.join(own)}, and one grouping; the data has "
-            f"{', '.join(map(str, data['estimate'].dims)) or 'no dimensions'}. Give what stats.{what} returns, with at "
-            "most one column in `by`.",
+            f"Cannot show view.{what}: it shows {' x '.join(own)} and one grouping, but the data has "
+            f"{', '.join(map(str, data['estimate'].dims)) or 'no dimensions'}. Pass a statistic "
+            "computed with at most one column in by=.",
             argument="data",
             value=list(data["estimate"].dims),
         )
@@ -156,9 +202,10 @@ def _centre(data: xr.Dataset) -> float:
 
 
 def _limit(data: xr.Dataset, centre: float, ratio: bool) -> float:
-    """Distance from the centre at the ends of the scale, in powers of two for a ratio; noise is not to look vivid.
+    """Return the distance from the centre at the ends of the scale, in powers of two for a ratio.
 
-    A ratio's scale ends at eight times or an eighth: pairs that hardly ever occur would take all of it.
+    The distance has a lower bound, so that noise does not look vivid. A ratio's scale ends at eight times or an eighth,
+    because pairs that hardly ever occur would take up all of it.
     """
     values = data["estimate"].to_numpy()
     values = values[np.isfinite(values) & ((values > 0) | (not ratio))]
@@ -174,14 +221,14 @@ def _note(data: xr.Dataset, digits: bool) -> str:
 
 
 def also(data: xr.Dataset) -> list[Any] | None:
-    """[factor, words] of a share's other denominator: of assignments, it is top-k times that of tokens."""
+    """Return [factor, unit] of a share's other denominator: a share of tokens is top-k times that of assignments."""
     k = data.attrs.get("top_k")
     whole = labels.statistic(data) == "expert_share" and data.attrs.get("slot") == "any"
     return [int(k), "of tokens"] if k and whole else None
 
 
 def _observed_over_expected(data: xr.Dataset) -> xr.Dataset:
-    """P(j | i) over what it would be if pairs formed by chance among experts with these counts."""
+    """Divide P(j | i) by its value if pairs formed by chance among experts with these counts."""
     dims = ("expert", "expert_j")
     observed = (data["estimate"].fillna(0) * data["n"].fillna(0)).transpose(..., *dims)
     counts = observed.to_numpy()

@@ -1,16 +1,16 @@
-"""A page of its own: it loads nothing, its tables sort and its views are live."""
+"""A self-contained page: it loads nothing, its tables sort and its views are live."""
 
 from __future__ import annotations
 
 from mixlens.live.bundle import ALL, asset, module_script
 from mixlens.plot.html import escape
 
-# No request of any kind can leave the page: scripts and styles are its own, pictures are data.
+# The page can make no request: scripts and styles are inline, pictures are data.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline' blob:; img-src data:"
 
 
 def page(title: str, body: str) -> str:
-    """A whole page that loads nothing: style sheet and module inside, tables sortable, views live."""
+    """Return a self-contained page with style sheet and module, sortable tables and live views."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'

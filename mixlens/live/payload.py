@@ -1,4 +1,4 @@
-"""What a page's live views read: JSON and binary arrays in one gzip stream, as text.
+"""The data of live views: JSON and binary arrays in one gzip stream, encoded as text.
 
 Layout, before compression: length of the JSON (uint32, little endian), the JSON, then each array aligned to 8 bytes.
 The JSON has {"arrays": {name: [dtype, shape, offset]}, ...}; offsets count from the first array.
@@ -16,14 +16,14 @@ import numpy as np
 
 from mixlens.trace.trace import Trace
 
-# Base 85 is 6 % shorter than base 64. Its usual digits hold five that HTML or JavaScript give a meaning to.
+# Base 85 is 6 % shorter than base 64. Five of its usual digits are special in HTML or JavaScript.
 _DIGITS = str.maketrans("<>&$`", ",./:[")
 _WEIGHT_LEVELS, ENTROPY_LEVELS, LOGPROB_STEPS, NO_LOGPROB = 63, 31, 1000, 65535
-_MOST_PAIRED = 16  # experts whose pairs have room in one byte
+_MOST_PAIRED = 16  # experts whose pairs fit into one byte
 
 
 def pack(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
-    """`header` and `arrays` as base-85 text, which holds no character that HTML or a JSON string gives a meaning to."""
+    """Encode `header` and `arrays` as base-85 text, without characters that are special in HTML or a JSON string."""
     places, body = {}, bytearray()
     for name, array in arrays.items():
         body.extend(bytes(-len(body) % 8))
@@ -36,18 +36,18 @@ def pack(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
 
 
 def token_arrays(trace: Trace, sequences: list[int]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """What the views of tokens need of some sequences, in ascending order: a header, and planes by layer.
+    """Return what the token views need of some sequences, in ascending order: a header, and arrays by layer.
 
-    header["starts"] has the first token of every sequence, and the number of tokens; one without tokens starts where
-    the next one does.
+    header["starts"] has the first token of every sequence, followed by the number of tokens; a sequence without tokens
+    starts where the next one does.
 
     pair     uint8 [layer, token], first choice * experts + second, for two of up to 16 experts; else
     expert   uint8 [slot, layer, token]
-    weight   uint8 [slot, layer, token] in steps of header["weight_step"]; where weights sum to one the first slot,
-             which is one less the others, is left out
+    weight   uint8 [slot, layer, token] in steps of header["weight_step"]; if weights sum to one, the first slot is left
+             out, being one minus the others
     entropy  uint8 [layer, token], 31 = log2(experts)
     surprise uint16 [token], -log p in thousandths of a nat; 65535 for the first token of a sequence
-    step     int32 [token], position less that of the token before
+    step     int32 [token], position minus that of the previous token
     piece    int32 [token], index into the header's "pieces"
     """
     part = trace.select(where=trace.sequences.index.to_series().isin(sequences))
@@ -78,16 +78,16 @@ def token_arrays(trace: Trace, sequences: list[int]) -> tuple[dict[str, Any], di
 
 
 def choice_arrays(ids: np.ndarray, n_experts: int) -> dict[str, np.ndarray]:
-    """Expert ids [token, layer, slot] as `pair`, or as `expert` where a pair has no room in a byte."""
+    """Return expert ids [token, layer, slot] as `pair`, or as `expert` if a pair does not fit into a byte."""
     if ids.shape[2] == 2 and n_experts <= _MOST_PAIRED:
         return {"pair": (ids[..., 0].astype(np.uint8) * n_experts + ids[..., 1]).astype(np.uint8).T}
     return {"expert": ids.astype(np.uint8).transpose(2, 1, 0)}
 
 
 def weight_plane(weight: np.ndarray) -> tuple[float, np.ndarray]:
-    """Step, and weights [token, layer, slot] in steps; without the first slot where they sum to one.
+    """Return the step, and weights [token, layer, slot] in steps, without the first slot if weights sum to one.
 
-    A second choice of two has at most half the weight, so that 63 steps are right to 0.004.
+    The second of two choices has at most half the weight, so 63 steps are accurate to 0.004.
     """
     summed = bool(len(weight)) and bool(np.abs(weight.sum(-1) - 1).max() < 2e-3)
     kept, levels = (weight[..., 1:], _WEIGHT_LEVELS) if summed else (weight, 255)
@@ -96,7 +96,7 @@ def weight_plane(weight: np.ndarray) -> tuple[float, np.ndarray]:
 
 
 def signed_plane(values: np.ndarray) -> tuple[float, np.ndarray]:
-    """Step, and numbers [token, layer, slot] in steps as int8 [slot, layer, token]; -128 for NaN.
+    """Return the step, and numbers [token, layer, slot] in steps as int8 [slot, layer, token]; -128 for NaN.
 
     The scale ends at the 99.9th percentile of the magnitudes, so that a few outliers do not flatten the rest.
     """
@@ -107,13 +107,13 @@ def signed_plane(values: np.ndarray) -> tuple[float, np.ndarray]:
 
 
 def pieces_index(shown: list[str]) -> tuple[np.ndarray, list[str]]:
-    """Index of each text among the distinct texts, and these."""
+    """Return the index of each text among the distinct texts, and the distinct texts."""
     index = {piece: i for i, piece in enumerate(dict.fromkeys(shown))}
     return np.array([index[piece] for piece in shown], np.int32), list(index)
 
 
 def _pieces(part: Trace, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Token ids, index of each token's text, and the distinct texts; byte tokens read within their own sequence."""
+    """Return token ids, text indices and distinct texts; byte tokens are decoded within their own sequence."""
     token_id = part.read("token_id")
     shown: list[str] = []
     for ids in np.split(token_id, starts[1:]):
@@ -122,7 +122,7 @@ def _pieces(part: Trace, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray, li
 
 
 def _entropy_bytes(logits: np.ndarray) -> np.ndarray:
-    """Entropy of softmax(logits [token, layer, expert]) as uint8 [token, layer], 31 = log2(experts)."""
+    """Return the entropy of softmax(logits [token, layer, expert]) as uint8 [token, layer], 31 = log2(experts)."""
     shifted = logits - logits.max(-1, keepdims=True)
     probability = np.exp(shifted)
     total = probability.sum(-1)

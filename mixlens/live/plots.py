@@ -1,4 +1,4 @@
-"""Live plots: shares with intervals, latency curves, and points with a frontier."""
+"""Live plots: shares with intervals, and schemes with their frontier."""
 
 from __future__ import annotations
 
@@ -20,17 +20,33 @@ from mixlens.stats.pareto import _SMALLER_IS_BETTER, Pareto
 
 @takes("stats.expert_share", "estimate", "layer", "expert")
 def expert_share(data: xr.Dataset) -> View:
-    """Share of every expert at a layer as dots with intervals; one domain is chosen, the others stay as faint dots.
+    """Show expert shares at a layer as dots with intervals; one domain is selected, the others are faint.
 
-    data   from stats.expert_share  [layer, expert], also by domain
+    Parameters
+    ----------
+    data : xarray.Dataset
+        From `stats.expert_share`, [layer, expert], also by domain.
 
-    Raises BadInput where the data has other dimensions.
+    Returns
+    -------
+    View
+
+    Raises
+    ------
+    BadInput
+        If `data` is not such a Dataset, or has other dimensions.
+
+    Examples
+    --------
+    >>> ml.view.expert_share(ml.stats.expert_share(trace, by="domain"))
+    View: Expert share
     """
     groups = [str(d) for d in data["estimate"].dims if d not in ("layer", "expert")]
     if len(groups) > 1 or "layer" not in data["estimate"].dims or "expert" not in data["estimate"].dims:
         raise BadInput(
-            "view.expert_share was asked for. It shows layer x expert, and one grouping; the data has "
-            f"{', '.join(map(str, data['estimate'].dims)) or 'no dimensions'}. Give what stats.expert_share returns.",
+            "Cannot show view.expert_share: it shows layer x expert and one grouping, but the data has "
+            f"{', '.join(map(str, data['estimate'].dims)) or 'no dimensions'}. Pass what "
+            "ml.stats.expert_share returns.",
             argument="data",
             value=list(data["estimate"].dims),
         )
@@ -63,12 +79,28 @@ def expert_share(data: xr.Dataset) -> View:
 
 @takes_run("pareto", "of", "front")
 def pareto(data: Pareto, *, x: str = "bytes", y: str = "kl") -> View:
-    """Schemes of one model in two of the measured quantities, with the frontier of those that none beats in both.
+    """Show the schemes of one model in two measured quantities, with the frontier of those that none beats in both.
 
-    data   from mixlens.pareto
-    x, y   the quantities shown first; every other one can be chosen
+    Parameters
+    ----------
+    data : Pareto
+        From `experiments.measure_pareto`.
+    x, y : str, optional
+        Quantities to show first; the reader can choose any other.
 
-    Raises BadInput for a quantity that was not measured.
+    Returns
+    -------
+    View
+
+    Raises
+    ------
+    BadInput
+        If `data` is no such run, or a quantity was not measured.
+
+    Examples
+    --------
+    >>> ml.view.pareto(ml.open("runs/schemes"))  # doctest: +SKIP
+    View: KL divergence against weights
     """
     drawn = comparison.pareto(data, x=x, y=y)
     labels, quantities = data.schemes, list(data.table["quantity"].unique())

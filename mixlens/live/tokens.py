@@ -1,4 +1,4 @@
-"""Views of tokens: the text with its experts."""
+"""The live view of tokens: the text with its experts."""
 
 from __future__ import annotations
 
@@ -25,17 +25,36 @@ def tokens(
     layer: int | None = None,
     contributions: xr.Dataset | None = None,
 ) -> View:
-    """The text of one or several sequences, each token underlined by its experts, with a layer slider and a readout.
+    """Show the text of sequences, each token underlined by its experts, with a layer slider and a readout.
 
-    sequence        sequence number or numbers (trace.sequences.index); the first one when not given
-    layer           layer number to start at; the middle one when not given
-    contributions   from measure_contributions over the same documents: the text can then be coloured by the size of
-                    the experts' outputs, and by what they add to the logit of the next token
+    Displayed values are rounded: weights are accurate to 0.004, entropies to 1.7 % of log2(experts), log-probabilities
+    to 0.0005, contributions to 0.4 % of the scale's end.
 
-    What is shown is rounded: weights are right to 0.004, entropies to 1.7 % of log2(experts), log-probabilities to
-    0.0005, contributions to 0.4 % of the scale's end.
+    Parameters
+    ----------
+    trace : Trace
+        Needs ``expert_id``; further signals appear in the readout.
+    sequence : int or sequence of int, optional
+        Sequence number or numbers from ``trace.sequences.index``. By default the first sequence.
+    layer : int, optional
+        Layer number to start at. By default the middle layer.
+    contributions : xarray.Dataset, optional
+        From `experiments.measure_contributions` over the same documents. The text can then be coloured by the size of
+        the experts' outputs, and by what they add to the logit of the next token.
 
-    Raises BadInput for a sequence or layer that is not there, and for contributions of other tokens.
+    Returns
+    -------
+    View
+
+    Raises
+    ------
+    BadInput
+        If the trace does not have a sequence or the layer, or the contributions are of other tokens.
+
+    Examples
+    --------
+    >>> ml.view.tokens(trace, [0, 1], layer=3)
+    View: Routing of sequence 0, wikipedia (document wikipedia-1) and 1 more
     """
     wanted = list(sequence) if isinstance(sequence, Sequence | np.ndarray) else [sequence]
     numbers = sorted({text.sequence_number(trace, n) for n in wanted or [None]})
@@ -46,7 +65,7 @@ def tokens(
 
 
 def packed_tokens(trace: Trace, numbers: list[int], layer: int, contributions: xr.Dataset | None = None) -> str:
-    """The data of the live token view of sequences `numbers`, without its static form."""
+    """Return the data of the live token view of sequences `numbers`, without its static form."""
     header, arrays = token_arrays(trace, numbers)
     if contributions is not None:
         header["steps"] = {}
@@ -62,7 +81,7 @@ def packed_tokens(trace: Trace, numbers: list[int], layer: int, contributions: x
 
 
 def label(trace: Trace, number: int) -> str:
-    """How a sequence is called: its number, its domain where it has one, and its document."""
+    """Name a sequence by its number, its domain if it has one, and its document."""
     row = trace.sequences.loc[number]
     domain = f", {row['domain']}" if "domain" in row else ""
     return f"sequence {number}{domain} (document {row['document_id']})"
@@ -73,7 +92,7 @@ def domain(trace: Trace, number: int) -> str | None:
 
 
 def _matched(trace: Trace, numbers: list[int], data: xr.Dataset) -> dict[str, np.ndarray]:
-    """logit and norm [token, layer, slot] of the trace's tokens, found by sequence and position."""
+    """Return logit and norm [token, layer, slot] of the trace's tokens, matched by sequence and position."""
     part = trace.select(where=trace.sequences.index.to_series().isin(numbers))
     known = {
         key: i for i, key in enumerate(zip(data.sequence.values.tolist(), data.position.values.tolist(), strict=True))
@@ -84,10 +103,10 @@ def _matched(trace: Trace, numbers: list[int], data: xr.Dataset) -> dict[str, np
     same = (rows >= 0).all() and np.array_equal(data.expert_id.to_numpy()[rows], part.read("expert_id"))
     if not same:
         missing = int((rows < 0).sum())
-        found = f"{missing:,} of {len(rows):,} tokens are not in them" if missing else "their expert ids are others"
+        found = f"they lack {missing:,} of {len(rows):,} tokens" if missing else "their expert ids differ"
         raise BadInput(
-            f"Contributions were to be shown along sequence {numbers[0]}. They are of other tokens: {found}. "
-            "Give measure_contributions the documents and settings that the trace was recorded with.",
+            f"Cannot show contributions along sequence {numbers[0]}: {found}. Call measure_contributions with the "
+            "documents and settings of the recording.",
             argument="contributions",
             value=(missing, len(rows)) if missing else "expert_id",
         )
@@ -95,7 +114,7 @@ def _matched(trace: Trace, numbers: list[int], data: xr.Dataset) -> dict[str, np
 
 
 def _static(trace: Trace, number: int, layer: int) -> str:
-    """Picture, caption and table of the first tokens."""
+    """Return picture, caption and table of the first tokens."""
     drawn = text.text(trace, sequence=number, layer=layer)
     one = trace.select(where=trace.sequences.index.to_series() == number, layers=[layer])
     ids = one.read("expert_id")[:, 0]
@@ -110,7 +129,7 @@ def _static(trace: Trace, number: int, layer: int) -> str:
 
 
 def first_tokens(one: Trace, ids: np.ndarray) -> dict[str, Any]:
-    """Columns of a table of the first tokens, of a trace with one layer and its expert ids [token, slot]."""
+    """Return the columns of a table of the first tokens; `one` has one layer, and `ids` is [token, slot]."""
     columns = {"position": [str(p) for p in one.read("position")[:_ROWS]]}
     if "token_id" in one.signals:
         columns["token"] = [_short(piece) for piece in one.pieces(one.read("token_id")[:_ROWS])]

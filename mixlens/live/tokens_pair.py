@@ -1,4 +1,4 @@
-"""Live views that put runs side by side: two recordings of the same tokens, an evaluation and its routing."""
+"""Live views of two recordings of the same tokens side by side, and of a strip of tokens across all layers."""
 
 from __future__ import annotations
 
@@ -20,20 +20,40 @@ _MOST_STRIP = 40
 
 
 def strip(trace: Trace, sequence: int | None = None, *, start: int = 0, count: int = _MOST_STRIP) -> View:
-    """Up to 40 tokens of a sequence across and layers down, each cell the expert that was chosen first.
+    """Show up to 40 tokens of a sequence across and layers down, each cell with the expert of the first choice.
 
-    sequence   sequence number; the first one when not given
-    start      position of the first token; `count` follow
+    Parameters
+    ----------
+    trace : Trace
+        Needs ``expert_id``.
+    sequence : int, optional
+        Sequence number. By default the first sequence.
+    start : int, optional
+        Position of the first token.
+    count : int, optional
+        Number of tokens, at most 40.
 
-    Raises BadInput for a sequence that is not there, or no token in the range.
+    Returns
+    -------
+    View
+
+    Raises
+    ------
+    BadInput
+        If the trace does not have the sequence, or the range has no token.
+
+    Examples
+    --------
+    >>> ml.view.strip(trace, 0, start=8, count=16)
+    View: Strip of sequence 0, wikipedia (document wikipedia-1)
     """
     number = text.sequence_number(trace, sequence)
     stop = start + min(count, _MOST_STRIP)
     part = trace.select(where=trace.sequences.index.to_series() == number, positions=(start, stop))
     if not part.n_tokens:
         raise BadInput(
-            f"A strip of sequence {number} from position {start} was to be shown. The sequence has "
-            f"{trace.sequences['length'].loc[number]} tokens. Give a smaller start.",
+            f"Cannot show a strip of sequence {number} from position {start}: the sequence has "
+            f"{trace.sequences['length'].loc[number]} tokens. Pass a smaller start=.",
             argument="start",
             value=start,
         )
@@ -58,15 +78,35 @@ def diff(
     layer: int | None = None,
     names: tuple[str, str] = ("first run", "second run"),
 ) -> View:
-    """Two recordings of the same tokens side by side, under one cursor, with what changed outlined.
+    """Show two recordings of the same tokens side by side, under one cursor, with differences outlined.
 
-    sequence   sequence number or numbers; the first one when not given
-    layer      layer number to start at; the middle one when not given
-    names      what the runs are called, without a slash
+    Entropies are left out, so that two runs of 10,000 tokens in 32 layers fit into 1 MB.
 
-    Entropies are not in it: two runs of 10,000 tokens in 32 layers are to fit into 1 MB.
+    Parameters
+    ----------
+    a, b : Trace
+        Recordings of the same tokens, with the same layers and experts.
+    sequence : int or sequence of int, optional
+        Sequence number or numbers. By default the first sequence.
+    layer : int, optional
+        Layer number to start at. By default the middle layer.
+    names : tuple of str, optional
+        Names of the two runs, which differ and contain no slash.
 
-    Raises BadInput where the runs are not of the same tokens, layers and experts.
+    Returns
+    -------
+    View
+
+    Raises
+    ------
+    BadInput
+        If the runs are not of the same tokens, layers and experts, do not have a sequence or the layer, or `names` are
+        equal or contain a slash.
+
+    Examples
+    --------
+    >>> ml.view.diff(trace, trace, names=("before", "after"))
+    View: before and after
     """
     given = agreement(a, b)
     wanted = list(sequence) if isinstance(sequence, Sequence | np.ndarray) else [sequence]
@@ -74,7 +114,7 @@ def diff(
     number = text.layer_number(a, layer)
     if names[0] == names[1] or any("/" in name for name in names):
         raise BadInput(
-            f"Two runs were to be called {names}. Names differ and have no slash. Give two others.",
+            f"Cannot name two runs {names}: names must differ and contain no slash. Pass two others as names=.",
             argument="names",
             value=names,
         )
@@ -97,7 +137,10 @@ def diff(
 def _two_runs(
     names: tuple[str, str], a: tuple[dict[str, Any], dict[str, Any]], b: tuple[dict[str, Any], dict[str, Any]]
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Header, and arrays "name/array", of two runs; of what both have, the second's is its difference: it is small."""
+    """Return the header, and arrays "name/array", of two runs.
+
+    Arrays that both runs have are stored as differences for the second run, because these compress well.
+    """
     own = {key: value for key, value in b[0].items() if value != a[0].get(key)}
     first = a[1]
     second = {

@@ -27,12 +27,24 @@ _PICTURE_COLOURS = 64  # of the static picture; a palette is a third of the size
 
 @dataclass(frozen=True)
 class View:
-    """A live view with its static form.
+    """A live view with its static form, as returned by the functions of `ml.view`.
 
-    title   what the page of its own is called
-    kind    name of the view in the JavaScript module
-    static  HTML that stands where scripts may not run: picture with alt text, caption and table
-    packed  the data, from `packing.pack`
+    Parameters
+    ----------
+    title : str
+        Title of the page that `to_html` makes.
+    kind : str
+        Name of the view in the JavaScript module.
+    static : str
+        HTML to show where scripts may not run: picture with alt text, caption and table.
+    packed : str
+        The data, from ``mixlens.live.payload.pack``.
+
+    Examples
+    --------
+    >>> view = ml.view.share_heatmap(ml.stats.expert_share(trace))
+    >>> view.title
+    'Expert share'
     """
 
     title: str
@@ -47,25 +59,78 @@ class View:
         return self.fragment(load=True)
 
     def fragment(self, *, load: bool) -> str:
-        """The view as a piece of HTML; `load` says whether the JavaScript module comes along."""
+        """Return the view as a piece of HTML.
+
+        Parameters
+        ----------
+        load : bool
+            Whether to include the JavaScript module.
+
+        Returns
+        -------
+        str
+
+        Examples
+        --------
+        >>> view = ml.view.share_heatmap(ml.stats.expert_share(trace))
+        >>> view.fragment(load=True).startswith('<div class="mixlens">')
+        True
+        """
         return f'<div class="mixlens">{self.static}</div>{mount_script(self.kind, self.packed, load=load)}'
 
     def to_html(self) -> str:
-        """The view as a page of its own, which needs nothing else."""
+        """Return the view as a self-contained page.
+
+        Returns
+        -------
+        str
+
+        Examples
+        --------
+        >>> view = ml.view.share_heatmap(ml.stats.expert_share(trace))
+        >>> view.to_html().startswith("<!doctype html>")
+        True
+        """
         return page(self.title, f"<main>{self.fragment(load=False)}</main>")
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write `to_html()`."""
+        """Write the view as a self-contained page.
+
+        Parameters
+        ----------
+        path : str or path-like
+            Path of the file, which is overwritten.
+
+        Returns
+        -------
+        pathlib.Path
+
+        Examples
+        --------
+        >>> view = ml.view.share_heatmap(ml.stats.expert_share(trace))
+        >>> view.save(tmp / "share.html").name
+        'share.html'
+        """
         Path(path).write_text(self.to_html(), "utf-8")
         return Path(path)
 
     def widget(self) -> Any:
-        """The view as an anywidget, for callbacks in Python.
+        """Return the view as an anywidget, for callbacks in Python.
 
-        Its trait `selection` is {"layer": ..., "expert": ..., "domain": ...}, what was last chosen in any view of the
-        page: `widget.observe(f, "selection")`. Setting `widget.asked = {"layer": 3}` moves the views.
-        A widget is gone with its kernel, unless the notebook saves widget states; the picture below it, folded up,
-        stays. What is to last is the view itself.
+        Its trait `selection` is {"layer": ..., "expert": ..., "domain": ...}, the last choice in any view of the page;
+        observe it with ``widget.observe(f, "selection")``. Setting ``widget.asked = {"layer": 3}`` moves the views.
+
+        A widget disappears with its kernel, unless the notebook saves widget states; the folded picture below it
+        remains. For lasting output, display the view itself.
+
+        Returns
+        -------
+        anywidget.AnyWidget
+
+        Examples
+        --------
+        >>> widget = ml.view.share_heatmap(ml.stats.expert_share(trace)).widget()
+        >>> widget.asked = {"layer": 3}
         """
         from mixlens.live.widget import ViewWidget
 
@@ -75,7 +140,7 @@ class View:
 
 
 def static_form(drawn: Axes | Figure, caption: str, table: str, *, dpi: int = 110) -> str:
-    """Picture, caption and table with inline styles only, which a sanitiser leaves."""
+    """Return picture, caption and table with inline styles only, which HTML sanitisers keep."""
     text = html.escape(caption)
     return (
         f'<figure style="margin:0"><img alt="{text}" style="max-width:100%;background:#fff" '
@@ -84,7 +149,7 @@ def static_form(drawn: Axes | Figure, caption: str, table: str, *, dpi: int = 11
 
 
 def static_table(columns: Mapping[str, Sequence[str]], caption: str) -> str:
-    """Columns of text as a table that a sanitiser leaves."""
+    """Return columns of text as a table that HTML sanitisers keep."""
     head = "".join(f'<th style="{_CELL}">{html.escape(name)}</th>' for name in columns)
     body = "".join(
         "<tr>" + "".join(f'<td style="{_CELL}">{html.escape(cell)}</td>' for cell in row) + "</tr>"
@@ -108,7 +173,7 @@ def _small_png(drawn: Axes | Figure, dpi: int) -> str:
 
 
 def extremes(data: xr.Dataset, centre: float, rows: int = 8) -> str:
-    """Table of the numbers furthest from `centre`, with interval and n, for a reader without scripts."""
+    """Return a table of the numbers furthest from `centre`, with interval and n, for readers without scripts."""
     frame = data[["estimate", "ci_low", "ci_high"]].assign(n=xr.zeros_like(data["estimate"]) + data["n"])
     dims = [str(d) for d in data["estimate"].dims]
     table = frame.to_dataframe(dim_order=dims)[["estimate", "ci_low", "ci_high", "n"]].dropna(subset="estimate")

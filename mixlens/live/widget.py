@@ -1,4 +1,4 @@
-"""The anywidget form of a view: the same module, with what is selected as a trait."""
+"""The anywidget form of a view: the same module, with the selection as a trait."""
 
 from __future__ import annotations
 
@@ -12,9 +12,15 @@ from mixlens.live.bundle import module_source
 
 
 class ViewWidget(anywidget.AnyWidget):
-    """A live view whose `selection` Python can observe; `asked` moves it.
+    """A live view whose `selection` can be observed from Python; setting `asked` moves it.
 
-    static   HTML that a notebook keeps beside the widget, in an output of its own: a widget is gone with its kernel
+    Parameters
+    ----------
+    kind, packed : str
+        As in `View`.
+    static : str, optional
+        HTML that a notebook shows below the widget, in an output of its own, because a widget disappears with its
+        kernel.
     """
 
     kind = traitlets.Unicode().tag(sync=True)

@@ -63,8 +63,9 @@ def moe_layers(model: nn.Module) -> list[MoeLayer]:
     ]
     if layers is None or not found or len(found) != len(layers):
         raise ModelError(
-            f"Expert routing was asked of a {type(model).__name__}. It has {len(found)} mixture-of-experts layers of "
-            f"{len(layers) if layers is not None else 0}. Give a Mixtral model, such as mistralai/Mixtral-8x7B-v0.1.",
+            f"Cannot find the experts of a {type(model).__name__}: {len(found)} of its "
+            f"{len(layers) if layers is not None else 0} layers are mixture-of-experts layers. Pass a Mixtral model, "
+            "such as mistralai/Mixtral-8x7B-v0.1.",
             argument="model",
             value=type(model).__name__,
         )
@@ -99,8 +100,8 @@ def expert_weights(layer: MoeLayer) -> tuple[torch.Tensor, torch.Tensor, torch.T
     fused, down = (getattr(layer.experts, name, None) for name in ("gate_up_proj", "down_proj"))
     if not isinstance(fused, torch.Tensor) or not isinstance(down, torch.Tensor) or fused.is_meta or down.is_meta:
         raise ModelError(
-            f"The expert weights of layer {layer.index} were to be read. They are offloaded, or not held in a layout "
-            'that mixlens knows. Load the model whole with ml.load(..., device_map="cpu").',
+            f"Cannot read the expert weights of layer {layer.index}: they are offloaded, or in a layout that mixlens "
+            'does not know. Load the whole model with ml.load(..., device_map="cpu").',
             argument="layer",
             value=layer.index,
         )
@@ -125,8 +126,8 @@ def expert_down(experts: Any, expert: int, neurons: torch.Tensor) -> torch.Tenso
         return experts[expert].w2(neurons)
     if experts.down_proj.is_meta:
         raise ModelError(
-            f"Neurons of expert {expert} were to be put through its w2. The weights are offloaded, and come only for "
-            'the forward of all experts. Load the model whole, as by ml.load(..., device_map="cpu").',
+            f"Cannot compute the output of expert {expert} from its neurons: the weights are offloaded, and only the "
+            'forward of all experts fetches them. Load the whole model, as by ml.load(..., device_map="cpu").',
             argument="expert",
             value=expert,
         )
@@ -161,17 +162,17 @@ def check_config(config: Any, name: str) -> None:
     """Raise ModelError unless `config` is that of a Mixtral as mixlens knows it."""
     if getattr(config, "num_local_experts", 0) < 2 or config.model_type != "mixtral":
         raise ModelError(
-            f"{name} was to be loaded. It is a {config.model_type} model"
-            f"{'' if getattr(config, 'num_local_experts', 0) >= 2 else ', not a mixture of experts'}. "
-            "Give a Mixtral model, such as mistralai/Mixtral-8x7B-v0.1.",
+            f"Cannot load {name}: it is a {config.model_type} "
+            f"model{'' if getattr(config, 'num_local_experts', 0) >= 2 else ', not a mixture of experts'}. Pass a "
+            "Mixtral model, such as mistralai/Mixtral-8x7B-v0.1.",
             argument="model_type",
             value=config.model_type,
         )
     if getattr(config, "sliding_window", None) is not None:
         raise ModelError(
-            f"{name} was to be loaded. Its config has sliding_window={config.sliding_window}; no Mixtral has a sliding "
-            "window, and attention would silently see less. Set sliding_window to null in config.json if the weights "
-            "are Mixtral's, else use the library the model was made with.",
+            f"Cannot load {name}: its config has sliding_window={config.sliding_window}, and Mixtral has no sliding "
+            "window; attention would silently see less. Set sliding_window to null in config.json if the weights are "
+            "Mixtral's; otherwise use the library that the model was made with.",
             argument="sliding_window",
             value=config.sliding_window,
         )
@@ -195,8 +196,8 @@ def config_of(model: nn.Module) -> Any:
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "num_local_experts"):
         raise ModelError(
-            f"A mixture of experts was expected. Got a {type(model).__name__} whose config names no experts. "
-            "Give a Mixtral model, such as mistralai/Mixtral-8x7B-v0.1.",
+            f"Expected a mixture of experts, got a {type(model).__name__} whose config names no experts. Pass a "
+            "Mixtral model, such as mistralai/Mixtral-8x7B-v0.1.",
             argument="model",
             value=type(model).__name__,
         )

@@ -68,8 +68,8 @@ def load(
     """
     if not isinstance(model, str | os.PathLike):
         raise BadInput(
-            f"A {type(model).__name__} was to be loaded. Models are loaded by name. Give a name on the Hub, a folder, "
-            f'or "{DEMO}".',
+            f"Cannot load a {type(model).__name__}: models are loaded by name. Pass a name on the Hub, a folder, or "
+            f'"{DEMO}".',
             argument="model",
             value=type(model).__name__,
         )
@@ -88,8 +88,8 @@ def load(
     else:
         if experts not in (None, "eager"):
             raise BadInput(
-                f"A quantized model was to be loaded with experts={experts!r}. Its experts are Linears of their own, "
-                "which only eager computes with. Leave experts out.",
+                f"Cannot load a quantized model with experts={experts!r}: its experts are separate Linears, and only "
+                "eager computes with them. Leave experts out.",
                 argument="experts",
                 value=experts,
             )
@@ -135,9 +135,8 @@ def _load_plain(source: _Source, device_map: str | Mapping[str, Any] | None, dty
         weakref.finalize(loaded, shutil.rmtree, temporary, ignore_errors=True)
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
-            f"{source.asked} was to be loaded. Its checkpoint lacks {len(missing)} weights "
-            f"({', '.join(missing[:3])} ...); transformers would leave them random. Complete the checkpoint, or "
-            "download it again.",
+            f"Cannot load {source.asked}: its checkpoint lacks {len(missing)} weights ({', '.join(missing[:3])} ...), "
+            "which transformers would leave random. Complete the checkpoint, or download it again.",
             argument="weights",
             value=sorted(missing),
         )
@@ -154,8 +153,8 @@ def _load_quantized(
     held = _method(source.config)
     if held is not None and quantization not in (None, held):
         raise ModelError(
-            f"{source.asked} was to be loaded with quantization={quantization!r}. It is quantized already, by {held}. "
-            "Leave quantization out, or give the checkpoint that it was made from.",
+            f"Cannot load {source.asked} with quantization={quantization!r}: it is already quantized, by {held}. "
+            "Leave quantization out, or pass the checkpoint that it was made from.",
             argument="quantization",
             value=quantization,
         )
@@ -178,8 +177,8 @@ def _find(source: _Source) -> Checkpoint:
         return Checkpoint.find(source.name, source.revision)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
-            f"{source.asked} was to be loaded. Its model.safetensors.index.json is broken: {_first_line(error)}. "
-            "Restore the file from the original repository.",
+            f"Cannot load {source.asked}: its model.safetensors.index.json is broken: {_first_line(error)}. Restore "
+            "the file from the original repository.",
             argument="model.safetensors.index.json",
             value=source.asked,
         ) from error
@@ -211,7 +210,7 @@ def _commit(name: str, revision: str | None) -> str | None:
 def _hub_error(name: str, error: Exception) -> ModelError:
     found, do = fault_of(error) or (_first_line(error), "Check the name and the network, or give a local folder.")
     return ModelError(
-        f"{name} was to be loaded. It is no folder here, and the Hub did not give it: {found}. {do}",
+        f"Cannot load {name}: it is not a folder here, and the Hub did not provide it: {found}. {do}",
         argument="model",
         value=name,
     )
@@ -220,7 +219,7 @@ def _hub_error(name: str, error: Exception) -> ModelError:
 def _read_config(name: str, commit: str | None) -> Any:
     if commit is None and not (Path(name) / "config.json").exists():
         raise ModelError(
-            f"{name} was to be loaded. The folder has no config.json. Give the folder that holds config.json and the "
+            f"Cannot load {name}: the folder has no config.json. Pass the folder that holds config.json and the "
             "safetensors files.",
             argument="config.json",
             value=name,
@@ -230,16 +229,16 @@ def _read_config(name: str, commit: str | None) -> Any:
     except (OSError, ValueError, KeyError) as error:
         if "custom code" in str(error):
             raise ModelError(
-                f"{name} was to be loaded. It needs code of its own to be run, which mixlens never does. Give a "
-                "checkpoint of transformers' own Mixtral (model_type mixtral, no auto_map).",
+                f"Cannot load {name}: it needs to run code of its own, which mixlens never does. Pass a checkpoint of "
+                "transformers' own Mixtral (model_type mixtral, no auto_map).",
                 argument="trust_remote_code",
                 value=name,
             ) from error
         if commit is not None and fault_of(error) is not None:
             raise _hub_error(name, error) from error
         raise ModelError(
-            f"{name} was to be loaded. Its config.json cannot be read: {_first_line(error)}. "
-            "Restore the file from the original repository.",
+            f"Cannot load {name}: its config.json cannot be read: {_first_line(error)}. Restore the file from the "
+            "original repository.",
             argument="config.json",
             value=_first_line(error),
         ) from error
@@ -249,8 +248,8 @@ def _weights_error(source: _Source, error: Exception) -> ModelError:
     found = _first_line(error)
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
         return ModelError(
-            f"{source.asked} was to be loaded. Memory ran out while its weights were read: {found}. Free memory, "
-            'load it with quantization="nf4", or spread it with device_map="auto".',
+            f"Cannot load {source.asked}: memory ran out while its weights were read: {found}. Free memory, load it "
+            'with quantization="nf4", or spread it with device_map="auto".',
             argument="memory",
             value=found,
         )
@@ -263,8 +262,8 @@ def _weights_error(source: _Source, error: Exception) -> ModelError:
             return _hub_error(source.asked, unreached)
         found = f"the Hub has {listed[0]} and did not give it" if listed else "it has no safetensors"
     return ModelError(
-        f"{source.asked} was to be loaded. Its weights could not be read: {found}. Make sure that all "
-        "safetensors files of the checkpoint are there and whole; pickled weights (.bin) are not read.",
+        f"Cannot load {source.asked}: its weights cannot be read: {found}. Make sure that all safetensors files of "
+        "the checkpoint are present and complete; pickled weights (.bin) are not read.",
         argument="weights",
         value=found,
     )
@@ -280,8 +279,7 @@ def _resolve_dtype(dtype: str | torch.dtype | None, config: Any, *, on_cpu: bool
     resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if resolved not in (torch.float32, torch.bfloat16, torch.float16):
         raise BadInput(
-            f"A model was to be loaded with dtype={dtype!r}. Weights are held in float32, bfloat16 or float16. "
-            "Give one of them.",
+            f"Cannot load a model with dtype={dtype!r}. Pass float32, bfloat16 or float16.",
             argument="dtype",
             value=dtype,
         )
@@ -299,8 +297,8 @@ def _check_memory(name: str, needed: int, dtype: torch.dtype, device_map: str | 
     )
     if (named := sorted(p for p in places if _cuda_index(p) is not None)) and not torch.cuda.is_available():
         raise ModelError(
-            f'{name} was to be loaded onto {", ".join(named)}. torch sees no CUDA device here. Give device_map="cpu", '
-            "or nothing for the best place there is.",
+            f'Cannot load {name} onto {", ".join(named)}: torch sees no CUDA device here. Pass device_map="cpu", or '
+            "leave device_map out.",
             argument="device_map",
             value=named,
         )
@@ -310,9 +308,9 @@ def _check_memory(name: str, needed: int, dtype: torch.dtype, device_map: str | 
     if had and needed > sum(had.values()):
         free = ", ".join(f"{place} {amount / 2**30:.1f} GiB" for place, amount in had.items())
         raise ModelError(
-            f"{name} was to be loaded in {str(dtype).removeprefix('torch.')}. Its weights need {needed:,} bytes "
+            f"Cannot load {name} in {str(dtype).removeprefix('torch.')}: its weights need {needed:,} bytes "
             f"({needed / 2**30:.1f} GiB), and {sum(had.values()):,} are free ({free}). Free memory, use a smaller "
-            'dtype, or give a device_map with "disk" for some layers.',
+            'dtype, or pass a device_map with "disk" for some layers.',
             argument="memory",
             value=needed,
         )
@@ -329,8 +327,8 @@ def _check_places(device_map: str | Mapping[str, Any] | None) -> None:
             torch.device(place)
         except RuntimeError as error:
             raise BadInput(
-                f"A model was to be loaded with device_map={device_map!r}. torch knows no device {place!r}. Give "
-                '"auto", a device such as "cuda:0" or "cpu", or a mapping from modules to devices.',
+                f'Cannot load a model with device_map={device_map!r}: torch knows no device {place!r}. Pass "auto", '
+                'a device such as "cuda:0" or "cpu", or a mapping from modules to devices.',
                 argument="device_map",
                 value=place,
             ) from error
@@ -368,8 +366,8 @@ def _experts(model: Any, asked: str | None) -> str:
         if asked is None:
             return "eager"
         raise BadInput(
-            f"A model was to be loaded with experts={asked!r}. transformers says: {_first_line(error)}. "
-            "Give one of eager, grouped_mm and batched_mm, or nothing for the fastest.",
+            f"Cannot load a model with experts={asked!r}: {_first_line(error)}. Pass one of eager, grouped_mm and "
+            "batched_mm, or leave experts out for the fastest.",
             argument="experts",
             value=asked,
         ) from error

@@ -144,7 +144,7 @@ def audit(model: nn.Module) -> Audit:
     """
     if not isinstance(model, nn.Module):
         raise BadInput(
-            f"The weights of a {type(model).__name__} were to be counted. That is no model. Give a loaded one, such as "
+            f"Cannot count the weights of a {type(model).__name__}: it is not a model. Pass a loaded one, such as "
             "ml.load(...).",
             argument="model",
             value=type(model).__name__,
@@ -164,8 +164,7 @@ def audit(model: nn.Module) -> Audit:
         own.bytes += sum(sizes)
     if not held:
         raise BadInput(
-            f"A {type(model).__name__} was to be audited. It has no weights. "
-            "Give a loaded model, as from ml.load(...).",
+            f"Cannot audit a {type(model).__name__}: it has no weights. Pass a loaded model, such as ml.load(...).",
             argument="model",
             value=type(model).__name__,
         )

@@ -232,7 +232,7 @@ def _lines(ax: Axes, series: list[tuple[str, xr.Dataset]]) -> None:
 
 
 @takes("stats.routing_entropy", "estimate", "layer")
-def entropy(data: xr.Dataset, ax: Axes | None = None) -> Axes:
+def routing_entropy(data: xr.Dataset, ax: Axes | None = None) -> Axes:
     """Draw the mean routing entropy by layer, with its interval as a band.
 
     Parameters
@@ -253,7 +253,7 @@ def entropy(data: xr.Dataset, ax: Axes | None = None) -> Axes:
 
     Examples
     --------
-    >>> ml.show.entropy(ml.stats.routing_entropy(trace)).get_xlabel()
+    >>> ml.show.routing_entropy(ml.stats.routing_entropy(trace)).get_xlabel()
     'layer'
     """
     series = list(wording.groups(data, "layer"))
@@ -336,7 +336,7 @@ def _published_points(ax: Axes, published: xr.Dataset, layers: np.ndarray) -> st
 
 
 @takes("stats.domain_information", "estimate", "layer", "measure")
-def information(data: xr.Dataset, ax: Axes | None = None) -> Axes:
+def domain_information(data: xr.Dataset, ax: Axes | None = None) -> Axes:
     """Draw the mutual information between expert and domain by layer, beside that of permuted domain labels.
 
     Parameters
@@ -358,7 +358,7 @@ def information(data: xr.Dataset, ax: Axes | None = None) -> Axes:
     Examples
     --------
     >>> information = ml.stats.domain_information(trace, by="domain")
-    >>> ml.show.information(information).get_xlabel()
+    >>> ml.show.domain_information(information).get_xlabel()
     'layer'
     """
     with drawing(ax, *_size(2)) as ax:

@@ -1,4 +1,4 @@
-"""Figures of two runs over the same tokens: where routing flips, and what a loss of quality comes from."""
+"""Figures of two runs over the same tokens: where routing flips, and where a loss of quality comes from."""
 
 from __future__ import annotations
 
@@ -46,11 +46,31 @@ _PARTS = {"weights": "from other weights", "routing": "from other routing"}
 
 @takes("stats.flips", "estimate", "layer", "measure")
 def flips_by_layer(data: xr.Dataset, ax: Axes | None = None) -> Axes:
-    """Share of tokens that choose other experts: in each layer, for the first time, and in some layer so far.
+    """Draw the share of tokens that choose other experts, by layer.
 
-    data   from stats.flips  [layer, measure]
+    There are three lines: in this layer, for the first time in this layer, and in this layer or an earlier one.
 
-    Raises BadInput when a domain is still to be selected.
+    Parameters
+    ----------
+    data : xarray.Dataset
+        From `stats.flips`, [layer, measure].
+    ax : matplotlib.axes.Axes, optional
+        Axes to draw on. By default a new figure in paper style.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    BadInput
+        If `data` is not such a Dataset, or still has domains to select from.
+
+    Examples
+    --------
+    >>> compared = ml.compare(trace, trace)
+    >>> ml.show.flips_by_layer(compared.flips()).get_xlabel()
+    'layer'
     """
     part = labels.only(data.sel(measure=["changed", "first_flip", "so_far"]), "flips_by_layer", "layer", "measure")
     ax = by_layer(part, ax)
@@ -60,16 +80,36 @@ def flips_by_layer(data: xr.Dataset, ax: Axes | None = None) -> Axes:
 
 @takes("stats.flips_by_margin", "estimate", "margin", "margin_from")
 def flips_by_margin(data: xr.Dataset, ax: Axes | None = None) -> Axes:
-    """Share of choices that flip against the router's margin in the first run; grey bars: where the choices lie.
+    """Draw the share of choices that flip against the router's margin in the first run.
 
-    data   from stats.flips_by_margin  [margin], or with one other dimension, such as domain
+    Grey bars show how the choices are distributed over the margins.
 
-    Raises BadInput for more than a dozen lines.
+    Parameters
+    ----------
+    data : xarray.Dataset
+        From `stats.flips_by_margin`, [margin], or with one other dimension, such as domain.
+    ax : matplotlib.axes.Axes, optional
+        Axes to draw on. By default a new figure in paper style.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    BadInput
+        If `data` is not such a Dataset, or has more than a dozen lines.
+
+    Examples
+    --------
+    >>> compared = ml.compare(trace, trace)
+    >>> ml.show.flips_by_margin(compared.flips_by_margin()).get_xlabel()
+    'margin to the best expert left out, logits'
     """
     series = list(labels.groups(data, "margin"))
     if len(series) > len(MARKERS):
         raise BadInput(
-            f"Flips by margin were to be drawn. The data has {len(series)} lines. Select at most {len(MARKERS)}.",
+            f"Cannot draw flips by margin: the data has {len(series)} lines. Select at most {len(MARKERS)}.",
             argument="data",
             value=len(series),
         )
@@ -95,18 +135,39 @@ def flips_by_margin(data: xr.Dataset, ax: Axes | None = None) -> Axes:
     return ax
 
 
-@takes("measure_impact(...).split()", "estimate", "quantity", "order", "part")
+@takes("experiments.measure_impact(...).split()", "estimate", "quantity", "order", "part")
 def quality_split(data: xr.Dataset, ax: Axes | None = None, *, quantity: str = "loss") -> Axes:
-    """How much of the change comes from other weights and how much from other routing, in both orders and on average.
+    """Draw how much of the change comes from other weights and from other routing, in both orders and on average.
 
-    data       from Impact.split  [quantity, order, part]
-    quantity   "loss", "kl" or "other_top"
+    Parameters
+    ----------
+    data : xarray.Dataset
+        From `Impact.split`, [quantity, order, part].
+    ax : matplotlib.axes.Axes, optional
+        Axes to draw on. By default a new figure in paper style.
+    quantity : {"loss", "kl", "other_top"}, optional
+        The quantity whose change is drawn.
 
-    Raises BadInput for an unknown quantity, and when a domain is still to be selected.
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    BadInput
+        If `data` is not such a Dataset or still has domains to select from, or `quantity` is unknown.
+
+    Examples
+    --------
+    >>> short = ml.RecordSettings(max_length=8, overlong="truncate", progress=False)
+
+    >>> impact = ml.experiments.measure_impact(model, model, documents[:1], settings=short)
+    >>> ml.show.quality_split(impact.split(), quantity="kl").get_xlabel()
+    'KL divergence, nats a token'
     """
     if quantity not in _QUANTITIES:
         raise BadInput(
-            f"The split of {quantity!r} was to be drawn. It is of {', '.join(_QUANTITIES)}. Give one of them.",
+            f"Cannot draw the split of {quantity!r}. Pass quantity= one of {', '.join(_QUANTITIES)}.",
             argument="quantity",
             value=quantity,
         )
@@ -134,11 +195,34 @@ def quality_split(data: xr.Dataset, ax: Axes | None = None, *, quantity: str = "
     return ax
 
 
-@takes("measure_impact(...).experts()", "estimate", "layer", "expert")
+@takes("experiments.measure_impact(...).experts()", "estimate", "layer", "expert")
 def expert_errors(data: xr.Dataset, ax: Axes | None = None) -> Axes:
-    """Relative error of what every expert puts out, given the input that it had in the first model.
+    """Draw the relative error of every expert's output, given the input that it had in the first model.
 
-    data   from Impact.experts  [layer, expert]
+    Parameters
+    ----------
+    data : xarray.Dataset
+        From `Impact.experts`, [layer, expert].
+    ax : matplotlib.axes.Axes, optional
+        Axes to draw on. By default a new figure in paper style.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    BadInput
+        If `data` is not such a Dataset, or still has domains to select from.
+
+    Examples
+    --------
+    >>> short = ml.RecordSettings(max_length=8, overlong="truncate", progress=False)
+
+    >>> impact = ml.experiments.measure_impact(model, model, documents[:1], settings=short)
+    >>> ax = ml.show.expert_errors(impact.experts())
+    >>> ax.get_xlabel(), ax.get_ylabel()
+    ('expert', 'layer')
     """
     part = labels.only(data, "expert_errors", "layer", "expert").transpose("layer", "expert", ...)
     with drawing(ax, COLUMN, 1.2 + 0.16 * max(data.sizes["layer"], 8)) as ax:
@@ -172,12 +256,33 @@ def _selected(data: xr.Dataset) -> str:
 
 @takes_run("pareto", "of", "front")
 def pareto(data: Pareto, ax: Axes | None = None, *, x: str = "bytes", y: str = "kl") -> Axes:
-    """Schemes of one model: what is lost against what is spent. Those that no other beats in both stand on the line.
+    """Draw the schemes of one model in two measured quantities, such as the quality lost against the bytes spent.
 
-    data   from mixlens.pareto
-    x, y   quantities of its table, such as bytes, tpot_s or ttft_s against kl, perplexity or same_top
+    The dashed line joins the schemes that no other scheme beats in both quantities.
 
-    Raises BadInput for a quantity that was not measured.
+    Parameters
+    ----------
+    data : Pareto
+        From `experiments.measure_pareto`.
+    ax : matplotlib.axes.Axes, optional
+        Axes to draw on. By default a new figure in paper style.
+    x, y : str, optional
+        Quantities of its table, such as bytes, tpot_s or ttft_s against kl, perplexity or same_top.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    BadInput
+        If `data` is no such run, or a quantity was not measured.
+
+    Examples
+    --------
+    >>> measured = ml.open("runs/schemes")  # doctest: +SKIP
+    >>> ml.show.pareto(measured, x="bytes", y="kl").get_xlabel()  # doctest: +SKIP
+    'weights, MB'
     """
     (factor, label), (factor_y, label_y) = axis_of(x), axis_of(y)
     across, up = _scaled(data, x, factor), _scaled(data, y, factor_y)
@@ -193,7 +298,7 @@ def pareto(data: Pareto, ax: Axes | None = None, *, x: str = "bytes", y: str = "
             ax.hlines(height, left, right, color=colour, linewidth=1)
             ax.vlines(at, low, high, color=colour, linewidth=1)
         positive = [height for height, _, _ in up.values() if height > 0]
-        if y == "kl" and positive:  # from a rounding difference to ruin, and the original at zero
+        if y == "kl" and positive:  # values span orders of magnitude, and the original is at zero
             ax.set_yscale("symlog", linthresh=min(positive))
             ax.set_ylim(bottom=0)
         ax.set_xlim(left=0)
@@ -207,11 +312,11 @@ def pareto(data: Pareto, ax: Axes | None = None, *, x: str = "bytes", y: str = "
 
 
 def axis_of(quantity: str) -> tuple[float, str]:
-    """What a quantity of a Pareto is multiplied by to be read, and how it is then called."""
+    """Return the factor that scales a quantity of a Pareto for display, and its axis label."""
     return _AXES.get(quantity, (1.0, quantity.replace("_", " ")))
 
 
 def _scaled(data: Pareto, quantity: str, factor: float) -> dict[str, list[float]]:
-    """[estimate, ci_low, ci_high] by scheme."""
+    """Return [estimate, ci_low, ci_high] by scheme, scaled for display."""
     rows = data.of(quantity)[["estimate", "ci_low", "ci_high"]].astype(float) * factor
     return {str(scheme): values for scheme, values in zip(rows.index, rows.to_numpy().tolist(), strict=True)}

@@ -1,4 +1,4 @@
-"""What experts contribute, as heat maps and along a text, and what more or fewer of them do."""
+"""Figures of what experts contribute, as heat maps and along a text, and of what more or fewer experts change."""
 
 from __future__ import annotations
 
@@ -19,10 +19,31 @@ _TITLES = {"logit": "Contribution to the logit", "norm": "Size of the contributi
 
 
 @takes("stats.expert_contribution", "estimate", "layer", "expert", "measure")
-def contribution(data: xr.Dataset, ax: Axes | None = None) -> Axes:
-    """What every expert of every layer contributes to the tokens that choose it; a dot where its interval excludes 0.
+def expert_contribution(data: xr.Dataset, ax: Axes | None = None) -> Axes:
+    """Draw what each expert contributes to the tokens that choose it; a dot marks intervals that exclude 0.
 
-    data    from stats.expert_contribution [layer, expert]; of one domain, data.sel(domain=...)
+    Parameters
+    ----------
+    data : xarray.Dataset
+        From `stats.expert_contribution`, [layer, expert]. Select one domain with `data.sel(domain=...)`.
+    ax : matplotlib.axes.Axes, optional
+        Axes to draw on. By default a new figure in paper style.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    BadInput
+        If `data` is not such a Dataset, or still has domains to select from.
+
+    Examples
+    --------
+    >>> short = ml.RecordSettings(max_length=8, overlong="truncate", progress=False)
+    >>> measured = ml.experiments.measure_contributions(model, documents[:1], settings=short)
+    >>> ml.show.expert_contribution(ml.stats.expert_contribution(measured)).get_xlabel()
+    'expert'
     """
     data = labels.only(data, "contribution", "layer", "expert").transpose("layer", "expert")
     with drawing(ax, COLUMN, 0.9 + 0.16 * max(data.sizes["layer"], 8)) as ax:
@@ -39,9 +60,31 @@ def contribution(data: xr.Dataset, ax: Axes | None = None) -> Axes:
 
 @takes("stats.expert_contribution", "estimate", "layer", "expert", "measure")
 def contribution_by_domain(data: xr.Dataset, ax: Axes | None = None) -> Axes:
-    """The same for every domain: a row a domain, a column an expert, layers side by side.
+    """Draw what experts contribute in every domain: one row per domain, one column per expert, layers side by side.
 
-    data    from stats.expert_contribution(..., by="domain")  [domain, layer, expert]
+    Parameters
+    ----------
+    data : xarray.Dataset
+        From `stats.expert_contribution` with ``by="domain"``, [domain, layer, expert].
+    ax : matplotlib.axes.Axes, optional
+        Axes to draw on. By default a new figure in paper style.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    BadInput
+        If `data` is not such a Dataset, or has no domains.
+
+    Examples
+    --------
+    >>> short = ml.RecordSettings(max_length=8, overlong="truncate", progress=False)
+    >>> measured = ml.experiments.measure_contributions(model, documents[:1], settings=short)
+    >>> by_domain = ml.stats.expert_contribution(measured, by="domain")
+    >>> ml.show.contribution_by_domain(by_domain).get_xlabel()
+    'layer (in each, experts 0 to 7)'
     """
     with drawing(ax, PAGE, 1.0 + 0.17 * max(data.sizes[group_of(data)], 4)) as ax:
         measure = data.attrs["measure"]
@@ -50,17 +93,39 @@ def contribution_by_domain(data: xr.Dataset, ax: Axes | None = None) -> Axes:
     return ax
 
 
-@takes("measure_contributions", "logit", "sequence", "position")
+@takes("experiments.measure_contributions", "logit", "sequence", "position")
 def contributions(
     data: xr.Dataset, ax: Axes | None = None, *, sequence: int | None = None, positions: tuple[int, int] = (0, 64)
 ) -> Axes:
-    """What the chosen experts of each layer add to the logit of the next token, along a text.
+    """Draw what the chosen experts of each layer add to the logit of the next token, along a text.
 
-    data       from measure_contributions  [token, layer, slot]; the slots of a layer are added up
-    sequence   sequence number; the first one when not given
-    positions  (first, stop) within the sequence
+    Parameters
+    ----------
+    data : xarray.Dataset
+        From `experiments.measure_contributions`, [token, layer, slot]. The slots of a layer are summed.
+    ax : matplotlib.axes.Axes, optional
+        Axes to draw on. By default a new figure in paper style.
+    sequence : int, optional
+        Sequence number. By default the first sequence.
+    positions : tuple of int, optional
+        (first, stop) within the sequence.
 
-    Raises BadInput for a sequence or positions that are not there.
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    BadInput
+        If `data` is not such a Dataset, or does not have the sequence or the positions.
+
+    Examples
+    --------
+    >>> short = ml.RecordSettings(max_length=8, overlong="truncate", progress=False)
+    >>> measured = ml.experiments.measure_contributions(model, documents[:1], settings=short)
+    >>> ax = ml.show.contributions(measured, positions=(0, 4))
+    >>> len(ax.get_xticklabels())
+    4
     """
     number = int(data["sequence"].to_numpy()[0]) if sequence is None else sequence
     place = data["position"].to_numpy()
@@ -68,8 +133,8 @@ def contributions(
     if not here.any():
         numbers = ", ".join(map(str, np.unique(data["sequence"].to_numpy())[:8]))
         raise BadInput(
-            f"Contributions in sequence {number}, positions {positions[0]} to {positions[1] - 1}, were to be drawn. "
-            f"The data has sequences {numbers}. Give one of them, and positions within it.",
+            f"Cannot draw contributions: no tokens in sequence {number}, positions {positions[0]} to "
+            f"{positions[1] - 1}. Pass one of the sequences {numbers}, and positions within it.",
             argument="positions" if sequence is None else "sequence",
             value=positions if sequence is None else sequence,
         )
@@ -86,11 +151,32 @@ def contributions(
     return ax
 
 
-@takes("topk_sweep", "estimate", "k")
-def topk_curve(data: xr.Dataset, ax: Axes | None = None) -> Axes:
-    """Loss when every token chooses k experts, one line a domain; the model's own k is dashed.
+@takes("stats.topk_sweep", "estimate", "k")
+def topk_sweep(data: xr.Dataset, ax: Axes | None = None) -> Axes:
+    """Draw the loss when every token chooses k experts, one line per domain; a dashed line marks the model's own k.
 
-    data    from topk_sweep  [*by, k]
+    Parameters
+    ----------
+    data : xarray.Dataset
+        From `stats.topk_sweep`, [*by, k].
+    ax : matplotlib.axes.Axes, optional
+        Axes to draw on. By default a new figure in paper style.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    BadInput
+        If `data` is not such a Dataset.
+
+    Examples
+    --------
+    >>> short = ml.RecordSettings(max_length=8, overlong="truncate", progress=False)
+    >>> measured = ml.experiments.measure_topk(model, documents[:1], ks=(1, 2), settings=short)
+    >>> ml.show.topk_sweep(ml.stats.topk_sweep(measured)).get_ylabel()
+    'loss, nats a token'
     """
     series = list(labels.groups(data, "k"))
     with drawing(ax, COLUMN, 2.4 if len(series) == 1 else 2.7 if len(series) < 5 else 3.3) as ax:
@@ -111,11 +197,34 @@ def topk_curve(data: xr.Dataset, ax: Axes | None = None) -> Axes:
     return ax
 
 
-@takes("topk_sweep", "first_weight", "k")
+@takes("stats.topk_sweep", "first_weight", "k")
 def topk_routing(data: xr.Dataset, ax: Axes | None = None) -> Axes:
-    """Mean weight of the strongest expert when every token chooses k, one line a layer, from first (light) to last.
+    """Draw the mean weight of the strongest expert when every token chooses k experts.
 
-    data    from topk_sweep  [k]; of one domain, data.sel(domain=...)
+    There is one line per layer, from the first (light) to the last.
+
+    Parameters
+    ----------
+    data : xarray.Dataset
+        From `stats.topk_sweep`, [k]. Select one domain with `data.sel(domain=...)`.
+    ax : matplotlib.axes.Axes, optional
+        Axes to draw on. By default a new figure in paper style.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    BadInput
+        If `data` is not such a Dataset, or still has domains to select from.
+
+    Examples
+    --------
+    >>> short = ml.RecordSettings(max_length=8, overlong="truncate", progress=False)
+    >>> measured = ml.experiments.measure_topk(model, documents[:1], ks=(1, 2), settings=short)
+    >>> ml.show.topk_routing(ml.stats.topk_sweep(measured)).get_ylabel()
+    'weight of the strongest'
     """
     data = labels.only(data, "topk_routing", "k")
     with drawing(ax, COLUMN, 2.8) as ax:

@@ -1,4 +1,4 @@
-"""Cells of a heat map whose few largest values would hide all others: colours linear near zero, logarithmic beyond."""
+"""Heat maps whose few largest values would hide all others: colours linear near zero, logarithmic beyond."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _SPREAD = 8  # times the median at which a linear scale shows only the largest
 
 
 def turning_point(values: np.ndarray) -> float | None:
-    """Where a signed scale goes from linear to logarithmic; None where a linear one shows all.
+    """Return where a signed scale goes from linear to logarithmic, or None if a linear scale shows all values.
 
-    The median of the sizes, rounded down to one digit, where the largest is more than 8 times it.
+    This is the median of the magnitudes, rounded down to one digit, if the largest is at least 8 times the median.
     """
     sizes = np.abs(values[np.isfinite(values)])
     median = float(np.median(sizes)) if sizes.size else 0.0
@@ -31,20 +31,20 @@ def turning_point(values: np.ndarray) -> float | None:
 
 
 def scale_note(values: np.ndarray) -> str:
-    """What a reader must know of the scale of signed values; empty where it is linear."""
+    """Describe the scale of signed values for the note of a figure; empty if it is linear."""
     turn = turning_point(values)
     return "" if turn is None else f"scale linear to ±{turn:g}, logarithmic beyond"
 
 
 def signed_ticks(turn: float, limit: float) -> list[float]:
-    """Ticks of a signed scale that is linear to `turn`: zero, the turn, and the powers of ten well beyond it."""
+    """Return the ticks of a scale that is linear to `turn`: zero, the turn, and the powers of ten well beyond it."""
     powers = range(math.ceil(math.log10(turn)), math.floor(math.log10(limit)) + 1)
     ticks = [turn, *(10.0**power for power in powers if 10.0**power > 4 * turn)]
     return [*(-tick for tick in reversed(ticks)), 0.0, *ticks]
 
 
 def signed_axis(ax: Axes, values: np.ndarray) -> None:
-    """The y axis on the scale of `mesh`, where one is needed to show all."""
+    """Put the y axis on the scale of `mesh` if a linear one would hide most values."""
     if (turn := turning_point(values)) is not None:
         ax.set_yscale("symlog", linthresh=turn)
         ax.yaxis.set_major_locator(FixedLocator(signed_ticks(turn, float(np.nanmax(np.abs(values))))))
@@ -53,9 +53,10 @@ def signed_axis(ax: Axes, values: np.ndarray) -> None:
 
 
 def mesh(ax: Axes, values: np.ndarray, label: str, *, signed: bool = True) -> None:
-    """Draw values [row, column], missing ones grey, with a colour bar.
+    """Draw values [row, column] with a colour bar, missing values in grey.
 
-    signed  blue below zero, red above; else from white at the smallest to red, logarithmic where the largest is far off
+    Signed values are blue below zero and red above it. Others run from white at the smallest to red, on a logarithmic
+    scale if the largest is far from the rest.
     """
     ax.set_facecolor(FAINT)
     norm, ticks = _signed(values) if signed else _positive(values)
@@ -78,24 +79,21 @@ def mesh(ax: Axes, values: np.ndarray, label: str, *, signed: bool = True) -> No
 
 
 def group_of(data: xr.Dataset) -> str:
-    """The dimension beside layer and expert.
-
-    Raises BadInput where there is none.
-    """
+    """Return the dimension other than layer and expert; raise BadInput if there is none."""
     groups = [str(d) for d in data["estimate"].dims if d not in ("layer", "expert")]
     if not groups:
         raise BadInput(
-            "A row for every domain was to be drawn. The numbers are of all documents together. Compute them with "
-            'by="domain", or draw them without a domain.',
+            "Cannot draw a row for every domain: the numbers cover all documents together. Compute them with "
+            'by="domain", or use the figure without domains.',
             argument="by",
         )
     return groups[0]
 
 
 def by_group(ax: Axes, data: xr.Dataset, what: str, label: str, *, signed: bool = True) -> None:
-    """A row a group, a column an expert, layers side by side; dots where the interval of a signed number excludes 0.
+    """Draw one row per group and one column per expert, layers side by side.
 
-    Raises BadInput where `data` has further dimensions.
+    Dots mark signed numbers whose interval excludes 0. Raises BadInput if `data` has further dimensions.
     """
     group = group_of(data)
     data = labels.only(data, what, group, "layer", "expert").transpose(group, "layer", "expert")
@@ -112,14 +110,14 @@ def by_group(ax: Axes, data: xr.Dataset, what: str, label: str, *, signed: bool 
 
 
 def numbered(ax: Axes, layers: np.ndarray) -> None:
-    """Layer numbers along the rows, every one or every few."""
+    """Label the rows with layer numbers, skipping some if there are many."""
     step = -(-len(layers) // 24)
     ax.set_yticks(np.arange(0, len(layers), step) + 0.5, map(str, layers[::step]))
     ax.set_ylabel("layer")
 
 
 def dots(ax: Axes, apart: np.ndarray) -> None:
-    """A dot in the cells [row, column] that are true."""
+    """Draw a dot in the cells [row, column] that are true."""
     row, column = np.nonzero(apart)
     ax.plot(column + 0.5, row + 0.5, marker=".", markersize=2, linestyle="", color=INK)
 

@@ -1,4 +1,4 @@
-"""What experts matter for: heat maps of the change in loss, and importance against use."""
+"""Figures of expert importance: heat maps of the change in loss, and importance against use."""
 
 from __future__ import annotations
 
@@ -11,14 +11,37 @@ from mixlens.plot.checks import takes
 from mixlens.plot.heatmap import by_group, dots, excludes_zero, group_of, mesh, numbered, scale_note, signed_axis
 from mixlens.plot.style import COLUMN, INK, MARKERS, MUTED, PAGE, drawing, expert_colours, heading, percent, printable
 
-_FEW_POINTS = 40  # that carry their names
+_FEW_POINTS = 40  # up to so many points are labelled
 
 
-@takes("expert_importance", "estimate", "layer", "expert", "metric")
-def importance(data: xr.Dataset, ax: Axes | None = None) -> Axes:
-    """Change in loss without each expert of each layer; a dot where the interval excludes no change.
+@takes("stats.expert_importance", "estimate", "layer", "expert", "metric")
+def expert_importance(data: xr.Dataset, ax: Axes | None = None) -> Axes:
+    """Draw the change in loss without each expert of each layer; a dot marks intervals that exclude no change.
 
-    data    from expert_importance [layer, expert]; of one domain, data.sel(domain=...)
+    Parameters
+    ----------
+    data : xarray.Dataset
+        From `stats.expert_importance`, [layer, expert]. Select one domain with `data.sel(domain=...)`.
+    ax : matplotlib.axes.Axes, optional
+        Axes to draw on. By default a new figure in paper style.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    BadInput
+        If `data` is not such a Dataset, or still has domains to select from.
+
+    Examples
+    --------
+    >>> short = ml.RecordSettings(max_length=8, overlong="truncate", progress=False)
+    >>> measured = ml.experiments.measure_importance(
+    ...     model, documents[:1], ablation=ml.experiments.Ablation(layers=[7]), settings=short
+    ... )
+    >>> ml.show.expert_importance(ml.stats.expert_importance(measured)).get_xlabel()
+    'expert'
     """
     data = labels.only(data, "importance", "layer", "expert").transpose("layer", "expert")
     with drawing(ax, COLUMN, 0.9 + 0.16 * max(data.sizes["layer"], 8)) as ax:
@@ -31,11 +54,35 @@ def importance(data: xr.Dataset, ax: Axes | None = None) -> Axes:
     return ax
 
 
-@takes("expert_importance", "estimate", "layer", "expert", "metric")
+@takes("stats.expert_importance", "estimate", "layer", "expert", "metric")
 def importance_by_domain(data: xr.Dataset, ax: Axes | None = None) -> Axes:
-    """The same for every domain: a row a domain, a column an expert, layers side by side.
+    """Draw the change in loss in every domain: one row per domain, one column per expert, layers side by side.
 
-    data    from expert_importance(..., by="domain")  [domain, layer, expert]
+    Parameters
+    ----------
+    data : xarray.Dataset
+        From `stats.expert_importance` with ``by="domain"``, [domain, layer, expert].
+    ax : matplotlib.axes.Axes, optional
+        Axes to draw on. By default a new figure in paper style.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    BadInput
+        If `data` is not such a Dataset, or has no domains.
+
+    Examples
+    --------
+    >>> short = ml.RecordSettings(max_length=8, overlong="truncate", progress=False)
+    >>> measured = ml.experiments.measure_importance(
+    ...     model, documents[:1], ablation=ml.experiments.Ablation(layers=[7]), settings=short
+    ... )
+    >>> by_domain = ml.stats.expert_importance(measured, by="domain")
+    >>> ml.show.importance_by_domain(by_domain).get_xlabel()
+    'layer (in each, experts 0 to 7)'
     """
     with drawing(ax, PAGE, 1.0 + 0.17 * max(data.sizes[group_of(data)], 4)) as ax:
         by_group(ax, data, "importance_by_domain", _label(data))
@@ -43,11 +90,34 @@ def importance_by_domain(data: xr.Dataset, ax: Axes | None = None) -> Axes:
     return ax
 
 
-@takes("expert_importance", "estimate", "share", "layer", "expert")
+@takes("stats.expert_importance", "estimate", "share", "layer", "expert")
 def importance_against_share(data: xr.Dataset, ax: Axes | None = None) -> Axes:
-    """Change in loss without an expert against how often it is chosen: one point a layer and expert.
+    """Draw the change in loss without an expert against how often it is chosen: one point per layer and expert.
 
-    data    from expert_importance [layer, expert]; of one domain, data.sel(domain=...)
+    Parameters
+    ----------
+    data : xarray.Dataset
+        From `stats.expert_importance`, [layer, expert]. Select one domain with `data.sel(domain=...)`.
+    ax : matplotlib.axes.Axes, optional
+        Axes to draw on. By default a new figure in paper style.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    BadInput
+        If `data` is not such a Dataset, or still has domains to select from.
+
+    Examples
+    --------
+    >>> short = ml.RecordSettings(max_length=8, overlong="truncate", progress=False)
+    >>> measured = ml.experiments.measure_importance(
+    ...     model, documents[:1], ablation=ml.experiments.Ablation(layers=[7]), settings=short
+    ... )
+    >>> ml.show.importance_against_share(ml.stats.expert_importance(measured)).get_xlabel()
+    'share of assignments'
     """
     data = labels.only(data, "importance_against_share", "layer", "expert").transpose("layer", "expert")
     with drawing(ax, COLUMN, 2.9) as ax:

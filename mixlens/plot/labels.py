@@ -1,4 +1,4 @@
-"""The words that belong to a number: its n, its interval, its denominator and its value under uniform routing."""
+"""Wording of a number: its title, its n, its interval, its denominator and its value under uniform routing."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ MEASURES = {
     "first": "first choice repeats",
     "either": "first or second choice repeats",
 }
-OURS = ("measure", "choice")  # dimensions whose values are names of ours
+OURS = ("measure", "choice")  # dimensions whose values are defined by mixlens
 _LABELS = {
     "repetition": ("choice", ("first", "either")),
     "load_balance": ("measure", ("cv", "max_over_mean", "switch_loss")),
@@ -93,12 +93,12 @@ def title(data: xr.Dataset) -> str:
 
 
 def denominator(data: xr.Dataset) -> str:
-    """What a share is a share of, as "of assignments"; empty where the number is no share."""
+    """Return the denominator of a share, as "of assignments"; empty if the number is not a share."""
     return DENOMINATORS.get(statistic(data), "") if is_fraction(data) else ""
 
 
 def unit(data: xr.Dataset) -> str:
-    """Unit of the numbers; that of the measure, where one is selected that has its own."""
+    """Return the unit of the numbers, or of the selected measure if it has its own."""
     measure = data.coords.get("measure")
     own = _UNITS.get(str(measure.item())) if measure is not None and measure.ndim == 0 else None
     return own or str(data.attrs.get("unit", ""))
@@ -109,7 +109,7 @@ def is_fraction(data: xr.Dataset) -> bool:
 
 
 def number(value: float, data: xr.Dataset) -> str:
-    """A value with its unit: "12.3 %", "1.234 bits"; "not available" for NaN."""
+    """Format a value with its unit, as "12.3 %" or "1.234 bits"; NaN is "not available"."""
     if not math.isfinite(value):
         return "not available"
     if is_fraction(data):
@@ -118,21 +118,21 @@ def number(value: float, data: xr.Dataset) -> str:
 
 
 def plain(value: float, data: xr.Dataset) -> str:
-    """A value without its unit; shares in per cent."""
+    """Format a value without its unit; shares are in per cent."""
     if not math.isfinite(value):
         return "–"
     return f"{100 * value:.1f}" if is_fraction(data) else f"{value:.3f}"
 
 
 def with_interval(cell: xr.Dataset) -> str:
-    """ "12.3 % [11.9, 12.8]" for a Dataset without dimensions."""
+    """Format a Dataset without dimensions as "12.3 % [11.9, 12.8]"."""
     low, high = (plain(float(cell[name]), cell) for name in ("ci_low", "ci_high"))
     interval = "no interval" if low == "–" else f"{low}, {high}"
     return f"{number(float(cell['estimate']), cell)} [{interval}]"
 
 
 def sample(data: xr.Dataset) -> str:
-    """ "n = 9,876 to 12,003 tokens, 30 documents": the smallest and largest n behind the numbers of `data`."""
+    """Return the smallest and largest n of `data`, as "n = 9,876 to 12,003 tokens, 30 documents"."""
     thing = "token pair" if statistic(data) == "repetition" else "token"
     text = f"n = {counted(span(data['n']), thing)}{_per(data['n'])}"
     if "n_documents" not in data:
@@ -145,7 +145,7 @@ def counted(count: str, thing: str) -> str:
 
 
 def _per(counts: xr.DataArray) -> str:
-    """ " per domain", where every domain has a count of its own."""
+    """Return " per domain" if every domain has a count of its own."""
     owners = [str(d) for d in counts.dims if d not in ("layer", "measure", "choice") and counts.sizes[d] > 1]
     return f" per {' and '.join(owners)}".replace("_", " ") if owners else ""
 
@@ -164,19 +164,19 @@ def level(data: xr.Dataset) -> str:
 
 
 def uniform(data: xr.Dataset) -> xr.DataArray | None:
-    """Value under uniform routing, with the dimensions it depends on; None where there is none."""
+    """Return the value under uniform routing, with the dimensions it depends on, or None if there is none."""
     value = data.attrs.get("uniform")
     if value is None:
         return None
     array = xr.DataArray(np.asarray(value, float))
-    if array.ndim:  # one value for each label, in the statistic's own order, of which some may be selected
+    if array.ndim:  # one value per label of the statistic; `data` may hold only some of them
         dim, labels = _LABELS[statistic(data)]
         array = xr.DataArray(array.to_numpy(), {dim: list(labels)}).sel({dim: data[dim]})
     return array if np.isfinite(array).any() else None
 
 
 def uniform_text(data: xr.Dataset) -> str:
-    """The value under uniform routing with its denominator, as "12.5 % of assignments"; empty where there is none."""
+    """Format the value under uniform routing, as "12.5 % of assignments"; empty if there is none."""
     value = uniform(data)
     if value is None:
         return ""
@@ -191,7 +191,7 @@ def uniform_note(data: xr.Dataset) -> str:
 
 
 def note(data: xr.Dataset, *, drawn: str, line: str = "dashed") -> str:
-    """Small print of a figure: n, what the interval is `drawn` as, and the uniform level."""
+    """Return the small print of a figure: n, what the interval is `drawn` as, and the uniform level."""
     parts = [sample(data), f"{drawn}: {level(data)} over documents"]
     if expected := uniform_note(data):
         parts.append(f"{line}: {expected}" if line else expected)
@@ -199,19 +199,19 @@ def note(data: xr.Dataset, *, drawn: str, line: str = "dashed") -> str:
 
 
 def label(value: object, dim: str = "measure") -> str:
-    """How a value of `dim` is called; words of ours for a measure or choice of ours, never for a caller's domain."""
+    """Return the label of a value of `dim`: a description for measures and choices, else the value itself."""
     text = str(value.item() if isinstance(value, np.generic) else value)
     return MEASURES.get(text, text) if dim in OURS else text
 
 
 def chosen(data: xr.Dataset) -> str:
-    """What was selected before drawing, as "domain github, layer 3"; empty when nothing was."""
+    """Return what was selected before drawing, as "domain github, layer 3"; empty if nothing was."""
     names = [n for n, c in data.coords.items() if c.ndim == 0 and n not in ("slot",)]
     return ", ".join(label(data[n].item(), str(n)) if n in OURS else f"{n} {data[n].item()}" for n in names)
 
 
 def groups(data: xr.Dataset, *own: str) -> Iterator[tuple[str, xr.Dataset]]:
-    """Every combination of the dimensions other than `own`, with its label."""
+    """Iterate over every combination of the dimensions other than `own`, with its label."""
     others = [d for d in data["estimate"].dims if d not in own]
     for place in itertools.product(*(range(data.sizes[d]) for d in others)):
         part = data.isel(dict(zip(others, place, strict=True)))
@@ -219,10 +219,7 @@ def groups(data: xr.Dataset, *own: str) -> Iterator[tuple[str, xr.Dataset]]:
 
 
 def at_layer(data: xr.Dataset, layer: int | None) -> xr.Dataset:
-    """`data` at one layer; without a wish, at the middle one.
-
-    Raises BadInput when the layer is not there.
-    """
+    """Select one layer, by default the middle one; raise BadInput if the data does not have it."""
     if "layer" not in data.dims:
         return data
     layers = data["layer"].to_numpy()
@@ -230,7 +227,7 @@ def at_layer(data: xr.Dataset, layer: int | None) -> xr.Dataset:
         layer = int(layers[len(layers) // 2])
     if layer not in layers:
         raise BadInput(
-            f"Layer {layer} was to be drawn. The data has layers {', '.join(map(str, layers))}. Give one of them.",
+            f"Cannot draw layer {layer}: the data has layers {', '.join(map(str, layers))}. Pass one of them.",
             argument="layer",
             value=layer,
         )
@@ -238,16 +235,17 @@ def at_layer(data: xr.Dataset, layer: int | None) -> xr.Dataset:
 
 
 def only(data: xr.Dataset, what: str, *own: str) -> xr.Dataset:
-    """`data` when it has no dimensions but `own`; those of length one are dropped.
+    """Return `data` reduced to the dimensions `own`, dropping others of length one.
 
-    Raises BadInput that names what is to be selected first.
+    Raises BadInput that names the dimension to select from if others remain.
     """
     data = data.squeeze([d for d in data["estimate"].dims if d not in own and data.sizes[d] == 1])
     if extra := [str(d) for d in data["estimate"].dims if d not in own]:
         first = data[extra[0]].to_numpy()
         raise BadInput(
-            f"{what} draws {' x '.join(own)}. The data also has {', '.join(extra)} ({len(first)} values). "
-            f"Select one first, data.sel({extra[0]}={first.tolist()[0]!r}), or draw all of them with show.facet.",
+            f"Cannot draw {what}: it shows {' x '.join(own)}, but the data also has {', '.join(extra)} "
+            f"({len(first)} values). Select one with data.sel({extra[0]}={first.tolist()[0]!r}), or draw all with "
+            "show.facet.",
             argument="data",
             value=extra,
         )
@@ -255,7 +253,7 @@ def only(data: xr.Dataset, what: str, *own: str) -> xr.Dataset:
 
 
 def model_name(trace: Trace) -> str:
-    """The model's name on the Hub, or the last part of its folder."""
+    """Return the model's name on the Hub, or the last part of its folder."""
     model = trace.meta.get("model", {})
     name = str(model.get("name", "a model") if isinstance(model, Mapping) else model)
     return Path(name).name if Path(name).is_absolute() else name

@@ -1,4 +1,4 @@
-"""Heat maps: layer x expert, domain x expert, expert x expert, always on a diverging scale centred on uniform."""
+"""Heat maps of layers, domains and experts, always on a diverging scale centred on uniform routing."""
 
 from __future__ import annotations
 
@@ -39,10 +39,32 @@ _SMALLEST_DIGITS = 4.6  # points; smaller print is left out
 
 @takes("stats.expert_share", "estimate", "layer", "expert")
 def share_heatmap(data: xr.Dataset, ax: Axes | None = None, *, limit: float | None = None) -> Axes:
-    """Share of every expert in every layer.
+    """Draw the share of every expert in every layer.
 
-    data    from stats.expert_share [layer, expert], or domain_specialization; of one domain, data.sel(domain=...)
-    limit   distance from uniform at the ends of the colour scale; the largest in the data when not given
+    Parameters
+    ----------
+    data : xarray.Dataset
+        From `stats.expert_share` or `stats.domain_specialization`, [layer, expert]. Select one domain with
+        `data.sel(domain=...)`.
+    ax : matplotlib.axes.Axes, optional
+        Axes to draw on. By default a new figure in paper style.
+    limit : float, optional
+        Distance from uniform at the ends of the colour scale. By default the largest in the data.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    BadInput
+        If `data` is not such a Dataset, or still has domains to select from.
+
+    Examples
+    --------
+    >>> ax = ml.show.share_heatmap(ml.stats.expert_share(trace))
+    >>> ax.get_xlabel(), ax.get_ylabel()
+    ('expert', 'layer')
     """
     data = labels.only(data, "share_heatmap", "layer", "expert")
     with drawing(ax, COLUMN, 0.9 + 0.16 * max(data.sizes["layer"], 8)) as ax:
@@ -54,11 +76,35 @@ def share_heatmap(data: xr.Dataset, ax: Axes | None = None, *, limit: float | No
 def specialization(
     data: xr.Dataset, ax: Axes | None = None, *, layer: int | None = None, domain: str | None = None
 ) -> Axes:
-    """Share of a domain's tokens that choose an expert: every domain at one layer, or every layer for one domain.
+    """Draw the share of each domain's tokens per expert, at one layer, or in all layers for one domain.
 
-    data     from stats.domain_specialization  [domain, layer, expert]
-    layer    layer number; the middle one when neither is given
-    domain   draws layer x expert of this domain instead
+    Parameters
+    ----------
+    data : xarray.Dataset
+        From `stats.domain_specialization`, [domain, layer, expert].
+    ax : matplotlib.axes.Axes, optional
+        Axes to draw on. By default a new figure in paper style.
+    layer : int, optional
+        Layer number. By default the middle layer.
+    domain : str, optional
+        Domain to draw as layer x expert. By default all domains are drawn at one layer.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    BadInput
+        If `data` is not such a Dataset, or does not have `layer`.
+
+    Examples
+    --------
+    >>> data = ml.stats.domain_specialization(trace, by="domain")
+    >>> ml.show.specialization(data, layer=3).get_xlabel()
+    'expert'
+    >>> ml.show.specialization(data, domain="wikipedia").get_ylabel()
+    'layer'
     """
     group = str(next(d for d in data["estimate"].dims if d not in ("layer", "expert")))
     if domain is not None:
@@ -71,20 +117,60 @@ def specialization(
 
 @takes("stats.coactivation", "estimate", "expert", "expert_j")
 def coactivation(data: xr.Dataset, ax: Axes | None = None, *, layer: int | None = None) -> Axes:
-    """How often a token of expert i (row) was also given to expert j (column), at one layer.
+    """Draw how often a token of expert i (row) also chooses expert j (column), at one layer.
 
-    data    from stats.coactivation  [layer, expert, expert_j]
-    layer   layer number; the middle one when not given
+    Parameters
+    ----------
+    data : xarray.Dataset
+        From `stats.coactivation`, [layer, expert, expert_j].
+    ax : matplotlib.axes.Axes, optional
+        Axes to draw on. By default a new figure in paper style.
+    layer : int, optional
+        Layer number. By default the middle layer.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    BadInput
+        If `data` is not such a Dataset, still has domains to select from, or does not have `layer`.
+
+    Examples
+    --------
+    >>> ml.show.coactivation(ml.stats.coactivation(trace), layer=3).get_xlabel()
+    'other expert j'
     """
     return _expert_by_expert(data, ax, layer, "coactivation", "chosen expert i", "other expert j")
 
 
 @takes("stats.transitions", "estimate", "expert", "expert_j")
 def transitions(data: xr.Dataset, ax: Axes | None = None, *, layer: int | None = None) -> Axes:
-    """First choice at a later layer (column) given the first choice at this one (row).
+    """Draw the first choice at a later layer (column) given the first choice at this one (row).
 
-    data    from stats.transitions  [layer, expert, expert_j]
-    layer   layer number; the middle one when not given
+    Parameters
+    ----------
+    data : xarray.Dataset
+        From `stats.transitions`, [layer, expert, expert_j].
+    ax : matplotlib.axes.Axes, optional
+        Axes to draw on. By default a new figure in paper style.
+    layer : int, optional
+        Layer number. By default the middle layer.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    BadInput
+        If `data` is not such a Dataset, still has domains to select from, or does not have `layer`.
+
+    Examples
+    --------
+    >>> ml.show.transitions(ml.stats.transitions(trace), layer=3).get_xlabel()
+    'first choice at the next'
     """
     ax = _expert_by_expert(data, ax, layer, "transitions", "first choice at this layer", "first choice at the next")
     gap = int(data.attrs.get("gap", 1))
@@ -103,17 +189,42 @@ def _expert_by_expert(data: xr.Dataset, ax: Axes | None, layer: int | None, name
 
 
 def facet(draw: Callable[..., Axes], data: xr.Dataset, dim: str, *, columns: int = 4, width: float = PAGE) -> Figure:
-    """One panel for every value of `dim`; heat maps share their colour scale.
+    """Draw one panel for every value of `dim`; panels of `share_heatmap` share their colour scale.
 
-    draw   an axes-level function of this module or of `figures`, as `facet(share_heatmap, share, "domain")`
+    Parameters
+    ----------
+    draw : callable
+        A function of `ml.show` that takes a Dataset and Axes, such as `share_heatmap`.
+    data : xarray.Dataset
+        A statistic with the dimension `dim`.
+    dim : str
+        Dimension to draw the panels by.
+    columns : int, optional
+        Number of panels in a row.
+    width : float, optional
+        Width of the figure in inches. By default the full width of a two-column paper.
 
-    Raises BadInput for a dimension that the data has not.
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Raises
+    ------
+    BadInput
+        If `data` is no statistic, or does not have `dim`.
+
+    Examples
+    --------
+    >>> share = ml.stats.expert_share(trace, by="domain")
+    >>> figure = ml.show.facet(ml.show.share_heatmap, share, "domain")
+    >>> len(figure.axes) == share.sizes["domain"] + 1  # and a colour bar
+    True
     """
     check(data, "facet", "stats.expert_share", "estimate")
     if dim not in data.dims:
         raise BadInput(
-            f"One panel for every {dim!r} was to be drawn. The data has {', '.join(map(str, data['estimate'].dims))}. "
-            "Give one of them.",
+            f"Cannot draw one panel for every {dim!r}: the data has dimensions "
+            f"{', '.join(map(str, data['estimate'].dims))}. Pass dim= one of them.",
             argument="dim",
             value=dim,
         )
@@ -146,7 +257,7 @@ def _share_colorbar(figure: Figure, panels: list[PaperAxes], data: xr.Dataset) -
 
 
 def _limit(data: xr.Dataset) -> float:
-    """Largest distance from the centre, but a fifth of it at least: noise round uniform is not to look vivid."""
+    """Return the largest distance from the centre, but at least a fifth of it, so that noise does not look vivid."""
     distance = float(np.abs(data["estimate"] - _centre(data)).max())
     return max(distance if np.isfinite(distance) else 0.0, abs(_centre(data)) / 5, 1e-9)
 
@@ -163,7 +274,7 @@ def _small_print(data: xr.Dataset) -> str:
 def _matrix(ax: Axes, data: xr.Dataset, row: str, column: str, limit: float | None) -> None:
     centre, limit = _centre(data), _limit(data) if limit is None else limit
     values = data["estimate"].to_numpy()
-    ax.set_facecolor(FAINT)  # a number that is missing is grey, never the colour of a value
+    ax.set_facecolor(FAINT)  # missing numbers are grey, which is no colour of the scale
     mesh = ax.pcolormesh(
         np.ma.masked_invalid(values),
         cmap=DIVERGING,
@@ -191,7 +302,7 @@ def _colorbar(figure: Figure, mesh: ScalarMappable, beside: list, data: xr.Datas
     bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
     bar.ax.tick_params(labelsize=6, length=2, width=0.5)
     low, high = mesh.get_clim()
-    bar.ax.set_ylim(max(0.0, low or 0.0), min(1.0, high or 1.0))  # the scale is symmetric, shares end at 0 and 1
+    bar.ax.set_ylim(max(0.0, low or 0.0), min(1.0, high or 1.0))  # a symmetric scale exceeds the range of shares
     bar.set_label(f"share {labels.denominator(data)}", fontsize=7)
 
 
@@ -201,7 +312,7 @@ def _ticks(values: np.ndarray, most: int) -> tuple[np.ndarray, list[str]]:
 
 
 def _digits(ax: Axes, data: xr.Dataset, centre: float, limit: float) -> None:
-    """Per cent in every cell where it can be read; bold where the interval excludes the centre."""
+    """Write per cent in every cell if it is readable; bold where the interval excludes the centre."""
     values = data["estimate"].to_numpy()
     figure = ax.get_figure(root=True)
     assert figure is not None

@@ -1,4 +1,4 @@
-"""How figures look: expert colours, type sizes fit for papers, and Axes made without pyplot."""
+"""Style of figures: expert colours, type sizes fit for papers, and Axes made without pyplot."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.transforms import blended_transform_factory
 
-# Petroff's sequence (arXiv 2107.02270), told apart under the common colour-vision deficiencies.
+# Petroff's sequence (arXiv 2107.02270), distinguishable under the common colour-vision deficiencies.
 EXPERT_COLOURS = ("#3f90da", "#ffa90e", "#bd1f01", "#832db6", "#a96b59", "#e76300", "#b9ac70", "#92dadd")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*")
 INK, MUTED, FAINT = "#1b1b1f", "#5c5c66", "#d6d6dc"
@@ -56,9 +56,9 @@ PAPER: Any = {
 
 
 def expert_colours(n_experts: int) -> list[str]:
-    """One colour an expert: the eight of `EXPERT_COLOURS`, then the same eight lighter and darker in turn.
+    """Return one colour per expert: the eight of `EXPERT_COLOURS`, then the same eight lighter and darker in turn.
 
-    Beyond eight the digit, which every figure shows as well, is what tells experts apart.
+    Beyond eight, colours are hard to distinguish; every figure also shows the expert's number.
     """
     shades = [0.0, 0.45, -0.4, 0.7, -0.65, 0.25, -0.2, 0.85]
     return [
@@ -74,10 +74,10 @@ def _shade(colour: str, amount: float) -> str:
 
 
 class PaperFigure(Figure):
-    """A Figure that pyplot does not know, and that a notebook shows."""
+    """A Figure that pyplot does not manage and that notebooks display."""
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the figure; the ending says the form, and pdf and svg are vector."""
+        """Write the figure in the format of the file ending; pdf and svg are vector formats."""
         with matplotlib.rc_context(PAPER):
             self.savefig(path, bbox_inches="tight")
         return Path(path)
@@ -86,7 +86,7 @@ class PaperFigure(Figure):
         return self._bytes("png", dpi=dpi)
 
     def svg(self) -> bytes:
-        """The figure as SVG with text as paths and no background."""
+        """Return the figure as SVG, with text as paths and without a background."""
         return self._bytes("svg", facecolor="none", metadata={"Date": None})
 
     def _bytes(self, form: str, **options: Any) -> bytes:
@@ -100,10 +100,10 @@ class PaperFigure(Figure):
 
 
 class PaperAxes(Axes):
-    """Axes that a notebook shows when they are the value of a cell."""
+    """Axes that notebooks display when they are the value of a cell."""
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the figure of these axes; the ending says the form, and pdf and svg are vector."""
+        """Write the figure of these axes in the format of the file ending; pdf and svg are vector formats."""
         return own_figure(self).save(path)
 
     def _repr_png_(self) -> bytes:
@@ -111,33 +111,33 @@ class PaperAxes(Axes):
 
 
 def own_figure(ax: Axes) -> PaperFigure:
-    """The figure of axes that `drawing` made."""
+    """Return the figure of axes made by `drawing`."""
     figure = ax.get_figure(root=True)
     assert isinstance(figure, PaperFigure)
     return figure
 
 
 def paper_figure(width: float, height: float) -> PaperFigure:
-    """An empty figure, in inches; call it, and draw, within `paper()`."""
+    """Return an empty figure of a size in inches; create it and draw on it within `paper()`."""
     return PaperFigure(figsize=(width, height), layout="constrained")
 
 
 def paper() -> Any:
-    """Context in which new Axes have the paper style; nothing is left changed after it."""
+    """Return a context in which new Axes have the paper style; it leaves the global style unchanged."""
     return matplotlib.rc_context(PAPER)
 
 
 def add_axes(figure: Figure, rows: int = 1, columns: int = 1, index: int = 1) -> PaperAxes:
     ax = figure.add_subplot(rows, columns, index, axes_class=PaperAxes)
     assert isinstance(ax, PaperAxes)
-    # Ticks are made when first drawn, with the rc of that moment; sizes given here stay.
+    # Ticks are made when first drawn, with the rc of that moment; sizes set here persist.
     ax.tick_params(labelsize=PAPER["xtick.labelsize"], width=0.6, length=2.5)
     return ax
 
 
 @contextmanager
 def drawing(ax: Axes | None, width: float = COLUMN, height: float = 2.4) -> Iterator[Axes]:
-    """The caller's Axes as they are, or new ones in paper style."""
+    """Yield the caller's Axes unchanged, or new ones in paper style."""
     if ax is not None:
         yield ax
         return
@@ -150,7 +150,7 @@ def relative_size(factor: float) -> float:
 
 
 def heading(ax: Axes, title: str, note: str) -> None:
-    """A title over a small, wrapped note; from the figure's left edge, unless axes stand side by side."""
+    """Write a title over a small, wrapped note, aligned with the figure's left edge unless axes are side by side."""
     figure = ax.get_figure(root=True)
     assert figure is not None
     alone = isinstance(ax, PaperAxes) and _columns(ax) == 1
@@ -171,7 +171,7 @@ def heading(ax: Axes, title: str, note: str) -> None:
         annotation_clip=False,
         gid="note",
     )
-    small_print.set_in_layout(False)  # the title above it keeps the room; its width must not narrow the axes
+    small_print.set_in_layout(False)  # the title above reserves its height; its width must not narrow the axes
     bold = relative_size(1.06)
     shown = "\n".join(textwrap.wrap(printable(title), max(20, int(inches * 72 / (bold * 0.66)))))
     written = ax.set_title(shown, loc="left", pad=6 + len(lines) * size * 1.2, fontweight="bold")
@@ -186,12 +186,12 @@ def _columns(ax: Axes) -> int:
 
 
 def note_of(ax: Axes) -> str:
-    """The note that `heading` wrote under the title of `ax`."""
+    """Return the note that `heading` wrote under the title of `ax`."""
     return " ".join(t.get_text() for t in ax.texts if t.get_gid() == "note").replace("\n", " ")
 
 
 def drop_note(ax: Axes, title: str) -> None:
-    """Leave only a short title, where the note of a neighbour already says the rest."""
+    """Replace title and note by a short title, for panels whose neighbour already has the note."""
     for text in list(ax.texts):
         if text.get_gid() == "note":
             text.remove()
@@ -199,25 +199,28 @@ def drop_note(ax: Axes, title: str) -> None:
 
 
 def percent(value: float, position: float | None = None) -> str:
-    """Tick label of a share."""
+    """Format the tick label of a share."""
     return f"{100 * value:.4g} %"
 
 
 def printable(text: object, families: Sequence[str] = ("DejaVu Sans",)) -> str:
-    """`text` for matplotlib: no formula is read into it, and a character that no font of `families` has is □."""
+    """Escape `text` for matplotlib, so that it is never read as a formula.
+
+    Characters that no font of `families` has become □.
+    """
     known = frozenset[int]().union(*map(_characters, families))
     return "".join(r"\$" if c == "$" else c if ord(c) in known or c == "\n" else "□" for c in str(text))
 
 
 def in_legend(text: object) -> str:
-    """`text`, printable, for a legend, which would leave out what begins with an underscore."""
+    """Escape `text` for a legend, which would skip labels that begin with an underscore."""
     shown = printable(text)
     return f"\u200b{shown}" if shown.startswith("_") else shown
 
 
 @cache
 def families(first: str) -> list[str]:
-    """`first`, and the installed fonts that stand in for characters which it lacks: more signs, Chinese, emoji."""
+    """Return `first` and the installed fallback fonts for characters it lacks: symbols, Chinese, emoji."""
     there = set(font_manager.get_font_names())
     return [first, *(name for name in _STAND_INS if name in there)]
 

@@ -1,4 +1,4 @@
-"""A passage of text, each token underlined in the colour of the expert it was given to (Mixtral paper, Fig. 8)."""
+"""A passage of text, each token underlined in the colour of its expert (Mixtral paper, Fig. 8)."""
 
 from __future__ import annotations
 
@@ -19,13 +19,37 @@ _SIZE, _ADVANCE, _LINE = 7.0, 0.602, 2.5  # points; width of a character and hei
 def text(
     trace: Trace, ax: Axes | None = None, *, sequence: int | None = None, layer: int | None = None, start: int = 0
 ) -> Axes:
-    """Tokens of one sequence: thick underline and digit for the first choice, thin underline for the second.
+    """Draw the tokens of one sequence with their experts.
 
-    sequence   sequence number; the first one when not given
-    layer      layer number; the middle one when not given
-    start      first token shown; as many follow as fit into the axes
+    The thick underline and the digit mark the first choice, the thin underline the second.
 
-    Raises BadInput for a sequence or layer that is not there.
+    Parameters
+    ----------
+    trace : Trace
+        Needs ``expert_id``; without ``token_id`` the tokens are numbered.
+    ax : matplotlib.axes.Axes, optional
+        Axes to draw on. By default a new figure in paper style.
+    sequence : int, optional
+        Sequence number. By default the first sequence.
+    layer : int, optional
+        Layer number. By default the middle layer.
+    start : int, optional
+        First token to draw; as many follow as fit into the axes.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    BadInput
+        If the trace does not have the sequence or the layer.
+
+    Examples
+    --------
+    >>> ax = ml.show.text(trace, layer=3)
+    >>> ax.get_title(loc="left")
+    'Sequence 0, layer 3'
     """
     number, layer = sequence_number(trace, sequence), layer_number(trace, layer)
     one = trace.select(where=trace.sequences.index.to_series() == number, layers=[layer])
@@ -35,7 +59,7 @@ def text(
     else:
         pieces = [f"t{start + i}" for i in range(len(choices))]
     with drawing(ax, PAGE, 2.6) as drawn:
-        if ax is None:  # the type is set to a grid of characters, which a layout engine must not move afterwards
+        if ax is None:  # text is set on a grid of characters, which a layout engine must not move
             own_figure(drawn).set_layout_engine("none")
             drawn.set_position((0.01, 0.01, 0.98, 0.84))
         drawn.set_axis_off()
@@ -51,11 +75,11 @@ def text(
 
 
 def sequence_number(trace: Trace, sequence: int | None) -> int:
-    """The sequence asked for, else the first; BadInput when it is not there."""
+    """Return `sequence`, or the first one for None; raise BadInput if the trace does not have it."""
     if not isinstance(trace, Trace):
         raise BadInput(
-            f"A text was to be shown with its routing. A {type(trace).__name__} was given. Give a trace, as ml.record "
-            "or ml.open gives it.",
+            f"Cannot show a text with its routing: expected a Trace, got {type(trace).__name__}. Pass what ml.record "
+            "or ml.open returns.",
             argument="trace",
             value=type(trace).__name__,
         )
@@ -64,20 +88,19 @@ def sequence_number(trace: Trace, sequence: int | None) -> int:
         return int(numbers[0] if sequence is None else sequence)
     found = f"numbers {numbers[0]} to {numbers[-1]}" if len(numbers) else "no sequences"
     raise BadInput(
-        f"Sequence {sequence} was to be shown. The trace has {found}. Give one of trace.sequences.index.",
+        f"Cannot show sequence {sequence}: the trace has {found}. Pass one of trace.sequences.index.",
         argument="sequence",
         value=sequence,
     )
 
 
 def layer_number(trace: Trace, layer: int | None) -> int:
-    """The layer asked for, else the middle one; BadInput when it is not there."""
+    """Return `layer`, or the middle one for None; raise BadInput if the trace does not have it."""
     if layer is None:
         return int(trace.layers[trace.n_layers // 2])
     if layer not in trace.layers:
         raise BadInput(
-            f"Layer {layer} was to be shown. The trace has layers {', '.join(map(str, trace.layers))}. "
-            "Give one of them.",
+            f"Cannot show layer {layer}: the trace has layers {', '.join(map(str, trace.layers))}. Pass one of them.",
             argument="layer",
             value=layer,
         )
@@ -85,7 +108,7 @@ def layer_number(trace: Trace, layer: int | None) -> int:
 
 
 def _flow(ax: Axes, pieces: list[str], choices: np.ndarray, colours: list[str]) -> int:
-    """Set the tokens line by line until the axes are full; returns how many fitted."""
+    """Set the tokens line by line until the axes are full, and return how many fitted."""
     figure = ax.get_figure(root=True)
     assert figure is not None
     box = ax.get_position()
@@ -110,7 +133,7 @@ def _flow(ax: Axes, pieces: list[str], choices: np.ndarray, colours: list[str]) 
 
 
 def _visible(piece: str) -> str:
-    """A token's text on one line; invisible characters get a sign, and an empty token a middle dot."""
+    """Return a token's text on one line, with signs for invisible characters and a middle dot for an empty token."""
     signs = {"\n": "⏎", "\t": "→", "\r": "␍", "⟨": "‹", "⟩": "›"}
     shown = "".join(signs.get(c, c if c.isprintable() else "□") for c in piece)
     return shown or "·"

@@ -1,4 +1,4 @@
-"""Quality against cost and speed, as a figure."""
+"""The figure of quality against cost and speed."""
 
 from __future__ import annotations
 
@@ -26,14 +26,36 @@ from mixlens.pricing.tradeoff import Candidate, candidates, frontier
 def quality_cost_speed(
     runs: Sequence[Log | Bench | Candidate] | pd.DataFrame, ax: Axes | None = None, *, score: str | None = None
 ) -> Axes:
-    """Quality against cost, the area of a point its speed; the frontier filled, what another beats hollow.
+    """Draw quality against cost, with speed as the area of a point.
 
-    runs    evaluations and benchmarks of the same models, as [log, bench], put together by pricing.tradeoff.candidates;
-            Candidates by hand; or what pricing.tradeoff.frontier gives
-    score   of evaluations: the benchmark or protocol to take, where they share several; of Candidates that do not say
-            what their score is: what it is
+    Candidates on the frontier are filled, those that another beats are hollow.
 
-    Raises BadInput as candidates does, and when no candidate has a score, a price and a speed.
+    Parameters
+    ----------
+    runs : sequence of Log, Bench or Candidate, or pandas.DataFrame
+        Evaluations and benchmarks of the same models, as ``[log, bench]``, which `pricing.candidates` combines;
+        Candidates made by hand; or the result of `pricing.frontier`.
+    ax : matplotlib.axes.Axes, optional
+        Axes to draw on. By default a new figure in paper style.
+    score : str, optional
+        For evaluations, the benchmark or protocol to use if they share several. For Candidates without a benchmark, the
+        name of their score.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    BadInput
+        If `pricing.candidates` or `pricing.frontier` refuses `runs`, or no candidate has a score, a price and a speed.
+
+    Examples
+    --------
+    >>> slow = ml.pricing.Candidate("slow", (70.0, 68.0, 72.0), 0.5, (40.0, 35.0, 45.0))
+    >>> fast = ml.pricing.Candidate("fast", (69.0, 67.0, 71.0), 0.6, (90.0, 80.0, 99.0))
+    >>> ml.show.quality_cost_speed([slow, fast], score="MMLU").get_ylabel()
+    'MMLU'
     """
     if isinstance(runs, pd.DataFrame):
         frame = runs
@@ -46,8 +68,8 @@ def quality_cost_speed(
     known = frame.dropna(subset=["score", "usd_per_mtok", "tokens_per_s"])
     if known.empty:
         raise BadInput(
-            f"Candidates were to be drawn ({len(frame)}). None has a score, a price and a speed. "
-            "Give all three of one.",
+            f"Cannot draw {len(frame)} candidates: none has a score, a price and a speed. "
+            "Pass at least one candidate with all three.",
             argument="runs",
             value=len(frame),
         )
@@ -60,7 +82,7 @@ def quality_cost_speed(
         numbers: dict[tuple[float, float], list[str]] = {}
         for number, (row, face) in enumerate(zip(known.to_dict("records"), faces, strict=True), 1):
             place = float(row["usd_per_mtok"]), float(row["score"])
-            numbers.setdefault(place, []).append(str(number))  # loads share a price and a score
+            numbers.setdefault(place, []).append(str(number))  # several loads can share a price and a score
             speed, low, high = (float(row[f"tokens_per_s{end}"]) for end in ("", "_low", "_high"))
             spread = "" if low != low else f" [{low:,.1f}, {high:,.1f}]"
             label = printable(f"{number}  {row['name']}: {speed:,.1f}{spread} tok/s")

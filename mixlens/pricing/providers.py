@@ -51,8 +51,7 @@ def listed_prices(model: str, *, url: str = OPENROUTER) -> pd.DataFrame:
     )
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise EndpointError(
-            f"Prices of {name} were to be read from {url}. The answer has no list of endpoints. "
-            "Use the snapshot: leave out the refresh.",
+            f"Cannot read prices of {name} from {url}: the answer has no list of endpoints. Use the snapshot instead.",
             argument="answer",
             value=url,
         )

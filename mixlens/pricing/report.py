@@ -1,4 +1,4 @@
-"""The section of a report that sets quality, cost and speed against each other."""
+"""The section of a report that compares quality, cost and speed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from mixlens.pricing.tradeoff import candidates, frontier
 
 
 def tradeoff_sections(runs: Sequence[Log | Bench]) -> dict[str, str]:
-    """Quality, cost and speed of models that were evaluated and benchmarked; nothing where no run is of either kind."""
+    """Return quality, cost and speed of models that were evaluated and benchmarked as HTML, by title.
+
+    Returns nothing unless `runs` has both an evaluation and a benchmark.
+    """
     if len({type(run) for run in runs}) < 2:
         return {}
     title = "Quality, cost and speed"

@@ -70,16 +70,16 @@ def candidates(
     if not logs or not benches or not all(isinstance(run, Log | Bench) for run in runs):
         given = ", ".join(type(run).__name__ for run in runs) or "nothing"
         raise BadInput(
-            f"Quality, cost and speed were to be compared. Given were {given}. Give evaluations and benchmarks of the "
-            "same models, as [log, bench], or Candidates alone.",
+            f"Cannot compare quality, cost and speed of {given}. Pass evaluations and benchmarks of the same models, "
+            "as [log, bench], or Candidates alone.",
             argument="runs",
             value=[type(run).__name__ for run in runs],
         )
     pairs = [(bench, _log_of(bench, logs, names)) for bench in benches]
     if alone := [log for log in logs if all(log is not other for _, other in pairs)]:
         raise BadInput(
-            f"Quality, cost and speed were to be compared. {_called(alone[0])} was evaluated and not benchmarked: the "
-            f"benchmarks are of {_list(benches)}. Benchmark it, leave it out, or say by names= which model is meant.",
+            f"Cannot compare quality, cost and speed: {_called(alone[0])} was evaluated and not benchmarked: the "
+            f"benchmarks are of {_list(benches)}. Benchmark it, leave it out, or match the names by names=.",
             argument="runs",
             value=_called(alone[0]),
         )
@@ -107,15 +107,15 @@ def frontier(given: Sequence[Candidate]) -> pd.DataFrame:
     """
     if not given or len({one.name for one in given}) < len(given):
         raise BadInput(
-            f"{len(given)} candidates were to be compared. There is none, or two have one name. "
-            "Give a list of Candidates, each with its own name.",
+            f"Cannot compare {len(given)} candidates: the list is empty, or two have the same name. Pass a list of "
+            "Candidates, each with its own name.",
             argument="candidates",
             value=len(given),
         )
     if len(benchmarks := dict.fromkeys(one.benchmark for one in given)) > 1:
         raise BadInput(
-            f"{len(given)} candidates were to be compared. Their scores are of {' and '.join(map(repr, benchmarks))}. "
-            "Give scores of one benchmark and protocol.",
+            f"Cannot compare {len(given)} candidates: their scores are of {' and '.join(map(repr, benchmarks))}. Pass "
+            "scores of one benchmark and protocol.",
             argument="score",
             value=benchmarks,
         )
@@ -149,14 +149,14 @@ def _log_of(bench: Bench, logs: Sequence[Log], names: Mapping[str, str]) -> Log:
         return found[0]
     if found:
         raise BadInput(
-            f"Quality, cost and speed were to be compared. {_called(bench)} was benchmarked, and evaluated "
-            f"{len(found)} times. Give one evaluation of each model.",
+            f"Cannot compare quality, cost and speed: {_called(bench)} was benchmarked, and evaluated {len(found)} "
+            "times. Pass one evaluation of each model.",
             argument="runs",
             value=len(found),
         )
     raise BadInput(
-        f"Quality, cost and speed were to be compared. {_called(bench)} was benchmarked, and no evaluation is of it: "
-        f"{'; '.join(dict.fromkeys(why))}. Evaluate it, leave it out, or say by names= which model is meant.",
+        f"Cannot compare quality, cost and speed: {_called(bench)} was benchmarked, but no evaluation belongs to it: "
+        f"{'; '.join(dict.fromkeys(why))}. Evaluate it, leave it out, or match the names by names=.",
         argument="runs",
         value=_called(bench),
     )
@@ -215,14 +215,14 @@ def _scores(logs: Sequence[Log], asked: str | None) -> list[dict[str, Any]]:
         about = next(one for one in log.meta["tasks"].values() if one["protocol"] == row["protocol"])
         if not about["metrics"][row["metric"]].get("higher_is_better", True):
             raise BadInput(
-                f"Quality, cost and speed were to be compared by {row['what']}. Of that metric less is better. Name a "
-                "benchmark with a score of which more is better by score=.",
+                f"Cannot compare quality, cost and speed by {row['what']}: of that metric less is better. Name a "
+                "benchmark by score= of which more is better.",
                 argument="score",
                 value=row["what"],
             )
     if len(sizes := {row["n"] + row["unscored"] for row in found}) > 1:
         raise BadInput(
-            f"Quality, cost and speed were to be compared by {common[0]}. The evaluations have "
+            f"Cannot compare quality, cost and speed by {common[0]}: the evaluations have "
             f"{' and '.join(map(str, sorted(sizes)))} samples of it. Evaluate all models on the same data.",
             argument="limit",
             value=sorted(sizes),

@@ -51,9 +51,10 @@ class CompiledRecorder(Recorder):
         super().__init__(model, signals=signals, lengths=lengths)
         if self.signals.needs_logits or self.signals.sites or tokens < 1:
             raise BadInput(
-                f"A CompiledRecorder for {tokens} tokens with {', '.join(_named(self.signals.plan())) or 'no signals'} "
-                "was asked for. It has room for at least 1 token, and keeps expert ids, weights and router_logits. "
-                'Give signals=("router_logits",) or (), or use a Recorder without compiling.',
+                f"Cannot make a CompiledRecorder for {tokens} tokens with "
+                f"{', '.join(_named(self.signals.plan())) or 'no signals'}: it needs room for at least 1 token, and "
+                'records expert ids, weights and router_logits only. Pass signals=("router_logits",) or (), or use '
+                "a Recorder without compiling.",
                 argument="tokens" if tokens < 1 else "signals",
                 value=tokens if tokens < 1 else _named(self.signals.plan()),
             )
@@ -148,8 +149,8 @@ class CompiledRecorder(Recorder):
         if n > self._room:
             self._buffers["count"].zero_()
             raise BadInput(
-                f"A CompiledRecorder with room for {self._room} tokens was used. {n} were read, padding included. "
-                f"Give tokens={n} or more, or ask for the trace in between.",
+                f"This CompiledRecorder has room for {self._room} tokens, but {n} were read, padding included. Pass "
+                f"tokens={n} or more, or take the trace in between.",
                 argument="tokens",
                 value=n,
             )

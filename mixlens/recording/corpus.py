@@ -275,8 +275,7 @@ def tokenizer_of(model: nn.Module) -> Any:
     except (OSError, ValueError) as error:
         name = getattr(model, "name_or_path", "") or "the model"
         raise BadInput(
-            f"Documents were to be recorded with the tokenizer of {name}. None was found there. Pass "
-            "tokenizer=AutoTokenizer.from_pretrained(...).",
+            f"Cannot find a tokenizer for {name}. Pass tokenizer=AutoTokenizer.from_pretrained(...).",
             argument="tokenizer",
             value=name,
         ) from error
@@ -285,7 +284,7 @@ def tokenizer_of(model: nn.Module) -> Any:
 def _check(settings: Any) -> None:
     if not isinstance(settings, RecordSettings):
         raise BadInput(
-            f"Documents were to be recorded. Their settings are a {type(settings).__name__}, not RecordSettings. Give "
+            f"Cannot record with settings of type {type(settings).__name__}: expected RecordSettings. Pass "
             "settings=ml.RecordSettings(...).",
             argument="settings",
             value=type(settings).__name__,
@@ -303,8 +302,7 @@ def length_limit(model: nn.Module, settings: RecordSettings) -> int:
     _check(settings)
     if settings.overlong not in OVERLONG:
         raise BadInput(
-            f"Documents were to be recorded with overlong={settings.overlong!r}. Choices are {', '.join(OVERLONG)}. "
-            "Give one of them.",
+            f"Cannot record with overlong={settings.overlong!r}: choices are {', '.join(OVERLONG)}. Pass one of them.",
             argument="overlong",
             value=settings.overlong,
         )
@@ -313,7 +311,7 @@ def length_limit(model: nn.Module, settings: RecordSettings) -> int:
     limit = context if settings.max_length is None else _positive("max_length", settings.max_length)
     if limit > context:
         raise BadInput(
-            f"Sequences of {limit:,} tokens were to be recorded. The model's context is {context:,}. Give a smaller "
+            f"Cannot record sequences of {limit:,} tokens: the context of the model is {context:,}. Pass a smaller "
             "max_length.",
             argument="max_length",
             value=limit,
@@ -324,7 +322,7 @@ def length_limit(model: nn.Module, settings: RecordSettings) -> int:
 def _positive(name: str, value: int) -> int:
     if not isinstance(value, Integral) or value < 1:
         raise BadInput(
-            f"Documents were to be recorded with {name}={value}. It must be 1 or more. Give a larger one.",
+            f"Cannot record with {name}={value}: it must be 1 or more. Pass a larger number.",
             argument=name,
             value=value,
         )

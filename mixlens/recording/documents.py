@@ -45,15 +45,15 @@ class Documents:
     def __init__(self, documents: Iterable[Any], column: str) -> None:
         if isinstance(documents, str | Mapping):
             raise BadInput(
-                f"Documents were to be recorded. A single {type(documents).__name__} was given. Give a list of "
-                "documents, or one split of a dataset.",
+                f"Cannot record a single {type(documents).__name__}. Pass a list of documents, or one split of a "
+                "dataset.",
                 argument="documents",
                 value=type(documents).__name__,
             )
         if not isinstance(documents, Iterable) and not hasattr(documents, "__getitem__"):
             raise BadInput(
-                f"Documents were to be recorded. A {type(documents).__name__} was given. Give strings, mappings with a "
-                "text column, or a datasets.Dataset.",
+                f"Cannot record a {type(documents).__name__}. Pass strings, mappings with a text column, or a "
+                "datasets.Dataset.",
                 argument="documents",
                 value=type(documents).__name__,
             )
@@ -68,7 +68,7 @@ class Documents:
             columns = dict(raw) if isinstance(raw, Mapping) else {self.column: raw}
             if self.column not in columns:
                 raise BadInput(
-                    f"Document {number} was to be recorded. It has the columns {', '.join(map(str, columns))} and none "
+                    f"Cannot record document {number}: it has the columns {', '.join(map(str, columns))} and none "
                     f"called {self.column!r}. Name the text column: settings=RecordSettings(text=...).",
                     argument=self.column,
                     value=number,
@@ -77,14 +77,14 @@ class Documents:
             if not isinstance(text, str) or not text:
                 found = "an empty text" if text == "" else f"{type(text).__name__}, not text"
                 raise BadInput(
-                    f"Document {number} was to be recorded. It is {found}. Leave it out, or give a string.",
+                    f"Cannot record document {number}: it is {found}. Leave it out, or pass a string.",
                     argument=self.column,
                     value=number,
                 )
             if reserved := columns.keys() & {"sequence", "length"}:
                 raise BadInput(
-                    f"Document {number} was to be recorded. It has a column called {', '.join(sorted(reserved))}, "
-                    "which mixlens writes itself. Rename it.",
+                    f"Cannot record document {number}: mixlens itself writes a column called "
+                    f"{', '.join(sorted(reserved))}. Rename it.",
                     argument=min(reserved),
                     value=number,
                 )
@@ -99,15 +99,15 @@ class Documents:
             if document.columns.keys() != first:
                 odd = sorted(document.columns.keys() ^ first)
                 raise BadInput(
-                    f"Document {document.number} was to be recorded. It differs from document 0 in the columns "
+                    f"Cannot record document {document.number}: it differs from document 0 in the columns "
                     f"{', '.join(odd)}. Give every document the same columns.",
                     argument=odd[0],
                     value=document.number,
                 )
             if document.id in seen:
                 raise BadInput(
-                    f"Document {document.number} was to be recorded. Its id {document.id!r} was used before. Give "
-                    "every document its own id, or none.",
+                    f"Cannot record document {document.number}: its id {document.id!r} occurred before. Give every "
+                    "document its own id, or none.",
                     argument="id",
                     value=document.id,
                 )
@@ -115,8 +115,8 @@ class Documents:
             for name, value in {"id": document.id, **document.columns}.items():
                 if value is not None and kinds.setdefault(name, kind := _kind(value)) != kind:
                     raise BadInput(
-                        f"Document {document.number} was to be recorded. Its column {name!r} holds a {kind}, where "
-                        f"documents before it have a {kinds[name]}. Give every column values of one kind.",
+                        f"Cannot record document {document.number}: its column {name!r} holds a {kind}, where earlier "
+                        f"documents have a {kinds[name]}. Give every column values of one type.",
                         argument=name,
                         value=document.number,
                     )
@@ -124,7 +124,7 @@ class Documents:
             count += 1
         if not count:
             raise BadInput(
-                "Documents were to be recorded. There are none. Give at least one text.",
+                "Cannot record: there are no documents. Pass at least one text.",
                 argument="documents",
                 value=0,
             )
@@ -148,14 +148,14 @@ def pieces_of(document: Document, ids: list[int], max_length: int, overlong: str
     name = f"Document {document.number} (id {document.id!r})"
     if not ids:
         raise BadInput(
-            f"{name} was to be recorded. Its text has no tokens. Leave it out, or give a string.",
+            f"Cannot record {name}: its text has no tokens. Leave it out, or pass another text.",
             argument="text",
             value=document.number,
         )
     if len(ids) > max_length:
         if overlong == "error":
             raise BadInput(
-                f"{name} was to be recorded. It has {len(ids):,} tokens, and the limit is {max_length:,}. Choose "
+                f"Cannot record {name}: it has {len(ids):,} tokens, and the limit is {max_length:,}. Pass "
                 'settings=RecordSettings(overlong="truncate") or "split" (--overlong on the command line).',
                 argument="overlong",
                 value=len(ids),

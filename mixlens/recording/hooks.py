@@ -90,8 +90,8 @@ def routing_arrays(raw: Raw, rows: torch.Tensor) -> dict[str, np.ndarray]:
     choices = {value.shape[-1] for value in raw["expert_id"].values()}
     if len(choices) > 1:
         raise BadInput(
-            f"Routing was to be recorded under an edit. Layers choose {sorted(choices)} experts a token, and a "
-            "trace has one number for all. Give top_k without layers=, or do not record.",
+            f"Cannot record under this edit: layers choose {sorted(choices)} experts per token, and a trace has one "
+            "number for all. Pass top_k without layers=, or do not record.",
             argument="top_k",
             value=sorted(choices),
         )
@@ -118,8 +118,8 @@ def site_array(raw: Raw, site: str, dtype: str, rows: torch.Tensor) -> np.ndarra
     stored = values.to(getattr(torch, dtype))
     if dtype == "float16" and bool((stored.isinf() & values.isfinite()).any()):
         raise BadInput(
-            f"Activations of {site} were to be kept in float16. A value of {values.float().abs().max():.3g} is too "
-            f'large for it. Record with Site("{site}", dtype="float32").',
+            f"Cannot store activations of {site} in float16: a value of {values.float().abs().max():.3g} is too "
+            f'large. Record with Site("{site}", dtype="float32").',
             argument="dtype",
             value=site,
         )

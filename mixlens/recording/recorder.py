@@ -81,7 +81,7 @@ class Recorder:
         columns = {name: np.concatenate(parts) for name, parts in self._columns.items()}
         if not columns:
             raise BadInput(
-                "A trace of a Recorder was asked for. No forward ran inside it. Call the model inside the with block.",
+                "Cannot make a trace: no forward ran inside the Recorder. Call the model inside the with block.",
                 argument="Recorder",
                 value=0,
             )
@@ -91,8 +91,8 @@ class Recorder:
         table = pd.DataFrame(index=pd.RangeIndex(self._follower.n_rows)) if sequences is None else sequences
         if len(table) != self._follower.n_rows:
             raise BadInput(
-                f"A table of {len(table)} sequences was given. The Recorder saw {self._follower.n_rows}. "
-                "Give one row for every row of every batch, in order.",
+                f"Cannot use a table of {len(table)} sequences: the Recorder saw {self._follower.n_rows}. Pass one "
+                "row for every row of every batch, in order.",
                 argument="sequences",
                 value=len(table),
             )

@@ -1,1 +1,1 @@
-"""One HTML file about one run or several."""
+"""Reports: one HTML file on one run or several."""

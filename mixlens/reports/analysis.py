@@ -1,4 +1,4 @@
-"""All statistics of one trace, as far as its signals allow: what a report is written from."""
+"""All statistics of one trace that its signals allow, as the basis of a report."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _WHOLE: dict[str, _Compute] = {
 
 @dataclass(frozen=True)
 class Analysis:
-    """Statistics of a trace by name, and why the others are missing, in the words of their errors."""
+    """The statistics of a trace by name, and the error messages that explain why others are missing."""
 
     name: str
     trace: Trace
@@ -51,7 +51,7 @@ class Analysis:
 
 
 def analyse(trace: Trace, name: str) -> Analysis:
-    """Compute every statistic once; one whose signal is missing is left out, and said to be."""
+    """Compute every statistic once; list those whose signal is missing, with the reason."""
     found, missing = {}, {}
     for statistic, compute in {**(_BY_DOMAIN if has_domains(trace) else {}), **_WHOLE}.items():
         try:
@@ -63,7 +63,7 @@ def analyse(trace: Trace, name: str) -> Analysis:
                 missing[f"part of {statistic}"] = f"{lacking}."
     if not has_domains(trace):
         missing["statistics by domain"] = (
-            "They need a column `domain` with at least two values, and none missing, among the sequences. "
+            "They need a column `domain` in the sequences, with at least two values and none missing. "
             f"The columns are {', '.join(map(str, trace.sequences.columns))}."
         )
     return Analysis(name, trace, found, missing)

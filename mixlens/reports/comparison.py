@@ -1,4 +1,4 @@
-"""The sections of a report on two traces of the same tokens, and on the impact of quantization."""
+"""The sections of a report on two traces of the same tokens, on the impact of quantization, and on schemes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mixlens.stats.pareto import Pareto
 
 
 def comparison_sections(compared: Comparison, _name: str = "") -> dict[str, str]:
-    """What two traces route and predict otherwise."""
+    """Return the differences of two traces in routing and predictions as HTML, by title."""
     flips, agreement = compared.flips(), compared.agreement()
     missing = compared.missing()
     worst = flips.sel(measure="first_flip").isel(layer=int(flips.estimate.sel(measure="first_flip").argmax("layer")))
@@ -43,7 +43,7 @@ def comparison_sections(compared: Comparison, _name: str = "") -> dict[str, str]
 
 
 def impact_sections(impact: Impact, _name: str = "") -> dict[str, str]:
-    """What became of the predictions, where it comes from, and how far every expert moved."""
+    """Return the change in predictions, its sources, and the error of every expert as HTML, by title."""
     split, experts = impact.split(), impact.experts()
     text = (
         "Both models read the same tokens twice: with their own routing, and with the experts that the other chose, "
@@ -69,7 +69,7 @@ def impact_sections(impact: Impact, _name: str = "") -> dict[str, str]:
 
 
 def pareto_sections(measured: Pareto, _name: str = "") -> dict[str, str]:
-    """Quality against bytes and against speed, one row a scheme."""
+    """Return quality against bytes and against speed, one row per scheme, as HTML, by title."""
     figures = [_figure(comparison.pareto(measured), "Quality against the true bytes of all weights.")]
     if (measured.table["quantity"] == "tpot_s").any():
         figures.append(_figure(comparison.pareto(measured, x="tpot_s"), "Quality against time per output token."))

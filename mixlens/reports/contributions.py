@@ -1,4 +1,4 @@
-"""The sections of a report on contributions and on a sweep over k: from what was measured to HTML."""
+"""The sections of a report on contributions and on a sweep over k."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from mixlens.stats.contributions import expert_contribution
 from mixlens.stats.outputs import super_experts
 from mixlens.stats.topk import topk_sweep
 
-_TOKENS = 64  # of a text that is drawn
-_FAR = 10  # times the median, from where a largest number is far above the others
+_TOKENS = 64  # of the text that is drawn
+_FAR = 10  # times the median: a largest number far above the others
 
 
 def contribution_sections(contributions: xr.Dataset, name: str) -> dict[str, str]:
-    """What experts add to the next token's logit: over all documents, by domain where there are several, and a text."""
+    """Return what experts add to the next token's logit as HTML, by title.
+
+    Covers all documents together, each domain if there are several, and the start of a text.
+    """
     whole, size = (expert_contribution(contributions, measure=measure) for measure in ("logit", "norm"))
     intro = (
         "A chosen expert's weighted output, through the last norm held at its scale, onto the unembedding row of the "
@@ -29,8 +32,8 @@ def contribution_sections(contributions: xr.Dataset, name: str) -> dict[str, str
     sections = {
         "Contribution of experts": paragraphs(intro)
         + bullets([*cells_apart(whole, "logits"), *_super(size)])
-        + _figure(show.contribution(whole), "Mean addition to the next token's logit, by layer and expert.")
-        + _figure(show.contribution(size), "Mean Euclidean norm of the weighted output, by layer and expert.")
+        + _figure(show.expert_contribution(whole), "Mean addition to the next token's logit, by layer and expert.")
+        + _figure(show.expert_contribution(size), "Mean Euclidean norm of the weighted output, by layer and expert.")
         + details("Table of logits", html_table(whole, "Addition to the next token's logit"))
         + details("Table of norms", html_table(size, "Norm of the weighted output"))
     }
@@ -45,7 +48,7 @@ def contribution_sections(contributions: xr.Dataset, name: str) -> dict[str, str
 
 
 def topk_sections(measured: xr.Dataset, name: str) -> dict[str, str]:
-    """Loss and routing when every token chooses k experts, over all documents and by domain where there are several."""
+    """Return loss and routing for each number of experts k as HTML, by title; also by domain if there are several."""
     whole = topk_sweep(measured)
     own = int(whole.attrs["own_k"])
     intro = (
@@ -55,19 +58,22 @@ def topk_sections(measured: xr.Dataset, name: str) -> dict[str, str]:
     html = (
         paragraphs(intro)
         + bullets(_changes(whole, own))
-        + _figure(show.topk_curve(whole), "Loss by number of experts a token chooses.")
+        + _figure(show.topk_sweep(whole), "Loss by number of experts a token chooses.")
         + _figure(show.topk_routing(whole), "How much of the weight the strongest expert has, by layer.")
         + details("Table", html_table(whole, "Loss by number of experts"))
     )
     if has_domains(measured):
         data = topk_sweep(measured, by="domain")
-        html += _figure(show.topk_curve(data), "The same by domain.")
+        html += _figure(show.topk_sweep(data), "The same by domain.")
         html += details("Table by domain", html_table(data, "Loss by number of experts and domain"))
     return {"Number of experts a token chooses": html}
 
 
 def _super(size: xr.Dataset) -> list[str]:
-    """Super experts in words; the one that always passes the test is called so only far above the others."""
+    """Describe the super experts.
+
+    One expert always passes the test, so only those far above the median are called super experts.
+    """
     found = super_experts(size)
     named = []
     for layer, expert in np.argwhere(found["is_super"].to_numpy()):

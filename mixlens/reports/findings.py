@@ -1,4 +1,4 @@
-"""What the numbers say, in sentences: each computed, with its interval, its n, and what chance would give."""
+"""Findings of a report as sentences: each number with its interval, its n, and its value under chance."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mixlens.reports.analysis import Analysis
 
 
 def findings(analysis: Analysis) -> list[str]:
-    """Sentences on every statistic that was computed, most telling first."""
+    """Return sentences on every statistic that was computed, the most informative first."""
     sentences = []
     for statistic, say in _SAY.items():
         if statistic in analysis.found:
@@ -19,7 +19,7 @@ def findings(analysis: Analysis) -> list[str]:
 
 
 def furthest(data: xr.Dataset) -> xr.Dataset | None:
-    """The one number furthest from uniform, or the largest where there is no uniform; None when all are missing."""
+    """Return the number furthest from uniform, or the largest if there is no uniform value; None if all are missing."""
     expected = labels.uniform(data)
     return _at(data, data["estimate"] if expected is None else abs(data["estimate"] - expected))
 
@@ -41,7 +41,7 @@ def _at(data: xr.Dataset, score: xr.DataArray) -> xr.Dataset | None:
 
 
 def place(cell: xr.Dataset) -> str:
-    """Where a number stands, as "github, layer 3, expert 5"."""
+    """Describe the place of a number, as "github, layer 3, expert 5"."""
     words = []
     for name, coord in cell.coords.items():
         if coord.ndim == 0 and name in cell["estimate"].coords:
@@ -51,7 +51,7 @@ def place(cell: xr.Dataset) -> str:
 
 
 def compared(data: xr.Dataset) -> str:
-    """How many numbers lie above and below uniform, by their intervals."""
+    """Describe how many numbers are above and below uniform, by their intervals."""
     expected = labels.uniform(data)
     if expected is None:
         return ""

@@ -1,4 +1,4 @@
-"""The sections of a report on an importance run: functions from its sums over documents to HTML."""
+"""The sections of a report on the importance of experts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _HOW = {
 
 
 def importance_sections(measured: xr.Dataset, name: str) -> dict[str, str]:
-    """Importance over all documents, and by domain where the documents have one."""
+    """Return importance over all documents as HTML, by title; also by domain if the documents have one."""
     whole = expert_importance(measured)
     sections = {"Importance of experts": _whole(whole)}
     if has_domains(measured):
@@ -43,7 +43,7 @@ def _whole(data: xr.Dataset) -> str:
     return (
         paragraphs(intro)
         + bullets(cells_apart(data, f"{data.attrs['unit']} a token"))
-        + _figure(show.importance(data), f"Change without each expert, by layer. {_SCALE}")
+        + _figure(show.expert_importance(data), f"Change without each expert, by layer. {_SCALE}")
         + _figure(show.importance_against_share(data), "Change without an expert against how often it is chosen.")
         + details("Table", html_table(data, "Importance of experts"))
     )
@@ -58,7 +58,7 @@ def _by_domain(data: xr.Dataset) -> str:
 
 
 def cells_apart(data: xr.Dataset, unit: str) -> list[str]:
-    """The numbers furthest from 0 of those whose interval excludes it, in words."""
+    """Describe the numbers furthest from 0 among those whose interval excludes it."""
     flat = data.stack(cell=data["estimate"].dims)
     apart = (flat["ci_low"] > 0) | (flat["ci_high"] < 0)
     order = np.argsort(-np.abs(flat["estimate"].where(apart).fillna(0).to_numpy()), kind="stable")

@@ -1,4 +1,4 @@
-"""report: one HTML file about one run or several, which needs nothing else and asks nobody."""
+"""Reports: one self-contained HTML file on one run or several, written without network access."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _trace_sections(trace: Trace, name: str) -> dict[str, str]:
     return {heading: part(analysis) for heading, part in sections.SECTIONS.items()}
 
 
-# What a kind of run brings into a report: a function of the run and its name to sections, HTML by heading.
+# For each kind of run, the function that turns a run and its name into sections, HTML by heading.
 _KINDS: Mapping[str, Callable[[Any, str], Mapping[str, str]]] = {
     "trace": _trace_sections,
     "importance": importance_sections,
@@ -52,26 +52,47 @@ _KINDS: Mapping[str, Callable[[Any, str], Mapping[str, str]]] = {
 def report(runs: RunOrPath | Sequence[RunOrPath], path: str | os.PathLike[str], *, title: str | None = None) -> Path:
     """Write one HTML file with summary, figures, live text, tables, methods and provenance of `runs`.
 
-    runs    a trace, what measure_importance, measure_topk or measure_contributions gives, the folder of one of these,
-            or several of them
-    path    of the file, which is overwritten
-    title   heading; made from the model and the run names when not given
+    The page loads nothing and opens offline. It lists each statistic whose signal is missing, with the reason.
 
-    The page loads nothing and opens offline. A statistic whose signal is missing is listed with the reason.
-    Returns the path. Raises BadInput when there are no runs, no tokens, or no folder to write to; RunError when a run
-    cannot be opened.
+    Parameters
+    ----------
+    runs : Trace, Dataset, other run, str or path-like, or a sequence of these
+        A trace, an evaluation, a benchmark, a comparison, the result of a function ``measure_...`` of `ml.experiments`,
+        the folder of one of these, or several of them.
+    path : str or path-like
+        Path of the file, which is overwritten.
+    title : str, optional
+        Heading. By default made from the subject and the models.
+
+    Returns
+    -------
+    pathlib.Path
+
+    Raises
+    ------
+    BadInput
+        If there are no runs, a run is of another kind or has no tokens, or `path` is not a file in an existing folder.
+    RunError
+        If a run cannot be opened.
+
+    Examples
+    --------
+    >>> short = ml.RecordSettings(max_length=8, overlong="truncate", progress=False)
+    >>> measured = ml.experiments.measure_topk(model, documents[:1], ks=(1, 2), settings=short)
+    >>> ml.report(measured, tmp / "report.html", title="One expert or two").name
+    'report.html'
     """
     given: list[Any] = list(runs) if isinstance(runs, Sequence) and not isinstance(runs, str) else [runs]
     if not given:
         raise BadInput(
-            "A report was to be written. No run was given. Give a trace, a run folder, or a list of them.",
+            "Cannot write a report: no runs. Pass a trace, a run folder, or a list of them.",
             argument="runs",
             value=0,
         )
     if Path(path).is_dir() or not Path(path).parent.is_dir():
         raise BadInput(
-            f"A report was to be written to {path}. That is a folder, or lies in one that is not there. "
-            "Give the path of a file in an existing folder.",
+            f"Cannot write a report to {path}: it is a folder, or its folder does not exist. "
+            "Pass the path of a file in an existing folder.",
             argument="path",
             value=str(path),
         )
@@ -92,19 +113,19 @@ def report(runs: RunOrPath | Sequence[RunOrPath], path: str | os.PathLike[str], 
 
 
 def _open(run: RunOrPath, number: int) -> tuple[str, Any, str]:
-    """(kind, run, name)."""
+    """Return (kind, run, name)."""
     opened = open_any(run) if isinstance(run, str | os.PathLike) else run
     kind = "trace" if isinstance(opened, Trace) else str(getattr(opened, "kind", ""))
     if kind not in _KINDS:
         raise BadInput(
-            f"A report on a {type(opened).__name__}{f' ({kind})' if kind else ''} was to be written. Reports take "
-            f"{', '.join(_KINDS)}. Give what was recorded or measured, such as measure_importance(...), or its folder.",
+            f"Cannot write a report: got {type(opened).__name__}{f' ({kind})' if kind else ''}, but reports take "
+            f"{', '.join(_KINDS)}. Pass what was recorded or measured, such as ml.record(...), or its folder.",
             argument="runs",
             value=type(opened).__name__,
         )
     if isinstance(opened, Trace) and not opened.n_tokens:
         raise BadInput(
-            f"A report on {_name(opened, number, kind)} was to be written. It has no tokens. Record some text first.",
+            f"Cannot write a report on {_name(opened, number, kind)}: it has no tokens. Record some text first.",
             argument="runs",
             value=0,
         )
@@ -123,7 +144,7 @@ def _name(run: Any, number: int, kind: str) -> str:
 
 
 def _comparisons(opened: list[tuple[str, Trace, str]]) -> list[tuple[str, str]]:
-    """How far the first trace and each other one of the same text agree, and where they part."""
+    """Compare the first trace with each other one of the same text."""
     if not opened:
         return []
     (_, first, first_name), *others = opened

@@ -1,4 +1,4 @@
-"""The sections of a report on a trace: functions from an Analysis to HTML, empty where there is nothing to say."""
+"""The sections of a report on a trace: functions from an Analysis to HTML, empty if there is nothing to show."""
 
 from __future__ import annotations
 
@@ -88,7 +88,10 @@ def domains(analysis: Analysis) -> str:
         parts.append(_table(data, "Domain specialization"))
     if (data := analysis.found.get("domain_information")) is not None:
         text = "How much a token's experts say about its domain, beside the same with domains permuted over documents."
-        parts += [_figure(show.information(data), data, text), _table(data, "Information between expert and domain")]
+        parts += [
+            _figure(show.domain_information(data), data, text),
+            _table(data, "Information between expert and domain"),
+        ]
     return _figures_first(parts)
 
 
@@ -96,7 +99,7 @@ def router(analysis: Analysis) -> str:
     parts = []
     if (data := analysis.found.get("routing_entropy")) is not None:
         text = "How undecided the router is: entropy of its distribution over experts."
-        parts += [_figure(show.entropy(data), data, text), _table(data, "Routing entropy")]
+        parts += [_figure(show.routing_entropy(data), data, text), _table(data, "Routing entropy")]
     if (data := analysis.found.get("router_confidence")) is not None:
         known = [m for m in data["measure"].to_numpy() if np.isfinite(data.sel(measure=m)["estimate"]).any()]
         text = "How strongly the router prefers its first expert; dashed in the same colour: uniform routing."
@@ -157,7 +160,7 @@ def vocabulary(analysis: Analysis) -> str:
 
 
 def text(analysis: Analysis) -> str:
-    """Live token view of one sequence a domain, or of the first sequences where there are no domains."""
+    """Return the live token view of one sequence per domain, or of the first sequences if there are no domains."""
     frame = analysis.trace.sequences
     frame = frame[frame["length"] > 0]
     chosen = frame.drop_duplicates("domain") if analysis.has_domains else frame
@@ -239,7 +242,7 @@ def _figure(drawn: Axes | Figure, data: xr.Dataset, text: str) -> str:
 
 
 def _figures_first(parts: list[str]) -> str:
-    """Small figures stand side by side, and the tables follow them."""
+    """Put the figures, which flow side by side, before the tables."""
     return "".join(sorted(parts, key=lambda part: not part.startswith("<figure")))
 
 
@@ -256,7 +259,7 @@ def _published(reference: xr.Dataset) -> str:
 
 
 def _mutual_information(data: xr.Dataset) -> xr.Dataset:
-    """The mutual information that comes with transitions, as a statistic of its own."""
+    """Return the mutual information that comes with transitions as a statistic of its own."""
     mutual = data[["n_documents"]].assign(
         estimate=data["mi_bits"], ci_low=data["mi_ci_low"], ci_high=data["mi_ci_high"], n=data["n"].sum("expert")
     )

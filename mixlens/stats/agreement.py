@@ -86,8 +86,8 @@ def same_shape(a: Trace, b: Trace) -> None:
     ):
         if of_a != of_b:
             raise BadInput(
-                f"The agreement of two traces was asked for. The first has {what} {of_a}, the second {of_b}. "
-                "Select the same layers, and compare runs of one architecture.",
+                f"Cannot compute the agreement of the traces: the first has {what} {of_a}, the second {of_b}. Select "
+                "the same layers, and compare runs of one architecture.",
                 argument=what,
                 value=(of_a, of_b),
             )
@@ -118,7 +118,7 @@ def side_by_side(
         which = "first" if of_a is not None else "second"
         longer = of_a or of_b or {}
         raise BadInput(
-            f"The agreement of two traces was asked for. The {which} goes on at sequence {longer['sequence'][0]}, "
+            f"Cannot compute the agreement of the traces: the {which} continues at sequence {longer['sequence'][0]}, "
             f"position {longer['position'][0]}, where the other ends. Select the same sequences, phase and positions.",
             argument="a" if which == "first" else "b",
             value=(int(longer["sequence"][0]), int(longer["position"][0])),
@@ -143,7 +143,7 @@ def _different_tokens(found: dict[str, tuple[int, int]]) -> BadInput:
     else:
         what = f"They differ first at {place}: token {found['token_id'][0]} and token {found['token_id'][1]}"
     return BadInput(
-        f"The agreement of two traces was asked for. {what}. Record both runs on the same documents with the same "
+        f"Cannot compute the agreement of the traces: {what}. Record both runs on the same documents with the same "
         "tokenizer, or select the tokens that they share.",
         argument="token_id" if (sequence, position) == (other_sequence, other_position) else "position",
         value=found,

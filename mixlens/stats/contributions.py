@@ -41,7 +41,7 @@ def expert_contribution(
     """
     if measure not in MEASURES:
         raise BadInput(
-            f"Contributions in {measure!r} were asked for. Measures are {', '.join(MEASURES)}. Give one of them.",
+            f"Cannot compute contributions in {measure!r}: measures are {', '.join(MEASURES)}. Pass one of them.",
             argument="measure",
             value=measure,
         )

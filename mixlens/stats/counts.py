@@ -184,15 +184,15 @@ def require(trace: Any, what: str, *signals: str, bootstrap: Any = DEFAULT) -> N
     """Raises BadInput unless statistic `what` got a trace and a Bootstrap, MissingSignal where the trace lacks one."""
     if not callable(getattr(trace, "require", None)):
         raise BadInput(
-            f"{what} was asked for. It takes a trace, and a {type(trace).__name__} was given. Give what ml.record, a "
-            "Recorder or ml.open gave.",
+            f"Cannot compute {what}: expected a trace, got {type(trace).__name__}. Pass what ml.record, a Recorder or "
+            "ml.open returns.",
             argument="trace",
             value=type(trace).__name__,
         )
     if not isinstance(bootstrap, Bootstrap):
         raise BadInput(
-            f"{what} was asked for with bootstrap={bootstrap!r}. It takes a Bootstrap. Give ml.stats.Bootstrap("
-            "replicates=1000), or leave it out.",
+            f"Cannot compute {what} with bootstrap={bootstrap!r}: expected a Bootstrap. Pass "
+            "ml.stats.Bootstrap(replicates=1000), or leave it out.",
             argument="bootstrap",
             value=bootstrap,
         )
@@ -276,14 +276,14 @@ def _columns(trace: Trace, by: By) -> list[str]:
     for name in columns:
         if name not in there:
             raise BadInput(
-                f"A statistic by {name!r} was asked for. The sequences have the columns {', '.join(there)}. "
-                "Give one of them, or record documents that have the column.",
+                f"Cannot group by {name!r}: the sequences have the columns {', '.join(there)}. Pass one of them, or "
+                "record documents that have the column.",
                 argument="by",
                 value=name,
             )
         if name in ("layer", "expert", "expert_j", "measure", "choice", "position_bin") or columns.count(name) > 1:
             raise BadInput(
-                f"A statistic by {', '.join(columns)} was asked for. {name!r} names a dimension of the result already. "
+                f"Cannot group by {', '.join(columns)}: {name!r} is already the name of a dimension of the result. "
                 "Name each column once, and rename one that is called like a dimension.",
                 argument="by",
                 value=name,
@@ -291,8 +291,8 @@ def _columns(trace: Trace, by: By) -> list[str]:
         n_missing = int(trace.sequences[name].isna().sum())
         if n_missing:
             raise BadInput(
-                f"A statistic by {name!r} was asked for. {n_missing} of {len(trace.sequences)} sequences have no "
-                f"{name}. Leave them out with trace.select(where=trace.sequences[{name!r}].notna()).",
+                f"Cannot group by {name!r}: {n_missing} of {len(trace.sequences)} sequences have no {name}. Leave "
+                f"them out with trace.select(where=trace.sequences[{name!r}].notna()).",
                 argument=name,
                 value=n_missing,
             )

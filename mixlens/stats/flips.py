@@ -87,7 +87,7 @@ def flips_by_margin(
     same_shape(a, b)
     if a.top_k == a.n_experts:
         raise BadInput(
-            f"flips_by_margin was asked for. Every token chooses all {a.n_experts} experts, so there is none left out. "
+            f"Cannot compute flips_by_margin: every token chooses all {a.n_experts} experts, so none is left out. "
             "Compare traces whose tokens choose some of the experts.",
             argument="top_k",
             value=a.top_k,

@@ -43,7 +43,7 @@ def read_measured(path: str | os.PathLike[str], kind: str, *, check: bool = True
     run = open_run(path, check=check)
     if run.kind != kind:
         raise BadInput(
-            f"A run of {kind} was to be opened at {path}. It is a {run.kind}. Use mixlens.open(path).",
+            f"Cannot open a run of kind {kind} at {path}: the run there is of kind {run.kind}. Use mixlens.open(path).",
             argument="kind",
             value=run.kind,
         )
@@ -61,8 +61,8 @@ def check_kind(measured: Any, kind: str, made_by: str) -> None:
     found = measured.attrs.get("kind") if isinstance(measured, xr.Dataset) else None
     if found != kind:
         raise BadInput(
-            f"Numbers of {kind} were to be computed. Got a {type(measured).__name__}{f' of {found}' if found else ''}. "
-            f"Give what {made_by} gives, or mixlens.open(its folder).",
+            f"Cannot compute {kind} from a {type(measured).__name__}{f' of {found}' if found else ''}. Pass what "
+            f"{made_by} returns, or mixlens.open(its folder).",
             argument="kind",
             value=found or type(measured).__name__,
         )
@@ -79,16 +79,16 @@ def groups_of(measured: xr.Dataset, by: str | Sequence[str] | None) -> tuple[dic
     for name in [by] if isinstance(by, str) else list(by or []):
         if name not in there:
             raise BadInput(
-                f"Numbers by {name!r} were asked for. The documents have the columns {', '.join(there)}. "
-                "Give one of them, or measure documents that have the column.",
+                f"Cannot group by {name!r}: the documents have the columns {', '.join(there)}. Pass one of them, or "
+                "measure documents that have the column.",
                 argument="by",
                 value=name,
             )
         values = measured[name].values
         if any(value is None or value != value for value in values):
             raise BadInput(
-                f"Numbers by {name!r} were asked for. Some documents have no {name}. Give every document one, or "
-                "leave those out: measured.isel(document=...).",
+                f"Cannot group by {name!r}: some documents have no {name}. Give every document one, or leave those "
+                "out: measured.isel(document=...).",
                 argument=name,
                 value=None,
             )

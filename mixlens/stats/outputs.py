@@ -22,8 +22,8 @@ def super_experts(outputs: xr.Dataset) -> xr.Dataset:
     """
     if not isinstance(outputs, xr.Dataset) or "max_abs" not in outputs:
         raise BadInput(
-            f"Super experts were to be found. Got a {type(outputs).__name__} without max_abs. Give what expert_outputs "
-            "or stats.expert_contribution gives.",
+            f"Cannot find super experts: this {type(outputs).__name__} has no max_abs. Pass what expert_outputs or "
+            "stats.expert_contribution returns.",
             argument="max_abs",
             value=type(outputs).__name__,
         )

@@ -52,7 +52,8 @@ class Pareto:
         run = open_run(path, check=check)
         if run.kind != KIND:
             raise BadInput(
-                f"A comparison of schemes was to be opened at {path}. It is a {run.kind}. Use mixlens.open(path).",
+                f"Cannot open a comparison of schemes at {path}: the run there is of kind {run.kind}. Use "
+                "mixlens.open(path).",
                 argument="kind",
                 value=run.kind,
             )
@@ -71,8 +72,8 @@ class Pareto:
         rows = self.table[self.table["quantity"] == quantity]
         if rows.empty:
             raise BadInput(
-                f"{quantity!r} was asked for. Measured are {', '.join(self.table['quantity'].unique())}. "
-                "Give one of them.",
+                f"Cannot find {quantity!r}: the measured quantities are {', '.join(self.table['quantity'].unique())}. "
+                "Pass one of them.",
                 argument="quantity",
                 value=quantity,
             )
@@ -96,8 +97,8 @@ class Pareto:
         unknown = sorted(set(logs) - set(self.schemes))
         if unknown:
             raise BadInput(
-                f"Scores of {', '.join(unknown)} were to be added. Measured are {', '.join(self.schemes)}. "
-                "Give logs by these names.",
+                f"Cannot add scores of {', '.join(unknown)}: the measured schemes are {', '.join(self.schemes)}. Pass "
+                "logs by these names.",
                 argument="logs",
                 value=unknown,
             )

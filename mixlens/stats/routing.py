@@ -30,7 +30,7 @@ def expert_share(trace: Trace, *, by: By = None, slot: str = "any", bootstrap: B
     """
     if slot not in ("any", "first"):
         raise BadInput(
-            f"The expert share of slot {slot!r} was asked for. Slots are any and first. Give one of them.",
+            f"Cannot compute the expert share of slot {slot!r}: slots are any and first. Pass one of them.",
             argument="slot",
             value=slot,
         )
@@ -213,8 +213,8 @@ def position_profile(
     starts = np.array([0, *(2**i for i in range(max(1, longest - 1).bit_length()))] if edges is None else list(edges))
     if len(starts) == 0 or starts.dtype.kind not in "iu" or starts[0] < 0 or (np.diff(starts) <= 0).any():
         raise BadInput(
-            f"position_profile was asked for with edges {starts.tolist()}. They do not ascend from 0 or more. "
-            "Give the first position of every bin, such as edges=(0, 1, 16, 256).",
+            f"Cannot compute position_profile with edges {starts.tolist()}: they do not ascend from 0 or more. Pass "
+            "the first position of every bin, such as edges=(0, 1, 16, 256).",
             argument="edges",
             value=starts.tolist(),
         )

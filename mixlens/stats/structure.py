@@ -77,8 +77,8 @@ def coactivation(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT)
     require(trace, "coactivation", "expert_id", bootstrap=bootstrap)
     if trace.top_k < 2:
         raise BadInput(
-            "coactivation was asked for. This trace has one expert a token, so no two go together. "
-            "Use transitions or repetition.",
+            "Cannot compute coactivation: this trace has one expert per token, so no two are chosen together. Use "
+            "transitions or repetition.",
             argument="top_k",
             value=trace.top_k,
         )
@@ -129,8 +129,8 @@ def transitions(trace: Trace, *, by: By = None, gap: int = 1, bootstrap: Bootstr
     here = [layer for layer in index if layer + gap in index]
     if gap < 1 or not here:
         raise BadInput(
-            f"transitions over {gap} layers were asked for. The trace has the layers {', '.join(map(str, index))}. "
-            "Give a gap of at least 1 that lies between two of them.",
+            f"Cannot compute transitions over {gap} layers: the trace has the layers {', '.join(map(str, index))}. "
+            "Pass a gap of at least 1 that lies between two of them.",
             argument="gap",
             value=gap,
         )

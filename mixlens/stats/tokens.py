@@ -44,8 +44,8 @@ def vocabulary_specialization(
     require(trace, "vocabulary_specialization", "expert_id", "token_id", bootstrap=bootstrap)
     if min_count < 1:
         raise BadInput(
-            f"vocabulary_specialization with min_count={min_count} was asked for. A type occurs at least once. "
-            "Give 10, as in the OLMoE paper.",
+            f"Cannot compute vocabulary_specialization with min_count={min_count}: a type occurs at least once. Pass "
+            "10, as in the OLMoE paper.",
             argument="min_count",
             value=min_count,
         )
@@ -188,8 +188,8 @@ def _folds(trace: Trace, n_numbers: int, seed: int) -> tuple[np.ndarray, int]:
     document, ids = pd.factorize(trace.sequences["document_id"][present])
     if len(ids) < 2:
         raise BadInput(
-            f"predictability was asked for. The trace has {len(ids)} document with tokens, so none can be held out. "
-            "Record at least two documents, or give document_id in the sequences.",
+            f"Cannot compute predictability: the trace has {len(ids)} document with tokens, so none can be held out. "
+            "Record at least two documents, or pass document_id in the sequences.",
             argument="documents",
             value=len(ids),
         )

@@ -24,9 +24,8 @@ def similarity_and_coactivation(
     """
     if not isinstance(similarity, xr.DataArray) or not isinstance(coactivation, xr.Dataset):
         raise BadInput(
-            f"Similarity was to be compared with co-activation. Given were a {type(similarity).__name__} and a "
-            f"{type(coactivation).__name__}. Give one matrix of measure_similarity(model), such as its router_cosine, "
-            "and what stats.coactivation gave.",
+            f"Cannot compare a {type(similarity).__name__} with a {type(coactivation).__name__}. Pass one matrix of "
+            "measure_similarity(model), such as its router_cosine, and the result of stats.coactivation.",
             argument="similarity",
             value=(type(similarity).__name__, type(coactivation).__name__),
         )
@@ -34,15 +33,16 @@ def similarity_and_coactivation(
     wanted = {"layer", "expert", "expert_j"}
     if set(similarity.dims) != wanted or set(together.dims) != wanted:
         raise BadInput(
-            f"Similarity {similarity.dims} was to be compared with co-activation {together.dims}. Both need layer, "
-            "expert and expert_j and nothing else. Select one matrix, or one domain, first.",
+            f"Cannot compare similarity {similarity.dims} with co-activation {together.dims}: both need layer, expert "
+            "and expert_j and nothing else. Select one matrix, or one domain, first.",
             argument="dims",
             value=(similarity.dims, together.dims),
         )
     if not np.array_equal(similarity.layer, together.layer) or similarity.sizes["expert"] != together.sizes["expert"]:
         raise BadInput(
-            f"Similarity of layers {similarity.layer.values.tolist()} was to be compared with co-activation of layers "
-            f"{together.layer.values.tolist()}. Layers and experts must be the same. Select those that both have.",
+            f"Cannot compare the similarity of layers {similarity.layer.values.tolist()} with the co-activation of "
+            f"layers {together.layer.values.tolist()}: layers and experts must be the same. Select those that both "
+            "have.",
             argument="layer",
             value=(similarity.layer.values.tolist(), together.layer.values.tolist()),
         )

@@ -24,15 +24,15 @@ def part_of_arrays(
     ids = np.asarray(expert_id)
     if ids.ndim != 3 or not np.issubdtype(ids.dtype, np.integer):
         raise BadInput(
-            f"A trace was to be made from expert ids. They have shape {ids.shape} and dtype {ids.dtype}. "
-            "Give integers of shape [token, layer, slot].",
+            f"Cannot make a trace from expert ids of shape {ids.shape} and dtype {ids.dtype}. Pass integers of shape "
+            "[token, layer, slot].",
             argument="expert_id",
             value=ids.shape,
         )
     if ids.size and not (0 <= ids.min() and ids.max() < n_experts <= 256):
         raise BadInput(
-            f"A trace was to be made with n_experts={n_experts}. The expert ids run from {ids.min()} to "
-            f"{ids.max()}. Ids count from 0 to n_experts - 1, and at most 256 experts fit.",
+            f"Cannot make a trace with n_experts={n_experts}: the expert ids run from {ids.min()} to {ids.max()}. Ids "
+            "count from 0 to n_experts - 1, and at most 256 experts fit.",
             argument="n_experts",
             value=n_experts,
         )
@@ -47,8 +47,8 @@ def part_of_arrays(
     for name, values in given.items():
         if name not in shards.TOKEN_COLUMNS:
             raise BadInput(
-                f"A trace was to be made with the token column {name!r}. Tokens have the columns "
-                f"{', '.join(shards.TOKEN_COLUMNS)}. Put what belongs to a whole sequence into sequences=.",
+                f"Cannot make a trace with the token column {name!r}: tokens have the columns "
+                f"{', '.join(shards.TOKEN_COLUMNS)}. Put the columns of a whole sequence into sequences=.",
                 argument="tokens",
                 value=name,
             )
@@ -56,8 +56,8 @@ def part_of_arrays(
     sequence = arrays.setdefault("sequence", np.zeros(n, np.int64))
     if n and (sequence[0] != 0 or not np.isin(np.diff(sequence), (0, 1)).all()):
         raise BadInput(
-            "A trace was to be made with a sequence number for every token. The numbers do not run 0, 1, 2 ... "
-            "in order. Sort the tokens by sequence and number the sequences from 0.",
+            "Cannot make a trace: the sequence numbers of the tokens do not run 0, 1, 2 ... in order. Sort the "
+            "tokens by sequence and number the sequences from 0.",
             argument="sequence",
         )
     length = np.bincount(sequence)
@@ -66,7 +66,7 @@ def part_of_arrays(
     arrays.setdefault("phase", np.full(n, shards.PROMPT, np.uint8))
     if sequences is not None and not isinstance(sequences, pd.DataFrame):
         raise BadInput(
-            f"Cannot make a trace: sequences= takes a DataFrame, got {type(sequences).__name__}. Give one row for "
+            f"Cannot make a trace: sequences= takes a DataFrame, got {type(sequences).__name__}. Pass one row for "
             "every sequence, in order.",
             argument="sequences",
             value=type(sequences).__name__,
@@ -74,8 +74,8 @@ def part_of_arrays(
     table = pd.DataFrame(index=pd.RangeIndex(len(length))) if sequences is None else sequences
     if len(table) != len(length):
         raise BadInput(
-            f"A trace was to be made with a table of {len(table)} sequences. The tokens belong to {len(length)}. "
-            "Give one row for every sequence, in order.",
+            f"Cannot make a trace with a table of {len(table)} sequences: the tokens belong to {len(length)}. Pass "
+            "one row for every sequence, in order.",
             argument="sequences",
             value=len(table),
         )
@@ -86,7 +86,7 @@ def _shaped(name: str, values: Any, shape: tuple[int, ...]) -> np.ndarray:
     array = np.asarray(values)
     if array.shape != shape:
         raise BadInput(
-            f"A trace was to be made with {name}. It has shape {array.shape}. Expected {shape}.",
+            f"Cannot make a trace with {name} of shape {array.shape}: expected {shape}.",
             argument=name,
             value=array.shape,
         )

@@ -27,8 +27,8 @@ _DATA_PACKAGES = ("mixlens", "numpy", "pandas", "pyarrow", "safetensors")
 def save(trace: Trace, path: str | os.PathLike[str]) -> None:
     if trace.sites:
         raise BadInput(
-            f"A trace with activations ({', '.join(trace.sites)}) was to be saved. Only recording writes activations. "
-            "Record with out= to have them on disk.",
+            f"Cannot save a trace with activations ({', '.join(trace.sites)}): only recording writes them. Record "
+            "with out= to have them on disk.",
             argument="sites",
             value=list(trace.sites),
         )
@@ -105,7 +105,7 @@ def to_parquet(trace: Trace, path: Path) -> Path:
         writer.write_table(columns)
     if writer is None:
         raise BadInput(
-            f"A trace was to be written to {path}. It has no tokens. Select something that has.",
+            f"Cannot write an empty trace to {path}. Select something that has tokens.",
             argument="trace",
             value=0,
         )

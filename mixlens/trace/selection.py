@@ -92,8 +92,8 @@ def row_mask(sequences: pd.DataFrame, where: Mapping[str, Any] | pd.Series) -> n
         return where.reindex(sequences.index, fill_value=False).to_numpy(bool)
     if not isinstance(where, Mapping):
         raise BadInput(
-            f"Sequences were to be selected by a {type(where).__name__}. That says of no column what is wanted. Give "
-            '{column: value}, such as {"domain": "github"}, or a boolean Series over trace.sequences.',
+            f"Cannot select sequences by a {type(where).__name__}: it names no column. Pass {{column: value}}, such "
+            'as {"domain": "github"}, or a boolean Series over trace.sequences.',
             argument="where",
             value=type(where).__name__,
         )
@@ -101,8 +101,8 @@ def row_mask(sequences: pd.DataFrame, where: Mapping[str, Any] | pd.Series) -> n
     for name, wanted in where.items():
         if name not in sequences:
             raise BadInput(
-                f"Sequences were to be selected by {name!r}. The columns are {', '.join(map(str, sequences.columns))}. "
-                "Give one of them.",
+                f"Cannot select sequences by {name!r}: the columns are {', '.join(map(str, sequences.columns))}. Pass "
+                "one of them.",
                 argument="where",
                 value=name,
             )

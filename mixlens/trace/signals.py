@@ -72,7 +72,7 @@ def parse_signals(signals: Iterable[str | Site], n_layers: int) -> Signals:
     names = [site.name for site in sites]
     if len(set(names)) != len(names):
         raise BadInput(
-            f"The sites {', '.join(names)} were asked for. One is named twice. Give every site once.",
+            f"Cannot record the sites {', '.join(names)}: one is repeated. Pass every site once.",
             argument="signals",
             value=names,
         )
@@ -83,16 +83,15 @@ def _site(signal: str | Site, n_layers: int) -> Site:
     site = Site(signal) if isinstance(signal, str) else signal
     if not isinstance(site, Site):
         raise BadInput(
-            f"The signal {site!r} was asked for. It is neither a name nor a Site. "
-            f"Names are {', '.join([*OPTIONS, *SITES])}.",
+            f"Cannot record the signal {site!r}: expected a name or a Site. Names are {', '.join([*OPTIONS, *SITES])}.",
             argument="signals",
             value=site,
         )
     if site.name not in SITES:
         near = difflib.get_close_matches(site.name, [*OPTIONS, *SITES], n=1)
         raise BadInput(
-            f"The signal {site.name!r} was asked for. There is no such signal{f'; {near[0]} is near' if near else ''}. "
-            f"Give one of {', '.join([*OPTIONS, *SITES])}.",
+            f"Cannot record the signal {site.name!r}: no such signal{f'; did you mean {near[0]}?' if near else '.'} "
+            f"Pass one of {', '.join([*OPTIONS, *SITES])}.",
             argument="signals",
             value=site.name,
         )
@@ -100,15 +99,15 @@ def _site(signal: str | Site, n_layers: int) -> Site:
     unknown = [layer for layer in layers if not 0 <= layer < n_layers]
     if unknown or not layers:
         raise BadInput(
-            f"Site {site.name} was asked for in layers {list(layers)}. The model has layers 0 to {n_layers - 1}. "
-            "Give numbers among them.",
+            f"Cannot record site {site.name} in layers {list(layers)}: the model has layers 0 to {n_layers - 1}. Pass "
+            "numbers among them.",
             argument="layers",
             value=list(layers),
         )
     if site.dtype not in ("float16", "float32") or site.tokens not in TOKENS:
         raise BadInput(
-            f"Site {site.name} was asked for with dtype={site.dtype!r} and tokens={site.tokens!r}. Dtypes are float16 "
-            f"and float32, tokens are {', '.join(TOKENS)}. Give one of each.",
+            f"Cannot record site {site.name} with dtype={site.dtype!r} and tokens={site.tokens!r}: dtypes are float16 "
+            f"and float32, tokens are {', '.join(TOKENS)}. Pass one of each.",
             argument="tokens" if site.dtype in ("float16", "float32") else "dtype",
             value=site,
         )

@@ -93,7 +93,7 @@ class Trace:
         run = open_run(path, check=check)
         if run.kind != "trace":
             raise BadInput(
-                f"A trace was to be opened at {path}. The run is a {run.kind}. Use mixlens.open(path).",
+                f"Cannot open a trace at {path}: the run there is of kind {run.kind}. Use mixlens.open(path).",
                 argument="path",
                 value=run.kind,
             )
@@ -200,8 +200,8 @@ class Trace:
         """
         if site not in self.sites:
             raise MissingSignal(
-                f"The activations of {site!r} were asked for. This trace has {', '.join(self.sites) or 'none'}. "
-                f"Record with signals=[{site!r}].",
+                f"Cannot read the activations of {site!r}: this trace has {', '.join(self.sites) or 'none'}. Record "
+                f"with signals=[{site!r}].",
                 argument="site",
                 value=site,
             )
@@ -258,8 +258,8 @@ class Trace:
             missing = sorted(set(asked.tolist()) - set(self.layers.tolist()))
             if missing:
                 raise BadInput(
-                    f"Layers {missing} were to be selected. This trace has layers {_ranges(self.layers)}. "
-                    "Give layer numbers of the model, counted from 0.",
+                    f"Cannot select layers {missing}: this trace has layers {_ranges(self.layers)}. Pass layer "
+                    "numbers of the model, counted from 0.",
                     argument="layers",
                     value=missing,
                 )
@@ -271,7 +271,7 @@ class Trace:
             kept_layers = asked
         if phase is not None and phase not in PHASES:
             raise BadInput(
-                f"Phase {phase!r} was to be selected. Phases are prompt and generated. Give one of them.",
+                f"Cannot select the phase {phase!r}: phases are prompt and generated. Pass one of them.",
                 argument="phase",
                 value=phase,
             )
@@ -345,12 +345,12 @@ def concat(traces: Sequence[Trace]) -> Trace:
     """
     if not isinstance(traces, Sequence) or not all(isinstance(trace, Trace) for trace in traces):
         raise BadInput(
-            "Traces were to be concatenated. Not all that was given are traces. Give a list of traces.",
+            "Cannot concatenate: not all of the items are traces. Pass a list of traces.",
             argument="traces",
         )
     if not traces:
         raise BadInput(
-            "Traces were to be concatenated. None was given. Give at least one.",
+            "Cannot concatenate an empty list. Pass at least one trace.",
             argument="traces",
             value=0,
         )
@@ -359,8 +359,8 @@ def concat(traces: Sequence[Trace]) -> Trace:
         same = (trace.n_experts, trace.top_k) == (first.n_experts, first.top_k)
         if not same or not np.array_equal(trace.layers, first.layers):
             raise BadInput(
-                f"Trace {number} was to be joined to trace 0. It has {trace.n_layers} layers, top-{trace.top_k} of "
-                f"{trace.n_experts}; trace 0 has {first.n_layers} layers, top-{first.top_k} of {first.n_experts}. "
+                f"Cannot concatenate trace {number} with trace 0: it has {trace.n_layers} layers, top-{trace.top_k} "
+                f"of {trace.n_experts}; trace 0 has {first.n_layers} layers, top-{first.top_k} of {first.n_experts}. "
                 "Select the same layers of the same model first.",
                 argument="traces",
                 value=number,

@@ -16,8 +16,8 @@ def same_tokenizer(a: pd.Series | None, b: pd.Series | None) -> None:
     if differs.any():
         token = differs.index[differs][0]
         raise BadInput(
-            f"Two runs were to be compared. Their tokenizers differ: token {token} is {first[token]!r} in the first "
-            f"and {second[token]!r} in the second. Use the same tokenizer for both.",
+            f"Cannot compare the runs: their tokenizers differ: token {token} is {first[token]!r} in the first and "
+            f"{second[token]!r} in the second. Use the same tokenizer for both.",
             argument="tokenizer",
             value=(int(token), first[token], second[token]),
         )

@@ -33,21 +33,21 @@ def contribution(measure: str, scale: float = 1.0) -> xr.Dataset:
 def test_cells_are_the_means(measure):
     data = contribution(measure)
     one = data.sel(domain="code")
-    ax = show.contribution(one)
+    ax = show.expert_contribution(one)
     drawn = ax.collections[0].get_array().reshape(4, 8)
     np.testing.assert_array_equal(drawn.filled(np.nan), one.estimate)
     by_domain = show.contribution_by_domain(data).collections[0].get_array().reshape(2, 32)
     np.testing.assert_array_equal(by_domain.filled(np.nan), data.estimate.values.reshape(2, 32))
     with refused(BadInput, "data", ["domain"]):
-        show.contribution(data)
+        show.expert_contribution(data)
 
 
 def test_a_few_large_numbers_do_not_hide_the_others():
     even, uneven = contribution("logit").sel(domain="code"), contribution("logit", 100).sel(domain="code")
-    ax = show.contribution(even)
+    ax = show.expert_contribution(even)
     assert "logarithmic" not in note_of(ax)
     assert ax.collections[0].norm(0) == 0.5
-    ax = show.contribution(uneven)
+    ax = show.expert_contribution(uneven)
     turn = turning_point(uneven.estimate.values)
     assert f"linear to ±{turn:g}, logarithmic beyond" in note_of(ax)
     norm = ax.collections[0].norm

@@ -37,7 +37,7 @@ def dotted(ax) -> set[tuple[int, int]]:
     return {(int(b), int(a)) for a, b in zip(x, y, strict=True)}
 
 
-@pytest.mark.parametrize("draw", [show.importance, show.contribution])
+@pytest.mark.parametrize("draw", [show.expert_importance, show.expert_contribution])
 def test_a_map_of_changes_has_a_dot_where_the_interval_leaves_out_zero_on_either_side(draw):
     data = changes({"layer": LAYERS, "expert": EXPERTS}, **IMPORTANCE, measure="logit")
     ax = draw(data)
@@ -53,7 +53,7 @@ def test_a_map_of_changes_has_a_dot_where_the_interval_leaves_out_zero_on_either
 
 def test_sizes_have_no_dots_and_their_scale_begins_at_zero():
     data = made_up({"layer": LAYERS, "expert": EXPERTS}, statistic="expert_contribution", measure="norm", unit="logits")
-    ax = show.contribution(data)
+    ax = show.expert_contribution(data)
     np.testing.assert_array_equal(see.cells(ax), data.estimate)
     assert see.scale(ax) == pytest.approx((0, float(data.estimate.max())))
     assert not ax.lines
@@ -89,7 +89,7 @@ def test_importance_stands_at_its_share_with_its_interval():
 def test_the_loss_at_every_k_has_its_interval_and_the_models_own_k():
     ks = [1, 2, 4, 7]
     data = made_up({"domain": DOMAINS, "k": ks}, statistic="topk_sweep", unit="nats", own_k=4)
-    ax = show.topk_curve(data)
+    ax = show.topk_sweep(data)
     for domain in DOMAINS:
         x, y = see.marks(ax, domain)
         np.testing.assert_array_equal(y, data.estimate.sel(domain=domain))

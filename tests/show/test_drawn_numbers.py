@@ -106,7 +106,7 @@ def test_each_line_of_its_own_chance_has_that_chance_in_its_colour():
 
 def test_the_band_of_entropy_is_its_interval_at_every_layer():
     data = made_up({"layer": LAYERS}, statistic="routing_entropy", unit="bits", uniform=3.0)
-    ax = show.entropy(data)
+    ax = show.routing_entropy(data)
     for layer in LAYERS:
         one = data.sel(layer=layer)
         assert see.band(ax)[layer] == pytest.approx((float(one.ci_low), float(one.ci_high)))
@@ -132,7 +132,7 @@ def test_information_and_its_permuted_labels_are_told_apart():
     data = made_up(
         {"measure": ["excess", "permuted", "mutual_information"], "layer": LAYERS}, statistic="domain_information"
     )
-    ax = show.information(data.assign_attrs(unit="bits"))
+    ax = show.domain_information(data.assign_attrs(unit="bits"))
     np.testing.assert_allclose(see.marks(ax, "mutual information")[1], data.estimate.sel(measure="mutual_information"))
     np.testing.assert_allclose(see.marks(ax, "domain labels permuted")[1], data.estimate.sel(measure="permuted"))
     assert len(see.colours_by_label(ax)) == 2
@@ -189,8 +189,8 @@ def test_layers_are_labelled_by_their_numbers_where_not_all_are(layers):
     size = data.assign_attrs(statistic="expert_contribution", measure="norm", unit="logits")
     for ax in (
         show.share_heatmap(data),
-        show.importance(importance),
-        show.contribution(size),
+        show.expert_importance(importance),
+        show.expert_contribution(size),
         show.expert_errors(errors),
     ):
         labels = see.ticks(ax, "y")
@@ -242,6 +242,6 @@ def test_colours_of_changes_reach_to_the_largest_and_as_far_below_zero(least):
     data = made_up({"layer": LAYERS, "expert": range(8)}, statistic="expert_importance", unit="nats", metric="loss",
                    how="zero")  # fmt: skip
     data["estimate"][0, 0], data["estimate"][1, 1] = least, -0.3
-    mesh = show.importance(data).collections[0]
+    mesh = show.expert_importance(data).collections[0]
     largest = float(abs(data.estimate).max())
     assert mesh.get_clim() == pytest.approx((-largest, largest))

@@ -86,11 +86,11 @@ def test_every_axes_function_draws_on_the_given_axes(share, trace, entropy, repe
         show.share_heatmap: share.isel(domain=0),
         show.specialization: share,
         show.by_layer: entropy,
-        show.entropy: entropy,
+        show.routing_entropy: entropy,
         show.repetition: repetition,
         show.coactivation: stats.coactivation(trace),
         show.transitions: stats.transitions(trace),
-        show.information: stats.domain_information(trace),
+        show.domain_information: stats.domain_information(trace),
         show.text: trace,
     }
     for draw, data in functions.items():
@@ -130,7 +130,7 @@ def test_by_layer_refuses_what_cannot_be_read(share, trace):
 
 
 def test_entropy_band_is_the_interval(entropy):
-    ax = show.entropy(entropy)
+    ax = show.routing_entropy(entropy)
     outline = ax.collections[0].get_paths()[0].vertices[:, 1]
     assert outline.min() == pytest.approx(float(entropy["ci_low"].min()))
     assert outline.max() == pytest.approx(float(entropy["ci_high"].max()))
@@ -147,7 +147,7 @@ def test_repetition_sets_the_published_table_beside(repetition):
 
 def test_information_stands_beside_its_permuted_baseline(trace):
     data = stats.domain_information(trace)
-    ax = show.information(data)
+    ax = show.domain_information(data)
     for measure in ("mutual_information", "permuted"):
         np.testing.assert_allclose(plotted(ax, wording.label(measure)), data["estimate"].sel(measure=measure))
 

@@ -13,12 +13,9 @@ from helpers.numbers import LAYERS, made_up, shares
 from unpacking import unpack
 
 import mixlens as ml
-from mixlens.evals.figures import to_latex, to_markdown
 from mixlens.live.page import page
 from mixlens.plot.html import picture
-from mixlens.plot.tables import html_table
-from mixlens.plot.tables import to_latex as latex_of
-from mixlens.plot.tables import to_markdown as markdown_of
+from mixlens.plot.tables import html_table, to_latex, to_markdown
 
 show, view = ml.show, ml.view
 ALL = [*NAMES.values(), "[5pt] bracket", "*star", "_hidden", "__init__", "~~struck~~", "![x](y)"]
@@ -48,7 +45,7 @@ def test_a_page_has_every_name_as_heading_as_cell_and_as_caption(across):
 
 
 def test_markdown_has_every_name_and_none_of_its_marks(across):
-    text = markdown_of(across)
+    text = to_markdown(across)
     assert plain_in_a_terminal(text)
     head, *rows = see.markdown_rows(text)
     assert [row[0] for row in rows] == [one_line(name, "□") for name in ALL]
@@ -59,7 +56,7 @@ def test_markdown_has_every_name_and_none_of_its_marks(across):
 
 
 def test_latex_has_every_name_and_none_of_its_commands(across):
-    text = latex_of(across)
+    text = to_latex(across)
     assert plain_in_a_terminal(text)
     head, *rows = see.latex_rows(text)
     assert [row[0].removeprefix("{}") for row in rows] == [one_line(name, "?") for name in ALL]
@@ -70,19 +67,10 @@ def test_latex_has_every_name_and_none_of_its_commands(across):
     assert commands == {rf"\{name}" for name in allowed | {"textbackslash", "textasciitilde", "textasciicircum"}}
 
 
-def test_tables_of_scores_have_every_name_too():
-    table = pd.DataFrame(dict.fromkeys(ALL, ALL))
-    rows = see.markdown_rows(to_markdown(table))
-    assert rows == [[one_line(name, "□") for name in ALL], *([one_line(name, "□")] * len(ALL) for name in ALL)]
-    rows = see.latex_rows(to_latex(table))
-    assert [row[1] for row in rows[1:]] == [one_line(name, "?") for name in ALL]
-    assert plain_in_a_terminal(to_latex(table) + to_markdown(table))
-
-
 @pytest.mark.parametrize("name", ["layer", "n", "documents"])
 def test_a_domain_may_be_called_like_a_column(name):
     data = made_up({"layer": LAYERS, "domain": ["wiki", name]}, statistic="expert_importance")
-    head, *rows = see.markdown_rows(markdown_of(data))
+    head, *rows = see.markdown_rows(to_markdown(data))
     assert head == ["layer", "wiki", name, "n", "documents"]
     assert [see.numbers(row[2])[0] for row in rows] == (100 * data.estimate[:, 1]).round(1).values.tolist()
     assert [row[0] for row in see.Page(html_table(data)).tables[0][1:]] == [str(layer) for layer in LAYERS]
@@ -92,7 +80,7 @@ def test_a_domain_that_is_called_like_a_measure_keeps_its_name():
     data = shares(sorted(TOLD_AS))
     rows = see.Page(html_table(data)).tables[0][1:]
     assert {row[0] for row in rows} == TOLD_AS
-    assert {row[0] for row in see.markdown_rows(markdown_of(data))[1:]} == TOLD_AS
+    assert {row[0] for row in see.markdown_rows(to_markdown(data))[1:]} == TOLD_AS
     assert set(see.colours_by_label(show.expert_share(data, layer=2))) == TOLD_AS
     assert "domain first" in see.title(show.share_heatmap(data.sel(domain="first")))
     assert {row[0] for row in see.Page(view.expert_share(data).static).tables[0][1:]} <= TOLD_AS

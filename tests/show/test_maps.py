@@ -35,7 +35,7 @@ def data() -> xr.Dataset:
 
 def test_a_cell_is_the_change_and_a_dot_an_interval_without_zero(data):
     one = data.sel(domain="code")
-    ax = show.importance(one)
+    ax = show.expert_importance(one)
     drawn = ax.collections[0].get_array().reshape(4, 8)
     np.testing.assert_array_equal(drawn.filled(np.nan), one.estimate)
     dots = {(int(y), int(x)) for x, y in zip(*ax.lines[0].get_data(), strict=True)}
@@ -79,7 +79,7 @@ def test_topk_curve():
         coords={"domain": ["a", "b"], "k": [1, 2, 8]},
         attrs={"statistic": "topk_sweep", "unit": "nats", "own_k": 2, "level": 0.95},
     )
-    ax = show.topk_curve(data)
+    ax = show.topk_sweep(data)
     for i, line in enumerate(ax.lines[:2]):
         np.testing.assert_array_equal(line.get_ydata(), estimate[i])
     assert ax.lines[2].get_xdata()[0] == 2
@@ -87,7 +87,7 @@ def test_topk_curve():
 
 def test_a_domain_is_to_be_selected(data):
     with refused(BadInput, "data", ["domain"]):
-        show.importance(data)
+        show.expert_importance(data)
     with refused(BadInput, "data", ["domain"]):
         show.importance_against_share(data)
 

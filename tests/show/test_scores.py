@@ -9,7 +9,6 @@ import pytest
 
 import mixlens as ml
 from mixlens import show
-from mixlens.evals.figures import to_latex, to_markdown
 from mixlens.evals.log import Log
 from mixlens.evals.paired import compare_logs
 from mixlens.evals.published import beside
@@ -87,20 +86,12 @@ def test_differences_are_filled_where_the_data_tells_two_apart():
 
 
 def test_tables_say_why_a_published_score_is_not_beside(whole):
-    table = show.score_table(whole)
+    table = ml.evals.score_table(whole)
     other = table[table["difference"] == "not comparable"]
     assert other["source or reason"].str.startswith("published by").all()
     compared = table[table["difference"].str.match(r"[+-]\d")]
     assert len(compared) + len(other) == len(table)
     assert "70.0 [69.2, 70.8]" in set(table["score, %"])
-
-
-def test_markdown_and_latex_are_escaped(whole):
-    table = show.score_table(whole).assign(note="a|b_c & 5 %")
-    assert r"a\|b_c & 5 %" in to_markdown(table)
-    latex = to_latex(table)
-    assert r"a|b\_c \& 5 \%" in latex
-    assert latex.count(r"\\") == len(table) + 1
 
 
 def test_the_report_has_scores_samples_and_comparison(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import xarray as xr
 from helpers.refusals import refused
 
-from mixlens import show
+from mixlens import evals, show
 from mixlens.errors import BadInput
 
 FIGURES = [
@@ -58,7 +58,7 @@ def test_figures_and_views_of_runs_say_of_which(trace, share):
     drawn = {
         "pareto": (show.pareto, show.view.pareto),
         "benchmark": (show.latency_cdf, show.latency_cdfs, show.token_timeline, show.throughput_latency_curve),
-        "evaluate": (show.view.samples, show.scores, show.score_table),
+        "evaluate": (show.view.samples, show.scores, evals.score_table),
         "compare, of two evaluations,": (show.paired_differences,),
     }
     for given_by, draws in drawn.items():

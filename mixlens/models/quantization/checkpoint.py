@@ -154,8 +154,8 @@ def skeleton_of(
     schemes = {} if quantization is None else schemes_of(model, quantization)
     if "lm_head" in schemes and _tied(model):
         raise BadInput(
-            "The head of a model was to be quantized. Its weights are those of the embeddings (tie_word_embeddings), "
-            "which are looked up and not quantized. Leave the head out.",
+            "Cannot quantize the head of this model: it shares its weights with the embeddings "
+            "(tie_word_embeddings), which are looked up and not quantized. Leave the head out.",
             argument="quantization",
             value="head",
         )
@@ -228,8 +228,8 @@ def _fill_module(skeleton: Skeleton, name: str, read: Any, device: torch.device)
 def _check_shape(name: str, found: Sequence[int], wanted: torch.Tensor) -> None:
     if tuple(found) != tuple(wanted.shape):
         raise ModelError(
-            f"{name} was to be loaded. Its weight in the checkpoint is {list(found)}, and config.json makes it "
-            f"{list(wanted.shape)}. Give a config and a checkpoint of the same model.",
+            f"Cannot load {name}: its weight has the shape {list(found)} in the checkpoint and {list(wanted.shape)} "
+            "by config.json. Pass a config and a checkpoint of the same model.",
             argument=name,
             value=(list(found), list(wanted.shape)),
         )
@@ -248,8 +248,8 @@ def _check_complete(skeleton: Skeleton, checkpoint: Checkpoint, modules: list[st
     ]
     if missing := sorted(set(wanted) - set(checkpoint.tensors) - _tied(skeleton.model)):
         raise ModelError(
-            f"{checkpoint.folder} was to be loaded. Its checkpoint lacks {len(missing)} weights "
-            f"({', '.join(missing[:3])} ...). Complete the checkpoint, or download it again.",
+            f"Cannot load {checkpoint.folder}: its checkpoint lacks {len(missing)} weights ({', '.join(missing[:3])} "
+            "...). Complete the checkpoint, or download it again.",
             argument="weights",
             value=sorted(missing),
         )
@@ -266,8 +266,8 @@ def _place(name: str, places: Mapping[str, torch.device]) -> torch.device:
         if (prefix := ".".join(parts[:end])) in places:
             return places[prefix]
     raise BadInput(
-        f"A model was to be placed by a device_map. It says nothing of {name}. Add an entry for it, or for a part that "
-        'holds it, or give device_map="auto".',
+        f"Cannot place the model: device_map has no entry for {name}. Add one for it, or for a module that contains "
+        'it, or pass device_map="auto".',
         argument="device_map",
         value=name,
     )

@@ -52,8 +52,8 @@ def packed_format(name: str, quantization: dict[str, Any], tensors: list[str]) -
     if version not in known or bits not in BITS or (method == "awq" and bits != 4) or not modules:
         held = f"format {version or method}" if modules else "no packed weights (qweight)"
         raise ModelError(
-            f"{name} was to be loaded. It is quantized by {method} to {bits} bits, with {held}. GPTQ of 2, 3, 4 and 8 "
-            "bits and AWQ of 4 bits (GEMM) are read: get the checkpoint in such a form, or quantize the original.",
+            f"Cannot load {name}: it is quantized by {method} to {bits} bits, with {held}. mixlens reads GPTQ of 2, "
+            "3, 4 and 8 bits and AWQ of 4 bits (GEMM): get such a checkpoint, or quantize the original.",
             argument="quantization",
             value=(method, bits),
         )
@@ -72,8 +72,8 @@ def read_packed(form: PackedFormat, name: str, read: Callable[[str], torch.Tenso
     group = read(f"{name}.g_idx").long()
     if len(group) % len(scales):
         raise ModelError(
-            f"{name} was to be read from a GPTQ checkpoint. Its {len(group)} inputs lie in {len(scales)} groups, which "
-            "are not alike. Quantize the original with a group size that divides every row.",
+            f"Cannot read {name} from a GPTQ checkpoint: its {len(group)} inputs lie in {len(scales)} groups of "
+            "different sizes. Quantize the original with a group size that divides every row.",
             argument=name,
             value=len(scales),
         )

@@ -63,16 +63,16 @@ def require(scheme: Scheme, devices: set[torch.device]) -> None:
     others = ", ".join(name for name in usable if name != scheme.name)
     if scheme.name not in usable and scheme.name != "fp8":
         raise ModelError(
-            f"Weights were to be quantized to {scheme.name}. The package {scheme.package} is not installed, or does "
-            f"not import. Run: pip install {scheme.package}; "
+            f"Cannot quantize to {scheme.name}: the package {scheme.package} is not installed, or fails to import. "
+            f"Run: pip install {scheme.package}; "
             f"{f'what works here: {others}' if others else 'no other scheme works here either'}.",
             argument="quantization",
             value=scheme.package,
         )
     if scheme.name == "fp8" and (unable := sorted(str(d) for d in devices if not _computes_fp8(d))):
         raise ModelError(
-            f"Weights were to be quantized to fp8 on {', '.join(unable)}. Only GPUs from compute capability 8.9 on "
-            f"multiply in fp8, by torchao. What works here: {others}.",
+            f"Cannot quantize to fp8 on {', '.join(unable)}: torchao multiplies in fp8 on GPUs from compute "
+            f"capability 8.9 on. What works here: {others}.",
             argument="quantization",
             value=unable,
         )

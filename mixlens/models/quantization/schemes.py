@@ -35,8 +35,7 @@ def schemes_of(model: nn.Module, quantization: Quantization) -> dict[str, Scheme
     asked = quantization if isinstance(quantization, Mapping) else dict.fromkeys(("attention", "experts"), quantization)
     if not asked:
         raise BadInput(
-            'A model was to be quantized by an empty mapping. Nothing is named in it. Give a scheme such as "nf4", or '
-            "None for no quantization.",
+            'Cannot quantize by an empty mapping. Pass a scheme such as "nf4", or None for no quantization.',
             argument="quantization",
             value={},
         )
@@ -47,8 +46,8 @@ def schemes_of(model: nn.Module, quantization: Quantization) -> dict[str, Scheme
         met = [name for name in names if _meant(pattern, name)]
         if not met:
             raise BadInput(
-                f"Weights of {pattern!r} were to be quantized to {text}. No Linear of the model is meant by it. Give "
-                'attention, experts, router or head, or a pattern such as "*.layers.0.*" or "*.experts.3.w2".',
+                f"Cannot quantize {pattern!r} to {text}: it matches no Linear of the model. Pass attention, experts, "
+                'router or head, or a pattern such as "*.layers.0.*" or "*.experts.3.w2".',
                 argument="quantization",
                 value=pattern,
             )
@@ -73,8 +72,8 @@ def parse_scheme(text: Any) -> Scheme | None:
         near = difflib.get_close_matches(name, SCHEMES, n=1, cutoff=0.5)
         meant = f"; did you mean {near[0]}" if near else ""
         raise BadInput(
-            f"Weights were to be quantized to {text!r}. That is no scheme{meant}. "
-            f"Give one of {', '.join(SCHEMES)}, with -g and a group size if need be (hqq4-g32), or none.",
+            f"Cannot quantize to {text!r}: no such scheme{meant}. Pass one of {', '.join(SCHEMES)}, with -g and a "
+            "group size where needed (hqq4-g32), or none.",
             argument="quantization",
             value=text,
         )
@@ -83,14 +82,14 @@ def parse_scheme(text: Any) -> Scheme | None:
         return scheme
     if scheme.group_size is None:
         raise BadInput(
-            f"Weights were to be quantized to {text}. {name} has one scale a row, and no groups. Give {name}.",
+            f"Cannot quantize to {text}: {name} has one scale per row, and no groups. Pass {name}.",
             argument="quantization",
             value=text,
         )
     if int(size) % 8 or (name == "nf4" and int(size) not in (32, 64, 128, 256, 512, 1024, 2048, 4096)):
         allowed = "a power of two from 32 to 4096" if name == "nf4" else "a multiple of 8"
         raise BadInput(
-            f"Weights were to be quantized to {text}. A group of {name} has {allowed} weights. Give such a size, as in "
+            f"Cannot quantize to {text}: groups of {name} have {allowed} weights. Pass such a size, as in "
             f"{name}-g{scheme.group_size}.",
             argument="quantization",
             value=text,
