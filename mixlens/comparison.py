@@ -31,16 +31,34 @@ def compare(
     *,
     bootstrap: Bootstrap = DEFAULT,
 ) -> Comparison | LogComparison | BenchComparison:
-    """What differs between two runs of one kind, with paired intervals.
-
-    run_a, run_b  objects or paths of run directories
-    bootstrap     how intervals are computed
+    """Compare two runs of one kind, with paired intervals.
 
     Two traces of the same tokens give a Comparison of routing and predictions; two evaluations of the same samples
     what mixlens.evals.paired.compare_logs does, two benchmarks what mixlens.bench.comparison.compare_benches does.
 
-    Raises BadInput for runs of different kinds, and for traces whose tokens, tokenizers or layers differ, naming the
-    first difference; RunError when a run cannot be opened.
+    Parameters
+    ----------
+    run_a, run_b : Trace or Log or Bench or str or os.PathLike
+        Objects or paths of run directories.
+    bootstrap : Bootstrap, optional
+        How intervals are computed.
+
+    Returns
+    -------
+    Comparison or LogComparison or BenchComparison
+
+    Raises
+    ------
+    BadInput
+        For runs of different kinds, and for traces whose tokens, tokenizers or layers differ, naming the first
+        difference.
+    RunError
+        If a run cannot be opened.
+
+    Examples
+    --------
+    >>> type(ml.compare(trace, trace)).__name__
+    'Comparison'
     """
     a, b = (open_any(run) if isinstance(run, str | os.PathLike) else run for run in (run_a, run_b))
     if isinstance(a, Trace) and isinstance(b, Trace):
@@ -57,14 +75,28 @@ def compare(
 
 
 class Comparison:
-    """Two traces of the same tokens: how alike they are routed, where they part, and what they predict.
+    """Compare two traces of the same tokens: routing, where it diverges, and predictions.
 
-    a, b       the traces
-    names      what they are called in tables
-    bootstrap  how intervals over documents are computed
+    Every statistic is computed when first asked for, and kept.
 
-    Every statistic is computed when first asked for, and kept. Raises BadInput where layers, experts, tokenizers or
-    tokens differ, naming the first difference.
+    Parameters
+    ----------
+    a, b : Trace
+        The traces.
+    names : tuple[str, str], optional
+        What they are called in tables.
+    bootstrap : Bootstrap, optional
+        How intervals over documents are computed.
+
+    Raises
+    ------
+    BadInput
+        Where layers, experts, tokenizers or tokens differ, naming the first difference.
+
+    Examples
+    --------
+    >>> ml.compare(trace, trace).flips()["estimate"].dims
+    ('layer', 'measure')
     """
 
     kind = "comparison"
@@ -83,23 +115,47 @@ class Comparison:
 
     @property
     def meta(self) -> dict[str, Any]:
-        """Where both come from."""
+        """Return where both traces come from."""
         return {"model": {"name": " and ".join(self.names)}, "a": self.a.meta, "b": self.b.meta}
 
     def agreement(self, *, by: By = None) -> xr.Dataset:
-        """As stats.agreement: same first expert, shared experts, Jensen-Shannon divergence [*by, layer, measure]."""
+        """Compute :func:`mixlens.stats.agreement` of both traces, [*by, layer, measure].
+
+        Parameters
+        ----------
+        by : By, optional
+            Column, or columns, of the sequences to group by.
+        """
         return self._keep(agreement, by)
 
     def flips(self, *, by: By = None) -> xr.Dataset:
-        """As stats.flips: where tokens first choose other experts, and how that builds up [*by, layer, measure]."""
+        """Compute :func:`mixlens.stats.flips` of both traces, [*by, layer, measure].
+
+        Parameters
+        ----------
+        by : By, optional
+            Column, or columns, of the sequences to group by.
+        """
         return self._keep(flips, by)
 
     def flips_by_margin(self, *, by: By = None) -> xr.Dataset:
-        """As stats.flips_by_margin, all layers together [*by, margin]."""
+        """Compute :func:`mixlens.stats.flips_by_margin` over all layers together, [*by, margin].
+
+        Parameters
+        ----------
+        by : By, optional
+            Column, or columns, of the sequences to group by.
+        """
         return self._keep(flips_by_margin, by)
 
     def next_tokens(self, *, by: By = None) -> xr.Dataset:
-        """As stats.next_tokens: losses, perplexities, same top token, lower bound of KL [*by, measure]."""
+        """Compute :func:`mixlens.stats.next_tokens` of both traces, [*by, measure].
+
+        Parameters
+        ----------
+        by : By, optional
+            Column, or columns, of the sequences to group by.
+        """
         return self._keep(next_tokens, by)
 
     def _keep(self, statistic: Any, by: By) -> xr.Dataset:
@@ -109,7 +165,7 @@ class Comparison:
         return self._kept[key]
 
     def missing(self) -> dict[str, str]:
-        """Statistics, or parts of them, that the traces lack signals for, and why."""
+        """Return the statistics that the traces lack signals for, with the reason."""
         found = {}
         for name in ("agreement", "flips_by_margin", "next_tokens"):
             try:
@@ -122,9 +178,12 @@ class Comparison:
         return found
 
     def overview(self) -> pd.DataFrame:
-        """The main numbers, one a row.
+        """Return the main numbers, one per row.
 
-        Returns  DataFrame  estimate, ci_low, ci_high, unit, n (tokens); NaN for what the traces lack signals for
+        Returns
+        -------
+        DataFrame
+            Estimate, ci_low, ci_high, unit, n (tokens); NaN for what the traces lack signals for.
         """
         changed = self.flips().estimate.sel(measure="changed")
         worst = changed.layer.values[int(changed.argmax("layer"))]
@@ -149,7 +208,7 @@ class Comparison:
         return pd.DataFrame.from_dict(rows, orient="index")
 
     def title(self) -> str:
-        """What is compared, and on what."""
+        """Return what is compared, and on how many tokens and documents."""
         n = self.flips()
         return (
             f"{self.names[0]} and {self.names[1]}: {int(n.n):,} tokens of {int(n.n_documents):,} documents; "

@@ -34,12 +34,31 @@ _KINDS: dict[str, Callable[..., Any]] = {
 
 
 def open(path: str | os.PathLike[str], *, check: bool = True) -> Run:
-    """The run at `path`, read lazily: a Trace, a Bench, a Log, or the sums over documents of an importance run.
+    """Open the run in a folder, whatever its kind; large arrays are read lazily.
 
-    check  compare every file with its checksum when it is first read; False compares sizes only
+    Parameters
+    ----------
+    path : str or os.PathLike
+        The folder.
+    check : bool, optional
+        Compare every file with its checksum when it is first read; False compares sizes only.
 
-    Raises RunError when there is no run, when it is not finished, or is of a kind that this version does not know, and
-    BadInput for what is no path.
+    Returns
+    -------
+    Run
+
+    Raises
+    ------
+    RunError
+        If there is no run, when it is not finished, or is of a kind that this version does not know.
+    BadInput
+        For what is no path.
+
+    Examples
+    --------
+    >>> path = trace.save(tmp / "opened").path
+    >>> type(ml.open(path)).__name__
+    'Trace'
     """
     if not isinstance(path, str | os.PathLike):
         raise BadInput(

@@ -38,12 +38,18 @@ _SYSTEM = (("system [tok/s]", "output_tokens_per_s"), ("system [requests/s]", "r
 
 
 class Bench:
-    """Records of requests, and what they say.
+    """The records of a benchmark's requests, and the metrics computed from them.
 
-    records       every request, warm-up and failures among them
-    meta          endpoint, load, versions, date; what stopped the run, if something did
-    path          of the run directory, None in memory
-    count_tokens  counts answers whose server reports no usage; not kept on disk
+    Parameters
+    ----------
+    records : Sequence[Record]
+        Every request, warm-up and failures among them.
+    meta : dict[str, Any]
+        Endpoint, load, versions, date; what stopped the run, if something did.
+    path : Path, optional
+        Of the run directory, None in memory.
+    count_tokens : CountTokens, optional
+        Counts answers whose server reports no usage; not kept on disk.
     """
 
     kind = "bench"
@@ -60,7 +66,15 @@ class Bench:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, check: bool = True) -> Bench:
-        """The benchmark at `path`. Raises RunError when there is none, or a run of another kind."""
+        """Open the benchmark in a folder. Raises RunError where there is none, or a run of another kind.
+
+        Parameters
+        ----------
+        path : str or os.PathLike
+            The folder.
+        check : bool, optional
+            Compare every file with its checksum when it is first read; False compares sizes only.
+        """
         run = open_run(path, check=check)
         if run.kind != "bench":
             raise RunError(
@@ -73,27 +87,39 @@ class Bench:
 
     @property
     def succeeded(self) -> int:
-        """How many measured requests succeeded."""
+        """Return how many measured requests succeeded."""
         return sum(record.outcome == "ok" for record in self.records if record.phase == "measured")
 
     def requests(self) -> pd.DataFrame:
-        """One row a request, as metrics.request_table."""
+        """Return one row per request."""
         return metrics.request_table(self.records, self.count_tokens)
 
     def summary(self, *, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
-        """Mean and percentiles of every metric with intervals, as metrics.summary."""
+        """Return mean and percentiles of every metric, with intervals.
+
+        Parameters
+        ----------
+        bootstrap : Bootstrap, optional
+            How intervals are computed.
+        """
         return metrics.summary(self.records, count_tokens=self.count_tokens, bootstrap=bootstrap)
 
     def throughput(self) -> pd.DataFrame:
-        """Of the system, as metrics.throughput."""
+        """Return the throughput of the whole system."""
         return metrics.throughput(self.records, count_tokens=self.count_tokens)
 
     def goodput(self, limits: Limits) -> pd.DataFrame:
-        """Under stated limits, as metrics.goodput."""
+        """Return the goodput under the given limits.
+
+        Parameters
+        ----------
+        limits : Limits
+            Limits that a request must keep.
+        """
         return metrics.goodput(self.records, limits, count_tokens=self.count_tokens)
 
     def events(self) -> pd.DataFrame:
-        """One row a stream event: level, index, phase, at_s (seconds after sent), kind, text, finish."""
+        """Return one row per stream event: level, index, phase, at_s (seconds after sent), kind, text, finish."""
         rows = [
             (
                 r.level,
@@ -110,37 +136,63 @@ class Bench:
         return pd.DataFrame(rows, columns=["level", "index", "phase", "at_s", "kind", "text", "finish"])
 
     def to_jsonl(self, path: str | os.PathLike[str]) -> Path:
-        """Write every record to one file of JSON Lines, one request a line, as in a run directory."""
+        """Write every record to one file of JSON Lines, one request per line, as in a run directory.
+
+        Parameters
+        ----------
+        path : str or os.PathLike
+            The folder.
+        """
         write_records(path, self.records)
         return Path(path)
 
     def roofline(self, *, bootstrap: Bootstrap = DEFAULT) -> pd.DataFrame:
-        """Of a loaded model, as roofline.roofline. Raises MissingSignal for an endpoint."""
+        """Return the roofline of a loaded model. Raises MissingSignal for an endpoint.
+
+        Parameters
+        ----------
+        bootstrap : Bootstrap, optional
+            How intervals are computed.
+        """
         return local_tables.rooflines(self.records, self.meta, bootstrap=bootstrap)
 
     def configurations(self) -> dict[str, Bench]:
-        """Each configuration that ran as a benchmark of its own, by name; itself under "" where there is one alone."""
+        """Return each configuration that ran as a benchmark of its own, by name; {"": self} where there is only one."""
         if "configurations" not in self.meta:
             return {"": self}
         parts = local_tables.parts(self.records, self.meta)
         return {label: Bench(records, meta) for label, (records, meta) in parts.items()}
 
     def cold_and_warm(self, *, bootstrap: Bootstrap = DEFAULT) -> pd.DataFrame:
-        """First and measured calls of each load, as local_tables.cold_and_warm."""
+        """Return the first call and the measured calls of each load.
+
+        Parameters
+        ----------
+        bootstrap : Bootstrap, optional
+            How intervals are computed.
+        """
         return local_tables.cold_and_warm(self.records, bootstrap=bootstrap)
 
     def peak_memory(self) -> pd.DataFrame:
-        """Of a loaded model, as local_tables.peak_memory."""
+        """Return the peak memory of a loaded model, by load."""
         return local_tables.peak_memory(self.records)
 
     def outcomes(self) -> pd.DataFrame:
-        """How requests ended, as metrics.outcomes."""
+        """Return how requests ended."""
         return metrics.outcomes(self.records)
 
     def table(self, *, bootstrap: Bootstrap = DEFAULT) -> pd.DataFrame:
-        """Every number with its interval and n in tidy form; of the system under system_... with statistic "rate".
+        """Return every number with interval and n in tidy form; those of the system are system_..., statistic "rate".
 
-        Returns  DataFrame  level, metric, statistic, estimate, ci_low, ci_high, n; NaN for what has no value
+        Parameters
+        ----------
+        bootstrap : Bootstrap, optional
+            How intervals are computed.
+
+        Returns
+        -------
+        DataFrame
+            Level, metric, statistic, estimate, ci_low, ci_high, n; NaN for what has no value.
         """
         columns = ["level", "metric", "statistic", "estimate", "ci_low", "ci_high", "n"]
         requests = self.summary(bootstrap=bootstrap).to_dataframe().reset_index()
@@ -151,7 +203,7 @@ class Bench:
         ).reset_index(drop=True)
 
     def overview(self) -> pd.DataFrame:
-        """One row a level, as text: requests that succeeded, latencies and rates with intervals; n/a for no value."""
+        """Return one row per load, as text: requests that succeeded, latencies and rates with intervals."""
         numbers = {(r["level"], r["metric"], r["statistic"]): r for r in self.table().to_dict("records")}
         rows = {}
         for level, group in self.requests().query("phase == 'measured'").groupby("level", sort=False):
@@ -166,7 +218,9 @@ class Bench:
         return pd.DataFrame.from_dict(rows, orient="index").fillna("n/a").rename_axis("load")
 
     def remarks(self) -> list[str]:
-        """What must be said beside the numbers: source of token counts, warm-up, failures, what stopped the run."""
+        """Return the remarks that belong to the numbers: source of token counts, warm-up, failures, what stopped the
+        run.
+        """
         sources = metrics.token_sources(self.records, self.count_tokens)
         counted = ", ".join(f"{name} ({n} requests)" for name, n in sources.items()) or "n/a, no request succeeded"
         warm = [record for record in self.records if record.phase == "warm-up"]

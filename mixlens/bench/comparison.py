@@ -31,10 +31,14 @@ _SHOWN = (("ttft_s", "p50"), ("tpot_s", "p50"), ("e2e_token_s", "p50"), ("system
 
 @dataclass(frozen=True)
 class BenchComparison:
-    """Two benchmarks side by side.
+    """Two benchmarks compared.
 
-    table    one row a load, metric and statistic: a, b, ratio (b / a), ci_low, ci_high, n_a, n_b, paired
-    remarks  what must be said beside it
+    Parameters
+    ----------
+    table : pandas.DataFrame
+        One row a load, metric and statistic: a, b, ratio (b / a), ci_low, ci_high, n_a, n_b, paired.
+    remarks : tuple[str, ...]
+        What must be said beside it.
     """
 
     table: pd.DataFrame
@@ -43,7 +47,7 @@ class BenchComparison:
     kind = "bench comparison"
 
     def overview(self) -> pd.DataFrame:
-        """Medians and throughput: one row a load and metric, as text; which intervals exclude a ratio of 1."""
+        """Return medians and throughput as text by load and metric, and which intervals exclude a ratio of 1."""
         rows = []
         for metric, statistic in _SHOWN:
             for row in self.table.query("metric == @metric and statistic == @statistic").to_dict("records"):

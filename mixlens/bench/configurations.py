@@ -41,19 +41,38 @@ def benchmark_configurations(
     workload: Workload | Sequence[Workload] = _WORKLOAD,
     settings: LocalSettings = _SETTINGS,
 ) -> Bench:
-    """How fast a model generates in several configurations: loaded and measured one after the other, never two at once.
-
-    model           as for load
-    configurations  arguments of load for each, as [{"dtype": "bfloat16"}, {"quantization": "nf4"}]
-    concurrency, requests, workload    as of `benchmark`
-    out             one run directory for all
-    settings        LocalSettings; `experts` are measured in every configuration, and `max_seconds` hold for each
+    """Benchmark a model in several configurations, loaded and measured one after the other.
 
     The loads of the Bench are called by configuration, as in "nf4: batch 1, 256 + 128 tokens". What cannot be loaded or
     fails when it runs is kept as outcome "failed", with the reason in its record and its remarks, and the rest is
     measured. `Bench.configurations()` gives each by itself.
 
-    Raises BadInput for no configurations or the same one twice, and for loads that cannot be.
+    Parameters
+    ----------
+    model : str or os.PathLike
+        As for load.
+    configurations : Sequence[Mapping[str, Any]]
+        Arguments of load for each, as [{"dtype": "bfloat16"}, {"quantization": "nf4"}].
+    concurrency, requests, workload : int or Sequence[int], optional
+        As of `benchmark`.
+    out : str or os.PathLike, optional
+        One run directory for all.
+    settings : LocalSettings, optional
+        LocalSettings; `experts` are measured in every configuration, and `max_seconds` hold for each.
+
+    Returns
+    -------
+    Bench
+
+    Raises
+    ------
+    BadInput
+        For no configurations or the same one twice, and for loads that cannot be.
+
+    Examples
+    --------
+    >>> dtypes = [{"dtype": "float32"}, {"dtype": "bfloat16"}]
+    >>> bench = ml.bench.benchmark_configurations("demo", dtypes)  # doctest: +SKIP
     """
     labels = _labels(configurations)
     check_calls(requests, settings)

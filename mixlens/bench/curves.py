@@ -18,8 +18,12 @@ def distribution(bench: Bench, metric: str, *, level: float = 0.95) -> pd.DataFr
     F(x) = requests with at most x / n. The band holds the whole curve at once: F(x) +- sqrt(ln(2 / (1 - level)) / 2n)
     (Dvoretzky-Kiefer-Wolfowitz, with the constant of Massart 1990), for requests that are independent.
 
-    Returns  DataFrame  level, value (ascending), fraction, ci_low, ci_high, n; no row for a load without a value
-    Raises   BadInput   for a metric that a request does not have
+    Returns
+    -------
+    xarray.Dataset
+        DataFrame level, value (ascending), fraction, ci_low, ci_high, n; no row for a load without a value Raises
+        BadInput for a metric that a request does not have.
+
     """
     _known(metric, [name for name in METRICS if name not in ("itl_s", "inter_chunk_s")])
     parts = [pd.DataFrame(columns=["level", "value", "fraction", "ci_low", "ci_high", "n"])]
@@ -43,9 +47,13 @@ def throughput_latency(
     metric, statistic  the latency, of METRICS and STATISTICS
     system             the throughput: "output_tokens_per_s" or "requests_per_s"
 
-    Returns  DataFrame  level, throughput, throughput_low, throughput_high, latency, latency_low, latency_high, n
-                        (successes), failed; one row a load, NaN where it has no value
-    Raises   BadInput   for a name that is not known
+    Returns
+    -------
+    xarray.Dataset
+        DataFrame level, throughput, throughput_low, throughput_high, latency, latency_low, latency_high, n
+        (successes), failed; one row a load, NaN where it has no value Raises BadInput for a name that is not
+        known.
+
     """
     _known(metric, list(METRICS))
     _known(system, ["output_tokens_per_s", "requests_per_s"])

@@ -30,18 +30,34 @@ def benchmark_together(
     workload: Workload = _WORKLOAD,
     settings: BenchSettings = _SETTINGS,
 ) -> dict[str, Bench]:
-    """Several endpoints measured in turns, on the same prompts: never two at once, and none always first.
-
-    endpoints    by the name that their results get
-    concurrency, rate, requests, workload, settings    as of `benchmark`; caps hold for each endpoint
-    out          folder for one run directory a name; None keeps the records in memory
+    """Benchmark several endpoints in turns on the same prompts: never two at once, and none always first.
 
     At each load every endpoint has four turns of a quarter of its requests, and who begins changes from turn to turn.
     The clock of an endpoint stands still while others are measured. When one meets a cap all end, so that requests
     stay in pairs. `compare` then pairs requests of the same number, which had the same prompt.
 
-    Returns  a Bench by name
-    Raises   as `benchmark`; BadInput for fewer than two endpoints, or a name that is no folder name
+    Parameters
+    ----------
+    endpoints : Mapping[str, Endpoint]
+        By the name that their results get.
+    concurrency, rate, requests, workload, settings : int or Sequence[int], optional
+        As of `benchmark`; caps hold for each endpoint.
+    out : str or os.PathLike, optional
+        Folder for one run directory a name; None keeps the records in memory.
+
+    Returns
+    -------
+    dict[str, Bench]
+        A Bench by name.
+
+    Raises
+    ------
+    BadInput
+        For fewer than two endpoints, or a name that is no folder name.
+
+    Examples
+    --------
+    >>> benches = ml.bench.benchmark_together({"a": ml.Endpoint(...), "b": ml.Endpoint(...)})  # doctest: +SKIP
     """
     names = list(endpoints)
     if len(names) < 2 or any(not name or Path(name).name != name for name in names):

@@ -41,15 +41,29 @@ PACKAGES = ("mixlens", "torch", "transformers", "accelerate")
 
 @dataclass(frozen=True)
 class LocalSettings:
-    """How a loaded model is measured.
+    """Settings of how a loaded model is benchmarked.
 
-    warmup        calls before each load that are kept and never counted; the first of them is the cold one
-    experts       experts implementations to measure in turn, as "eager" or "grouped_mm"; None for the model's own
-    static_cache  keys and values in memory set aside for the longest sequence
-    compiled      decode through torch.compile as one graph, which needs, and brings, a static cache
-    recording     routing recorded in every call, from which the bytes that it must read are known
-    max_seconds   after which no call starts; None for no cap
-    progress      whether to show a progress bar
+    Parameters
+    ----------
+    warmup : int, optional
+        Calls before each load that are kept and never counted; the first of them is the cold one.
+    experts : str or Sequence[str], optional
+        Experts implementations to measure in turn, as "eager" or "grouped_mm"; None for the model's own.
+    static_cache : bool, optional
+        Keys and values in memory set aside for the longest sequence.
+    compiled : bool, optional
+        Decode through torch.compile as one graph, which needs, and brings, a static cache.
+    recording : bool, optional
+        Routing recorded in every call, from which the bytes that it must read are known.
+    max_seconds : float, optional
+        After which no call starts; None for no cap.
+    progress : bool, optional
+        Whether to show a progress bar.
+
+    Examples
+    --------
+    >>> ml.bench.LocalSettings(warmup=0).recording
+    True
     """
 
     warmup: int = 1

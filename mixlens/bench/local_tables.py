@@ -61,8 +61,12 @@ def rooflines(records: Sequence[Record], meta: Mapping[str, Any], *, bootstrap: 
 def cold_and_warm(records: Iterable[Record], *, bootstrap: Bootstrap = DEFAULT) -> pd.DataFrame:
     """Times of the first call of a load, with whatever is made or compiled in it, and of the measured calls.
 
-    Returns  DataFrame  level, state (cold, warm), metric (ttft_s, tpot_s, e2e_token_s), estimate (mean), ci_low,
-                        ci_high, n (calls); NaN without calls that succeeded, and bounds NaN for a single one
+    Returns
+    -------
+    xarray.Dataset
+        DataFrame level, state (cold, warm), metric (ttft_s, tpot_s, e2e_token_s), estimate (mean), ci_low,
+        ci_high, n (calls); NaN without calls that succeeded, and bounds NaN for a single one.
+
     """
     groups: dict[tuple[str, str], list[Record]] = {}
     for record in records:

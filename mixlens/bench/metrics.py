@@ -114,8 +114,12 @@ def summary(
     Percentiles interpolate linearly between order statistics; intervals come from a bootstrap over requests, whose
     chunks stay together. The 99th percentile is NaN below 100 samples.
 
-    Returns  Dataset  estimate, ci_low, ci_high, n (requests, or gaps between chunks), n_requests
-                      [level, metric, statistic]; NaN where no request succeeded
+    Returns
+    -------
+    xarray.Dataset
+        Estimate, ci_low, ci_high, n (requests, or gaps between chunks), n_requests [level, metric, statistic];
+        NaN where no request succeeded.
+
     """
     records = list(records)
     groups = _by_level(records)
@@ -155,8 +159,12 @@ def throughput(
     The window runs from the first measured request sent to the last one ended; tokens of failed requests do not count.
     The interval is that of batch means: the window in ten slices, a t interval of their rates; NaN below ten successes.
 
-    Returns  DataFrame  level, metric (output_tokens_per_s, requests_per_s), estimate, ci_low, ci_high, n (successes),
-                        window_s; NaN where no request succeeded
+    Returns
+    -------
+    xarray.Dataset
+        DataFrame level, metric (output_tokens_per_s, requests_per_s), estimate, ci_low, ci_high, n (successes),
+        window_s; NaN where no request succeeded.
+
     """
     rows = []
     for name, measured in _by_level(records).items():
@@ -178,7 +186,22 @@ def throughput(
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request must keep to count as good; None for no limit. Seconds."""
+    """Limits that a request must keep to count as good, in seconds; None for no limit.
+
+    Parameters
+    ----------
+    ttft_s : float, optional
+        Time to first token.
+    tpot_s : float, optional
+        Time per output token after the first.
+    e2e_token_s : float, optional
+        Time to the last token.
+
+    Examples
+    --------
+    >>> ml.bench.Limits(ttft_s=2.0).ttft_s
+    2.0
+    """
 
     ttft_s: float | None = None
     tpot_s: float | None = None
@@ -195,8 +218,12 @@ def goodput(records: Iterable[Record], limits: Limits, *, count_tokens: CountTok
     Requests that failed kept none. A single token has no time between tokens to exceed; where TPOT has no value for
     another reason the limit counts as not kept.
 
-    Returns  DataFrame  level, good (requests), good_frac, good_per_s, n (measured requests); NaN where none succeeded
-    Raises   BadInput   when no limit is stated
+    Returns
+    -------
+    xarray.Dataset
+        DataFrame level, good (requests), good_frac, good_per_s, n (measured requests); NaN where none succeeded
+        Raises BadInput when no limit is stated.
+
     """
     if not limits.stated:
         raise BadInput(

@@ -28,16 +28,31 @@ _TASK = "Write a long story with these words."
 class Workload:
     """Prompts and the length of their answers.
 
-    prompt_tokens  length of a made prompt: random common words, of which no two prompts share a beginning, so that a
-                   prefix cache gains nothing. Counted by `count_tokens`; without it a word counts as a token, and the
-                   server's own count is in the results
-    output_tokens  the most tokens an answer may have
-    prompts        the caller's prompts instead, used in turn, over again when there are fewer than requests
-    count_tokens   text to number of tokens, as lambda text: len(tokenizer(text).input_ids); also counts answers whose
-                   server reports no usage
-    seed           of the made prompts
+    Parameters
+    ----------
+    prompt_tokens : int, optional
+        Length of a made prompt: random common words, of which no two prompts share a beginning, so that a prefix
+        cache gains nothing. Counted by `count_tokens`; without it a word counts as a token, and the server's own
+        count is in the results.
+    output_tokens : int, optional
+        The most tokens an answer may have.
+    prompts : Sequence[str], optional
+        The caller's prompts instead, used in turn, over again when there are fewer than requests.
+    count_tokens : Callable[[str], int], optional
+        Text to number of tokens, as lambda text: len(tokenizer(text).input_ids); also counts answers whose server
+        reports no usage.
+    seed : int, optional
+        Of the made prompts.
 
-    Raises BadInput for lengths below 1 (prompts: below 16), or an empty list of prompts.
+    Raises
+    ------
+    BadInput
+        For lengths below 1 (prompts: below 16), or an empty list of prompts.
+
+    Examples
+    --------
+    >>> ml.bench.Workload(256, 128).output_tokens
+    128
     """
 
     prompt_tokens: int = 256
@@ -61,7 +76,13 @@ class Workload:
             )
 
     def prompt(self, number: int) -> str:
-        """The prompt of the request with this number, the same at every call."""
+        """Return the prompt of the request with this number, the same at every call.
+
+        Parameters
+        ----------
+        number : int
+            Number of the request.
+        """
         if self.prompts is not None:
             return self.prompts[number % len(self.prompts)]
         draw = random.Random(f"{self.seed} {number}")
@@ -73,7 +94,7 @@ class Workload:
         return text
 
     def plan(self) -> dict[str, Any]:
-        """What decides the prompts, as plain values."""
+        """Return what decides the prompts, as plain values."""
         kept: dict[str, Any] = {"output_tokens": self.output_tokens}
         if self.prompts is None:
             counted = "words" if self.count_tokens is None else "count_tokens"

@@ -185,8 +185,12 @@ def roofline(
     estimates recovery on logarithms (Zou and Donner 2008): for m = r / b with r in [r-, r+] and b in [b-, b+] the
     bounds are m / exp(sqrt(ln(r / r-)^2 + ln(b+ / b)^2)) and m * exp(sqrt(ln(r+ / r)^2 + ln(b / b-)^2)).
 
-    Returns  DataFrame  level, phase, metric, estimate, ci_low, ci_high, n (calls); NaN where routing was not recorded
-    Raises   MissingSignal  when no record knows what its forwards read, as with those of an endpoint
+    Returns
+    -------
+    xarray.Dataset
+        DataFrame level, phase, metric, estimate, ci_low, ci_high, n (calls); NaN where routing was not recorded
+        Raises MissingSignal when no record knows what its forwards read, as with those of an endpoint.
+
     """
     groups: dict[str, list[np.ndarray]] = {}
     for record in records:

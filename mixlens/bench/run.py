@@ -29,22 +29,46 @@ def benchmark(
     workload: Workload | Sequence[Workload] = _WORKLOAD,
     settings: BenchSettings | LocalSettings | None = None,
 ) -> Bench:
-    """How fast an endpoint answers, or a loaded model generates, under one load after the other.
-
-    target       an Endpoint, or a model as ml.load gives it; see mixlens.bench.local for what is measured of a model
-    concurrency  closed loop: so many requests at a time; 1 when neither this nor a rate is given. Of a model: rows of
-                 a batch
-    rate         open loop: so many requests a second, whether or not the earlier ones are done
-    requests     measured requests of each load
-    out          run directory; None keeps the records in memory. A complete run of the same plan there is opened, and
-                 nothing is sent
-    workload     prompts and lengths; of a model one or several
-    settings     BenchSettings of an endpoint, LocalSettings of a model
+    """Measure how fast an endpoint answers, or a loaded model generates, under one load after another.
 
     Nothing is tried again: a request that fails is counted by kind. Every request is on disk as soon as it has ended.
 
-    Raises BadInput for a load that cannot be, for a missing key, or for a cap in dollars without a price; RunError when
-    `out` holds something else or a benchmark that was killed.
+    Parameters
+    ----------
+    target : Endpoint or Any
+        An Endpoint, or a model as ml.load gives it; see mixlens.bench.local for what is measured of a model.
+    concurrency : int or Sequence[int], optional
+        Closed loop: so many requests at a time; 1 when neither this nor a rate is given. Of a model: rows of a
+        batch.
+    rate : float or Sequence[float], optional
+        Open loop: so many requests a second, whether or not the earlier ones are done.
+    requests : int, optional
+        Measured requests of each load.
+    out : str or os.PathLike, optional
+        Run directory; None keeps the records in memory. A complete run of the same plan there is opened, and
+        nothing is sent.
+    workload : Workload or Sequence[Workload], optional
+        Prompts and lengths; of a model one or several.
+    settings : BenchSettings or LocalSettings, optional
+        BenchSettings of an endpoint, LocalSettings of a model.
+
+    Returns
+    -------
+    Bench
+
+    Raises
+    ------
+    BadInput
+        For a load that cannot be, for a missing key, or for a cap in dollars without a price.
+    RunError
+        If `out` holds something else or a benchmark that was killed.
+
+    Examples
+    --------
+    >>> settings = ml.bench.LocalSettings(progress=False, warmup=0, recording=False)
+    >>> bench = ml.benchmark(model, requests=1, workload=ml.bench.Workload(16, 2), settings=settings)
+    >>> bench.succeeded
+    1
     """
     if not isinstance(target, Endpoint):
         from mixlens.bench.local import benchmark_model

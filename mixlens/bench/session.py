@@ -28,15 +28,29 @@ _TIMEOUTS = Timeouts()
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """How a benchmark runs.
+    """Settings of how an endpoint is benchmarked.
 
-    warmup       requests before each level that are kept and never counted, for each place of a closed loop
-    arrivals     of an open loop: "poisson" or "constant"
-    timeouts     of a request
-    max_seconds  after which no request starts; None for no cap
-    max_dollars  that all requests together may cost; None for no cap
-    price        dollars per million tokens (in, out), for that cap; None for the dearest in the snapshot of prices
-    progress     whether to show a progress bar
+    Parameters
+    ----------
+    warmup : int, optional
+        Requests before each level that are kept and never counted, for each place of a closed loop.
+    arrivals : str, optional
+        Of an open loop: "poisson" or "constant".
+    timeouts : Timeouts, optional
+        Of a request.
+    max_seconds : float, optional
+        After which no request starts; None for no cap.
+    max_dollars : float, optional
+        That all requests together may cost; None for no cap.
+    price : tuple[float, float], optional
+        Dollars per million tokens (in, out), for that cap; None for the dearest in the snapshot of prices.
+    progress : bool, optional
+        Whether to show a progress bar.
+
+    Examples
+    --------
+    >>> ml.bench.BenchSettings(warmup=2).warmup
+    2
     """
 
     warmup: int = 1

@@ -33,13 +33,31 @@ def load_sweep(
     workload: Workload = _WORKLOAD,
     settings: BenchSettings = _SETTINGS,
 ) -> Bench:
-    """Concurrencies 1, 2, 4 ... until the power has fallen twice in a row; `knee` of the result says where to stay.
+    """Benchmark concurrencies 1, 2, 4 ... until the power has fallen twice in a row.
 
-    most      highest concurrency
-    requests  measured requests of each load, at least twice its concurrency, so that each place is used twice
-    out, workload, settings    as of `benchmark`; a cap ends the sweep
+    Parameters
+    ----------
+    endpoint : Endpoint
+        The server and its model.
+    most : int, optional
+        Highest concurrency.
+    requests : int, optional
+        Measured requests of each load, at least twice its concurrency, so that each place is used twice.
+    out, workload, settings : str or os.PathLike, optional
+        As of `benchmark`; a cap ends the sweep.
 
-    Raises as `benchmark`; BadInput for a highest concurrency below 1.
+    Returns
+    -------
+    Bench
+
+    Raises
+    ------
+    BadInput
+        For a highest concurrency below 1.
+
+    Examples
+    --------
+    >>> bench = ml.bench.load_sweep(ml.Endpoint("http://127.0.0.1:8000/v1", model="mixtral"))  # doctest: +SKIP
     """
     check_requests(requests, settings)
     if most < 1:
@@ -71,7 +89,7 @@ def load_sweep(
 
 
 def knee(bench: Bench, *, bootstrap: Bootstrap = DEFAULT) -> pd.DataFrame:
-    """Where throughput is bought most cheaply in latency: the load of the greatest power.
+    """Find the load of the greatest power, where throughput costs the least latency.
 
     power = output tokens a second of the system / median end to end seconds (Kleinrock 1979, "Power and deterministic
     rules of thumb for probabilistic problems in computer communications"). Below the knee a load doubles throughput for
@@ -79,7 +97,21 @@ def knee(bench: Bench, *, bootstrap: Bootstrap = DEFAULT) -> pd.DataFrame:
     resamples, over requests, in which a load has the greatest power: close to 1 the knee is well told from its
     neighbours.
 
-    Returns  DataFrame  level, tokens_per_s, e2e_s, power, chosen_frac, knee (bool), n; NaN where none succeeded
+    Parameters
+    ----------
+    bench : Bench
+        The benchmark.
+    bootstrap : Bootstrap, optional
+        How intervals are computed.
+
+    Returns
+    -------
+    DataFrame
+        Level, tokens_per_s, e2e_s, power, chosen_frac, knee (bool), n; NaN where none succeeded.
+
+    Examples
+    --------
+    >>> ml.bench.knee(ml.open("runs/sweep"))  # doctest: +SKIP
     """
     levels = list(dict.fromkeys(r.level for r in bench.records if r.phase == "measured"))
     throughput = bench.throughput().query("metric == 'output_tokens_per_s'")

@@ -19,11 +19,7 @@ _normal_cdf = np.vectorize(NormalDist().cdf, otypes=[float])
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """How intervals are computed: documents are drawn with replacement, `replicates` times.
-
-    level       coverage aimed at
-    replicates  number of bootstrap samples
-    seed        of the draws; the same seed gives the same interval
+    """Settings of the bootstrap over documents, which are drawn with replacement.
 
     The interval is the expanded percentile interval (Hesterberg 2015, section 5.2): the percentiles are those of a
     t distribution instead of a normal one, because plain percentiles cover too little with few documents. Two more
@@ -33,7 +29,24 @@ class Bootstrap:
     information) have their replicates moved back by twice the bias that the bootstrap finds, for estimate and
     replicates each carry it once. An interval always holds its estimate.
 
-    Raises BadInput for a level outside (0, 1) or fewer than 10 replicates.
+    Parameters
+    ----------
+    level : float, optional
+        Coverage aimed at.
+    replicates : int, optional
+        Number of bootstrap samples.
+    seed : int, optional
+        Of the draws; the same seed gives the same interval.
+
+    Raises
+    ------
+    BadInput
+        For a level outside (0, 1) or fewer than 10 replicates.
+
+    Examples
+    --------
+    >>> ml.stats.Bootstrap(replicates=200).level
+    0.95
     """
 
     level: float = 0.95
@@ -57,12 +70,26 @@ class Bootstrap:
             )
 
     def resample(self, n: int, stream: int = 0) -> Resamples:
-        """Weights of `n` documents in every replicate; `stream` keeps the draws of different groups independent."""
+        """Return weights of `n` documents in every replicate; `stream` keeps the draws of different groups independent.
+
+        Parameters
+        ----------
+        n : int
+            Number of documents.
+        stream : int, optional
+            Whether the answer is streamed.
+        """
         left_out = 1 - np.eye(n) if n <= _JACKKNIFE_DOCUMENTS else np.empty((0, n))
         return Resamples(np.concatenate([np.ones((1, n)), left_out, self._draw(n, stream)]), len(left_out))
 
     def resample_within(self, group: np.ndarray) -> Resamples:
-        """Weights of documents that are drawn within their group [document], so that every group keeps its number."""
+        """Return weights of documents drawn within their group [document], so that every group keeps its size.
+
+        Parameters
+        ----------
+        group : numpy.ndarray
+            Group of each document.
+        """
         weights = np.ones((1 + self.replicates, len(group)))
         for stream, label in enumerate(np.unique(group)):
             members = np.flatnonzero(group == label)
@@ -70,9 +97,16 @@ class Bootstrap:
         return Resamples(weights, 0)
 
     def reach(self, documents: np.ndarray, n_groups: int = 1) -> np.ndarray:
-        """Standard errors that the expanded percentile interval reaches out, for effective numbers of documents.
+        """Return the standard errors that the expanded percentile interval spans, for effective numbers of documents.
 
         sqrt(n / (n - 1)) t(n - 1); for n documents drawn within g groups sqrt(n / (n - g)) t(n - g).
+
+        Parameters
+        ----------
+        documents : numpy.ndarray
+            Strings, mappings with a text column, or a datasets.Dataset.
+        n_groups : int, optional
+            Effective numbers of documents.
         """
         n = np.maximum(documents, 1.01 * n_groups)
         return np.sqrt(n / (n - n_groups)) * t_quantile((1 + self.level) / 2, np.maximum(n - n_groups, 1.0))

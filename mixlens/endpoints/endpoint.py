@@ -88,20 +88,38 @@ class Completion:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A model behind a URL.
+    """A model behind a URL. Making one sends nothing and reads no key.
 
-    url       up to the version, as in "http://127.0.0.1:8000/v1"; the address of the protocol itself is taken as it is
-    model     the name that the server knows it by
-    protocol  "openai-chat", "openai-completions", "anthropic" (Messages), or "modelslab" (its own body, with model_id)
-    key_env   name of the environment variable that holds the key, or None. It is read when a request is made, sent as
-              "Authorization: Bearer ..." (by "modelslab" in the body), and written nowhere
-    extra     more fields of the body, such as {"temperature": 0}; None leaves out a field that would be sent
-    headers   more headers, such as {"X-Title": "mixlens"}
-    context   tokens of the context, where known
+    Parameters
+    ----------
+    url : str
+        Up to the version, as in "http://127.0.0.1:8000/v1"; the address of the protocol itself is taken as it is.
+    model : str, optional
+        The name that the server knows it by.
+    protocol : str, optional
+        "openai-chat", "openai-completions", "anthropic" (Messages), or "modelslab" (its own body, with model_id).
+    key_env : str, optional
+        Name of the environment variable that holds the key, or None. It is read when a request is made, sent as
+        "Authorization: Bearer ..." (by "modelslab" in the body), and written nowhere.
+    extra : Mapping[str, Any], optional
+        More fields of the body, such as {"temperature": 0}; None leaves out a field that would be sent.
+    headers : Mapping[str, str], optional
+        More headers, such as {"X-Title": "mixlens"}.
+    context : int, optional
+        Tokens of the context, where known.
 
-    Raises BadInput for a URL that is no http(s) address or carries a secret, for a protocol that is not known, for
-    headers or fields, however deep inside, that would hold a key, for fields that are no JSON, and for a key that would
-    leave this machine unencrypted.
+    Raises
+    ------
+    BadInput
+        For a URL that is no http(s) address or carries a secret, for a protocol that is not known, for headers or
+        fields, however deep inside, that would hold a key, for fields that are no JSON, and for a key that would
+        leave this machine unencrypted.
+
+    Examples
+    --------
+    >>> endpoint = ml.Endpoint("http://127.0.0.1:8000/v1", model="mixtral")
+    >>> endpoint.address
+    'http://127.0.0.1:8000/v1/chat/completions'
     """
 
     url: str
@@ -186,7 +204,7 @@ class Endpoint:
 
     @property
     def is_local(self) -> bool:
-        """Whether the server is on this machine."""
+        """Return whether the server is on this machine."""
         try:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
@@ -194,14 +212,17 @@ class Endpoint:
 
     @property
     def address(self) -> str:
-        """Where requests go."""
+        """Return the address that requests go to."""
         base, path = self.url.rstrip("/"), PATHS[self.protocol]
         return base if base.endswith(path) else base + path
 
     def key(self) -> str | None:
-        """The key, from the environment; None for an endpoint without one.
+        """Return the key from the environment; None for an endpoint without one.
 
-        Raises BadInput when the variable is not set, or does not hold what could be a key. It is not quoted.
+        Raises
+        ------
+        BadInput
+            If the variable is not set, or does not hold what could be a key. It is not quoted.
         """
         if self.key_env is None:
             return None
@@ -225,9 +246,23 @@ class Endpoint:
     def request(
         self, prompt: str | Messages, *, max_tokens: int, key: str | None = None, stream: bool = True
     ) -> tuple[dict[str, str], dict[str, Any]]:
-        """Headers and body of a request for the answer to a text, or to messages of {"role", "content"}.
+        """Return headers and body of a request for the answer to a text, or to messages of {"role", "content"}.
 
-        Raises BadInput for messages to "openai-completions", which takes a text.
+        Parameters
+        ----------
+        prompt : str or Messages
+            A text, or messages of {"role", "content"}.
+        max_tokens : int
+            Tokens of the answer, at most.
+        key : str, optional
+            The key; None for none.
+        stream : bool, optional
+            Whether the answer is streamed.
+
+        Raises
+        ------
+        BadInput
+            For messages to "openai-completions", which takes a text.
         """
         headers, secret = self.key_fields(key)
         headers = {"Accept-Encoding": "identity", **headers}
@@ -251,7 +286,13 @@ class Endpoint:
         return headers, {k: v for k, v in (body | dict(self.extra)).items() if v is not None} | secret
 
     def key_fields(self, key: str | None) -> tuple[dict[str, str], dict[str, str]]:
-        """Headers of every call, the key among them, and the field of the body that "modelslab" has it in instead."""
+        """Return the headers of every call, with the key, and the body field in which "modelslab" takes it instead.
+
+        Parameters
+        ----------
+        key : str or None
+            The key; None for none.
+        """
         headers = {**self.headers}
         if self.protocol == "anthropic":
             headers["anthropic-version"] = "2023-06-01"
@@ -270,38 +311,71 @@ class Endpoint:
         client: httpx.Client | None = None,
         **fields: Any,
     ) -> Completion:
-        """The whole answer to a text or to messages, not streamed: for evaluations, not for measuring.
-
-        max_tokens  at most; 0 with `echo` scores the prompt alone
-        logprobs    log-probabilities of the tokens, and of so many alternatives each (0 for none); None does not ask
-        echo        the answer begins with the prompt, whose tokens have log-probabilities too ("openai-completions")
-        retries     how often a refusal for now (408, 409, 429, 5xx), a lost connection or a timeout is tried again,
-                    after the time that the server asks for, or 0.5, 1, 2 ... seconds, at most 60
-        client      httpx.Client to use, so that many calls share connections; one is made for this call without
-        fields      more of the body, as temperature=0 or stop=["\n"]; they come before the endpoint's `extra`
+        r"""Request the whole answer to a text or to messages, not streamed: for evaluations, not for timing.
 
         Log-probabilities that the server did not give are None. Safe to call from several threads.
-        Raises EndpointError when there is no answer; BadInput for what the protocol cannot ask.
+
+        Parameters
+        ----------
+        prompt : str or Messages
+            A text, or messages of {"role", "content"}.
+        max_tokens : int, optional
+            At most; 0 with `echo` scores the prompt alone.
+        logprobs : int, optional
+            Log-probabilities of the tokens, and of so many alternatives each (0 for none); None does not ask.
+        echo : bool, optional
+            The answer begins with the prompt, whose tokens have log-probabilities too ("openai-completions").
+        retries : int, optional
+            How often a refusal for now (408, 409, 429, 5xx), a lost connection or a timeout is tried again, after
+            the time that the server asks for, or 0.5, 1, 2 ... seconds, at most 60.
+        client : httpx.Client, optional
+            A client to use, so that many calls share connections; one is made for this call without.
+        fields : Any
+            More of the body, as temperature=0 or stop=["\n"]; they come before the endpoint's `extra`.
+
+        Returns
+        -------
+        Completion
+
+        Raises
+        ------
+        EndpointError
+            If there is no answer.
+        BadInput
+            For what the protocol cannot ask.
         """
         asked = {"max_tokens": max_tokens, "logprobs": logprobs, "echo": echo, **fields}
         return complete(self, prompt, asked, retries=retries, client=client)
 
     def models(self) -> list[dict[str, Any]]:
-        """The models that the server lists, as it describes them; each has an "id".
+        """Return the models that the server lists, as it describes them; each has an "id".
 
-        Raises EndpointError when it gives no list.
+        Raises
+        ------
+        EndpointError
+            If it gives no list.
         """
         return list_models(self)
 
     def count_tokens(self, prompt: str | Messages) -> int:
-        """How many input tokens a request would have, by the server's own count ("anthropic": vLLM, ModelsLab).
+        """Return the number of input tokens of a request by the server's own count ("anthropic": vLLM, ModelsLab).
 
-        Raises EndpointError when the server does not count; BadInput for a protocol that has no such call.
+        Parameters
+        ----------
+        prompt : str or Messages
+            A text, or messages of {"role", "content"}.
+
+        Raises
+        ------
+        EndpointError
+            If the server does not count.
+        BadInput
+            For a protocol that has no such call.
         """
         return count_tokens(self, prompt)
 
     def plan(self) -> dict[str, Any]:
-        """What a run directory keeps of it: everything but the key, "[key]" where a field holds it under any name."""
+        """Return what a run directory stores: everything but the key, "[key]" where a field holds it."""
         kept = {"url": self.url, "model": self.model, "protocol": self.protocol, "context": self.context}
         kept |= {"key_env": self.key_env, "extra": dict(self.extra), "headers": dict(self.headers)}
         key = os.environ.get(self.key_env or "", "").strip()
@@ -311,7 +385,17 @@ class Endpoint:
     def openrouter(
         cls, model: str = "mistralai/mixtral-8x7b-instruct", *, providers: Sequence[str] = (), **fields: Any
     ) -> Endpoint:
-        """OpenRouter; with `providers` only these answer, and no other steps in (as "deepinfra")."""
+        """Return an OpenRouter endpoint; with `providers`, only these answer (such as "deepinfra").
+
+        Parameters
+        ----------
+        model : str, optional
+            A loaded model.
+        providers : Sequence[str], optional
+            The only providers that may answer, such as "deepinfra".
+        fields : Any
+            More fields of Endpoint.
+        """
         model = canonical(model)
         pinned = {"provider": {"only": list(providers), "allow_fallbacks": False}} if providers else {}
         fields = {"key_env": "OPENROUTER_API_KEY", "context": CONTEXTS.get(model), **fields}
@@ -320,13 +404,29 @@ class Endpoint:
 
     @classmethod
     def deepinfra(cls, model: str = "mistralai/Mixtral-8x7B-Instruct-v0.1", **fields: Any) -> Endpoint:
-        """DeepInfra's OpenAI-compatible address; models go by their names on the Hub."""
+        """Return an endpoint at DeepInfra's OpenAI-compatible address; models go by their names on the Hub.
+
+        Parameters
+        ----------
+        model : str, optional
+            A loaded model.
+        fields : Any
+            More fields of Endpoint.
+        """
         fields = {"key_env": "DEEPINFRA_API_KEY", "context": CONTEXTS.get(canonical(model)), **fields}
         return cls("https://api.deepinfra.com/v1/openai", model=model, **fields)
 
     @classmethod
     def modelslab(cls, model: str = "mistralai-mixtral-8x7b-instruct", **fields: Any) -> Endpoint:
-        """ModelsLab, with its own body unless `protocol` says "openai-chat" or "anthropic"."""
+        """Return a ModelsLab endpoint, with its own body unless `protocol` is "openai-chat" or "anthropic".
+
+        Parameters
+        ----------
+        model : str, optional
+            A loaded model.
+        fields : Any
+            More fields of Endpoint.
+        """
         fields = {
             "key_env": "MODELSLAB_API_KEY",
             "protocol": "modelslab",

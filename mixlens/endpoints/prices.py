@@ -37,12 +37,27 @@ WORDS = ("provider", "model", "quantization", "parameters", "source", "as_of", "
 
 
 def prices(model: str | None = None) -> pd.DataFrame:
-    """What pages said of prices, speeds and contexts: one row a statement, contradictions side by side.
+    """Return the statements of a snapshot about prices, speeds and contexts, contradictions side by side.
 
-    model  any of its names; None for all models
+    Parameters
+    ----------
+    model : str, optional
+        Any of its names; None for all models.
 
-    Returns  DataFrame  STATEMENT; NaN or "" where a page says nothing; attrs["date"] is the date of the snapshot
-    Raises   BadInput   for a model that the snapshot does not have
+    Returns
+    -------
+    DataFrame
+        STATEMENT; NaN or "" where a page says nothing; attrs["date"] is the date of the snapshot.
+
+    Raises
+    ------
+    BadInput
+        For a model that the snapshot does not have.
+
+    Examples
+    --------
+    >>> ml.pricing.prices().columns[:2].tolist()
+    ['provider', 'model']
     """
     snapshot = json.loads((files("mixlens.endpoints") / "prices.json").read_text("utf-8"))
     frame = statements(snapshot["entries"])
@@ -79,20 +94,41 @@ def cost(
     growth: float = 0.0,
     table: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
-    """What a workload costs with every provider, month by month.
-
-    input_tokens, output_tokens  of one request
-    requests                     in the first month
-    months                       how many months
-    growth                       of the requests from month to month, 0.1 for a tenth more
-    table                        prices to reckon with, as from providers.listed_prices, or by hand with any of the
-                                 columns STATEMENT; None for the snapshot
+    """Compute what a workload costs with every provider, month by month.
 
     usd = requests * ((1 + growth) ** (month - 1)) * (tokens in * price in + tokens out * price out, or price a call)
 
-    Returns  DataFrame  provider, model, month, requests, usd_per_request, usd, source, as_of; one row a statement of a
-                        price and month; attrs["date"]
-    Raises   BadInput   for numbers below 0, no month or over 1,200, or a model that the snapshot does not have
+    Parameters
+    ----------
+    input_tokens, output_tokens : float
+        Of one request.
+    requests : float, optional
+        In the first month.
+    model : str, optional
+        A loaded model.
+    months : int, optional
+        How many months.
+    growth : float, optional
+        Of the requests from month to month, 0.1 for a tenth more.
+    table : pandas.DataFrame, optional
+        Prices to reckon with, as from providers.listed_prices, or by hand with any of the columns STATEMENT; None
+        for the snapshot.
+
+    Returns
+    -------
+    DataFrame
+        Provider, model, month, requests, usd_per_request, usd, source, as_of; one row a statement of a price and
+        month; attrs["date"].
+
+    Raises
+    ------
+    BadInput
+        For numbers below 0, no month or over 1,200, or a model that the snapshot does not have.
+
+    Examples
+    --------
+    >>> ml.pricing.cost(1000, 500, months=2)["month"].max()
+    np.int64(2)
     """
     numbers = np.array([input_tokens, output_tokens, requests, months - 1, growth + 1], float)
     with np.errstate(over="ignore"):

@@ -125,21 +125,40 @@ def probe(
     max_tokens: int = 24,
     out: str | os.PathLike[str] | None = None,
 ) -> Probe:
-    """Which parameters the server honours, ignores or rejects.
+    """Test which parameters a server honours, ignores or rejects.
 
     Each is sent where it must change something that shows: a seed must make random answers repeat, a stop string must
     end the answer, a penalty must change a greedy one. Accepting a parameter proves nothing. About thirty short
     requests, none tried again.
 
-    parameters  of PARAMETERS
-    max_tokens  of an answer; longer answers show weak effects better, and cost more
-    out         file of JSON Lines for the verdicts and all exchanges
-
     "undetermined" is a verdict too: when the server is not repeatable at temperature 0, when nothing is random that
     could be made to repeat, or when it refuses for another reason (401, 402, 403, 429, 5xx).
 
-    Raises BadInput for another protocol or an unknown parameter; EndpointError when the server does not answer the
-    plain request.
+    Parameters
+    ----------
+    endpoint : Endpoint
+        The server and its model.
+    parameters : Sequence[str], optional
+        Of PARAMETERS.
+    max_tokens : int, optional
+        Of an answer; longer answers show weak effects better, and cost more.
+    out : str or os.PathLike, optional
+        File of JSON Lines for the verdicts and all exchanges.
+
+    Returns
+    -------
+    Probe
+
+    Raises
+    ------
+    BadInput
+        For another protocol or an unknown parameter.
+    EndpointError
+        If the server does not answer the plain request.
+
+    Examples
+    --------
+    >>> ml.bench.probe(ml.Endpoint("http://127.0.0.1:8000/v1", model="mixtral"))  # doctest: +SKIP
     """
     if endpoint.protocol not in ("openai-chat", "modelslab"):
         raise BadInput(

@@ -178,8 +178,12 @@ def source_of(benchmark: str | None, task: Any, sums: Mapping[str, str]) -> dict
     benchmark  key of HUB; None for a task that is not mixlens's, or has items of its own
     sums       sha256 by name of the local files that the benchmark was read from
 
-    Returns  from ("mixlens", "folder", "files", "Hub"), repository, revision (commit on the Hub; None where it is not
-             known), and for local files sha256, by name
+    Returns
+    -------
+    xarray.Dataset
+        From ("mixlens", "folder", "files", "Hub"), repository, revision (commit on the Hub; None where it is not
+        known), and for local files sha256, by name.
+
     """
     found = {"repository": benchmark, "revision": None}
     path, given = task.get_config("dataset_path"), task.get_config("dataset_kwargs") or {}

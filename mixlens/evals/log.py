@@ -23,23 +23,25 @@ RESULTS, LM_EVAL_RESULTS, ROUTING = "results.jsonl", "lm_eval_results.json", "ro
 class Log:
     """Every sample of an evaluation, and the scores.
 
-    records  one dict a sample, as lines of results.jsonl:
-             task       lm-eval's name of the task, such as "mmlu_5shot_anatomy"
-             sample_id  index in the data set's split; (task, sample_id) is unique
-             doc_hash   sha256 of the document, so that two logs can be seen to hold the same question
-             group      subject or language, None where the benchmark has none
-             prompt     what the model was given, as one text
-             target     the gold answer, as text
-             response   the first generated answer, or the text of the choice with the highest log-probability
-             responses  every generated answer before any filter; None for a log-likelihood task
-             choices    texts whose log-probability was asked for; None for a generative task
-             logprobs   of the choices, in natural units (sum over tokens)
-             gold       index of the right choice; None where there is none
-             metrics    {metric: value}; a value is None where the sample could not be scored
-             correct    the value of the task's primary metric
-    meta     model, tasks (by task: benchmark, protocol, metrics, primary, data), settings, versions, date
-    path     of the run directory, None in memory
-    routing  a Trace of every row that the model read (see mixlens.evals.routing); None where it was not recorded
+    Parameters
+    ----------
+    records : Sequence[dict[str, Any]]
+        One dict a sample, as lines of results.jsonl: task       lm-eval's name of the task, such as
+        "mmlu_5shot_anatomy" sample_id  index in the data set's split; (task, sample_id) is unique doc_hash
+        sha256 of the document, so that two logs can be seen to hold the same question group      subject or
+        language, None where the benchmark has none prompt     what the model was given, as one text target
+        the gold answer, as text response   the first generated answer, or the text of the choice with the highest
+        log-probability responses  every generated answer before any filter; None for a log-likelihood task
+        choices    texts whose log-probability was asked for; None for a generative task logprobs   of the
+        choices, in natural units (sum over tokens) gold       index of the right choice; None where there is none
+        metrics    {metric: value}; a value is None where the sample could not be scored correct    the value of
+        the task's primary metric.
+    meta : dict[str, Any]
+        Model, tasks (by task: benchmark, protocol, metrics, primary, data), settings, versions, date.
+    path : Path, optional
+        Of the run directory, None in memory.
+    routing : Trace, optional
+        A Trace of every row that the model read (see mixlens.evals.routing); None where it was not recorded.
     """
 
     kind = "eval"
@@ -50,7 +52,15 @@ class Log:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, check: bool = True) -> Log:
-        """The evaluation at `path`. Raises RunError when there is none, or a run of another kind."""
+        """Open the evaluation in a folder. Raises RunError where there is none, or a run of another kind.
+
+        Parameters
+        ----------
+        path : str or os.PathLike
+            The folder.
+        check : bool, optional
+            Compare every file with its checksum when it is first read; False compares sizes only.
+        """
         run = open_run(path, check=check)
         if run.kind != "eval":
             raise RunError(
@@ -90,11 +100,11 @@ class Log:
 
     @property
     def metrics(self) -> list[str]:
-        """Every metric of every task, each once."""
+        """Return every metric of every task, each once."""
         return list(dict.fromkeys(name for about in self.meta["tasks"].values() for name in about["metrics"]))
 
     def remarks(self) -> list[str]:
-        """What must be said beside the scores: model, number of samples, versions, and where the data is from."""
+        """Return the remarks that belong to the scores: model, number of samples, versions, and source of the data."""
         model, versions = self.meta["model"], self.meta["versions"]
         limit = self.meta["settings"].get("limit")
         cut = "" if limit is None else f" Only the first {limit} samples of every task: no score of the benchmark."

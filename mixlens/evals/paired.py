@@ -59,16 +59,24 @@ def compare_logs(log_a: Log, log_b: Log, *, bootstrap: Bootstrap = DEFAULT) -> L
 
 @dataclass
 class LogComparison:
-    """Two evaluations, sample by sample.
+    """Two evaluations compared sample by sample.
 
-    names    what they are called
-    table    one row a benchmark, and one a task where a benchmark has several: score_a, score_b, difference (b less a)
-             with the paired bootstrap's interval, p_value of the exact McNemar test (NaN for a metric that is not right
-             or wrong), only_a and only_b (samples that one alone got right), n, left_out (in one log, or not scored)
-    flips    samples that one got right and the other wrong: task, sample_id, change ("lost" or "gained", in b), prompt,
-             target, choices, gold, and response, logprobs, correct of each
-    joined   every sample that both have
-    alone    tasks that one log alone has
+    Parameters
+    ----------
+    names : tuple[str, str]
+        What they are called.
+    table : pandas.DataFrame
+        One row a benchmark, and one a task where a benchmark has several: score_a, score_b, difference (b less a)
+        with the paired bootstrap's interval, p_value of the exact McNemar test (NaN for a metric that is not
+        right or wrong), only_a and only_b (samples that one alone got right), n, left_out (in one log, or not
+        scored).
+    flips : pandas.DataFrame
+        Samples that one got right and the other wrong: task, sample_id, change ("lost" or "gained", in b),
+        prompt, target, choices, gold, and response, logprobs, correct of each.
+    joined : pandas.DataFrame
+        Every sample that both have.
+    alone : list[str]
+        Tasks that one log alone has.
     """
 
     log_a: Log
@@ -84,15 +92,15 @@ class LogComparison:
 
     @property
     def meta(self) -> dict[str, Any]:
-        """Where both come from."""
+        """Return where both evaluations come from."""
         return {"model": {"name": " and ".join(self.names)}, "a": self.log_a.meta, "b": self.log_b.meta}
 
     def verdicts(self) -> list[str]:
-        """What the data says of every row of the table, in a sentence."""
+        """Return one sentence for every row of the table: what the data shows."""
         return [self._verdict(row) for row in self.table.to_dict("records")]
 
     def remarks(self) -> list[str]:
-        """What must be said beside the table."""
+        """Return the remarks that belong to the table."""
         said = [
             f"Difference: {self.names[1]} less {self.names[0]}, on the same samples; {self.bootstrap.level:.0%} "
             "intervals of a paired bootstrap over samples, drawn within tasks; exact McNemar test."

@@ -66,7 +66,13 @@ def protocol_names() -> list[str]:
 
 
 def suites() -> dict[str, dict[str, str]]:
-    """Suites by name, each mapping benchmarks to protocols."""
+    """Return the suites by name, each mapping benchmarks to protocols.
+
+    Examples
+    --------
+    >>> ml.evals.suites()["mixtral-paper"]["mmlu"]
+    'mmlu_5shot'
+    """
     return json.loads((tasks_folder() / "suites.json").read_text("utf-8"))
 
 

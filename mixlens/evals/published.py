@@ -23,16 +23,32 @@ BESIDE = [
 
 
 def references(model: str | None = None, *, benchmark: str | None = None) -> pd.DataFrame:
-    """Published scores in percent (perplexities as they are), one row a statement; sources that disagree side by side.
+    """Return published scores in percent (perplexities as they are), with conflicting sources side by side.
 
-    model      a name on the Hub, such as "mistralai/Mixtral-8x7B-v0.1"; None for all
-    benchmark  such as "mmlu"; None for all
+    Parameters
+    ----------
+    model : str, optional
+        A name on the Hub, such as "mistralai/Mixtral-8x7B-v0.1"; None for all.
+    benchmark : str, optional
+        Such as "mmlu"; None for all.
 
-    Returns  DataFrame  model, quantization, benchmark, protocol, shots, split (that is scored), metric (by its name in
-                        the task file), scorer (the program that graded), average ("macro" where the source says so),
-                        score, n (of the benchmark), source, page (the table, figure or configuration in the source),
-                        status ("official", "reproduction", "quantized"), note; what is not stated is None or NaN
-    Raises   BadInput   for a model or a benchmark that has none
+    Returns
+    -------
+    DataFrame
+        Model, quantization, benchmark, protocol, shots, split (that is scored), metric (by its name in the task
+        file), scorer (the program that graded), average ("macro" where the source says so), score, n (of the
+        benchmark), source, page (the table, figure or configuration in the source), status ("official",
+        "reproduction", "quantized"), note; what is not stated is None or NaN.
+
+    Raises
+    ------
+    BadInput
+        For a model or a benchmark that has none.
+
+    Examples
+    --------
+    >>> ml.evals.references("mistralai/Mixtral-8x7B-v0.1", benchmark="mmlu")["score"].max()
+    np.float64(71.34)
     """
     entries = json.loads((tasks_folder() / "references.json").read_text("utf-8"))["entries"]
     frame = pd.DataFrame(entries, columns=COLUMNS).astype({"score": float, "n": float, "shots": float})
@@ -53,17 +69,31 @@ def references(model: str | None = None, *, benchmark: str | None = None) -> pd.
 
 
 def beside(log: Log, *, model: str | None = None) -> pd.DataFrame:
-    """Every benchmark's score with the published ones; `comparable` only where the protocols are equal, else why not.
-
-    model  whose published scores; None for the evaluated model's own, by its name
+    """Set every score beside the published ones; `comparable` only where the protocols are equal, else the reason.
 
     A published score is comparable when protocol, metric and average are those of the log (where the source states
     them), nothing was left out by a limit, the number of questions is the same, and no chat endpoint put its template
     around the prompts.
 
-    Returns  DataFrame  one row a score and published statement, in percent: benchmark, protocol, metric, score, ci_low,
-                        ci_high, n, published, published_protocol, comparable, why_not, difference (NaN unless
-                        comparable), source, status, quantization, note; published is NaN where there is none
+    Parameters
+    ----------
+    log : Log
+        The evaluation.
+    model : str, optional
+        Whose published scores; None for the evaluated model's own, by its name.
+
+    Returns
+    -------
+    DataFrame
+        One row a score and published statement, in percent: benchmark, protocol, metric, score, ci_low, ci_high,
+        n, published, published_protocol, comparable, why_not, difference (NaN unless comparable), source, status,
+        quantization, note; published is NaN where there is none.
+
+    Examples
+    --------
+    >>> log = ml.evaluate(model, ["demo"], limit=1, settings=ml.evals.EvalSettings(progress=False))
+    >>> ml.evals.beside(log)["comparable"].tolist()
+    [False]
     """
     name = str(model or log.meta["model"]["name"])
     entries = references()

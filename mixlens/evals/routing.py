@@ -98,25 +98,67 @@ def with_samples(
 
 
 def sample_share(log: Log, *, by: str = "group", bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
-    """Share of the choices that fall on each expert over the samples of an evaluation.
-
-    by  "group" (subject or language), "task", "benchmark", or "outcome" (right against wrong answers)
+    """Compute the share of the choices that fall on each expert over the samples of an evaluation.
 
     Every sample counts once: its prompt with its generated answer, or with the gold choice. Shots that samples share
     are not counted. Otherwise as stats.expert_share; intervals over samples.
 
-    Raises MissingSignal for an evaluation that was run without routing.
+    Parameters
+    ----------
+    log : Log
+        The evaluation.
+    by : str, optional
+        "group" (subject or language), "task", "benchmark", or "outcome" (right against wrong answers).
+    bootstrap : Bootstrap, optional
+        How intervals are computed.
+
+    Returns
+    -------
+    xarray.Dataset
+
+    Raises
+    ------
+    MissingSignal
+        For an evaluation that was run without routing.
+
+    Examples
+    --------
+    >>> settings = ml.evals.EvalSettings(progress=False, routing=True)
+    >>> log = ml.evaluate(model, ["demo"], limit=1, settings=settings)
+    >>> "expert" in ml.evals.sample_share(log)["estimate"].dims
+    True
     """
     return expert_share(samples_of(log), by=by, bootstrap=bootstrap)
 
 
 def flipped_routing(log_a: Log, log_b: Log, *, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
-    """How alike two evaluations route the same samples, by what became of their answers.
+    """Measure how alike two evaluations route the same samples, by how their answers changed.
 
-    Returns  Dataset  as stats.agreement over the tokens of prompts and gold choices, by change: "same" (right in both
-                      or wrong in both), "lost" (right in the first only), "gained"; intervals over samples
+    Parameters
+    ----------
+    log_a : Log
+        The first evaluation.
+    log_b : Log
+        The second evaluation.
+    bootstrap : Bootstrap, optional
+        How intervals are computed.
 
-    Raises MissingSignal when either was run without routing; BadInput when they did not read the same rows.
+    Returns
+    -------
+    Dataset
+        As stats.agreement over the tokens of prompts and gold choices, by change: "same" (right in both or wrong
+        in both), "lost" (right in the first only), "gained"; intervals over samples.
+
+    Raises
+    ------
+    MissingSignal
+        If either was run without routing.
+    BadInput
+        If they did not read the same rows.
+
+    Examples
+    --------
+    >>> ml.evals.flipped_routing(ml.open("runs/bf16"), ml.open("runs/nf4"))  # doctest: +SKIP
     """
     a, b = (samples_of(log).select(phase="prompt") for log in (log_a, log_b))
     keys = ["task", "sample_id", "choice"]

@@ -33,20 +33,37 @@ _PACKAGES = ("mixlens", "lm_eval", "torch", "transformers", "datasets", "math-ve
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """How an evaluation runs.
+    """Settings of how an evaluation runs.
 
-    batch_size      rows of a forward
-    max_length      tokens that a prompt and its answer may have together; None is the model's context
-    max_new_tokens  of an answer, where a task does not say
-    seed            of sampled answers, and of shots where a task draws them
-    share_prefix    read the shots that a task's questions have in common once (local models)
-    tokenizer       a tokenizer, or the name or folder of one; None is the one beside the model's weights
-    revisions       branch, tag or commit of data sets on the Hub, by repository: {"openai/gsm8k": "main"}
-    routing         record what every expert does while the model answers, as Log.routing (local models)
-    loading         options of ml.load for a model that is given by name, such as {"quantization": "nf4"}
-    progress        True for a progress bar, False for none, or a function of (requests answered, requests in all) that
-                    is called at the start and after every answered batch; what it raises ends the evaluation, and what
-                    was answered stays in `out`
+    Parameters
+    ----------
+    batch_size : int, optional
+        Rows of a forward.
+    max_length : int, optional
+        Tokens that a prompt and its answer may have together; None is the model's context.
+    max_new_tokens : int, optional
+        Of an answer, where a task does not say.
+    seed : int, optional
+        Of sampled answers, and of shots where a task draws them.
+    share_prefix : bool, optional
+        Read the shots that a task's questions have in common once (local models).
+    tokenizer : Any, optional
+        A tokenizer, or the name or folder of one; None is the one beside the model's weights.
+    revisions : Mapping[str, str], optional
+        Branch, tag or commit of data sets on the Hub, by repository: {"openai/gsm8k": "main"}.
+    routing : bool, optional
+        Record what every expert does while the model answers, as Log.routing (local models).
+    loading : Mapping[str, Any], optional
+        Options of ml.load for a model that is given by name, such as {"quantization": "nf4"}.
+    progress : bool or Progress, optional
+        True for a progress bar, False for none, or a function of (requests answered, requests in all) that is
+        called at the start and after every answered batch; what it raises ends the evaluation, and what was
+        answered stays in `out`.
+
+    Examples
+    --------
+    >>> ml.evals.EvalSettings(batch_size=4).batch_size
+    4
     """
 
     batch_size: int = 8
@@ -74,24 +91,50 @@ def evaluate(
     limit: int | None = None,
     settings: EvalSettings = SETTINGS,
 ) -> Log:
-    """What a model scores on benchmarks, with every sample and the protocol of each score.
-
-    model     a loaded transformers model (ml.load), an ml.Endpoint, or a model object of lm-eval's, such as its VLLM;
-              or what ml.load takes ("demo", a name on the Hub, a folder): then a process of its own loads it, evaluates
-              and gives its memory back, and ends when this one ends or is interrupted
-    tasks     benchmarks ("mmlu", "humaneval", "math"), protocols ("mmlu_5shot", or one subject of it,
-              "mmlu_5shot::anatomy"), a suite ("mixtral-paper"), tasks of lm-eval by its names, or task files in its
-              format ("my_task.yaml")
-    protocol  which protocol a benchmark means: a suite, or a protocol's name
-    out       run directory; a stopped evaluation there goes on where it stopped, with the same scores. None keeps
-              everything in memory
-    data      folder with the benchmarks in their original formats; None loads them from the Hub
-    limit     only the first documents of every task
+    """Score a model on benchmarks, keeping every sample and the protocol of each score.
 
     Checks before anything is asked (preflight): one BOS, decoding gives back what was encoded, prompts and answers fit,
-    graders pass on gold answers. Raises BadInput, saying which, when one fails; for an unknown task or protocol; for
-    files in `data` that are not the benchmark's; and for a log-likelihood task on an endpoint without
-    log-probabilities. Raises RunError when `out` holds something else.
+    graders pass on gold answers.
+
+    Parameters
+    ----------
+    model : Any
+        A loaded transformers model (ml.load), an ml.Endpoint, or a model object of lm-eval's, such as its VLLM;
+        or what ml.load takes ("demo", a name on the Hub, a folder): then a process of its own loads it, evaluates
+        and gives its memory back, and ends when this one ends or is interrupted.
+    tasks : str or Sequence[str]
+        Benchmarks ("mmlu", "humaneval", "math"), protocols ("mmlu_5shot", or one subject of it,
+        "mmlu_5shot::anatomy"), a suite ("mixtral-paper"), tasks of lm-eval by its names, or task files in its
+        format ("my_task.yaml").
+    protocol : str, optional
+        Which protocol a benchmark means: a suite, or a protocol's name.
+    out : str or os.PathLike, optional
+        Run directory; a stopped evaluation there goes on where it stopped, with the same scores. None keeps
+        everything in memory.
+    data : str or os.PathLike, optional
+        Folder with the benchmarks in their original formats; None loads them from the Hub.
+    limit : int, optional
+        Only the first documents of every task.
+    settings : EvalSettings, optional
+        How documents are read.
+
+    Returns
+    -------
+    Log
+
+    Raises
+    ------
+    BadInput
+        Saying which, when one fails; for an unknown task or protocol; for files in `data` that are not the
+        benchmark's; and for a log-likelihood task on an endpoint without log-probabilities. Raises.
+    RunError
+        If `out` holds something else.
+
+    Examples
+    --------
+    >>> log = ml.evaluate(model, ["demo"], limit=1, settings=ml.evals.EvalSettings(progress=False))
+    >>> len(log.records) == len(log.tasks)
+    True
     """
     job = job_of(tasks, protocol=protocol, data=data, limit=limit, settings=settings)
     if isinstance(model, str | os.PathLike):

@@ -29,8 +29,12 @@ def score_table(samples: pd.DataFrame, tasks: Mapping[str, Mapping[str, Any]]) -
     Intervals of 95 %: Wilson's for a fraction; percentiles of a bootstrap, drawn within tasks, for other means and for
     macro; lm-eval's standard error for its own aggregations. A task without a scored sample is NaN, never 0.
 
-    Returns  DataFrame  benchmark, task, metric, average ("", "micro", "macro"), score, ci_low, ci_high, n, unscored,
-                        interval, protocol
+    Returns
+    -------
+    xarray.Dataset
+        DataFrame benchmark, task, metric, average ("", "micro", "macro"), score, ci_low, ci_high, n, unscored,
+        interval, protocol.
+
     """
     rows: list[dict[str, Any]] = []
     by_task = {str(name): frame for name, frame in samples.groupby("task", sort=False)} if len(samples) else {}
@@ -62,8 +66,12 @@ def near_ties(samples: pd.DataFrame, by_length: Collection[str] = ()) -> pd.Data
     by_length  tasks that compare log-probabilities a character, as acc_norm does; their gaps are times the shorter
                choice, in which a rounding error of either weighs most
 
-    Returns  DataFrame  task, sample_id, first and second (the two choices, the likelier first), gap (of their
-                        log-probabilities, in natural units)
+    Returns
+    -------
+    xarray.Dataset
+        DataFrame task, sample_id, first and second (the two choices, the likelier first), gap (of their log-
+        probabilities, in natural units).
+
     """
     rows = []
     for sample in samples.to_dict("records"):

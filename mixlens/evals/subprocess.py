@@ -36,8 +36,12 @@ _GRACE_S = 10.0
 def evaluate_apart(model: str, job: Any, out: str | os.PathLike[str] | None, settings: Any) -> Any:
     """runner.run of the model of this name, in another process.
 
-    Returns  Log  opened from `out`; from a temporary folder, kept as long as this process, where out is None
-    Raises   what the evaluation raises there; RunError when that process ends without a word
+    Returns
+    -------
+    xarray.Dataset
+        Log opened from `out`; from a temporary folder, kept as long as this process, where out is None Raises
+        what the evaluation raises there; RunError when that process ends without a word.
+
     """
     from mixlens.evals.log import Log
 

@@ -23,8 +23,12 @@ def verify(folder: Path) -> pd.DataFrame:
     Rows are counted and checksums compared with evals/data.json, and with a SHA256SUMS beside the files. A benchmark
     without a folder here is left out.
 
-    Returns  DataFrame  benchmark, file, rows, expected (NaN where not known), fault ("" where all is well)
-    Raises   BadInput   where the folder holds no benchmark that is known
+    Returns
+    -------
+    xarray.Dataset
+        DataFrame benchmark, file, rows, expected (NaN where not known), fault ("" where all is well) Raises
+        BadInput where the folder holds no benchmark that is known.
+
     """
     known = json.loads((tasks_folder() / "data.json").read_text("utf-8"))
     here = [name for name in known if (folder / name).is_dir()]

@@ -33,12 +33,35 @@ def expert_outputs(
     tokenizer: Any = None,
     settings: RecordSettings = SETTINGS,
 ) -> xr.Dataset:
-    """Outputs of every expert over the tokens that chose it, before their weight.
+    """Measure the outputs of every expert over the tokens that chose it, before their weight.
 
-    Returns  Dataset  max_abs, the largest |number| it put out; norm, mean Euclidean norm; weighted_norm, mean norm
-                      after the weight; mean [layer, expert, hidden], for ablation by the mean; n, tokens
-                      [layer, expert]. NaN where nobody chose the expert
-    Raises   BadInput for documents that cannot be read as asked
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A loaded model.
+    documents : Iterable[Any]
+        Strings, mappings with a text column, or a datasets.Dataset.
+    tokenizer : Any, optional
+        None for the one that belongs to the model.
+    settings : RecordSettings, optional
+        How documents are read.
+
+    Returns
+    -------
+    Dataset
+        Max_abs, the largest |number| it put out; norm, mean Euclidean norm; weighted_norm, mean norm after the
+        weight; mean [layer, expert, hidden], for ablation by the mean; n, tokens [layer, expert]. NaN where
+        nobody chose the expert.
+
+    Raises
+    ------
+    BadInput
+        For documents that cannot be read as asked.
+
+    Examples
+    --------
+    >>> ml.experiments.expert_outputs(model, documents[:2], settings=quiet)["mean"].dims
+    ('layer', 'expert', 'hidden')
     """
     layers, count = len(moe_layers(model)), n_experts(model)
     hidden: int = model.config.hidden_size  # type: ignore[attr-defined, assignment, union-attr]
@@ -78,27 +101,50 @@ def measure_contributions(
     tokenizer: Any = None,
     settings: RecordSettings = SETTINGS,
 ) -> xr.Dataset:
-    """What every chosen expert adds to the logit of the token that came next: direct logit attribution.
+    """Measure what every chosen expert adds to the logit of the next token: direct logit attribution.
 
     w o . (s * (u_next - mean_v u_v)): the expert's weighted output w o, through the last norm held at its scale s at
     this token, onto the unembedding row of the next token less the mean row. Summed over all experts, all attention
     layers and the embedding, this is the next token's logit less the mean logit. Effects through later layers are not
     in it.
 
-    out  run directory; None keeps the result in memory alone. A run that was stopped goes on where it stopped. Under
-         `accelerate launch` every process then reads its share of the shards, and each returns the whole
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A loaded model.
+    documents : Iterable[Any]
+        Strings, mappings with a text column, or a datasets.Dataset.
+    out : str or os.PathLike, optional
+        Run directory; None keeps the result in memory alone. A run that was stopped goes on where it stopped.
+        Under `accelerate launch` every process then reads its share of the shards, and each returns the whole.
+    tokenizer : Any, optional
+        None for the one that belongs to the model.
+    settings : RecordSettings, optional
+        How documents are read.
 
-    Returns  Dataset   all float32 or uint8 [token, layer, slot], slots strongest first:
-                         logit      what the expert adds to the next token's logit; NaN at the end of a sequence
-                         norm       Euclidean norm of its weighted output
-                         peak       largest |number| of its output before the weight
-                         expert_id  which expert
-                         weight     its weight
-                       Coordinates along token, in input order: document_id and the documents' other columns, sequence
-                       (counted from 0), position (in the sequence), token_id, next_id (-1 at the end of a sequence)
-                       and piece, the token's text. Of one sequence: data.isel(token=data.sequence.values == 3).
-                       stats.expert_contribution makes means with intervals of it, by expert
-    Raises   BadInput  for documents that cannot be read as asked; RunError as record
+    Returns
+    -------
+    Dataset
+        All float32 or uint8 [token, layer, slot], slots strongest first: logit what the expert adds to the next
+        token's logit; NaN at the end of a sequence norm Euclidean norm of its weighted output peak largest
+        |number| of its output before the weight expert_id which expert weight its weight Coordinates along token,
+        in input order: document_id and the documents' other columns, sequence (counted from 0), position (in the
+        sequence), token_id, next_id (-1 at the end of a sequence) and piece, the token's text. Of one sequence:
+        data.isel(token=data.sequence.values == 3). stats.expert_contribution makes means with intervals of it, by
+        expert.
+
+    Raises
+    ------
+    BadInput
+        For documents that cannot be read as asked.
+    RunError
+        As record.
+
+    Examples
+    --------
+    >>> found = ml.experiments.measure_contributions(model, documents[:2], settings=quiet)
+    >>> found["logit"].dims
+    ('token', 'layer', 'slot')
     """
     last = len(moe_layers(model)) - 1
     signals = parse_signals(["expert_out", Site("resid_post", (last,))], last + 1)

@@ -49,21 +49,45 @@ def measure_impact(
     tokenizer: Any = None,
     settings: RecordSettings = SETTINGS,
 ) -> Impact:
-    """What changed weights do: to predictions, to routing, to every expert; and which of it comes from which.
+    """Measure what changed weights do to predictions, to routing and to every expert, and which causes which.
 
     Every document is read four times: by each model with its own routing, and by each with the experts that the other
     chose for the same tokens, in every layer. So the change in quality is split into what comes from changed weights
     and what from changed routing.
 
-    model_a, model_b  the original and the changed one, loaded at the same time; devices may differ
-    documents         as for record
-    out               run directory; None keeps the result in memory. A run that was stopped goes on where it stopped
-    force_weights     under the other's routing also use the other's router weights (kept in half precision); else the
-                      running model weighs the experts it is given
-    tokenizer         None for the one that belongs to model_a
+    Parameters
+    ----------
+    model_a, model_b : torch.nn.Module
+        The original and the changed one, loaded at the same time; devices may differ.
+    documents : Iterable[Any]
+        As for record.
+    out : str or os.PathLike, optional
+        Run directory; None keeps the result in memory. A run that was stopped goes on where it stopped.
+    force_weights : bool, optional
+        Under the other's routing also use the other's router weights (kept in half precision); else the running
+        model weighs the experts it is given.
+    tokenizer : Any, optional
+        None for the one that belongs to model_a.
+    settings : RecordSettings, optional
+        How documents are read.
 
-    Raises BadInput for models of different shapes or tokenizers and for documents that cannot be read as asked,
-    RunError when `out` holds something else or cannot be written.
+    Returns
+    -------
+    Impact
+
+    Raises
+    ------
+    BadInput
+        For models of different shapes or tokenizers and for documents that cannot be read as asked.
+    RunError
+        If `out` holds something else or cannot be written.
+
+    Examples
+    --------
+    >>> rounded = ml.load("demo", dtype="bfloat16", verbose=False)
+    >>> impact = ml.experiments.measure_impact(model, rounded, documents[:2], settings=quiet)
+    >>> type(impact).__name__
+    'Impact'
     """
     _same_shape(model_a, model_b)
     if tokenizer is None:

@@ -29,10 +29,22 @@ SETTINGS = RecordSettings(shard_tokens=4096)
 class Ablation:
     """What is done to each expert in turn, and what is measured.
 
-    how     "reroute" (never chosen), "zero", or "mean" with `means`; as edits.ablate
-    means   xarray [layer, expert, hidden], as expert_outputs(...)["mean"]
-    metric  from logits [n, vocabulary] and the tokens that came [n] to a number for each [n]; None for the loss in nats
-    layers  layer numbers; None for all
+    Parameters
+    ----------
+    how : str, optional
+        "reroute" (never chosen), "zero", or "mean" with `means`; as edits.ablate.
+    means : Any, optional
+        Xarray [layer, expert, hidden], as expert_outputs(...)["mean"].
+    metric : Metric, optional
+        From logits [n, vocabulary] and the tokens that came [n] to a number for each [n]; None for the loss in
+        nats.
+    layers : int or Sequence[int], optional
+        Layer numbers; None for all.
+
+    Examples
+    --------
+    >>> ml.experiments.Ablation(how="zero", layers=[0]).how
+    'zero'
     """
 
     how: str = "reroute"
@@ -85,16 +97,44 @@ def measure_importance(
     tokenizer: Any = None,
     settings: RecordSettings = SETTINGS,
 ) -> xr.Dataset:
-    """Sums over every document, with the whole model and without each expert: what maps are made of.
+    """Measure every document with the whole model and without each expert.
 
-    documents  as for record; a sequence longer than settings.batch_tokens is read in chunks
-    out        run directory; None keeps the result in memory. A run that was stopped goes on where it stopped. Under
-               `accelerate launch` every process then measures its share of the shards, and each returns the whole
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A loaded model.
+    documents : Iterable[Any]
+        As for record; a sequence longer than settings.batch_tokens is read in chunks.
+    out : str or os.PathLike, optional
+        Run directory; None keeps the result in memory. A run that was stopped goes on where it stopped. Under
+        `accelerate launch` every process then measures its share of the shards, and each returns the whole.
+    ablation : Ablation, optional
+        What is done to each expert.
+    tokenizer : Any, optional
+        None for the one that belongs to the model.
+    settings : RecordSettings, optional
+        How documents are read.
 
-    Returns  Dataset   change, chosen [document, layer, expert]; value, tokens (predicted), length [document]; the
-                       documents' columns as coordinates
-    Raises   BadInput  for documents that cannot be read as asked, unknown layers, and with `out` for a metric that is
-                       no function of its own; RunError as record
+    Returns
+    -------
+    Dataset
+        Change, chosen [document, layer, expert]; value, tokens (predicted), length [document]; the documents'
+        columns as coordinates.
+
+    Raises
+    ------
+    BadInput
+        For documents that cannot be read as asked, unknown layers, and with `out` for a metric that is no
+        function of its own.
+    RunError
+        As record.
+
+    Examples
+    --------
+    >>> ablation = ml.experiments.Ablation(layers=[0])
+    >>> measured = ml.experiments.measure_importance(model, documents[:2], ablation=ablation, settings=quiet)
+    >>> measured.sizes["expert"]
+    8
     """
     layers = _layers(model, ablation)
     if out is not None and ablation.metric is not None and _digest_of(ablation.metric) is None:

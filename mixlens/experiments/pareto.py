@@ -41,7 +41,22 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Speed:
-    """How speed is measured: calls of generate, each of one prompt; 0 calls for no speed."""
+    """Settings of how speed is measured: calls of generate, each of one prompt; 0 calls for no speed.
+
+    Parameters
+    ----------
+    calls : int, optional
+        Timed calls.
+    prompt_tokens : int, optional
+        Tokens of a prompt.
+    output_tokens : int, optional
+        Tokens that are generated.
+
+    Examples
+    --------
+    >>> ml.experiments.Speed(calls=0).calls
+    0
+    """
 
     calls: int = 8
     prompt_tokens: int = 64
@@ -58,19 +73,44 @@ def measure_pareto(
     speed: Speed = Speed(),
     settings: RecordSettings = SETTINGS,
 ) -> Pareto:
-    """Quality against bytes and speed of a model in several schemes, against the model as it is loaded without one.
-
-    model      as for load
-    documents  as for record; quality is measured on them by measure_impact
-    schemes    as load takes them (names or mappings), or a dtype such as "bfloat16"
-    out        run directory: table.parquet, pareto.png and pareto.pdf, and in a folder a scheme its impact and its
-               benchmark, each a run of its own. A run that was stopped or killed goes on at the scheme where it stopped
-    loading    further arguments of load, such as device_map, dtype and revision
+    """Measure quality, bytes and speed of a model in several quantization schemes and without any.
 
     The original stays loaded beside one scheme at a time.
 
-    Raises BadInput for no or unknown schemes, one named twice, or the original's own, and ModelError for one that
-    cannot run here, before anything is measured; and as load, measure_impact and benchmark.
+    Parameters
+    ----------
+    model : str or os.PathLike
+        As for load.
+    documents : Iterable[Any]
+        As for record; quality is measured on them by measure_impact.
+    schemes : Sequence[Scheme]
+        As load takes them (names or mappings), or a dtype such as "bfloat16".
+    out : str or os.PathLike
+        Run directory: table.parquet, pareto.png and pareto.pdf, and in a folder a scheme its impact and its
+        benchmark, each a run of its own. A run that was stopped or killed goes on at the scheme where it stopped.
+    loading : Mapping[str, Any], optional
+        Further arguments of load, such as device_map, dtype and revision.
+    speed : Speed, optional
+        How speed is measured.
+    settings : RecordSettings, optional
+        How documents are read.
+
+    Returns
+    -------
+    Pareto
+
+    Raises
+    ------
+    BadInput
+        For no or unknown schemes, one named twice, or the original's own.
+    ModelError
+        For one that cannot run here, before anything is measured; and as load, measure_impact and benchmark.
+
+    Examples
+    --------
+    >>> found = ml.experiments.measure_pareto(
+    ...     "demo", documents, schemes=["nf4"], out="runs/schemes"
+    ... )  # doctest: +SKIP
     """
     if isinstance(schemes, str) or not isinstance(schemes, Sequence):
         raise BadInput(

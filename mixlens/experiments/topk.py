@@ -50,15 +50,42 @@ def measure_topk(
     tokenizer: Any = None,
     settings: RecordSettings = SETTINGS,
 ) -> xr.Dataset:
-    """Sums over every document when each token chooses k experts: what the curve over k is made of.
+    """Measure every document when each token chooses k experts.
 
-    ks   numbers of experts a token chooses; None for 1 to all. The model's own is measured in any case
-    out  run directory; None keeps the result in memory. A run that was stopped goes on where it stopped. Under
-         `accelerate launch` every process then measures its share of the shards, and each returns the whole
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A loaded model.
+    documents : Iterable[Any]
+        Strings, mappings with a text column, or a datasets.Dataset.
+    ks : int or Iterable[int], optional
+        Numbers of experts a token chooses; None for 1 to all. The model's own is measured in any case.
+    out : str or os.PathLike, optional
+        Run directory; None keeps the result in memory. A run that was stopped goes on where it stopped. Under
+        `accelerate launch` every process then measures its share of the shards, and each returns the whole.
+    tokenizer : Any, optional
+        None for the one that belongs to the model.
+    settings : RecordSettings, optional
+        How documents are read.
 
-    Returns  Dataset   loss in nats, over the predicted tokens [document, k]; first_weight, of the strongest expert
-                       [document, k, layer]; chosen [document, k, layer, expert]; tokens (predicted), length [document]
-    Raises   BadInput  for a k the model has not, and documents that cannot be read as asked; RunError as record
+    Returns
+    -------
+    Dataset
+        Loss in nats, over the predicted tokens [document, k]; first_weight, of the strongest expert [document, k,
+        layer]; chosen [document, k, layer, expert]; tokens (predicted), length [document].
+
+    Raises
+    ------
+    BadInput
+        For a k the model has not, and documents that cannot be read as asked.
+    RunError
+        As record.
+
+    Examples
+    --------
+    >>> measured = ml.experiments.measure_topk(model, documents[:2], ks=[1, 2], settings=quiet)
+    >>> measured.sizes["k"]
+    2
     """
     own, count = top_k(model), n_experts(model)
     asked = list(range(1, count + 1)) if ks is None else sorted(set(whole_numbers(ks)))

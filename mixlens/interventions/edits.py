@@ -48,12 +48,29 @@ Numbers = int | Iterable[int]
 
 @contextmanager
 def edit(model: nn.Module, *edits: Edit) -> Iterator[None]:
-    """Everything `model` computes inside the `with` is computed under `edits`, made by the functions of this module.
+    """Run everything inside a with block under edits of a model's routing or activations.
 
     The hooks are gone afterwards, whatever happened.
 
-    Raises BadInput for an unknown layer or expert, where fewer experts than a token chooses would remain, for values
-    whose shape does not fit, for a replay of other tokens, and, at the end, for an edit that met no token.
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A loaded model.
+    edits : Edit
+        Edits, made by the functions of ml.edits.
+
+    Raises
+    ------
+    BadInput
+        For an unknown layer or expert, where fewer experts than a token chooses would remain, for values whose
+        shape does not fit, for a replay of other tokens, and, at the end, for an edit that met no token.
+
+    Examples
+    --------
+    >>> with ml.edit(model, ml.edits.forbid(layers=3, experts=5)):
+    ...     edited = ml.record(model, documents[:2], settings=quiet)
+    >>> bool((edited.select(layers=[3]).read("expert_id") == 5).any())
+    False
     """
     if not edits:
         raise BadInput(
@@ -101,13 +118,30 @@ def ablate(
     mean: Any = None,
     where: Where = EVERYWHERE,
 ) -> Edit:
-    """Take experts out of layers.
+    """Remove experts from layers.
 
-    layers  layer numbers; None for all
-    how     "reroute": never chosen, the next best in their place, weights renormalised
-            "zero": chosen as ever, but what they put out is zero, and the other weights stay
-            "mean": chosen as ever, but they put out `mean`
-    mean    [hidden] for one expert of one layer, or an xarray [layer, expert, hidden], such as expert_means gives
+    Parameters
+    ----------
+    layers : Numbers or None
+        Layer numbers; None for all.
+    experts : Numbers
+        Expert number, or several; None for all.
+    how : str, optional
+        "reroute": never chosen, the next best in their place, weights renormalised "zero": chosen as ever, but
+        what they put out is zero, and the other weights stay "mean": chosen as ever, but they put out `mean`.
+    mean : Any, optional
+        [hidden] for one expert of one layer, or an xarray [layer, expert, hidden], such as expert_means gives.
+    where : Where, optional
+        Condition on the tokens that are edited; None for all.
+
+    Returns
+    -------
+    Edit
+
+    Examples
+    --------
+    >>> ml.edits.ablate(3, 5, how="zero")
+    Output(layers=(3,), experts=(5,), where=Where(), how='zero')
     """
     if how == "reroute" and mean is None:
         return forbid(layers, experts, where=where)
@@ -124,17 +158,49 @@ def ablate(
 
 
 def forbid(layers: Numbers | None, experts: Numbers, *, where: Where = EVERYWHERE) -> Edit:
-    """Experts that are not chosen: their router logits are -inf, and the next best come in their place.
+    """Forbid experts: their router logits are -inf, and the next best are chosen instead.
 
     A token that would not have chosen them keeps the model's own routing, bit for bit.
+
+    Parameters
+    ----------
+    layers : Numbers or None
+        Layer number, or several; None for all.
+    experts : Numbers
+        Expert number, or several; None for all.
+    where : Where, optional
+        Condition on the tokens that are edited; None for all.
+
+    Examples
+    --------
+    >>> with ml.edit(model, ml.edits.forbid(layers=0, experts=[1, 2])):
+    ...     pass
     """
     return Forbid(_layers(layers), _numbers(experts), where)
 
 
 def force(layers: Numbers | None, experts: Numbers, *, weight: float | None = None, where: Where = EVERYWHERE) -> Edit:
-    """Experts that are chosen, in place of the weakest that would have been.
+    """Force experts, in place of the weakest ones chosen.
 
-    weight  the weight of each, the others sharing what is left; None for what the router gives among those chosen
+    Parameters
+    ----------
+    layers : Numbers or None
+        Layer number, or several; None for all.
+    experts : Numbers
+        Expert number, or several; None for all.
+    weight : float, optional
+        The weight of each, the others sharing what is left; None for what the router gives among those chosen.
+    where : Where, optional
+        Condition on the tokens that are edited; None for all.
+
+    Returns
+    -------
+    Edit
+
+    Examples
+    --------
+    >>> with ml.edit(model, ml.edits.force(layers=0, experts=2)):
+    ...     pass
     """
     experts = _numbers(experts)
     if weight is not None and not 0 < weight * len(experts) <= 1:
@@ -150,7 +216,24 @@ def force(layers: Numbers | None, experts: Numbers, *, weight: float | None = No
 def scale(
     factor: float, *, layers: Numbers | None = None, experts: Numbers | None = None, where: Where = EVERYWHERE
 ) -> Edit:
-    """Router logits times a factor, of some experts or of all."""
+    """Multiply the router logits of some experts or of all.
+
+    Parameters
+    ----------
+    factor : float
+        The factor.
+    layers : Numbers, optional
+        Layer number, or several; None for all.
+    experts : Numbers, optional
+        Expert number, or several; None for all.
+    where : Where, optional
+        Condition on the tokens that are edited; None for all.
+
+    Examples
+    --------
+    >>> with ml.edit(model, ml.edits.scale(0.5, layers=0, experts=2)):
+    ...     pass
+    """
     _finite("factor", factor)
     return Rescale(_layers(layers), None if experts is None else _numbers(experts), factor=factor, where=where)
 
@@ -158,13 +241,45 @@ def scale(
 def add(
     bias: float, *, layers: Numbers | None = None, experts: Numbers | None = None, where: Where = EVERYWHERE
 ) -> Edit:
-    """Router logits plus a number, of some experts or of all."""
+    """Add a number to the router logits of some experts or of all.
+
+    Parameters
+    ----------
+    bias : float
+        The number added to the logits.
+    layers : Numbers, optional
+        Layer number, or several; None for all.
+    experts : Numbers, optional
+        Expert number, or several; None for all.
+    where : Where, optional
+        Condition on the tokens that are edited; None for all.
+
+    Examples
+    --------
+    >>> with ml.edit(model, ml.edits.add(1.0, layers=0, experts=2)):
+    ...     pass
+    """
     _finite("bias", bias)
     return Rescale(_layers(layers), None if experts is None else _numbers(experts), bias=bias, where=where)
 
 
 def temperature(value: float, *, layers: Numbers | None = None, where: Where = EVERYWHERE) -> Edit:
-    """Router logits divided by a temperature: below 1 sharper, above 1 flatter; the same experts are chosen."""
+    """Divide router logits by a temperature: below 1 sharper, above 1 flatter; the same experts are chosen.
+
+    Parameters
+    ----------
+    value : float
+        The number.
+    layers : Numbers, optional
+        Layer number, or several; None for all.
+    where : Where, optional
+        Condition on the tokens that are edited; None for all.
+
+    Examples
+    --------
+    >>> with ml.edit(model, ml.edits.temperature(2.0)):
+    ...     pass
+    """
     _finite("temperature", value)
     if value <= 0:
         raise BadInput(
@@ -176,14 +291,45 @@ def temperature(value: float, *, layers: Numbers | None = None, where: Where = E
 
 
 def top_k(k: int, *, layers: Numbers | None = None) -> Edit:
-    """Every token chooses k experts, weights renormalised. A Recorder needs the same k in all layers."""
+    """Let every token choose k experts, with renormalised weights. A Recorder needs the same k in all layers.
+
+    Parameters
+    ----------
+    k : int
+        Number of experts.
+    layers : Numbers, optional
+        Layer number, or several; None for all.
+
+    Examples
+    --------
+    >>> with ml.edit(model, ml.edits.top_k(1)):
+    ...     one = ml.record(model, documents[:1], settings=quiet)
+    >>> one.top_k
+    1
+    """
     return TopK(_layers(layers), _number(k, "k"))
 
 
 def reroute(layers: Numbers | None, source: int, target: int, *, where: Where = EVERYWHERE) -> Edit:
-    """Tokens that would choose `source` choose `target` in its stead, with its router logit and so with its weight.
+    """Send tokens that would choose `source` to `target` instead, with its router logit and so its weight.
 
     A token that would choose both keeps `target`, with the larger of the two logits, and the next best comes in.
+
+    Parameters
+    ----------
+    layers : Numbers or None
+        Layer number, or several; None for all.
+    source : int
+        Expert that would be chosen.
+    target : int
+        Expert that is chosen instead.
+    where : Where, optional
+        Condition on the tokens that are edited; None for all.
+
+    Examples
+    --------
+    >>> with ml.edit(model, ml.edits.reroute(layers=0, source=1, target=2)):
+    ...     pass
     """
     if source == target:
         raise BadInput(
@@ -195,13 +341,30 @@ def reroute(layers: Numbers | None, source: int, target: int, *, where: Where = 
 
 
 def replay(trace: Trace, *, weights: bool = False, layers: Numbers | None = None, where: Where = EVERYWHERE) -> Edit:
-    """Tokens choose the experts that `trace` recorded for them, whatever the router says now.
+    """Let tokens choose the experts that a trace recorded for them.
 
     Rows are matched to sequences by their tokens, in any order. In a batch without an attention mask, what follows the
     end of a recorded sequence is taken for padding and keeps its routing.
 
-    weights  whether the recorded weights come too (kept in half precision); else the router weighs the experts
-    layers   layers to replay; None for all, and then the trace must have all
+    Parameters
+    ----------
+    trace : Trace
+        The recording.
+    weights : bool, optional
+        Whether the recorded weights come too (kept in half precision); else the router weighs the experts.
+    layers : Numbers, optional
+        Layers to replay; None for all, and then the trace must have all.
+    where : Where, optional
+        Condition on the tokens that are edited; None for all.
+
+    Returns
+    -------
+    Edit
+
+    Examples
+    --------
+    >>> with ml.edit(model, ml.edits.replay(trace)):
+    ...     pass
     """
     if not isinstance(trace, Trace):
         raise BadInput(
@@ -213,16 +376,32 @@ def replay(trace: Trace, *, weights: bool = False, layers: Numbers | None = None
 
 
 def patch(site: str, values: Any, *, layer: int, expert: int | None = None, where: Where = EVERYWHERE) -> Edit:
-    """Activations put in place of the model's own: activation patching, also of single experts.
+    """Put activations in place of the model's own: activation patching, also of single experts.
 
-    site    resid_pre, resid_post, attn_out, moe_in, moe_out, expert_out (before the weight), or expert_neurons
-    values  [hidden]: the same for every token meant. [n, hidden]: one for each of where.positions, in any row. An
-            xarray as Trace.activations(site) gives it: to each row, as a Recorder would number it, and position its
-            own; positions without a value are left as they are. For sites of experts without `expert`, [slot,
-            hidden] in place of [hidden]; neurons instead of hidden for expert_neurons
-    expert  for sites of experts: only the slots that chose this expert
+    Parameters
+    ----------
+    site : str
+        Resid_pre, resid_post, attn_out, moe_in, moe_out, expert_out (before the weight), or expert_neurons.
+    values : Any
+        [hidden]: the same for every token meant. [n, hidden]: one for each of where.positions, in any row. An
+        xarray as Trace.activations(site) gives it: to each row, as a Recorder would number it, and position its
+        own; positions without a value are left as they are. For sites of experts without `expert`, [slot, hidden]
+        in place of [hidden]; neurons instead of hidden for expert_neurons.
+    layer : int
+        Layer number, or several; None for all.
+    expert : int, optional
+        For sites of experts: only the slots that chose this expert.
+    where : Where, optional
+        Condition on the tokens that are edited; None for all.
 
-    Raises BadInput when site or shapes do not fit.
+    Returns
+    -------
+    Edit
+
+    Raises
+    ------
+    BadInput
+        If site or shapes do not fit.
     """
     known = [name for name in SITES if name != "expert_norm"]
     if site == "expert_norm":

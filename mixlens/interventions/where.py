@@ -16,12 +16,23 @@ PHASES = ("prompt", "generated")
 
 @dataclass(frozen=True)
 class Where:
-    """Tokens that meet every condition given.
+    """A condition on tokens; a token must meet all its parts.
 
-    tokens     token ids, one or several
-    positions  places within the own sequence, counted from 0 without padding: a number, a range or several numbers
-    phase      "prompt" or "generated"
-    rows       rows of the batch
+    Parameters
+    ----------
+    tokens : int or Iterable[int], optional
+        Token ids, one or several.
+    positions : int or Iterable[int], optional
+        Places within the own sequence, counted from 0 without padding: a number, a range or several numbers.
+    phase : str, optional
+        "prompt" or "generated".
+    rows : int or Iterable[int], optional
+        Rows of the batch.
+
+    Examples
+    --------
+    >>> ml.edits.Where(phase="generated").phase
+    'generated'
     """
 
     tokens: int | Iterable[int] | None = None
@@ -49,7 +60,13 @@ class Where:
         return self == EVERYWHERE
 
     def locate(self, placed: Placed) -> tuple[np.ndarray, None]:
-        """bool [rows, columns], true at the tokens meant; padding never is."""
+        """Return bool [rows, columns], true at the selected tokens and never at padding.
+
+        Parameters
+        ----------
+        placed : Placed
+            Ids, rows and columns of the forward.
+        """
         mask = placed.valid.copy()
         if self.tokens is not None:
             mask &= np.isin(placed.ids, np.asarray(self.tokens))

@@ -16,6 +16,12 @@ def demo_path() -> Path:
 
 
 def demo_documents() -> list[dict[str, Any]]:
-    """Sample documents written for mixlens, several for each of twelve domains: id, domain, text."""
+    """Return sample documents written for mixlens, several for each of twelve domains.
+
+    Examples
+    --------
+    >>> sorted(ml.demo_documents()[0])
+    ['domain', 'id', 'license', 'text']
+    """
     lines = (_FOLDER / "samples.jsonl").read_text("utf-8").splitlines()
     return [json.loads(line) for line in lines]

@@ -39,17 +39,7 @@ def load(
     quantization: str | Mapping[str, str] | None = None,
     verbose: bool = True,
 ) -> Any:
-    """A Mixtral as `MixtralForCausalLM`, ready to be read from.
-
-    model       a Hub id, a folder, or "demo" for the small trained model inside the package
-    device_map  as in accelerate: "auto" spreads layers over GPUs, then memory, then disk; a dict names places. None is
-                "auto" where there is an accelerator, else the CPU. Layers sent to disk are kept in a temporary folder,
-                gone with the model; the environment variable TMPDIR says where
-    dtype       None is the checkpoint's own on an accelerator and float32 on a CPU
-    revision    branch, tag or commit on the Hub
-    experts     transformers' experts implementation; None picks the fastest for the device
-    quantization  None for the weights as they are, or a scheme for attention and experts, or a mapping (below)
-    verbose     show progress, and print one line on what was loaded, and how, to stderr
+    """Load a Mixtral as a ``MixtralForCausalLM``.
 
     Only safetensors are read and no code of the repository is run.
 
@@ -62,9 +52,42 @@ def load(
     so that the model never stands in memory unquantized. `mixlens.audit(model)` counts what came of it. Checkpoints
     in GPTQ and AWQ are recognised and need no quantization=.
 
-    Raises ModelError when it is not a Mixtral, has a sliding window, lacks weights, cannot be reached, is quantized
-    already in another way, does not fit into memory (with the bytes needed and had, before anything is loaded), or
-    when a scheme's package or hardware is not here; BadInput for schemes, patterns and group sizes that cannot be.
+    Parameters
+    ----------
+    model : str or os.PathLike
+        A Hub id, a folder, or "demo" for the small trained model inside the package.
+    device_map : str or Mapping[str, Any], optional
+        As in accelerate: "auto" spreads layers over GPUs, then memory, then disk; a dict names places. None is
+        "auto" where there is an accelerator, else the CPU. Layers sent to disk are kept in a temporary folder,
+        gone with the model; the environment variable TMPDIR says where.
+    dtype : str or torch.dtype, optional
+        None is the checkpoint's own on an accelerator and float32 on a CPU.
+    revision : str, optional
+        Branch, tag or commit on the Hub.
+    experts : str, optional
+        Transformers' experts implementation; None picks the fastest for the device.
+    quantization : str or Mapping[str, str], optional
+        None for the weights as they are, or a scheme for attention and experts, or a mapping (below).
+    verbose : bool, optional
+        Show progress, and print one line on what was loaded, and how, to stderr.
+
+    Returns
+    -------
+    Any
+
+    Raises
+    ------
+    ModelError
+        If it is not a Mixtral, has a sliding window, lacks weights, cannot be reached, is quantized already in
+        another way, does not fit into memory (with the bytes needed and had, before anything is loaded), or when
+        a scheme's package or hardware is not here.
+    BadInput
+        For schemes, patterns and group sizes that cannot be.
+
+    Examples
+    --------
+    >>> type(ml.load("demo", verbose=False)).__name__
+    'MixtralForCausalLM'
     """
     if not isinstance(model, str | os.PathLike):
         raise BadInput(

@@ -33,16 +33,32 @@ _STATED = ("input_usd_per_mtok", "output_usd_per_mtok", "context_tokens", "outpu
 
 
 def listed_prices(model: str, *, url: str = OPENROUTER) -> pd.DataFrame:
-    """What OpenRouter's public list of endpoints says now: one row a provider that serves the model. Needs no key.
+    """Return OpenRouter's public list: one row per provider that serves the model. Needs no key.
 
     Prices come as strings of dollars per token, and are given per million; a discount that the list names is in the
     note and not taken off. Its latency and throughput are left out: it gives none without a key, and its units are
     documented in two ways.
 
-    model  any of its names
+    Parameters
+    ----------
+    model : str
+        Any of its names.
+    url : str, optional
+        Address of the list.
 
-    Returns  DataFrame  prices.STATEMENT; attrs["date"]; NaN for what is not a price
-    Raises   EndpointError  when there is no list, or it has another form
+    Returns
+    -------
+    DataFrame
+        Prices.STATEMENT; attrs["date"]; NaN for what is not a price.
+
+    Raises
+    ------
+    EndpointError
+        If there is no list, or it has another form.
+
+    Examples
+    --------
+    >>> ml.pricing.listed_prices("mistralai/mixtral-8x7b-instruct")  # doctest: +SKIP
     """
     name = canonical(model)
     data = get_json(f"{url}/models/{name}/endpoints")
@@ -100,19 +116,37 @@ def provider_table(
     listed: pd.DataFrame | None = None,
     probes: Mapping[str, Probe] | None = None,
 ) -> pd.DataFrame:
-    """Providers of a model: measured here first, then listed now, then what pages said. No two sources are averaged.
-
-    measured  benchmarks by provider name: a row for each load, each request's speed and TTFT as medians
-    model     any of its names; None for all
-    listed    from `listed_prices`
-    probes    by the same names as `measured`; the parameters that are honoured are shown
+    """Return the providers of a model: measured first, then listed now, then as published. No sources are averaged.
 
     `charged_usd_per_mtok` is what the server's usage says was billed for the measured requests, in dollars per million
     of their tokens, read and written together; `list_usd_per_mtok` is what the same tokens cost at the price that the
     run reckoned with. `contradicted` says where statements of one provider about one model differ, with every value.
 
-    Returns  DataFrame  COLUMNS; NaN and "" for what a source does not say, n of a published figure is 0
-    Raises   BadInput   for a model that the snapshot does not have
+    Parameters
+    ----------
+    measured : Mapping[str, Bench], optional
+        Benchmarks by provider name: a row for each load, each request's speed and TTFT as medians.
+    model : str, optional
+        Any of its names; None for all.
+    listed : pandas.DataFrame, optional
+        From `listed_prices`.
+    probes : Mapping[str, Probe], optional
+        By the same names as `measured`; the parameters that are honoured are shown.
+
+    Returns
+    -------
+    DataFrame
+        COLUMNS; NaN and "" for what a source does not say, n of a published figure is 0.
+
+    Raises
+    ------
+    BadInput
+        For a model that the snapshot does not have.
+
+    Examples
+    --------
+    >>> ml.pricing.provider_table({}, model="mistralai/mixtral-8x7b-instruct")["kind"].unique().tolist()
+    ['published']
     """
     published = prices(model)
     rows = [row for name, bench in (measured or {}).items() for row in _measured(name, bench, (probes or {}).get(name))]

@@ -19,14 +19,27 @@ from mixlens.evals.scoring import primary_rows
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model as it is served somewhere: what it scores, what it costs, how fast it is. NaN for what is not known.
+    """A served model: its score, its cost and its speed. NaN for what is unknown.
 
-    name          what it is called in the picture
-    score         with its interval (estimate, low, high), of one benchmark and protocol; higher is better
-    usd_per_mtok  dollars per million tokens of the workload in question
-    tokens_per_s  output speed with its interval (estimate, low, high)
-    source        where the numbers come from
-    benchmark     what the score is; the same for all that are compared
+    Parameters
+    ----------
+    name : str
+        What it is called in the picture.
+    score : tuple[float, float, float]
+        With its interval (estimate, low, high), of one benchmark and protocol; higher is better.
+    usd_per_mtok : float
+        Dollars per million tokens of the workload in question.
+    tokens_per_s : tuple[float, float, float]
+        Output speed with its interval (estimate, low, high).
+    source : str, optional
+        Where the numbers come from.
+    benchmark : str, optional
+        What the score is; the same for all that are compared.
+
+    Examples
+    --------
+    >>> ml.pricing.Candidate("local", (70.6, 69.9, 71.3), 0.0, (90.0, 85.0, 95.0)).name
+    'local'
     """
 
     name: str
@@ -45,24 +58,42 @@ def candidates(
     tokens: tuple[int, int] = (1000, 500),
     table: pd.DataFrame | None = None,
 ) -> list[Candidate]:
-    """One candidate for each load of each benchmark, with the score of the evaluation of the same model.
-
-    runs    evaluations and benchmarks in any order; every benchmark needs an evaluation of its model, and the other way
-            round
-    score   benchmark or protocol to take; None where the evaluations have one in common
-    names   what the caller vouches for: the model that a name of a benchmark or an evaluation stands for, as
-            {"mixtral": "mistralai/Mixtral-8x7B-Instruct-v0.1"} for a server that calls it so
-    tokens  read and written by a request, which weigh the two prices
-    table   prices to reckon with, as from listed_prices or by hand, with provider, model and prices; None for the
-            snapshot. A server of one's own goes by its host
+    """Combine each load of each benchmark with the score of the evaluation of the same model.
 
     Models are the same by routers and weights where both are known, else by name and alias; what is known of both (how
     weights are held, revision) must be equal. The score is that of the primary metric with its interval, in percent;
     speed is the median output speed of a request with its interval, of a load. Each statement of a price is a candidate
     of its own; a model on this machine has none.
 
-    Raises BadInput, by name, for a model that has only one of the two, evaluations that share no benchmark, protocol
-    and metric, edited models, and metrics of which less is better.
+    Parameters
+    ----------
+    runs : Sequence[Log or Bench]
+        Evaluations and benchmarks in any order; every benchmark needs an evaluation of its model, and the other
+        way round.
+    score : str, optional
+        Benchmark or protocol to take; None where the evaluations have one in common.
+    names : Mapping[str, str], optional
+        What the caller vouches for: the model that a name of a benchmark or an evaluation stands for, as
+        {"mixtral": "mistralai/Mixtral-8x7B-Instruct-v0.1"} for a server that calls it so.
+    tokens : tuple[int, int], optional
+        Read and written by a request, which weigh the two prices.
+    table : pandas.DataFrame, optional
+        Prices to reckon with, as from listed_prices or by hand, with provider, model and prices; None for the
+        snapshot. A server of one's own goes by its host.
+
+    Returns
+    -------
+    list[Candidate]
+
+    Raises
+    ------
+    BadInput
+        By name, for a model that has only one of the two, evaluations that share no benchmark, protocol and
+        metric, edited models, and metrics of which less is better.
+
+    Examples
+    --------
+    >>> ml.pricing.candidates([ml.open("runs/mmlu"), ml.open("runs/vllm")])  # doctest: +SKIP
     """
     names = names or {}
     logs = [run for run in runs if isinstance(run, Log)]
@@ -96,14 +127,32 @@ def candidates(
 
 
 def frontier(given: Sequence[Candidate]) -> pd.DataFrame:
-    """Candidates side by side, and which of them no other beats in score, price and speed together.
+    """Set candidates side by side, with those that no other beats in score, price and speed together.
 
     A candidate is on the frontier when no other is at least as good in all three and better in one (Pareto); one that
     lacks a number is compared in none, and is not on it.
 
-    Returns  DataFrame  name, score, score_low, score_high, usd_per_mtok, tokens_per_s, tokens_per_s_low,
-                        tokens_per_s_high, frontier (bool), source, benchmark
-    Raises   BadInput   when there is no candidate, two have one name, or scores are of several benchmarks
+    Parameters
+    ----------
+    given : Sequence[Candidate]
+        The candidates.
+
+    Returns
+    -------
+    DataFrame
+        Name, score, score_low, score_high, usd_per_mtok, tokens_per_s, tokens_per_s_low, tokens_per_s_high,
+        frontier (bool), source, benchmark.
+
+    Raises
+    ------
+    BadInput
+        If there is no candidate, two have one name, or scores are of several benchmarks.
+
+    Examples
+    --------
+    >>> one = ml.pricing.Candidate("local", (70.6, 69.9, 71.3), 0.2, (90.0, 85.0, 95.0))
+    >>> ml.pricing.frontier([one])["frontier"].tolist()
+    [True]
     """
     if not given or len({one.name for one in given}) < len(given):
         raise BadInput(

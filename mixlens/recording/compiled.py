@@ -21,23 +21,38 @@ _NO_MASK = 2
 
 
 class CompiledRecorder(Recorder):
-    """Records forwards under `torch.compile(model.forward, fullgraph=True)`, a static cache included.
+    """Record forwards under ``torch.compile(model.forward, fullgraph=True)``, with a static cache too.
 
         with ml.CompiledRecorder(model, tokens=4096) as rec:
             model.generate(ids, cache_implementation="static", max_new_tokens=512)
         trace = rec.trace()
-
-    model    any Mixtral, whoever loaded it
-    tokens   room for so many: rows times columns of all forwards of one generate, or between two calls of `trace`
-    signals  "router_logits", or nothing beside expert ids and weights
-    lengths  tokens of each row, for right-padded batches that are passed without an attention mask
 
     No Python runs between two kernels of a forward, and nothing waits for the device until a generate has ended or the
     trace is asked for. What it gives is what a Recorder gives, eager forwards included. While `paused` is True nothing
     is recorded. Entering drops everything that torch.compile has made in this process: code compiled earlier knows no
     hooks, so it is compiled anew at its next call.
 
-    Raises BadInput as a Recorder does, for other signals, and when more tokens were read than there is room for.
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Any Mixtral, whoever loaded it.
+    tokens : int
+        Room for so many: rows times columns of all forwards of one generate, or between two calls of `trace`.
+    signals : Iterable[str or Site], optional
+        "router_logits", or nothing beside expert ids and weights.
+    lengths : Sequence[int], optional
+        Tokens of each row, for right-padded batches that are passed without an attention mask.
+
+    Raises
+    ------
+    BadInput
+        As a Recorder does, for other signals, and when more tokens were read than there is room for.
+
+    Examples
+    --------
+    >>> recorder = ml.CompiledRecorder(model, tokens=512)
+    >>> type(recorder).__name__
+    'CompiledRecorder'
     """
 
     def __init__(

@@ -41,15 +41,28 @@ _TAKEN = frozenset({
 
 @dataclass(frozen=True)
 class RecordSettings:
-    """How documents are read.
+    """Settings of how documents are read.
 
-    text          name of the text column
-    max_length    tokens a sequence; None for the model's context
-    overlong      what happens to a longer document: "error", "truncate" (counted), or "split" into sequences
-    batch_tokens  tokens a forward, padding included; None for 4,096 on a CPU and 16,384 on an accelerator. A longer
-                  sequence is read alone, in chunks of this size, with a key-value cache
-    shard_tokens  tokens after which a shard is closed; a killed run loses at most the open shard
-    progress      whether to show a progress bar
+    Parameters
+    ----------
+    text : str, optional
+        Name of the text column.
+    max_length : int, optional
+        Tokens a sequence; None for the model's context.
+    overlong : str, optional
+        What happens to a longer document: "error", "truncate" (counted), or "split" into sequences.
+    batch_tokens : int, optional
+        Tokens a forward, padding included; None for 4,096 on a CPU and 16,384 on an accelerator. A longer
+        sequence is read alone, in chunks of this size, with a key-value cache.
+    shard_tokens : int, optional
+        Tokens after which a shard is closed; a killed run loses at most the open shard.
+    progress : bool, optional
+        Whether to show a progress bar.
+
+    Examples
+    --------
+    >>> ml.RecordSettings(max_length=128, overlong="truncate").max_length
+    128
     """
 
     text: str = "text"

@@ -37,17 +37,43 @@ def record(
 ) -> Trace:
     """Record the routing of every token of `documents`.
 
-    documents  strings; mappings with a text column and any others (domain, id ...); or a datasets.Dataset
-    out        run directory; None keeps the trace in memory. A run that was stopped goes on where it stopped, and ends
-               with the same bytes; a complete one is opened
-    tokenizer  None for the one that belongs to the model
-    signals    names and Sites beside expert ids and weights: router_logits, logprob, top_logprobs, and the sites of
-               mixlens.trace.signals.SITES
-
     Under `accelerate launch` every process records its share of the shards, and each returns the whole trace.
 
-    Raises BadInput for documents that cannot be read as asked, RunError when `out` holds something else or cannot be
-    written, ModelError when the model has no experts.
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A loaded model.
+    documents : Iterable[Any]
+        Strings; mappings with a text column and any others (domain, id ...); or a datasets.Dataset.
+    out : str or os.PathLike, optional
+        Run directory; None keeps the trace in memory. A run that was stopped goes on where it stopped, and ends
+        with the same bytes; a complete one is opened.
+    tokenizer : Any, optional
+        None for the one that belongs to the model.
+    signals : Iterable[str or Site], optional
+        Names and Sites beside expert ids and weights: router_logits, logprob, top_logprobs, and the sites of
+        mixlens.trace.signals.SITES.
+    settings : RecordSettings, optional
+        How documents are read.
+
+    Returns
+    -------
+    Trace
+
+    Raises
+    ------
+    BadInput
+        For documents that cannot be read as asked.
+    RunError
+        If `out` holds something else or cannot be written.
+    ModelError
+        If the model has no experts.
+
+    Examples
+    --------
+    >>> found = ml.record(model, ["One text.", "Another."], settings=quiet)
+    >>> len(found.sequences)
+    2
     """
     layers = range(len(moe_layers(model)))
     corpus = Corpus.of(model, documents, tokenizer, settings)

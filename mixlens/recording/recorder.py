@@ -27,17 +27,33 @@ _PENDING_TOKENS = 4096
 
 
 class Recorder:
-    """Records every forward of `model` inside the `with`, and leaves outputs bit for bit as they are.
-
-    model    any Mixtral, whoever loaded it
-    signals  names and Sites beside expert ids and weights (router_logits, logprob, top_logprobs, sites)
-    lengths  tokens of each row, for right-padded batches that are passed without an attention mask
+    """Record every forward of a model inside a with block; its outputs stay bit for bit the same.
 
     Rows of a batch become sequences, in order. Padding is never recorded; nor is the last sampled token of a row,
     since no forward saw it, nor anything after its end-of-sequence token. A cached decode continues its sequences.
 
-    Raises BadInput for a batch of several rows with neither mask nor lengths, for beam search, assisted decoding and
-    generation without a cache.
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Any Mixtral, whoever loaded it.
+    signals : Iterable[str or Site], optional
+        Names and Sites beside expert ids and weights (router_logits, logprob, top_logprobs, sites).
+    lengths : Sequence[int], optional
+        Tokens of each row, for right-padded batches that are passed without an attention mask.
+
+    Raises
+    ------
+    BadInput
+        For a batch of several rows with neither mask nor lengths, for beam search, assisted decoding and
+        generation without a cache.
+
+    Examples
+    --------
+    >>> import torch
+    >>> with ml.Recorder(model) as recorder:
+    ...     _ = model(torch.arange(10)[None])
+    >>> recorder.trace().n_tokens
+    10
     """
 
     def __init__(
@@ -73,9 +89,16 @@ class Recorder:
             self._flush()
 
     def trace(self, sequences: pd.DataFrame | None = None) -> Trace:
-        """What was recorded so far.
+        """Return what was recorded so far.
 
-        sequences  optional columns, one row a sequence in order (domain, document_id ...)
+        Parameters
+        ----------
+        sequences : pandas.DataFrame, optional
+            Optional columns, one row a sequence in order (domain, document_id ...).
+
+        Returns
+        -------
+        Trace
         """
         self._flush()
         columns = {name: np.concatenate(parts) for name, parts in self._columns.items()}
@@ -115,7 +138,7 @@ class Recorder:
 
     @property
     def n_tokens(self) -> int:
-        """Tokens recorded so far, in all sequences."""
+        """Return the number of tokens recorded so far, in all sequences."""
         self._flush()
         return sum(len(part) for part in self._columns.get("sequence", ()))
 

@@ -26,18 +26,39 @@ def expert_contribution(
     by: str | Sequence[str] | None = None,
     bootstrap: Bootstrap = DEFAULT,
 ) -> xr.Dataset:
-    """What an expert contributes to the tokens that choose it.
+    """Summarise what an expert contributes to the tokens that choose it.
 
     sum_t c_te / n_e, over the n_e tokens that chose the expert; for logits those whose next token is known.
 
-    measure  "logit", what its weighted output adds to the logit of the token that came next, less the mean logit; or
-             "norm", the Euclidean norm of its weighted output
+    Parameters
+    ----------
+    contributions : xarray.Dataset
+        The result of measure_contributions. Needs ``contributions``, as measure_contributions or open gives them.
+    measure : str, optional
+        "logit", what its weighted output adds to the logit of the token that came next, less the mean logit; or
+        "norm", the Euclidean norm of its weighted output.
+    by : str or Sequence[str], optional
+        Column, or columns, of the sequences to group by.
+    bootstrap : Bootstrap, optional
+        How intervals are computed.
 
-    Needs    contributions  as measure_contributions or open gives them
-    Returns  Dataset   in logits, or of the hidden states' unit, ci_low, ci_high, n (tokens that chose the expert)
-                       [*by, layer, expert]; max_abs, the largest |number| it put out before its weight, [*by, layer,
-                       expert], for super_experts; n_documents [*by]. NaN where nobody chose the expert
-    Raises   BadInput  for another measure, an unknown column in `by`, and anything else than contributions
+    Returns
+    -------
+    xarray.Dataset
+        In logits, or of the hidden states' unit, ci_low, ci_high, n (tokens that chose the expert) [*by, layer,
+        expert]; max_abs, the largest |number| it put out before its weight, [*by, layer, expert], for
+        super_experts; n_documents [*by]. NaN where nobody chose the expert.
+
+    Raises
+    ------
+    BadInput
+        For another measure, an unknown column in `by`, and anything else than contributions.
+
+    Examples
+    --------
+    >>> measured = ml.experiments.measure_contributions(model, documents[:3], settings=quiet)
+    >>> ml.stats.expert_contribution(measured)["estimate"].dims
+    ('layer', 'expert')
     """
     if measure not in MEASURES:
         raise BadInput(

@@ -24,14 +24,34 @@ _PERMUTATION_STREAM = 2**31
 def domain_specialization(
     trace: Trace, *, by: str | Sequence[str] = "domain", bootstrap: Bootstrap = DEFAULT
 ) -> xr.Dataset:
-    """Share of a domain's tokens that choose each expert.
+    """Compute the share of a domain's tokens that choose each expert.
 
     N_eD / N_D; uniform routing gives k/E (Muennighoff et al. 2024, eq. 7). Sums to k over experts: k times
     `expert_share`.
 
-    Needs    expert_id  uint8 [token, layer, slot]; the column `by` of the sequences
-    Returns  Dataset    fraction, ci_low, ci_high [*by, layer, expert]; n (tokens) [*by]
-    Raises   BadInput   for an unknown column in `by`
+    Parameters
+    ----------
+    trace : Trace
+        The recording. Needs ``expert_id``, uint8 [token, layer, slot]; the column `by` of the sequences.
+    by : str or Sequence[str], optional
+        Column, or columns, of the sequences to group by.
+    bootstrap : Bootstrap, optional
+        How intervals are computed.
+
+    Returns
+    -------
+    xarray.Dataset
+        Fraction, ci_low, ci_high [*by, layer, expert]; n (tokens) [*by].
+
+    Raises
+    ------
+    BadInput
+        For an unknown column in `by`.
+
+    Examples
+    --------
+    >>> ml.stats.domain_specialization(trace)["estimate"].dims
+    ('domain', 'layer', 'expert')
     """
     require(trace, "domain_specialization", "expert_id", bootstrap=bootstrap)
     data = summarise(
@@ -47,7 +67,7 @@ def domain_specialization(
 def domain_information(
     trace: Trace, *, by: str | Sequence[str] = "domain", bootstrap: Bootstrap = DEFAULT
 ) -> xr.Dataset:
-    """How many bits a choice of expert tells about the domain it was made in, in three measures.
+    """Compute how many bits a choice of expert reveals about the domain, in three measures.
 
     mutual_information  sum_eD p(e, D) log2 (p(e, D) / (p(e) p(D))), p from the counts of all k slots
     permuted            its mean after the domains were dealt out to the documents at random, 200 times: what documents
@@ -59,10 +79,30 @@ def domain_information(
     reaches up to the estimate where that lies above it. The interval of excess has the spread of the bootstrap. Both
     draw documents within their domain, whose size is part of the question and not of the uncertainty.
 
-    Needs    expert_id  uint8 [token, layer, slot]; the column `by` of the sequences
-    Returns  Dataset    bits, ci_low, ci_high [layer, measure]; n (tokens), n_documents; intervals are NaN where a
-                        domain has one document only
-    Raises   BadInput   for an unknown column in `by`
+    Parameters
+    ----------
+    trace : Trace
+        The recording. Needs ``expert_id``, uint8 [token, layer, slot]; the column `by` of the sequences.
+    by : str or Sequence[str], optional
+        Column, or columns, of the sequences to group by.
+    bootstrap : Bootstrap, optional
+        How intervals are computed.
+
+    Returns
+    -------
+    xarray.Dataset
+        Bits, ci_low, ci_high [layer, measure]; n (tokens), n_documents; intervals are NaN where a domain has one
+        document only.
+
+    Raises
+    ------
+    BadInput
+        For an unknown column in `by`.
+
+    Examples
+    --------
+    >>> ml.stats.domain_information(trace)["estimate"].dims
+    ('layer', 'measure')
     """
     require(trace, "domain_information", "expert_id", bootstrap=bootstrap)
     counts = _choices(trace, by)

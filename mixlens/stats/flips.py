@@ -21,7 +21,7 @@ MARGINS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, np.inf)
 
 
 def flips(a: Trace, b: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
-    """Tokens whose set of experts differs between two traces of the same tokens, layer by layer.
+    """Compute the share of tokens whose set of experts differs between two traces, layer by layer.
 
     With C_l = 1 where the sets S_l and S'_l of a token differ,
     changed        P(C_l)
@@ -32,11 +32,32 @@ def flips(a: Trace, b: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) 
 
     "Before" means the layers that the traces have.
 
-    Needs    expert_id  uint8 [token, layer, slot] in both
-    Returns  Dataset    fraction, ci_low, ci_high [*by, layer, measure]; NaN where no token meets the condition; n
-                        (tokens) [*by]
-    Raises   BadInput   where layers, experts or tokens differ, naming the first sequence and position that do; or for
-                        an unknown column in `by`
+    Parameters
+    ----------
+    a : Trace
+        The first trace. Needs ``expert_id``, uint8 [token, layer, slot] in both.
+    b : Trace
+        The second trace, of the same tokens.
+    by : By, optional
+        Column, or columns, of the sequences to group by.
+    bootstrap : Bootstrap, optional
+        How intervals are computed.
+
+    Returns
+    -------
+    xarray.Dataset
+        Fraction, ci_low, ci_high [*by, layer, measure]; NaN where no token meets the condition; n (tokens) [*by].
+
+    Raises
+    ------
+    BadInput
+        Where layers, experts or tokens differ, naming the first sequence and position that do; or for an unknown
+        column in `by`.
+
+    Examples
+    --------
+    >>> ml.stats.flips(trace, trace)["measure"].values.tolist()
+    ['changed', 'first_flip', 'so_far', 'after_flip', 'without_flip']
     """
     require(a, "flips", "expert_id", bootstrap=bootstrap)
     require(b, "flips", "expert_id")
@@ -69,18 +90,40 @@ def flips(a: Trace, b: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) 
 def flips_by_margin(
     a: Trace, b: Trace, *, by: By = None, pooled: bool = True, bootstrap: Bootstrap = DEFAULT
 ) -> xr.Dataset:
-    """How often a token's experts differ, by how near the first run's router was to a tie.
+    """Compute how often the experts of a token differ, by the router's margin in the first run.
 
     The margin is the router logit of the weakest of the k strongest experts less that of the best expert left out. A
     flip at a small margin is a tie that rounding decides; one at a large margin is a router that reads something else.
 
-    pooled   all layers together; else layer by layer
+    Parameters
+    ----------
+    a : Trace
+        The first trace. Needs ``expert_id``, uint8 [token, layer, slot] in both router_logits  [token, layer,
+        expert] in the first.
+    b : Trace
+        The second trace, of the same tokens.
+    by : By, optional
+        Column, or columns, of the sequences to group by.
+    pooled : bool, optional
+        All layers together; else layer by layer.
+    bootstrap : Bootstrap, optional
+        How intervals are computed.
 
-    Needs    expert_id      uint8 [token, layer, slot] in both
-             router_logits  [token, layer, expert] in the first
-    Returns  Dataset        fraction, ci_low, ci_high [*by, (layer,) margin], the coordinates margin and margin_from
-                            the upper and lower ends in logits; n (choices in the bin) of the same shape
-    Raises   BadInput       as flips; and where every expert is chosen, so that there is no margin
+    Returns
+    -------
+    xarray.Dataset
+        Fraction, ci_low, ci_high [*by, (layer,) margin], the coordinates margin and margin_from the upper and
+        lower ends in logits; n (choices in the bin) of the same shape.
+
+    Raises
+    ------
+    BadInput
+        As flips; and where every expert is chosen, so that there is no margin.
+
+    Examples
+    --------
+    >>> ml.stats.flips_by_margin(trace, trace)["estimate"].dims
+    ('margin',)
     """
     require(a, "flips_by_margin", "expert_id", "router_logits", bootstrap=bootstrap)
     require(b, "flips_by_margin", "expert_id")

@@ -61,8 +61,12 @@ class Impact:
 
         kl   mean KL(p_a || p_b) over the whole vocabulary, nats
 
-        Returns  Dataset  estimate, ci_low, ci_high [*by, measure]; n (predicted tokens) [*by]
-        Raises   BadInput for an unknown column in `by`
+        Returns
+        -------
+        xarray.Dataset
+            Estimate, ci_low, ci_high [*by, measure]; n (predicted tokens) [*by] Raises BadInput for an unknown
+            column in `by`.
+
         """
 
         def measures(sums: dict[str, np.ndarray]) -> np.ndarray:
@@ -90,9 +94,13 @@ class Impact:
         kl         KL(p_a || p) of each condition's predictions, nats a token
         other_top  share of tokens with another most probable next token
 
-        Returns  Dataset  estimate, ci_low, ci_high [*by, quantity, order, part (weights, routing, total)]; n
-                          (predicted tokens) [*by]; intervals are paired: all conditions read the same tokens
-        Raises   BadInput for an unknown column in `by`
+        Returns
+        -------
+        xarray.Dataset
+            Estimate, ci_low, ci_high [*by, quantity, order, part (weights, routing, total)]; n (predicted tokens)
+            [*by]; intervals are paired: all conditions read the same tokens Raises BadInput for an unknown column
+            in `by`.
+
         """
 
         def parts(sums: dict[str, np.ndarray]) -> np.ndarray:
@@ -137,9 +145,13 @@ class Impact:
                       both given the input that it had there
         weight_error  ||W_b - W_a|| / ||W_a|| (Frobenius) of each matrix, as the model computes with it
 
-        Returns  Dataset  estimate, ci_low, ci_high, n (tokens that chose it) [*by, layer, expert]; NaN where none did;
-                          weight_error [layer, expert, matrix], NaN where weights were offloaded
-        Raises   BadInput for an unknown column in `by`
+        Returns
+        -------
+        xarray.Dataset
+            Estimate, ci_low, ci_high, n (tokens that chose it) [*by, layer, expert]; NaN where none did;
+            weight_error [layer, expert, matrix], NaN where weights were offloaded Raises BadInput for an unknown
+            column in `by`.
+
         """
 
         def error(sums: dict[str, np.ndarray]) -> np.ndarray:

@@ -17,17 +17,39 @@ KIND = "importance"
 def expert_importance(
     measured: xr.Dataset, *, by: str | Sequence[str] | None = None, bootstrap: Bootstrap = DEFAULT
 ) -> xr.Dataset:
-    """How much worse a token is predicted when an expert is taken out of a layer.
+    """Compute how much worse tokens are predicted when an expert is removed from a layer.
 
     sum_d (v_d without the expert - v_d) / sum_d n_d, v_d the loss (or metric) of document d summed over its n_d
     predicted tokens. Both runs read the same tokens, and the bootstrap draws documents with both their values, so the
     interval is that of the paired difference.
 
-    Needs    measured   as measure_importance or open gives it
-    Returns  Dataset    nats a token (or the metric's own unit), ci_low, ci_high [*by, layer, expert]; share [*by,
-                        layer, expert], the expert share on the same tokens; value [*by], of the whole model;
-                        n (predicted tokens), n_documents [*by]
-    Raises   BadInput   for an unknown column in `by`, and anything else than such sums
+    Parameters
+    ----------
+    measured : xarray.Dataset
+        The result of the measurement. Needs ``measured``, as measure_importance or open gives it.
+    by : str or Sequence[str], optional
+        Column, or columns, of the sequences to group by.
+    bootstrap : Bootstrap, optional
+        How intervals are computed.
+
+    Returns
+    -------
+    xarray.Dataset
+        Nats a token (or the metric's own unit), ci_low, ci_high [*by, layer, expert]; share [*by, layer, expert],
+        the expert share on the same tokens; value [*by], of the whole model; n (predicted tokens), n_documents
+        [*by].
+
+    Raises
+    ------
+    BadInput
+        For an unknown column in `by`, and anything else than such sums.
+
+    Examples
+    --------
+    >>> ablation = ml.experiments.Ablation(layers=[0])
+    >>> measured = ml.experiments.measure_importance(model, documents[:2], ablation=ablation, settings=quiet)
+    >>> ml.stats.expert_importance(measured)["estimate"].dims
+    ('layer', 'expert')
     """
     check_kind(measured, KIND, "measure_importance")
     labels, group = groups_of(measured, by)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def moved(a: Trace, b: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
-    """What became of each expert from trace a to trace b of the same tokens: base and Instruct, or two checkpoints.
+    """Trace each expert from run a to run b of the same tokens, such as base and Instruct, or two checkpoints.
 
     share_change  (N_e(b) - N_e(a)) / (k N), the change of its share
     kept          N_e(a and b) / N_e(a), the part of its tokens that still choose it; NaN where none did. Independent
@@ -24,10 +24,32 @@ def moved(a: Trace, b: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) 
 
     Tokens are paired, and the bootstrap draws documents with both of their routings.
 
-    Needs    expert_id  uint8 [token, layer, slot] in both
-    Returns  Dataset    fraction, ci_low, ci_high [*by, layer, expert, measure]; n (tokens) [*by]
-    Raises   BadInput   where layers, experts or tokens differ, naming the first sequence and position that do; or for
-                        an unknown column in `by`
+    Parameters
+    ----------
+    a : Trace
+        The first trace. Needs ``expert_id``, uint8 [token, layer, slot] in both.
+    b : Trace
+        The second trace, of the same tokens.
+    by : By, optional
+        Column, or columns, of the sequences to group by.
+    bootstrap : Bootstrap, optional
+        How intervals are computed.
+
+    Returns
+    -------
+    xarray.Dataset
+        Fraction, ci_low, ci_high [*by, layer, expert, measure]; n (tokens) [*by].
+
+    Raises
+    ------
+    BadInput
+        Where layers, experts or tokens differ, naming the first sequence and position that do; or for an unknown
+        column in `by`.
+
+    Examples
+    --------
+    >>> ml.stats.moved(trace, trace)["estimate"].dims
+    ('layer', 'expert', 'measure')
     """
     require(a, "moved", "expert_id", bootstrap=bootstrap)
     require(b, "moved", "expert_id")

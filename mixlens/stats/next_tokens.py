@@ -22,7 +22,7 @@ LOSSES = ("loss_a", "loss_b", "loss_difference", "perplexity_a", "perplexity_b",
 
 
 def next_tokens(a: Trace, b: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
-    """How two runs predict the same tokens, as means over predicted tokens with paired intervals.
+    """Compare how two runs predict the same tokens: means over predicted tokens with paired intervals.
 
     loss_a, loss_b           -mean log p(token | earlier ones), nats
     loss_difference          loss_b - loss_a, of the same tokens, nats
@@ -36,11 +36,34 @@ def next_tokens(a: Trace, b: Trace, *, by: By = None, bootstrap: Bootstrap = DEF
     The bootstrap draws documents with the values of both runs. All measures are over the same tokens: those with one
     before them in their sequence.
 
-    Needs    logprob  float32 [token] in both; top_id, top_logprob [token, 64] and tail_logprob [token] in both for
-             same_top and kl_at_least, which are NaN without them, as attrs["missing"] then says
-    Returns  Dataset  estimate, ci_low, ci_high [*by, measure]; n (predicted tokens) [*by]
-    Raises   BadInput where layers, experts or tokens differ, naming the first sequence and position that do; or for
-                      an unknown column in `by`
+    Parameters
+    ----------
+    a : Trace
+        The first trace. Needs ``logprob``, float32 [token] in both; top_id, top_logprob [token, 64] and
+        tail_logprob [token] in both for same_top and kl_at_least, which are NaN without them, as attrs["missing"]
+        then says.
+    b : Trace
+        The second trace, of the same tokens.
+    by : By, optional
+        Column, or columns, of the sequences to group by.
+    bootstrap : Bootstrap, optional
+        How intervals are computed.
+
+    Returns
+    -------
+    xarray.Dataset
+        Estimate, ci_low, ci_high [*by, measure]; n (predicted tokens) [*by].
+
+    Raises
+    ------
+    BadInput
+        Where layers, experts or tokens differ, naming the first sequence and position that do; or for an unknown
+        column in `by`.
+
+    Examples
+    --------
+    >>> ml.stats.next_tokens(trace, trace)["measure"].values.tolist()[:2]
+    ['loss_a', 'loss_b']
     """
     require(a, "next_tokens", "logprob", "position", bootstrap=bootstrap)
     require(b, "next_tokens", "logprob", "position")

@@ -11,14 +11,27 @@ SUPER_EXPERTS = "Su et al. 2025, Unveiling Super Experts in Mixture-of-Experts L
 
 
 def super_experts(outputs: xr.Dataset) -> xr.Dataset:
-    """Experts whose down projection puts out numbers far larger than the others'.
+    """Find experts whose down projection outputs numbers far larger than those of the others.
 
     max_abs > P99.5 of all experts and max_abs > max / 10 (Su et al. 2025). The largest of all always passes both
     tests, so read `over_median` beside it: without a super expert it is near 1.
 
-    Needs    outputs  max_abs [layer, expert], as expert_outputs gives it
-    Raises   BadInput  for anything that lacks max_abs
-    Returns  Dataset  is_super, max_abs, over_median (max_abs over the median expert's) [layer, expert]
+    Parameters
+    ----------
+    outputs : xarray.Dataset
+        The result of expert_outputs. Needs ``outputs``, max_abs [layer, expert], as expert_outputs gives it.
+
+    Raises
+    ------
+    BadInput
+        For anything that lacks max_abs Returns Dataset is_super, max_abs, over_median (max_abs over the median
+        expert's) [layer, expert].
+
+    Examples
+    --------
+    >>> outputs = ml.experiments.expert_outputs(model, documents[:2], settings=quiet)
+    >>> type(ml.stats.super_experts(outputs)).__name__
+    'Dataset'
     """
     if not isinstance(outputs, xr.Dataset) or "max_abs" not in outputs:
         raise BadInput(

@@ -21,13 +21,21 @@ _TABLE_5 = {
 
 
 def table5() -> xr.Dataset:
-    """How often consecutive tokens repeat their expert in Mixtral-8x7B, as its paper reports it.
+    """Return how often consecutive tokens repeat their expert in Mixtral-8x7B, as its paper reports it.
 
     The counterpart of `repetition`: share of consecutive tokens with the same first choice ("first"), or with an
     expert in common among the first and second ("either"), in text of the Pile (Jiang et al. 2024, Table 5). The paper
     gives percent with one decimal and no intervals.
 
-    Returns  Dataset  estimate, a fraction [domain, layer, choice], for layers 0, 15 and 31
+    Returns
+    -------
+    Dataset
+        Estimate, a fraction [domain, layer, choice], for layers 0, 15 and 31.
+
+    Examples
+    --------
+    >>> ml.stats.table5()["estimate"].dims
+    ('domain', 'layer', 'choice')
     """
     values = np.array(list(_TABLE_5.values())).reshape(len(_TABLE_5), 2, 3).transpose(0, 2, 1) / 100
     return xr.Dataset(

@@ -19,14 +19,36 @@ if TYPE_CHECKING:
 
 
 def expert_share(trace: Trace, *, by: By = None, slot: str = "any", bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
-    """Share of the choices that fall on each expert.
+    """Compute the share of the choices that fall on each expert.
 
     sum over tokens of 1[e in S] / (k N); with slot="first" the share of tokens whose strongest expert is e. Uniform
     routing gives 1/E (Jiang et al. 2024, Fig. 7).
 
-    Needs    expert_id  uint8 [token, layer, slot]
-    Returns  Dataset    fraction, ci_low, ci_high [*by, layer, expert]; n (tokens) [*by]; shares sum to 1 over experts
-    Raises   BadInput   for an unknown column in `by`, or a slot that is not "any" or "first"
+    Parameters
+    ----------
+    trace : Trace
+        The recording. Needs ``expert_id``, uint8 [token, layer, slot].
+    by : By, optional
+        Column, or columns, of the sequences to group by.
+    slot : str, optional
+        "any" counts all chosen experts, "first" the first alone.
+    bootstrap : Bootstrap, optional
+        How intervals are computed.
+
+    Returns
+    -------
+    xarray.Dataset
+        Fraction, ci_low, ci_high [*by, layer, expert]; n (tokens) [*by]; shares sum to 1 over experts.
+
+    Raises
+    ------
+    BadInput
+        For an unknown column in `by`, or a slot that is not "any" or "first".
+
+    Examples
+    --------
+    >>> ml.stats.expert_share(trace, by="domain")["estimate"].dims
+    ('domain', 'layer', 'expert')
     """
     if slot not in ("any", "first"):
         raise BadInput(
@@ -58,7 +80,7 @@ def expert_share(trace: Trace, *, by: By = None, slot: str = "any", bootstrap: B
 
 
 def load_balance(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
-    """How evenly tokens are spread over the experts of each layer, in three measures.
+    """Measure how evenly tokens are spread over the experts of each layer, in three measures.
 
     cv             standard deviation over mean of the experts' token counts; balanced 0
     max_over_mean  tokens of the busiest expert over the mean; balanced 1
@@ -68,9 +90,30 @@ def load_balance(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT)
 
     All three are biased upwards in small samples; the estimate is the plain one, the interval is corrected for it.
 
-    Needs    expert_id  uint8 [token, layer, slot]; router_logits float [token, layer, expert] for switch_loss
-    Returns  Dataset    ratio, ci_low, ci_high [*by, layer, measure]; n (tokens) [*by]
-    Raises   BadInput   for an unknown column in `by`
+    Parameters
+    ----------
+    trace : Trace
+        The recording. Needs ``expert_id``, uint8 [token, layer, slot]; router_logits float [token, layer, expert]
+        for switch_loss.
+    by : By, optional
+        Column, or columns, of the sequences to group by.
+    bootstrap : Bootstrap, optional
+        How intervals are computed.
+
+    Returns
+    -------
+    xarray.Dataset
+        Ratio, ci_low, ci_high [*by, layer, measure]; n (tokens) [*by].
+
+    Raises
+    ------
+    BadInput
+        For an unknown column in `by`.
+
+    Examples
+    --------
+    >>> ml.stats.load_balance(trace)["measure"].values.tolist()
+    ['cv', 'max_over_mean', 'switch_loss']
     """
     require(trace, "load_balance", "expert_id", bootstrap=bootstrap)
     has_logits = "router_logits" in trace.signals
@@ -108,13 +151,35 @@ def load_balance(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT)
 
 
 def routing_entropy(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
-    """How undecided the router is: mean entropy of its distribution over experts, in bits.
+    """Compute the mean entropy of the router's distribution over experts, in bits.
 
     mean over tokens of -sum_e p_e log2 p_e, p = softmax(router_logits). At most log2(E), reached by uniform routing.
 
-    Needs    router_logits  float [token, layer, expert]
-    Returns  Dataset        bits, ci_low, ci_high [*by, layer]; n (tokens) [*by]
-    Raises   MissingSignal  if the trace has no router logits; BadInput for an unknown column in `by`
+    Parameters
+    ----------
+    trace : Trace
+        The recording. Needs ``router_logits``, float [token, layer, expert].
+    by : By, optional
+        Column, or columns, of the sequences to group by.
+    bootstrap : Bootstrap, optional
+        How intervals are computed.
+
+    Returns
+    -------
+    xarray.Dataset
+        Bits, ci_low, ci_high [*by, layer]; n (tokens) [*by].
+
+    Raises
+    ------
+    MissingSignal
+        If the trace has no router logits.
+    BadInput
+        For an unknown column in `by`.
+
+    Examples
+    --------
+    >>> ml.stats.routing_entropy(trace)["estimate"].dims
+    ('layer',)
     """
     require(trace, "routing_entropy", "router_logits", bootstrap=bootstrap)
 
@@ -136,7 +201,7 @@ def routing_entropy(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAU
 
 
 def router_confidence(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
-    """How strongly the router prefers its first expert, as means over tokens of three measures.
+    """Measure how strongly the router prefers its first expert: means over tokens of three measures.
 
     p1            probability of the likeliest expert under softmax(router_logits)
     p1_minus_p2   its lead over the second
@@ -144,9 +209,32 @@ def router_confidence(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEF
 
     What the trace has no signal for is NaN, and attrs["missing"] says so.
 
-    Needs    router_logits  float [token, layer, expert] for p1, p1_minus_p2; weight [token, layer, slot] for w2_over_w1
-    Returns  Dataset        fraction, ci_low, ci_high [*by, layer, measure]; n (tokens) [*by]
-    Raises   MissingSignal  if the trace has neither; BadInput for an unknown column in `by`
+    Parameters
+    ----------
+    trace : Trace
+        The recording. Needs ``router_logits``, float [token, layer, expert] for p1, p1_minus_p2; weight [token,
+        layer, slot] for w2_over_w1.
+    by : By, optional
+        Column, or columns, of the sequences to group by.
+    bootstrap : Bootstrap, optional
+        How intervals are computed.
+
+    Returns
+    -------
+    xarray.Dataset
+        Fraction, ci_low, ci_high [*by, layer, measure]; n (tokens) [*by].
+
+    Raises
+    ------
+    MissingSignal
+        If the trace has neither.
+    BadInput
+        For an unknown column in `by`.
+
+    Examples
+    --------
+    >>> ml.stats.router_confidence(trace)["measure"].values.tolist()
+    ['p1', 'p1_minus_p2', 'w2_over_w1']
     """
     require(trace, "router_confidence", bootstrap=bootstrap)
     signals = [name for name in ("router_logits", "weight") if name in trace.signals]
@@ -196,17 +284,37 @@ def router_confidence(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEF
 def position_profile(
     trace: Trace, *, by: By = None, edges: Sequence[int] | None = None, bootstrap: Bootstrap = DEFAULT
 ) -> xr.Dataset:
-    """Expert share as a function of where in its sequence a token stands.
+    """Compute the expert share as a function of the position in the sequence.
 
     sum over tokens of the bin of 1[e in S] / (k N_bin); bin i holds the positions edges[i] <= p < edges[i + 1], and
     the last one everything from its edge on.
 
-    edges    first positions of the bins, ascending; None for 0, 1, 2, 4, 8 ... up to the longest sequence
+    Parameters
+    ----------
+    trace : Trace
+        The recording. Needs ``expert_id``, uint8 [token, layer, slot]; position.
+    by : By, optional
+        Column, or columns, of the sequences to group by.
+    edges : Sequence[int], optional
+        First positions of the bins, ascending; None for 0, 1, 2, 4, 8 ... up to the longest sequence.
+    bootstrap : Bootstrap, optional
+        How intervals are computed.
 
-    Needs    expert_id  uint8 [token, layer, slot]; position
-    Returns  Dataset    fraction, ci_low, ci_high [*by, position_bin, layer, expert]; n (tokens) [*by, position_bin];
-                        coordinate position_start [position_bin]; NaN for a bin without tokens
-    Raises   BadInput   for edges that do not ascend from 0 or more, or an unknown column in `by`
+    Returns
+    -------
+    xarray.Dataset
+        Fraction, ci_low, ci_high [*by, position_bin, layer, expert]; n (tokens) [*by, position_bin]; coordinate
+        position_start [position_bin]; NaN for a bin without tokens.
+
+    Raises
+    ------
+    BadInput
+        For edges that do not ascend from 0 or more, or an unknown column in `by`.
+
+    Examples
+    --------
+    >>> ml.stats.position_profile(trace)["estimate"].dims
+    ('position_bin', 'layer', 'expert')
     """
     require(trace, "position_profile", "expert_id", "position", bootstrap=bootstrap)
     longest = int(trace.sequences["length"].max()) if len(trace.sequences) else 1

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def repetition(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
-    """How often consecutive tokens go to the same expert.
+    """Compute how often consecutive tokens go to the same expert.
 
     first    share of consecutive pairs of tokens whose strongest expert is the same; uniform 1/E
     either   share of pairs that have an expert in common among their k; uniform 1 - C(E-k, k) / C(E, k)
@@ -26,9 +26,29 @@ def repetition(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -
     A pair lies in one sequence and is never counted across a gap (Jiang et al. 2024, Table 5, "first" and "first or
     second choice").
 
-    Needs    expert_id  uint8 [token, layer, slot]; position
-    Returns  Dataset    fraction, ci_low, ci_high [*by, layer, choice]; n (pairs) [*by]; NaN without a pair
-    Raises   BadInput   for an unknown column in `by`
+    Parameters
+    ----------
+    trace : Trace
+        The recording. Needs ``expert_id``, uint8 [token, layer, slot]; position.
+    by : By, optional
+        Column, or columns, of the sequences to group by.
+    bootstrap : Bootstrap, optional
+        How intervals are computed.
+
+    Returns
+    -------
+    xarray.Dataset
+        Fraction, ci_low, ci_high [*by, layer, choice]; n (pairs) [*by]; NaN without a pair.
+
+    Raises
+    ------
+    BadInput
+        For an unknown column in `by`.
+
+    Examples
+    --------
+    >>> ml.stats.repetition(trace)["estimate"].dims
+    ('layer', 'choice')
     """
     require(trace, "repetition", "expert_id", "position", bootstrap=bootstrap)
 
@@ -64,15 +84,35 @@ def repetition(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -
 
 
 def coactivation(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
-    """How often a token that chose expert i also chose expert j.
+    """Compute how often a token that chose expert i also chose expert j.
 
     P(j | i) = n(i and j) / n(i), over all unordered pairs of slots (Muennighoff et al. 2024, eq. 6). Each row sums to
     k - 1; uniform routing gives (k - 1) / (E - 1).
 
-    Needs    expert_id  uint8 [token, layer, slot]
-    Returns  Dataset    fraction, ci_low, ci_high [*by, layer, expert, expert_j]; n (tokens that chose i)
-                        [*by, layer, expert]; NaN on the diagonal and where expert i was never chosen
-    Raises   BadInput   for a trace with one expert a token, or an unknown column in `by`
+    Parameters
+    ----------
+    trace : Trace
+        The recording. Needs ``expert_id``, uint8 [token, layer, slot].
+    by : By, optional
+        Column, or columns, of the sequences to group by.
+    bootstrap : Bootstrap, optional
+        How intervals are computed.
+
+    Returns
+    -------
+    xarray.Dataset
+        Fraction, ci_low, ci_high [*by, layer, expert, expert_j]; n (tokens that chose i) [*by, layer, expert];
+        NaN on the diagonal and where expert i was never chosen.
+
+    Raises
+    ------
+    BadInput
+        For a trace with one expert a token, or an unknown column in `by`.
+
+    Examples
+    --------
+    >>> ml.stats.coactivation(trace)["estimate"].dims
+    ('layer', 'expert', 'expert_j')
     """
     require(trace, "coactivation", "expert_id", bootstrap=bootstrap)
     if trace.top_k < 2:
@@ -110,7 +150,7 @@ def coactivation(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT)
 
 
 def transitions(trace: Trace, *, by: By = None, gap: int = 1, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
-    """Where tokens go `gap` layers on: the first choice there, given the first choice here.
+    """Compute which expert tokens choose first `gap` layers later, given their first choice here.
 
     P(first choice at layer l + gap = j | first choice at l = i) = n(i, j) / n(i), and the mutual information of the
     two choices, sum_ij p_ij log2 (p_ij / (p_i p_j)), 0 for independent layers and at most log2(E).
@@ -118,11 +158,33 @@ def transitions(trace: Trace, *, by: By = None, gap: int = 1, bootstrap: Bootstr
     The mutual information is the plain one of the counts, which is biased upwards in small samples. Its interval is
     for the true value: it is corrected for the bias, and reaches up to the estimate where that lies above it.
 
-    Needs    expert_id  uint8 [token, layer, slot]
-    Returns  Dataset    fraction, ci_low, ci_high [*by, layer, expert, expert_j]; n (tokens whose first choice is i)
-                        [*by, layer, expert]; mi_bits, mi_ci_low, mi_ci_high [*by, layer]; layer is the one left from;
-                        NaN where expert i was never chosen first
-    Raises   BadInput   where no two layers of the trace lie `gap` apart, or for an unknown column in `by`
+    Parameters
+    ----------
+    trace : Trace
+        The recording. Needs ``expert_id``, uint8 [token, layer, slot].
+    by : By, optional
+        Column, or columns, of the sequences to group by.
+    gap : int, optional
+        Layers between.
+    bootstrap : Bootstrap, optional
+        How intervals are computed.
+
+    Returns
+    -------
+    xarray.Dataset
+        Fraction, ci_low, ci_high [*by, layer, expert, expert_j]; n (tokens whose first choice is i) [*by, layer,
+        expert]; mi_bits, mi_ci_low, mi_ci_high [*by, layer]; layer is the one left from; NaN where expert i was
+        never chosen first.
+
+    Raises
+    ------
+    BadInput
+        Where no two layers of the trace lie `gap` apart, or for an unknown column in `by`.
+
+    Examples
+    --------
+    >>> ml.stats.transitions(trace)["estimate"].dims
+    ('layer', 'expert', 'expert_j')
     """
     require(trace, "transitions", "expert_id", bootstrap=bootstrap)
     index = {int(layer): i for i, layer in enumerate(trace.layers)}

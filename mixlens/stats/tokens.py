@@ -27,7 +27,7 @@ _FOLDS = 5
 def vocabulary_specialization(
     trace: Trace, *, by: By = None, min_count: int = 10, bootstrap: Bootstrap = DEFAULT
 ) -> xr.Dataset:
-    """How much a token type keeps to one expert: its best expert's share, averaged over types.
+    """Compute the share of a token type's best expert, averaged over types.
 
     mean over token types x with N_x >= min_count of max_e N_xe / N_x, with N_xe the occurrences of x that choose e in
     any slot (Muennighoff et al. 2024, eq. 8). The maximum is biased upwards for rare types: compare only numbers with
@@ -36,10 +36,34 @@ def vocabulary_specialization(
     The interval takes the types and the best expert of each as given: documents are resampled in the linear
     approximation of the mean, since the counts of every type cannot be kept for every document.
 
-    Needs    expert_id  uint8 [token, layer, slot]; token_id
-    Returns  Dataset    fraction, ci_low, ci_high [*by, layer]; n (tokens of the types counted) and n_types [*by]; NaN
-                        where no type is frequent enough
-    Raises   MissingSignal  if the trace has no token ids; BadInput for a min_count below 1 or an unknown column in `by`
+    Parameters
+    ----------
+    trace : Trace
+        The recording. Needs ``expert_id``, uint8 [token, layer, slot]; token_id.
+    by : By, optional
+        Column, or columns, of the sequences to group by.
+    min_count : int, optional
+        Types that occur less often are left out.
+    bootstrap : Bootstrap, optional
+        How intervals are computed.
+
+    Returns
+    -------
+    xarray.Dataset
+        Fraction, ci_low, ci_high [*by, layer]; n (tokens of the types counted) and n_types [*by]; NaN where no
+        type is frequent enough.
+
+    Raises
+    ------
+    MissingSignal
+        If the trace has no token ids.
+    BadInput
+        For a min_count below 1 or an unknown column in `by`.
+
+    Examples
+    --------
+    >>> ml.stats.vocabulary_specialization(trace)["estimate"].dims
+    ('layer',)
     """
     require(trace, "vocabulary_specialization", "expert_id", "token_id", bootstrap=bootstrap)
     if min_count < 1:
@@ -84,7 +108,7 @@ def vocabulary_specialization(
 
 
 def predictability(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
-    """How well the first choice can be told from the text: accuracy on documents that were held out.
+    """Measure how well the first choice follows from the text: accuracy on held-out documents.
 
     majority            always the most frequent expert: chance
     token               the expert most frequent for the token's identity
@@ -94,11 +118,32 @@ def predictability(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAUL
     one, worth 4 observations: p(e | x) is proportional to N_xe + 4 p(e), p(e | x, previous) to N_yxe + 4 p(e | x).
     Pairs of tokens are hashed into 2**24 buckets, of which the 131,072 most frequent, seen at least twice, are kept.
 
-    Needs    expert_id  uint8 [token, layer, slot]; token_id, position
-    Returns  Dataset    fraction, ci_low, ci_high [*by, layer, measure]; n (tokens) [*by]; the predictors are learnt
-                        from the whole trace, whatever `by` is
-    Raises   MissingSignal  if the trace has no token ids; BadInput for fewer than two documents or an unknown column
-                        in `by`
+    Parameters
+    ----------
+    trace : Trace
+        The recording. Needs ``expert_id``, uint8 [token, layer, slot]; token_id, position.
+    by : By, optional
+        Column, or columns, of the sequences to group by.
+    bootstrap : Bootstrap, optional
+        How intervals are computed.
+
+    Returns
+    -------
+    xarray.Dataset
+        Fraction, ci_low, ci_high [*by, layer, measure]; n (tokens) [*by]; the predictors are learnt from the
+        whole trace, whatever `by` is.
+
+    Raises
+    ------
+    MissingSignal
+        If the trace has no token ids.
+    BadInput
+        For fewer than two documents or an unknown column in `by`.
+
+    Examples
+    --------
+    >>> ml.stats.predictability(trace)["estimate"].dims
+    ('layer', 'measure')
     """
     require(trace, "predictability", "expert_id", "token_id", "position", bootstrap=bootstrap)
     clusters = Clusters.of(trace, by, {"correct": (trace.n_layers, 3)})

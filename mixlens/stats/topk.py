@@ -17,17 +17,38 @@ KIND = "topk"
 def topk_sweep(
     measured: xr.Dataset, *, by: str | Sequence[str] | None = None, bootstrap: Bootstrap = DEFAULT
 ) -> xr.Dataset:
-    """Loss when every token chooses k experts, and its change against the model's own k on the same tokens.
+    """Compute the loss when every token chooses k experts, and its change against the model's own k.
 
     sum_d v_dk / sum_d n_d, v_dk the loss of document d summed over its n_d predicted tokens; the change is that of
     v_dk - v_d,own. The bootstrap draws documents with both their values, so its interval is that of the paired
     difference.
 
-    Needs    measured  as measure_topk or open gives it
-    Returns  Dataset   estimate, ci_low, ci_high, loss in nats a token [*by, k]; change, change_low, change_high [*by,
-                       k]; share [*by, k, layer, expert], of assignments; first_weight [*by, k, layer], mean weight of
-                       the strongest expert; n (predicted tokens), n_documents [*by]
-    Raises   BadInput  for an unknown column in `by`, and anything else than such sums
+    Parameters
+    ----------
+    measured : xarray.Dataset
+        The result of the measurement. Needs ``measured``, as measure_topk or open gives it.
+    by : str or Sequence[str], optional
+        Column, or columns, of the sequences to group by.
+    bootstrap : Bootstrap, optional
+        How intervals are computed.
+
+    Returns
+    -------
+    xarray.Dataset
+        Estimate, ci_low, ci_high, loss in nats a token [*by, k]; change, change_low, change_high [*by, k]; share
+        [*by, k, layer, expert], of assignments; first_weight [*by, k, layer], mean weight of the strongest
+        expert; n (predicted tokens), n_documents [*by].
+
+    Raises
+    ------
+    BadInput
+        For an unknown column in `by`, and anything else than such sums.
+
+    Examples
+    --------
+    >>> measured = ml.experiments.measure_topk(model, documents[:2], ks=[1, 2], settings=quiet)
+    >>> ml.stats.topk_sweep(measured)["k"].values.tolist()
+    [1, 2]
     """
     check_kind(measured, KIND, "measure_topk")
     labels, group = groups_of(measured, by)

@@ -11,16 +11,31 @@ from mixlens.errors import BadInput
 def similarity_and_coactivation(
     similarity: xr.DataArray, coactivation: xr.Dataset, *, permutations: int = 2000, seed: int = 0
 ) -> xr.Dataset:
-    """Whether experts that are alike are chosen together: correlation over pairs, tested by permuting experts.
+    """Correlate the similarity of experts with how often they are chosen together, tested by permuting experts.
 
     Pearson's r over all pairs i < j between their similarity and (P(j|i) + P(i|j)) / 2. Pairs that share an expert are
     not independent, so the null distribution relabels whole experts of one of the two matrices (Mantel 1967).
 
-    similarity    [layer, expert, expert_j], such as measure_similarity(model).router_cosine
-    coactivation  from stats.coactivation, with layer, expert and expert_j
+    Parameters
+    ----------
+    similarity : xarray.DataArray
+        [layer, expert, expert_j], such as measure_similarity(model).router_cosine.
+    coactivation : xarray.Dataset
+        From stats.coactivation, with layer, expert and expert_j.
+    permutations : int, optional
+        Number of permutations of the experts.
+    seed : int, optional
+        Of the permutations.
 
-    Returns  Dataset  r, null_low, null_high (2.5 % and 97.5 % of the permutations), p (two-sided), n (pairs) [layer]
-    Raises   BadInput where layers or experts differ, and for anything else
+    Returns
+    -------
+    Dataset
+        R, null_low, null_high (2.5 % and 97.5 % of the permutations), p (two-sided), n (pairs) [layer].
+
+    Raises
+    ------
+    BadInput
+        Where layers or experts differ, and for anything else.
     """
     if not isinstance(similarity, xr.DataArray) or not isinstance(coactivation, xr.Dataset):
         raise BadInput(

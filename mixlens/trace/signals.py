@@ -28,12 +28,23 @@ TOP = 64
 
 @dataclass(frozen=True)
 class Site:
-    """Activations to record.
+    """Activations to record at one place of every layer.
 
-    name    one of SITES
-    layers  layer numbers; None for all
-    dtype   "float16" or "float32" on disk
-    tokens  "all", "last" (of each sequence), "prompt" or "generated"
+    Parameters
+    ----------
+    name : str
+        One of SITES.
+    layers : tuple[int, ...], optional
+        Layer numbers; None for all.
+    dtype : str, optional
+        "float16" or "float32" on disk.
+    tokens : str, optional
+        "all", "last" (of each sequence), "prompt" or "generated".
+
+    Examples
+    --------
+    >>> ml.Site("moe_out", layers=[0, 3]).layers
+    [0, 3]
     """
 
     name: str

@@ -27,14 +27,25 @@ PHASES = {"prompt": PROMPT, "generated": GENERATED}
 
 
 class Trace:
-    """Routing of a corpus: one flat token axis in input order, without padding.
-
-    sequences   DataFrame, one row a sequence; index = sequence number; columns document_id, length, and the caller's
-    meta        where it comes from: model, settings, versions, counts
-    layers      int [layer], numbers of the layers at hand
-    signals     names of the columns that `blocks` and `read` can give
+    """The routing of a corpus: one flat token axis in input order, without padding.
 
     Made by `record`, `Recorder.trace()`, `open`, or `Trace.from_arrays`.
+
+    Parameters
+    ----------
+    sequences : pandas.DataFrame
+        DataFrame, one row a sequence; index = sequence number; columns document_id, length, and the caller's.
+    meta : Mapping[str, Any]
+        Where it comes from: model, settings, versions, counts.
+    layers : Any
+        Int [layer], numbers of the layers at hand.
+    signals
+        Names of the columns that `blocks` and `read` can give.
+
+    Examples
+    --------
+    >>> trace.n_layers, trace.n_experts, trace.top_k
+    (8, 8, 2)
     """
 
     def __init__(
@@ -64,17 +75,39 @@ class Trace:
         sequences: pd.DataFrame | None = None,
         meta: Mapping[str, Any] | None = None,
     ) -> Trace:
-        """A trace from somebody else's routing.
+        """Make a trace from routing that was recorded elsewhere.
 
-        expert_id      integers [token, layer, slot], the strongest expert in slot 0
-        n_experts      experts a layer
-        weight         floats [token, layer, slot]; kept in half precision
-        router_logits  floats [token, layer, expert]; kept in half precision
-        tokens         DataFrame or dict of arrays [token]: sequence, position, token_id, phase, logprob, each optional
-        sequences      DataFrame, one row a sequence in order: document_id and any other columns
-        meta           provenance, such as {"model": {"name": ...}}
+        Parameters
+        ----------
+        expert_id : Any
+            Integers [token, layer, slot], the strongest expert in slot 0.
+        n_experts : int
+            Experts a layer.
+        weight : Any, optional
+            Floats [token, layer, slot]; kept in half precision.
+        router_logits : Any, optional
+            Floats [token, layer, expert]; kept in half precision.
+        tokens : Mapping[str, Any] or pandas.DataFrame, optional
+            DataFrame or dict of arrays [token]: sequence, position, token_id, phase, logprob, each optional.
+        sequences : pandas.DataFrame, optional
+            DataFrame, one row a sequence in order: document_id and any other columns.
+        meta : Mapping[str, Any], optional
+            Provenance, such as {"model": {"name": ...}}.
 
-        Raises BadInput when shapes, ids or sequences do not fit together.
+        Returns
+        -------
+        Trace
+
+        Raises
+        ------
+        BadInput
+            If shapes, ids or sequences do not fit together.
+
+        Examples
+        --------
+        >>> ids = np.array([[[0, 2]], [[1, 3]]])
+        >>> ml.Trace.from_arrays(ids, n_experts=4).n_tokens
+        2
         """
         part, frame = part_of_arrays(
             expert_id, n_experts, weight, router_logits, {} if tokens is None else tokens, sequences
@@ -86,9 +119,25 @@ class Trace:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, check: bool = True) -> Trace:
-        """The trace of the run directory at `path`, read lazily.
+        """Open the trace of a run directory; signals are read lazily.
 
-        Raises RunError when the run is not there, unfinished, or when a file that is read was altered.
+        Parameters
+        ----------
+        path : str or os.PathLike
+            The folder.
+        check : bool, optional
+            Compare every file with its checksum when it is first read; False compares sizes only.
+
+        Raises
+        ------
+        RunError
+            If the run is not there, unfinished, or when a file that is read was altered.
+
+        Examples
+        --------
+        >>> path = trace.save(tmp / "run").path
+        >>> ml.Trace.open(path).n_tokens == trace.n_tokens
+        True
         """
         run = open_run(path, check=check)
         if run.kind != "trace":
@@ -108,7 +157,20 @@ class Trace:
     def save(self, path: str | os.PathLike[str]) -> Trace:
         """Write the trace as a run directory and open it there.
 
-        Raises RunError when the folder holds something else.
+        Parameters
+        ----------
+        path : str or os.PathLike
+            The folder.
+
+        Raises
+        ------
+        RunError
+            If the folder holds something else.
+
+        Examples
+        --------
+        >>> trace.save(tmp / "saved").path.name
+        'saved'
         """
         from mixlens.trace.convert import save
 
@@ -136,17 +198,25 @@ class Trace:
 
     @property
     def sites(self) -> dict[str, tuple[int, ...]]:
-        """Layer numbers of each recorded activation site."""
+        """Return the layer numbers of each recorded activation site."""
         found = [dict(source.part.sites) for source in self._sources]
         return {site: layers for site, layers in (found[0] if found else {}).items() if all(site in f for f in found)}
 
     @property
     def vocabulary(self) -> pd.Series | None:
-        """Raw tokenizer pieces by token id ("▁the", "<0x0A>"), where the tokenizer was known."""
+        """Return raw tokenizer pieces by token id ("▁the", "<0x0A>"), where the tokenizer is known."""
         return self._vocabulary
 
     def require(self, what: str, *names: str) -> None:
-        """Raise MissingSignal, naming `what` was asked for, unless every signal in `names` is here."""
+        """Raise MissingSignal, naming the operation `what`, unless the trace has every signal in `names`.
+
+        Parameters
+        ----------
+        what : str
+            Name of the operation, for the message.
+        names : str
+            Names of columns.
+        """
         missing = [name for name in names if name not in self.signals]
         if missing:
             raise MissingSignal(
@@ -159,15 +229,29 @@ class Trace:
     # ------------------------------------------------------------------ reading
 
     def blocks(self, *names: str, tokens: int = 65_536) -> Iterator[dict[str, np.ndarray]]:
-        """The columns `names`, a few whole sequences at a time, in input order.
-
-        tokens   about how many tokens a block has; a sequence is never split
+        """Iterate over columns, a few whole sequences at a time, in input order.
 
         sequence, position, token_id  int64 [token]     expert_id      uint8   [token, layer, slot]
         phase (0 prompt, 1 generated) uint8 [token]     weight         float32 [token, layer, slot]
         logprob  float32 [token], log p(this token | earlier ones); NaN for the first of a sequence
         router_logits  float32 [token, layer, expert]
         top_id, top_logprob [token, 64] and tail_logprob [token]: the next-token distribution after this token
+
+        Parameters
+        ----------
+        tokens : int, optional
+            About how many tokens a block has; a sequence is never split.
+        names : str
+            Names of columns.
+
+        Returns
+        -------
+        Iterator[dict[str, numpy.ndarray]]
+
+        Examples
+        --------
+        >>> sum(len(block["token_id"]) for block in trace.blocks("token_id")) == trace.n_tokens
+        True
         """
         self.require("Reading a trace", *names)
         selected = np.zeros(int(self.sequences.index.max()) + 1 if len(self.sequences) else 0, bool)
@@ -183,7 +267,18 @@ class Trace:
                     yield {name: column(source, name, start, stop, keep) for name in names}
 
     def read(self, name: str) -> np.ndarray:
-        """A whole column in memory; shapes as in `blocks`."""
+        """Return a whole column in memory; shapes as in `blocks`.
+
+        Parameters
+        ----------
+        name : str
+            Name of the column.
+
+        Examples
+        --------
+        >>> trace.read("expert_id").shape == (trace.n_tokens, trace.n_layers, trace.top_k)
+        True
+        """
         pieces = [block[name] for block in self.blocks(name)]
         if pieces:
             return np.concatenate(pieces)
@@ -193,10 +288,19 @@ class Trace:
         return np.zeros((0, self.n_layers, shapes[name]) if name in shapes else 0, shards._dtype(name))
 
     def activations(self, site: str) -> xr.DataArray:
-        """Recorded activations of `site` [token, layer, ...] with coordinates sequence, position and layer.
+        """Return recorded activations of a site [token, layer, ...], with coordinates sequence, position and layer.
 
         Only the tokens that were selected when recording have a row.
-        Raises MissingSignal when the site was not recorded.
+
+        Parameters
+        ----------
+        site : str
+            Name of the site, such as "moe_out".
+
+        Raises
+        ------
+        MissingSignal
+            If the site was not recorded.
         """
         if site not in self.sites:
             raise MissingSignal(
@@ -241,15 +345,34 @@ class Trace:
         tokens: Sequence[int] | None = None,
         positions: tuple[int, int] | None = None,
     ) -> Trace:
-        """A view of part of the trace; nothing is read yet. Of a view it keeps what both selections keep.
+        """Return a view of part of the trace; nothing is read yet. Selecting from a view keeps what both keep.
 
-        where      {column: value or list of values} or a boolean Series over `sequences`
-        layers     layer number or numbers
-        phase      "prompt" or "generated"
-        tokens     token ids
-        positions  (first, stop) within each sequence
+        Parameters
+        ----------
+        where : Mapping[str, Any] or pandas.Series, optional
+            {column: value or list of values} or a boolean Series over `sequences`.
+        layers : Sequence[int] or int, optional
+            Layer number or numbers.
+        phase : str, optional
+            "prompt" or "generated".
+        tokens : Sequence[int], optional
+            Token ids.
+        positions : tuple[int, int], optional
+            (first, stop) within each sequence.
 
-        Raises BadInput for a column, layer or phase that is not there.
+        Returns
+        -------
+        Trace
+
+        Raises
+        ------
+        BadInput
+            For a column, layer or phase that is not there.
+
+        Examples
+        --------
+        >>> trace.select(layers=[0, 1], positions=(0, 10)).n_layers
+        2
         """
         sequences = self.sequences[row_mask(self.sequences, where)] if where is not None else self.sequences
         sources, kept_layers = self._sources, self.layers
@@ -281,7 +404,7 @@ class Trace:
         return view
 
     def local(self) -> Trace:
-        """This process's share of the shards, for statistics that are added up over all processes.
+        """Return this process's share of the shards, for statistics that are summed over all processes.
 
         Every process of `accelerate launch` calls the same statistic on its share, and each gets the result of the
         whole trace. In a single process it is the trace itself.
@@ -294,25 +417,59 @@ class Trace:
         return share
 
     def pieces(self, token_ids: Sequence[int] | np.ndarray) -> list[str]:
-        """The text of single tokens; "#id" where the tokenizer was not known."""
+        """Return the text of single tokens; "#id" where the tokenizer is unknown.
+
+        Parameters
+        ----------
+        token_ids : Sequence[int] or numpy.ndarray
+            Token ids.
+
+        Examples
+        --------
+        >>> len(trace.pieces([5, 6]))
+        2
+        """
         return display_pieces(token_ids, self._vocabulary)
 
     # ------------------------------------------------------------------ other forms
 
     def to_xarray(self) -> xr.Dataset:
-        """Every signal in memory, with dimensions token, layer, slot, expert; sequence columns as token coordinates."""
+        """Return every signal in memory, with dimensions token, layer, slot and expert.
+
+        Examples
+        --------
+        >>> trace.to_xarray()["expert_id"].dims
+        ('token', 'layer', 'slot')
+        """
         from mixlens.trace.convert import to_xarray
 
         return to_xarray(self)
 
     def to_pandas(self) -> pd.DataFrame:
-        """Long table in memory: one row for every token, layer and slot."""
+        """Return a long table in memory: one row for every token, layer and slot.
+
+        Examples
+        --------
+        >>> len(trace.to_pandas()) == trace.n_tokens * trace.n_layers * trace.top_k
+        True
+        """
         from mixlens.trace.convert import long_tables
 
         return pd.concat(long_tables(self), ignore_index=True)
 
     def to_parquet(self, path: str | os.PathLike[str]) -> Path:
-        """The long table as one Parquet file, written block by block, for DuckDB, Polars or Spark."""
+        """Write the long table as one Parquet file, block by block, for DuckDB, Polars or Spark.
+
+        Parameters
+        ----------
+        path : str or os.PathLike
+            The folder.
+
+        Examples
+        --------
+        >>> trace.to_parquet(tmp / "long.parquet").name
+        'long.parquet'
+        """
         from mixlens.trace.convert import to_parquet
 
         return to_parquet(self, Path(path))
@@ -339,9 +496,22 @@ def from_parts(parts: Sequence[Part], frame: pd.DataFrame, meta: Mapping[str, An
 
 
 def concat(traces: Sequence[Trace]) -> Trace:
-    """One trace of several, in order, as views; sequences are renumbered, documents keep their ids.
+    """Concatenate traces, in order, as views; sequences are renumbered, documents keep their ids.
 
-    Raises BadInput when layers, experts or top-k differ.
+    Parameters
+    ----------
+    traces : Sequence[Trace]
+        The traces, in order.
+
+    Raises
+    ------
+    BadInput
+        If layers, experts or top-k differ.
+
+    Examples
+    --------
+    >>> ml.concat([trace, trace]).n_tokens == 2 * trace.n_tokens
+    True
     """
     if not isinstance(traces, Sequence) or not all(isinstance(trace, Trace) for trace in traces):
         raise BadInput(
