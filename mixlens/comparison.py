@@ -119,7 +119,7 @@ class Comparison:
         return {"model": {"name": " and ".join(self.names)}, "a": self.a.meta, "b": self.b.meta}
 
     def agreement(self, *, by: By = None) -> xr.Dataset:
-        """Compute :func:`mixlens.stats.agreement` of both traces, [*by, layer, measure].
+        """Compute :func:`mixlens.stats.agreement` of both traces, ``[*by, layer, measure]``.
 
         Parameters
         ----------
@@ -129,7 +129,7 @@ class Comparison:
         return self._keep(agreement, by)
 
     def flips(self, *, by: By = None) -> xr.Dataset:
-        """Compute :func:`mixlens.stats.flips` of both traces, [*by, layer, measure].
+        """Compute :func:`mixlens.stats.flips` of both traces, ``[*by, layer, measure]``.
 
         Parameters
         ----------
@@ -139,7 +139,7 @@ class Comparison:
         return self._keep(flips, by)
 
     def flips_by_margin(self, *, by: By = None) -> xr.Dataset:
-        """Compute :func:`mixlens.stats.flips_by_margin` over all layers together, [*by, margin].
+        """Compute :func:`mixlens.stats.flips_by_margin` over all layers together, ``[*by, margin]``.
 
         Parameters
         ----------
@@ -149,7 +149,7 @@ class Comparison:
         return self._keep(flips_by_margin, by)
 
     def next_tokens(self, *, by: By = None) -> xr.Dataset:
-        """Compute :func:`mixlens.stats.next_tokens` of both traces, [*by, measure].
+        """Compute :func:`mixlens.stats.next_tokens` of both traces, ``[*by, measure]``.
 
         Parameters
         ----------

@@ -182,7 +182,10 @@ class Bench:
         return metrics.outcomes(self.records)
 
     def table(self, *, bootstrap: Bootstrap = DEFAULT) -> pd.DataFrame:
-        """Return every number with interval and n in tidy form; those of the system are system_..., statistic "rate".
+        """Return every number with interval and n in tidy form.
+
+        Those of the whole system have the prefix ``system_`` and the statistic "rate".
+
 
         Parameters
         ----------

@@ -44,8 +44,10 @@ def throughput_latency(
 ) -> pd.DataFrame:
     """What every load delivered, and how long its requests took: the two sides that a server trades.
 
-    metric, statistic  the latency, of METRICS and STATISTICS
-    system             the throughput: "output_tokens_per_s" or "requests_per_s"
+    metric, statistic
+        the latency, of METRICS and STATISTICS.
+    system
+        the throughput: "output_tokens_per_s" or "requests_per_s".
 
     Returns
     -------

@@ -175,8 +175,10 @@ def translated(hub: str, language: str, root: str | None = None, revisions: Revi
 def source_of(benchmark: str | None, task: Any, sums: Mapping[str, str]) -> dict[str, Any]:
     """Where the documents of a task of lm-eval are from.
 
-    benchmark  key of HUB; None for a task that is not mixlens's, or has items of its own
-    sums       sha256 by name of the local files that the benchmark was read from
+    benchmark
+        key of HUB; None for a task that is not mixlens's, or has items of its own.
+    sums
+        sha256 by name of the local files that the benchmark was read from.
 
     Returns
     -------

@@ -21,8 +21,10 @@ _NEAR = 1e-4
 def score_table(samples: pd.DataFrame, tasks: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     """One row for every task and metric, then the benchmark's micro and macro average over its tasks, by protocol.
 
-    samples  one row a sample: task, and a column for every metric, NaN where a sample could not be scored
-    tasks    by task: benchmark, protocol, and metrics, each {"aggregation": name, "score", "stderr": lm-eval's own}
+    samples
+        one row a sample: task, and a column for every metric, NaN where a sample could not be scored.
+    tasks
+        by task: benchmark, protocol, and metrics, each {"aggregation": name, "score", "stderr": lm-eval's own}.
 
     score is the mean over scored samples, in [0, 1] for a fraction correct; for a metric that lm-eval does not average
     (aggregation other than "mean", "nanmean") it is lm-eval's own. "micro" weighs samples alike, "macro" tasks alike.
@@ -62,9 +64,11 @@ def score_table(samples: pd.DataFrame, tasks: Mapping[str, Mapping[str, Any]]) -
 def near_ties(samples: pd.DataFrame, by_length: Collection[str] = ()) -> pd.DataFrame:
     """Samples whose two likeliest choices are less than 1e-4 apart: rounding, and so the batch, decides between them.
 
-    samples    one row a sample: task, sample_id, choices and their logprobs (None where it has none)
-    by_length  tasks that compare log-probabilities a character, as acc_norm does; their gaps are times the shorter
-               choice, in which a rounding error of either weighs most
+    samples
+        one row a sample: task, sample_id, choices and their logprobs (None where it has none).
+    by_length
+        tasks that compare log-probabilities a character, as acc_norm does; their gaps are times the shorter
+        choice, in which a rounding error of either weighs most.
 
     Returns
     -------

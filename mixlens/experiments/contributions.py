@@ -49,7 +49,7 @@ def expert_outputs(
     Returns
     -------
     Dataset
-        Max_abs, the largest |number| it put out; norm, mean Euclidean norm; weighted_norm, mean norm after the
+        Max_abs, the largest absolute value it put out; norm, mean Euclidean norm; weighted_norm, mean norm after the
         weight; mean [layer, expert, hidden], for ablation by the mean; n, tokens [layer, expert]. NaN where
         nobody chose the expert.
 
@@ -124,14 +124,13 @@ def measure_contributions(
 
     Returns
     -------
-    Dataset
-        All float32 or uint8 [token, layer, slot], slots strongest first: logit what the expert adds to the next
-        token's logit; NaN at the end of a sequence norm Euclidean norm of its weighted output peak largest
-        |number| of its output before the weight expert_id which expert weight its weight Coordinates along token,
-        in input order: document_id and the documents' other columns, sequence (counted from 0), position (in the
-        sequence), token_id, next_id (-1 at the end of a sequence) and piece, the token's text. Of one sequence:
-        data.isel(token=data.sequence.values == 3). stats.expert_contribution makes means with intervals of it, by
-        expert.
+    xarray.Dataset
+        [token, layer, slot], slots strongest first: ``logit``, what the expert adds to the next token's logit, NaN at
+        the end of a sequence; ``norm``, Euclidean norm of its weighted output; ``peak``, largest absolute value of its
+        output before the weight; ``expert_id``; ``weight``. Coordinates along token, in input order: document_id and
+        the documents' other columns, sequence (counted from 0), position, token_id, next_id (-1 at the end of a
+        sequence) and piece, the token's text. Select a sequence with ``data.isel(token=data.sequence.values == 3)``;
+        stats.expert_contribution computes means with intervals, by expert.
 
     Raises
     ------

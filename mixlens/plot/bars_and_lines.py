@@ -46,7 +46,7 @@ def expert_share(data: xr.Dataset, ax: Axes | None = None, *, layer: int | None 
     Parameters
     ----------
     data : xarray.Dataset
-        From `stats.expert_share`, [*by, layer, expert].
+        From `stats.expert_share`, ``[*by, layer, expert]``.
     ax : matplotlib.axes.Axes, optional
         Axes to draw on. By default a new figure in paper style.
     layer : int, optional
@@ -88,7 +88,7 @@ def expert_share_grid(
     Parameters
     ----------
     data : xarray.Dataset
-        From `stats.expert_share`, [*by, layer, expert].
+        From `stats.expert_share`, ``[*by, layer, expert]``.
     layers : sequence of int, optional
         Layer numbers. By default the first, middle and last layer, as in the paper: 0, 15 and 31 of 32.
     x : {"expert", "domain"}, optional
@@ -238,7 +238,7 @@ def routing_entropy(data: xr.Dataset, ax: Axes | None = None) -> Axes:
     Parameters
     ----------
     data : xarray.Dataset
-        From `stats.routing_entropy`, [*by, layer]. With groups, draws one line per group as `by_layer` does.
+        From `stats.routing_entropy`, ``[*by, layer]``. With groups, draws one line per group as `by_layer` does.
     ax : matplotlib.axes.Axes, optional
         Axes to draw on. By default a new figure in paper style.
 
@@ -280,7 +280,7 @@ def repetition(
     Parameters
     ----------
     data : xarray.Dataset
-        From `stats.repetition`, [*by, layer, choice].
+        From `stats.repetition`, ``[*by, layer, choice]``.
     ax : matplotlib.axes.Axes, optional
         Axes to draw on. By default a new figure in paper style.
     choice : {"first", "either"}, optional

@@ -158,7 +158,7 @@ def topk_sweep(data: xr.Dataset, ax: Axes | None = None) -> Axes:
     Parameters
     ----------
     data : xarray.Dataset
-        From `stats.topk_sweep`, [*by, k].
+        From `stats.topk_sweep`, ``[*by, k]``.
     ax : matplotlib.axes.Axes, optional
         Axes to draw on. By default a new figure in paper style.
 

@@ -23,6 +23,8 @@ _NO_MASK = 2
 class CompiledRecorder(Recorder):
     """Record forwards under ``torch.compile(model.forward, fullgraph=True)``, with a static cache too.
 
+    ::
+
         with ml.CompiledRecorder(model, tokens=4096) as rec:
             model.generate(ids, cache_implementation="static", max_new_tokens=512)
         trace = rec.trace()

@@ -21,11 +21,14 @@ if TYPE_CHECKING:
 def agreement(a: Trace, b: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
     """Measure how alike two traces of the same tokens are routed: means over tokens of three measures.
 
-    top1            the strongest expert is the same; independent uniform routing gives 1/E
-    overlap         |S and S'| / k; independent uniform routing gives k/E. With checkpoints of one training run this is
-                    router saturation (Muennighoff et al. 2024, eq. 5)
-    jensen_shannon  divergence of the router's distributions, H((p + q) / 2) - (H(p) + H(q)) / 2, in bits, 0 to 1; NaN
-                    unless both traces have router_logits, which attrs["missing"] then says
+    top1
+        the strongest expert is the same; independent uniform routing gives 1/E.
+    overlap
+        ``|S and S'| / k``; independent uniform routing gives k/E. With checkpoints of one training run this is router
+        saturation (Muennighoff et al. 2024, eq. 5).
+    jensen_shannon
+        divergence of the router's distributions, H((p + q) / 2) - (H(p) + H(q)) / 2, in bits, 0 to 1; NaN unless
+        both traces have router_logits, which attrs["missing"] then says.
 
     Parameters
     ----------
@@ -42,8 +45,8 @@ def agreement(a: Trace, b: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAU
     Returns
     -------
     xarray.Dataset
-        Fraction, ci_low, ci_high [*by, layer, measure] (jensen_shannon: bits); n (tokens) [*by]; `by` takes the
-        sequence columns of the first trace.
+        ``estimate`` (fraction), ci_low, ci_high ``[*by, layer, measure]`` (jensen_shannon: bits); n (tokens)
+        ``[*by]``; `by` takes the sequence columns of the first trace.
 
     Raises
     ------

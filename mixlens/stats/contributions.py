@@ -45,9 +45,9 @@ def expert_contribution(
     Returns
     -------
     xarray.Dataset
-        In logits, or of the hidden states' unit, ci_low, ci_high, n (tokens that chose the expert) [*by, layer,
-        expert]; max_abs, the largest |number| it put out before its weight, [*by, layer, expert], for
-        super_experts; n_documents [*by]. NaN where nobody chose the expert.
+        ``estimate`` (logits, or the unit of the hidden states), ci_low, ci_high, n (tokens that chose the expert)
+        ``[*by, layer, expert]``; max_abs, the largest absolute value it put out before its weight, ``[*by, layer,
+        expert]``, for super_experts; n_documents ``[*by]``. NaN where nobody chose the expert.
 
     Raises
     ------
@@ -134,7 +134,7 @@ def contributions_dataset(measured: Measured) -> xr.Dataset:
 
 
 def _by_document(data: xr.Dataset, measure: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, xr.Dataset]:
-    """(sums, tokens that chose, largest |number| put out), all [document, layer, expert], and the documents."""
+    """(sums, tokens that chose, largest absolute value put out), all [document, layer, expert], and the documents."""
     number, ids = pd.factorize(data.document_id.values)
     count, layers, experts = len(ids), data.sizes["layer"], int(data.attrs["n_experts"])
     sums, n, peak = np.zeros((3, count * experts, layers))

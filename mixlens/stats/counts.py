@@ -213,7 +213,7 @@ def summarise(
     size: tuple[np.ndarray, tuple[str, ...]] | None = None,
     floor: np.ndarray | float | None = None,
 ) -> xr.Dataset:
-    """The Dataset of a statistic: estimate, ci_low, ci_high [*by, layer, *dims], n and n_documents.
+    """The Dataset of a statistic: estimate, ci_low, ci_high ``[*by, layer, *dims]``, n and n_documents.
 
     statistic  from {name: sums [layer, ..., resample]} to values [layer, *dims, resample]; where `size` has no
                dimensions, {"n": [resample]} is among the sums

@@ -41,7 +41,7 @@ def domain_specialization(
     Returns
     -------
     xarray.Dataset
-        Fraction, ci_low, ci_high [*by, layer, expert]; n (tokens) [*by].
+        ``estimate`` (fraction), ci_low, ci_high ``[*by, layer, expert]``; n (tokens) ``[*by]``.
 
     Raises
     ------
@@ -69,11 +69,13 @@ def domain_information(
 ) -> xr.Dataset:
     """Compute how many bits a choice of expert reveals about the domain, in three measures.
 
-    mutual_information  sum_eD p(e, D) log2 (p(e, D) / (p(e) p(D))), p from the counts of all k slots
-    permuted            its mean after the domains were dealt out to the documents at random, 200 times: what documents
-                        that differ from each other yield by chance. Its bounds hold the middle 95 % (the level) of the
-                        200 values
-    excess              the difference; the measure to read
+    mutual_information
+        sum_eD p(e, D) log2 (p(e, D) / (p(e) p(D))), p from the counts of all k slots.
+    permuted
+        its mean after the domains were dealt out to the documents at random, 200 times: what documents that
+        differ from each other yield by chance. Its bounds hold the middle 95 % (the level) of the 200 values.
+    excess
+        the difference; the measure to read.
 
     The interval of mutual_information is for its true value, corrected for the upward bias of small samples, and
     reaches up to the estimate where that lies above it. The interval of excess has the spread of the bootstrap. Both
@@ -91,8 +93,8 @@ def domain_information(
     Returns
     -------
     xarray.Dataset
-        Bits, ci_low, ci_high [layer, measure]; n (tokens), n_documents; intervals are NaN where a domain has one
-        document only.
+        ``estimate`` (bits), ci_low, ci_high [layer, measure]; n (tokens), n_documents; intervals are NaN where a
+        domain has one document only.
 
     Raises
     ------

@@ -46,7 +46,8 @@ def flips(a: Trace, b: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) 
     Returns
     -------
     xarray.Dataset
-        Fraction, ci_low, ci_high [*by, layer, measure]; NaN where no token meets the condition; n (tokens) [*by].
+        ``estimate`` (fraction), ci_low, ci_high ``[*by, layer, measure]``; NaN where no token meets the condition; n
+        (tokens) ``[*by]``.
 
     Raises
     ------
@@ -112,8 +113,8 @@ def flips_by_margin(
     Returns
     -------
     xarray.Dataset
-        Fraction, ci_low, ci_high [*by, (layer,) margin], the coordinates margin and margin_from the upper and
-        lower ends in logits; n (choices in the bin) of the same shape.
+        ``estimate`` (fraction), ci_low, ci_high ``[*by, (layer,) margin]``, the coordinates margin and margin_from
+        the upper and lower ends in logits; n (choices in the bin) of the same shape.
 
     Raises
     ------

@@ -59,13 +59,18 @@ class Impact:
     def quality(self, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
         """How the two predict the same tokens; measures and intervals as stats.next_tokens, with the divergence exact.
 
-        kl   mean KL(p_a || p_b) over the whole vocabulary, nats
+        kl
+            mean KL(p_a || p_b) over the whole vocabulary, nats.
 
         Returns
         -------
         xarray.Dataset
-            Estimate, ci_low, ci_high [*by, measure]; n (predicted tokens) [*by] Raises BadInput for an unknown
-            column in `by`.
+            ``estimate``, ci_low, ci_high ``[*by, measure]``; n (predicted tokens) ``[*by]``.
+
+        Raises
+        ------
+        BadInput
+            For an unknown column in `by`.
 
         """
 
@@ -90,16 +95,23 @@ class Impact:
         mean            of the two orders (the Shapley value of both parts)
         In each order weights + routing = total = v(b, b) - v(a, a), exactly.
 
-        loss       loss, nats a token
-        kl         KL(p_a || p) of each condition's predictions, nats a token
-        other_top  share of tokens with another most probable next token
+        loss
+            loss, nats a token.
+        kl
+            KL(p_a || p) of each condition's predictions, nats a token.
+        other_top
+            share of tokens with another most probable next token.
 
         Returns
         -------
         xarray.Dataset
-            Estimate, ci_low, ci_high [*by, quantity, order, part (weights, routing, total)]; n (predicted tokens)
-            [*by]; intervals are paired: all conditions read the same tokens Raises BadInput for an unknown column
-            in `by`.
+            ``estimate``, ci_low, ci_high ``[*by, quantity, order, part (weights, routing, total)]``; n (predicted
+            tokens) ``[*by]``; intervals are paired: all conditions read the same tokens.
+
+        Raises
+        ------
+        BadInput
+            For an unknown column in `by`.
 
         """
 
@@ -122,9 +134,9 @@ class Impact:
         )  # fmt: skip
 
     def routing(self, *, by: By = None, pooled: bool = False, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
-        """Agreement of the two models' own routing: top1 and overlap as stats.agreement [*by, layer, measure].
+        """Agreement of the two models' own routing: top1 and overlap as stats.agreement ``[*by, layer, measure]``.
 
-        pooled  the mean over layers [*by, measure]
+        pooled  the mean over layers ``[*by, measure]``
         """
         chosen = int(self.meta["top_k"])
 
@@ -141,16 +153,22 @@ class Impact:
     def experts(self, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
         """How far every expert's weights and outputs moved.
 
-        estimate      sqrt(sum ||f_b(x) - f_a(x)||^2 / sum ||f_a(x)||^2) over the tokens that chose the expert in a,
-                      both given the input that it had there
-        weight_error  ||W_b - W_a|| / ||W_a|| (Frobenius) of each matrix, as the model computes with it
+        estimate
+            sqrt(sum ||f_b(x) - f_a(x)||^2 / sum ||f_a(x)||^2) over the tokens that chose the expert in a, both
+            given the input that it had there.
+        weight_error
+            ||W_b - W_a|| / ||W_a|| (Frobenius) of each matrix, as the model computes with it.
 
         Returns
         -------
         xarray.Dataset
-            Estimate, ci_low, ci_high, n (tokens that chose it) [*by, layer, expert]; NaN where none did;
-            weight_error [layer, expert, matrix], NaN where weights were offloaded Raises BadInput for an unknown
-            column in `by`.
+            ``estimate``, ci_low, ci_high, n (tokens that chose it) ``[*by, layer, expert]``; NaN where none did;
+            weight_error [layer, expert, matrix], NaN where weights were offloaded.
+
+        Raises
+        ------
+        BadInput
+            For an unknown column in `by`.
 
         """
 

@@ -35,9 +35,9 @@ def expert_importance(
     Returns
     -------
     xarray.Dataset
-        Nats a token (or the metric's own unit), ci_low, ci_high [*by, layer, expert]; share [*by, layer, expert],
-        the expert share on the same tokens; value [*by], of the whole model; n (predicted tokens), n_documents
-        [*by].
+        ``estimate`` (nats per token, or the unit of the metric), ci_low, ci_high ``[*by, layer, expert]``; share
+        ``[*by, layer, expert]``, the expert share on the same tokens; value ``[*by]``, of the whole model; n
+        (predicted tokens), n_documents ``[*by]``.
 
     Raises
     ------

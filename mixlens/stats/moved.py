@@ -18,9 +18,11 @@ if TYPE_CHECKING:
 def moved(a: Trace, b: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
     """Trace each expert from run a to run b of the same tokens, such as base and Instruct, or two checkpoints.
 
-    share_change  (N_e(b) - N_e(a)) / (k N), the change of its share
-    kept          N_e(a and b) / N_e(a), the part of its tokens that still choose it; NaN where none did. Independent
-                  uniform routing gives k/E
+    share_change
+        (N_e(b) - N_e(a)) / (k N), the change of its share.
+    kept
+        N_e(a and b) / N_e(a), the part of its tokens that still choose it; NaN where none did. Independent
+        uniform routing gives k/E.
 
     Tokens are paired, and the bootstrap draws documents with both of their routings.
 
@@ -38,7 +40,7 @@ def moved(a: Trace, b: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) 
     Returns
     -------
     xarray.Dataset
-        Fraction, ci_low, ci_high [*by, layer, expert, measure]; n (tokens) [*by].
+        ``estimate`` (fraction), ci_low, ci_high ``[*by, layer, expert, measure]``; n (tokens) ``[*by]``.
 
     Raises
     ------

@@ -24,14 +24,20 @@ LOSSES = ("loss_a", "loss_b", "loss_difference", "perplexity_a", "perplexity_b",
 def next_tokens(a: Trace, b: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
     """Compare how two runs predict the same tokens: means over predicted tokens with paired intervals.
 
-    loss_a, loss_b           -mean log p(token | earlier ones), nats
-    loss_difference          loss_b - loss_a, of the same tokens, nats
-    perplexity_a, _b         exp of the losses
-    perplexity_ratio         exp(loss_difference)
-    same_top                 share of tokens for which both hold the same next token for the most probable
-    kl_at_least              lower bound of the mean KL(p_a || p_b), nats: the tokens that both runs have among their
-                             stored top ones, and all others as a single outcome. By the data-processing inequality
-                             joining outcomes never makes the divergence larger; measure_impact gives the exact one
+    loss_a, loss_b
+        -mean log p(token | earlier ones), nats.
+    loss_difference
+        loss_b - loss_a, of the same tokens, nats.
+    perplexity_a, _b
+        exp of the losses.
+    perplexity_ratio
+        exp(loss_difference).
+    same_top
+        share of tokens for which both hold the same next token for the most probable.
+    kl_at_least
+        lower bound of the mean ``KL(p_a || p_b)``, nats: the tokens that both runs have among their stored top ones,
+        and all others as a single outcome. By the data-processing inequality joining outcomes never makes the
+        divergence larger; measure_impact gives the exact one.
 
     The bootstrap draws documents with the values of both runs. All measures are over the same tokens: those with one
     before them in their sequence.
@@ -52,7 +58,7 @@ def next_tokens(a: Trace, b: Trace, *, by: By = None, bootstrap: Bootstrap = DEF
     Returns
     -------
     xarray.Dataset
-        Estimate, ci_low, ci_high [*by, measure]; n (predicted tokens) [*by].
+        ``estimate``, ci_low, ci_high ``[*by, measure]``; n (predicted tokens) ``[*by]``.
 
     Raises
     ------

@@ -38,7 +38,8 @@ def expert_share(trace: Trace, *, by: By = None, slot: str = "any", bootstrap: B
     Returns
     -------
     xarray.Dataset
-        Fraction, ci_low, ci_high [*by, layer, expert]; n (tokens) [*by]; shares sum to 1 over experts.
+        ``estimate`` (fraction), ci_low, ci_high ``[*by, layer, expert]``; n (tokens) ``[*by]``; shares sum to 1 over
+        experts.
 
     Raises
     ------
@@ -82,11 +83,14 @@ def expert_share(trace: Trace, *, by: By = None, slot: str = "any", bootstrap: B
 def load_balance(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
     """Measure how evenly tokens are spread over the experts of each layer, in three measures.
 
-    cv             standard deviation over mean of the experts' token counts; balanced 0
-    max_over_mean  tokens of the busiest expert over the mean; balanced 1
-    switch_loss    E * sum_e f_e P_e, with f_e the share of tokens that choose e (they sum to k) and P_e the mean
-                   router probability; balanced k, collapsed onto k experts at most E (Fedus et al. 2021, eq. 4, per
-                   layer). NaN without router_logits, which attrs["missing"] then says
+    cv
+        standard deviation over mean of the experts' token counts; balanced 0.
+    max_over_mean
+        tokens of the busiest expert over the mean; balanced 1.
+    switch_loss
+        E * sum_e f_e P_e, with f_e the share of tokens that choose e (they sum to k) and P_e the mean router
+        probability; balanced k, collapsed onto k experts at most E (Fedus et al. 2021, eq. 4, per layer). NaN
+        without router_logits, which attrs["missing"] then says.
 
     All three are biased upwards in small samples; the estimate is the plain one, the interval is corrected for it.
 
@@ -103,7 +107,7 @@ def load_balance(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT)
     Returns
     -------
     xarray.Dataset
-        Ratio, ci_low, ci_high [*by, layer, measure]; n (tokens) [*by].
+        Ratio, ci_low, ci_high ``[*by, layer, measure]``; n (tokens) ``[*by]``.
 
     Raises
     ------
@@ -167,7 +171,7 @@ def routing_entropy(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAU
     Returns
     -------
     xarray.Dataset
-        Bits, ci_low, ci_high [*by, layer]; n (tokens) [*by].
+        ``estimate`` (bits), ci_low, ci_high ``[*by, layer]``; n (tokens) ``[*by]``.
 
     Raises
     ------
@@ -203,9 +207,12 @@ def routing_entropy(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAU
 def router_confidence(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
     """Measure how strongly the router prefers its first expert: means over tokens of three measures.
 
-    p1            probability of the likeliest expert under softmax(router_logits)
-    p1_minus_p2   its lead over the second
-    w2_over_w1    weight of the second chosen expert over that of the first
+    p1
+        probability of the likeliest expert under softmax(router_logits).
+    p1_minus_p2
+        its lead over the second.
+    w2_over_w1
+        weight of the second chosen expert over that of the first.
 
     What the trace has no signal for is NaN, and attrs["missing"] says so.
 
@@ -222,7 +229,7 @@ def router_confidence(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEF
     Returns
     -------
     xarray.Dataset
-        Fraction, ci_low, ci_high [*by, layer, measure]; n (tokens) [*by].
+        ``estimate`` (fraction), ci_low, ci_high ``[*by, layer, measure]``; n (tokens) ``[*by]``.
 
     Raises
     ------
@@ -303,8 +310,8 @@ def position_profile(
     Returns
     -------
     xarray.Dataset
-        Fraction, ci_low, ci_high [*by, position_bin, layer, expert]; n (tokens) [*by, position_bin]; coordinate
-        position_start [position_bin]; NaN for a bin without tokens.
+        ``estimate`` (fraction), ci_low, ci_high ``[*by, position_bin, layer, expert]``; n (tokens) ``[*by,
+        position_bin]``; coordinate position_start [position_bin]; NaN for a bin without tokens.
 
     Raises
     ------

@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 def repetition(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
     """Compute how often consecutive tokens go to the same expert.
 
-    first    share of consecutive pairs of tokens whose strongest expert is the same; uniform 1/E
-    either   share of pairs that have an expert in common among their k; uniform 1 - C(E-k, k) / C(E, k)
+    first
+        share of consecutive pairs of tokens whose strongest expert is the same; uniform 1/E.
+    either
+        share of pairs that have an expert in common among their k; uniform 1 - C(E-k, k) / C(E, k).
 
     A pair lies in one sequence and is never counted across a gap (Jiang et al. 2024, Table 5, "first" and "first or
     second choice").
@@ -38,7 +40,7 @@ def repetition(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -
     Returns
     -------
     xarray.Dataset
-        Fraction, ci_low, ci_high [*by, layer, choice]; n (pairs) [*by]; NaN without a pair.
+        ``estimate`` (fraction), ci_low, ci_high ``[*by, layer, choice]``; n (pairs) ``[*by]``; NaN without a pair.
 
     Raises
     ------
@@ -101,8 +103,8 @@ def coactivation(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT)
     Returns
     -------
     xarray.Dataset
-        Fraction, ci_low, ci_high [*by, layer, expert, expert_j]; n (tokens that chose i) [*by, layer, expert];
-        NaN on the diagonal and where expert i was never chosen.
+        ``estimate`` (fraction), ci_low, ci_high ``[*by, layer, expert, expert_j]``; n (tokens that chose i) ``[*by,
+        layer, expert]``; NaN on the diagonal and where expert i was never chosen.
 
     Raises
     ------
@@ -172,9 +174,9 @@ def transitions(trace: Trace, *, by: By = None, gap: int = 1, bootstrap: Bootstr
     Returns
     -------
     xarray.Dataset
-        Fraction, ci_low, ci_high [*by, layer, expert, expert_j]; n (tokens whose first choice is i) [*by, layer,
-        expert]; mi_bits, mi_ci_low, mi_ci_high [*by, layer]; layer is the one left from; NaN where expert i was
-        never chosen first.
+        ``estimate`` (fraction), ci_low, ci_high ``[*by, layer, expert, expert_j]``; n (tokens whose first choice is
+        i) ``[*by, layer, expert]``; mi_bits, mi_ci_low, mi_ci_high ``[*by, layer]``; layer is the one left from; NaN
+        where expert i was never chosen first.
 
     Raises
     ------

@@ -50,8 +50,8 @@ def vocabulary_specialization(
     Returns
     -------
     xarray.Dataset
-        Fraction, ci_low, ci_high [*by, layer]; n (tokens of the types counted) and n_types [*by]; NaN where no
-        type is frequent enough.
+        ``estimate`` (fraction), ci_low, ci_high ``[*by, layer]``; n (tokens of the types counted) and n_types
+        ``[*by]``; NaN where no type is frequent enough.
 
     Raises
     ------
@@ -110,9 +110,12 @@ def vocabulary_specialization(
 def predictability(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
     """Measure how well the first choice follows from the text: accuracy on held-out documents.
 
-    majority            always the most frequent expert: chance
-    token               the expert most frequent for the token's identity
-    token_and_previous  the expert most frequent for the token and the one before it: what context adds, at least
+    majority
+        always the most frequent expert: chance.
+    token
+        the expert most frequent for the token's identity.
+    token_and_previous
+        the expert most frequent for the token and the one before it: what context adds, at least.
 
     Documents are dealt into 5 folds; each is predicted from the others. Each distribution is smoothed with the coarser
     one, worth 4 observations: p(e | x) is proportional to N_xe + 4 p(e), p(e | x, previous) to N_yxe + 4 p(e | x).
@@ -130,8 +133,8 @@ def predictability(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAUL
     Returns
     -------
     xarray.Dataset
-        Fraction, ci_low, ci_high [*by, layer, measure]; n (tokens) [*by]; the predictors are learnt from the
-        whole trace, whatever `by` is.
+        ``estimate`` (fraction), ci_low, ci_high ``[*by, layer, measure]``; n (tokens) ``[*by]``; the predictors are
+        learnt from the whole trace, whatever `by` is.
 
     Raises
     ------
