@@ -17,6 +17,7 @@ nb_execution_mode = "off"
 nb_merge_streams = True
 myst_heading_anchors = 4
 myst_enable_extensions = ["colon_fence"]
+add_module_names = False
 autodoc_typehints = "none"  # numpydoc has them
 autodoc_member_order = "bysource"
 numpydoc_class_members_toctree = False

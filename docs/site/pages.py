@@ -25,8 +25,8 @@ GUIDE = ("load", "quantize", "record", "statistics", "show", "view", "explore", 
 PACKAGES = ("stats", "show", "view", "edits", "bench", "evals", "experiments", "pricing")
 
 
-def contents(caption: str, *pages: str, depth: int = 1) -> str:
-    return "\n".join([f"```{{toctree}}\n:caption: {caption}\n:maxdepth: {depth}\n", *pages, "```\n"])
+def contents(*pages: str, hidden: bool = False) -> str:
+    return "\n".join(["```{toctree}\n:maxdepth: 1", *([":hidden:"] if hidden else []), "", *pages, "```\n"])
 
 
 def linked(text: str) -> str:
@@ -90,14 +90,16 @@ def main(out: Path) -> None:
     write("gallery/views.md", "\n".join(views))
 
     overview = linked((ROOT / "docs" / "README.md").read_text("utf-8"))
-    lists = [
-        contents("Guide", "tour", *GUIDE),
-        contents("Gallery", "gallery/figures", "gallery/views"),
-        contents("Notebooks", *(f"notebooks/{path.stem}" for path in notebooks)),
-        contents("Reference", "reference/mixlens", *(f"reference/{package}" for package in PACKAGES), "reference/cli"),
-    ]
     others = sorted({path.stem for path in (ROOT / "docs").glob("*.md")} - {"README", "tour", *GUIDE})
-    write("index.md", "\n\n".join([overview, *lists, *([contents("More", *others)] if others else [])]))
+    sections = {
+        "guide": ("Guide", ["tour", *GUIDE, *others]),
+        "gallery/index": ("Gallery", ["figures", "views"]),
+        "notebooks/index": ("Notebooks", [path.stem for path in notebooks]),
+        "reference/index": ("Reference", ["mixlens", *PACKAGES, "cli"]),
+    }
+    for path, (title, members) in sections.items():
+        write(f"{path}.md", f"# {title}\n\n{contents(*members)}")
+    write("index.md", f"{overview}\n\n{contents(*sections, hidden=True)}")
     shutil.copy(HERE / "conf.py", out)
     shutil.copy(HERE / "site.css", out / "_static")
 
