@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import os
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from shutil import get_terminal_size
 from typing import Any
@@ -19,6 +19,7 @@ from mixlens.bench.metrics import CountTokens, Limits
 from mixlens.bench.prompts import workload_words
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.core.run_dir import open_run
+from mixlens.core.text import interval_of
 from mixlens.errors import RunError
 
 RESULTS = "results.jsonl"
@@ -212,9 +213,9 @@ class Bench:
         for level, group in self.requests().query("phase == 'measured'").groupby("level", sort=False):
             row = {"succeeded": f"{(group['outcome'] == 'ok').sum()} of {len(group)}"}
             for heading, metric, statistic, factor, decimals in _OVERVIEW:
-                row[heading] = _text(numbers[level, metric, statistic], factor, decimals)
+                row[heading] = interval_of(numbers[level, metric, statistic], factor, decimals)
             for heading, metric in _SYSTEM:
-                row[heading] = _text(numbers[level, "system_" + metric, "rate"], 1.0, 2)
+                row[heading] = interval_of(numbers[level, "system_" + metric, "rate"], 1.0, 2)
             rows[level] = row
         for level, told in local_tables.columns(self.records, self.meta).items():
             rows[level] |= told
@@ -252,14 +253,6 @@ class Bench:
     def _repr_html_(self) -> str:
         said = "".join(f"<div>{html.escape(remark)}</div>" for remark in self.remarks())
         return f"<div class='mixlens-bench'>{self.overview().to_html(border=0)}{said}</div>"
-
-
-def _text(row: dict[Hashable, Any], factor: float, decimals: int) -> str:
-    estimate, low, high = (float(row[name]) * factor for name in ("estimate", "ci_low", "ci_high"))
-    if estimate != estimate:
-        return "n/a"
-    interval = "" if low != low else f" [{low:.{decimals}f}, {high:.{decimals}f}]"
-    return f"{estimate:.{decimals}f}{interval}"
 
 
 def _first_answer(warm: Sequence[Record], count_tokens: CountTokens | None) -> str:

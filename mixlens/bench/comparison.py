@@ -14,7 +14,7 @@ from mixlens.bench.bench import Bench
 from mixlens.bench.load_generator import turn_edges
 from mixlens.bench.metrics import P99_SAMPLES, STATISTICS, output_tokens
 from mixlens.bench.prompts import workload_words
-from mixlens.core.bootstrap import DEFAULT, Bootstrap, t_quantile
+from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.errors import BadInput
 
 _METRICS = (
@@ -212,6 +212,8 @@ def _turns(bench: Bench, level: str, metric: str) -> np.ndarray:
 
 def _reach_of_turns(a: np.ndarray, b: np.ndarray) -> float:
     """Half of the 95 % interval of ln(rate of b / rate of a), from the turns that both had; NaN with fewer than two."""
+    from scipy.special import stdtrit  # here, since it takes a quarter of a second
+
     both = np.isfinite(a).all(1) & np.isfinite(b).all(1)
     n = int(both.sum())
     totals = [side[both].sum(0) for side in (a, b)]
@@ -219,7 +221,7 @@ def _reach_of_turns(a: np.ndarray, b: np.ndarray) -> float:
         return np.nan
     of_a, of_b = ((side[both] / total) @ [1.0, -1.0] for side, total in zip((a, b), totals, strict=True))
     spread = np.sqrt(n / (n - 1) * np.square(of_b - of_a).sum())
-    return float(t_quantile(0.975, np.array([n - 1.0]))[0] * spread)
+    return float(stdtrit(n - 1, 0.975) * spread)
 
 
 def _statistics(values: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ from mixlens.bench.events import Record
 from mixlens.bench.metrics import request_table
 from mixlens.bench.roofline import Machine, roofline
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
+from mixlens.core.text import interval_of
 from mixlens.errors import MissingSignal
 
 TIMES = {"ttft_s": "prefill and the first token", "tpot_s": "a decode step", "e2e_token_s": "the whole call"}
@@ -121,7 +122,7 @@ def columns(records: Sequence[Record], meta: Mapping[str, Any]) -> dict[str, dic
     rows = {(row["level"], row["phase"], row["metric"]): row for row in table}
     for level in dict.fromkeys(level for level, _, _ in rows):
         told[level] = {
-            heading: _text(rows[level, phase, metric], factor, 1) for heading, phase, metric, factor in wanted
+            heading: interval_of(rows[level, phase, metric], factor, 1) for heading, phase, metric, factor in wanted
         }
     for level, memory, peak, _ in peak_memory(records).itertuples(index=False, name=None):
         if level in told:
@@ -175,13 +176,6 @@ def _remarks(meta: Mapping[str, Any]) -> list[str]:
         ],
         f"Routing {recorded}.",
     ]
-
-
-def _text(row: Mapping[Any, Any], factor: float, decimals: int) -> str:
-    estimate, low, high = (float(row[name]) * factor for name in ("estimate", "ci_low", "ci_high"))
-    if estimate != estimate:
-        return "n/a"
-    return f"{estimate:.{decimals}f}" + ("" if low != low else f" [{low:.{decimals}f}, {high:.{decimals}f}]")
 
 
 def _mean(values: np.ndarray, bootstrap: Bootstrap) -> tuple[float, float, float]:

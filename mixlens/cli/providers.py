@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -163,14 +162,19 @@ def _named(text: str) -> tuple[str, str]:
 
 
 def _provider_text(table: Any) -> str:
-    """Numbers of every row in columns, of which those without any are left out; then who said them, and when."""
+    """Numbers of every row in columns, without empty columns; then who published them, and when."""
+    from mixlens.core.text import interval
+
     shown = table[["provider", "kind", "load"]].copy()
     for heading, column, factor, decimals in (
         ("tok/s", "output_tokens_per_s", 1, 1),
         ("TTFT [ms]", "ttft_s", 1e3, 0),
     ):
         columns = [column, f"{column}_low", f"{column}_high"]
-        shown[heading] = [_interval(factor * row, decimals) for row in table[columns].to_numpy(float)]
+        shown[heading] = [
+            interval(estimate, low, high, decimals, factor=factor)
+            for estimate, low, high in table[columns].to_numpy(float)
+        ]
     names = {
         "input_usd_per_mtok": "$/Mtok in",
         "output_usd_per_mtok": "$/Mtok out",
@@ -190,13 +194,6 @@ def _provider_text(table: Any) -> str:
         for at, row in enumerate(table.to_dict("records"), 1)
     ]
     return "\n".join([*dict.fromkeys(table["model"]), shown.drop(columns=empty).to_string(), "", *said])
-
-
-def _interval(numbers: Sequence[float], decimals: int) -> str:
-    estimate, low, high = numbers
-    if estimate != estimate:
-        return "n/a"
-    return f"{estimate:.{decimals}f}" + ("" if low != low else f" [{low:.{decimals}f}, {high:.{decimals}f}]")
 
 
 def _cost_text(table: Any) -> str:

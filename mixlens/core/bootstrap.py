@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from numbers import Integral
 from statistics import NormalDist
 
@@ -108,8 +107,10 @@ class Bootstrap:
         n_groups : int, optional
             Effective numbers of documents.
         """
+        from scipy.special import stdtrit  # here, since it takes a quarter of a second
+
         n = np.maximum(documents, 1.01 * n_groups)
-        return np.sqrt(n / (n - n_groups)) * t_quantile((1 + self.level) / 2, np.maximum(n - n_groups, 1.0))
+        return np.sqrt(n / (n - n_groups)) * stdtrit(np.maximum(n - n_groups, 1.0), (1 + self.level) / 2)
 
     def _draw(self, n: int, stream: int) -> np.ndarray:
         """[replicate, n] how often each document is drawn, n draws a replicate; ten times as fast as multinomial."""
@@ -173,28 +174,6 @@ def effective_documents(sizes: np.ndarray) -> np.ndarray:
     total, squares = sizes.sum(0), (sizes * sizes).sum(0)
     several = (sizes > 0).sum(0) >= 2
     return np.where(several, total * total / np.where(squares > 0, squares, 1), np.nan)
-
-
-def t_quantile(p: float, degrees: np.ndarray) -> np.ndarray:
-    """Quantile p > 1/2 of Student's t for real degrees of freedom >= 1, to about 1e-4 of itself.
-
-    With t = sqrt(df) tan(a) the density is proportional to cos(a)^(df - 1), which is integrated on a grid for some
-    df and interpolated in 1/df between them.
-    """
-    return np.exp(np.interp(1 / degrees, *_t_nodes(p)))
-
-
-@lru_cache(maxsize=8)
-def _t_nodes(p: float) -> tuple[np.ndarray, np.ndarray]:
-    """1 / df, and the logarithm of the quantile there; kept, for it takes longer than most statistics that ask."""
-    inverse = np.linspace(0, 1, 101)[1:]
-    angle = np.linspace(0, np.pi / 2, 20_001)
-    nodes = [NormalDist().inv_cdf(p)]
-    for df in 1 / inverse:
-        density = np.cos(angle) ** (df - 1)
-        upper = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2)])
-        nodes.append(np.sqrt(df) * np.tan(np.interp((2 * p - 1) * upper[-1], upper, angle)))
-    return np.concatenate([[0], inverse]), np.log(nodes)
 
 
 def _jackknife_ratio(left_out: np.ndarray, replicates: np.ndarray) -> np.ndarray:

@@ -1,11 +1,28 @@
-"""The main numbers of a comparison as a table: a row a number, with its unit, interval and n."""
+"""Numbers as text: an estimate with its interval, and tables of the main numbers."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
 import xarray as xr
+
+MISSING = "n/a"  # where a number has no value
+
+
+def interval(estimate: float, low: float, high: float, decimals: int, *, factor: float = 1.0) -> str:
+    """Format an estimate with its interval, as "1.5 [1.2, 1.9]"; without the interval where it is NaN."""
+    if estimate != estimate:
+        return MISSING
+    text = f"{factor * estimate:,.{decimals}f}"
+    return text if low != low else f"{text} [{factor * low:,.{decimals}f}, {factor * high:,.{decimals}f}]"
+
+
+def interval_of(row: Mapping[Any, Any] | pd.Series, factor: float, decimals: int) -> str:
+    """Format the estimate, ci_low and ci_high of a row of a table."""
+    estimate, low, high = (float(row[name]) for name in ("estimate", "ci_low", "ci_high"))
+    return interval(estimate, low, high, decimals, factor=factor)
 
 
 def row(cell: xr.Dataset, unit: str) -> dict[str, Any]:
@@ -18,7 +35,7 @@ def shown(overview: pd.DataFrame) -> pd.DataFrame:
 
     def text(row: pd.Series) -> str:
         if row.estimate != row.estimate:
-            return "not available"
+            return MISSING
         scale, sign = (100, " %") if row.unit == "fraction" else (1, f" {row.unit}".rstrip())
         numbers = [f"{scale * row[name]:.4g}" for name in ("estimate", "ci_low", "ci_high")]
         interval = "no interval" if row.ci_low != row.ci_low else f"{numbers[1]}, {numbers[2]}"

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import pandas as pd
 from matplotlib.axes import Axes
 
+from mixlens.core.text import interval
 from mixlens.errors import BadInput
 from mixlens.evals.log import Log
 from mixlens.evals.paired import LogComparison
@@ -195,7 +196,7 @@ def score_table(log: Log) -> pd.DataFrame:
             {
                 "benchmark": row["benchmark"],
                 "protocol": row["protocol"],
-                "score, %": _number(row["score"], row["ci_low"], row["ci_high"]),
+                "score, %": interval(row["score"], row["ci_low"], row["ci_high"], 1),
                 "n": int(row["n"]),
                 "published, %": f"{published:.1f}" if known else "–",
                 "difference": f"{row['difference']:+.1f}" if row["comparable"] else "not comparable" if known else "–",
@@ -262,9 +263,3 @@ def _short(table: pd.DataFrame) -> list[str]:
 
 def _label(log: Log) -> str:
     return log.path.name if log.path is not None else str(log.meta["model"]["name"]).rsplit("/", 1)[-1]
-
-
-def _number(score: float, low: float, high: float) -> str:
-    if score != score:
-        return "n/a"
-    return f"{score:.1f}" if low != low else f"{score:.1f} [{low:.1f}, {high:.1f}]"

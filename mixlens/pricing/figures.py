@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 
 from mixlens.bench.bench import Bench
 from mixlens.bench.figures import legend_below
+from mixlens.core.text import interval
 from mixlens.errors import BadInput
 from mixlens.evals.log import Log
 from mixlens.plot.style import (
@@ -84,8 +85,7 @@ def quality_cost_speed(
             place = float(row["usd_per_mtok"]), float(row["score"])
             numbers.setdefault(place, []).append(str(number))  # several loads can share a price and a score
             speed, low, high = (float(row[f"tokens_per_s{end}"]) for end in ("", "_low", "_high"))
-            spread = "" if low != low else f" [{low:,.1f}, {high:,.1f}]"
-            label = printable(f"{number}  {row['name']}: {speed:,.1f}{spread} tok/s")
+            label = printable(f"{number}  {row['name']}: {interval(speed, low, high, 1)} tok/s")
             ax.plot([], [], "o", ms=5, markerfacecolor=face, markeredgecolor=colour, label=label)
         for place, told in numbers.items():
             beside = {"xytext": (9, 5), "textcoords": "offset points"}

@@ -13,6 +13,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from mixlens.core.run_dir import open_run
+from mixlens.core.text import interval_of
 from mixlens.errors import BadInput
 
 KIND, TABLE = "pareto", "table.parquet"
@@ -119,7 +120,7 @@ class Pareto:
         for name in [*known, *scores]:
             heading, factor, decimals = _OVERVIEW.get(name, (name, 1.0, 3))
             for scheme, row in self.of(name).iterrows():
-                rows[str(scheme)][heading] = _text(row, factor, decimals)
+                rows[str(scheme)][heading] = interval_of(row, factor, decimals)
         table = pd.DataFrame.from_dict(rows, orient="index").fillna("n/a").rename_axis("scheme")
         table["on the front"] = ["yes" if scheme in self.front() else "" for scheme in table.index]
         return table
@@ -145,11 +146,3 @@ def _cost(pareto: Pareto, quantity: str) -> pd.Series:
     """Estimates by scheme, turned so that less is better."""
     estimate = pareto.of(quantity)["estimate"].astype(float)
     return estimate if quantity in _SMALLER_IS_BETTER else -estimate
-
-
-def _text(row: pd.Series, factor: float, decimals: int) -> str:
-    estimate, low, high = (float(row[name]) * factor for name in ("estimate", "ci_low", "ci_high"))
-    if estimate != estimate:
-        return "n/a"
-    interval = "" if low != low else f" [{low:.{decimals}f}, {high:.{decimals}f}]"
-    return f"{estimate:.{decimals}f}{interval}"

@@ -45,10 +45,7 @@ def test_each_configuration_is_a_row_and_a_failure_of_one_is_named(tmp_path):
     assert table["succeeded"].tolist() == ["2 of 2", "2 of 2", "0 of 1", "0 of 1", "2 of 2", "2 of 2"]
     assert (table.loc[f"nf5: {loads[0]}"].drop("succeeded") == "n/a").all()
     assert set(bench.outcomes()["outcome"]) == {"ok", "failed"}
-    assert (
-        "Failed: nf5: batch 1, 16 + 3 tokens; nf5: batch 2, 16 + 3 tokens. Cannot quantize to 'nf5'"
-        in repr(bench)
-    )
+    assert "Failed: nf5: batch 1, 16 + 3 tokens; nf5: batch 2, 16 + 3 tokens. Cannot quantize to 'nf5'" in repr(bench)
     assert "bfloat16: demo in bfloat16" in repr(bench)
     parts = bench.configurations()
     assert list(parts) == ["float32", "bfloat16"]

@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 import pytest
 from helpers import loops
-from helpers.inside import t_quantile
 from helpers.traces import made
 from scipy import stats as scipy_stats
 
@@ -121,12 +120,6 @@ def test_a_ratio_whose_denominator_some_documents_lack():
                 assert_bounds(found.sel(layer=layer, expert=i, expert_j=j), expected)
                 known += math.isfinite(expected[0])
     assert known > 10
-
-
-@pytest.mark.parametrize("p", [0.75, 0.9, 0.975, 0.995])
-def test_quantiles_of_t_are_those_of_scipy(p):
-    degrees = np.array([1, 1.3, 2, 2.7, 4, 9.5, 33, 250])
-    np.testing.assert_allclose(t_quantile(p, degrees), scipy_stats.t.ppf(p, degrees), rtol=1e-3)
 
 
 def test_draws_within_groups_keep_every_group_s_size():
