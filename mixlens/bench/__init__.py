@@ -1,4 +1,4 @@
-"""How fast a model answers: event records, metrics as pure functions of them, load, and local measurements."""
+"""Speed of endpoints and loaded models: load generation, records of requests, and metrics computed from them."""
 
 from mixlens.core.lazy import exports
 

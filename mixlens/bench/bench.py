@@ -1,4 +1,4 @@
-"""Bench: a finished benchmark, from memory or from its run directory; every number is computed from its records."""
+"""Bench: a finished benchmark, in memory or from a run directory, with metrics computed from its records."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from mixlens.core.text import interval_of
 from mixlens.errors import RunError
 
 RESULTS = "results.jsonl"
-# Columns of the overview: heading, metric and statistic, factor, decimals.
+# Columns of the overview: heading, metric, statistic, factor, decimals.
 _OVERVIEW = (
     ("TTFT p50 [ms]", "ttft_s", "p50", 1e3, 0),
     ("TTFT p95 [ms]", "ttft_s", "p95", 1e3, 0),
@@ -39,18 +39,28 @@ _SYSTEM = (("system [tok/s]", "output_tokens_per_s"), ("system [requests/s]", "r
 
 
 class Bench:
-    """The records of a benchmark's requests, and the metrics computed from them.
+    """The records of a benchmark and the metrics computed from them.
+
+    `ml.benchmark` returns a Bench, and `ml.open` reads one from a run directory.
 
     Parameters
     ----------
     records : Sequence[Record]
-        Every request, warm-up and failures among them.
+        All requests, including warm-up requests and failures.
     meta : dict[str, Any]
-        Endpoint, load, versions, date; what stopped the run, if something did.
+        Endpoint or model, load, versions, date, and the reason if the run stopped early.
     path : Path, optional
-        Of the run directory, None in memory.
+        Run directory; None for a benchmark in memory.
     count_tokens : CountTokens, optional
-        Counts answers whose server reports no usage; not kept on disk.
+        Function that counts the tokens of a text, used if the server reports no usage. Run directories do not store
+        it.
+
+    Examples
+    --------
+    >>> settings = ml.bench.LocalSettings(progress=False, warmup=0, recording=False)
+    >>> bench = ml.benchmark(model, requests=2, workload=ml.bench.Workload(16, 2), settings=settings)
+    >>> bench.outcomes()["n"].tolist()
+    [2]
     """
 
     kind = "bench"
@@ -67,20 +77,33 @@ class Bench:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, check: bool = True) -> Bench:
-        """Open the benchmark in a folder. Raises RunError where there is none, or a run of another kind.
+        """Open the benchmark in a run directory.
 
         Parameters
         ----------
         path : str or os.PathLike
-            The folder.
+            Run directory.
         check : bool, optional
-            Compare every file with its checksum when it is first read; False compares sizes only.
+            Whether to verify the checksum of every file when it is first read; False compares sizes only.
+
+        Returns
+        -------
+        Bench
+
+        Raises
+        ------
+        RunError
+            If `path` holds no run or a run of another kind.
+
+        Examples
+        --------
+        >>> ml.bench.Bench.open("runs/vllm")  # doctest: +SKIP
         """
         run = open_run(path, check=check)
         if run.kind != "bench":
             raise RunError(
-                f"Cannot open a benchmark at {path}: the run there is of kind {run.kind}. Use mixlens.open, which "
-                "opens a run of any kind.",
+                f"Cannot open a benchmark at {path}: it holds a run of kind {run.kind}. Use mixlens.open, which opens "
+                "runs of any kind.",
                 argument="path",
                 value=run.kind,
             )
@@ -88,39 +111,115 @@ class Bench:
 
     @property
     def succeeded(self) -> int:
-        """Return how many measured requests succeeded."""
+        """Number of measured requests that succeeded."""
         return sum(record.outcome == "ok" for record in self.records if record.phase == "measured")
 
     def requests(self) -> pd.DataFrame:
-        """Return one row per request."""
+        """Tabulate the requests.
+
+        A failed request has NaN for every metric. TPOT and output speed need at least two events that carry tokens.
+
+        Returns
+        -------
+        DataFrame
+            One row per request: level, index, phase, outcome, tokens and metrics.
+
+        Examples
+        --------
+        >>> settings = ml.bench.LocalSettings(progress=False, warmup=0, recording=False)
+        >>> bench = ml.benchmark(model, requests=2, workload=ml.bench.Workload(16, 2), settings=settings)
+        >>> bench.requests()["output_tokens"].tolist()
+        [2, 2]
+        """
         return metrics.request_table(self.records, self.count_tokens)
 
     def summary(self, *, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
-        """Return mean and percentiles of every metric, with intervals.
+        """Compute mean and percentiles of every metric over the measured requests that succeeded.
+
+        Percentiles interpolate linearly between order statistics. Intervals come from a bootstrap over requests. The
+        99th percentile is NaN below 100 samples.
 
         Parameters
         ----------
         bootstrap : Bootstrap, optional
-            How intervals are computed.
+            Settings of the intervals.
+
+        Returns
+        -------
+        xarray.Dataset
+            ``estimate, ci_low, ci_high, n, n_requests`` [level, metric, statistic]; NaN for a level without a success.
+
+        Examples
+        --------
+        >>> settings = ml.bench.LocalSettings(progress=False, warmup=0, recording=False)
+        >>> bench = ml.benchmark(model, requests=2, workload=ml.bench.Workload(16, 2), settings=settings)
+        >>> bench.summary()["estimate"].dims
+        ('level', 'metric', 'statistic')
         """
         return metrics.summary(self.records, count_tokens=self.count_tokens, bootstrap=bootstrap)
 
     def throughput(self) -> pd.DataFrame:
-        """Return the throughput of the whole system."""
+        """Compute the throughput of the whole system at each level.
+
+        The window runs from the first measured request sent to the end of the last one. Tokens of failed requests do
+        not count. The interval is a t interval over the rates of ten slices of the window (batch means).
+
+        Returns
+        -------
+        DataFrame
+            level, metric (output_tokens_per_s, requests_per_s), estimate, ci_low, ci_high, n (successes), window_s.
+
+        Examples
+        --------
+        >>> settings = ml.bench.LocalSettings(progress=False, warmup=0, recording=False)
+        >>> bench = ml.benchmark(model, requests=2, workload=ml.bench.Workload(16, 2), settings=settings)
+        >>> bench.throughput()["metric"].tolist()
+        ['output_tokens_per_s', 'requests_per_s']
+        """
         return metrics.throughput(self.records, count_tokens=self.count_tokens)
 
     def goodput(self, limits: Limits) -> pd.DataFrame:
-        """Return the goodput under the given limits.
+        """Compute the share and the rate of measured requests that meet every limit.
 
         Parameters
         ----------
         limits : Limits
-            Limits that a request must keep.
+            Latency limits.
+
+        Returns
+        -------
+        DataFrame
+            level, good (requests), good_frac, good_per_s, n (measured requests); NaN for a level without a success.
+
+        Raises
+        ------
+        BadInput
+            If `limits` sets no limit.
+
+        Examples
+        --------
+        >>> settings = ml.bench.LocalSettings(progress=False, warmup=0, recording=False)
+        >>> bench = ml.benchmark(model, requests=2, workload=ml.bench.Workload(16, 2), settings=settings)
+        >>> bench.goodput(ml.bench.Limits(ttft_s=60.0))["good"].tolist()
+        [2]
         """
         return metrics.goodput(self.records, limits, count_tokens=self.count_tokens)
 
     def events(self) -> pd.DataFrame:
-        """Return one row per stream event: level, index, phase, at_s (seconds after sent), kind, text, finish."""
+        """Tabulate the events of all streams.
+
+        Returns
+        -------
+        DataFrame
+            One row per event: level, index, phase, at_s (seconds since the request was sent), kind, text, finish.
+
+        Examples
+        --------
+        >>> settings = ml.bench.LocalSettings(progress=False, warmup=0, recording=False)
+        >>> bench = ml.benchmark(model, requests=1, workload=ml.bench.Workload(16, 2), settings=settings)
+        >>> bench.events()["kind"].tolist()
+        ['token', 'token']
+        """
         rows = [
             (
                 r.level,
@@ -137,66 +236,153 @@ class Bench:
         return pd.DataFrame(rows, columns=["level", "index", "phase", "at_s", "kind", "text", "finish"])
 
     def to_jsonl(self, path: str | os.PathLike[str]) -> Path:
-        """Write every record to one file of JSON Lines, one request per line, as in a run directory.
+        """Write all records to a JSON Lines file, one request per line, in the format of a run directory.
 
         Parameters
         ----------
         path : str or os.PathLike
-            The folder.
+            File to write.
+
+        Returns
+        -------
+        Path
+            The file written.
+
+        Examples
+        --------
+        >>> settings = ml.bench.LocalSettings(progress=False, warmup=0, recording=False)
+        >>> bench = ml.benchmark(model, requests=1, workload=ml.bench.Workload(16, 2), settings=settings)
+        >>> bench.to_jsonl(tmp / "results.jsonl").name
+        'results.jsonl'
         """
         write_records(path, self.records)
         return Path(path)
 
     def roofline(self, *, bootstrap: Bootstrap = DEFAULT) -> pd.DataFrame:
-        """Return the roofline of a loaded model. Raises MissingSignal for an endpoint.
+        """Compare the prefill and decode of a loaded model with the measured limits of its device.
 
         Parameters
         ----------
         bootstrap : Bootstrap, optional
-            How intervals are computed.
+            Settings of the intervals.
+
+        Returns
+        -------
+        DataFrame
+            level, phase, metric, estimate, ci_low, ci_high, n (calls).
+
+        Raises
+        ------
+        MissingSignal
+            If the benchmark is of an endpoint, whose device is unknown.
+
+        Examples
+        --------
+        >>> bench = ml.benchmark(ml.load("demo"), concurrency=[1, 4], requests=4)  # doctest: +SKIP
+        >>> bench.roofline()  # doctest: +SKIP
         """
         return local_tables.rooflines(self.records, self.meta, bootstrap=bootstrap)
 
     def configurations(self) -> dict[str, Bench]:
-        """Return each configuration that ran as a benchmark of its own, by name; {"": self} where there is only one."""
+        """Split a benchmark of several configurations into one Bench per configuration.
+
+        Returns
+        -------
+        dict[str, Bench]
+            The configurations that ran, by name; {"": self} for a benchmark of a single configuration.
+
+        Examples
+        --------
+        >>> settings = ml.bench.LocalSettings(progress=False, warmup=0, recording=False)
+        >>> bench = ml.benchmark(model, requests=1, workload=ml.bench.Workload(16, 2), settings=settings)
+        >>> list(bench.configurations())
+        ['']
+        """
         if "configurations" not in self.meta:
             return {"": self}
         parts = local_tables.parts(self.records, self.meta)
         return {label: Bench(records, meta) for label, (records, meta) in parts.items()}
 
     def cold_and_warm(self, *, bootstrap: Bootstrap = DEFAULT) -> pd.DataFrame:
-        """Return the first call and the measured calls of each load.
+        """Compare the first call of each load with its measured calls.
+
+        The first warm-up call includes one-time work such as compilation.
 
         Parameters
         ----------
         bootstrap : Bootstrap, optional
-            How intervals are computed.
-        """
-        return local_tables.cold_and_warm(self.records, bootstrap=bootstrap)
-
-    def peak_memory(self) -> pd.DataFrame:
-        """Return the peak memory of a loaded model, by load."""
-        return local_tables.peak_memory(self.records)
-
-    def outcomes(self) -> pd.DataFrame:
-        """Return how requests ended."""
-        return metrics.outcomes(self.records)
-
-    def table(self, *, bootstrap: Bootstrap = DEFAULT) -> pd.DataFrame:
-        """Return every number with interval and n in tidy form.
-
-        Those of the whole system have the prefix ``system_`` and the statistic "rate".
-
-
-        Parameters
-        ----------
-        bootstrap : Bootstrap, optional
-            How intervals are computed.
+            Settings of the intervals.
 
         Returns
         -------
         DataFrame
-            Level, metric, statistic, estimate, ci_low, ci_high, n; NaN for what has no value.
+            level, state (cold, warm), metric (ttft_s, tpot_s, e2e_token_s), estimate (mean), ci_low, ci_high,
+            n (calls). NaN without a successful call; bounds are NaN for a single call.
+
+        Examples
+        --------
+        >>> settings = ml.bench.LocalSettings(progress=False, warmup=1, recording=False)
+        >>> bench = ml.benchmark(model, requests=1, workload=ml.bench.Workload(16, 2), settings=settings)
+        >>> bench.cold_and_warm()["state"].unique().tolist()
+        ['cold', 'warm']
+        """
+        return local_tables.cold_and_warm(self.records, bootstrap=bootstrap)
+
+    def peak_memory(self) -> pd.DataFrame:
+        """Return the largest amount of memory that a call of each load held.
+
+        Returns
+        -------
+        DataFrame
+            level, memory (peak_vram_bytes or peak_rss_bytes), bytes, n (calls).
+
+        Examples
+        --------
+        >>> settings = ml.bench.LocalSettings(progress=False, warmup=0, recording=False)
+        >>> bench = ml.benchmark(model, requests=1, workload=ml.bench.Workload(16, 2), settings=settings)
+        >>> bench.peak_memory().columns.tolist()
+        ['level', 'memory', 'bytes', 'n']
+        """
+        return local_tables.peak_memory(self.records)
+
+    def outcomes(self) -> pd.DataFrame:
+        """Count the requests by outcome.
+
+        Returns
+        -------
+        DataFrame
+            level, phase, outcome, status, n; one row per combination that occurred.
+
+        Examples
+        --------
+        >>> settings = ml.bench.LocalSettings(progress=False, warmup=0, recording=False)
+        >>> bench = ml.benchmark(model, requests=1, workload=ml.bench.Workload(16, 2), settings=settings)
+        >>> bench.outcomes()["outcome"].tolist()
+        ['ok']
+        """
+        return metrics.outcomes(self.records)
+
+    def table(self, *, bootstrap: Bootstrap = DEFAULT) -> pd.DataFrame:
+        """Return all metrics with interval and n in tidy form.
+
+        Metrics of the whole system have the prefix ``system_`` and the statistic "rate".
+
+        Parameters
+        ----------
+        bootstrap : Bootstrap, optional
+            Settings of the intervals.
+
+        Returns
+        -------
+        DataFrame
+            level, metric, statistic, estimate, ci_low, ci_high, n; NaN where a metric has no value.
+
+        Examples
+        --------
+        >>> settings = ml.bench.LocalSettings(progress=False, warmup=0, recording=False)
+        >>> bench = ml.benchmark(model, requests=1, workload=ml.bench.Workload(16, 2), settings=settings)
+        >>> bench.table()["statistic"].unique().tolist()
+        ['mean', 'p50', 'p90', 'p95', 'p99', 'rate']
         """
         columns = ["level", "metric", "statistic", "estimate", "ci_low", "ci_high", "n"]
         requests = self.summary(bootstrap=bootstrap).to_dataframe().reset_index()
@@ -207,7 +393,20 @@ class Bench:
         ).reset_index(drop=True)
 
     def overview(self) -> pd.DataFrame:
-        """Return one row per load, as text: requests that succeeded, latencies and rates with intervals."""
+        """Summarize each load as text.
+
+        Returns
+        -------
+        DataFrame
+            One row per load: number of successes, latencies and rates with intervals.
+
+        Examples
+        --------
+        >>> settings = ml.bench.LocalSettings(progress=False, warmup=0, recording=False)
+        >>> bench = ml.benchmark(model, requests=1, workload=ml.bench.Workload(16, 2), settings=settings)
+        >>> bench.overview()["succeeded"].tolist()
+        ['1 of 1']
+        """
         numbers = {(r["level"], r["metric"], r["statistic"]): r for r in self.table().to_dict("records")}
         rows = {}
         for level, group in self.requests().query("phase == 'measured'").groupby("level", sort=False):
@@ -222,8 +421,20 @@ class Bench:
         return pd.DataFrame.from_dict(rows, orient="index").fillna("n/a").rename_axis("load")
 
     def remarks(self) -> list[str]:
-        """Return the remarks that belong to the numbers: source of token counts, warm-up, failures, what stopped the
-        run.
+        """Return the remarks that qualify the numbers.
+
+        Returns
+        -------
+        list[str]
+            Sentences on the target, the source of the token counts, warm-up requests, failures, and why the run
+            stopped early.
+
+        Examples
+        --------
+        >>> settings = ml.bench.LocalSettings(progress=False, warmup=0, recording=False)
+        >>> bench = ml.benchmark(model, requests=1, workload=ml.bench.Workload(16, 2), settings=settings)
+        >>> bench.remarks()[-1]
+        'Failures, in no number: none.'
         """
         sources = metrics.token_sources(self.records, self.count_tokens)
         counted = ", ".join(f"{name} ({n} requests)" for name, n in sources.items()) or "n/a, no request succeeded"
@@ -256,5 +467,6 @@ class Bench:
 
 
 def _first_answer(warm: Sequence[Record], count_tokens: CountTokens | None) -> str:
+    """Format the time to first token of the first warm-up request; "" without one."""
     first = metrics.request_table(warm, count_tokens)["ttft_s"].dropna()
     return f", the first with TTFT {first.iloc[0] * 1e3:.0f} ms" if len(first) else ""

@@ -1,4 +1,4 @@
-"""What every forward of a call must read and compute, from the routing recorded in it."""
+"""Bytes read and operations done by each forward pass of a call, from its recorded routing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Step = dict[str, Any]
 
 
 class Work:
-    """Counts bytes and operations of a model's forwards; the bytes are those that its tensors hold."""
+    """Counts the bytes and operations of a model's forward passes, from the actual sizes of its tensors."""
 
     def __init__(self, model: Any) -> None:
         self.sizes = Sizes.of(model.config.to_dict())
@@ -27,11 +27,11 @@ class Work:
     def of_call(
         self, recorder: CompiledRecorder | None, lengths: Sequence[int], forwards: int, *, complete: bool
     ) -> list[Step]:
-        """experts, read_bytes and flops of every forward of the generate that has just ended.
+        """Return experts, read_bytes and flops of each forward pass of the last call of generate.
 
-        lengths   tokens of each row's prompt
-        forwards  how many there were
-        complete  whether generate came to its end, so that the recorder knows all of them
+        lengths   number of prompt tokens of each row
+        forwards  number of forward passes
+        complete  whether generate ran to its end, so that the recorder has every forward pass
         """
         flops = [self.sizes.flops(lengths)] * min(forwards, 1)
         for step in range(1, forwards):
@@ -55,13 +55,14 @@ class Work:
 
 
 def weights_of(model: Any, cached_bytes: int) -> Weights:
-    """Bytes of a model's weights as the audit counts them: of offloaded ones by the shape of what stands for them.
+    """Return the bytes of a model's weights as counted by the audit, which uses the shapes of offloaded weights.
 
-    The experts of a layer are taken to be equally large.
+    Assumes that all experts of a layer have the same size.
     """
     sizes = Sizes.of(model.config.to_dict())
     held = audit(model).table.groupby("kind")["bytes"].sum().to_dict()
-    left_out = {"experts"} if not sizes.embedding else {"experts", "embeddings"}  # a head of its own, or the table
+    # A tied embedding table is also the head, and so every forward pass reads it.
+    left_out = {"experts"} if not sizes.embedding else {"experts", "embeddings"}
     dense = sum(size for kind, size in held.items() if kind not in left_out)
     experts = np.array([audit(layer.experts).table["bytes"].sum() for layer in moe_layers(model)])
     return Weights(int(dense), np.repeat(experts[:, None] // sizes.experts, sizes.experts, axis=1), cached_bytes)

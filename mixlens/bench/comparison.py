@@ -1,4 +1,4 @@
-"""compare_benches: what differs between two benchmarks, as ratios with intervals."""
+"""compare_benches: ratios between the metrics of two benchmarks, with intervals."""
 
 from __future__ import annotations
 
@@ -31,14 +31,21 @@ _SHOWN = (("ttft_s", "p50"), ("tpot_s", "p50"), ("e2e_token_s", "p50"), ("system
 
 @dataclass(frozen=True)
 class BenchComparison:
-    """Two benchmarks compared.
+    """Comparison of two benchmarks, as returned by `ml.compare`.
 
     Parameters
     ----------
     table : pandas.DataFrame
-        One row a load, metric and statistic: a, b, ratio (b / a), ci_low, ci_high, n_a, n_b, paired.
+        One row per load, metric and statistic: a, b, ratio (b / a), ci_low, ci_high, n_a, n_b, paired.
     remarks : tuple[str, ...]
-        What must be said beside it.
+        Remarks that qualify the numbers.
+
+    Examples
+    --------
+    >>> settings = ml.bench.LocalSettings(progress=False, warmup=0, recording=False)
+    >>> bench = ml.benchmark(model, requests=2, workload=ml.bench.Workload(16, 2), settings=settings)
+    >>> ml.compare(bench, bench).kind
+    'bench comparison'
     """
 
     table: pd.DataFrame
@@ -47,7 +54,13 @@ class BenchComparison:
     kind = "bench comparison"
 
     def overview(self) -> pd.DataFrame:
-        """Return medians and throughput as text by load and metric, and which intervals exclude a ratio of 1."""
+        """Return medians and throughput by load and metric as text, and whether the interval excludes a ratio of 1.
+
+        Returns
+        -------
+        DataFrame
+            load, metric, a, b, b / a, told apart.
+        """
         rows = []
         for metric, statistic in _SHOWN:
             for row in self.table.query("metric == @metric and statistic == @statistic").to_dict("records"):
@@ -75,22 +88,24 @@ class BenchComparison:
 
 
 def compare_benches(a: Bench, b: Bench, *, bootstrap: Bootstrap = DEFAULT) -> BenchComparison:
-    """How much slower or faster b is than a, at each load that both have.
+    """Compute how much slower or faster b is than a, at each load that both have.
 
-    ratio = statistic of b / statistic of a, over the measured requests that succeeded. Its interval comes from a
-    bootstrap over requests: of pairs with the same number, of which both succeeded, where the two were measured in
-    turns (`benchmark_together`), so that what drifted is in both; else of each by itself, and then a drift between the
-    two runs is in the ratio, and in no interval. System throughput is paired by turn where there were turns; else it
-    has the interval of the ratio of two independent rates (see _system). The 99th percentile is NaN below 100 requests.
+    ratio = statistic of b / statistic of a, over the measured requests that succeeded. Intervals come from a bootstrap
+    over requests. If the two were measured in turns (`benchmark_together`), the bootstrap draws pairs of successful
+    requests with the same number, so that a drift affects both. Otherwise it draws the requests of each separately, and
+    a drift between the runs shifts the ratio without widening the interval. System throughput is paired by turn if
+    there were turns; else its interval is that of the ratio of two independent rates (see _system). The 99th percentile
+    has no row below 100 requests.
 
-    Raises BadInput when no load is in both, or when other prompts or lengths were asked for; another seed is the same.
+    Raises BadInput if the benchmarks share no load or differ in prompts or lengths. The seed may differ.
     """
     first, second = (bench.requests().query("phase == 'measured'") for bench in (a, b))
     levels = [level for level in dict.fromkeys(first["level"]) if level in set(second["level"])]
     if not levels:
         raise BadInput(
-            f"Cannot compare the benchmarks: the first has the loads {', '.join(dict.fromkeys(first['level']))}, the "
-            f"second {', '.join(dict.fromkeys(second['level']))}. Measure both under the same loads.",
+            "Cannot compare the benchmarks: they share no load. The first has "
+            f"{', '.join(dict.fromkeys(first['level']))}, the second {', '.join(dict.fromkeys(second['level']))}. "
+            "Measure both under the same loads.",
             argument="loads",
             value=(list(dict.fromkeys(first["level"])), list(dict.fromkeys(second["level"]))),
         )
@@ -109,8 +124,8 @@ def _check_workloads(a: Bench, b: Bench) -> None:
     one, other = (bench.meta.get("workload") for bench in (a, b))
     if one and other and {**one, "seed": None} != {**other, "seed": None}:
         raise BadInput(
-            f"Cannot compare the benchmarks: the first has {workload_words(one)}; the second has "
-            f"{workload_words(other)}. Measure both with the same workload.",
+            f"Cannot compare the benchmarks: their workloads differ. The first has {workload_words(one)}; the second "
+            f"has {workload_words(other)}. Measure both with the same workload.",
             argument="workload",
             value=(one, other),
         )
@@ -132,7 +147,7 @@ def _requests(
         weights_b = weights_a if paired else bootstrap.resample(len(b), stream=1).weights
         draws = bootstrap.replicates
         ratios = _drawn(b, weights_b[-draws:]) / _drawn(a, weights_a[-draws:])
-        # The expanded percentile interval, as in stats.bootstrap: plain percentiles cover too little with few requests.
+        # Expanded percentile interval, as in core.bootstrap: plain percentiles cover too little with few requests.
         tail = 100 * NormalDist().cdf(-float(bootstrap.reach(np.array([float(min(len(a), len(b)))]))[0]))
         low = np.minimum(np.percentile(ratios, tail, axis=0), estimate)
         high = np.maximum(np.percentile(ratios, 100 - tail, axis=0), estimate)
@@ -153,12 +168,12 @@ def _requests(
 
 
 def _system(a: Bench, b: Bench, levels: list[str]) -> pd.DataFrame:
-    """Ratios of the rates of the whole system: of turns in pairs, else of two independent rates.
+    """Compute ratios of system rates: paired by turn if possible, else of two independent rates.
 
-    Apart, ln(b / a) has the variances of ln a and ln b added. In turns, with T_i tokens (or requests) in S_i seconds of
-    turn i, the rate is sum T / sum S, and turn i moves ln(b / a) by d_i = T_i / sum T - S_i / sum S of b, less the
-    same of a: what drifts in a turn for both is in neither. Its variance is n / (n - 1) * sum d_i^2 (delta method),
-    with a t interval of n - 1 degrees of freedom.
+    For independent rates, the variance of ln(b / a) is the sum of the variances of ln a and ln b. In turns, with T_i
+    tokens (or requests) in S_i seconds of turn i, the rate is sum T / sum S, and turn i moves ln(b / a) by
+    d_i = T_i / sum T - S_i / sum S of b, minus the same of a; a drift that both share in a turn cancels. The variance
+    is n / (n - 1) * sum d_i^2 (delta method), with a t interval of n - 1 degrees of freedom.
     """
     both = a.throughput().merge(b.throughput(), on=["level", "metric"], suffixes=("_a", "_b"))
     both = both[both["level"].isin(levels)]
@@ -192,7 +207,7 @@ def _system(a: Bench, b: Bench, levels: list[str]) -> pd.DataFrame:
 
 
 def _turns(bench: Bench, level: str, metric: str) -> np.ndarray:
-    """[turn, 2]: what a turn delivered, and in how many seconds, from its first request sent to its last one ended."""
+    """Return amount delivered and seconds of each turn [turn, 2], from the first request sent to the last end."""
     together = bench.meta["measured_with"]
     edges = turn_edges(together["requests"], together["turns"])
     rows = []
@@ -206,13 +221,13 @@ def _turns(bench: Bench, level: str, metric: str) -> np.ndarray:
             )
             rows.append((done, max(r.ended_s for r in part) - min(sent)))
         elif end > first:
-            rows.append((np.nan, np.nan))  # a cap was met
+            rows.append((np.nan, np.nan))  # a cap stopped the run
     return np.array(rows, float).reshape(-1, 2)
 
 
 def _reach_of_turns(a: np.ndarray, b: np.ndarray) -> float:
-    """Half of the 95 % interval of ln(rate of b / rate of a), from the turns that both had; NaN with fewer than two."""
-    from scipy.special import stdtrit  # here, since it takes a quarter of a second
+    """Return half the 95 % interval of ln(rate of b / rate of a) over the common turns; NaN for fewer than two."""
+    from scipy.special import stdtrit  # imported here because it takes a quarter of a second
 
     both = np.isfinite(a).all(1) & np.isfinite(b).all(1)
     n = int(both.sum())
@@ -225,13 +240,13 @@ def _reach_of_turns(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _statistics(values: np.ndarray) -> np.ndarray:
-    """STATISTICS along the last axis [..., statistic]."""
+    """Compute STATISTICS over the last axis [..., statistic]."""
     percentiles = np.percentile(values, [50, 90, 95, 99], axis=-1)
     return np.stack([values.mean(-1), *percentiles], axis=-1)
 
 
 def _drawn(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """STATISTICS of every resample [resample, statistic], from how often it draws each value [resample, value]."""
+    """Compute STATISTICS of every resample [resample, statistic] from the weights of the values [resample, value]."""
     n = len(values)
     return _statistics(
         values[np.repeat(np.tile(np.arange(n), len(weights)), weights.astype(int).ravel()).reshape(-1, n)]

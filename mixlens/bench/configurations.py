@@ -1,4 +1,4 @@
-"""benchmark_configurations: one model in several dtypes, quantizations and experts implementations, in one run."""
+"""benchmark_configurations: one model in several dtypes, quantizations and experts implementations."""
 
 from __future__ import annotations
 
@@ -43,22 +43,27 @@ def benchmark_configurations(
 ) -> Bench:
     """Benchmark a model in several configurations, loaded and measured one after the other.
 
-    The loads of the Bench are called by configuration, as in "nf4: batch 1, 256 + 128 tokens". What cannot be loaded or
-    fails when it runs is kept as outcome "failed", with the reason in its record and its remarks, and the rest is
-    measured. `Bench.configurations()` gives each by itself.
+    The names of the loads include the configuration, such as "nf4: batch 1, 256 + 128 tokens". A configuration that
+    cannot be loaded or run has the outcome "failed", with the reason in its record and in the remarks; the other
+    configurations are still measured. `Bench.configurations()` returns one Bench per configuration.
 
     Parameters
     ----------
     model : str or os.PathLike
-        As for load.
+        Name or folder of the model, as for `ml.load`.
     configurations : Sequence[Mapping[str, Any]]
-        Arguments of load for each, as [{"dtype": "bfloat16"}, {"quantization": "nf4"}].
-    concurrency, requests, workload : int or Sequence[int], optional
-        As of `benchmark`.
+        Arguments of `ml.load` for each configuration, such as [{"dtype": "bfloat16"}, {"quantization": "nf4"}].
+    concurrency : int or Sequence[int], optional
+        Rows per batch, as in `ml.benchmark`.
+    requests : int, optional
+        Number of measured calls per load.
     out : str or os.PathLike, optional
-        One run directory for all.
+        Run directory for all configurations; None keeps the records in memory.
+    workload : Workload or Sequence[Workload], optional
+        Prompts and lengths.
     settings : LocalSettings, optional
-        LocalSettings; `experts` are measured in every configuration, and `max_seconds` hold for each.
+        Settings of the benchmark. Each configuration is measured with every implementation in `experts`, and
+        `max_seconds` applies to each configuration separately.
 
     Returns
     -------
@@ -67,7 +72,7 @@ def benchmark_configurations(
     Raises
     ------
     BadInput
-        For no configurations or the same one twice, and for loads that cannot be.
+        If there are no configurations, one is repeated, or a load is invalid.
 
     Examples
     --------
@@ -111,7 +116,7 @@ def _measured(
     requests: int,
     kept: Kept,
 ) -> tuple[dict[str, Any], str | None]:
-    """What is to be said of one configuration, and what stopped it; what failed is among the records."""
+    """Measure one configuration; return its metadata and what stopped it. Failures are added to the records."""
     try:
         loaded = load(model, verbose=False, **options)
         fit = []
@@ -124,7 +129,7 @@ def _measured(
         return Subject(loaded, fit, settings, keep_failures=True).measure(requests, kept) if fit else ({}, None)
     except KeyboardInterrupt:
         return {}, "an interrupt"
-    except Exception as error:  # whatever a scheme's library raises: the other configurations are still to be measured
+    except Exception as error:  # a library may raise anything, and the other configurations must still run
         begun = {record.level for record in kept.records}
         for one in loads:
             if one.name not in begun:
@@ -133,7 +138,7 @@ def _measured(
 
 
 def _labels(configurations: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What tells each configuration from the others, in words."""
+    """Label each configuration by the arguments that distinguish it from the others."""
     names = list(dict.fromkeys(name for one in configurations for name in one))
     alike = [name for name in names if len({str(one.get(name)) for one in configurations}) == 1]
     telling = [name for name in names if name not in alike] or names
@@ -144,7 +149,7 @@ def _labels(configurations: Sequence[Mapping[str, Any]]) -> list[str]:
     if not labels or len(set(labels)) < len(labels):
         raise BadInput(
             f"Cannot benchmark the configurations {', '.join(labels) or '(none)'}: the list is empty, or repeats one. "
-            'Pass several different ones, as in [{"dtype": "bfloat16"}, {"quantization": "nf4"}].',
+            'Pass distinct ones, as in [{"dtype": "bfloat16"}, {"quantization": "nf4"}].',
             argument="configurations",
             value=labels,
         )

@@ -1,4 +1,4 @@
-"""What benchmark pictures draw, as data frames: distributions, and throughput against latency."""
+"""Data of the benchmark figures: distributions, and throughput against latency."""
 
 from __future__ import annotations
 
@@ -13,17 +13,21 @@ from mixlens.errors import BadInput
 
 
 def distribution(bench: Bench, metric: str, *, level: float = 0.95) -> pd.DataFrame:
-    """The empirical distribution of a metric over the measured requests that succeeded, by load.
+    """Compute the empirical distribution of a metric over the measured requests that succeeded, by load.
 
-    F(x) = requests with at most x / n. The band holds the whole curve at once: F(x) +- sqrt(ln(2 / (1 - level)) / 2n)
-    (Dvoretzky-Kiefer-Wolfowitz, with the constant of Massart 1990), for requests that are independent.
+    F(x) = (number of requests with at most x) / n. The band covers the entire curve simultaneously:
+    F(x) +- sqrt(ln(2 / (1 - level)) / 2n) (Dvoretzky-Kiefer-Wolfowitz, with the constant of Massart 1990), assuming
+    independent requests.
 
     Returns
     -------
-    xarray.Dataset
-        DataFrame level, value (ascending), fraction, ci_low, ci_high, n; no row for a load without a value Raises
-        BadInput for a metric that a request does not have.
+    DataFrame
+        level, value (ascending), fraction, ci_low, ci_high, n; no rows for a load without a value.
 
+    Raises
+    ------
+    BadInput
+        If requests do not have the metric.
     """
     _known(metric, [name for name in METRICS if name not in ("itl_s", "inter_chunk_s")])
     parts = [pd.DataFrame(columns=["level", "value", "fraction", "ci_low", "ci_high", "n"])]
@@ -42,20 +46,27 @@ def distribution(bench: Bench, metric: str, *, level: float = 0.95) -> pd.DataFr
 def throughput_latency(
     bench: Bench, *, metric: str = "ttft_s", statistic: str = "p50", system: str = "output_tokens_per_s"
 ) -> pd.DataFrame:
-    """What every load delivered, and how long its requests took: the two sides that a server trades.
+    """Tabulate the throughput of every load against the latency of its requests.
 
-    metric, statistic
-        the latency, of METRICS and STATISTICS.
-    system
-        the throughput: "output_tokens_per_s" or "requests_per_s".
+    Parameters
+    ----------
+    bench : Bench
+        The benchmark.
+    metric, statistic : str, optional
+        The latency, from METRICS and STATISTICS.
+    system : {"output_tokens_per_s", "requests_per_s"}, optional
+        The throughput.
 
     Returns
     -------
-    xarray.Dataset
-        DataFrame level, throughput, throughput_low, throughput_high, latency, latency_low, latency_high, n
-        (successes), failed; one row a load, NaN where it has no value Raises BadInput for a name that is not
-        known.
+    DataFrame
+        level, throughput, throughput_low, throughput_high, latency, latency_low, latency_high, n (successes), failed;
+        one row per load, NaN where it has no value.
 
+    Raises
+    ------
+    BadInput
+        If a name is unknown.
     """
     _known(metric, list(METRICS))
     _known(system, ["output_tokens_per_s", "requests_per_s"])
@@ -80,7 +91,7 @@ def throughput_latency(
 def _known(name: str, known: Sequence[str]) -> None:
     if name not in known:
         raise BadInput(
-            f"Cannot draw the curve of {name!r}: a benchmark has no such metric. Pass one of {', '.join(known)}.",
+            f"Cannot draw {name!r}: benchmarks have no such metric or statistic. Pass one of {', '.join(known)}.",
             argument="curve",
             value=name,
         )

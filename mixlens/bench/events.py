@@ -1,4 +1,4 @@
-"""The record of one request: when it was sent, when every event of its answer arrived, and how it ended."""
+"""Records of requests: when a request was sent, when each event of its answer arrived, and its outcome."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mixlens.endpoints.protocols import COMMENT, DONE, ERROR, MALFORMED, TOKEN, 
 from mixlens.endpoints.sse import Message, SSEParser
 from mixlens.errors import BadInput
 
-# How a request can end.
+# Outcomes of a request.
 OUTCOMES = {
     "ok": "answered, to a named end",
     "http": "an answer with a status of 300 or more",
@@ -29,31 +29,31 @@ OUTCOMES = {
     "failed": "a model on this machine that could not be loaded or run in this configuration",
     "interrupted": "stopped from outside while it ran on this machine",
 }
-# What the transport can report; the other outcomes are read off the events.
+# Faults that the transport can report; the events determine all other outcomes.
 FAULTS = ("timeout", "connect", "tls", "cut")
 
 
 @dataclass(frozen=True)
 class Record:
-    """One request, with every time in seconds on the run's monotonic clock; None for what did not happen.
+    """One request. Times are seconds on the run's monotonic clock; None if the step did not happen.
 
     index       number of the request within its level
-    level       the load it was part of, such as "concurrency 4" or "poisson 2/s"
-    phase       "warm-up" (kept, and never in a statistic) or "measured"
+    level       load of the request, such as "concurrency 4" or "poisson 2/s"
+    phase       "warm-up" (recorded, and excluded from all statistics) or "measured"
     outcome     one of OUTCOMES
-    events      every event of the stream in order of arrival
-    started_s   the client began, with opening a connection if there was none
-    connected_s the new connection stood; None on a connection that was open already
-    sent_s      the request began to be written
-    headers_s   the answer's status line and headers had arrived
-    ended_s     the stream ended, or the fault was known
-    scheduled_s open loop: when the request was due
-    status      of HTTP
-    retry_after_s  what a refusal asked for; nothing is tried again
-    detail      what went wrong, in words
-    rows        sequences that were generated together; a token event stands for one token of each
-    peak_vram_bytes, peak_rss_bytes  on this machine: most memory of the accelerators, or of the process on a CPU, that
-                the request held at a time, the model's weights included
+    events      events of the stream in order of arrival
+    started_s   start of the client, including the time to open a connection if none was open
+    connected_s time at which a new connection was ready; None if the connection was already open
+    sent_s      time at which the client began to write the request
+    headers_s   time at which status line and headers of the answer had arrived
+    ended_s     end of the stream, or time at which the fault was known
+    scheduled_s time at which the request was due (open loop)
+    status      HTTP status
+    retry_after_s  wait requested by a refusal; requests are never retried
+    detail      description of the failure
+    rows        number of sequences generated together; a token event is one token of each
+    peak_vram_bytes, peak_rss_bytes  peak memory of the accelerators, or of the process on a CPU, during the request,
+                including the model's weights (loaded models only)
     """
 
     index: int
@@ -76,11 +76,11 @@ class Record:
 
     @property
     def text(self) -> str:
-        """The whole answer."""
+        """The complete text of the answer."""
         return "".join(event.text for event in self.events if event.kind == TOKEN)
 
     def to_json(self) -> str:
-        """One line of JSON; what is None or empty is left out."""
+        """Serialize to one line of JSON, without fields that are None or empty."""
         plain = {k: v for k, v in dataclasses.asdict(self).items() if v not in (None, "") and k != "events"}
         plain["events"] = [
             {k: v for k, v in dataclasses.asdict(event).items() if v not in (None, "")} for event in self.events
@@ -89,29 +89,29 @@ class Record:
 
     @classmethod
     def from_json(cls, line: str) -> Record:
-        """The record that `to_json` wrote. Raises BadInput when the line is something else."""
+        """Read a record written by `to_json`. Raises BadInput for any other line."""
         try:
             plain = json.loads(line)
             events = tuple(Event(**event) for event in plain.pop("events"))
             return cls(**plain, events=events)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise BadInput(
-                f"Cannot read a record of a request ({type(error).__name__}: {error}): {line[:60]!r}. Pass a line of "
-                "results.jsonl of a benchmark.",
+                f"Cannot read the record of a request from {line[:60]!r} ({type(error).__name__}: {error}). Pass a "
+                "line of a benchmark's results.jsonl.",
                 argument="line",
                 value=line[:60],
             ) from error
 
 
 class StreamReader:
-    """Turns the bytes of one answer into stamped events; `redact` takes the key out of whatever is kept."""
+    """Parses the bytes of one answer into time-stamped events; `redact` is the key to remove from them."""
 
     def __init__(self, protocol: str, redact: str | None = None) -> None:
         self._parser, self._protocol, self._redact = SSEParser(), protocol, redact
         self.events: list[Event] = []
 
     def feed(self, piece: bytes, at_s: float) -> None:
-        """Bytes of an event stream that arrived at `at_s`."""
+        """Parse bytes of an event stream that arrived at `at_s`."""
         try:
             messages = self._parser.feed(piece, at_s)
         except ValueError as error:
@@ -120,11 +120,11 @@ class StreamReader:
         self._keep(messages)
 
     def close(self, at_s: float) -> None:
-        """The stream has ended."""
+        """Parse the rest of the stream after its end."""
         self._keep(self._parser.close(at_s))
 
     def whole(self, body: str, at_s: float) -> None:
-        """An answer that is no event stream: its body, complete at `at_s`, is the only event."""
+        """Parse an answer that is not a stream: its body, complete at `at_s`, becomes a single event."""
         self._keep([Message(at_s, False, "", body)] if body.strip() else [])
 
     def _keep(self, messages: Iterable[Message]) -> None:
@@ -134,12 +134,12 @@ class StreamReader:
 
 
 def outcome_of(events: Iterable[Event], *, status: int | None, fault: str | None = None) -> str:
-    """How a request ended, from what arrived and what the transport reports.
+    """Determine the outcome of a request from its events and the report of the transport.
 
-    status  of HTTP, None when no answer came
-    fault   one of FAULTS or None; "cut" is a connection that ended inside an answer
+    status  HTTP status; None without an answer
+    fault   one of FAULTS or None; "cut" is a connection that ended within an answer
 
-    A fault after the answer's named end changes nothing: the answer is whole.
+    A fault after the explicit end of an answer has no effect, because the answer is complete.
     """
     events = list(events)
     kinds = {event.kind for event in events}
@@ -160,15 +160,15 @@ def outcome_of(events: Iterable[Event], *, status: int | None, fault: str | None
 
 
 def write_records(path: str | os.PathLike[str], records: Iterable[Record]) -> None:
-    """JSON Lines, one record a line."""
+    """Write records as JSON Lines."""
     with Path(path).open("w", encoding="utf-8") as file:
         file.writelines(record.to_json() + "\n" for record in records)
 
 
 def read_records(path: str | os.PathLike[str]) -> Iterator[Record]:
-    """Records of JSON Lines; a last line cut short, as a killed run leaves it, is passed over.
+    """Read records from JSON Lines, skipping an incomplete last line, as a killed run leaves it.
 
-    Raises BadInput when any other line is no record.
+    Raises BadInput if any other line is not a record.
     """
     with Path(path).open(encoding="utf-8") as file:
         for line in file:

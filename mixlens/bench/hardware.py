@@ -1,4 +1,4 @@
-"""The device a model lies on: its clock, its memory, and the rates it is measured to have."""
+"""The device of a model: clock, memory, and measured rates."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class Device:
-    """Clock and memory of where a model runs: its accelerators, or the CPU.
+    """Clock and memory of the hardware that a model runs on: its accelerators, or the CPU.
 
-    `now` waits until the accelerators have done what was asked of them; times are seconds since the Device was made,
-    less what was left out.
+    `now` synchronizes the accelerators. Times are seconds since the Device was created, minus the time excluded by
+    `leave_out`.
     """
 
     def __init__(self, model: Any) -> None:
@@ -35,7 +35,7 @@ class Device:
 
     @property
     def name(self) -> str:
-        """What the hardware calls itself."""
+        """Name of the hardware."""
         if self.main.type == "cuda":
             return torch.cuda.get_device_name(self.main)
         return _processor() if self.main.type == "cpu" else str(self.main)
@@ -46,27 +46,27 @@ class Device:
         return time.perf_counter() - self._zero
 
     def leave_out(self, since_s: float) -> None:
-        """Set the clock back to `since_s`: what was done since then is bookkeeping, and no time of the model's."""
+        """Set the clock back to `since_s`, to exclude bookkeeping from the model's time."""
         gap = time.perf_counter() - self._zero - since_s
         self._zero += gap
         self._left_out_s += gap
 
     def elapsed(self) -> float:
-        """Seconds since the Device was made, with what was left out."""
+        """Return the seconds since the Device was created, including excluded time."""
         return self.now() + self._left_out_s
 
     def reset_peak(self) -> None:
-        """Peaks count from here."""
+        """Start a new peak of memory."""
         try:
             for device in self._accelerators:
                 torch.accelerator.reset_peak_memory_stats(device)
             if not self._accelerators:
                 _CLEAR.write_text("5")
-        except (RuntimeError, OSError):  # a device or a system that does not count
+        except (RuntimeError, OSError):  # the device or the system has no counter
             return
 
     def peak(self) -> dict[str, int]:
-        """{"peak_vram_bytes" or "peak_rss_bytes": bytes} since `reset_peak`; empty where nobody counts."""
+        """Return {"peak_vram_bytes" or "peak_rss_bytes": bytes} since `reset_peak`; empty without a counter."""
         try:
             if self._accelerators:
                 return {"peak_vram_bytes": sum(torch.accelerator.max_memory_allocated(d) for d in self._accelerators)}
@@ -76,22 +76,22 @@ class Device:
             return {}
 
     def room(self) -> int | None:
-        """Bytes that are free for a batch; None on an accelerator, which says itself when it is full.
+        """Return the bytes that are free for a batch; None on an accelerator.
 
-        A CPU's system would rather kill the process.
+        An accelerator raises an error when its memory is full; the system of a CPU would kill the process.
         """
         return None if self._accelerators else psutil.virtual_memory().available
 
     def release(self) -> None:
-        """Give back what a failed batch held."""
+        """Free the memory of a failed batch."""
         if self._accelerators:
             torch.accelerator.empty_cache()
 
 
 def measure(device: Device, dtype: torch.dtype, *, before: Machine | None = None) -> Machine:
-    """What a model's device does: bytes read a second, by the better of copying and adding up, and matrix products.
+    """Measure the rates of a device: memory bandwidth, as the better of a copy and a sum, and matrix products.
 
-    before   what was measured before; the same is run again, and its rates are those of both times
+    before   result of an earlier measurement, which is repeated and combined with the new one
     """
     on_cpu = device.main.type == "cpu"
     times = 1 if on_cpu else 10
@@ -113,7 +113,7 @@ def _bandwidth(device: Device, values: int, times: int, earlier: Measured | None
         f"sum of {size}": (source.sum, source.nbytes),
     }
     if earlier is not None:
-        if earlier.how not in ways:  # as much is not free any more, and less would be another measurement
+        if earlier.how not in ways:  # less memory is free now, and smaller arrays would not be comparable
             return earlier
         ways = {earlier.how: ways[earlier.how]}
     found = [rate(run, amount, device.now, times, how) for how, (run, amount) in ways.items()]
@@ -121,7 +121,7 @@ def _bandwidth(device: Device, values: int, times: int, earlier: Measured | None
 
 
 def _arrays(device: Device, values: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two arrays of float32, halved until they fit beside the model."""
+    """Allocate two float32 arrays, halving their size until they fit next to the model."""
     try:
         return torch.ones(values, device=device.main), torch.empty(values, device=device.main)
     except RuntimeError as error:
@@ -130,8 +130,8 @@ def _arrays(device: Device, values: int) -> tuple[torch.Tensor, torch.Tensor]:
     device.release()
     if values <= _FEWEST_VALUES:
         raise ModelError(
-            f"Cannot measure the bandwidth of {device.name}: {8 * values >> 20} MiB are not free beside the model. "
-            "Free memory there, or load the model smaller or over more devices.",
+            f"Cannot measure the bandwidth of {device.name}: less than {8 * values >> 20} MiB is free next to the "
+            "model. Free memory, quantize the model, or spread it over more devices.",
             argument="memory",
             value=device.name,
         )
@@ -139,7 +139,7 @@ def _arrays(device: Device, values: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that a device, or the machine, has no room."""
+    """Return whether an error reports that a device, or the machine, is out of memory."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
@@ -148,7 +148,7 @@ def _both(earlier: Measured | None, later: Measured) -> Measured:
 
 
 def rate(run: Callable[[], Any], amount: float, now: Callable[[], float], times: int, how: str) -> Measured:
-    """`amount` a second in one burst: 10 runs of `times` calls each, after 2 that do not count."""
+    """Measure `amount` per second in one burst: 10 runs of `times` calls each, after 2 discarded runs."""
     rates = []
     for _ in range(_WARM + _RUNS):
         start = now()

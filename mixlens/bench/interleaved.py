@@ -1,4 +1,4 @@
-"""benchmark_together: several endpoints under the same loads, in turns, so that what drifts drifts for all of them."""
+"""benchmark_together: several endpoints under the same loads, in turns, so that drift affects all alike."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mixlens.core.run_dir import META
 from mixlens.endpoints.endpoint import Endpoint
 from mixlens.errors import BadInput
 
-# Turns that each endpoint has at a load: enough that a drift falls on all, few enough that a turn is a load.
+# Turns per endpoint and load: enough to spread a drift over all endpoints, and few enough to load each in its turn.
 _TURNS = 4
 _WORKLOAD, _SETTINGS = Workload(), BenchSettings()
 
@@ -30,30 +30,40 @@ def benchmark_together(
     workload: Workload = _WORKLOAD,
     settings: BenchSettings = _SETTINGS,
 ) -> dict[str, Bench]:
-    """Benchmark several endpoints in turns on the same prompts: never two at once, and none always first.
+    """Benchmark several endpoints in turns on the same prompts.
 
-    At each load every endpoint has four turns of a quarter of its requests, and who begins changes from turn to turn.
-    The clock of an endpoint stands still while others are measured. When one meets a cap all end, so that requests
-    stay in pairs. `compare` then pairs requests of the same number, which had the same prompt.
+    At each load every endpoint has four turns with a quarter of its requests each. Only one endpoint is measured at a
+    time, and the order rotates from turn to turn. The clock of an endpoint pauses while others are measured. If one
+    endpoint reaches a cap, all stop, so that requests remain paired. `ml.compare` pairs the requests with the same
+    number, which have the same prompt.
 
     Parameters
     ----------
     endpoints : Mapping[str, Endpoint]
-        By the name that their results get.
-    concurrency, rate, requests, workload, settings : int or Sequence[int], optional
-        As of `benchmark`; caps hold for each endpoint.
+        Endpoints by name; the results use the same names.
+    concurrency : int or Sequence[int], optional
+        Number of simultaneous requests (closed loop), as in `ml.benchmark`.
+    rate : float or Sequence[float], optional
+        Requests per second (open loop), as in `ml.benchmark`.
+    requests : int, optional
+        Number of measured requests per load and endpoint.
     out : str or os.PathLike, optional
-        Folder for one run directory a name; None keeps the records in memory.
+        Folder for one run directory per name; None keeps the records in memory.
+    workload : Workload, optional
+        Prompts and lengths.
+    settings : BenchSettings, optional
+        Settings of the benchmark. Caps apply to each endpoint separately.
 
     Returns
     -------
     dict[str, Bench]
-        A Bench by name.
+        One Bench per name.
 
     Raises
     ------
     BadInput
-        For fewer than two endpoints, or a name that is no folder name.
+        If there are fewer than two endpoints, a name is not a valid folder name, or `out` holds some of the endpoints
+        and not the others.
 
     Examples
     --------
@@ -63,8 +73,8 @@ def benchmark_together(
     if len(names) < 2 or any(not name or Path(name).name != name for name in names):
         raise BadInput(
             f"Cannot benchmark the endpoints {', '.join(map(repr, names)) or '(none)'} together: there are fewer than "
-            "two, or a name cannot be the name of a folder. Pass a dict of two or more, as {'a': Endpoint(...), "
-            "...}.",
+            "two, or a name is not a valid folder name. Pass a dict of two or more, such as {'a': Endpoint(...), "
+            "'b': Endpoint(...)}.",
             argument="endpoints",
             value=names,
         )
@@ -76,15 +86,15 @@ def benchmark_together(
     there = [folder is not None and (folder / META).exists() for folder in folders.values()]
     if any(there) and not all(there):
         raise BadInput(
-            f"Cannot benchmark endpoints together in {out}: it holds some of them already, measured without the "
-            "others. Pass another folder.",
+            f"Cannot benchmark endpoints together in {out}: it already holds runs of some endpoints, measured without "
+            "the others. Pass another folder.",
             argument="out",
             value=str(out),
         )
     plan = {"levels": [asdict(level) for level in levels], "requests": requests}
     total = len(levels) * requests
     made = {}
-    # Folders that are there may hold another run: that is found before a new one is made.
+    # Existing folders come first: if one holds another run, Session raises before new folders are created.
     for name in sorted(names, key=lambda name: not (out is not None and (Path(out) / name).exists())):
         others = {"names": names, "name": name, "turns": _TURNS, "requests": requests}
         made[name] = Session(

@@ -1,4 +1,4 @@
-"""Load: requests in a closed loop at given concurrencies, or in an open loop at given rates, within caps."""
+"""Load generation: requests in a closed loop of given concurrency or an open loop of given rate, within caps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Keep = Callable[[Record], None]
 
 @dataclass(frozen=True)
 class Level:
-    """A load: so many requests at a time (closed loop), or so many a second whatever happens (open loop)."""
+    """A load: a number of simultaneous requests (closed loop) or a rate of requests per second (open loop)."""
 
     concurrency: int | None = None
     rate: float | None = None
@@ -30,7 +30,7 @@ class Level:
         return f"{self.arrivals} {self.rate:g}/s" if self.rate else f"concurrency {self.concurrency}"
 
     def due(self, n: int, seed: int) -> list[float]:
-        """Seconds after the start at which n requests of an open loop are due; the first one at once."""
+        """Return when n requests of an open loop are due, in seconds after the start; the first is due at 0."""
         assert self.rate
         if self.arrivals == "constant":
             return [i / self.rate for i in range(n)]
@@ -42,17 +42,19 @@ class Level:
 
 
 def turn_edges(requests: int, turns: int) -> list[int]:
-    """Number of the first request of each turn, then how many there are, of requests dealt out over turns."""
+    """Split requests into turns: the number of the first request of each turn, then the total."""
     return [round(i * requests / turns) for i in range(turns + 1)]
 
 
 @dataclass
 class Caps:
-    """What a run may use. A request starts only if its worst case still fits; one that has started is let finish.
+    """Caps on the time and cost of a run.
 
-    seconds  after which no request starts; None for no cap
-    dollars  that all requests together may cost; None for no cap
-    price    dollars per million tokens, in and out; needed for a cap on dollars
+    A request starts only if its worst case fits within the caps; a request that has started runs to its end.
+
+    seconds  time after which no request starts; None for no cap
+    dollars  maximum cost of all requests together; None for no cap
+    price    dollars per million input and output tokens; required for a cap on dollars
     """
 
     seconds: float | None = None
@@ -63,7 +65,7 @@ class Caps:
     interrupt: threading.Event = field(default_factory=threading.Event)
 
     def admit(self, job: Job, now_s: float) -> float | None:
-        """Dollars set aside for the request, or None when it may not start; `stopped` then says why, for good."""
+        """Return the dollars reserved for a request, or None if it must not start; `stopped` then holds the reason."""
         if self.stopped is not None:
             return None
         if self.interrupt.is_set():
@@ -80,7 +82,7 @@ class Caps:
         return None if self.stopped else 0.0
 
     def settle(self, set_aside_usd: float, record: Record) -> None:
-        """Replace what was set aside by what the request cost, where that is known."""
+        """Replace the reserved amount by the actual cost of the request, if known."""
         if self.dollars is None or self.price is None:
             return
         row = request_table([record]).iloc[0]
@@ -95,14 +97,14 @@ class Caps:
         self.spent_usd += cost - set_aside_usd
 
     def _worst_usd(self, job: Job) -> float:
-        # No tokenizer makes more tokens than bytes; 64 more for a chat template.
+        # A text has at most one token per byte; 64 tokens are added for the chat template.
         assert self.price is not None
         return ((len(job.prompt.encode()) + 64) * self.price[0] + job.max_tokens * self.price[1]) / 1e6
 
 
 @dataclass
 class Driver:
-    """Sends the requests of every level in turn, and hands each record to `keep` as soon as it is there."""
+    """Sends the requests of one level after the other and passes each record to `keep` when its request ends."""
 
     sender: Sender
     workload: Workload
@@ -112,18 +114,18 @@ class Driver:
     _number: Iterator[int] = field(default_factory=count)
 
     async def run(self, levels: Sequence[Level], requests: int, warmup: int) -> None:
-        """`requests` measured requests a level, after `warmup` for each place of a closed loop."""
+        """Send the warm-up requests and then `requests` measured requests of each level."""
         for level in levels:
             await self.warm_up(level, warmup)
             await self.part(level, range(requests))
 
     async def warm_up(self, level: Level, warmup: int) -> None:
-        """`warmup` requests for each place of a closed loop."""
+        """Send `warmup` requests per simultaneous request of a closed loop."""
         slots = level.concurrency or 1
         await self._closed(self._jobs(level, "warm-up", range(warmup * slots)), slots)
 
     async def part(self, level: Level, numbers: range) -> None:
-        """The measured requests of these numbers; of an open loop at their times, the first one at once."""
+        """Send the measured requests with these numbers; in an open loop at their due times, the first at once."""
         jobs = self._jobs(level, "measured", numbers)
         if level.rate:
             due = level.due(numbers.stop, self.workload.seed)[numbers.start :]

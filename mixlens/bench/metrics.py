@@ -1,4 +1,4 @@
-"""What records of requests say: pure functions, so that every number can be computed again from what was saved."""
+"""Metrics of requests: pure functions of records, so that saved runs can be recomputed."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.endpoints.protocols import ROLE, TOKEN, Event
 from mixlens.errors import BadInput
 
-# Where a number of output tokens comes from, best first.
+# Sources of the number of output tokens, best first.
 USAGE, CHUNK_USAGE, RETOKENISED, CHUNKS = "usage", "chunk usage", "retokenised", "chunks"
-# Metrics of a request, and what each is.
+# Metrics of a request, with their definitions.
 METRICS = {
     "ttft_s": "sent to the first event that carries a token",
     "tpot_s": "(last token - first token) / (N - 1)",
@@ -32,19 +32,19 @@ METRICS = {
     "output_tokens_per_s": "(N - 1) / (last token - first token), of one request",
 }
 STATISTICS = ("mean", "p50", "p90", "p95", "p99")
-# Below this many samples a 99th percentile is the maximum by another name.
+# With fewer samples the 99th percentile is little more than the maximum.
 P99_SAMPLES = 100
-# The window of a level is cut in so many slices for the interval of its throughput.
+# Number of slices of a level's window, for the interval of its throughput.
 _SLICES = 10
 
 CountTokens = Callable[[str], int]
 
 
 def output_tokens(record: Record, count_tokens: CountTokens | None = None) -> tuple[int, str]:
-    """N, the number of output tokens, and where it comes from.
+    """Return N, the number of output tokens, and its source.
 
-    The server's usage at the end of the answer; else the usage of the last chunk that carries a token; else the whole
-    text counted by `count_tokens`; else the number of chunks, which is too low where a chunk holds several tokens.
+    The sources, best first: the server's usage at the end of the answer; the usage of the last chunk that carries a
+    token; the text counted by `count_tokens`; the number of chunks, which is too low if chunks hold several tokens.
     """
     chunks = [event for event in record.events if event.kind == TOKEN]
     if not chunks:
@@ -62,10 +62,10 @@ def output_tokens(record: Record, count_tokens: CountTokens | None = None) -> tu
 
 
 def request_table(records: Iterable[Record], count_tokens: CountTokens | None = None) -> pd.DataFrame:
-    """One row a request: its load, outcome, tokens and METRICS; NaN where a metric has no value.
+    """Tabulate requests: load, outcome, tokens and METRICS; NaN where a metric has no value.
 
-    A request that failed has NaN in every metric: what it took to fail is no latency. TPOT and output speed need two
-    events that carry tokens, since one event has no duration.
+    A failed request has NaN for every metric, because the time to a failure is not a latency. TPOT and output speed
+    need two events that carry tokens, because a single event has no duration.
     """
     rows = [_row(record, count_tokens) for record in records]
     columns = ["level", "index", "phase", "outcome", "status", "detail", "provider", "input_tokens", "output_tokens"]
@@ -109,17 +109,16 @@ def _row(record: Record, count_tokens: CountTokens | None) -> dict[str, object]:
 def summary(
     records: Iterable[Record], *, count_tokens: CountTokens | None = None, bootstrap: Bootstrap = DEFAULT
 ) -> xr.Dataset:
-    """Mean and percentiles of every metric over the measured requests that succeeded, by level.
+    """Compute mean and percentiles of every metric over the measured requests that succeeded, by level.
 
-    Percentiles interpolate linearly between order statistics; intervals come from a bootstrap over requests, whose
-    chunks stay together. The 99th percentile is NaN below 100 samples.
+    Percentiles interpolate linearly between order statistics. Intervals come from a bootstrap over requests, which
+    keeps the chunks of a request together. The 99th percentile is NaN below 100 samples.
 
     Returns
     -------
     xarray.Dataset
-        Estimate, ci_low, ci_high, n (requests, or gaps between chunks), n_requests [level, metric, statistic];
+        ``estimate, ci_low, ci_high, n`` (requests, or gaps between chunks), ``n_requests`` [level, metric, statistic];
         NaN where no request succeeded.
-
     """
     records = list(records)
     groups = _by_level(records)
@@ -154,17 +153,16 @@ def summary(
 def throughput(
     records: Iterable[Record], *, count_tokens: CountTokens | None = None, level: float = 0.95
 ) -> pd.DataFrame:
-    """What the system delivered by level: all measured requests together, over the time they took together.
+    """Compute the throughput of the system by level: all measured requests over their common time window.
 
-    The window runs from the first measured request sent to the last one ended; tokens of failed requests do not count.
-    The interval is that of batch means: the window in ten slices, a t interval of their rates; NaN below ten successes.
+    The window runs from the first measured request sent to the end of the last one. Tokens of failed requests do not
+    count. Intervals use batch means: a t interval over the rates of ten slices of the window; NaN below ten successes.
 
     Returns
     -------
-    xarray.Dataset
-        DataFrame level, metric (output_tokens_per_s, requests_per_s), estimate, ci_low, ci_high, n (successes),
-        window_s; NaN where no request succeeded.
-
+    DataFrame
+        level, metric (output_tokens_per_s, requests_per_s), estimate, ci_low, ci_high, n (successes), window_s; NaN
+        where no request succeeded.
     """
     rows = []
     for name, measured in _by_level(records).items():
@@ -186,16 +184,16 @@ def throughput(
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits that a request must keep to count as good, in seconds; None for no limit.
+    """Latency limits that a request must meet to count towards goodput.
 
     Parameters
     ----------
     ttft_s : float, optional
-        Time to first token.
+        Maximum time to the first token in seconds; None for no limit.
     tpot_s : float, optional
-        Time per output token after the first.
+        Maximum time per output token after the first in seconds; None for no limit.
     e2e_token_s : float, optional
-        Time to the last token.
+        Maximum time to the last token in seconds; None for no limit.
 
     Examples
     --------
@@ -209,25 +207,29 @@ class Limits:
 
     @property
     def stated(self) -> dict[str, float]:
+        """The limits that are set, by name."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
 def goodput(records: Iterable[Record], limits: Limits, *, count_tokens: CountTokens | None = None) -> pd.DataFrame:
-    """Measured requests that kept every stated limit, by level: their share of all requests, and how many a second.
+    """Compute the share and the rate of measured requests that meet every limit, by level.
 
-    Requests that failed kept none. A single token has no time between tokens to exceed; where TPOT has no value for
-    another reason the limit counts as not kept.
+    Failed requests meet no limit. An answer of one token meets every limit on TPOT, since it has no time between
+    tokens; if TPOT has no value for another reason, the request does not meet the limit.
 
     Returns
     -------
-    xarray.Dataset
-        DataFrame level, good (requests), good_frac, good_per_s, n (measured requests); NaN where none succeeded
-        Raises BadInput when no limit is stated.
+    DataFrame
+        level, good (requests), good_frac, good_per_s, n (measured requests); NaN where no request succeeded.
 
+    Raises
+    ------
+    BadInput
+        If `limits` sets no limit.
     """
     if not limits.stated:
         raise BadInput(
-            "Cannot compute goodput without a limit. Pass at least one, as in Limits(ttft_s=2.0, tpot_s=0.2).",
+            "Cannot compute goodput: no limit is set. Pass at least one, as in Limits(ttft_s=2.0, tpot_s=0.2).",
             argument="limits",
         )
     rows, records = [], list(records)
@@ -245,7 +247,7 @@ def goodput(records: Iterable[Record], limits: Limits, *, count_tokens: CountTok
 
 
 def outcomes(records: Iterable[Record]) -> pd.DataFrame:
-    """How requests ended: level, phase, outcome, status, n; an outcome that did not happen has no row."""
+    """Count requests by level, phase, outcome and status; combinations that did not occur have no row."""
     records = list(records)
     counts = Counter((r.level, r.phase, r.outcome, np.nan if r.status is None else r.status) for r in records)
     levels, kinds = list(dict.fromkeys(r.level for r in records)), list(OUTCOMES)
@@ -256,13 +258,13 @@ def outcomes(records: Iterable[Record]) -> pd.DataFrame:
 
 
 def token_sources(records: Iterable[Record], count_tokens: CountTokens | None = None) -> dict[str, int]:
-    """Where the token counts of the measured successes come from, and for how many requests each."""
+    """Count the measured successes by the source of their token counts."""
     measured = (record for record in records if record.outcome == "ok" and record.phase == "measured")
     return dict(Counter(output_tokens(record, count_tokens)[1] for record in measured))
 
 
 def unfinished(records: Iterable[Record]) -> int:
-    """Measured successes without a finish reason, where another request has one: a server may have broken them off."""
+    """Count measured successes without a finish reason, if any success has one: the server may have cut them off."""
     good = [(r.phase, any(event.finish for event in r.events)) for r in records if r.outcome == "ok"]
     return good.count(("measured", False)) if any(named for _, named in good) else 0
 
@@ -282,7 +284,7 @@ def _stamps(record: Record) -> np.ndarray:
 def _samples(
     metric: str, records: Sequence[Record], table: pd.DataFrame, count_tokens: CountTokens | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Values of a metric, and the request each belongs to."""
+    """Return the values of a metric and the request that each belongs to."""
     if metric not in ("inter_chunk_s", "itl_s"):
         values = table[metric].to_numpy(float)
         owner = np.flatnonzero(np.isfinite(values))
@@ -299,7 +301,7 @@ def _samples(
 
 
 def _estimates(values: np.ndarray, owner: np.ndarray, bootstrap: Bootstrap) -> np.ndarray:
-    """Estimate, lower and upper bound [3, statistic], with requests drawn whole."""
+    """Return estimate, lower and upper bound [3, statistic] from a bootstrap over whole requests."""
     result = np.full((3, len(STATISTICS)), np.nan)
     if not len(values):
         return result
@@ -320,7 +322,7 @@ def _estimates(values: np.ndarray, owner: np.ndarray, bootstrap: Bootstrap) -> n
 
 
 def _statistics(ordered: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """STATISTICS of sorted values of which each counts `weight` times; NaN when none counts."""
+    """Return STATISTICS of sorted values, each counted `weight` times; NaN if the weights sum to 0."""
     cumulated = weight.cumsum()
     total = cumulated[-1]
     if not total:
@@ -340,8 +342,8 @@ def _weighted_stamps(record: Record, count_tokens: CountTokens | None) -> list[t
 def _rate(
     marks: Sequence[tuple[float, float]], window: tuple[float, float], n: int, level: float
 ) -> tuple[float, float, float]:
-    """Weights of the marks a second, with the t interval of the slices' rates."""
-    from scipy.special import stdtrit  # here, since it takes a quarter of a second
+    """Return the weight of the marks per second, with a t interval over the rates of the slices."""
+    from scipy.special import stdtrit  # imported here because it takes a quarter of a second
 
     start, end = window
     if not marks or not end > start:

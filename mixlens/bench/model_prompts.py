@@ -16,11 +16,11 @@ from mixlens.models.layout import context_length
 class Prompts:
     """The prompts of a workload for one model.
 
-    Made prompts are common words in the model's own tokens, cut to the length asked for; random tokens where the model
-    has no tokenizer. Prompts that are given are padded on the left.
+    Generated prompts are common words, tokenized by the model's tokenizer and cut to the requested length, or random
+    tokens if the model has no tokenizer. The caller's prompts are padded on the left.
 
-    Raises BadInput when prompt and answer together are longer than the model's context, or prompts are given and there
-    is no tokenizer.
+    Raises BadInput if prompt and answer together exceed the model's context, or if the caller passes prompts and the
+    model has no tokenizer.
     """
 
     def __init__(self, model: Any, workload: Workload) -> None:
@@ -30,8 +30,8 @@ class Prompts:
         given = workload.prompts or ()
         if given and self._tokenizer is None:
             raise BadInput(
-                "Cannot benchmark given prompts: the model has no tokenizer. Load it from a folder that has one, or "
-                "leave the prompts out.",
+                "Cannot benchmark the given prompts: the model has no tokenizer. Load the model from a folder with a "
+                "tokenizer, or use generated prompts.",
                 argument="tokenizer",
                 value=None,
             )
@@ -40,18 +40,18 @@ class Prompts:
         if self.columns + workload.output_tokens > context_length(model):
             raise BadInput(
                 f"Cannot generate answers of {workload.output_tokens} tokens to prompts of {self.columns}: the "
-                f"context of the model is {context_length(model)} tokens. Pass smaller lengths.",
+                f"context of the model is {context_length(model)} tokens. Use shorter prompts or answers.",
                 argument="prompt_tokens",
                 value=self.columns,
             )
 
     def plan(self) -> dict[str, Any]:
-        """What decides the prompts, as plain JSON values."""
+        """Return the parameters that determine the prompts, as plain JSON values."""
         made = "words in the model's tokens" if self._tokenizer else "random tokens"
         return {**self._workload.plan(), "ids": "given" if self._given else made}
 
     def batch(self, numbers: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids and mask [rows, columns] of the prompts with these numbers."""
+        """Return ids and mask [rows, columns] of the prompts with these numbers."""
         rows = [self._ids(number) for number in numbers]
         width = max(map(len, rows))
         ids, mask = torch.zeros(2, len(rows), width, dtype=torch.long)

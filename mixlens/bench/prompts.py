@@ -1,4 +1,4 @@
-"""What a benchmark asks: prompts of a given length, each of its own, or the caller's."""
+"""Workloads of a benchmark: generated prompts of a given length, or the caller's prompts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from mixlens.errors import BadInput
 
-# Short common words: most tokenizers have each, with its blank, as one token.
+# Short common words: most tokenizers encode each, with its leading space, as one token.
 _WORDS = """
 air area art back body book business car case change child city company country day door education end eye face fact
 family father force friend game girl group guy hand head health history home hour house idea issue job kind law level
@@ -26,28 +26,28 @@ _TASK = "Write a long story with these words."
 
 @dataclass(frozen=True)
 class Workload:
-    """Prompts and the length of their answers.
+    """Prompts of a benchmark and the length of their answers.
 
     Parameters
     ----------
     prompt_tokens : int, optional
-        Length of a made prompt: random common words, of which no two prompts share a beginning, so that a prefix
-        cache gains nothing. Counted by `count_tokens`; without it a word counts as a token, and the server's own
-        count is in the results.
+        Length of a generated prompt. Prompts consist of random common words and share no prefix, so that a prefix
+        cache has no effect. `count_tokens` determines the length; without it one word counts as one token, and the
+        results report the server's count.
     output_tokens : int, optional
-        The most tokens an answer may have.
+        Maximum number of tokens in an answer.
     prompts : Sequence[str], optional
-        The caller's prompts instead, used in turn, over again when there are fewer than requests.
+        Prompts to use instead of generated ones, in order and repeated if there are more requests than prompts.
     count_tokens : Callable[[str], int], optional
-        Text to number of tokens, as lambda text: len(tokenizer(text).input_ids); also counts answers whose server
-        reports no usage.
+        Function that counts the tokens of a text, such as ``lambda text: len(tokenizer(text).input_ids)``. It also
+        counts answers for which the server reports no usage.
     seed : int, optional
-        Of the made prompts.
+        Seed of the generated prompts.
 
     Raises
     ------
     BadInput
-        For lengths below 1 (prompts: below 16), or an empty list of prompts.
+        If `output_tokens` is below 1, `prompt_tokens` is below 16, or `prompts` is empty or contains an empty text.
 
     Examples
     --------
@@ -64,24 +64,33 @@ class Workload:
     def __post_init__(self) -> None:
         if self.output_tokens < 1 or (self.prompts is None and self.prompt_tokens < 16):
             raise BadInput(
-                f"Cannot make prompts of {self.prompt_tokens} tokens with answers of {self.output_tokens}: a prompt "
-                "has at least 16 tokens and an answer at least 1. Pass larger numbers.",
+                f"Cannot generate prompts of {self.prompt_tokens} tokens with answers of {self.output_tokens}: a "
+                "prompt has at least 16 tokens and an answer at least 1. Pass larger numbers.",
                 argument="output_tokens" if self.output_tokens < 1 else "prompt_tokens",
             )
         if self.prompts is not None and not (self.prompts and all(isinstance(p, str) and p for p in self.prompts)):
             raise BadInput(
-                "Cannot benchmark the given prompts: the list is empty, or one of them is empty or not a string. "
-                "Pass a list of texts.",
+                "Cannot benchmark the given prompts: the list is empty, or a prompt is empty or not a string. Pass a "
+                "list of texts.",
                 argument="prompts",
             )
 
     def prompt(self, number: int) -> str:
-        """Return the prompt of the request with this number, the same at every call.
+        """Return the prompt of a request. The result depends only on the workload and the number.
 
         Parameters
         ----------
         number : int
             Number of the request.
+
+        Returns
+        -------
+        str
+
+        Examples
+        --------
+        >>> ml.bench.Workload(prompts=["one", "two"]).prompt(2)
+        'one'
         """
         if self.prompts is not None:
             return self.prompts[number % len(self.prompts)]
@@ -94,7 +103,18 @@ class Workload:
         return text
 
     def plan(self) -> dict[str, Any]:
-        """Return what decides the prompts, as plain values."""
+        """Return the parameters that determine the prompts, as plain values.
+
+        Returns
+        -------
+        dict[str, Any]
+            Lengths and seed of generated prompts, or number and SHA-256 of given ones.
+
+        Examples
+        --------
+        >>> ml.bench.Workload(256, 128).plan()["prompt_tokens"]
+        256
+        """
         kept: dict[str, Any] = {"output_tokens": self.output_tokens}
         if self.prompts is None:
             counted = "words" if self.count_tokens is None else "count_tokens"
@@ -104,7 +124,7 @@ class Workload:
 
 
 def workload_words(plan: Mapping[str, Any]) -> str:
-    """What `Workload.plan` says, for a reader."""
+    """Describe the result of `Workload.plan` as text."""
     if "prompts" in plan:
         prompts = f"{plan['prompts']} given prompts ({plan['distinct']} distinct, sha256 {plan['prompts_sha256'][:8]})"
     else:
@@ -113,19 +133,19 @@ def workload_words(plan: Mapping[str, Any]) -> str:
 
 
 def _made(words: Sequence[str]) -> str:
-    # The words come first: two prompts that begin alike would share a cached prefix.
+    # The task comes last: prompts with the same beginning would share a cached prefix.
     return f"{' '.join(words)}. {_TASK}"
 
 
 def read_prompts(
     documents: str | os.PathLike[str] | Iterable[str | Mapping[str, Any]], *, column: str = "text"
 ) -> list[str]:
-    """Prompts from a file or a data set, for Workload(prompts=...).
+    """Read prompts from a file or a data set, for Workload(prompts=...).
 
-    documents  path of a text file (one prompt a line) or of JSON Lines (.jsonl); or texts, dicts, a datasets.Dataset
-    column     of JSON Lines, dicts and data sets
+    documents  path of a text file (one prompt per line) or of JSON Lines (.jsonl); or texts, dicts, a datasets.Dataset
+    column     name of the text column of JSON Lines, dicts and data sets
 
-    Raises BadInput for a file that cannot be read, a line that is no JSON, or a document without the column.
+    Raises BadInput if a file cannot be read, a line is not JSON, or a document lacks the column.
     """
     if isinstance(documents, str | os.PathLike):
         lines = _lines(Path(documents))
@@ -142,8 +162,8 @@ def read_prompts(
                 else f" in {column!r}; it has {', '.join(map(str, document)) or 'nothing'}"
             )
             raise BadInput(
-                f"Cannot read prompts: document {i} has no text{has}. Name the column of the text, or leave the "
-                "document out.",
+                f"Cannot read prompts: document {i} has no text{has}. Pass the name of the text column, or remove the "
+                "document.",
                 argument="column",
                 value=i,
             )
@@ -156,7 +176,7 @@ def _lines(path: Path) -> list[str]:
         return [line for line in path.read_text("utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(
-            f"Cannot read prompts from {path}: {error}. Pass a text file in UTF-8 with one prompt per line, or JSON "
+            f"Cannot read prompts from {path}: {error}. Pass a UTF-8 text file with one prompt per line, or JSON "
             "Lines.",
             argument="path",
             value=str(path),
@@ -170,8 +190,8 @@ def _parsed(line: str, number: int, path: Path) -> str | Mapping[str, Any]:
         found = None
     if not isinstance(found, dict | str):
         raise BadInput(
-            f"Cannot read prompts from {path}: line {number + 1} is not a JSON object. Pass JSON Lines, one document "
-            "per line.",
+            f"Cannot read prompts from {path}: line {number + 1} is not a JSON object or string. Pass JSON Lines, one "
+            "document per line.",
             argument="path",
             value=number + 1,
         )

@@ -1,4 +1,4 @@
-"""Records on disk as they end, so that a benchmark that is killed loses none."""
+"""Write records to disk as requests end, so that a killed benchmark loses none."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from mixlens.bench.events import Record
 from mixlens.core.run_dir import PLAN, RunWriter
 from mixlens.errors import RunError
 
-# Every request as it ends, for a run that is killed; gone when the run is complete.
+# Records of an unfinished run; deleted when the run is complete.
 PARTIAL = "results.partial.jsonl"
 
 
 class Kept:
-    """Records as they come: in memory, one line each on disk, one step each of the bar."""
+    """Collects records in memory, appends each to a file, and advances the progress bar."""
 
     def __init__(self, writer: RunWriter | None, total: int, *, show: bool) -> None:
         self.records: list[Record] = []
@@ -41,14 +41,14 @@ class Kept:
 
 
 def bench_writer(path: Path, plan: dict[str, Any]) -> RunWriter:
-    """The writer of a benchmark's run. Raises RunError for another run, or one that was killed."""
+    """Create the writer of a benchmark's run. Raises RunError if the path holds another or a killed run."""
     killed = (path / PLAN).exists() and (path / PARTIAL).exists()
     writer = RunWriter(path, "bench", plan)
     if killed and not writer.complete:
         n = len((path / PARTIAL).read_bytes().splitlines())
         raise RunError(
-            f"Cannot write a benchmark to {path}: it holds one that was killed after {n} requests, and a benchmark "
-            f"cannot resume. Read its requests from {PARTIAL}, and pass another folder.",
+            f"Cannot write a benchmark to {path}: it holds a benchmark that was killed after {n} requests, which "
+            f"cannot be resumed. Pass another folder; the finished requests are in {PARTIAL}.",
             argument="out",
             value=n,
         )

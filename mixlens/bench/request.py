@@ -1,4 +1,4 @@
-"""One request over httpx, with every stamp taken before anything is parsed. Nothing is ever tried again."""
+"""One request over httpx. Times are taken before parsing, and requests are never retried."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from mixlens.bench.events import OUTCOMES, Record, StreamReader, outcome_of
 from mixlens.endpoints.endpoint import Endpoint, redacted
 from mixlens.endpoints.protocols import error_message
 
-# More of a refusal, or of an answer that is no stream, is not read.
+# Limit of the body of a refusal or of an answer that is not streamed.
 _MAX_BODY_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
 class Timeouts:
-    """Seconds: to open a connection, between two bytes, and for a whole request."""
+    """Timeouts in seconds: opening a connection, between two bytes, and a whole request."""
 
     connect_s: float = 10.0
     stall_s: float = 60.0
@@ -32,7 +32,7 @@ class Timeouts:
 
 @dataclass(frozen=True)
 class Job:
-    """A request to make: its place in the run and its content."""
+    """A request to send: its position in the run and its content."""
 
     index: int
     level: str
@@ -43,7 +43,7 @@ class Job:
 
 
 class Sender:
-    """Makes requests to one endpoint over one pool of connections; `clock` gives seconds of a monotonic clock."""
+    """Sends requests to one endpoint over a connection pool; `clock` returns monotonic seconds."""
 
     def __init__(self, endpoint: Endpoint, timeouts: Timeouts, clock: Callable[[], float]) -> None:
         self._endpoint, self._timeouts, self._clock = endpoint, timeouts, clock
@@ -51,7 +51,7 @@ class Sender:
         self._client = httpx.AsyncClient(
             timeout=httpx.Timeout(timeouts.stall_s, connect=timeouts.connect_s, pool=None),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
-            trust_env=not endpoint.is_local,  # a proxy between here and here would be measured too
+            trust_env=not endpoint.is_local,  # a proxy would add its own latency
         )
 
     async def __aenter__(self) -> Sender:
@@ -61,7 +61,7 @@ class Sender:
         await self._client.aclose()
 
     async def send(self, job: Job) -> Record:
-        """The record of one request; whatever goes wrong on the way is in it."""
+        """Send one request and return its record, which also reports failures."""
         times: dict[str, Any] = {"started_s": self._clock()}
         reader = StreamReader(self._endpoint.protocol, self._key)
         answer: dict[str, Any] = {}
@@ -142,7 +142,7 @@ class Sender:
 
 
 def retry_after(value: str | None) -> float | None:
-    """Seconds that a Retry-After header asks for, given in seconds or as a date; None when it says neither."""
+    """Parse a Retry-After header, in seconds or as a date, into seconds; None if it is absent or invalid."""
     if value is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""benchmark: load an endpoint, keep every request, and say how fast it was."""
+"""benchmark: measure the speed of an endpoint or a loaded model under one or several loads."""
 
 from __future__ import annotations
 
@@ -29,28 +29,29 @@ def benchmark(
     workload: Workload | Sequence[Workload] = _WORKLOAD,
     settings: BenchSettings | LocalSettings | None = None,
 ) -> Bench:
-    """Measure how fast an endpoint answers, or a loaded model generates, under one load after another.
+    """Measure how fast an endpoint answers or a loaded model generates.
 
-    Nothing is tried again: a request that fails is counted by kind. Every request is on disk as soon as it has ended.
+    The loads run one after the other. Failed requests are never retried; the result counts them by kind. Every record
+    is written to disk as soon as its request ends.
 
     Parameters
     ----------
-    target : Endpoint or Any
-        An Endpoint, or a model as ml.load gives it; see mixlens.bench.local for what is measured of a model.
+    target : Endpoint or model
+        An Endpoint, or a model from ml.load. :mod:`mixlens.bench.local` explains the measurements of a model.
     concurrency : int or Sequence[int], optional
-        Closed loop: so many requests at a time; 1 when neither this nor a rate is given. Of a model: rows of a
-        batch.
+        Closed loop: number of simultaneous requests, or rows per batch for a model. The default is 1 if `rate` is not
+        given either.
     rate : float or Sequence[float], optional
-        Open loop: so many requests a second, whether or not the earlier ones are done.
+        Open loop: requests per second, sent regardless of whether earlier requests have finished. Endpoints only.
     requests : int, optional
-        Measured requests of each load.
+        Number of measured requests per load.
     out : str or os.PathLike, optional
-        Run directory; None keeps the records in memory. A complete run of the same plan there is opened, and
-        nothing is sent.
+        Run directory; None keeps the records in memory. If the directory already holds a complete run of the same
+        plan, that run is opened and no request is sent.
     workload : Workload or Sequence[Workload], optional
-        Prompts and lengths; of a model one or several.
+        Prompts and lengths. A model accepts several workloads, an endpoint one.
     settings : BenchSettings or LocalSettings, optional
-        BenchSettings of an endpoint, LocalSettings of a model.
+        BenchSettings for an endpoint, LocalSettings for a model.
 
     Returns
     -------
@@ -59,9 +60,9 @@ def benchmark(
     Raises
     ------
     BadInput
-        For a load that cannot be, for a missing key, or for a cap in dollars without a price.
+        If a load is invalid, the key is missing, or a cap in dollars is set without a known price.
     RunError
-        If `out` holds something else or a benchmark that was killed.
+        If `out` holds another run or a benchmark that was killed.
 
     Examples
     --------
@@ -76,7 +77,8 @@ def benchmark(
         if rate is not None:
             raise BadInput(
                 f"Cannot benchmark a loaded model at {rate} requests per second: it generates one batch after the "
-                "other, and no requests arrive. Pass concurrency=, or serve the model and benchmark an Endpoint.",
+                "other, so requests have no arrival rate. Pass concurrency=, or serve the model and benchmark an "
+                "Endpoint.",
                 argument="rate",
                 value=rate,
             )
@@ -87,7 +89,7 @@ def benchmark(
     if not isinstance(settings, BenchSettings) or not isinstance(workload, Workload):
         raise BadInput(
             f"Cannot benchmark {target.model} with {type(settings).__name__} and {type(workload).__name__}: an "
-            "endpoint takes BenchSettings and one Workload. Pass these, or benchmark a loaded model.",
+            "endpoint needs BenchSettings and a single Workload. Pass these, or benchmark a loaded model.",
             argument="settings" if not isinstance(settings, BenchSettings) else "workload",
         )
     levels = levels_of(concurrency, rate, settings.arrivals)

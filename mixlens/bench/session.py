@@ -1,4 +1,4 @@
-"""Session: one endpoint while it is measured, from its plan on disk to its Bench; several can take turns."""
+"""Session: the benchmark of one endpoint, from the plan on disk to the Bench; several sessions can take turns."""
 
 from __future__ import annotations
 
@@ -28,22 +28,23 @@ _TIMEOUTS = Timeouts()
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """Settings of how an endpoint is benchmarked.
+    """Settings for the benchmark of an endpoint.
 
     Parameters
     ----------
     warmup : int, optional
-        Requests before each level that are kept and never counted, for each place of a closed loop.
-    arrivals : str, optional
-        Of an open loop: "poisson" or "constant".
+        Number of warm-up requests before each level, per simultaneous request of a closed loop. They are recorded and
+        excluded from all metrics.
+    arrivals : {"poisson", "constant"}, optional
+        Arrival process of an open loop.
     timeouts : Timeouts, optional
-        Of a request.
+        Timeouts of a request.
     max_seconds : float, optional
-        After which no request starts; None for no cap.
+        Time in seconds after which no request starts; None for no cap.
     max_dollars : float, optional
-        That all requests together may cost; None for no cap.
+        Maximum cost of all requests together in dollars; None for no cap.
     price : tuple[float, float], optional
-        Dollars per million tokens (in, out), for that cap; None for the dearest in the snapshot of prices.
+        Dollars per million tokens (input, output) for `max_dollars`; None for the highest price in the price snapshot.
     progress : bool, optional
         Whether to show a progress bar.
 
@@ -63,7 +64,7 @@ class BenchSettings:
 
 
 class Clock:
-    """Seconds of a monotonic clock that can stand still, so that time in which others are measured does not count."""
+    """A monotonic clock in seconds that can be paused, to exclude the time in which other endpoints are measured."""
 
     def __init__(self) -> None:
         self._zero, self._stood_at = time.perf_counter(), None
@@ -81,16 +82,16 @@ class Clock:
 
 
 class Session:
-    """One endpoint while it is measured.
+    """The benchmark of one endpoint while it runs.
 
-    plan     what decides the requests besides endpoint, workload and settings, such as the loads
+    plan     parameters that determine the requests besides endpoint, workload and settings, such as the loads
     out      run directory, or None
-    total    measured requests, for the progress bar
-    opened   the Bench of a complete run of the same plan that is there already; nothing is to be sent then
-    driver   there from `open` on
-    clock    of every stamp of this session
+    total    number of measured requests, for the progress bar
+    opened   the Bench of a complete run of the same plan in `out`; the session then sends no request
+    driver   set by `open`
+    clock    clock of all time stamps of this session
 
-    Raises as check_target, and RunError when `out` holds something else.
+    Raises the errors of check_target, and RunError if `out` holds another run.
     """
 
     driver: Driver
@@ -118,14 +119,14 @@ class Session:
         self.kept = None if done else Kept(self._writer, total, show=settings.progress)
 
     def open(self) -> Sender:
-        """The sender that the driver uses; to be closed by the caller."""
+        """Create the driver and return its sender, which the caller must close."""
         assert self.kept is not None
         sender = Sender(self._endpoint, self._settings.timeouts, self.clock)
         self.driver = Driver(sender, self._workload, self.caps, self.clock, self.kept.keep)
         return sender
 
     def finish(self, *, interrupted: bool) -> Bench:
-        """What was measured, complete on disk where there is a run directory."""
+        """Complete the run directory, if there is one, and return the Bench."""
         assert self.kept is not None
         records = ordered(self.kept.records)
         meta = {
@@ -148,7 +149,7 @@ class Session:
 
 
 def measure(sessions: Sequence[Session], schedule: Callable[[], Coroutine[Any, Any, None]]) -> list[Bench]:
-    """Run `schedule`, which drives the sessions, to its end; an interrupt leaves runs that open, and is raised."""
+    """Run `schedule`, which drives the sessions. An interrupt is raised again after the runs have been saved."""
     with ExitStack() as files:
         for session in sessions:
             assert session.kept is not None
@@ -170,7 +171,7 @@ def measure(sessions: Sequence[Session], schedule: Callable[[], Coroutine[Any, A
 def levels_of(
     concurrency: int | Sequence[int] | None, rate: float | Sequence[float] | None, arrivals: str
 ) -> list[Level]:
-    """The loads that were asked for. Raises BadInput for what is none."""
+    """Return the requested loads. Raises BadInput for an invalid load."""
     slots = [concurrency] if isinstance(concurrency, int) else list(concurrency or [])
     rates = [rate] if isinstance(rate, int | float) else list(rate or [])
     if concurrency is None and rate is None:
@@ -179,8 +180,8 @@ def levels_of(
     distinct = len({*slots}) == len(slots) and len({*rates}) == len(rates)
     if not (slots or rates) or not fine or not distinct or arrivals not in ("poisson", "constant"):
         raise BadInput(
-            f"Cannot benchmark at concurrency {concurrency} and rate {rate} ({arrivals}). Pass whole numbers from 1, "
-            'or rates above 0, each once, and arrivals="poisson" or "constant".',
+            f"Cannot benchmark at concurrency {concurrency} and rate {rate} ({arrivals}): a load is invalid or "
+            'repeated. Pass distinct integers from 1 or distinct rates above 0, and arrivals="poisson" or "constant".',
             argument="arrivals"
             if arrivals not in ("poisson", "constant")
             else "concurrency"
@@ -191,11 +192,11 @@ def levels_of(
 
 
 def check_requests(requests: int, settings: BenchSettings) -> None:
-    """Raises BadInput for a number of requests, a cap, a price or a timeout that is none."""
+    """Raise BadInput for an invalid number of requests, cap, price or timeout."""
     if not isinstance(requests, int) or requests < 1 or settings.warmup < 0:
         raise BadInput(
-            f"Cannot benchmark {requests} requests after {settings.warmup} warm-up requests: needs at least 1 "
-            "request, and 0 or more warm-up requests. Pass larger numbers.",
+            f"Cannot benchmark {requests} requests after {settings.warmup} warm-up requests. Pass at least 1 request "
+            "and 0 or more warm-up requests.",
             argument="requests",
             value=(requests, settings.warmup),
         )
@@ -205,24 +206,24 @@ def check_requests(requests: int, settings: BenchSettings) -> None:
         wrong["price"] = settings.price
     for name, value in wrong.items():
         raise BadInput(
-            f"Cannot benchmark with {name}={value}: not a limit or a price. Pass a number above 0 (price: dollars per "
-            "million tokens in and out), or leave it out.",
+            f"Cannot benchmark with {name}={value}: the value is out of range. Pass a number above 0 (for price, two "
+            "prices from 0 in dollars per million input and output tokens), or omit it.",
             argument=name,
             value=value,
         )
 
 
 def check_target(endpoint: Endpoint, workload: Workload, settings: BenchSettings) -> tuple[float, float] | None:
-    """The price that caps reckon with; before anything is written or sent.
+    """Return the price for the cap on cost, after checking the target before anything is written or sent.
 
-    Raises BadInput for what is no endpoint, a missing key, a cap in dollars without a price, and prompts that with
-    their answers are longer than the context.
+    Raises BadInput for a target that is not an endpoint, a missing key, a cap in dollars without a price, and prompts
+    that exceed the context together with their answers.
     """
     if not isinstance(endpoint, Endpoint) or not isinstance(workload, Workload):
         raise BadInput(
-            f"Cannot benchmark a {type(endpoint).__name__} with a {type(workload).__name__} under load: only an "
-            "endpoint serves several requests at a time. Pass an Endpoint and one Workload; for a loaded model, "
-            "ml.benchmark measures batches.",
+            f"Cannot benchmark {type(endpoint).__name__} with {type(workload).__name__} under load: only an Endpoint "
+            "serves simultaneous requests. Pass an Endpoint and one Workload, or measure a loaded model in batches "
+            "with ml.benchmark.",
             argument="endpoint",
             value=type(endpoint).__name__,
         )
@@ -230,16 +231,16 @@ def check_target(endpoint: Endpoint, workload: Workload, settings: BenchSettings
     if settings.max_dollars is not None and price is None:
         raise BadInput(
             f"Cannot cap the cost at ${settings.max_dollars:g}: the price snapshot has no entry for {endpoint.model} "
-            f"at {endpoint.host}. Pass dollars per million tokens, as in BenchSettings(price=(0.54, 0.54)) or --price "
-            "0.54,0.54.",
+            f"at {endpoint.host}. Pass the price in dollars per million tokens, as in BenchSettings(price=(0.54, "
+            "0.54)) or --price 0.54,0.54.",
             argument="max_dollars",
             value=settings.max_dollars,
         )
     tokens = workload.output_tokens + (workload.prompt_tokens if workload.prompts is None else 0)
     if endpoint.context is not None and tokens > endpoint.context:
         raise BadInput(
-            f"Cannot request prompts and answers of {tokens} tokens together from {endpoint.host}: the context of "
-            f"{endpoint.model} there is {endpoint.context}. Pass smaller lengths.",
+            f"Cannot request prompts and answers of {tokens} tokens in total from {endpoint.host}: the context of "
+            f"{endpoint.model} is {endpoint.context} tokens. Use a shorter prompt or answer.",
             argument="context",
             value=tokens,
         )
@@ -248,13 +249,13 @@ def check_target(endpoint: Endpoint, workload: Workload, settings: BenchSettings
 
 
 def ordered(records: Sequence[Record]) -> list[Record]:
-    """By load in the order they were measured, warm-up first."""
+    """Sort records by load in the order of measurement, warm-up first."""
     names = list(dict.fromkeys(record.level for record in records))
     return sorted(records, key=lambda r: (names.index(r.level), r.phase != "warm-up", r.index))
 
 
 def _run(drive: Callable[[], Coroutine[Any, Any, None]], stop: Callable[[], object]) -> bool:
-    """Run to the end, also inside a notebook, whose own loop is running already; False when it was interrupted."""
+    """Run to the end, even in a notebook with a running event loop; return False after an interrupt."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:

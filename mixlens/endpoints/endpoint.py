@@ -1,4 +1,4 @@
-"""Endpoint: a model behind a URL, and how it wants to be asked. Making one sends nothing and reads no key."""
+"""Endpoint: a model behind a URL, and the requests that its protocol needs."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from mixlens.errors import BadInput, EndpointError
 
 Messages = Sequence[Mapping[str, Any]]
 
-# Where each protocol is spoken, below the endpoint's URL.
+# Path of each protocol, appended to the endpoint's URL.
 PATHS = {
     "openai-chat": "/chat/completions",
     "openai-completions": "/completions",
     "anthropic": "/messages",
     "modelslab": "/chat/completions",
 }
-# What the same model is called in different places.
+# Names of the same model with different providers.
 ALIASES = {
     "mistralai/mixtral-8x7b-instruct": (
         "mistral/mixtral-8x7b-instruct",
@@ -42,12 +42,12 @@ ALIASES = {
 }
 CONTEXTS = {"mistralai/mixtral-8x7b-instruct": 32_768, "mistralai/mixtral-8x22b-instruct": 65_536}
 
-# Names whose last word says that the value is a secret, as X-RapidAPI-Key and apiKey; a cache key is none.
+# Names whose last word marks the value as a secret, such as X-RapidAPI-Key and apiKey. A cache key is not a secret.
 _SECRET = re.compile(
     r"(?:^|[-_]|(?<=[a-z])(?=[A-Z]))(?<!(?i:cache)[-_])"
     r"(?i:api[-_]?keys?|key|token|secret|password|passwd|passphrase|credentials?|bearer|auth|authorization|cookie)$"
 )
-# A value that is a secret, whatever it is called.
+# Values that look like a secret under any name.
 _KEY_LIKE = re.compile(r"\s*(?:(?i:bearer|basic)\s+\S{8,}|(?:sk-|hf_)[\w-]{16,})\s*")
 
 _FOR_NOW = {408, 409, 429}
@@ -57,18 +57,32 @@ _TIMEOUT = httpx.Timeout(600.0, connect=10.0)
 
 @dataclass(frozen=True)
 class Completion:
-    """A whole answer; None for what the server did not say.
+    """A complete answer. Fields that the server does not report are None.
 
-    text           the answer, after the prompt where `echo` was asked for
-    finish         why it ended: "stop", "length" ...
-    input_tokens, output_tokens, cost_usd    the server's own count
-    model, provider  who answered, in the server's words
-    tokens         text of each token that has a log-probability, in order
-    logprobs       its natural log-probability; None for the first token of an echoed prompt, which has none
-    top_logprobs   alternatives of each token with theirs
-    offsets        character at which each token begins in `text` ("openai-completions")
-    attempts       requests that it took
-    raw            the server's whole answer
+    Parameters
+    ----------
+    text : str
+        The answer, preceded by the prompt if the request set `echo`.
+    finish : str or None
+        Why generation ended, such as "stop" or "length".
+    input_tokens, output_tokens : int or None
+        Token counts reported by the server.
+    cost_usd : float or None
+        Cost reported by the server.
+    model, provider : str or None
+        Model and provider that answered, as named by the server.
+    tokens : tuple[str, ...] or None
+        Text of each token that has a log-probability, in order.
+    logprobs : tuple[float or None, ...] or None
+        Natural log-probability of each token; None for the first token of an echoed prompt, which has no context.
+    top_logprobs : tuple[dict[str, float], ...] or None
+        Alternatives to each token, with their log-probabilities.
+    offsets : tuple[int, ...] or None
+        Character of `text` at which each token begins ("openai-completions").
+    attempts : int
+        Number of requests sent, retries included.
+    raw : dict[str, Any]
+        The server's answer as parsed JSON.
     """
 
     text: str
@@ -88,32 +102,36 @@ class Completion:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A model behind a URL. Making one sends nothing and reads no key.
+    """A model behind a URL.
+
+    Creating an endpoint sends no request and reads no key.
 
     Parameters
     ----------
     url : str
-        Up to the version, as in "http://127.0.0.1:8000/v1"; the address of the protocol itself is taken as it is.
-    model : str, optional
-        The name that the server knows it by.
-    protocol : str, optional
-        "openai-chat", "openai-completions", "anthropic" (Messages), or "modelslab" (its own body, with model_id).
+        Base URL up to the API version, such as "http://127.0.0.1:8000/v1". A URL that already ends in the path of the
+        protocol is used unchanged.
+    model : str
+        Name of the model on the server.
+    protocol : {"openai-chat", "openai-completions", "anthropic", "modelslab"}, optional
+        Request format: OpenAI chat or text completions, Anthropic Messages, or ModelsLab's own body with ``model_id``.
     key_env : str, optional
-        Name of the environment variable that holds the key, or None. It is read when a request is made, sent as
-        "Authorization: Bearer ..." (by "modelslab" in the body), and written nowhere.
+        Name of the environment variable that holds the API key. Every request reads the variable and sends the key as
+        "Authorization: Bearer ..." ("modelslab": in the body). The key is never written to disk.
     extra : Mapping[str, Any], optional
-        More fields of the body, such as {"temperature": 0}; None leaves out a field that would be sent.
+        Additional fields of the request body, such as {"temperature": 0}. A value of None removes the field from the
+        body.
     headers : Mapping[str, str], optional
-        More headers, such as {"X-Title": "mixlens"}.
+        Additional headers, such as {"X-Title": "mixlens"}.
     context : int, optional
-        Tokens of the context, where known.
+        Context length in tokens, if known.
 
     Raises
     ------
     BadInput
-        For a URL that is no http(s) address or carries a secret, for a protocol that is not known, for headers or
-        fields, however deep inside, that would hold a key, for fields that are no JSON, and for a key that would
-        leave this machine unencrypted.
+        If the URL is not an http(s) address or contains a secret, the protocol is unknown, a header or a field at any
+        depth seems to hold a key, `extra` cannot be represented as JSON, or the key would leave this machine
+        unencrypted.
 
     Examples
     --------
@@ -138,35 +156,35 @@ class Endpoint:
             parts, host = urlsplit(""), None
         if parts.scheme not in ("http", "https") or not host:
             raise BadInput(
-                f"Cannot use {self.url!r} as an endpoint: not an http or https address. Pass one such as "
+                f"Cannot use {self.url!r} as an endpoint: it is not an http or https address. Pass a URL such as "
                 '"http://127.0.0.1:8000/v1".',
                 argument="url",
             )
         if parts.username or parts.password or parts.query or parts.fragment:
             raise BadInput(
-                f"Cannot use the URL of {host}: it contains a user, a password or a query, which would be written "
-                "into run directories. Pass the plain address, and the key by key_env=.",
+                f"Cannot use the URL of {host}: it contains a user name, a password, a query or a fragment, and run "
+                "directories store the URL. Pass the plain address, and the key with key_env=.",
                 argument="url",
                 value=host,
             )
         if not isinstance(self.model, str) or not self.model:
             raise BadInput(
-                f"Cannot use the endpoint at {host} with model={self.model!r}: a request must name a model. Pass the "
-                "server's name for it, as listed by `mixlens models URL`.",
+                f"Cannot use the endpoint at {host} with model={self.model!r}: a request must name a model. Pass one "
+                "of the names that `mixlens models URL` lists.",
                 argument="model",
                 value=self.model,
             )
         if self.protocol not in PATHS:
             raise BadInput(
-                f"Cannot use the protocol {self.protocol!r}: it does not exist. Pass one of {', '.join(PATHS)}.",
+                f"Unknown protocol {self.protocol!r}. Pass one of {', '.join(PATHS)}.",
                 argument="protocol",
                 value=self.protocol,
             )
         if secret := [*_secrets(self.headers), *_secrets(self.extra)]:
             raise BadInput(
-                f"Cannot use the endpoint at {host} with {secret[0]!r} in its headers or fields: they are written "
-                "into run directories, where a key must never be. Name the environment variable that holds the key "
-                "by key_env=.",
+                f"Cannot use the endpoint at {host} with {secret[0]!r} in its headers or fields: it seems to hold a "
+                "secret, and run directories store these values. Store the key in an environment variable and pass "
+                "the variable's name with key_env=.",
                 argument=secret[0],
             )
         if wrong := [
@@ -175,8 +193,8 @@ class Endpoint:
             if not (isinstance(v, str) and re.fullmatch(r"[!-9;-~]+", n) and v.isprintable() and v.isascii())
         ]:
             raise BadInput(
-                f"Cannot use the endpoint at {host} with the header {wrong[0]!r}: HTTP does not allow some characters "
-                "of its name or value. Use printable ASCII.",
+                f"Cannot use the endpoint at {host} with the header {wrong[0]!r}: its name or value contains "
+                "characters that HTTP does not allow. Use printable ASCII.",
                 argument=wrong[0],
             )
         try:
@@ -189,8 +207,7 @@ class Endpoint:
             ) from error
         if self.key_env is not None and parts.scheme == "http" and not self.is_local:
             raise BadInput(
-                f"Cannot send the key of {self.key_env} to {host}: over http anybody on the way could read it. Use "
-                "https.",
+                f"Cannot send the key from {self.key_env} to {host}: http does not encrypt it. Use an https URL.",
                 argument="url",
                 value=parts.scheme,
             )
@@ -200,11 +217,12 @@ class Endpoint:
 
     @property
     def host(self) -> str:
+        """Host name of the server."""
         return urlsplit(self.url).hostname or ""
 
     @property
     def is_local(self) -> bool:
-        """Return whether the server is on this machine."""
+        """Whether the server runs on this machine."""
         try:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
@@ -212,32 +230,43 @@ class Endpoint:
 
     @property
     def address(self) -> str:
-        """Return the address that requests go to."""
+        """URL that requests are sent to."""
         base, path = self.url.rstrip("/"), PATHS[self.protocol]
         return base if base.endswith(path) else base + path
 
     def key(self) -> str | None:
-        """Return the key from the environment; None for an endpoint without one.
+        """Read the API key from the environment.
+
+        Returns
+        -------
+        str or None
+            The key; None if the endpoint has no `key_env`.
 
         Raises
         ------
         BadInput
-            If the variable is not set, or does not hold what could be a key. It is not quoted.
+            If the variable is not set or its value cannot be a key. The message does not quote the value.
+
+        Examples
+        --------
+        >>> ml.Endpoint("http://127.0.0.1:8000/v1", model="mixtral").key() is None
+        True
         """
         if self.key_env is None:
             return None
         key = os.environ.get(self.key_env, "").strip()
         if not key:
             raise BadInput(
-                f"A request to {self.host} needs a key. The environment variable {self.key_env} is not set. "
-                "Set it in the shell that starts this; keys are taken from nowhere else.",
+                f"Cannot send a request to {self.host}: it needs a key, and the environment variable {self.key_env} "
+                "is not set. Set it in the shell that starts Python; mixlens reads keys from nowhere else.",
                 argument="key_env",
                 value=self.key_env,
             )
         if not re.fullmatch(r"[!-~]{8,}", key):
             raise BadInput(
-                f"A request to {self.host} needs a key. What {self.key_env} holds is shorter than 8 characters, or has "
-                "blanks or characters beyond ASCII. Set it to the key alone.",
+                f"Cannot send a request to {self.host}: the value of {self.key_env} cannot be a key, because it is "
+                "shorter than 8 characters or contains blanks or non-ASCII characters. Set the variable to the key "
+                "alone.",
                 argument="key_env",
                 value=self.key_env,
             )
@@ -246,23 +275,36 @@ class Endpoint:
     def request(
         self, prompt: str | Messages, *, max_tokens: int, key: str | None = None, stream: bool = True
     ) -> tuple[dict[str, str], dict[str, Any]]:
-        """Return headers and body of a request for the answer to a text, or to messages of {"role", "content"}.
+        """Build the headers and the body of a request without sending it.
 
         Parameters
         ----------
         prompt : str or Messages
             A text, or messages of {"role", "content"}.
         max_tokens : int
-            Tokens of the answer, at most.
+            Maximum number of tokens in the answer.
         key : str, optional
-            The key; None for none.
+            API key to include; None sends no key.
         stream : bool, optional
-            Whether the answer is streamed.
+            Whether to stream the answer.
+
+        Returns
+        -------
+        tuple[dict[str, str], dict[str, Any]]
+            Headers and body.
 
         Raises
         ------
         BadInput
-            For messages to "openai-completions", which takes a text.
+            If `prompt` is a list of messages and the protocol is "openai-completions", which takes a text, or if the
+            list is empty or a message has no role.
+
+        Examples
+        --------
+        >>> endpoint = ml.Endpoint("http://127.0.0.1:8000/v1", model="mixtral")
+        >>> headers, body = endpoint.request("Hello", max_tokens=8, stream=False)
+        >>> body["messages"]
+        [{'role': 'user', 'content': 'Hello'}]
         """
         headers, secret = self.key_fields(key)
         headers = {"Accept-Encoding": "identity", **headers}
@@ -272,7 +314,7 @@ class Endpoint:
             if not isinstance(prompt, str):
                 raise BadInput(
                     f"Cannot send messages to {self.host}: its protocol, openai-completions, takes a single text. "
-                    'Pass a string, or make the endpoint with protocol="openai-chat".',
+                    'Pass a string, or create the endpoint with protocol="openai-chat".',
                     argument="prompt",
                     value=self.protocol,
                 )
@@ -286,12 +328,22 @@ class Endpoint:
         return headers, {k: v for k, v in (body | dict(self.extra)).items() if v is not None} | secret
 
     def key_fields(self, key: str | None) -> tuple[dict[str, str], dict[str, str]]:
-        """Return the headers of every call, with the key, and the body field in which "modelslab" takes it instead.
+        """Build the headers and body fields that every request needs, with the key.
 
         Parameters
         ----------
         key : str or None
-            The key; None for none.
+            API key to include; None sends no key.
+
+        Returns
+        -------
+        tuple[dict[str, str], dict[str, str]]
+            Headers, and fields of the body. The key is in the headers, or in the body for "modelslab".
+
+        Examples
+        --------
+        >>> ml.Endpoint("http://127.0.0.1:8000/v1", model="mixtral").key_fields("some-key")
+        ({'Authorization': 'Bearer some-key'}, {})
         """
         headers = {**self.headers}
         if self.protocol == "anthropic":
@@ -311,27 +363,29 @@ class Endpoint:
         client: httpx.Client | None = None,
         **fields: Any,
     ) -> Completion:
-        r"""Request the whole answer to a text or to messages, not streamed: for evaluations, not for timing.
+        r"""Request the complete answer to a text or to messages.
 
-        Log-probabilities that the server did not give are None. Safe to call from several threads.
+        The answer is not streamed. Use this method for evaluations and `ml.benchmark` for timing. Log-probabilities
+        that the server does not return are None. The method is safe to call from several threads.
 
         Parameters
         ----------
         prompt : str or Messages
             A text, or messages of {"role", "content"}.
         max_tokens : int, optional
-            At most; 0 with `echo` scores the prompt alone.
+            Maximum number of tokens in the answer; 0 together with `echo` only scores the prompt.
         logprobs : int, optional
-            Log-probabilities of the tokens, and of so many alternatives each (0 for none); None does not ask.
+            Request the log-probability of every token and of this number of alternatives (0 for no alternatives).
+            None requests no log-probabilities.
         echo : bool, optional
-            The answer begins with the prompt, whose tokens have log-probabilities too ("openai-completions").
+            Start the answer with the prompt, with log-probabilities of its tokens too ("openai-completions").
         retries : int, optional
-            How often a refusal for now (408, 409, 429, 5xx), a lost connection or a timeout is tried again, after
-            the time that the server asks for, or 0.5, 1, 2 ... seconds, at most 60.
+            How often to retry after a temporary refusal (408, 409, 429, 5xx), a lost connection or a timeout. The wait
+            is the one that the server requests, else 0.5, 1, 2 ... seconds, and at most 60 seconds.
         client : httpx.Client, optional
-            A client to use, so that many calls share connections; one is made for this call without.
-        fields : Any
-            More of the body, as temperature=0 or stop=["\n"]; they come before the endpoint's `extra`.
+            Client to use, so that many calls share connections. By default every call creates its own.
+        **fields : Any
+            Additional fields of the body, such as temperature=0 or stop=["\n"]. They override the endpoint's `extra`.
 
         Returns
         -------
@@ -340,42 +394,78 @@ class Endpoint:
         Raises
         ------
         EndpointError
-            If there is no answer.
+            If the server gives no usable answer.
         BadInput
-            For what the protocol cannot ask.
+            If the protocol does not support the request.
+
+        Examples
+        --------
+        >>> endpoint = ml.Endpoint("http://127.0.0.1:8000/v1", model="mixtral")
+        >>> endpoint.complete("2 + 2 =", max_tokens=4, temperature=0).text  # doctest: +SKIP
         """
         asked = {"max_tokens": max_tokens, "logprobs": logprobs, "echo": echo, **fields}
         return complete(self, prompt, asked, retries=retries, client=client)
 
     def models(self) -> list[dict[str, Any]]:
-        """Return the models that the server lists, as it describes them; each has an "id".
+        """List the models of the server.
+
+        Returns
+        -------
+        list[dict[str, Any]]
+            One dict per model, as the server describes it, with its name under "id".
 
         Raises
         ------
         EndpointError
-            If it gives no list.
+            If the server does not return a list.
+
+        Examples
+        --------
+        >>> ml.Endpoint.openrouter().models()  # doctest: +SKIP
         """
         return list_models(self)
 
     def count_tokens(self, prompt: str | Messages) -> int:
-        """Return the number of input tokens of a request by the server's own count ("anthropic": vLLM, ModelsLab).
+        """Count the input tokens of a request on the server.
+
+        Requires protocol="anthropic", which vLLM and ModelsLab serve.
 
         Parameters
         ----------
         prompt : str or Messages
             A text, or messages of {"role", "content"}.
 
+        Returns
+        -------
+        int
+            Number of input tokens.
+
         Raises
         ------
         EndpointError
-            If the server does not count.
+            If the server does not return a count.
         BadInput
-            For a protocol that has no such call.
+            If the protocol has no call for counting tokens.
+
+        Examples
+        --------
+        >>> ml.Endpoint.modelslab(protocol="anthropic").count_tokens("Hello")  # doctest: +SKIP
         """
         return count_tokens(self, prompt)
 
     def plan(self) -> dict[str, Any]:
-        """Return what a run directory stores: everything but the key, "[key]" where a field holds it."""
+        """Return the fields that a run directory stores.
+
+        Returns
+        -------
+        dict[str, Any]
+            All fields. "[key]" replaces the API key wherever it occurs.
+
+        Examples
+        --------
+        >>> ml.Endpoint("http://127.0.0.1:8000/v1", model="mixtral").plan()["model"]
+        'mixtral'
+        """
         kept = {"url": self.url, "model": self.model, "protocol": self.protocol, "context": self.context}
         kept |= {"key_env": self.key_env, "extra": dict(self.extra), "headers": dict(self.headers)}
         key = os.environ.get(self.key_env or "", "").strip()
@@ -385,16 +475,25 @@ class Endpoint:
     def openrouter(
         cls, model: str = "mistralai/mixtral-8x7b-instruct", *, providers: Sequence[str] = (), **fields: Any
     ) -> Endpoint:
-        """Return an OpenRouter endpoint; with `providers`, only these answer (such as "deepinfra").
+        """Create an endpoint at OpenRouter, with its key in ``OPENROUTER_API_KEY``.
 
         Parameters
         ----------
         model : str, optional
-            A loaded model.
+            Name of the model at OpenRouter, or one of its known aliases.
         providers : Sequence[str], optional
-            The only providers that may answer, such as "deepinfra".
-        fields : Any
-            More fields of Endpoint.
+            The only providers that may answer, such as "deepinfra"; empty for any provider.
+        **fields : Any
+            Other parameters of Endpoint.
+
+        Returns
+        -------
+        Endpoint
+
+        Examples
+        --------
+        >>> ml.Endpoint.openrouter(providers=["deepinfra"]).extra
+        {'provider': {'only': ['deepinfra'], 'allow_fallbacks': False}}
         """
         model = canonical(model)
         pinned = {"provider": {"only": list(providers), "allow_fallbacks": False}} if providers else {}
@@ -404,28 +503,48 @@ class Endpoint:
 
     @classmethod
     def deepinfra(cls, model: str = "mistralai/Mixtral-8x7B-Instruct-v0.1", **fields: Any) -> Endpoint:
-        """Return an endpoint at DeepInfra's OpenAI-compatible address; models go by their names on the Hub.
+        """Create an endpoint at DeepInfra's OpenAI-compatible address, with its key in ``DEEPINFRA_API_KEY``.
 
         Parameters
         ----------
         model : str, optional
-            A loaded model.
-        fields : Any
-            More fields of Endpoint.
+            Name of the model on the Hugging Face Hub.
+        **fields : Any
+            Other parameters of Endpoint.
+
+        Returns
+        -------
+        Endpoint
+
+        Examples
+        --------
+        >>> ml.Endpoint.deepinfra().host
+        'api.deepinfra.com'
         """
         fields = {"key_env": "DEEPINFRA_API_KEY", "context": CONTEXTS.get(canonical(model)), **fields}
         return cls("https://api.deepinfra.com/v1/openai", model=model, **fields)
 
     @classmethod
     def modelslab(cls, model: str = "mistralai-mixtral-8x7b-instruct", **fields: Any) -> Endpoint:
-        """Return a ModelsLab endpoint, with its own body unless `protocol` is "openai-chat" or "anthropic".
+        """Create an endpoint at ModelsLab, with its key in ``MODELSLAB_API_KEY``.
+
+        Requests use ModelsLab's own body unless `protocol` is "openai-chat" or "anthropic".
 
         Parameters
         ----------
         model : str, optional
-            A loaded model.
-        fields : Any
-            More fields of Endpoint.
+            Name of the model at ModelsLab.
+        **fields : Any
+            Other parameters of Endpoint.
+
+        Returns
+        -------
+        Endpoint
+
+        Examples
+        --------
+        >>> ml.Endpoint.modelslab().protocol
+        'modelslab'
         """
         fields = {
             "key_env": "MODELSLAB_API_KEY",
@@ -436,12 +555,12 @@ class Endpoint:
         return cls(base + "/v1" if fields["protocol"] == "anthropic" else base, model=model, **fields)
 
 
-# By name, for the command line.
+# Presets of the command line, by name.
 PRESETS = {"openrouter": Endpoint.openrouter, "deepinfra": Endpoint.deepinfra, "modelslab": Endpoint.modelslab}
 
 
 def redacted(text: str, key: str | None) -> str:
-    """The text with "[key]" for the key, as it is and as JSON writes it. To be called before the text is shortened."""
+    """Replace the key, plain or JSON-escaped, by "[key]". Call this before shortening the text."""
     if key is None:
         return text
     escaped = json.dumps(key)[1:-1]
@@ -451,15 +570,15 @@ def redacted(text: str, key: str | None) -> str:
 
 
 def canonical(model: str) -> str:
-    """The one name of a model that goes by several; a name that is not known stays as it is."""
+    """Return the canonical name of a model that has several names; unknown names are returned unchanged."""
     found = (name for name, others in ALIASES.items() if model.lower() in (name, *others))
     return next(found, model)
 
 
 def _secrets(value: Any, path: str = "", *, named: bool = False) -> Iterator[str]:
-    """Where, inside the fields of a body, stands what may be a secret: by its name, or that of what holds it."""
+    """Yield the paths of values that may be secrets, judged by their own name or that of an enclosing field."""
     if isinstance(value, Mapping):
-        # Below "properties" stand the names of a tool's or a schema's fields, and below these what they may hold.
+        # "properties" maps the field names of a tool or a schema to their types, so these names mark no secrets.
         schema = path.rpartition(".")[2] == "properties"
         for name, inner in value.items():
             found = not schema and (named or bool(_SECRET.search(str(name))))
@@ -472,7 +591,7 @@ def _secrets(value: Any, path: str = "", *, named: bool = False) -> Iterator[str
 
 
 def _messages(prompt: str | Messages, protocol: str) -> dict[str, Any]:
-    """The field, or fields, of a body that hold the conversation."""
+    """Return the body fields that hold the conversation."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
     if not messages or not all("role" in message for message in messages):
         raise BadInput(
@@ -486,7 +605,7 @@ def _messages(prompt: str | Messages, protocol: str) -> dict[str, Any]:
     return {"system": messages[0]["content"], "messages": messages[1:]}
 
 
-# ---------------------------------------------------------------------- calls that are not measured: these are retried
+# ---------------------------------------------------------------------- calls that are retried and not timed
 
 
 def complete(
@@ -497,7 +616,7 @@ def complete(
     retries: int = 4,
     client: httpx.Client | None = None,
 ) -> Completion:
-    """As Endpoint.complete; `asked` holds max_tokens, logprobs, echo and more fields of the body."""
+    """Implement Endpoint.complete; `asked` holds max_tokens, logprobs, echo and additional fields of the body."""
     fields = dict(asked)
     max_tokens, logprobs, echo = fields.pop("max_tokens"), fields.pop("logprobs"), fields.pop("echo")
     key = endpoint.key()
@@ -509,17 +628,17 @@ def complete(
         return _completion(data, endpoint.protocol, attempts)
     except (AttributeError, KeyError, IndexError, TypeError) as error:
         raise EndpointError(
-            f"Cannot read the completion of {endpoint.host}: its answer does not follow {endpoint.protocol}: "
-            f"{json.dumps(data)[:200]}. Check the address of the server and pass the protocol that it speaks.",
+            f"Cannot read the completion from {endpoint.host}: its answer does not follow {endpoint.protocol}: "
+            f"{json.dumps(data)[:200]}. Check the URL, and pass the server's protocol with protocol=.",
             argument="answer",
             value=data,
         ) from error
 
 
 def list_models(endpoint: Endpoint) -> list[dict[str, Any]]:
-    """As Endpoint.models."""
+    """Implement Endpoint.models."""
     base = endpoint.url.rstrip("/").removesuffix(PATHS[endpoint.protocol])
-    # ModelsLab lists its models below /v1, where its Anthropic form is, and takes the key in the query or a header.
+    # ModelsLab lists its models below /v1, next to its Anthropic API, and accepts the key in the query or a header.
     base += "/v1" if endpoint.protocol == "modelslab" else ""
     key = endpoint.key()
     headers = {**endpoint.headers, **({} if key is None else {"Authorization": f"Bearer {key}"})}
@@ -527,8 +646,8 @@ def list_models(endpoint: Endpoint) -> list[dict[str, Any]]:
     listed = data.get("data", data.get("models")) if isinstance(data, dict) else data
     if not isinstance(listed, list) or not all(isinstance(one, dict | str) for one in listed):
         raise EndpointError(
-            f"Cannot list the models of {endpoint.host}: its answer contains no list: {json.dumps(data)[:200]}. Take "
-            "the name of the model from the server's documentation.",
+            f"Cannot list the models of {endpoint.host}: its answer contains no list: {json.dumps(data)[:200]}. Look "
+            "up the model name in the server's documentation.",
             argument="answer",
             value=data,
         )
@@ -537,11 +656,11 @@ def list_models(endpoint: Endpoint) -> list[dict[str, Any]]:
 
 
 def count_tokens(endpoint: Endpoint, prompt: str | Messages) -> int:
-    """As Endpoint.count_tokens."""
+    """Implement Endpoint.count_tokens."""
     if endpoint.protocol != "anthropic":
         raise BadInput(
-            f"{endpoint.host} was asked to count tokens. Its protocol, {endpoint.protocol}, has no such call. Make the "
-            'endpoint with protocol="anthropic", or count with the tokenizer of the model.',
+            f"Cannot count tokens at {endpoint.host}: its protocol, {endpoint.protocol}, has no call for it. Create "
+            'the endpoint with protocol="anthropic", or count with the tokenizer of the model.',
             argument="protocol",
             value=endpoint.protocol,
         )
@@ -551,8 +670,8 @@ def count_tokens(endpoint: Endpoint, prompt: str | Messages) -> int:
     count = data.get("input_tokens") if isinstance(data, dict) else None
     if not isinstance(count, int) or isinstance(count, bool):
         raise EndpointError(
-            f"{endpoint.host} was asked to count tokens. Its answer has no input_tokens: {json.dumps(data)[:200]}. "
-            "Count with the tokenizer of the model.",
+            f"Cannot count tokens at {endpoint.host}: its answer has no input_tokens: {json.dumps(data)[:200]}. Count "
+            "with the tokenizer of the model.",
             argument="answer",
             value=data,
         )
@@ -560,24 +679,24 @@ def count_tokens(endpoint: Endpoint, prompt: str | Messages) -> int:
 
 
 def get_json(url: str) -> Any:
-    """What a public address answers, as JSON. Raises EndpointError, or BadInput for what is no address."""
+    """Fetch JSON from a public URL. Raises EndpointError if that fails, and BadInput for an invalid URL."""
     endpoint = Endpoint(url, model="-")
     return _answer(endpoint, ("GET", url), {}, None)[0]
 
 
 def _scoring(endpoint: Endpoint, logprobs: int | None, echo: bool) -> dict[str, Any]:
-    """The fields that ask for log-probabilities and for the prompt in the answer."""
+    """Return the body fields that request log-probabilities and an echo of the prompt."""
     if echo and endpoint.protocol != "openai-completions":
         raise BadInput(
             f"Cannot echo the prompt at {endpoint.host}: only openai-completions echoes, and the protocol is "
-            f'{endpoint.protocol}. Make the endpoint with protocol="openai-completions".',
+            f'{endpoint.protocol}. Create the endpoint with protocol="openai-completions".',
             argument="echo",
             value=endpoint.protocol,
         )
     if logprobs is not None and not endpoint.protocol.startswith("openai"):
         raise BadInput(
-            f"Log-probabilities were asked of {endpoint.host}. The protocol {endpoint.protocol} has none. "
-            'Make the endpoint with protocol="openai-chat" or "openai-completions".',
+            f"Cannot request log-probabilities from {endpoint.host}: the protocol {endpoint.protocol} does not support "
+            'them. Create the endpoint with protocol="openai-chat" or "openai-completions".',
             argument="logprobs",
             value=endpoint.protocol,
         )
@@ -596,7 +715,7 @@ def _answer(
     retries: int = 4,
     client: httpx.Client | None = None,
 ) -> tuple[Any, int]:
-    """The JSON of a good answer, and how many requests it took."""
+    """Send a request, with retries, and return the JSON of the answer and the number of attempts."""
     method, address = where
     key = endpoint.key()
     owned = nullcontext(client) if client else httpx.Client(timeout=_TIMEOUT, trust_env=not endpoint.is_local)
@@ -620,15 +739,14 @@ def _answer(
                 time.sleep(wait)
     tries = "1 try" if attempt == 1 else f"{attempt} tries"
     raise EndpointError(
-        f"{method} {address} was to answer. After {tries} there is no answer: {found}. "
-        "Check address, model and key, or try again later.",
+        f"{method} {address} failed after {tries}: {found}. Check the URL, the model and the key, or try again later.",
         argument="endpoint",
         value=status,
     )
 
 
 def _read(response: httpx.Response, key: str | None) -> tuple[Any, str]:
-    """The JSON of an answer that is good, or None, and what was found, in words; neither has the key."""
+    """Return the JSON of a good answer, else None, and a description of the failure; neither contains the key."""
     try:
         data = json.loads(redacted(response.content.decode("utf-8-sig"), key))
     except (ValueError, RecursionError):
@@ -640,7 +758,7 @@ def _read(response: httpx.Response, key: str | None) -> tuple[Any, str]:
 
 
 def _failed(data: Any) -> bool:
-    """Whether an answer says that it is a failure: as a whole, or in a choice, where OpenRouter has its providers'."""
+    """Return whether an answer reports an error, at the top or in a choice, where OpenRouter puts provider errors."""
     if not isinstance(data, dict):
         return False
     choices = data["choices"] if isinstance(data.get("choices"), list) else []
@@ -649,6 +767,7 @@ def _failed(data: Any) -> bool:
 
 
 def _asked_wait(value: str | None, otherwise: float) -> float:
+    """Return the seconds of a Retry-After header, capped; `otherwise` if there is no valid one."""
     try:
         seconds = float(value) if value is not None else otherwise
     except ValueError:
@@ -657,6 +776,7 @@ def _asked_wait(value: str | None, otherwise: float) -> float:
 
 
 def _completion(data: dict[str, Any], protocol: str, attempts: int) -> Completion:
+    """Build a Completion from the JSON of an answer."""
     usage = data.get("usage") or {}
     common = {
         "cost_usd": usage.get("cost", usage.get("estimated_cost")),
@@ -686,7 +806,7 @@ def _completion(data: dict[str, Any], protocol: str, attempts: int) -> Completio
 
 
 def _scores(given: Any) -> dict[str, Any]:
-    """Tokens and log-probabilities of a choice, from either form; None each where there are none."""
+    """Return tokens and log-probabilities of a choice from the chat or the completions form; None where absent."""
     names = ("tokens", "logprobs", "top_logprobs", "offsets")
     if not given:
         return dict.fromkeys(names)
