@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint docs browser slow mutants pins clean
+.PHONY: demo test lint docs browser slow gpu mutants pins clean
 
 demo: $(INSTALLED)
 	$(BIN)/mixlens demo --out out/demo
@@ -22,6 +22,10 @@ docs: $(VENV)/.installed-docs
 
 browser: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m browser
+
+# On a machine with a CUDA device.
+gpu: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m gpu tests/gpu
 
 slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow
