@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint docs browser slow gpu mutants pins clean
+.PHONY: demo test lint docs browser slow gpu kernels mutants pins clean
 
 demo: $(INSTALLED)
 	$(BIN)/mixlens demo --out out/demo
@@ -26,6 +26,11 @@ browser: $(VENV)/.installed-test
 # On a machine with a CUDA device.
 gpu: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m gpu tests/gpu
+
+# Kernels on a CPU, in Triton's interpreter; Triton stays out of the environment, which has none without CUDA.
+kernels: $(VENV)/.installed-test
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target out/triton triton==3.6.0
+	TRITON_INTERPRET=1 PYTHONPATH=out/triton $(BIN)/python -m pytest tests/test_decode_kernels.py
 
 slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -21,6 +23,7 @@ def main() -> None:
         "importing": importing,
         "generating": generating,
         "viewing": viewing,
+        "decode-steps": decode_steps,
     }
     for path in sorted(RESULTS.glob("*.json")):
         result = json.loads(path.read_text("utf-8"))
@@ -32,7 +35,8 @@ def main() -> None:
 def where(on: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in on["versions"].items())
     threads = f", {on['threads']} threads" if "threads" in on else ""
-    load = f"{on['load_average_at_start'][0]} at the start, {on['load_average_at_end'][0]} at the end"
+    ends = [on[f"load_average_at_{when}"][0] if f"load_average_at_{when}" in on else None for when in ("start", "end")]
+    load = "not noted" if None in ends else f"{ends[0]} at the start, {ends[1]} at the end"
     machine = f"{on['gpu'] or 'no GPU'}; CPU {on['cpu']}, {on['cores']} cores{threads}"
     return f"{on['date']}; {machine}; load {load}; {versions}."
 
@@ -49,6 +53,25 @@ def recording(result: dict[str, Any]) -> Iterator[str]:
         yield f"| {name} | {r['ratio']:.3f} | {interval} | {work} | {r['bare_s']:.2f} | {r['pairs']} |"
     for name, reason in result["skipped"].items():
         yield f"| {name} | | {reason} | | | |"
+
+
+def decode_steps(result: dict[str, Any]) -> Iterator[str]:
+    settings = result["settings"]
+    reads, bandwidth = settings["read_bytes_a_step"] / 1e9, settings["bandwidth_bytes_per_s"] / 1e12
+    yield f"{settings['layers']} layers, batch 1, bfloat16; {reads:.2f} GB a step; roof at {bandwidth:.2f} TB/s."
+    if "note" in settings:
+        yield settings["note"]
+    yield "\n| step | fastest, ms | tok/s | share of the roof | recording, ratio | same tokens | repeats |"
+    yield "|---|---|---|---|---|---|---|"
+    for name, r in result["results"].items():
+        if isinstance(r, str):
+            yield f"| {name} | {r} | | | | | |"
+            continue
+        step, without = r["step_s"], r.get("step_s_without_recording")
+        ratio = f"{np.median(np.divide(step, without)):.4f}" if without else ""
+        same = "" if without is None else "yes" if r["same_tokens"] else "no"
+        shown = f"{min(step) * 1e3:.3f} | {r['tokens_per_s']:.1f} | {r['share_of_the_roof']:.3f}"
+        yield f"| {name} | {shown} | {ratio} | {same} | {len(step)} |"
 
 
 def memory(result: dict[str, Any]) -> Iterator[str]:

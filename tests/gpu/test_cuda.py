@@ -1,4 +1,4 @@
-"""Recording, editing, decoding and benchmarking on a CUDA device, each against the model run bare. Run by `make gpu`."""
+"""Recording, edits, compiled decode and benchmarks on a CUDA device, against the model run bare. Run by `make gpu`."""
 
 from __future__ import annotations
 
