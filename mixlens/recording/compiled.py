@@ -18,6 +18,7 @@ from mixlens.trace.signals import Site
 # What is written beside the routing of a token: its id, forward, row, column in the cache, and what the mask says.
 _PLACE = ("token_id", "forward", "row", "column", "mask")
 _NO_MASK = 2
+_NOT_ROUTING = ("place", "count", "listening")
 
 
 class CompiledRecorder(Recorder):
@@ -30,9 +31,9 @@ class CompiledRecorder(Recorder):
         trace = rec.trace()
 
     No Python runs between two kernels of a forward, and nothing waits for the device until a generate has ended or the
-    trace is asked for. What it gives is what a Recorder gives, eager forwards included. While `paused` is True nothing
-    is recorded. Entering drops everything that torch.compile has made in this process: code compiled earlier knows no
-    hooks, so it is compiled anew at its next call.
+    trace is requested. The trace equals that of a Recorder, for eager forwards too. While `paused` is True nothing is
+    recorded; the compiled graph stays the same, so pausing changes no token. Entering resets torch.compile for the
+    process: code compiled earlier has no hooks and is compiled again at its next call.
 
     Parameters
     ----------
@@ -79,13 +80,25 @@ class CompiledRecorder(Recorder):
             model, "A CompiledRecorder", before=lambda call: None, lengths=lengths, ending=self._flush
         )
         self._room = tokens
-        self.paused = False
+        self._paused = False
         self._hook: Any = None
         self._buffers: dict[str, torch.Tensor] = {}
+
+    @property
+    def paused(self) -> bool:
+        """Whether forwards pass unrecorded."""
+        return self._paused
+
+    @paused.setter
+    def paused(self, value: bool) -> None:
+        self._paused = bool(value)
+        if self._buffers:
+            self._buffers["listening"].fill_(not self._paused)
 
     def __enter__(self) -> CompiledRecorder:
         torch.compiler.reset()
         self._buffers = self._allocated()
+        self.paused = self._paused
         self._tap = Tap(self.model, self.signals)
         self._tap.listening = True
         self._hook = decoder_of(self.model).register_forward_hook(self._write, with_kwargs=True)
@@ -107,13 +120,15 @@ class CompiledRecorder(Recorder):
 
     @torch.inference_mode(False)
     def _allocated(self) -> dict[str, torch.Tensor]:
-        # One place more than asked for: what finds no room is written there, one over the other.
+        # One place more than asked for: what finds no room, or is paused, is written there, one over the other.
         rows, layers, device = self._room + 1, len(moe_layers(self.model)), input_device(self.model)
         shapes = {
             "expert_id": ((rows, layers, top_k(self.model)), torch.uint8),
             "weight": ((rows, layers, top_k(self.model)), torch.float32),
             "place": ((rows, len(_PLACE)), torch.int64),
             "count": ((2,), torch.int64),  # tokens, forwards
+            # On the device: a flag in Python would be compiled into a second graph, whose kernels may round otherwise.
+            "listening": ((1,), torch.int64),
         }
         if self.signals.router_logits:
             shapes["router_logits"] = ((rows, layers, n_experts(self.model)), torch.float32)
@@ -128,15 +143,14 @@ class CompiledRecorder(Recorder):
         """One write for all layers: a kernel or two for each would cost more than all that they copy."""
         assert self._tap is not None
         raw = self._tap.take()
-        if self.paused:
-            return
         ids = args[0] if args else kwargs.get("input_ids")
         read = kwargs["inputs_embeds"] if ids is None else ids
         rows, columns = read.shape[:2]
         count, places = self._buffers["count"], rows * columns
         device = count.device
         number = torch.arange(places, device=device)
-        where = (number + count[0]).clamp(max=self._room)
+        listening = self._buffers["listening"]
+        where = torch.where(listening > 0, number + count[0], self._room).clamp(max=self._room)
         for name, layers in raw.items():
             stacked = torch.stack([layers[index].to(device) for index in sorted(layers)], 1)
             self._buffers[name].index_copy_(0, where, stacked.to(self._buffers[name].dtype))
@@ -150,7 +164,7 @@ class CompiledRecorder(Recorder):
         token = torch.full_like(number, -1) if ids is None else ids.reshape(-1).to(device)
         place = [token, count[1].expand(places), number // columns, column, told]
         self._buffers["place"].index_copy_(0, where, torch.stack(place, 1))
-        self._buffers["count"].add_(torch.where(torch.arange(2, device=device) == 0, places, 1))
+        self._buffers["count"].add_(torch.where(torch.arange(2, device=device) == 0, places, 1) * listening)
 
     # ------------------------------------------------------------------ after it
 
@@ -172,7 +186,7 @@ class CompiledRecorder(Recorder):
                 value=n,
             )
         place = dict(zip(_PLACE, self._buffers["place"][:n].cpu().unbind(1), strict=True))
-        routing = {name: buffer[:n].cpu() for name, buffer in self._buffers.items() if name not in ("place", "count")}
+        routing = {name: buffer[:n].cpu() for name, buffer in self._buffers.items() if name not in _NOT_ROUTING}
         self._buffers["count"].zero_()
         _, sizes = place["forward"].unique_consecutive(return_counts=True)
         start = 0

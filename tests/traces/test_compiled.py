@@ -86,6 +86,32 @@ def test_code_compiled_earlier_records_inside_alone(model):
     assert recorder.trace().n_tokens == 13
 
 
+@torch.no_grad()
+def test_pausing_runs_the_same_graph_and_the_same_tokens(model):
+    graphs = []
+
+    def backend(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    ids, lengths = prompt(), [7, 7]
+    with CompiledRecorder(model, tokens=26, lengths=lengths) as recorder:
+        forward = torch.compile(model.forward, fullgraph=True, backend=backend)
+        recorded = decode(model, forward, ids)
+        made = len(graphs)
+        recorder.paused = True
+        assert torch.equal(decode(model, forward, ids), recorded)
+        recorder.clear()
+        decode(model, forward, ids)
+        assert len(graphs) == made
+        recorder.paused = False
+        decode(model, forward, ids)
+        assert recorder.trace().n_tokens == 26
+    with CompiledRecorder(model, tokens=26, lengths=lengths) as whole:
+        decode(model, model.forward, ids)
+    assert_same(recorder.trace(), whole.trace(), exactly=False)
+
+
 def test_a_compiled_generate_with_padding_and_ends_records_what_an_eager_one_does(model):
     ids = prompt(3, 5)
     mask = torch.ones_like(ids)
