@@ -155,7 +155,16 @@ def n_experts(model: nn.Module) -> int:
 
 
 def top_k(model: nn.Module) -> int:
-    return int(config_of(model).num_experts_per_tok)
+    """Experts that a token chooses, as the routers have it: a config is not read again once they are made."""
+    found = {int(getattr(layer.gate, "top_k", config_of(model).num_experts_per_tok)) for layer in moe_layers(model)}
+    if len(found) > 1:
+        raise ModelError(
+            f"Cannot record this model: its layers choose {', '.join(map(str, sorted(found)))} experts a token, and a "
+            "trace holds one number for all. Set one top_k on every router.",
+            argument="top_k",
+            value=sorted(found),
+        )
+    return found.pop()
 
 
 def check_config(config: Any, name: str) -> None:

@@ -23,9 +23,9 @@ from mixlens.core.run_dir import RunWriter, now, versions
 from mixlens.errors import BadInput
 from mixlens.interventions.hooks import edits_of, top_k_of
 from mixlens.models.hub import tokenizer_beside
-from mixlens.models.layout import context_length, input_device, n_experts
+from mixlens.models.layout import config_of, context_length, input_device, n_experts
 from mixlens.models.provenance import describe, identity
-from mixlens.recording.documents import OVERLONG, Documents, Piece, Tally, pieces_of
+from mixlens.recording.documents import OVERLONG, Document, Documents, Piece, Tally, pieces_of, table_of
 from mixlens.recording.recorder import PACKAGES
 from mixlens.stats.measured import VOCABULARY, Measured, read_measured
 from mixlens.trace import shards as store
@@ -87,6 +87,7 @@ class Corpus:
 
     documents: Documents
     tokenizer: Any
+    vocabulary_size: int
     limit: int
     batch_tokens: int
     settings: RecordSettings
@@ -98,13 +99,14 @@ class Corpus:
         batch_tokens = batch_size(model, settings)
         tokenizer = tokenizer if tokenizer is not None else tokenizer_of(model)
         checked = Documents(documents, settings.text)
-        return Corpus(checked, tokenizer, length_limit(model, settings), batch_tokens, settings)
+        size = int(config_of(model).vocab_size)
+        return Corpus(checked, tokenizer, size, length_limit(model, settings), batch_tokens, settings)
 
     def shards(self) -> Iterator[Shard]:
         """Slices of the documents; a shard closes with the document that fills it."""
         index, first, tokens, count, pieces = 0, 0, 0, 0, []
         for document in self.documents:
-            ids = self.tokenizer(document.text)["input_ids"]
+            ids = self._ids(document)
             pieces += (new := pieces_of(document, ids, self.limit, self.settings.overlong, self.tally))
             tokens, count = tokens + sum(len(piece.ids) for piece in new), count + 1
             if tokens >= self.settings.shard_tokens:
@@ -112,6 +114,27 @@ class Corpus:
                 index, first, tokens, count, pieces = index + 1, first + len(pieces), 0, 0, []
         if pieces:
             yield Shard(index, first, count, pieces)
+
+    def _ids(self, document: Document) -> list[int]:
+        """Token ids of a document. Raises BadInput for ids beyond the model's, and for two BOS tokens at the start."""
+        ids = self.tokenizer(document.text)["input_ids"]
+        name = f"document {document.number} (id {document.id!r})"
+        if ids and max(ids) >= self.vocabulary_size:
+            raise BadInput(
+                f"Cannot record {name}: the tokenizer gives token {max(ids)}, and the model has "
+                f"{self.vocabulary_size:,}. Pass the model's own tokenizer=.",
+                argument="tokenizer",
+                value=max(ids),
+            )
+        bos, begins = (getattr(self.tokenizer, part, None) for part in ("bos_token_id", "bos_token"))
+        if bos is not None and ids[:2] == [bos, bos] and document.text.startswith(begins or "\0"):
+            raise BadInput(
+                f"Cannot record {name}: its text begins with {begins}, as one that a chat template wrote, and the "
+                f"tokenizer adds another. Remove {begins} from the text.",
+                argument="text",
+                value=document.number,
+            )
+        return ids
 
     def progress(self, description: str, *, leads: bool = True) -> Iterator[Shard]:
         """The shards, under a progress bar over documents in the process that leads."""
@@ -236,7 +259,7 @@ def measure_documents(
 
 def documents_of(shard: Shard) -> pd.DataFrame:
     """One row a document of a shard, with the caller's columns."""
-    table = pd.DataFrame([piece.columns for piece in shard.pieces])
+    table = table_of([piece.columns for piece in shard.pieces])
     return table.drop_duplicates("document_id", ignore_index=True)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +81,15 @@ class Documents:
                     argument=self.column,
                     value=number,
                 )
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise BadInput(
+                    f"Cannot record document {number}: its character {error.start} is half of a surrogate pair, which "
+                    'is not text. Repair it, as with text.encode("utf-8", "replace").decode(), or leave it out.',
+                    argument=self.column,
+                    value=number,
+                ) from error
             if reserved := columns.keys() & {"sequence", "length"}:
                 raise BadInput(
                     f"Cannot record document {number}: mixlens itself writes a column called "
@@ -169,6 +178,16 @@ def pieces_of(document: Document, ids: list[int], max_length: int, overlong: str
     array = np.asarray(ids, np.int64)
     cuts = range(0, len(array), max_length)
     return [Piece(array[i : i + max_length], {"document_id": document.id, **document.columns}) for i in cuts]
+
+
+def table_of(rows: Sequence[Mapping[str, Any]], index: pd.Index | None = None) -> pd.DataFrame:
+    """The rows as a table; whole numbers beside a None stay whole, where pandas alone would make them floats."""
+    table = pd.DataFrame(list(rows), index=index)
+    for name in table.columns[table.dtypes == np.float64]:
+        values = [row[name] for row in rows]
+        if all(value is None or (isinstance(value, int) and abs(value) < 2**63) for value in values):
+            table[name] = pd.array(values, dtype="Int64")
+    return table
 
 
 def _kind(value: Any) -> str:

@@ -10,10 +10,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from mixlens.errors import BadInput
+from mixlens.errors import BadInput, ModelError
 from mixlens.interventions.activations import Replaced, replaced_in
-from mixlens.models.layout import MoeLayer, expert_down, expert_neurons, moe_layers
+from mixlens.models.layout import MoeLayer, expert_down, expert_neurons, moe_layers, n_experts
 from mixlens.trace.signals import EXPERT_SITES, Signals
+
+MOST_EXPERTS = 256  # ids are kept in 8 bits
 
 Raw = dict[str, dict[int, torch.Tensor]]
 
@@ -32,6 +34,13 @@ class Tap:
         self._raw: Raw = {}
         self._stack = ExitStack()
         layers = moe_layers(model)
+        if n_experts(model) > MOST_EXPERTS:
+            raise ModelError(
+                f"Cannot record this model: it has {n_experts(model)} experts a layer, and a trace holds ids of up to "
+                f"{MOST_EXPERTS}. Record a model of at most {MOST_EXPERTS}.",
+                argument="model",
+                value=n_experts(model),
+            )
         try:
             for layer in layers:
                 self._hook(layer.gate.register_forward_hook(self._on_gate(layer.index)))

@@ -33,14 +33,15 @@ class Reader:
     def __enter__(self) -> Reader:
         refuse_rows(self.model)
         self._tap = Tap(self.model, self.signals)
-        self._was_training = self.model.training
+        self._were_training = {module: module.training for module in self.model.modules()}
         self.model.eval()
         return self
 
     def __exit__(self, *exception: object) -> None:
         assert self._tap is not None
         self._tap.close()
-        self.model.train(self._was_training)
+        for module, training in self._were_training.items():  # a training model may hold frozen layers
+            module.training = training
 
     @torch.inference_mode()
     def read(self, sequences: list[np.ndarray], first_sequence: int = 0) -> shards.MemoryPart:

@@ -17,6 +17,7 @@ from mixlens.interventions.hooks import edits_of, top_k_of
 from mixlens.models.layout import moe_layers, n_experts
 from mixlens.models.provenance import describe, identity
 from mixlens.recording.corpus import Corpus, RecordSettings, Shard, run_shards
+from mixlens.recording.documents import table_of
 from mixlens.recording.reader import Reader
 from mixlens.recording.recorder import PACKAGES
 from mixlens.trace import convert
@@ -151,4 +152,4 @@ def _join_tables(tables: list[Any], path: Any) -> None:
 
 def _sequence_rows(shard: Shard) -> pd.DataFrame:
     rows = [{**piece.columns, "length": len(piece.ids)} for piece in shard.pieces]
-    return pd.DataFrame(rows, index=pd.RangeIndex(shard.first_sequence, shard.first_sequence + len(rows)))
+    return table_of(rows, pd.RangeIndex(shard.first_sequence, shard.first_sequence + len(rows)))

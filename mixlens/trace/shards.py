@@ -181,7 +181,13 @@ def write_sequences(frame: pd.DataFrame) -> Callable[[Path], None]:
 
 
 def read_sequences(path: Path) -> pd.DataFrame:
-    return pq.read_table(path).to_pandas(ignore_metadata=True).set_index("sequence")
+    table = pq.read_table(path)
+    frame = table.to_pandas(ignore_metadata=True)
+    for field in table.schema:
+        column = table.column(field.name)
+        if pa.types.is_integer(field.type) and column.null_count:  # else floats, exact up to 2**53 only
+            frame[field.name] = pd.array(column.to_pylist(), dtype="Int64")
+    return frame.set_index("sequence")
 
 
 def write_vocabulary(pieces: pd.Series) -> Callable[[Path], None]:

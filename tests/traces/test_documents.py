@@ -8,9 +8,11 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from datasets import Dataset
 from helpers.refusals import refused
 from helpers.ways import Numbers, net
+from tiny import tiny_mixtral
 
 import mixlens as ml
 
@@ -126,3 +128,83 @@ def test_documents_come_in_any_iterable(kind):
 def test_a_number_is_no_documents():
     with refused(ml.BadInput, "documents"):
         record(7)
+
+
+class _Fixed:
+    """A tokenizer that gives the same ids for every text, with `<s>` for BOS."""
+
+    name_or_path, bos_token, bos_token_id = "fixed", "<s>", 1
+
+    def __init__(self, ids: list[int]) -> None:
+        self._ids = ids
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": self._ids}
+
+    def get_vocab(self) -> dict[str, int]:
+        return {}
+
+
+def _quiet() -> ml.RecordSettings:
+    return ml.RecordSettings(progress=False)
+
+
+@pytest.mark.parametrize("text", ["before \ud800 after", "\udfff"])
+def test_half_a_surrogate_pair_is_refused_with_the_number_of_its_document(letters, text):
+    with refused(ml.BadInput, "text", 1):
+        ml.record(tiny_mixtral(), ["fine", text], tokenizer=letters, settings=_quiet())
+
+
+def test_an_id_beyond_the_vocabulary_of_the_model_is_refused():
+    with refused(ml.BadInput, "tokenizer", 128):
+        ml.record(tiny_mixtral(), ["a"], tokenizer=_Fixed([1, 128]), settings=_quiet())
+
+
+def test_a_second_bos_is_refused_where_the_text_brings_one():
+    with refused(ml.BadInput, "text", 0):
+        ml.record(tiny_mixtral(), ["<s>a"], tokenizer=_Fixed([1, 1, 5]), settings=_quiet())
+    assert ml.record(tiny_mixtral(), ["<s>a"], tokenizer=_Fixed([1, 5]), settings=_quiet()).n_tokens == 2
+
+
+def test_whole_numbers_beside_none_stay_exact_in_memory_and_on_disk(letters, tmp_path):
+    given = [1760000000000000001, None, 1760000000000000003]
+    documents = [
+        {"text": "ab", "post": post, "score": score} for post, score in zip(given, [0.5, None, 1], strict=True)
+    ]
+    model = tiny_mixtral()
+    ml.record(model, documents, out=tmp_path / "run", tokenizer=letters, settings=_quiet())
+    for trace in (ml.record(model, documents, tokenizer=letters, settings=_quiet()), ml.open(tmp_path / "run")):
+        assert trace.sequences["post"][[0, 2]].tolist() == [given[0], given[2]]
+        assert trace.sequences["post"].isna().tolist() == [False, True, False]
+        assert trace.sequences["score"].isna().tolist() == [False, True, False]
+
+
+def test_every_module_has_its_mode_again_after_record(letters):
+    model = tiny_mixtral().train()
+    model.model.layers[0].eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    ml.record(model, ["abc"], tokenizer=letters, settings=_quiet())
+    assert {name: module.training for name, module in model.named_modules()} == before
+
+
+def test_as_many_choices_are_recorded_as_the_routers_make():
+    model, ids = tiny_mixtral(), torch.randint(3, 128, (1, 9))
+    for layer in model.model.layers:
+        layer.mlp.gate.top_k = 3
+    expected = tiny_mixtral(num_experts_per_tok=3)
+    traces = []
+    for one in (model, expected):
+        with torch.no_grad(), ml.Recorder(one) as recorder:
+            one(input_ids=ids)
+        traces.append(recorder.trace())
+    assert traces[0].top_k == 3
+    np.testing.assert_array_equal(traces[0].read("expert_id"), traces[1].read("expert_id"))
+    np.testing.assert_array_equal(
+        ml.stats.coactivation(traces[0])["estimate"], ml.stats.coactivation(traces[1])["estimate"]
+    )
+
+
+def test_more_experts_than_ids_can_tell_are_refused():
+    model = tiny_mixtral(num_local_experts=300)
+    with refused(ml.ModelError, "model", 300), ml.Recorder(model):
+        pass
