@@ -74,8 +74,9 @@ class Editing:
         new = [Active(edit, len(self.layers)) for edit in edits]
         for one in new:
             _check(one, self.model, len(self.layers))
+        count, k = n_experts(self.model), top_k(self.model)
         for layer in self.layers:
-            _check_choices(layer.index, [*self.active, *new], n_experts(self.model), top_k(self.model))
+            _check_choices(layer.index, [*self.active, *new], count, k)
         self.active = [*self.active, *new]
         try:
             self._install()
@@ -101,6 +102,7 @@ class Editing:
         elif not following and self._follower is not None:
             self._follower.close()
             self._follower = None
+        k = top_k(self.model)
         for layer in self.layers:
             stages: dict[str, list[Active]] = {}
             for one in self.active:
@@ -108,7 +110,7 @@ class Editing:
                     stages.setdefault(_stage(one.edit), []).append(one)
             for stage, edits in stages.items():
                 if stage == "gate":
-                    self._handles.append(_hook_gate(layer.gate, edits, layer.index, top_k(self.model)))
+                    self._handles.append(_hook_gate(layer.gate, edits, layer.index, k))
                 elif stage == "experts":
                     self._handles += hook_experts(layer, edits)
                 else:

@@ -156,11 +156,11 @@ def n_experts(model: nn.Module) -> int:
 
 def top_k(model: nn.Module) -> int:
     """Experts that a token chooses, as the routers have it: a config is not read again once they are made."""
-    found = {int(getattr(layer.gate, "top_k", config_of(model).num_experts_per_tok)) for layer in moe_layers(model)}
+    found = {int(layer.gate.top_k) for layer in moe_layers(model)}
     if len(found) > 1:
         raise ModelError(
-            f"Cannot record this model: its layers choose {', '.join(map(str, sorted(found)))} experts a token, and a "
-            "trace holds one number for all. Set one top_k on every router.",
+            f"Cannot record or edit this model: its layers choose {', '.join(map(str, sorted(found)))} experts a "
+            "token, and a trace holds one number for all. Set one top_k on every router.",
             argument="top_k",
             value=sorted(found),
         )

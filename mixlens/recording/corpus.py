@@ -126,11 +126,12 @@ class Corpus:
                 argument="tokenizer",
                 value=max(ids),
             )
-        bos, begins = (getattr(self.tokenizer, part, None) for part in ("bos_token_id", "bos_token"))
-        if bos is not None and ids[:2] == [bos, bos] and document.text.startswith(begins or "\0"):
+        bos = getattr(self.tokenizer, "bos_token_id", None)
+        if bos is not None and ids[:2] == [bos, bos]:
+            begins = self.tokenizer.bos_token
             raise BadInput(
-                f"Cannot record {name}: its text begins with {begins}, as one that a chat template wrote, and the "
-                f"tokenizer adds another. Remove {begins} from the text.",
+                f"Cannot record {name}: it begins with two {begins}, one of its text, as a chat template writes it, "
+                f"and one that the tokenizer adds. Remove {begins} from the text.",
                 argument="text",
                 value=document.number,
             )

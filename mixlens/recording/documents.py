@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ import pandas as pd
 from mixlens.errors import BadInput
 
 OVERLONG = ("error", "truncate", "split")
+_HALF_OF_A_PAIR = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -81,15 +83,6 @@ class Documents:
                     argument=self.column,
                     value=number,
                 )
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                raise BadInput(
-                    f"Cannot record document {number}: its character {error.start} is half of a surrogate pair, which "
-                    'is not text. Repair it, as with text.encode("utf-8", "replace").decode(), or leave it out.',
-                    argument=self.column,
-                    value=number,
-                ) from error
             if reserved := columns.keys() & {"sequence", "length"}:
                 raise BadInput(
                     f"Cannot record document {number}: mixlens itself writes a column called "
@@ -97,6 +90,15 @@ class Documents:
                     argument=min(reserved),
                     value=number,
                 )
+            for name, value in {self.column: text, **columns}.items():
+                if isinstance(value, str) and (half := _HALF_OF_A_PAIR.search(value)):
+                    raise BadInput(
+                        f"Cannot record document {number}: character {half.start()} of its {name} is half of a "
+                        'surrogate pair, which is not text. Repair it, as with .encode("utf-8", "replace").decode(), or '
+                        "leave the document out.",
+                        argument=name,
+                        value=number,
+                    )
             own = next((columns.pop(name) for name in ("document_id", "id") if name in columns), number)
             yield Document(number, own, text, {str(key): _plain(value) for key, value in columns.items()})
 

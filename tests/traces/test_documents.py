@@ -155,6 +155,13 @@ def test_half_a_surrogate_pair_is_refused_with_the_number_of_its_document(letter
         ml.record(tiny_mixtral(), ["fine", text], tokenizer=letters, settings=_quiet())
 
 
+@pytest.mark.parametrize("column", ["domain", "id"])
+def test_half_a_surrogate_pair_in_a_column_is_refused_too(letters, column):
+    documents = [{"text": "fine", column: "a"}, {"text": "fine", column: "b\ud800"}]
+    with refused(ml.BadInput, column, 1):
+        ml.record(tiny_mixtral(), documents, tokenizer=letters, settings=_quiet())
+
+
 def test_an_id_beyond_the_vocabulary_of_the_model_is_refused():
     with refused(ml.BadInput, "tokenizer", 128):
         ml.record(tiny_mixtral(), ["a"], tokenizer=_Fixed([1, 128]), settings=_quiet())
