@@ -94,8 +94,8 @@ class Documents:
                 if isinstance(value, str) and (half := _HALF_OF_A_PAIR.search(value)):
                     raise BadInput(
                         f"Cannot record document {number}: character {half.start()} of its {name} is half of a "
-                        'surrogate pair, which is not text. Repair it, as with .encode("utf-8", "replace").decode(), or '
-                        "leave the document out.",
+                        'surrogate pair, which is not text. Repair it, as with .encode("utf-8", "replace").decode(), '
+                        "or leave the document out.",
                         argument=name,
                         value=number,
                     )
