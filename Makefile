@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint docs browser slow gpu kernels mutants pins clean
+.PHONY: demo test lint docs browser slow gpu kernels fuzz mutants pins clean
 
 demo: $(INSTALLED)
 	$(BIN)/mixlens demo --out out/demo
@@ -35,9 +35,13 @@ kernels: $(VENV)/.installed-test
 slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow
 
-# By hand: see CONTRIBUTING.md. N mutants drawn by SEED.
-N ?= 300
+# By hand: see CONTRIBUTING.md. N ways of driving a model, or N mutants, drawn by SEED.
 SEED ?= 0
+fuzz: N ?= 20000
+fuzz: $(VENV)/.installed-test
+	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python fuzz_drivers.py --n $(N) --seed $(SEED)
+
+mutants: N ?= 300
 mutants: $(VENV)/.installed-mutants
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants/run.py --n $(N) --seed $(SEED)
 

@@ -15,6 +15,7 @@ from mixlens.errors import EndpointError as EndpointError
 from mixlens.errors import MissingSignal as MissingSignal
 from mixlens.errors import MixlensError as MixlensError
 from mixlens.errors import ModelError as ModelError
+from mixlens.errors import RecordingError as RecordingError
 from mixlens.errors import RunError as RunError
 from mixlens.evals.runner import evaluate as evaluate
 from mixlens.explore import Explorer as Explorer

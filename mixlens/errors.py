@@ -24,6 +24,10 @@ class BadInput(MixlensError, ValueError):
     """An argument, a document or a file that cannot be used as it is."""
 
 
+class RecordingError(BadInput):
+    """A forward whose tokens cannot be told: which sequence they continue, or where they stand in it."""
+
+
 class MissingSignal(MixlensError, LookupError):
     """A statistic or a view needs a signal that the trace was recorded without."""
 

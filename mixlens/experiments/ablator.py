@@ -159,10 +159,10 @@ class Ablator:
         with only_layers(self.model, start, stop):
             for chunk in hidden.split(self._columns if long else hidden.shape[1], dim=1):
                 if tap is not None:
-                    tap.listening = True
+                    tap.now.listening = True
                 output = decoder_of(self.model)(inputs_embeds=chunk, past_key_values=cache, use_cache=long)
                 if tap is not None:
-                    tap.listening = False
+                    tap.now.listening = False
                 yield output.last_hidden_state
 
     def _value(self, states: torch.Tensor, target: torch.Tensor) -> np.ndarray:

@@ -187,11 +187,12 @@ class Patch:
         assert self.sequences is not None
         width = int(max(self.positions.max(), placed.position.max())) + 1
         index = np.full(placed.ids.shape, -1)
-        for row in range(len(index)):
-            meant = np.isin(self.sequences, (-1, placed.batch.first + row))
+        for sequence in np.unique(placed.sequence):
+            meant = np.isin(self.sequences, (-1, sequence))
             table = np.full(width, -1)
             table[self.positions[meant]] = np.flatnonzero(meant)
-            index[row] = table[placed.position[row]]
+            here = placed.sequence == sequence
+            index[here] = table[placed.position[here]]
         mask, _ = self.where.locate(placed)
         return mask & (index >= 0), index
 

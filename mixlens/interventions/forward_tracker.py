@@ -1,8 +1,11 @@
-"""Follower: which rows every forward of a model reads, where each token stands, and what is prompt or padding."""
+"""ForwardTracker: which sequences every forward of a model reads or continues, and where each token stands in them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,47 +13,46 @@ import numpy as np
 import torch
 from torch import nn
 
-from mixlens.errors import BadInput
-from mixlens.models.layout import decoder_of
+from mixlens.errors import BadInput, RecordingError
+from mixlens.interventions.generation import Generation, watch_generate
+from mixlens.models.layout import config_of, decoder_of
 
-_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds")
-
-
-@dataclass(frozen=True)
-class Generation:
-    """A call of generate: the mask of its prompt [rows, columns], and the ids that end a row."""
-
-    prompt_mask: torch.Tensor
-    stop_ids: frozenset[int]
-
-    @property
-    def prompt_columns(self) -> int:
-        return self.prompt_mask.shape[1]
+_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
 
 
 @dataclass(eq=False)
 class Batch:
-    """Rows that are being read or generated together, over one or many forwards.
+    """Rows of one key-value cache, or of one forward without a cache.
 
-    first      number of the first row among all rows seen
-    position   int64 [rows], tokens of each row that were placed so far
-    finished   bool [rows], rows past their end-of-sequence token
-    waiting    logits after each row's last token, until the next token is known
+    columns   how far the cache had grown after the last forward, padding and what came before included
+    keys      the cache's first keys after the last forward: whoever reorders or crops a cache replaces them
+    position  int64 [rows], the place of each row's next token
+    sequence  int64 [rows], the sequence that each row continues; -1 before its first token
+    place     int64 [rows], the position id of each row's last token; -1 where it is not known
+    valid     what the columns held, [rows, columns] of every forward, False for padding
+    waiting   logits after each row's last token, until the next token is known
     """
 
-    first: int
     rows: int
     columns: int = 0
-    cache: Any = None
-    generation: Generation | None = None
+    keys: weakref.ref[torch.Tensor] | None = None
     position: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    finished: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+    sequence: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    place: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    valid: list[np.ndarray] = field(default_factory=list)
     waiting: torch.Tensor | None = None
+    failed: bool = False
 
 
 @dataclass(eq=False)
 class Call:
-    """One forward; `raw` and `logits` are for whoever follows."""
+    """One forward; `raw`, `hidden`, `head_input`, `logits` and `placed` are for whoever follows.
+
+    start      columns in the cache before this forward
+    step       number, among the columns a generate has sampled, of this forward's first; None for a prompt
+    positions  position ids [rows or 1, columns], if they were given
+    attended   of a four-dimensional mask, what `_attended` reads off it
+    """
 
     batch: Batch
     ids: torch.Tensor | None
@@ -58,8 +60,17 @@ class Call:
     shape: tuple[int, int]
     start: int
     going_on: bool
+    generation: Generation | None = None
+    step: int | None = None
+    positions: torch.Tensor | None = None
+    attended: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+    isolated: bool = False
+    begun: bool = False
     raw: Any = None
+    hidden: torch.Tensor | None = None
+    head_input: torch.Tensor | None = None
     logits: torch.Tensor | None = None
+    placed: Placed | None = None
 
 
 @dataclass(frozen=True)
@@ -68,7 +79,8 @@ class Placed:
 
     ids        -1 where the forward was given embeddings
     valid      False for padding
-    position   place of the token in its own row, padding apart
+    position   place of the token in its own sequence, padding apart
+    sequence   number of the token's sequence among all that were seen
     generated  True for tokens that the model sampled
     masked     whether the forward said what is padding; without that, all tokens are valid
     """
@@ -77,20 +89,29 @@ class Placed:
     ids: np.ndarray
     valid: np.ndarray
     position: np.ndarray
+    sequence: np.ndarray
     generated: np.ndarray
     masked: bool
 
 
-class Follower:
+class _Thread(threading.local):
+    call: Call | None = None
+    generation: Generation | None = None
+
+
+class ForwardTracker:
     """Calls `before` and `after` round every forward of `model` with a Call that knows what it continues.
 
-    who      how errors name the one who follows
-    lengths  tokens of each row, for right-padded batches without an attention mask
-    strict   whether a batch of several rows, of which nothing tells the padding, is refused
-    ending   called when a generate begins, and when it has ended well
+    What a forward continues is read from what the decoder receives: the cache object and how far it has grown, the
+    mask, the position ids. Options of generate decide nothing.
 
-    Raises BadInput for such a batch, for a cache that was cut or filled outside, for beam search, assisted decoding
-    and generation without a cache.
+    who       how errors name the one who follows
+    lengths   tokens of each row, for right-padded batches without an attention mask
+    strict    whether a batch of several rows, of which nothing tells the padding, is refused
+    ending    called when a generate begins, and when it has ended well
+    withdrawn called with the sequences of a generate that turned out not to be followable
+
+    Raises RecordingError for a forward that cannot be attributed.
     """
 
     def __init__(
@@ -103,106 +124,185 @@ class Follower:
         lengths: Sequence[int] | np.ndarray | None = None,
         strict: bool = True,
         ending: Callable[[], None] = lambda: None,
+        withdrawn: Callable[[Batch], None] = lambda batch: None,
     ) -> None:
         self.model: Any = model
         self.who, self.strict = who, strict
         self.lengths = None if lengths is None else np.asarray(lengths, np.int64)
-        self.n_rows = 0
-        self._before, self._after, self._ending = before, after, ending
-        self._open = False
+        self.n_sequences = 0
+        self._before, self._after, self._ending, self._withdrawn = before, after, ending, withdrawn
         self._handles: list[Any] = []
-        self._batch: Batch | None = None
-        self._generating: Generation | None = None
-        self._call: Call | None = None
+        self._first: Any = None
+        self._leave: Callable[[], None] | None = None
+        self._batches: weakref.WeakKeyDictionary[Any, Batch] = weakref.WeakKeyDictionary()
+        self._thread = _Thread()
+        self._lock = threading.Lock()
+        self._entered = threading.get_ident()
+        self._unheard: RecordingError | None = None
 
     @property
-    def generating(self) -> bool:
-        return self._generating is not None
+    def running(self) -> Generation | None:
+        """The call of generate that this thread is in."""
+        return self._thread.generation
 
     def open(self, *, forwards: bool = True) -> None:
         """Begin to follow. With `forwards=False` only generate is: `follow` is called with every forward."""
-        self._open = True
+        self._entered = threading.get_ident()
         if forwards:
             decoder = decoder_of(self.model)
             self._handles = [
                 decoder.register_forward_pre_hook(self._on_forward, with_kwargs=True, prepend=True),
                 decoder.register_forward_hook(self._on_output),
             ]
-        if hasattr(self.model, "generate"):
-            self._generate, self._outer = self.model.generate, vars(self.model).get("generate")
-            self.model.generate = self._wrapped_generate
+            self.hook_first()
+        self._leave = watch_generate(self.model, self)
+
+    def hook_first(self) -> None:
+        """Look at the first layer's input before any other hook, which may rely on what `before` does."""
+        if self._first is not None:
+            self._first.remove()
+        layer = decoder_of(self.model).layers[0]
+        self._first = layer.register_forward_pre_hook(self._on_first_layer, with_kwargs=True, prepend=True)
 
     def close(self) -> None:
-        if not self._open:
+        if self._leave is None:
             return
-        self._open = False
-        if hasattr(self.model, "generate"):
-            del self.model.generate
-            if self._outer is not None:  # another Follower is round this one
-                self.model.generate = self._outer
+        self._leave()
+        self._leave = None
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._batch = self._call = None  # they hold the key-value cache
+        if self._first is not None:
+            self._first.remove()
+            self._first = None
+        self._batches.clear()
+        self._thread = _Thread()
+
+    def check(self) -> None:
+        """Raises what was refused in another thread, whose caller may not have passed it on."""
+        if self._unheard is not None:
+            raise self._unheard
 
     def restart(self) -> None:
-        """Count rows from 0 again; the next forward begins sequences of its own."""
-        self.n_rows, self._batch = 0, None
+        """Count sequences from 0 again; the next forward begins sequences of its own."""
+        self.n_sequences = 0
+        self._batches.clear()
 
-    def _wrapped_generate(self, *args: Any, **kwargs: Any) -> Any:
-        config = kwargs.get("generation_config") or self.model.generation_config
+    # ------------------------------------------------------------------ generate
 
-        def option(name: str) -> Any:
-            return kwargs[name] if name in kwargs else getattr(config, name, None)
-
-        refused = {
-            "beam search": (option("num_beams") or 1) > 1,
-            "assisted decoding": kwargs.get("assistant_model") is not None or bool(option("prompt_lookup_num_tokens")),
-            "generation without a cache": option("use_cache") is False,
-        }
-        for what, asked in refused.items():
-            if asked:
-                raise BadInput(
-                    f"{self.who} was put round generate with {what}. It reads tokens more than once, or takes them "
-                    "back, so they cannot be counted. Sample or decode greedily, one beam, with the cache.",
-                    argument="generate",
-                    value=what,
-                )
-        inputs = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids", kwargs.get("inputs_embeds")))
-        if inputs is None:
-            raise BadInput(
-                f"{self.who} cannot follow generate without input_ids. Pass the token ids of the prompt.",
-                argument="input_ids",
-                value=None,
-            )
-        stop = option("eos_token_id")
-        stop = frozenset() if stop is None else frozenset(np.atleast_1d(torch.as_tensor(stop).cpu()).tolist())
-        custom = kwargs.get("stopping_criteria") is not None or option("stop_strings") is not None
-        prompt_stop = stop
-        if custom and len(inputs) > 1 and option("pad_token_id") is not None:
-            # Rows that another criterion ended are fed the pad token from then on.
-            stop |= {int(option("pad_token_id"))}
+    @contextmanager
+    def generation(self, options: dict[str, Any]) -> Iterator[None]:
+        """One call of generate."""
+        parent = self._thread.generation
         self._ending()
-        self._generating, self._batch = Generation(_prompt_mask(inputs, option, prompt_stop), stop), None
+        generation = Generation(
+            mask_given=options.get("attention_mask") is not None,
+            assistant=options.get("assistant_model"),
+            parent=parent,
+        )
+        self._thread.generation = generation
         try:
-            output = self._generate(*args, **kwargs)
+            yield
+            self._check_end(generation)
             self._ending()
-            return output
+        except RecordingError:
+            if generation.batch is not None:
+                generation.batch.failed = True
+                self._withdrawn(generation.batch)
+            raise
         finally:
-            self._generating = self._batch = None
+            self._thread.generation = parent
+
+    def _check_end(self, generation: Generation) -> None:
+        batch = generation.batch
+        if batch is None or generation.parent is not None:
+            return
+        if not generation.ended and hasattr(self.model, "_get_stopping_criteria"):
+            raise self._refusal(
+                "a generate whose decoding never asked its stopping criteria: which tokens were sampled cannot be "
+                "told. Use a decoding method that does, or call the model step by step",
+                "custom_generate",
+            )
+
+    # ------------------------------------------------------------------ one forward
 
     def _on_forward(self, _module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        thread = self._thread
+        if thread.call is not None:  # the forward before this one failed half-way
+            thread.call.batch.failed = True
+            thread.call = None
         given = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
+        with self._heard():
+            thread.call = self._follow_given(given)
+
+    def _follow_given(self, given: dict[str, Any]) -> Call:
+        unknown = [name for name, value in given.items() if name not in _ARGUMENTS and _may_hold_keys(value)]
+        if unknown:
+            raise self._refusal(
+                f"a forward that was given {', '.join(unknown)}, which may change what its tokens attend to. "
+                "Continuous batching does so; generate one batch at a time instead",
+                ", ".join(unknown),
+            )
         ids, cache = given.get("input_ids"), given.get("past_key_values")
         read: torch.Tensor = given["inputs_embeds"] if ids is None else ids
         rows, columns = read.shape[:2]
         past = int(cache.get_seq_length()) if cache is not None else 0
-        if self._call is not None:  # the forward before this one failed half-way
-            self._batch = None
-        mask = given.get("attention_mask")
-        mask = mask[:, -columns:] if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
-        self._call = self.follow(ids, mask, (rows, columns), past, cache)
-        self._before(self._call)
+        mask, positions = given.get("attention_mask"), given.get("position_ids")
+        four = isinstance(mask, torch.Tensor) and mask.ndim == 4
+        if mask is not None and not four and not (isinstance(mask, torch.Tensor) and mask.ndim == 2):
+            raise self._refusal(
+                f"a forward with a {type(mask).__name__} as attention mask. Pass a tensor [rows, columns] of 0 and 1",
+                "attention_mask",
+            )
+        if mask is not None and not four and mask.shape[1] < past + columns:
+            raise self._refusal(
+                f"a forward of {columns} tokens after {past} in the cache with an attention mask of {mask.shape[1]} "
+                "columns. Pass a mask of all of them",
+                "attention_mask",
+            )
+        call = self.follow(ids, None if four else mask, (rows, columns), past, cache, told=four, embeds=read)
+        call.positions = positions if isinstance(positions, torch.Tensor) else None
+        if call.positions is not None and call.positions.ndim != 2:
+            raise self._refusal(
+                f"a forward with position_ids of {call.positions.ndim} dimensions. Pass [rows, columns]",
+                "position_ids",
+            )
+        if four and mask.dtype == torch.bool and config_of(self.model)._attn_implementation == "eager":
+            raise self._refusal(
+                "a forward with a boolean attention mask under eager attention, which adds it to the scores and masks "
+                "nothing. Pass 0 where a token may look and the smallest number where it may not",
+                "attention_mask",
+            )
+        if four:
+            call.attended = _attended(mask, past, columns, self._refusal)
+        call.isolated = (
+            mask is None and cache is None and str(config_of(self.model)._attn_implementation).startswith("flash")
+        )
+        return call
+
+    def _on_first_layer(self, _module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Only here is the mask known that attention uses."""
+        call = self._thread.call
+        if call is None or call.begun:  # following began inside a forward, or a backward recomputes the layer
+            return
+        call.begun = True
+        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        packed = call.positions is not None and not call.start and call.mask is None and call.attended is None
+        with self._heard():
+            if packed and isinstance(mask, torch.Tensor) and mask.ndim == 4:
+                call.attended = _attended(mask, 0, call.shape[1], self._refusal)
+            self._before(call)
+
+    @contextmanager
+    def _heard(self) -> Iterator[None]:
+        """A refusal in another thread is kept for the one who entered, as that thread may keep it to itself."""
+        try:
+            yield
+        except RecordingError as error:
+            self._thread.call = None
+            if threading.get_ident() != self._entered:
+                self._unheard = error
+            raise
 
     def follow(
         self,
@@ -211,45 +311,96 @@ class Follower:
         shape: tuple[int, int],
         past: int,
         cache: Any = None,
+        *,
+        told: bool = False,
+        embeds: torch.Tensor | None = None,
+        step: int | None = None,
+        batch: Batch | None = None,
     ) -> Call:
-        """What a forward continues, from what it is given: the mask of its own columns, and the cache's length."""
+        """What a forward continues: from its mask [rows, columns of the cache and its own], its cache and its length.
+
+        told  whether a four-dimensional mask says what is padding
+        step  as of Call, and
+        batch the rows that are continued, where they are known already, as without a cache to look at
+        """
         rows, columns = shape
-        batch = self._continued(rows, past, cache)
+        generation = self._thread.generation
+        batch = batch if cache is None else self._continued(rows, past, cache)
         going_on = batch is not None
         if batch is None:
-            batch = Batch(self.n_rows, rows, columns=past, generation=self._generating)
-            batch.position, batch.finished = np.full(rows, past), np.zeros(rows, bool)
-            self.n_rows += rows
-        if mask is None and batch.generation is not None:
-            # generate drops a mask of ones, and makes a four-dimensional one for a static cache.
-            prompt = batch.generation.prompt_mask[:, batch.columns : batch.columns + columns]
-            mask = torch.nn.functional.pad(prompt, (0, columns - prompt.shape[1]), value=1)
-        elif mask is None and not going_on and self.lengths is not None:
-            mask = self._mask_of_lengths(rows, columns)
-        elif mask is None and rows > 1 and not going_on and self.strict:
-            raise BadInput(
-                f"{self.who} saw a batch of {rows} rows without a two-dimensional attention mask. Padding cannot be "
-                "told from text. Pass attention_mask=, or Recorder(model, lengths=[tokens of each row]).",
-                argument="attention_mask",
-                value=rows,
-            )
-        self._batch = batch
-        call = Call(batch, ids, mask, (rows, columns), batch.columns, going_on)
+            batch = Batch(rows, columns=past)
+            batch.position = np.full(rows, -1 if past else 0)
+            batch.sequence, batch.place = np.full(rows, -1), np.full(rows, -1)
+        self._claim(generation, batch)
+        if cache is not None and generation is not None and generation.ended:
+            step = generation.read
+            generation.read += columns
+            if generation.read > len(generation.ended):
+                raise self._refusal(
+                    f"a generate that reads {generation.read} tokens after it has sampled {len(generation.ended)}: "
+                    "some of them are guesses that it may take back. Generate without speculation",
+                    "generate",
+                )
+        if mask is None and not told and not going_on:
+            if self.lengths is not None and generation is None:
+                mask = self._mask_of_lengths(rows, columns)
+            elif self.strict and rows > 1 and self._ambiguous(ids, embeds, generation):
+                raise RecordingError(
+                    f"{self.who} saw a batch of {rows} rows without an attention mask. Padding cannot be told from "
+                    "text. Pass attention_mask=, or Recorder(model, lengths=[tokens of each row]).",
+                    argument="attention_mask",
+                    value=rows,
+                )
+        if cache is not None:
+            self._batches[cache] = batch
+        call = Call(batch, ids, mask, (rows, columns), batch.columns, going_on, generation, step)
         batch.columns += columns
         return call
 
+    def _ambiguous(self, ids: torch.Tensor | None, embeds: torch.Tensor | None, generation: Generation | None) -> bool:
+        """Whether rows may hold padding: nothing said that they do not, and they differ from one another."""
+        if generation is None:
+            return True
+        if generation.mask_given or (generation.pad_tells and ids is not None):
+            return False  # generate drops a mask of ones
+        read = ids if ids is not None else embeds
+        return read is None or not bool((read == read[:1]).all())
+
     def _continued(self, rows: int, past: int, cache: Any) -> Batch | None:
-        batch = self._batch
-        if batch is None or past == 0 or cache is not batch.cache or rows != batch.rows:
+        batch = self._batches.get(cache)
+        if batch is None or past == 0 or rows != batch.rows:
             return None
-        if past != batch.columns:
-            raise BadInput(
-                f"{self.who} followed a cached decode of {batch.columns} tokens. The cache now holds {past}: tokens "
-                "were taken back or added outside. Start a new cache, or record the two parts separately.",
-                argument="past_key_values",
-                value=past,
+        if batch.failed:
+            raise self._refusal(
+                "a cache after a forward that failed: part of its layers have read more than others. Start a new cache",
+                "past_key_values",
+            )
+        if past < batch.columns and not any(
+            part[:, max(0, len(part[0]) - back) :].any() for part, back in _removed(batch, past)
+        ):
+            batch.columns = past  # nothing but padding was taken back
+            return batch
+        replaced = batch.keys is not None and batch.keys() is not _keys_of(cache)
+        if past != batch.columns or replaced:
+            raise self._refusal(
+                f"a cache of {batch.columns} tokens that now holds {past}, or other rows: tokens were taken back, "
+                "added or reordered outside. Start a new cache, or record the two parts separately",
+                "past_key_values",
+                past,
             )
         return batch
+
+    def _claim(self, generation: Generation | None, batch: Batch) -> None:
+        """A generate has one batch, with those that it calls: another would read its tokens a second time."""
+        while generation is not None:
+            if generation.batch not in (None, batch):
+                raise self._refusal(
+                    "a generate that reads its tokens with more than one cache, as guidance, token healing and "
+                    "generation without a cache do. Sample or decode greedily, with the cache",
+                    "generate",
+                )
+            generation.batch = batch
+            generation = generation.parent
 
     def _mask_of_lengths(self, rows: int, columns: int) -> torch.Tensor:
         assert self.lengths is not None
@@ -263,40 +414,207 @@ class Follower:
         return torch.arange(columns)[None] < torch.as_tensor(self.lengths)[:, None]
 
     def _on_output(self, _module: nn.Module, _args: Any, output: Any) -> None:
-        call, self._call = self._call, None
+        call, self._thread.call = self._thread.call, None
         if call is None:  # following began inside a forward
             return
-        cache = getattr(output, "past_key_values", None)
-        call.batch.cache = cache if cache is not None else call.batch.cache
+        parts = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else (output,)
+        cache = next((part for part in parts if hasattr(part, "get_seq_length")), None)
+        if cache is not None:
+            self._batches[cache] = call.batch
+            keys = _keys_of(cache)
+            call.batch.keys = None if keys is None else weakref.ref(keys)
+        call.hidden = next((part for part in parts if isinstance(part, torch.Tensor)), None)
         if self._after is not None:
-            self._after(call, output)
+            with self._heard():
+                self._after(call, output)
+
+    # ------------------------------------------------------------------ where its tokens stand
+
+    def place(self, call: Call) -> Placed:
+        """Where the tokens of this call stand. Counts them, so it is asked once for every call, in order."""
+        with self._lock:
+            return self._place(call)
+
+    def _place(self, call: Call) -> Placed:
+        batch, (rows, columns) = call.batch, call.shape
+        ids = np.full((rows, columns), -1) if call.ids is None else call.ids.cpu().numpy()
+        valid = self._valid(call)
+        generated = np.full(columns, call.step is not None)
+        if call.generation is None and call.start > 0 and columns == 1:
+            generated[:] = True  # somebody's own loop
+        if call.step is not None and call.generation is not None:
+            valid &= ~call.generation.padding(call.step, ids)
+        self._check_history(call, valid)
+        opening = self._openings(call, valid)
+        sequence, position = self._number(batch, valid, opening)
+        batch.valid.append(valid)
+        return Placed(batch, ids, valid, position, sequence, generated, rows == 1 or self._told(call))
+
+    def _told(self, call: Call) -> bool:
+        return call.mask is not None or call.attended is not None
+
+    def _valid(self, call: Call) -> np.ndarray:
+        rows, columns = call.shape
+        if call.attended is not None:
+            own = call.attended[0].cpu().numpy()
+            return np.array(np.broadcast_to(own, (rows, columns)))
+        if call.mask is None:
+            return np.ones((rows, columns), bool)
+        own = call.mask if call.mask.shape[1] == columns else call.mask[:, call.start : call.start + columns]
+        return own.cpu().numpy().astype(bool)
+
+    def _check_history(self, call: Call, valid: np.ndarray) -> None:
+        """Rows see of their past what was recorded of it, and a past that is not known is counted."""
+        batch = call.batch
+        before = None
+        if call.start and call.mask is not None and call.mask.shape[1] >= call.start + call.shape[1]:
+            before = call.mask[:, : call.start].cpu().numpy().astype(bool)
+        unknown = batch.position < 0
+        if unknown.any():
+            counted = np.full(batch.rows, call.start) if before is None else before.sum(1)
+            batch.position = np.where(unknown, counted, batch.position)
+            return
+        if (
+            not batch.valid
+            or call.step is not None
+            or call.attended is not None
+            or (before is None and call.start and call.mask is not None)
+        ):
+            return
+        batch.valid = [np.concatenate(batch.valid, 1)]
+        past = batch.valid[0]
+        seen = np.ones_like(past) if before is None else before[:, call.start - past.shape[1] :]
+        if not np.array_equal(past, seen[:, : past.shape[1]]):
+            raise self._refusal(
+                "a forward whose attention mask differs, in the columns read before, from the mask that they were read "
+                "with. Pass the mask of all columns with every forward",
+                "attention_mask",
+            )
+
+    def _openings(self, call: Call, valid: np.ndarray) -> np.ndarray | None:
+        """bool [rows, columns], where a further sequence begins inside a row; None where none does."""
+        apart = None
+        if call.attended is not None:
+            _, first, count = (part.cpu().numpy() for part in call.attended)
+            rows, columns = call.shape
+            first, count = (np.broadcast_to(part, (rows, columns)) for part in (first, count))
+            at = call.start + np.arange(columns)
+            apart = valid & (first == at)
+            if not call.start:
+                began = np.maximum.accumulate(np.where(apart, at, -1), 1)
+                within = valid.cumsum(1) - np.take_along_axis(valid.cumsum(1), np.maximum(began, 0), 1) + 1
+                if not np.array_equal(first[valid], began[valid]) or not np.array_equal(count[valid], within[valid]):
+                    raise self._refusal(
+                        "a forward whose attention mask is not causal within each document. Pass a mask under which "
+                        "every token attends to all those before it in its document, and to itself",
+                        "attention_mask",
+                    )
+        opening = self._check_positions(call, valid, apart)
+        return opening if apart is None else apart
+
+    def _check_positions(self, call: Call, valid: np.ndarray, apart: np.ndarray | None) -> np.ndarray | None:
+        batch, columns = call.batch, call.shape[1]
+        given = call.start + np.arange(columns) if call.positions is None else call.positions.cpu().numpy()
+        places = np.broadcast_to(given, valid.shape)
+        opening = np.zeros_like(valid)
+        for row in range(len(places)):
+            at = np.flatnonzero(valid[row])
+            if not len(at):
+                continue
+            own = places[row, at]
+            last = batch.place[row]
+            if last >= 0 and not (apart is not None and apart[row, at[0]]):
+                begins = own[0] == last + 1
+            else:
+                begins = own[0] in (batch.position[row], call.start + at[0], 0 if not call.start else -1)
+            steps = np.diff(own) == 1
+            again = (own[1:] == 0) & ~steps
+            if not begins or not (steps | again).all():
+                raise self._refusal(
+                    f"position_ids that neither the cache nor the tokens before explain, in row {row}. Continuous "
+                    "batching reads tokens in this way; generate one batch at a time instead",
+                    "position_ids",
+                )
+            opening[row, at[1:][again]] = True
+            batch.place[row] = own[-1]
+        if not opening.any():
+            return None
+        if not call.isolated and (apart is None or not np.array_equal(opening, apart & (valid.cumsum(1) > 1))):
+            raise self._refusal(
+                "a row in which position_ids start again while attention reaches over the seam: the documents in it "
+                "see one another. Pass use_cache=False and no attention mask, so that transformers keeps them apart",
+                "position_ids",
+            )
+        return opening
+
+    def _number(self, batch: Batch, valid: np.ndarray, opening: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """(sequence, position), both [rows, columns]; moves the batch on."""
+        rows, columns = valid.shape
+        counted = valid.cumsum(1)
+        new = not batch.valid
+        within = None if opening is None else opening & ((counted > 1) | (batch.position > 0)[:, None])
+        if within is None or not within.any():
+            if new:
+                batch.sequence = self.n_sequences + np.arange(rows)
+                self.n_sequences += rows
+            position = batch.position[:, None] + counted - 1
+            batch.position = batch.position + counted[:, -1] if columns else batch.position
+            return np.broadcast_to(batch.sequence[:, None], valid.shape), position
+        sequence, position = np.zeros(valid.shape, np.int64), np.zeros(valid.shape, np.int64)
+        for row in range(rows):
+            starts = np.flatnonzero(within[row])
+            if new:
+                batch.sequence[row] = self.n_sequences
+                self.n_sequences += 1
+            numbers = np.append(batch.sequence[row], self.n_sequences + np.arange(len(starts)))
+            self.n_sequences += len(starts)
+            segment = np.searchsorted(starts, np.arange(columns), side="right")
+            base = np.append(-batch.position[row], counted[row, starts] - 1)
+            sequence[row], position[row] = numbers[segment], counted[row] - 1 - base[segment]
+            batch.sequence[row], batch.position[row] = sequence[row, -1], position[row, -1] + 1
+        return sequence, position
+
+    def _refusal(self, what: str, value: object, found: object = None) -> RecordingError:
+        argument, value = (value, found) if found is not None else (value, value)
+        return RecordingError(f"{self.who} cannot follow {what}.", argument=str(argument), value=value)
 
 
-def place(call: Call) -> Placed:
-    """Where the tokens of this call stand. Counts them, so it is asked once for every call, in order."""
-    batch, (rows, columns) = call.batch, call.shape
-    ids = np.full((rows, columns), -1) if call.ids is None else call.ids.cpu().numpy()
-    valid = np.ones((rows, columns), bool) if call.mask is None else call.mask.cpu().numpy().astype(bool)
-    generated = np.zeros(columns, bool)
-    stop_ids: frozenset[int] = frozenset()
-    if batch.generation is not None:
-        generated = call.start + np.arange(columns) >= batch.generation.prompt_columns
-        stop_ids = batch.generation.stop_ids
-    elif call.start > 0 and columns == 1:
-        generated[:] = True
-    for column in np.flatnonzero(generated):
-        batch.finished |= np.isin(ids[:, column], list(stop_ids))
-        valid[:, column] &= ~batch.finished
-    position = batch.position[:, None] + valid.cumsum(1) - 1
-    batch.position = batch.position + valid.sum(1)
-    return Placed(batch, ids, valid, position, generated, masked=rows == 1 or call.mask is not None)
+def _may_hold_keys(value: Any) -> bool:
+    """Whether an argument may be a cache, or say where in one to read."""
+    if isinstance(value, list | tuple):
+        return any(isinstance(part, torch.Tensor) for part in value)
+    return callable(getattr(value, "update", None))
 
 
-def _prompt_mask(inputs: torch.Tensor, option: Callable[[str], Any], stop_ids: frozenset[int]) -> torch.Tensor:
-    """The prompt's mask as generate itself sees it: given, or told from the pad token, or all ones."""
-    if (given := option("attention_mask")) is not None:
-        return given
-    pad = option("pad_token_id")
-    if inputs.ndim == 2 and pad is not None and int(pad) not in stop_ids:
-        return (inputs != int(pad)).long()
-    return torch.ones(inputs.shape[:2], dtype=torch.long)
+def _attended(
+    mask: torch.Tensor, past: int, columns: int, refusal: Callable[..., RecordingError]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of a mask [rows, heads, columns, keys]: whether each column attends to itself, the first key that it attends to,
+    and how many; all [rows, columns]."""
+    known = mask.dtype == torch.bool or mask.is_floating_point()
+    if mask.shape[-1] < past + columns or mask.shape[-2] != columns or not known:
+        raise refusal(
+            f"a forward of {columns} tokens after {past} in the cache with an attention mask of shape "
+            f"{list(mask.shape)} and type {mask.dtype}. Pass a mask of all of them, boolean or of floats",
+            "attention_mask",
+        )
+    allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    allowed = allowed[:, 0]
+    at = torch.arange(columns, device=mask.device)
+    return allowed[:, at, past + at], allowed.to(torch.uint8).argmax(-1), allowed.sum(-1)
+
+
+def _keys_of(cache: Any) -> torch.Tensor | None:
+    layers = getattr(cache, "layers", None)
+    keys = getattr(layers[0], "keys", None) if layers else None
+    return keys if isinstance(keys, torch.Tensor) else None
+
+
+def _removed(batch: Batch, past: int) -> Iterator[tuple[np.ndarray, int]]:
+    """The parts of what a batch has read that reach beyond `past`, each with how many of its columns do."""
+    end = batch.columns
+    for part in reversed(batch.valid):
+        if end <= past:
+            return
+        yield part, min(part.shape[1], end - past)
+        end -= part.shape[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any, cast
 
 import numpy as np
@@ -11,7 +12,8 @@ from torch import nn
 
 from mixlens.errors import BadInput
 from mixlens.interventions.activations import PATCHED_EXPERTS, Output, Patch, forget_replaced, hook_experts, hook_site
-from mixlens.interventions.forward_tracker import Call, Follower, place
+from mixlens.interventions.eager import eagerly
+from mixlens.interventions.forward_tracker import Call, ForwardTracker
 from mixlens.interventions.replay import Replay, check_experts, possible_layers
 from mixlens.interventions.routing import Forbid, Force, Reroute, Rescale, Routing, TopK
 from mixlens.interventions.where import Where
@@ -60,11 +62,12 @@ class Editing:
         self.layers = moe_layers(model)
         self.active: list[Active] = []
         self._handles: list[Any] = []
-        self._follower: Follower | None = None
+        self._tracker: ForwardTracker | None = None
+        self._eager: ExitStack | None = None
 
     @property
     def n_rows(self) -> int:
-        return 0 if self._follower is None else self._follower.n_rows
+        return 0 if self._tracker is None else self._tracker.n_sequences
 
     def enter(self, edits: Sequence[Edit]) -> list[Active]:
         """Put the edits to work after those that are; checks them first, with those that are.
@@ -96,12 +99,12 @@ class Editing:
         for layer in self.layers:
             forget_replaced(layer.experts)
         following = any(not one.everywhere for one in self.active)
-        if following and self._follower is None:
-            self._follower = Follower(self.model, "An edit", before=self._before, strict=False)
-            self._follower.open()
-        elif not following and self._follower is not None:
-            self._follower.close()
-            self._follower = None
+        if following and self._tracker is None:
+            self._tracker = ForwardTracker(self.model, "An edit", before=self._before, strict=False)
+            self._tracker.open()
+        elif not following and self._tracker is not None:
+            self._tracker.close()
+            self._tracker = None
         k = top_k(self.model)
         for layer in self.layers:
             stages: dict[str, list[Active]] = {}
@@ -115,9 +118,18 @@ class Editing:
                     self._handles += hook_experts(layer, edits)
                 else:
                     self._handles.append(hook_site(layer, stage, edits))
+        if self._tracker is not None:
+            self._tracker.hook_first()
+        if self.active and self._eager is None:
+            self._eager = ExitStack()
+            self._eager.enter_context(eagerly())
+        elif not self.active and self._eager is not None:
+            self._eager.close()
+            self._eager = None
 
     def _before(self, call: Call) -> None:
-        placed = place(call)
+        assert self._tracker is not None
+        placed = self._tracker.place(call)
         for one in self.active:
             if not one.everywhere:
                 one.locate(placed)

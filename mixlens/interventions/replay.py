@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from mixlens.errors import BadInput
-from mixlens.interventions.forward_tracker import Batch, Placed
+from mixlens.interventions.forward_tracker import Placed
 from mixlens.interventions.routing import Layers, Routing, Rows
 from mixlens.interventions.where import EVERYWHERE, Where
 from mixlens.trace.trace import Trace
@@ -78,27 +78,23 @@ class _Matcher:
         self.starts: np.ndarray = replay._starts  # type: ignore[attr-defined]
         self.token_id: np.ndarray = replay._columns["token_id"]  # type: ignore[attr-defined]
         self.position: np.ndarray = replay._columns["position"]  # type: ignore[attr-defined]
-        self._batch: Batch | None = None
-        self._possible: dict[int, list[int]] = {}
+        self._possible: dict[int, list[int]] = {}  # of each sequence that the model reads
 
     def locate(self, placed: Placed) -> tuple[np.ndarray, np.ndarray]:
         """(bool, index of the recorded token or -1), both [rows, columns]."""
-        if placed.batch is not self._batch:
-            self._batch, self._possible = placed.batch, {}
         index = np.full(placed.ids.shape, -1)
         taken: set[int] = set()
-        for row in range(len(index)):
-            columns = np.flatnonzero(placed.valid[row])
-            if not len(columns):
-                continue
-            before = self._possible.get(row, range(len(self.starts) - 1))
+        for number in np.unique(placed.sequence[placed.valid]).tolist():
+            rows, columns = np.nonzero(placed.valid & (placed.sequence == number))
+            row = int(rows[0])
+            before = self._possible.get(number, range(len(self.starts) - 1))
             start, ids = int(placed.position[row, columns[0]]), placed.ids[row, columns]
             agreeing = [s for s in before if self._agrees(s, start, ids, placed.masked)]
             if not agreeing:
                 raise self._mismatch(row, start, ids, before)
             if not placed.masked:  # what is not in the recorded sequence counts as padding: the longest explains most
                 agreeing.sort(key=self._length, reverse=True)
-            self._possible[row] = agreeing
+            self._possible[number] = agreeing
             found = next((s for s in agreeing if s not in taken), agreeing[0])
             taken.add(found)
             n = min(len(columns), self._length(found) - start)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import nn
 
-from mixlens.errors import BadInput
-from mixlens.interventions.forward_tracker import Call, Follower
+from mixlens.errors import BadInput, RecordingError
+from mixlens.interventions.forward_tracker import Batch, Call, ForwardTracker
 from mixlens.models.layout import decoder_of, input_device, moe_layers, n_experts, top_k
 from mixlens.recording.hooks import Raw, Tap
 from mixlens.recording.recorder import Recorder
@@ -18,7 +19,8 @@ from mixlens.trace.signals import Site
 # What is written beside the routing of a token: its id, forward, row, column in the cache, and what the mask says.
 _PLACE = ("token_id", "forward", "row", "column", "mask")
 _NO_MASK = 2
-_NOT_ROUTING = ("place", "count", "listening")
+_MARK = 4  # numbers of a key
+_NOT_ROUTING = ("place", "mark", "count", "listening")
 
 
 class CompiledRecorder(Recorder):
@@ -76,13 +78,18 @@ class CompiledRecorder(Recorder):
                 argument="tokens" if tokens < 1 else "signals",
                 value=tokens if tokens < 1 else _named(self.signals.plan()),
             )
-        self._follower = Follower(
-            model, "A CompiledRecorder", before=lambda call: None, lengths=lengths, ending=self._flush
+        self._tracker = ForwardTracker(
+            model,
+            "A CompiledRecorder",
+            before=lambda call: None,
+            lengths=lengths,
+            ending=self._flush,
+            withdrawn=self._withdraw,
         )
         self._room = tokens
         self._paused = False
-        self._hook: Any = None
         self._buffers: dict[str, torch.Tensor] = {}
+        self._marks: dict[Batch, torch.Tensor] = {}  # the keys at the end of every cache seen
 
     @property
     def paused(self) -> bool:
@@ -99,22 +106,25 @@ class CompiledRecorder(Recorder):
         torch.compiler.reset()
         self._buffers = self._allocated()
         self.paused = self._paused
-        self._tap = Tap(self.model, self.signals)
-        self._tap.listening = True
-        self._hook = decoder_of(self.model).register_forward_hook(self._write, with_kwargs=True)
-        self._follower.open(forwards=False)
+        with ExitStack() as stack:
+            self._tap = Tap(self.model, self.signals, threads=False)
+            stack.callback(self._tap.close)
+            self._tap.now.listening = True
+            stack.callback(decoder_of(self.model).register_forward_hook(self._write, with_kwargs=True).remove)
+            self._tracker.open(forwards=False)
+            stack.callback(self._tracker.close)
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._hook is not None:
-            self._hook.remove()
         try:
             super().__exit__(*exception)
         finally:
-            self._buffers = {}
+            self._buffers, self._marks = {}, {}
 
     def clear(self) -> None:
         super().clear()
+        self._marks = {}
         if self._buffers:
             self._buffers["count"].zero_()
 
@@ -126,6 +136,7 @@ class CompiledRecorder(Recorder):
             "expert_id": ((rows, layers, top_k(self.model)), torch.uint8),
             "weight": ((rows, layers, top_k(self.model)), torch.float32),
             "place": ((rows, len(_PLACE)), torch.int64),
+            "mark": ((rows, 2 * _MARK), torch.float32),  # keys at the end of the cache, before and after the forward
             "count": ((2,), torch.int64),  # tokens, forwards
             # On the device: a flag in Python would be compiled into a second graph, whose kernels may round otherwise.
             "listening": ((1,), torch.int64),
@@ -156,11 +167,20 @@ class CompiledRecorder(Recorder):
             self._buffers[name].index_copy_(0, where, stacked.to(self._buffers[name].dtype))
         cache = kwargs.get("past_key_values")
         past = 0 if cache is None else cache.get_seq_length() - columns
+        if cache is not None:
+            # The last layer's keys depend on all that a row has read, so that they tell caches apart.
+            keys = cache.layers[-1].keys[:, 0, :, :_MARK]
+            ends = (torch.arange(2, device=keys.device) * columns + past - 1).clamp(min=0)
+            marks = keys.index_select(1, ends).float().flatten(1).to(device)
+            self._buffers["mark"].index_copy_(0, where, marks[number // columns])
         column = number % columns + past
         mask = kwargs.get("attention_mask")
         told = torch.full_like(number, _NO_MASK)
         if isinstance(mask, torch.Tensor) and mask.ndim == 2:
             told = mask.to(device)[number // columns, column].long()
+        elif isinstance(mask, torch.Tensor) and mask.ndim == 4:
+            own = mask.expand(rows, -1, -1, -1).to(device)[number // columns, 0, number % columns, column]
+            told = (own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2).long()
         token = torch.full_like(number, -1) if ids is None else ids.reshape(-1).to(device)
         place = [token, count[1].expand(places), number // columns, column, told]
         self._buffers["place"].index_copy_(0, where, torch.stack(place, 1))
@@ -168,12 +188,12 @@ class CompiledRecorder(Recorder):
 
     # ------------------------------------------------------------------ after it
 
-    def _flush(self) -> None:
+    def _flush(self, *, whole: bool = False) -> None:
         for call in self._calls():
             self._sort_out(call)
 
     def _calls(self) -> Iterator[Call]:
-        """Every forward since the last time, as a Follower of its own would have seen it."""
+        """Every forward since the last time, as a ForwardTracker of its own would have seen it."""
         if not self._buffers:
             return
         n = int(self._buffers["count"][0])
@@ -189,16 +209,49 @@ class CompiledRecorder(Recorder):
         routing = {name: buffer[:n].cpu() for name, buffer in self._buffers.items() if name not in _NOT_ROUTING}
         self._buffers["count"].zero_()
         _, sizes = place["forward"].unique_consecutive(return_counts=True)
+        mark, generation = self._buffers["mark"][:n].cpu(), self._tracker.running
         start = 0
+        shapes = []
         for size in sizes.tolist():
-            part = slice(start, start + size)
+            rows = int(place["row"][start : start + size][-1]) + 1
+            shapes.append((rows, size // rows))
             start += size
-            shape = (rows := int(place["row"][part][-1]) + 1, size // rows)
+        # Every sampled column is read but the last: what was read before them is the prompt.
+        sampled = 0 if generation is None else len(generation.ended) - 1
+        prompt = sum(columns for _, columns in shapes) - max(sampled, 0)
+        start = read = 0
+        for shape in shapes:
+            part = slice(start, start + shape[0] * shape[1])
+            start = part.stop
+            step = read - prompt if generation is not None and read >= prompt else None
+            read += shape[1]
+            past, marks = int(place["column"][part][0]), mark[part].reshape(*shape, 2, _MARK)[:, 0]
             mask = None if place["mask"][part][0] == _NO_MASK else place["mask"][part].reshape(shape)
             ids = None if place["token_id"][part][0] < 0 else place["token_id"][part].reshape(shape)
-            call = self._follower.follow(ids, mask, shape, int(place["column"][part][0]))
+            call = self._tracker.follow(ids, mask, shape, past, step=step, batch=self._continued(past, marks[:, 0]))
+            self._marks[call.batch] = marks[:, 1]
             call.raw = _by_layer(routing, part)
             yield call
+
+    def _continued(self, past: int, marks: torch.Tensor) -> Batch | None:
+        """The rows whose cache a forward found: as long, and with the same keys at its end.
+
+        Raises RecordingError where caches were seen, and this is none of them.
+        """
+        if not past:
+            return None
+        alike = [batch for batch in self._marks if batch.rows == len(marks)]
+        for batch in alike:
+            if batch.columns == past and torch.equal(self._marks[batch], marks):
+                return batch
+        if alike:
+            raise RecordingError(
+                f"A CompiledRecorder cannot follow a cache of {past} tokens that no forward before left so: tokens "
+                "were taken back, added or reordered outside. Start a new cache, or record the two parts separately.",
+                argument="past_key_values",
+                value=past,
+            )
+        return None
 
 
 def _by_layer(routing: dict[str, torch.Tensor], part: slice) -> Raw:

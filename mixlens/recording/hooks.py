@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -20,18 +21,31 @@ MOST_EXPERTS = 256  # ids are kept in 8 bits
 Raw = dict[str, dict[int, torch.Tensor]]
 
 
+class _State:
+    """What a Tap knows of the forward that runs."""
+
+    def __init__(self) -> None:
+        self.listening = False
+        self.decoding = False
+        self.raw: Raw = {}
+
+
+class _ThreadState(threading.local, _State):
+    """The same, of each thread's own forward."""
+
+
 class Tap:
     """Keeps references to what one forward puts out, while `listening`; `take` gives them and forgets.
 
     The hooks copy nothing and wait for nothing, so the forward is bit for bit the one without them. A recomputation
     during backward finds the tap not listening. Hooks are gone after `close`, whatever happened.
+
+    threads  whether each thread has a forward of its own; compiled code cannot tell threads apart
     """
 
-    def __init__(self, model: nn.Module, signals: Signals) -> None:
+    def __init__(self, model: nn.Module, signals: Signals, *, threads: bool = True) -> None:
         self.signals = signals
-        self.listening = False
-        self.decoding = False
-        self._raw: Raw = {}
+        self.now: _State = _ThreadState() if threads else _State()
         self._stack = ExitStack()
         layers = moe_layers(model)
         if n_experts(model) > MOST_EXPERTS:
@@ -57,19 +71,19 @@ class Tap:
 
     def take(self) -> Raw:
         """{name: {layer: tensor [T, ...]}} of the forward since the last call; T counts the whole padded batch."""
-        raw, self._raw = self._raw, {}
+        raw, self.now.raw = self.now.raw, {}
         return raw
 
     def close(self) -> None:
         self._stack.close()
-        self._raw = {}
+        self.now.raw = {}
 
     def _hook(self, handle: Any) -> None:
         self._stack.callback(handle.remove)
 
     def _keep(self, name: str, index: int, value: torch.Tensor) -> None:
-        if self.listening:
-            self._raw.setdefault(name, {})[index] = value.detach()
+        if self.now.listening:
+            self.now.raw.setdefault(name, {})[index] = value.detach()
 
     def _on_gate(self, index: int) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, output: tuple[torch.Tensor, ...]) -> None:
@@ -162,13 +176,13 @@ def _capture_experts(model: Any, layers: list[MoeLayer], wanted: dict[str, set[i
 
     def experts_forward(module: Any, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         # generate decodes with batched_mm on an accelerator when it finds grouped_mm; it finds our name instead.
-        swap = before == "grouped_mm" and tap.decoding and hidden.device.type != "cpu"
+        swap = before == "grouped_mm" and tap.now.decoding and hidden.device.type != "cpu"
         chosen = "batched_mm" if swap else before
         own = ALL_EXPERTS_FUNCTIONS.get_interface(chosen, type(module).forward.__wrapped__)
         output = own(module, hidden, ids, weights)
         index = number[id(module)]
         sites = [site for site, indices in wanted.items() if index in indices]
-        if tap.listening and sites:
+        if tap.now.listening and sites:
             for site, value in _chosen_experts(module, hidden.detach(), ids, sites).items():
                 tap._keep(site, index, _with_edits(site, value, replaced_in(module)))
         return output

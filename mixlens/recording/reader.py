@@ -89,7 +89,7 @@ class Reader:
         for offset in range(0, longest, self.batch_tokens):
             ids = padded[:, offset : offset + self.batch_tokens]
             self._tap.take()
-            self._tap.listening = True
+            self._tap.now.listening = True
             try:
                 output = decoder(
                     input_ids=torch.from_numpy(ids).to(device),
@@ -97,7 +97,7 @@ class Reader:
                     use_cache=longest > self.batch_tokens,
                 )
             finally:
-                self._tap.listening = False
+                self._tap.now.listening = False
             cache = output.past_key_values
             yield offset, ids, self._tap.take(), output.last_hidden_state.flatten(0, 1)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -11,8 +13,9 @@ import torch
 from torch import nn
 
 from mixlens.core.run_dir import now, versions
-from mixlens.errors import BadInput
-from mixlens.interventions.forward_tracker import Call, Follower, place
+from mixlens.errors import BadInput, RecordingError
+from mixlens.interventions.eager import eagerly
+from mixlens.interventions.forward_tracker import Batch, Call, ForwardTracker, Placed
 from mixlens.interventions.hooks import edits_of
 from mixlens.models.layout import moe_layers, n_experts
 from mixlens.models.provenance import describe
@@ -29,8 +32,12 @@ _PENDING_TOKENS = 4096
 class Recorder:
     """Record every forward of a model inside a with block; its outputs stay bit for bit the same.
 
-    Rows of a batch become sequences, in order. Padding is never recorded; nor is the last sampled token of a row,
-    since no forward saw it, nor anything after its end-of-sequence token. A cached decode continues its sequences.
+    Rows of a batch become sequences, in order; so do the documents packed into one row, where attention keeps them
+    apart. A forward with a cache continues the sequences of that cache. Padding is never recorded; nor is the last
+    sampled token of a row, since no forward saw it, nor anything after its end-of-sequence token. Code that
+    torch.compile made runs eagerly inside the block; a CompiledRecorder leaves it compiled.
+
+    A forward whose tokens cannot be attributed raises a RecordingError; what was recorded before stays in `trace()`.
 
     Parameters
     ----------
@@ -43,9 +50,9 @@ class Recorder:
 
     Raises
     ------
-    BadInput
-        For a batch of several rows with neither mask nor lengths, for beam search, assisted decoding and
-        generation without a cache.
+    RecordingError
+        For a batch of several rows with neither mask nor lengths, for generation that reads tokens more than once or
+        takes them back (beam search, assisted decoding, guidance, no cache), for a cache that was cut or reordered.
 
     Examples
     --------
@@ -61,9 +68,19 @@ class Recorder:
     ) -> None:
         self.model: Any = model
         self.signals: Signals = parse_signals(signals, len(moe_layers(model)))
-        self._follower = Follower(model, "A Recorder", before=self._before, after=self._after, lengths=lengths)
+        self._tracker = ForwardTracker(
+            model,
+            "A Recorder",
+            before=self._before,
+            after=self._after,
+            lengths=lengths,
+            ending=self._flush,
+            withdrawn=self._withdraw,
+        )
         self._tap: Tap | None = None
-        self._handle: Any = None
+        self._stack = ExitStack()
+        self._latest: dict[int, Call] = {}  # of each thread
+        self._lock = threading.RLock()
         self._pending: list[Call] = []
         self._columns: dict[str, list[np.ndarray]] = {}
         self._sites: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
@@ -73,20 +90,22 @@ class Recorder:
     # ------------------------------------------------------------------ in and out
 
     def __enter__(self) -> Recorder:
-        self._tap = Tap(self.model, self.signals)
-        self._follower.open()
-        if self.signals.needs_logits and hasattr(self.model, "lm_head"):
-            self._handle = self.model.lm_head.register_forward_hook(self._on_logits)
+        with ExitStack() as stack:
+            stack.enter_context(eagerly())
+            self._tap = Tap(self.model, self.signals)
+            stack.callback(self._tap.close)
+            self._tracker.open()
+            stack.callback(self._tracker.close)
+            if self.signals.needs_logits and hasattr(self.model, "lm_head"):
+                stack.callback(self.model.lm_head.register_forward_hook(self._on_logits).remove)
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._follower.close()
-        if self._handle is not None:
-            self._handle.remove()
-        if self._tap is not None:
-            self._tap.close()
+        self._stack.close()
         if exception[0] is None:
-            self._flush()
+            self._flush(whole=True)
+            self._tracker.check()
 
     def trace(self, sequences: pd.DataFrame | None = None) -> Trace:
         """Return what was recorded so far.
@@ -100,7 +119,7 @@ class Recorder:
         -------
         Trace
         """
-        self._flush()
+        self._flush(whole=True)
         columns = {name: np.concatenate(parts) for name, parts in self._columns.items()}
         if not columns:
             raise BadInput(
@@ -111,11 +130,11 @@ class Recorder:
         order = np.argsort(columns["sequence"], kind="stable")
         columns = {name: values[order] for name, values in columns.items()}
         present, columns["sequence"] = np.unique(columns["sequence"], return_inverse=True)
-        table = pd.DataFrame(index=pd.RangeIndex(self._follower.n_rows)) if sequences is None else sequences
-        if len(table) != self._follower.n_rows:
+        table = pd.DataFrame(index=pd.RangeIndex(self._tracker.n_sequences)) if sequences is None else sequences
+        if len(table) != self._tracker.n_sequences:
             raise BadInput(
-                f"Cannot use a table of {len(table)} sequences: the Recorder saw {self._follower.n_rows}. Pass one "
-                "row for every row of every batch, in order.",
+                f"Cannot use a table of {len(table)} sequences: the Recorder saw {self._tracker.n_sequences}. Pass one "
+                "row for every sequence, in order.",
                 argument="sequences",
                 value=len(table),
             )
@@ -139,13 +158,14 @@ class Recorder:
     @property
     def n_tokens(self) -> int:
         """Return the number of tokens recorded so far, in all sequences."""
-        self._flush()
+        self._flush(whole=True)
         return sum(len(part) for part in self._columns.get("sequence", ()))
 
     def clear(self) -> None:
         """Forget what was recorded so far, as after a warm-up; call it between sequences, not within one."""
         self._pending, self._columns, self._sites, self._n_recorded = [], {}, {}, 0
-        self._follower.restart()
+        self._latest = {}
+        self._tracker.restart()
 
     def _activations(self, site: Site, rank: np.ndarray) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
         parts = self._sites[site.name]
@@ -166,42 +186,92 @@ class Recorder:
         assert self._tap is not None
         self._edits |= dict.fromkeys(edits_of(self.model))
         self._tap.take()  # of a forward that failed half-way
-        self._listen(True, decoding=self._follower.generating and call.going_on)
+        if call.ids is None or call.ids.device.type == "cpu":  # elsewhere this would wait for the device
+            call.placed = self._tracker.place(call)
+        self._tap.now.listening, self._tap.now.decoding = True, call.generation is not None and call.going_on
 
-    def _on_logits(self, _module: nn.Module, _args: Any, output: torch.Tensor) -> None:
-        if self._pending and self._pending[-1].logits is None:
-            self._pending[-1].logits = output.detach()
+    def _on_logits(self, _module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+        call = self._latest.pop(threading.get_ident(), None)
+        if call is not None:
+            call.head_input, call.logits = args[0].detach() if args else None, output.detach()
 
     def _after(self, call: Call, _output: Any) -> None:
         assert self._tap is not None
-        self._listen(False)
+        self._tap.now.listening = False
         call.raw = self._tap.take()
-        # Before this call is added: the logits of the one before have arrived by now.
-        if sum(c.shape[0] * c.shape[1] for c in self._pending) >= _PENDING_TOKENS:
-            self._flush()
-        self._pending.append(call)
+        self._check_fired(call)
+        with self._lock:
+            # Before this call is added: the logits of this thread's call before have arrived by now, or never will.
+            self._latest.pop(threading.get_ident(), None)
+            if sum(c.shape[0] * c.shape[1] for c in self._pending) >= _PENDING_TOKENS:
+                self._flush()
+            if self.signals.needs_logits:
+                self._latest[threading.get_ident()] = call
+            self._pending.append(call)
 
-    def _listen(self, on: bool, *, decoding: bool = False) -> None:
-        assert self._tap is not None
-        self._tap.listening, self._tap.decoding = on, decoding
+    def _check_fired(self, call: Call) -> None:
+        """Raises RecordingError for a module that ran without its hook."""
+        wanted = {name: range(len(moe_layers(self.model))) for name in ("expert_id",)}
+        wanted |= {site.name: site.layers or () for site in self.signals.sites}
+        for name, layers in wanted.items():
+            missing = sorted(set(layers) - set(call.raw.get(name, {})))
+            if missing:
+                call.batch.failed = True
+                raise RecordingError(
+                    f"A Recorder did not see {name} in layers {missing}: their modules ran without their hooks, or not "
+                    "at all. They were replaced, or run by code that was compiled before; enter the Recorder after "
+                    "that.",
+                    argument=name,
+                    value=missing,
+                )
 
     # ------------------------------------------------------------------ sorting tokens out
 
-    def _flush(self) -> None:
-        pending, self._pending = self._pending, []
-        for call in pending:
-            self._sort_out(call)
+    def _flush(self, *, whole: bool = False) -> None:
+        """Sort out the forwards that are complete; with `whole` also those whose logits may still come."""
+        with self._lock:
+            waiting = [] if whole else list(self._latest.values())
+            pending, self._pending = self._pending, []
+            failure: RecordingError | None = None
+            for call in pending:
+                if any(call is one for one in waiting):
+                    self._pending.append(call)
+                elif not call.batch.failed or call.placed is not None:
+                    try:
+                        self._sort_out(call)
+                    except RecordingError as error:
+                        call.batch.failed = True
+                        failure = failure or error
+            if failure is not None:
+                raise failure
+
+    def _withdraw(self, batch: Batch) -> None:
+        """Forget the sequences of a batch that could not be followed to its end."""
+        with self._lock:
+            self._latest = {thread: call for thread, call in self._latest.items() if call.batch is not batch}
+            self._pending = [call for call in self._pending if call.batch is not batch]
+            if not self._columns:
+                return
+            kept = ~np.isin(np.concatenate(self._columns["sequence"]), batch.sequence)
+            place = kept.cumsum() - 1
+            self._columns = {name: [np.concatenate(parts)[kept]] for name, parts in self._columns.items()}
+            for name, parts in self._sites.items():
+                row, value = np.concatenate([r for r, _ in parts]), np.concatenate([v for _, v in parts])
+                self._sites[name] = [(place[row[kept[row]]], value[kept[row]])]
+            self._n_recorded = int(kept.sum())
+            if not self._n_recorded:
+                self._columns, self._sites = {}, {}
 
     def _sort_out(self, call: Call) -> None:
-        placed = place(call)
+        placed = call.placed or self._tracker.place(call)
         flat = np.flatnonzero(placed.valid)
         row, column = np.divmod(flat, call.shape[1])
         arrays = {
-            "sequence": call.batch.first + row,
+            "sequence": placed.sequence[row, column],
             "position": placed.position[row, column],
             "token_id": placed.ids[row, column].astype(np.int64),
             "phase": placed.generated[column].astype(np.uint8),
-            **self._scores(call, placed.ids, placed.valid),
+            **self._scores(call, placed),
         }
         picked = torch.from_numpy(flat)
         arrays |= routing_arrays(call.raw, picked)
@@ -218,47 +288,77 @@ class Recorder:
         value = site_array(raw, site.name, site.dtype, torch.from_numpy(flat[wanted]))
         self._sites.setdefault(site.name, []).append((self._n_recorded + np.flatnonzero(wanted), value))
 
-    def _scores(self, call: Call, ids: np.ndarray, valid: np.ndarray) -> dict[str, np.ndarray]:
+    def _scores(self, call: Call, placed: Placed) -> dict[str, np.ndarray]:
         """logprob of each valid token from the logits before it, and the distribution after it."""
         if not self.signals.needs_logits:
             return {}
-        rows, columns = valid.shape
-        logprob = np.full((rows, columns), np.nan, np.float32)
-        batch = call.batch
         if call.logits is None and self.signals.top_logprobs:
             raise BadInput(
                 "A Recorder was to keep top_logprobs. The forward ran without the language-model head. Call the model "
                 "itself, not its decoder, or record without top_logprobs.",
                 argument="top_logprobs",
             )
+        ids, valid, batch, (rows, columns) = placed.ids, placed.valid, call.batch, call.shape
+        logprob = np.full((rows, columns), np.nan, np.float32)
+        first = valid.argmax(1)
+        every = np.arange(rows)
         if batch.waiting is not None:
-            first = score(lambda x: x, batch.waiting, torch.from_numpy(ids[:, 0]), top=False)
-            logprob[:, 0] = np.where(call.start > 0, first["logprob"], np.nan)
-        known = 0 if call.logits is None else call.logits.shape[1]
+            goes_on = valid.any(1) & (placed.position[every, first] > 0)
+            target = np.where(goes_on, ids[every, first], -1)
+            logprob[every, first] = score(lambda x: x, batch.waiting, torch.from_numpy(target), top=False)["logprob"]
+        batch.waiting = None
         top: dict[str, np.ndarray] = {}
         if call.logits is not None:
-            target = np.full((rows, known), -1)
-            tail_ids, tail_valid = ids[:, columns - known :], valid[:, columns - known :]
-            target[:, :-1] = np.where(tail_valid[:, :-1] & tail_valid[:, 1:], tail_ids[:, 1:], -1)
-            flat = call.logits.reshape(rows * known, -1)
+            known = _columns_of(call)
+            following = np.minimum(known + 1, columns - 1)
+            scored = (known >= 0) & (known + 1 < columns) & valid[:, known] & valid[:, following]
+            scored &= placed.sequence[:, known] == placed.sequence[:, following]
+            target = np.where(scored, ids[:, following], -1)
+            flat = call.logits.reshape(rows * len(known), -1)
             top = score(lambda x: x, flat, torch.from_numpy(target.reshape(-1)), top=self.signals.top_logprobs)
-            logprob[:, columns - known + 1 :] = top.pop("logprob").reshape(rows, known)[:, :-1]
-            batch.waiting = _last_of_rows(call.logits, tail_valid)
-        result = {"logprob": logprob[valid]} if self.signals.logprob else {}
-        if self.signals.top_logprobs:
-            result |= {name: _padded(values, rows, columns, known)[valid] for name, values in top.items()}
-        return result
+            found = top.pop("logprob").reshape(rows, -1)
+            row, at = np.nonzero(scored)
+            logprob[row, following[at]] = found[row, at]
+            batch.waiting = _last_of_rows(call.logits, known, valid)
+            top = {name: _spread(values, rows, columns, known)[valid] for name, values in top.items()}
+        return ({"logprob": logprob[valid]} if self.signals.logprob else {}) | top
 
 
-def _last_of_rows(logits: torch.Tensor, valid: np.ndarray) -> torch.Tensor:
-    """Logits [rows, vocabulary] after each row's last token, padding on either side; NaN for a row without one."""
+def _columns_of(call: Call) -> np.ndarray:
+    """The column of the forward that each column of the logits belongs to, -1 where that is not known."""
+    assert call.logits is not None
+    width, (rows, columns) = call.logits.shape[1], call.shape
+    given, hidden = call.head_input, call.hidden
+    if given is None or hidden is None or given.shape[:2] != (rows, width) or hidden.shape[:2] != (rows, columns):
+        return np.full(width, -1)
+    same_memory = given.untyped_storage().data_ptr() == hidden.untyped_storage().data_ptr()
+    if (
+        same_memory
+        and given.stride()[::2] == hidden.stride()[::2]
+        and (width < 2 or not given.stride(1) % hidden.stride(1))
+    ):
+        start, step = given.storage_offset() - hidden.storage_offset(), given.stride(1) // hidden.stride(1)
+        return start // hidden.stride(1) + step * np.arange(width)
+    found = np.full(width, -1)
+    for at in range(width):  # indices were picked, which copies
+        equal = (given[:, at, None] == hidden).all(-1).all(0).nonzero()
+        if len(equal):
+            found[at] = int(equal[0])
+    return found
+
+
+def _last_of_rows(logits: torch.Tensor, known: np.ndarray, valid: np.ndarray) -> torch.Tensor:
+    """Logits [rows, vocabulary] after each row's last token, padding on either side; NaN where they are not known."""
     last = valid.shape[1] - 1 - valid[:, ::-1].argmax(1)
-    chosen = logits[torch.arange(len(logits)), torch.from_numpy(last)]
-    return chosen.masked_fill(torch.from_numpy(~valid.any(1))[:, None].to(chosen.device), torch.nan)
+    at = np.full(valid.shape[1], -1)
+    at[known[known >= 0]] = np.flatnonzero(known >= 0)
+    chosen = logits[torch.arange(len(logits)), torch.from_numpy(np.maximum(at[last], 0))]
+    missing = torch.from_numpy(~valid.any(1) | (at[last] < 0))
+    return chosen.masked_fill(missing[:, None].to(chosen.device), torch.nan)
 
 
-def _padded(values: np.ndarray, rows: int, columns: int, known: int) -> np.ndarray:
-    """[rows, columns, ...] with values for the last `known` columns; NaN, or id -1, before them."""
+def _spread(values: np.ndarray, rows: int, columns: int, known: np.ndarray) -> np.ndarray:
+    """[rows, columns, ...] with the values of the columns known; NaN, or id -1, in the others."""
     full = np.full((rows, columns, *values.shape[1:]), np.nan if values.dtype.kind == "f" else -1, values.dtype)
-    full[:, columns - known :] = values.reshape(rows, known, *values.shape[1:])
+    full[:, known[known >= 0]] = values.reshape(rows, len(known), *values.shape[1:])[:, known >= 0]
     return full

@@ -226,14 +226,6 @@ def generated_without_a_mask() -> Way:
     return generated(prompts, pad=0, stop=said_by(prompts[2], 4), masked=False)
 
 
-def generated_without_a_mask_and_pad_is_end() -> Way:
-    """Then nothing is padding: the pad token in a prompt is text."""
-    prompts = texts((6, 6, 6), 9)
-    stop = said_by(prompts[0], 4)
-    prompts[1][0] = prompts[2][3] = stop
-    return generated(prompts, pad=stop, stop=stop, masked=False)
-
-
 class Says(StoppingCriteria):
     """Ends a row that says a token."""
 
@@ -368,7 +360,6 @@ WAYS = {
     "generate": generated_padded,
     "static cache": lambda: generated_padded(cache_implementation="static"),
     "generate without mask": generated_without_a_mask,
-    "pad is end": generated_without_a_mask_and_pad_is_end,
     "criterion": generated_until_a_criterion,
     "generate twice": generated_twice,
     "compiled": compiled,

@@ -9,7 +9,7 @@ from helpers.refusals import refused
 from tiny import tiny_mixtral
 from transformers import CompileConfig, StaticCache
 
-from mixlens import BadInput, CompiledRecorder, Recorder
+from mixlens import BadInput, CompiledRecorder, Recorder, RecordingError
 
 COLUMNS = ("token_id", "position", "phase", "expert_id", "weight", "router_logits")
 
@@ -153,7 +153,7 @@ def test_more_tokens_than_there_is_room_for(model):
 @torch.no_grad()
 def test_rows_that_nothing_tells_the_padding_of(model):
     with (
-        refused(BadInput, "attention_mask", 2),
+        refused(RecordingError, "attention_mask", 2),
         CompiledRecorder(model, tokens=99),
     ):
         model(input_ids=prompt(2, 4))

@@ -10,7 +10,7 @@ from helpers.refusals import refused
 from tiny import tiny_mixtral
 from transformers import DynamicCache, GenerationConfig
 
-from mixlens import BadInput, ModelError, Recorder, Site
+from mixlens import BadInput, ModelError, Recorder, RecordingError, Site
 from mixlens.trace.signals import SITES
 
 LENGTHS = [5, 17, 1, 9]
@@ -300,16 +300,16 @@ def test_activations_that_half_precision_cannot_hold_are_refused(model):
     [
         ({"num_beams": 2}, ("generate", "beam search")),
         ({"use_cache": False}, ("generate", "generation without a cache")),
-        ({"prompt_lookup_num_tokens": 2}, ("generate", "assisted decoding")),
+        ({"prompt_lookup_num_tokens": 2}, ("generate", "assisted generation")),
     ],
 )
 def test_generation_that_cannot_be_counted_is_refused(model, options, what):
-    with refused(BadInput, *what), Recorder(model):
+    with refused(RecordingError, *what), Recorder(model):
         model.generate(prompts()[0][None], max_new_tokens=2, **options)
 
 
 def test_a_batch_without_mask_or_lengths_is_refused(model):
-    with refused(BadInput, "attention_mask", 2), Recorder(model):
+    with refused(RecordingError, "attention_mask", 2), Recorder(model):
         model(torch.ones(2, 4, dtype=torch.long))
 
 
