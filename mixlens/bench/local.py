@@ -32,7 +32,7 @@ from mixlens.core.run_dir import RunWriter, now, versions
 from mixlens.endpoints.protocols import TOKEN, Event
 from mixlens.errors import BadInput, MixlensError, ModelError
 from mixlens.models.layout import moe_layers
-from mixlens.models.provenance import describe
+from mixlens.models.provenance import describe, identity
 from mixlens.models.quantization.unfuse import is_unfused
 from mixlens.recording.compiled import CompiledRecorder
 
@@ -126,7 +126,7 @@ def benchmark_model(
     loads = loads_of(batch, workload, settings)
     subject = Subject(model, loads, settings, device=device)
     plan = {
-        "model": {key: value for key, value in describe(model).items() if key != "devices"},
+        "model": identity(model),
         "loads": [load.name for load in loads],
         "requests": requests,
         "workloads": [subject.prompts[load.name].plan() for load in loads],

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +12,7 @@ from mixlens.endpoints.endpoint import Endpoint
 from mixlens.errors import BadInput
 from mixlens.evals.model import Batch, LocalLM, cut, tokenizer_of
 from mixlens.interventions.hooks import edits_of
-from mixlens.models.provenance import describe
+from mixlens.models.provenance import describe, identity, tokenizer_sha256
 
 # Requests of a backend that batches by itself, that are asked for and kept together.
 _SLICE = 256
@@ -73,9 +71,9 @@ class LocalBackend:
     def identity(self) -> dict[str, Any]:
         """What tells this model from another: a run of one is never taken for a run of the other."""
         told = ("name", "revision", "class", "dtype", "config_sha256", "router_sha256")
-        kept = (*told, "audit", "quantization", "edits")
-        model = {key: value for key, value in self.describe().items() if key in kept}
-        return {**model, "tokenizer_sha256": _tokenizer_sha256(self.lm.tokenizer)}
+        kept = (*told, "weights_checksum", "adapters", "audit", "quantization", "edits")
+        model = {key: value for key, value in identity(self.model, self.describe()).items() if key in kept}
+        return {**model, "tokenizer_sha256": tokenizer_sha256(self.lm.tokenizer)}
 
     def save_tokenizer(self, folder: str) -> None:
         self.lm.tokenizer.save_pretrained(folder)
@@ -85,18 +83,6 @@ class LocalBackend:
         lead = len(self.lm.tok_encode(prompt))
         ids = [*self.lm.tok_encode(prompt + text)[lead:], *sorted(self.lm.stop_ids)[:1]]
         return self.lm.finish(ids, until), cut(text, until)
-
-
-def _tokenizer_sha256(tokenizer: Any) -> str:
-    """Of everything that decides its ids and its texts, as far as the tokenizer shows it."""
-    inner = getattr(tokenizer, "backend_tokenizer", None)
-    shown = [
-        sorted(tokenizer.get_vocab().items()),
-        tokenizer.special_tokens_map,
-        getattr(tokenizer, "chat_template", None),
-        None if inner is None else inner.to_str(),
-    ]
-    return hashlib.sha256(json.dumps(shown, default=str).encode()).hexdigest()
 
 
 @dataclass

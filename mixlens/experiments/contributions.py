@@ -177,7 +177,7 @@ def _contributions(model: nn.Module, shard: Shard, signals: Signals, batch_token
             with align_module_device(norm):
                 scale = final_scale(model, stream[picked.to(stream.device)]).to(rows.device)
             direction = scale * (rows[torch.from_numpy(following[target]).to(rows.device)].float() - mean)
-            expert_id[target] = routing_arrays(raw, picked)["expert_id"]
+            expert_id[target] = routing_arrays(raw, picked, packed=True)["expert_id"]
             for layer, output in raw["expert_out"].items():
                 here = picked.to(output.device)
                 weight, value = raw["weight"][layer][here].float(), output[here].float()

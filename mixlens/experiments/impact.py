@@ -17,7 +17,7 @@ from mixlens.errors import BadInput, ModelError
 from mixlens.interventions.edits import edit, replay
 from mixlens.interventions.hooks import top_k_of
 from mixlens.models.layout import expert_weights, moe_layers, n_experts
-from mixlens.models.provenance import describe, identity
+from mixlens.models.provenance import identity
 from mixlens.recording.corpus import (
     Corpus,
     RecordSettings,
@@ -94,7 +94,7 @@ def measure_impact(
         tokenizer = tokenizer_of(model_a)
         same_tokenizer(vocabulary_of(tokenizer), _vocabulary_of(model_b))
     corpus = Corpus.of(model_a, documents, tokenizer, settings)
-    other = identity(describe(model_b))
+    other = identity(model_b)
     pair = _Pair(model_a, model_b, corpus.batch_tokens, force_weights)
     measured = measure_documents(
         model_a, corpus, KIND, measure=pair.measure, about={"other": other, "force_weights": force_weights}, out=out

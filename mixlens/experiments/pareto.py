@@ -25,7 +25,7 @@ from mixlens.core.run_dir import META, RunWriter, now, open_run, versions
 from mixlens.errors import BadInput
 from mixlens.experiments.impact import SETTINGS, measure_impact
 from mixlens.models.load import load
-from mixlens.models.provenance import audit, describe, identity
+from mixlens.models.provenance import audit, identity
 from mixlens.models.quantization.checkpoint import skeleton_of
 from mixlens.models.quantization.linears import require
 from mixlens.plot.comparison import pareto as draw
@@ -127,7 +127,7 @@ def measure_pareto(
         )
     documents = documents if hasattr(documents, "__getitem__") else list(documents)
     original = load(model, verbose=False, **loading)
-    described = identity(describe(original))
+    described = identity(original)
     first = described["audit"]["label"]
     if first in names:
         raise BadInput(

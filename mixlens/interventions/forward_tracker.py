@@ -341,30 +341,34 @@ class ForwardTracker:
                     "some of them are guesses that it may take back. Generate without speculation",
                     "generate",
                 )
-        if mask is None and not told and not going_on:
-            if self.lengths is not None and generation is None:
-                mask = self._mask_of_lengths(rows, columns)
-            elif self.strict and rows > 1 and self._ambiguous(ids, embeds, generation):
-                raise RecordingError(
-                    f"{self.who} saw a batch of {rows} rows without an attention mask. Padding cannot be told from "
-                    "text. Pass attention_mask=, or Recorder(model, lengths=[tokens of each row]).",
-                    argument="attention_mask",
-                    value=rows,
-                )
+        if mask is None and not told and not going_on and self.lengths is not None and generation is None:
+            mask = self._mask_of_lengths(rows, columns)
+        elif self.strict and rows > 1 and not going_on:
+            self._check_told(ids if ids is not None else embeds, mask, told, generation)
         if cache is not None:
             self._batches[cache] = batch
         call = Call(batch, ids, mask, (rows, columns), batch.columns, going_on, generation, step)
         batch.columns += columns
         return call
 
-    def _ambiguous(self, ids: torch.Tensor | None, embeds: torch.Tensor | None, generation: Generation | None) -> bool:
-        """Whether rows may hold padding: nothing said that they do not, and they differ from one another."""
+    def _check_told(
+        self, read: torch.Tensor | None, mask: torch.Tensor | None, told: bool, generation: Generation | None
+    ) -> None:
+        """Raises RecordingError where rows differ, and nothing says which of their columns are padding."""
         if generation is None:
-            return True
-        if generation.mask_given or (generation.pad_tells and ids is not None):
-            return False  # generate drops a mask of ones
-        read = ids if ids is not None else embeds
-        return read is None or not bool((read == read[:1]).all())
+            known = told or mask is not None
+        else:  # a mask of ones may be one that generate made up
+            known = generation.mask_given or (generation.pad_tells and read is not None and read.ndim == 2)
+            known = known or (mask is not None and not bool(mask.all()))
+            known = known or (read is not None and bool((read == read[:1]).all()))
+        if not known:
+            rows = len(read) if read is not None else None
+            raise RecordingError(
+                f"{self.who} saw a batch of {rows} rows without an attention mask. Padding cannot be told from text. "
+                "Pass attention_mask=, or Recorder(model, lengths=[tokens of each row]).",
+                argument="attention_mask",
+                value=rows,
+            )
 
     def _continued(self, rows: int, past: int, cache: Any) -> Batch | None:
         batch = self._batches.get(cache)

@@ -17,7 +17,7 @@ from mixlens.interventions.forward_tracker import Call, ForwardTracker
 from mixlens.interventions.replay import Replay, check_experts, possible_layers
 from mixlens.interventions.routing import Forbid, Force, Reroute, Rescale, Routing, TopK
 from mixlens.interventions.where import Where
-from mixlens.models.layout import moe_layers, n_experts, top_k
+from mixlens.models.layout import check_router, moe_layers, n_experts, top_k, unwrapped
 
 Edit = Forbid | Force | Reroute | Rescale | TopK | Replay | Output | Patch
 _ATTRIBUTE = "_mixlens_editing"
@@ -60,6 +60,7 @@ class Editing:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.layers = moe_layers(model)
+        check_router(self.layers)
         self.active: list[Active] = []
         self._handles: list[Any] = []
         self._tracker: ForwardTracker | None = None
@@ -137,6 +138,7 @@ class Editing:
 
 def editing_of(model: nn.Module) -> Editing:
     """The Editing of this model, made when there is none."""
+    model = unwrapped(model)
     if not hasattr(model, "__dict__"):
         moe_layers(model)  # which says that this is no model
     if _ATTRIBUTE not in vars(model):
@@ -147,25 +149,32 @@ def editing_of(model: nn.Module) -> Editing:
 def release(model: nn.Module) -> None:
     """Leave nothing on a model that has no edits round it any more."""
     if not editing_of(model).active:
-        delattr(model, _ATTRIBUTE)
+        delattr(unwrapped(model), _ATTRIBUTE)
 
 
 def edits_of(model: nn.Module) -> list[str]:
     """The edits round this model, each as text, in the order they work."""
-    editing = vars(model).get(_ATTRIBUTE)
+    editing = vars(unwrapped(model)).get(_ATTRIBUTE)
     return [] if editing is None else [repr(one.edit) for one in editing.active]
+
+
+def weights_are_given(model: nn.Module) -> bool:
+    """Whether an edit round this model brings weights, which need not sum to one."""
+    editing = vars(unwrapped(model)).get(_ATTRIBUTE)
+    edits = [] if editing is None else [one.edit for one in editing.active]
+    return any((isinstance(e, Force) and e.weight is not None) or (isinstance(e, Replay) and e.weights) for e in edits)
 
 
 def top_k_of(model: nn.Module) -> int:
     """Experts a token chooses, with the edits round this model."""
-    editing = vars(model).get(_ATTRIBUTE)
+    editing = vars(unwrapped(model)).get(_ATTRIBUTE)
     choices = [] if editing is None else [one.edit.k for one in editing.active if isinstance(one.edit, TopK)]
     return choices[-1] if choices else top_k(model)
 
 
 def refuse_rows(model: nn.Module) -> None:
     """Raises BadInput when an edit means rows of a batch, for a reader that makes its own batches."""
-    editing = vars(model).get(_ATTRIBUTE)
+    editing = vars(unwrapped(model)).get(_ATTRIBUTE)
     for edit in () if editing is None else (one.edit for one in editing.active):
         numbered = isinstance(edit, Patch) and edit.sequences is not None and (edit.sequences >= 0).any()
         if edit.where.rows is not None or numbered:
@@ -179,7 +188,7 @@ def refuse_rows(model: nn.Module) -> None:
 
 def refuse_partial(model: nn.Module) -> None:
     """Raises BadInput when an edit means single tokens or the residual stream, for who runs layers one by one."""
-    editing = vars(model).get(_ATTRIBUTE)
+    editing = vars(unwrapped(model)).get(_ATTRIBUTE)
     for one in () if editing is None else editing.active:
         if not one.everywhere or _stage(one.edit) in ("resid_pre", "resid_post"):
             raise BadInput(

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 from mixlens.errors import ModelError
 from mixlens.models.quantization.linears import dequantized
@@ -45,9 +47,41 @@ class MoeLayer:
     experts: nn.Module
 
 
+def unwrapped(model: Any) -> Any:
+    """The transformers model inside what torch.compile, PEFT or data parallelism put round it."""
+    while True:
+        inner = getattr(model, "_modules", {}).get("_orig_mod")
+        if inner is None and hasattr(model, "get_base_model"):
+            inner = model.get_base_model()
+        if inner is None and isinstance(model, nn.DataParallel | DistributedDataParallel):
+            inner = model.module
+        if inner is None or inner is model:
+            return model
+        model = inner
+
+
+def without_prompt(model: Any) -> Any:
+    """The same, for who feeds it token ids. Raises ModelError where PEFT puts learned tokens before them."""
+    if any(getattr(config, "is_prompt_learning", False) for config in getattr(model, "peft_config", {}).values()):
+        raise ModelError(
+            "Cannot read documents with a model that PEFT gives a learned prompt: they would be read without it. Run "
+            "the model yourself inside a Recorder, or pass get_base_model() to read without the prompt.",
+            argument="model",
+            value=type(model).__name__,
+        )
+    return unwrapped(model)
+
+
 def decoder_of(model: Any) -> Any:
     """The stack of layers below the language-model head."""
     return getattr(model, "model", model)
+
+
+def _inside(module: Any) -> Any:
+    """A gate or an experts module itself, where PEFT has put an adapter round it."""
+    while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
+        module = inner
+    return module
 
 
 def moe_layers(model: nn.Module) -> list[MoeLayer]:
@@ -57,7 +91,7 @@ def moe_layers(model: nn.Module) -> list[MoeLayer]:
     """
     layers = getattr(decoder_of(model), "layers", None)
     found = [
-        MoeLayer(index, layer, layer.self_attn, layer.mlp, layer.mlp.gate, layer.mlp.experts)
+        MoeLayer(index, layer, layer.self_attn, layer.mlp, _inside(layer.mlp.gate), _inside(layer.mlp.experts))
         for index, layer in enumerate(layers if layers is not None else ())
         if hasattr(getattr(layer, "mlp", None), "gate") and hasattr(layer.mlp, "experts")
     ]
@@ -70,6 +104,19 @@ def moe_layers(model: nn.Module) -> list[MoeLayer]:
             value=type(model).__name__,
         )
     return found
+
+
+def check_router(layers: list[MoeLayer]) -> None:
+    """Raises ModelError unless the gates decide as Mixtral's do, whose weights are a softmax over the chosen logits."""
+    for layer in layers:
+        if not isinstance(layer.gate, MixtralTopKRouter):
+            raise ModelError(
+                f"Cannot edit the routing of this model: its gate is a {type(layer.gate).__name__}, whose weights "
+                "follow another rule than Mixtral's, so edited weights would be wrong. Pass a Mixtral model, or record "
+                "without an edit.",
+                argument="model",
+                value=type(layer.gate).__name__,
+            )
 
 
 @contextmanager
@@ -92,6 +139,13 @@ def expert_weights(layer: MoeLayer) -> tuple[torch.Tensor, torch.Tensor, torch.T
     Raises ModelError where they are offloaded, or held in another layout.
     """
     experts: Any = layer.experts
+    if layer.moe.experts is not experts:
+        raise ModelError(
+            f"Cannot read the expert weights of layer {layer.index}: an adapter is applied to them in each forward. "
+            "Merge it first, with merge_and_unload().",
+            argument="layer",
+            value=layer.index,
+        )
     if is_unfused(experts) and not any(p.is_meta for p in experts.parameters()):
         w1, w2, w3 = (
             torch.stack([dequantized(getattr(expert, name)) for expert in experts]) for name in ("w1", "w2", "w3")

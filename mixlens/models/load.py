@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -222,6 +223,7 @@ def bytes_needed(config: Any, dtype: torch.dtype) -> int:
 
 def _commit(name: str, revision: str | None) -> str | None:
     """The commit that everything of a model on the Hub is read at; None for a folder."""
+    _refuse_other_files(name)
     if Path(name).is_dir():
         return None
     try:
@@ -237,6 +239,40 @@ def _hub_error(name: str, error: Exception) -> ModelError:
         argument="model",
         value=name,
     )
+
+
+def _refuse_other_files(name: str) -> None:
+    """Raises ModelError for files that users keep beside checkpoints, and that are none."""
+    path = Path(name)
+    files = [path] if path.is_file() else sorted(path.iterdir()) if path.is_dir() else []
+    if path.is_dir() and (path / "config.json").exists():
+        return
+    if any(file.suffix == ".gguf" or (file.is_file() and _begins_with(file, b"GGUF")) for file in files):
+        raise ModelError(
+            f"Cannot load {name}: it is a GGUF file, which llama.cpp reads, and its experts would have to be "
+            "converted back. Load the checkpoint it was made from, or serve it with llama.cpp and pass an ml.Endpoint.",
+            argument="model",
+            value="gguf",
+        )
+    if (path / "adapter_config.json").exists():
+        base = json.loads((path / "adapter_config.json").read_text("utf-8")).get("base_model_name_or_path")
+        raise ModelError(
+            f"Cannot load {name}: it is an adapter of PEFT for {base}, not a model. Load {base} with ml.load, then "
+            f"apply peft.PeftModel.from_pretrained(model, {name!r}).",
+            argument="model",
+            value="adapter",
+        )
+    if path.is_file():
+        raise ModelError(
+            f"Cannot load {name}: it is a file. Pass the folder that holds config.json and the safetensors files.",
+            argument="model",
+            value=name,
+        )
+
+
+def _begins_with(file: Path, magic: bytes) -> bool:
+    with file.open("rb") as opened:
+        return opened.read(len(magic)) == magic
 
 
 def _read_config(name: str, commit: str | None) -> Any:

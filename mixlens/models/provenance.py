@@ -20,6 +20,7 @@ from mixlens.models.quantization.linears import SCHEMES, scheme_of
 from mixlens.models.quantization.unfuse import is_unfused
 
 _BF16 = 2  # bytes
+_ROW = 1024  # words of a checksum's row
 _SLACK = 1.1  # what packing of 3 bits into 32 may waste
 # What a module keeps beside its own weights: other modules, hooks, and the scratch of bitsandbytes' last forward.
 _NOT_WEIGHTS = frozenset({"_modules", "_hf_hook", "module", "grad", "idx", "subB", "CBt", "SBt", "_old_forward"})
@@ -315,9 +316,77 @@ def describe(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def identity(described: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the part of a description that decides what a run records: a run resumes on other devices."""
-    return {key: value for key, value in described.items() if key not in ("devices", "class")}
+def identity(model: Any, described: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What decides the numbers that a model gives: a run resumes on other devices, and under the same weights only."""
+    described = describe(model) if described is None else described
+    kept = {key: value for key, value in described.items() if key not in ("devices", "class")}
+    return {**kept, "weights_checksum": weights_checksum(model), "adapters": _adapters(model)}
+
+
+@torch.no_grad()
+def weights_checksum(model: nn.Module) -> str:
+    """A checksum of every bit of every weight, in order, computed where each tensor lies.
+
+    The 64-bit words of a tensor are laid out in rows; the sums of all rows and of all columns, each times its own odd
+    number, are added modulo 2**64. Two words that change places change both sums. This tells models apart at the
+    speed of memory, and is no guard against forgery. Weights that are offloaded are read where they are kept.
+    """
+    digest = hashlib.sha256()
+    seen: set[tuple[Any, ...]] = set()
+    for name, module in model.named_modules():
+        if not _logical_weights(module):
+            continue
+        for number, tensor in enumerate(_present(module, seen)):
+            digest.update(f"{name} {number} {tensor.dtype} {tuple(tensor.shape)} {_checksum(tensor)}".encode())
+    return digest.hexdigest()
+
+
+def _present(module: Any, seen: set[tuple[Any, ...]]) -> Iterator[torch.Tensor]:
+    """The tensors of a module, fetched from where accelerate has put them."""
+    kept = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+    for tensor in _tensors(vars(module), seen):
+        if not tensor.is_meta:
+            yield tensor
+    if kept is not None:
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta:
+                yield kept[name]
+
+
+def _checksum(tensor: torch.Tensor) -> str:
+    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    whole = len(data) // (8 * _ROW) * (8 * _ROW)
+    body = data[:whole] if data.data_ptr() % 8 == 0 else data[:whole].clone()
+    words = body.view(torch.int64).view(-1, _ROW)
+    total = torch.zeros((), dtype=torch.int64, device=words.device)
+    for sums in (words.sum(0), words.sum(1)):
+        total += (sums * (2 * torch.arange(len(sums), device=words.device) + 1)).sum()
+    return f"{int(total)} {hashlib.sha256(data[whole:].cpu().numpy()).hexdigest()}"
+
+
+def _adapters(model: nn.Module) -> list[str]:
+    """The adapters that PEFT applies to the modules of a model: weights tell which there are, not which are active."""
+    found = {
+        f"{list(module.active_adapters)} merged {sorted(getattr(module, 'merged_adapters', ()))} "
+        f"scaled {dict(sorted(getattr(module, 'scaling', {}).items()))}"
+        for module in model.modules()
+        if hasattr(module, "active_adapters") and not getattr(module, "disable_adapters", False)
+    }
+    return sorted(found)
+
+
+def tokenizer_sha256(tokenizer: Any) -> str | None:
+    """Of everything that decides its ids and its texts, as far as the tokenizer shows it."""
+    if not hasattr(tokenizer, "get_vocab"):
+        return None
+    inner = getattr(tokenizer, "backend_tokenizer", None)
+    shown = [
+        sorted(tokenizer.get_vocab().items()),
+        getattr(tokenizer, "special_tokens_map", None),
+        getattr(tokenizer, "chat_template", None),
+        None if inner is None else inner.to_str(),
+    ]
+    return hashlib.sha256(json.dumps(shown, default=str).encode()).hexdigest()
 
 
 def _router_fingerprint(model: nn.Module) -> str | None:

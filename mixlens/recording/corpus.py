@@ -24,7 +24,7 @@ from mixlens.errors import BadInput
 from mixlens.interventions.hooks import edits_of, top_k_of
 from mixlens.models.hub import tokenizer_beside
 from mixlens.models.layout import config_of, context_length, input_device, n_experts
-from mixlens.models.provenance import describe, identity
+from mixlens.models.provenance import describe, identity, tokenizer_sha256
 from mixlens.recording.documents import OVERLONG, Document, Documents, Piece, Tally, pieces_of, table_of
 from mixlens.recording.recorder import PACKAGES
 from mixlens.stats.measured import VOCABULARY, Measured, read_measured
@@ -155,6 +155,7 @@ class Corpus:
             "input_sha256": self.documents.digest,
             "documents": self.documents.count,
             "tokenizer": str(getattr(self.tokenizer, "name_or_path", "")),
+            "tokenizer_sha256": tokenizer_sha256(self.tokenizer),
             "max_length": self.limit,
             "overlong": self.settings.overlong,
             "batch_tokens": self.batch_tokens,
@@ -243,7 +244,7 @@ def measure_documents(
         return Measured(joined, tables, meta, pieces)
     plan = {
         **corpus.plan(),
-        "model": identity(meta["model"]),
+        "model": identity(model, meta["model"]),
         **about,
         **({"edits": edits} if (edits := edits_of(model)) else {}),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -10,15 +11,20 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 from mixlens.errors import BadInput, ModelError
 from mixlens.interventions.activations import Replaced, replaced_in
+from mixlens.interventions.hooks import weights_are_given
 from mixlens.models.layout import MoeLayer, expert_down, expert_neurons, moe_layers, n_experts
 from mixlens.trace.signals import EXPERT_SITES, Signals
 
 MOST_EXPERTS = 256  # ids are kept in 8 bits
 
+BAD_LAYER = "bad_layer"
+
 Raw = dict[str, dict[int, torch.Tensor]]
+LeftOut = tuple[str, int, int]  # whose token, its position, the layer
 
 
 class _State:
@@ -105,10 +111,19 @@ def gather(values: dict[int, torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
     return torch.stack([value[rows.to(value.device)].cpu() for value in ordered], 1)
 
 
-def routing_arrays(raw: Raw, rows: torch.Tensor) -> dict[str, np.ndarray]:
-    """expert_id uint8 [n, L, k], weight float16 [n, L, k-1] and router_logits float16 [n, L, E] of the rows.
+def sums_to_one(model: nn.Module) -> bool:
+    """Whether the weights of a token's experts do, so that the last need not be kept."""
+    return not weights_are_given(model) and all(
+        isinstance(layer.gate, MixtralTopKRouter) for layer in moe_layers(model)
+    )
 
-    The last slot's weight is one minus the rest, unless an edit has broken that; then all slots are kept.
+
+def routing_arrays(raw: Raw, rows: torch.Tensor, *, packed: bool) -> dict[str, np.ndarray]:
+    """expert_id [n, L, k], weight float16 [n, L, k] and router_logits float16 [n, L, E] of the rows, and BAD_LAYER [n].
+
+    packed  leaves out the last slot's weight, which is one minus the rest
+
+    BAD_LAYER is the first layer whose weights are not finite, and -1 where all are: then ids mean nothing.
     """
     choices = {value.shape[-1] for value in raw["expert_id"].values()}
     if len(choices) > 1:
@@ -119,14 +134,31 @@ def routing_arrays(raw: Raw, rows: torch.Tensor) -> dict[str, np.ndarray]:
             value=sorted(choices),
         )
     ids, weight = gather(raw["expert_id"], rows), gather(raw["weight"], rows)
-    normalised = bool(((weight.float().sum(-1) - 1).abs() < 1e-3).all())
+    bad = ~weight.isfinite().all(-1)
     arrays = {
         "expert_id": ids.to(torch.uint8).numpy(),
-        "weight": (weight[..., :-1] if normalised else weight).to(torch.float16).contiguous().numpy(),
+        "weight": (weight[..., :-1] if packed else weight).to(torch.float16).contiguous().numpy(),
+        BAD_LAYER: torch.where(bad.any(-1), bad.int().argmax(-1), -1).numpy(),
     }
     if "router_logits" in raw:
-        arrays["router_logits"] = gather(raw["router_logits"], rows).to(torch.float16).numpy()
+        logits = gather(raw["router_logits"], rows).float()
+        most = torch.finfo(torch.float16).max  # a forbidden expert's stays -inf
+        logits = torch.where(logits.isfinite(), logits.clamp(-most, most), logits)
+        arrays["router_logits"] = logits.to(torch.float16).numpy()
     return arrays
+
+
+def warn_of_left_out(left_out: list[LeftOut]) -> None:
+    """Say which tokens have no routing, and why there is nothing of them in the trace."""
+    if not left_out:
+        return
+    places = "; ".join(f"{where}, position {position}, layer {layer}" for where, position, layer in left_out[:3])
+    warnings.warn(
+        f"{len(left_out):,} tokens are left out of the trace: their routing weights are not finite, so that their "
+        f"experts mean nothing ({places}{' ...' if len(left_out) > 3 else ''}). Check the weights and the dtype of the "
+        "model.",
+        stacklevel=3,
+    )
 
 
 def site_array(raw: Raw, site: str, dtype: str, rows: torch.Tensor) -> np.ndarray:

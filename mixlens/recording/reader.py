@@ -11,7 +11,7 @@ from torch import nn
 
 from mixlens.interventions.hooks import refuse_rows
 from mixlens.models.layout import decoder_of, input_device
-from mixlens.recording.hooks import Raw, Tap, routing_arrays, site_array
+from mixlens.recording.hooks import BAD_LAYER, Raw, Tap, routing_arrays, site_array, sums_to_one
 from mixlens.recording.logprobs import score
 from mixlens.trace import shards
 from mixlens.trace.signals import Signals, Site
@@ -33,6 +33,7 @@ class Reader:
     def __enter__(self) -> Reader:
         refuse_rows(self.model)
         self._tap = Tap(self.model, self.signals)
+        self._packed = sums_to_one(self.model)
         self._were_training = {module: module.training for module in self.model.modules()}
         self.model.eval()
         return self
@@ -51,7 +52,7 @@ class Reader:
         tokens = _Gathered(int(start[-1]))
         sites = {site.name: _SiteRows(site) for site in self.signals.sites}
         for target, picked, raw, states in self.placed(sequences):
-            tokens.put(target, routing_arrays(raw, picked))
+            tokens.put(target, routing_arrays(raw, picked, packed=self._packed))
             if self.signals.needs_logits:
                 self._score(tokens, target, states, picked, start, sequences)
             for rows_of_site in sites.values():
@@ -63,7 +64,9 @@ class Reader:
             "phase": np.full(start[-1], shards.PROMPT, np.uint8),
             **tokens.arrays,
         }
-        return shards.MemoryPart(arrays, {name: rows.sorted() for name, rows in sites.items()})
+        bad_layer = arrays.pop(BAD_LAYER)
+        part = shards.MemoryPart(arrays, {name: rows.sorted() for name, rows in sites.items()})
+        return part.without(bad_layer)
 
     def placed(self, sequences: list[np.ndarray]) -> Iterator[tuple[np.ndarray, torch.Tensor, Raw, torch.Tensor]]:
         """(tokens, counted through all sequences [n]; their rows in the batch [n]; raw signals; last hidden states).

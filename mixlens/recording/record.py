@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,10 +15,11 @@ from torch import nn
 
 from mixlens.core.run_dir import RunWriter, now, versions
 from mixlens.interventions.hooks import edits_of, top_k_of
-from mixlens.models.layout import moe_layers, n_experts
+from mixlens.models.layout import moe_layers, n_experts, without_prompt
 from mixlens.models.provenance import describe, identity
 from mixlens.recording.corpus import Corpus, RecordSettings, Shard, run_shards
 from mixlens.recording.documents import table_of
+from mixlens.recording.hooks import LeftOut, warn_of_left_out
 from mixlens.recording.reader import Reader
 from mixlens.recording.recorder import PACKAGES
 from mixlens.trace import convert
@@ -76,6 +78,7 @@ def record(
     >>> len(found.sequences)
     2
     """
+    model = without_prompt(model)
     layers = range(len(moe_layers(model)))
     corpus = Corpus.of(model, documents, tokenizer, settings)
     reader = Reader(model, parse_signals(signals, len(layers)), corpus.batch_tokens)
@@ -83,7 +86,7 @@ def record(
     edits = edits_of(model)
     plan = {
         **corpus.plan(),
-        "model": identity(about),
+        "model": identity(model, about) if out is not None else about,
         "signals": reader.signals.plan(),
         **({"edits": edits} if edits else {}),
     }
@@ -98,28 +101,39 @@ def record(
     }
 
     def compute(shard: Shard) -> tuple[MemoryPart, pd.DataFrame]:
-        return reader.read([piece.ids for piece in shard.pieces], shard.first_sequence), _sequence_rows(shard)
+        part = reader.read([piece.ids for piece in shard.pieces], shard.first_sequence)
+        return part, _sequence_rows(shard, part)
 
     if out is None:
         with reader:
             parts, tables = zip(*(compute(shard) for shard in corpus.progress("recording")), strict=True)
-        trace = from_parts(parts, pd.concat(tables), meta, layers)
+        frame = pd.concat(tables)
+        meta["left_out"] = _named([place for part in parts for place in part.left_out], frame["document_id"])
+        warn_of_left_out(meta["left_out"])
+        trace = from_parts(parts, frame, meta, layers)
         trace._vocabulary = corpus.vocabulary()
         return trace
 
     def commit(writer: RunWriter, shard: Shard) -> None:
         part, table = compute(shard)
         rows = {f"sequences-{shard.index:05d}.parquet": store.write_sequences(table)}
-        writer.commit_shard(shard.index, part.files(shard.index) | rows, convert.shard_counts(part))
+        counts = convert.shard_counts(part) | {"left_out": _named(part.left_out, table["document_id"])}
+        writer.commit_shard(shard.index, part.files(shard.index) | rows, counts)
 
     with reader:
         run_shards(out, "trace", plan, corpus, commit, partial(_finish, corpus, reader.signals, layers, meta))
-    return Trace.open(out)
+    trace = Trace.open(out)
+    warn_of_left_out(trace.meta["left_out"])
+    return trace
+
+
+def _named(places: list[tuple[int, int, int]], document_id: pd.Series) -> list[LeftOut]:
+    return [(f"document {document_id[sequence]!r}", position, layer) for sequence, position, layer in places]
 
 
 def _finish(corpus: Corpus, signals: Signals, layers: range, meta: dict[str, Any], writer: RunWriter) -> None:
     records = writer.done
-    counts = [{k: v for k, v in records[i].items() if k != "files"} for i in range(len(records))]
+    counts = [{k: v for k, v in records[i].items() if k not in ("files", "left_out")} for i in range(len(records))]
     tables = [writer.path / f"sequences-{index:05d}.parquet" for index in records]
     left_out = {name for name in ("router_logits", "logprob") if not getattr(signals, name)}
     left_out |= set() if signals.top_logprobs else set(store.NEXT_TOKEN)
@@ -132,10 +146,11 @@ def _finish(corpus: Corpus, signals: Signals, layers: range, meta: dict[str, Any
         "sites": {site.name: list(site.layers or ()) for site in signals.sites},
         "counts": {
             "tokens": sum(c["tokens"] for c in counts),
-            "sequences": counts[-1]["last_sequence"] + 1,
+            "sequences": sum(pq.read_metadata(table).num_rows for table in tables),
             "documents": corpus.documents.count,
         },
         "shard_counts": counts,
+        "left_out": [place for index in range(len(records)) for place in records[index]["left_out"]],
     }
     files: dict[str, Any] = {"sequences.parquet": lambda path: _join_tables(tables, path)}
     if (vocabulary := corpus.vocabulary()) is not None:
@@ -150,6 +165,7 @@ def _join_tables(tables: list[Any], path: Any) -> None:
             joined.write_table(pq.read_table(table).cast(schema))
 
 
-def _sequence_rows(shard: Shard) -> pd.DataFrame:
-    rows = [{**piece.columns, "length": len(piece.ids)} for piece in shard.pieces]
+def _sequence_rows(shard: Shard, part: MemoryPart) -> pd.DataFrame:
+    lengths = np.bincount(part.arrays["sequence"] - shard.first_sequence, minlength=len(shard.pieces))
+    rows = [{**piece.columns, "length": int(n)} for piece, n in zip(shard.pieces, lengths, strict=True)]
     return table_of(rows, pd.RangeIndex(shard.first_sequence, shard.first_sequence + len(rows)))

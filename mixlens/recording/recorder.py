@@ -17,9 +17,18 @@ from mixlens.errors import BadInput, RecordingError
 from mixlens.interventions.eager import eagerly
 from mixlens.interventions.forward_tracker import Batch, Call, ForwardTracker, Placed
 from mixlens.interventions.hooks import edits_of
-from mixlens.models.layout import moe_layers, n_experts
+from mixlens.models.layout import moe_layers, n_experts, unwrapped
 from mixlens.models.provenance import describe
-from mixlens.recording.hooks import Raw, Tap, routing_arrays, site_array
+from mixlens.recording.hooks import (
+    BAD_LAYER,
+    LeftOut,
+    Raw,
+    Tap,
+    routing_arrays,
+    site_array,
+    sums_to_one,
+    warn_of_left_out,
+)
 from mixlens.recording.logprobs import score
 from mixlens.trace import shards
 from mixlens.trace.signals import DEFAULT, Signals, Site, parse_signals
@@ -66,7 +75,7 @@ class Recorder:
     def __init__(
         self, model: nn.Module, *, signals: Iterable[str | Site] = DEFAULT, lengths: Sequence[int] | None = None
     ) -> None:
-        self.model: Any = model
+        self.model: Any = (model := unwrapped(model))
         self.signals: Signals = parse_signals(signals, len(moe_layers(model)))
         self._tracker = ForwardTracker(
             model,
@@ -86,6 +95,7 @@ class Recorder:
         self._sites: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
         self._n_recorded = 0
         self._edits: dict[str, None] = {}
+        self._left_out: list[LeftOut] = []
 
     # ------------------------------------------------------------------ in and out
 
@@ -120,7 +130,8 @@ class Recorder:
         Trace
         """
         self._flush(whole=True)
-        columns = {name: np.concatenate(parts) for name, parts in self._columns.items()}
+        columns = self._joined()
+        warn_of_left_out(self._left_out)
         if not columns:
             raise BadInput(
                 "Cannot make a trace: no forward ran inside the Recorder. Call the model inside the with block.",
@@ -151,9 +162,17 @@ class Recorder:
             "settings": {"signals": self.signals.plan(), **({"edits": list(self._edits)} if self._edits else {})},
             "n_experts": n_experts(self.model),
             "top_k": columns["expert_id"].shape[-1],
+            "left_out": self._left_out,
         }
         layers = range(columns["expert_id"].shape[1])
         return from_parts([part], frame.assign(length=np.bincount(columns["sequence"])), meta, layers)
+
+    def _joined(self) -> dict[str, np.ndarray]:
+        columns = self._columns
+        if columns and len({part.shape[-1] for part in columns["weight"]}) > 1:  # an edit was entered in between
+            k = columns["expert_id"][0].shape[-1]
+            columns = columns | {"weight": [shards.unpack_weights(part, k) for part in columns["weight"]]}
+        return {name: np.concatenate(parts) for name, parts in columns.items()}
 
     @property
     def n_tokens(self) -> int:
@@ -164,6 +183,7 @@ class Recorder:
     def clear(self) -> None:
         """Forget what was recorded so far, as after a warm-up; call it between sequences, not within one."""
         self._pending, self._columns, self._sites, self._n_recorded = [], {}, {}, 0
+        self._left_out = []
         self._latest = {}
         self._tracker.restart()
 
@@ -274,7 +294,15 @@ class Recorder:
             **self._scores(call, placed),
         }
         picked = torch.from_numpy(flat)
-        arrays |= routing_arrays(call.raw, picked)
+        arrays |= routing_arrays(call.raw, picked, packed=sums_to_one(self.model))
+        bad = arrays.pop(BAD_LAYER)
+        if (bad >= 0).any():
+            self._left_out += [
+                (f"sequence {sequence}", int(position), int(layer))
+                for sequence, position, layer in zip(arrays["sequence"], arrays["position"], bad, strict=True)
+                if layer >= 0
+            ]
+            flat, arrays = flat[bad < 0], {name: values[bad < 0] for name, values in arrays.items()}
         for site in self.signals.sites:
             self._keep_site(site, call.raw, flat, arrays["phase"])
         for name, values in arrays.items():

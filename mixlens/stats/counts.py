@@ -16,7 +16,7 @@ import pandas as pd
 import xarray as xr
 
 from mixlens.core.bootstrap import DEFAULT, Bootstrap, effective_documents
-from mixlens.errors import BadInput
+from mixlens.errors import BadInput, MissingSignal
 
 if TYPE_CHECKING:
     from mixlens.trace.trace import Trace
@@ -197,6 +197,22 @@ def require(trace: Any, what: str, *signals: str, bootstrap: Any = DEFAULT) -> N
             value=bootstrap,
         )
     trace.require(what, *signals)
+
+
+def with_ids(trace: Trace, what: str) -> Trace:
+    """The tokens that have an id; a model that was given embeddings read others.
+
+    Raises MissingSignal where none has.
+    """
+    known = np.unique(np.concatenate([[-1], *(np.unique(block["token_id"]) for block in trace.blocks("token_id"))]))
+    if trace.n_tokens and len(known) == 1 and trace.reduce is None:
+        raise MissingSignal(
+            f"Cannot compute {what}: no token of this trace has an id, since the model was given embeddings. Record a "
+            "forward of token ids.",
+            argument="token_id",
+        )
+    lacking = any(bool((block["token_id"] < 0).any()) for block in trace.blocks("token_id"))
+    return trace.select(tokens=known[1:].tolist()) if lacking else trace
 
 
 def reduced(trace: Trace, array: np.ndarray) -> np.ndarray:

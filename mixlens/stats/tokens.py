@@ -16,7 +16,19 @@ import xarray as xr
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.errors import BadInput
 from mixlens.stats.contexts import BACK_OFF, Features, layer_groups, occurrences, predictions
-from mixlens.stats.counts import OLMOE, Block, By, Clusters, Counts, count, described, reduced, require, summarise
+from mixlens.stats.counts import (
+    OLMOE,
+    Block,
+    By,
+    Clusters,
+    Counts,
+    count,
+    described,
+    reduced,
+    require,
+    summarise,
+    with_ids,
+)
 
 if TYPE_CHECKING:
     from mixlens.trace.trace import Trace
@@ -73,6 +85,7 @@ def vocabulary_specialization(
             argument="min_count",
             value=min_count,
         )
+    trace = with_ids(trace, "vocabulary_specialization")
     clusters = Clusters.of(trace, by, {"share": (trace.n_layers,), "tokens": ()})
     types = _Types.of(trace, clusters, min_count)
     columns = ("sequence", "token_id", "expert_id")
@@ -149,6 +162,7 @@ def predictability(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAUL
     ('layer', 'measure')
     """
     require(trace, "predictability", "expert_id", "token_id", "position", bootstrap=bootstrap)
+    trace = with_ids(trace, "predictability")
     clusters = Clusters.of(trace, by, {"correct": (trace.n_layers, 3)})
     fold, n_folds = _folds(trace, len(clusters.of_sequence), bootstrap.seed)
     features = Features.of(trace, fold, n_folds)

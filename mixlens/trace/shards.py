@@ -84,6 +84,22 @@ class MemoryPart:
         self.n_tokens = len(self.arrays["expert_id"])
         sequence = self.arrays["sequence"]
         self.first_sequence, self.last_sequence = (int(sequence[0]), int(sequence[-1])) if self.n_tokens else (0, -1)
+        self.left_out: list[tuple[int, int, int]] = []
+
+    def without(self, bad_layer: np.ndarray) -> MemoryPart:
+        """The part without the tokens whose `bad_layer` is not -1; `left_out` has sequence, position and layer."""
+        good = bad_layer < 0
+        if good.all():
+            return self
+        place = good.cumsum() - 1
+        activations = {
+            site: (place[row[good[row]]], value[good[row]], layers)
+            for site, (row, value, layers) in self.activations.items()
+        }
+        part = MemoryPart({name: values[good] for name, values in self.arrays.items()}, activations)
+        lost = (self.arrays["sequence"][~good], self.arrays["position"][~good], bad_layer[~good])
+        part.left_out = list(zip(*(values.tolist() for values in lost), strict=True))
+        return part
 
     @property
     def names(self) -> frozenset[str]:

@@ -23,12 +23,14 @@ class PackedFormat:
     method        gptq or awq
     modules       names of the Linears that are packed
     first_format  GPTQ's, with zeros less one
+    symmetric     whether the config says so: then every zero is half of the range
     """
 
     method: str
     bits: int
     modules: frozenset[str]
     first_format: bool = False
+    symmetric: bool = False
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -57,7 +59,8 @@ def packed_format(name: str, quantization: dict[str, Any], tensors: list[str]) -
             argument="quantization",
             value=(method, bits),
         )
-    return PackedFormat(method, bits, modules, method == "gptq" and version != "gptq_v2")
+    symmetric = method == "gptq" and quantization.get("sym") is True
+    return PackedFormat(method, bits, modules, method == "gptq" and version != "gptq_v2", symmetric)
 
 
 def read_packed(form: PackedFormat, name: str, read: Callable[[str], torch.Tensor]) -> GroupedLinear:
@@ -70,6 +73,7 @@ def read_packed(form: PackedFormat, name: str, read: Callable[[str], torch.Tenso
     number = _lowest_first(stored.T, form.bits)
     zero = _gptq_zeros(zeros, form).T
     group = read(f"{name}.g_idx").long()
+    _check_contents(name, form, zero, number.shape[1], len(group))
     if len(group) % len(scales):
         raise ModelError(
             f"Cannot read {name} from a GPTQ checkpoint: its {len(group)} inputs lie in {len(scales)} groups of "
@@ -81,6 +85,30 @@ def read_packed(form: PackedFormat, name: str, read: Callable[[str], torch.Tenso
     if torch.equal(order, torch.arange(len(order))):
         return GroupedLinear(scheme, form.bits, number, scale=scales.T, zero=zero)
     return GroupedLinear(scheme, form.bits, number[:, order], scale=scales.T, zero=zero, order=torch.argsort(order))
+
+
+def _check_contents(name: str, form: PackedFormat, zero: torch.Tensor, unpacked: int, inputs: int) -> None:
+    """Raises ModelError where the tensors contradict what the config says of them."""
+    if unpacked != inputs:
+        raise ModelError(
+            f"Cannot read {name} from a GPTQ checkpoint: its config says {form.bits} bits, by which qweight holds "
+            f"{unpacked} inputs, and g_idx has {inputs}. The module has other bits than the config says; get a "
+            "checkpoint with one number of bits, or quantize the original.",
+            argument=name,
+            value=(unpacked, inputs),
+        )
+    half = 2 ** (form.bits - 1)
+    if form.symmetric and bool((zero != half).any()):
+        label = (
+            "gptq, whose zeros are stored less one" if form.first_format else "gptq_v2, whose zeros are stored as is"
+        )
+        raise ModelError(
+            f"Cannot read {name} from a GPTQ checkpoint: its config says symmetric, so that every zero is {half}, and "
+            f"{label}; the zeros come out as {sorted(set(zero.unique().tolist()))[:4]}. One of the two labels is "
+            "wrong: correct checkpoint_format in config.json after asking whoever made it.",
+            argument=name,
+            value=sorted(set(zero.unique().tolist()))[:4],
+        )
 
 
 def _gptq_zeros(stored: torch.Tensor, form: PackedFormat) -> torch.Tensor:
