@@ -73,7 +73,7 @@ class RunWriter:
         """Committed shards by index, each {"files": {name: {"sha256", "bytes"}}, **counts}."""
         return {int(p.stem.split("-")[1]): _read_json(p) for p in sorted(self.path.glob("shard-*.json"))}
 
-    def commit_shard(self, index: int, files: Mapping[str, Callable[[Path], None]], counts: Mapping[str, int]) -> None:
+    def commit_shard(self, index: int, files: Mapping[str, Callable[[Path], None]], counts: Mapping[str, Any]) -> None:
         """Write every file (a function that is given the path), then the record that makes the shard count.
 
         Nothing is visible under its own name before it is whole and on disk.

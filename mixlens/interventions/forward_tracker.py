@@ -248,7 +248,8 @@ class ForwardTracker:
         rows, columns = read.shape[:2]
         past = int(cache.get_seq_length()) if cache is not None else 0
         mask, positions = given.get("attention_mask"), given.get("position_ids")
-        four = isinstance(mask, torch.Tensor) and mask.ndim == 4
+        full = mask if isinstance(mask, torch.Tensor) and mask.ndim == 4 else None
+        four = full is not None
         if mask is not None and not four and not (isinstance(mask, torch.Tensor) and mask.ndim == 2):
             raise self._refusal(
                 f"a forward with a {type(mask).__name__} as attention mask. Pass a tensor [rows, columns] of 0 and 1",
@@ -267,14 +268,14 @@ class ForwardTracker:
                 f"a forward with position_ids of {call.positions.ndim} dimensions. Pass [rows, columns]",
                 "position_ids",
             )
-        if four and mask.dtype == torch.bool and config_of(self.model)._attn_implementation == "eager":
+        if full is not None and full.dtype == torch.bool and config_of(self.model)._attn_implementation == "eager":
             raise self._refusal(
                 "a forward with a boolean attention mask under eager attention, which adds it to the scores and masks "
                 "nothing. Pass 0 where a token may look and the smallest number where it may not",
                 "attention_mask",
             )
-        if four:
-            call.attended = _attended(mask, past, columns, self._refusal)
+        if full is not None:
+            call.attended = _attended(full, past, columns, self._refusal)
         call.isolated = (
             mask is None and cache is None and str(config_of(self.model)._attn_implementation).startswith("flash")
         )

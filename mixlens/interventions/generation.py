@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers.generation import StoppingCriteriaList
+from transformers import StoppingCriteriaList
 from transformers.generation.configuration_utils import GenerationMode
 
 from mixlens.errors import RecordingError
@@ -88,7 +88,7 @@ class _Watched(StoppingCriteriaList):
 
     generations: tuple[Generation, ...] = ()
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
         ended = super().__call__(input_ids, scores, **kwargs)
         padded = any(hasattr(criterion, "eos_token_id") for criterion in self)
         for generation in self.generations:

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import torch
@@ -361,13 +361,13 @@ def _checksum(tensor: torch.Tensor) -> str:
     total = torch.zeros((), dtype=torch.int64, device=words.device)
     for sums in (words.sum(0), words.sum(1)):
         total += (sums * (2 * torch.arange(len(sums), device=words.device) + 1)).sum()
-    return f"{int(total)} {hashlib.sha256(data[whole:].cpu().numpy()).hexdigest()}"
+    return f"{int(total)} {hashlib.sha256(data[whole:].cpu().numpy().tobytes()).hexdigest()}"
 
 
 def _adapters(model: nn.Module) -> list[str]:
     """The adapters that PEFT applies to the modules of a model: weights tell which there are, not which are active."""
     found = {
-        f"{list(module.active_adapters)} merged {sorted(getattr(module, 'merged_adapters', ()))} "
+        f"{list(cast(Any, module).active_adapters)} merged {sorted(getattr(module, 'merged_adapters', ()))} "
         f"scaled {dict(sorted(getattr(module, 'scaling', {}).items()))}"
         for module in model.modules()
         if hasattr(module, "active_adapters") and not getattr(module, "disable_adapters", False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -91,6 +92,7 @@ class Corpus:
     limit: int
     batch_tokens: int
     settings: RecordSettings
+    begin: int | None = None  # the id of the model that begins a text, where the tokenizer has it too
     tally: Tally = field(default_factory=Tally)
 
     @staticmethod
@@ -99,14 +101,23 @@ class Corpus:
         batch_tokens = batch_size(model, settings)
         tokenizer = tokenizer if tokenizer is not None else tokenizer_of(model)
         checked = Documents(documents, settings.text)
-        size = int(config_of(model).vocab_size)
-        return Corpus(checked, tokenizer, size, length_limit(model, settings), batch_tokens, settings)
+        config = config_of(model)
+        own = getattr(tokenizer, "bos_token_id", None)
+        begin = own if own is not None and own == getattr(config, "bos_token_id", None) else None
+        limit = length_limit(model, settings)
+        return Corpus(checked, tokenizer, int(config.vocab_size), limit, batch_tokens, settings, begin)
 
     def shards(self) -> Iterator[Shard]:
         """Slices of the documents; a shard closes with the document that fills it."""
         index, first, tokens, count, pieces = 0, 0, 0, 0, []
         for document in self.documents:
             ids = self._ids(document)
+            if document.number == 0 and self.begin is not None and ids[:1] != [self.begin]:
+                warnings.warn(
+                    f"The documents are read without {self.tokenizer.bos_token} at their beginning, with which the "
+                    "model was trained: the tokenizer does not add it. Routing of the first tokens will differ.",
+                    stacklevel=2,
+                )
             pieces += (new := pieces_of(document, ids, self.limit, self.settings.overlong, self.tally))
             tokens, count = tokens + sum(len(piece.ids) for piece in new), count + 1
             if tokens >= self.settings.shard_tokens:

@@ -128,7 +128,7 @@ def record(
 
 
 def _named(places: list[tuple[int, int, int]], document_id: pd.Series) -> list[LeftOut]:
-    return [(f"document {document_id[sequence]!r}", position, layer) for sequence, position, layer in places]
+    return [(f"document {document_id[sequence]}", position, layer) for sequence, position, layer in places]
 
 
 def _finish(corpus: Corpus, signals: Signals, layers: range, meta: dict[str, Any], writer: RunWriter) -> None:

@@ -365,7 +365,7 @@ def _columns_of(call: Call) -> np.ndarray:
         and given.stride()[::2] == hidden.stride()[::2]
         and (width < 2 or not given.stride(1) % hidden.stride(1))
     ):
-        start, step = given.storage_offset() - hidden.storage_offset(), given.stride(1) // hidden.stride(1)
+        start, step = int(given.storage_offset() - hidden.storage_offset()), int(given.stride(1)) // hidden.stride(1)
         return start // hidden.stride(1) + step * np.arange(width)
     found = np.full(width, -1)
     for at in range(width):  # indices were picked, which copies

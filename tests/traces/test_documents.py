@@ -215,3 +215,13 @@ def test_more_experts_than_ids_can_tell_are_refused():
     model = tiny_mixtral(num_local_experts=300)
     with refused(ml.ModelError, "model", 300), ml.Recorder(model):
         pass
+
+
+def test_documents_without_the_models_beginning_are_remarked():
+    class Bare(Numbers):
+        bos_token_id, bos_token = 1, "<s>"
+
+    quiet = ml.RecordSettings(progress=False)
+    with pytest.warns(UserWarning, match="<s>"):
+        ml.record(net(), ["5 6 7"], tokenizer=Bare(), signals=(), settings=quiet)
+    ml.record(net(), ["1 5 6 7"], tokenizer=Bare(), signals=(), settings=quiet)
