@@ -441,6 +441,8 @@ class Bench:
         warm = [record for record in self.records if record.phase == "warm-up"]
         failed = Counter((r.outcome, r.phase) for r in self.records if r.outcome != "ok")
         told = [f"{n} {outcome} ({phase})" for (outcome, phase), n in failed.items()]
+        several = any(r.level.startswith("concurrency") and r.level != "concurrency 1" for r in warm)
+        ramp = "; the places of a load then fill over the time of one of them" if several else ""
         if "endpoint" not in self.meta:
             where = local_tables.remarks(self.meta)
         else:
@@ -449,7 +451,8 @@ class Bench:
         return [
             *where,
             f"Token counts from: {counted}. Intervals: {DEFAULT.level:.0%}.",
-            f"Warm-up, in no number: {len(warm)} requests{_first_answer(warm, self.count_tokens)}.",
+            *(metrics.shares(self.records, self.meta["endpoint"]["model"]) if "endpoint" in self.meta else []),
+            f"Warm-up, in no number: {len(warm)} requests{_first_answer(warm, self.count_tokens)}{ramp}.",
             f"Failures, in no number: {', '.join(told) or 'none'}.",
             *local_tables.failures(self.records),
             *([_UNFINISHED.format(cut, self.succeeded)] if (cut := metrics.unfinished(self.records)) else []),

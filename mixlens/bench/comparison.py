@@ -10,6 +10,7 @@ from statistics import NormalDist
 import numpy as np
 import pandas as pd
 
+from mixlens.bench import metrics
 from mixlens.bench.bench import Bench
 from mixlens.bench.load_generator import turn_edges
 from mixlens.bench.metrics import P99_SAMPLES, STATISTICS, output_tokens
@@ -26,6 +27,7 @@ _METRICS = (
     "scheduled_e2e_s",
     "output_tokens_per_s",
 )
+_CACHED = 0.05  # shares of cached tokens further apart are unlike
 _SHOWN = (("ttft_s", "p50"), ("tpot_s", "p50"), ("e2e_token_s", "p50"), ("system_output_tokens_per_s", "rate"))
 
 
@@ -39,6 +41,8 @@ class BenchComparison:
         One row per load, metric and statistic: a, b, ratio (b / a), ci_low, ci_high, n_a, n_b, paired.
     remarks : tuple[str, ...]
         Remarks that qualify the numbers.
+    unlike : tuple[str, ...], optional
+        Loads at which the shares of cached input tokens differ, so that a ratio is no difference of speed.
 
     Examples
     --------
@@ -50,6 +54,7 @@ class BenchComparison:
 
     table: pd.DataFrame
     remarks: tuple[str, ...]
+    unlike: tuple[str, ...] = ()
 
     kind = "bench comparison"
 
@@ -66,7 +71,7 @@ class BenchComparison:
             for row in self.table.query("metric == @metric and statistic == @statistic").to_dict("records"):
                 known = row["ratio"] == row["ratio"]
                 interval = f" [{row['ci_low']:.2f}, {row['ci_high']:.2f}]" if row["ci_low"] == row["ci_low"] else ""
-                apart = row["ci_low"] > 1 or row["ci_high"] < 1
+                apart = "yes" if row["ci_low"] > 1 or row["ci_high"] < 1 else "no"
                 rows.append(
                     {
                         "load": row["level"],
@@ -74,7 +79,7 @@ class BenchComparison:
                         "a": f"{row['a']:.4g}" if known else "n/a",
                         "b": f"{row['b']:.4g}" if known else "n/a",
                         "b / a": f"{row['ratio']:.2f}{interval}" if known else "n/a",
-                        "told apart": "yes" if apart else "no" if interval else "n/a",
+                        "told apart": apart if interval and row["level"] not in self.unlike else "n/a",
                     }
                 )
         return pd.DataFrame(rows, columns=["load", "metric", "a", "b", "b / a", "told apart"])
@@ -117,7 +122,20 @@ def compare_benches(a: Bench, b: Bench, *, bootstrap: Bootstrap = DEFAULT) -> Be
         for metric in _METRICS:
             rows += _requests(level, metric, one[metric].dropna(), other[metric].dropna(), paired, bootstrap)
     table = pd.concat([pd.DataFrame(rows), _system(a, b, levels)], ignore_index=True)
-    return BenchComparison(table, _remarks(a, b, paired, bootstrap))
+    shares = metrics.cached_frac(a.records), metrics.cached_frac(b.records)
+    unlike = tuple(level for level in levels if not abs(_known(shares[0][level]) - _known(shares[1][level])) < _CACHED)
+    remarks = list(_remarks(a, b, paired, bootstrap))
+    for level in unlike:
+        one, other = (f"{_known(side[level]):.0%}" for side in shares)
+        remarks.append(
+            f"At {level} {one} of a's input tokens came from a prefix cache and {other} of b's: the ratios are no "
+            "difference of speed. Measure both with prompts of their own."
+        )
+    return BenchComparison(table, tuple(remarks), unlike)
+
+
+def _known(share: float) -> float:
+    return share if share == share else 0.0
 
 
 def _check_workloads(a: Bench, b: Bench) -> None:

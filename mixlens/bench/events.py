@@ -10,7 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mixlens.endpoints.endpoint import redacted
-from mixlens.endpoints.protocols import COMMENT, DONE, ERROR, MALFORMED, TOKEN, Event, decode
+from mixlens.endpoints.protocols import (
+    COMMENT,
+    DONE,
+    ERROR,
+    MALFORMED,
+    REASONING,
+    TOKEN,
+    Event,
+    decode,
+    without_thinking,
+)
 from mixlens.endpoints.sse import Message, SSEParser
 from mixlens.errors import BadInput
 
@@ -51,6 +61,7 @@ class Record:
     status      HTTP status
     retry_after_s  wait requested by a refusal; requests are never retried
     detail      description of the failure
+    form        "stream", or "json" for an answer that came whole and has no time to a first token
     rows        number of sequences generated together; a token event is one token of each
     peak_vram_bytes, peak_rss_bytes  peak memory of the accelerators, or of the process on a CPU, during the request,
                 including the model's weights (loaded models only)
@@ -70,14 +81,25 @@ class Record:
     status: int | None = None
     retry_after_s: float | None = None
     detail: str = ""
+    form: str = "stream"
     rows: int = 1
     peak_vram_bytes: int | None = None
     peak_rss_bytes: int | None = None
 
     @property
     def text(self) -> str:
-        """The complete text of the answer."""
+        """The complete text of the answer, without its reasoning."""
         return "".join(event.text for event in self.events if event.kind == TOKEN)
+
+    @property
+    def reasoning(self) -> str:
+        """The complete text of the reasoning that was shown."""
+        return "".join(event.reasoning for event in self.events)
+
+    @property
+    def finish(self) -> str | None:
+        """The reason given for the end of the answer."""
+        return next((event.finish for event in reversed(self.events) if event.finish), None)
 
     def to_json(self) -> str:
         """Serialize to one line of JSON, without fields that are None or empty."""
@@ -109,6 +131,13 @@ class StreamReader:
     def __init__(self, protocol: str, redact: str | None = None) -> None:
         self._parser, self._protocol, self._redact = SSEParser(), protocol, redact
         self.events: list[Event] = []
+        self._model: str | None = None
+
+    @property
+    def done_s(self) -> float | None:
+        """Time of the event that ends the answer by name; None before it."""
+        last = self.events[-1] if self.events else None
+        return last.at_s if last is not None and last.kind == DONE and not last.finish else None
 
     def feed(self, piece: bytes, at_s: float) -> None:
         """Parse bytes of an event stream that arrived at `at_s`."""
@@ -120,8 +149,18 @@ class StreamReader:
         self._keep(messages)
 
     def close(self, at_s: float) -> None:
-        """Parse the rest of the stream after its end."""
+        """Parse the rest of the stream after its end, and tell reasoning between tags from text."""
         self._keep(self._parser.close(at_s))
+        _, thought = without_thinking("".join(event.text for event in self.events if event.kind == TOKEN))
+        left = len(thought)
+        for at, event in enumerate(self.events):
+            if not left:
+                break
+            if event.kind == TOKEN:
+                inside, text = event.text[:left], event.text[left:]
+                left -= len(inside)
+                kind = TOKEN if text.strip() else REASONING
+                self.events[at] = dataclasses.replace(event, kind=kind, text=text, reasoning=event.reasoning + inside)
 
     def whole(self, body: str, at_s: float) -> None:
         """Parse an answer that is not a stream: its body, complete at `at_s`, becomes a single event."""
@@ -130,7 +169,11 @@ class StreamReader:
     def _keep(self, messages: Iterable[Message]) -> None:
         for message in messages:
             message = dataclasses.replace(message, data=redacted(message.data, self._redact))
-            self.events.append(decode(message, self._protocol))
+            event = decode(message, self._protocol)
+            if event.model == self._model:
+                event = dataclasses.replace(event, model=None)
+            self._model = event.model or self._model
+            self.events.append(event)
 
 
 def outcome_of(events: Iterable[Event], *, status: int | None, fault: str | None = None) -> str:
@@ -156,7 +199,7 @@ def outcome_of(events: Iterable[Event], *, status: int | None, fault: str | None
         return "timeout"
     if not ended and (fault == "cut" or kinds - {COMMENT}):
         return "truncated"
-    return "ok" if TOKEN in kinds else "empty"
+    return "ok" if kinds & {TOKEN, REASONING} else "empty"
 
 
 def write_records(path: str | os.PathLike[str], records: Iterable[Record]) -> None:

@@ -30,12 +30,13 @@ def benchmark_together(
     workload: Workload = _WORKLOAD,
     settings: BenchSettings = _SETTINGS,
 ) -> dict[str, Bench]:
-    """Benchmark several endpoints in turns on the same prompts.
+    """Benchmark several endpoints in turns.
 
     At each load every endpoint has four turns with a quarter of its requests each. Only one endpoint is measured at a
     time, and the order rotates from turn to turn. The clock of an endpoint pauses while others are measured. If one
     endpoint reaches a cap, all stop, so that requests remain paired. `ml.compare` pairs the requests with the same
-    number, which have the same prompt.
+    number, whose prompts have the same length. Generated prompts differ between endpoints, since two addresses may
+    share one prefix cache.
 
     Parameters
     ----------

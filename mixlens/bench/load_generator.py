@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
+from statistics import median
 
 from mixlens.bench.events import Record
 from mixlens.bench.metrics import output_tokens, request_table
@@ -111,7 +112,9 @@ class Driver:
     caps: Caps
     clock: Callable[[], float]
     keep: Keep
+    salt: str = ""
     _number: Iterator[int] = field(default_factory=count)
+    _took_s: dict[str, list[float]] = field(default_factory=dict)  # by load, of warm-up requests
 
     async def run(self, levels: Sequence[Level], requests: int, warmup: int) -> None:
         """Send the warm-up requests and then `requests` measured requests of each level."""
@@ -131,19 +134,23 @@ class Driver:
             due = level.due(numbers.stop, self.workload.seed)[numbers.start :]
             await self._open(jobs, [at - due[0] for at in due])
         else:
-            await self._closed(jobs, level.concurrency or 1)
+            # All places at once would queue for the first prefill, and nowhere else in the run.
+            took = self._took_s.get(level.name)
+            await self._closed(jobs, level.concurrency or 1, ramp_s=median(took) if took else 0.0)
 
-    async def _closed(self, jobs: list[Job], slots: int) -> None:
+    async def _closed(self, jobs: list[Job], slots: int, *, ramp_s: float = 0.0) -> None:
+        """Keep `slots` requests on their way, the first of which start evenly over `ramp_s`."""
         waiting = iter(jobs)
 
-        async def worker() -> None:
+        async def worker(after_s: float) -> None:
+            await asyncio.sleep(after_s)
             for job in waiting:
                 if not await self._one(job):
                     return
 
         async with asyncio.TaskGroup() as group:
-            for _ in range(min(slots, len(jobs))):
-                group.create_task(worker())
+            for place in range(min(slots, len(jobs))):
+                group.create_task(worker(ramp_s * place / slots))
 
     async def _open(self, jobs: list[Job], due: list[float]) -> None:
         start = self.clock()
@@ -160,11 +167,13 @@ class Driver:
             return False
         record = await self.sender.send(job)
         self.caps.settle(set_aside, record)
+        if job.phase == "warm-up" and record.outcome == "ok":
+            self._took_s.setdefault(job.level, []).append(record.ended_s - record.started_s)
         self.keep(record)
         return True
 
     def _jobs(self, level: Level, phase: str, numbers: range) -> list[Job]:
         return [
-            Job(i, level.name, phase, self.workload.prompt(next(self._number)), self.workload.output_tokens)
+            Job(i, level.name, phase, self.workload.prompt(next(self._number), self.salt), self.workload.output_tokens)
             for i in numbers
         ]

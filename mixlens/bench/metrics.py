@@ -12,15 +12,19 @@ import xarray as xr
 
 from mixlens.bench.events import OUTCOMES, Record
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
-from mixlens.endpoints.protocols import ROLE, TOKEN, Event
+from mixlens.endpoints.endpoint import canonical
+from mixlens.endpoints.protocols import REASONING, ROLE, TOKEN, Event
 from mixlens.errors import BadInput
 
 # Sources of the number of output tokens, best first.
 USAGE, CHUNK_USAGE, RETOKENISED, CHUNKS = "usage", "chunk usage", "retokenised", "chunks"
 # Metrics of a request, with their definitions.
 METRICS = {
-    "ttft_s": "sent to the first event that carries a token",
-    "tpot_s": "(last token - first token) / (N - 1)",
+    "ttft_s": "sent to the first event that carries a token, of reasoning or of the answer",
+    "ttft_reasoning_s": "sent to the first event of reasoning, where it is shown",
+    "ttft_answer_s": "sent to the first event of the answer",
+    "tpot_s": "(last - first event of the answer) / tokens that came after the first; of reasoning and answer together "
+    "where their tokens are not counted apart",
     "itl_s": "time between tokens, where every chunk is one token",
     "inter_chunk_s": "time between events that carry tokens, however many",
     "e2e_token_s": "sent to the last token",
@@ -29,8 +33,11 @@ METRICS = {
     "scheduled_e2e_s": "due to the last token (open loop)",
     "connect_s": "opening a connection, where one was opened; in no other metric",
     "headers_s": "sent to the answer's headers",
-    "output_tokens_per_s": "(N - 1) / (last token - first token), of one request",
+    "output_tokens_per_s": "one over TPOT, of one request",
 }
+# Reasons for the end of an answer, as servers name them.
+LENGTH = frozenset({"length", "max_tokens", "max_output_tokens", "MAX_TOKENS"})
+FILTERED = frozenset({"content_filter", "refusal", "safety", "SAFETY", "prohibited_content"})
 STATISTICS = ("mean", "p50", "p90", "p95", "p99")
 # With fewer samples the 99th percentile is little more than the maximum.
 P99_SAMPLES = 100
@@ -46,19 +53,58 @@ def output_tokens(record: Record, count_tokens: CountTokens | None = None) -> tu
     The sources, best first: the server's usage at the end of the answer; the usage of the last chunk that carries a
     token; the text counted by `count_tokens`; the number of chunks, which is too low if chunks hold several tokens.
     """
-    chunks = [event for event in record.events if event.kind == TOKEN]
+    chunks = [event for event in record.events if event.kind in (TOKEN, REASONING)]
     if not chunks:
         return 0, CHUNKS
     after = record.events[record.events.index(chunks[-1]) :]
-    final = [e.output_tokens for e in after if e.output_tokens and e.kind != ROLE and (e.kind != TOKEN or e.finish)]
+    carried = (TOKEN, REASONING)
+    final = [
+        e.output_tokens for e in after if e.output_tokens and e.kind != ROLE and (e.kind not in carried or e.finish)
+    ]
     if final:
         return final[-1], USAGE
     running = [event.output_tokens for event in chunks if event.output_tokens]
     if running:
         return running[-1], CHUNK_USAGE
     if count_tokens is not None:
-        return count_tokens(record.text), RETOKENISED
+        return count_tokens(record.text) + (count_tokens(record.reasoning) if record.reasoning else 0), RETOKENISED
     return len(chunks), CHUNKS
+
+
+def paced(record: Record, count_tokens: CountTokens | None = None) -> tuple[np.ndarray, float]:
+    """Return the stamps that a pace is measured between, and the number of tokens that came after the first of them.
+
+    The stamps are of the answer, whose tokens are all less those of reasoning; of reasoning and answer together where
+    reasoning is shown and its tokens are not counted apart, and of reasoning where there is no answer. The first event
+    holds as many tokens as the running count of the server says, else one.
+
+    """
+    n, source = output_tokens(record, count_tokens)
+    answer = [event for event in record.events if event.kind == TOKEN]
+    shown = [event for event in record.events if event.reasoning]
+    hidden = _last(record.events, "reasoning_tokens")
+    if not answer:
+        timed, total = shown, n
+    elif isinstance(hidden, int):
+        timed, total = answer, n - hidden
+    elif not shown:
+        timed, total = answer, n
+    elif source in (RETOKENISED, CHUNKS):
+        timed, total = answer, len(answer) if count_tokens is None else count_tokens(record.text)
+    else:
+        timed, total = [event for event in record.events if event.kind in (TOKEN, REASONING)], n
+    stamps = np.array([event.at_s for event in timed])
+    if not timed:
+        return stamps, 0.0
+    counted = timed[0].output_tokens if source in (USAGE, CHUNK_USAGE) else None
+    before = 1 if counted is None or total <= len(timed) else total - (n - counted)
+    return stamps, float(max(total - before, 0))
+
+
+def at_once(record: Record) -> bool:
+    """Whether a stream was replayed: its chunks came faster than any model writes, 0.1 ms each or less."""
+    stamps = _stamps(record)
+    return record.form == "json" or (len(stamps) >= 4 and stamps[-1] - stamps[0] < 1e-4 * len(stamps))
 
 
 def request_table(records: Iterable[Record], count_tokens: CountTokens | None = None) -> pd.DataFrame:
@@ -69,6 +115,7 @@ def request_table(records: Iterable[Record], count_tokens: CountTokens | None = 
     """
     rows = [_row(record, count_tokens) for record in records]
     columns = ["level", "index", "phase", "outcome", "status", "detail", "provider", "input_tokens", "output_tokens"]
+    columns += ["cached_tokens", "reasoning_tokens", "finish", "model", "form"]
     frame = pd.DataFrame(rows, columns=[*columns, "token_source", "chunks", "cost_usd", *(m for m in METRICS)])
     return frame.drop(columns=["inter_chunk_s", "itl_s"])
 
@@ -86,6 +133,11 @@ def _row(record: Record, count_tokens: CountTokens | None) -> dict[str, object]:
         "provider": _last(record.events, "provider"),
         "input_tokens": _number(_last(record.events, "input_tokens")),
         "output_tokens": n if stamps.size else np.nan,
+        "cached_tokens": _number(_last(record.events, "cached_tokens")),
+        "reasoning_tokens": _number(_last(record.events, "reasoning_tokens")),
+        "finish": record.finish,
+        "model": _last(record.events, "model"),
+        "form": record.form,
         "token_source": source if stamps.size else "",
         "chunks": stamps.size,
         "cost_usd": _number(_last(record.events, "cost_usd")),
@@ -93,16 +145,28 @@ def _row(record: Record, count_tokens: CountTokens | None) -> dict[str, object]:
     if record.outcome != "ok" or record.sent_s is None:
         return row
     sent, first, last = record.sent_s, stamps[0], stamps[-1]
-    row["ttft_s"], row["e2e_token_s"], row["e2e_stream_s"] = first - sent, last - sent, record.ended_s - sent
+    row["e2e_token_s"], row["e2e_stream_s"] = last - sent, record.ended_s - sent
     if record.connected_s is not None:
         row["connect_s"] = record.connected_s - record.started_s
     if record.headers_s is not None:
         row["headers_s"] = record.headers_s - sent
     if record.scheduled_s is not None:
-        row["scheduled_ttft_s"], row["scheduled_e2e_s"] = first - record.scheduled_s, last - record.scheduled_s
-    if n >= 2 and last > first:
-        row["tpot_s"] = (last - first) / (n - 1)
-        row["output_tokens_per_s"] = (n - 1) / (last - first)
+        row["scheduled_e2e_s"] = last - record.scheduled_s
+    if record.form == "json":
+        return row
+    row["ttft_s"] = first - sent
+    if record.scheduled_s is not None:
+        row["scheduled_ttft_s"] = first - record.scheduled_s
+    for name, found in (
+        ("ttft_reasoning_s", (event.at_s for event in record.events if event.reasoning)),
+        ("ttft_answer_s", (event.at_s for event in record.events if event.kind == TOKEN)),
+    ):
+        if (at := next(found, None)) is not None:
+            row[name] = at - sent
+    timed, after = paced(record, count_tokens)
+    if after > 0 and timed[-1] > timed[0] and not at_once(record):
+        row["tpot_s"] = (timed[-1] - timed[0]) / after
+        row["output_tokens_per_s"] = after / (timed[-1] - timed[0])
     return row
 
 
@@ -269,6 +333,51 @@ def unfinished(records: Iterable[Record]) -> int:
     return good.count(("measured", False)) if any(named for _, named in good) else 0
 
 
+def shares(records: Iterable[Record], asked: str | None = None) -> list[str]:
+    """Sentences on every share of measured answers that is not what a number seems to say; none where there is none.
+
+    asked  the model that was asked for
+    """
+    good = [record for record in records if record.phase == "measured" and record.outcome == "ok"]
+    table = request_table(good)
+
+    def told(n: int, what: str) -> list[str]:
+        return [f"{what}: {n} of {len(good)} answers."] if n else []
+
+    answered = Counter(name for name in table["model"] if isinstance(name, str)) if asked else Counter()
+    others = ", ".join(f"{name} ({n})" for name, n in answered.items() if canonical(name) != canonical(asked or ""))
+    given, cached = table["input_tokens"].sum(), table["cached_tokens"].sum()
+    hidden = [r for r in good if (_last(r.events, "reasoning_tokens") or 0) != 0 and not r.reasoning]
+    return [
+        *told(sum(r.finish in LENGTH for r in good), "Cut at the length limit"),
+        *told(sum(r.finish in FILTERED for r in good), "Cut by a filter, or refused"),
+        *told(sum(not r.text for r in good), "Reasoning without an answer"),
+        *told(len(hidden), "Billed for reasoning that was not shown, which is in no rate"),
+        *told(sum(r.form == "json" for r in good), "Not streamed, so that it has no time to a first token"),
+        *told(sum(r.form != "json" and at_once(r) for r in good), "Sent at once, so that it has no TPOT"),
+        *told(sum(map(clumped, good)), "Sent in clumps, with most gaps near zero: TPOT is that of whoever sends them"),
+        *([f"Answered by another model than {asked}: {others}."] if others else []),
+        *([f"From the server's prefix cache: {cached / given:.0%} of the input tokens."] if cached else []),
+    ]
+
+
+def cached_frac(records: Iterable[Record]) -> dict[str, float]:
+    """Return the share of the input tokens that came from a prefix cache, by level; NaN where none are counted."""
+    found = {}
+    for level, measured in _by_level(records).items():
+        table = request_table(record for record in measured if record.outcome == "ok")
+        known = table.dropna(subset=["cached_tokens", "input_tokens"])
+        total = known["input_tokens"].sum()
+        found[level] = float(known["cached_tokens"].sum() / total) if total else float("nan")
+    return found
+
+
+def clumped(record: Record) -> bool:
+    """Whether most of the gaps between the chunks of a stream are near zero, as where a proxy buffers it."""
+    gaps = np.diff(_stamps(record))
+    return len(gaps) >= 8 and not at_once(record) and bool((gaps < 0.1 * gaps.mean()).mean() > 0.5)
+
+
 def _by_level(records: Iterable[Record]) -> dict[str, list[Record]]:
     groups: dict[str, list[Record]] = {}
     for record in records:
@@ -278,7 +387,7 @@ def _by_level(records: Iterable[Record]) -> dict[str, list[Record]]:
 
 
 def _stamps(record: Record) -> np.ndarray:
-    return np.array([event.at_s for event in record.events if event.kind == TOKEN])
+    return np.array([event.at_s for event in record.events if event.kind in (TOKEN, REASONING)])
 
 
 def _samples(
@@ -334,9 +443,11 @@ def _statistics(ordered: np.ndarray, weight: np.ndarray) -> np.ndarray:
 
 
 def _weighted_stamps(record: Record, count_tokens: CountTokens | None) -> list[tuple[float, float]]:
-    stamps = _stamps(record)
-    each = record.rows * output_tokens(record, count_tokens)[0] / len(stamps)
-    return [(float(stamp), each) for stamp in stamps]
+    stamps, n = _stamps(record), output_tokens(record, count_tokens)[0]
+    hidden = _last(record.events, "reasoning_tokens")
+    if isinstance(hidden, int) and not record.reasoning:  # what is not shown did not arrive
+        n = max(n - hidden, 0)
+    return [(float(stamp), record.rows * n / len(stamps)) for stamp in stamps]
 
 
 def _rate(

@@ -31,9 +31,9 @@ class Workload:
     Parameters
     ----------
     prompt_tokens : int, optional
-        Length of a generated prompt. Prompts consist of random common words and share no prefix, so that a prefix
-        cache has no effect. `count_tokens` determines the length; without it one word counts as one token, and the
-        results report the server's count.
+        Length of a generated prompt. Prompts consist of random common words and share no prefix, and every run draws
+        its own, so that a prefix cache has no effect. `count_tokens` determines the length; without it one word counts
+        as one token, and the results report the server's count.
     output_tokens : int, optional
         Maximum number of tokens in an answer.
     prompts : Sequence[str], optional
@@ -43,6 +43,8 @@ class Workload:
         counts answers for which the server reports no usage.
     seed : int, optional
         Seed of the generated prompts.
+    reuse_prompts : bool, optional
+        Whether every run sends the same generated prompts, which tests a prefix cache.
 
     Raises
     ------
@@ -60,6 +62,7 @@ class Workload:
     prompts: Sequence[str] | None = None
     count_tokens: Callable[[str], int] | None = None
     seed: int = 0
+    reuse_prompts: bool = False
 
     def __post_init__(self) -> None:
         if self.output_tokens < 1 or (self.prompts is None and self.prompt_tokens < 16):
@@ -75,13 +78,15 @@ class Workload:
                 argument="prompts",
             )
 
-    def prompt(self, number: int) -> str:
-        """Return the prompt of a request. The result depends only on the workload and the number.
+    def prompt(self, number: int, salt: str = "") -> str:
+        """Return the prompt of a request. The result depends only on the workload, the number and the salt.
 
         Parameters
         ----------
         number : int
             Number of the request.
+        salt : str, optional
+            What tells the prompts of one run from those of another.
 
         Returns
         -------
@@ -94,7 +99,7 @@ class Workload:
         """
         if self.prompts is not None:
             return self.prompts[number % len(self.prompts)]
-        draw = random.Random(f"{self.seed} {number}")
+        draw = random.Random(f"{self.seed} {number} {salt}".rstrip())
         words = [*draw.choices(_WORDS, k=max(self.prompt_tokens - len(_TASK.split()), 8))]
         text = _made(words)
         while self.count_tokens is not None and (over := self.count_tokens(text) - self.prompt_tokens) > 0 and words:
@@ -118,7 +123,8 @@ class Workload:
         kept: dict[str, Any] = {"output_tokens": self.output_tokens}
         if self.prompts is None:
             counted = "words" if self.count_tokens is None else "count_tokens"
-            return {**kept, "prompt_tokens": self.prompt_tokens, "counted_by": counted, "seed": self.seed}
+            again = {"reuse_prompts": True} if self.reuse_prompts else {}
+            return {**kept, "prompt_tokens": self.prompt_tokens, "counted_by": counted, "seed": self.seed, **again}
         digest = hashlib.sha256("\0".join(self.prompts).encode("utf-8", "surrogatepass")).hexdigest()
         return {**kept, "prompts": len(self.prompts), "distinct": len({*self.prompts}), "prompts_sha256": digest}
 

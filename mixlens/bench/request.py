@@ -7,8 +7,10 @@ import email.utils
 import json
 import ssl
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from typing import Any
 
 import httpx
@@ -19,6 +21,9 @@ from mixlens.endpoints.protocols import error_message
 
 # Limit of the body of a refusal or of an answer that is not streamed.
 _MAX_BODY_BYTES = 8 << 20
+_MAX_STREAM_BYTES = 256 << 20
+# How long a connection is read after the last event of an answer, so that it can be used again.
+_GRACE_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,8 @@ class Sender:
             fault, detail = "timeout", f"not done in {self._timeouts.total_s:g} s"
         except httpx.TransportError as error:
             fault, detail = self._fault(error, answered="status" in answer)
+        except httpx.DecodingError as error:
+            fault, detail = "cut", f"the answer cannot be decompressed, or is too long: {error}"
         times["ended_s"] = times.get("ended_s", self._clock())
         reader.close(times["ended_s"])
         outcome = outcome_of(reader.events, status=answer.get("status"), fault=fault)
@@ -89,6 +96,7 @@ class Sender:
             scheduled_s=job.scheduled_s,
             detail=redacted(detail, self._key)[:500],
             status=answer.get("status"),
+            form=answer.get("form", "stream"),
             retry_after_s=answer.get("retry_after_s"),
             **times,
         )
@@ -112,12 +120,13 @@ class Sender:
             answer["status"] = response.status_code
             streams = not any(form in response.headers.get("content-type", "") for form in ("json", "html"))
             if response.status_code < 300 and streams:
-                async for piece in response.aiter_raw():
-                    reader.feed(piece, clock())
-                times["ended_s"] = clock()
+                _check_encoding(response, answer)
+                await self._read_stream(response, reader)
+                times["ended_s"] = clock() if reader.done_s is None else reader.done_s
                 return
+            answer["form"] = "json"
             whole = bytearray()
-            async for piece in response.aiter_raw():
+            async for piece in response.aiter_bytes():
                 whole += piece[: _MAX_BODY_BYTES - len(whole)]
             times["ended_s"] = clock()
             text = redacted(whole.decode("utf-8", errors="replace"), self._key)
@@ -125,7 +134,24 @@ class Sender:
                 reader.whole(text, times["ended_s"])
             else:
                 answer["detail"] = error_message(text)
+                if 300 <= response.status_code < 400:
+                    place = response.headers.get("location", "nowhere")
+                    answer["detail"] = f"redirected to {redacted(place, self._key)}; pass that address as the URL"
                 answer["retry_after_s"] = retry_after(response.headers.get("retry-after"))
+
+    async def _read_stream(self, response: httpx.Response, reader: StreamReader) -> None:
+        """Feed a stream to its end, which is its last event: some servers keep the connection open after it."""
+        size, deadline = 0, None
+        with suppress(TimeoutError):
+            async with asyncio.timeout(None) as until:
+                async for piece in response.aiter_bytes():
+                    size += len(piece)
+                    if size > _MAX_STREAM_BYTES:
+                        raise httpx.DecodingError(f"the stream is longer than {_MAX_STREAM_BYTES:,} bytes")
+                    reader.feed(piece, self._clock())
+                    if deadline is None and reader.done_s is not None:
+                        deadline = asyncio.get_running_loop().time() + _GRACE_S
+                        until.reschedule(deadline)
 
     def _fault(self, error: httpx.TransportError, *, answered: bool) -> tuple[str, str]:
         said = f"{type(error).__name__}: {error}".removesuffix(": ")
@@ -139,6 +165,20 @@ class Sender:
                 return "tls", said
             cause = cause.__cause__ or cause.__context__
         return ("cut" if answered else "connect"), said
+
+
+def _check_encoding(response: httpx.Response, answer: dict[str, Any]) -> None:
+    """Say so where the answer is compressed in a way that this client cannot undo."""
+    encodings = {part.strip() for part in response.headers.get("content-encoding", "").split(",")}
+    if unknown := encodings - {"", "identity", *httpx_encodings()}:
+        answer["detail"] = f"the answer is compressed as {', '.join(sorted(unknown))}, although identity was asked for"
+
+
+def httpx_encodings() -> frozenset[str]:
+    """Compressions that httpx undoes with what is installed."""
+    packages = {"br": ("brotli", "brotlicffi"), "zstd": ("zstandard",)}
+    found = {name for name, any_of in packages.items() if any(find_spec(package) for package in any_of)}
+    return frozenset({"gzip", "deflate", *found})
 
 
 def retry_after(value: str | None) -> float | None:

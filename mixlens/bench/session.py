@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -115,6 +116,8 @@ class Session:
         done = self._writer is not None and self._writer.complete
         self.opened = Bench.open(Path(str(out))) if done else None
         self._started, self.clock = now(), Clock()
+        same = workload.reuse_prompts or workload.prompts is not None
+        self._salt = "" if same else secrets.token_hex(4)
         self.caps = Caps(settings.max_seconds, settings.max_dollars, self._price)
         self.kept = None if done else Kept(self._writer, total, show=settings.progress)
 
@@ -122,7 +125,7 @@ class Session:
         """Create the driver and return its sender, which the caller must close."""
         assert self.kept is not None
         sender = Sender(self._endpoint, self._settings.timeouts, self.clock)
-        self.driver = Driver(sender, self._workload, self.caps, self.clock, self.kept.keep)
+        self.driver = Driver(sender, self._workload, self.caps, self.clock, self.kept.keep, self._salt)
         return sender
 
     def finish(self, *, interrupted: bool) -> Bench:
@@ -134,6 +137,7 @@ class Session:
             "model": {"name": canonical(self._endpoint.model)},
             "endpoint": self._endpoint.plan(),
             "workload": self._workload.plan(),
+            "prompt_salt": self._salt,
             "price_usd_per_mtok": self._price,
             "stopped": "an interrupt" if interrupted else self.caps.stopped,
             "counts": {"requests": len(records), "succeeded": sum(r.outcome == "ok" for r in records)},

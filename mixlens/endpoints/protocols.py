@@ -9,9 +9,11 @@ from typing import Any
 
 from mixlens.endpoints.sse import Message
 
-COMMENT, ROLE, TOKEN, USAGE, DONE, OTHER = "comment", "role", "token", "usage", "done", "other"
+_THINK, _THOUGHT = "<think>", "</think>"
+
+COMMENT, ROLE, TOKEN, REASONING, USAGE, DONE, OTHER = "comment", "role", "token", "reasoning", "usage", "done", "other"
 ERROR, MALFORMED = "error", "malformed"
-KINDS = (COMMENT, ROLE, TOKEN, USAGE, DONE, OTHER, ERROR, MALFORMED)
+KINDS = (COMMENT, ROLE, TOKEN, REASONING, USAGE, DONE, OTHER, ERROR, MALFORMED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,12 +22,16 @@ class Event:
 
     at_s           seconds on the run's clock, when its last byte arrived
     kind           comment (a keep-alive); role (a chunk that opens the answer and carries no token); token (text of the
-                   answer, its reasoning or a tool call); usage (counts without text); done (the end, by name); error;
-                   malformed (no JSON, or not the form that was asked for); other
+                   answer or a tool call); reasoning (text of reasoning alone); usage (counts without text); done (the
+                   end, by name); error; malformed (no JSON, or not the form that was asked for); other
     text           of a token, an error or a comment
+    reasoning      text of reasoning, also on a token event that brings both
     provider       who answered, when a router says so
+    model          the model that answered, where it is named for the first time or anew
     finish         the reason given for the end; also on a token or usage event that brings it along
     input_tokens, output_tokens, cost_usd    the server's own count so far, on whichever event it rides
+    cached_tokens  of the input tokens, those that the server had in its prefix cache
+    reasoning_tokens  of the output tokens, those that are reasoning, shown or hidden
     experts, read_bytes, flops   of the forward on this machine that made the token: distinct experts of all layers,
                    bytes that it must read, and operations
     """
@@ -33,10 +39,14 @@ class Event:
     at_s: float
     kind: str
     text: str = ""
+    reasoning: str = ""
     provider: str | None = None
+    model: str | None = None
     finish: str | None = None
     input_tokens: int | None = None
     output_tokens: int | None = None
+    cached_tokens: int | None = None
+    reasoning_tokens: int | None = None
     cost_usd: float | None = None
     experts: int | None = None
     read_bytes: int | None = None
@@ -57,6 +67,8 @@ def decode(message: Message, protocol: str) -> Event:
         return Event(message.at_s, MALFORMED, message.data[:200])
     if (fault := _error_text(data, message.event)) is not None:
         return Event(message.at_s, ERROR, fault, **_common(data))
+    if message.event == "ping":
+        return Event(message.at_s, COMMENT)
     form = _FORMS[protocol]
     try:
         kind, text, more = form(data)
@@ -64,7 +76,7 @@ def decode(message: Message, protocol: str) -> Event:
         return Event(message.at_s, MALFORMED, message.data[:200])
     if more.get("finish") == "error":
         return Event(message.at_s, ERROR, text or "finish_reason error", **_common(data))
-    return Event(message.at_s, kind, text, **(_common(data) | more))
+    return Event(message.at_s, kind, text, **(_common(data) | {k: v for k, v in more.items() if v is not None}))
 
 
 def error_message(body: str) -> str:
@@ -79,45 +91,77 @@ def error_message(body: str) -> str:
 
 def _openai(data: dict[str, Any]) -> tuple[str, str, dict[str, Any]]:
     """Chat chunks (delta), completions (text), and answers that were not streamed (message)."""
-    choices = data["choices"] if "choices" in data else [] if "usage" in data else _refuse()
-    text, finish, role = "", None, False
-    for choice in choices:
+    if "choices" not in data and "usage" not in data:
+        return (COMMENT if data.get("type") == "ping" else _refuse()), "", {}
+    text, reasoning, finish, role = "", "", None, False
+    for choice in data.get("choices") or []:
         delta = choice.get("delta") or choice.get("message") or {}
-        text += _chat_text(delta) + (choice.get("text") or "")
+        shown, thought = message_text(delta)
+        text += shown + (choice.get("text") or "")
+        reasoning += thought
         role = role or "role" in delta
         finish = _name(choice.get("finish_reason")) or finish
-    usage = _usage(data.get("usage"), "prompt_tokens", "completion_tokens")
-    return _kind(text, usage, finish, role), text, {**usage, "finish": finish}
+    usage = usage_of(data.get("usage"))
+    kind = _kind(text, usage, finish, role, reasoning)
+    return kind, text, {**usage, "finish": finish, "reasoning": reasoning}
 
 
-def _chat_text(delta: Mapping[str, Any]) -> str:
-    reasoning = delta.get("reasoning_content") or delta.get("reasoning") or ""
-    content = delta.get("content") or ""
+def message_text(message: Mapping[str, Any]) -> tuple[str, str]:
+    """(text, reasoning) of a message or a delta, in every form in which servers give them."""
+    text, thought = blocks_text(message.get("content"))
+    own = message.get("reasoning_content") or message.get("reasoning") or message.get("thinking")
+    details: Any = message.get("reasoning_details")
+    details = details if isinstance(details, list) else []
+    if isinstance(own, str) and own:
+        thought += own
+    else:  # OpenRouter gives both, with the same text
+        thought += "".join(one.get("text") or one.get("summary") or "" for one in details)
     calls = "".join(
         (call.get("function", {}).get("name") or "") + (call.get("function", {}).get("arguments") or "")
-        for call in delta.get("tool_calls") or []
+        for call in message.get("tool_calls") or []
     )
-    return reasoning + content + (delta.get("refusal") or "") + calls
+    return text + (message.get("refusal") or "") + calls, thought
+
+
+def blocks_text(content: Any) -> tuple[str, str]:
+    """(text, reasoning) of a content, which is a text, a list of blocks, or nothing."""
+    if not isinstance(content, list):
+        return content or "", ""
+    text = thought = ""
+    for block in content:
+        if isinstance(block, str):
+            text += block
+            continue
+        inner = block.get("thinking") or block.get("reasoning") or ""
+        thought += inner if isinstance(inner, str) else "".join(blocks_text(inner))
+        text += block.get("text") or block.get("partial_json") or ""
+    return text, thought
+
+
+def without_thinking(text: str) -> tuple[str, str]:
+    """(text, reasoning) of an answer whose reasoning stands between <think> tags; the first may be in the prompt."""
+    start, end = text.find(_THINK), text.find(_THOUGHT)
+    opened = start >= 0 and not text[:start].strip()
+    if not opened and (end < 0 or 0 <= start < end):
+        return text, ""
+    stop = len(text) if end < 0 else end + len(_THOUGHT)
+    return text[stop:], text[:stop]
 
 
 def _anthropic(data: dict[str, Any]) -> tuple[str, str, dict[str, Any]]:
     kind = data["type"]
     if kind == "message_start":
-        return ROLE, "", _usage(data["message"].get("usage"), "input_tokens", "output_tokens")
+        return ROLE, "", usage_of(data["message"].get("usage")) | {"model": _name(data["message"].get("model"))}
     if kind == "content_block_delta":
-        delta = data["delta"]
-        text = delta.get("text") or delta.get("thinking") or delta.get("partial_json") or ""
-        return _kind(text, {}, None, False), text, {}
+        text, reasoning = blocks_text([data["delta"]])
+        return _kind(text, {}, None, False, reasoning), text, {"reasoning": reasoning}
     if kind == "message_delta":
-        usage, finish = (
-            _usage(data.get("usage"), "input_tokens", "output_tokens"),
-            _name(data["delta"].get("stop_reason")),
-        )
+        usage, finish = usage_of(data.get("usage")), _name(data["delta"].get("stop_reason"))
         return _kind("", usage, finish, False), "", {**usage, "finish": finish}
     if kind == "message":
-        text = "".join(block.get("text") or "" for block in data["content"])
-        usage, finish = _usage(data.get("usage"), "input_tokens", "output_tokens"), _name(data.get("stop_reason"))
-        return _kind(text, usage, finish, True), text, {**usage, "finish": finish}
+        text, reasoning = blocks_text(data["content"])
+        usage, finish = usage_of(data.get("usage")), _name(data.get("stop_reason"))
+        return _kind(text, usage, finish, True, reasoning), text, {**usage, "finish": finish, "reasoning": reasoning}
     known = {"ping": COMMENT, "content_block_start": ROLE, "content_block_stop": OTHER, "message_stop": DONE}
     return known.get(kind, OTHER), "", {}
 
@@ -130,20 +174,46 @@ _FORMS: dict[str, Callable[[dict[str, Any]], tuple[str, str, dict[str, Any]]]] =
 }
 
 
-def _kind(text: str, usage: Mapping[str, Any], finish: str | None, role: bool) -> str:
-    if text:
-        return TOKEN
+def _kind(text: str, usage: Mapping[str, Any], finish: str | None, role: bool, reasoning: str = "") -> str:
+    if text or reasoning:
+        return TOKEN if text else REASONING
     if usage.get("output_tokens") is not None:
         return USAGE
     return DONE if finish else ROLE if role else OTHER
 
 
-def _usage(usage: Any, asked: str, given: str) -> dict[str, Any]:
+def usage_of(usage: Any) -> dict[str, Any]:
+    """The counts of a usage object, by the names of an Event; None for what it does not say."""
     if not isinstance(usage, dict):
         return {}
-    counts = {"input_tokens": _count(usage.get(asked)), "output_tokens": _count(usage.get(given))}
+    read, written = _count(usage.get("cache_read_input_tokens")), _count(usage.get("cache_creation_input_tokens"))
+    given = _count(usage.get("prompt_tokens"))
+    if given is None and (given := _count(usage.get("input_tokens"))) is not None:
+        given += (read or 0) + (written or 0)  # Anthropic counts them apart
+    cached = [
+        _inner(usage, "prompt_tokens_details", "cached_tokens"),
+        _inner(usage, "input_tokens_details", "cached_tokens"),
+    ]
+    cached += [_count(usage.get("prompt_cache_hit_tokens")), read]
+    thought = [
+        _inner(usage, "completion_tokens_details", "reasoning_tokens"),
+        _inner(usage, "output_tokens_details", "reasoning_tokens"),
+        _count(usage.get("reasoning_tokens")),
+    ]
+    made = _count(usage.get("completion_tokens"))
     cost = next((usage[name] for name in ("cost", "estimated_cost") if _is_number(usage.get(name))), None)
-    return {**counts, "cost_usd": None if cost is None else float(cost)}
+    return {
+        "input_tokens": given,
+        "output_tokens": _count(usage.get("output_tokens")) if made is None else made,
+        "cached_tokens": next((n for n in cached if n is not None), None),
+        "reasoning_tokens": next((n for n in thought if n is not None), None),
+        "cost_usd": None if cost is None else float(cost),
+    }
+
+
+def _inner(usage: Mapping[str, Any], part: str, name: str) -> int | None:
+    details = usage.get(part)
+    return _count(details.get(name)) if isinstance(details, dict) else None
 
 
 def _count(value: Any) -> int | None:
@@ -155,7 +225,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _common(data: Mapping[str, Any]) -> dict[str, Any]:
-    return {"provider": _name(data.get("provider"))}
+    return {"provider": _name(data.get("provider")), "model": _name(data.get("model"))}
 
 
 def _name(value: Any) -> str | None:

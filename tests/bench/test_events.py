@@ -91,8 +91,8 @@ def test_provider_reasoning_tool_calls_and_usage_ride_on_chunks():
             (0.4, sse(chunk({"content": ""}, "tool_calls", usage=usage))),
         ]
     )
-    assert [event.kind for event in record.events] == ["token", "token", "token", "usage"]
-    assert record.text == 'hmsolook{"a":1}'
+    assert [event.kind for event in record.events] == ["reasoning", "reasoning", "token", "usage"]
+    assert (record.text, record.reasoning) == ('look{"a":1}', "hmso")
     assert record.events[0].provider == "DeepInfra"
     assert (record.events[2].output_tokens, record.events[3].cost_usd) == (1, 0.25)
 
@@ -111,7 +111,9 @@ def test_provider_reasoning_tool_calls_and_usage_ride_on_chunks():
         ([b": ping\n\n"], "empty"),
         ([], "empty"),
         ([sse(chunk({"content": "a"})), sse("{not json"), sse("[DONE]")], "malformed"),
-        ([sse(chunk({"content": ["a"]})), sse("[DONE]")], "malformed"),
+        ([sse(chunk({"content": [{"type": "text", "text": "a"}]})), sse("[DONE]")], "ok"),
+        ([sse(chunk({"content": [1]})), sse("[DONE]")], "malformed"),
+        ([sse(chunk({"content": 1})), sse("[DONE]")], "malformed"),
         ([sse({"choices": "abc"}), sse("[DONE]")], "malformed"),
         ([sse({"hello": 1}), sse("[DONE]")], "malformed"),
         ([sse("[1]"), sse("[DONE]")], "malformed"),
