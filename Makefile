@@ -35,11 +35,12 @@ kernels: $(VENV)/.installed-test
 slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow
 
-# By hand: see CONTRIBUTING.md. N ways of driving a model, or N mutants, drawn by SEED.
+# By hand: see CONTRIBUTING.md. N ways of driving a model and N streams, or N mutants, drawn by SEED.
 SEED ?= 0
 fuzz: N ?= 20000
 fuzz: $(VENV)/.installed-test
 	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python fuzz_drivers.py --n $(N) --seed $(SEED)
+	cd tests && ../$(BIN)/python fuzz_streams.py --n $(N) --seed $(SEED)
 
 mutants: N ?= 300
 mutants: $(VENV)/.installed-mutants

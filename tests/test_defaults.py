@@ -45,7 +45,7 @@ FUNCTIONS: dict[Any, dict[str, Any]] = {
     ml.evaluate: {"protocol": None, "limit": None},
     ml.bench.probe: {"max_tokens": 24},
     ml.experiments.measure_impact: {"force_weights": False},
-    ml.Endpoint.complete: {"retries": 4},
+    ml.Endpoint.complete: {"retries": None},
     ml.stats.similarity_and_coactivation: {"permutations": 2000, "seed": 0},
     ml.stats.transitions: {"gap": 1},
     ml.stats.repetition: {"by": None},

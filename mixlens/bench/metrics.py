@@ -13,7 +13,7 @@ import xarray as xr
 from mixlens.bench.events import OUTCOMES, Record
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.endpoints.endpoint import canonical
-from mixlens.endpoints.protocols import REASONING, ROLE, TOKEN, Event
+from mixlens.endpoints.protocols import FILTERED, LENGTH, REASONING, ROLE, TOKEN, Event
 from mixlens.errors import BadInput
 
 # Sources of the number of output tokens, best first.
@@ -35,9 +35,6 @@ METRICS = {
     "headers_s": "sent to the answer's headers",
     "output_tokens_per_s": "one over TPOT, of one request",
 }
-# Reasons for the end of an answer, as servers name them.
-LENGTH = frozenset({"length", "max_tokens", "max_output_tokens", "MAX_TOKENS"})
-FILTERED = frozenset({"content_filter", "refusal", "safety", "SAFETY", "prohibited_content"})
 STATISTICS = ("mean", "p50", "p90", "p95", "p99")
 # With fewer samples the 99th percentile is little more than the maximum.
 P99_SAMPLES = 100

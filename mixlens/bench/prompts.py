@@ -179,7 +179,7 @@ def read_prompts(
 
 def _lines(path: Path) -> list[str]:
     try:
-        return [line for line in path.read_text("utf-8").splitlines() if line.strip()]
+        return [line.removesuffix("\r") for line in path.read_text("utf-8").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(
             f"Cannot read prompts from {path}: {error}. Pass a UTF-8 text file with one prompt per line, or JSON "

@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 
 from mixlens.bench.events import OUTCOMES, Record, StreamReader, outcome_of
-from mixlens.endpoints.endpoint import Endpoint, redacted
+from mixlens.endpoints.endpoint import Endpoint, no_proxy, redacted
 from mixlens.endpoints.protocols import error_message
 
 # Limit of the body of a refusal or of an answer that is not streamed.
@@ -53,11 +53,14 @@ class Sender:
     def __init__(self, endpoint: Endpoint, timeouts: Timeouts, clock: Callable[[], float]) -> None:
         self._endpoint, self._timeouts, self._clock = endpoint, timeouts, clock
         self._key = endpoint.key()
-        self._client = httpx.AsyncClient(
-            timeout=httpx.Timeout(timeouts.stall_s, connect=timeouts.connect_s, pool=None),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
-            trust_env=not endpoint.is_local,  # a proxy would add its own latency
-        )
+        try:
+            self._client = httpx.AsyncClient(
+                timeout=httpx.Timeout(timeouts.stall_s, connect=timeouts.connect_s, pool=None),
+                limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
+                trust_env=not endpoint.is_local,  # a proxy would add its own latency
+            )
+        except (ImportError, ValueError) as error:
+            raise no_proxy(endpoint, error) from error
 
     async def __aenter__(self) -> Sender:
         return self

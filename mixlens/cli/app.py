@@ -9,7 +9,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
 
@@ -56,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(_usage(error, argv), "BadInput", EXIT_USAGE, as_json=as_json)
     try:
         with contextlib.redirect_stdout(_Visible(sys.stdout)):
-            result = command(*bound.args, **bound.kwargs)
+            with _nothing_but_json() if as_json else contextlib.nullcontext():
+                result = command(*bound.args, **bound.kwargs)
             if isinstance(result, Result):
                 print(
                     json.dumps(result.data, indent=1, default=str) if as_json else result.text or _listed(result.data)
@@ -104,6 +105,20 @@ def _fail(message: str, kind: str, status: int, *, as_json: bool) -> int:
     return status
 
 
+@contextlib.contextmanager
+def _nothing_but_json() -> Iterator[None]:
+    """What libraries print meanwhile, from Python or below it, goes to standard error."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # there may be no file below
+            if sys.__stdout__ is not None and sys.__stdout__.fileno() == 1:
+                kept = os.dup(1)
+                stack.callback(os.close, kept)
+                stack.callback(os.dup2, kept, 1)
+                os.dup2(2, 1)
+        yield
+
+
 class _Visible(io.TextIOBase):
     """A terminal that printed text cannot steer: control and direction characters appear as escapes."""
 
@@ -112,7 +127,8 @@ class _Visible(io.TextIOBase):
 
     def write(self, text: str) -> int:
         shown = _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
-        self._terminal.write(shown)
+        encoding = getattr(self._terminal, "encoding", None) or "utf-8"
+        self._terminal.write(shown.encode(encoding, "backslashreplace").decode(encoding))
         return len(text)
 
     def flush(self) -> None:

@@ -11,11 +11,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 
+from mixlens.endpoints.protocols import blocks_text, message_text, usage_of, without_thinking
 from mixlens.errors import BadInput, EndpointError
 
 Messages = Sequence[Mapping[str, Any]]
@@ -51,6 +53,9 @@ _SECRET = re.compile(
 _KEY_LIKE = re.compile(r"\s*(?:(?i:bearer|basic)\s+\S{8,}|(?:sk-|hf_)[\w-]{16,})\s*")
 
 _FOR_NOW = {408, 409, 429}
+_TOO_MANY = 429
+_RESETS = ("x-ratelimit-reset-requests", "x-ratelimit-reset-tokens", "x-ratelimit-reset", "ratelimit-reset")
+_SINCE_1970, _MILLISECONDS = 1e9, 1e11
 _LONGEST_WAIT_S = 60.0
 _TIMEOUT = httpx.Timeout(600.0, connect=10.0)
 
@@ -79,6 +84,10 @@ class Completion:
         Alternatives to each token, with their log-probabilities.
     offsets : tuple[int, ...] or None
         Character of `text` at which each token begins ("openai-completions").
+    reasoning : str
+        Reasoning that the server shows, in whatever form; never part of `text`.
+    cached_tokens, reasoning_tokens : int or None
+        Input tokens from a prefix cache, and output tokens that are reasoning, as reported by the server.
     attempts : int
         Number of requests sent, retries included.
     raw : dict[str, Any]
@@ -98,6 +107,9 @@ class Completion:
     offsets: tuple[int, ...] | None
     attempts: int
     raw: dict[str, Any]
+    reasoning: str = ""
+    cached_tokens: int | None = None
+    reasoning_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -125,6 +137,12 @@ class Endpoint:
         Additional headers, such as {"X-Title": "mixlens"}.
     context : int, optional
         Context length in tokens, if known.
+    max_tries : int, optional
+        How often a call that is not timed is sent in all, after temporary failures (408, 409, 5xx), lost connections
+        and timeouts.
+    patience_s : float, optional
+        Seconds that such a call waits in all for a rate limit (429) to pass: as long as the server asks for, else 1,
+        2, 4 ... and at most 60 seconds at a time.
 
     Raises
     ------
@@ -147,6 +165,8 @@ class Endpoint:
     extra: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
     headers: Mapping[str, str] = field(default_factory=dict, kw_only=True)
     context: int | None = field(default=None, kw_only=True)
+    max_tries: int = field(default=5, kw_only=True)
+    patience_s: float = field(default=900.0, kw_only=True)
 
     def __post_init__(self) -> None:
         try:
@@ -179,6 +199,13 @@ class Endpoint:
                 f"Unknown protocol {self.protocol!r}. Pass one of {', '.join(PATHS)}.",
                 argument="protocol",
                 value=self.protocol,
+            )
+        if not (isinstance(self.max_tries, int) and self.max_tries >= 1 and self.patience_s >= 0):
+            raise BadInput(
+                f"Cannot use the endpoint at {host} with max_tries={self.max_tries} and patience_s={self.patience_s}. "
+                "Pass a whole number from 1 and a number of seconds from 0.",
+                argument="max_tries" if not (isinstance(self.max_tries, int) and self.max_tries >= 1) else "patience_s",
+                value=(self.max_tries, self.patience_s),
             )
         if secret := [*_secrets(self.headers), *_secrets(self.extra)]:
             raise BadInput(
@@ -359,7 +386,7 @@ class Endpoint:
         max_tokens: int = 256,
         logprobs: int | None = None,
         echo: bool = False,
-        retries: int = 4,
+        retries: int | None = None,
         client: httpx.Client | None = None,
         **fields: Any,
     ) -> Completion:
@@ -380,12 +407,13 @@ class Endpoint:
         echo : bool, optional
             Start the answer with the prompt, with log-probabilities of its tokens too ("openai-completions").
         retries : int, optional
-            How often to retry after a temporary refusal (408, 409, 429, 5xx), a lost connection or a timeout. The wait
-            is the one that the server requests, else 0.5, 1, 2 ... seconds, and at most 60 seconds.
+            How often to retry after a temporary failure, a lost connection or a timeout; None for the endpoint's
+            `max_tries` less one. Waiting for a rate limit to pass is bounded by the endpoint's `patience_s` instead.
         client : httpx.Client, optional
             Client to use, so that many calls share connections. By default every call creates its own.
         **fields : Any
-            Additional fields of the body, such as temperature=0 or stop=["\n"]. They override the endpoint's `extra`.
+            Additional fields of the body, such as temperature=0 or stop=["\n"]. They override the endpoint's `extra`,
+            except where that removes a field.
 
         Returns
         -------
@@ -613,7 +641,7 @@ def complete(
     prompt: str | Messages,
     asked: Mapping[str, Any],
     *,
-    retries: int = 4,
+    retries: int | None = None,
     client: httpx.Client | None = None,
 ) -> Completion:
     """Implement Endpoint.complete; `asked` holds max_tokens, logprobs, echo and additional fields of the body."""
@@ -621,7 +649,8 @@ def complete(
     max_tokens, logprobs, echo = fields.pop("max_tokens"), fields.pop("logprobs"), fields.pop("echo")
     key = endpoint.key()
     headers, body = endpoint.request(prompt, max_tokens=max_tokens, key=key, stream=False)
-    body = {name: value for name, value in (body | fields).items() if value is not None}
+    removed = {name for name, value in endpoint.extra.items() if value is None}
+    body = {name: value for name, value in (body | fields).items() if value is not None and name not in removed}
     body |= _scoring(endpoint, logprobs, echo)
     data, attempts = _answer(endpoint, ("POST", endpoint.address), headers, body, retries=retries, client=client)
     try:
@@ -706,23 +735,44 @@ def _scoring(endpoint: Endpoint, logprobs: int | None, echo: bool) -> dict[str, 
     return {} if logprobs is None else {"logprobs": True, **alternatives}
 
 
+def client_of(endpoint: Endpoint, **options: Any) -> httpx.Client:
+    """A client for calls that are not timed. Raises BadInput for a proxy of the environment that cannot be used."""
+    try:
+        return httpx.Client(timeout=_TIMEOUT, trust_env=not endpoint.is_local, **options)
+    except (ImportError, ValueError) as error:
+        raise no_proxy(endpoint, error) from error
+
+
+def no_proxy(endpoint: Endpoint, error: Exception) -> BadInput:
+    """What to raise where httpx cannot use the proxy that the environment names."""
+    names = [name for name in os.environ if name.lower() in ("all_proxy", "http_proxy", "https_proxy")]
+    return BadInput(
+        f"Cannot reach {endpoint.host} through the proxy of {', '.join(sorted(names)) or 'the environment'}: {error}. "
+        "Use an http:// or socks5:// proxy (the latter with pip install 'httpx[socks]'), or unset the variable.",
+        argument="proxy",
+        value=sorted(names),
+    )
+
+
 def _answer(
     endpoint: Endpoint,
     where: tuple[str, str],
     headers: Mapping[str, str],
     body: Mapping[str, Any] | None,
     *,
-    retries: int = 4,
+    retries: int | None = None,
     client: httpx.Client | None = None,
 ) -> tuple[Any, int]:
     """Send a request, with retries, and return the JSON of the answer and the number of attempts."""
     method, address = where
     key = endpoint.key()
-    owned = nullcontext(client) if client else httpx.Client(timeout=_TIMEOUT, trust_env=not endpoint.is_local)
-    found, status, attempt = "nothing", None, 0
-    with owned as http:
-        for attempt in range(1, max(retries, 0) + 2):
-            wait = min(0.5 * 2 ** (attempt - 1), _LONGEST_WAIT_S)
+    tries = endpoint.max_tries if retries is None else max(retries, 0) + 1
+    found, status, attempt, failures, limits, waited = "nothing", None, 0, 0, 0, 0.0
+    with nullcontext(client) if client else client_of(endpoint) as http:
+        while True:
+            attempt += 1
+            wait = min(0.5 * 2**failures, _LONGEST_WAIT_S)
+            limited = False
             try:
                 response = http.request(method, address, headers=dict(headers), json=body)
             except httpx.RequestError as error:
@@ -732,14 +782,23 @@ def _answer(
                 status = response.status_code
                 if good is not None:
                     return good, attempt
-                if response.status_code not in _FOR_NOW and response.status_code < 500:
+                if status not in _FOR_NOW and status < 500:
                     break
-                wait = _asked_wait(response.headers.get("retry-after"), wait)
-            if attempt <= retries:
-                time.sleep(wait)
-    tries = "1 try" if attempt == 1 else f"{attempt} tries"
+                limited = status == _TOO_MANY
+                wait = _asked_wait(response, min(2.0**limits, _LONGEST_WAIT_S) if limited else wait)
+            if limited:
+                limits, waited = limits + 1, waited + wait
+                if waited > endpoint.patience_s:
+                    found += f"; waited {waited - wait:.0f} s, and patience_s is {endpoint.patience_s:g}"
+                    break
+            else:
+                failures += 1
+                if failures >= tries:
+                    break
+            time.sleep(wait)
     raise EndpointError(
-        f"{method} {address} failed after {tries}: {found}. Check the URL, the model and the key, or try again later.",
+        f"{method} {address} failed after {'1 try' if attempt == 1 else f'{attempt} tries'}: {found}. Check the URL, "
+        "the model and the key, or try again later.",
         argument="endpoint",
         value=status,
     )
@@ -753,6 +812,9 @@ def _read(response: httpx.Response, key: str | None) -> tuple[Any, str]:
         data = None
     if response.status_code < 300 and data is not None and not _failed(data):
         return data, ""
+    if 300 <= response.status_code < 400:
+        place = redacted(response.headers.get("location", "nowhere"), key)
+        return None, f"status {response.status_code}, a redirection to {place}; pass that address as the URL"
     said = json.dumps(data) if data is not None else " ".join(redacted(response.text, key).split())
     return None, f"status {response.status_code}, {said[:300] or 'an empty body'}"
 
@@ -766,40 +828,66 @@ def _failed(data: Any) -> bool:
     return bool(data.get("error")) or data.get("status") == "error" or any(broken)
 
 
-def _asked_wait(value: str | None, otherwise: float) -> float:
-    """Return the seconds of a Retry-After header, capped; `otherwise` if there is no valid one."""
+def _asked_wait(response: httpx.Response, otherwise: float) -> float:
+    """Return the seconds that a server asks to wait, in any form that servers use, capped; else `otherwise`."""
+    given = {name.lower(): value for name, value in response.headers.items()}
     try:
-        seconds = float(value) if value is not None else otherwise
+        inner = response.json()["error"]["metadata"]["headers"]  # OpenRouter hands on what a provider said
+        given = {str(name).lower(): str(value) for name, value in inner.items()} | given
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    for name, scale in (("retry-after-ms", 1e-3), ("retry-after", 1.0), *((name, 1.0) for name in _RESETS)):
+        seconds = _seconds(given.get(name))
+        if seconds is not None:
+            return min(max(seconds * scale, 0.0), _LONGEST_WAIT_S)
+    return otherwise
+
+
+def _seconds(value: str | None) -> float | None:
+    """Seconds from now of "20", "6m0.5s", a date, or a time since 1970 in seconds or milliseconds."""
+    if not value:
+        return None
+    try:
+        number = float(value)
     except ValueError:
-        return otherwise
-    return min(max(seconds, 0.0), _LONGEST_WAIT_S) if math.isfinite(seconds) else otherwise
+        if parts := re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m(?!s))?(?:([\d.]+)s)?(?:([\d.]+)ms)?", value.strip()):
+            return sum(float(p or 0) * s for p, s in zip(parts.groups(), (3600, 60, 1, 1e-3), strict=True))
+        try:
+            return parsedate_to_datetime(value).timestamp() - time.time()
+        except ValueError:
+            return None
+    if not math.isfinite(number):
+        return None
+    since = number / 1000 if number > _MILLISECONDS else number
+    return since - time.time() if since > _SINCE_1970 else number
 
 
 def _completion(data: dict[str, Any], protocol: str, attempts: int) -> Completion:
     """Build a Completion from the JSON of an answer."""
-    usage = data.get("usage") or {}
+    usage = usage_of(data.get("usage"))
     common = {
-        "cost_usd": usage.get("cost", usage.get("estimated_cost")),
+        **{name: usage.get(name) for name in ("input_tokens", "output_tokens", "cached_tokens", "reasoning_tokens")},
+        "cost_usd": usage.get("cost_usd"),
         "model": data.get("model"),
         "provider": data.get("provider"),
         "attempts": attempts,
         "raw": data,
     }
     if protocol == "anthropic":
-        return Completion(
-            text="".join(block.get("text") or "" for block in data["content"]),
-            finish=data.get("stop_reason"),
-            input_tokens=usage.get("input_tokens"),
-            output_tokens=usage.get("output_tokens"),
-            **dict.fromkeys(("tokens", "logprobs", "top_logprobs", "offsets")),
-            **common,
-        )
+        text, reasoning = blocks_text(data["content"])
+        scores = dict.fromkeys(("tokens", "logprobs", "top_logprobs", "offsets"))
+        return Completion(text=text, finish=data.get("stop_reason"), reasoning=reasoning, **scores, **common)
     choice = data["choices"][0]
+    if "text" in choice:
+        text, reasoning = choice["text"] or "", ""
+    else:
+        text, thought = message_text(choice["message"])
+        text, tagged = without_thinking(text)
+        reasoning = thought + tagged
     return Completion(
-        text=(choice["text"] if "text" in choice else choice["message"].get("content")) or "",
+        text=text,
         finish=choice.get("finish_reason"),
-        input_tokens=usage.get("prompt_tokens"),
-        output_tokens=usage.get("completion_tokens"),
+        reasoning=reasoning,
         **_scores(choice.get("logprobs")),
         **common,
     )

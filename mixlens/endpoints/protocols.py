@@ -9,6 +9,9 @@ from typing import Any
 
 from mixlens.endpoints.sse import Message
 
+# Reasons for the end of an answer, as servers name them.
+LENGTH = frozenset({"length", "max_tokens", "max_output_tokens", "MAX_TOKENS"})
+FILTERED = frozenset({"content_filter", "refusal", "safety", "SAFETY", "prohibited_content"})
 _THINK, _THOUGHT = "<think>", "</think>"
 
 COMMENT, ROLE, TOKEN, REASONING, USAGE, DONE, OTHER = "comment", "role", "token", "reasoning", "usage", "done", "other"

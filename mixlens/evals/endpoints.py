@@ -7,17 +7,15 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import httpx
-
-from mixlens.endpoints.endpoint import Completion, Endpoint
+from mixlens.endpoints.endpoint import Completion, Endpoint, client_of
 from mixlens.errors import BadInput, EndpointError
 from mixlens.evals.generating import check_sampling
 from mixlens.evals.model import Batch, cut, tokenizer_of
+from mixlens.evals.response_cache import Reply
 
 # OpenAI-compatible servers take this many stop strings; the others are applied to what comes back.
 _MOST_STOPS = 4
 _PROBE = "The capital of France is Paris."
-_TIMEOUT = httpx.Timeout(600.0, connect=10.0)
 
 
 class EndpointBackend:
@@ -28,7 +26,7 @@ class EndpointBackend:
 
     def __init__(self, endpoint: Endpoint, settings: Any) -> None:
         self.endpoint, self.settings = endpoint, settings
-        self._client = httpx.Client(timeout=_TIMEOUT, trust_env=not endpoint.is_local)
+        self._client = client_of(endpoint)
 
     def describe(self) -> dict[str, Any]:
         return {"name": self.endpoint.model, "backend": "endpoint", "endpoint": self.endpoint.plan()}
@@ -115,7 +113,18 @@ class EndpointBackend:
         if until and not self.endpoint.protocol.startswith("anthropic"):
             fields["stop"] = until[:_MOST_STOPS]
         fields = {name: value for name, value in fields.items() if value is not None}
-        return cut(self._complete(self._message(prompt), max_tokens=asked["max_gen_toks"], **fields).text, until)
+        found = self._complete(self._message(prompt), max_tokens=asked["max_gen_toks"], **fields)
+        return Reply(
+            cut(found.text, until),
+            finish=found.finish,
+            model=found.model,
+            reasoning=found.reasoning,
+            input_tokens=found.input_tokens,
+            output_tokens=found.output_tokens,
+            cached_tokens=found.cached_tokens,
+            reasoning_tokens=found.reasoning_tokens,
+            attempts=found.attempts,
+        )
 
     def _message(self, prompt: str) -> Any:
         """A text, or the messages that `chat_template` wrote."""

@@ -14,6 +14,7 @@ import pandas as pd
 
 from mixlens.core.run_dir import open_run
 from mixlens.errors import RunError
+from mixlens.evals.replies import reply_remarks
 from mixlens.evals.scoring import near_ties, score_table
 from mixlens.trace.trace import Trace
 
@@ -34,6 +35,9 @@ class Log:
         log-probability responses  every generated answer before any filter; None for a log-likelihood task
         choices    texts whose log-probability was asked for; None for a generative task logprobs   of the
         choices, in natural units (sum over tokens) gold       index of the right choice; None where there is none
+        finish     reason given for the end of the first answer, None where none is known
+        non_answer why the first answer has no text ("length", "filtered", "reasoning only", "empty"), else None
+        replies    of every answer, what came beside its text: model, reasoning, token counts, attempts
         metrics    {metric: value}; a value is None where the sample could not be scored correct    the value of
         the task's primary metric.
     meta : dict[str, Any]
@@ -115,6 +119,7 @@ class Log:
             f"{_at(model['name'], model.get('revision'))}, {self.meta['created']}; "
             f"lm-eval {versions.get('lm_eval', 'n/a')}.",
             f"{len(self.records)} samples. Intervals: 95 %.{cut}{lost}{near}",
+            *reply_remarks(self.records, self.meta),
             *self._sources(),
         ]
 

@@ -17,6 +17,7 @@ from transformers import DynamicCache
 
 from mixlens.errors import BadInput, ModelError
 from mixlens.evals.generating import Sampling, check_sampling, generate
+from mixlens.evals.response_cache import Reply
 from mixlens.models.hub import tokenizer_beside
 
 # lm-eval's decorator hides the class from type checkers.
@@ -265,7 +266,14 @@ class LocalLM(_Base):
         ids, mask = self._left_padded([row.ids for row in batch.rows])
         self._note(batch, requests, repeats=repeats)
         answers = generate(self, ids, mask, max_new_tokens=asked["max_gen_toks"], until=until, sampling=sampling)
-        return [self.finish(answer, until) for answer in answers]
+        return [
+            Reply(self.finish(ids, until), finish="stop" if self.ended(ids, until, asked["max_gen_toks"]) else "length")
+            for ids in answers
+        ]
+
+    def ended(self, ids: Sequence[int], until: Sequence[str], most: int) -> bool:
+        """Whether an answer came to its end by itself, and not to the limit of its length."""
+        return len(ids) < most or bool(self.stop_ids & set(ids)) or any(s in self.decode(ids) for s in until if s)
 
     def _left_padded(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and mask [rows, columns]; every row ends in the last column."""

@@ -13,6 +13,8 @@ from mixlens.evals.model import Batch, cut, repeats_of
 
 # Documents of every task whose gold answers are graded before the model is asked.
 _GOLD_DOCUMENTS = 4
+# A data set may hold a question twice; a task whose shots are its documents has more than this share.
+_LEAKS = 0.01
 _WHERE = "The preflight of {task} was to pass before the model is asked."
 
 
@@ -30,7 +32,39 @@ def check(backend: Any, job: Job, loaded: Loaded, work: Mapping[str, tuple[Seque
             _check_rows(backend.lm, kind, requests, batches)
         elif hasattr(backend, "lm"):
             _check_requests(backend.lm, kind, requests)
+    _check_shots(loaded, work)
     _check_gold(backend, job, loaded, work)
+
+
+def _check_shots(loaded: Loaded, work: Mapping[str, tuple[Sequence[Any], Sequence[Batch]]]) -> None:
+    """Raises BadInput where prompts hold their own question with its gold answer, as one of their shots."""
+    held: dict[str, int] = {}
+    total: dict[str, int] = {}
+    for requests, _ in work.values():
+        for request in requests:
+            task = loaded.tasks[request.task_name]
+            if request.idx or not task.get_config("num_fewshot"):
+                continue
+            total[request.task_name] = total.get(request.task_name, 0) + 1
+            held[request.task_name] = held.get(request.task_name, 0) + _holds_its_gold(task, request)
+    for name, n in held.items():
+        if n > _LEAKS * total[name]:
+            raise BadInput(
+                f"{_WHERE.format(task=name)} {n} of {total[name]} prompts hold their own question and its gold answer "
+                "among the shots, which come from the documents that are evaluated. Set fewshot_split in the task file "
+                "to another split, or num_fewshot to 0.",
+                argument="fewshot_split",
+                value=(name, n),
+            )
+
+
+def _holds_its_gold(task: Any, request: Any) -> bool:
+    question, gold = task.doc_to_text(request.doc), task.doc_to_target(request.doc)
+    if task.OUTPUT_TYPE == "multiple_choice" and isinstance(gold, int):
+        gold = task.doc_to_choice(request.doc)[gold]
+    if not isinstance(question, str) or not isinstance(gold, str) or not question.strip():
+        return False
+    return f"{question}{task.get_config('target_delimiter')}{gold}" in str(request.args[0])
 
 
 def _check_backend(backend: Any, loaded: Loaded, kind: str, requests: Sequence[Any]) -> None:

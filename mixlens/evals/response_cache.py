@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 # Task, number of the document, number of its request (a choice), which of its repeated answers.
 Key = tuple[str, int, int, int]
 PARTIAL = "answers.partial.jsonl"
+
+
+class Reply(str):
+    """A generated answer, with what came beside its text.
+
+    about  finish, model, reasoning and token counts, as far as they are known
+    """
+
+    about: Mapping[str, Any]
+
+    def __new__(cls, text: str, **about: Any) -> Reply:
+        reply = super().__new__(cls, text)
+        reply.about = {name: value for name, value in about.items() if value not in (None, "")}
+        return reply
 
 
 class Answers:
@@ -21,6 +35,7 @@ class Answers:
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
         self.by_key: dict[Key, Any] = {}
+        self.about: dict[Key, Mapping[str, Any]] = {}
         self.done: set[str] = set()
         if path is not None and path.exists():
             self._read(path)
@@ -40,7 +55,10 @@ class Answers:
 
     def add(self, batch: str, keys: Sequence[Key], answers: Sequence[Any]) -> None:
         """Keep the answers of one batch, on disk first."""
-        listed = [[*key, _writable(answer)] for key, answer in zip(keys, answers, strict=True)]
+        listed = [
+            [*key, _writable(answer), *([_plain(answer.about)] if isinstance(answer, Reply) else [])]
+            for key, answer in zip(keys, answers, strict=True)
+        ]
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"batch": batch, "answers": listed}, ensure_ascii=False) + "\n")
@@ -49,10 +67,16 @@ class Answers:
 
     def _keep(self, batch: str, answers: Sequence[Sequence[Any]]) -> None:
         self.done.add(batch)
-        for task, doc, choice, repeat, answer in answers:
-            self.by_key[(task, doc, choice, repeat)] = tuple(answer) if isinstance(answer, list) else answer
+        for task, doc, choice, repeat, answer, *about in answers:
+            key = (task, doc, choice, repeat)
+            self.by_key[key] = tuple(answer) if isinstance(answer, list) else answer
+            self.about |= {key: about[0]} if about else {}
 
 
 def _writable(answer: Any) -> Any:
     """A text without lone surrogates, which a server's JSON may hold and no file in UTF-8 can."""
     return answer.encode("utf-8", "replace").decode("utf-8") if isinstance(answer, str) else answer
+
+
+def _plain(about: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _writable(value) for name, value in about.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -24,6 +25,7 @@ from mixlens.evals.log import LM_EVAL_RESULTS, RESULTS, Log
 from mixlens.evals.model import Batch, repeats_of
 from mixlens.evals.preflight import check
 from mixlens.evals.progress import Progress, reporting
+from mixlens.evals.replies import with_replies
 from mixlens.evals.response_cache import PARTIAL, Answers
 from mixlens.evals.routing import ROUTING_PARTIAL, SampleRecorder
 from mixlens.evals.verify import verified_sums
@@ -172,7 +174,7 @@ def run(model_of: Callable[[], Any], job: Job, out: str | os.PathLike[str] | Non
         recorder = SampleRecorder(backend, None if writer is None else writer.path) if settings.routing else None
         _ask(backend, work, answers, recorder, settings.progress)
         graded = grade(job, loaded, answers.by_key, backend.chat_template)
-    records = _with_correct(graded["samples"], loaded)
+    records = with_replies(_with_correct(graded["samples"], loaded), answers.about)
     meta = {
         "created": now(),
         "model": backend.describe(),
@@ -303,8 +305,24 @@ def _ask(
                     continue
                 ask = partial(backend.answer, kind, requests, batch, repeats)
                 given = ask() if recorder is None else recorder.answer(name, ask)
+                _check_finite(kind, [requests[n] for n in batch.requests], given)
                 answers.add(name, [key_of(requests[n], repeats[n]) for n in batch.requests], given)
                 report(len(answers.by_key), total)
+
+
+def _check_finite(kind: str, requests: Sequence[Any], given: Sequence[Any]) -> None:
+    """Raises BadInput for log-probabilities that are no numbers, whoever gave them: they would be compared as if."""
+    if kind == "generate_until":
+        return
+    for request, answer in zip(requests, given, strict=True):
+        value = answer[0] if isinstance(answer, tuple | list) else answer
+        if not math.isfinite(float(value)):
+            raise BadInput(
+                f"Cannot score {request.task_name}: the log-probability of {str(request.args[-1])[:40]!r} for document "
+                f"{request.doc_id} is {value}. The weights or the server are broken; answers so far are kept in out=.",
+                argument="logprobs",
+                value=(request.task_name, request.doc_id),
+            )
 
 
 def _with_correct(records: list[dict[str, Any]], loaded: Loaded) -> list[dict[str, Any]]:

@@ -35,6 +35,8 @@ PAPER: Any = {
     "legend.fontsize": 7,
     "legend.frameon": False,
     "legend.handlelength": 1.2,
+    "figure.facecolor": "white",  # also where the notebook's own style is dark: ink is dark
+    "savefig.facecolor": "white",
     "axes.facecolor": "none",
     "axes.spines.top": False,
     "axes.spines.right": False,

@@ -1,0 +1,101 @@
+"""What came beside the text of generated answers: why they ended, who answered, and which are no answers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from mixlens.endpoints.endpoint import canonical
+from mixlens.endpoints.protocols import FILTERED, LENGTH
+from mixlens.evals.response_cache import Key
+from mixlens.evals.scoring import primary_rows, score_table
+
+# Fewer answers than this say nothing of how all begin.
+_SEVERAL = 5
+
+
+def with_replies(records: list[dict[str, Any]], about: Mapping[Key, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The records with `finish`, `non_answer` and `replies`; None where nothing is known."""
+    of_sample: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
+    for (task, document, _, _), facts in sorted(about.items()):
+        of_sample.setdefault((task, document), []).append(facts)
+    for record in records:
+        replies = of_sample.get((record["task"], record["sample_id"]))
+        record["finish"] = replies[0].get("finish") if replies else None
+        record["non_answer"] = _non_answer(record, replies[0] if replies else {})
+        record["replies"] = None if replies is None else [dict(facts) for facts in replies]
+    return records
+
+
+def _non_answer(record: Mapping[str, Any], reply: Mapping[str, Any]) -> str | None:
+    given = record.get("responses")
+    if not given or str(given[0]).strip():
+        return None
+    if reply.get("finish") in FILTERED:
+        return "filtered"
+    if reply.get("reasoning") or reply.get("reasoning_tokens"):
+        return "reasoning only"
+    return "length" if reply.get("finish") in LENGTH else "empty"
+
+
+def reply_remarks(records: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> list[str]:
+    """Sentences on every share of answers that a score alone would hide."""
+    generated = [record for record in records if record.get("responses")]
+    n = len(generated)
+    found = [*_without_non_answers(records, meta)]
+    cut = sum(record.get("finish") in LENGTH and not record.get("non_answer") for record in generated)
+    filtered = sum(record.get("finish") in FILTERED and not record.get("non_answer") for record in generated)
+    found += [f"Cut at the length limit, and graded as they are: {cut} of {n} answers."] if cut else []
+    found += [f"Cut by a filter, and graded as they are: {filtered} of {n} answers."] if filtered else []
+    replies = [facts for record in generated for facts in record.get("replies") or []]
+    asked = str(meta["model"].get("name", "")) if meta["model"].get("backend") == "endpoint" else ""
+    models = Counter(facts["model"] for facts in replies if facts.get("model"))
+    others = ", ".join(f"{name} ({k})" for name, k in models.items() if asked and canonical(name) != canonical(asked))
+    found += [f"Answered by another model than {asked}: {others}."] if others else []
+    again = sum(facts.get("attempts", 1) > 1 for facts in replies)
+    found += [f"Answered after a retry: {again} of {len(replies)} answers."] if again else []
+    return found + _lost_blanks(generated, meta)
+
+
+def _without_non_answers(records: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> list[str]:
+    """Scores with and without the answers that are none, where there are such."""
+    empty = Counter(record["non_answer"] for record in records if record.get("non_answer"))
+    if not empty:
+        return []
+    kept = [r for r in records if not r.get("non_answer")]
+    frame = pd.DataFrame([{k: v for k, v in r.items() if k != "metrics"} | r["metrics"] for r in kept])
+    rows = primary_rows(score_table(frame, meta["tasks"]), meta["tasks"]) if kept else []
+    scores = "; ".join(
+        f"{row['benchmark']} {row['score']:.4f} [{row['ci_low']:.4f}, {row['ci_high']:.4f}], n = {row['n']}"
+        for row in rows
+        if row["n"]
+    )
+    named = ", ".join(f"{reason} ({k})" for reason, k in empty.most_common())
+    total = sum(empty.values())
+    return [
+        f"No answer at all, and graded as wrong: {total} of {len(records)} samples: {named}. Without them: "
+        f"{scores or 'no sample is left'}."
+    ]
+
+
+def _lost_blanks(generated: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> list[str]:
+    """Of tasks whose gold answers all begin with blanks: whether no answer of a server begins with as many."""
+    if meta["model"].get("backend") != "endpoint":
+        return []
+    found = []
+    for task in dict.fromkeys(record["task"] for record in generated):
+        own = [r for r in generated if r["task"] == task and not r.get("non_answer")]
+        blanks = [(_blanks(r["target"]), _blanks(str(r["responses"][0]))) for r in own]
+        if len(own) >= _SEVERAL and all(gold > given for gold, given in blanks):
+            found.append(
+                f"None of the {len(own)} answers to {task} begins with the blanks that its gold answers begin with: "
+                "the server seems to drop the first blank of a completion, and the score is then too low."
+            )
+    return found
+
+
+def _blanks(text: str) -> int:
+    return len(text) - len(text.lstrip(" \t"))

@@ -1,0 +1,294 @@
+"""Ways in which servers stream an answer, drawn from a seed, read, and compared with what the drawn server knows.
+
+``python tests/fuzz_streams.py --n 20000 --seed 0`` prints the streams that were read otherwise, by seed. Bytes are
+split anywhere, and every piece has its own time on a clock that nobody waits for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from mixlens.bench.events import Record, StreamReader, outcome_of
+from mixlens.bench.metrics import request_table
+
+SENT = 100.0
+PIECES = ("a", " word", "é", "字", "🙂", "\n", " 7", '"', "\\n", "\u2028", "<b>")
+
+
+@dataclass
+class Truth:
+    """What the server did. Stamps are of the events that carry text; `counted` are tokens told of them."""
+
+    outcome: str = "ok"
+    text: str = ""
+    reasoning: str = ""
+    finish: str | None = None
+    answer_at: list[float] = field(default_factory=list)
+    shown_at: list[float] = field(default_factory=list)
+    tokens: int = 0  # of the answer
+    thought: int = 0  # of reasoning, shown or hidden
+    after_first: int | None = None  # tokens of the answer after its first event, where a running count tells them
+    usage: bool = False
+    apart: bool = False  # whether the usage tells reasoning apart
+    cached: int | None = None
+    model: str | None = None
+
+
+class Server:
+    """Writes one answer: `events` are (bytes, whether they carry text), in order."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.protocol = self.one("openai-chat", "openai-chat", "openai-completions", "anthropic")
+        self.truth = Truth()
+        self.events: list[tuple[bytes, str]] = []
+        self.write()
+
+    def one(self, *choices: Any) -> Any:
+        return choices[int(self.rng.integers(len(choices)))]
+
+    def coin(self, share: float = 0.5) -> bool:
+        return bool(self.rng.random() < share)
+
+    def whole(self, low: int, high: int) -> int:
+        return int(self.rng.integers(low, high + 1))
+
+    def token(self) -> str:
+        return str(self.one(*PIECES))
+
+    # ------------------------------------------------------------------ writing
+
+    def send(self, data: Any, carries: str = "", event: str = "") -> None:
+        end = self.line_end
+        text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=self.coin())
+        lines = ([f"event: {event}"] if event else []) + [f"data:{self.one('', ' ')}{text}"]
+        self.events.append((end.join([*lines, "", ""]).encode(), carries))
+
+    def noise(self) -> None:
+        """What carries nothing."""
+        while self.coin(0.25):
+            what = self.one("comment", "ping", "empty", "null")
+            if what == "comment":
+                self.events.append((f": keep-alive{self.line_end}{self.line_end}".encode(), ""))
+            elif what == "ping" or self.protocol == "anthropic":
+                self.send({"type": "ping"}, event="ping")
+            elif what == "null":
+                self.send({**self.head, "choices": None, "usage": None})
+            elif self.protocol == "openai-chat":
+                self.send(
+                    {**self.head, "choices": [{"index": 0, "delta": self.one({}, {"content": ""}, {"content": None})}]}
+                )
+            else:
+                self.send({**self.head, "choices": [{"index": 0, "text": ""}]})
+
+    def write(self) -> None:
+        truth = self.truth
+        self.line_end = self.one("\n", "\r\n", "\r") if self.coin(0.3) else "\n"
+        truth.model = self.one("mixtral", "vendor/mixtral-8x7b", None)
+        self.head = {"id": "x", **({"model": truth.model} if truth.model else {})}
+        truth.tokens, truth.thought = self.whole(1, 12), self.one(0, 0, self.whole(1, 6))
+        if self.protocol == "openai-completions":
+            truth.thought = 0
+        hidden = truth.thought > 0 and self.coin(0.4)
+        truth.usage = self.coin(0.7) or self.protocol == "anthropic"
+        truth.apart = truth.thought > 0 and truth.usage and self.protocol != "anthropic" and (hidden or self.coin())
+        if hidden and not truth.apart:
+            hidden = False  # nobody could know
+        truth.cached = self.one(None, 0, 8) if truth.usage else None
+        self.running = self.protocol == "openai-chat" and truth.usage and self.coin(0.3)
+        self.at_once = self.whole(1, 3)  # tokens of an event
+        truth.finish = self.one("stop", "length", "content_filter")
+        fault = self.one("error", "cut") if self.coin(0.08) else None
+        self.begin()
+        if truth.thought and not hidden:
+            self.write_reasoning()
+        self.write_answer()
+        if fault == "error":
+            truth.outcome = "error"
+            self.send({"error": {"message": "overloaded", "code": 503}}, event=self.one("", "error"))
+            return
+        if fault == "cut":
+            truth.outcome, truth.finish = "truncated", None
+            return
+        self.end()
+
+    def begin(self) -> None:
+        if self.protocol == "anthropic":
+            usage = {"input_tokens": 20, "output_tokens": 1}
+            usage |= {} if self.truth.cached is None else {"cache_read_input_tokens": self.truth.cached}
+            self.send({"type": "message_start", "message": {**self.head, "usage": usage}}, event="message_start")
+            self.send({"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}})
+        elif self.protocol == "openai-chat" and self.coin():
+            self.send({**self.head, "choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]})
+        self.noise()
+
+    def write_reasoning(self) -> None:
+        form = self.one("reasoning", "reasoning_content", "reasoning_details", "both", "blocks", "tags")
+        tokens = [self.token() for _ in range(self.truth.thought)]
+        self.truth.reasoning = "".join(tokens)
+        if self.protocol == "anthropic":
+            for part in tokens:
+                delta = {"type": "thinking_delta", "thinking": part}
+                self.send({"type": "content_block_delta", "index": 0, "delta": delta}, "reasoning")
+                self.noise()
+            return
+        if form == "tags":
+            tokens = ["<think>", *tokens, "</think>"]
+            self.truth.thought += 2
+            self.truth.reasoning = "".join(tokens)
+        for part in tokens:
+            delta: dict[str, Any] = {
+                "reasoning": {"reasoning": part},
+                "reasoning_content": {"reasoning_content": part, "content": None},
+                "reasoning_details": {"reasoning_details": [{"type": "reasoning.text", "text": part}]},
+                "both": {"reasoning": part, "reasoning_details": [{"type": "reasoning.text", "text": part}]},
+                "blocks": {"content": [{"type": "thinking", "thinking": [{"type": "text", "text": part}]}]},
+                "tags": {"content": part},
+            }[form]
+            self.send({**self.head, "choices": [{"index": 0, "delta": delta}]}, "reasoning")
+            self.noise()
+
+    def write_answer(self) -> None:
+        truth = self.truth
+        left, done = [self.token() for _ in range(truth.tokens)], truth.thought
+        if not left[0].strip():
+            left[0] = "x"  # an answer that begins with a blank after tags is a matter of taste
+        truth.text = "".join(left)
+        first = True
+        while left:
+            part, left = left[: self.at_once], left[self.at_once :]
+            text = "".join(part)
+            done += len(part)
+            if first and self.running:
+                truth.after_first = truth.tokens - len(part)
+            first = False
+            usage = {"usage": {"prompt_tokens": 20, "completion_tokens": done}} if self.running else {}
+            if self.protocol == "anthropic":
+                delta = {"type": "text_delta", "text": text}
+                self.send({"type": "content_block_delta", "index": 0, "delta": delta}, "answer")
+            elif self.protocol == "openai-completions":
+                self.send({**self.head, "choices": [{"index": 0, "text": text, "finish_reason": None}]}, "answer")
+            else:
+                content = self.one(text, [{"type": "text", "text": text}])
+                choice = {"index": 0, "delta": {"content": content}, "finish_reason": None}
+                self.send({**self.head, "choices": [choice], **usage}, "answer")
+            self.noise()
+
+    def end(self) -> None:
+        truth = self.truth
+        total = truth.tokens + truth.thought
+        if self.protocol == "anthropic":
+            truth.finish = {"stop": "end_turn", "length": "max_tokens", "content_filter": "refusal"}[truth.finish or ""]
+            delta = {"stop_reason": truth.finish}
+            self.send({"type": "message_delta", "delta": delta, "usage": {"output_tokens": total}})
+            self.send({"type": "message_stop"}, event="message_stop")
+            return
+        usage: dict[str, Any] = {"prompt_tokens": 20, "completion_tokens": total}
+        if truth.cached is not None:
+            usage["prompt_tokens_details"] = {"cached_tokens": truth.cached}
+        if truth.apart:
+            usage["completion_tokens_details"] = {"reasoning_tokens": truth.thought}
+        body = {"text": ""} if self.protocol == "openai-completions" else {"delta": {}}
+        last = {**self.head, "choices": [{"index": 0, **body, "finish_reason": truth.finish}]}
+        together = truth.usage and self.coin()
+        self.send({**last, "usage": usage} if together else last)
+        if truth.usage and (not together or self.coin(0.2)):
+            self.send({**self.head, "choices": self.one([], None), "usage": usage})
+        self.noise()
+        if self.coin(0.8):
+            self.send("[DONE]")
+
+    # ------------------------------------------------------------------ sending
+
+    def pieces(self) -> list[tuple[bytes, float]]:
+        """The bytes, split anywhere, with the times at which they arrive; notes the stamps of what carries text."""
+        at, found = SENT, []
+        held = b""
+        for data, carries in self.events:
+            at += float(self.rng.uniform(0.001, 0.05))
+            whole, held = held + data, b""
+            parts = []
+            tail = len(self.line_end) - 1  # a carriage return ends its line, whatever follows
+            while self.coin(0.4) and len(whole) > 1 + tail:
+                cut = self.whole(1, len(whole) - 1 - tail)
+                parts.append(whole[:cut])
+                whole = whole[cut:]
+            parts.append(whole)
+            step = 0.0005 / len(parts)
+            for number, part in enumerate(parts):
+                found.append((part, at - 0.0005 + step * (number + 1)))
+            stamp = found[-1][1]
+            if carries == "answer":
+                self.truth.answer_at.append(stamp)
+            if carries:
+                self.truth.shown_at.append(stamp)
+        return found
+
+
+def read(server: Server) -> Record:
+    reader = StreamReader(server.protocol)
+    at = SENT
+    for piece, at in server.pieces():
+        reader.feed(piece, at)
+    reader.close(at)
+    outcome = outcome_of(reader.events, status=200)
+    return Record(0, "concurrency 1", "measured", outcome, tuple(reader.events), SENT, at, sent_s=SENT, status=200)
+
+
+def outcome(seed: int) -> str:
+    """Gives "equal", or what is not."""
+    server = Server(seed)
+    record, truth = read(server), server.truth
+    if record.outcome != truth.outcome:
+        return f"outcome {record.outcome} for {truth.outcome}"
+    if truth.outcome != "ok":
+        return "equal"
+    row = request_table([record]).iloc[0].to_dict()
+    streamed = truth.thought if truth.reasoning else 0
+    total = truth.tokens + truth.thought if truth.usage else len(truth.shown_at)
+    expected: dict[str, Any] = {
+        "ttft_s": truth.shown_at[0] - SENT,
+        "ttft_answer_s": truth.answer_at[0] - SENT,
+        "e2e_token_s": truth.shown_at[-1] - SENT,
+        "output_tokens": total,
+        "cached_tokens": math.nan if truth.cached is None else truth.cached,
+        "reasoning_tokens": truth.thought if truth.apart else math.nan,
+    }
+    if truth.usage and streamed and not truth.apart:  # the two cannot be told apart: one clock for both
+        span, after = truth.shown_at[-1] - truth.shown_at[0], total - 1
+    elif truth.usage:
+        span = truth.answer_at[-1] - truth.answer_at[0]
+        after = truth.tokens - 1 if truth.after_first is None else truth.after_first
+    else:
+        span, after = truth.answer_at[-1] - truth.answer_at[0], len(truth.answer_at) - 1
+    expected["tpot_s"] = span / after if after > 0 and span > 0 else math.nan
+    for name, value in expected.items():
+        given = float(row[name])
+        if not (math.isclose(given, value, rel_tol=1e-9, abs_tol=1e-12) or (math.isnan(given) and math.isnan(value))):
+            return f"{name} {given} for {value}"
+    told = (record.text, record.reasoning, record.finish, row["model"])
+    known = (truth.text, truth.reasoning, truth.finish, truth.model)
+    return "equal" if told == known else f"{told} for {known}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--n", type=int, default=20_000)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    wrong = 0
+    for seed in range(options.seed, options.seed + options.n):
+        if (result := outcome(seed)) != "equal":
+            wrong += 1
+            print(seed, result, flush=True)
+    print(f"{options.n} streams, {wrong} read otherwise")
+
+
+if __name__ == "__main__":
+    main()
