@@ -12,21 +12,29 @@ from mixlens.errors import BadInput
 
 # Beyond this many documents the jackknife and the bootstrap agree on the standard error, so only one is computed.
 _JACKKNIFE_DOCUMENTS = 256
+# With fewer documents than this, percentiles of a bootstrap cover too little, of biased statistics above all.
+FEW = 64
 
 _normal_cdf = np.vectorize(NormalDist().cdf, otypes=[float])
 
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """Settings of the bootstrap over documents, which are drawn with replacement.
+    """Settings of intervals, which take documents and not tokens for the independent units.
 
-    The interval is the expanded percentile interval (Hesterberg 2015, section 5.2): the percentiles are those of a
-    t distribution instead of a normal one, because plain percentiles cover too little with few documents. Two more
-    corrections, both needed for documents of unequal length. The number of documents is Kish's effective number,
-    (sum n_d)^2 / sum n_d^2; and where the jackknife's standard error is larger than the bootstrap's, the percentiles
-    are widened by their ratio. Statistics that are biased in small samples (a coefficient of variation, a mutual
-    information) have their replicates moved back by twice the bias that the bootstrap finds, for estimate and
-    replicates each carry it once. An interval always holds its estimate.
+    Each Dataset names its method in ``attrs["interval"]``.
+
+    - Proportions of tokens have the bounds of Clopper and Pearson for an effective number of tokens (Korn and Graubard
+      1998), which stay within 0 and 1 and are no single point where something was never seen.
+    - Other statistics of fewer than 64 documents have jackknife intervals with t (Tukey 1958), corrected for bias where
+      a statistic is biased in small samples (a coefficient of variation, a mutual information).
+    - Those of more documents have the expanded percentile interval of a bootstrap (Hesterberg 2015, section 5.2), whose
+      percentiles are those of a t distribution. Where the jackknife's standard error is larger than the bootstrap's,
+      they are widened by their ratio. Replicates of a biased statistic are moved back by twice the bias that the
+      bootstrap finds, for estimate and replicates each carry it once.
+
+    The number of documents is Kish's effective number, (sum n_d)^2 / sum n_d^2. One document has no interval. An
+    interval always holds its estimate.
 
     Parameters
     ----------
@@ -143,7 +151,12 @@ class Resamples:
         return np.concatenate([values[..., :split], moved], axis=-1)
 
     def interval(
-        self, values: np.ndarray, reach: np.ndarray, floor: np.ndarray | float | None = None
+        self,
+        values: np.ndarray,
+        reach: np.ndarray,
+        floor: np.ndarray | float | None = None,
+        *,
+        smooth: bool = False,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Lower and upper bounds [...] of a statistic evaluated in every resample.
 
@@ -151,7 +164,11 @@ class Resamples:
         reach   [...] standard errors to reach out, from `Bootstrap.reach`; bounds are NaN where it is NaN
         floor   None for a ratio of sums; for a statistic that is biased in small samples its smallest possible value:
                 the interval is corrected for the bias and cut off there
+        smooth  whether the statistic changes little with one document, as a quantile does not. Below FEW documents its
+                bounds are then those of the jackknife with t: the percentiles of so few draws cover too little
         """
+        if smooth and 2 <= self.n_left_out < FEW:
+            return self._jackknife(values, reach, floor)
         split = 1 + self.n_left_out
         estimate, replicates = values[..., 0], np.sort(values[..., split:], axis=-1)
         n_valid = np.isfinite(replicates).sum(-1)
@@ -167,6 +184,58 @@ class Resamples:
             np.where(known, np.minimum(low, estimate), np.nan),
             np.where(known, np.maximum(high, estimate), np.nan),
         )
+
+    def _jackknife(
+        self, values: np.ndarray, reach: np.ndarray, floor: np.ndarray | float | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Estimate and `reach` jackknife standard errors on either side (Tukey 1958), less the bias for a `floor`."""
+        n, estimate = self.n_left_out, values[..., 0]
+        left_out = values[..., 1 : 1 + n]
+        half = reach * np.sqrt(n - 1) * _deviation(left_out)
+        centre = estimate if floor is None else estimate - (n - 1) * (_mean(left_out) - estimate)
+        low, high = centre - half, centre + half
+        if floor is not None:
+            low, high = np.maximum(low, floor), np.maximum(high, floor)
+        known = np.isfinite(half) & np.isfinite(estimate) & (np.isfinite(left_out).sum(-1) >= 2)
+        return (
+            np.where(known, np.minimum(low, estimate), np.nan),
+            np.where(known, np.maximum(high, estimate), np.nan),
+        )
+
+    def proportion_interval(
+        self, values: np.ndarray, reach: np.ndarray, tokens: np.ndarray, documents: np.ndarray, level: float
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Bounds of the proportion of tokens that have something: Korn and Graubard 1998, exact for the binomial.
+
+        The bounds of Clopper and Pearson for an effective number of tokens: that whose binomial variance equals the
+        variance between documents, with t in place of z, and never more than there are. Where the documents do not
+        differ, as where no token has it, the variance says nothing; then each document counts as one token, since
+        what is used in few documents is often used in none of those at hand.
+
+        values     [..., resample], the proportion
+        reach      [...] as in `interval`
+        tokens     [...] and
+        documents  [...] how many stand behind a proportion
+        """
+        from scipy.special import betaincinv, stdtrit
+
+        split = 1 + self.n_left_out
+        p = values[..., 0]
+        jackknife = self.n_left_out >= 2
+        error = np.sqrt(self.n_left_out - 1) * _deviation(values[..., 1:split]) if jackknife else 0.0
+        error = error if jackknife else _deviation(values[..., split:])
+        z = stdtrit(np.inf, (1 + level) / 2)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            effective = np.minimum(p * (1 - p) / error**2 * (z / reach) ** 2, tokens)
+        inside = (p > 0) & (p < 1) & (error > 0)
+        effective = np.where(inside, effective, documents)
+        effective = np.maximum(effective, np.minimum(1.0, tokens))
+        hits, tail = p * effective, (1 - level) / 2
+        with np.errstate(invalid="ignore"):
+            low = np.where(p <= 0, 0.0, betaincinv(np.maximum(hits, 1e-12), effective - hits + 1, tail))
+            high = np.where(p >= 1, 1.0, betaincinv(hits + 1, np.maximum(effective - hits, 1e-12), 1 - tail))
+        known = np.isfinite(p) & np.isfinite(reach)
+        return np.where(known, np.minimum(low, p), np.nan), np.where(known, np.maximum(high, p), np.nan)
 
 
 def effective_documents(sizes: np.ndarray) -> np.ndarray:

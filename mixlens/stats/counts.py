@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from mixlens.core.bootstrap import DEFAULT, Bootstrap, effective_documents
+from mixlens.core.bootstrap import DEFAULT, FEW, Bootstrap, effective_documents
 from mixlens.errors import BadInput, MissingSignal
 
 if TYPE_CHECKING:
@@ -26,6 +26,10 @@ By = str | Sequence[str] | None
 # Counts kept (128 MB), documents or bundles of documents a group, and numbers evaluated at a time (8 MB).
 _MOST_COUNTS, _FEWEST_BUNDLES, _MOST_BUNDLES = 2**24, 50, 512
 _MOST_VALUES = 2**20
+
+# How intervals are made.
+PROPORTION = "Clopper-Pearson with the effective number of tokens between documents (Korn and Graubard 1998)"
+OTHERS = f"jackknife over documents with t below {FEW}, else expanded percentiles of a bootstrap over documents"
 
 JIANG = "Jiang et al. 2024, Mixtral of Experts, arXiv 2401.04088"
 OLMOE = "Muennighoff et al. 2024, OLMoE, arXiv 2409.02060"
@@ -228,6 +232,7 @@ def summarise(
     *,
     size: tuple[np.ndarray, tuple[str, ...]] | None = None,
     floor: np.ndarray | float | None = None,
+    proportion: bool = False,
 ) -> xr.Dataset:
     """The Dataset of a statistic: estimate, ci_low, ci_high ``[*by, layer, *dims]``, n and n_documents.
 
@@ -236,6 +241,7 @@ def summarise(
     dims       {name: labels} after layer
     size       tokens behind each number as ([cluster, ...], names of those dimensions); tokens of the group if None
     floor      as in `Resamples.interval`; broadcasts against [layer, *dims]
+    proportion whether it is a proportion of the tokens behind it
     """
     clusters = counts.clusters
     sizes, size_dims = (counts.tokens, ()) if size is None else size
@@ -244,13 +250,16 @@ def summarise(
     estimate, low, high = np.full((3, clusters.n_groups, *shape), np.nan)
     members_of = [np.flatnonzero((clusters.group == g) & (counts.tokens > 0)) for g in range(clusters.n_groups)]
     n = np.stack([sizes[members].sum(0) for members in members_of]) if members_of else sizes[:0]
-    reach = bootstrap.reach(np.stack([effective_documents(sizes[members]) for members in members_of] or [sizes[:0]]))
+    documents = np.stack([effective_documents(sizes[members]) for members in members_of] or [sizes[:0]])
+    reach = bootstrap.reach(documents)
     for group, members in enumerate(members_of):
         if len(members) == 0:
             continue
         resamples = bootstrap.resample(len(members), group)
         along = [len(labels[name]) if name in size_dims else 1 for name in labels]
-        reach_here = np.broadcast_to(reach[group].reshape(along), shape)
+        reach_here, n_here, documents_here = (
+            np.broadcast_to(values[group].reshape(along), shape) for values in (reach, n, documents)
+        )
         behind = {} if size_dims else {"n": resamples.sums(sizes[members])}
         step = max(1, _MOST_VALUES // (len(resamples.weights) * _features(counts.totals)))
         for start in range(0, shape[0], step):
@@ -259,7 +268,12 @@ def summarise(
             with np.errstate(divide="ignore", invalid="ignore"):
                 values = statistic(sums | behind)
             estimate[group, layers] = values[..., 0]
-            bounds = resamples.interval(values, reach_here[layers], floor)
+            if proportion:
+                bounds = resamples.proportion_interval(
+                    values, reach_here[layers], n_here[layers], documents_here[layers], bootstrap.level
+                )
+            else:
+                bounds = resamples.interval(values, reach_here[layers], floor, smooth=True)
             low[group, layers], high[group, layers] = bounds
     grouped = tuple(clusters.by)
 
@@ -275,6 +289,7 @@ def summarise(
             "n_documents": named(counts.n_documents, ()),
         },
         coords={**clusters.by, **labels},
+        attrs={"interval": PROPORTION if proportion else OTHERS},
     )
 
 

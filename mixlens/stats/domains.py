@@ -55,7 +55,11 @@ def domain_specialization(
     """
     require(trace, "domain_specialization", "expert_id", bootstrap=bootstrap)
     data = summarise(
-        _choices(trace, by), lambda sums: sums["chosen"] / sums["n"], {"expert": range(trace.n_experts)}, bootstrap
+        _choices(trace, by),
+        lambda sums: sums["chosen"] / sums["n"],
+        {"expert": range(trace.n_experts)},
+        bootstrap,
+        proportion=True,
     )
     return described(
         data, trace, bootstrap,

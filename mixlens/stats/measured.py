@@ -109,7 +109,7 @@ def ratio(
         values = resamples.sums(sums) / resamples.sums(counts.astype(float))
     documents = effective_documents(counts.reshape(len(counts), -1).astype(float))
     reach = bootstrap.reach(documents).reshape(counts.shape[1:])
-    return values[..., 0], *resamples.interval(values, np.broadcast_to(reach, sums.shape[1:]))
+    return values[..., 0], *resamples.interval(values, np.broadcast_to(reach, sums.shape[1:]), smooth=True)
 
 
 def intervals_by(bootstrap: Bootstrap) -> dict[str, Any]:

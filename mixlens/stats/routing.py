@@ -71,6 +71,7 @@ def expert_share(trace: Trace, *, by: By = None, slot: str = "any", bootstrap: B
         lambda sums: sums["chosen"] / (n_slots * sums["n"]),
         {"expert": range(trace.n_experts)},
         bootstrap,
+        proportion=True,
     )
     return described(
         data, trace, bootstrap,
@@ -352,6 +353,7 @@ def position_profile(
         {"position_bin": _bin_names(starts), "expert": range(trace.n_experts)},
         bootstrap,
         size=(counts.totals.pop("tokens"), ("position_bin",)),
+        proportion=True,
     )
     data = data.transpose(*counts.clusters.by, "position_bin", "layer", "expert").assign_coords(
         position_start=("position_bin", starts)

@@ -75,6 +75,7 @@ def repetition(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -
         {"choice": ["first", "either"]},
         bootstrap,
         size=(counts.totals.pop("pairs"), ()),
+        proportion=True,
     )
     e, k = trace.n_experts, trace.top_k
     return described(
@@ -143,6 +144,7 @@ def coactivation(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT)
         {"expert": range(e), "expert_j": range(e)},
         bootstrap,
         size=(together.sum(-1) / (k - 1), ("layer", "expert")),
+        proportion=True,
     )
     return described(
         data, trace, bootstrap,
@@ -215,6 +217,7 @@ def transitions(trace: Trace, *, by: By = None, gap: int = 1, bootstrap: Bootstr
         {"layer": layers, "expert": range(e), "expert_j": range(e)},
         bootstrap,
         size=(moves.sum(-1), ("layer", "expert")),
+        proportion=True,
     )
     information = summarise(
         counts, lambda sums: mutual_information_bits(sums["moves"]), {"layer": layers}, bootstrap, floor=0.0

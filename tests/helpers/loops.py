@@ -19,8 +19,13 @@ def interval(
     bootstrap: ml.stats.Bootstrap,
     stream: int,
     floor: float | None = None,
+    *,
+    proportion: bool = False,
 ) -> tuple[float, float]:
     """Bounds of a statistic of the documents' sums, from draws by numpy and Student's t by scipy.
+
+    Below 64 documents those of the jackknife; of a proportion of tokens, of which some are there and some are not,
+    Korn and Graubard's.
 
     sizes   what each document has to say, for the effective number of documents
     stream  number of the group; each has draws of its own
@@ -37,10 +42,23 @@ def interval(
     left_out = left_out[np.isfinite(left_out)]
     jackknife = math.sqrt((n - 1) * np.var(left_out))
     of_draws = math.sqrt(n / (n - 1)) * np.std(replicates)
-    wider = min(max(jackknife / of_draws, 1), 1.5) if of_draws > 0 else 1
     effective = max(sum(sizes) ** 2 / sum(size**2 for size in sizes), 1.01)
     t = scipy_stats.t.ppf((1 + bootstrap.level) / 2, max(effective - 1, 1))
-    tail = scipy_stats.norm.cdf(-wider * math.sqrt(effective / (effective - 1)) * t)
+    reach = math.sqrt(effective / (effective - 1)) * t
+    if proportion:
+        z = scipy_stats.norm.ppf((1 + bootstrap.level) / 2)
+        tokens = min(estimate * (1 - estimate) / jackknife**2 * (z / reach) ** 2, sum(sizes))
+        hits, tail = estimate * max(tokens, 1), (1 - bootstrap.level) / 2
+        rest = max(tokens, 1) - hits
+        return scipy_stats.beta.ppf(tail, hits, rest + 1), scipy_stats.beta.ppf(1 - tail, hits + 1, rest)
+    if n < 64:
+        centre = estimate if floor is None else estimate - (n - 1) * (left_out.mean() - estimate)
+        low, high = centre - reach * jackknife, centre + reach * jackknife
+        if floor is not None:
+            low, high = max(low, floor), max(high, floor)
+        return min(low, estimate), max(high, estimate)
+    wider = min(max(jackknife / of_draws, 1), 1.5) if of_draws > 0 else 1
+    tail = scipy_stats.norm.cdf(-wider * reach)
     low, high = np.quantile(replicates, [tail, 1 - tail])
     if floor is not None:
         bias = replicates.mean() - estimate

@@ -47,6 +47,31 @@ def test_intervals_of_shares_cover_what_they_say(n_documents, spread):
     assert 0.93 <= np.mean(hits) <= 0.97
 
 
+@pytest.mark.parametrize("n_documents", [2, 3, 5, 8])
+def test_intervals_of_shares_of_few_documents_cover_no_less(n_documents):
+    rng, hits = np.random.default_rng(n_documents), []
+    for seed in range(20):
+        ids, tokens, _ = clustered(rng, SHARES, n_documents=n_documents, spread=0.5, concentration=20, n_layers=16)
+        trace = Trace.from_arrays(ids[..., None], n_experts=8, tokens=tokens)
+        hits.append(covers(expert_share(trace, bootstrap=Bootstrap(seed=seed, replicates=20)), SHARES))
+    assert np.mean(hits) >= 0.93
+
+
+@pytest.mark.parametrize("n_documents", [5, 20, 100])
+def test_an_expert_that_few_documents_use_is_covered(n_documents):
+    """Half of the tokens of one document in twenty choose it: most draws of five documents never see it."""
+    hits = []
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        uses = rng.random(n_documents) < 0.05
+        ids = np.concatenate([rng.choice([0, 1] if one else [1, 2, 3], 60) for one in uses])
+        tokens = {"sequence": np.repeat(np.arange(n_documents), 60)}
+        trace = Trace.from_arrays(ids[:, None, None], n_experts=4, tokens=tokens)
+        found = expert_share(trace, bootstrap=Bootstrap(replicates=20)).sel(layer=0, expert=0)
+        hits.append(covers(found, 0.025))
+    assert np.mean(hits) >= 0.93
+
+
 def test_intervals_of_biased_statistics_cover_what_they_say():
     rng, hits = np.random.default_rng(1), {"cv": [], "mutual information": [], "excess": []}
     joint = np.outer(SHARES, SHARES[::-1]) * np.exp(rng.normal(0, 0.6, (8, 8)))
@@ -98,8 +123,8 @@ def test_a_document_of_several_sequences_is_drawn_as_one(make_trace):
 
 
 def test_the_same_seed_gives_the_same_interval(make_trace):
-    trace = make_trace()
-    first, again, other = (expert_share(trace, bootstrap=Bootstrap(seed=s)) for s in (1, 1, 2))
+    trace = make_trace(n_documents=70)
+    first, again, other = (load_balance(trace, bootstrap=Bootstrap(seed=s)) for s in (1, 1, 2))
     assert first.identical(again)
     assert not np.array_equal(first["ci_low"], other["ci_low"])
     assert first.attrs["seed"] == 1
