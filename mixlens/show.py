@@ -22,6 +22,7 @@ from mixlens.plot.bars_and_lines import (
     routing_entropy,
 )
 from mixlens.plot.comparison import expert_errors, flips_by_layer, flips_by_margin, pareto, quality_split
+from mixlens.plot.contrast import contrast
 from mixlens.plot.contributions import (
     contribution_by_domain,
     contributions,
@@ -37,6 +38,7 @@ from mixlens.pricing.figures import quality_cost_speed
 __all__ = [
     "by_layer",
     "coactivation",
+    "contrast",
     "contribution_by_domain",
     "contributions",
     "domain_information",

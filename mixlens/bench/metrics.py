@@ -36,6 +36,7 @@ METRICS = {
     "output_tokens_per_s": "one over TPOT, of one request",
 }
 STATISTICS = ("mean", "p50", "p90", "p95", "p99")
+QUANTILES = (0.5, 0.9, 0.95, 0.99)
 # With fewer samples the 99th percentile is little more than the maximum.
 P99_SAMPLES = 100
 # Number of slices of a level's window, for the interval of its throughput.
@@ -172,8 +173,9 @@ def summary(
 ) -> xr.Dataset:
     """Compute mean and percentiles of every metric over the measured requests that succeeded, by level.
 
-    Percentiles interpolate linearly between order statistics. Intervals come from a bootstrap over requests, which
-    keeps the chunks of a request together. The 99th percentile is NaN below 100 samples.
+    Percentiles interpolate linearly between order statistics. Those of requests have bounds by order statistics, which
+    are infinite where there are too few requests to bound them (36 for the 90th percentile, 72 for the 95th); means,
+    and percentiles of the gaps between chunks, a bootstrap over requests. The 99th percentile is NaN below 100 samples.
 
     Returns
     -------
@@ -407,7 +409,11 @@ def _samples(
 
 
 def _estimates(values: np.ndarray, owner: np.ndarray, bootstrap: Bootstrap) -> np.ndarray:
-    """Return estimate, lower and upper bound [3, statistic] from a bootstrap over whole requests."""
+    """Return estimate, lower and upper bound [3, statistic].
+
+    Percentiles of requests have bounds by order statistics, which hold whatever the distribution; means, and
+    percentiles of the gaps within requests, a bootstrap over whole requests.
+    """
     result = np.full((3, len(STATISTICS)), np.nan)
     if not len(values):
         return result
@@ -422,9 +428,26 @@ def _estimates(values: np.ndarray, owner: np.ndarray, bootstrap: Bootstrap) -> n
         reach = np.full(len(STATISTICS), bootstrap.reach(np.array([float(count)]))[0])
         result[0] = replicates[:, 0]
         result[1], result[2] = resamples.interval(replicates, reach)
+        if count == len(values):
+            result[1:, 1:] = np.transpose([bounds_of_quantile(ordered, q, bootstrap.level) for q in QUANTILES])
     if len(values) < P99_SAMPLES:
         result[:, STATISTICS.index("p99")] = np.nan
     return result
+
+
+def bounds_of_quantile(ordered: np.ndarray, q: float, level: float) -> tuple[float, float]:
+    """Bounds of a quantile by order statistics (David and Nagaraja 2003, section 7.1), from sorted values from 0.
+
+    The number of values below the quantile is binomial. Where there are too few values to bound it from above, as
+    ten are for a 95th percentile, the bound is infinite; from below it is 0.
+    """
+    from scipy.special import bdtr
+
+    n, tail = len(ordered), (1 - level) / 2
+    below = bdtr(np.arange(n), n, q)  # P(at most i of n values lie below the quantile)
+    low = int(np.searchsorted(below, tail, side="right")) - 1
+    high = int(np.searchsorted(below, 1 - tail, side="left"))
+    return float(ordered[low]) if low >= 0 else 0.0, float(ordered[high]) if high < n else float("inf")
 
 
 def _statistics(ordered: np.ndarray, weight: np.ndarray) -> np.ndarray:
@@ -433,7 +456,7 @@ def _statistics(ordered: np.ndarray, weight: np.ndarray) -> np.ndarray:
     total = cumulated[-1]
     if not total:
         return np.full(len(STATISTICS), np.nan)
-    at = np.array([0.5, 0.9, 0.95, 0.99]) * (total - 1)
+    at = np.array(QUANTILES) * (total - 1)
     low = ordered[np.searchsorted(cumulated, np.floor(at), side="right")]
     high = ordered[np.searchsorted(cumulated, np.ceil(at), side="right")]
     return np.concatenate([[weight @ ordered / total], low + (high - low) * (at - np.floor(at))])

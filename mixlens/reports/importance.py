@@ -64,7 +64,7 @@ def cells_apart(data: xr.Dataset, unit: str) -> list[str]:
     order = np.argsort(-np.abs(flat["estimate"].where(apart).fillna(0).to_numpy()), kind="stable")
     named = [flat.isel(cell=int(i)) for i in order[:_MOST_NAMED] if bool(apart[int(i)])]
     if not named:
-        return [f"No number is told apart from 0 at the {labels.level(data)}."]
+        return [f"Every interval holds 0 at the {labels.level(data)}."]
     return [
         f"{f'{cell.domain.item()}: ' if 'domain' in cell.coords else ''}layer {cell.layer.item()}, expert "
         f"{cell.expert.item()}: {labels.with_interval(cell)} {unit}{_use(cell)}"

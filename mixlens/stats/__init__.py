@@ -2,6 +2,7 @@
 
 from mixlens.core.bootstrap import Bootstrap
 from mixlens.stats.agreement import agreement
+from mixlens.stats.contrast import adjusted, contrast
 from mixlens.stats.contributions import expert_contribution
 from mixlens.stats.domains import domain_information, domain_specialization
 from mixlens.stats.flips import flips, flips_by_margin
@@ -18,8 +19,10 @@ from mixlens.stats.weights import similarity_and_coactivation
 
 __all__ = [
     "Bootstrap",
+    "adjusted",
     "agreement",
     "coactivation",
+    "contrast",
     "domain_information",
     "domain_specialization",
     "expert_contribution",

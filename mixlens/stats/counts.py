@@ -7,7 +7,8 @@ that the bootstrap can sum them again with other weights: one matrix product, an
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from mixlens.core.bootstrap import DEFAULT, FEW, Bootstrap, effective_documents
+from mixlens.core.bootstrap import DEFAULT, FEW, Bootstrap, Resamples, effective_documents
 from mixlens.errors import BadInput, MissingSignal
 
 if TYPE_CHECKING:
@@ -248,6 +249,10 @@ def summarise(
     labels = {"layer": counts.layers, **{name: np.asarray(values) for name, values in dims.items()}}
     shape = tuple(len(values) for values in labels.values())
     estimate, low, high = np.full((3, clusters.n_groups, *shape), np.nan)
+    if (kept := _summed.get()) is not None:
+        seen = counts.tokens > 0
+        totals = {name: total[seen] for name, total in counts.totals.items()}
+        kept.append(Summed(totals, None if size_dims else sizes[seen], statistic, labels))
     members_of = [np.flatnonzero((clusters.group == g) & (counts.tokens > 0)) for g in range(clusters.n_groups)]
     n = np.stack([sizes[members].sum(0) for members in members_of]) if members_of else sizes[:0]
     documents = np.stack([effective_documents(sizes[members]) for members in members_of] or [sizes[:0]])
@@ -291,6 +296,68 @@ def summarise(
         coords={**clusters.by, **labels},
         attrs={"interval": PROPORTION if proportion else OTHERS},
     )
+
+
+@dataclass(frozen=True)
+class Summed:
+    """A statistic before its documents are summed up: their counts, and the function of the sums.
+
+    labels     {dimension: labels}, layer first
+    sizes      tokens behind the numbers [document], where the function of the sums needs them
+    """
+
+    totals: dict[str, np.ndarray]
+    sizes: np.ndarray | None
+    statistic: Callable[[dict[str, np.ndarray]], np.ndarray]
+    labels: dict[str, np.ndarray]
+
+    @property
+    def n(self) -> int:
+        return len(next(iter(self.totals.values())))
+
+    def with_all_of(self, other: Summed) -> Summed:
+        """The documents of both, those of `other` behind."""
+        totals = {name: np.concatenate([total, other.totals[name]]) for name, total in self.totals.items()}
+        sizes = None if self.sizes is None or other.sizes is None else np.concatenate([self.sizes, other.sizes])
+        return Summed(totals, sizes, self.statistic, self.labels)
+
+    def chunks(self) -> Iterator[slice]:
+        """Layers, as many at a time as fit into memory with some thousand sums of each count."""
+        step = max(1, _MOST_VALUES * 4 // (2048 * _features(self.totals)))
+        for start in range(0, len(self.labels["layer"]), step):
+            yield slice(start, start + step)
+
+    def values(self, layers: slice, weights: np.ndarray) -> np.ndarray:
+        """The statistic [layer, ..., resample] of documents with these weights [resample, document]."""
+        resamples = Resamples(weights, 0)
+        sums = {name: resamples.sums(total[:, layers]) for name, total in self.totals.items()}
+        behind = {} if self.sizes is None else {"n": resamples.sums(self.sizes)}
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return self.statistic(sums | behind)
+
+
+_summed: ContextVar[list[Summed] | None] = ContextVar("summed", default=None)
+
+
+def summed_by(statistic: Callable[..., xr.Dataset], trace: Trace) -> Summed:
+    """What `statistic` sums up over the documents of a trace.
+
+    Raises BadInput for a function that does not sum over documents.
+    """
+    found: list[Summed] = []
+    token = _summed.set(found)
+    try:
+        statistic(trace, bootstrap=Bootstrap(replicates=10))
+    finally:
+        _summed.reset(token)
+    if not found:
+        raise BadInput(
+            f"Cannot contrast {getattr(statistic, '__name__', statistic)}: it is no function of sums over documents. "
+            "Pass one such as ml.stats.expert_share, routing_entropy, load_balance or repetition.",
+            argument="statistic",
+            value=getattr(statistic, "__name__", str(statistic)),
+        )
+    return found[0]
 
 
 def described(data: xr.Dataset, trace: Trace, bootstrap: Bootstrap, **attrs: Any) -> xr.Dataset:

@@ -1,0 +1,69 @@
+"""Figure of a contrast: where one condition differs from another, and grey where nothing tells them apart."""
+
+from __future__ import annotations
+
+import numpy as np
+import xarray as xr
+from matplotlib.axes import Axes
+
+from mixlens.errors import BadInput
+from mixlens.plot.checks import takes
+from mixlens.plot.heatmap import mesh, numbered, scale_note
+from mixlens.plot.style import COLUMN, drawing, heading, printable
+
+_WORDS = {"expert_share": "expert share", "routing_entropy": "routing entropy [bits]", "load_balance": "load balance"}
+
+
+@takes("stats.contrast", "estimate", "layer", "survives", "q")
+def contrast(data: xr.Dataset, ax: Axes | None = None) -> Axes:
+    """Draw the difference between two groups in every cell that survives the control for their number.
+
+    Parameters
+    ----------
+    data : xarray.Dataset
+        From `stats.contrast`, [layer] or [layer, expert]. Select one measure with `data.sel(measure=...)`.
+    ax : matplotlib.axes.Axes, optional
+        Axes to draw on. By default a new figure in paper style.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    BadInput
+        If `data` is not such a Dataset, or has more than one dimension beside layer.
+
+    Examples
+    --------
+    >>> found = ml.stats.contrast(trace, ml.stats.expert_share, by="domain", a="github")
+    >>> ml.show.contrast(found).get_ylabel()
+    'layer'
+    """
+    others = [str(dim) for dim in data["estimate"].dims if dim != "layer"]
+    if len(others) > 1:
+        raise BadInput(
+            f"Cannot draw a contrast over {', '.join(others)}: a figure has one of them beside the layer. Select one, "
+            f"as in data.sel({others[-1]}=...).",
+            argument="data",
+            value=others,
+        )
+    data = data.transpose("layer", *others)
+    shape = (data.sizes["layer"], -1)
+    estimate, survives = (data[name].to_numpy().reshape(shape) for name in ("estimate", "survives"))
+    of, told = data.attrs["of"], int(survives.sum())
+    with drawing(ax, COLUMN, 1.1 + 0.16 * max(shape[0], 8)) as ax:
+        mesh(ax, np.where(survives, estimate, np.nan), printable(f"difference in {_WORDS.get(of, of)}"))
+        numbered(ax, data["layer"].to_numpy())
+        names = data[others[0]].to_numpy() if others else [""]
+        step = -(-len(names) // 16)
+        ax.set_xticks(np.arange(0, len(names), step) + 0.5, [printable(name) for name in names[::step]])
+        ax.set_xlabel(printable(others[0]) if others else "")
+        pairs = ", paired" if data.attrs["paired"] else ""
+        note = (
+            f"{data.attrs['a']} ({data.attrs['n_a']} documents) less {data.attrs['b']} ({data.attrs['n_b']}{pairs}); "
+            f"{told} of {data.attrs['cells']} cells survive at a false discovery rate of "
+            f"{1 - data.attrs['level']:.2g}; the others are grey"
+        )
+        heading(ax, "Contrast", "; ".join(filter(None, (note, scale_note(np.where(survives, estimate, np.nan))))))
+    return ax

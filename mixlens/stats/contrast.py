@@ -1,0 +1,241 @@
+"""Contrasts: a statistic under one condition against another, tested by permutation and adjusted for many cells."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from mixlens.core.bootstrap import DEFAULT, Bootstrap
+from mixlens.errors import BadInput
+from mixlens.stats.counts import Summed, described, summed_by
+
+if TYPE_CHECKING:
+    from mixlens.trace.trace import Trace
+
+Statistic = Callable[..., xr.Dataset]
+_PERMUTATIONS = 1999
+_SEED = 0
+
+
+def contrast(
+    trace: Trace,
+    other: Trace | Statistic,
+    statistic: Statistic | None = None,
+    *,
+    by: str | pd.Series | None = None,
+    a: Any = None,
+    b: Any = None,
+    bootstrap: Bootstrap = DEFAULT,
+) -> xr.Dataset:
+    """Compare a statistic between two groups of documents, or between two traces.
+
+    The difference is that of group a less that of group b. Its interval adds the jackknife variances of both groups,
+    with t for the smaller one. p is the share of permutations of the documents between the groups with a difference at
+    least as large in magnitude; where both groups have the same documents, these are paired, and each document's two
+    halves change places. q adjusts p for the number of cells (Benjamini and Hochberg 1995), and `survives` is true
+    where q is at most one less the level: among such cells that share is false at most, in expectation.
+
+    Parameters
+    ----------
+    trace : Trace
+        The recording, or the first of two.
+    other : Trace or Callable
+        The second recording; or the statistic, where one recording holds both groups.
+    statistic : Callable, optional
+        Function of `ml.stats` that takes a trace, such as ``ml.stats.expert_share``.
+    by : str or pandas.Series, optional
+        Column of the sequences that tells the groups apart; or booleans, one a sequence.
+    a : Any, optional
+        Value of the column in the first group. None for the values that are true.
+    b : Any, optional
+        Value in the second group; None for all others.
+    bootstrap : Bootstrap, optional
+        Level of the intervals.
+
+    Returns
+    -------
+    xarray.Dataset
+        ``estimate`` (difference), ci_low, ci_high, p, q, survives ``[layer, ...]``; attrs n_a, n_b (documents), paired.
+
+    Raises
+    ------
+    BadInput
+        For a group without documents, an unknown column, or a statistic that is no sum over documents.
+
+    Examples
+    --------
+    >>> found = ml.stats.contrast(trace, ml.stats.expert_share, by="domain", a="github")
+    >>> found["survives"].dims
+    ('layer', 'expert')
+    """
+    if statistic is None:
+        assert callable(other)
+        first, second, names = *_groups(trace, by, a, b), _names(by, a, b)
+        statistic = other
+    else:
+        first, second, names = trace, other, ("a", "b")
+    one, two = summed_by(statistic, first), summed_by(statistic, second)  # type: ignore[arg-type]
+    for name, side in zip(names, (one, two), strict=True):
+        if side.n < 2:
+            raise BadInput(
+                f"Cannot contrast {names[0]} with {names[1]}: {name} has {side.n} documents, and a test needs two or "
+                "more on each side. Record more documents.",
+                argument="by",
+                value=name,
+            )
+    paired = _same_documents(first, second) and one.n == two.n  # type: ignore[arg-type]
+    weights_a, weights_b = _permutations(one.n, two.n, paired)
+    pooled = one.with_all_of(two)
+    chunks = [
+        _of_layers(pooled, layers, weights_a, weights_b, (one.n, two.n, paired), bootstrap)
+        for layers in pooled.chunks()
+    ]
+    estimate, low, high, p = (np.concatenate([chunk[i] for chunk in chunks]) for i in range(4))
+    q = adjusted(p)
+    dims = tuple(one.labels)
+    values = {
+        "estimate": estimate,
+        "ci_low": low,
+        "ci_high": high,
+        "p": p,
+        "q": q,
+        "survives": q <= 1 - bootstrap.level,
+    }
+    data = xr.Dataset({name: (dims, array) for name, array in values.items()}, coords=one.labels)
+    data["n"] = one.n + two.n
+    return described(
+        data, trace, bootstrap,
+        statistic="contrast", of=getattr(statistic, "__name__", str(statistic)), a=str(names[0]), b=str(names[1]),
+        n_a=one.n, n_b=two.n, paired=int(paired), permutations=_PERMUTATIONS, cells=int(np.isfinite(p).sum()),
+        formula="statistic(a) - statistic(b); p by permutation of documents; q of Benjamini and Hochberg",
+        source="Benjamini and Hochberg 1995, J. R. Stat. Soc. B 57, 289", interval="jackknife of both groups with t",
+    )  # fmt: skip
+
+
+def adjusted(p: np.ndarray) -> np.ndarray:
+    """Compute q of Benjamini and Hochberg (1995) for p of any shape.
+
+    min over i >= rank of p_(i) m / i, over the m values that are no NaN.
+
+    Parameters
+    ----------
+    p : numpy.ndarray
+        Values between 0 and 1; NaN stays NaN and counts for nothing.
+
+    Returns
+    -------
+    numpy.ndarray
+        Shape of `p`.
+
+    Examples
+    --------
+    >>> ml.stats.adjusted(np.array([0.01, 0.04, 0.03])).tolist()
+    [0.03, 0.04, 0.04]
+    """
+    q = np.full(p.shape, np.nan)
+    known = np.isfinite(p)
+    values = p[known]
+    order = np.argsort(values, kind="stable")
+    m = len(values)
+    stepped = np.minimum.accumulate((values[order] * m / np.arange(1, m + 1))[::-1])[::-1]
+    back = np.empty(m)
+    back[order] = np.minimum(stepped, 1.0)
+    q[known] = back
+    return q
+
+
+def _groups(trace: Trace, by: str | pd.Series | None, a: Any, b: Any) -> tuple[Trace, Trace]:
+    table = trace.sequences
+    if isinstance(by, str):
+        if by not in table:
+            raise BadInput(
+                f"Cannot contrast by {by!r}: the sequences have the columns {', '.join(map(str, table.columns))}. Pass "
+                "one of them, or booleans, one a sequence.",
+                argument="by",
+                value=by,
+            )
+        first = table[by] == a if a is not None else table[by].astype(bool)
+        second = ~first if b is None else table[by] == b
+    elif isinstance(by, pd.Series) and len(by) == len(table):
+        first = pd.Series(by.to_numpy(bool), index=table.index)
+        second = ~first
+    else:
+        raise BadInput(
+            "Cannot contrast a trace with itself: nothing tells two groups apart. Pass by= with a column of the "
+            "sequences or booleans, one a sequence.",
+            argument="by",
+            value=None,
+        )
+    for name, chosen in zip(_names(by, a, b), (first, second), strict=True):
+        if not chosen.any():
+            raise BadInput(
+                f"Cannot contrast {name}: no sequence belongs to it. Pass a value that the column has.",
+                argument="by",
+                value=name,
+            )
+    return trace.select(where=first), trace.select(where=second)
+
+
+def _names(by: Any, a: Any, b: Any) -> tuple[str, str]:
+    if not isinstance(by, str):
+        return "true", "false"
+    return f"{by} {a}" if a is not None else by, f"{by} {b}" if b is not None else "all others"
+
+
+def _same_documents(one: Trace, two: Trace) -> bool:
+    first, second = (trace.sequences["document_id"].drop_duplicates().tolist() for trace in (one, two))
+    return first == second
+
+
+def _permutations(n_a: int, n_b: int, paired: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Weights of the pooled documents [permutation, n_a + n_b] in both groups; the first is as it was."""
+    rng = np.random.default_rng(_SEED)
+    in_a = np.zeros((1 + _PERMUTATIONS, n_a + n_b), bool)
+    in_a[0, :n_a] = True
+    if paired:
+        stays = rng.integers(2, size=(_PERMUTATIONS, n_a)).astype(bool)
+        in_a[1:] = np.concatenate([stays, ~stays], axis=1)
+    else:
+        in_a[1:] = rng.permuted(np.broadcast_to(in_a[0], in_a[1:].shape), axis=1)
+    return in_a.astype(float), (~in_a).astype(float)
+
+
+def _of_layers(
+    pooled: Summed,
+    layers: slice,
+    weights_a: np.ndarray,
+    weights_b: np.ndarray,
+    groups: tuple[int, int, bool],
+    bootstrap: Bootstrap,
+) -> tuple[np.ndarray, ...]:
+    """(difference, lower and upper bound, p) of some layers."""
+    n_a, n_b, paired = groups
+    difference = pooled.values(layers, weights_a) - pooled.values(layers, weights_b)
+    estimate, permuted = difference[..., 0], difference[..., 1:]
+    with np.errstate(invalid="ignore"):
+        as_far = (np.abs(permuted) >= np.abs(estimate)[..., None] - 1e-12).sum(-1)
+    p = np.where(np.isfinite(estimate), (1 + as_far) / (1 + permuted.shape[-1]), np.nan)
+    if paired:
+        left_out = np.tile(1 - np.eye(n_a), 2)
+        whole = pooled.values(layers, left_out * weights_a[0]) - pooled.values(layers, left_out * weights_b[0])
+        variance = _jackknife_variance(whole)
+    else:
+        variance = _jackknife_variance(pooled.values(layers, _without_each(n_a, n_a + n_b, 0)))
+        variance = variance + _jackknife_variance(pooled.values(layers, _without_each(n_b, n_a + n_b, n_a)))
+    reach = bootstrap.reach(np.array(float(min(n_a, n_b)))) * np.sqrt(variance)
+    return estimate, estimate - reach, estimate + reach, p
+
+
+def _without_each(n: int, total: int, start: int) -> np.ndarray:
+    weights = np.zeros((n, total))
+    weights[:, start : start + n] = 1 - np.eye(n)
+    return weights
+
+
+def _jackknife_variance(left_out: np.ndarray) -> np.ndarray:
+    n = left_out.shape[-1]
+    return (n - 1) / n * ((left_out - left_out.mean(-1, keepdims=True)) ** 2).sum(-1)
