@@ -59,7 +59,8 @@ def compared(data: xr.Dataset) -> str:
     above = int(((data["ci_low"] > expected) & known).sum())
     below = int(((data["ci_high"] < expected) & known).sum())
     total = int(known.sum())
-    return f"its interval lies above that in {above} of {total}, below it in {below}, and holds it in {total - above - below}"
+    held = total - above - below
+    return f"its interval lies above that in {above} of {total}, below it in {below}, and holds it in {held}"
 
 
 def _n(cell: xr.Dataset) -> str:
