@@ -1,7 +1,8 @@
 """How often intervals hold the truth: statistics of documents drawn around known shares, few and many, alike and not.
 
 ``make coverage-of-intervals`` writes benchmarks/results/coverage-of-intervals.json and prints its rows. Every cell is
-the share of experiments whose 95 % interval holds the truth; a layer of a drawn trace is an experiment of its own.
+the share of the 95 % intervals shown that hold the truth, and null where none is shown; a layer of a drawn trace is an
+experiment of its own.
 """
 
 from __future__ import annotations
@@ -57,14 +58,14 @@ def covered(rng: np.random.Generator, n: int, concentration: float, seed: int) -
         "load_balance cv": _holds(balance.sel(measure="cv"), SHARES.std() * 8),
         "load_balance max_over_mean": _holds(balance.sel(measure="max_over_mean"), SHARES.max() * 8),
         "transitions": _holds(moves, truth / truth.sum(1, keepdims=True)),
-        "transitions mutual information": (
-            (moves["mi_ci_low"] <= information) & (information <= moves["mi_ci_high"])
-        ).to_numpy(),
+        "transitions mutual information": _holds(moves, information, "mi_ci_low", "mi_ci_high"),
     }
 
 
-def _holds(data, truth) -> np.ndarray:
-    return ((data["ci_low"] <= truth) & (truth <= data["ci_high"])).to_numpy()
+def _holds(data, truth, low: str = "ci_low", high: str = "ci_high") -> np.ndarray:
+    """Whether the intervals that are shown hold the truth."""
+    held = ((data[low] <= truth) & (truth <= data[high])).to_numpy()
+    return held[np.isfinite(data[low].to_numpy())]
 
 
 def main() -> None:
@@ -79,7 +80,8 @@ def main() -> None:
             for seed in range(-(-options.experiments // LAYERS)):
                 for name, hits in covered(rng, n, concentration, seed).items():
                     found.setdefault(name, []).append(hits)
-            row = {name: round(float(np.mean(hits)), 4) for name, hits in found.items()}
+            shown = {name: np.concatenate(hits) for name, hits in found.items()}
+            row = {name: round(float(hits.mean()), 4) if len(hits) else None for name, hits in shown.items()}
             rows.append({"clustering": clustering, "documents": n, **row})
             print(json.dumps(rows[-1]), flush=True)
     about = {

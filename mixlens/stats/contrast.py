@@ -11,7 +11,7 @@ import xarray as xr
 
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.errors import BadInput
-from mixlens.stats.counts import Summed, described, summed_by
+from mixlens.stats.counts import Summed, described, require, summed_by
 
 if TYPE_CHECKING:
     from mixlens.trace.trace import Trace
@@ -72,10 +72,19 @@ def contrast(
     >>> found["survives"].dims
     ('layer', 'expert')
     """
+    require(trace, "contrast", bootstrap=bootstrap)
+    if statistic is not None:
+        require(other, "contrast")
+    chosen = other if statistic is None else statistic
+    if not callable(chosen):
+        raise BadInput(
+            f"Cannot contrast a {type(chosen).__name__}: expected a statistic. Pass one such as ml.stats.expert_share.",
+            argument="statistic",
+            value=type(chosen).__name__,
+        )
     if statistic is None:
-        assert callable(other)
         first, second, names = *_groups(trace, by, a, b), _names(by, a, b)
-        statistic = other
+        statistic = chosen
     else:
         first, second, names = trace, other, ("a", "b")
     one, two = summed_by(statistic, first), summed_by(statistic, second)  # type: ignore[arg-type]

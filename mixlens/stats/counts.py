@@ -234,6 +234,7 @@ def summarise(
     size: tuple[np.ndarray, tuple[str, ...]] | None = None,
     floor: np.ndarray | float | None = None,
     proportion: bool = False,
+    fewest: np.ndarray | int = 2,
 ) -> xr.Dataset:
     """The Dataset of a statistic: estimate, ci_low, ci_high ``[*by, layer, *dims]``, n and n_documents.
 
@@ -243,6 +244,7 @@ def summarise(
     size       tokens behind each number as ([cluster, ...], names of those dimensions); tokens of the group if None
     floor      as in `Resamples.interval`; broadcasts against [layer, *dims]
     proportion whether it is a proportion of the tokens behind it
+    fewest     documents below which intervals cover too little and are NaN; broadcasts against [layer, *dims]
     """
     clusters = counts.clusters
     sizes, size_dims = (counts.tokens, ()) if size is None else size
@@ -279,7 +281,8 @@ def summarise(
                 )
             else:
                 bounds = resamples.interval(values, reach_here[layers], floor, smooth=True)
-            low[group, layers], high[group, layers] = bounds
+            enough = len(members) >= np.broadcast_to(fewest, values.shape[:-1])
+            low[group, layers], high[group, layers] = (np.where(enough, bound, np.nan) for bound in bounds)
     grouped = tuple(clusters.by)
 
     def named(values: np.ndarray, names: tuple[str, ...]) -> tuple[tuple[str, ...], np.ndarray]:
@@ -294,7 +297,8 @@ def summarise(
             "n_documents": named(counts.n_documents, ()),
         },
         coords={**clusters.by, **labels},
-        attrs={"interval": PROPORTION if proportion else OTHERS},
+        attrs={"interval": PROPORTION if proportion else OTHERS}
+        | ({"fewest_documents": np.asarray(fewest).tolist()} if np.any(np.asarray(fewest) > 2) else {}),
     )
 
 

@@ -94,6 +94,7 @@ def load_balance(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT)
         without router_logits, which attrs["missing"] then says.
 
     All three are biased upwards in small samples; the estimate is the plain one, the interval is corrected for it.
+    max_over_mean has no interval with fewer than 64 documents, which would cover too little.
 
     Parameters
     ----------
@@ -145,7 +146,8 @@ def load_balance(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT)
     blocks = trace.blocks(*names, tokens=BLOCK_OF_LOGITS)
     counts = count(trace, by, shapes, blocks, add)
     dims = {"measure": ["cv", "max_over_mean", "switch_loss"]}
-    data = summarise(counts, measures, dims, bootstrap, floor=np.array([0.0, 1.0, 0.0]))
+    # The busiest expert of few documents is often another than that of many.
+    data = summarise(counts, measures, dims, bootstrap, floor=np.array([0.0, 1.0, 0.0]), fewest=np.array([2, 64, 2]))
     missing = {} if has_logits else {"missing": "switch_loss needs router_logits"}
     return described(
         data, trace, bootstrap,

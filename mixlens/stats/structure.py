@@ -220,7 +220,7 @@ def transitions(trace: Trace, *, by: By = None, gap: int = 1, bootstrap: Bootstr
         proportion=True,
     )
     information = summarise(
-        counts, lambda sums: mutual_information_bits(sums["moves"]), {"layer": layers}, bootstrap, floor=0.0
+        counts, lambda sums: mutual_information_bits(sums["moves"]), {"layer": layers}, bootstrap, floor=0.0, fewest=20
     )
     data = data.assign(
         mi_bits=information["estimate"], mi_ci_low=information["ci_low"], mi_ci_high=information["ci_high"]

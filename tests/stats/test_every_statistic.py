@@ -106,6 +106,10 @@ def test_balance_is_bounded_by_what_perfect_balance_gives():
     trace = ml.Trace.from_arrays(ids, n_experts=8, tokens={"sequence": document})
     low = ml.stats.load_balance(trace, bootstrap=QUICK).ci_low
     assert float(low.sel(measure="cv").min()) == 0
+    many = ml.Trace.from_arrays(
+        np.concatenate([ids] * 8), n_experts=8, tokens={"sequence": np.repeat(np.arange(64), 10)}
+    )
+    low = ml.stats.load_balance(many, bootstrap=QUICK).ci_low
     assert float(low.sel(measure="max_over_mean").min()) == 1
 
 

@@ -17,6 +17,7 @@ OF_TRACES = {
     for name in stats.__all__
     if inspect.isfunction(function := getattr(stats, name))
 }
+OF_TRACES["contrast"] = 2  # a and b are the groups of one trace
 OF_TRACES = {name: traces for name, traces in OF_TRACES.items() if traces}
 
 
@@ -36,4 +37,5 @@ def test_what_is_no_trace_is_refused(name, given):
 def test_a_number_is_no_bootstrap(name):
     trace = Trace.from_arrays([[[0, 1]], [[1, 2]]], n_experts=4)
     with refused(BadInput, "bootstrap", 200):
-        getattr(stats, name)(*[trace] * OF_TRACES[name], bootstrap=200)
+        more = (stats.expert_share,) if name == "contrast" else ()
+        getattr(stats, name)(*[trace] * OF_TRACES[name], *more, bootstrap=200)
