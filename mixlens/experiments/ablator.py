@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from mixlens.errors import BadInput
 from mixlens.interventions.edits import ablate, edit
 from mixlens.interventions.hooks import refuse_partial
-from mixlens.models.layout import decoder_of, input_device, moe_layers, n_experts, only_layers
+from mixlens.models.layout import decoder_of, input_device, moe_layers, n_experts, only_layers, refuse_sharded
 from mixlens.recording.hooks import Tap
 from mixlens.recording.logprobs import score
 from mixlens.recording.reader import batches
@@ -66,6 +66,7 @@ class Ablator:
         self._signals = parse_signals(sites, len(self.moe_layers))
         self._columns = 0
         refuse_partial(model)
+        refuse_sharded(model, "ablate experts")
 
     @torch.inference_mode()
     def measure(self, sequences: list[np.ndarray], batch_tokens: int) -> Costs:

@@ -17,7 +17,7 @@ from mixlens.interventions.forward_tracker import Call, ForwardTracker
 from mixlens.interventions.replay import Replay, check_experts, possible_layers
 from mixlens.interventions.routing import Forbid, Force, Reroute, Rescale, Routing, TopK
 from mixlens.interventions.where import Where
-from mixlens.models.layout import check_router, moe_layers, n_experts, top_k, unwrapped
+from mixlens.models.layout import check_router, moe_layers, n_experts, refuse_sharded, top_k, unwrapped
 
 Edit = Forbid | Force | Reroute | Rescale | TopK | Replay | Output | Patch
 _ATTRIBUTE = "_mixlens_editing"
@@ -245,6 +245,8 @@ def _check(one: Active, model: nn.Module, n_layers: int) -> None:
             argument="top_k",
             value=edit.k,
         )
+    if _stage(edit) == "experts":
+        refuse_sharded(model, f"edit experts by {edit!r}")
     if isinstance(edit, Replay):
         possible_layers(edit.trace, edit.layers, n_layers)
         check_experts(edit.trace, count, top_k_of(model))

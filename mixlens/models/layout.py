@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
@@ -58,6 +59,23 @@ def unwrapped(model: Any) -> Any:
         if inner is None or inner is model:
             return model
         model = inner
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether processes hold parts of one tensor: tensor, expert or fully sharded parallel."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def refuse_sharded(model: nn.Module, what: str) -> None:
+    """Raises ModelError where the experts of a model are spread over processes, each of which sees its part alone."""
+    if is_sharded(model):
+        raise ModelError(
+            f"Cannot {what}: the weights of this model are sharded over processes, and each sees its part of every "
+            "expert alone. Expert ids, weights, router_logits, logprob and the sites resid_pre, resid_post, attn_out, "
+            'moe_in and moe_out are whole. For the rest load the model with device_map="auto".',
+            argument="model",
+            value="sharded",
+        )
 
 
 def without_prompt(model: Any) -> Any:
@@ -139,6 +157,7 @@ def expert_weights(layer: MoeLayer) -> tuple[torch.Tensor, torch.Tensor, torch.T
     Raises ModelError where they are offloaded, or held in another layout.
     """
     experts: Any = layer.experts
+    refuse_sharded(experts, f"read the expert weights of layer {layer.index}")
     if layer.moe.experts is not experts:
         raise ModelError(
             f"Cannot read the expert weights of layer {layer.index}: an adapter is applied to them in each forward. "

@@ -12,6 +12,7 @@ from typing import Any, cast
 import pandas as pd
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from mixlens.errors import BadInput
 from mixlens.models.demo import DEMO, demo_path
@@ -167,7 +168,7 @@ def audit(model: nn.Module) -> Audit:
             value=type(model).__name__,
         )
     held: dict[tuple[str, str], _Held] = {}
-    seen: set[tuple[Any, ...]] = set()
+    seen: set[Any] = set()
     offloaded = 0
     for name, module in model.named_modules():
         if not (weights := _logical_weights(module)):
@@ -220,9 +221,14 @@ def _logical_weights(module: Any) -> int:
     return sum(math.prod(getattr(getattr(p, "quant_state", None), "shape", p.shape)) for p in parameters)
 
 
-def _tensors(value: Any, seen: set[tuple[Any, ...]]) -> Iterator[torch.Tensor]:
+def _tensors(value: Any, seen: set[Any]) -> Iterator[torch.Tensor]:
     """Every plain tensor inside a value, once; never those of other modules."""
     if isinstance(value, nn.Module):
+        return
+    if isinstance(value, DTensor):  # counts as the whole, of which this process holds a part
+        if id(value) not in seen:
+            seen.add(id(value))
+            yield value
         return
     if isinstance(value, torch.Tensor):
         if hasattr(value, "__tensor_flatten__"):
@@ -332,7 +338,7 @@ def weights_checksum(model: nn.Module) -> str:
     speed of memory, and is no guard against forgery. Weights that are offloaded are read where they are kept.
     """
     digest = hashlib.sha256()
-    seen: set[tuple[Any, ...]] = set()
+    seen: set[Any] = set()
     for name, module in model.named_modules():
         if not _logical_weights(module):
             continue
@@ -341,7 +347,7 @@ def weights_checksum(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _present(module: Any, seen: set[tuple[Any, ...]]) -> Iterator[torch.Tensor]:
+def _present(module: Any, seen: set[Any]) -> Iterator[torch.Tensor]:
     """The tensors of a module, fetched from where accelerate has put them."""
     kept = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
     for tensor in _tensors(vars(module), seen):
@@ -354,6 +360,7 @@ def _present(module: Any, seen: set[tuple[Any, ...]]) -> Iterator[torch.Tensor]:
 
 
 def _checksum(tensor: torch.Tensor) -> str:
+    tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     whole = len(data) // (8 * _ROW) * (8 * _ROW)
     body = data[:whole] if data.data_ptr() % 8 == 0 else data[:whole].clone()

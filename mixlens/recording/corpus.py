@@ -24,7 +24,7 @@ from mixlens.core.run_dir import RunWriter, now, versions
 from mixlens.errors import BadInput
 from mixlens.interventions.hooks import edits_of, top_k_of
 from mixlens.models.hub import tokenizer_beside
-from mixlens.models.layout import config_of, context_length, input_device, n_experts
+from mixlens.models.layout import config_of, context_length, input_device, is_sharded, n_experts
 from mixlens.models.provenance import describe, identity, tokenizer_sha256
 from mixlens.recording.documents import OVERLONG, Document, Documents, Piece, Tally, pieces_of, table_of
 from mixlens.recording.recorder import PACKAGES
@@ -179,12 +179,18 @@ def run_shards(
     kind: str,
     plan: dict[str, Any],
     corpus: Corpus,
-    commit: Callable[[RunWriter, Shard], None],
+    compute: Callable[[Shard], Any],
+    write: Callable[[RunWriter, Shard, Any], None],
     finish: Callable[[RunWriter], None],
+    *,
+    together: bool = False,
 ) -> None:
     """Compute every shard of a corpus into a run directory. A run that was stopped resumes; a complete one is left.
 
     Under `accelerate launch` every process commits its share of the shards, and the one that leads finishes the run.
+
+    together  whether every process must take part in every shard, as where a model is sharded over them; the one that
+              leads writes
 
     Raises RunError when `out` holds something else or cannot be written.
     """
@@ -198,8 +204,11 @@ def run_shards(
         done = writer.done
         try:
             for shard in corpus.progress(_DESCRIPTIONS.get(kind, kind), leads=peers.leads):
-                if shard.index % peers.world == peers.rank and shard.index not in done:
-                    commit(writer, shard)
+                if shard.index in done or not (together or shard.index % peers.world == peers.rank):
+                    continue
+                found = compute(shard)
+                if peers.leads or not together:
+                    write(writer, shard, found)
         except KeyboardInterrupt:
             told = f"{len(writer.done)} shards are complete in {writer.path}; the same call resumes from there."
             print(f"\nStopped. {told}", file=sys.stderr)
@@ -264,8 +273,10 @@ def measure_documents(
         kind,
         plan,
         corpus,
-        lambda writer, shard: _commit(writer, shard, measure(shard)),
+        measure,
+        _commit,
         lambda writer: _finish(writer, meta, pieces),
+        together=is_sharded(model),
     )
     return read_measured(out, kind)
 

@@ -16,7 +16,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from mixlens.errors import BadInput, ModelError
 from mixlens.interventions.activations import Replaced, replaced_in
 from mixlens.interventions.hooks import weights_are_given
-from mixlens.models.layout import MoeLayer, expert_down, expert_neurons, moe_layers, n_experts
+from mixlens.models.layout import MoeLayer, expert_down, expert_neurons, moe_layers, n_experts, refuse_sharded
 from mixlens.trace.signals import EXPERT_SITES, Signals
 
 MOST_EXPERTS = 256  # ids are kept in 8 bits
@@ -54,6 +54,8 @@ class Tap:
         self.now: _State = _ThreadState() if threads else _State()
         self._stack = ExitStack()
         layers = moe_layers(model)
+        if expert_sites := [site.name for site in signals.sites if site.name in EXPERT_SITES]:
+            refuse_sharded(model, f"record {', '.join(expert_sites)}")
         if n_experts(model) > MOST_EXPERTS:
             raise ModelError(
                 f"Cannot record this model: it has {n_experts(model)} experts a layer, and a trace holds ids of up to "

@@ -15,7 +15,7 @@ from torch import nn
 
 from mixlens.core.run_dir import RunWriter, now, versions
 from mixlens.interventions.hooks import edits_of, top_k_of
-from mixlens.models.layout import moe_layers, n_experts, without_prompt
+from mixlens.models.layout import is_sharded, moe_layers, n_experts, without_prompt
 from mixlens.models.provenance import describe, identity
 from mixlens.recording.corpus import Corpus, RecordSettings, Shard, run_shards
 from mixlens.recording.documents import table_of
@@ -40,7 +40,8 @@ def record(
 ) -> Trace:
     """Record the routing of every token of `documents`.
 
-    Under `accelerate launch` every process records its share of the shards, and each returns the whole trace.
+    Under `accelerate launch` every process records its share of the shards, and each returns the whole trace. A model
+    that is sharded over the processes reads every shard in all of them.
 
     Parameters
     ----------
@@ -114,14 +115,15 @@ def record(
         trace._vocabulary = corpus.vocabulary()
         return trace
 
-    def commit(writer: RunWriter, shard: Shard) -> None:
-        part, table = compute(shard)
+    def write(writer: RunWriter, shard: Shard, found: tuple[MemoryPart, pd.DataFrame]) -> None:
+        part, table = found
         rows = {f"sequences-{shard.index:05d}.parquet": store.write_sequences(table)}
         counts = convert.shard_counts(part) | {"left_out": _named(part.left_out, table["document_id"])}
         writer.commit_shard(shard.index, part.files(shard.index) | rows, counts)
 
     with reader:
-        run_shards(out, "trace", plan, corpus, commit, partial(_finish, corpus, reader.signals, layers, meta))
+        finish = partial(_finish, corpus, reader.signals, layers, meta)
+        run_shards(out, "trace", plan, corpus, compute, write, finish, together=is_sharded(model))
     trace = Trace.open(out)
     warn_of_left_out(trace.meta["left_out"])
     return trace

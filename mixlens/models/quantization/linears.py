@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from mixlens.errors import ModelError
 from mixlens.models.quantization.grouped_linear import GroupedLinear
@@ -110,6 +111,7 @@ def scheme_of(module: Any, tensor: torch.Tensor | None = None) -> str:
 
 def scheme_of_tensor(tensor: torch.Tensor) -> str:
     """nf4, fp4 and int8 of bitsandbytes, int8wo, int4wo and fp8 of torchao, else the dtype."""
+    tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     kind = type(tensor).__name__
     if kind == "Params4bit" and getattr(tensor, "quant_state", None) is not None:
         return str(tensor.quant_type)  # type: ignore[attr-defined]
