@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -79,7 +80,17 @@ def refuse_sharded(model: nn.Module, what: str) -> None:
 
 
 def without_prompt(model: Any) -> Any:
-    """The same, for who feeds it token ids. Raises ModelError where PEFT puts learned tokens before them."""
+    """The same, for who feeds its decoder token ids.
+
+    Raises ModelError where PEFT puts learned tokens before them, and where FSDP lets no part of a model run alone.
+    """
+    if isinstance(unwrapped(model), FSDPModule):
+        raise ModelError(
+            "Cannot read documents with a fully sharded model (FSDP2): its decoder does not run without its head. Run "
+            'the model yourself inside a Recorder, or load it with device_map="auto".',
+            argument="model",
+            value="fully sharded",
+        )
     if any(getattr(config, "is_prompt_learning", False) for config in getattr(model, "peft_config", {}).values()):
         raise ModelError(
             "Cannot read documents with a model that PEFT gives a learned prompt: they would be read without it. Run "

@@ -397,11 +397,11 @@ def tokenizer_sha256(tokenizer: Any) -> str | None:
 
 
 def _router_fingerprint(model: nn.Module) -> str | None:
-    """Hash of all router weights: tells checkpoints of one architecture apart. None where they are offloaded."""
+    """Hash of all router weights: tells checkpoints of one architecture apart. None where this process has not all."""
     digest = hashlib.sha256()
     for layer in moe_layers(model):
         weight = layer.gate.weight
-        if weight.device.type == "meta":
+        if weight.device.type == "meta" or isinstance(weight, DTensor):
             return None
         digest.update(weight.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()
