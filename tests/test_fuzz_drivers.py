@@ -9,6 +9,7 @@ from fuzz_drivers import outcome
 
 from mixlens.interventions.forward_tracker import ForwardTracker
 from mixlens.interventions.generation import Generation
+from mixlens.interventions.places import Places
 from mixlens.recording import recorder
 
 QUICK = 200
@@ -39,24 +40,24 @@ def test_a_large_draw_is_recorded_as_it_ran_or_refused():
 
 
 def dropped_row(monkeypatch):
-    whole = ForwardTracker._valid
+    whole = Places._valid
 
     def valid(self, call):
         found = whole(self, call)
         found[3:] = False
         return found
 
-    monkeypatch.setattr(ForwardTracker, "_valid", valid)
+    monkeypatch.setattr(Places, "_valid", valid)
 
 
 def shifted_position(monkeypatch):
-    whole = ForwardTracker._number
+    whole = Places._number
 
     def number(self, batch, valid, opening):
         sequence, position = whole(self, batch, valid, opening)
         return sequence, position + (len(batch.valid) > 2)
 
-    monkeypatch.setattr(ForwardTracker, "_number", number)
+    monkeypatch.setattr(Places, "_number", number)
 
 
 def padding_counted(monkeypatch):

@@ -13,7 +13,7 @@ from accelerate.utils import align_module_device
 from torch import nn
 
 from mixlens.errors import BadInput
-from mixlens.interventions.forward_tracker import Placed
+from mixlens.interventions.places import Placed
 from mixlens.interventions.routing import Layers, Rows
 from mixlens.interventions.where import EVERYWHERE, Where
 from mixlens.models.layout import MoeLayer, expert_down

@@ -13,7 +13,8 @@ from torch import nn
 from mixlens.errors import BadInput
 from mixlens.interventions.activations import PATCHED_EXPERTS, Output, Patch, forget_replaced, hook_experts, hook_site
 from mixlens.interventions.eager import eagerly
-from mixlens.interventions.forward_tracker import Call, ForwardTracker
+from mixlens.interventions.forward_tracker import ForwardTracker
+from mixlens.interventions.places import Call
 from mixlens.interventions.replay import Replay, check_experts, possible_layers
 from mixlens.interventions.routing import Forbid, Force, Reroute, Rescale, Routing, TopK
 from mixlens.interventions.where import Where

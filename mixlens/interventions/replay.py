@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from mixlens.errors import BadInput
-from mixlens.interventions.forward_tracker import Placed
+from mixlens.interventions.places import Placed
 from mixlens.interventions.routing import Layers, Routing, Rows
 from mixlens.interventions.where import EVERYWHERE, Where
 from mixlens.trace.trace import Trace

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mixlens.errors import BadInput
-from mixlens.interventions.forward_tracker import Placed
+from mixlens.interventions.places import Placed
 
 PHASES = ("prompt", "generated")
 

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from mixlens.errors import BadInput, RecordingError
-from mixlens.interventions.forward_tracker import Batch, Call, ForwardTracker
+from mixlens.interventions.forward_tracker import ForwardTracker
+from mixlens.interventions.places import Batch, Call
 from mixlens.models.layout import decoder_of, input_device, moe_layers, n_experts, top_k
 from mixlens.recording.hooks import Raw, Tap
 from mixlens.recording.recorder import Recorder

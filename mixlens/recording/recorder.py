@@ -15,8 +15,9 @@ from torch import nn
 from mixlens.core.run_dir import now, versions
 from mixlens.errors import BadInput, RecordingError
 from mixlens.interventions.eager import eagerly
-from mixlens.interventions.forward_tracker import Batch, Call, ForwardTracker, Placed
+from mixlens.interventions.forward_tracker import ForwardTracker
 from mixlens.interventions.hooks import edits_of
+from mixlens.interventions.places import Batch, Call, Placed
 from mixlens.models.layout import moe_layers, n_experts, unwrapped
 from mixlens.models.provenance import describe
 from mixlens.recording.hooks import (
