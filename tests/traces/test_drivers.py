@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import threading
 
 import numpy as np
 import pytest
@@ -256,12 +258,25 @@ def test_a_mask_that_forgets_the_padding_it_began_with_is_refused(model):
         model(torch.tensor([[5], [6]]), past_key_values=cache)
 
 
-def test_continuous_batching_is_refused_and_what_came_before_is_kept(model):
+@pytest.mark.parametrize("where", ["here", "another thread"])
+def test_a_forward_that_reads_a_cache_of_its_own_is_refused_wherever_it_runs(model, where):
+    """As continuous batching does: rows of several requests in one, keys in a cache that the mask says nothing of."""
     rows = texts(5, 9)
-    with pytest.raises(RecordingError), torch.no_grad(), ml.Recorder(model) as recorder:  # noqa: PT012
+    paged = {"cache": DynamicCache(config=model.config), "read_index": [torch.arange(3)], "use_cache": False}
+
+    def forward():
+        with torch.no_grad(), pytest.raises(RecordingError):
+            model(rows[1][None], **paged)
+
+    recorder = ml.Recorder(model)
+    with torch.no_grad(), pytest.raises(RecordingError) if where != "here" else contextlib.nullcontext(), recorder:
         model(rows[0][None])
-        config = GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=2, pad_token_id=0)
-        model.generate_batch([row.tolist() for row in rows], generation_config=config, progress_bar=False)
+        if where == "here":
+            forward()
+        else:
+            thread = threading.Thread(target=forward)
+            thread.start()
+            thread.join()
     assert_rows(model, recorder.trace(), rows[:1], [5])
 
 
