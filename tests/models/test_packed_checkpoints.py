@@ -14,6 +14,8 @@ from tiny import tiny_mixtral
 import mixlens as ml
 from mixlens.errors import ModelError
 from mixlens.models.layout import expert_weights, moe_layers
+from mixlens.models.quantization.gptq_awq import packed_format, read_packed
+from mixlens.models.quantization.linears import dequantized
 
 GROUP = 16
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight columns comes first, second ... from the lowest bit of an int32
@@ -171,3 +173,36 @@ def test_packed_weights_that_are_missing_or_broken(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors")
     with refused(ModelError, "model.layers.0.self_attn.q_proj", 6):
         ml.load(tmp_path, device_map="cpu", verbose=False)
+
+
+@pytest.mark.parametrize(("label", "stored"), [("gptq", 7), ("gptq_v2", 8), ("gptq", 8), ("gptq_v2", 7)])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_zeros_that_contradict_their_label_are_refused(label, stored, bits):
+    """Symmetric zeros are half of the range; the first format stores them less one."""
+    half = 2 ** (bits - 1)
+    stored = stored if bits == 4 else half + stored - 8
+    rng = np.random.default_rng(0)
+    number = rng.integers(0, 2**bits, (32, 64))
+    group = np.arange(64) // GROUP
+    packed = pack_gptq(number, np.full((32, 4), stored), group, bits, first_format=False)
+    packed["scales"] = rng.uniform(0.5, 1.5, (4, 32)).astype(np.float16)
+    tensors = {f"linear.{part}": torch.from_numpy(np.ascontiguousarray(v)) for part, v in packed.items()}
+    config = {"quant_method": "gptq", "bits": bits, "checkpoint_format": label, "sym": True}
+    form = packed_format("x", config, list(tensors))
+    if (label, stored == half) in (("gptq", True), ("gptq_v2", False)):
+        with refused(ModelError, "linear"):
+            read_packed(form, "linear", tensors.__getitem__)
+        return
+    weight = dequantized(read_packed(form, "linear", tensors.__getitem__))
+    expected = (number - half) * packed["scales"].T[:, group].astype(np.float32)
+    np.testing.assert_allclose(weight.float(), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_bits_of_a_module_that_the_config_does_not_say_are_refused():
+    number, group = np.zeros((32, 64), int), np.arange(64) // GROUP
+    packed = pack_gptq(number, np.full((32, 4), 8), group, 4, first_format=False)
+    tensors = {f"linear.{part}": torch.from_numpy(np.ascontiguousarray(v)) for part, v in packed.items()}
+    tensors["linear.scales"] = torch.ones(4, 32, dtype=torch.float16)
+    form = packed_format("x", {"quant_method": "gptq", "bits": 8, "checkpoint_format": "gptq_v2"}, list(tensors))
+    with refused(ModelError, "linear"):
+        read_packed(form, "linear", tensors.__getitem__)
