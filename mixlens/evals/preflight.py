@@ -43,7 +43,7 @@ def _check_shots(loaded: Loaded, work: Mapping[str, tuple[Sequence[Any], Sequenc
     for requests, _ in work.values():
         for request in requests:
             task = loaded.tasks[request.task_name]
-            if request.idx or not task.get_config("num_fewshot"):
+            if request.idx or not task.get_config("num_fewshot") or not _shots_are_evaluated(task):
                 continue
             total[request.task_name] = total.get(request.task_name, 0) + 1
             held[request.task_name] = held.get(request.task_name, 0) + _holds_its_gold(task, request)
@@ -56,6 +56,16 @@ def _check_shots(loaded: Loaded, work: Mapping[str, tuple[Sequence[Any], Sequenc
                 argument="fewshot_split",
                 value=(name, n),
             )
+
+
+def _shots_are_evaluated(task: Any) -> bool:
+    """Whether lm-eval draws the shots of a task from the split that it evaluates."""
+    config = task.config
+    if isinstance(config.fewshot_config, dict) and config.fewshot_config.get("samples") is not None:
+        return False
+    evaluated = config.test_split if task.has_test_docs() else config.validation_split
+    order = (config.fewshot_split, config.training_split, config.validation_split)
+    return next((split for split in order if split), evaluated) == evaluated
 
 
 def _holds_its_gold(task: Any, request: Any) -> bool:
