@@ -41,7 +41,7 @@ class Batch:
 
 @dataclass(eq=False)
 class Call:
-    """One forward; `raw`, `hidden`, `head_input`, `logits` and `placed` are for whoever follows.
+    """One forward; `raw`, `packed`, `hidden`, `head_input`, `logits` and `placed` are for whoever follows.
 
     start      columns in the cache before this forward
     step       number, among the columns a generate has sampled, of this forward's first; None for a prompt
@@ -62,6 +62,7 @@ class Call:
     isolated: bool = False
     begun: bool = False
     raw: Any = None
+    packed: bool = False
     hidden: torch.Tensor | None = None
     head_input: torch.Tensor | None = None
     logits: torch.Tensor | None = None

@@ -77,7 +77,8 @@ class Recorder:
         self, model: nn.Module, *, signals: Iterable[str | Site] = DEFAULT, lengths: Sequence[int] | None = None
     ) -> None:
         self.model: Any = (model := unwrapped(model))
-        self.signals: Signals = parse_signals(signals, len(moe_layers(model)))
+        self._layers = range(len(moe_layers(model)))
+        self.signals: Signals = parse_signals(signals, len(self._layers))
         self._tracker = ForwardTracker(
             model,
             "A Recorder",
@@ -206,6 +207,7 @@ class Recorder:
     def _before(self, call: Call) -> None:
         assert self._tap is not None
         self._edits |= dict.fromkeys(edits_of(self.model))
+        call.packed = sums_to_one(self.model)  # now, since its tokens may be sorted out after an edit has ended
         self._tap.take()  # of a forward that failed half-way
         if call.ids is None or call.ids.device.type == "cpu":  # elsewhere this would wait for the device
             call.placed = self._tracker.place(call)
@@ -232,8 +234,7 @@ class Recorder:
 
     def _check_fired(self, call: Call) -> None:
         """Raises RecordingError for a module that ran without its hook."""
-        wanted = {name: range(len(moe_layers(self.model))) for name in ("expert_id",)}
-        wanted |= {site.name: site.layers or () for site in self.signals.sites}
+        wanted = {"expert_id": self._layers} | {site.name: site.layers or () for site in self.signals.sites}
         for name, layers in wanted.items():
             missing = sorted(set(layers) - set(call.raw.get(name, {})))
             if missing:
@@ -273,9 +274,10 @@ class Recorder:
             self._pending = [call for call in self._pending if call.batch is not batch]
             if not self._columns:
                 return
-            kept = ~np.isin(np.concatenate(self._columns["sequence"]), batch.sequence)
+            columns = self._joined()
+            kept = ~np.isin(columns["sequence"], batch.sequence)
             place = kept.cumsum() - 1
-            self._columns = {name: [np.concatenate(parts)[kept]] for name, parts in self._columns.items()}
+            self._columns = {name: [values[kept]] for name, values in columns.items()}
             for name, parts in self._sites.items():
                 row, value = np.concatenate([r for r, _ in parts]), np.concatenate([v for _, v in parts])
                 self._sites[name] = [(place[row[kept[row]]], value[kept[row]])]
@@ -295,7 +297,7 @@ class Recorder:
             **self._scores(call, placed),
         }
         picked = torch.from_numpy(flat)
-        arrays |= routing_arrays(call.raw, picked, packed=sums_to_one(self.model))
+        arrays |= routing_arrays(call.raw, picked, packed=call.packed)
         bad = arrays.pop(BAD_LAYER)
         if (bad >= 0).any():
             self._left_out += [

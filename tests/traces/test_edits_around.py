@@ -105,6 +105,17 @@ def test_a_generation_is_replayed_step_by_step(net):
     np.testing.assert_array_equal(np.sort(again.trace().read("expert_id"), -1), one)
 
 
+def test_weights_of_an_edit_stay_with_the_forwards_it_was_round(net):
+    ids, edit = torch.arange(6)[None], edits.force(1, [6, 7], weight=0.2)
+    with torch.no_grad(), ml.Recorder(net) as recorder:
+        with ml.edit(net, edit):
+            net(ids)
+        net(ids)
+    weight = recorder.trace().read("weight")
+    np.testing.assert_allclose(weight[:6, 1], 0.2, atol=1e-3)
+    np.testing.assert_allclose(weight[6:].sum(-1), 1, atol=1e-3)
+
+
 def test_record_under_an_edit_says_so_and_needs_no_order_of_rows(net, letters, tmp_path):
     texts = ["a", "hello there", "abc", "hello"]
     quiet = ml.RecordSettings(progress=False)
