@@ -140,6 +140,8 @@ class Recorder:
                 argument="Recorder",
                 value=0,
             )
+        if columns["weight"].shape[-1] == columns["expert_id"].shape[-1]:
+            columns["weight"] = shards.pack_weights(columns["weight"])
         order = np.argsort(columns["sequence"], kind="stable")
         columns = {name: values[order] for name, values in columns.items()}
         present, columns["sequence"] = np.unique(columns["sequence"], return_inverse=True)
