@@ -197,7 +197,7 @@ def files_of(run: Path) -> dict[str, bytes]:
 def test_two_processes_write_the_runs_of_one(tmp_path):
     for name, launcher in {
         "one": (),
-        "two": ("-m", "torch.distributed.run", "--nproc_per_node", "2"),
+        "two": ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
     }.items():
         script = tmp_path / f"{name}.py"
         script.write_text(SHARE.format(paths=[str(Path(__file__).parent)], out=str(tmp_path / name)))

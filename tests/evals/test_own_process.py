@@ -193,7 +193,13 @@ def test_several_processes_are_refused(demo, monkeypatch):
 
 @pytest.mark.slow
 def test_several_processes_of_a_launcher_are_refused():
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2")  # what accelerate launch starts them with
+    launcher = (
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    )  # what accelerate launch starts them with
     script = Path(__file__).with_name("evaluate_twice.py")
     done = subprocess.run([sys.executable, *launcher, str(script)], capture_output=True, text=True)
     assert done.stdout.count("BadInput: processes 2\n") == 2

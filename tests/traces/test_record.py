@@ -144,7 +144,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(letters, tmp_path):
 @pytest.mark.slow
 def test_two_processes_write_the_run_of_one_and_add_their_statistics_up(tmp_path):
     assert run_script(tmp_path / "one") == 0
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     assert run_script(tmp_path / "two", launcher=launcher) == 0
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
