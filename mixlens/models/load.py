@@ -26,8 +26,12 @@ from mixlens.models.hub import commit_of, fault_of, safetensors_of
 from mixlens.models.layout import check_config
 from mixlens.models.provenance import audit
 from mixlens.models.quantization.checkpoint import Checkpoint, fill, finish, skeleton_of
-from mixlens.models.quantization.gptq_awq import METHODS as PACKED_METHODS
+from mixlens.models.quantization.compressed_tensors import compressed_format
 from mixlens.models.quantization.gptq_awq import packed_format
+
+# How a checkpoint that is quantized already is read, by its quant_method.
+_FORMATS = {"gptq": packed_format, "awq": packed_format, "compressed-tensors": compressed_format}
+_LEFT_TO_TRANSFORMERS = "fp8"  # by blocks, experts included
 
 
 def load(
@@ -106,7 +110,8 @@ def load(
     _check_places(device_map)
     resolved = _resolve_dtype(dtype, config, on_cpu=_places(device_map) <= {"cpu", "disk"})
     source = _Source(name, str(model), config, commit)
-    if quantization is None and _method(config) not in PACKED_METHODS:
+    _check_method(source)
+    if quantization is None and _method(config) not in _FORMATS:
         loaded = _load_plain(source, device_map, resolved, verbose)
         loaded.set_experts_implementation(_experts(loaded, experts))
     else:
@@ -186,7 +191,7 @@ def _load_quantized(
         checkpoint = _find(source)
         packed = None
         if held is not None:
-            packed = packed_format(source.asked, dict(source.config.quantization_config), list(checkpoint.tensors))
+            packed = _FORMATS[held](source.asked, dict(source.config.quantization_config), list(checkpoint.tensors))
         skeleton = skeleton_of(source.config, quantization if held is None else None, dtype, packed)
         _check_memory(source.asked, skeleton.bytes_needed, dtype, device_map)
         return finish(
@@ -210,8 +215,21 @@ def _find(source: _Source) -> Checkpoint:
 
 def _method(config: Any) -> str | None:
     """What a checkpoint is quantized by already, as its config says."""
-    held = getattr(config, "quantization_config", None) or {}
-    return str(dict(held).get("quant_method", "an unknown method")).lower() if held else None
+    held = getattr(config, "quantization_config", None)
+    return None if held is None else str(dict(held).get("quant_method", "an unknown method")).lower()
+
+
+def _check_method(source: _Source) -> None:
+    """Raises ModelError for a checkpoint whose experts nobody here would read as they are stored."""
+    method = _method(source.config)
+    if method not in (None, _LEFT_TO_TRANSFORMERS, *_FORMATS):
+        raise ModelError(
+            f"Cannot load {source.asked}: its config.json says that it is quantized by {method}. mixlens reads "
+            f"checkpoints quantized by {', '.join(_FORMATS)} and {_LEFT_TO_TRANSFORMERS}: get one of these, or load "
+            'the original with quantization="nf4" or another scheme.',
+            argument="quantization",
+            value=method,
+        )
 
 
 def bytes_needed(config: Any, dtype: torch.dtype) -> int:

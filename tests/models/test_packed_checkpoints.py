@@ -1,4 +1,4 @@
-"""GPTQ and AWQ checkpoints: packed here by loops written from their formats, and read back to the same model."""
+"""Packed checkpoints: packed here by loops written from their formats, and read back to the same model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from tiny import tiny_mixtral
 import mixlens as ml
 from mixlens.errors import ModelError
 from mixlens.models.layout import expert_weights, moe_layers
-from mixlens.models.quantization.gptq_awq import packed_format, read_packed
+from mixlens.models.quantization.compressed_tensors import compressed_format
+from mixlens.models.quantization.gptq_awq import packed_format
 from mixlens.models.quantization.linears import dequantized
 
 GROUP = 16
@@ -52,6 +53,16 @@ def pack_awq(number, zero):
     return {"qweight": np.stack([words(row) for row in number.T]), "qzeros": np.stack([words(row) for row in zero.T])}
 
 
+def pack_compressed(number, zero, group, bits):
+    """weight_packed [out, in * bits / 32], weight_zero_point [out * bits / 32, groups], by the format's own names."""
+    return {
+        "weight_packed": np.stack([put_bits(row, bits) for row in number]),
+        "weight_zero_point": np.stack([put_bits(column, bits) for column in zero.T], axis=1),
+        "weight_shape": np.array(number.shape),
+        "weight_g_idx": group.astype(np.int32),
+    }
+
+
 def write(path, method, bits, *, shuffled=False, first_format=True):
     """A packed checkpoint, and the model that it means."""
     rng = np.random.default_rng(0)
@@ -68,15 +79,26 @@ def write(path, method, bits, *, shuffled=False, first_format=True):
         weight = (number - zero[:, group]) * scale[:, group].astype(np.float32)
         name = base.replace(".block_sparse_moe.", ".mlp.")
         _put(model, name, torch.tensor(weight, dtype=torch.float32))
-        packed = pack_awq(number, zero) if method == "awq" else pack_gptq(number, zero, group, bits, first_format)
-        packed["scales"] = np.ascontiguousarray(scale.T)
+        if method == "compressed-tensors":
+            packed = {**pack_compressed(number, zero, group, bits), "weight_scale": scale}
+        else:
+            packed = pack_awq(number, zero) if method == "awq" else pack_gptq(number, zero, group, bits, first_format)
+            packed["scales"] = np.ascontiguousarray(scale.T)
         tensors |= {f"{base}.{part}": torch.from_numpy(np.ascontiguousarray(v)) for part, v in packed.items()}
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
     held = {"quant_method": method, "bits": bits, "group_size": GROUP}
     held |= {"version": "gemm"} if method == "awq" else {"checkpoint_format": "gptq" if first_format else "gptq_v2"}
+    if method == "compressed-tensors":
+        weights = {"num_bits": bits, "type": "int", "symmetric": False, "strategy": "group", "group_size": GROUP}
+        groups = {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}}
+        held = {"quant_method": method, "format": "pack-quantized", "config_groups": groups}
+    relabel(path, held)
+    return model.float()
+
+
+def relabel(path, held):
     config = json.loads((path / "config.json").read_text("utf-8"))
     (path / "config.json").write_text(json.dumps(config | {"quantization_config": held}), "utf-8")
-    return model.float()
 
 
 def _put(model, name, weight):
@@ -101,6 +123,9 @@ def _put(model, name, weight):
         ("gptq", 3, {}),
         ("gptq", 8, {"shuffled": True}),
         ("awq", 4, {}),
+        ("compressed-tensors", 4, {}),
+        ("compressed-tensors", 4, {"shuffled": True}),
+        ("compressed-tensors", 8, {}),
     ],
 )
 @torch.no_grad()
@@ -114,7 +139,7 @@ def test_a_packed_checkpoint_is_the_model_it_means(tmp_path, method, bits, optio
         for held, written in zip(expert_weights(layer), expert_weights(other), strict=True):
             assert torch.equal(held, written)
     found = ml.audit(model)
-    assert found.label == f"{method}{bits}"
+    assert found.label == f"{'int' if method == 'compressed-tensors' else method}{bits}"
     overhead = (16 + 8) / GROUP + (
         32 if options.get("shuffled") else 0
     ) / 32  # an order for inputs, over 32 rows or more
@@ -136,7 +161,9 @@ def test_a_checkpoint_that_is_quantized_in_another_way(tmp_path):
     [
         ({"checkpoint_format": "marlin"}, ("quantization", ("gptq", 4))),
         ({"bits": 5}, ("quantization", ("gptq", 5))),
-        ({"quant_method": "bitsandbytes"}, ("quantization", "nf4")),
+        ({"quant_method": "bitsandbytes"}, ("quantization", "bitsandbytes")),
+        ({"quant_method": "mxfp4"}, ("quantization", "mxfp4")),
+        ({"quant_method": "not yet invented"}, ("quantization", "not yet invented")),
     ],
 )
 def test_packed_forms_that_are_not_read(tmp_path, changes, named):
@@ -144,9 +171,8 @@ def test_packed_forms_that_are_not_read(tmp_path, changes, named):
     config = json.loads((tmp_path / "config.json").read_text("utf-8"))
     config["quantization_config"] |= changes
     (tmp_path / "config.json").write_text(json.dumps(config), "utf-8")
-    asked = "nf4" if "quant_method" in changes else None
     with refused(ModelError, *named):
-        ml.load(tmp_path, quantization=asked, device_map="cpu", verbose=False)
+        ml.load(tmp_path, device_map="cpu", verbose=False)
 
 
 @torch.no_grad()
@@ -175,10 +201,67 @@ def test_packed_weights_that_are_missing_or_broken(tmp_path):
         ml.load(tmp_path, device_map="cpu", verbose=False)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"input_activations": {"num_bits": 8, "type": "float"}},
+        {"weights": {"num_bits": 8, "type": "float"}},
+        {"format": "nvfp4-pack-quantized"},
+    ],
+)
+def test_compressed_tensors_of_other_kinds_are_refused(change):
+    group = {"weights": {"num_bits": 4, "type": "int"}, "format": "pack-quantized"}
+    held = {"config_groups": {"one": group, "two": group | change}}
+    with refused(ModelError, "quantization"):
+        compressed_format("x", held, ["linear.weight_packed"])
+    assert compressed_format("x", {"config_groups": {"one": group}}, ["linear.weight_packed"]).bits == 4
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_compressed_tensors_without_zeros_and_with_one_scale_a_row(bits):
+    rng = np.random.default_rng(bits)
+    number = rng.integers(0, 2**bits, (8, 24))  # 24 numbers of 4 bits fill whole words, those of 2 bits do not
+    scale = rng.uniform(0.5, 1.5, (8, 1)).astype(np.float32)
+    tensors = {
+        "linear.weight_packed": torch.from_numpy(np.stack([put_bits(row, bits) for row in number])),
+        "linear.weight_shape": torch.tensor(number.shape),
+        "linear.weight_scale": torch.from_numpy(scale),
+    }
+    held = {"format": "pack-quantized", "config_groups": {"one": {"weights": {"num_bits": bits, "type": "int"}}}}
+    form = compressed_format("x", held, list(tensors))
+    weight = dequantized(form.read("linear", tensors.__getitem__))
+    np.testing.assert_allclose(weight, (number - 2 ** (bits - 1)) * scale, rtol=1e-6)
+    other = dict(held, config_groups={"one": {"weights": {"num_bits": 4 if bits == 8 else 8, "type": "int"}}})
+    with refused(ModelError, "linear"):
+        compressed_format("x", other, list(tensors)).read("linear", tensors.__getitem__)
+
+
+@torch.no_grad()
+def test_fp8_by_blocks_is_the_model_it_means(tmp_path):
+    """Where no GPU computes in fp8, transformers makes the weights whole again."""
+    model = tiny_mixtral(head_dim=32)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    plain = dict(tensors)
+    for key in [k for k in tensors if ".experts." in k]:
+        tensors[key] = (tensors[key] * 8).to(torch.float8_e4m3fn)
+        tensors[f"{key}_scale_inv"] = torch.full((1, 1), 1 / 8)
+        plain[key] = tensors[key].float() / 8
+    save_file(plain, tmp_path / "model.safetensors", {"format": "pt"})
+    wanted = ml.load(tmp_path, device_map="cpu", verbose=False)(IDS).logits
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    relabel(tmp_path, {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"})
+    loaded = ml.load(tmp_path, device_map="cpu", verbose=False)
+    assert ml.audit(loaded).label == "float32"
+    assert torch.equal(loaded(IDS).logits, wanted)
+    assert not torch.equal(model(IDS).logits, wanted)
+
+
 @pytest.mark.parametrize(("label", "stored"), [("gptq", 7), ("gptq_v2", 8), ("gptq", 8), ("gptq_v2", 7)])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_zeros_that_contradict_their_label_are_refused(label, stored, bits):
-    """Symmetric zeros are half of the range; the first format stores them less one."""
+@pytest.mark.parametrize("said", [{"sym": True}, {}])
+def test_zeros_that_contradict_their_label_are_refused(label, stored, bits, said):
+    """Symmetric zeros, which need not be called so, are half of the range; the first format stores them less one."""
     half = 2 ** (bits - 1)
     stored = stored if bits == 4 else half + stored - 8
     rng = np.random.default_rng(0)
@@ -187,13 +270,13 @@ def test_zeros_that_contradict_their_label_are_refused(label, stored, bits):
     packed = pack_gptq(number, np.full((32, 4), stored), group, bits, first_format=False)
     packed["scales"] = rng.uniform(0.5, 1.5, (4, 32)).astype(np.float16)
     tensors = {f"linear.{part}": torch.from_numpy(np.ascontiguousarray(v)) for part, v in packed.items()}
-    config = {"quant_method": "gptq", "bits": bits, "checkpoint_format": label, "sym": True}
+    config = {"quant_method": "gptq", "bits": bits, "checkpoint_format": label, **said}
     form = packed_format("x", config, list(tensors))
     if (label, stored == half) in (("gptq", True), ("gptq_v2", False)):
         with refused(ModelError, "linear"):
-            read_packed(form, "linear", tensors.__getitem__)
+            form.read("linear", tensors.__getitem__)
         return
-    weight = dequantized(read_packed(form, "linear", tensors.__getitem__))
+    weight = dequantized(form.read("linear", tensors.__getitem__))
     expected = (number - half) * packed["scales"].T[:, group].astype(np.float32)
     np.testing.assert_allclose(weight.float(), expected, rtol=1e-2, atol=1e-2)
 
@@ -205,4 +288,4 @@ def test_bits_of_a_module_that_the_config_does_not_say_are_refused():
     tensors["linear.scales"] = torch.ones(4, 32, dtype=torch.float16)
     form = packed_format("x", {"quant_method": "gptq", "bits": 8, "checkpoint_format": "gptq_v2"}, list(tensors))
     with refused(ModelError, "linear"):
-        read_packed(form, "linear", tensors.__getitem__)
+        form.read("linear", tensors.__getitem__)

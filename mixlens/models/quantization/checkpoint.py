@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils.hub import cached_file
 
 from mixlens.errors import BadInput, ModelError
-from mixlens.models.quantization.gptq_awq import PackedFormat, read_packed
+from mixlens.models.quantization.compressed_tensors import CompressedFormat
+from mixlens.models.quantization.gptq_awq import PackedFormat
 from mixlens.models.quantization.linears import Scheme, quantize_linear, require
 from mixlens.models.quantization.schemes import Quantization, schemes_of
 from mixlens.models.quantization.unfuse import QuantizedRouter, UnfusedExperts
@@ -85,7 +86,7 @@ class Skeleton:
 
     model: Any
     schemes: dict[str, Scheme]
-    packed: PackedFormat | None = None
+    packed: PackedFormat | CompressedFormat | None = None
 
     @property
     def bytes_needed(self) -> int:
@@ -141,7 +142,10 @@ _SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def skeleton_of(
-    config: Any, quantization: Quantization | None, dtype: torch.dtype, packed: PackedFormat | None = None
+    config: Any,
+    quantization: Quantization | None,
+    dtype: torch.dtype,
+    packed: PackedFormat | CompressedFormat | None = None,
 ) -> Skeleton:
     """The model with experts as Linears, on the meta device, and the schemes of its Linears."""
     with torch.device("meta"):
@@ -208,7 +212,7 @@ def _fill_module(skeleton: Skeleton, name: str, read: Any, device: torch.device)
     model, module = skeleton.model, skeleton.model.get_submodule(name)
     packed, scheme = skeleton.packed, skeleton.schemes.get(name)
     if packed is not None and packed.holds(name):
-        made = read_packed(packed, name, read).to(device)
+        made = packed.read(name, read).to(device)
         _check_shape(name, (made.out_features, made.in_features), module.weight)
     elif scheme is not None:
         weight = read(f"{name}.weight")
@@ -241,7 +245,7 @@ def _check_complete(skeleton: Skeleton, checkpoint: Checkpoint, modules: list[st
         f"{name}.{own}"
         for name in modules
         for own in (
-            packed.parts
+            packed.parts(name)
             if packed is not None and packed.holds(name)
             else dict(skeleton.model.get_submodule(name).named_parameters(recurse=False))
         )

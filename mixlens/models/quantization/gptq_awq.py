@@ -32,13 +32,33 @@ class PackedFormat:
     first_format: bool = False
     symmetric: bool = False
 
-    @property
-    def parts(self) -> tuple[str, ...]:
+    def holds(self, module: str) -> bool:
+        return module in self.modules
+
+    def parts(self, _module: str) -> tuple[str, ...]:
         """What stands in the checkpoint for one Linear."""
         return ("qweight", "qzeros", "scales", *(("g_idx",) if self.method == "gptq" else ()))
 
-    def holds(self, module: str) -> bool:
-        return module in self.modules
+    def read(self, name: str, read: Callable[[str], torch.Tensor]) -> GroupedLinear:
+        """The Linear of this name; `read` gives a tensor of the checkpoint."""
+        stored, zeros, scales = (read(f"{name}.{part}") for part in ("qweight", "qzeros", "scales"))
+        scheme = f"{self.method}{self.bits}"
+        if self.method == "awq":
+            number, zero = _awq(stored).T, _awq(zeros).T
+            return GroupedLinear(scheme, self.bits, number, scale=scales.T, zero=zero)
+        number = lowest_first(stored.T, self.bits)
+        zero = _gptq_zeros(zeros, self).T
+        group = read(f"{name}.g_idx").long()
+        _check_contents(name, self, zero, number.shape[1], len(group))
+        if len(group) % len(scales):
+            raise ModelError(
+                f"Cannot read {name} from a GPTQ checkpoint: its {len(group)} inputs lie in {len(scales)} groups of "
+                "different sizes. Quantize the original with a group size that divides every row.",
+                argument=name,
+                value=len(scales),
+            )
+        number, order = sort_by_group(number, group)
+        return GroupedLinear(scheme, self.bits, number, scale=scales.T, zero=zero, order=order)
 
 
 def packed_format(name: str, quantization: dict[str, Any], tensors: list[str]) -> PackedFormat:
@@ -63,28 +83,12 @@ def packed_format(name: str, quantization: dict[str, Any], tensors: list[str]) -
     return PackedFormat(method, bits, modules, method == "gptq" and version != "gptq_v2", symmetric)
 
 
-def read_packed(form: PackedFormat, name: str, read: Callable[[str], torch.Tensor]) -> GroupedLinear:
-    """The Linear of this name; `read` gives a tensor of the checkpoint."""
-    stored, zeros, scales = (read(f"{name}.{part}") for part in ("qweight", "qzeros", "scales"))
-    scheme = f"{form.method}{form.bits}"
-    if form.method == "awq":
-        number, zero = _awq(stored).T, _awq(zeros).T
-        return GroupedLinear(scheme, form.bits, number, scale=scales.T, zero=zero)
-    number = _lowest_first(stored.T, form.bits)
-    zero = _gptq_zeros(zeros, form).T
-    group = read(f"{name}.g_idx").long()
-    _check_contents(name, form, zero, number.shape[1], len(group))
-    if len(group) % len(scales):
-        raise ModelError(
-            f"Cannot read {name} from a GPTQ checkpoint: its {len(group)} inputs lie in {len(scales)} groups of "
-            "different sizes. Quantize the original with a group size that divides every row.",
-            argument=name,
-            value=len(scales),
-        )
+def sort_by_group(number: torch.Tensor, group: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The columns of `number` sorted by the group [in] of each input, and the `order` of a GroupedLinear."""
     order = torch.argsort(group, stable=True)
     if torch.equal(order, torch.arange(len(order))):
-        return GroupedLinear(scheme, form.bits, number, scale=scales.T, zero=zero)
-    return GroupedLinear(scheme, form.bits, number[:, order], scale=scales.T, zero=zero, order=torch.argsort(order))
+        return number, None
+    return number[:, order], torch.argsort(order)
 
 
 def _check_contents(name: str, form: PackedFormat, zero: torch.Tensor, unpacked: int, inputs: int) -> None:
@@ -97,30 +101,31 @@ def _check_contents(name: str, form: PackedFormat, zero: torch.Tensor, unpacked:
             argument=name,
             value=(unpacked, inputs),
         )
-    half = 2 ** (form.bits - 1)
-    if form.symmetric and bool((zero != half).any()):
+    half, found = 2 ** (form.bits - 1), sorted(set(zero.unique().tolist()))
+    if found != [half] and (form.symmetric or found in ([half - 1], [half + 1])):
+        said = "its config says symmetric" if form.symmetric else "all its zeros are the same, as symmetric ones are"
         label = (
             "gptq, whose zeros are stored less one" if form.first_format else "gptq_v2, whose zeros are stored as is"
         )
         raise ModelError(
-            f"Cannot read {name} from a GPTQ checkpoint: its config says symmetric, so that every zero is {half}, and "
-            f"{label}; the zeros come out as {sorted(set(zero.unique().tolist()))[:4]}. One of the two labels is "
-            "wrong: correct checkpoint_format in config.json after asking whoever made it.",
+            f"Cannot read {name} from a GPTQ checkpoint: {said}, so that every zero is {half}, and {label}; the zeros "
+            f"come out as {found[:4]}. One of the two labels is wrong: correct checkpoint_format in config.json after "
+            "asking whoever made it.",
             argument=name,
-            value=sorted(set(zero.unique().tolist()))[:4],
+            value=found[:4],
         )
 
 
 def _gptq_zeros(stored: torch.Tensor, form: PackedFormat) -> torch.Tensor:
     """uint8 [groups, out]. The first format took one from each zero, by whole int32, so that a zero of 0 borrows."""
     if not form.first_format:
-        return _lowest_first(stored, form.bits)
+        return lowest_first(stored, form.bits)
     if 32 % form.bits:
-        return (_lowest_first(stored, form.bits) + 1) & 2**form.bits - 1
-    return _lowest_first(stored + sum(1 << shift for shift in range(0, 31, form.bits)), form.bits)
+        return (lowest_first(stored, form.bits) + 1) & 2**form.bits - 1
+    return lowest_first(stored + sum(1 << shift for shift in range(0, 31, form.bits)), form.bits)
 
 
-def _lowest_first(stored: torch.Tensor, bits: int) -> torch.Tensor:
+def lowest_first(stored: torch.Tensor, bits: int) -> torch.Tensor:
     """uint8 [n, m * 32 / bits] from int32 [n, m]: the numbers follow each other from the lowest bit on."""
     if 32 % bits:
         stream = (stored[..., None] >> torch.arange(32, dtype=torch.int32)) & 1
@@ -132,5 +137,5 @@ def _lowest_first(stored: torch.Tensor, bits: int) -> torch.Tensor:
 
 def _awq(stored: torch.Tensor) -> torch.Tensor:
     """uint8 [n, m * 8] from int32 [n, m]."""
-    number = _lowest_first(stored, 4).reshape(len(stored), -1, 8)
+    number = lowest_first(stored, 4).reshape(len(stored), -1, 8)
     return number[..., list(_AWQ)].flatten(-2)
