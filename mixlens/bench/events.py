@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mixlens.endpoints.endpoint import redacted
+from mixlens.endpoints.keys import redacted
 from mixlens.endpoints.protocols import (
     COMMENT,
     DONE,

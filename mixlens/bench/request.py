@@ -16,7 +16,9 @@ from typing import Any
 import httpx
 
 from mixlens.bench.events import OUTCOMES, Record, StreamReader, outcome_of
-from mixlens.endpoints.endpoint import Endpoint, no_proxy, redacted
+from mixlens.endpoints.calls import no_proxy
+from mixlens.endpoints.endpoint import Endpoint
+from mixlens.endpoints.keys import redacted
 from mixlens.endpoints.protocols import error_message
 
 # Limit of the body of a refusal or of an answer that is not streamed.

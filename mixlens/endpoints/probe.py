@@ -14,7 +14,8 @@ import httpx
 import pandas as pd
 
 from mixlens.core.run_dir import now
-from mixlens.endpoints.endpoint import Endpoint, redacted
+from mixlens.endpoints.endpoint import Endpoint
+from mixlens.endpoints.keys import redacted
 from mixlens.endpoints.probe_effects import EFFECTS, Verdict
 from mixlens.errors import BadInput, EndpointError
 

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mixlens.endpoints.sse import Message
 
+Messages = Sequence[Mapping[str, Any]]
+
+# Path of each protocol, appended to the endpoint's URL.
+PATHS = {
+    "openai-chat": "/chat/completions",
+    "openai-completions": "/completions",
+    "anthropic": "/messages",
+    "modelslab": "/chat/completions",
+}
 # Reasons for the end of an answer, as servers name them.
 LENGTH = frozenset({"length", "max_tokens", "max_output_tokens", "MAX_TOKENS"})
 FILTERED = frozenset({"content_filter", "refusal", "safety", "SAFETY", "prohibited_content"})

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from mixlens.endpoints.endpoint import Completion, Endpoint, client_of
+from mixlens.endpoints.calls import Completion, client_of
+from mixlens.endpoints.endpoint import Endpoint
 from mixlens.errors import BadInput, EndpointError
 from mixlens.evals.generating import check_sampling
 from mixlens.evals.model import Batch, cut, tokenizer_of

@@ -11,7 +11,8 @@ import pandas as pd
 
 from mixlens.bench.bench import Bench
 from mixlens.core.run_dir import now
-from mixlens.endpoints.endpoint import canonical, get_json
+from mixlens.endpoints.calls import get_json
+from mixlens.endpoints.endpoint import Endpoint, canonical
 from mixlens.endpoints.prices import STATEMENT, WORDS, prices, statements
 from mixlens.endpoints.probe import Probe
 from mixlens.errors import BadInput, EndpointError
@@ -61,7 +62,7 @@ def listed_prices(model: str, *, url: str = OPENROUTER) -> pd.DataFrame:
     >>> ml.pricing.listed_prices("mistralai/mixtral-8x7b-instruct")  # doctest: +SKIP
     """
     name = canonical(model)
-    data = get_json(f"{url}/models/{name}/endpoints")
+    data = get_json(Endpoint(f"{url}/models/{name}/endpoints", model=name))
     rows = (
         data.get("data", {}).get("endpoints") if isinstance(data, dict) and isinstance(data.get("data"), dict) else None
     )

@@ -205,8 +205,8 @@ LIMITED = [
 @pytest.mark.parametrize("headers", LIMITED)
 def test_a_rate_limit_is_waited_for_as_long_as_the_server_says(headers, monkeypatch):
     waits: list[float] = []
-    monkeypatch.setattr("mixlens.endpoints.endpoint.time.sleep", waits.append)
-    monkeypatch.setattr("mixlens.endpoints.endpoint.time.time", lambda: 1_000_000_000.0)
+    monkeypatch.setattr("mixlens.endpoints.calls.time.sleep", waits.append)
+    monkeypatch.setattr("mixlens.endpoints.calls.time.time", lambda: 1_000_000_000.0)
     with answering(lambda call: Reply({}, 429, headers) if call.number < 9 else said("yes")) as (url, _):
         assert ml.Endpoint(url, model="m").complete("Q?").text == "yes"
     assert waits == pytest.approx([7.0] * 9)
@@ -214,7 +214,7 @@ def test_a_rate_limit_is_waited_for_as_long_as_the_server_says(headers, monkeypa
 
 def test_a_rate_limit_without_a_time_is_waited_for_with_growing_patience(monkeypatch):
     waits: list[float] = []
-    monkeypatch.setattr("mixlens.endpoints.endpoint.time.sleep", waits.append)
+    monkeypatch.setattr("mixlens.endpoints.calls.time.sleep", waits.append)
     slow = Reply({"error": {"message": "slow down"}}, 429)
     with answering(lambda call: slow) as (url, _), refused(EndpointError, "endpoint", 429):
         ml.Endpoint(url, model="m", patience_s=200.0).complete("Q?")

@@ -9,7 +9,8 @@ import sys
 import pytest
 from helpers.refusals import refused
 
-from mixlens.endpoints.endpoint import Endpoint, canonical, redacted
+from mixlens.endpoints.endpoint import Endpoint, canonical
+from mixlens.endpoints.keys import redacted
 from mixlens.errors import BadInput
 
 KEY = "sk-test-0123456789"

@@ -1,0 +1,354 @@
+"""Calls of an endpoint that are retried and not timed: completions, lists of models, counts of tokens."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING, Any
+
+import httpx
+
+from mixlens.endpoints.keys import redacted
+from mixlens.endpoints.protocols import PATHS, Messages, blocks_text, message_text, usage_of, without_thinking
+from mixlens.errors import BadInput, EndpointError
+
+if TYPE_CHECKING:
+    from mixlens.endpoints.endpoint import Endpoint
+
+_FOR_NOW = {408, 409, 429}
+_TOO_MANY = 429
+_RESETS = ("x-ratelimit-reset-requests", "x-ratelimit-reset-tokens", "x-ratelimit-reset", "ratelimit-reset")
+_SINCE_1970, _MILLISECONDS = 1e9, 1e11
+_LONGEST_WAIT_S = 60.0
+_TIMEOUT = httpx.Timeout(600.0, connect=10.0)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A complete answer. Fields that the server does not report are None.
+
+    Parameters
+    ----------
+    text : str
+        The answer, preceded by the prompt if the request set `echo`.
+    finish : str or None
+        Why generation ended, such as "stop" or "length".
+    input_tokens, output_tokens : int or None
+        Token counts reported by the server.
+    cost_usd : float or None
+        Cost reported by the server.
+    model, provider : str or None
+        Model and provider that answered, as named by the server.
+    tokens : tuple[str, ...] or None
+        Text of each token that has a log-probability, in order.
+    logprobs : tuple[float or None, ...] or None
+        Natural log-probability of each token; None for the first token of an echoed prompt, which has no context.
+    top_logprobs : tuple[dict[str, float], ...] or None
+        Alternatives to each token, with their log-probabilities.
+    offsets : tuple[int, ...] or None
+        Character of `text` at which each token begins ("openai-completions").
+    reasoning : str
+        Reasoning that the server shows, in whatever form; never part of `text`.
+    cached_tokens, reasoning_tokens : int or None
+        Input tokens from a prefix cache, and output tokens that are reasoning, as reported by the server.
+    attempts : int
+        Number of requests sent, retries included.
+    raw : dict[str, Any]
+        The server's answer as parsed JSON.
+    """
+
+    text: str
+    finish: str | None
+    input_tokens: int | None
+    output_tokens: int | None
+    cost_usd: float | None
+    model: str | None
+    provider: str | None
+    tokens: tuple[str, ...] | None
+    logprobs: tuple[float | None, ...] | None
+    top_logprobs: tuple[dict[str, float], ...] | None
+    offsets: tuple[int, ...] | None
+    attempts: int
+    raw: dict[str, Any]
+    reasoning: str = ""
+    cached_tokens: int | None = None
+    reasoning_tokens: int | None = None
+
+
+def complete(
+    endpoint: Endpoint,
+    prompt: str | Messages,
+    asked: Mapping[str, Any],
+    *,
+    retries: int | None = None,
+    client: httpx.Client | None = None,
+) -> Completion:
+    """Implement Endpoint.complete; `asked` holds max_tokens, logprobs, echo and additional fields of the body."""
+    fields = dict(asked)
+    max_tokens, logprobs, echo = fields.pop("max_tokens"), fields.pop("logprobs"), fields.pop("echo")
+    key = endpoint.key()
+    headers, body = endpoint.request(prompt, max_tokens=max_tokens, key=key, stream=False)
+    removed = {name for name, value in endpoint.extra.items() if value is None}
+    body = {name: value for name, value in (body | fields).items() if value is not None and name not in removed}
+    body |= _scoring(endpoint, logprobs, echo)
+    data, attempts = _answer(endpoint, ("POST", endpoint.address), headers, body, retries=retries, client=client)
+    try:
+        return _completion(data, endpoint.protocol, attempts)
+    except (AttributeError, KeyError, IndexError, TypeError) as error:
+        raise EndpointError(
+            f"Cannot read the completion from {endpoint.host}: its answer does not follow {endpoint.protocol}: "
+            f"{json.dumps(data)[:200]}. Check the URL, and pass the server's protocol with protocol=.",
+            argument="answer",
+            value=data,
+        ) from error
+
+
+def list_models(endpoint: Endpoint) -> list[dict[str, Any]]:
+    """Implement Endpoint.models."""
+    base = endpoint.url.rstrip("/").removesuffix(PATHS[endpoint.protocol])
+    # ModelsLab lists its models below /v1, next to its Anthropic API, and accepts the key in the query or a header.
+    base += "/v1" if endpoint.protocol == "modelslab" else ""
+    key = endpoint.key()
+    headers = {**endpoint.headers, **({} if key is None else {"Authorization": f"Bearer {key}"})}
+    data, _ = _answer(endpoint, ("GET", base + "/models"), headers, None, retries=1)
+    listed = data.get("data", data.get("models")) if isinstance(data, dict) else data
+    if not isinstance(listed, list) or not all(isinstance(one, dict | str) for one in listed):
+        raise EndpointError(
+            f"Cannot list the models of {endpoint.host}: its answer contains no list: {json.dumps(data)[:200]}. Look "
+            "up the model name in the server's documentation.",
+            argument="answer",
+            value=data,
+        )
+    named = [{"id": one} if isinstance(one, str) else one for one in listed]
+    return [{"id": one.get("id") or one.get("model_id") or one.get("name"), **one} for one in named]
+
+
+def count_tokens(endpoint: Endpoint, prompt: str | Messages) -> int:
+    """Implement Endpoint.count_tokens."""
+    if endpoint.protocol != "anthropic":
+        raise BadInput(
+            f"Cannot count tokens at {endpoint.host}: its protocol, {endpoint.protocol}, has no call for it. Create "
+            'the endpoint with protocol="anthropic", or count with the tokenizer of the model.',
+            argument="protocol",
+            value=endpoint.protocol,
+        )
+    headers, body = endpoint.request(prompt, max_tokens=1, key=endpoint.key(), stream=False)
+    body = {name: body[name] for name in ("model", "system", "messages") if name in body}
+    data, _ = _answer(endpoint, ("POST", endpoint.address + "/count_tokens"), headers, body)
+    count = data.get("input_tokens") if isinstance(data, dict) else None
+    if not isinstance(count, int) or isinstance(count, bool):
+        raise EndpointError(
+            f"Cannot count tokens at {endpoint.host}: its answer has no input_tokens: {json.dumps(data)[:200]}. Count "
+            "with the tokenizer of the model.",
+            argument="answer",
+            value=data,
+        )
+    return count
+
+
+def get_json(endpoint: Endpoint) -> Any:
+    """Fetch JSON from the URL of an endpoint, without a key. Raises EndpointError if that fails."""
+    return _answer(endpoint, ("GET", endpoint.url), {}, None)[0]
+
+
+def _scoring(endpoint: Endpoint, logprobs: int | None, echo: bool) -> dict[str, Any]:
+    """Return the body fields that request log-probabilities and an echo of the prompt."""
+    if echo and endpoint.protocol != "openai-completions":
+        raise BadInput(
+            f"Cannot echo the prompt at {endpoint.host}: only openai-completions echoes, and the protocol is "
+            f'{endpoint.protocol}. Create the endpoint with protocol="openai-completions".',
+            argument="echo",
+            value=endpoint.protocol,
+        )
+    if logprobs is not None and not endpoint.protocol.startswith("openai"):
+        raise BadInput(
+            f"Cannot request log-probabilities from {endpoint.host}: the protocol {endpoint.protocol} does not support "
+            'them. Create the endpoint with protocol="openai-chat" or "openai-completions".',
+            argument="logprobs",
+            value=endpoint.protocol,
+        )
+    if endpoint.protocol == "openai-completions":
+        return ({"echo": True} if echo else {}) | ({} if logprobs is None else {"logprobs": logprobs})
+    alternatives = {"top_logprobs": logprobs} if logprobs else {}
+    return {} if logprobs is None else {"logprobs": True, **alternatives}
+
+
+def client_of(endpoint: Endpoint, **options: Any) -> httpx.Client:
+    """A client for calls that are not timed. Raises BadInput for a proxy of the environment that cannot be used."""
+    try:
+        return httpx.Client(timeout=_TIMEOUT, trust_env=not endpoint.is_local, **options)
+    except (ImportError, ValueError) as error:
+        raise no_proxy(endpoint, error) from error
+
+
+def no_proxy(endpoint: Endpoint, error: Exception) -> BadInput:
+    """What to raise where httpx cannot use the proxy that the environment names."""
+    names = [name for name in os.environ if name.lower() in ("all_proxy", "http_proxy", "https_proxy")]
+    return BadInput(
+        f"Cannot reach {endpoint.host} through the proxy of {', '.join(sorted(names)) or 'the environment'}: {error}. "
+        "Use an http:// or socks5:// proxy (the latter with pip install 'httpx[socks]'), or unset the variable.",
+        argument="proxy",
+        value=sorted(names),
+    )
+
+
+def _answer(
+    endpoint: Endpoint,
+    where: tuple[str, str],
+    headers: Mapping[str, str],
+    body: Mapping[str, Any] | None,
+    *,
+    retries: int | None = None,
+    client: httpx.Client | None = None,
+) -> tuple[Any, int]:
+    """Send a request, with retries, and return the JSON of the answer and the number of attempts."""
+    method, address = where
+    key = endpoint.key()
+    tries = endpoint.max_tries if retries is None else max(retries, 0) + 1
+    found, status, attempt, failures, limits, waited = "nothing", None, 0, 0, 0, 0.0
+    with nullcontext(client) if client else client_of(endpoint) as http:
+        while True:
+            attempt += 1
+            wait = min(0.5 * 2**failures, _LONGEST_WAIT_S)
+            limited = False
+            try:
+                response = http.request(method, address, headers=dict(headers), json=body)
+            except httpx.RequestError as error:
+                found = redacted(f"{type(error).__name__}: {error}".removesuffix(": "), key)
+            else:
+                good, found = _read(response, key)
+                status = response.status_code
+                if good is not None:
+                    return good, attempt
+                if status not in _FOR_NOW and status < 500:
+                    break
+                limited = status == _TOO_MANY
+                wait = _asked_wait(response, min(2.0**limits, _LONGEST_WAIT_S) if limited else wait)
+            if limited:
+                limits, waited = limits + 1, waited + wait
+                if waited > endpoint.patience_s:
+                    found += f"; waited {waited - wait:.0f} s, and patience_s is {endpoint.patience_s:g}"
+                    break
+            else:
+                failures += 1
+                if failures >= tries:
+                    break
+            time.sleep(wait)
+    raise EndpointError(
+        f"{method} {address} failed after {'1 try' if attempt == 1 else f'{attempt} tries'}: {found}. Check the URL, "
+        "the model and the key, or try again later.",
+        argument="endpoint",
+        value=status,
+    )
+
+
+def _read(response: httpx.Response, key: str | None) -> tuple[Any, str]:
+    """Return the JSON of a good answer, else None, and a description of the failure; neither contains the key."""
+    try:
+        data = json.loads(redacted(response.content.decode("utf-8-sig"), key))
+    except (ValueError, RecursionError):
+        data = None
+    if response.status_code < 300 and data is not None and not _failed(data):
+        return data, ""
+    if 300 <= response.status_code < 400:
+        place = redacted(response.headers.get("location", "nowhere"), key)
+        return None, f"status {response.status_code}, a redirection to {place}; pass that address as the URL"
+    said = json.dumps(data) if data is not None else " ".join(redacted(response.text, key).split())
+    return None, f"status {response.status_code}, {said[:300] or 'an empty body'}"
+
+
+def _failed(data: Any) -> bool:
+    """Return whether an answer reports an error, at the top or in a choice, where OpenRouter puts provider errors."""
+    if not isinstance(data, dict):
+        return False
+    choices = data["choices"] if isinstance(data.get("choices"), list) else []
+    broken = (c for c in choices if isinstance(c, dict) and (c.get("error") or c.get("finish_reason") == "error"))
+    return bool(data.get("error")) or data.get("status") == "error" or any(broken)
+
+
+def _asked_wait(response: httpx.Response, otherwise: float) -> float:
+    """Return the seconds that a server asks to wait, in any form that servers use, capped; else `otherwise`."""
+    given = {name.lower(): value for name, value in response.headers.items()}
+    try:
+        inner = response.json()["error"]["metadata"]["headers"]  # OpenRouter hands on what a provider said
+        given = {str(name).lower(): str(value) for name, value in inner.items()} | given
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    for name, scale in (("retry-after-ms", 1e-3), ("retry-after", 1.0), *((name, 1.0) for name in _RESETS)):
+        seconds = _seconds(given.get(name))
+        if seconds is not None:
+            return min(max(seconds * scale, 0.0), _LONGEST_WAIT_S)
+    return otherwise
+
+
+def _seconds(value: str | None) -> float | None:
+    """Seconds from now of "20", "6m0.5s", a date, or a time since 1970 in seconds or milliseconds."""
+    if not value:
+        return None
+    try:
+        number = float(value)
+    except ValueError:
+        if parts := re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m(?!s))?(?:([\d.]+)s)?(?:([\d.]+)ms)?", value.strip()):
+            return sum(float(p or 0) * s for p, s in zip(parts.groups(), (3600, 60, 1, 1e-3), strict=True))
+        try:
+            return parsedate_to_datetime(value).timestamp() - time.time()
+        except ValueError:
+            return None
+    if not math.isfinite(number):
+        return None
+    since = number / 1000 if number > _MILLISECONDS else number
+    return since - time.time() if since > _SINCE_1970 else number
+
+
+def _completion(data: dict[str, Any], protocol: str, attempts: int) -> Completion:
+    """Build a Completion from the JSON of an answer."""
+    usage = usage_of(data.get("usage"))
+    common = {
+        **{name: usage.get(name) for name in ("input_tokens", "output_tokens", "cached_tokens", "reasoning_tokens")},
+        "cost_usd": usage.get("cost_usd"),
+        "model": data.get("model"),
+        "provider": data.get("provider"),
+        "attempts": attempts,
+        "raw": data,
+    }
+    if protocol == "anthropic":
+        text, reasoning = blocks_text(data["content"])
+        scores = dict.fromkeys(("tokens", "logprobs", "top_logprobs", "offsets"))
+        return Completion(text=text, finish=data.get("stop_reason"), reasoning=reasoning, **scores, **common)
+    choice = data["choices"][0]
+    if "text" in choice:
+        text, reasoning = choice["text"] or "", ""
+    else:
+        text, thought = message_text(choice["message"])
+        text, tagged = without_thinking(text)
+        reasoning = thought + tagged
+    return Completion(
+        text=text,
+        finish=choice.get("finish_reason"),
+        reasoning=reasoning,
+        **_scores(choice.get("logprobs")),
+        **common,
+    )
+
+
+def _scores(given: Any) -> dict[str, Any]:
+    """Return tokens and log-probabilities of a choice from the chat or the completions form; None where absent."""
+    names = ("tokens", "logprobs", "top_logprobs", "offsets")
+    if not given:
+        return dict.fromkeys(names)
+    if given.get("content") is not None:
+        content = given["content"]
+        top = [{one["token"]: one["logprob"] for one in token.get("top_logprobs") or []} for token in content]
+        columns = ([t["token"] for t in content], [t["logprob"] for t in content], top if any(top) else None, None)
+    else:
+        top = given.get("top_logprobs")
+        top = [one or {} for one in top] if top else None
+        columns = (given.get("tokens"), given.get("token_logprobs"), top, given.get("text_offset"))
+    return {name: None if column is None else tuple(column) for name, column in zip(names, columns, strict=True)}
