@@ -62,6 +62,8 @@ def test_report_and_info(run, capsys, tmp_path):
     capsys.readouterr()
     code, result = said(capsys, "info", str(run), "--verify")
     assert (code, result["kind"], result["verified"]) == (0, "trace", True)
+    code, result = said(capsys, "info", str(run))
+    assert "verified" not in result
     code, result = said(capsys, "info")
     assert "transformers" in result
 

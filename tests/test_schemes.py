@@ -154,15 +154,70 @@ def test_the_front_is_of_those_that_none_beats():
     assert found.front() == ["c", "b", "a"]
 
 
+HELD = {"name": "m", "revision": "abc", "audit": {"label": "nf4"}, "weights_checksum": "1f", "adapters": []}
+
+
+def log_of(model: dict, *rows: dict) -> SimpleNamespace:
+    shared = {"ci_low": 0.3, "ci_high": 0.5, "n": 9, "metric": "acc", "average": "", "protocol": "mmlu_5shot"}
+    rows = rows or ({"task": "mmlu", "score": 0.4},)
+    return SimpleNamespace(scores=pd.DataFrame([shared | row for row in rows]), meta={"model": model})
+
+
 def test_scores_are_added_by_scheme():
-    scores = pd.DataFrame(
-        [{"task": "mmlu", "metric": "acc", "score": 0.4, "ci_low": 0.3, "ci_high": 0.5, "n": 9, "protocol": "x"}]
-    )
-    found = table(a=(10, 0.0), b=(5, 0.2)).with_scores({"b": SimpleNamespace(scores=scores)})
+    measured = table(a=(10, 0.0), b=(5, 0.2))
+    measured.meta["schemes"] = {"a": HELD | {"weights_checksum": "2e"}, "b": HELD}
+    found = measured.with_scores({"b": log_of(HELD | {"backend": "transformers", "devices": ["cpu"]})})
     assert found.of("mmlu acc").loc["b", "estimate"] == 0.4
     assert found.overview()["mmlu acc"].to_dict() == {"a": "n/a", "b": "0.400 [0.300, 0.500]"}
     with refused(BadInput, "logs", ["z"]):
-        found.with_scores({"z": SimpleNamespace(scores=scores)})
+        measured.with_scores({"z": log_of(HELD)})
+
+
+@pytest.mark.parametrize(
+    ("changed", "what"),
+    [
+        ({"name": "n"}, "model"),
+        ({"revision": "def"}, "revision"),
+        ({"audit": {"label": "bfloat16"}}, "quantization"),
+        ({"weights_checksum": "2e"}, "checksum of the weights"),
+        ({"weights_checksum": None}, "checksum of the weights"),
+        ({"adapters": ["lora"]}, "adapters"),
+        ({"edits": ["forbid"]}, "edits"),
+    ],
+    ids=str,
+)
+def test_a_score_of_other_weights_is_refused(changed, what):
+    measured = table(a=(10, 0.0), b=(5, 0.2))
+    measured.meta["schemes"] = {"b": HELD}
+    with refused(BadInput, "logs", what):
+        measured.with_scores({"b": log_of(HELD | changed)})
+    assert not measured.table["quantity"].str.contains("acc").any()
+
+
+def test_where_no_weights_are_known_no_score_is_taken():
+    with refused(BadInput, "logs", "checksum of the weights"):
+        table(a=(10, 0.0), b=(5, 0.2)).with_scores({"b": log_of({})})
+
+
+def test_every_score_has_a_name_of_its_own():
+    averages = [{"task": "demo", "average": name, "score": 0.4} for name in ("micro", "macro")]
+    tasks = [{"task": f"demo_{name}", "score": 0.4} for name in ("x", "y")]
+    other = [row | {"protocol": "demo_cot"} for row in averages]
+    measured = table(b=(5, 0.2))
+    measured.meta["schemes"] = {"b": HELD}
+    names = measured.with_scores({"b": log_of(HELD, *tasks, *averages, *other)}).table["quantity"]
+    assert names.is_unique
+
+
+def test_a_real_score_belongs_to_its_scheme_alone(resumed):
+    found, _ = resumed
+    settings = ml.evals.EvalSettings(progress=False)
+    rounded = ml.load(found.meta["model"]["name"], dtype="bfloat16", verbose=False)
+    log = ml.evaluate(rounded, ["demo"], limit=1, settings=settings)
+    scored = found.with_scores({"bfloat16": log})
+    assert (scored.table["unit"] == "score").sum() == len(log.scores)
+    with refused(BadInput, "logs", "quantization"):
+        found.with_scores({"hqq2-g16": log})
 
 
 @pytest.mark.parametrize(

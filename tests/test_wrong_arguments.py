@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import xarray as xr
 from helpers.refusals import refused
@@ -73,3 +74,8 @@ def test_numbers_that_are_none(model):
 def test_sequences_are_selected_by_columns(trace):
     with refused(ml.BadInput, "where", "str"):
         trace.select(where="github")
+    with refused(ml.BadInput, "where", "twenty"):
+        trace.select(where={"length": [int(trace.sequences["length"].iloc[0]), "twenty"]})
+    for series in (pd.Series([True], [99]), trace.sequences["length"]):
+        with refused(ml.BadInput, "where"):
+            trace.select(where=series)

@@ -140,7 +140,7 @@ def info(run: str | None = None, /, *, verify: bool = False, output: Output = Ou
         )
     names = ("kind", "created", "model", "counts", "signals", "sites", "versions")
     held = {key: opened.meta[key] for key in names if key in opened.meta}
-    return Result({**held, "files": len(opened.meta["files"]), "verified": verify})
+    return Result({**held, "files": len(opened.meta["files"]), **({"verified": True} if verify else {})})
 
 
 @app.command

@@ -177,7 +177,7 @@ def run(model_of: Callable[[], Any], job: Job, out: str | os.PathLike[str] | Non
     records = with_replies(_with_correct(graded["samples"], loaded), answers.about)
     meta = {
         "created": now(),
-        "model": backend.describe(),
+        "model": {**backend.describe(), **plan["model"]},
         "tasks": _about_tasks(backend, loaded, sums, records, graded["results"]),
         "settings": plan["settings"] | {"limit": job.limit, "data": job.root and Path(job.root).name},
         "input_sha256": plan["input_sha256"],

@@ -148,8 +148,9 @@ def measure_pareto(
         bench = _Sides(original, model, documents, loading, speed, settings, writer)
         for index, (name, scheme) in enumerate(zip([first, *names], [None, *schemes], strict=True)):
             if index not in writer.done:
-                rows = bench.measure(index, name, scheme)
-                writer.commit_shard(index, {f"rows-{index:05d}.json": _json(rows)}, {"rows": len(rows)})
+                rows, held = bench.measure(index, name, scheme)
+                counts = {"rows": len(rows), "scheme": name, "model": held}
+                writer.commit_shard(index, {f"rows-{index:05d}.json": _json(rows)}, counts)
         _finish(writer, {"created": now(), "model": described, "documents": corpus.documents.count})
     return Pareto.open(writer.path)
 
@@ -166,12 +167,15 @@ class _Sides:
     settings: RecordSettings
     writer: RunWriter
 
-    def measure(self, index: int, name: str, scheme: Scheme | None) -> list[dict[str, Any]]:
-        """Rows of the table: of one scheme, or of the original, whose quality comes with the first of the others."""
+    def measure(self, index: int, name: str, scheme: Scheme | None) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """Rows of the table, and the model they are of: one scheme, or the original.
+
+        The original's quality comes with the first of the others.
+        """
         folder = self.writer.path / f"{index:02d}-{''.join(c if c.isalnum() else '-' for c in name)}"
         folder.mkdir(exist_ok=True)
         loaded = self.original if scheme is None else self._load(scheme)
-        audited = audit(loaded)
+        audited, held = audit(loaded), identity(loaded)
         rows = [
             _counted(name, "bytes", audited.bytes, "bytes"),
             _counted(name, "expert_bits", audited.of("experts")["bits_per_weight"], "bits"),
@@ -187,7 +191,7 @@ class _Sides:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        return rows
+        return rows, held
 
     def _load(self, scheme: Scheme) -> Any:
         options = dict(self.loading)
@@ -263,7 +267,8 @@ def _finish(writer: RunWriter, meta: dict[str, Any]) -> None:
     table = table.sort_values("scheme", key=lambda column: column.map(order), kind="stable", ignore_index=True)
     table = table.astype(dict.fromkeys(("estimate", "ci_low", "ci_high"), float))
     machines = {open_run(folder, check=False).meta["machine"]["name"] for folder in writer.path.glob("*/speed")}
-    meta = {**meta, "machine": " and ".join(sorted(machines)), "versions": versions(*PACKAGES)}
+    schemes = {record["scheme"]: record["model"] for record in writer.done.values()}
+    meta = {**meta, "schemes": schemes, "machine": " and ".join(sorted(machines)), "versions": versions(*PACKAGES)}
     figure = own_figure(draw(Pareto(table, meta)))
     files: dict[str, Callable[[Path], Any]] = {
         TABLE: lambda path: pq.write_table(pa.Table.from_pandas(table, preserve_index=False), path),

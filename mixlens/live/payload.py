@@ -18,7 +18,7 @@ from mixlens.trace.trace import Trace
 
 # Base 85 is 6 % shorter than base 64. Five of its usual digits are special in HTML or JavaScript.
 _DIGITS = str.maketrans("<>&$`", ",./:[")
-_WEIGHT_LEVELS, ENTROPY_LEVELS, LOGPROB_STEPS, NO_LOGPROB = 63, 31, 1000, 65535
+ENTROPY_LEVELS, NO_LOGPROB = 31, 65535
 _MOST_PAIRED = 16  # experts whose pairs fit into one byte
 
 
@@ -43,10 +43,9 @@ def token_arrays(trace: Trace, sequences: list[int]) -> tuple[dict[str, Any], di
 
     pair     uint8 [layer, token], first choice * experts + second, for two of up to 16 experts; else
     expert   uint8 [slot, layer, token]
-    weight   uint8 [slot, layer, token] in steps of header["weight_step"]; if weights sum to one, the first slot is left
-             out, being one minus the others
+    weight   uint8 [slot, layer, token] in hundredths, rounded as text is; of two that sum to one, the second only
     entropy  uint8 [layer, token], 31 = log2(experts)
-    surprise uint16 [token], -log p in thousandths of a nat; 65535 for the first token of a sequence
+    surprise uint16 [token], -log p in hundredths of a nat, rounded as text is; 65535 for the first of a sequence
     step     int32 [token], position minus that of the previous token
     piece    int32 [token], index into the header's "pieces"
     """
@@ -66,9 +65,9 @@ def token_arrays(trace: Trace, sequences: list[int]) -> tuple[dict[str, Any], di
         arrays |= {"token_id": token_id, "piece": text_index}
         header["pieces"] = pieces
     if "weight" in part.signals:
-        header["weight_step"], arrays["weight"] = weight_plane(part.read("weight"))
+        arrays["weight"] = weight_plane(part.read("weight"))
     if "logprob" in part.signals:
-        steps = np.rint(-LOGPROB_STEPS * part.read("logprob").astype(np.float64)).clip(0, NO_LOGPROB - 1)
+        steps = np.rint(-100 * part.read("logprob").astype(np.float64)).clip(0, NO_LOGPROB - 1)
         arrays["surprise"] = np.nan_to_num(steps, nan=NO_LOGPROB).astype(np.uint16)
     if "router_logits" in part.signals:
         arrays["entropy"] = _entropy_bytes(part.read("router_logits")).T
@@ -84,15 +83,14 @@ def choice_arrays(ids: np.ndarray, n_experts: int) -> dict[str, np.ndarray]:
     return {"expert": ids.astype(np.uint8).transpose(2, 1, 0)}
 
 
-def weight_plane(weight: np.ndarray) -> tuple[float, np.ndarray]:
-    """Return the step, and weights [token, layer, slot] in steps, without the first slot if weights sum to one.
+def weight_plane(weight: np.ndarray) -> np.ndarray:
+    """Return weights [token, layer, slot] in hundredths [slot, layer, token], as tables show them.
 
-    The second of two choices has at most half the weight, so 63 steps are accurate to 0.004.
+    Of two that sum to one the first is left out: halves are rounded to even, so one minus the second is the first.
     """
-    summed = bool(len(weight)) and bool(np.abs(weight.sum(-1) - 1).max() < 2e-3)
-    kept, levels = (weight[..., 1:], _WEIGHT_LEVELS) if summed else (weight, 255)
-    step = (0.5 if summed else 1.0) / levels
-    return step, np.rint(kept.clip(0, 1) / step).astype(np.uint8).transpose(2, 1, 0)
+    hundredths = np.rint(100 * weight.astype(np.float64).clip(0, 1)).astype(np.uint8)
+    summed = weight.shape[-1] == 2 and bool((hundredths.sum(-1) == 100).all())
+    return (hundredths[..., 1:] if summed else hundredths).transpose(2, 1, 0)
 
 
 def signed_plane(values: np.ndarray) -> tuple[float, np.ndarray]:

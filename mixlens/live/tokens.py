@@ -27,8 +27,8 @@ def tokens(
 ) -> View:
     """Show the text of sequences, each token underlined by its experts, with a layer slider and a readout.
 
-    Displayed values are rounded: weights are accurate to 0.004, entropies to 1.7 % of log2(experts), log-probabilities
-    to 0.0005, contributions to 0.4 % of the scale's end.
+    Weights and log-probabilities are kept in hundredths, as they are shown; entropies are accurate to 1.7 % of
+    log2(experts), contributions to 0.4 % of the scale's end.
 
     Parameters
     ----------

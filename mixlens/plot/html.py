@@ -9,6 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from mixlens.core.text import MISSING
 from mixlens.plot.style import INK, MUTED, PaperFigure
 
 _DARK = f"""<style>@media (prefers-color-scheme: dark) {{
@@ -59,6 +60,10 @@ def frame_table(frame: pd.DataFrame, caption: str) -> str:
 
 
 def _cell(value: object) -> str:
+    if isinstance(value, bool):
+        return f"<td>{'yes' if value else 'no'}</td>"
+    if value is pd.NA:
+        return f'<td data-v="">{MISSING}</td>'
     if isinstance(value, float | int):
-        return '<td data-v="">n/a</td>' if value != value else f'<td data-v="{value:.6g}">{value:.6g}</td>'
+        return f'<td data-v="">{MISSING}</td>' if value != value else f'<td data-v="{value:.6g}">{value:.6g}</td>'
     return f"<td>{escape(value)}</td>"

@@ -129,8 +129,8 @@ def candidates(
 def frontier(given: Sequence[Candidate]) -> pd.DataFrame:
     """Set candidates side by side, with those that no other beats in score, price and speed together.
 
-    A candidate is on the frontier when no other is at least as good in all three and better in one (Pareto); one that
-    lacks a number is compared in none, and is not on it.
+    A candidate is on the frontier when no other is at least as good in all three and better in one (Pareto). For one
+    that lacks a number that is unknown, and it is compared with none.
 
     Parameters
     ----------
@@ -141,7 +141,7 @@ def frontier(given: Sequence[Candidate]) -> pd.DataFrame:
     -------
     DataFrame
         Name, score, score_low, score_high, usd_per_mtok, tokens_per_s, tokens_per_s_low, tokens_per_s_high,
-        frontier (bool), source, benchmark.
+        frontier (True, False, or NA where a number is lacking), source, benchmark.
 
     Raises
     ------
@@ -186,7 +186,9 @@ def frontier(given: Sequence[Candidate]) -> pd.DataFrame:
     no_worse = np.all(goods[None, :, :] >= goods[:, None, :], axis=-1)
     better = np.any(goods[None, :, :] > goods[:, None, :], axis=-1)
     beaten = np.any(no_worse & better & np.asarray(whole), axis=1)
-    frame.insert(len(frame.columns) - 2, "frontier", np.logical_and(whole, ~beaten).tolist())
+    on = pd.array(~beaten, dtype="boolean")
+    on[~whole] = pd.NA
+    frame.insert(len(frame.columns) - 2, "frontier", on)
     return frame
 
 

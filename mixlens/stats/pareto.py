@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,15 @@ _OVERVIEW = {
     "ttft_s": ("TTFT [ms]", 1e3, 1),
     "tpot_s": ("TPOT [ms]", 1e3, 2),
 }
+# What tells held weights apart, as a run's description of its model has it.
+WEIGHTS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    "model": lambda model: model.get("name"),
+    "revision": lambda model: model.get("revision"),
+    "quantization": lambda model: (model.get("audit") or {}).get("label"),
+    "checksum of the weights": lambda model: model.get("weights_checksum"),
+    "adapters": lambda model: model.get("adapters") or [],
+    "edits": lambda model: model.get("edits") or [],
+}
 _SMALLER_IS_BETTER = ("bytes", "expert_bits", "perplexity", "loss_difference", "kl", "ttft_s", "tpot_s")
 
 
@@ -38,7 +47,8 @@ class Pareto:
     """Schemes of one model side by side, measured by mixlens.pareto.
 
     table   one row a scheme and quantity: estimate, ci_low, ci_high, unit, n; no interval for what is counted
-    meta    model, documents, versions, and the machine of the speeds, "" where none was measured
+    meta    model, the model of each scheme, documents, versions, and the machine of the speeds, "" where none was
+            measured
     path    of the run directory, None in memory; it holds the run of every measurement
     """
 
@@ -93,7 +103,7 @@ class Pareto:
     def with_scores(self, logs: Mapping[str, Any]) -> Pareto:
         """The same with benchmark scores, from {scheme: Log}.
 
-        Raises BadInput for a scheme that was not measured.
+        Raises BadInput for a scheme that was not measured, and for an evaluation of other weights than the scheme's.
         """
         unknown = sorted(set(logs) - set(self.schemes))
         if unknown:
@@ -103,14 +113,30 @@ class Pareto:
                 argument="logs",
                 value=unknown,
             )
+        for scheme, log in logs.items():
+            self._check_same(scheme, log.meta["model"])
         rows = [
-            {"scheme": scheme, "quantity": f"{row['task']} {row['metric']}", "estimate": row["score"], "unit": "score"}
+            {"scheme": scheme, "quantity": _score_name(row), "estimate": row["score"], "unit": "score"}
             | {name: row[name] for name in ("ci_low", "ci_high", "n")}
             for scheme, log in logs.items()
             for row in log.scores.to_dict("records")
         ]
         added = pd.DataFrame(rows, columns=COLUMNS)
         return Pareto(pd.concat([self.table, added], ignore_index=True), self.meta, path=self.path)
+
+    def _check_same(self, scheme: str, evaluated: Mapping[str, Any]) -> None:
+        """Raise BadInput unless an evaluation is of the very weights that were measured as `scheme`."""
+        measured = self.meta.get("schemes", {}).get(scheme, {})
+        for what, said in WEIGHTS.items():
+            one, other = said(measured), said(evaluated)
+            if one != other or (what == "checksum of the weights" and not one):
+                raise BadInput(
+                    f"Cannot add scores to {scheme}: the evaluation is of other weights: {what} is "
+                    f"{other or 'unknown'}, and {one or 'unknown'} where {scheme} was measured. Evaluate the model as "
+                    "it was loaded here, with the same revision and quantization.",
+                    argument="logs",
+                    value=what,
+                )
 
     def overview(self) -> pd.DataFrame:
         """One row a scheme, as text with intervals; n/a for what has no value."""
@@ -140,6 +166,11 @@ class Pareto:
 
     def _repr_html_(self) -> str:
         return f"<div><p>{html.escape(self.title())}</p>{self.overview().to_html(escape=True, border=0)}</div>"
+
+
+def _score_name(row: Mapping[str, Any]) -> str:
+    """A name of its own for every score: averages are of a protocol, the others of a task."""
+    return f"{row['protocol']} {row['metric']} {row['average']}" if row["average"] else f"{row['task']} {row['metric']}"
 
 
 def _cost(pareto: Pareto, quantity: str) -> pd.Series:

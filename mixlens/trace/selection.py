@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import difflib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -87,9 +88,17 @@ def column(source: Source, name: str, start: int, stop: int, keep: np.ndarray | 
     return values + source.offset if name == "sequence" else values
 
 
-def row_mask(sequences: pd.DataFrame, where: Mapping[str, Any] | pd.Series) -> np.ndarray:
+def row_mask(sequences: pd.DataFrame, where: Mapping[str, Any] | pd.Series, whole: pd.DataFrame) -> np.ndarray:
+    """Which sequences are selected. A value must occur in the `whole` trace, of which `sequences` may be a part."""
     if isinstance(where, pd.Series):
-        return where.reindex(sequences.index, fill_value=False).to_numpy(bool)
+        if not pd.api.types.is_bool_dtype(where) or not sequences.index.isin(where.index).all():
+            raise BadInput(
+                "Cannot select sequences by this Series: it is not a boolean for every sequence. Make it from "
+                'trace.sequences, as in trace.sequences["length"] > 100.',
+                argument="where",
+                value=str(where.dtype),
+            )
+        return where.reindex(sequences.index).fillna(False).to_numpy(bool)
     if not isinstance(where, Mapping):
         raise BadInput(
             f"Cannot select sequences by a {type(where).__name__}: it names no column. Pass {{column: value}}, such "
@@ -106,6 +115,22 @@ def row_mask(sequences: pd.DataFrame, where: Mapping[str, Any] | pd.Series) -> n
                 argument="where",
                 value=name,
             )
-        single = isinstance(wanted, str) or not isinstance(wanted, Sequence)
-        mask &= sequences[name].isin([wanted] if single else list(wanted)).to_numpy()
+        values = [wanted] if isinstance(wanted, str) or not isinstance(wanted, Iterable) else list(wanted)
+        for value in values:
+            if not whole[name].isin([value]).any():
+                raise BadInput(
+                    f"Cannot select sequences whose {name} is {value!r}: none has that value. "
+                    f"{_known(whole[name], value)}",
+                    argument="where",
+                    value=value,
+                )
+        mask &= sequences[name].isin(values).to_numpy()
     return mask
+
+
+def _known(column: pd.Series, asked: Any) -> str:
+    """The values of a column, the one nearest to what was asked first; of many only that one, or some."""
+    known = [str(value) for value in column.dropna().unique()]
+    near = difflib.get_close_matches(str(asked), known, n=1)
+    shown = ", ".join([*near, *(value for value in known if value not in near)][:8])
+    return f"Pass one of {shown}{f' or {len(known) - 8:,} others' if len(known) > 8 else ''}."

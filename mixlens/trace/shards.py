@@ -127,7 +127,9 @@ class MemoryPart:
             return {n: np.ascontiguousarray(a.astype(_ON_DISK.get(n, a.dtype), copy=False)) for n, a in present.items()}
 
         def parquet(columns: dict[str, np.ndarray]) -> Callable[[Path], None]:
-            return lambda path: pq.write_table(pa.table(columns), path, compression="zstd")
+            # NaN becomes null, so that averages in SQL leave it out.
+            table = pa.table({name: pa.array(column, from_pandas=True) for name, column in columns.items()})
+            return lambda path: pq.write_table(table, path, compression="zstd")
 
         def tensors(columns: dict[str, np.ndarray]) -> Callable[[Path], None]:
             return lambda path: _write_bytes(path, safetensors_bytes(columns))

@@ -52,7 +52,7 @@ class Trace:
         self, sources: Sequence[Source], sequences: pd.DataFrame, meta: Mapping[str, Any], layers: Any
     ) -> None:
         self._sources = tuple(sources)
-        self.sequences = sequences
+        self.sequences = self._whole = sequences
         self.meta = dict(meta)
         self.layers = np.asarray(layers, dtype=np.int64)
         self.n_experts: int = int(self.meta["n_experts"])
@@ -367,14 +367,16 @@ class Trace:
         Raises
         ------
         BadInput
-            For a column, layer or phase that is not there.
+            For a column, value, layer or phase that is not there.
 
         Examples
         --------
         >>> trace.select(layers=[0, 1], positions=(0, 10)).n_layers
         2
         """
-        sequences = self.sequences[row_mask(self.sequences, where)] if where is not None else self.sequences
+        sequences = self.sequences
+        if where is not None:
+            sequences = sequences[row_mask(sequences, where, self._whole)]
         sources, kept_layers = self._sources, self.layers
         if layers is not None:
             asked = np.atleast_1d(np.asarray(layers))
@@ -401,6 +403,7 @@ class Trace:
         sources = [s.narrowed(None if phase is None else PHASES[phase], tokens, positions) for s in sources]
         view = Trace(sources, sequences, self.meta, kept_layers)
         view.path, view._vocabulary, view.reduce = self.path, self._vocabulary, self.reduce
+        view._whole = self._whole
         return view
 
     def local(self) -> Trace:

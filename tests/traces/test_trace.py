@@ -28,7 +28,7 @@ def make(lengths=LENGTHS, sequences=SEQUENCES, seed=0, layers=3, experts=8, top_
         "sequence": np.repeat(np.arange(len(lengths)), lengths),
         "token_id": rng.integers(0, 20, n),
         "phase": rng.integers(0, 2, n),
-        "logprob": rng.normal(size=n),
+        "logprob": np.where(np.isin(np.arange(n), np.cumsum([0, *lengths])), np.nan, rng.normal(size=n)),
     }
     weight /= weight.sum(-1, keepdims=True)
     return Trace.from_arrays(
@@ -146,6 +146,10 @@ def test_run_files_are_read_without_mixlens(tmp_path):
         "using (sequence) group by domain order by domain"
     ).fetchall()
     assert joined == [("x", 34), ("y", 10)]
+    averages = duckdb.sql(f"select avg(logprob), count(logprob) from '{tmp_path}/run/tokens-*.parquet'").fetchall()
+    known = trace.read("logprob")[~np.isnan(trace.read("logprob"))]
+    assert averages == [(pytest.approx(known.mean(dtype=float)), len(known))]
+    assert 0 < len(known) < trace.n_tokens
     routing = load_file(tmp_path / "run" / "routing-00000.safetensors")
     assert routing["expert_id"].dtype == np.uint8
     assert routing["weight"].shape == (sum(LENGTHS), 3, 1)
@@ -179,6 +183,8 @@ def test_arrays_that_do_not_fit_are_refused(arguments, named):
 def test_selections_that_cannot_be_made_say_why():
     with refused(BadInput, "where", "topic"):
         make().select(where={"topic": "x"})
+    with refused(BadInput, "where", "xy"):
+        make().select(where={"domain": ["x", "xy"]})
     with refused(BadInput, "layers", [5]):
         make().select(layers=[5])
     with refused(BadInput, "layers", [2]) as caught:

@@ -15,20 +15,17 @@ function routing(data) {
       return slot ? pair % nExperts : Math.floor(pair / nExperts);
     }
     : (token, slot, layer) => arrays.expert[plane(slot, layer) + token];
-  const stored = (token, slot, layer) => arrays.weight[plane(slot, layer) + token] * data.weight_step;
+  const stored = (token, slot, layer) => arrays.weight[plane(slot, layer) + token] / 100;
   const weight = (token, slot, layer) => {
     if (kept === topK) return stored(token, slot, layer);
-    if (slot) return stored(token, slot - 1, layer); // the first is what the others leave of one
-    let rest = 1;
-    for (let s = 0; s < kept; s++) rest -= stored(token, s, layer);
-    return rest;
+    return slot ? stored(token, 0, layer) : 1 - stored(token, 0, layer); // of two that sum to one the second is kept
   };
   const slotOf = (token, wanted, layer) => {
     for (let slot = 0; slot < topK; slot++) if (expert(token, slot, layer) === wanted) return slot;
     return -1;
   };
   const entropy = (token, layer) => (arrays.entropy[layer * nTokens + token] / 31) * Math.log2(nExperts);
-  const logprob = (token) => (arrays.surprise[token] === 65535 ? NaN : -arrays.surprise[token] / 1000);
+  const logprob = (token) => (arrays.surprise[token] === 65535 ? NaN : -arrays.surprise[token] / 100);
   const added = (name, token, slot, layer) => {
     const value = arrays[name][plane(slot, layer) + token];
     return value === -128 ? NaN : value * data.steps[name];
