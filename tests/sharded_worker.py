@@ -1,4 +1,4 @@
-"""One of two processes that hold parts of a model: records, and writes what it saw and what was refused as JSON.
+"""One of the processes that hold parts of a model: records, and writes what it saw and what was refused as JSON.
 
 Run by test_sharded.py under torchrun: FOLDER MODE.
 """
@@ -22,7 +22,11 @@ FORMS = {
     "tensor": {"tp_size": 2, "tp_plan": "auto"},
     "expert": {"tp_size": 2, "tp_plan": "auto", "enable_expert_parallel": True},
     "fully sharded": {"fsdp_size": 2},
+    "expert and tensor": {"ep_size": 2, "tp_size": 2, "tp_plan": "auto"},
+    "expert and fully sharded": {"ep_size": 2, "fsdp_size": 2},
+    "tensor and fully sharded": {"tp_size": 2, "tp_plan": "auto", "fsdp_size": 2},
 }
+PIPELINE = {"pp_size": 2}
 QUIET = ml.RecordSettings(progress=False, shard_tokens=8)
 DOCUMENTS = ["some text", "and more of it", "x"]
 
@@ -57,10 +61,19 @@ def main() -> None:
     folder, mode = Path(sys.argv[1]), sys.argv[2]
     torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(
-        folder / "model", distributed_config=DistributedConfig(**FORMS[mode])
+        folder / "model", distributed_config=DistributedConfig(**FORMS.get(mode, PIPELINE))
     ).eval()
+    if mode not in FORMS:
+        found = [
+            refused(lambda: ml.record(model, ["a"], tokenizer=Letters())),
+            refused(lambda: ml.Recorder(model).__enter__()),
+            refused(lambda: ml.edit(model, ml.edits.forbid(0, 1)).__enter__()),
+            refused(lambda: ml.audit(model)),
+        ]
+        (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(found), "utf-8")
+        return
     run = {}
-    if mode != "fully sharded":
+    if "fully sharded" not in mode:
         trace = ml.record(model, DOCUMENTS, tokenizer=Letters(), settings=QUIET, out=folder / "run")
         run = {name: trace.read(name).tolist() for name in ("token_id", "expert_id")}
     found = {

@@ -79,6 +79,17 @@ def refuse_sharded(model: nn.Module, what: str) -> None:
         )
 
 
+def refuse_pipeline(model: nn.Module) -> None:
+    """Raises ModelError where each process holds some of the layers, and hands its hidden states on to the next."""
+    if hasattr(unwrapped(model), "_pp_stage"):
+        raise ModelError(
+            "Cannot read the layers of this model: processes share them out (pipeline parallel), and each holds some. "
+            'Load it with device_map="auto", or with tp_plan="auto" for tensor parallel.',
+            argument="model",
+            value="pipeline parallel",
+        )
+
+
 def without_prompt(model: Any) -> Any:
     """The same, for who feeds its decoder token ids.
 
@@ -118,6 +129,7 @@ def moe_layers(model: nn.Module) -> list[MoeLayer]:
 
     Raises ModelError when the model has none, or has layers without experts.
     """
+    refuse_pipeline(model)
     layers = getattr(decoder_of(model), "layers", None)
     found = [
         MoeLayer(index, layer, layer.self_attn, layer.mlp, _inside(layer.mlp.gate), _inside(layer.mlp.experts))

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from mixlens.errors import BadInput
 from mixlens.models.demo import DEMO, demo_path
-from mixlens.models.layout import KINDS, config_of, kind_of, moe_layers
+from mixlens.models.layout import KINDS, config_of, kind_of, moe_layers, refuse_pipeline
 from mixlens.models.quantization.linears import SCHEMES, scheme_of
 from mixlens.models.quantization.unfuse import is_unfused
 
@@ -154,6 +154,8 @@ def audit(model: nn.Module) -> Audit:
     ------
     BadInput
         For something that has no weights.
+    ModelError
+        For a model whose layers are shared out over processes.
 
     Examples
     --------
@@ -167,6 +169,7 @@ def audit(model: nn.Module) -> Audit:
             argument="model",
             value=type(model).__name__,
         )
+    refuse_pipeline(model)
     held: dict[tuple[str, str], _Held] = {}
     seen: set[Any] = set()
     offloaded = 0
