@@ -35,8 +35,10 @@ _DRIVER, _PLAIN, _ANSWER, _JUDGE = (
 _SCRATCH = "/scratch"
 _STOPPED = ("timeout", "memory", "output")
 _STARTUP_S, _CHECK_EVERY_S, _LAST_WORDS_S = 60.0, 0.05, 1.0
+_INODE_BYTES = 1 << 10
 # Of the system, read-only: the interpreter's own libraries. Neither /etc nor /home, /tmp, /var or /run.
 _SYSTEM = ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache")
+_KEYS = ("/proc/keys", "/proc/key-users")  # of the caller; seccomp refuses the calls that use them
 _NAMESPACES = ("--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try")
 
 
@@ -45,7 +47,7 @@ class Limits:
     """What a program may use.
 
     seconds         wall-clock time from its first line; the same again of processor time for each process
-    memory_bytes    address space of each process, and resident memory of all of them together
+    memory_bytes    address space of each process, and resident memory of all of them together with their files
     scratch_bytes   its folder and its temporary files together, which are in memory
     output_bytes    what it prints, both streams together; a program that prints more is stopped
     processes       processes and threads at a time
@@ -172,7 +174,7 @@ class _Program:
     ) -> None:
         bound = 0 if unsafe_without_sandbox or os.getuid() else secrets.randbelow(500) + 65_000
         self.token = secrets.token_hex(16)
-        self.folder = tempfile.TemporaryDirectory()
+        self.folder = tempfile.TemporaryDirectory() if unsafe_without_sandbox else None
         passed = [] if channel is None else [channel.fileno()]
         plan = {**asdict(limits), "token": self.token, "uid": bound, "channel": passed}
         if unsafe_without_sandbox:  # outside a namespace of its own a limit counts all that this user runs
@@ -182,8 +184,9 @@ class _Program:
             source.write(json.dumps(plan).encode() + b"\n" + program.encode("utf-8", "surrogateescape"))
             source.seek(0)
             python = [os.path.realpath(sys.executable), "-I", "-S", "-B", "-X", "utf8", "-c", _DRIVER, str(report_end)]
-            if unsafe_without_sandbox:
-                command, env, folder = python, {"HOME": self.folder.name, "TMPDIR": self.folder.name}, self.folder.name
+            if self.folder is not None:
+                folder = self.folder.name
+                command, env = python, {"HOME": folder, "TMPDIR": folder}
             else:
                 calls.write(_refused_calls())
                 calls.seek(0)
@@ -209,7 +212,8 @@ class _Program:
 
     def __exit__(self, *_: object) -> None:
         self.watch.end()
-        self.folder.cleanup()
+        if self.folder is not None:
+            self.folder.cleanup()
 
     def follow_to_its_end(self) -> None:
         """Until it has ended; then what it started is killed, so that nobody waits for an answer any more."""
@@ -247,13 +251,14 @@ def _bubblewrap(limits: Limits, refused_calls: int) -> list[str]:
         else ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     )
     scratch = ["--perms", "1777", "--size", str(limits.scratch_bytes), "--tmpfs", _SCRATCH]
+    no_keys = [part for path in _KEYS if Path(path).exists() for part in ("--ro-bind", "/dev/null", path)]
     closed = ["--remount-ro", "/dev", "--remount-ro", "/"]
     variables = {"HOME": _SCRATCH, "TMPDIR": _SCRATCH, "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}
     return [
         found, *_NAMESPACES, *rights, "--die-with-parent", "--new-session", "--hostname", "sandbox", "--clearenv",
         "--seccomp", str(refused_calls),
         *(part for name, value in variables.items() for part in ("--setenv", name, value)),
-        *mounts, "--proc", "/proc", "--dev", "/dev", *scratch, *closed, "--chdir", _SCRATCH, "--",
+        *mounts, "--proc", "/proc", *no_keys, "--dev", "/dev", *scratch, *closed, "--chdir", _SCRATCH, "--",
     ]  # fmt: skip
 
 
@@ -334,21 +339,31 @@ class _Watch:
             return "timeout"
         if not self.started and now - begun > _STARTUP_S:
             return "startup"
-        return "memory" if _resident_bytes(self.process.pid) > self.limits.memory_bytes else ""
+        return "memory" if _held_bytes(self.process.pid) > self.limits.memory_bytes else ""
 
 
-def _resident_bytes(pid: int) -> int:
+def _held_bytes(pid: int) -> int:
+    """Memory of a sandbox: what is resident in its processes, and its files, which are in memory too."""
     try:
         family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
     except psutil.NoSuchProcess:
         return 0
-    total = 0
+    total = scratch = 0
     for process in family:
         try:
             total += process.memory_info().rss
-        except psutil.Error:
+            scratch = max(scratch, _files_bytes(Path(f"/proc/{process.pid}/root{_SCRATCH}")))
+        except (psutil.Error, OSError):
             continue
-    return total
+    return total + scratch
+
+
+def _files_bytes(folder: Path) -> int:
+    """Memory of a folder that is a file system in memory, with what the kernel keeps of each file."""
+    if not folder.is_mount():
+        return 0
+    found = os.statvfs(folder)
+    return (found.f_blocks - found.f_bfree) * found.f_frsize + (found.f_files - found.f_ffree) * _INODE_BYTES
 
 
 def _threads_of_this_user() -> int:

@@ -6,10 +6,11 @@ import platform
 import struct
 
 # Numbers of the calls: asm/unistd_64.h of x86-64, asm-generic/unistd.h of arm64.
-# Memory that no process has in its own count; keys; other processes; the clock; namespaces and mounts; large interfaces
-# to the kernel that no answer needs.
+# Memory, queues and semaphores that are in no process's count; keys; other processes; the clock; namespaces and mounts;
+# large interfaces to the kernel that no answer needs.
 _REFUSED = {
     "memfd_create": (319, 279), "memfd_secret": (447, 447), "shmget": (29, 194),
+    "semget": (64, 190), "msgget": (68, 186), "mq_open": (240, 180),
     "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219),
     "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271),
     "clock_settime": (227, 112), "settimeofday": (164, 170), "adjtimex": (159, 171), "clock_adjtime": (305, 266),
@@ -18,6 +19,8 @@ _REFUSED = {
 }  # fmt: skip
 _CLONE, _CLONE3 = (56, 220), 435
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
+_SOCKET, _SOCKETPAIR, _AF_UNIX = (41, 198), (53, 199), 1
+_MMAP, _MAP_SHARED = (9, 222), 1  # MAP_SHARED_VALIDATE has the bit too
 _NEW_USER_NAMESPACE = 0x10000000
 _X32 = 0x40000000  # calls of x86-64 by another numbering
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
@@ -31,16 +34,27 @@ def seccomp_filter() -> bytes | None:
         return None
     which, architecture = _ARCHITECTURES[platform.machine()]
     refuse, missing = _statement(_RETURN, _ERROR | _EPERM), _statement(_RETURN, _ERROR | _ENOSYS)
+    call = _statement(_LOAD, 0)
     program = [
         _statement(_LOAD, 4), _jump(_EQUAL, architecture, 1, 0), _statement(_RETURN, _KILL),
-        _statement(_LOAD, 0), _jump(_AT_LEAST, _X32, 0, 1), refuse,
+        call, _jump(_AT_LEAST, _X32, 0, 1), refuse,
     ]  # fmt: skip
     for numbers in _REFUSED.values():
         program += [_jump(_EQUAL, numbers[which], 0, 1), refuse]
     program += [_jump(_EQUAL, _CLONE3, 0, 1), missing]  # its flags are in memory; the C library then uses clone
-    program += [_jump(_EQUAL, _CLONE[which], 0, 3), _statement(_LOAD, 16)]
-    program += [_jump(_ANY_BIT, _NEW_USER_NAMESPACE, 0, 1), refuse]
+    new_namespace = _jump(_ANY_BIT, _NEW_USER_NAMESPACE, 0, 1)
+    program += [_jump(_EQUAL, _CLONE[which], 0, 3), _argument(0), new_namespace, refuse, call]
+    # Shared mappings can hold memory that is in no process's count. Whatever falls back to reading a file still works.
+    program += [_jump(_EQUAL, _MMAP[which], 0, 3), _argument(3), _jump(_ANY_BIT, _MAP_SHARED, 0, 1), refuse, call]
+    # Other families reach the hypervisor (vsock), the kernel's crypto (alg), or hold memory in buffers of their own.
+    for sockets in (_SOCKET, _SOCKETPAIR):
+        program += [_jump(_EQUAL, sockets[which], 0, 3), _argument(0), _jump(_EQUAL, _AF_UNIX, 1, 0), refuse, call]
     return b"".join([*program, _statement(_RETURN, _ALLOW)])
+
+
+def _argument(number: int) -> bytes:
+    """Load the lower half of an argument of the call."""
+    return _statement(_LOAD, 16 + 8 * number)
 
 
 def _statement(code: int, value: int) -> bytes:

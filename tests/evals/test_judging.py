@@ -6,6 +6,7 @@ import json
 import shutil
 
 import pytest
+from wrong_answers import WRONG
 
 from mixlens.evals import code_scorer as grading
 from mixlens.evals.sandbox import Check, Limits, run_check, run_checks
@@ -14,110 +15,57 @@ pytestmark = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewra
 
 LIMITS = Limits(seconds=20)
 ADD = "assert add(2, 3) == 5\nassert add(5, 7) == 12"
-# Each defines an `add` that does not add, and then tries to be passed.
-WRONG = {
-    "nothing": "",
-    "a constant": "def add(x, y): return 5",
-    "equal to all, a class": "class Y:\n    def __eq__(s, o): return True\ndef add(x, y): return Y()",
-    "equal to all, an int": (
-        "class Y(int):\n    def __eq__(s, o): return True\n    __hash__ = int.__hash__\ndef add(x, y): return Y(0)"
-    ),
-    "equal to all, a float": "class Y(float):\n    def __eq__(s, o): return True\ndef add(x, y): return Y(0)",
-    "equal to all, a str": "class Y(str):\n    def __eq__(s, o): return True\ndef add(x, y): return Y()",
-    "equal to all, in reverse": "class Y(int):\n    def __ne__(s, o): return False\ndef add(x, y): return Y()",
-    "its class is said to be int": (
-        "class Y:\n    __class__ = int\n    def __eq__(s, o): return True\ndef add(x, y): return Y()"
-    ),
-    "a mock": "from unittest import mock\nadd = mock.MagicMock()\nadd.return_value.__eq__ = lambda s, o: True",
-    "mock.ANY": "from unittest.mock import ANY\ndef add(x, y): return ANY",
-    "a type equal to all": (
-        "class M(type):\n    def __eq__(s, o): return True\n    __hash__ = type.__hash__\n"
-        "class int(metaclass=M): pass\ndef add(x, y): return int"
-    ),
-    "exit": "import sys\nsys.exit(0)",
-    "exit in the call": "import sys\ndef add(x, y): sys.exit(0)",
-    "_exit": "import os\nos._exit(0)",
-    "_exit in the call": "import os\ndef add(x, y): os._exit(0)",
-    "_exit at the end": "import atexit, os\natexit.register(os._exit, 0)\ndef add(x, y): return 0",
-    "killed": "import os\nos.kill(os.getpid(), 9)",
-    "a fork goes on": "import os\nif os.fork(): os._exit(0)\ndef add(x, y): return 0",
-    "a fork in the call": "import os\ndef add(x, y):\n    os.fork()\n    return 0",
-    "json.dumps replaced": 'import json\njson.dumps = lambda *a, **k: \'["completed", ""]\'\ndef add(x, y): return 0',
-    "json.loads replaced": "import json\njson.loads = lambda *a: [0, 'length', 'x', None]\ndef add(x, y): return 0",
-    "packed replaced": (
-        "import __main__\nfor name in ('packed', 'unpacked', 'do', 'find'):\n"
-        "    setattr(__main__, name, lambda *a: 5)\ndef add(x, y): return 0"
-    ),
-    "frames are read": (
-        "import os, sys\nframe = sys._getframe()\nwhile frame:\n    if 'plan' in frame.f_locals:\n"
-        "        line = frame.f_locals['plan']['token'] + '[\"completed\", \"\"]\\n'\n"
-        "        os.write(frame.f_locals['report'], line.encode())\n    frame = frame.f_back\nos._exit(0)"
-    ),
-    "every descriptor is written": (
-        'import os\nfor fd in range(64):\n    try:\n        os.write(fd, b\'["completed", ""]\\n\' * 9)\n'
-        "    except OSError:\n        pass\ndef add(x, y): return 0"
-    ),
-    "replies in advance": (
-        "import os, json\nfor n in range(9):\n    for fd in range(3, 9):\n        try:\n"
-        "            os.write(fd, (json.dumps({'number': n, 'value': True}) + '\\n').encode())\n"
-        "        except OSError:\n            pass\ndef add(x, y): return 0"
-    ),
-    "the plan is read again": (
-        "import os\nos.lseek(0, 0, 0)\nplan = os.read(0, 1 << 20)\nassert b'add(2, 3)' in plan\ndef add(x, y): return 5"
-    ),
-    "builtins are replaced": (
-        "import builtins\nbuiltins.AssertionError = BaseException\nbuiltins.compile = lambda *a, **k: None\n"
-        "builtins.exec = lambda *a: None\ndef add(x, y): return 0"
-    ),
-    "names of the tests": "set = int = str = lambda *a: 5\ncheck = lambda *a: None\ndef add(x, y): return 0",
-    "no asserts": "import sys\nsys.flags.optimize\n__debug__\ndef add(x, y): return 0",
-    "excepthook": "import sys\nsys.excepthook = lambda *a: None\ndef add(x, y): raise ValueError",
-    "tracing": "import sys\nsys.settrace(lambda *a: None)\ndef add(x, y): return 0",
-    "a system exit of its own": "class X(SystemExit): pass\ndef add(x, y): raise X(0)",
-    "generator exit": "def add(x, y): raise GeneratorExit",
-    "stop iteration": "def add(x, y): raise StopIteration(5)",
-    "the judge's own exceptions": "class Gone(BaseException): pass\ndef add(x, y): raise Gone('completed')",
-    "an exception that passes for a result": "def add(x, y): raise KeyError('completed')",
-    "its arguments are changed": "def add(x, y):\n    import gc\n    gc.collect()\n    return None",
-    "no builtins": "__builtins__ = None\nadd = 0",
-    "no modules": "import sys\nsys.modules.clear()\nadd = 0",
-    "no recursion": "import sys\nsys.setrecursionlimit(12)\ndef add(x, y): return 0",
-    "a codec": "# coding: hz\nadd=0\n~{",
-    "an open string": 'add = 0\nx = """',
-    "an open block": "add = 0\nif 0:\n    pass\nelse:",
-    "a NUL": "add = 0\n\0",
-    "a lone surrogate": "add = '\ud800'",
-    "source that is long": "add = 0\n" + "x = 1\n" * 10_000,
-    "deep nesting": "def add(x, y):\n    a = []\n    for _ in range(100_000): a = [a]\n    return a",
-    "a circle": "def add(x, y):\n    a = []\n    a.append(a)\n    return a",
-    "not a number": "def add(x, y): return float('nan')",
-    "a generator of results": "def add(x, y): yield from (5, 12)",
-    "a lambda": "def add(x, y): return lambda: 5",
-    "a thread that exits": (
-        "import os, threading, time\nthreading.Thread(target=lambda: (time.sleep(0), os._exit(0))).start()\n"
-        "def add(x, y): return 0"
-    ),
-    "a signal handler": (
-        "import os, signal\nsignal.signal(signal.SIGALRM, lambda *a: os._exit(0))\nsignal.setitimer(0, 1e-5)\n"
-        "def add(x, y):\n    signal.pause()\n    return 0"
-    ),
+
+
+# Ways in which tests use what they are given; every one asks for two sums.
+TESTS = {
+    "equal": ADD,
+    "all of a map": "cases = [(2, 3, 5), (5, 7, 12)]\nassert all(map(lambda c: add(c[0], c[1]) == c[2], cases))",
+    "a loop over a map": "got = []\nfor r in map(add, (2, 5), (3, 7)): got.append(r)\nassert got == [5, 12]",
+    "close": "import math\nassert math.isclose(add(2, 3), 5) and math.isclose(add(5, 7), 12)",
+    "distance": "assert abs(add(2, 3) - 5) < 1e-6 and abs(add(5, 7) - 12) < 1e-6",
+    "containers": "assert [add(2, 3), {1: add(5, 7)}] == [5, {1: 12}]",
+    "sets": "assert set([add(2, 3), add(5, 7)]) == {12, 5} and sorted([add(5, 7), add(2, 3)]) == [5, 12]",
+    "member": "assert add(2, 3) in (5,) and add(5, 7) in {12: 0} and add(5, 7) in [12]",
+    "key": "assert {5: 'a', 12: 'b'}[add(2, 3)] == 'a' and 'abcdefghijklm'[add(5, 7)] == 'm'",
+    "text": "assert f'{add(2, 3)} {add(5, 7)!r}' == '5 12'",
+    "not": "assert not add(2, 3) != 5 and not (add(5, 7) < 12 or add(5, 7) > 12)",
+    "raises": "assert add(2, 3) == 5\ntry:\n    add(None, 1)\nexcept TypeError:\n    pass\nelse:\n    assert False",
 }
+STOPPED = Limits(seconds=5, memory_bytes=256 << 20)
 
 
-def test_a_right_answer_passes():
-    assert run_check(Check("def add(x, y): return x + y", ADD, ("add",)), limits=LIMITS).passed
+def test_there_are_many_wrong_answers_and_a_right_one_passes_whatever_way_it_is_tested():
+    assert len(WRONG) >= 150
+    checks = [Check("def add(x, y): return x + y", tests, ("add",)) for tests in TESTS.values()]
+    results = run_checks(checks, limits=LIMITS)
+    assert [(name, r.error) for name, r in zip(TESTS, results, strict=True) if not r.passed] == []
+
+
+def passed_ones(asked: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Of (wrong answer, tests), those that passed."""
+    checks = [Check(f"{WRONG[answer]}\n", TESTS[tests], ("add",)) for answer, tests in asked]
+    results = run_checks(checks, limits=STOPPED)
+    known = {"completed", "raised", "exited", "not plain", "output", "memory", "timeout"}
+    assert {result.outcome for result in results} <= known
+    return [one for one, result in zip(asked, results, strict=True) if result.passed]
 
 
 def test_no_answer_passes_without_solving_the_task():
-    checks = [Check(f"{code}\n", ADD, ("add",)) for code in WRONG.values()]
-    results = dict(zip(WRONG, run_checks(checks, limits=LIMITS), strict=True))
-    assert [name for name, result in results.items() if result.passed] == []
-    assert {result.outcome for result in results.values()} <= {"raised", "exited", "not plain", "output", "memory"}
+    """One in four; all of them in the slow tests."""
+    assert passed_ones([(answer, "equal") for answer in list(WRONG)[::4]]) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shift", range(3))
+def test_no_answer_passes_whatever_way_it_is_tested(shift):
+    ways = list(TESTS)
+    assert passed_ones([(answer, ways[(n + 4 * shift) % len(ways)]) for n, answer in enumerate(WRONG)]) == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["humaneval", "humaneval_chat", "mbpp"])
-def test_no_answer_passes_in_the_form_of_a_benchmark(form):
+def test_no_answer_passes_in_the_form_of_a_benchmark(form, monkeypatch):
     prompt = "def add(x, y):\n"
     first, second = ADD.splitlines()
     problem = {
@@ -125,6 +73,7 @@ def test_no_answer_passes_in_the_form_of_a_benchmark(form):
         "test_setup_code": "", "test_list": [first, second],
     }  # fmt: skip
     before = "    return 0\n\n" if form == "humaneval" else ""
+    monkeypatch.setattr(grading, "LIMITS", STOPPED)
     graded = getattr(grading, form)([[before + code for code in WRONG.values()]], [problem])
     assert dict(zip(WRONG, graded[0], strict=True)) == dict.fromkeys(WRONG, 0.0)
 

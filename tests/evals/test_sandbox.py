@@ -7,6 +7,7 @@ import secrets
 import shutil
 import socket
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -23,14 +24,15 @@ needs_bubblewrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bub
 LIMITS = Limits(seconds=60)
 
 
+def found(word: str) -> list[psutil.Process]:
+    """Processes, of whatever namespace, that have `word` in their command line."""
+    return [p for p in psutil.process_iter(["cmdline"]) if word in " ".join(p.info["cmdline"] or [])]
+
+
 def running(word: str) -> list[int]:
-    """Processes, of whatever namespace, that have `word` in their command line and are not about to end."""
-
-    def found() -> list[psutil.Process]:
-        return [p for p in psutil.process_iter(["cmdline"]) if word in " ".join(p.info["cmdline"] or [])]
-
-    psutil.wait_procs(found(), timeout=20)  # killed, the kernel still needs a moment to take each away
-    return [process.pid for process in found()]
+    """Those that are not about to end."""
+    psutil.wait_procs(found(word), timeout=20)  # killed, the kernel still needs a moment to take each away
+    return [process.pid for process in found(word)]
 
 
 @needs_bubblewrap
@@ -216,6 +218,67 @@ time.sleep(1e6)
 
 
 @needs_bubblewrap
+@pytest.mark.parametrize(
+    "attempt",
+    [
+        "mmap.mmap(-1, 1 << 20)",
+        "mmap.mmap(os.open('/dev/zero', os.O_RDWR), 1 << 20)",
+        "os.memfd_create('x')",
+        "checked(libc.shmget(0, 1 << 20, 0o1600))",
+        "checked(libc.msgget(0, 0o1600))",
+        "checked(libc.semget(0, 1, 0o1600))",
+        "checked(libc.syscall(KEYCTL, 1, None))",
+        "checked(libc.unshare(0x10000000))",
+        "checked(libc.syscall(CLONE, 0x10000000 | 17, None, None, None, None))",
+        "checked(libc.syscall(435, b'\\0' * 88, 88))",
+        "socket.socket(socket.AF_INET)",
+        "socket.socket(socket.AF_ALG, socket.SOCK_SEQPACKET)",
+        "socket.socket(40)",  # AF_VSOCK, to the hypervisor
+        "time.clock_settime(time.CLOCK_REALTIME, time.time())",
+        "open('/dev/shm/x', 'w')",
+    ],
+)
+def test_no_shared_memory_no_keys_no_namespaces_no_other_sockets(attempt):
+    program = f"""
+import ctypes, mmap, os, platform, socket, time
+libc = ctypes.CDLL(None, use_errno=True)
+KEYCTL, CLONE = (250, 56) if platform.machine() == 'x86_64' else (219, 220)
+def checked(value):
+    if value == -1: raise OSError(ctypes.get_errno(), 'refused')
+try:
+    {attempt}
+except OSError:
+    raise SystemExit
+"""
+    assert run_code(program, limits=LIMITS).error == "SystemExit"
+
+
+@needs_bubblewrap
+def test_no_keys_are_listed_and_honest_pipes_and_maps_work():
+    program = """
+import mmap, multiprocessing.connection, socket
+for path in ('/proc/keys', '/proc/key-users'):
+    try:
+        assert open(path).read() == ''
+    except OSError:
+        pass
+a, b = multiprocessing.connection.Pipe()
+a.send([1])
+assert b.recv() == [1]
+private = mmap.mmap(-1, 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+private[:2] = b'ab'
+"""
+    assert run_code(program, limits=LIMITS).error == ""
+
+
+@needs_bubblewrap
+def test_many_empty_files_are_memory_too(monkeypatch):
+    program = "import time\nfor i in range(1000): open(str(i), 'w').close()\ntime.sleep(1e6)"
+    monkeypatch.setattr(sandbox, "_INODE_BYTES", 1 << 17)
+    assert run_code(program, limits=Limits(seconds=60, memory_bytes=128 << 20)).outcome == "memory"
+
+
+@needs_bubblewrap
 def test_files_of_the_scratch_folder_are_bounded_and_gone_afterwards():
     program = "for i in range(10):\n    open(f'{i}', 'wb').write(b'x' * (4 << 20))"
     assert "OSError: [Errno 28]" in run_code(program, limits=LIMITS).error
@@ -269,6 +332,27 @@ while True:  # until the daemon is there
     result = run_code(program, limits=LIMITS)
     assert (result.outcome, result.stdout) == ("exited", "started\n")
     assert running(name) == []
+
+
+@needs_bubblewrap
+def test_nothing_is_left_when_the_caller_is_killed(tmp_path):
+    name = f"mixlensorphan{secrets.token_hex(6)}"
+    caller = f"""
+from mixlens.evals import sandbox
+sandbox._DRIVER += "\\n# {name}"
+answer = "def f():\\n    while True: pass"
+sandbox.run_check(sandbox.Check(answer, "f()", ("f",)), limits=sandbox.Limits(seconds=600))
+"""
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    process = subprocess.Popen([sys.executable, "-c", caller], env=environment, cwd=Path(__file__).parents[2])
+    try:
+        while len(found(name)) < 7:  # the caller, and for either side bubblewrap twice and Python
+            assert process.poll() is None
+    finally:
+        process.kill()
+        process.wait()
+    assert running(name) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 @needs_bubblewrap
