@@ -14,6 +14,7 @@ from mixlens.live.payload import pack
 from mixlens.live.view import View, extremes, static_form
 from mixlens.plot import labels, matrices
 from mixlens.plot.checks import check, takes
+from mixlens.stats.multiplicity import p_against, with_survivors
 
 _PARTS = {"estimate": "estimate", "low": "ci_low", "high": "ci_high"}
 _DIGITS_UNTIL = 600  # cells; larger maps show numbers only in the line below them
@@ -130,7 +131,8 @@ def transitions(data: xr.Dataset | Sequence[xr.Dataset]) -> View:
         )
     first = given[0]
     group = _group(first, "transitions", ("layer", "expert", "expert_j"))
-    parts = [d[[*_PARTS.values(), "n"]].expand_dims(gap=[int(d.attrs["gap"])]) for d in given]
+    names = [name for name in (*_PARTS.values(), "n", "survives") if all(name in d for d in given)]
+    parts = [d[names].expand_dims(gap=[int(d.attrs["gap"])]) for d in given]
     joined = xr.concat(parts, "gap", join="outer").assign_attrs(first.attrs)
     shown = first if group is None else first.isel({group: 0})
     middle = int(shown["layer"][shown.sizes["layer"] // 2])
@@ -165,6 +167,8 @@ def _view(
     arrays: dict[str, Any] = {n: data[v].transpose(*dims).to_numpy().astype(np.float32) for n, v in _PARTS.items()}
     counts = xr.zeros_like(data["estimate"]) + data["n"].fillna(0)
     arrays["n"] = counts.transpose(*dims).fillna(0).to_numpy().astype(np.int32)
+    survives = data.get("survives", xr.zeros_like(data["estimate"])) == 1  # NaN where a gap has no such layer
+    arrays["survives"] = survives.transpose(*dims).to_numpy().astype(np.uint8)
     digits = arrays["estimate"].size // max(1, _pages(data, picks)) <= _DIGITS_UNTIL
     ratio = data.attrs["unit"] == "ratio"
     centre = 1.0 if ratio else _centre(data)
@@ -217,7 +221,7 @@ def _limit(data: xr.Dataset, centre: float, ratio: bool) -> float:
 def _note(data: xr.Dataset, digits: bool) -> str:
     middle = "chance" if data.attrs["unit"] == "ratio" else labels.uniform_text(data)
     about = [labels.sample(data), f"{labels.level(data)} over documents", f"middle of the scale: {middle}"]
-    return "; ".join([*about, *(["bold: the interval excludes it"] if digits else [])]) + "."
+    return "; ".join(filter(None, [*about, labels.marked(data, "bold") if digits else ""])) + "."
 
 
 def also(data: xr.Dataset) -> list[Any] | None:
@@ -241,5 +245,9 @@ def _observed_over_expected(data: xr.Dataset) -> xr.Dataset:
     expected = factor[..., :, None] * factor[..., None, :]
     with np.errstate(invalid="ignore", divide="ignore"):
         chance = observed.copy(data=np.where(expected > 0, expected, np.nan)) / data["n"]
-    scaled = {name: data[name] / chance for name in _PARTS.values()}
-    return data.assign(scaled).assign_attrs(unit="ratio", statistic="coactivation")
+    data = data.assign({name: data[name] / chance for name in _PARTS.values()})
+    if "n_effective" not in data:
+        return data.drop_vars("survives", errors="ignore").assign_attrs(unit="ratio", statistic="coactivation")
+    numbers = (data[name] for name in _PARTS.values())
+    p = xr.apply_ufunc(p_against, *numbers, 1.0, data["n_effective"], data.attrs["level"])
+    return with_survivors(data, p, data.attrs["level"]).assign_attrs(unit="ratio", statistic="coactivation")

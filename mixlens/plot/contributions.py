@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from mixlens.errors import BadInput
 from mixlens.plot import labels
 from mixlens.plot.checks import takes
-from mixlens.plot.heatmap import by_group, dots, excludes_zero, group_of, mesh, numbered, scale_note
+from mixlens.plot.heatmap import by_group, dots, group_of, mesh, numbered, scale_note
 from mixlens.plot.style import COLUMN, MARKERS, MUTED, PAGE, drawing, expert_colours, heading, in_legend, printable
 
 _LABELS = {"logit": "added to the next token's logit", "norm": "norm of the weighted output"}
@@ -20,7 +20,7 @@ _TITLES = {"logit": "Contribution to the logit", "norm": "Size of the contributi
 
 @takes("stats.expert_contribution", "estimate", "layer", "expert", "measure")
 def expert_contribution(data: xr.Dataset, ax: Axes | None = None) -> Axes:
-    """Draw what each expert contributes to the tokens that choose it; a dot marks intervals that exclude 0.
+    """Draw what each expert contributes to the tokens that choose it; a dot marks what differs from 0.
 
     Parameters
     ----------
@@ -50,7 +50,7 @@ def expert_contribution(data: xr.Dataset, ax: Axes | None = None) -> Axes:
         signed = data.attrs["measure"] == "logit"
         mesh(ax, data["estimate"].to_numpy(), _LABELS[data.attrs["measure"]], signed=signed)
         if signed:
-            dots(ax, excludes_zero(data))
+            dots(ax, labels.surviving(data))
         numbered(ax, data["layer"].to_numpy())
         ax.set_xticks(np.arange(data.sizes["expert"]) + 0.5, map(str, data["expert"].to_numpy()))
         ax.set_xlabel("expert")
@@ -249,6 +249,6 @@ def topk_routing(data: xr.Dataset, ax: Axes | None = None) -> Axes:
 def _titled(ax: Axes, data: xr.Dataset, title: str) -> None:
     logit = data.attrs["measure"] == "logit"
     parts = [labels.sample(data), "mean over tokens that chose the expert"]
-    parts += [f"dot: {labels.level(data)} excludes 0", scale_note(data["estimate"].to_numpy())] if logit else []
+    parts += [labels.marked(data, "dot", "differs from 0, "), scale_note(data["estimate"].to_numpy())] if logit else []
     selected = labels.chosen(data)
     heading(ax, f"{title}, {selected}" if selected else title, "; ".join(filter(None, parts)))

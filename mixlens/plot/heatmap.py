@@ -93,14 +93,14 @@ def group_of(data: xr.Dataset) -> str:
 def by_group(ax: Axes, data: xr.Dataset, what: str, label: str, *, signed: bool = True) -> None:
     """Draw one row per group and one column per expert, layers side by side.
 
-    Dots mark signed numbers whose interval excludes 0. Raises BadInput if `data` has further dimensions.
+    Dots mark signed numbers that survive. Raises BadInput if `data` has further dimensions.
     """
     group = group_of(data)
     data = labels.only(data, what, group, "layer", "expert").transpose(group, "layer", "expert")
     rows, layers, experts = (data.sizes[dim] for dim in (group, "layer", "expert"))
     mesh(ax, data["estimate"].to_numpy().reshape(rows, -1), label, signed=signed)
     if signed:
-        dots(ax, excludes_zero(data).reshape(rows, -1))
+        dots(ax, labels.surviving(data).reshape(rows, -1))
     for edge in range(1, layers):
         ax.axvline(edge * experts, color=INK, linewidth=0.5)
     ax.set_yticks(np.arange(rows) + 0.5, [printable(name) for name in data[group].to_numpy()])
@@ -116,14 +116,10 @@ def numbered(ax: Axes, layers: np.ndarray) -> None:
     ax.set_ylabel("layer")
 
 
-def dots(ax: Axes, apart: np.ndarray) -> None:
+def dots(ax: Axes, survives: np.ndarray) -> None:
     """Draw a dot in the cells [row, column] that are true."""
-    row, column = np.nonzero(apart)
+    row, column = np.nonzero(survives)
     ax.plot(column + 0.5, row + 0.5, marker=".", markersize=2, linestyle="", color=INK)
-
-
-def excludes_zero(data: xr.Dataset) -> np.ndarray:
-    return ((data["ci_low"] > 0) | (data["ci_high"] < 0)).to_numpy()
 
 
 def _signed(values: np.ndarray) -> tuple[Normalize, list[float] | None]:

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 
 from mixlens.plot import labels
 from mixlens.plot.checks import takes
-from mixlens.plot.heatmap import by_group, dots, excludes_zero, group_of, mesh, numbered, scale_note, signed_axis
+from mixlens.plot.heatmap import by_group, dots, group_of, mesh, numbered, scale_note, signed_axis
 from mixlens.plot.style import COLUMN, INK, MARKERS, MUTED, PAGE, drawing, expert_colours, heading, percent, printable
 
 _FEW_POINTS = 40  # up to so many points are labelled
@@ -16,7 +16,7 @@ _FEW_POINTS = 40  # up to so many points are labelled
 
 @takes("stats.expert_importance", "estimate", "layer", "expert", "metric")
 def expert_importance(data: xr.Dataset, ax: Axes | None = None) -> Axes:
-    """Draw the change in loss without each expert of each layer; a dot marks intervals that exclude no change.
+    """Draw the change in loss without each expert of each layer; a dot marks changes that survive.
 
     Parameters
     ----------
@@ -46,7 +46,7 @@ def expert_importance(data: xr.Dataset, ax: Axes | None = None) -> Axes:
     data = labels.only(data, "importance", "layer", "expert").transpose("layer", "expert")
     with drawing(ax, COLUMN, 0.9 + 0.16 * max(data.sizes["layer"], 8)) as ax:
         mesh(ax, data["estimate"].to_numpy(), _label(data))
-        dots(ax, excludes_zero(data))
+        dots(ax, labels.surviving(data))
         numbered(ax, data["layer"].to_numpy())
         ax.set_xticks(np.arange(data.sizes["expert"]) + 0.5, map(str, data["expert"].to_numpy()))
         ax.set_xlabel("expert")
@@ -155,6 +155,6 @@ def _label(data: xr.Dataset) -> str:
 def _titled(ax: Axes, data: xr.Dataset, title: str) -> None:
     how = {"reroute": "never chosen", "zero": "output zero", "mean": "output its mean"}.get(str(data.attrs["how"]), "")
     selected = labels.chosen(data)
-    parts = [labels.sample(data), f"each expert in turn: {how}", f"dot: {labels.level(data)} excludes 0"]
+    parts = [labels.sample(data), f"each expert in turn: {how}", labels.marked(data, "dot")]
     note = "; ".join(filter(None, [*parts, scale_note(data["estimate"].to_numpy())]))
     heading(ax, f"{title}, {selected}" if selected else title, note)

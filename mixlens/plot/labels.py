@@ -69,6 +69,7 @@ MEASURES = {
     "so_far": "in this layer or an earlier one",
     "after_flip": "of tokens that flipped before",
     "without_flip": "of tokens that did not",
+    "more_after": "more of tokens that flipped before",
     "first": "first choice repeats",
     "either": "first or second choice repeats",
 }
@@ -161,6 +162,30 @@ def span(counts: xr.DataArray) -> str:
 
 def level(data: xr.Dataset) -> str:
     return f"{100 * float(data.attrs['level']):g} % interval"
+
+
+def survivors(data: xr.Dataset) -> str:
+    """Describe what marks a cell, as "survives among 64 cells at a false discovery rate of 5 %"."""
+    rate = 100 * (1 - float(data.attrs["level"]))
+    cells = int(data.attrs["cells"])
+    return f"survives among {counted(f'{cells:,}', 'cell')} at a false discovery rate of {rate:.3g} %"
+
+
+def surviving(data: xr.Dataset) -> np.ndarray:
+    """Return whether each number survives, in the shape of the estimate; none of a Dataset that was not tested."""
+    return data["survives"].to_numpy() if "survives" in data else np.zeros(data["estimate"].shape, bool)
+
+
+def marked(data: xr.Dataset, mark: str, what: str = "") -> str:
+    """Return the note on a `mark` of survivors, as "dot: survives among ..."; empty if nothing was tested."""
+    return f"{mark}: {what}{survivors(data)}" if data.attrs.get("cells") else ""
+
+
+def none_survives(data: xr.Dataset, what: str, against: str) -> str:
+    """Return the sentence for statistics of which no cell survives, or none could be tested."""
+    if not data.attrs["cells"]:
+        return f"No {what} is tested against {against}: that takes two documents or more that differ."
+    return f"No {what} is told apart from {against}: none {survivors(data)}."
 
 
 def uniform(data: xr.Dataset) -> xr.DataArray | None:

@@ -268,7 +268,8 @@ def _centre(data: xr.Dataset) -> float:
 
 
 def _small_print(data: xr.Dataset) -> str:
-    return f"{labels.sample(data)}; white: {labels.uniform_note(data)}; bold: {labels.level(data)} excludes it"
+    parts = [labels.sample(data), f"white: {labels.uniform_note(data)}", labels.marked(data, "bold")]
+    return "; ".join(filter(None, parts))
 
 
 def _matrix(ax: Axes, data: xr.Dataset, row: str, column: str, limit: float | None) -> None:
@@ -312,7 +313,7 @@ def _ticks(values: np.ndarray, most: int) -> tuple[np.ndarray, list[str]]:
 
 
 def _digits(ax: Axes, data: xr.Dataset, centre: float, limit: float) -> None:
-    """Write per cent in every cell if it is readable; bold where the interval excludes the centre."""
+    """Write per cent in every cell if it is readable; bold where it survives against the centre."""
     values = data["estimate"].to_numpy()
     figure = ax.get_figure(root=True)
     assert figure is not None
@@ -323,7 +324,7 @@ def _digits(ax: Axes, data: xr.Dataset, centre: float, limit: float) -> None:
     size = min(7.0, box.height * height / values.shape[0] * 0.8, across)
     if size < _SMALLEST_DIGITS:
         return
-    apart = (data["ci_low"] > centre) | (data["ci_high"] < centre)
+    survives = labels.surviving(data)
     shown = colormaps[DIVERGING](CenteredNorm(centre, limit)(np.nan_to_num(values, nan=centre)))
     dark = shown[..., :3] @ (0.299, 0.587, 0.114) < 0.55
     for (i, j), value in np.ndenumerate(values):
@@ -335,6 +336,6 @@ def _digits(ax: Axes, data: xr.Dataset, centre: float, limit: float) -> None:
             va="center_baseline",
             fontsize=size,
             color="white" if dark[i, j] else "black",
-            fontweight="bold" if apart[i, j] else "normal",
+            fontweight="bold" if survives[i, j] else "normal",
             in_layout=False,
         )

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import xarray as xr
 
 from mixlens.plot import labels
 from mixlens.reports.analysis import Analysis
+
+_UNTESTED = "Layers are ranked as measured, and not tested against each other."
 
 
 def findings(analysis: Analysis) -> list[str]:
@@ -51,34 +55,36 @@ def place(cell: xr.Dataset) -> str:
 
 
 def compared(data: xr.Dataset) -> str:
-    """Describe how many numbers are above and below uniform, by their intervals."""
-    expected = labels.uniform(data)
-    if expected is None:
-        return ""
-    known = np.isfinite(data["estimate"])
-    above = int(((data["ci_low"] > expected) & known).sum())
-    below = int(((data["ci_high"] < expected) & known).sum())
-    total = int(known.sum())
-    held = total - above - below
-    return f"its interval lies above that in {above} of {total}, below it in {below}, and holds it in {held}"
+    """Describe how many numbers are above and below uniform, by the adjusted test."""
+    above = data["survives"] & (data["estimate"] > labels.uniform(data))
+    total, n_above, n_below = (int(x.sum()) for x in (np.isfinite(data["p"]), above, data["survives"] & ~above))
+    rest = total - n_above - n_below
+    return f"told apart from that in {n_above + n_below} of {total} (above {n_above}, below {n_below}; not in {rest})"
 
 
 def _n(cell: xr.Dataset) -> str:
     return f"({labels.sample(cell)})"
 
 
-def _of_many(data: xr.Dataset) -> str:
-    return f"It is the most extreme of {int(np.isfinite(data['estimate']).sum()):,} values, which flatters it."
+def _told_apart(data: xr.Dataset, what: str, say: Callable[[xr.Dataset], str]) -> list[str]:
+    """`say` of the number furthest from uniform among those told apart from it, and how many they are."""
+    cell = furthest(data.assign(estimate=data["estimate"].where(data["survives"])))
+    if not np.isfinite(data["estimate"]).any():
+        return []
+    if cell is None:
+        return [labels.none_survives(data, what, "uniform routing")]
+    n = int(data["survives"].sum())
+    return [
+        f"{say(cell)}, where uniform routing gives {labels.uniform_text(data)} {_n(cell)}. It is the furthest of {n:,} "
+        f"told apart from uniform: each {labels.survivors(data)}."
+    ]
 
 
 def _share(data: xr.Dataset) -> list[str]:
-    cell = furthest(data)
-    if cell is None:
-        return []
-    return [
-        f"Expert share furthest from uniform: {place(cell)}, {labels.with_interval(cell)} of assignments, where "
-        f"uniform routing gives {labels.uniform_text(data)} {_n(cell)}. {_of_many(data)}"
-    ]
+    def say(cell: xr.Dataset) -> str:
+        return f"Expert share furthest from uniform: {place(cell)}, {labels.with_interval(cell)} of assignments"
+
+    return _told_apart(data, "expert share", say)
 
 
 def _balance(data: xr.Dataset) -> list[str]:
@@ -87,20 +93,17 @@ def _balance(data: xr.Dataset) -> list[str]:
     if worst is None or best is None:
         return []
     return [
-        f"Load is least even at layer {int(worst['layer'])}: coefficient of variation of the experts' loads "
+        f"Measured load is least even at layer {int(worst['layer'])}: coefficient of variation of the experts' loads "
         f"{labels.with_interval(worst)}; most even at layer {int(best['layer'])}: {labels.with_interval(best)}; "
-        f"perfect balance is 0 {_n(worst)}."
+        f"perfect balance is 0 {_n(worst)}. {_UNTESTED}"
     ]
 
 
 def _specialization(data: xr.Dataset) -> list[str]:
-    cell = furthest(data)
-    if cell is None:
-        return []
-    return [
-        f"Most specialised: {place(cell)}, chosen by {labels.with_interval(cell)} of the domain's tokens, where "
-        f"uniform routing gives {labels.uniform_text(data)} {_n(cell)}. {_of_many(data)}"
-    ]
+    def say(cell: xr.Dataset) -> str:
+        return f"Most specialised: {place(cell)}, chosen by {labels.with_interval(cell)} of the domain's tokens"
+
+    return _told_apart(data, "expert's share of a domain", say)
 
 
 def _information(data: xr.Dataset) -> list[str]:
@@ -108,11 +111,12 @@ def _information(data: xr.Dataset) -> list[str]:
     cell = largest(excess)
     if cell is None:
         return []
-    sure = int((excess["ci_low"] > 0).sum())
+    sure = int(excess["survives"].sum())
+    if not sure:
+        return [f"In no layer do experts tell the domain better than permuted labels: none {labels.survivors(data)}."]
     return [
         f"Expert and domain share the most information at layer {int(cell['layer'])}: {labels.with_interval(cell)} "
-        f"above permuted domain labels {_n(cell)}. "
-        f"The interval lies above 0 in {sure} of {excess.sizes['layer']} layers."
+        f"above permuted domain labels {_n(cell)}. {sure} of {excess.sizes['layer']} layers are told apart from those."
     ]
 
 
@@ -126,7 +130,7 @@ def _repetition(data: xr.Dataset) -> list[str]:
             continue
         chance = labels.number(float(expected), part)
         sentences.append(
-            f"{name} of consecutive tokens repeat by chance in {chance}; measured {compared(part)} layers; furthest "
+            f"{name} of consecutive tokens repeat by chance in {chance}; layers {compared(part)}; furthest "
             f"from it at layer {int(cell['layer'])}: {labels.with_interval(cell)} {_n(cell)}."
         )
     return sentences
@@ -139,20 +143,18 @@ def _entropy(data: xr.Dataset) -> list[str]:
     return [
         f"The router is most decided at layer {int(low['layer'])}, with an entropy of {labels.with_interval(low)}, "
         f"and least at layer {int(high['layer'])}, with {labels.with_interval(high)}; "
-        f"uniform routing gives {labels.uniform_text(data)} {_n(low)}."
+        f"uniform routing gives {labels.uniform_text(data)} {_n(low)}. {_UNTESTED}"
     ]
 
 
 def _coactivation(data: xr.Dataset) -> list[str]:
-    cell = furthest(data)
-    if cell is None:
-        return []
-    i, j = int(cell["expert"]), int(cell["expert_j"])
-    return [
-        f"Company furthest from uniform: at layer {int(cell['layer'])} tokens of expert {i} also go to expert {j} in "
-        f"{labels.with_interval(cell)}, where uniform routing gives {labels.uniform_text(data)} {_n(cell)}. "
-        f"{_of_many(data)}"
-    ]
+    def say(cell: xr.Dataset) -> str:
+        return (
+            f"Company furthest from uniform: at layer {int(cell['layer'])} tokens of expert {int(cell['expert'])} also "
+            f"go to expert {int(cell['expert_j'])} in {labels.with_interval(cell)}"
+        )
+
+    return _told_apart(data, "pair of experts", say)
 
 
 def _transitions(data: xr.Dataset) -> list[str]:
@@ -163,9 +165,9 @@ def _transitions(data: xr.Dataset) -> list[str]:
     low, high = float(best["mi_ci_low"]), float(best["mi_ci_high"])
     n = int(best["n"].sum())
     return [
-        f"First choices of neighbouring layers hang together most between layers {layer} and {layer + gap}: mutual "
-        f"information {float(best['mi_bits']):.3f} bits [{low:.3f}, {high:.3f}], independent layers give 0 "
-        f"(n = {n:,} tokens, {labels.counted(labels.span(best['n_documents']), 'document')})."
+        f"The mutual information of first choices in neighbouring layers is largest between layers {layer} and "
+        f"{layer + gap}: {float(best['mi_bits']):.3f} bits [{low:.3f}, {high:.3f}], independent layers give 0 "
+        f"(n = {n:,} tokens, {labels.counted(labels.span(best['n_documents']), 'document')}). {_UNTESTED}"
     ]
 
 
@@ -175,7 +177,7 @@ def _vocabulary(data: xr.Dataset) -> list[str]:
         return []
     return [
         f"Token types keep to one expert most at layer {int(cell['layer'])}: on average "
-        f"{labels.with_interval(cell)} of a type's occurrences choose its most frequent expert {_n(cell)}."
+        f"{labels.with_interval(cell)} of a type's occurrences choose its most frequent expert {_n(cell)}. {_UNTESTED}"
     ]
 
 
@@ -189,7 +191,8 @@ def _predictability(data: xr.Dataset) -> list[str]:
     return [
         f"A token's identity predicts its first expert best at layer {int(cell['layer'])}: "
         f"{labels.with_interval(cell)} of held-out tokens, against {labels.with_interval(chance)} from the most "
-        f"frequent expert alone and {labels.with_interval(context)} with the token before it known too {_n(cell)}."
+        f"frequent expert alone and {labels.with_interval(context)} with the token before it known too {_n(cell)}. "
+        f"{_UNTESTED}"
     ]
 
 

@@ -58,18 +58,24 @@ def _by_domain(data: xr.Dataset) -> str:
 
 
 def cells_apart(data: xr.Dataset, unit: str) -> list[str]:
-    """Describe the numbers furthest from 0 among those whose interval excludes it."""
+    """Describe the numbers furthest from 0 among those that survive control for how many there are."""
     flat = data.stack(cell=data["estimate"].dims)
-    apart = (flat["ci_low"] > 0) | (flat["ci_high"] < 0)
-    order = np.argsort(-np.abs(flat["estimate"].where(apart).fillna(0).to_numpy()), kind="stable")
-    named = [flat.isel(cell=int(i)) for i in order[:_MOST_NAMED] if bool(apart[int(i)])]
+    survives = flat["survives"]
+    order = np.argsort(-np.abs(flat["estimate"].where(survives).fillna(0).to_numpy()), kind="stable")
+    named = [flat.isel(cell=int(i)) for i in order[:_MOST_NAMED] if bool(survives[int(i)])]
     if not named:
-        return [f"Every interval holds 0 at the {labels.level(data)}."]
+        return [labels.none_survives(data, "number", "0")]
     return [
+        f"{int(survives.sum()):,} numbers are told apart from 0: each {labels.survivors(data)}. The largest:",
+        *(_named(cell, unit) for cell in named),
+    ]
+
+
+def _named(cell: xr.Dataset, unit: str) -> str:
+    return (
         f"{f'{cell.domain.item()}: ' if 'domain' in cell.coords else ''}layer {cell.layer.item()}, expert "
         f"{cell.expert.item()}: {labels.with_interval(cell)} {unit}{_use(cell)}"
-        for cell in named
-    ]
+    )
 
 
 def _use(cell: xr.Dataset) -> str:

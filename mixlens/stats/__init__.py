@@ -2,12 +2,13 @@
 
 from mixlens.core.bootstrap import Bootstrap
 from mixlens.stats.agreement import agreement
-from mixlens.stats.contrast import adjusted, contrast
+from mixlens.stats.contrast import contrast
 from mixlens.stats.contributions import expert_contribution
 from mixlens.stats.domains import domain_information, domain_specialization
 from mixlens.stats.flips import flips, flips_by_margin
 from mixlens.stats.importance import expert_importance
 from mixlens.stats.moved import moved
+from mixlens.stats.multiplicity import adjusted
 from mixlens.stats.next_tokens import next_tokens
 from mixlens.stats.outputs import super_experts
 from mixlens.stats.published import table5

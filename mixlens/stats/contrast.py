@@ -12,6 +12,7 @@ import xarray as xr
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.errors import BadInput
 from mixlens.stats.counts import Summed, described, require, summed_by
+from mixlens.stats.multiplicity import with_survivors
 
 if TYPE_CHECKING:
     from mixlens.trace.trace import Trace
@@ -36,8 +37,9 @@ def contrast(
     The difference is that of group a less that of group b. Its interval adds the jackknife variances of both groups,
     with t for the smaller one. p is the share of permutations of the documents between the groups with a difference at
     least as large in magnitude; where both groups have the same documents, these are paired, and each document's two
-    halves change places. q adjusts p for the number of cells (Benjamini and Hochberg 1995), and `survives` is true
-    where q is at most one less the level: among such cells that share is false at most, in expectation.
+    halves change places. q adjusts p for the number of cells, of each measure by itself where a statistic has several
+    (Benjamini and Hochberg 1995), and `survives` is true where q is at most one less the level: among such cells that
+    share is false at most, in expectation.
 
     Parameters
     ----------
@@ -104,53 +106,18 @@ def contrast(
         for layers in pooled.chunks()
     ]
     estimate, low, high, p = (np.concatenate([chunk[i] for chunk in chunks]) for i in range(4))
-    q = adjusted(p)
     dims = tuple(one.labels)
-    values = {
-        "estimate": estimate,
-        "ci_low": low,
-        "ci_high": high,
-        "p": p,
-        "q": q,
-        "survives": q <= 1 - bootstrap.level,
-    }
+    values = {"estimate": estimate, "ci_low": low, "ci_high": high}
     data = xr.Dataset({name: (dims, array) for name, array in values.items()}, coords=one.labels)
     data["n"] = one.n + two.n
+    data = with_survivors(data, xr.DataArray(p, one.labels, dims), bootstrap.level)
     return described(
         data, trace, bootstrap,
         statistic="contrast", of=getattr(statistic, "__name__", str(statistic)), a=str(names[0]), b=str(names[1]),
-        n_a=one.n, n_b=two.n, paired=int(paired), permutations=_PERMUTATIONS, cells=int(np.isfinite(p).sum()),
+        n_a=one.n, n_b=two.n, paired=int(paired), permutations=_PERMUTATIONS,
         formula="statistic(a) - statistic(b); p by permutation of documents; q of Benjamini and Hochberg",
         source="Benjamini and Hochberg 1995, J. R. Stat. Soc. B 57, 289", interval="jackknife of both groups with t",
     )  # fmt: skip
-
-
-def adjusted(p: np.ndarray) -> np.ndarray:
-    """Compute q of Benjamini and Hochberg (1995) for p of any shape.
-
-    min over i >= rank of p_(i) m / i, over the m values that are no NaN.
-
-    Parameters
-    ----------
-    p : numpy.ndarray
-        Values between 0 and 1; NaN stays NaN and counts for nothing.
-
-    Returns
-    -------
-    numpy.ndarray
-        Shape of `p`.
-
-    Examples
-    --------
-    >>> ml.stats.adjusted(np.array([0.01, 0.04, 0.03])).tolist()
-    [0.03, 0.04, 0.04]
-    """
-    from scipy.stats import false_discovery_control  # here, since it takes half a second
-
-    q, known = np.full(p.shape, np.nan), np.isfinite(p)
-    if known.any():
-        q[known] = false_discovery_control(p[known])
-    return q
 
 
 def _groups(trace: Trace, by: str | pd.Series | None, a: Any, b: Any) -> tuple[Trace, Trace]:

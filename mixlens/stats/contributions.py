@@ -11,7 +11,7 @@ import xarray as xr
 
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.errors import BadInput
-from mixlens.stats.measured import Measured, check_kind, groups_of, intervals_by, ratio, read_measured
+from mixlens.stats.measured import Measured, check_kind, groups_of, intervals_by, read_measured, summarised
 from mixlens.trace.detokenize import display_pieces
 
 KIND = "contributions"
@@ -45,9 +45,10 @@ def expert_contribution(
     Returns
     -------
     xarray.Dataset
-        ``estimate`` (logits, or the unit of the hidden states), ci_low, ci_high, n (tokens that chose the expert)
-        ``[*by, layer, expert]``; max_abs, the largest absolute value it put out before its weight, ``[*by, layer,
-        expert]``, for super_experts; n_documents ``[*by]``. NaN where nobody chose the expert.
+        ``estimate`` (logits, or the unit of the hidden states), ci_low, ci_high, n (tokens that chose the expert),
+        n_effective ``[*by, layer, expert]``, NaN where nobody chose the expert; for logits p, q, survives of the same
+        shape, tested against 0 and adjusted for all of these cells; max_abs, the largest absolute value it put out
+        before its weight, ``[*by, layer, expert]``, for super_experts; n_documents ``[*by]``.
 
     Raises
     ------
@@ -67,35 +68,31 @@ def expert_contribution(
             value=measure,
         )
     check_kind(contributions, KIND, "measure_contributions")
-    sums, n, peak, documents = _by_document(contributions, measure)
-    labels, group = groups_of(documents, by)
-    shape = tuple(len(values) for values in labels.values())
-    n_groups = int(np.prod(shape, dtype=int))
-    estimate, low, high, largest = np.full((4, n_groups, *sums.shape[1:]), np.nan)
-    chosen = np.zeros(estimate.shape, np.int64)
-    n_documents = np.zeros(n_groups, np.int64)
-    for one in range(n_groups):
-        here = np.flatnonzero(group == one)
-        if not len(here):
-            continue
-        estimate[one], low[one], high[one] = ratio(sums[here], n[here], bootstrap, one)
-        chosen[one], n_documents[one] = n[here].sum(0), len(here)
-        largest[one] = np.where(chosen[one] > 0, peak[here].max(0), np.nan)
-    dims, inner = (*labels, "layer", "expert"), sums.shape[1:]
-    numbers = {"estimate": estimate, "ci_low": low, "ci_high": high, "n": chosen, "max_abs": largest}
-    return xr.Dataset(
-        {name: (dims, values.reshape(*shape, *inner)) for name, values in numbers.items()}
-        | {"n_documents": (tuple(labels), n_documents.reshape(shape))},
-        {**labels, "layer": contributions.layer.values, "expert": range(inner[1])},
-        {
-            "statistic": "expert_contribution",
-            "measure": measure,
-            "unit": "logits" if measure == "logit" else "norm",
-            "formula": MEASURES[measure],
-            "source": "direct logit attribution, measured by mixlens" if measure == "logit" else "measured by mixlens",
-            "model": contributions.attrs["model"],
-            **intervals_by(bootstrap),
-        },
+    documents = _by_document(contributions, measure)
+    experts = {"expert": documents.expert.values}
+    data = summarised(
+        documents,
+        ("sum", "chosen"),
+        lambda sums: sums["sum"] / sums["chosen"],
+        experts,
+        by,
+        bootstrap,
+        tokens="chosen",
+        null=0.0 if measure == "logit" else None,  # no norm is 0
+    )
+    _, group = groups_of(documents, by)
+    largest = np.full((data.n_documents.size, *documents.peak.shape[1:]), np.nan)
+    for one in np.unique(group):
+        largest[one] = documents.peak.values[group == one].max(0)
+    max_abs = data.estimate.copy(data=largest.reshape(data.estimate.shape)).where(data.n > 0)
+    return data.assign(max_abs=max_abs).assign_attrs(
+        statistic="expert_contribution",
+        measure=measure,
+        unit="logits" if measure == "logit" else "norm",
+        formula=MEASURES[measure],
+        source="direct logit attribution, measured by mixlens" if measure == "logit" else "measured by mixlens",
+        model=contributions.attrs["model"],
+        **intervals_by(bootstrap),
     )
 
 
@@ -133,8 +130,8 @@ def contributions_dataset(measured: Measured) -> xr.Dataset:
     return xr.Dataset(data, {**coords, "layer": range(arrays["logit"].shape[1])}, attrs)
 
 
-def _by_document(data: xr.Dataset, measure: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, xr.Dataset]:
-    """(sums, tokens that chose, largest absolute value put out), all [document, layer, expert], and the documents."""
+def _by_document(data: xr.Dataset, measure: str) -> xr.Dataset:
+    """sum, chosen (tokens), peak (largest absolute value put out) [document, layer, expert]; length [document]."""
     number, ids = pd.factorize(data.document_id.values)
     count, layers, experts = len(ids), data.sizes["layer"], int(data.attrs["n_experts"])
     sums, n, peak = np.zeros((3, count * experts, layers))
@@ -149,6 +146,11 @@ def _by_document(data: xr.Dataset, measure: str) -> tuple[np.ndarray, np.ndarray
     first = np.unique(number, return_index=True)[1]
     columns = [str(name) for name in data.coords if data[name].dims == ("token",)]
     own = [name for name in columns if name not in ("sequence", "position", "token_id", "next_id", "piece")]
-    documents = xr.Dataset(coords={name: ("document", data[name].values[first]) for name in own})
-    sums, n, peak = (array.reshape(count, experts, layers).swapaxes(1, 2) for array in (sums, n, peak))
-    return sums, n.astype(np.int64), peak, documents
+    arrays = (array.reshape(count, experts, layers).swapaxes(1, 2) for array in (sums, n, peak))
+    named = dict(zip(("sum", "chosen", "peak"), arrays, strict=True))
+    return xr.Dataset(
+        {name: (("document", "layer", "expert"), array) for name, array in named.items()}
+        | {"length": ("document", np.bincount(number, minlength=count))},
+        coords={name: ("document", data[name].values[first]) for name in own}
+        | {"layer": data.layer.values, "expert": range(experts)},
+    )

@@ -18,6 +18,7 @@ import xarray as xr
 
 from mixlens.core.bootstrap import DEFAULT, FEW, Bootstrap, Resamples, effective_documents
 from mixlens.errors import BadInput, MissingSignal
+from mixlens.stats.multiplicity import p_against, skewness, with_survivors
 
 if TYPE_CHECKING:
     from mixlens.trace.trace import Trace
@@ -235,8 +236,11 @@ def summarise(
     floor: np.ndarray | float | None = None,
     proportion: bool = False,
     fewest: np.ndarray | int = 2,
+    null: np.ndarray | float | None = None,
 ) -> xr.Dataset:
-    """The Dataset of a statistic: estimate, ci_low, ci_high ``[*by, layer, *dims]``, n and n_documents.
+    """The Dataset of a statistic: estimate, ci_low, ci_high ``[*by, layer, *dims]``, n, n_documents and n_effective.
+
+    With a null also p, q, survives: every cell tested against it, and adjusted for the number of cells.
 
     statistic  from {name: sums [layer, ..., resample]} to values [layer, *dims, resample]; where `size` has no
                dimensions, {"n": [resample]} is among the sums
@@ -245,12 +249,13 @@ def summarise(
     floor      as in `Resamples.interval`; broadcasts against [layer, *dims]
     proportion whether it is a proportion of the tokens behind it
     fewest     documents below which intervals cover too little and are NaN; broadcasts against [layer, *dims]
+    null       value without an effect, NaN for no test; broadcasts against [layer, *dims]
     """
     clusters = counts.clusters
     sizes, size_dims = (counts.tokens, ()) if size is None else size
     labels = {"layer": counts.layers, **{name: np.asarray(values) for name, values in dims.items()}}
     shape = tuple(len(values) for values in labels.values())
-    estimate, low, high = np.full((3, clusters.n_groups, *shape), np.nan)
+    estimate, low, high, p = np.full((4, clusters.n_groups, *shape), np.nan)
     if (kept := _summed.get()) is not None:
         seen = counts.tokens > 0
         totals = {name: total[seen] for name, total in counts.totals.items()}
@@ -283,23 +288,31 @@ def summarise(
                 bounds = resamples.interval(values, reach_here[layers], floor, smooth=True)
             enough = len(members) >= np.broadcast_to(fewest, values.shape[:-1])
             low[group, layers], high[group, layers] = (np.where(enough, bound, np.nan) for bound in bounds)
+            if null is not None:
+                cells = (group, layers)
+                skew = skewness(values, resamples.n_left_out)
+                p[cells] = p_against(
+                    values[..., 0], low[cells], high[cells], null, documents_here[layers], bootstrap.level, skew
+                )
     grouped = tuple(clusters.by)
 
     def named(values: np.ndarray, names: tuple[str, ...]) -> tuple[tuple[str, ...], np.ndarray]:
         return (*grouped, *names), values.reshape((*clusters.shape, *values.shape[1:]))
 
-    return xr.Dataset(
+    data = xr.Dataset(
         {
             "estimate": named(estimate, tuple(labels)),
             "ci_low": named(low, tuple(labels)),
             "ci_high": named(high, tuple(labels)),
             "n": named(np.rint(n).astype(np.int64), size_dims),
             "n_documents": named(counts.n_documents, ()),
+            "n_effective": named(documents, size_dims),
         },
         coords={**clusters.by, **labels},
         attrs={"interval": PROPORTION if proportion else OTHERS}
         | ({"fewest_documents": np.asarray(fewest).tolist()} if np.any(np.asarray(fewest) > 2) else {}),
     )
+    return data if null is None else with_survivors(data, data["estimate"].copy(data=named(p, ())[1]), bootstrap.level)
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,13 @@ import xarray as xr
 
 from mixlens.core.bootstrap import DEFAULT, Bootstrap, Resamples, effective_documents
 from mixlens.stats.counts import OLMOE, Block, Counts, count, described, require, summarise
+from mixlens.stats.multiplicity import with_survivors
 from mixlens.stats.structure import mutual_information_bits
 
 if TYPE_CHECKING:
     from mixlens.trace.trace import Trace
 
-_PERMUTATIONS = 200
+_PERMUTATIONS = 1000
 
 # Keeps the draws of the permutations apart from those of any group's bootstrap.
 _PERMUTATION_STREAM = 2**31
@@ -41,7 +42,8 @@ def domain_specialization(
     Returns
     -------
     xarray.Dataset
-        ``estimate`` (fraction), ci_low, ci_high ``[*by, layer, expert]``; n (tokens) ``[*by]``.
+        ``estimate`` (fraction), ci_low, ci_high, and p, q, survives against uniform routing ``[*by, layer, expert]``;
+        n (tokens) ``[*by]``.
 
     Raises
     ------
@@ -60,6 +62,7 @@ def domain_specialization(
         {"expert": range(trace.n_experts)},
         bootstrap,
         proportion=True,
+        null=trace.top_k / trace.n_experts,
     )
     return described(
         data, trace, bootstrap,
@@ -76,10 +79,10 @@ def domain_information(
     mutual_information
         sum_eD p(e, D) log2 (p(e, D) / (p(e) p(D))), p from the counts of all k slots.
     permuted
-        its mean after the domains were dealt out to the documents at random, 200 times: what documents that
-        differ from each other yield by chance. Its bounds hold the middle 95 % (the level) of the 200 values.
+        its mean after the domains were dealt out to the documents at random, 1000 times: what documents that
+        differ from each other yield by chance. Its bounds hold the middle 95 % (the level) of the 1000 values.
     excess
-        the difference; the measure to read.
+        the difference; the measure to read. Its p is the share of permutations with as much information or more.
 
     The interval of mutual_information is for its true value, corrected for the upward bias of small samples, and
     reaches up to the estimate where that lies above it. The interval of excess has the spread of the bootstrap. Both
@@ -97,8 +100,8 @@ def domain_information(
     Returns
     -------
     xarray.Dataset
-        ``estimate`` (bits), ci_low, ci_high [layer, measure]; n (tokens), n_documents; intervals are NaN where a
-        domain has one document only.
+        ``estimate`` (bits), ci_low, ci_high [layer, measure]; p, q (over layers), survives of excess, else NaN; n
+        (tokens), n_documents; intervals are NaN where a domain has one document only.
 
     Raises
     ------
@@ -114,7 +117,7 @@ def domain_information(
     counts = _choices(trace, by)
     members = np.flatnonzero(counts.tokens > 0)
     chosen, group = counts.totals["chosen"][members], counts.clusters.group[members]
-    estimate, low, high = np.full((3, trace.n_layers, 3), np.nan)
+    estimate, low, high, p = np.full((4, trace.n_layers, 3), np.nan)
     if len(members):
         resamples = bootstrap.resample_within(group)
         values = _information(chosen, group, resamples)
@@ -126,6 +129,7 @@ def domain_information(
         of_chance = np.quantile(chance, [(1 - bootstrap.level) / 2, (1 + bootstrap.level) / 2], axis=-1)
         of_excess = resamples.interval(resamples.centred(values) - baseline[:, None], reach)
         estimate = np.stack([plain, baseline, plain - baseline], axis=-1)
+        p[:, 2] = (1 + (chance >= plain[:, None] - 1e-12).sum(-1)) / (1 + _PERMUTATIONS)
         if np.unique(group, return_counts=True)[1].min() > 1:
             low, high = np.stack([of_plain, of_chance, of_excess], axis=-1)
     dims = ("layer", "measure")
@@ -139,6 +143,7 @@ def domain_information(
         },
         coords={"layer": counts.layers, "measure": ["mutual_information", "permuted", "excess"]},
     )
+    data = with_survivors(data, data["estimate"].copy(data=p), bootstrap.level)
     return described(
         data, trace, bootstrap,
         statistic="domain_information", unit="bits", uniform=0.0, by=list(counts.clusters.by),

@@ -29,6 +29,7 @@ def flips(a: Trace, b: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) 
     so_far         P(C_m for some m <= l), how flips build up with depth
     after_flip     P(C_l | some C_m, m < l), among tokens that have flipped before
     without_flip   P(C_l | no C_m, m < l), among tokens that have not
+    more_after     after_flip less without_flip, tested against 0
 
     "Before" means the layers that the traces have.
 
@@ -46,8 +47,8 @@ def flips(a: Trace, b: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) 
     Returns
     -------
     xarray.Dataset
-        ``estimate`` (fraction), ci_low, ci_high ``[*by, layer, measure]``; NaN where no token meets the condition; n
-        (tokens) ``[*by]``.
+        ``estimate`` (fraction), ci_low, ci_high ``[*by, layer, measure]``; NaN where no token meets the condition; p,
+        q, survives of more_after, else NaN; n (tokens) ``[*by]``.
 
     Raises
     ------
@@ -58,7 +59,7 @@ def flips(a: Trace, b: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) 
     Examples
     --------
     >>> ml.stats.flips(trace, trace)["measure"].values.tolist()
-    ['changed', 'first_flip', 'so_far', 'after_flip', 'without_flip']
+    ['changed', 'first_flip', 'so_far', 'after_flip', 'without_flip', 'more_after']
     """
     require(a, "flips", "expert_id", bootstrap=bootstrap)
     require(b, "flips", "expert_id")
@@ -76,13 +77,15 @@ def flips(a: Trace, b: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) 
     def measures(sums: dict[str, np.ndarray]) -> np.ndarray:
         n, before = sums["n"], sums["flipped_before"]
         whole = [sums[name] / n for name in ("changed", "first", "so_far")]
-        return np.stack([*whole, sums["changed_after"] / before, sums["first"] / (n - before)], axis=1)
+        after, without = sums["changed_after"] / before, sums["first"] / (n - before)
+        return np.stack([*whole, after, without, after - without], axis=1)
 
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(names, (a.n_layers,))
     counts = count(a, by, shapes, side_by_side(a, b, ("expert_id",)), add)
-    labels = ["changed", "first_flip", "so_far", "after_flip", "without_flip"]
+    labels = ["changed", "first_flip", "so_far", "after_flip", "without_flip", "more_after"]
+    data = summarise(counts, measures, {"measure": labels}, bootstrap, null=np.array([np.nan] * 5 + [0.0]))
     return described(
-        summarise(counts, measures, {"measure": labels}, bootstrap), a, bootstrap,
+        data, a, bootstrap,
         statistic="flips", unit="fraction", source="mixlens",
         formula="C_l = 1[S_l != S'_l]; P(C_l), P(C_l and none before), P(any C_m, m <= l), P(C_l | any or none before)",
     )  # fmt: skip

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import os
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,8 @@ import xarray as xr
 
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.core.text import row, shown
-from mixlens.stats.counts import By, Clusters, Counts, summarise
-from mixlens.stats.measured import Measured, groups_of, intervals_by, read_measured
+from mixlens.stats.counts import By
+from mixlens.stats.measured import Measured, intervals_by, read_measured, summarised
 from mixlens.stats.next_tokens import LOSSES
 
 KIND = "impact"
@@ -80,7 +79,7 @@ class Impact:
             return np.stack([a, b, b - a, np.exp(a), np.exp(b), np.exp(b - a), same[:, 1], kl[:, 1]], axis=1)
 
         names = ("loss", "kl", "same_top")
-        data = _summarised(self.sums, names, measures, {"measure": [*LOSSES, "same_top", "kl"]}, by, bootstrap)
+        data = summarised(self.sums, names, measures, {"measure": [*LOSSES, "same_top", "kl"]}, by, bootstrap)
         return self._described(
             data, bootstrap, statistic="quality", unit="nats",
             formula="-mean log p(t); exp of it; 1[argmax p_a = argmax p_b]; mean KL(p_a || p_b)",
@@ -127,7 +126,7 @@ class Impact:
             "order": ["weights_first", "routing_first", "mean"],
             "part": ["weights", "routing", "total"],
         }
-        data = _summarised(self.sums, ("loss", "kl", "same_top"), parts, dims, by, bootstrap)
+        data = summarised(self.sums, ("loss", "kl", "same_top"), parts, dims, by, bootstrap)
         return self._described(
             data, bootstrap, statistic="split", unit="nats", forced_weights=str(self.meta["force_weights"]),
             formula="v(b, a) - v(a, a), v(b, b) - v(b, a); v(a, b) - v(a, a), v(b, b) - v(a, b); mean of both",
@@ -145,7 +144,7 @@ class Impact:
 
         names = ("same_first", "shared")
         sums = self.sums.assign({name: self.sums[name].mean("layer") for name in names}) if pooled else self.sums
-        data = _summarised(sums, names, measures, {"measure": ["top1", "overlap"]}, by, bootstrap, tokens="length")
+        data = summarised(sums, names, measures, {"measure": ["top1", "overlap"]}, by, bootstrap, tokens="length")
         return self._described(
             data, bootstrap, statistic="agreement", unit="fraction", formula="mean_t 1[e1 = e1']; mean_t |S and S'| / k"
         )
@@ -176,7 +175,7 @@ class Impact:
             return np.sqrt(sums["error"] / sums["size"])
 
         experts = self.sums.expert.values
-        data = _summarised(self.sums, ("error", "size"), error, {"expert": experts}, by, bootstrap, tokens="chosen")
+        data = summarised(self.sums, ("error", "size"), error, {"expert": experts}, by, bootstrap, tokens="chosen")
         data = data.assign(weight_error=self.sums.weight_error)
         return self._described(
             data, bootstrap, statistic="expert_errors", unit="relative error",
@@ -213,36 +212,6 @@ class Impact:
 
     def _repr_html_(self) -> str:
         return f"<div><p>{html.escape(self.title())}</p>{shown(self.overview()).to_html(escape=True)}</div>"
-
-
-def _summarised(
-    sums: xr.Dataset,
-    names: tuple[str, ...],
-    statistic: Callable[[dict[str, np.ndarray]], np.ndarray],
-    dims: Mapping[str, Any],
-    by: By,
-    bootstrap: Bootstrap,
-    *,
-    tokens: str = "tokens",
-) -> xr.Dataset:
-    """A statistic of sums over documents; over one layer, then dropped, where the sums have none."""
-    labels, group = groups_of(sums, by if by is None or isinstance(by, str) else list(by))
-    layered = "layer" in sums[names[0]].dims
-    totals = {name: sums[name].values if layered else sums[name].values[:, None] for name in names}
-    size = sums[tokens].values
-    read = sums["length"].values
-    n_groups = int(np.prod([len(values) for values in labels.values()], dtype=int))
-    counts = Counts(
-        Clusters(labels, np.empty(0, np.int64), group, np.empty(0, np.int64)),
-        totals,
-        read.astype(float),
-        np.bincount(group[read > 0], minlength=n_groups),
-        sums.layer.values if layered else np.zeros(1, np.int64),
-    )
-    data = summarise(
-        counts, statistic, dims, bootstrap, size=(size.astype(float), ("layer", "expert")[: size.ndim - 1])
-    )
-    return data if layered else data.isel(layer=0, drop=True)
 
 
 def _dataset(measured: Measured) -> xr.Dataset:

@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
-from mixlens.stats.measured import Measured, check_kind, groups_of, intervals_by, ratio, read_measured
+from mixlens.stats.measured import Measured, check_kind, intervals_by, predicted_alone, read_measured, summarised
 
 KIND = "importance"
 
@@ -20,8 +20,8 @@ def expert_importance(
     """Compute how much worse tokens are predicted when an expert is removed from a layer.
 
     sum_d (v_d without the expert - v_d) / sum_d n_d, v_d the loss (or metric) of document d summed over its n_d
-    predicted tokens. Both runs read the same tokens, and the bootstrap draws documents with both their values, so the
-    interval is that of the paired difference.
+    predicted tokens. Both runs read the same tokens, and documents are drawn with both their values, so the interval
+    is that of the paired difference.
 
     Parameters
     ----------
@@ -35,9 +35,10 @@ def expert_importance(
     Returns
     -------
     xarray.Dataset
-        ``estimate`` (nats per token, or the unit of the metric), ci_low, ci_high ``[*by, layer, expert]``; share
-        ``[*by, layer, expert]``, the expert share on the same tokens; value ``[*by]``, of the whole model; n
-        (predicted tokens), n_documents ``[*by]``.
+        ``estimate`` (nats per token, or the unit of the metric), ci_low, ci_high, p, q, survives ``[*by, layer,
+        expert]``, tested against no change and adjusted for all of these cells; share ``[*by, layer, expert]``, the
+        expert share on the same tokens; value ``[*by]``, of the whole model; n (predicted tokens), n_documents,
+        n_effective ``[*by]``.
 
     Raises
     ------
@@ -52,37 +53,32 @@ def expert_importance(
     ('layer', 'expert')
     """
     check_kind(measured, KIND, "measure_importance")
-    labels, group = groups_of(measured, by)
-    shape = tuple(len(values) for values in labels.values())
-    n_groups = int(np.prod(shape, dtype=int))
-    inner = (measured.sizes["layer"], measured.sizes["expert"])
-    estimate, low, high, share = np.full((4, n_groups, *inner), np.nan)
-    value = np.full(n_groups, np.nan)
-    n, n_documents = np.zeros((2, n_groups), np.int64)
-    for one in range(n_groups):
-        members = np.flatnonzero((group == one) & (measured.tokens.values > 0))
-        if not len(members):
-            continue
-        here = measured.isel(document=members)
-        tokens = here.tokens.values.astype(float)
-        estimate[one], low[one], high[one] = ratio(here.change.values, tokens, bootstrap, one)
-        share[one] = here.chosen.values.sum(0) / (measured.attrs["top_k"] * here.length.values.sum())
-        value[one] = here.value.values.sum() / tokens.sum()
-        n[one], n_documents[one] = int(tokens.sum()), len(members)
-    kept = {name: measured.attrs[name] for name in ("model", "metric", "unit", "how")}
-    numbers = {"estimate": estimate, "ci_low": low, "ci_high": high, "share": share}
-    single = {"value": value, "n": n, "n_documents": n_documents}
-    return xr.Dataset(
-        {name: ((*labels, "layer", "expert"), array.reshape(*shape, *inner)) for name, array in numbers.items()}
-        | {name: (tuple(labels), array.reshape(shape)) for name, array in single.items()},
-        coords={**labels, "layer": measured.layer.values, "expert": measured.expert.values},
-        attrs={
-            **kept,
-            "statistic": "expert_importance",
-            "formula": "sum_d (v_d without the expert - v_d) / sum_d n_d",
-            "source": "paired ablation, measured by mixlens",
-            **intervals_by(bootstrap),
-        },
+    measured = predicted_alone(measured)
+    data = summarised(
+        measured,
+        ("change",),
+        lambda sums: sums["change"] / sums["n"],
+        {"expert": measured.expert.values},
+        by,
+        bootstrap,
+        null=0.0,
+    )
+    share = summarised(
+        measured,
+        ("chosen",),
+        lambda sums: sums["chosen"] / (measured.attrs["top_k"] * sums["n"]),
+        {"expert": measured.expert.values},
+        by,
+        bootstrap,
+        tokens="length",
+    )
+    value = summarised(measured, ("value",), lambda sums: sums["value"] / sums["n"], {}, by, bootstrap)
+    return data.assign(share=share["estimate"], value=value["estimate"]).assign_attrs(
+        {name: measured.attrs[name] for name in ("model", "metric", "unit", "how")},
+        statistic="expert_importance",
+        formula="sum_d (v_d without the expert - v_d) / sum_d n_d",
+        source="paired ablation, measured by mixlens",
+        **intervals_by(bootstrap),
     )
 
 

@@ -1,9 +1,9 @@
-"""What measurements over documents share: the run they are kept in, groups of documents, and ratios of their sums."""
+"""What measurements over documents share: the run they are kept in, groups of documents, statistics of their sums."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,10 @@ import pyarrow.parquet as pq
 import xarray as xr
 from safetensors.numpy import load_file
 
-from mixlens.core.bootstrap import Bootstrap, effective_documents
+from mixlens.core.bootstrap import Bootstrap
 from mixlens.core.run_dir import open_run
 from mixlens.errors import BadInput
+from mixlens.stats.counts import By, Clusters, Counts, summarise
 from mixlens.trace.shards import read_vocabulary
 
 VOCABULARY = "vocabulary.parquet"
@@ -97,19 +98,43 @@ def groups_of(measured: xr.Dataset, by: str | Sequence[str] | None) -> tuple[dic
     return labels, group
 
 
-def ratio(
-    sums: np.ndarray, counts: np.ndarray, bootstrap: Bootstrap, stream: int = 0
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(estimate, ci_low, ci_high) [...] of sums over documents [document, ...] for each of what they count.
+def predicted_alone(measured: xr.Dataset) -> xr.Dataset:
+    """The sums with documents counted as read only where they have predicted tokens: shares are of the same ones."""
+    return measured.assign(length=measured.length.where(measured.tokens > 0, 0))
 
-    counts  [document], the same for all numbers, or [document, ...]
+
+def summarised(
+    sums: xr.Dataset,
+    names: tuple[str, ...],
+    statistic: Callable[[dict[str, np.ndarray]], np.ndarray],
+    dims: Mapping[str, Any],
+    by: By,
+    bootstrap: Bootstrap,
+    *,
+    tokens: str = "tokens",
+    null: float | None = None,
+) -> xr.Dataset:
+    """The Dataset of a statistic of sums over documents `names`, as `counts.summarise` makes it.
+
+    dims    {name: labels} after layer; where the sums have no layer, neither has the Dataset
+    tokens  what the numbers rest on [document, ...]; {"n": ...} is among the sums where it is [document]
     """
-    resamples = bootstrap.resample(len(counts), stream)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        values = resamples.sums(sums) / resamples.sums(counts.astype(float))
-    documents = effective_documents(counts.reshape(len(counts), -1).astype(float))
-    reach = bootstrap.reach(documents).reshape(counts.shape[1:])
-    return values[..., 0], *resamples.interval(values, np.broadcast_to(reach, sums.shape[1:]), smooth=True)
+    labels, group = groups_of(sums, by if by is None or isinstance(by, str) else list(by))
+    layered = "layer" in sums[names[0]].dims
+    totals = {name: sums[name].values if layered else sums[name].values[:, None] for name in names}
+    size = sums[tokens].values
+    read = size if size.ndim == 1 else sums["length"].values
+    n_groups = int(np.prod([len(values) for values in labels.values()], dtype=int))
+    counts = Counts(
+        Clusters(labels, np.empty(0, np.int64), group, np.empty(0, np.int64)),
+        totals,
+        read.astype(float),
+        np.bincount(group[read > 0], minlength=n_groups),
+        sums.layer.values if layered else np.zeros(1, np.int64),
+    )
+    of_size = (size.astype(float), ("layer", "expert")[: size.ndim - 1])
+    data = summarise(counts, statistic, dims, bootstrap, size=of_size, null=null)
+    return data if layered else data.isel(layer=0, drop=True)
 
 
 def intervals_by(bootstrap: Bootstrap) -> dict[str, Any]:

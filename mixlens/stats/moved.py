@@ -40,7 +40,8 @@ def moved(a: Trace, b: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) 
     Returns
     -------
     xarray.Dataset
-        ``estimate`` (fraction), ci_low, ci_high ``[*by, layer, expert, measure]``; n (tokens) ``[*by]``.
+        ``estimate`` (fraction), ci_low, ci_high, and p, q, survives against no change and chance ``[*by, layer,
+        expert, measure]``; n (tokens) ``[*by]``.
 
     Raises
     ------
@@ -72,9 +73,11 @@ def moved(a: Trace, b: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) 
 
     shapes = {"before": shape, "after": shape, "both": shape}
     counts = count(a, by, shapes, side_by_side(a, b, ("expert_id",)), add)
-    data = summarise(counts, measures, {"expert": range(a.n_experts), "measure": ["share_change", "kept"]}, bootstrap)
+    uniform = [0.0, a.top_k / a.n_experts]
+    dims = {"expert": range(a.n_experts), "measure": ["share_change", "kept"]}
+    data = summarise(counts, measures, dims, bootstrap, null=np.array(uniform))
     return described(
         data, a, bootstrap,
-        statistic="moved", unit="fraction", uniform=[0.0, a.top_k / a.n_experts],
+        statistic="moved", unit="fraction", uniform=uniform,
         formula="(N_e(b) - N_e(a)) / (k N); N_e(a and b) / N_e(a)", source="mixlens",
     )  # fmt: skip

@@ -38,8 +38,8 @@ def expert_share(trace: Trace, *, by: By = None, slot: str = "any", bootstrap: B
     Returns
     -------
     xarray.Dataset
-        ``estimate`` (fraction), ci_low, ci_high ``[*by, layer, expert]``; n (tokens) ``[*by]``; shares sum to 1 over
-        experts.
+        ``estimate`` (fraction), ci_low, ci_high, and p, q, survives against uniform routing ``[*by, layer, expert]``;
+        n (tokens) ``[*by]``; shares sum to 1 over experts.
 
     Raises
     ------
@@ -72,6 +72,7 @@ def expert_share(trace: Trace, *, by: By = None, slot: str = "any", bootstrap: B
         {"expert": range(trace.n_experts)},
         bootstrap,
         proportion=True,
+        null=1 / trace.n_experts,
     )
     return described(
         data, trace, bootstrap,
@@ -313,8 +314,9 @@ def position_profile(
     Returns
     -------
     xarray.Dataset
-        ``estimate`` (fraction), ci_low, ci_high ``[*by, position_bin, layer, expert]``; n (tokens) ``[*by,
-        position_bin]``; coordinate position_start [position_bin]; NaN for a bin without tokens.
+        ``estimate`` (fraction), ci_low, ci_high, and p, q, survives against uniform routing ``[*by, position_bin,
+        layer, expert]``; n (tokens) ``[*by, position_bin]``; coordinate position_start [position_bin]; NaN for a bin
+        without tokens.
 
     Raises
     ------
@@ -356,6 +358,7 @@ def position_profile(
         bootstrap,
         size=(counts.totals.pop("tokens"), ("position_bin",)),
         proportion=True,
+        null=1 / trace.n_experts,
     )
     data = data.transpose(*counts.clusters.by, "position_bin", "layer", "expert").assign_coords(
         position_start=("position_bin", starts)

@@ -40,7 +40,8 @@ def repetition(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -
     Returns
     -------
     xarray.Dataset
-        ``estimate`` (fraction), ci_low, ci_high ``[*by, layer, choice]``; n (pairs) ``[*by]``; NaN without a pair.
+        ``estimate`` (fraction), ci_low, ci_high, and p, q, survives against uniform routing ``[*by, layer, choice]``;
+        n (pairs) ``[*by]``; NaN without a pair.
 
     Raises
     ------
@@ -66,6 +67,8 @@ def repetition(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -
             repeated &= follows
             totals["repeated"][block.clusters, layer] += block.sums(repeated)
 
+    e, k = trace.n_experts, trace.top_k
+    uniform = [1 / e, 1 - comb(e - k, k) / comb(e, k)]
     shapes = {"repeated": (trace.n_layers, 2), "pairs": ()}
     blocks = trace.blocks("sequence", "position", "expert_id")
     counts = count(trace, by, shapes, blocks, add)
@@ -76,11 +79,11 @@ def repetition(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -
         bootstrap,
         size=(counts.totals.pop("pairs"), ()),
         proportion=True,
+        null=np.array(uniform),
     )
-    e, k = trace.n_experts, trace.top_k
     return described(
         data, trace, bootstrap,
-        statistic="repetition", unit="fraction", uniform=[1 / e, 1 - comb(e - k, k) / comb(e, k)],
+        statistic="repetition", unit="fraction", uniform=uniform,
         formula="first: P(e1_t = e1_{t-1}); either: P(S_t and S_{t-1} have an expert in common)",
         source=f"{JIANG}, Table 5",
     )  # fmt: skip
@@ -104,8 +107,9 @@ def coactivation(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT)
     Returns
     -------
     xarray.Dataset
-        ``estimate`` (fraction), ci_low, ci_high ``[*by, layer, expert, expert_j]``; n (tokens that chose i) ``[*by,
-        layer, expert]``; NaN on the diagonal and where expert i was never chosen.
+        ``estimate`` (fraction), ci_low, ci_high, and p, q, survives against uniform routing ``[*by, layer, expert,
+        expert_j]``; n (tokens that chose i) ``[*by, layer, expert]``; NaN on the diagonal and where expert i was
+        never chosen.
 
     Raises
     ------
@@ -145,6 +149,7 @@ def coactivation(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT)
         bootstrap,
         size=(together.sum(-1) / (k - 1), ("layer", "expert")),
         proportion=True,
+        null=(k - 1) / (e - 1),
     )
     return described(
         data, trace, bootstrap,
@@ -176,9 +181,9 @@ def transitions(trace: Trace, *, by: By = None, gap: int = 1, bootstrap: Bootstr
     Returns
     -------
     xarray.Dataset
-        ``estimate`` (fraction), ci_low, ci_high ``[*by, layer, expert, expert_j]``; n (tokens whose first choice is
-        i) ``[*by, layer, expert]``; mi_bits, mi_ci_low, mi_ci_high ``[*by, layer]``; layer is the one left from; NaN
-        where expert i was never chosen first.
+        ``estimate`` (fraction), ci_low, ci_high, and p, q, survives against uniform routing ``[*by, layer, expert,
+        expert_j]``; n (tokens whose first choice is i) ``[*by, layer, expert]``; mi_bits, mi_ci_low, mi_ci_high
+        ``[*by, layer]``; layer is the one left from; NaN where expert i was never chosen first.
 
     Raises
     ------
@@ -218,6 +223,7 @@ def transitions(trace: Trace, *, by: By = None, gap: int = 1, bootstrap: Bootstr
         bootstrap,
         size=(moves.sum(-1), ("layer", "expert")),
         proportion=True,
+        null=1 / e,
     )
     information = summarise(
         counts, lambda sums: mutual_information_bits(sums["moves"]), {"layer": layers}, bootstrap, floor=0.0, fewest=20

@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
-from mixlens.stats.measured import Measured, check_kind, groups_of, intervals_by, ratio, read_measured
+from mixlens.stats.measured import Measured, check_kind, intervals_by, predicted_alone, read_measured, summarised
 
 KIND = "topk"
 
@@ -51,41 +51,42 @@ def topk_sweep(
     [1, 2]
     """
     check_kind(measured, KIND, "measure_topk")
-    labels, group = groups_of(measured, by)
-    shape = tuple(len(values) for values in labels.values())
-    n_groups, ks = int(np.prod(shape, dtype=int)), measured.k.values
-    layers, experts = measured.sizes["layer"], measured.sizes["expert"]
-    loss, change = np.full((2, 3, n_groups, len(ks)), np.nan)
-    share = np.full((n_groups, len(ks), layers, experts), np.nan)
-    first = np.full((n_groups, len(ks), layers), np.nan)
-    n, n_documents = np.zeros((2, n_groups), np.int64)
-    for one in range(n_groups):
-        here = measured.isel(document=np.flatnonzero((group == one) & (measured.tokens.values > 0)))
-        if not here.sizes["document"]:
-            continue
-        tokens, own = here.tokens.values, here.loss.sel(k=int(measured.attrs["own_k"])).values[:, None]
-        loss[:, one] = ratio(here.loss.values, tokens, bootstrap, one)
-        change[:, one] = ratio(here.loss.values - own, tokens, bootstrap, one)
-        chosen, length = here.chosen.values.sum(0), here.length.values.sum()
-        share[one] = chosen / (length * ks[:, None, None])
-        first[one] = here.first_weight.values.sum(0) / length
-        n[one], n_documents[one] = int(tokens.sum()), len(tokens)
-    by_k = dict(zip(("estimate", "ci_low", "ci_high"), loss, strict=True))
-    by_k |= dict(zip(("change", "change_low", "change_high"), change, strict=True))
-    data = {name: ((*labels, "k"), values.reshape(*shape, len(ks))) for name, values in by_k.items()}
-    data["share"] = ((*labels, "k", "layer", "expert"), share.reshape(*shape, *share.shape[1:]))
-    data["first_weight"] = ((*labels, "k", "layer"), first.reshape(*shape, *first.shape[1:]))
-    data |= {name: (tuple(labels), v.reshape(shape)) for name, v in (("n", n), ("n_documents", n_documents))}
-    attrs = {
-        "statistic": "topk_sweep",
-        "unit": "nats",
-        "own_k": measured.attrs["own_k"],
-        "formula": "sum_d v_dk / sum_d n_d",
-        "source": "every k on the same tokens, measured by mixlens",
-        "model": measured.attrs["model"],
+    ks, own = measured.k.values, int(np.flatnonzero(measured.k.values == measured.attrs["own_k"])[0])
+    of_k, of_experts = {"k": ks}, {"k": ks, "expert": measured.expert.values}
+    sums = predicted_alone(measured).transpose("document", "layer", "k", "expert")
+
+    def losses(sums: dict[str, np.ndarray]) -> np.ndarray:
+        return np.stack([sums["loss"], sums["loss"] - sums["loss"][:, [own]]], axis=1) / sums["n"]
+
+    both = summarised(sums, ("loss",), losses, {"quantity": ["loss", "change"], **of_k}, by, bootstrap)
+    loss, change = (both.sel(quantity=name, drop=True) for name in ("loss", "change"))
+    share = summarised(
+        sums,
+        ("chosen",),
+        lambda sums: sums["chosen"] / (sums["n"] * ks[:, None, None]),
+        of_experts,
+        by,
+        bootstrap,
+        tokens="length",
+    )
+    first = summarised(
+        sums, ("first_weight",), lambda sums: sums["first_weight"] / sums["n"], of_k, by, bootstrap, tokens="length"
+    )
+    return loss.assign(
+        change=change["estimate"],
+        change_low=change["ci_low"],
+        change_high=change["ci_high"],
+        share=share["estimate"].transpose(..., "k", "layer", "expert"),
+        first_weight=first["estimate"].transpose(..., "k", "layer"),
+    ).assign_attrs(
+        statistic="topk_sweep",
+        unit="nats",
+        own_k=measured.attrs["own_k"],
+        formula="sum_d v_dk / sum_d n_d",
+        source="every k on the same tokens, measured by mixlens",
+        model=measured.attrs["model"],
         **intervals_by(bootstrap),
-    }
-    return xr.Dataset(data, {**labels, "k": ks, "layer": measured.layer.values, "expert": range(experts)}, attrs)
+    )
 
 
 def open_topk(path: str | os.PathLike[str], *, check: bool = True) -> xr.Dataset:

@@ -87,7 +87,7 @@ def share_of(trace: Trace) -> xr.Dataset:
         ]
     ).astype(float)
     estimate /= estimate.sum(-1, keepdims=True)
-    return dataset(
+    data = dataset(
         estimate,
         {"domain": domains, "layer": trace.layers, "expert": np.arange(N_EXPERTS)},
         n=("domain", [int((of_token == d).sum()) for d in domains]),
@@ -95,7 +95,9 @@ def share_of(trace: Trace) -> xr.Dataset:
         statistic="expert_share",
         unit="fraction",
         uniform=1 / N_EXPERTS,
+        cells=estimate.size,
     )
+    return data.assign(survives=np.abs(data["estimate"] - 1 / N_EXPERTS) > 0.05)
 
 
 def dataset(estimate, coords, *, n, n_documents, half=0.02, **attrs) -> xr.Dataset:

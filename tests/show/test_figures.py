@@ -103,7 +103,8 @@ def test_every_axes_function_draws_on_the_given_axes(share, trace, entropy, repe
 @pytest.mark.parametrize("draw", [show.expert_share, show.specialization])
 def test_note_has_n_documents_level_and_denominator(share, draw):
     note = note_of(draw(share))
-    for expected in ("n = 360 tokens per domain", "6 documents per domain", "95 % interval", "12.5 % of assignments"):
+    drawn = "95 % interval" if draw is show.expert_share else "false discovery rate of 5 %"
+    for expected in ("n = 360 tokens per domain", "6 documents per domain", drawn, "12.5 % of assignments"):
         assert expected in note
 
 
@@ -160,8 +161,7 @@ def test_heatmap_has_a_scale_centred_on_uniform_and_a_digit_in_every_cell(share)
     assert np.mean(mesh.get_clim()) == pytest.approx(0.125)
     digits = [t for t in ax.texts if t.get_gid() != "note"]
     assert [t.get_text() for t in digits] == [f"{100 * v:.0f}" for v in one["estimate"].to_numpy().ravel()]
-    apart = ((one["ci_low"] > 0.125) | (one["ci_high"] < 0.125)).to_numpy().ravel()
-    assert [t.get_fontweight() == "bold" for t in digits] == list(apart)
+    assert [t.get_fontweight() == "bold" for t in digits] == list(one["survives"].to_numpy().ravel())
 
 
 def test_heatmap_does_not_make_noise_vivid():

@@ -27,21 +27,29 @@ def data() -> xr.Dataset:
             "value": ("domain", [3.0, 2.0, 1.0]),
             "n": ("domain", [100, 200, 300]),
             "n_documents": ("domain", [5, 6, 7]),
+            "survives": (dims, random.random((3, 4, 8)) < 0.3),
         },
         coords={"domain": ["arxiv", "code", "$x$"], "layer": range(4), "expert": range(8)},
-        attrs={"statistic": "expert_importance", "unit": "nats", "metric": "loss", "how": "reroute", "level": 0.95},
+        attrs={
+            "statistic": "expert_importance",
+            "unit": "nats",
+            "metric": "loss",
+            "how": "reroute",
+            "level": 0.95,
+            "cells": 95,
+        },
     )
 
 
-def test_a_cell_is_the_change_and_a_dot_an_interval_without_zero(data):
+def test_a_cell_is_the_change_and_a_dot_one_that_survives(data):
     one = data.sel(domain="code")
     ax = show.expert_importance(one)
     drawn = ax.collections[0].get_array().reshape(4, 8)
     np.testing.assert_array_equal(drawn.filled(np.nan), one.estimate)
     dots = {(int(y), int(x)) for x, y in zip(*ax.lines[0].get_data(), strict=True)}
-    apart = (one.ci_low > 0) | (one.ci_high < 0)
-    assert dots == set(map(tuple, np.argwhere(apart.values).tolist()))
+    assert dots == set(map(tuple, np.argwhere(one.survives.values).tolist()))
     assert "200 tokens, 6 documents" in note_of(ax)
+    assert "among 95 cells" in note_of(ax)
     assert "never chosen" in note_of(ax)
     assert ax.collections[0].norm(0) == 0.5
 

@@ -61,14 +61,17 @@ def test_every_finding_has_interval_and_n(trace):
     sentences = findings(analyse(trace, "sample"))
     assert len(sentences) >= 9
     for sentence in sentences:
+        if "none survives" in sentence:
+            continue
         assert re.search(r"\[[\d.-]+, [\d.-]+\]", sentence), sentence
         assert re.search(r"\(n = [\d,]+ (tokens|token pairs), [\d,]+ documents\)", sentence), sentence
 
 
-def test_findings_are_the_numbers_of_the_statistics(trace):
+def test_findings_are_the_numbers_of_the_statistics():
+    trace = make_trace(documents=15, tokens=30)
     data = stats.domain_specialization(trace, by="domain")
-    far = np.abs(data["estimate"].to_numpy() - 0.25)
-    domain, layer, expert = np.unravel_index(far.argmax(), far.shape)
+    far = np.abs(data["estimate"] - 0.25).where(data["survives"]).to_numpy()
+    domain, layer, expert = np.unravel_index(np.nanargmax(far), far.shape)
     cell = data.isel(domain=domain, layer=layer, expert=expert)
     expected = (
         f"Most specialised: {data['domain'].to_numpy()[domain]}, layer {layer}, expert {expert}, chosen by "

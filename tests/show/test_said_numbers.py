@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers import displayed as see
 from helpers.inside import Analysis, findings
-from helpers.numbers import DOMAINS, LAYERS, made_up, shares
+from helpers.numbers import LAYERS, made_up, shares
 
 import mixlens as ml
 
@@ -20,7 +20,8 @@ def said(**found) -> list[str]:
 
 
 def furthest(data, centre: float) -> tuple[int, ...]:
-    return np.unravel_index(np.nanargmax(np.abs(data.estimate.to_numpy() - centre)), data.estimate.shape)
+    """Among those that survive."""
+    return np.unravel_index(np.nanargmax(np.abs(data.estimate - centre).where(data.survives)), data.estimate.shape)
 
 
 def shown(cell, factor: float = 100, digits: int = 1) -> tuple[float, float, float]:
@@ -36,18 +37,21 @@ def counts(cell) -> list[float]:
 def test_the_share_that_is_named_is_the_one_furthest_from_chance(statistic, seed):
     data = shares(seed=seed, missing=True, statistic=statistic)
     data["estimate"][1, 2, seed] = 0.5 if seed % 2 else -0.3  # the largest, or the smallest
+    data["estimate"][0, 1, seed] = 0.6
+    data["survives"][1, 2, seed], data["survives"][0, 1, seed] = True, False
     place = furthest(data, 0.125)
     cell = data[dict(zip(data.estimate.dims, place, strict=True))]
     (sentence,) = said(**{statistic: data})
     assert see.intervals(sentence) == [shown(cell)]
     assert f"{cell.domain.item()}, layer {cell.layer.item()}, expert {cell.expert.item()}" in sentence
-    n = int(np.isfinite(data.estimate.to_numpy()).sum())
-    assert see.numbers(sentence)[-4:] == [12.5, *counts(cell), n]
+    assert place == (1, 2, seed)
+    assert see.numbers(sentence)[-6:] == [12.5, *counts(cell), int(data.survives.sum()), data.attrs["cells"], 10]
 
 
 def test_company_names_the_expert_and_its_companion():
     data = made_up(PAIRS, seed=1, statistic="coactivation")
     data["estimate"][1, 4, 2] = 0.9
+    data["survives"][1, 4, 2] = True
     (sentence,) = said(coactivation=data)
     assert see.numbers(sentence)[:3] == [5, 4, 2]
     assert see.intervals(sentence) == [shown(data.isel(layer=1, expert=4, expert_j=2))]
@@ -71,18 +75,22 @@ def test_the_layers_of_most_and_least_are_told_with_their_own_intervals():
     assert see.numbers(sentence)[-3:] == [3, *counts(low)]
 
 
-def test_information_is_counted_sure_only_where_its_interval_is_above_zero():
+def test_information_is_counted_sure_only_where_it_survives():
     data = made_up({"measure": ["excess"], "layer": LAYERS}, statistic="domain_information", unit="bits", uniform=None)
     data["estimate"][:] = [[0.01, 0.5, 0.3, 0.2]]
     data["ci_low"][:] = [[-0.01, 0.4, -0.001, 0.1]]
     data["ci_high"][:] = [[0.02, 0.6, 0.5, 0.3]]
+    data["survives"][:] = [[False, True, False, True]]
     (sentence,) = said(domain_information=data)
     assert see.intervals(sentence) == [(0.5, 0.4, 0.6)]
     assert see.numbers(sentence)[0] == 5
-    assert see.numbers(sentence)[-3:] == [0, 2, 4]
+    assert see.numbers(sentence)[-2:] == [2, 4]
+    data["survives"][:] = False
+    (sentence,) = said(domain_information=data)
+    assert see.intervals(sentence) == []
 
 
-def test_less_is_said_of_layers_whose_intervals_hold_chance():
+def test_less_is_said_of_layers_that_do_not_survive():
     data = made_up({"layer": LAYERS, "choice": ["first", "either"]}, statistic="repetition", uniform=[0.125, 0.46])
     data["estimate"][:, 0] = [0.2, 0.13, 0.1, 0.126]
     data["ci_low"][:, 0] = [0.15, 0.11, 0.09, 0.12]
@@ -90,10 +98,12 @@ def test_less_is_said_of_layers_whose_intervals_hold_chance():
     data["estimate"][:, 1] = [0.7, 0.47, np.nan, 0.3]
     data["ci_low"][:, 1] = [0.4, 0.465, np.nan, 0.2]
     data["ci_high"][:, 1] = [0.8, 0.48, np.nan, 0.459]
+    data["survives"][:] = [[True, False], [False, True], [True, False], [False, True]]
+    data["p"][2, 1] = np.nan
     first, either = said(repetition=data)
-    assert see.numbers(first)[:6] == [12.5, 1, 4, 1, 2, 2]  # chance; above, of, below, not told apart; layer
+    assert see.numbers(first)[:7] == [12.5, 2, 4, 1, 1, 2, 2]  # chance; apart, of, above, below, the rest; layer
     assert see.intervals(first) == [(20, 15, 25)]
-    assert see.numbers(either)[:6] == [46, 1, 3, 1, 1, 2]
+    assert see.numbers(either)[:7] == [46, 2, 3, 1, 1, 1, 2]
     assert see.intervals(either) == [(70, 40, 80)]
 
 
@@ -134,8 +144,7 @@ def test_nothing_is_said_of_numbers_that_are_all_missing():
 
 def test_no_interval_is_invented_for_a_single_document():
     data = shares()
-    data["ci_low"][:] = data["ci_high"][:] = np.nan
-    (sentence,) = said(expert_share=data)
-    assert see.intervals(sentence) == []
-    assert "nan" not in sentence
-    assert DOMAINS[furthest(data, 0.125)[0]] in sentence
+    data["ci_low"][:] = data["ci_high"][:] = data["p"][:] = np.nan
+    data["survives"][:] = False
+    (sentence,) = said(expert_share=data.assign_attrs(cells=0))
+    assert see.numbers(sentence) == []  # and nothing is told apart

@@ -84,9 +84,8 @@ VIEWS.matrix = function matrix(frame, data) {
       const value = arrays.estimate[offset(panel) + c];
       cell.style.fill = fillOf(data, value);
       if (grid.digits[c]) {
-        const apart = arrays.low[offset(panel) + c] > data.centre || arrays.high[offset(panel) + c] < data.centre;
         grid.digits[c].textContent = Number.isNaN(value) ? "" : data.unit === "ratio" ? value.toFixed(1) : (100 * value).toFixed(0);
-        grid.digits[c].style.fontWeight = apart ? 700 : 400;
+        grid.digits[c].style.fontWeight = arrays.survives[offset(panel) + c] ? 700 : 400;
       }
     }));
   }
