@@ -17,6 +17,7 @@ from mixlens.bench.metrics import P99_SAMPLES, STATISTICS, output_tokens
 from mixlens.bench.prompts import workload_words
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.errors import BadInput
+from mixlens.stats.multiplicity import adjusted, p_against
 
 _METRICS = (
     "ttft_s",
@@ -38,7 +39,8 @@ class BenchComparison:
     Parameters
     ----------
     table : pandas.DataFrame
-        One row per load, metric and statistic: a, b, ratio (b / a), ci_low, ci_high, n_a, n_b, paired.
+        One row per load, metric and statistic: a, b, ratio (b / a), ci_low, ci_high, n_a, n_b, paired; and
+        p against a ratio of 1, q (p adjusted for all rows, Benjamini and Hochberg 1995) and survives.
     remarks : tuple[str, ...]
         Remarks that qualify the numbers.
     unlike : tuple[str, ...], optional
@@ -59,7 +61,7 @@ class BenchComparison:
     kind = "bench comparison"
 
     def overview(self) -> pd.DataFrame:
-        """Return medians and throughput by load and metric as text, and whether the interval excludes a ratio of 1.
+        """Return medians and throughput by load and metric as text, and whether a ratio other than 1 survives.
 
         Returns
         -------
@@ -71,7 +73,7 @@ class BenchComparison:
             for row in self.table.query("metric == @metric and statistic == @statistic").to_dict("records"):
                 known = row["ratio"] == row["ratio"]
                 interval = f" [{row['ci_low']:.2f}, {row['ci_high']:.2f}]" if row["ci_low"] == row["ci_low"] else ""
-                apart = "yes" if row["ci_low"] > 1 or row["ci_high"] < 1 else "no"
+                apart = "yes" if row["survives"] else "no"
                 rows.append(
                     {
                         "load": row["level"],
@@ -121,7 +123,7 @@ def compare_benches(a: Bench, b: Bench, *, bootstrap: Bootstrap = DEFAULT) -> Be
         one, other = (frame[frame["level"] == level].set_index("index") for frame in (first, second))
         for metric in _METRICS:
             rows += _requests(level, metric, one[metric].dropna(), other[metric].dropna(), paired, bootstrap)
-    table = pd.concat([pd.DataFrame(rows), _system(a, b, levels)], ignore_index=True)
+    table = _with_survivors(pd.concat([pd.DataFrame(rows), _system(a, b, levels)], ignore_index=True), bootstrap)
     shares = metrics.cached_frac(a.records), metrics.cached_frac(b.records)
     unlike = tuple(level for level in levels if not abs(_known(shares[0][level]) - _known(shares[1][level])) < _CACHED)
     remarks = list(_remarks(a, b, paired, bootstrap))
@@ -180,7 +182,7 @@ def _requests(
             "ci_low": low[i],
             "ci_high": high[i],
         }
-        n = {"n_a": len(a), "n_b": len(b), "paired": paired}
+        n = {"n_a": len(a), "n_b": len(b), "paired": paired, "units": min(len(a), len(b))}
         rows.append({"level": level, "metric": metric, "statistic": statistic, **numbers, **n})
     return rows
 
@@ -219,9 +221,18 @@ def _system(a: Bench, b: Bench, levels: list[str]) -> pd.DataFrame:
                 "n_a": row["n_a"],
                 "n_b": row["n_b"],
                 "paired": turns is not None,
+                "units": min(row["n_a"], row["n_b"]) if turns is None else min(map(len, turns)),
             }
         )
     return pd.DataFrame(rows)
+
+
+def _with_survivors(table: pd.DataFrame, bootstrap: Bootstrap) -> pd.DataFrame:
+    """Test every ratio against 1 on the scale of its logarithm; all rows are one family."""
+    logs = np.log(table[["ratio", "ci_low", "ci_high"]].to_numpy(float))
+    p = p_against(*logs.T, 0.0, table["units"].to_numpy(float), bootstrap.level)
+    q = adjusted(p)
+    return table.drop(columns="units").assign(p=p, q=q, survives=q <= 1 - bootstrap.level)
 
 
 def _turns(bench: Bench, level: str, metric: str) -> np.ndarray:
@@ -290,6 +301,7 @@ def _remarks(a: Bench, b: Bench, paired: bool, bootstrap: Bootstrap) -> tuple[st
     sides = (f"{name}: {bench.remarks()[0]}" for name, bench in (("a", a), ("b", b)))
     return (
         *sides,
-        f"{how}. {bootstrap.level:.0%} intervals over requests.",
+        f"{how}. {bootstrap.level:.0%} intervals over requests; told apart where a ratio survives control for all "
+        f"rows of the table, at a false discovery rate of {1 - bootstrap.level:.2g}.",
         f"Failures, in no ratio: {failed[0]} of a, {failed[1]} of b.",
     )

@@ -31,7 +31,6 @@ from mixlens.plot.style import (
     relative_size,
 )
 
-_APART = "the exact McNemar test tells the two apart (p < 0.05)"
 _STATUS = {"official": "D", "reproduction": "d", "quantized": "v"}
 
 
@@ -106,8 +105,7 @@ def scores(logs: Log | Mapping[str, Log], ax: Axes | None = None, *, subjects: b
 def paired_differences(compared: LogComparison, ax: Axes | None = None) -> Axes:
     """Draw a forest plot of paired differences, second minus first.
 
-    A point is filled if the exact McNemar test distinguishes the two (p < 0.05) or, without such a test, if its
-    interval excludes 0.
+    A point is filled if the difference survives control for the number of benchmarks, or of tasks within a benchmark.
 
     Parameters
     ----------
@@ -136,14 +134,11 @@ def paired_differences(compared: LogComparison, ax: Axes | None = None) -> Axes:
     with drawing(ax, PAGE * 0.75, 1.2 + 0.28 * len(places)) as ax:
         ax.axvline(0, color=MUTED, linewidth=0.8)
         for place, row in enumerate(table.to_dict("records")):
-            apart = (
-                row["p_value"] < 0.05 if row["p_value"] == row["p_value"] else not row["ci_low"] <= 0 <= row["ci_high"]
-            )
             colour = EXPERT_COLOURS[0]
             ax.hlines(place, 100 * row["ci_low"], 100 * row["ci_high"], color=colour, linewidth=1.4)
             ax.plot(
                 100 * row["difference"], place, "o", color=colour, markersize=5,
-                markerfacecolor=colour if apart else "white",
+                markerfacecolor=colour if row["survives"] else "white",
             )  # fmt: skip
             if row["only_a"] == row["only_a"]:
                 ax.annotate(
@@ -156,7 +151,8 @@ def paired_differences(compared: LogComparison, ax: Axes | None = None) -> Axes:
         names = [printable(name) for name in compared.names]
         note = (
             f"{names[1]} less {names[0]} on the same samples, {compared.bootstrap.level:.0%} intervals of a paired "
-            f"bootstrap over samples; filled where {_APART}."
+            f"bootstrap over samples; filled where a difference survives at a false discovery rate of "
+            f"{1 - compared.bootstrap.level:.2g}."
         )
         heading(ax, f"{names[1]} against {names[0]}", note)
     return ax

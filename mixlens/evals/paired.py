@@ -15,14 +15,14 @@ from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.errors import BadInput
 from mixlens.evals.log import Log
 from mixlens.evals.scoring import tasks_by_protocol
+from mixlens.stats.multiplicity import adjusted, p_against
 
 COLUMNS = [
     "benchmark", "task", "protocol", "metric", "score_a", "score_b", "difference", "ci_low", "ci_high", "p_value",
-    "only_a", "only_b", "n", "left_out",
+    "q", "survives", "only_a", "only_b", "n", "left_out",
 ]  # fmt: skip
 _SHOWN = ("prompt", "target", "choices", "gold")
 _OF_EACH = ("response", "logprobs", "correct")
-_LEVEL = 0.05
 _LEADS = "the exact test leads, since at any number of flips it is wrong in at most 5 % of cases without a difference."
 # By whether the test tells the two apart.
 _DISAGREE = {
@@ -49,11 +49,13 @@ def compare_logs(log_a: Log, log_b: Log, *, bootstrap: Bootstrap = DEFAULT) -> L
         shared = {"benchmark": benchmark, "protocol": protocol, "metric": about[members[0]]["primary"]}
         if len(members) > 1:
             label = benchmark if benchmarks.count(benchmark) == 1 else protocol
-            rows.append({**shared, "task": label, **_row(joined[joined["task"].isin(members)], bootstrap)})
+            whole = {**shared, "task": label, "family": "benchmarks"}
+            rows.append(whole | _row(joined[joined["task"].isin(members)], bootstrap))
+        shared["family"] = protocol if len(members) > 1 else "benchmarks"
         rows += [{**shared, "task": name, **_row(joined[joined["task"] == name], bootstrap)} for name in members]
     names = _names(log_a, log_b)
     alone = sorted(set(log_a.meta["tasks"]) ^ set(log_b.meta["tasks"]))
-    table = pd.DataFrame(rows, columns=COLUMNS)
+    table = _with_survivors(pd.DataFrame(rows), bootstrap)
     return LogComparison(log_a, log_b, names, table, _flips(joined), joined, alone, bootstrap)
 
 
@@ -67,9 +69,10 @@ class LogComparison:
         What they are called.
     table : pandas.DataFrame
         One row a benchmark, and one a task where a benchmark has several: score_a, score_b, difference (b less a)
-        with the paired bootstrap's interval, p_value of the exact McNemar test (NaN for a metric that is not
-        right or wrong), only_a and only_b (samples that one alone got right), n, left_out (in one log, or not
-        scored).
+        with the paired bootstrap's interval, p_value of the exact McNemar test (of the interval, for a metric that
+        is not right or wrong), q (p_value adjusted for the number of benchmarks, or of tasks within a benchmark,
+        after Benjamini and Hochberg 1995), survives (whether q is at most one less the level), only_a and only_b
+        (samples that one alone got right; NaN for such a metric), n, left_out (in one log, or not scored).
     flips : pandas.DataFrame
         Samples that one got right and the other wrong: task, sample_id, change ("lost" or "gained", in b),
         prompt, target, choices, gold, and response, logprobs, correct of each.
@@ -103,7 +106,9 @@ class LogComparison:
         """Return the remarks that belong to the table."""
         said = [
             f"Difference: {self.names[1]} less {self.names[0]}, on the same samples; {self.bootstrap.level:.0%} "
-            "intervals of a paired bootstrap over samples, drawn within tasks; exact McNemar test."
+            "intervals of a paired bootstrap over samples, drawn within tasks; exact McNemar test, whose q is adjusted "
+            "for the number of benchmarks, and of the tasks of each benchmark (Benjamini and Hochberg). A difference "
+            f"is one where q is at most {1 - self.bootstrap.level:.2g}."
         ]
         if other := int((self.joined["prompt_a"] != self.joined["prompt_b"]).sum()):
             said.append(f"{other} samples were asked in other words: chat templates or shots differ.")
@@ -117,16 +122,17 @@ class LogComparison:
         if not n:
             return f"{where}: no sample that both could score."
         scores = f"{where}: {a} {row['score_a']:.3f}, {b} {row['score_b']:.3f} on the same {n} samples"
-        binary = not math.isnan(row["p_value"])
+        binary = not math.isnan(row["only_a"])
         counts = f"{int(row['only_a'])} right in {a} only, {int(row['only_b'])} in {b} only" if binary else ""
         if binary and not row["only_a"] + row["only_b"]:
             return f"{scores}. Every sample is right in both or wrong in both; the data cannot tell them apart."
-        chance = _chance(row["p_value"]) if binary else ""
-        apart = told_apart(row)
+        chance = _chance(row) if binary else ""
+        apart = bool(row["survives"])
         interval = f"{row['difference']:+.3f} [{row['ci_low']:+.3f}, {row['ci_high']:+.3f}]"
         details = "; ".join(filter(None, (counts, chance)))
         details = f" ({details})" if details else ""
-        differ = f" {_DISAGREE[apart]}" if binary and apart != _leaves_out_0(row) else ""
+        tested = row["p_value"] <= 1 - self.bootstrap.level
+        differ = f" {_DISAGREE[tested]}" if binary and tested != _leaves_out_0(row) else ""
         if not apart:
             return f"{scores}. The data cannot tell them apart: {interval}{details}.{differ}"
         better, worse = (b, a) if row["difference"] > 0 else (a, b)
@@ -142,17 +148,16 @@ class LogComparison:
         return f"<div class='mixlens-comparison'><ul>{said}</ul>{shown}{notes}</div>"
 
 
-def told_apart(row: Mapping[Any, Any]) -> bool:
-    """Whether a row of the table shows a difference: by McNemar's exact test, where its metric is right or wrong.
+def _with_survivors(table: pd.DataFrame, bootstrap: Bootstrap) -> pd.DataFrame:
+    """The table with q and survives: the benchmarks are one family of tests, the tasks of each benchmark another.
 
-    Where test and interval disagree the test leads: its false alarms are at most 5 % at every number of flips, at the
-    price of missing more (Fagerland, Lydersen and Laake 2013, doi:10.1186/1471-2288-13-91), while the level of a
-    bootstrap interval holds only as samples grow many (Efron and Tibshirani 1993, chapter 13). The interval decides for
-    other metrics.
+    Where McNemar's test and the interval disagree the test leads: its false alarms are at most 5 % at every number of
+    flips, at the price of missing more (Fagerland, Lydersen and Laake 2013, doi:10.1186/1471-2288-13-91), while the
+    level of a bootstrap interval holds only as samples grow many (Efron and Tibshirani 1993, chapter 13).
     """
-    if row["p_value"] == row["p_value"]:
-        return bool(row["p_value"] < _LEVEL)
-    return _leaves_out_0(row)
+    table["q"] = table.groupby("family")["p_value"].transform(lambda p: adjusted(p.to_numpy(float)))
+    table["survives"] = table["q"] <= 1 - bootstrap.level
+    return table[COLUMNS]
 
 
 def _leaves_out_0(row: Mapping[Any, Any]) -> bool:
@@ -194,13 +199,15 @@ def _row(joined: pd.DataFrame, bootstrap: Bootstrap) -> dict[str, Any]:
     binary = bool(len(a)) and bool(np.isin([a, b], (0, 1)).all())
     only_a, only_b = (int((a > b).sum()), int((b > a).sum())) if binary else (math.nan, math.nan)
     difference, low, high = paired_difference(a, b, known["task"].to_numpy(), bootstrap)
+    n = len(known) - known["task"].nunique() + 1
+    of_interval = float(p_against(difference, low, high, 0.0, n, bootstrap.level)) if len(known) else math.nan
     return {
         "score_a": a.mean() if len(a) else math.nan,
         "score_b": b.mean() if len(b) else math.nan,
         "difference": difference,
         "ci_low": low,
         "ci_high": high,
-        "p_value": mcnemar(int(only_a), int(only_b)) if binary else math.nan,
+        "p_value": mcnemar(int(only_a), int(only_b)) if binary else of_interval,
         "only_a": only_a,
         "only_b": only_b,
         "n": len(known),
@@ -272,8 +279,14 @@ def _flips(joined: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def _chance(p_value: float) -> str:
-    return "p < 0.0001" if p_value < 1e-4 else f"p = {p_value:.4f}" if p_value < 0.1 else f"p = {p_value:.2f}"
+def _chance(row: Mapping[Any, Any]) -> str:
+    """p, and q where it is another."""
+    p = _probability("p", row["p_value"])
+    return p if row["q"] == row["p_value"] else f"{p}, {_probability('q', row['q'])}"
+
+
+def _probability(name: str, value: float) -> str:
+    return f"{name} < 0.0001" if value < 1e-4 else f"{name} = {value:.{4 if value < 0.1 else 2}f}"
 
 
 def _names(a: Log, b: Log) -> tuple[str, str]:

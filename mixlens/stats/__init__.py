@@ -13,6 +13,7 @@ from mixlens.stats.next_tokens import next_tokens
 from mixlens.stats.outputs import super_experts
 from mixlens.stats.published import table5
 from mixlens.stats.routing import expert_share, load_balance, position_profile, router_confidence, routing_entropy
+from mixlens.stats.simultaneous import simultaneous
 from mixlens.stats.structure import coactivation, repetition, transitions
 from mixlens.stats.tokens import predictability, vocabulary_specialization
 from mixlens.stats.topk import topk_sweep
@@ -40,6 +41,7 @@ __all__ = [
     "router_confidence",
     "routing_entropy",
     "similarity_and_coactivation",
+    "simultaneous",
     "super_experts",
     "table5",
     "topk_sweep",

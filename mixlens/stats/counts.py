@@ -259,7 +259,7 @@ def summarise(
     if (kept := _summed.get()) is not None:
         seen = counts.tokens > 0
         totals = {name: total[seen] for name, total in counts.totals.items()}
-        kept.append(Summed(totals, None if size_dims else sizes[seen], statistic, labels))
+        kept.append(Summed(totals, None if size_dims else sizes[seen], statistic, labels, clusters.group[seen]))
     members_of = [np.flatnonzero((clusters.group == g) & (counts.tokens > 0)) for g in range(clusters.n_groups)]
     n = np.stack([sizes[members].sum(0) for members in members_of]) if members_of else sizes[:0]
     documents = np.stack([effective_documents(sizes[members]) for members in members_of] or [sizes[:0]])
@@ -321,12 +321,14 @@ class Summed:
 
     labels     {dimension: labels}, layer first
     sizes      tokens behind the numbers [document], where the function of the sums needs them
+    group      group of each document
     """
 
     totals: dict[str, np.ndarray]
     sizes: np.ndarray | None
     statistic: Callable[[dict[str, np.ndarray]], np.ndarray]
     labels: dict[str, np.ndarray]
+    group: np.ndarray
 
     @property
     def n(self) -> int:
@@ -336,7 +338,15 @@ class Summed:
         """The documents of both, those of `other` behind."""
         totals = {name: np.concatenate([total, other.totals[name]]) for name, total in self.totals.items()}
         sizes = None if self.sizes is None or other.sizes is None else np.concatenate([self.sizes, other.sizes])
-        return Summed(totals, sizes, self.statistic, self.labels)
+        return Summed(totals, sizes, self.statistic, self.labels, np.concatenate([self.group, other.group]))
+
+    def only(self, group: int) -> Summed:
+        """The documents of one group."""
+        here = self.group == group
+        totals = {name: total[here] for name, total in self.totals.items()}
+        return Summed(
+            totals, None if self.sizes is None else self.sizes[here], self.statistic, self.labels, self.group[here]
+        )
 
     def chunks(self) -> Iterator[slice]:
         """Layers, as many at a time as fit into memory with some thousand sums of each count."""

@@ -176,9 +176,11 @@ def test_a_comparison_shows_its_numbers(compared):
             _, _, left, right, ratio, told = rows[f"{metric} p50"]
             medians = [np.median(side[metric]) for side in (a, b)]
             assert [number(left), number(right)] == pytest.approx(medians, rel=1e-3)
-            [(estimate, low, high)] = intervals(ratio)
+            [(estimate, _, _)] = intervals(ratio)
             assert estimate == pytest.approx(medians[1] / medians[0], abs=0.0051)
-            assert told == ("yes" if low > 1 or high < 1 else "no")
+            [row] = comparison.table.query("metric == @metric and statistic == 'p50'").to_dict("records")
+            assert told == ("yes" if row["survives"] else "no")
+            assert row["ci_low"] > 1 or row["ci_high"] < 1 or not row["survives"]
     assert numbers(comparison.remarks[-1]) == [1, 1]  # failures of each
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from helpers.displayed import numbers
 from helpers.refusals import refused
-from scipy.stats import binomtest
+from scipy.stats import binomtest, false_discovery_control
 
 from mixlens import compare
 from mixlens.core.bootstrap import Bootstrap
@@ -155,9 +155,35 @@ def test_a_metric_that_is_no_yes_or_no_has_an_interval_and_no_mcnemar():
     rng = np.random.default_rng(3)
     a = list(rng.random(60))
     row = compare_logs(log({"x": a}), log({"x": [v + 0.2 for v in a]}, "two"))
-    assert np.isnan(row.table.p_value[0])
+    assert np.isnan(row.table.only_a[0])
+    assert row.table.p_value[0] == row.table.q[0] < 1e-6
     assert row.table.ci_low[0] == pytest.approx(0.2)
     assert "two is better than one" in row.verdicts()[0]
+
+
+def subjects(seed: int, better: int = 0) -> pd.DataFrame:
+    """The rows of 57 subjects of 60 questions that two models answer alike but for noise, but for the first ones."""
+    rng = np.random.default_rng(seed)
+    a = {f"s{i}": rng.integers(0, 2, 60).astype(float) for i in range(57)}
+    b = {task: np.where(rng.random(60) < 0.2, rng.integers(0, 2, 60), right) for task, right in a.items()}
+    b |= {f"s{i}": np.where(rng.random(60) < 0.8, 1.0, b[f"s{i}"]) for i in range(better)}
+    sides = (log({t: v.tolist() for t, v in x.items()}, name) for x, name in ((a, "one"), (b, "two")))
+    compared = compare_logs(*sides, bootstrap=Bootstrap(replicates=10))
+    return compared.table.set_index("task")
+
+
+def test_of_57_subjects_of_equal_models_hardly_ever_one_is_better():
+    tables = [subjects(seed).drop(index="quiz") for seed in range(12)]
+    assert sum(table["survives"].any() for table in tables) <= 2  # 5 %, and more than two standard errors
+    assert sum((table["p_value"] <= 0.05).any() for table in tables) >= 4  # which is why
+
+
+def test_subjects_that_differ_survive_and_the_benchmark_is_no_part_of_their_family():
+    table = subjects(0, better=5)
+    assert table["survives"][[f"s{i}" for i in range(5)]].all()
+    parts = table.drop(index="quiz")
+    np.testing.assert_allclose(parts["q"], false_discovery_control(parts["p_value"]))
+    assert table.q["quiz"] == table.p_value["quiz"]
 
 
 def test_what_could_not_be_scored_is_left_out_and_counted():

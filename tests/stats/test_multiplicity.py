@@ -88,3 +88,26 @@ def test_few_documents_and_documents_that_do_not_differ_claim_nothing():
     assert np.isnan(p_against(1.0, 1.0, 1.0, 0.0, 9, 0.95))
     assert p_against(0.0, 0.0, 0.0, 0.0, 9, 0.95) == 1
     assert np.isnan(p_against(1.0, np.nan, np.nan, 0.0, 1, 0.95))
+
+
+def test_simultaneous_intervals_hold_all_cells_at_once():
+    settings = {"concentration": 60, "length": 80}
+    held, alone = [], []
+    for seed in range(40):
+        trace = routed(np.random.default_rng([1, seed]), 24, SHARES, **settings)
+        together = ml.stats.simultaneous(trace, ml.stats.expert_share)
+        held.append(bool(((together.ci_low <= SHARES) & (together.ci_high >= SHARES)).all()))
+        single = ml.stats.expert_share(trace)
+        alone.append(bool(((single.ci_low <= SHARES) & (single.ci_high >= SHARES)).all()))
+    assert np.mean(held) >= 0.87  # 95 %, less two and a half standard errors
+    assert np.mean(alone) < 0.8  # which is why
+    # No further than Bonferroni's: 24 cells, of which 8 of a layer add up to one.
+    assert 2.5 < together.attrs["reach"] < scipy_stats.norm.isf(0.025 / 24) + 0.2
+    assert together.attrs["simultaneous"] == 24
+
+
+def test_simultaneous_intervals_reach_over_groups_too():
+    trace = routed(np.random.default_rng(0), 24, sequences=pd.DataFrame({"domain": np.arange(24) % 3}))
+    whole, by_domain = (ml.stats.simultaneous(trace, ml.stats.expert_share, by=by) for by in (None, "domain"))
+    assert by_domain.attrs["reach"] > whole.attrs["reach"]
+    assert by_domain.estimate.dims == ("domain", "layer", "expert")
