@@ -3,43 +3,96 @@
 from __future__ import annotations
 
 import ast
+import html
+import json
 import re
 import textwrap
 import warnings
 from collections.abc import Collection, Iterator
+from typing import NamedTuple, TypeGuard
 
 _FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[ \t]*([^\n`~]*)$")
-_ONE_LINE = re.compile(r"(`{3,}|~{3,})[ \t]*(?:python\w*|py)?\b(.*?)\1", re.IGNORECASE | re.DOTALL)
+_ONE_LINE = re.compile(r"(?<![`~])(```|~~~|`)(?:[ \t]*(?:python\w*|py)\b)?([^`\n]+)\1", re.IGNORECASE)
 _TAG = re.compile(
-    r"^[ \t]*[\[<]/?(?:python\d?|code|pre|py|begin|done|answer|solution)\b[^\]>\n]*[\]>][ \t]*$",
+    r"^[ \t]*(?:[\[<]/?(?:python\d?|code|pre|py|begin|done|answer|solution)\b[^\]>\n]*[\]>][ \t]*)+"
+    r"|(?:[\[<]/(?:python\d?|code|pre|py|done|answer|solution)[\]>][ \t]*)+$"
+    r"|^[ \t]*(?:python\d?|\\(?:begin|end)\{(?:verbatim|lstlisting|minted|python)\}\S*)[ \t]*$",
     re.IGNORECASE | re.MULTILINE,
 )
 _QUOTE = re.compile(r"^[ \t]*>(?!>)[ \t]?", re.MULTILINE)
 _FUTURE = re.compile(r"^from[ \t]+__future__[ \t]+import[^\n]*\n?", re.MULTILINE)
 _CODE = re.compile(r"(?:async[ ]+def|def|class|import|from|@\w|[A-Za-z_]\w*[ \t]*(?::[^=\n]+)?=)")
-_MOST_CHARACTERS, _MOST_LINES = 1 << 18, 500
+_INPUT = re.compile(r"^[ \t]*(?:In ?\[\d*\]:|\.\.\.:|>>>|\.\.\.)(?: |$)")
+_NUMBER = re.compile(r"^[ \t]*\d+[:.|)]? ?", re.MULTILINE)
+_ADDED = re.compile(r"^\+", re.MULTILINE)
+_INVISIBLE = re.compile("[\u200b\u200c\u200d\u2060\ufeff]")
+_DEFINITIONS = (ast.Pass, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom)
+_EFFECTS = (ast.Call, ast.Await, ast.Yield, ast.YieldFrom)
+_MOST_CHARACTERS, _MOST_LINES, _MOST_STARTS = 1 << 18, 500, 30
+AS_IT_STANDS = "as it stands"
 
 
-def program_in(answer: str, names: Collection[str], prompt: str = "") -> str:
+class Program(NamedTuple):
+    """A program, and the form in which it was found in an answer."""
+
+    source: str
+    form: str
+
+
+def program_in(answer: str, names: Collection[str], prompt: str = "") -> Program:
     """A program that defines `names`: the first of many readings of `answer` that compiles and does.
 
     Readings that define the names themselves come first: fenced blocks (with those before them that compile), the text
     without its fences, tags, console prompts or indentation, and the lines of code between words. Then those that go on
     with `prompt`, whose last function lacks its body. The lines of the prompt before that function (imports, helpers)
     stand before an answer that repeats it. Where no reading will do it is the answer as it stands, which then fails.
+    Code is looked for and never rewritten: a method of a class is no function, even if it has the name.
     """
-    text = answer.removeprefix("\ufeff").replace("\r\n", "\n")
+    text = answer.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
     if len(text) > _MOST_CHARACTERS or not names:
-        return prompt + text
+        return Program(prompt + text, AS_IT_STANDS)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of escapes and comparisons in code that is no one's here
-        for reading in _readings(text):
-            if (tree := _parsed(reading)) and set(names) <= _defined(tree):
-                return _futures_first(f"{_before(prompt, names)}\n{reading}" if prompt else reading)
-        for reading in _bodies(text) if prompt else ():
-            if (tree := _parsed(prompt + reading)) and _has_body(tree, names):
-                return prompt + reading
-    return prompt + text
+        for form, whole in _whole_texts(text):
+            for part, reading in _readings(whole):
+                if (tree := _parsed(reading)) and set(names) <= _defined(tree):
+                    source = _futures_first(f"{_before(prompt, names)}\n{reading}" if prompt else reading)
+                    return Program(source, form + part)
+            for part, reading in _bodies(whole) if prompt else ():
+                if (tree := _parsed(prompt + reading)) and _has_body(tree, names):
+                    return Program(prompt + reading, form + part)
+    return Program(prompt + text, AS_IT_STANDS)
+
+
+def _whole_texts(text: str) -> Iterator[tuple[str, str]]:
+    """The text, then what it is when escapes of a page, a quotation, JSON, a listing or a patch are undone."""
+    yield "", text
+    if _INVISIBLE.search(text) or "\u00a0" in text:
+        text = _INVISIBLE.sub("", text).replace("\u00a0", " ")
+        yield "without invisible characters, ", text
+    if html.unescape(text) != text:
+        yield "with HTML unescaped, ", html.unescape(text)
+    if _QUOTE.search(text):
+        yield "quoted, ", _QUOTE.sub("", text)
+    for value in _json_texts(text):
+        yield "in JSON, ", value
+    if "\n" not in text.strip() and "\\n" in text:
+        yield "with escaped line ends, ", text.replace("\\n", "\n").replace("\\t", "\t").replace('\\"', '"')
+    for form, mark in (("numbered lines, ", _NUMBER), ("lines of a patch, ", _ADDED)):
+        if mark.search(text):
+            yield form, mark.sub("", text)
+
+
+def _json_texts(text: str) -> list[str]:
+    """Texts of an object in JSON that is the answer, or a block of it."""
+    found = []
+    for part in (text, *_blocks(text)[0]):
+        try:
+            value = json.loads(part, strict=False)
+        except (ValueError, RecursionError):
+            continue
+        found += [v for v in value.values() if isinstance(v, str)] if isinstance(value, dict) else []
+    return found
 
 
 def _before(prompt: str, names: Collection[str]) -> str:
@@ -48,30 +101,48 @@ def _before(prompt: str, names: Collection[str]) -> str:
     return re.split(rf"^(?:async[ ]+)?def[ ]+(?:{asked})\b", prompt, maxsplit=1, flags=re.MULTILINE)[0]
 
 
-def _readings(text: str) -> Iterator[str]:
+def _readings(text: str) -> Iterator[tuple[str, str]]:
     blocks, without = _blocks(text)
-    whole = [block for block in blocks if _parsed(block)]
-    yield from ("\n".join(whole[: i + 1]) for i in range(len(whole)))
-    yield "\n".join(blocks)
-    one_lines = (found.group(2) for found in _ONE_LINE.finditer(text))
-    for one in (_TAG.sub("", without), text, without, *one_lines):
-        yield one
-        yield textwrap.dedent(one).strip("\n")
-    yield _console(text)
-    yield from _lines_of_code(_TAG.sub("", without))
-    if "\u00a0" in text:
-        yield from _readings(text.replace("\u00a0", " "))
-    if _QUOTE.search(text):
-        yield from _readings(_QUOTE.sub("", text))
+    whole = [block for block in blocks[:_MOST_STARTS] if _parsed(block)]
+    for i in range(len(whole)):
+        yield "fenced block" if i == 0 else "fenced blocks joined", "\n".join(whole[: i + 1])
+    yield "fenced blocks joined", "\n".join(blocks)
+    for form, one in (("bare", _TAG.sub("", without)), ("bare", text), ("bare", without)):
+        yield form, one
+        yield "indented", textwrap.dedent(one).strip("\n")
+    for block in (*blocks[:_MOST_STARTS], text):
+        yield "console", _console(block)
+    for one in (*blocks[:_MOST_STARTS], _TAG.sub("", without)):
+        for lines in _lines_of_code(one):
+            yield "lines of code among words", lines
+        for lines in _lines_of_code(textwrap.dedent(_indented_part(one))):
+            yield "indented lines among words", lines
+    for found in _ONE_LINE.finditer(text):
+        yield "in a line", found.group(2).strip()
 
 
-def _bodies(text: str) -> Iterator[str]:
+def _bodies(text: str) -> Iterator[tuple[str, str]]:
     blocks, without = _blocks(text)
     starts_indented = text.lstrip("\n")[:1] in (" ", "\t")
     first = re.split(r"^[ \t]*(?:`{3,}|~{3,})", text, maxsplit=1, flags=re.MULTILINE)[0]
     for one in (text, first, *blocks, without) if starts_indented else (*blocks, text, first, without):
-        yield one
-        yield textwrap.indent(textwrap.dedent(one), "    ")
+        yield "body of the prompt", one
+        yield "body of the prompt", textwrap.indent(textwrap.dedent(one), "    ")
+
+
+def _indented_part(text: str) -> str:
+    """Indented lines behind an empty one, as Markdown shows code; not those that belong to a class or a function."""
+    shown: list[str] = []
+    within, before = True, ""
+    for line in text.split("\n"):
+        if line[:1] not in ("", " ", "\t"):
+            within = False
+        elif not line.strip() and not within:
+            within = not _CODE.match(before)
+        if within:
+            shown.append(line)
+        before = line if line.strip() else before
+    return "\n".join(shown)
 
 
 def _blocks(text: str) -> tuple[list[str], str]:
@@ -94,21 +165,32 @@ def _blocks(text: str) -> tuple[list[str], str]:
 
 
 def _console(text: str) -> str:
-    """What was typed at Python's prompt."""
-    typed = [line for line in map(str.lstrip, text.split("\n")) if re.match(r"(?:>>>|\.\.\.)(?: |$)", line)]
-    return "\n".join(line[4:] for line in typed)
+    """What was typed at the prompt of Python or IPython."""
+    return "\n".join(line[found.end() :] for line in text.split("\n") if (found := _INPUT.match(line)))
 
 
 def _lines_of_code(text: str) -> Iterator[str]:
     """Runs of lines that compile, from each line that begins as code does, as long as can be."""
     lines = text.split("\n")[:_MOST_LINES]
     starts = [i for i, line in enumerate(lines) if _CODE.match(line)]
-    for start in starts[:20]:
-        for stop in range(len(lines), start, -1):
+    for start in starts[:_MOST_STARTS]:
+        stop = len(lines)
+        while stop > start:
             run = "\n".join(lines[start:stop])
             if _parsed(run) is not None:
                 yield run
                 break
+            stop = min(stop, start + _first_bad_line(run)) - 1  # no longer run can compile
+
+
+def _first_bad_line(program: str) -> int:
+    try:
+        ast.parse(program)
+    except SyntaxError as error:
+        return error.lineno or 1
+    except (ValueError, MemoryError, RecursionError):
+        return 1
+    return len(program)
 
 
 def _futures_first(program: str) -> str:
@@ -124,11 +206,11 @@ def _parsed(program: str) -> ast.Module | None:
 
 
 def _defined(tree: ast.Module | None) -> set[str]:
-    """Names that the statements of a module bind, also under if, try and with."""
+    """Names that the statements of a module bind, also under if, try and with; a function without a body binds none."""
     found: set[str] = set()
     waiting: list[ast.stmt] = list(tree.body) if tree else []
     for statement in waiting:
-        if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        if isinstance(statement, ast.ClassDef) or (_is_function(statement) and not _is_stub(statement)):
             found.add(statement.name)
         elif isinstance(statement, ast.Import | ast.ImportFrom):
             found.update((alias.asname or alias.name).split(".")[0] for alias in statement.names)
@@ -142,8 +224,18 @@ def _defined(tree: ast.Module | None) -> set[str]:
 
 def _has_body(tree: ast.Module, names: Collection[str]) -> bool:
     """Whether the functions of these names do more than state what they would do."""
-    functions = {s.name: s for s in tree.body if isinstance(s, ast.FunctionDef | ast.AsyncFunctionDef)}
-    found = [functions[name].body for name in names if name in functions]
-    return len(found) == len(names) and all(
-        any(not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant)) for s in body) for body in found
+    functions = {s.name: s for s in tree.body if _is_function(s)}
+    return all(name in functions and not _is_stub(functions[name]) for name in names)
+
+
+def _is_function(statement: ast.stmt) -> TypeGuard[ast.FunctionDef | ast.AsyncFunctionDef]:
+    return isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef)
+
+
+def _is_stub(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Whether a function only says what it would do: words, values and definitions that nothing uses."""
+    return all(
+        isinstance(statement, _DEFINITIONS)
+        or (isinstance(statement, ast.Expr) and not any(isinstance(n, _EFFECTS) for n in ast.walk(statement)))
+        for statement in function.body
     )

@@ -13,31 +13,33 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from mixlens.evals.answer_code import program_in
-from mixlens.evals.sandbox import Check, Limits, run_checks
+from mixlens.evals.answer_code import Program, program_in
+from mixlens.evals.readings import Graded
+from mixlens.evals.sandbox import Check, CodeResult, Limits, run_checks
 
 # The slowest of MBPP's own solutions (task 123) needs 3 s of a processor of its own.
 LIMITS = Limits(seconds=30.0)
 
 
-def humaneval(answers: Sequence[Sequence[str]], documents: Iterable[Mapping[str, Any]]) -> list[list[float]]:
+def humaneval(answers: Sequence[Sequence[str]], documents: Iterable[Mapping[str, Any]]) -> list[list[Graded]]:
     """1.0 where prompt and answer pass the problem's check, else 0.0; of a base model, which continues the prompt."""
-    return _run(answers, documents, lambda answer, d: _check(d["prompt"] + answer, d))
+    return _run(answers, documents, lambda a, d: _check(Program(d["prompt"] + a, "continues the prompt"), d))
 
 
-def humaneval_chat(answers: Sequence[Sequence[str]], documents: Iterable[Mapping[str, Any]]) -> list[list[float]]:
+def humaneval_chat(answers: Sequence[Sequence[str]], documents: Iterable[Mapping[str, Any]]) -> list[list[Graded]]:
     """As `humaneval`, of an instruct model: the code in its answer, whether it repeats the function or only goes on."""
     return _run(answers, documents, lambda a, d: _check(program_in(a, (d["entry_point"],), d["prompt"]), d))
 
 
-def mbpp(answers: Sequence[Sequence[str]], documents: Iterable[Mapping[str, Any]]) -> list[list[float]]:
+def mbpp(answers: Sequence[Sequence[str]], documents: Iterable[Mapping[str, Any]]) -> list[list[Graded]]:
     """1.0 where the answer, alone, passes every test of the problem, behind what the tests need set up."""
 
-    def check(answer: str, document: Mapping[str, Any]) -> Check:
+    def check(answer: str, document: Mapping[str, Any]) -> tuple[Check, str]:
         tests = "\n".join([document["test_setup_code"], *document["test_list"]])
         names, modules = names_tested(tests)
         imports = "".join(f"import {name}\n" for name in modules)
-        return Check(program_in(answer, names), tests, names, helpers=imports)
+        program = program_in(answer, names)
+        return Check(program.source, tests, names, helpers=imports), program.form
 
     return _run(answers, documents, check)
 
@@ -72,18 +74,22 @@ def _globals_of(table: symtable.SymbolTable) -> set[str]:
     return found.union(*(_globals_of(child) for child in table.get_children()))
 
 
-def _check(answer: str, document: Mapping[str, Any]) -> Check:
+def _check(program: Program, document: Mapping[str, Any]) -> tuple[Check, str]:
     """HumanEval's: the tests may use functions that the prompt holds whole, and so have them on their own side."""
     name = document["entry_point"]
     tests = f"{document['test']}\ncheck({name})\n"
-    return Check(answer, tests, (name,), helpers=f"{document['prompt']}\n    pass\n")
+    return Check(program.source, tests, (name,), helpers=f"{document['prompt']}\n    pass\n"), program.form
 
 
 def _run(
     answers: Sequence[Sequence[str]],
     documents: Iterable[Mapping[str, Any]],
-    check: Callable[[str, Mapping[str, Any]], Check],
-) -> list[list[float]]:
+    check: Callable[[str, Mapping[str, Any]], tuple[Check, str]],
+) -> list[list[Graded]]:
     checks = [[check(answer, d) for answer in given] for given, d in zip(answers, documents, strict=True)]
-    results = iter(run_checks([one for several in checks for one in several], limits=LIMITS))
-    return [[float(next(results).passed) for _ in several] for several in checks]
+    results = iter(run_checks([one for several in checks for one, _ in several], limits=LIMITS))
+    return [[_graded(next(results), form) for _, form in several] for several in checks]
+
+
+def _graded(result: CodeResult, form: str) -> Graded:
+    return Graded(result.passed, form=form, outcome=result.outcome)

@@ -24,6 +24,7 @@ import numpy as np
 from mixlens.errors import BadInput, MixlensError, RunError
 from mixlens.evals.hub_datasets import commits_of
 from mixlens.evals.protocols import Protocol, is_task_file, lm_eval_mentions, lm_eval_task_files, resolve, unknown_task
+from mixlens.evals.readings import readings_of
 from mixlens.evals.response_cache import Answers, Key
 
 
@@ -245,6 +246,7 @@ def _records(name: str, task: Any, samples: Sequence[Mapping[str, Any]]) -> list
     records: dict[int, dict[str, Any]] = {}
     for sample in samples:
         record = records.setdefault(int(sample["doc_id"]), _record(name, task, sample))
+        record["readings"] = readings_of(sample["filtered_resps"]) or record["readings"]
         for metric in sample["metrics"]:
             label = metric if len(filters) == 1 else f"{metric},{sample['filter']}"
             record["metrics"][label] = _number(sample[metric])
@@ -265,6 +267,7 @@ def _record(name: str, task: Any, sample: Mapping[str, Any]) -> dict[str, Any]:
         "choices": None,
         "logprobs": None,
         "gold": None,
+        "readings": None,
         "metrics": {},
     }
     if task.OUTPUT_TYPE == "generate_until":

@@ -14,6 +14,7 @@ import pandas as pd
 
 from mixlens.core.run_dir import open_run
 from mixlens.errors import RunError
+from mixlens.evals.readings import reading_remarks
 from mixlens.evals.replies import reply_remarks
 from mixlens.evals.scoring import near_ties, score_table
 from mixlens.trace.trace import Trace
@@ -38,6 +39,7 @@ class Log:
         finish     reason given for the end of the first answer, None where none is known
         non_answer why the first answer has no text ("length", "filtered", "reasoning only", "empty"), else None
         replies    of every answer, what came beside its text: model, reasoning, token counts, attempts
+        readings   of every answer, the form in which a grader found what it grades; of a program, how it ended
         metrics    {metric: value}; a value is None where the sample could not be scored correct    the value of
         the task's primary metric.
     meta : dict[str, Any]
@@ -120,6 +122,7 @@ class Log:
             f"lm-eval {versions.get('lm_eval', 'n/a')}.",
             f"{len(self.records)} samples. Intervals: 95 %.{cut}{lost}{near}",
             *reply_remarks(self.records, self.meta),
+            *reading_remarks(self.records),
             *self._sources(),
         ]
 

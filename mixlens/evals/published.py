@@ -104,20 +104,24 @@ def beside(log: Log, *, model: str | None = None) -> pd.DataFrame:
         row = {key: score[key] for key in ("benchmark", "protocol", "metric", "n")} | percent
         found = entries[entries["benchmark"] == score["benchmark"]].to_dict("records")
         for entry in found:
-            averaged = _of_average(log, score, entry["average"])
-            rows.append(row | averaged | _compared(log, row | averaged, {str(k): v for k, v in entry.items()}))
+            stated = _as_stated(log, score, entry)
+            rows.append(row | stated | _compared(log, row | stated, {str(k): v for k, v in entry.items()}))
         if not found:
             rows.append(row | {"comparable": False, "why_not": f"no published score of {name}"})
     return pd.DataFrame(rows, columns=BESIDE)
 
 
-def _of_average(log: Log, score: dict[str, Any], average: Any) -> dict[str, Any]:
-    """The log's score in the average that a source states."""
-    if not isinstance(average, str) or average == score["average"]:
+def _as_stated(log: Log, score: dict[str, Any], entry: dict[Any, Any]) -> dict[str, Any]:
+    """The log's score by the metric and in the average that a source states, where the log has it."""
+    wanted = {key: entry[key] if isinstance(entry[key], str) else score[key] for key in ("metric", "average")}
+    if all(score[key] == value for key, value in wanted.items()):
         return {}
-    same = "task == @score['task'] and protocol == @score['protocol'] and metric == @score['metric']"
-    rows = log.scores.query(f"{same} and average == @average")
-    return {key: 100 * rows[key].iloc[0] for key in ("score", "ci_low", "ci_high")} if len(rows) else {}
+    rows = log.scores
+    for key, value in ({"protocol": score["protocol"], "benchmark": score["benchmark"]} | wanted).items():
+        rows = rows[rows[key] == value]
+    if len(rows) != 1:
+        return {}
+    return {"metric": wanted["metric"], **{key: 100 * rows[key].iloc[0] for key in ("score", "ci_low", "ci_high")}}
 
 
 def _compared(log: Log, row: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import html
+import json
 import shutil
 import textwrap
 
 import pytest
 
 from mixlens.evals import code_scorer as grading
-from mixlens.evals.answer_code import program_in
+from mixlens.evals.answer_code import AS_IT_STANDS, program_in
 
 needs_bubblewrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
 PROMPT = (
@@ -88,6 +90,28 @@ DRESSES = {
     "blanks that do not break": lambda b: f"```python\n{whole(b)}```".replace("    ", "\u00a0" * 4),
     "a type of result": lambda b: f"```python\ndef spread(xs: list) -> int:\n{b}```",
     "a decorator": lambda b: f"```python\nimport functools\n\n@functools.wraps(max)\n{whole(b)}```",
+    "escaped for a page": lambda b: f"<pre><code class='language-python'>\n{html.escape(whole(b))}</code></pre>",
+    "tags in its lines": lambda b: f"<code>{whole(b)}</code>",
+    "a tag round a fence": lambda b: f"<answer>\n```python\n{whole(b)}```\n</answer>",
+    "LaTeX": lambda b: f"\\begin{{verbatim}}\n{whole(b)}\\end{{verbatim}}",
+    "the word python": lambda b: f"python\n{whole(b)}",
+    "JSON": lambda b: json.dumps({"language": "python", "code": whole(b)}),
+    "JSON in a fence": lambda b: f"```json\n{json.dumps({'code': whole(b)}, indent=1)}\n```",
+    "escaped ends of lines": lambda b: whole(b).replace("\n", "\\n"),
+    "numbered lines": lambda b: "\n".join(f"{n:3} {line}" for n, line in enumerate(whole(b).splitlines(), 1)),
+    "a patch": lambda b: "".join(f"+{line}\n" for line in whole(b).splitlines()),
+    "IPython": lambda b: "".join(
+        f"{'In [1]:' if i == 0 else '   ...:'} {line}\n" for i, line in enumerate(whole(b).splitlines())
+    ),
+    "a console in a fence": lambda b: "```pycon\n" + DRESSES["a console"](b) + ">>> spread([])\n0\n```",
+    "words and indented code": lambda b: f"Here it is:\n\n{indented(whole(b), '    ')}\nThat is all.",
+    "the signature first": lambda b: f"```\ndef spread(xs):\n    ...\n```\nso:\n```python\n{whole(b)}```",
+    "the prompt first": lambda b: f"```python\n{PROMPT}```\nbecomes\n```python\n{whole(b)}```",
+    "a remark on a name": lambda b: f"`spread` calls `def low(x): pass`.\n\n{whole(b)}\nDone.",
+    "old ends of lines": lambda b: whole(b).replace("\n", "\r"),
+    "blanks without width": lambda b: f"```python\n\u200b{whole(b)}```",
+    "text after an unclosed fence": lambda b: f"```python\n{whole(b)}\nThis is what was asked for.",
+    "HTML in words": lambda b: f"<p>Here:</p>\n```python\n{whole(b)}```\n<p>if a &lt; b</p>",
     "under a condition": lambda b: f"```python\nif True:\n{indented(whole(b), '    ')}```",
 }  # fmt: skip
 
@@ -104,12 +128,12 @@ def solves(program: str) -> bool:
 
 @pytest.mark.parametrize("name", DRESSES)
 def test_right_code_is_found_in_every_dress_and_wrong_code_stays_wrong(name):
-    assert solves(program_in(DRESSES[name](BODY), ("spread",), PROMPT))
-    assert not solves(program_in(DRESSES[name](WRONG_BODY), ("spread",), PROMPT))
-    if "body" not in name and name != "one line":  # without a prompt, as in MBPP
+    assert solves(program_in(DRESSES[name](BODY), ("spread",), PROMPT).source)
+    assert not solves(program_in(DRESSES[name](WRONG_BODY), ("spread",), PROMPT).source)
+    if "body" not in name and "prompt" not in name and name != "one line":  # without a prompt, as in MBPP
         alone = BODY.replace("helper(", "int(")
-        assert solves(program_in(DRESSES[name](alone), ("spread",)))
-        assert not solves(program_in(DRESSES[name](alone.replace("min(xs)", "1")), ("spread",)))
+        assert solves(program_in(DRESSES[name](alone), ("spread",)).source)
+        assert not solves(program_in(DRESSES[name](alone.replace("min(xs)", "1")), ("spread",)).source)
 
 
 @needs_bubblewrap
@@ -121,25 +145,49 @@ def test_the_graders_run_what_was_found():
     assert grading.mbpp([[DRESSES["a console"]("    return max(xs) - min(xs)\n")]], [mbpp]) == [[1.0]]
 
 
-@pytest.mark.parametrize("answer", ["", "I cannot do that.", "```python\n```", "x = ("])
+@pytest.mark.parametrize("answer", ["", "I cannot do that.", "```python\n```", "x = (", "def spread(xs):\n    pass\n"])
 def test_an_answer_without_the_function_is_left_as_it_stands(answer):
-    assert program_in(answer, ("spread",), PROMPT) == PROMPT + answer
-    assert program_in(answer, ("spread",)) == answer
+    assert program_in(answer, ("spread",), PROMPT) == (PROMPT + answer, AS_IT_STANDS)
+    assert program_in(answer, ("spread",)) == (answer, AS_IT_STANDS)
 
 
-def test_an_answer_with_another_function_is_left_as_it_stands():
-    assert program_in("def other(xs):\n    return 0\n", ("spread",)) == "def other(xs):\n    return 0\n"
+def test_an_answer_with_another_function_or_a_method_of_that_name_is_left_as_it_stands():
+    for answer in ("def other(xs):\n    return 0\n", "class Solution:\n    def spread(self, xs):\n        return 0\n"):
+        assert program_in(answer, ("spread",)) == (answer, AS_IT_STANDS)
 
 
 def test_the_first_block_that_defines_the_function_is_taken():
     answer = "```python\ndef f(): return 1\n```\nor\n```python\ndef f(): return 2\n```"
-    assert program_in(answer, ("f",)).strip() == "def f(): return 1"
+    assert program_in(answer, ("f",)).source.strip() == "def f(): return 1"
     both = "```python\nclass Node: pass\n```\n```python\ndef f(): return Node()\n```"
-    assert "class Node" in program_in(both, ("Node", "f"))
+    assert "class Node" in program_in(both, ("Node", "f")).source
 
 
-@pytest.mark.parametrize(
-    "text", ["(" * 100_000, "x = " + "-" * 100_000 + "1", "[" * 5_000 + "]" * 5_000, "\0", "\ud800"]
-)
-def test_code_that_no_parser_takes_is_left_as_it_stands(text):
-    assert program_in(text, ("f",)) == text
+def test_the_form_is_told():
+    forms = {name: program_in(DRESSES[name](BODY), ("spread",), PROMPT).form for name in DRESSES}
+    assert forms["python"] == forms["tildes"] == "fenced block"
+    assert forms["a helper in its own block"] == "fenced blocks joined"
+    assert forms["bare"] == "bare"
+    assert forms["the body alone"] == "body of the prompt"
+    assert AS_IT_STANDS not in forms.values()
+
+
+HOSTILE = {
+    "parentheses": "(" * 100_000,
+    "minus": "x = " + "-" * 100_000 + "1",
+    "brackets": "[" * 5_000 + "]" * 5_000,
+    "NUL": "\0",
+    "half a character": "\ud800",
+    "ticks": "`" * 262_000,
+    "fences": "```\n" * 60_000,
+    "tildes and ticks": "``` a ~~~ " * 20_000,
+    "tags": "<code " * 40_000,
+    "lines that begin as code does": "\n".join(f"x{i} = {i}" for i in range(499)) + "\n((",
+    "quotations": "> def g(x):\n" * 20_000,
+    "a long end": ("def g(x):\n    return (x + 1) * 2\n" * 250)[:-5],
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_code_that_no_parser_takes_is_left_as_it_stands(name):
+    assert program_in(HOSTILE[name], ("f",)) == (HOSTILE[name], AS_IT_STANDS)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict
 
 import pytest
 from helpers.evaluations import Job, Told, task_file
+from hub_data import write_folder
 
 import mixlens as ml
+from mixlens.evals import runner
 
 WORDS = {" red": -3.0, " green": -1.0, " blue": -2.0}
 COLOURS = list(WORDS)
@@ -63,3 +66,23 @@ def test_of_several_answers_the_first_is_the_response_and_all_are_kept(evaluated
 def test_a_job_comes_back_from_json():
     job = Job(("mmlu_5shot", "x"), "p", "root", 3, 9, "tok", {"data/set": "abc"})
     assert Job.of(json.loads(json.dumps(asdict(job)))) == job
+
+
+@pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
+def test_the_form_of_an_answer_and_how_its_program_ended_are_kept_and_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "verified_sums", lambda *_: {})
+    write_folder(tmp_path)
+
+    def say(prompt: str, _: int) -> str:
+        if prompt.startswith("Question"):
+            return " I count them.\n\\boxed{1,200\\text{ eggs}}"
+        return "    return object()\n"
+
+    tasks = ["gsm8k_5shot", "humaneval_0shot"]
+    settings = ml.evals.EvalSettings(progress=False)
+    log = ml.evaluate(Told(says=say), tasks, data=tmp_path, limit=1, settings=settings)
+    number, program = (record["readings"] for record in log.records)
+    assert number == [{"form": "box", "found": "1200"}]
+    assert program == [{"form": "continues the prompt", "outcome": "not plain"}]
+    assert any("1 of 1 programs" in remark for remark in log.remarks())
+    assert any("box (1)" in remark for remark in log.remarks())

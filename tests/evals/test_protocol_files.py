@@ -35,7 +35,7 @@ GENERATED = {
     "humaneval_0shot_instruct": ("passed", 0, 1024, 1, []),
     "mbpp_3shot": ("passed", 3, 512, 1, ["[DONE]"]),
     "mbpp_3shot_sanitized": ("passed", 3, 512, 1, ["[DONE]"]),
-    "gsm8k_5shot": ("exact_match,strict-match", 5, 512, 1, ENDS),
+    "gsm8k_5shot": ("exact_match,final-answer", 5, 512, 1, ENDS),
     "gsm8k_8shot_maj8": ("exact_match", 8, 512, 8, ENDS),
     "math_4shot": ("math_equal", 4, 1024, 1, ["Problem:"]),
     "math_4shot_maj4": ("math_equal", 4, 1024, 4, ["Problem:"]),
@@ -105,7 +105,7 @@ def test_a_protocol_says_whose_it_is(name):
 
 
 def test_a_number_is_read_strictly_first_and_a_majority_by_one_vote():
-    strict, flexible = task_file("gsm8k_5shot")["filter_list"]
+    _, strict, flexible = task_file("gsm8k_5shot")["filter_list"]
     assert (strict["name"], flexible["name"]) == ("strict-match", "flexible-extract")
     assert "####" in strict["filter"][0]["regex_pattern"]
     assert "####" not in flexible["filter"][0]["regex_pattern"]

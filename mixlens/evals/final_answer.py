@@ -1,0 +1,157 @@
+"""The final answer in worked text, whatever marks it: ####, a box, "the answer is", tags, type, or its place alone."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+from mixlens.evals.readings import Found
+
+NOTHING, LAST_LINE = Found("", "none"), "the last line"
+_MINERVA = re.compile(r"[Tt]he final answer is:?\s*((?:(?!\n\n).)+?)\s*\.?\s*I hope it is correct", re.DOTALL)
+# A heading of Markdown may begin so too, also one with a number: "#### 1. The eggs".
+_MARK = re.compile(r"####(?![ \t]*\d+[.):][ \t]+[A-Za-z])[ \t]*(?=[^\w\n]{0,3}[\d\\.])([^\n]*\S)")
+_BOX = re.compile(r"\\(?:boxed|fbox|framebox|answer)\b\s*")
+_TAGS = re.compile(r"<(answer|final_answer|result)>\s*(.*?)\s*</\1>", re.IGNORECASE | re.DOTALL)
+_LEADS = r"(?:[ \t]+[-–—>→]+[ \t]|[ \t]*\n|[^\n.!?:=(]{0,60}?(?:\bis\b|\bequals\b|\bare\b|[:=]))"
+_CUE = re.compile(rf"\banswer\b{_LEADS}|^[ \t]*(?:A|Ans)[ \t]*[:.]", re.IGNORECASE | re.MULTILINE)
+_CLOSING = re.compile(rf"\b(?:result|solution|total|value|number|sum)\b{_LEADS}", re.IGNORECASE)  # of a last line
+_BEFORE = re.compile(r"[\s:=*_`#>]*(?:[-•]\s+)?")
+_BOLD = re.compile(r"(?<![\w)*])(\*\*|__|\*)(?=\S)([^\n]+?)(?<=\S)\1(?![\w(*])")
+_MATH = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|(?<!\\)\$(?![\s$])([^$\n]*?[^$\s\\])\$", re.DOTALL)
+_SENTENCE = re.compile(r"[.!?](?=\s+[A-Z(]|\s*$)|\n|,? (?:so|because|since|which|where|I hope)\b")
+_GAP = re.compile(r"(?<=\d)(?:\{,\}|\\,|\\!|,\\!|\\ |[\u00a0\u2009\u202f']|(?<=\d),(?=\d{3}))(?=\d{3}(?!\d))")
+_VALUE = re.compile(r"(?<![\w.])[-+]?(?:\d+(?:\.\d+)?|\.\d+)(?:\s*/\s*\d+(?:\.\d+)?)?")
+_FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))")
+_WORDS = re.compile(r"\\(?:text|mbox|textbf|mathrm|mathbf|textrm)\s*\{([^{}]*)\}")
+_SIGNS = {
+    "−": "-",
+    "–": "-",
+    "∞": r"\infty ",
+    "π": r"\pi ",
+    "≤": r"\le ",
+    "≥": r"\ge ",
+    "×": r"\times ",
+    "·": r"\cdot ",
+}
+_RAISED = str.maketrans({"²": "^2", "³": "^3", "°": r"^\circ"})
+_ROOT = re.compile(r"√\s*(?:\(([^()]*)\)|\{([^{}]*)\}|(\d+|\w))")
+_VULGAR = {"½": "1/2", "⅓": "1/3", "⅔": "2/3", "¼": "1/4", "¾": "3/4", "⅕": "1/5", "⅙": "1/6", "⅛": "1/8"}
+
+
+def final_answer(text: str) -> Found:
+    """What a worked answer comes to, as it stands there; NOTHING where it is empty.
+
+    Tried in order: Lewkowycz et al. 2022's sentence, the mark of GSM8K, the last box, the last tag, the last phrase
+    like "the answer is", mathematics of the last line, the last line.
+    """
+    if found := _MINERVA.search(text):
+        return Found(_bare(found.group(1)), "the final answer is ... I hope it is correct")
+    text = _BOLD.sub(r"\2", text)
+    if found := _MARK.search(text):
+        return Found(_bare(found.group(1)), "####")
+    if (boxed := _last_box(text)) is not None:
+        return Found(_bare(boxed), "box")
+    if found := _last(_TAGS, text):
+        return Found(_bare(found.group(2)), "tag")
+    lines = [line for line in text.strip().split("\n") if line.strip(" \t*_`#-")]
+    if not lines:
+        return NOTHING
+    for cue, part in ((_CUE, text), (_CLOSING, lines[-1])):
+        if clauses := [rest for found in cue.finditer(part) if (rest := _clause(part[found.end() :]))]:
+            return Found(clauses[-1], "the answer is")
+    found = _last(_MATH, text)
+    if found is not None and (not text[found.end() :].strip(" .*\n") or found.start() >= text.rindex(lines[-1])):
+        return Found(_bare(found.group(0)), "mathematics of the last line")
+    return Found(_bare(lines[-1]), LAST_LINE)
+
+
+def number_in(found: Found) -> str:
+    """The number that a final answer states, without units, currency, separators or zeros behind it; "" for none.
+
+    Of an equation it is the side that is one number. Else it is the first number, or of a last line that nothing marks
+    the last.
+    """
+    text = _plain(found)
+    outside = re.sub(r"\([^()]*\)", " ", text)
+    text = outside if _VALUE.search(outside) else text
+    sides = [_VALUE.findall(side) for side in re.split(r"=|≈|\\approx", text)]
+    single = [numbers[0] for numbers in sides if len(numbers) == 1] if len(sides) > 1 else []
+    last = sides[-1] or [number for numbers in sides for number in numbers]
+    if not last:
+        return ""
+    unmarked = len(sides) == 1 and found.form == LAST_LINE
+    return _written(single[-1] if single else last[-1] if unmarked else last[0])
+
+
+def as_latex(result: str) -> str:
+    """A result with signs of Unicode as LaTeX has them, thousands without separators, and dollars and per cent bare."""
+    for sign, latex in _SIGNS.items():
+        result = result.replace(sign, latex)
+    for sign, fraction in _VULGAR.items():
+        result = result.replace(sign, "\\frac{{{}}}{{{}}}".format(*fraction.split("/")))
+    result = _ROOT.sub(lambda m: f"\\sqrt{{{next(filter(None, m.groups()))}}}", result.translate(_RAISED))
+    return _GAP.sub("", result)
+
+
+def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
+    return next(reversed(list(pattern.finditer(text))), None)
+
+
+def _last_box(text: str) -> str | None:
+    """Content of the last box, whose braces may be nested, missing, or never closed."""
+    found = _last(_BOX, text)
+    if found is None:
+        return None
+    rest = text[found.end() :]
+    depth = 0
+    for place, character in enumerate(rest if rest.startswith("{") else ""):
+        depth += {"{": 1, "}": -1}.get(character, 0) * (rest[place - 1 : place] != "\\")
+        if depth == 0:
+            return rest[1:place]
+    unclosed = re.match(r"\{?\s*((?:\\?\$)?(?:(?!\\[\])])[^$\n])*)", rest)
+    return unclosed.group(1) if unclosed else rest
+
+
+def _clause(text: str) -> str:
+    """What a phrase leads to: mathematics that it begins with, else up to the end of the sentence."""
+    text = text[_BEFORE.match(text).end() :]  # type: ignore[union-attr]
+    if (found := _MATH.search(text)) and _SENTENCE.split(text[: found.start()])[0] == text[: found.start()]:
+        return _bare(found.group(0))
+    return _bare(_SENTENCE.split(text, maxsplit=1)[0])
+
+
+def _bare(text: str) -> str:
+    """Text without what stands around it: mathematics, bold type, quotes, brackets that close nothing, a full stop."""
+    before = None
+    while before != text:
+        before, text = text, text.strip().rstrip(".,;:!").strip("#*_`\"“”'").strip()
+        if (found := _MATH.fullmatch(text)) is not None:
+            text = next(filter(None, found.groups()))
+        for opening, closing in (("{", "}"), ("([", ")]")):  # of an interval either kind closes either
+            if text[-1:] in (*closing,) and sum(map(text.count, closing)) > sum(map(text.count, opening)):
+                text = text[:-1]
+    return text
+
+
+def _plain(text: str) -> str:
+    """A clause with numbers that Python reads."""
+    text = _GAP.sub("", text.replace("−", "-").replace("–", "-"))
+    text = _WORDS.sub(r" \1 ", text)
+    text = _FRACTION.sub(lambda m: f"{m[1] or m[2]}/{m[3] or m[4]}", text)
+    for sign, fraction in _VULGAR.items():
+        text = text.replace(sign, fraction)
+    return re.sub(r"(-?)\s*\\?[$€£¥]\s*(?=[-\d.])", r"\1", text)
+
+
+def _written(number: str) -> str:
+    """A number in the shortest form: whole, else with a point if that is exact, else as a fraction."""
+    top, _, bottom = number.replace(" ", "").partition("/")
+    try:
+        value = Fraction(top) / Fraction(bottom or "1")
+    except ZeroDivisionError:
+        return number
+    if value.denominator == 1:
+        return str(value.numerator)
+    short = f"{float(value):.12f}".rstrip("0")
+    return short if Fraction(short) == value else str(value)
