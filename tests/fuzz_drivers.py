@@ -18,8 +18,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny import tiny_mixtral
-from transformers import DynamicCache, GenerationConfig, StaticCache, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    QuantizedCache,
+    StaticCache,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.generation.streamers import BaseStreamer
 
 import mixlens as ml
@@ -32,14 +40,16 @@ PAD, MARGIN = 0, 1e-4
 class Row:
     """A row as it ought to be recorded.
 
-    tokens  every token that the model read of it, those before the recording too
-    start   how many of these came before the recording
-    prompt  how many of all are prompt
+    tokens     every token that the model read of it, those before the recording too
+    start      how many of these came before the recording
+    prompt     how many of all are prompt
+    expert_id  [token, layer, slot], where the row alone would run otherwise
     """
 
     tokens: list[int]
     prompt: int
     start: int = 0
+    expert_id: np.ndarray | None = None
 
 
 @dataclass
@@ -110,7 +120,7 @@ def forward(d: Drawn) -> list[Row]:
             return _run(d, given, rows)
         d.compare["must_refuse"] = True
     if d.coin():
-        given["inputs_embeds"] = d.model.model.embed_tokens(given.pop("input_ids")).detach()
+        given["inputs_embeds"] = d.model.get_input_embeddings()(given.pop("input_ids")).detach()
         d.compare["ids_unknown"] = True
     if d.coin():
         given["use_cache"] = d.coin()
@@ -210,6 +220,35 @@ def own_loop(d: Drawn) -> list[Row]:
     for _ in range(d.whole(0, 5)):
         decode.step()
     return decode.expected()
+
+
+def quantized_cache(d: Drawn) -> list[Row]:
+    """Keys and values come back rounded, so bare hooks beside the recording say which experts were chosen."""
+    cache = QuantizedCache(
+        "hqq", d.model.config, nbits=8, axis_key=1, axis_value=1, q_group_size=8, residual_length=d.whole(2, 8)
+    )
+    decode = Decode(d, d.rows(low=3), cache)
+    seen: list[list[torch.Tensor]] = [[] for _ in d.model.model.layers]
+    handles = [
+        layer.mlp.gate.register_forward_hook(lambda _gate, _args, output, at=at: at.append(output[2]))
+        for layer, at in zip(d.model.model.layers, seen, strict=True)
+    ]
+    decode.prefill()
+    for _ in range(d.whole(0, 12)):
+        decode.step()
+    for handle in handles:
+        handle.remove()
+    rows = len(decode.rows)
+    ids = torch.stack([torch.cat([part.reshape(rows, -1, part.shape[-1]) for part in at], 1) for at in seen], 2)
+    expected = decode.expected()
+    for number, row in enumerate(expected):
+        row.expert_id = ids[number][decode.mask[number].bool()].numpy()
+    return expected
+
+
+def adapted(d: Drawn) -> list[Row]:
+    """Adapters on attention, recorded through the model or through PEFT's wrapper, alone or in a loop."""
+    return d.one(own_loop, forward)(d)
 
 
 def chunks(d: Drawn) -> list[Row]:
@@ -370,7 +409,7 @@ def generate(d: Drawn) -> list[Row]:
 
 def generate_from_embeddings(d: Drawn) -> list[Row]:
     rows = d.rows(1)
-    embeds = d.model.model.embed_tokens(torch.tensor(rows)).detach()
+    embeds = d.model.get_input_embeddings()(torch.tensor(rows)).detach()
     output = d.model.generate(inputs_embeds=embeds, max_new_tokens=4, do_sample=False, eos_token_id=None)
     d.compare["ids_unknown"] = True
     return [Row(rows[0] + output[0, :-1].tolist(), len(rows[0]))]
@@ -420,7 +459,7 @@ def taken_back(d: Drawn) -> list[Row]:
 
 
 def compiled(d: Drawn) -> list[Row]:
-    """Compiled and run before the recording, whole or layer by layer."""
+    """Compiled and run before the recording, whole or by layer."""
     rows = d.rows()
     ids, mask = padded(rows, "left")
     d.compare["compiled"](input_ids=ids, attention_mask=mask)
@@ -445,6 +484,8 @@ WAYS: dict[Callable[[Drawn], list[Row]], int] = {
     training: 2,
     packed: 3,
     own_loop: 5,
+    quantized_cache: 2,
+    adapted: 2,
     chunks: 3,
     interleaved: 4,
     threads: 1,
@@ -485,7 +526,7 @@ def truth(model: Any, tokens: list[int], row: int, n_prompt: int, forbid: Any = 
 
         return of
 
-    layers = model.model.layers
+    layers = getattr(model, "get_base_model", lambda: model)().model.layers
     handles = [layer.mlp.gate.register_forward_hook(hook(number)) for number, layer in enumerate(layers)]
     with torch.no_grad():
         logits = model(torch.tensor([tokens])).logits[0]
@@ -503,6 +544,26 @@ def truth(model: Any, tokens: list[int], row: int, n_prompt: int, forbid: Any = 
     }
 
 
+def _compiled(d: Drawn) -> Any:
+    if d.coin():
+        return torch.compile(d.model, backend="eager")
+    d.model = copy.deepcopy(d.model)
+    if d.coin():
+        d.model.compile(backend="eager")
+        return d.model
+    for layer in d.model.model.layers:
+        layer.compile(backend="eager")
+    return d.model
+
+
+def _with_adapters(d: Drawn) -> Any:
+    model = get_peft_model(copy.deepcopy(d.model), LoraConfig(target_modules=["q_proj", "o_proj"], r=2))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(generator=torch.Generator().manual_seed(d.seed))
+    return d.one(model.eval(), model.get_base_model())
+
+
 def drawn(seed: int) -> tuple[Callable[[Drawn], list[Row]], Drawn]:
     rng = np.random.default_rng(seed)
     ways = list(WAYS)
@@ -516,8 +577,10 @@ def drawn(seed: int) -> tuple[Callable[[Drawn], list[Row]], Drawn]:
             before.placed |= way is generate_with_cache
             before.prefill()
         if way is compiled:
-            d.compare["compiled"] = call = torch.compile(d.model, backend="eager")
+            d.compare["compiled"] = call = _compiled(d)
             call(torch.tensor([[5, 6, 7]]))
+        if way is adapted:
+            d.model = _with_adapters(d)
     return way, d
 
 
@@ -562,6 +625,10 @@ def _difference(d: Drawn, trace: ml.Trace, expected: list[Row]) -> str:
         if own["phase"].tolist() != (at >= row.prompt).astype(int).tolist():
             return f"wrong: {d.name}: phase"
         clear = told["clear"][at].all(1).cumprod().astype(bool)  # after a near tie anything may follow
+        if row.expert_id is not None:
+            if not np.array_equal(own["expert_id"], row.expert_id[at]):
+                return f"wrong: {d.name}: expert ids"
+            continue
         if not np.array_equal(own["expert_id"][clear], told["expert_id"][at][clear]):
             return f"wrong: {d.name}: expert ids"
         if not np.allclose(own["weight"][clear], told["weight"][at][clear], atol=2e-3):
