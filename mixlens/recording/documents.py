@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import decimal
 import hashlib
 import json
 import re
@@ -15,6 +17,7 @@ import pandas as pd
 from mixlens.errors import BadInput
 
 OVERLONG = ("error", "truncate", "split")
+_SCALARS = (str, bool, int, float, bytes, datetime.date, datetime.time, datetime.timedelta, decimal.Decimal)
 _HALF_OF_A_PAIR = re.compile("[\ud800-\udfff]")
 
 
@@ -100,7 +103,7 @@ class Documents:
                         value=number,
                     )
             own = next((columns.pop(name) for name in ("document_id", "id") if name in columns), number)
-            yield Document(number, own, text, {str(key): _plain(value) for key, value in columns.items()})
+            yield Document(number, _plain(own), text, {str(key): _plain(value) for key, value in columns.items()})
 
     def _check(self) -> tuple[str, int]:
         digest, seen, first, count = hashlib.sha256(), set(), None, 0
@@ -124,6 +127,13 @@ class Documents:
                 )
             seen.add(document.id)
             for name, value in {"id": document.id, **document.columns}.items():
+                if isinstance(value, int) and not -(2**63) <= value < 2**63:
+                    raise BadInput(
+                        f"Cannot record document {document.number}: its column {name!r} holds a whole number of more "
+                        "than 64 bits, which tables do not hold exactly. Pass it as text.",
+                        argument=name,
+                        value=document.number,
+                    )
                 if value is not None and kinds.setdefault(name, kind := _kind(value)) != kind:
                     raise BadInput(
                         f"Cannot record document {document.number}: its column {name!r} holds a {kind}, where earlier "
@@ -185,21 +195,31 @@ def pieces_of(document: Document, ids: list[int], max_length: int, overlong: str
 def table_of(rows: Sequence[Mapping[str, Any]], index: pd.Index | None = None) -> pd.DataFrame:
     """The rows as a table; whole numbers beside a None stay whole, where pandas alone would make them floats."""
     table = pd.DataFrame(list(rows), index=index)
-    for name in table.columns[table.dtypes == np.float64]:
+    for name in table.columns:
         values = [row[name] for row in rows]
-        if all(value is None or (isinstance(value, int) and abs(value) < 2**63) for value in values):
+        held = [value for value in values if value is not None]
+        if 0 < len(held) < len(values) and all(
+            isinstance(value, int) and not isinstance(value, bool) for value in held
+        ):
             table[name] = pd.array(values, dtype="Int64")
     return table
 
 
 def _kind(value: Any) -> str:
-    return "text" if isinstance(value, str) else "truth value" if isinstance(value, bool) else "number"
+    kinds = {str: "text", bool: "truth value", int: "number", float: "number"}
+    return kinds.get(type(value), type(value).__name__)
 
 
 def _plain(value: Any) -> Any:
-    """A column value as Parquet can hold it: nested values become JSON text."""
-    if value is None or isinstance(value, str | bool | int | float):
+    """A column value as Parquet can hold it: scalars of numpy and torch as Python's, nested values as JSON text."""
+    if hasattr(value, "detach"):  # a tensor
+        value = value.detach().cpu().numpy()
+    if isinstance(value, np.datetime64 | np.timedelta64) or value is pd.NaT:
+        value = pd.Timestamp(value) if isinstance(value, np.datetime64) else pd.Timedelta(value)
+    if isinstance(value, np.generic | np.ndarray):
+        value = value.tolist()
+    if value is pd.NA or value is pd.NaT:
+        return None
+    if value is None or isinstance(value, _SCALARS):
         return value
-    if isinstance(value, np.generic):
-        return value.item()
     return json.dumps(value, default=str)

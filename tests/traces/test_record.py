@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import decimal
 import json
 import os
 import re
@@ -19,6 +21,7 @@ from helpers.refusals import refused
 from tiny import Letters, tiny_mixtral
 
 from mixlens import BadInput, Recorder, RecordSettings, RunError, Site, Trace, record
+from mixlens import open as open_run
 from mixlens.trace.signals import SITES
 
 TEXTS = ["one", "two and more words", "a", "the fourth document is rather longer than the others " * 3, "five"]
@@ -216,6 +219,35 @@ def test_columns_of_any_plain_value_come_back(model, letters, tmp_path):
     assert trace.sequences["year"].tolist() == [1999, 2001.5, 7]
     assert trace.sequences["score"].isna().tolist() == [True, False, False]
     assert trace.sequences["tags"].tolist()[::2] == ['["x", "y"]', '{"k": 1}']
+
+
+def test_columns_keep_their_types_and_values(model, letters, tmp_path):
+    columns = {
+        "date": [datetime.date(2020, 2, 29), None, datetime.date(1, 1, 1)],
+        "moment": [datetime.datetime(2020, 1, 1, 12, tzinfo=datetime.UTC), None, None],
+        "clock": [datetime.time(23, 59), None, None],
+        "price": [decimal.Decimal("1.10"), decimal.Decimal("2.00"), None],
+        "raw": [b"\x00\xff", None, b""],
+        "whole": [2**63 - 1, None, -(2**63)],
+        "scalar": [torch.tensor(3), np.int64(4), 5],
+        "row": [torch.tensor([1, 2]), np.arange(2), [1]],
+    }
+    rows = [{"text": "a", **{name: values[i] for name, values in columns.items()}} for i in range(3)]
+    plain = columns | {"scalar": [3, 4, 5], "row": ["[1, 2]", "[0, 1]", "[1]"]}
+    for settings in (QUIET, RecordSettings(shard_tokens=1, progress=False)):
+        out = tmp_path / str(settings.shard_tokens)
+        for trace in (record(model, rows, tokenizer=letters, settings=settings, out=out), open_run(out)):
+            for name, values in plain.items():
+                found = [None if pd.isna(value) else value for value in trace.sequences[name]]
+                assert found == values, name
+                if name in ("date", "clock", "price", "raw"):
+                    assert [type(value) for value in found] == [type(value) for value in values], name
+
+
+@pytest.mark.parametrize("value", [2**63, -(2**63) - 1, 2**70])
+def test_whole_numbers_that_no_table_holds_are_refused(model, letters, value):
+    with refused(BadInput, "big", 1):
+        record(model, [{"text": "a", "big": 1}, {"text": "b", "big": value}], tokenizer=letters, settings=QUIET)
 
 
 def test_a_model_of_no_known_place_needs_its_tokenizer_named(model):
