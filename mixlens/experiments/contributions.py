@@ -12,6 +12,7 @@ import xarray as xr
 from accelerate.utils import align_module_device
 from torch import nn
 
+from mixlens.errors import BadInput
 from mixlens.interventions.hooks import top_k_of
 from mixlens.models.layout import decoder_of, final_scale, moe_layers, n_experts
 from mixlens.models.provenance import describe
@@ -20,6 +21,7 @@ from mixlens.recording.corpus import Corpus, RecordSettings, Shard, lengths_of, 
 from mixlens.recording.hooks import routing_arrays
 from mixlens.recording.reader import Reader
 from mixlens.stats import contributions as stats
+from mixlens.trace.shards import id_dtype
 from mixlens.trace.signals import Signals, Site, parse_signals
 
 SETTINGS = RecordSettings()
@@ -146,6 +148,13 @@ def measure_contributions(
     ('token', 'layer', 'slot')
     """
     last = len(moe_layers(model)) - 1
+    if len(choices := set(top_k_of(model).values())) > 1:
+        raise BadInput(
+            f"Cannot measure contributions: layers choose {sorted(choices)} experts a token, and a contribution has "
+            "one number for each slot. Pass a model, or an edit, with one number for all layers.",
+            argument="top_k",
+            value=sorted(choices),
+        )
     signals = parse_signals(["expert_out", Site("resid_post", (last,))], last + 1)
     corpus = Corpus.of(model, documents, tokenizer, settings)
 
@@ -164,11 +173,11 @@ def _contributions(model: nn.Module, shard: Shard, signals: Signals, batch_token
     token_id = np.concatenate(sequences)
     following = np.append(token_id[1:], 0)
     ends = np.append(position[1:] == 0, True)
-    last, k = len(moe_layers(model)) - 1, top_k_of(model)
+    last, k = len(moe_layers(model)) - 1, max(top_k_of(model).values())
     head, norm = cast(Any, model).lm_head, decoder_of(model).norm
     found = {name: np.full((len(token_id), last + 1, k), np.nan, np.float32) for name in ("logit", "norm", "peak")}
     found["weight"] = np.zeros_like(found["norm"])
-    expert_id = np.zeros(found["norm"].shape, np.uint8)
+    expert_id = np.zeros(found["norm"].shape, id_dtype(n_experts(model)))
     with align_module_device(head), Reader(model, signals, batch_tokens) as reader:
         rows = dequantized(head)
         mean = rows.mean(0, dtype=torch.float32)
@@ -177,7 +186,7 @@ def _contributions(model: nn.Module, shard: Shard, signals: Signals, batch_token
             with align_module_device(norm):
                 scale = final_scale(model, stream[picked.to(stream.device)]).to(rows.device)
             direction = scale * (rows[torch.from_numpy(following[target]).to(rows.device)].float() - mean)
-            expert_id[target] = routing_arrays(raw, picked, packed=True)["expert_id"]
+            expert_id[target] = routing_arrays(raw, picked, n_experts(model), packed=True)["expert_id"]
             for layer, output in raw["expert_out"].items():
                 here = picked.to(output.device)
                 weight, value = raw["weight"][layer][here].float(), output[here].float()

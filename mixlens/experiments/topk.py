@@ -87,7 +87,7 @@ def measure_topk(
     >>> measured.sizes["k"]
     2
     """
-    own, count = top_k(model), n_experts(model)
+    own, count = max(top_k(model).values()), n_experts(model)
     asked = list(range(1, count + 1)) if ks is None else sorted(set(whole_numbers(ks)))
     if not asked or not 1 <= asked[0] <= asked[-1] <= count:
         raise BadInput(

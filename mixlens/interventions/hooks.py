@@ -79,9 +79,9 @@ class Editing:
         new = [Active(edit, len(self.layers)) for edit in edits]
         for one in new:
             _check(one, self.model, len(self.layers))
-        count, k = n_experts(self.model), top_k(self.model)
+        count, choices = n_experts(self.model), top_k(self.model)
         for layer in self.layers:
-            _check_choices(layer.index, [*self.active, *new], count, k)
+            _check_choices(layer.index, [*self.active, *new], count, choices[layer.index])
         self.active = [*self.active, *new]
         try:
             self._install()
@@ -107,7 +107,6 @@ class Editing:
         elif not following and self._tracker is not None:
             self._tracker.close()
             self._tracker = None
-        k = top_k(self.model)
         for layer in self.layers:
             stages: dict[str, list[Active]] = {}
             for one in self.active:
@@ -115,7 +114,7 @@ class Editing:
                     stages.setdefault(_stage(one.edit), []).append(one)
             for stage, edits in stages.items():
                 if stage == "gate":
-                    self._handles.append(_hook_gate(layer.gate, edits, layer.index, k))
+                    self._handles.append(_hook_gate(layer.gate, edits, layer.index))
                 elif stage == "experts":
                     self._handles += hook_experts(layer, edits)
                 else:
@@ -166,11 +165,19 @@ def weights_are_given(model: nn.Module) -> bool:
     return any((isinstance(e, Force) and e.weight is not None) or (isinstance(e, Replay) and e.weights) for e in edits)
 
 
-def top_k_of(model: nn.Module) -> int:
-    """Experts a token chooses, with the edits round this model."""
-    editing = vars(unwrapped(model)).get(_ATTRIBUTE)
-    choices = [] if editing is None else [one.edit.k for one in editing.active if isinstance(one.edit, TopK)]
-    return choices[-1] if choices else top_k(model)
+def top_k_of(model: nn.Module) -> dict[int, int]:
+    """{layer: experts a token chooses}, with the edits round this model."""
+    editing, choices = vars(unwrapped(model)).get(_ATTRIBUTE), top_k(model)
+    for one in () if editing is None else editing.active:
+        if isinstance(one.edit, TopK):
+            choices |= dict.fromkeys(one.layers, one.edit.k)
+    return choices
+
+
+def about_choices(model: nn.Module) -> dict[str, Any]:
+    """What the meta of a recording says of how many experts a token chooses."""
+    each = list(top_k_of(model).values())
+    return {"top_k": max(each), **({"layer_top_k": each} if len(set(each)) > 1 else {})}
 
 
 def refuse_rows(model: nn.Module) -> None:
@@ -207,7 +214,7 @@ def _stage(edit: Edit) -> str:
     return "experts" if isinstance(edit, Output) else "gate"
 
 
-def _hook_gate(gate: nn.Module, edits: list[Active], layer: int, k: int) -> Any:
+def _hook_gate(gate: nn.Module, edits: list[Active], layer: int) -> Any:
     careful = sum(isinstance(one.edit, Forbid | Force | Reroute | Replay | TopK) for one in edits) > 1
 
     def hook(_module: nn.Module, _args: Any, output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -250,10 +257,11 @@ def _check(one: Active, model: nn.Module, n_layers: int) -> None:
         refuse_sharded(model, f"edit experts by {edit!r}")
     if isinstance(edit, Replay):
         possible_layers(edit.trace, edit.layers, n_layers)
-        check_experts(edit.trace, count, top_k_of(model))
+        check_experts(edit.trace, count, top_k_of(model), one.layers)
     if isinstance(edit, Patch | Output):
         config = cast(Any, model).config
-        edit.check(int(config.hidden_size), int(config.intermediate_size), top_k_of(model))
+        for k in {k for layer, k in top_k_of(model).items() if layer in one.layers}:
+            edit.check(int(config.hidden_size), int(config.intermediate_size), k)
 
 
 def _check_choices(layer: int, edits: list[Active], count: int, k: int) -> None:

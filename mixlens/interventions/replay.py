@@ -28,7 +28,7 @@ class Replay:
 
     def __post_init__(self) -> None:
         names = ("sequence", "position", "token_id", "expert_id", *(["weight"] if self.weights else []))
-        self.trace.require("replay", *names)
+        self.trace._require_signals("replay", *names)
         blocks = list(self.trace.blocks(*names))
         if not blocks:
             raise BadInput(
@@ -56,15 +56,17 @@ class Replay:
     def apply(self, routing: Routing, layer: int, rows: Rows, index: Any) -> None:
         assert rows is not None
         column = int(np.flatnonzero(self.trace.layers == layer)[0])
-        ids, weight = self._at("expert_id", index, column, rows.device), None
-        cells = torch.zeros_like(routing.banned).scatter(1, ids.long(), True) & rows[:, None]
+        slots = self.trace.layer_top_k[column]
+        ids, weight = self._at("expert_id", index, column, slots, rows.device), None
+        cells = torch.zeros_like(routing.banned).scatter(1, ids, True) & rows[:, None]
         if self.weights:
-            weight = self._at("weight", index, column, rows.device)
-            weight = torch.full_like(routing.fixed, torch.nan).scatter(1, ids.long(), weight)
+            weight = self._at("weight", index, column, slots, rows.device)
+            weight = torch.full_like(routing.fixed, torch.nan).scatter(1, ids, weight)
         routing.force_only(cells, weight, rows)
 
-    def _at(self, name: str, index: np.ndarray, column: int, device: torch.device) -> torch.Tensor:
-        return torch.from_numpy(self._columns[name][np.maximum(index, 0), column]).to(device)  # type: ignore[attr-defined]
+    def _at(self, name: str, index: np.ndarray, column: int, slots: int, device: torch.device) -> torch.Tensor:
+        values = self._columns[name][np.maximum(index, 0), column, :slots]  # type: ignore[attr-defined]
+        return torch.from_numpy(values.astype(np.int64) if name == "expert_id" else values).to(device)
 
 
 class _Matcher:
@@ -149,12 +151,14 @@ def possible_layers(trace: Trace, layers: Iterable[int] | None, n_layers: int) -
         )
 
 
-def check_experts(trace: Trace, n_experts: int, top_k: int) -> None:
-    """Raises BadInput unless the trace chose as many experts, among as many."""
-    if (trace.n_experts, trace.top_k) != (n_experts, top_k):
-        raise BadInput(
-            f"Cannot replay the routing: the trace has top-{trace.top_k} of {trace.n_experts} experts, the model "
-            f"top-{top_k} of {n_experts}. Pass a trace of this model.",
-            argument="trace",
-            value=(trace.top_k, trace.n_experts),
-        )
+def check_experts(trace: Trace, n_experts: int, top_k: dict[int, int], layers: Iterable[int]) -> None:
+    """Raises BadInput unless the trace chose as many experts in these layers, among as many."""
+    recorded = dict(zip(trace.layers.tolist(), trace.layer_top_k, strict=True))
+    for layer in sorted(layers):
+        if (trace.n_experts, recorded.get(layer)) != (n_experts, top_k[layer]):
+            raise BadInput(
+                f"Cannot replay the routing in layer {layer}: the trace has top-{recorded.get(layer)} of "
+                f"{trace.n_experts} experts, the model top-{top_k[layer]} of {n_experts}. Pass a trace of this model.",
+                argument="trace",
+                value=(recorded.get(layer), trace.n_experts),
+            )

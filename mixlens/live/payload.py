@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from mixlens.trace.shards import id_dtype
 from mixlens.trace.trace import Trace
 
 # Base 85 is 6 % shorter than base 64. Five of its usual digits are special in HTML or JavaScript.
@@ -42,13 +43,14 @@ def token_arrays(trace: Trace, sequences: list[int]) -> tuple[dict[str, Any], di
     starts where the next one does.
 
     pair     uint8 [layer, token], first choice * experts + second, for two of up to 16 experts; else
-    expert   uint8 [slot, layer, token]
+    expert   uint8, uint16 above 256 experts [slot, layer, token]
     weight   uint8 [slot, layer, token] in hundredths, rounded as text is; of two that sum to one, the second only
     entropy  uint8 [layer, token], 31 = log2(experts)
     surprise uint16 [token], -log p in hundredths of a nat, rounded as text is; 65535 for the first of a sequence
     step     int32 [token], position minus that of the previous token
     piece    int32 [token], index into the header's "pieces"
     """
+    trace.require("a token view", "expert_id")
     part = trace.select(where=trace.sequences.index.to_series().isin(sequences))
     number = part.read("sequence")
     starts = np.searchsorted(number, sequences)
@@ -80,7 +82,7 @@ def choice_arrays(ids: np.ndarray, n_experts: int) -> dict[str, np.ndarray]:
     """Return expert ids [token, layer, slot] as `pair`, or as `expert` if a pair does not fit into a byte."""
     if ids.shape[2] == 2 and n_experts <= _MOST_PAIRED:
         return {"pair": (ids[..., 0].astype(np.uint8) * n_experts + ids[..., 1]).astype(np.uint8).T}
-    return {"expert": ids.astype(np.uint8).transpose(2, 1, 0)}
+    return {"expert": ids.astype(id_dtype(n_experts)).transpose(2, 1, 0)}
 
 
 def weight_plane(weight: np.ndarray) -> np.ndarray:
@@ -88,7 +90,7 @@ def weight_plane(weight: np.ndarray) -> np.ndarray:
 
     Of two that sum to one the first is left out: halves are rounded to even, so one minus the second is the first.
     """
-    hundredths = np.rint(100 * weight.astype(np.float64).clip(0, 1)).astype(np.uint8)
+    hundredths = np.rint(100 * weight.astype(np.float64).clip(0, 2.55)).astype(np.uint8)
     summed = weight.shape[-1] == 2 and bool((hundredths.sum(-1) == 100).all())
     return (hundredths[..., 1:] if summed else hundredths).transpose(2, 1, 0)
 

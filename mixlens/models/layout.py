@@ -250,17 +250,9 @@ def n_experts(model: nn.Module) -> int:
     return int(config_of(model).num_local_experts)
 
 
-def top_k(model: nn.Module) -> int:
-    """Experts that a token chooses, as the routers have it: a config is not read again once they are made."""
-    found = {int(layer.gate.top_k) for layer in moe_layers(model)}
-    if len(found) > 1:
-        raise ModelError(
-            f"Cannot record or edit this model: its layers choose {', '.join(map(str, sorted(found)))} experts a "
-            "token, and a trace holds one number for all. Set one top_k on every router.",
-            argument="top_k",
-            value=sorted(found),
-        )
-    return found.pop()
+def top_k(model: nn.Module) -> dict[int, int]:
+    """{layer: experts that a token chooses}, as the routers have it: a config is not read again once they are made."""
+    return {layer.index: int(layer.gate.top_k) for layer in moe_layers(model)}
 
 
 def check_config(config: Any, name: str) -> None:

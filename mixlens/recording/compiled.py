@@ -13,7 +13,7 @@ from mixlens.errors import BadInput, RecordingError
 from mixlens.interventions.forward_tracker import ForwardTracker
 from mixlens.interventions.places import Batch, Call
 from mixlens.models.layout import decoder_of, input_device, moe_layers, n_experts, top_k
-from mixlens.recording.hooks import Raw, Tap
+from mixlens.recording.hooks import Raw, Tap, widened
 from mixlens.recording.recorder import Recorder
 from mixlens.trace.signals import Site
 
@@ -133,9 +133,11 @@ class CompiledRecorder(Recorder):
     def _allocated(self) -> dict[str, torch.Tensor]:
         # One place more than asked for: what finds no room, or is paused, is written there, one over the other.
         rows, layers, device = self._room + 1, len(moe_layers(self.model)), input_device(self.model)
+        self._choices = list(top_k(self.model).values())
+        slots = max(self._choices)
         shapes = {
-            "expert_id": ((rows, layers, top_k(self.model)), torch.uint8),
-            "weight": ((rows, layers, top_k(self.model)), torch.float32),
+            "expert_id": ((rows, layers, slots), torch.uint8 if n_experts(self.model) <= 256 else torch.int16),
+            "weight": ((rows, layers, slots), torch.float32),
             "place": ((rows, len(_PLACE)), torch.int64),
             "mark": ((rows, 2 * _MARK), torch.float32),  # keys at the end of the cache, before and after the forward
             "count": ((2,), torch.int64),  # tokens, forwards
@@ -164,6 +166,7 @@ class CompiledRecorder(Recorder):
         listening = self._buffers["listening"]
         where = torch.where(listening > 0, number + count[0], self._room).clamp(max=self._room)
         for name, layers in raw.items():
+            layers = layers if name == "router_logits" else widened(layers, max(self._choices), 0)
             stacked = torch.stack([layers[index].to(device) for index in sorted(layers)], 1)
             self._buffers[name].index_copy_(0, where, stacked.to(self._buffers[name].dtype))
         cache = kwargs.get("past_key_values")
@@ -231,8 +234,16 @@ class CompiledRecorder(Recorder):
             ids = None if place["token_id"][part][0] < 0 else place["token_id"][part].reshape(shape)
             call = self._tracker.follow(ids, mask, shape, past, step=step, batch=self._continued(past, marks[:, 0]))
             self._marks[call.batch] = marks[:, 1]
-            call.raw = _by_layer(routing, part)
+            call.raw = self._by_layer(routing, part)
             yield call
+
+    def _by_layer(self, routing: dict[str, torch.Tensor], part: slice) -> Raw:
+        raw: Raw = {}
+        for name, values in routing.items():
+            slots = [None if name == "router_logits" else k for k in self._choices]
+            layers = zip(values[part].unbind(1), slots, strict=True)
+            raw[name] = {index: value[:, :k] for index, (value, k) in enumerate(layers)}
+        return raw
 
     def _continued(self, past: int, marks: torch.Tensor) -> Batch | None:
         """The rows whose cache a forward found: as long, and with the same keys at its end.
@@ -253,10 +264,6 @@ class CompiledRecorder(Recorder):
                 value=past,
             )
         return None
-
-
-def _by_layer(routing: dict[str, torch.Tensor], part: slice) -> Raw:
-    return {name: dict(enumerate(values[part].unbind(1))) for name, values in routing.items()}
 
 
 def _named(plan: dict[str, Any]) -> list[str]:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from mixlens.core.distributed import processes
 from mixlens.core.run_dir import RunWriter, now, versions
 from mixlens.errors import BadInput
-from mixlens.interventions.hooks import edits_of, top_k_of
+from mixlens.interventions.hooks import about_choices, edits_of
 from mixlens.models.hub import tokenizer_beside
 from mixlens.models.layout import config_of, context_length, input_device, is_sharded, n_experts
 from mixlens.models.provenance import describe, identity, tokenizer_sha256
@@ -252,7 +252,7 @@ def measure_documents(
         "model": describe(model),
         "versions": versions(*PACKAGES),
         "n_experts": n_experts(model),
-        "top_k": top_k_of(model),
+        **about_choices(model),
         **about,
     }
     pieces = corpus.vocabulary() if vocabulary else None

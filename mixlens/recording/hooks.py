@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 from mixlens.errors import BadInput, ModelError
 from mixlens.interventions.activations import Replaced, replaced_in
 from mixlens.interventions.hooks import weights_are_given
 from mixlens.models.layout import MoeLayer, expert_down, expert_neurons, moe_layers, n_experts, refuse_sharded
+from mixlens.trace import shards
 from mixlens.trace.signals import EXPERT_SITES, Signals
-
-MOST_EXPERTS = 256  # ids are kept in 8 bits
 
 BAD_LAYER = "bad_layer"
 
@@ -56,10 +56,10 @@ class Tap:
         layers = moe_layers(model)
         if expert_sites := [site.name for site in signals.sites if site.name in EXPERT_SITES]:
             refuse_sharded(model, f"record {', '.join(expert_sites)}")
-        if n_experts(model) > MOST_EXPERTS:
+        if n_experts(model) > shards.MOST_EXPERTS:
             raise ModelError(
                 f"Cannot record this model: it has {n_experts(model)} experts a layer, and a trace holds ids of up to "
-                f"{MOST_EXPERTS}. Record a model of at most {MOST_EXPERTS}.",
+                f"{shards.MOST_EXPERTS}. Record a model of at most {shards.MOST_EXPERTS}.",
                 argument="model",
                 value=n_experts(model),
             )
@@ -120,25 +120,21 @@ def sums_to_one(model: nn.Module) -> bool:
     )
 
 
-def routing_arrays(raw: Raw, rows: torch.Tensor, *, packed: bool) -> dict[str, np.ndarray]:
+def routing_arrays(raw: Raw, rows: torch.Tensor, n_experts: int, *, packed: bool) -> dict[str, np.ndarray]:
     """expert_id [n, L, k], weight float16 [n, L, k] and router_logits float16 [n, L, E] of the rows, and BAD_LAYER [n].
 
     packed  leaves out the last slot's weight, which is one minus the rest
 
-    BAD_LAYER is the first layer whose weights are not finite, and -1 where all are: then ids mean nothing.
+    Layers that choose fewer experts than others have `shards.no_expert` in the slots left, with weight 0. BAD_LAYER is
+    the first layer whose weights are not finite, and -1 where all are: then ids mean nothing.
     """
     choices = {value.shape[-1] for value in raw["expert_id"].values()}
-    if len(choices) > 1:
-        raise BadInput(
-            f"Cannot record under this edit: layers choose {sorted(choices)} experts per token, and a trace has one "
-            "number for all. Pass top_k without layers=, or do not record.",
-            argument="top_k",
-            value=sorted(choices),
-        )
-    ids, weight = gather(raw["expert_id"], rows), gather(raw["weight"], rows)
+    dtype, slots = shards.id_dtype(n_experts, ragged=len(choices) > 1), max(choices)
+    ids = gather(widened(raw["expert_id"], slots, shards.no_expert(dtype)), rows)
+    weight = gather(widened(raw["weight"], slots, 0), rows)
     bad = ~weight.isfinite().all(-1)
     arrays = {
-        "expert_id": ids.to(torch.uint8).numpy(),
+        "expert_id": ids.numpy().astype(dtype),
         "weight": (weight[..., :-1] if packed else weight).to(torch.float16).contiguous().numpy(),
         BAD_LAYER: torch.where(bad.any(-1), bad.int().argmax(-1), -1).numpy(),
     }
@@ -148,6 +144,13 @@ def routing_arrays(raw: Raw, rows: torch.Tensor, *, packed: bool) -> dict[str, n
         logits = torch.where(logits.isfinite(), logits.clamp(-most, most), logits)
         arrays["router_logits"] = logits.to(torch.float16).numpy()
     return arrays
+
+
+def widened(values: dict[int, torch.Tensor], slots: int, missing: int) -> dict[int, torch.Tensor]:
+    return {
+        index: value if value.shape[-1] == slots else F.pad(value, (0, slots - value.shape[-1]), value=missing)
+        for index, value in values.items()
+    }
 
 
 def warn_of_left_out(left_out: list[LeftOut]) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mixlens.interventions.hooks import refuse_rows
-from mixlens.models.layout import decoder_of, input_device
+from mixlens.models.layout import decoder_of, input_device, n_experts
 from mixlens.recording.hooks import BAD_LAYER, Raw, Tap, routing_arrays, site_array, sums_to_one
 from mixlens.recording.logprobs import score
 from mixlens.trace import shards
@@ -52,7 +52,7 @@ class Reader:
         tokens = _Gathered(int(start[-1]))
         sites = {site.name: _SiteRows(site) for site in self.signals.sites}
         for target, picked, raw, states in self.placed(sequences):
-            tokens.put(target, routing_arrays(raw, picked, packed=self._packed))
+            tokens.put(target, routing_arrays(raw, picked, n_experts(self.model), packed=self._packed))
             if self.signals.needs_logits:
                 self._score(tokens, target, states, picked, start, sequences)
             for rows_of_site in sites.values():

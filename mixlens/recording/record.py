@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from torch import nn
 
 from mixlens.core.run_dir import RunWriter, now, versions
-from mixlens.interventions.hooks import edits_of, top_k_of
+from mixlens.interventions.hooks import about_choices, edits_of
 from mixlens.models.layout import is_sharded, moe_layers, n_experts, without_prompt
 from mixlens.models.provenance import describe, identity
 from mixlens.recording.corpus import Corpus, RecordSettings, Shard, run_shards
@@ -98,7 +98,7 @@ def record(
         "versions": versions(*PACKAGES),
         "settings": plan,
         "n_experts": n_experts(model),
-        "top_k": top_k_of(model),
+        **about_choices(model),
     }
 
     def compute(shard: Shard) -> tuple[MemoryPart, pd.DataFrame]:

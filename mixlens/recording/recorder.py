@@ -165,7 +165,7 @@ class Recorder:
             "versions": versions(*PACKAGES),
             "settings": {"signals": self.signals.plan(), **({"edits": list(self._edits)} if self._edits else {})},
             "n_experts": n_experts(self.model),
-            "top_k": columns["expert_id"].shape[-1],
+            **shards.choices_of(columns["expert_id"], n_experts(self.model)),
             "left_out": self._left_out,
         }
         layers = range(columns["expert_id"].shape[1])
@@ -299,7 +299,7 @@ class Recorder:
             **self._scores(call, placed),
         }
         picked = torch.from_numpy(flat)
-        arrays |= routing_arrays(call.raw, picked, packed=call.packed)
+        arrays |= routing_arrays(call.raw, picked, n_experts(self.model), packed=call.packed)
         bad = arrays.pop(BAD_LAYER)
         if (bad >= 0).any():
             self._left_out += [

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mixlens.stats.counts import reduced
+from mixlens.trace.shards import id_dtype
 
 if TYPE_CHECKING:
     from mixlens.trace.trace import Trace
@@ -152,8 +153,8 @@ def _widened(counts: np.ndarray, width: int) -> np.ndarray:
 
 
 def _largest(scores: np.ndarray) -> np.ndarray:
-    """Index of the largest along the first axis, the lower one where two are equal; uint8."""
-    best, top = np.zeros(scores.shape[1:], np.uint8), scores[0].copy()
+    """Index of the largest along the first axis, the lower one where two are equal; as `id_dtype`."""
+    best, top = np.zeros(scores.shape[1:], id_dtype(len(scores))), scores[0].copy()
     for expert in range(1, len(scores)):
         better = scores[expert] > top
         best[better] = expert

@@ -257,4 +257,4 @@ def _x_log_x(x: np.ndarray) -> np.ndarray:
 
 def _joint(i: np.ndarray, j: np.ndarray, n: int) -> np.ndarray:
     """One code i * n + j; in the narrowest type that holds it, for the pass is bound by memory traffic."""
-    return np.multiply(i, n, dtype=np.uint16) + j
+    return np.multiply(i, n, dtype=np.uint16 if n <= 256 else np.uint32) + j

@@ -29,6 +29,7 @@ from mixlens.stats.counts import (
     summarise,
     with_ids,
 )
+from mixlens.trace.shards import id_dtype
 
 if TYPE_CHECKING:
     from mixlens.trace.trace import Trace
@@ -232,7 +233,7 @@ class _Types:
                 for of_slot in ids:
                     np.add.at(table[i], of_slot * np.int64(n_rows) + row[known], np.int32(1))
         table = reduced(trace, table).reshape(len(layers), trace.n_experts, n_rows)
-        return table.argmax(1).astype(np.uint8), table.max(1) / self.n
+        return table.argmax(1).astype(id_dtype(trace.n_experts)), table.max(1) / self.n
 
     def mean(self, share: np.ndarray) -> np.ndarray:
         """Mean over types of shares [layer, row], for each group [layer, group]."""

@@ -29,15 +29,25 @@ def part_of_arrays(
             argument="expert_id",
             value=ids.shape,
         )
-    if ids.size and not (0 <= ids.min() and ids.max() < n_experts <= 256):
+    lacking = (ids == -1).all(0)  # slots that a layer does not have
+    known = ids[:, ~lacking]
+    if known.size and not (0 <= known.min() and known.max() < n_experts <= shards.MOST_EXPERTS):
         raise BadInput(
-            f"Cannot make a trace with n_experts={n_experts}: the expert ids run from {ids.min()} to {ids.max()}. Ids "
-            "count from 0 to n_experts - 1, and at most 256 experts fit.",
+            f"Cannot make a trace with n_experts={n_experts}: the expert ids run from {known.min()} to {known.max()}. "
+            f"Ids count from 0 to n_experts - 1, and at most {shards.MOST_EXPERTS} experts fit.",
             argument="n_experts",
             value=n_experts,
         )
     n, n_layers, top_k = ids.shape
-    arrays: dict[str, np.ndarray] = {"expert_id": ids.astype(np.uint8)}
+    if lacking.all(1).any() or (lacking[:, :-1] > lacking[:, 1:]).any():
+        raise BadInput(
+            "Cannot make a trace of layers that choose no expert, or whose first slots are -1. Pass layers with "
+            "experts only, and -1 in the last slots of those that choose fewer.",
+            argument="expert_id",
+            value=-1,
+        )
+    dtype = shards.id_dtype(n_experts, ragged=bool(lacking.any()))
+    arrays: dict[str, np.ndarray] = {"expert_id": np.where(lacking, shards.no_expert(dtype), ids).astype(dtype)}
     if weight is not None:
         arrays["weight"] = shards.pack_weights(_shaped("weight", weight, (n, n_layers, top_k)))
     if router_logits is not None:

@@ -65,6 +65,7 @@ def run_meta(trace: Trace, counts: list[dict[str, int]], provenance: dict[str, A
         **provenance,
         "n_experts": trace.n_experts,
         "top_k": trace.top_k,
+        "layer_top_k": list(trace.layer_top_k) if len(set(trace.layer_top_k)) > 1 else None,
         "layers": trace.layers.tolist(),
         "signals": list(trace.signals),
         "sites": {site: list(layers) for site, layers in trace.sites.items()},
@@ -94,7 +95,9 @@ def long_tables(trace: Trace) -> Iterator[pd.DataFrame]:
         table = {name: np.repeat(block[name], repeats) for name in token_names}
         table["layer"] = np.tile(np.repeat(trace.layers, shape[2]), shape[0])
         table["slot"] = np.tile(np.arange(shape[2], dtype=np.uint8), shape[0] * shape[1])
-        yield pd.DataFrame(table | {name: block[name].reshape(-1) for name in routing})
+        frame = pd.DataFrame(table | {name: block[name].reshape(-1) for name in routing})
+        chosen = np.arange(shape[2]) < np.asarray(trace.layer_top_k)[:, None]
+        yield frame if chosen.all() else frame[np.tile(chosen.reshape(-1), shape[0])]
 
 
 def to_parquet(trace: Trace, path: Path) -> Path:
@@ -118,6 +121,8 @@ def to_xarray(trace: Trace) -> xr.Dataset:
     data: dict[str, Any] = {}
     for name in trace.signals:
         values = trace.read(name)
+        if name == "expert_id" and len(set(trace.layer_top_k)) > 1:
+            values = np.where(values == shards.no_expert(values.dtype), -1, values.astype(np.int32))
         if name in inner:
             data[name] = (("token", "layer", inner[name]), values)
         elif values.ndim == 2:

@@ -22,6 +22,7 @@ class Source:
     part: Part
     offset: int = 0  # added to the part's own sequence numbers
     layer_index: tuple[int, ...] | None = None
+    slots: int | None = None  # of the layers at hand; None for all
     phase: int | None = None
     tokens: tuple[int, ...] | None = None
     positions: tuple[int, int] | None = None
@@ -85,6 +86,7 @@ def column(source: Source, name: str, start: int, stop: int, keep: np.ndarray | 
     values = values if keep is None else values[keep]
     if name in shards.ROUTING and source.layer_index is not None:
         values = values[:, list(source.layer_index)]
+        values = values if name == "router_logits" else values[..., : source.slots]
     return values + source.offset if name == "sequence" else values
 
 

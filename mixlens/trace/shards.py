@@ -27,9 +27,10 @@ TOKEN_COLUMNS = {
     "phase": np.uint8,
     "logprob": np.float32,
 }
-ROUTING = {"expert_id": np.uint8, "weight": np.float32, "router_logits": np.float32}
+ROUTING = {"expert_id": np.unsignedinteger, "weight": np.float32, "router_logits": np.float32}  # ids as `id_dtype`
 NEXT_TOKEN = {"top_id": np.int64, "top_logprob": np.float32, "tail_logprob": np.float32}
 PROMPT, GENERATED = 0, 1
+MOST_EXPERTS = 2**15  # ids stay below the largest number of 16 bits, signed or not
 
 # Half precision holds a weight to 2**-11 and a router logit to 2**-11 of itself: below the rounding of bf16 models.
 _ON_DISK = {
@@ -53,6 +54,26 @@ class Part(Protocol):
     def sites(self) -> Mapping[str, tuple[int, ...]]: ...
     def read(self, name: str, start: int, stop: int) -> np.ndarray: ...
     def activation(self, site: str) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+def id_dtype(n_experts: int, *, ragged: bool = False) -> type[np.unsignedinteger]:
+    """The type that ids are kept in: 8 bits up to 256 experts, then 16.
+
+    ragged  whether layers choose different numbers of experts, which takes one id more, `no_expert`
+    """
+    return np.uint8 if n_experts + ragged <= 256 else np.uint16
+
+
+def no_expert(dtype: Any) -> int:
+    """The id in a slot that a layer does not have, because others choose more experts."""
+    return int(np.iinfo(dtype).max)
+
+
+def choices_of(expert_id: np.ndarray, n_experts: int) -> dict[str, Any]:
+    """What the meta of a trace says of the slots of ids [token, layer, slot]; layer_top_k only where layers differ."""
+    top_k, missing = expert_id.shape[-1], no_expert(expert_id.dtype)
+    each = (expert_id[:1] != missing).sum(-1).reshape(-1).tolist() if missing >= n_experts else []
+    return {"top_k": top_k, **({"layer_top_k": each} if any(k != top_k for k in each) else {})}
 
 
 def pack_weights(weight: np.ndarray) -> np.ndarray:
@@ -113,7 +134,7 @@ class MemoryPart:
         values = self.arrays[name][start:stop]
         if name == "weight":
             return unpack_weights(values, self.arrays["expert_id"].shape[-1])
-        return values.astype(_dtype(name), copy=False)
+        return values.astype(_dtype(name, values), copy=False)
 
     def activation(self, site: str) -> tuple[np.ndarray, np.ndarray]:
         row, value, _ = self.activations[site]
@@ -167,9 +188,11 @@ class DiskPart:
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
         if name in TOKEN_COLUMNS:
             column = pq.read_table(self._path("tokens", "parquet"), columns=[name], memory_map=True).column(name)
-            return column.slice(start, stop - start).to_numpy().astype(_dtype(name), copy=False)
+            return column.slice(start, stop - start).to_numpy().astype(TOKEN_COLUMNS[name], copy=False)
         values = self._tensors["routing" if name in ROUTING else "logprobs"].get_slice(name)[start:stop]
-        return unpack_weights(values, self.top_k) if name == "weight" else values.astype(_dtype(name), copy=False)
+        return (
+            unpack_weights(values, self.top_k) if name == "weight" else values.astype(_dtype(name, values), copy=False)
+        )
 
     def activation(self, site: str) -> tuple[np.ndarray, np.ndarray]:
         with safe_open(self._path(f"activations-{site}", "safetensors"), framework="numpy") as file:
@@ -218,8 +241,8 @@ def read_vocabulary(path: Path) -> pd.Series:
     return pd.Series(table.column("piece").to_pylist(), index=table.column("token_id").to_numpy(), name="piece")
 
 
-def _dtype(name: str) -> Any:
-    return (TOKEN_COLUMNS | ROUTING | NEXT_TOKEN)[name]
+def _dtype(name: str, stored: np.ndarray) -> Any:
+    return stored.dtype if name == "expert_id" else (TOKEN_COLUMNS | ROUTING | NEXT_TOKEN)[name]
 
 
 def _write_bytes(path: Path, data: bytes) -> None:

@@ -56,7 +56,9 @@ class Trace:
         self.meta = dict(meta)
         self.layers = np.asarray(layers, dtype=np.int64)
         self.n_experts: int = int(self.meta["n_experts"])
-        self.top_k: int = int(self.meta["top_k"])
+        alike = [int(self.meta["top_k"])] * len(self.layers)
+        self.layer_top_k: tuple[int, ...] = tuple(self.meta.get("layer_top_k") or alike)
+        self.top_k: int = max(self.layer_top_k, default=int(self.meta["top_k"]))
         self.path: Path | None = None
         self.reduce: Callable[[np.ndarray], np.ndarray] | None = None
         self._vocabulary: pd.Series | None = None
@@ -80,7 +82,8 @@ class Trace:
         Parameters
         ----------
         expert_id : Any
-            Integers [token, layer, slot], the strongest expert in slot 0.
+            Integers [token, layer, slot], the strongest expert in slot 0; -1 in the last slots of layers that choose
+            fewer experts than others.
         n_experts : int
             Experts a layer.
         weight : Any, optional
@@ -112,10 +115,9 @@ class Trace:
         part, frame = part_of_arrays(
             expert_id, n_experts, weight, router_logits, {} if tokens is None else tokens, sequences
         )
-        _, n_layers, top_k = part.arrays["expert_id"].shape
-        return from_parts(
-            [part], frame, {"source": "arrays", "n_experts": n_experts, "top_k": top_k, **(meta or {})}, range(n_layers)
-        )
+        ids = part.arrays["expert_id"]
+        about = {"source": "arrays", "n_experts": n_experts, **shards.choices_of(ids, n_experts), **(meta or {})}
+        return from_parts([part], frame, about, range(ids.shape[1]))
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, check: bool = True) -> Trace:
@@ -216,7 +218,24 @@ class Trace:
             Name of the operation, for the message.
         names : str
             Names of columns.
+
+        Raises
+        ------
+        BadInput
+            If the operation needs expert ids or weights, and layers choose different numbers of experts.
         """
+        self._require_signals(what, *names)
+        if {"expert_id", "weight"} & set(names) and len(set(self.layer_top_k)) > 1:
+            layers = self.layers[np.asarray(self.layer_top_k) == self.top_k].tolist()
+            raise BadInput(
+                f"Cannot compute {what} over all layers: they choose {sorted(set(self.layer_top_k))} experts a token, "
+                "and numbers of layers that choose different numbers do not compare. Select layers that choose as "
+                f"many, such as trace.select(layers={layers}).",
+                argument="layers",
+                value=sorted(set(self.layer_top_k)),
+            )
+
+    def _require_signals(self, what: str, *names: str) -> None:
         missing = [name for name in names if name not in self.signals]
         if missing:
             raise MissingSignal(
@@ -231,8 +250,9 @@ class Trace:
     def blocks(self, *names: str, tokens: int = 65_536) -> Iterator[dict[str, np.ndarray]]:
         """Iterate over columns, a few whole sequences at a time, in input order.
 
-        sequence, position, token_id  int64 [token]     expert_id      uint8   [token, layer, slot]
+        sequence, position, token_id  int64 [token]     expert_id      uint8   [token, layer, slot], uint16 above 256
         phase (0 prompt, 1 generated) uint8 [token]     weight         float32 [token, layer, slot]
+        A layer that chooses fewer experts than others has the largest id of the type, and weight 0, in the slots left.
         logprob  float32 [token], log p(this token | earlier ones); NaN for the first of a sequence
         router_logits  float32 [token, layer, expert]
         top_id, top_logprob [token, 64] and tail_logprob [token]: the next-token distribution after this token
@@ -253,7 +273,7 @@ class Trace:
         >>> sum(len(block["token_id"]) for block in trace.blocks("token_id")) == trace.n_tokens
         True
         """
-        self.require("Reading a trace", *names)
+        self._require_signals("Reading a trace", *names)
         selected = np.zeros(int(self.sequences.index.max()) + 1 if len(self.sequences) else 0, bool)
         selected[self.sequences.index] = True
         for source in self._sources:
@@ -285,7 +305,9 @@ class Trace:
         if self._sources:
             return column(self._sources[0], name, 0, 0, None)
         shapes = {"expert_id": self.top_k, "weight": self.top_k, "router_logits": self.n_experts}
-        return np.zeros((0, self.n_layers, shapes[name]) if name in shapes else 0, shards._dtype(name))
+        dtype = (shards.TOKEN_COLUMNS | shards.ROUTING | shards.NEXT_TOKEN)[name]
+        dtype = shards.id_dtype(self.n_experts) if name == "expert_id" else dtype
+        return np.zeros((0, self.n_layers, shapes[name]) if name in shapes else 0, dtype)
 
     def activations(self, site: str) -> xr.DataArray:
         """Return recorded activations of a site [token, layer, ...], with coordinates sequence, position and layer.
@@ -377,7 +399,7 @@ class Trace:
         sequences = self.sequences
         if where is not None:
             sequences = sequences[row_mask(sequences, where, self._whole)]
-        sources, kept_layers = self._sources, self.layers
+        sources, kept_layers, meta = self._sources, self.layers, self.meta
         if layers is not None:
             asked = np.atleast_1d(np.asarray(layers))
             missing = sorted(set(asked.tolist()) - set(self.layers.tolist()))
@@ -389,11 +411,18 @@ class Trace:
                     value=missing,
                 )
             index = tuple(int(np.flatnonzero(self.layers == layer)[0]) for layer in asked)
+            chosen = [self.layer_top_k[i] for i in index]
+            slots = max(chosen, default=self.top_k)
             sources = [
-                replace(s, layer_index=index if s.layer_index is None else tuple(s.layer_index[i] for i in index))
+                replace(
+                    s,
+                    slots=slots,
+                    layer_index=index if s.layer_index is None else tuple(s.layer_index[i] for i in index),
+                )
                 for s in sources
             ]
             kept_layers = asked
+            meta = {**meta, "top_k": slots, "layer_top_k": chosen if len(set(chosen)) > 1 else None}
         if phase is not None and phase not in PHASES:
             raise BadInput(
                 f"Cannot select the phase {phase!r}: phases are prompt and generated. Pass one of them.",
@@ -401,7 +430,7 @@ class Trace:
                 value=phase,
             )
         sources = [s.narrowed(None if phase is None else PHASES[phase], tokens, positions) for s in sources]
-        view = Trace(sources, sequences, self.meta, kept_layers)
+        view = Trace(sources, sequences, meta, kept_layers)
         view.path, view._vocabulary, view.reduce = self.path, self._vocabulary, self.reduce
         view._whole = self._whole
         return view
@@ -529,7 +558,7 @@ def concat(traces: Sequence[Trace]) -> Trace:
         )
     first, offset, sources, frames = traces[0], 0, [], []
     for number, trace in enumerate(traces):
-        same = (trace.n_experts, trace.top_k) == (first.n_experts, first.top_k)
+        same = (trace.n_experts, trace.layer_top_k) == (first.n_experts, first.layer_top_k)
         if not same or not np.array_equal(trace.layers, first.layers):
             raise BadInput(
                 f"Cannot concatenate trace {number} with trace 0: it has {trace.n_layers} layers, top-{trace.top_k} "

@@ -211,12 +211,6 @@ def test_as_many_choices_are_recorded_as_the_routers_make():
     )
 
 
-def test_more_experts_than_ids_can_tell_are_refused():
-    model = tiny_mixtral(num_local_experts=300)
-    with refused(ml.ModelError, "model", 300), ml.Recorder(model):
-        pass
-
-
 def test_documents_without_the_models_beginning_are_remarked():
     class Bare(Numbers):
         bos_token_id, bos_token = 1, "<s>"

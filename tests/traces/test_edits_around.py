@@ -314,11 +314,9 @@ def test_a_replay_names_the_position_that_differs(net):
         forward(net, edits.replay(trace), ids=longer)
 
 
-def test_layers_with_different_k_cannot_be_recorded(net):
-    with refused(BadInput, "top_k", [1, 2]):
-        forward(net, edits.top_k(1, layers=[0, 2]))
-    with torch.no_grad(), ml.edit(net, edits.top_k(1, layers=[0, 2])):
-        net(PROMPT)
+def test_layers_with_different_k_are_recorded_as_they_are(net):
+    _, trace = forward(net, edits.top_k(1, layers=[0, 2]))
+    assert trace.layer_top_k == tuple(1 if layer in (0, 2) else 2 for layer in trace.layers)
 
 
 def test_rows_mean_nothing_to_record(net, letters):
