@@ -16,6 +16,8 @@ COLUMNS = [
     "model", "quantization", "benchmark", "protocol", "shots", "split", "metric", "scorer", "average", "score", "n",
     "source", "page", "status", "note",
 ]  # fmt: skip
+# What makes a protocol, beside the name that it has here.
+_PARTS = ("protocol", "shots", "split", "metric", "scorer", "n")
 BESIDE = [
     "benchmark", "protocol", "metric", "score", "ci_low", "ci_high", "n", "published", "published_protocol",
     "comparable", "why_not", "difference", "source", "status", "quantization", "note",
@@ -71,9 +73,10 @@ def references(model: str | None = None, *, benchmark: str | None = None) -> pd.
 def beside(log: Log, *, model: str | None = None) -> pd.DataFrame:
     """Set every score beside the published ones; `comparable` only where the protocols are equal, else the reason.
 
-    A published score is comparable when protocol, metric and average are those of the log (where the source states
-    them), nothing was left out by a limit, the number of questions is the same, and no chat endpoint put its template
-    around the prompts.
+    A published score is comparable when its source states protocol, shots, split, metric, scorer, number of questions
+    and, for a benchmark of several tasks, how they were averaged, and all of them are those of the log; nothing was
+    left out by a limit; and no chat endpoint put its template around the prompts. What differs, and what is not known,
+    is named.
 
     Parameters
     ----------
@@ -101,7 +104,7 @@ def beside(log: Log, *, model: str | None = None) -> pd.DataFrame:
     rows = []
     for score in primary_rows(log.scores, log.meta["tasks"]):
         percent = {key: 100 * score[key] for key in ("score", "ci_low", "ci_high")}
-        row = {key: score[key] for key in ("benchmark", "protocol", "metric", "n")} | percent
+        row = {key: score[key] for key in ("benchmark", "protocol", "metric", "average", "n")} | percent
         found = entries[entries["benchmark"] == score["benchmark"]].to_dict("records")
         for entry in found:
             stated = _as_stated(log, score, entry)
@@ -121,23 +124,29 @@ def _as_stated(log: Log, score: dict[str, Any], entry: dict[Any, Any]) -> dict[s
         rows = rows[rows[key] == value]
     if len(rows) != 1:
         return {}
-    return {"metric": wanted["metric"], **{key: 100 * rows[key].iloc[0] for key in ("score", "ci_low", "ci_high")}}
+    return wanted | {key: 100 * rows[key].iloc[0] for key in ("score", "ci_low", "ci_high")}
 
 
 def _compared(log: Log, row: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
     reasons = []
     limit = log.meta["settings"].get("limit")
-    if entry["protocol"] != row["protocol"]:
-        reasons.append(f"published by {entry['protocol']}")
-    if isinstance(entry["metric"], str) and entry["metric"] != row["metric"]:
-        reasons.append(f"published metric is {entry['metric']}")
     asked_by = (log.meta["model"].get("endpoint") or {}).get("protocol", "openai-completions")
     if asked_by != "openai-completions":
         reasons.append(f"asked by {asked_by}: the server's chat template is around the prompt")
     if limit is not None:
         reasons.append(f"only the first {limit} samples of every task")
-    elif entry["n"] == entry["n"] and entry["n"] != row["n"]:
-        reasons.append(f"published n is {entry['n']:.0f}")
+    about = next(task for task in log.meta["tasks"].values() if task["protocol"] == row["protocol"])
+    ours = {**{part: about.get(part) for part in _PARTS}, **{part: row[part] for part in ("protocol", "metric", "n")}}
+    # An average is a part only where there are several tasks to average over.
+    ours |= {"average": row["average"]} if row["average"] else {}
+    if limit is not None:
+        del ours["n"]
+    known = {part: (entry[part], mine) for part, mine in ours.items() if _stated(entry[part]) and _stated(mine)}
+    reasons += [f"published {part} is {_shown(theirs)}" for part, (theirs, mine) in known.items() if theirs != mine]
+    if lacking := [part for part in ours if not _stated(entry[part])]:
+        reasons.append(f"not stated by the source: {', '.join(lacking)}")
+    if lacking := [part for part, mine in ours.items() if not _stated(mine)]:
+        reasons.append(f"not known of this evaluation: {', '.join(lacking)}")
     return {
         "published": entry["score"],
         "published_protocol": entry["protocol"],
@@ -146,6 +155,14 @@ def _compared(log: Log, row: dict[str, Any], entry: dict[str, Any]) -> dict[str,
         "difference": float("nan") if reasons else row["score"] - entry["score"],
         **{key: entry[key] for key in ("source", "status", "quantization", "note")},
     }
+
+
+def _stated(value: Any) -> bool:
+    return value is not None and value == value
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.0f}" if isinstance(value, float) else str(value)
 
 
 def _plain(name: str) -> str:

@@ -361,6 +361,8 @@ def _about_tasks(
             "protocol": protocol.name if protocol else f"lm-eval {name}",
             "version": str(task.VERSION),
             "shots": int(task.get_config("num_fewshot") or 0),
+            "split": task.config.test_split or task.config.validation_split,
+            "scorer": _scorer(task),
             "chat": loaded.chat(name) or not getattr(backend, "completes", True),
             "primary": _primary(loaded, name, metrics[name]),
             "metrics": {metric: _aggregation(task, metric, own) for metric in metrics[name]},
@@ -368,6 +370,13 @@ def _about_tasks(
             "data": source_of(words.get("hub"), task, sums.get(str(words.get("hub")), {})),
         }
     return about
+
+
+def _scorer(task: Any) -> str:
+    """Who grades: lm-eval's own metrics, or functions that the task file names."""
+    functions = [task.config.process_results, *(each["metric"] for each in task.config.metric_list or [])]
+    own = {function.__module__.partition(".")[0] for function in functions if callable(function)} - {"lm_eval"}
+    return ", ".join(sorted(own)) or "lm-evaluation-harness"
 
 
 def _aggregation(task: Any, metric: str, own: dict[str, Any]) -> dict[str, Any]:

@@ -87,32 +87,65 @@ def test_what_a_protocol_says_of_its_shots_agrees_with_the_entry():
         assert named is None or entry["shots"] == float(named[1])
 
 
-def made_up(task: str, n: int, right: int, *, metric: str = "passed", limit: int | None = None, **endpoint: str) -> Log:
-    """A log of the base model with `right` of `n` samples right."""
+INSTRUCT = MODELS[2]
+STRICT = "exact_match,strict-match"
+HARNESS = {"shots": 5, "split": "test", "scorer": "lm-evaluation-harness"}
+
+
+def made_up(
+    task: str, n: int, right: int, *, metric: str = "passed", limit: int | None = None, model: str = BASE,
+    parts: dict | None = None, **endpoint: str,
+) -> Log:  # fmt: skip
+    """A log with `right` of `n` samples right."""
     records = [
         {"task": task, "sample_id": i, "metrics": {metric: float(i < right)}, "correct": float(i < right)}
         for i in range(n)
     ]
-    about = {"benchmark": task.partition("_")[0], "protocol": task, "primary": metric}
+    about = {"benchmark": task.partition("_")[0], "protocol": task, "primary": metric, **(HARNESS | (parts or {}))}
     tasks = {task: about | {"metrics": {metric: {"aggregation": "mean"}}}}
-    model = {"name": BASE} | ({"endpoint": endpoint} if endpoint else {})
-    return Log(records, {"model": model, "tasks": tasks, "settings": {"limit": limit}})
+    named = {"name": model} | ({"endpoint": endpoint} if endpoint else {})
+    return Log(records, {"model": named, "tasks": tasks, "settings": {"limit": limit}})
+
+
+def gsm8k(**changed) -> Log:
+    return made_up("gsm8k_5shot", 1319, 660, **{"metric": STRICT, "model": INSTRUCT} | changed)
 
 
 def test_a_score_of_the_same_protocol_has_its_difference_in_points():
-    compared = beside(made_up("humaneval_0shot", 164, 82)).set_index("published")
-    assert compared["comparable"].all()
-    assert compared["difference"].round(6).to_dict() == {40.2: 9.8, 32.3: 17.7}
-    assert (compared["n"] == 164).all()
+    compared = beside(gsm8k()).query("comparable").set_index("published")
+    ours = 100 * 660 / 1319
+    assert compared["difference"].to_dict() == pytest.approx({64.36: ours - 64.36, 64.06: ours - 64.06})
+    assert (compared["n"] == 1319).all()
+
+
+@pytest.mark.parametrize(("part", "value"), [("shots", 4), ("split", "train"), ("scorer", "mixlens")])
+def test_any_part_of_the_protocol_that_differs_or_is_not_known_is_named(part, value):
+    differs = beside(gsm8k(parts={part: value})).query("status == 'quantized' and published == 64.06").iloc[0]
+    assert not differs["comparable"]
+    assert part in differs["why_not"]
+    unknown = beside(gsm8k(parts={part: None}))
+    assert not unknown["comparable"].any()
+    assert unknown["why_not"].str.contains(part).all()
+
+
+def test_of_no_source_more_is_taken_for_known_than_it_states():
+    """The paper names no program that graded; of ARC and HellaSwag not even the metric."""
+    for log in (made_up("humaneval_0shot", 164, 82, parts={"shots": 0}), made_up("mmlu_5shot", 14042, 9, metric="acc")):
+        compared = beside(log)
+        paper = compared[compared["source"].str.contains("2401.04088")]
+        assert len(paper)
+        assert not paper["comparable"].any()
+        assert paper["why_not"].str.contains("not stated by the source: scorer").all()
+    assert "not stated by the source: metric" in beside(made_up("hellaswag_0shot", 10042, 9)).iloc[0]["why_not"]
 
 
 @pytest.mark.parametrize(
     "log",
     [
-        made_up("humaneval_0shot", 163, 82),
-        made_up("humaneval_0shot", 164, 82, limit=164),
-        made_up("humaneval_0shot", 164, 82, metric="exact_match"),
-        made_up("humaneval_0shot", 164, 82, protocol="openai-chat"),
+        made_up("gsm8k_5shot", 1318, 82, metric=STRICT, model=INSTRUCT),
+        gsm8k(limit=1319),
+        gsm8k(metric="exact_match,flexible-extract"),
+        gsm8k(protocol="openai-chat"),
         made_up("humaneval_0shot_instruct", 164, 82),
         made_up("math_4shot", 5000, 82, metric="math_equal"),
         made_up("gsm8k_5shot", 1318, 82, metric="exact_match"),
