@@ -75,7 +75,8 @@ log.samples[["task", "sample_id", "prompt", "target", "response", "correct"]].gr
 # ## Beside published scores
 #
 # A published score is comparable only where its source states every part of the protocol (shots, split, metric, who
-# graded, number of questions) and each is the same. Where it is not, or where nobody has published any, the table says why.
+# graded, number of questions) and each is the same. Where it is not, or where nobody has published any, the table
+# says why.
 
 # %%
 beside(log, model=PUBLISHED)[["benchmark", "protocol", "score", "comparable", "why_not"]].round(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import shutil
 from typing import Any
@@ -110,6 +111,17 @@ def test_quality_and_split_by_hand(models, force_weights):
             assert float(cell.sel(part="weights")) == pytest.approx(weights, abs=close), (quantity, order)
             assert float(cell.sel(part="routing")) == pytest.approx(routing, abs=close), (quantity, order)
             assert float(cell.sel(part="total")) == pytest.approx(bb - aa, abs=1e-6)
+
+
+def test_where_only_the_dtype_differs_all_of_the_change_is_arithmetic(models):
+    rounded = copy.deepcopy(models[0]).to(torch.bfloat16)
+    asked = {"tokenizer": Letters(), "settings": SETTINGS}
+    found = ml.experiments.measure_impact(models[0], rounded, DOCUMENTS, **asked).split(bootstrap=QUICK)
+    assert found["part"].values.tolist() == ["everything else", "routing", "total", "arithmetic"]
+    np.testing.assert_allclose(found.estimate.sel(part="arithmetic"), found.estimate.sel(part="total"), atol=1e-7)
+    assert float(abs(found.estimate.sel(part="total", quantity="kl")).max()) > 0
+    alike = ml.experiments.measure_impact(models[0], models[1], DOCUMENTS, **asked).split(bootstrap=QUICK)
+    assert (alike.estimate.sel(part="arithmetic") == 0).all()
 
 
 def test_weight_and_output_errors_by_hand(models, impact):

@@ -22,14 +22,14 @@ DOCUMENTS, LAYERS, EXPERTS = 6, 3, 4
 
 @pytest.fixture(scope="module")
 def arrays() -> dict[str, np.ndarray]:
-    """Sums of four conditions that differ in everything: a, b, b routed as a, a routed as b."""
+    """Sums of five conditions that differ in everything: a, b, b routed as a, a routed as b, a cast."""
     rng = np.random.default_rng(0)
     tokens = np.array([7, 3, 12, 5, 9, 0])  # the last document predicts nothing, and is routed all the same
     length, each = tokens + 2, tokens[:, None]
     return {
-        "loss": rng.uniform(1, 3, (DOCUMENTS, 4)) * each,
-        "kl": rng.uniform(0, 1, (DOCUMENTS, 4)) * each * [0, 1, 1, 1],
-        "same_top": rng.uniform(0.2, 0.9, (DOCUMENTS, 4)) * each * [0, 1, 1, 1] + each * [1, 0, 0, 0],
+        "loss": rng.uniform(1, 3, (DOCUMENTS, 5)) * each,
+        "kl": rng.uniform(0, 1, (DOCUMENTS, 5)) * each * [0, 1, 1, 1, 1],
+        "same_top": rng.uniform(0.2, 0.9, (DOCUMENTS, 5)) * each * [0, 1, 1, 1, 1] + each * [1, 0, 0, 0, 0],
         "same_first": rng.uniform(0, 1, (DOCUMENTS, LAYERS)) * length[:, None],
         "shared": rng.uniform(0, 2, (DOCUMENTS, LAYERS)) * length[:, None],
         "error": rng.uniform(0, 1, (DOCUMENTS, LAYERS, EXPERTS)),
@@ -65,19 +65,19 @@ def is_number(part: str) -> bool:
 def test_the_overview_of_an_impact(impact, arrays):
     n = arrays["tokens"].sum()
     loss, kl, same = (arrays[name].sum(0) / n for name in ("loss", "kl", "same_top"))
-    a, b, b_as_a, a_as_b = loss
+    a, b, b_as_a, a_as_b, cast = loss
     expected = [
         math.exp(a), math.exp(b), b - a,
         ((b_as_a - a) + (b - a_as_b)) / 2,  # weights, in the mean of both orders: neither order alone gives it
-        ((b - b_as_a) + (a_as_b - a)) / 2,
+        ((b - b_as_a) + (a_as_b - a)) / 2, cast - a,
         kl[1], same[1],
     ]  # fmt: skip
     table = impact.overview()
     np.testing.assert_allclose(table["estimate"], expected)
-    assert table["n"].tolist() == [n] * 7
-    assert table["unit"].tolist() == ["", "", *["nats a token"] * 4, "fraction"]
+    assert table["n"].tolist() == [n] * 8
+    assert table["unit"].tolist() == ["", "", *["nats a token"] * 5, "fraction"]
     assert [name.rsplit(" ", 1)[-1] for name in table.index[:2]] == ["one", "two"]
-    lines = repr(impact).splitlines()[-7:]
+    lines = repr(impact).splitlines()[-8:]
     for line, name, (_, row) in zip(lines, table.index, table.iterrows(), strict=True):
         scale = 100 if row.unit == "fraction" else 1
         numbers = shown_numbers(line.removeprefix(name))
@@ -119,12 +119,15 @@ def test_quality_and_split_of_every_condition(impact, arrays, by):
         a, b = loss[:2]
         expected = [a, b, b - a, math.exp(a), math.exp(b), math.exp(b - a), same[1], kl[1]]
         np.testing.assert_allclose(here.estimate, expected)
-        for quantity, (aa, bb, ba, ab) in {"loss": loss, "kl": kl, "other_top": 1 - same}.items():
+        for quantity, (aa, bb, ba, ab, cast) in {"loss": loss, "kl": kl, "other_top": 1 - same}.items():
             orders = np.array([[ba - aa, bb - ba], [bb - ab, ab - aa]])
-            table = parts.estimate.sel(quantity=quantity, part=["weights", "routing", "total"]).values
+            table = parts.estimate.sel(quantity=quantity, part=["everything else", "routing", "total"]).values
             np.testing.assert_allclose(table[:2, :2], orders)
             np.testing.assert_allclose(table[2, :2], orders.mean(0))
             np.testing.assert_allclose(table[:, 2], bb - aa)
+            np.testing.assert_allclose(parts.estimate.sel(quantity=quantity, part="arithmetic"), cast - aa)
+        assert np.isfinite(parts.p.sel(quantity="loss")).all()
+        assert not parts.survives.sel(quantity=["kl", "other_top"]).any()
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -52,8 +53,11 @@ def measure_impact(
     """Measure what changed weights do to predictions, to routing and to every expert, and which causes which.
 
     Every document is read four times: by each model with its own routing, and by each with the experts that the other
-    chose for the same tokens, in every layer. So the change in quality is split into what comes from changed weights
-    and what from changed routing.
+    chose for the same tokens, in every layer. So the change in quality is split into what comes from changed routing
+    and everything else, which is called weights only where both compute in the same dtype with the same kinds of
+    layers. Where the dtypes differ, the documents are read a fifth time, by a copy of the first model in the dtype of
+    the second, which takes memory: what changes then is arithmetic alone. No copy is made of a first model that is
+    quantized or lies on several devices.
 
     Parameters
     ----------
@@ -96,9 +100,12 @@ def measure_impact(
     corpus = Corpus.of(model_a, documents, tokenizer, settings)
     other = identity(model_b)
     pair = _Pair(model_a, model_b, corpus.batch_tokens, force_weights)
-    measured = measure_documents(
-        model_a, corpus, KIND, measure=pair.measure, about={"other": other, "force_weights": force_weights}, out=out
-    )
+    about = {
+        "other": other,
+        "force_weights": force_weights,
+        "same_arithmetic": _computes(model_a) == _computes(model_b),
+    }
+    measured = measure_documents(model_a, corpus, KIND, measure=pair.measure, about=about, out=out)
     return Impact(measured, path=None if out is None else Path(out))
 
 
@@ -141,6 +148,7 @@ class _Pair:
         self.batch_tokens, self.force_weights = batch_tokens, force_weights
         self.layers = list(zip(moe_layers(model_a), moe_layers(model_b), strict=True))
         self.n_experts = n_experts(model_a)
+        self.a_cast: Any = self.a if model_a.dtype == model_b.dtype else _cast(model_a, model_b.dtype)
 
     @torch.no_grad()  # torchao's weights cannot be detached in inference mode
     def measure(self, shard: Shard) -> dict[str, np.ndarray]:
@@ -173,7 +181,9 @@ class _Pair:
             b_routed_as_a = self._read(self.b, batch)
         with edit(self.a, self._routing_of(b, batch)):
             a_routed_as_b = self._read(self.a, batch)
-        states = [one.states for one in (a, b, b_routed_as_a, a_routed_as_b)]
+        a_cast = None if self.a_cast is None else a if self.a_cast is self.a else self._read(self.a_cast, batch)
+        passes = (a, b, b_routed_as_a, a_routed_as_b, a_cast)
+        states = [None if one is None else one.states for one in passes]
         predicted = batch.sequence[batch.following >= 0]
         for name, values in self._predictions(states, batch.following).items():
             np.add.at(sums[name], predicted, values)
@@ -202,16 +212,18 @@ class _Pair:
         trace = Trace.from_arrays(one.ids, n_experts=self.n_experts, weight=one.weights, tokens=tokens)
         return replay(trace, weights=self.force_weights)
 
-    def _predictions(self, states: list[torch.Tensor], following: np.ndarray) -> dict[str, np.ndarray]:
+    def _predictions(self, states: list[torch.Tensor | None], following: np.ndarray) -> dict[str, np.ndarray]:
         """loss, kl, same_top [predicted token, condition]; no more than a few rows of logits at a time."""
         predicts = torch.from_numpy(np.flatnonzero(following >= 0))
         target = torch.from_numpy(following)[predicts]
-        found = {name: np.zeros((len(predicts), len(CONDITIONS))) for name in ("loss", "kl", "same_top")}
-        heads = [self.a.lm_head, self.b.lm_head, self.b.lm_head, self.a.lm_head]
+        found = {name: np.full((len(predicts), len(CONDITIONS)), np.nan) for name in ("loss", "kl", "same_top")}
+        heads = [getattr(model, "lm_head", None) for model in (self.a, self.b, self.b, self.a, self.a_cast)]
         for start in range(0, len(predicts), _ROWS):
             rows = slice(start, start + _ROWS)
             of_a = None
             for condition, (head, state) in enumerate(zip(heads, states, strict=True)):
+                if head is None or state is None:
+                    continue
                 logp = torch.log_softmax(head(state[predicts[rows].to(state.device)]).float(), dim=-1)
                 of_a = logp if of_a is None else of_a
                 logp = logp.to(of_a.device)
@@ -256,6 +268,18 @@ class _Pair:
                     before, after = a[expert].float(), b[expert].to(a.device).float()
                     found[0, row, expert, column] = float((after - before).norm() / before.norm())
         return found
+
+
+def _computes(model: Any) -> tuple[Any, ...]:
+    """What decides how a model rounds: dtype, way to compute experts, and kinds of layers."""
+    ways = (getattr(model.config, f"_{of}_implementation", None) for of in ("experts", "attn"))
+    return (model.dtype, *ways, sorted({type(module).__qualname__ for module in model.modules()}))
+
+
+def _cast(model: Any, dtype: torch.dtype) -> Any:
+    """A copy of the model in another dtype; None where its weights are packed or lie on several devices."""
+    plain = all(p.dtype == model.dtype for p in model.parameters())
+    return copy.deepcopy(model).to(dtype) if plain and len({p.device for p in model.parameters()}) == 1 else None
 
 
 def _same_shape(model_a: Any, model_b: Any) -> None:

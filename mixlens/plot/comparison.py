@@ -26,7 +26,7 @@ from mixlens.plot.style import (
 )
 from mixlens.stats.pareto import Pareto
 
-_ORDERS = {"weights_first": "weights first", "routing_first": "routing first", "mean": "mean of both"}
+_ORDERS = {"weights_first": "routing last", "routing_first": "routing first", "mean": "mean of both"}
 _QUANTITIES = {
     "loss": "change in loss, nats a token",
     "kl": "KL divergence, nats a token",
@@ -41,7 +41,7 @@ _AXES = {
     "ttft_s": (1e3, "time to first token, ms"),
     "tpot_s": (1e3, "time per output token, ms"),
 }
-_PARTS = {"weights": "from other weights", "routing": "from other routing"}
+_PARTS = {"weights": "from other weights", "everything else": "from everything else", "routing": "from other routing"}
 
 
 @takes("stats.flips", "estimate", "layer", "measure")
@@ -137,7 +137,7 @@ def flips_by_margin(data: xr.Dataset, ax: Axes | None = None) -> Axes:
 
 @takes("experiments.measure_impact(...).split()", "estimate", "quantity", "order", "part")
 def quality_split(data: xr.Dataset, ax: Axes | None = None, *, quantity: str = "loss") -> Axes:
-    """Draw how much of the change comes from other weights and from other routing, in both orders and on average.
+    """Draw how much of the change comes from other routing and from everything else, in both orders and on average.
 
     Parameters
     ----------
@@ -174,22 +174,24 @@ def quality_split(data: xr.Dataset, ax: Axes | None = None, *, quantity: str = "
     part = labels.only(data.sel(quantity=quantity, drop=True), "quality_split", "order", "part")
     with drawing(ax, COLUMN, 2.2) as ax:
         rows = np.arange(len(_ORDERS))[::-1]
-        colours = dict(zip(_PARTS, expert_colours(2), strict=True))
-        total = part.sel(part="total")
-        for i, (name, label) in enumerate(_PARTS.items()):
+        named = [str(name) for name in part["part"].to_numpy() if name in _PARTS]
+        colours = dict(zip(named, expert_colours(2), strict=True))
+        for i, name in enumerate(named):
             cell = part.sel(part=name, order=list(_ORDERS))
             at = rows + (0.5 - i) * 0.3
-            ax.barh(at, cell["estimate"], height=0.28, color=colours[name], linewidth=0, label=label)
+            ax.barh(at, cell["estimate"], height=0.28, color=colours[name], linewidth=0, label=_PARTS[name])
             ax.hlines(at, cell["ci_low"], cell["ci_high"], color=INK, linewidth=0.8, zorder=3)
-        whole = float(total.sel(order="mean")["estimate"])
+        whole, cast = (float(part.sel(order="mean", part=name)["estimate"]) for name in ("total", "arithmetic"))
         ax.axvline(whole, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), label="in all")
+        if np.isfinite(cast) and "weights" not in named:
+            ax.axvline(cast, color=MUTED, linewidth=0.8, linestyle=(0, (1, 2)), label="arithmetic alone")
         ax.axvline(0, color=INK, linewidth=0.6)
         ax.set_yticks(rows, list(_ORDERS.values()))
         ax.tick_params(axis="y", length=0)
         ax.set_xlabel(_QUANTITIES[quantity])
         if quantity == "other_top":
             ax.xaxis.set_major_formatter(percent)
-        ax.legend(loc="upper left", bbox_to_anchor=(-0.3, -0.3), ncols=3, fontsize=relative_size(0.8))
+        ax.legend(loc="upper left", bbox_to_anchor=(-0.3, -0.3), ncols=2, fontsize=relative_size(0.8))
         note = f"{labels.sample(data)}; whiskers: {labels.level(data)} over documents, paired"
         heading(ax, labels.title(data) + _selected(part), note)
     return ax

@@ -47,15 +47,16 @@ def impact_sections(impact: Impact, _name: str = "") -> dict[str, str]:
     split, experts = impact.split(), impact.experts()
     text = (
         "Both models read the same tokens twice: with their own routing, and with the experts that the other chose, "
-        "forced in every layer. Changing the weights first and then the routing, or the other way round, divides the "
-        "change in two ways; their mean is the Shapley value of each part."
+        "forced in every layer. Changing the routing last or first divides the change in two ways; their mean is the "
+        "Shapley value of each part. What is not routing is called weights only where both compute alike; what another "
+        "dtype alone changes is measured with the first model cast to it, and shown as arithmetic."
     )
     provenance = {name: impact.meta.get(name) for name in ("created", "model", "other", "versions", "force_weights")}
     return {
         "Impact on predictions": paragraphs(impact.title())
         + shown(impact.overview()).to_html(escape=True, border=0)
         + _figure(by_layer(impact.routing()), "How far both route the same tokens alike."),
-        "Changed weights and changed routing": paragraphs(text)
+        f"Changed routing and {impact.rest}": paragraphs(text)
         + "".join(
             _figure(comparison.quality_split(split, quantity=quantity), f"{name}, divided.")
             for quantity, name in (("loss", "Change in loss"), ("kl", "KL divergence"))

@@ -18,8 +18,9 @@ from mixlens.stats.measured import Measured, intervals_by, read_measured, summar
 from mixlens.stats.next_tokens import LOSSES
 
 KIND = "impact"
-# Weights of one model, and whose experts are chosen: its own, or those that the other chose for the same tokens.
-CONDITIONS = ("a", "b", "b_routed_as_a", "a_routed_as_b")
+# Weights of one model, and whose experts are chosen: its own, or those that the other chose for the same tokens. The
+# last is the first model in the dtype of the second; NaN where it was not measured.
+CONDITIONS = ("a", "b", "b_routed_as_a", "a_routed_as_b", "a_cast")
 MATRICES = ("w1", "w2", "w3")
 
 
@@ -86,13 +87,16 @@ class Impact:
         )  # fmt: skip
 
     def split(self, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
-        """How much of the change comes from other weights, and how much from the experts being chosen otherwise.
+        """How much of the change comes from the experts being chosen otherwise, and how much from everything else.
 
         With v(w, r) what is measured under the weights of w and the routing of r,
-        weights_first   weights v(b, a) - v(a, a), then routing v(b, b) - v(b, a)
-        routing_first   routing v(a, b) - v(a, a), then weights v(b, b) - v(a, b)
+        weights_first   the rest v(b, a) - v(a, a), then routing v(b, b) - v(b, a)
+        routing_first   routing v(a, b) - v(a, a), then the rest v(b, b) - v(a, b)
         mean            of the two orders (the Shapley value of both parts)
-        In each order weights + routing = total = v(b, b) - v(a, a), exactly.
+        In each order rest + routing = total = v(b, b) - v(a, a), exactly. The rest is called "weights" where both
+        models compute in the same dtype with the same kinds of layers, else "everything else"; arithmetic, v of a cast
+        to the dtype of b less v(a, a), is what the dtype alone changes. It is 0 for equal dtypes, and does not hold
+        how the kernels of quantized layers round.
 
         loss
             loss, nats a token.
@@ -104,8 +108,9 @@ class Impact:
         Returns
         -------
         xarray.Dataset
-            ``estimate``, ci_low, ci_high ``[*by, quantity, order, part (weights, routing, total)]``; n (predicted
-            tokens) ``[*by]``; intervals are paired: all conditions read the same tokens.
+            ``estimate``, ci_low, ci_high ``[*by, quantity, order, part (weights or everything else, routing, total,
+            arithmetic)]``; of loss also p, q, survives against no change, else NaN; n (predicted tokens) ``[*by]``;
+            intervals are paired: all conditions read the same tokens.
 
         Raises
         ------
@@ -116,21 +121,28 @@ class Impact:
 
         def parts(sums: dict[str, np.ndarray]) -> np.ndarray:
             values = np.stack([sums["loss"], sums["kl"], -sums["same_top"]], axis=1) / sums["n"]
-            aa, bb, ba, ab = (values[:, :, i] for i in range(4))
+            aa, bb, ba, ab, cast = (values[:, :, i] for i in range(5))
             weights, routing = np.stack([ba - aa, bb - ab], axis=2), np.stack([bb - ba, ab - aa], axis=2)
             both = [np.concatenate([part, part.mean(2, keepdims=True)], axis=2) for part in (weights, routing)]
-            return np.stack([*both, both[0] + both[1]], axis=3)
+            arithmetic = np.broadcast_to((cast - aa)[:, :, None], both[0].shape)
+            return np.stack([*both, both[0] + both[1], arithmetic], axis=3)
 
         dims = {
             "quantity": ["loss", "kl", "other_top"],
             "order": ["weights_first", "routing_first", "mean"],
-            "part": ["weights", "routing", "total"],
+            "part": [self.rest, "routing", "total", "arithmetic"],
         }
-        data = summarised(self.sums, ("loss", "kl", "same_top"), parts, dims, by, bootstrap)
+        null = np.array([0.0, np.nan, np.nan])[:, None, None]  # divergences and flips are never below 0
+        data = summarised(self.sums, ("loss", "kl", "same_top"), parts, dims, by, bootstrap, null=null)
         return self._described(
             data, bootstrap, statistic="split", unit="nats", forced_weights=str(self.meta["force_weights"]),
             formula="v(b, a) - v(a, a), v(b, b) - v(b, a); v(a, b) - v(a, a), v(b, b) - v(a, b); mean of both",
         )  # fmt: skip
+
+    @property
+    def rest(self) -> str:
+        """What is changed beside routing: the weights, where nothing else is, or everything else."""
+        return "weights" if self.meta.get("same_arithmetic", False) else "everything else"
 
     def routing(self, *, by: By = None, pooled: bool = False, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
         """Agreement of the two models' own routing: top1 and overlap as stats.agreement ``[*by, layer, measure]``.
@@ -194,8 +206,11 @@ class Impact:
             f"perplexity of {a}": row(quality.sel(measure="perplexity_a"), ""),
             f"perplexity of {b}": row(quality.sel(measure="perplexity_b"), ""),
             "loss, second less first": row(quality.sel(measure="loss_difference"), "nats a token"),
-            "of it from other weights": row(split.sel(part="weights"), "nats a token"),
+            f"of it from {'other weights' if self.rest == 'weights' else self.rest}": row(
+                split.sel(part=self.rest), "nats a token"
+            ),
             "of it from other routing": row(split.sel(part="routing"), "nats a token"),
+            "of it from arithmetic alone": row(split.sel(part="arithmetic"), "nats a token"),
             "KL(first || second)": row(quality.sel(measure="kl"), "nats a token"),
             "same most probable next token": row(quality.sel(measure="same_top"), "fraction"),
         }
@@ -222,6 +237,8 @@ def _dataset(measured: Measured) -> xr.Dataset:
         **dict.fromkeys(("tokens", "length"), ("document",)),
     }
     arrays = measured.arrays
+    missing = [(0, 0), (0, len(CONDITIONS) - arrays["loss"].shape[1])]  # of runs from before arithmetic was measured
+    arrays = arrays | {n: np.pad(arrays[n], missing, constant_values=np.nan) for n in ("loss", "kl", "same_top")}
     data: dict[str, Any] = {name: (along, arrays[name]) for name, along in dims.items()}
     data["weight_error"] = (("layer", "expert", "matrix"), arrays["weight_error"][0])
     coords = {

@@ -112,7 +112,7 @@ def summarised(
     bootstrap: Bootstrap,
     *,
     tokens: str = "tokens",
-    null: float | None = None,
+    null: np.ndarray | float | None = None,
 ) -> xr.Dataset:
     """The Dataset of a statistic of sums over documents `names`, as `counts.summarise` makes it.
 

@@ -6,7 +6,7 @@ import numpy as np
 import xarray as xr
 
 # Dimensions whose labels are questions of their own, so that each label is a family of cells.
-_QUESTIONS = ("measure", "choice")
+_QUESTIONS = ("measure", "choice", "quantity")
 
 
 def adjusted(p: np.ndarray) -> np.ndarray:

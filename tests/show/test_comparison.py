@@ -80,7 +80,7 @@ def test_a_report_has_the_sections(compared, impact, tmp_path):
     page = ml.report([impact.path, compared], tmp_path / "report.html").read_text("utf-8")
     for words in (
         "Impact on predictions",
-        "Changed weights and changed routing",
+        "Changed routing and weights",
         "Errors of experts",
         "of it from other routing",
         "KL(first || second), at least",

@@ -27,9 +27,8 @@ def changes(dims, missing=True, **attrs):
     return data.assign({name: data[name] - 0.2 for name in ("estimate", "ci_low", "ci_high")})
 
 
-def apart(data) -> set[tuple[int, int]]:
-    low, high = data.ci_low.to_numpy(), data.ci_high.to_numpy()
-    return {(i, j) for i, j in np.argwhere((low > 0) | (high < 0)).tolist()}
+def surviving(data) -> set[tuple[int, int]]:
+    return {(i, j) for i, j in np.argwhere(data.survives.to_numpy()).tolist()}
 
 
 def dotted(ax) -> set[tuple[int, int]]:
@@ -38,13 +37,13 @@ def dotted(ax) -> set[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("draw", [show.expert_importance, show.expert_contribution])
-def test_a_map_of_changes_has_a_dot_where_the_interval_leaves_out_zero_on_either_side(draw):
+def test_a_map_of_changes_has_a_dot_where_a_change_survives_on_either_side(draw):
     data = changes({"layer": LAYERS, "expert": EXPERTS}, **IMPORTANCE, measure="logit")
     ax = draw(data)
     np.testing.assert_array_equal(see.cells(ax), data.estimate)
-    assert dotted(ax) == apart(data)
-    assert 0 < len(apart(data)) < data.estimate.size
-    assert {(data.estimate.values[place] > 0) for place in apart(data)} == {True, False}
+    assert dotted(ax) == surviving(data)
+    assert 0 < len(surviving(data)) < data.estimate.size
+    assert {(data.estimate.values[place] > 0) for place in surviving(data)} == {True, False}
     assert list(see.ticks(ax, "y").values()) == [str(layer) for layer in LAYERS]
     assert ax.yaxis_inverted()
     largest = float(np.nanmax(np.abs(data.estimate)))
@@ -65,7 +64,7 @@ def test_of_several_domains_each_has_a_row_and_each_layer_its_block(draw):
     ax = draw(data)
     flat = data.transpose("domain", "layer", "expert")
     np.testing.assert_array_equal(see.cells(ax), flat.estimate.to_numpy().reshape(3, -1))
-    wide = {(i, j * 6 + e) for i, j, e in np.argwhere(((flat.ci_low > 0) | (flat.ci_high < 0)).to_numpy()).tolist()}
+    wide = {(i, j * 6 + e) for i, j, e in np.argwhere(flat.survives.to_numpy()).tolist()}
     assert dotted(ax) == wide
     assert list(see.ticks(ax, "y").values()) == list(DOMAINS)
     assert see.ticks(ax, "x") == {(i + 0.5) * 6: str(layer) for i, layer in enumerate(LAYERS)}
@@ -117,28 +116,32 @@ def test_flips_by_margin_stand_over_the_share_of_choices_in_their_bin():
     assert see.numbers(see.note(ax))[0] == n.sum()
 
 
+@pytest.mark.parametrize("rest", ["weights", "everything else"])
 @pytest.mark.parametrize("quantity", ["loss", "kl", "other_top"])
-def test_both_parts_of_a_split_have_bars_and_intervals_in_the_row_of_their_order(quantity):
-    orders, parts = ["mean", "routing_first", "weights_first"], ["routing", "total", "weights"]
+def test_both_parts_of_a_split_have_bars_and_intervals_in_the_row_of_their_order(quantity, rest):
+    orders, parts = ["mean", "routing_first", "weights_first"], ["routing", "total", rest, "arithmetic"]
     data = made_up({"quantity": ["kl", "loss", "other_top"], "order": orders, "part": parts}, statistic="split")
     ax = show.quality_split(data, quantity=quantity)
     ax.figure.canvas.draw()
     assert any("%" in tick.get_text() for tick in ax.get_xticklabels()) == (quantity == "other_top")
     one = data.sel(quantity=quantity)
     down = [f"{order}" for order in ("weights_first", "routing_first", "mean")]
-    for group, part in zip(ax.containers, ("weights", "routing"), strict=True):
+    for group, part in zip(ax.containers, ("routing", rest), strict=True):
         cell = one.sel(part=part, order=down)
         np.testing.assert_array_equal([bar.get_width() for bar in group], cell.estimate)
         ys = [round(bar.get_y() + bar.get_height() / 2) for bar in group]
         assert ys == [2, 1, 0]
-    expected = one.sel(part=["weights", "routing"], order=down)
+    expected = one.sel(part=["routing", rest], order=down)
     assert pairs(see.level_whiskers(ax)) == strokes(expected, "part", "order")
     colours = see.colours_by_label(ax)
-    assert [colours["from other weights"], colours["from other routing"]] == [
+    other = "from other weights" if rest == "weights" else "from everything else"
+    assert [colours["from other routing"], colours[other]] == [
         see.to_hex(group[0].get_facecolor()) for group in ax.containers
     ]
     whole = next(line for line in ax.lines if line.get_label() == "in all")
     assert whole.get_xdata()[0] == float(one.estimate.sel(part="total", order="mean"))
+    cast = [line.get_xdata()[0] for line in ax.lines if line.get_label() == "arithmetic alone"]
+    assert cast == ([] if rest == "weights" else [float(one.estimate.sel(part="arithmetic", order="mean"))])
 
 
 SCHEMES = {"bf16": (93e9, 0.0, 0.9), "int8": (47e9, 0.02, 0.5), "bad": (50e9, 0.3, 0.7), "nf4": (26e9, 0.1, 0.2)}
