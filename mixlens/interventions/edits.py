@@ -21,7 +21,7 @@ from torch import nn
 
 from mixlens.errors import BadInput
 from mixlens.interventions.activations import PATCHED_EXPERTS, Output, Patch, values_of
-from mixlens.interventions.hooks import Edit, editing_of, release
+from mixlens.interventions.hooks import Edit, check_fired, editing_of, release
 from mixlens.interventions.replay import Replay
 from mixlens.interventions.routing import Forbid, Force, Reroute, Rescale, TopK
 from mixlens.interventions.where import EVERYWHERE, Where, whole_numbers
@@ -64,6 +64,8 @@ def edit(model: nn.Module, *edits: Edit) -> Iterator[None]:
     BadInput
         For an unknown layer or expert, where fewer experts than a token chooses would remain, for values whose
         shape does not fit, for a replay of other tokens, and, at the end, for an edit that met no token.
+    RecordingError
+        At the end, for layers that ran without the router or experts that an edit hooks.
 
     Examples
     --------
@@ -100,6 +102,7 @@ def edit(model: nn.Module, *edits: Edit) -> Iterator[None]:
         rows = editing.n_rows
         editing.leave(active)
         release(model)
+    check_fired(active)
     for one in active:
         if rows and not one.everywhere and not one.matched:
             raise BadInput(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any, cast
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from mixlens.errors import BadInput
+from mixlens.errors import BadInput, RecordingError
 from mixlens.interventions.activations import PATCHED_EXPERTS, Output, Patch, forget_replaced, hook_experts, hook_site
 from mixlens.interventions.eager import eagerly
 from mixlens.interventions.forward_tracker import ForwardTracker
@@ -31,6 +32,8 @@ class Active:
         self.edit: Any = edit
         self.layers = frozenset(range(n_layers) if edit.layers is None else edit.layers)
         self.matched = False
+        self.ran: Counter[int] = Counter()  # runs of each layer, and
+        self.fired: Counter[int] = Counter()  # of the module in it that the edit hooks
         self.index: np.ndarray | None = None  # [T], for edits that bring something for every token
         self._locator = edit.locator() if isinstance(edit, Replay | Patch) else edit.where
         self._rows: dict[torch.device | None, torch.Tensor] = {}
@@ -115,8 +118,10 @@ class Editing:
             for stage, edits in stages.items():
                 if stage == "gate":
                     self._handles.append(_hook_gate(layer.gate, edits, layer.index))
+                    self._watch(layer, layer.gate, edits)
                 elif stage == "experts":
                     self._handles += hook_experts(layer, edits)
+                    self._watch(layer, layer.experts, edits)
                 else:
                     self._handles.append(hook_site(layer, stage, edits))
         if self._tracker is not None:
@@ -128,12 +133,38 @@ class Editing:
             self._eager.close()
             self._eager = None
 
+    def _watch(self, layer: Any, module: nn.Module, edits: list[Active]) -> None:
+        """Note for each edit that a layer ran, and that the module on which the edit hangs did."""
+
+        def ran(*_: Any) -> None:
+            for one in edits:
+                one.ran[layer.index] += 1
+
+        def fired(*_: Any) -> None:
+            for one in edits:
+                one.fired[layer.index] += 1
+
+        self._handles += [module.register_forward_hook(fired), layer.decoder.register_forward_hook(ran)]
+
     def _before(self, call: Call) -> None:
         assert self._tracker is not None
         placed = self._tracker.place(call)
         for one in self.active:
             if not one.everywhere:
                 one.locate(placed)
+
+
+def check_fired(edits: Sequence[Active]) -> None:
+    """Raises RecordingError for an edit of layers that ran without the module that it hooks."""
+    for one in edits:
+        if missing := sorted(one.ran - one.fired):
+            raise RecordingError(
+                f"{one.edit!r} did nothing in layers {missing}: they ran without calling the module that it hooks, "
+                "which was replaced, or whose code is called by other means. Enter the edit after replacing modules, "
+                "and let layers call their modules.",
+                argument="layers",
+                value=missing,
+            )
 
 
 def editing_of(model: nn.Module) -> Editing:

@@ -127,7 +127,7 @@ def _inside(module: Any) -> Any:
 def moe_layers(model: nn.Module) -> list[MoeLayer]:
     """Every mixture-of-experts layer of `model`, in order.
 
-    Raises ModelError when the model has none, or has layers without experts.
+    Raises ModelError when the model has none, has layers without experts, or layers that share a router.
     """
     refuse_pipeline(model)
     layers = getattr(decoder_of(model), "layers", None)
@@ -143,6 +143,13 @@ def moe_layers(model: nn.Module) -> list[MoeLayer]:
             "such as mistralai/Mixtral-8x7B-v0.1.",
             argument="model",
             value=type(model).__name__,
+        )
+    if len({layer.gate for layer in found}) < len(found):
+        raise ModelError(
+            "Cannot tell the layers of this model apart: several of them share one router, whose choices belong to "
+            "each. Copy the shared layers (copy.deepcopy) first.",
+            argument="model",
+            value="shared layers",
         )
     return found
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import numpy as np
 import pytest
 import torch
@@ -323,3 +325,43 @@ def test_rows_mean_nothing_to_record(net, letters):
     edit = edits.forbid(0, 1, where=Where(rows=0))
     with refused(BadInput, "where", edit), ml.edit(net, edit):
         ml.record(net, ["ab", "c"], tokenizer=letters)
+
+
+@pytest.mark.parametrize(
+    ("hooked", "chosen"),
+    [("gate", edits.forbid([0, 1], 1)), ("experts", edits.ablate([0, 1], 1, how="zero"))],
+)
+@pytest.mark.parametrize("past", ["gate", "experts"])
+def test_an_edit_whose_module_is_not_called_says_so(hooked, chosen, past):
+    """Code of somebody's own runs the router, or the experts, of layer 1 past its hooks."""
+    model = tiny_mixtral()
+    moe = model.model.layers[1].mlp
+    called = {name: getattr(moe, name) for name in ("gate", "experts")}
+    called[past] = called[past].forward
+
+    def forward(hidden):
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        _, weights, ids = called["gate"](flat)
+        return called["experts"](flat, ids, weights).reshape(hidden.shape)
+
+    with ExitStack() as stack:
+        if hooked == past:
+            stack.enter_context(refused(ml.RecordingError, "layers", [1]))
+        stack.enter_context(ml.edit(model, chosen))
+        model(PROMPT)
+        moe.forward = forward
+        model(PROMPT)
+
+
+def test_an_edit_inside_another_answers_for_its_own_forwards(net):
+    with ml.edit(net, edits.forbid(0, 1)):
+        net(PROMPT)
+        with ml.edit(net, edits.ablate(0, 2, how="zero")):
+            pass
+
+
+def test_layers_that_share_a_router_are_refused():
+    model = tiny_mixtral()
+    model.model.layers[1] = model.model.layers[0]
+    with refused(ml.ModelError, "model", "shared layers"):
+        ml.Recorder(model).__enter__()
