@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mixlens.endpoints.keys import redacted
+from mixlens.endpoints.keys import redacted, redacted_parts
+from mixlens.endpoints.limits import MAX_BODY_BYTES, MAX_EVENTS, TooLarge
 from mixlens.endpoints.protocols import (
     COMMENT,
     DONE,
@@ -29,7 +30,8 @@ OUTCOMES = {
     "ok": "answered, to a named end",
     "http": "an answer with a status of 300 or more",
     "error": "an error inside an answer with status 200",
-    "malformed": "an event that is no JSON, or not of the form asked for",
+    "malformed": "no HTTP, or an event that is no JSON or not of the form asked for",
+    "oversized": "headers, an event, their number or the whole beyond what an answer may have",
     "truncated": "the stream stopped before a finish reason or an end event",
     "empty": "answered without a single token",
     "timeout": "no byte for longer than allowed, or not done in time",
@@ -40,7 +42,7 @@ OUTCOMES = {
     "interrupted": "stopped from outside while it ran on this machine",
 }
 # Faults that the transport can report; the events determine all other outcomes.
-FAULTS = ("timeout", "connect", "tls", "cut")
+FAULTS = ("timeout", "connect", "tls", "malformed", "cut", "oversized")
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,7 @@ class StreamReader:
         self._parser, self._protocol, self._redact = SSEParser(), protocol, redact
         self.events: list[Event] = []
         self._model: str | None = None
+        self._chars = 0  # of what the events keep
 
     @property
     def done_s(self) -> float | None:
@@ -140,17 +143,14 @@ class StreamReader:
         return last.at_s if last is not None and last.kind == DONE and not last.finish else None
 
     def feed(self, piece: bytes, at_s: float) -> None:
-        """Parse bytes of an event stream that arrived at `at_s`."""
-        try:
-            messages = self._parser.feed(piece, at_s)
-        except ValueError as error:
-            self.events.append(Event(at_s, MALFORMED, str(error)))
-            return
-        self._keep(messages)
+        """Parse bytes of an event stream that arrived at `at_s`. Raises TooLarge."""
+        self._keep(self._parser.feed(piece, at_s))
 
     def close(self, at_s: float) -> None:
-        """Parse the rest of the stream after its end, and tell reasoning between tags from text."""
+        """Parse the rest of the stream after its end, mask the key, and tell reasoning between tags from text."""
         self._keep(self._parser.close(at_s))
+        if self._redact is not None:
+            self._mask(self._redact)
         _, thought = without_thinking("".join(event.text for event in self.events if event.kind == TOKEN))
         left = len(thought)
         for at, event in enumerate(self.events):
@@ -173,7 +173,19 @@ class StreamReader:
             if event.model == self._model:
                 event = dataclasses.replace(event, model=None)
             self._model = event.model or self._model
+            self._chars += len(event.text) + len(event.reasoning)
+            if len(self.events) == MAX_EVENTS or self._chars > MAX_BODY_BYTES:
+                raise TooLarge(f"the stream has more than {MAX_EVENTS:,} events, or {MAX_BODY_BYTES:,} characters")
             self.events.append(event)
+
+    def _mask(self, key: str) -> None:
+        """Mask a key that is split over events: of the answer, of the reasoning, and of all others."""
+        for chosen, field in (((TOKEN,), "text"), ((TOKEN, REASONING), "reasoning"), ((COMMENT,), "text")):
+            where = [at for at, event in enumerate(self.events) if event.kind in chosen]
+            given = [getattr(self.events[at], field) for at in where]
+            for at, before, after in zip(where, given, redacted_parts(given, key), strict=True):
+                if before != after:
+                    self.events[at] = dataclasses.replace(self.events[at], **{field: after})
 
 
 def outcome_of(events: Iterable[Event], *, status: int | None, fault: str | None = None) -> str:
@@ -186,17 +198,19 @@ def outcome_of(events: Iterable[Event], *, status: int | None, fault: str | None
     """
     events = list(events)
     kinds = {event.kind for event in events}
-    if fault in ("connect", "tls") or (fault == "timeout" and status is None):
+    if fault in ("connect", "tls", "malformed") or (fault is not None and fault != "cut" and status is None):
         return fault
     if status is not None and status >= 300:
         return "http"
+    ended = DONE in kinds or any(event.finish for event in events)
+    if fault == "oversized" and not ended:
+        return fault
     if ERROR in kinds:
         return "error"
     if MALFORMED in kinds:
         return "malformed"
-    ended = DONE in kinds or any(event.finish for event in events)
     if fault == "timeout" and not ended:
-        return "timeout"
+        return fault
     if not ended and (fault == "cut" or kinds - {COMMENT}):
         return "truncated"
     return "ok" if kinds & {TOKEN, REASONING} else "empty"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import time
 from collections.abc import Mapping
@@ -13,10 +12,9 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 
-import httpx
-
-from mixlens.endpoints.keys import redacted
-from mixlens.endpoints.protocols import PATHS, Messages, blocks_text, message_text, usage_of, without_thinking
+from mixlens.endpoints.keys import redacted, redacted_parts
+from mixlens.endpoints.protocols import PATHS, Messages, blocks_text, message_text, name_of, usage_of, without_thinking
+from mixlens.endpoints.transport import Client, Fault, Fetched
 from mixlens.errors import BadInput, EndpointError
 
 if TYPE_CHECKING:
@@ -27,7 +25,9 @@ _TOO_MANY = 429
 _RESETS = ("x-ratelimit-reset-requests", "x-ratelimit-reset-tokens", "x-ratelimit-reset", "ratelimit-reset")
 _SINCE_1970, _MILLISECONDS = 1e9, 1e11
 _LONGEST_WAIT_S = 60.0
-_TIMEOUT = httpx.Timeout(600.0, connect=10.0)
+# Faults that another try may not have.
+_PASSING = ("connect", "timeout", "cut")
+_COLUMNS = {"tokens": str, "logprobs": int | float | None, "top_logprobs": dict, "offsets": int}
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def complete(
     asked: Mapping[str, Any],
     *,
     retries: int | None = None,
-    client: httpx.Client | None = None,
+    client: Client | None = None,
 ) -> Completion:
     """Implement Endpoint.complete; `asked` holds max_tokens, logprobs, echo and additional fields of the body."""
     fields = dict(asked)
@@ -100,8 +100,8 @@ def complete(
     body |= _scoring(endpoint, logprobs, echo)
     data, attempts = _answer(endpoint, ("POST", endpoint.address), headers, body, retries=retries, client=client)
     try:
-        return _completion(data, endpoint.protocol, attempts)
-    except (AttributeError, KeyError, IndexError, TypeError) as error:
+        return _completion(data, endpoint.protocol, attempts, key)
+    except (AttributeError, KeyError, IndexError, TypeError, RecursionError) as error:
         raise EndpointError(
             f"Cannot read the completion from {endpoint.host}: its answer does not follow {endpoint.protocol}: "
             f"{json.dumps(data)[:200]}. Check the URL, and pass the server's protocol with protocol=.",
@@ -180,25 +180,6 @@ def _scoring(endpoint: Endpoint, logprobs: int | None, echo: bool) -> dict[str, 
     return {} if logprobs is None else {"logprobs": True, **alternatives}
 
 
-def client_of(endpoint: Endpoint, **options: Any) -> httpx.Client:
-    """A client for calls that are not timed. Raises BadInput for a proxy of the environment that cannot be used."""
-    try:
-        return httpx.Client(timeout=_TIMEOUT, trust_env=not endpoint.is_local, **options)
-    except (ImportError, ValueError) as error:
-        raise no_proxy(endpoint, error) from error
-
-
-def no_proxy(endpoint: Endpoint, error: Exception) -> BadInput:
-    """What to raise where httpx cannot use the proxy that the environment names."""
-    names = [name for name in os.environ if name.lower() in ("all_proxy", "http_proxy", "https_proxy")]
-    return BadInput(
-        f"Cannot reach {endpoint.host} through the proxy of {', '.join(sorted(names)) or 'the environment'}: {error}. "
-        "Use an http:// or socks5:// proxy (the latter with pip install 'httpx[socks]'), or unset the variable.",
-        argument="proxy",
-        value=sorted(names),
-    )
-
-
 def _answer(
     endpoint: Endpoint,
     where: tuple[str, str],
@@ -206,31 +187,41 @@ def _answer(
     body: Mapping[str, Any] | None,
     *,
     retries: int | None = None,
-    client: httpx.Client | None = None,
+    client: Client | None = None,
 ) -> tuple[Any, int]:
     """Send a request, with retries, and return the JSON of the answer and the number of attempts."""
     method, address = where
     key = endpoint.key()
     tries = endpoint.max_tries if retries is None else max(retries, 0) + 1
     found, status, attempt, failures, limits, waited = "nothing", None, 0, 0, 0, 0.0
-    with nullcontext(client) if client else client_of(endpoint) as http:
+    try:
+        content = None if body is None else json.dumps(body, allow_nan=False).encode()
+    except (TypeError, ValueError) as error:
+        raise BadInput(
+            f"Cannot send the request to {endpoint.host} as JSON: {error}. Pass numbers, strings, lists and dicts.",
+            argument="fields",
+        ) from error
+    headers = {**headers, **({} if content is None else {"Content-Type": "application/json"})}
+    with nullcontext(client) if client else Client(endpoint) as connections:
         while True:
             attempt += 1
             wait = min(0.5 * 2**failures, _LONGEST_WAIT_S)
             limited = False
             try:
-                response = http.request(method, address, headers=dict(headers), json=body)
-            except httpx.RequestError as error:
-                found = redacted(f"{type(error).__name__}: {error}".removesuffix(": "), key)
+                fetched = connections.fetch(method, address, headers, content)
+            except Fault as fault:
+                found = redacted(fault.detail, key)
+                if fault.kind not in _PASSING:
+                    break
             else:
-                good, found = _read(response, key)
-                status = response.status_code
+                good, found = _read(fetched, key)
+                status = fetched.status
                 if good is not None:
                     return good, attempt
                 if status not in _FOR_NOW and status < 500:
                     break
                 limited = status == _TOO_MANY
-                wait = _asked_wait(response, min(2.0**limits, _LONGEST_WAIT_S) if limited else wait)
+                wait = _asked_wait(fetched, min(2.0**limits, _LONGEST_WAIT_S) if limited else wait)
             if limited:
                 limits, waited = limits + 1, waited + wait
                 if waited > endpoint.patience_s:
@@ -249,19 +240,17 @@ def _answer(
     )
 
 
-def _read(response: httpx.Response, key: str | None) -> tuple[Any, str]:
+def _read(fetched: Fetched, key: str | None) -> tuple[Any, str]:
     """Return the JSON of a good answer, else None, and a description of the failure; neither contains the key."""
+    text = redacted(fetched.body.decode("utf-8-sig", errors="replace"), key)
     try:
-        data = json.loads(redacted(response.content.decode("utf-8-sig"), key))
+        data = json.loads(text)
     except (ValueError, RecursionError):
         data = None
-    if response.status_code < 300 and data is not None and not _failed(data):
+    if fetched.status < 300 and data is not None and not _failed(data):
         return data, ""
-    if 300 <= response.status_code < 400:
-        place = redacted(response.headers.get("location", "nowhere"), key)
-        return None, f"status {response.status_code}, a redirection to {place}; pass that address as the URL"
-    said = json.dumps(data) if data is not None else " ".join(redacted(response.text, key).split())
-    return None, f"status {response.status_code}, {said[:300] or 'an empty body'}"
+    said = redacted(fetched.redirection, key) or (json.dumps(data) if data is not None else " ".join(text.split()))
+    return None, f"status {fetched.status}, {said[:300] or 'an empty body'}"
 
 
 def _failed(data: Any) -> bool:
@@ -273,13 +262,13 @@ def _failed(data: Any) -> bool:
     return bool(data.get("error")) or data.get("status") == "error" or any(broken)
 
 
-def _asked_wait(response: httpx.Response, otherwise: float) -> float:
+def _asked_wait(fetched: Fetched, otherwise: float) -> float:
     """Return the seconds that a server asks to wait, in any form that servers use, capped; else `otherwise`."""
-    given = {name.lower(): value for name, value in response.headers.items()}
+    given = {name.lower(): value for name, value in fetched.headers.items()}
     try:
-        inner = response.json()["error"]["metadata"]["headers"]  # OpenRouter hands on what a provider said
+        inner = json.loads(fetched.body)["error"]["metadata"]["headers"]  # OpenRouter hands on what a provider said
         given = {str(name).lower(): str(value) for name, value in inner.items()} | given
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     for name, scale in (("retry-after-ms", 1e-3), ("retry-after", 1.0), *((name, 1.0) for name in _RESETS)):
         seconds = _seconds(given.get(name))
@@ -307,42 +296,38 @@ def _seconds(value: str | None) -> float | None:
     return since - time.time() if since > _SINCE_1970 else number
 
 
-def _completion(data: dict[str, Any], protocol: str, attempts: int) -> Completion:
-    """Build a Completion from the JSON of an answer."""
+def _completion(data: dict[str, Any], protocol: str, attempts: int, key: str | None) -> Completion:
+    """Build a Completion from the JSON of an answer; what it joins may be a key that was in parts."""
     usage = usage_of(data.get("usage"))
     common = {
         **{name: usage.get(name) for name in ("input_tokens", "output_tokens", "cached_tokens", "reasoning_tokens")},
         "cost_usd": usage.get("cost_usd"),
-        "model": data.get("model"),
-        "provider": data.get("provider"),
+        "model": name_of(data.get("model")),
+        "provider": name_of(data.get("provider")),
         "attempts": attempts,
         "raw": data,
     }
     if protocol == "anthropic":
         text, reasoning = blocks_text(data["content"])
-        scores = dict.fromkeys(("tokens", "logprobs", "top_logprobs", "offsets"))
-        return Completion(text=text, finish=data.get("stop_reason"), reasoning=reasoning, **scores, **common)
-    choice = data["choices"][0]
-    if "text" in choice:
-        text, reasoning = choice["text"] or "", ""
+        finish, scores = data.get("stop_reason"), _scores(None, key)
     else:
-        text, thought = message_text(choice["message"])
+        choice = data["choices"][0]
+        text, reasoning = (choice["text"] or "", "") if "text" in choice else message_text(choice["message"])
+        finish, scores = choice.get("finish_reason"), _scores(choice.get("logprobs"), key)
+    text = redacted(text + "", key)
+    if protocol != "openai-completions":
         text, tagged = without_thinking(text)
-        reasoning = thought + tagged
-    return Completion(
-        text=text,
-        finish=choice.get("finish_reason"),
-        reasoning=reasoning,
-        **_scores(choice.get("logprobs")),
-        **common,
-    )
+        reasoning += tagged
+    return Completion(text=text, finish=name_of(finish), reasoning=redacted(reasoning, key), **scores, **common)
 
 
-def _scores(given: Any) -> dict[str, Any]:
-    """Return tokens and log-probabilities of a choice from the chat or the completions form; None where absent."""
-    names = ("tokens", "logprobs", "top_logprobs", "offsets")
+def _scores(given: Any, key: str | None) -> dict[str, Any]:
+    """Return tokens and log-probabilities of a choice from the chat or the completions form; None where absent.
+
+    Raises TypeError for columns of another type.
+    """
     if not given:
-        return dict.fromkeys(names)
+        return dict.fromkeys(_COLUMNS)
     if given.get("content") is not None:
         content = given["content"]
         top = [{one["token"]: one["logprob"] for one in token.get("top_logprobs") or []} for token in content]
@@ -351,4 +336,8 @@ def _scores(given: Any) -> dict[str, Any]:
         top = given.get("top_logprobs")
         top = [one or {} for one in top] if top else None
         columns = (given.get("tokens"), given.get("token_logprobs"), top, given.get("text_offset"))
-    return {name: None if column is None else tuple(column) for name, column in zip(names, columns, strict=True)}
+    found = {name: None if column is None else tuple(column) for name, column in zip(_COLUMNS, columns, strict=True)}
+    if any(not isinstance(one, _COLUMNS[name]) for name, column in found.items() for one in column or ()):
+        raise TypeError("logprobs")
+    tokens: Any = found["tokens"]
+    return found | ({"tokens": tuple(redacted_parts(tokens, key))} if tokens else {})

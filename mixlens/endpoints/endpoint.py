@@ -14,8 +14,9 @@ from urllib.parse import urlsplit
 import httpx
 
 from mixlens.endpoints.calls import Completion, complete, count_tokens, list_models
-from mixlens.endpoints.keys import redacted, secret_fields
+from mixlens.endpoints.keys import is_variable, redacted, secret_fields
 from mixlens.endpoints.protocols import PATHS, Messages
+from mixlens.endpoints.transport import Client
 from mixlens.errors import BadInput
 
 # Names of the same model with different providers.
@@ -65,6 +66,8 @@ class Endpoint:
     patience_s : float, optional
         Seconds that such a call waits in all for a rate limit (429) to pass: as long as the server asks for, else 1,
         2, 4 ... and at most 60 seconds at a time.
+    deadline_s : float, optional
+        Seconds that one answer to such a call may take in all. A benchmark has its own, `BenchSettings(timeouts=)`.
 
     Raises
     ------
@@ -89,12 +92,14 @@ class Endpoint:
     context: int | None = field(default=None, kw_only=True)
     max_tries: int = field(default=5, kw_only=True)
     patience_s: float = field(default=900.0, kw_only=True)
+    deadline_s: float = field(default=600.0, kw_only=True)
 
     def __post_init__(self) -> None:
         try:
             parts = urlsplit(self.url if isinstance(self.url, str) else "")
             host, _ = parts.hostname, parts.port
-        except ValueError:
+            httpx.URL(parts.geturl())
+        except (ValueError, httpx.InvalidURL):
             parts, host = urlsplit(""), None
         if parts.scheme not in ("http", "https") or not host:
             raise BadInput(
@@ -128,6 +133,18 @@ class Endpoint:
                 "Pass a whole number from 1 and a number of seconds from 0.",
                 argument="max_tries" if not (isinstance(self.max_tries, int) and self.max_tries >= 1) else "patience_s",
                 value=(self.max_tries, self.patience_s),
+            )
+        if not self.deadline_s > 0:
+            raise BadInput(
+                f"Cannot use the endpoint at {host} with deadline_s={self.deadline_s}. Pass seconds above 0.",
+                argument="deadline_s",
+                value=self.deadline_s,
+            )
+        if self.key_env is not None and not is_variable(self.key_env):
+            raise BadInput(
+                f"Cannot use the endpoint at {host}: key_env is not the name of a variable, and may be the key "
+                'itself. Store the key in a variable and pass its name, as in key_env="MY_API_KEY".',
+                argument="key_env",
             )
         if secret := [*secret_fields(self.headers), *secret_fields(self.extra)]:
             raise BadInput(
@@ -256,7 +273,6 @@ class Endpoint:
         [{'role': 'user', 'content': 'Hello'}]
         """
         headers, secret = self.key_fields(key)
-        headers = {"Accept-Encoding": "identity", **headers}
         headers["Accept"] = "text/event-stream, application/json" if stream else "application/json"
         body: dict[str, Any] = {"model": self.model, "stream": stream, "max_tokens": max_tokens}
         if self.protocol == "openai-completions":
@@ -309,7 +325,7 @@ class Endpoint:
         logprobs: int | None = None,
         echo: bool = False,
         retries: int | None = None,
-        client: httpx.Client | None = None,
+        client: Client | None = None,
         **fields: Any,
     ) -> Completion:
         r"""Request the complete answer to a text or to messages.
@@ -331,8 +347,8 @@ class Endpoint:
         retries : int, optional
             How often to retry after a temporary failure, a lost connection or a timeout; None for the endpoint's
             `max_tries` less one. Waiting for a rate limit to pass is bounded by the endpoint's `patience_s` instead.
-        client : httpx.Client, optional
-            Client to use, so that many calls share connections. By default every call creates its own.
+        client : Client, optional
+            From `connect`, so that many calls share connections. By default every call opens its own.
         **fields : Any
             Additional fields of the body, such as temperature=0 or stop=["\n"]. They override the endpoint's `extra`,
             except where that removes a field.
@@ -355,6 +371,21 @@ class Endpoint:
         """
         asked = {"max_tokens": max_tokens, "logprobs": logprobs, "echo": echo, **fields}
         return complete(self, prompt, asked, retries=retries, client=client)
+
+    def connect(self) -> Client:
+        """Open connections that many calls can share.
+
+        Returns
+        -------
+        Client
+            For `complete(client=)`; closed at the end of a `with` block.
+
+        Examples
+        --------
+        >>> with ml.Endpoint("http://127.0.0.1:8000/v1", model="mixtral").connect() as client:
+        ...     pass
+        """
+        return Client(self)
 
     def models(self) -> list[dict[str, Any]]:
         """List the models of the server.

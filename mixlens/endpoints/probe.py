@@ -10,18 +10,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pandas as pd
 
 from mixlens.core.run_dir import now
 from mixlens.endpoints.endpoint import Endpoint
-from mixlens.endpoints.keys import redacted
+from mixlens.endpoints.keys import redacted, redacted_parts
 from mixlens.endpoints.probe_effects import EFFECTS, Verdict
+from mixlens.endpoints.protocols import decode
+from mixlens.endpoints.sse import SSEParser
+from mixlens.endpoints.transport import Client, Fault
 from mixlens.errors import BadInput, EndpointError
 
 PARAMETERS = tuple(EFFECTS)
 _TABLE = ("parameter", "verdict", "evidence", "requests")
-_TIMEOUT = httpx.Timeout(300.0, connect=10.0)
+_NO_ANSWER = 599
 
 
 @dataclass(frozen=True)
@@ -178,9 +180,7 @@ def probe(
     if out is not None:
         _check_writable(Path(out))
     exchanges: list[Exchange] = []
-    # A connection of its own for each request: one that a server drops after a failure would look like a refusal.
-    alone = httpx.Limits(max_keepalive_connections=0)
-    with httpx.Client(timeout=_TIMEOUT, limits=alone, trust_env=not endpoint.is_local) as client:
+    with endpoint.connect() as client:
         ask = _asker(endpoint, client, max_tokens, exchanges)
         plain = ask("baseline", "Count from one to ten in words.", {"temperature": 0})
         if plain.status >= 300 or not plain.text:
@@ -214,20 +214,30 @@ def _check_writable(path: Path) -> None:
 
 
 def _asker(
-    endpoint: Endpoint, client: httpx.Client, max_tokens: int, kept: list[Exchange]
+    endpoint: Endpoint, client: Client, max_tokens: int, kept: list[Exchange]
 ) -> Callable[[str, str, Mapping[str, Any]], Exchange]:
     key = endpoint.key()
 
     def ask(parameter: str, prompt: str, fields: Mapping[str, Any]) -> Exchange:
         headers, body = endpoint.request(prompt, max_tokens=max_tokens, key=key, stream=False)
         body = {name: value for name, value in (body | dict(fields)).items() if value is not None}
+        # A connection of its own: one that a server drops after a failure would look like a refusal.
+        headers |= {"Content-Type": "application/json", "Connection": "close"}
         try:
-            response = client.post(endpoint.address, headers=headers, json=body)
-            status, form, text = response.status_code, response.headers.get("content-type", ""), response.text
-        except httpx.RequestError as error:
-            status, form, text = 599, "", f"{type(error).__name__}: {error}"
-        text = redacted(text, key)[:4000]
-        kept.append(Exchange(parameter, dict(fields), prompt, status, form, text))
+            found = client.fetch("POST", endpoint.address, headers, json.dumps(body).encode())
+            status, form = found.status, redacted(found.content_type, key)[:200]
+            text = found.redirection or found.body.decode("utf-8", errors="replace")
+        except Fault as fault:
+            status, form, text = _NO_ANSWER, "", fault.detail
+        kept.append(Exchange(parameter, dict(fields), prompt, status, form, _without(key, text)))
         return kept[-1]
 
     return ask
+
+
+def _without(key: str | None, answer: str) -> str:
+    """As much of an answer as is kept, without the key; nothing of a stream whose events spell it together."""
+    texts = [decode(message, "openai-chat").text for message in SSEParser().feed(answer.encode(), 0.0)]
+    if redacted_parts(texts, key) != [redacted(text, key) for text in texts]:
+        return "[a stream that spells the key]"
+    return redacted(answer, key)[:4000]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mixlens.endpoints.limits import MAX_NAME_CHARS
 from mixlens.endpoints.sse import Message
 
 Messages = Sequence[Mapping[str, Any]]
@@ -84,7 +85,7 @@ def decode(message: Message, protocol: str) -> Event:
     form = _FORMS[protocol]
     try:
         kind, text, more = form(data)
-    except (AttributeError, KeyError, IndexError, TypeError):
+    except (AttributeError, KeyError, IndexError, TypeError, RecursionError):
         return Event(message.at_s, MALFORMED, message.data[:200])
     if more.get("finish") == "error":
         return Event(message.at_s, ERROR, text or "finish_reason error", **_common(data))
@@ -112,7 +113,7 @@ def _openai(data: dict[str, Any]) -> tuple[str, str, dict[str, Any]]:
         text += shown + (choice.get("text") or "")
         reasoning += thought
         role = role or "role" in delta
-        finish = _name(choice.get("finish_reason")) or finish
+        finish = name_of(choice.get("finish_reason")) or finish
     usage = usage_of(data.get("usage"))
     kind = _kind(text, usage, finish, role, reasoning)
     return kind, text, {**usage, "finish": finish, "reasoning": reasoning}
@@ -163,16 +164,16 @@ def without_thinking(text: str) -> tuple[str, str]:
 def _anthropic(data: dict[str, Any]) -> tuple[str, str, dict[str, Any]]:
     kind = data["type"]
     if kind == "message_start":
-        return ROLE, "", usage_of(data["message"].get("usage")) | {"model": _name(data["message"].get("model"))}
+        return ROLE, "", usage_of(data["message"].get("usage")) | {"model": name_of(data["message"].get("model"))}
     if kind == "content_block_delta":
         text, reasoning = blocks_text([data["delta"]])
         return _kind(text, {}, None, False, reasoning), text, {"reasoning": reasoning}
     if kind == "message_delta":
-        usage, finish = usage_of(data.get("usage")), _name(data["delta"].get("stop_reason"))
+        usage, finish = usage_of(data.get("usage")), name_of(data["delta"].get("stop_reason"))
         return _kind("", usage, finish, False), "", {**usage, "finish": finish}
     if kind == "message":
         text, reasoning = blocks_text(data["content"])
-        usage, finish = usage_of(data.get("usage")), _name(data.get("stop_reason"))
+        usage, finish = usage_of(data.get("usage")), name_of(data.get("stop_reason"))
         return _kind(text, usage, finish, True, reasoning), text, {**usage, "finish": finish, "reasoning": reasoning}
     known = {"ping": COMMENT, "content_block_start": ROLE, "content_block_stop": OTHER, "message_stop": DONE}
     return known.get(kind, OTHER), "", {}
@@ -233,15 +234,16 @@ def _count(value: Any) -> int | None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e9
 
 
 def _common(data: Mapping[str, Any]) -> dict[str, Any]:
-    return {"provider": _name(data.get("provider")), "model": _name(data.get("model"))}
+    return {"provider": name_of(data.get("provider")), "model": name_of(data.get("model"))}
 
 
-def _name(value: Any) -> str | None:
-    return value if isinstance(value, str) and value else None
+def name_of(value: Any) -> str | None:
+    """A name that a server gives, of bounded length; None where it gives none."""
+    return value[:MAX_NAME_CHARS] if isinstance(value, str) and value else None
 
 
 def _error_text(data: Mapping[str, Any], event: str) -> str | None:

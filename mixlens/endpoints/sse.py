@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from mixlens.endpoints.limits import MAX_BODY_BYTES, TooLarge
+
 _LINE_END = re.compile(rb"\r\n|\r|\n")
-# A line longer than this is no event of a language model; without a bound a hostile server could fill the memory.
-MAX_LINE_BYTES = 8 << 20
+# What a line takes besides its text.
+_LINE_BYTES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,7 @@ class SSEParser:
     def __init__(self) -> None:
         self._line = bytearray()
         self._data: list[str] = []
+        self._size = 0  # of the event that has begun
         self._event = ""
         self._after_cr = False
         self._first = True
@@ -44,7 +47,7 @@ class SSEParser:
     def feed(self, piece: bytes, at_s: float) -> list[Message]:
         """Messages completed by `piece`, which arrived at `at_s`.
 
-        Raises ValueError when a line grows beyond MAX_LINE_BYTES.
+        Raises TooLarge when an event grows beyond MAX_BODY_BYTES.
         """
         if not piece:
             return []
@@ -58,8 +61,7 @@ class SSEParser:
             self._line.clear()
             messages += self._end_of(line, at_s)
         self._line += rest
-        if len(self._line) > MAX_LINE_BYTES:
-            raise ValueError(f"a line of the stream is longer than {MAX_LINE_BYTES:,} bytes")
+        self._check(self._size + len(self._line))
         return messages
 
     def close(self, at_s: float) -> list[Message]:
@@ -80,11 +82,18 @@ class SSEParser:
         value = value.removeprefix(" ")
         if field == "data":
             self._data.append(value)
+            self._size += len(value) + _LINE_BYTES
+            self._check(self._size)
         elif field == "event":
             self._event = value
         return []
 
     def _dispatch(self, at_s: float) -> list[Message]:
         event, data = self._event, self._data
-        self._event, self._data = "", []
+        self._event, self._data, self._size = "", [], 0
         return [Message(at_s, False, event, "\n".join(data))] if data else []
+
+    @staticmethod
+    def _check(size: int) -> None:
+        if size > MAX_BODY_BYTES:
+            raise TooLarge(f"an event of the stream is longer than {MAX_BODY_BYTES:,} bytes")

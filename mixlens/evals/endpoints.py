@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from mixlens.endpoints.calls import Completion, client_of
+from mixlens.endpoints.calls import Completion
 from mixlens.endpoints.endpoint import Endpoint
 from mixlens.errors import BadInput, EndpointError
 from mixlens.evals.generating import check_sampling
@@ -27,7 +27,7 @@ class EndpointBackend:
 
     def __init__(self, endpoint: Endpoint, settings: Any) -> None:
         self.endpoint, self.settings = endpoint, settings
-        self._client = client_of(endpoint)
+        self._client = endpoint.connect()
 
     def describe(self) -> dict[str, Any]:
         return {"name": self.endpoint.model, "backend": "endpoint", "endpoint": self.endpoint.plan()}

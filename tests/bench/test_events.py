@@ -9,6 +9,7 @@ from bench_scripts import CONTENT_S, SCRIPTS, TEXTS, chunk, cuts, openai_chat, r
 from helpers.refusals import refused
 
 from mixlens.bench.events import Record, StreamReader, outcome_of, read_records, write_records
+from mixlens.endpoints.limits import TooLarge
 from mixlens.endpoints.protocols import error_message
 from mixlens.endpoints.sse import SSEParser
 from mixlens.errors import BadInput
@@ -53,11 +54,10 @@ def test_an_event_counts_from_its_last_byte_and_a_carriage_return_is_not_waited_
 
 
 def test_an_endless_line_is_refused(monkeypatch):
-    monkeypatch.setattr("mixlens.endpoints.sse.MAX_LINE_BYTES", 100)
-    reader = StreamReader("openai-chat")
-    reader.feed(b"data: " + b"x" * 100, 1.0)
-    assert outcome_of(reader.events, status=200) == "malformed"
-    assert "longer than 100 bytes" in reader.events[0].text
+    monkeypatch.setattr("mixlens.endpoints.sse.MAX_BODY_BYTES", 100)
+    for endless in (b"data: " + b"x" * 101, b"data: x\n" * 3, b"x" * 101):
+        with pytest.raises(TooLarge):
+            StreamReader("openai-chat").feed(endless, 1.0)
 
 
 @pytest.mark.parametrize("size", [None, 1, 7])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import httpx
 import pytest
 from helpers.refusals import refused
 from json_server import Call, Reply, answering
@@ -177,9 +176,8 @@ def test_the_key_is_in_no_message_and_no_answer(padding, monkeypatch):
 
 
 def test_calls_can_share_connections():
-    with answering(lambda call: Reply(CHAT)) as (url, _), httpx.Client() as client:
+    with answering(lambda call: Reply(CHAT)) as (url, _), Endpoint(url, model="m").connect() as client:
         assert [Endpoint(url, model="m").complete("Hi", client=client).text for _ in range(2)] == ["Two", "Two"]
-        assert not client.is_closed
 
 
 @pytest.mark.parametrize("payload", [{"choices": []}, [], {"data": 1}, {"choices": [{"message": None}]}])

@@ -1,0 +1,159 @@
+"""Compressed answers, decompressed in pieces of bounded size: gzip, deflate, br and zstd, at most two of them in turn.
+
+httpx decompresses whatever arrived at once, and 64 kB of a brotli or zstd bomb are gigabytes.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator
+
+from mixlens.endpoints.limits import MAX_STREAM_BYTES, TooLarge
+
+_PIECE_BYTES = 1 << 16
+_MOST_CODINGS = 2
+# A zstd block of 4 bytes holds up to 128 KiB, and zstandard has no limit on what it returns.
+_ZSTD_SLICE_BYTES = 64
+_ZSTD_WINDOW_BYTES = 8 << 20  # the most that an HTTP content coding may ask for (RFC 9659)
+
+Step = Callable[[bytes], Iterator[bytes]]
+
+
+class Decompressor:
+    """Undoes the codings of a Content-Encoding header; `feed` yields pieces of at most 2 MiB.
+
+    Raises ValueError for a coding that is unknown, not installed or nested too deep, and for bytes that are not of it;
+    TooLarge when more than MAX_STREAM_BYTES pass a step.
+    """
+
+    def __init__(self, header: str) -> None:
+        codings = [name.strip().lower() for name in header.split(",")]
+        codings = [name for name in codings if name not in ("", "identity")]
+        if len(codings) > _MOST_CODINGS:
+            raise ValueError(f"the answer is compressed {len(codings)} times")
+        if unknown := [name for name in codings if name not in _CODINGS]:
+            raise ValueError(f"the answer is compressed as {unknown[0][:40]!r}, although identity was asked for")
+        self._steps = [_counted(_CODINGS[name]()) for name in reversed(codings)]
+
+    def feed(self, piece: bytes) -> Iterator[bytes]:
+        """Yield what a piece of the answer decompresses to."""
+        pieces = iter([piece])
+        for step in self._steps:
+            pieces = _through(step, pieces)
+        return pieces
+
+
+def _through(step: Step, pieces: Iterator[bytes]) -> Iterator[bytes]:
+    for piece in pieces:
+        yield from step(piece)
+
+
+def _counted(step: Step) -> Step:
+    total = 0
+
+    def counted(piece: bytes) -> Iterator[bytes]:
+        nonlocal total
+        for out in step(piece):
+            total += len(out)
+            if total > MAX_STREAM_BYTES:
+                raise TooLarge(f"the answer decompresses to more than {MAX_STREAM_BYTES:,} bytes")
+            yield out
+
+    return counted
+
+
+def _zlib(window: int) -> Step:
+    """Inflate. Members follow one another; what else follows the first is ignored."""
+    current, ended = zlib.decompressobj(window), False
+
+    def step(piece: bytes) -> Iterator[bytes]:
+        nonlocal current, ended
+        full = False
+        while piece or full:
+            try:
+                out = current.decompress(piece, _PIECE_BYTES)
+            except zlib.error as error:
+                if ended:
+                    return
+                raise ValueError(f"the answer cannot be decompressed: {error}") from None
+            full, piece = len(out) == _PIECE_BYTES, current.unconsumed_tail
+            if current.eof:
+                ended, full, piece, current = True, False, current.unused_data, zlib.decompressobj(window)
+            if out:
+                yield out
+
+    return step
+
+
+def _gzip() -> Step:
+    return _zlib(16 + zlib.MAX_WBITS)
+
+
+def _deflate() -> Step:
+    """Servers disagree whether it has zlib's header, which two bytes tell."""
+    head, inner = b"", None
+
+    def step(piece: bytes) -> Iterator[bytes]:
+        nonlocal head, inner
+        if inner is None:
+            head += piece
+            if len(head) < 2:
+                return
+            wrapped = head[0] & 15 == zlib.DEFLATED and int.from_bytes(head[:2]) % 31 == 0
+            inner, piece = _zlib(zlib.MAX_WBITS if wrapped else -zlib.MAX_WBITS), head
+        yield from inner(piece)
+
+    return step
+
+
+def _brotli() -> Step:
+    try:
+        import brotli  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise ValueError("the answer is compressed as br, which needs pip install 'brotli>=1.2'") from None
+    current = brotli.Decompressor()
+
+    def step(piece: bytes) -> Iterator[bytes]:
+        try:
+            while out := current.process(piece, output_buffer_limit=_PIECE_BYTES):
+                piece = b""
+                yield out
+        except brotli.error as error:
+            raise ValueError(f"the answer cannot be decompressed: {error}") from None
+
+    return step
+
+
+def _zstd() -> Step:
+    try:
+        import zstandard  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise ValueError("the answer is compressed as zstd, which needs pip install zstandard") from None
+    fresh = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_BYTES).decompressobj
+    current = fresh()
+
+    def step(piece: bytes) -> Iterator[bytes]:
+        nonlocal current
+        for start in range(0, len(piece), _ZSTD_SLICE_BYTES):
+            rest = piece[start : start + _ZSTD_SLICE_BYTES]
+            while rest:
+                try:
+                    out = current.decompress(rest)
+                except zstandard.ZstdError as error:
+                    raise ValueError(f"the answer cannot be decompressed: {error}") from None
+                rest = b""
+                if current.eof:
+                    rest, current = current.unused_data, fresh()
+                if out:
+                    yield out
+
+    return step
+
+
+_CODINGS: dict[str, Callable[[], Step]] = {
+    "gzip": _gzip,
+    "x-gzip": _gzip,
+    "deflate": _deflate,
+    "br": _brotli,
+    "zstd": _zstd,
+}
