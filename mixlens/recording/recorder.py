@@ -97,6 +97,7 @@ class Recorder:
         self._sites: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
         self._n_recorded = 0
         self._edits: dict[str, None] = {}
+        self._choices: list[int] = []  # experts that a token of each layer chooses
         self._left_out: list[LeftOut] = []
 
     # ------------------------------------------------------------------ in and out
@@ -187,7 +188,7 @@ class Recorder:
     def clear(self) -> None:
         """Forget what was recorded so far, as after a warm-up; call it between sequences, not within one."""
         self._pending, self._columns, self._sites, self._n_recorded = [], {}, {}, 0
-        self._left_out = []
+        self._left_out, self._choices = [], []
         self._latest = {}
         self._tracker.restart()
 
@@ -235,7 +236,7 @@ class Recorder:
             self._pending.append(call)
 
     def _check_fired(self, call: Call) -> None:
-        """Raises RecordingError for a module that ran without its hook."""
+        """Raises RecordingError for a module that ran without its hook, and for another top-k than before."""
         wanted = {"expert_id": self._layers} | {site.name: site.layers or () for site in self.signals.sites}
         for name, layers in wanted.items():
             missing = sorted(set(layers) - set(call.raw.get(name, {})))
@@ -248,6 +249,16 @@ class Recorder:
                     argument=name,
                     value=missing,
                 )
+        choices = [call.raw["expert_id"][layer].shape[-1] for layer in self._layers]
+        self._choices = self._choices or choices
+        if choices != self._choices:
+            call.batch.failed = True
+            raise RecordingError(
+                f"A Recorder saw a forward whose tokens choose {max(choices)} experts, after others that chose "
+                f"{max(self._choices)}. Record forwards of different top-k in Recorders of their own.",
+                argument="top_k",
+                value=max(choices),
+            )
 
     # ------------------------------------------------------------------ sorting tokens out
 

@@ -10,7 +10,7 @@ from helpers.refusals import refused
 from tiny import tiny_mixtral
 from transformers import DynamicCache, GenerationConfig
 
-from mixlens import BadInput, ModelError, Recorder, RecordingError, Site
+from mixlens import BadInput, ModelError, Recorder, RecordingError, Site, edit, edits
 from mixlens.trace.signals import SITES
 
 LENGTHS = [5, 17, 1, 9]
@@ -384,3 +384,16 @@ def test_other_top_k_and_expert_counts():
     np.testing.assert_array_equal(
         np.sort(trace.read("expert_id"), -1), np.sort(np.concatenate([e["expert_id"] for e in oracle(model, rows)]), -1)
     )
+
+
+def test_forwards_of_another_top_k_are_refused_and_those_before_are_kept(model):
+    with torch.no_grad(), Recorder(model) as recorder:
+        model(torch.arange(3, 9)[None])
+        kept = recorder.trace().read("expert_id")
+        with refused(RecordingError, "top_k", 1), edit(model, edits.top_k(1)):
+            model(torch.arange(3, 9)[None])
+        assert np.array_equal(recorder.trace().read("expert_id"), kept)
+        recorder.clear()
+        with edit(model, edits.top_k(1)):
+            model(torch.arange(3, 9)[None])
+    assert recorder.trace().top_k == 1
