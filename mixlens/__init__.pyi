@@ -28,6 +28,7 @@ from mixlens.recording.compiled import CompiledRecorder as CompiledRecorder
 from mixlens.recording.corpus import RecordSettings as RecordSettings
 from mixlens.recording.record import record as record
 from mixlens.recording.recorder import Recorder as Recorder
+from mixlens.recording.sources import documents as documents
 from mixlens.registry import open as open
 from mixlens.reports.report import report as report
 from mixlens.trace.signals import Site as Site

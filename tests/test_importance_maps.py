@@ -220,18 +220,3 @@ def test_a_loss_that_is_nan_at_every_k_stays_so():
     broken.lm_head.weight.data[5] = torch.nan
     measured = ml.experiments.measure_topk(broken, DOCUMENTS[:2], ks=1, tokenizer=Letters(), settings=SETTINGS)
     assert measured.loss.isnull().all()
-
-
-@pytest.mark.parametrize("name", ["value", "layer", "norm", "shared"])
-def test_a_column_called_like_a_number_is_refused_before_the_model_runs(net, name, monkeypatch):
-    monkeypatch.setattr(type(net), "forward", None)
-    documents = [{"text": "x", name: 1}]
-    for measured in (
-        ml.experiments.measure_importance,
-        ml.experiments.measure_topk,
-        ml.experiments.measure_contributions,
-    ):
-        with refused(BadInput, name, [name]):
-            measured(net, documents, tokenizer=Letters(), settings=SETTINGS)
-    with refused(BadInput, name, [name]):
-        ml.experiments.measure_impact(net, net, documents, tokenizer=Letters(), settings=SETTINGS)

@@ -8,7 +8,6 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from mixlens.cli.app import Result, app
-from mixlens.cli.documents import read_documents
 from mixlens.cli.options import Integers, Loading, NotNegative, Output, Reading, Schemes
 from mixlens.cli.tables import rows_of, statistic
 from mixlens.errors import BadInput
@@ -36,7 +35,8 @@ def importance(
     model
         Hub id, folder, or "demo".
     documents
-        JSON Lines (.jsonl, .jsonl.gz) or text files (one document each).
+        Files of JSON, JSON Lines, CSV, TSV, Parquet, Arrow or text; folders; - for standard input; or owner/name on the
+        Hub.
     out
         Run directory; a run that was stopped there resumes.
     how
@@ -52,7 +52,7 @@ def importance(
     from mixlens.experiments.importance import SETTINGS, Ablation, measure_importance
     from mixlens.stats import expert_importance
 
-    texts, settings = read_documents(documents, reading.limit), reading.settings(SETTINGS, output)
+    texts, settings = reading.documents(documents), reading.settings(SETTINGS, output)
     loaded = loading.load(model, output)
     means = expert_outputs(loaded, texts, settings=settings)["mean"] if how == "mean" else None
     ablation = Ablation(how=how, means=means, layers=None if layers is None else list(layers))
@@ -81,7 +81,8 @@ def contributions(
     model
         Hub id, folder, or "demo".
     documents
-        JSON Lines (.jsonl, .jsonl.gz) or text files (one document each).
+        Files of JSON, JSON Lines, CSV, TSV, Parquet, Arrow or text; folders; - for standard input; or owner/name on the
+        Hub.
     out
         Run directory; a run that was stopped there resumes.
     measure
@@ -94,7 +95,7 @@ def contributions(
     from mixlens.experiments.contributions import SETTINGS, measure_contributions
     from mixlens.stats import expert_contribution
 
-    texts, settings = read_documents(documents, reading.limit), reading.settings(SETTINGS, output)
+    texts, settings = reading.documents(documents), reading.settings(SETTINGS, output)
     found = measure_contributions(loading.load(model, output), texts, out=out, settings=settings)
     return statistic(expert_contribution(found, measure=measure, by=by), csv=csv, also=["max_abs"])
 
@@ -120,7 +121,8 @@ def topk(
     model
         Hub id, folder, or "demo".
     documents
-        JSON Lines (.jsonl, .jsonl.gz) or text files (one document each).
+        Files of JSON, JSON Lines, CSV, TSV, Parquet, Arrow or text; folders; - for standard input; or owner/name on the
+        Hub.
     out
         Run directory; a run that was stopped there resumes.
     ks
@@ -133,7 +135,7 @@ def topk(
     from mixlens.experiments.topk import SETTINGS, measure_topk
     from mixlens.stats import topk_sweep
 
-    texts, settings = read_documents(documents, reading.limit), reading.settings(SETTINGS, output)
+    texts, settings = reading.documents(documents), reading.settings(SETTINGS, output)
     measured = measure_topk(
         loading.load(model, output), texts, ks=None if ks is None else list(ks), out=out, settings=settings
     )
@@ -160,7 +162,8 @@ def impact(
     model
         Hub id, folder, or "demo".
     documents
-        JSON Lines (.jsonl, .jsonl.gz) or text files (one document each).
+        Files of JSON, JSON Lines, CSV, TSV, Parquet, Arrow or text; folders; - for standard input; or owner/name on the
+        Hub.
     out
         Run directory; a run that was stopped there resumes.
     by
@@ -176,7 +179,7 @@ def impact(
             "Cannot measure the impact of quantization: no scheme is given. Pass one, such as --quantization nf4.",
             argument="--quantization",
         )
-    texts, settings = read_documents(documents, reading.limit), reading.settings(SETTINGS, output)
+    texts, settings = reading.documents(documents), reading.settings(SETTINGS, output)
     changed = loading.load(model, output)
     original = replace(loading, quantization=None).load(model, output)
     found = measure_impact(original, changed, texts, out=out, force_weights=force_weights, settings=settings)
@@ -209,7 +212,8 @@ def pareto(
     model
         Hub id, folder, or "demo".
     documents
-        JSON Lines (.jsonl, .jsonl.gz) or text files (one document each).
+        Files of JSON, JSON Lines, CSV, TSV, Parquet, Arrow or text; folders; - for standard input; or owner/name on the
+        Hub.
     out
         Run directory.
     schemes
@@ -232,7 +236,7 @@ def pareto(
     evaluations = {scheme: open_run(run) for scheme, run in map(_score, scores or [])}
     found = measure_pareto(
         model,
-        read_documents(documents, reading.limit),
+        reading.documents(documents),
         schemes=schemes,
         out=out,
         loading={"device_map": loading.device_map, "dtype": loading.dtype, "revision": loading.revision},

@@ -10,6 +10,7 @@ from cyclopts import Parameter, Token, validators
 
 if TYPE_CHECKING:
     from mixlens.recording.corpus import RecordSettings
+    from mixlens.recording.documents import Documents
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Positive = Annotated[int, Parameter(validator=validators.Number(gte=1))]
@@ -146,9 +147,13 @@ class Reading:
     Parameters
     ----------
     text
-        Text column of JSON Lines.
+        Column of the text, or of a chat as messages with role and content.
+    columns
+        Columns to keep beside the text and the id; all where left out.
+    split
+        Split of a data set that has several.
     limit
-        Only the first N documents of every file.
+        Only the first N documents of every source.
     max_length
         Tokens a sequence; the context of the model where left out.
     overlong
@@ -158,14 +163,27 @@ class Reading:
     """
 
     text: str = "text"
+    columns: Names | None = None
+    split: str | None = None
     limit: Positive | None = None
     max_length: Positive | None = None
     overlong: Literal["error", "truncate", "split"] = "error"
     batch_tokens: Positive | None = None
 
     def settings(self, base: RecordSettings, output: Output) -> RecordSettings:
-        kept = {name: value for name, value in vars(self).items() if name != "limit"}
-        return replace(base, **kept, progress=output.progress)
+        how = {name: getattr(self, name) for name in ("max_length", "overlong", "batch_tokens")}
+        return replace(base, **how, progress=output.progress)
+
+    def documents(self, sources: Sequence[str]) -> Documents:
+        """Return the documents of all sources, checked.
+
+        Raises BadInput for a source that cannot be read, and for documents that cannot be recorded.
+        """
+        from mixlens.recording.documents import Documents
+        from mixlens.recording.sources import documents
+
+        how = {"text": self.text, "columns": self.columns, "split": self.split, "limit": self.limit}
+        return Documents([found for source in sources for found in documents(source, **how)], "text")
 
 
 @Parameter(name="*")

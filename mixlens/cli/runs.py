@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mixlens.cli.app import Result, app
-from mixlens.cli.documents import read_documents
 from mixlens.cli.options import Integers, Loading, Output, Reading, Signals
 from mixlens.cli.tables import rows_of, statistic
 from mixlens.errors import RunError
@@ -46,7 +45,8 @@ def record(
     model
         Hub id, folder, or "demo".
     documents
-        JSON Lines (.jsonl, .jsonl.gz) or text files (one document each).
+        Files of JSON, JSON Lines, CSV, TSV, Parquet, Arrow or text; folders; - for standard input; or owner/name on the
+        Hub.
     out
         Run directory; a run that was stopped there resumes.
     signals
@@ -55,7 +55,7 @@ def record(
     from mixlens.recording.corpus import RecordSettings
     from mixlens.recording.record import record
 
-    texts, settings = read_documents(documents, reading.limit), reading.settings(RecordSettings(), output)
+    texts, settings = reading.documents(documents), reading.settings(RecordSettings(), output)
     trace = record(loading.load(model, output), texts, out=out, signals=signals, settings=settings)
     return Result({"run": out, **trace.meta["counts"], "signals": [*trace.signals, *trace.sites]})
 

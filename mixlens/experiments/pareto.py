@@ -31,6 +31,7 @@ from mixlens.models.quantization.linears import require
 from mixlens.plot.comparison import pareto as draw
 from mixlens.plot.style import own_figure
 from mixlens.recording.corpus import Corpus, RecordSettings
+from mixlens.recording.documents import Documents
 from mixlens.recording.recorder import PACKAGES
 from mixlens.stats.impact import Impact
 from mixlens.stats.pareto import COLUMNS, KIND, TABLE, Pareto
@@ -125,7 +126,7 @@ def measure_pareto(
             argument="schemes",
             value=names,
         )
-    documents = documents if hasattr(documents, "__getitem__") else list(documents)
+    documents = Documents(documents, settings.text)
     original = load(model, verbose=False, **loading)
     described = identity(original)
     first = described["audit"]["label"]
@@ -161,7 +162,7 @@ class _Sides:
 
     original: Any
     model: str | os.PathLike[str]
-    documents: Iterable[Any]
+    documents: Documents
     loading: Mapping[str, Any]
     speed: Speed
     settings: RecordSettings

@@ -26,18 +26,13 @@ from mixlens.interventions.hooks import about_choices, edits_of
 from mixlens.models.hub import tokenizer_beside
 from mixlens.models.layout import config_of, context_length, input_device, is_sharded, n_experts
 from mixlens.models.provenance import describe, identity, tokenizer_sha256
+from mixlens.recording.chats import read_chat
 from mixlens.recording.documents import OVERLONG, Document, Documents, Piece, Tally, pieces_of, table_of
 from mixlens.recording.recorder import PACKAGES
 from mixlens.stats.measured import VOCABULARY, Measured, read_measured
 from mixlens.trace import shards as store
 
 _DESCRIPTIONS = {"trace": "recording"}  # of progress bars, where they differ from the kind of run
-# Names of measured quantities and their axes: no column of the documents may have one.
-_TAKEN = frozenset({
-    "change", "chosen", "condition", "error", "expert", "expert_id", "first_weight", "k", "kl", "layer", "logit",
-    "loss", "matrix", "next_id", "norm", "peak", "piece", "position", "same_first", "same_top", "shared", "size",
-    "slot", "token_id", "tokens", "value", "weight", "weight_error",
-})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -111,14 +106,14 @@ class Corpus:
         """Slices of the documents; a shard closes with the document that fills it."""
         index, first, tokens, count, pieces = 0, 0, 0, 0, []
         for document in self.documents:
-            ids = self._ids(document)
+            ids, phase = self._ids(document)
             if document.number == 0 and self.begin is not None and ids[:1] != [self.begin]:
                 warnings.warn(
                     f"The documents are read without {self.tokenizer.bos_token} at their beginning, with which the "
                     "model was trained: the tokenizer does not add it. Routing of the first tokens will differ.",
                     stacklevel=2,
                 )
-            pieces += (new := pieces_of(document, ids, self.limit, self.settings.overlong, self.tally))
+            pieces += (new := pieces_of(document, ids, phase, self.limit, self.settings.overlong, self.tally))
             tokens, count = tokens + sum(len(piece.ids) for piece in new), count + 1
             if tokens >= self.settings.shard_tokens:
                 yield Shard(index, first, count, pieces)
@@ -126,10 +121,16 @@ class Corpus:
         if pieces:
             yield Shard(index, first, count, pieces)
 
-    def _ids(self, document: Document) -> list[int]:
-        """Token ids of a document. Raises BadInput for ids beyond the model's, and for two BOS tokens at the start."""
-        ids = self.tokenizer(document.text)["input_ids"]
-        name = f"document {document.number} (id {document.id!r})"
+    def _ids(self, document: Document) -> tuple[list[int], np.ndarray | None]:
+        """Token ids of a document, and their phases where it is a chat.
+
+        Raises BadInput for ids beyond the model's, and for two BOS tokens at the start.
+        """
+        name = document.name
+        if isinstance(document.text, str):
+            ids, phase = self.tokenizer(document.text)["input_ids"], None
+        else:
+            ids, phase = read_chat(document.text, self.tokenizer, name)
         if ids and max(ids) >= self.vocabulary_size:
             raise BadInput(
                 f"Cannot record {name}: the tokenizer gives token {max(ids)}, and the model has "
@@ -146,7 +147,7 @@ class Corpus:
                 argument="text",
                 value=document.number,
             )
-        return ids
+        return ids, phase
 
     def progress(self, description: str, *, leads: bool = True) -> Iterator[Shard]:
         """The shards, under a progress bar over documents in the process that leads."""
@@ -237,16 +238,8 @@ def measure_documents(
                 `accelerate launch` every process then measures its share of the shards, and each gets the whole
     vocabulary  whether the run keeps the pieces of the tokenizer
 
-    Raises BadInput where a column of the documents is called like a measured quantity; RunError when `out` holds
-    something else or cannot be written.
+    Raises RunError when `out` holds something else or cannot be written.
     """
-    if taken := sorted(_TAKEN & next(iter(corpus.documents)).columns.keys()):
-        raise BadInput(
-            f"Cannot measure these documents: their column {', '.join(taken)} has the name of a measured quantity. "
-            "Rename it.",
-            argument=taken[0],
-            value=taken,
-        )
     meta = {
         "created": now(),
         "model": describe(model),

@@ -7,6 +7,7 @@ import decimal
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,44 +15,58 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from mixlens.core.names import beside
 from mixlens.errors import BadInput
+from mixlens.recording.chats import is_chat
 
 OVERLONG = ("error", "truncate", "split")
 _SCALARS = (str, bool, int, float, bytes, datetime.date, datetime.time, datetime.timedelta, decimal.Decimal)
+_OWN = ("sequence", "length")  # columns that a trace has beside the caller's
 _HALF_OF_A_PAIR = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
 class Document:
+    """A text, or a chat as a list of messages, with the caller's columns."""
+
     number: int
     id: Any
-    text: str
+    text: Any
     columns: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return f"document {self.number} (id {self.id!r})"
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Token ids of one sequence, and the columns of its row."""
+    """Token ids of one sequence, the columns of its row, and the phase of each token; None where all are prompt."""
 
     ids: np.ndarray
     columns: dict[str, Any]
+    phase: np.ndarray | None = None
 
 
 class Documents:
     """The caller's documents, checked once; can be gone through again and again.
 
-    documents  strings, mappings with a text column and any others, or a datasets.Dataset
-    column     name of the text column
+    documents  strings, mappings with a text column and any others, a datasets.Dataset; or checked ones
+    column     name of the text column; "messages" is taken where there is no column "text"
 
-    `digest` is the SHA-256 of all texts and columns. Raises BadInput for no documents, for one that is not text or is
-    empty, for a missing column, and for ids that occur twice.
+    `digest` is the SHA-256 of all texts and columns. Raises BadInput for no documents, for one that is neither text nor
+    a chat or is empty, for a missing column, and for ids that occur twice. Warns of a column that gives way to one of
+    the trace's own.
     """
 
     def __init__(self, documents: Iterable[Any], column: str) -> None:
+        if isinstance(documents, Documents):
+            self.__dict__.update(documents.__dict__)
+            return
         if isinstance(documents, str | Mapping):
             raise BadInput(
-                f"Cannot record a single {type(documents).__name__}. Pass a list of documents, or one split of a "
-                "dataset.",
+                f"Cannot record a single {type(documents).__name__}. Pass a list of documents, one split of a "
+                "dataset, or ml.documents(path) for a file.",
                 argument="documents",
                 value=type(documents).__name__,
             )
@@ -71,6 +86,8 @@ class Documents:
     def __iter__(self) -> Iterator[Document]:
         for number, raw in enumerate(self._documents):
             columns = dict(raw) if isinstance(raw, Mapping) else {self.column: raw}
+            if self.column == "text" and "text" not in columns and "messages" in columns:
+                columns["text"] = columns.pop("messages")
             if self.column not in columns:
                 raise BadInput(
                     f"Cannot record document {number}: it has the columns {', '.join(map(str, columns))} and none "
@@ -79,18 +96,12 @@ class Documents:
                     value=number,
                 )
             text = columns.pop(self.column)
-            if not isinstance(text, str) or not text:
-                found = "an empty text" if text == "" else f"{type(text).__name__}, not text"
+            if not ((isinstance(text, str) and text) or is_chat(text)):
+                empty = text is None or text in ("", [])
+                found = "an empty text" if empty else f"{type(text).__name__}, neither text nor messages with roles"
                 raise BadInput(
                     f"Cannot record document {number}: it is {found}. Leave it out, or pass a string.",
                     argument=self.column,
-                    value=number,
-                )
-            if reserved := columns.keys() & {"sequence", "length"}:
-                raise BadInput(
-                    f"Cannot record document {number}: mixlens itself writes a column called "
-                    f"{', '.join(sorted(reserved))}. Rename it.",
-                    argument=min(reserved),
                     value=number,
                 )
             for name, value in {self.column: text, **columns}.items():
@@ -103,7 +114,8 @@ class Documents:
                         value=number,
                     )
             own = next((columns.pop(name) for name in ("document_id", "id") if name in columns), number)
-            yield Document(number, _plain(own), text, {str(key): _plain(value) for key, value in columns.items()})
+            columns = {beside(str(key), _OWN): _plain(value) for key, value in columns.items()}
+            yield Document(number, _plain(own), text, columns)
 
     def _check(self) -> tuple[str, int]:
         digest, seen, first, count = hashlib.sha256(), set(), None, 0
@@ -143,6 +155,13 @@ class Documents:
                     )
             digest.update(json.dumps([document.id, document.text, document.columns], default=str).encode())
             count += 1
+        given = next(iter(self._documents), None)
+        if renamed := [name for name in _OWN if isinstance(given, Mapping) and name in given]:
+            warnings.warn(
+                f"The column {' and '.join(renamed)} of the documents is kept as "
+                f"{' and '.join(f'document_{name}' for name in renamed)}: a trace has a {renamed[0]} of its own.",
+                stacklevel=2,
+            )
         if not count:
             raise BadInput(
                 "Cannot record: there are no documents. Pass at least one text.",
@@ -161,22 +180,23 @@ class Tally:
     split_documents: int = 0
 
 
-def pieces_of(document: Document, ids: list[int], max_length: int, overlong: str, tally: Tally) -> list[Piece]:
+def pieces_of(
+    document: Document, ids: list[int], phase: np.ndarray | None, max_length: int, overlong: str, tally: Tally
+) -> list[Piece]:
     """The sequences of one document; a longer one than `max_length` is an error, truncated, or cut in pieces.
 
     Raises BadInput for a document without tokens, and for a long one when `overlong` is "error".
     """
-    name = f"Document {document.number} (id {document.id!r})"
     if not ids:
         raise BadInput(
-            f"Cannot record {name}: its text has no tokens. Leave it out, or pass another text.",
+            f"Cannot record {document.name}: its text has no tokens. Leave it out, or pass another text.",
             argument="text",
             value=document.number,
         )
     if len(ids) > max_length:
         if overlong == "error":
             raise BadInput(
-                f"Cannot record {name}: it has {len(ids):,} tokens, and the limit is {max_length:,}. Pass "
+                f"Cannot record {document.name}: it has {len(ids):,} tokens, and the limit is {max_length:,}. Pass "
                 'settings=RecordSettings(overlong="truncate") or "split" (--overlong on the command line).',
                 argument="overlong",
                 value=len(ids),
@@ -189,7 +209,11 @@ def pieces_of(document: Document, ids: list[int], max_length: int, overlong: str
             tally.split_documents += 1
     array = np.asarray(ids, np.int64)
     cuts = range(0, len(array), max_length)
-    return [Piece(array[i : i + max_length], {"document_id": document.id, **document.columns}) for i in cuts]
+    columns = {"document_id": document.id, **document.columns}
+    return [
+        Piece(array[i : i + max_length], columns, None if phase is None else phase[i : min(i + max_length, len(array))])
+        for i in cuts
+    ]
 
 
 def table_of(rows: Sequence[Mapping[str, Any]], index: pd.Index | None = None) -> pd.DataFrame:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,8 +45,10 @@ class Reader:
             module.training = training
 
     @torch.inference_mode()
-    def read(self, sequences: list[np.ndarray], first_sequence: int = 0) -> shards.MemoryPart:
-        """The part of a trace that these sequences make, in their order."""
+    def read(
+        self, sequences: list[np.ndarray], first_sequence: int = 0, phases: Sequence[np.ndarray | None] | None = None
+    ) -> shards.MemoryPart:
+        """The part of a trace that these sequences make, in their order; all tokens are prompt without `phases`."""
         lengths = np.array([len(ids) for ids in sequences])
         start = np.concatenate([[0], np.cumsum(lengths)])
         tokens = _Gathered(int(start[-1]))
@@ -61,7 +63,12 @@ class Reader:
             "sequence": np.repeat(np.arange(len(sequences)), lengths) + first_sequence,
             "position": np.arange(start[-1]) - np.repeat(start[:-1], lengths),
             "token_id": np.concatenate(sequences),
-            "phase": np.full(start[-1], shards.PROMPT, np.uint8),
+            "phase": np.concatenate(
+                [
+                    np.full(n, shards.PROMPT, np.uint8) if phase is None else phase
+                    for n, phase in zip(lengths, phases or [None] * len(sequences), strict=True)
+                ]
+            ),
             **tokens.arrays,
         }
         bad_layer = arrays.pop(BAD_LAYER)

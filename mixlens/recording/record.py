@@ -48,7 +48,9 @@ def record(
     model : torch.nn.Module
         A loaded model.
     documents : Iterable[Any]
-        Strings; mappings with a text column and any others (domain, id ...); or a datasets.Dataset.
+        Strings; mappings with a text column and any others (domain, id ...); a datasets.Dataset; or what `documents`
+        reads from a file. A text may be a chat, a list of messages: it is written by the tokenizer's template, and the
+        phase of what the assistant said is "generated".
     out : str or os.PathLike, optional
         Run directory; None keeps the trace in memory. A run that was stopped goes on where it stopped, and ends
         with the same bytes; a complete one is opened.
@@ -102,7 +104,8 @@ def record(
     }
 
     def compute(shard: Shard) -> tuple[MemoryPart, pd.DataFrame]:
-        part = reader.read([piece.ids for piece in shard.pieces], shard.first_sequence)
+        phases = [piece.phase for piece in shard.pieces]
+        part = reader.read([piece.ids for piece in shard.pieces], shard.first_sequence, phases)
         return part, _sequence_rows(shard, part)
 
     if out is None:

@@ -10,6 +10,7 @@ import pandas as pd
 import xarray as xr
 
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
+from mixlens.core.names import beside
 from mixlens.errors import BadInput
 from mixlens.stats.measured import Measured, check_kind, groups_of, intervals_by, read_measured, summarised
 from mixlens.trace.detokenize import display_pieces
@@ -111,8 +112,7 @@ def contributions_dataset(measured: Measured) -> xr.Dataset:
     position, token_id = arrays.pop("position").astype(np.int64), arrays.pop("token_id").astype(np.int64)
     following = np.append(token_id[1:], -1)
     following[np.append(position[1:] == 0, True)] = -1
-    coords = {name: ("token", values[number]) for name, (_, values) in measured.coords().items()}
-    coords |= {
+    coords = {
         "sequence": ("token", np.cumsum(position == 0) - 1),
         "position": ("token", position),
         "token_id": ("token", token_id),
@@ -120,6 +120,8 @@ def contributions_dataset(measured: Measured) -> xr.Dataset:
         "piece": ("token", display_pieces(token_id, measured.vocabulary)),
     }
     data = {name: (("token", "layer", "slot"), values) for name, values in arrays.items()}
+    columns = measured.columns({*data, *coords, "token", "layer", "slot"})
+    coords |= {name: ("token", values[number]) for name, values in columns.items()}
     attrs = {
         "kind": KIND,
         "statistic": "expert_contributions",
@@ -148,9 +150,10 @@ def _by_document(data: xr.Dataset, measure: str) -> xr.Dataset:
     own = [name for name in columns if name not in ("sequence", "position", "token_id", "next_id", "piece")]
     arrays = (array.reshape(count, experts, layers).swapaxes(1, 2) for array in (sums, n, peak))
     named = dict(zip(("sum", "chosen", "peak"), arrays, strict=True))
+    taken = {*named, "length", "layer", "expert", "document"}
     return xr.Dataset(
         {name: (("document", "layer", "expert"), array) for name, array in named.items()}
         | {"length": ("document", np.bincount(number, minlength=count))},
-        coords={name: ("document", data[name].values[first]) for name in own}
+        coords={beside(name, taken): ("document", data[name].values[first]) for name in own}
         | {"layer": data.layer.values, "expert": range(experts)},
     )

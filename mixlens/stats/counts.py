@@ -17,6 +17,7 @@ import pandas as pd
 import xarray as xr
 
 from mixlens.core.bootstrap import DEFAULT, FEW, Bootstrap, Resamples, effective_documents
+from mixlens.core.names import OF_STATISTICS, beside
 from mixlens.errors import BadInput, MissingSignal
 from mixlens.stats.multiplicity import p_against, skewness, with_survivors
 
@@ -41,7 +42,7 @@ OLMOE = "Muennighoff et al. 2024, OLMoE, arXiv 2409.02060"
 class Clusters:
     """What the bootstrap draws: the documents of each group.
 
-    by           {sequence column: its labels}, the dimensions of the groups
+    by           {sequence column, beside the names of statistics: its labels}, the dimensions of the groups
     of_sequence  [sequence number] cluster of each sequence
     group        [cluster] group, counted over the product of the labels
     document     [sequence number] document within its group, for counting documents
@@ -65,7 +66,8 @@ class Clusters:
         group, labels = np.zeros(len(trace.sequences), np.int64), {}
         for name in columns:
             code, found = pd.factorize(trace.sequences[name], sort=True)
-            labels[name] = np.asarray(found.astype(object) if isinstance(found, pd.CategoricalIndex) else found)
+            values = found.astype(object) if isinstance(found, pd.CategoricalIndex) else found
+            labels[beside(name, OF_STATISTICS)] = np.asarray(values)
             group = group * len(found) + code
         n_groups = math.prod(len(found) for found in labels.values())
         document_id, _ = pd.factorize(trace.sequences["document_id"])
@@ -406,10 +408,9 @@ def _columns(trace: Trace, by: By) -> list[str]:
                 argument="by",
                 value=name,
             )
-        if name in ("layer", "expert", "expert_j", "measure", "choice", "position_bin") or columns.count(name) > 1:
+        if columns.count(name) > 1:
             raise BadInput(
-                f"Cannot group by {', '.join(columns)}: {name!r} is already the name of a dimension of the result. "
-                "Name each column once, and rename one that is called like a dimension.",
+                f"Cannot group by {', '.join(columns)}: {name!r} is named twice. Name each column once.",
                 argument="by",
                 value=name,
             )

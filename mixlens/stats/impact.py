@@ -242,10 +242,9 @@ def _dataset(measured: Measured) -> xr.Dataset:
     data: dict[str, Any] = {name: (along, arrays[name]) for name, along in dims.items()}
     data["weight_error"] = (("layer", "expert", "matrix"), arrays["weight_error"][0])
     coords = {
-        **measured.coords(),
         "condition": list(CONDITIONS),
         "layer": range(arrays["error"].shape[1]),
         "expert": range(arrays["error"].shape[2]),
         "matrix": list(MATRICES),
     }
-    return xr.Dataset(data, coords, {"kind": KIND})
+    return measured.along_documents(data, coords, {"kind": KIND})

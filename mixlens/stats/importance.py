@@ -94,6 +94,6 @@ def importance_dataset(measured: Measured) -> xr.Dataset:
     """Sums over documents: change, chosen [document, layer, expert]; value, tokens, length [document]."""
     meta, inner = measured.meta, ("document", "layer", "expert")
     data = {name: (inner[: array.ndim], array) for name, array in measured.arrays.items()}
-    coords = {**measured.coords(), "layer": meta["layers"], "expert": np.arange(meta["n_experts"])}
+    coords = {"layer": meta["layers"], "expert": np.arange(meta["n_experts"])}
     attrs = {"kind": KIND, "model": meta["model"]["name"], "top_k": meta["top_k"], **meta["ablation"]}
-    return xr.Dataset(data, coords, attrs)
+    return measured.along_documents(data, coords, attrs)

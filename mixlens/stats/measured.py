@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import xarray as xr
 from safetensors.numpy import load_file
 
 from mixlens.core.bootstrap import Bootstrap
+from mixlens.core.names import OF_STATISTICS, beside
 from mixlens.core.run_dir import open_run
 from mixlens.errors import BadInput
 from mixlens.stats.counts import By, Clusters, Counts, summarise
@@ -31,9 +32,17 @@ class Measured:
     meta: dict[str, Any]
     vocabulary: pd.Series | None = None
 
-    def coords(self) -> dict[str, Any]:
-        """The documents' columns, along the dimension `document`."""
-        return {str(name): ("document", self.documents[name].to_numpy(object)) for name in self.documents}
+    def columns(self, own: Collection[str]) -> dict[str, np.ndarray]:
+        """The documents' columns [document], by their names beside those that a Dataset has for itself."""
+        return {beside(str(name), own): self.documents[name].to_numpy(object) for name in self.documents}
+
+    def along_documents(
+        self, data: Mapping[str, tuple[Any, Any]], coords: Mapping[str, Any], attrs: Mapping[str, Any]
+    ) -> xr.Dataset:
+        """A Dataset of sums over documents, with the documents' columns as coordinates."""
+        own = {*data, *coords, "document"}
+        columns = {name: ("document", values) for name, values in self.columns(own).items()}
+        return xr.Dataset(data, {**columns, **coords}, attrs)
 
 
 def read_measured(path: str | os.PathLike[str], kind: str, *, check: bool = True) -> Measured:
@@ -78,14 +87,15 @@ def groups_of(measured: xr.Dataset, by: str | Sequence[str] | None) -> tuple[dic
     labels: dict[str, np.ndarray] = {}
     group = np.zeros(measured.sizes["document"], np.int64)
     for name in [by] if isinstance(by, str) else list(by or []):
-        if name not in there:
+        held = name if name in there else f"document_{name}"  # beside a measured quantity of that name
+        if held not in there:
             raise BadInput(
                 f"Cannot group by {name!r}: the documents have the columns {', '.join(there)}. Pass one of them, or "
                 "measure documents that have the column.",
                 argument="by",
                 value=name,
             )
-        values = measured[name].values
+        values = measured[held].values
         if any(value is None or value != value for value in values):
             raise BadInput(
                 f"Cannot group by {name!r}: some documents have no {name}. Give every document one, or leave those "
@@ -93,8 +103,8 @@ def groups_of(measured: xr.Dataset, by: str | Sequence[str] | None) -> tuple[dic
                 argument=name,
                 value=None,
             )
-        labels[name], code = np.unique(values, return_inverse=True)
-        group = group * len(labels[name]) + code
+        found, code = np.unique(values, return_inverse=True)
+        labels[beside(name, OF_STATISTICS)], group = found, group * len(found) + code
     return labels, group
 
 

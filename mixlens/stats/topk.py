@@ -104,5 +104,6 @@ def topk_dataset(measured: Measured) -> xr.Dataset:
     meta, inner = measured.meta, ("document", "k", "layer", "expert")
     data = {name: (inner[: array.ndim], array) for name, array in measured.arrays.items()}
     layers = measured.arrays["chosen"].shape[2]
-    coords = {**measured.coords(), "k": meta["ks"], "layer": range(layers), "expert": range(meta["n_experts"])}
-    return xr.Dataset(data, coords, {"kind": KIND, "model": meta["model"]["name"], "own_k": meta["own_k"]})
+    coords = {"k": meta["ks"], "layer": range(layers), "expert": range(meta["n_experts"])}
+    attrs = {"kind": KIND, "model": meta["model"]["name"], "own_k": meta["own_k"]}
+    return measured.along_documents(data, coords, attrs)

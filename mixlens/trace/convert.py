@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xarray as xr
 
+from mixlens.core.names import beside
 from mixlens.core.run_dir import RunWriter, now, versions
 from mixlens.errors import BadInput
 from mixlens.trace import shards
@@ -130,7 +131,12 @@ def to_xarray(trace: Trace) -> xr.Dataset:
         else:
             data[name] = ("token", values)
     sequence = data["sequence"][1]
-    columns = {c: ("token", trace.sequences[c].reindex(sequence).to_numpy()) for c in trace.sequences if c != "length"}
+    own = {*data, "token", "layer", "slot", "expert", "rank"}
+    columns = {
+        beside(str(c), own): ("token", trace.sequences[c].reindex(sequence).to_numpy())
+        for c in trace.sequences
+        if c != "length"
+    }
     attrs = {"model": trace.meta.get("model", {}).get("name", ""), "source": str(trace.meta.get("source", ""))}
     return xr.Dataset(data, coords={"layer": trace.layers, **columns}, attrs=attrs)
 

@@ -188,7 +188,6 @@ def test_truncating_and_splitting_are_said_and_counted(model, letters, tmp_path)
         ([{"body": "a"}], QUIET, ("text", 0)),
         ([{"text": "a", "domain": "x"}, {"text": "b"}], QUIET, ("domain", 1)),
         ([{"text": "a", "id": 1}, {"text": "b", "id": 1}], QUIET, ("id", 1)),
-        ([{"text": "a", "length": 3}], QUIET, ("length", 0)),
         (
             [{"text": "a", "year": 1}, {"text": "b", "year": "two"}],
             QUIET,
