@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
+from bench_samples import META, bench, record
 from helpers import displayed as see
 from test_scores import log
 
@@ -15,9 +14,6 @@ import mixlens as ml
 from mixlens.bench.bench import Bench
 from mixlens.endpoints.protocols import DONE, ROLE, TOKEN, USAGE
 from mixlens.evals.paired import compare_logs
-
-sys.path.append(str(Path(__file__).parent.parent / "bench"))
-from bench_samples import META, bench, record
 
 show = ml.show
 ROWS = ["mmlu_5shot", "arc_challenge_25shot"]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
+from bench_samples import META, bench, record
 from helpers.refusals import refused
 
 import mixlens
@@ -17,9 +16,6 @@ from mixlens.endpoints.protocols import TOKEN
 from mixlens.errors import BadInput
 from mixlens.plot.style import note_of, own_figure
 from mixlens.pricing.tradeoff import Candidate
-
-sys.path.append(str(Path(__file__).parent.parent / "bench"))
-from bench_samples import META, bench, record
 
 MADE = bench({"concurrency 1": [1.0, 1.5, 2.0], "concurrency 4": [2.0, 3.0, 4.0]})
 FAILED = Bench([record(0, outcome="http", events=())], META)
