@@ -155,11 +155,10 @@ class Documents:
                     )
             digest.update(json.dumps([document.id, document.text, document.columns], default=str).encode())
             count += 1
-        given = next(iter(self._documents), None)
-        if renamed := [name for name in _OWN if isinstance(given, Mapping) and name in given]:
+        if renamed := [name for name in _OWN if beside(name, _OWN) in (first or ())]:
             warnings.warn(
                 f"The column {' and '.join(renamed)} of the documents is kept as "
-                f"{' and '.join(f'document_{name}' for name in renamed)}: a trace has a {renamed[0]} of its own.",
+                f"{' and '.join(beside(name, _OWN) for name in renamed)}: a trace has a {renamed[0]} of its own.",
                 stacklevel=2,
             )
         if not count:
