@@ -87,8 +87,9 @@ def cutting(evaluation: dict[str, Any]) -> str:
     shared = [name for name, cut in data.items() if cut["rise"] <= cut["highest_rise_of_others"]]
     most = f"most of all in {len(data) - len(shared)}" + (f": not in {', '.join(shared)}" if shared else "")
     return (
-        f"{table([*heads, 'mean rise of the others', 'highest of them'], rows)}\n\nThe domain itself rises more than"
-        f" the mean of the others in {above_mean} of {len(data)} cases, and {most}."
+        f"{table([*heads, 'mean rise of the others', 'highest of them'], rows)}\n\nOn these documents the domain itself"
+        f" rises more than the mean of the others in {above_mean} of {len(data)} cases, and {most}. Six documents of a"
+        " domain describe and do not test: none of these differences has an interval."
     )
 
 

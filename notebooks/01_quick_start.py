@@ -49,8 +49,9 @@ share = ml.stats.expert_share(trace, by="domain")
 ml.show.expert_share_grid(share)
 
 # %% [markdown]
-# Which expert is furthest above uniform, and where? And in general: how much does an expert's choice say about the
-# domain, in bits, and how much of that would shuffled labels say as well?
+# Which measured share is furthest above uniform, and where? The largest of hundreds is flattered by being picked;
+# notebook 02 asks which differ. And in general: how much does an expert's choice say about the domain, in bits, and how
+# much of that would shuffled labels say as well?
 
 # %%
 cells = share.stack(cell=("domain", "layer", "expert"))
@@ -68,7 +69,7 @@ ml.show.domain_information(information)
 
 # %%
 excess = information.sel(measure="excess")
-above = int((excess["ci_low"] > 0).sum())
+above = int(excess["survives"].sum())
 top = excess.isel(layer=int(excess["estimate"].values.argmax()))
 print(
     f"Above chance in {above} of {excess.sizes['layer']} layers, most in layer {int(top['layer'])}: "
@@ -90,9 +91,13 @@ table["n"] = repetition["n"].to_series()
 table
 
 # %%
-uniform = float(repetition.attrs["uniform"][0])
-over = int((ends["ci_low"] > uniform).sum())
-print(f"Uniform routing gives {uniform:.1%}; the interval lies above that in {over} of {ends['estimate'].size} cells.")
+whole = ml.stats.repetition(trace).sel(choice="first")
+uniform = float(whole.attrs["uniform"][0])
+over = int((whole["survives"] & (whole["estimate"] > uniform)).sum())
+print(
+    f"Uniform routing gives {uniform:.1%}; of all documents together, {over} of {whole.sizes['layer']} layers are told "
+    f"apart above it. The {int(repetition['n_documents'].min())} documents of a domain are too few to tell one apart."
+)
 
 # %% [markdown]
 # ## One text, token by token

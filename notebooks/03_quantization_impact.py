@@ -18,7 +18,7 @@
 #
 # A quantized mixture of experts can lose quality in two ways. Its weights are rounded, so every expert computes
 # something slightly different. And because hidden states are then slightly different, routers send tokens to other
-# experts. Which of the two is it? Here the two are told apart by running each model with the routing of the other.
+# experts. Which of the two is it? Here the two are separated by running each model with the routing of the other.
 #
 # Everything runs offline on the small trained Mixtral that comes with mixlens. For another model change the next cell,
 # such as `MODEL = "mistralai/Mixtral-8x7B-v0.1"`, `SCHEME = "nf4"` and documents of your own. Two models are held at a
@@ -85,22 +85,21 @@ print(
     f"{float(flipped.where(close, 0).sum() / flipped.sum()):.0%} of all flips are at margins below 0.5 logits, where "
     f"{float(margins.n.where(close, 0).sum() / margins.n.sum()):.0%} of all choices are."
 )
-both = compared.flips().sel(measure=["after_flip", "without_flip"]).dropna("layer")
-after, without = both.sel(measure="after_flip"), both.sel(measure="without_flip")
-more = [int(n) for n in after.layer if float(after.ci_low.sel(layer=n)) > float(without.ci_high.sel(layer=n))]
+flips = compared.flips().isel(layer=slice(1, None))  # before the first layer nothing flips
+after, without, more = (flips.sel(measure=name) for name in ("after_flip", "without_flip", "more_after"))
 print(
     f"A token that has flipped before flips in {float(after.estimate.mean()):.0%} of later layers, one that has not in "
-    f"{float(without.estimate.mean()):.0%}; in {len(more)} of {both.sizes['layer']} layers the intervals say that it "
-    "flips more often."
+    f"{float(without.estimate.mean()):.0%}; in {int((more.survives & (more.estimate > 0)).sum())} of "
+    f"{more.sizes['layer']} layers it is told to flip more often."
 )
 
 # %% [markdown]
-# ## The split: changed weights, changed routing
+# ## The split: changed routing, and everything else
 #
 # Four readings of the same tokens: each model with its own routing, and each with the experts that the other chose,
-# forced in every layer. Going from the original to the quantized model weights first and routing second, or routing
-# first and weights second, divides the change in two ways; their mean is the Shapley value of each part. Intervals are
-# of paired differences, from a bootstrap over documents.
+# forced in every layer. Going from the original to the quantized model with the routing last, or with the routing
+# first, divides the change in two ways; their mean is the Shapley value of each part. What is not routing is rounded
+# weights, and the arithmetic of another kind of layer. Intervals are of paired differences over the same documents.
 
 # %%
 impact = ml.experiments.measure_impact(original, quantized, DOCUMENTS, settings=SETTINGS)
@@ -123,18 +122,18 @@ def told(quantity: str, part: str) -> str:
 mean = split.sel(order="mean")
 share = mean.estimate.sel(part="routing") / mean.estimate.sel(part="total")
 routing = mean.sel(quantity="loss", part="routing")
-apart = float(routing.ci_low) > 0 or float(routing.ci_high) < 0
 print(
-    f"Of the KL divergence of {told('kl', 'total')} nats a token, {told('kl', 'weights')} comes from other weights and "
+    f"Of the KL divergence of {told('kl', 'total')} nats a token, {told('kl', impact.rest)} comes from {impact.rest} "
+    "and "
     f"{told('kl', 'routing')} from other routing ({float(share.sel(quantity='kl')):.0%})."
 )
 print(
     f"Of the change in loss of {told('loss', 'total')} nats a token, other routing brings {told('loss', 'routing')}: "
-    f"{'told apart from zero' if apart else 'not told apart from zero'}."
+    f"{'' if bool(routing.survives) else 'not '}told apart from zero (q = {float(routing.q):.2g})."
 )
 
 # %% [markdown]
-# By domain, with the few documents that there are of each:
+# By domain, with the one or two documents that there are of each, which bound nothing:
 
 # %%
 by_domain = impact.split(by="domain").sel(quantity="kl", order="mean")
@@ -212,21 +211,21 @@ pd.DataFrame(
 
 # %%
 of_kl = float(share.sel(quantity="kl"))
-parts = {"its experts compute something else": "weights", "other experts compute": "routing"}
+parts = {"its experts compute something else": impact.rest, "other experts compute": "routing"}
 cells = {cause: mean.sel(quantity="kl", part=part) for cause, part in parts.items()}
 most, least = sorted(cells, key=lambda cause: -float(cells[cause].estimate))
 told_apart = float(cells[most].ci_low) > float(cells[least].ci_high)
 cause = f"mostly because {most}" if told_apart else "for both reasons, which the intervals do not tell apart"
-flips = float(compared.flips().estimate.sel(measure="so_far").isel(layer=-1))
+flipped = float(flips.estimate.sel(measure="so_far").isel(layer=-1))
 mildest, harshest = changed[0], changed[-1]
 print(
-    f"{SCHEME}: {flips:.0%} of tokens choose other experts in some layer; changed routing brings {of_kl:.0%} of the "
+    f"{SCHEME}: {flipped:.0%} of tokens choose other experts in some layer; changed routing brings {of_kl:.0%} of the "
     f"divergence. It differs from the original {cause}."
 )
 print(
-    f"The milder the rounding, the {'more' if part[mildest] > part[harshest] else 'less'} of what is left is routing: "
-    f"{part[mildest]:.0%} under {mildest}, {part[harshest]:.0%} under {harshest} (the quotients above; n = "
-    f"{front.meta['documents']} documents)."
+    f"Changed routing was measured to bring {part[mildest]:.0%} of it under {mildest}, the mildest rounding, and "
+    f"{part[harshest]:.0%} under {harshest}, the harshest: quotients without an interval, n = "
+    f"{front.meta['documents']} documents."
 )
 smallest = front.front()[0]
 print(

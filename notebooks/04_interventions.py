@@ -64,12 +64,17 @@ pd.DataFrame(
 # ## A map of all experts, by domain
 #
 # Each expert of each layer in turn is never chosen; the number is the change in loss on the same tokens. Hidden states
-# below the edited layer are kept, so that the map costs a fraction of one forward for every expert. Dots mark changes
-# whose 95 % interval, from a bootstrap over documents, excludes zero. A few experts cost far more than the rest, so
-# colours are linear near zero and logarithmic beyond, as the figure says.
+# below the edited layer are kept, so that the map costs a fraction of one forward for every expert. A few experts cost
+# far more than the rest, so colours are linear near zero and logarithmic beyond, as the figure says. Dots mark changes
+# that survive control for the number of cells. Five documents of a domain can give none, all 60 together can: first
+# the map of all, then that by domain, to look at.
 
 # %%
 measured = ml.experiments.measure_importance(model, documents, settings=settings)
+whole = ml.stats.expert_importance(measured)
+ml.show.expert_importance(whole)
+
+# %%
 importance = ml.stats.expert_importance(measured, by="domain")
 ml.show.importance_by_domain(importance)
 
@@ -99,6 +104,7 @@ for layer in importance.layer.values:
             "high": float(own.ci_high),
             "largest elsewhere": float(elsewhere.estimate.max()),
             "rank": int((cell.estimate > own.estimate).sum()) + 1,
+            "survives": bool(own.survives),
         }
     )
 favourites = pd.DataFrame(rows).set_index("layer")
@@ -109,14 +115,14 @@ favourites.round(3)
 
 # %%
 first = favourites["rank"] == 1
-clear = favourites["low"] > 0
 strongest = favourites["change in loss"].idxmax()
 best = favourites.loc[strongest]
 elsewhere = importance.sel(layer=strongest, expert=int(best["expert"])).drop_sel(domain=DOMAIN)
 runner_up = elsewhere.isel(domain=int(elsewhere.estimate.values.argmax()))
 print(
-    f"In {first.sum()} of {len(favourites)} layers the expert that {DOMAIN} over-uses matters most to {DOMAIN}; "
-    f"in {(first & clear).sum()} of them the interval excludes zero."
+    f"In {first.sum()} of {len(favourites)} layers the expert that {DOMAIN} over-uses is measured to matter most to "
+    f"{DOMAIN}; with {int(importance.n_documents.sel(domain=DOMAIN))} documents of it, in "
+    f"{(first & favourites['survives']).sum()} of them the change is told apart from none."
 )
 print(
     f"It costs most in layer {strongest}: without expert {best['expert']:.0f} {DOMAIN} loses "
@@ -180,7 +186,6 @@ ml.show.contributions(contributions, sequence=0, positions=(0, 48))
 # interval from a bootstrap over experts:
 
 # %%
-whole = ml.stats.expert_importance(measured)
 pairs = pd.DataFrame({"added": contribution.estimate.values.ravel(), "cost": whole.estimate.values.ravel()}).dropna()
 draws = np.random.default_rng(0).integers(len(pairs), size=(1000, len(pairs)))
 correlation = pairs["added"].corr(pairs["cost"], method="spearman")
