@@ -189,7 +189,8 @@ class Bench:
         Returns
         -------
         DataFrame
-            level, good (requests), good_frac, good_per_s, n (measured requests); NaN for a level without a success.
+            level, good (requests), good_frac, ci_low, ci_high (of good_frac: 95 %, Clopper and Pearson), good_per_s, n
+            (measured requests); NaN for a level without a success.
 
         Raises
         ------

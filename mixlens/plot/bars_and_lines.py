@@ -229,6 +229,9 @@ def _lines(ax: Axes, series: list[tuple[str, xr.Dataset]]) -> None:
         marker = MARKERS[i % len(MARKERS)]
         ax.plot(at, part["estimate"], color=colours[i], marker=marker, linestyle="", label=in_legend(name))
         ax.vlines(at, part["ci_low"], part["ci_high"], color=colours[i], linewidth=1)
+        if "expected" in part:
+            ax.plot(at, part["expected"], color=colours[i], linestyle=":", linewidth=1)
+            ax.fill_between(at, part["null_low"], part["null_high"], color=colours[i], alpha=0.15, linewidth=0)
 
 
 @takes("stats.routing_entropy", "estimate", "layer")

@@ -220,6 +220,10 @@ def note(data: xr.Dataset, *, drawn: str, line: str = "dashed") -> str:
     parts = [sample(data), f"{drawn}: {level(data)} over documents"]
     if expected := uniform_note(data):
         parts.append(f"{line}: {expected}" if line else expected)
+    if "expected" in data:
+        parts.append(
+            f"dotted: {data.attrs['null']}, {data.attrs['permutations']} shuffles; band: {level(data)} of them"
+        )
     return "; ".join(parts)
 
 

@@ -19,9 +19,11 @@ from mixlens.plot.tables import html_table
 from mixlens.reports.analysis import Analysis
 from mixlens.reports.findings import findings, furthest, place
 from mixlens.stats import table5
+from mixlens.stats.planning import planned
 
 _MOST_SEQUENCES, _MOST_TOKENS = 12, 1024  # in the live text
 _FEW_DOCUMENTS = 20
+_UNEVEN = 0.5  # effective documents over documents, below which it is told
 
 
 def summary(analysis: Analysis) -> str:
@@ -45,13 +47,39 @@ def summary(analysis: Analysis) -> str:
 
 def _few_documents(analysis: Analysis) -> str:
     by_domain = analysis.found.get("expert_share by domain")
+    data = analysis.found.get("expert_share") if by_domain is None else by_domain
     fewest = analysis.n_documents if by_domain is None else int(by_domain["n_documents"].min())
-    if fewest >= _FEW_DOCUMENTS:
-        return ""
     whose = "Intervals" if by_domain is None else "Intervals by domain"
     if fewest == 1:
         return f"{whose} need at least two documents; where there is one, none is given."
-    return f"{whose} rest on as few as {fewest} documents: take them as rough."
+    if data is None:
+        return ""
+    rough = f"{whose} rest on as few as {fewest} documents: take them as rough." if fewest < _FEW_DOCUMENTS else ""
+    return " ".join(filter(None, [rough, _long_documents(data), _too_wide(data)]))
+
+
+def _long_documents(data: xr.Dataset) -> str:
+    """Say it where a few documents have most of the tokens."""
+    share = float((data["n_effective"] / data["n_documents"]).min())
+    if not share < _UNEVEN:
+        return ""
+    least = float(data["n_effective"].min())
+    return f"A few documents have most of the tokens: they count as {least:.1f} documents of equal length."
+
+
+def _too_wide(data: xr.Dataset) -> str:
+    """Say it where half of the intervals of shares reach further than half of uniform, and what would help."""
+    uniform = float(data.attrs["uniform"])
+    plan = planned(data, uniform / 5)
+    half = float(plan["now"].median())
+    if not half > uniform / 2:
+        return ""
+    enough = int(plan["documents"].median())
+    return (
+        f"Half of the intervals of expert shares reach further than {100 * half:.1f} points, where uniform routing is "
+        f"{100 * uniform:.1f} %: too wide to be of use. About {enough:,} documents of the kind would give "
+        f"{100 * uniform / 5:.1f} points."
+    )
 
 
 def shares(analysis: Analysis) -> str:

@@ -4,15 +4,26 @@ from mixlens.core.bootstrap import Bootstrap
 from mixlens.stats.agreement import agreement
 from mixlens.stats.contrast import contrast
 from mixlens.stats.contributions import expert_contribution
+from mixlens.stats.distances import domain_distance
 from mixlens.stats.domains import domain_information, domain_specialization
 from mixlens.stats.flips import flips, flips_by_margin
 from mixlens.stats.importance import expert_importance
 from mixlens.stats.moved import moved
 from mixlens.stats.multiplicity import adjusted
 from mixlens.stats.next_tokens import next_tokens
+from mixlens.stats.null_models import null_model
 from mixlens.stats.outputs import super_experts
+from mixlens.stats.planning import plan, power
+from mixlens.stats.pooling import partial_pooling
 from mixlens.stats.published import table5
-from mixlens.stats.routing import expert_share, load_balance, position_profile, router_confidence, routing_entropy
+from mixlens.stats.routing import (
+    expert_share,
+    load_balance,
+    load_entropy,
+    position_profile,
+    router_confidence,
+    routing_entropy,
+)
 from mixlens.stats.simultaneous import simultaneous
 from mixlens.stats.structure import coactivation, repetition, transitions
 from mixlens.stats.tokens import predictability, vocabulary_specialization
@@ -25,6 +36,7 @@ __all__ = [
     "agreement",
     "coactivation",
     "contrast",
+    "domain_distance",
     "domain_information",
     "domain_specialization",
     "expert_contribution",
@@ -33,9 +45,14 @@ __all__ = [
     "flips",
     "flips_by_margin",
     "load_balance",
+    "load_entropy",
     "moved",
     "next_tokens",
+    "null_model",
+    "partial_pooling",
+    "plan",
     "position_profile",
+    "power",
     "predictability",
     "repetition",
     "router_confidence",

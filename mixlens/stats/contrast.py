@@ -99,7 +99,7 @@ def contrast(
                 value=name,
             )
     paired = _same_documents(first, second) and one.n == two.n  # type: ignore[arg-type]
-    weights_a, weights_b = _permutations(one.n, two.n, paired)
+    weights_a, weights_b = permutations(one.n, two.n, paired)
     pooled = one.with_all_of(two)
     chunks = [
         _of_layers(pooled, layers, weights_a, weights_b, (one.n, two.n, paired), bootstrap)
@@ -163,7 +163,7 @@ def _same_documents(one: Trace, two: Trace) -> bool:
     return first == second
 
 
-def _permutations(n_a: int, n_b: int, paired: bool) -> tuple[np.ndarray, np.ndarray]:
+def permutations(n_a: int, n_b: int, paired: bool) -> tuple[np.ndarray, np.ndarray]:
     """Weights of the pooled documents [permutation, n_a + n_b] in both groups; the first is as it was."""
     rng = np.random.default_rng(_SEED)
     in_a = np.zeros((1 + _PERMUTATIONS, n_a + n_b), bool)
@@ -196,13 +196,14 @@ def _of_layers(
         whole = pooled.values(layers, left_out * weights_a[0]) - pooled.values(layers, left_out * weights_b[0])
         variance = _jackknife_variance(whole)
     else:
-        variance = _jackknife_variance(pooled.values(layers, _without_each(n_a, n_a + n_b, 0)))
-        variance = variance + _jackknife_variance(pooled.values(layers, _without_each(n_b, n_a + n_b, n_a)))
+        variance = _jackknife_variance(pooled.values(layers, without_each(n_a, n_a + n_b, 0)))
+        variance = variance + _jackknife_variance(pooled.values(layers, without_each(n_b, n_a + n_b, n_a)))
     reach = bootstrap.reach(np.array(float(min(n_a, n_b)))) * np.sqrt(variance)
     return estimate, estimate - reach, estimate + reach, p
 
 
-def _without_each(n: int, total: int, start: int) -> np.ndarray:
+def without_each(n: int, total: int, start: int) -> np.ndarray:
+    """Weights [left out, total] of the n documents from `start` on, each left out once; all others 0."""
     weights = np.zeros((n, total))
     weights[:, start : start + n] = 1 - np.eye(n)
     return weights

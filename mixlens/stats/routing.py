@@ -158,6 +158,61 @@ def load_balance(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT)
     )  # fmt: skip
 
 
+def load_entropy(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
+    """Compute the entropy of how the choices are spread over the experts of each layer, in bits.
+
+    -sum_e f_e log2 f_e, f the expert share. log2(E) where all experts are used alike, 0 where one takes everything. The
+    entropy of the mean choice, where `routing_entropy` is the mean entropy of single choices.
+
+    Few documents use fewer experts alike than many do, so the plain entropy is too small; the estimate is the plain
+    one, the interval is corrected for it and reaches at most log2(E).
+
+    Parameters
+    ----------
+    trace : Trace
+        The recording. Needs ``expert_id``, uint8 [token, layer, slot].
+    by : By, optional
+        Column, or columns, of the sequences to group by.
+    bootstrap : Bootstrap, optional
+        How intervals are computed.
+
+    Returns
+    -------
+    xarray.Dataset
+        ``estimate`` (bits), ci_low, ci_high ``[*by, layer]``; n (tokens) ``[*by]``.
+
+    Raises
+    ------
+    BadInput
+        For an unknown column in `by`.
+
+    Examples
+    --------
+    >>> ml.stats.load_entropy(trace)["estimate"].dims
+    ('layer',)
+    """
+    require(trace, "load_entropy", "expert_id", bootstrap=bootstrap)
+
+    def add(block: Block, totals: dict[str, np.ndarray]) -> None:
+        for layer, ids in enumerate(block.by_layer("expert_id")):
+            totals["chosen"][block.clusters, layer] += block.count(ids, trace.n_experts)
+
+    def entropy(sums: dict[str, np.ndarray]) -> np.ndarray:
+        share = sums["chosen"] / sums["chosen"].sum(-2, keepdims=True)
+        return -(share * np.log2(np.where(share > 0, share, 1))).sum(-2)
+
+    shapes = {"chosen": (trace.n_layers, trace.n_experts)}
+    counts = count(trace, by, shapes, trace.blocks("sequence", "expert_id"), add)
+    data = summarise(counts, entropy, {}, bootstrap, floor=0.0)
+    most = float(np.log2(trace.n_experts))
+    data["ci_high"] = data["ci_high"].clip(max=most)
+    return described(
+        data, trace, bootstrap,
+        statistic="load_entropy", unit="bits", uniform=most, formula="-sum_e f_e log2 f_e, f_e = N_e / sum N",
+        source="Shannon 1948",
+    )  # fmt: skip
+
+
 def routing_entropy(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
     """Compute the mean entropy of the router's distribution over experts, in bits.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ def part_of_arrays(
             argument="expert_id",
             value=ids.shape,
         )
-    lacking = (ids == -1).all(0)  # slots that a layer does not have
+    lacking = (ids == -1).all(0) & (len(ids) > 0)  # slots that a layer does not have
     known = ids[:, ~lacking]
     if known.size and not (0 <= known.min() and known.max() < n_experts <= shards.MOST_EXPERTS):
         raise BadInput(
@@ -90,6 +90,20 @@ def part_of_arrays(
             value=len(table),
         )
     return shards.MemoryPart(arrays), table.reset_index(drop=True).assign(length=length)
+
+
+def layer_numbers(layers: Sequence[int] | None, n_layers: int) -> np.ndarray:
+    """The numbers of the layers of `Trace.from_arrays`."""
+    numbers = np.arange(n_layers) if layers is None else np.asarray(list(layers))
+    ascending = numbers.dtype.kind in "iu" and (numbers >= 0).all() and (np.diff(numbers) > 0).all()
+    if len(numbers) != n_layers or not ascending:
+        raise BadInput(
+            f"Cannot make a trace of {n_layers} layers with the numbers {numbers.tolist()}. Pass one number of 0 or "
+            "more for every layer of the expert ids, ascending.",
+            argument="layers",
+            value=numbers.tolist(),
+        )
+    return numbers
 
 
 def _shaped(name: str, values: Any, shape: tuple[int, ...]) -> np.ndarray:

@@ -18,7 +18,7 @@ from mixlens.core.distributed import processes
 from mixlens.core.run_dir import open_run
 from mixlens.errors import BadInput, MissingSignal
 from mixlens.trace import shards
-from mixlens.trace.arrays import part_of_arrays
+from mixlens.trace.arrays import layer_numbers, part_of_arrays
 from mixlens.trace.detokenize import display_pieces
 from mixlens.trace.selection import Source, column, conditions, keep_tokens, row_mask, spans
 from mixlens.trace.shards import GENERATED, PROMPT, DiskPart, Part
@@ -71,6 +71,7 @@ class Trace:
         expert_id: Any,
         *,
         n_experts: int,
+        layers: Sequence[int] | None = None,
         weight: Any = None,
         router_logits: Any = None,
         tokens: Mapping[str, Any] | pd.DataFrame | None = None,
@@ -86,6 +87,8 @@ class Trace:
             fewer experts than others.
         n_experts : int
             Experts a layer.
+        layers : Sequence[int], optional
+            Numbers of the layers in the model, ascending, where the arrays have only some of them; None for 0, 1, 2 ...
         weight : Any, optional
             Floats [token, layer, slot]; kept in half precision.
         router_logits : Any, optional
@@ -104,7 +107,7 @@ class Trace:
         Raises
         ------
         BadInput
-            If shapes, ids or sequences do not fit together.
+            If shapes, ids, layers or sequences do not fit together.
 
         Examples
         --------
@@ -117,7 +120,7 @@ class Trace:
         )
         ids = part.arrays["expert_id"]
         about = {"source": "arrays", "n_experts": n_experts, **shards.choices_of(ids, n_experts), **(meta or {})}
-        return from_parts([part], frame, about, range(ids.shape[1]))
+        return from_parts([part], frame, about, layer_numbers(layers, ids.shape[1]))
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, check: bool = True) -> Trace:

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from bench_scripts import SCRIPTS, chunk, openai_chat, replay, sse
 from helpers.refusals import refused
+from scipy.stats import binomtest
 
 from mixlens.bench.bench import Bench
 from mixlens.bench.events import Record
@@ -181,6 +182,7 @@ def test_goodput_counts_failures_as_missed():
     row = goodput(records, Limits(ttft_s=0.5, tpot_s=0.02)).iloc[0]
     assert (row["good"], row["n"], row["good_frac"]) == (2, 4, 0.5)
     assert row["good_per_s"] == pytest.approx(2 / 0.94)
+    assert (row["ci_low"], row["ci_high"]) == pytest.approx(tuple(binomtest(2, 4).proportion_ci(method="exact")))
     with refused(BadInput, "limits"):
         goodput(records, Limits())
 

@@ -60,24 +60,18 @@ class Made:
 
     @cached_property
     def trace(self) -> ml.Trace:
-        # from_arrays numbers layers from 0: layers that were left out are put in, wrong, and selected away.
-        def everywhere(values: np.ndarray) -> np.ndarray:
-            full = np.zeros((len(values), max(self.layers) + 1, values.shape[2]), values.dtype)
-            full[:, list(self.layers)] = values
-            return full
-
-        weight = everywhere(self.weight)
+        weight = self.weight.copy()
         weight[..., 0] += weight.sum(-1) == 0
         tokens = {name: getattr(self, name) for name in ("sequence", "position", "token_id", "phase", "logprob")}
-        whole = ml.Trace.from_arrays(
-            everywhere(self.expert_id),
+        return ml.Trace.from_arrays(
+            self.expert_id,
             n_experts=self.n_experts,
+            layers=self.layers,
             weight=weight,
-            router_logits=everywhere(self.router_logits),
+            router_logits=self.router_logits,
             tokens=tokens,
             sequences=self.sequences,
         )
-        return whole if self.layers == tuple(range(whole.n_layers)) else whole.select(layers=list(self.layers))
 
 
 def made(

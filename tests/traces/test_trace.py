@@ -44,6 +44,18 @@ def assert_equal(a: Trace, b: Trace) -> None:
     pd.testing.assert_frame_equal(a.sequences, b.sequences, check_index_type=False)
 
 
+def test_arrays_of_some_layers_keep_their_numbers(tmp_path):
+    ids = np.random.default_rng(0).integers(0, 8, (9, 3, 1))
+    given = Trace.from_arrays(ids, n_experts=8, layers=[2, 15, 31])
+    given.save(tmp_path / "run")
+    for trace in (given, Trace.open(tmp_path / "run")):
+        assert trace.layers.tolist() == [2, 15, 31]
+        np.testing.assert_array_equal(trace.select(layers=[15]).read("expert_id")[:, 0], ids[:, 1])
+    for wrong in ([0, 1], [3, 2, 9], [-1, 0, 1], [0.5, 1.0, 2.0]):
+        with refused(BadInput, "layers", wrong):
+            Trace.from_arrays(ids, n_experts=8, layers=wrong)
+
+
 def test_positions_count_within_each_sequence():
     np.testing.assert_array_equal(make().read("position"), np.concatenate([np.arange(n) for n in LENGTHS]))
 

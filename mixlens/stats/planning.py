@@ -1,0 +1,172 @@
+"""Planning: how many documents an interval or a contrast takes, from the variance seen in those at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xarray as xr
+
+from mixlens.core.bootstrap import DEFAULT, Bootstrap
+from mixlens.errors import BadInput
+from mixlens.stats.counts import By, require
+
+if TYPE_CHECKING:
+    from mixlens.trace.trace import Trace
+
+_MOST = 10_000_000  # documents, beyond which a plan is none
+
+
+def plan(
+    trace: Trace,
+    statistic: Callable[..., xr.Dataset],
+    *,
+    half_width: float,
+    by: By = None,
+    bootstrap: Bootstrap = DEFAULT,
+) -> xr.Dataset:
+    """Compute how many documents like those at hand give intervals of a half-width.
+
+    The least n with t(n - 1) s / sqrt(n) at most the half-width, s the standard deviation between documents that the
+    interval of the statistic at hand tells. It is itself uncertain: with ten documents at hand n is off by half.
+
+    Parameters
+    ----------
+    trace : Trace
+        A recording of two documents or more of the kind to be planned for.
+    statistic : Callable
+        Function of `ml.stats` that takes a trace, such as ``ml.stats.expert_share``.
+    half_width : float
+        Half of the interval to reach, in the unit of the statistic.
+    by : By, optional
+        Column, or columns, of the sequences to group by; documents are then those of each group.
+    bootstrap : Bootstrap, optional
+        Level of the intervals.
+
+    Returns
+    -------
+    xarray.Dataset
+        documents, tokens (of as many documents) and now (the half-width at hand), of the shape of the estimate; NaN
+        where there is no interval; attrs documents and tokens, those of the cell that takes most.
+
+    Raises
+    ------
+    BadInput
+        For a half-width that is no positive number, or a statistic without intervals of its documents.
+
+    Examples
+    --------
+    >>> plan = ml.stats.plan(trace, ml.stats.expert_share, half_width=0.02)
+    >>> plan["documents"].dims
+    ('layer', 'expert')
+    """
+    require(trace, "plan", bootstrap=bootstrap)
+    data = statistic(trace, bootstrap=bootstrap) if by is None else statistic(trace, by=by, bootstrap=bootstrap)
+    return planned(data, half_width)
+
+
+def planned(data: xr.Dataset, half_width: float) -> xr.Dataset:
+    """`plan` from a statistic that is computed already."""
+    if not half_width > 0:
+        raise BadInput(
+            f"Cannot plan for a half-width of {half_width}: it is no positive number. Pass 0.01, for example.",
+            argument="half_width",
+            value=half_width,
+        )
+    if "n_effective" not in data:
+        raise BadInput(
+            f"Cannot plan {data.attrs.get('statistic', 'this')}: it tells no number of documents behind its intervals. "
+            "Pass a statistic such as ml.stats.expert_share.",
+            argument="statistic",
+            value=data.attrs.get("statistic"),
+        )
+    now = (data["ci_high"] - data["ci_low"]) / 2
+    level = float(data.attrs["level"])
+    effective = xr.apply_ufunc(_least, now, data["n_effective"], half_width, level)
+    documents = np.ceil(effective * data["n_documents"] / data["n_effective"])
+    tokens = documents * data["n"] / data["n_documents"]
+    found = xr.Dataset({"documents": documents, "tokens": np.ceil(tokens), "now": now})
+    most = {name: float(found[name].max()) for name in ("documents", "tokens")}
+    return found.transpose(*data["estimate"].dims, ...).assign_attrs(
+        data.attrs | most | {"statistic": "plan", "of": data.attrs.get("statistic", ""), "half_width": half_width}
+    )
+
+
+def power(found: xr.Dataset, *, documents: int, difference: float | None = None) -> xr.Dataset:
+    """Compute how likely a contrast with more documents would tell a difference apart.
+
+    The probability under the noncentral t that a two-sided p is below the rate over the number of cells (Bonferroni,
+    which Benjamini and Hochberg's adjustment never falls below), with the variance that the contrast at hand shows.
+
+    Parameters
+    ----------
+    found : xarray.Dataset
+        From `stats.contrast`.
+    documents : int
+        Documents in each group.
+    difference : float, optional
+        True difference to look for, in every cell. None for the differences measured, which are flattered where they
+        were picked for being large.
+
+    Returns
+    -------
+    xarray.Dataset
+        power (0 to 1), of the shape of the estimate; attrs documents, difference.
+
+    Raises
+    ------
+    BadInput
+        If `found` is no contrast, or for fewer than two documents.
+
+    Examples
+    --------
+    >>> found = ml.stats.contrast(trace, ml.stats.expert_share, by="domain", a="github")
+    >>> likely = ml.stats.power(found, documents=50, difference=0.05)
+    >>> bool(((likely["power"] >= 0) & (likely["power"] <= 1)).all())
+    True
+    """
+    if not isinstance(found, xr.Dataset) or found.attrs.get("statistic") != "contrast":
+        raise BadInput(
+            f"Cannot compute the power of a {type(found).__name__}: expected a contrast. Pass what ml.stats.contrast "
+            "returns.",
+            argument="found",
+            value=type(found).__name__,
+        )
+    if documents < 2:
+        raise BadInput(
+            f"Cannot compute the power of {documents} documents a group: a test takes two. Pass 2 or more.",
+            argument="documents",
+            value=documents,
+        )
+    from scipy.stats import nct, t
+
+    level, n_a, n_b = (float(found.attrs[name]) for name in ("level", "n_a", "n_b"))
+    reach = Bootstrap(level=level).reach(np.array(min(n_a, n_b)))
+    error = (found["ci_high"] - found["ci_low"]) / 2 / reach
+    paired = bool(found.attrs["paired"])
+    scale = n_a / documents if paired else (2 / documents) / (1 / n_a + 1 / n_b)
+    freedom = documents - 1 if paired else 2 * documents - 2
+    looked_for = found["estimate"] if difference is None else difference
+    critical = t.isf((1 - level) / max(int(found.attrs["cells"]), 1) / 2, freedom)
+    shift = np.abs(looked_for) / (error * np.sqrt(scale))
+    values = nct.sf(critical, freedom, shift) + nct.cdf(-critical, freedom, shift)
+    of = found["estimate"].copy(data=np.clip(np.asarray(values, float), 0, 1))
+    attrs: dict[str, Any] = {"statistic": "power", "of": found.attrs["of"], "documents": documents}
+    return xr.Dataset({"power": of}, attrs=attrs | ({} if difference is None else {"difference": difference}))
+
+
+def _least(now: np.ndarray, n: np.ndarray, half_width: float, level: float) -> np.ndarray:
+    """The least number of documents that brings intervals of n documents from the half-width `now` to another."""
+    from scipy.special import stdtrit
+
+    tail = (1 + level) / 2
+    spread = now * np.sqrt(n) / stdtrit(np.maximum(n - 1, 1.0), tail)
+    low, high = np.full((2, *spread.shape), 2.0)
+    high[:] = _MOST
+    while (high - low > 1).any():
+        middle = np.floor((low + high) / 2)
+        enough = stdtrit(middle - 1, tail) * spread / np.sqrt(middle) <= half_width
+        low, high = np.where(enough, low, middle), np.where(enough, middle, high)
+    at_least = stdtrit(1.0, tail) * spread / np.sqrt(2) <= half_width
+    return np.where(np.isfinite(spread), np.where(at_least, 2.0, high), np.nan)
