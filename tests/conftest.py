@@ -30,6 +30,12 @@ def model(request: pytest.FixtureRequest) -> MixtralForCausalLM:
     return tiny_mixtral(request.param)
 
 
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Answers of servers are kept for one test: another one may be given the same port."""
+    monkeypatch.setenv("MIXLENS_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
 @pytest.fixture
 def letters() -> Letters:
     return Letters()

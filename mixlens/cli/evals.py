@@ -103,7 +103,14 @@ def evaluate(
         shown = published[["benchmark", "protocol", "score", "published", "comparable", "why_not", "source"]]
         text += f"\n\n{shown.to_string(index=False, float_format=lambda value: f'{value:.1f}')}"
     return Result(
-        {"run": folder, "scores": rows_of(log.scores), "published": rows_of(published)}, f"{text}\nrun: {folder}"
+        {
+            "run": folder,
+            "scores": rows_of(log.scores),
+            "published": rows_of(published),
+            "remarks": log.remarks(),
+            "preflight": log.meta["preflight"],
+        },
+        f"{text}\nrun: {folder}",
     )
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from mixlens.endpoints.endpoint import Endpoint
 from mixlens.errors import BadInput
 from mixlens.evals.model import Batch, LocalLM, cut, tokenizer_of
+from mixlens.evals.questions import Said, ask_all
 from mixlens.interventions.hooks import edits_of
 from mixlens.models.provenance import describe, identity, tokenizer_sha256
 
@@ -115,6 +116,19 @@ class LmEvalBackend:
 
     def save_tokenizer(self, folder: str) -> None:
         self.lm.tokenizer.save_pretrained(folder)
+
+    def findings(self, requests: Sequence[Any]) -> list[dict[str, Any]]:
+        """What questions with known outcome show of it, where it is a model with a tokenizer."""
+        if getattr(self.lm, "tokenizer", None) is None:
+            return []
+        return ask_all(self._ask, requests, {"continue", "stop"}, lambda _: None)
+
+    def _ask(self, prompt: Any, max_tokens: int, *, stop: str = "", seed: int | None = None, again: str = "") -> Said:
+        from lm_eval.api.instance import Instance
+
+        asked = {"until": [stop] if stop else [], "max_gen_toks": max_tokens, "do_sample": False}
+        (text,) = self.lm.generate_until([Instance("generate_until", {}, (prompt, asked), 0, ("preflight", 0, 1))])
+        return Said(text)
 
     def batches(self, kind: str, requests: Sequence[Any]) -> list[Batch]:
         numbers = list(range(len(requests)))

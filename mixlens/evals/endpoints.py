@@ -12,7 +12,8 @@ from mixlens.endpoints.endpoint import Endpoint
 from mixlens.errors import BadInput, EndpointError
 from mixlens.evals.generating import check_sampling
 from mixlens.evals.model import Batch, cut, tokenizer_of
-from mixlens.evals.response_cache import Reply
+from mixlens.evals.questions import Said, ask_all
+from mixlens.evals.response_cache import Reply, ResponseCache
 
 # OpenAI-compatible servers take this many stop strings; the others are applied to what comes back.
 _MOST_STOPS = 4
@@ -28,6 +29,7 @@ class EndpointBackend:
     def __init__(self, endpoint: Endpoint, settings: Any) -> None:
         self.endpoint, self.settings = endpoint, settings
         self._client = endpoint.connect()
+        self.cache = ResponseCache(settings.cache, endpoint.plan())
 
     def describe(self) -> dict[str, Any]:
         return {"name": self.endpoint.model, "backend": "endpoint", "endpoint": self.endpoint.plan()}
@@ -47,6 +49,33 @@ class EndpointBackend:
 
     def save_tokenizer(self, folder: str) -> None:
         """It has none here; `chat_template` needs none."""
+
+    def findings(self, requests: Sequence[Any]) -> list[dict[str, Any]]:
+        """What questions with known outcome show of the server, before it is asked these generative requests."""
+        can = {"continue"} if self.completes else set()
+        can |= set() if self.endpoint.protocol.startswith("anthropic") else {"stop", "seed"}
+        return ask_all(self._ask, requests, can, self._n_tokens)
+
+    def _ask(self, prompt: Any, max_tokens: int, *, stop: str = "", seed: int | None = None, again: str = "") -> Said:
+        fields = {"temperature": 0} if seed is None else {"temperature": 1.0, "seed": seed}
+        fields |= {"stop": [stop]} if stop else {}
+        found = self._complete(self._message(prompt), f"preflight {again}", 0, max_tokens=max_tokens, **fields)
+        return Said(found.text, found.output_tokens, found.input_tokens)
+
+    def _n_tokens(self, prompt: str) -> int | None:
+        """Tokens of a prompt by the tokenizer of the settings, with one BOS, or in its chat template."""
+        if self.settings.tokenizer is None:
+            return None
+        tokenizer = tokenizer_of(None, self.settings.tokenizer)
+        if self.completes:
+            specials = tokenizer.bos_token_id is not None
+            return len(tokenizer.encode(prompt, add_special_tokens=False)) + specials
+        if getattr(tokenizer, "chat_template", None) is None:
+            return None
+        message = self._message(prompt)
+        messages = [{"role": "user", "content": message}] if isinstance(message, str) else message
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return len(tokenizer.encode(text, add_special_tokens=False))
 
     def check_scores(self, task: str, generative: str | None) -> None:
         """Raise BadInput unless the server gives log-probabilities of a text that it is given."""
@@ -114,7 +143,7 @@ class EndpointBackend:
         if until and not self.endpoint.protocol.startswith("anthropic"):
             fields["stop"] = until[:_MOST_STOPS]
         fields = {name: value for name, value in fields.items() if value is not None}
-        found = self._complete(self._message(prompt), max_tokens=asked["max_gen_toks"], **fields)
+        found = self._complete(self._message(prompt), repeat, max_tokens=asked["max_gen_toks"], **fields)
         return Reply(
             cut(found.text, until),
             finish=found.finish,
@@ -159,7 +188,7 @@ class EndpointBackend:
 
     def _echo(self, text: str) -> Completion:
         """A text with its log-probabilities, and one token more."""
-        found = self._complete(text, max_tokens=1, echo=True, logprobs=1, temperature=0)
+        found = self._complete(text, 0, max_tokens=1, echo=True, logprobs=1, temperature=0)
         listed = found.tokens and found.logprobs and found.top_logprobs
         if not listed or not found.text.startswith(text[:8]):
             raise EndpointError(
@@ -169,8 +198,11 @@ class EndpointBackend:
             )
         return found
 
-    def _complete(self, prompt: Any, **asked: Any) -> Completion:
-        return self.endpoint.complete(prompt, client=self._client, **asked)
+    def _complete(self, prompt: Any, repeat: int | str, retries: int | None = None, /, **asked: Any) -> Completion:
+        def ask() -> Completion:
+            return self.endpoint.complete(prompt, client=self._client, retries=retries, **asked)
+
+        return self.cache.answer([prompt, asked, repeat], ask)
 
 
 def _n_listed(found: Completion) -> int:

@@ -14,8 +14,10 @@ import pandas as pd
 
 from mixlens.core.run_dir import open_run
 from mixlens.errors import RunError
+from mixlens.evals.questions import finding_remarks
 from mixlens.evals.readings import reading_remarks
 from mixlens.evals.replies import reply_remarks
+from mixlens.evals.response_cache import cache_remarks
 from mixlens.evals.scoring import near_ties, score_table
 from mixlens.trace.trace import Trace
 
@@ -123,6 +125,8 @@ class Log:
             f"{len(self.records)} samples. Intervals: 95 %.{cut}{lost}{near}",
             *reply_remarks(self.records, self.meta),
             *reading_remarks(self.records),
+            *finding_remarks(self.meta.get("preflight") or []),
+            *cache_remarks(self.meta.get("answers") or {}),
             *self._sources(),
         ]
 

@@ -18,8 +18,10 @@ _LEAKS = 0.01
 _WHERE = "The preflight of {task} was to pass before the model is asked."
 
 
-def check(backend: Any, job: Job, loaded: Loaded, work: Mapping[str, tuple[Sequence[Any], Sequence[Batch]]]) -> None:
-    """Refuse what would give wrong scores in silence.
+def check(
+    backend: Any, job: Job, loaded: Loaded, work: Mapping[str, tuple[Sequence[Any], Sequence[Batch]]]
+) -> list[dict[str, Any]]:
+    """Refuse what would give wrong scores in silence, and say what questions to a server showed (see questions).
 
     work  by kind of request: the requests, and the batches that a backend made of them
 
@@ -34,6 +36,57 @@ def check(backend: Any, job: Job, loaded: Loaded, work: Mapping[str, tuple[Seque
             _check_requests(backend.lm, kind, requests)
     _check_shots(loaded, work)
     _check_gold(backend, job, loaded, work)
+    asked = work.get("generate_until", ([], []))[0]
+    if not asked or not hasattr(backend, "findings"):
+        return []
+    findings = backend.findings(asked)
+    _check_findings(findings, backend, loaded, asked)
+    return findings
+
+
+def check_template(backend: Any, tasks: Sequence[str]) -> None:
+    """Raises BadInput where the chat template that these tasks need is missing or fails."""
+    try:
+        written = backend.chat_template([{"role": "user", "content": "Hi"}])
+    except Exception as error:  # of transformers, of jinja, and of any model object of lm-eval's
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")
+        raise BadInput(
+            f"{_WHERE.format(task=tasks[0])} Its chat template cannot be applied: {said}. Use an instruct model, give "
+            "its tokenizer by EvalSettings(tokenizer=...), or choose a protocol without a template.",
+            argument="chat_template",
+            value=list(tasks),
+        ) from error
+    if "Hi" not in str(written):
+        raise BadInput(
+            f"{_WHERE.format(task=tasks[0])} Its chat template leaves out the message. Correct the tokenizer's "
+            "chat_template.",
+            argument="chat_template",
+            value=list(tasks),
+        )
+
+
+def _check_findings(findings: list[dict[str, Any]], backend: Any, loaded: Loaded, requests: Sequence[Any]) -> None:
+    """Raises BadInput for what no local model is evaluated with either: cut prompts, another BOS, lost blanks."""
+    wrong = {one["question"]: one["found"] for one in findings if one["holds"] is False}
+    tasks = dict.fromkeys(request.task_name for request in requests)
+    continued = [task for task in tasks if (p := loaded.protocols[task]) is not None and p.about.get("continues")]
+    refused = {
+        "long prompts": "Use fewer shots, or a server of longer context.",
+        "tokens of a prompt": "Let the server add special tokens once, or pass the tokenizer of its model.",
+        "first blank": "Use a server that decodes answers behind their prompt, or a chat protocol.",
+    }
+    for question, remedy in refused.items():
+        if (
+            question in wrong
+            and (question != "first blank" or continued)
+            and (question != "tokens of a prompt" or getattr(backend, "completes", True))
+        ):
+            raise BadInput(
+                f"{_WHERE.format(task=(continued or list(tasks))[0])} A question to the server came out wrong: "
+                f"{question}: {wrong[question]}. {remedy}",
+                argument=question,
+                value=wrong[question],
+            )
 
 
 def _check_shots(loaded: Loaded, work: Mapping[str, tuple[Sequence[Any], Sequence[Batch]]]) -> None:

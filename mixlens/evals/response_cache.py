@@ -1,11 +1,19 @@
-"""Answers as they come: in memory, and in a file that a killed evaluation goes on from."""
+"""Answers as they come: in memory, in a file that a killed evaluation goes on from, and those of servers by content."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import math
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
+
+from mixlens.core.run_dir import now
+from mixlens.endpoints.calls import Completion
 
 # Task, number of the document, number of its request (a choice), which of its repeated answers.
 Key = tuple[str, int, int, int]
@@ -71,6 +79,100 @@ class Answers:
             key = (task, doc, choice, repeat)
             self.by_key[key] = tuple(answer) if isinstance(answer, list) else answer
             self.about |= {key: about[0]} if about else {}
+
+
+class ResponseCache:
+    """Answers of one server on disk, by the content of the request, so that no interrupted evaluation loses one.
+
+    Parameters
+    ----------
+    place : bool or str or os.PathLike
+        Folder; False for none; True for "answers" in MIXLENS_CACHE, else for "mixlens/answers" in the user's cache.
+    server : Mapping[str, Any]
+        What tells the server and its model from others, without keys.
+
+    `reused` counts answers that came from disk, `since` is the date of the oldest, `problem` says why none is kept.
+    """
+
+    def __init__(self, place: bool | str | os.PathLike[str], server: Mapping[str, Any]) -> None:
+        self.reused, self.since, self.problem = 0, "", ""
+        self._lock, self._kept, self._path = threading.Lock(), {}, None
+        if place is False:
+            return
+        path = _folder(place) / f"{_sha256(server)[:32]}.jsonl"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a+b") as file:
+                file.seek(0)
+                whole = file.read()
+                file.write(b"\n" if whole and not whole.endswith(b"\n") else b"")  # of a process that was killed
+        except OSError as error:
+            self.problem = f"{type(error).__name__}: {error.strerror}"
+            return
+        self._path = path
+        for line in whole.splitlines():
+            try:
+                one = json.loads(line)
+                self._kept[one["request"]] = (one["answer"], one["at"])
+            except (ValueError, KeyError, TypeError):
+                continue
+
+    def answer(self, request: Any, ask: Callable[[], Completion]) -> Completion:
+        """The answer to a request, from disk or by `ask`, whose answer is then on disk before it is given."""
+        name = _sha256(request)
+        if (kept := self._kept.get(name)) is not None:
+            with self._lock:
+                self.reused, self.since = self.reused + 1, min(self.since or kept[1], kept[1])
+            return _completion(kept[0])
+        found = ask()
+        if self._path is not None and all(map(math.isfinite, filter(None, found.logprobs or ()))):
+            self._keep(name, asdict(replace(found, raw={})))
+        return found
+
+    def _keep(self, name: str, answer: dict[str, Any]) -> None:
+        at = now()
+        line = json.dumps({"request": name, "at": at, "answer": answer}).encode() + b"\n"
+        with self._lock:
+            self._kept[name] = (answer, at)
+            try:
+                with open(self._path or "", "ab", buffering=0) as file:
+                    file.write(line)
+            except OSError as error:
+                self._path, self.problem = None, f"{type(error).__name__}: {error.strerror}"
+
+    def about(self) -> dict[str, Any]:
+        """What of it belongs to the scores."""
+        return {"reused": self.reused, "since": self.since or None, "problem": self.problem or None}
+
+
+def cache_remarks(about: Mapping[str, Any]) -> list[str]:
+    """Sentences on answers that were not asked for this time, and on answers that could not be kept."""
+    found = []
+    if about.get("reused"):
+        found.append(
+            f"{about['reused']} answers of the server are from earlier evaluations, the oldest of {about['since']}: "
+            "EvalSettings(cache=False) asks afresh."
+        )
+    if about.get("problem"):
+        found.append(f"Answers were not kept on disk beside out=: {about['problem']}.")
+    return found
+
+
+def _folder(place: bool | str | os.PathLike[str]) -> Path:
+    if place is not True:
+        return Path(os.fspath(place))
+    users = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("MIXLENS_CACHE") or users / "mixlens") / "answers"
+
+
+def _completion(values: Mapping[str, Any]) -> Completion:
+    known: dict[str, Any] = {field.name: values.get(field.name) for field in fields(Completion)}
+    listed = {name: tuple(value) for name, value in known.items() if isinstance(value, list)}
+    return Completion(**known | listed)
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _writable(answer: Any) -> Any:

@@ -23,7 +23,7 @@ from mixlens.evals.data import source_of
 from mixlens.evals.lm_eval_grading import Job, Loaded, grade, key_of, load_tasks
 from mixlens.evals.log import LM_EVAL_RESULTS, RESULTS, Log
 from mixlens.evals.model import Batch, repeats_of
-from mixlens.evals.preflight import check
+from mixlens.evals.preflight import check, check_template
 from mixlens.evals.progress import Progress, reporting
 from mixlens.evals.replies import with_replies
 from mixlens.evals.response_cache import PARTIAL, Answers
@@ -57,6 +57,10 @@ class EvalSettings:
         Record what every expert does while the model answers, as Log.routing (local models).
     loading : Mapping[str, Any], optional
         Options of ml.load for a model that is given by name, such as {"quantization": "nf4"}.
+    cache : bool or str or os.PathLike, optional
+        Keep every answer of an endpoint on disk as it comes, by the content of the request, and take it from there when
+        the same is asked again: True for the user's cache folder, a folder, or False to ask afresh. Log.remarks tells
+        how many came from there.
     progress : bool or Progress, optional
         True for a progress bar, False for none, or a function of (requests answered, requests in all) that is
         called at the start and after every answered batch; what it raises ends the evaluation, and what was
@@ -77,6 +81,7 @@ class EvalSettings:
     revisions: Mapping[str, str] = field(default_factory=dict)
     routing: bool = False
     loading: Mapping[str, Any] = field(default_factory=dict)
+    cache: bool | str | os.PathLike[str] = True
     progress: bool | Progress = True
 
 
@@ -161,7 +166,8 @@ def run(model_of: Callable[[], Any], job: Job, out: str | os.PathLike[str] | Non
         benchmarks = {str(p.about["hub"]) for p in loaded.protocols.values() if p is not None and p.about.get("hub")}
         sums = {} if job.root is None else verified_sums(Path(job.root), benchmarks)
         backend = backend_of(model_of(), settings)
-        if any(loaded.chat(name) for name in loaded.tasks):
+        if chats := [name for name in loaded.tasks if loaded.chat(name)]:
+            check_template(backend, chats)
             job = _with_tokenizer(job, backend, stack.enter_context(tempfile.TemporaryDirectory()))
         requests = loaded.build(job, backend.chat_template)
         plan = _plan(job, loaded, requests, backend, settings)
@@ -169,7 +175,7 @@ def run(model_of: Callable[[], Any], job: Job, out: str | os.PathLike[str] | Non
         if writer is not None and writer.complete:
             return Log.open(writer.path)
         work = _work(backend, requests)
-        check(backend, job, loaded, work)
+        findings = check(backend, job, loaded, work)
         answers = Answers(None if writer is None else writer.path / PARTIAL)
         recorder = SampleRecorder(backend, None if writer is None else writer.path) if settings.routing else None
         _ask(backend, work, answers, recorder, settings.progress)
@@ -183,6 +189,8 @@ def run(model_of: Callable[[], Any], job: Job, out: str | os.PathLike[str] | Non
         "input_sha256": plan["input_sha256"],
         "counts": {"samples": len(records), "requests": len(requests)},
         "versions": versions(*_PACKAGES),
+        "preflight": findings,
+        "answers": backend.cache.about() if hasattr(backend, "cache") else None,
     }
     names = [f"{kind}:{index}" for kind, (_, batches) in work.items() for index in range(len(batches))]
     routing = None if recorder is None else recorder.finish(names, records, meta["tasks"])

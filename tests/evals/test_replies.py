@@ -110,8 +110,11 @@ def test_answers_that_are_none_are_named_and_scores_come_without_them_too(task):
 
 
 def test_an_evaluation_that_goes_on_keeps_what_came_beside_its_answers(task, tmp_path):
+    asked: list[int] = []
+
     def reply(call):
-        if call.number == 3:
+        asked.append(number(call))
+        if number(call) == 3 and asked.count(3) == 1:
             return Reply({"error": "no"}, 400)
         hm = {"reasoning_content": "half \ud83d of one"}
         return said(f"answer {number(call)}", "length" if number(call) == 0 else "stop", message=hm)
