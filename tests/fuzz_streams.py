@@ -9,16 +9,52 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 
 from mixlens.bench.events import Record, StreamReader, outcome_of
-from mixlens.bench.metrics import request_table
+from mixlens.bench.metrics import clumped, request_table
+from mixlens.endpoints.compression import Decompressor
 
 SENT = 100.0
 PIECES = ("a", " word", "é", "字", "🙂", "\n", " 7", '"', "\\n", "\u2028", "<b>")
+OTHERS = {"br": "brotli", "zstd": "zstandard"}
+
+CODINGS = ("gzip", "deflate", *(coding for coding, module in OTHERS.items() if find_spec(module)))
+
+
+def _zlib(window: int) -> Callable[[bytes], bytes]:
+    compressor = zlib.compressobj(wbits=window)
+    return lambda data: compressor.compress(data) + compressor.flush(zlib.Z_SYNC_FLUSH)
+
+
+def _brotli() -> Callable[[bytes], bytes]:
+    import brotli
+
+    compressor = brotli.Compressor()
+    return lambda data: compressor.process(data) + compressor.flush()
+
+
+def _zstd() -> Callable[[bytes], bytes]:
+    import zstandard
+
+    compressor = zstandard.ZstdCompressor().compressobj()
+    return lambda data: compressor.compress(data) + compressor.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
+
+
+# What a server makes of each event, flushed so that it leaves at once.
+COMPRESSORS: dict[str, Callable[[], Callable[[bytes], bytes]]] = {
+    "": lambda: lambda data: data,
+    "gzip": lambda: _zlib(16 + zlib.MAX_WBITS),
+    "deflate": lambda: _zlib(zlib.MAX_WBITS),
+    "br": _brotli,
+    "zstd": _zstd,
+}
 
 
 @dataclass
@@ -38,6 +74,7 @@ class Truth:
     apart: bool = False  # whether the usage tells reasoning apart
     cached: int | None = None
     model: str | None = None
+    ended_at: float = SENT
 
 
 class Server:
@@ -45,7 +82,11 @@ class Server:
 
     def __init__(self, seed: int) -> None:
         self.rng = np.random.default_rng(seed)
-        self.protocol = self.one("openai-chat", "openai-chat", "openai-completions", "anthropic")
+        self.protocol = self.one("openai-chat", "openai-chat", "openai-completions", "anthropic", "modelslab")
+        self.chats = self.protocol in ("openai-chat", "modelslab")
+        self.coding = self.one(*CODINGS) if self.coin(0.2) else ""
+        self.named = self.protocol == "anthropic" and self.coin(0.8)  # the SDK reads no others
+        self.timing = self.one("replayed", "clumped", "clumped") if self.coin(0.2) else "streamed"
         self.truth = Truth()
         self.events: list[tuple[bytes, str]] = []
         self.write()
@@ -66,29 +107,37 @@ class Server:
 
     def send(self, data: Any, carries: str = "", event: str = "") -> None:
         end = self.line_end
+        if self.named and isinstance(data, dict):
+            event = data.get("type", event)
         text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=self.coin())
-        lines = ([f"event: {event}"] if event else []) + [f"data:{self.one('', ' ')}{text}"]
+        parts = [text]
+        if not isinstance(data, str) and self.coin(0.05):  # one event in several lines of data
+            parts = json.dumps(data, indent=1).split("\n")
+        lines = ([f"event: {event}"] if event else []) + [f"data:{self.one('', ' ')}{part}" for part in parts]
+        lines += [self.one("id: 7", "retry: 10", "id")] if self.coin(0.05) else []
         self.events.append((end.join([*lines, "", ""]).encode(), carries))
 
     def noise(self) -> None:
         """What carries nothing."""
         while self.coin(0.25):
-            what = self.one("comment", "ping", "empty", "null")
+            what = self.one("comment", "ping", "empty", "null", "no data")
             if what == "comment":
                 self.events.append((f": keep-alive{self.line_end}{self.line_end}".encode(), ""))
+            elif what == "no data":
+                self.events.append((f"data:{self.line_end}{self.line_end}".encode(), ""))
             elif what == "ping" or self.protocol == "anthropic":
                 self.send({"type": "ping"}, event="ping")
             elif what == "null":
                 self.send({**self.head, "choices": None, "usage": None})
-            elif self.protocol == "openai-chat":
-                self.send(
-                    {**self.head, "choices": [{"index": 0, "delta": self.one({}, {"content": ""}, {"content": None})}]}
-                )
+            elif self.chats:
+                delta = self.one({}, {"content": ""}, {"content": None}, {"content": []})
+                self.send({**self.head, "choices": [{"index": 0, "delta": delta, "finish_reason": self.one(None, "")}]})
             else:
                 self.send({**self.head, "choices": [{"index": 0, "text": ""}]})
 
     def write(self) -> None:
         truth = self.truth
+        self.ends_at = 1 << 30
         self.line_end = self.one("\n", "\r\n", "\r") if self.coin(0.3) else "\n"
         truth.model = self.one("mixtral", "vendor/mixtral-8x7b", None)
         self.head = {"id": "x", **({"model": truth.model} if truth.model else {})}
@@ -101,18 +150,26 @@ class Server:
         if hidden and not truth.apart:
             hidden = False  # nobody could know
         truth.cached = self.one(None, 0, 8) if truth.usage else None
-        self.running = self.protocol == "openai-chat" and truth.usage and self.coin(0.3)
+        self.running = self.chats and truth.usage and self.coin(0.3)
         self.at_once = self.whole(1, 3)  # tokens of an event
         truth.finish = self.one("stop", "length", "content_filter")
-        fault = self.one("error", "cut") if self.coin(0.08) else None
+        fault = self.one("error", "cut", "several answers") if self.coin(0.1) else None
+        if fault == "several answers" and (self.protocol == "anthropic" or truth.tokens <= self.at_once):
+            fault = None
+        self.second = fault == "several answers"
         self.begin()
         if truth.thought and not hidden:
             self.write_reasoning()
         self.write_answer()
         if fault == "error":
             truth.outcome = "error"
-            self.send({"error": {"message": "overloaded", "code": 503}}, event=self.one("", "error"))
+            fault = {"error": self.one({"message": "overloaded", "code": 503}, "overloaded", {"type": "overloaded"})}
+            if self.protocol == "modelslab" and self.coin():
+                fault = {"status": "error", self.one("message", "messege"): "overloaded"}
+            self.send(fault, event=self.one("", "error"))
             return
+        if self.second:
+            truth.outcome = "malformed"
         if fault == "cut":
             truth.outcome, truth.finish = "truncated", None
             return
@@ -124,7 +181,11 @@ class Server:
             usage |= {} if self.truth.cached is None else {"cache_read_input_tokens": self.truth.cached}
             self.send({"type": "message_start", "message": {**self.head, "usage": usage}}, event="message_start")
             self.send({"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}})
-        elif self.protocol == "openai-chat" and self.coin():
+        elif self.coin(0.2):  # counts of the prompt alone, before anything is written
+            usage = {"prompt_tokens": 20, "completion_tokens": self.one(0, 1)}
+            empty = {"delta": {"role": "assistant"}} if self.chats else {"text": ""}
+            self.send({**self.head, "choices": [{"index": 0, **empty}], "usage": usage})
+        elif self.chats and self.coin():
             self.send({**self.head, "choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]})
         self.noise()
 
@@ -173,10 +234,12 @@ class Server:
                 delta = {"type": "text_delta", "text": text}
                 self.send({"type": "content_block_delta", "index": 0, "delta": delta}, "answer")
             elif self.protocol == "openai-completions":
-                self.send({**self.head, "choices": [{"index": 0, "text": text, "finish_reason": None}]}, "answer")
+                index = int(self.second and len(left) == 0)
+                self.send({**self.head, "choices": [{"index": index, "text": text, "finish_reason": None}]}, "answer")
             else:
                 content = self.one(text, [{"type": "text", "text": text}])
-                choice = {"index": 0, "delta": {"content": content}, "finish_reason": None}
+                index = int(self.second and len(left) == 0)
+                choice = {"index": index, "delta": {"content": content}, "finish_reason": None}
                 self.send({**self.head, "choices": [choice], **usage}, "answer")
             self.noise()
 
@@ -188,6 +251,7 @@ class Server:
             delta = {"stop_reason": truth.finish}
             self.send({"type": "message_delta", "delta": delta, "usage": {"output_tokens": total}})
             self.send({"type": "message_stop"}, event="message_stop")
+            self.tail()
             return
         usage: dict[str, Any] = {"prompt_tokens": 20, "completion_tokens": total}
         if truth.cached is not None:
@@ -203,16 +267,33 @@ class Server:
         self.noise()
         if self.coin(0.8):
             self.send("[DONE]")
+            self.tail()
+
+    def tail(self) -> None:
+        """Keep-alives after the end, as of a connection that stays open."""
+        self.ends_at = len(self.events)
+        while self.coin(0.2):
+            self.events.append((f": still here{self.line_end}{self.line_end}".encode(), ""))
 
     # ------------------------------------------------------------------ sending
 
     def pieces(self) -> list[tuple[bytes, float]]:
         """The bytes, split anywhere, with the times at which they arrive; notes the stamps of what carries text."""
         at, found = SENT, []
-        held = b""
-        for data, carries in self.events:
-            at += float(self.rng.uniform(0.001, 0.05))
-            whole, held = held + data, b""
+        bom = b"\xef\xbb\xbf" if self.coin(0.05) else b""
+        compress = COMPRESSORS[self.coding]()
+        for number, (data, carries) in enumerate(self.events):
+            if self.timing == "streamed" or (self.timing == "clumped" and number % 4 == 0) or not number:
+                at += float(self.rng.uniform(0.001, 0.05))
+            whole = compress(bom * (not number) + data)
+            if self.coding:  # as much as came may hold the event before its last byte
+                found += [(whole[:3], at), (whole[3:], at)]
+                self.note(at, number, carries)
+                continue
+            if self.timing != "streamed":
+                found.append((whole, at))
+                self.note(at, number, carries)
+                continue
             parts = []
             tail = len(self.line_end) - 1  # a carriage return ends its line, whatever follows
             while self.coin(0.4) and len(whole) > 1 + tail:
@@ -221,22 +302,34 @@ class Server:
                 whole = whole[cut:]
             parts.append(whole)
             step = 0.0005 / len(parts)
-            for number, part in enumerate(parts):
-                found.append((part, at - 0.0005 + step * (number + 1)))
-            stamp = found[-1][1]
-            if carries == "answer":
-                self.truth.answer_at.append(stamp)
-            if carries:
-                self.truth.shown_at.append(stamp)
+            for place, part in enumerate(parts):
+                found.append((part, at - 0.0005 + step * (place + 1)))
+            self.note(found[-1][1], number, carries)
         return found
+
+    def note(self, stamp: float, number: int, carries: str) -> None:
+        if carries == "answer":
+            self.truth.answer_at.append(stamp)
+        if carries:
+            self.truth.shown_at.append(stamp)
+        if number < self.ends_at:
+            self.truth.ended_at = stamp
+
+    def buffered(self) -> bool:
+        """Whether more than half of the gaps are far below the mean, and not all of them."""
+        gaps = np.diff(self.truth.shown_at)
+        return bool(gaps.sum() > 1e-4 * (len(gaps) + 1)) and bool((gaps < 0.1 * gaps.mean()).mean() > 0.5)
 
 
 def read(server: Server) -> Record:
     reader = StreamReader(server.protocol)
     at = SENT
-    for piece, at in server.pieces():
-        reader.feed(piece, at)
+    decompressor = Decompressor(server.coding)
+    for raw, at in server.pieces():
+        for piece in decompressor.feed(raw):
+            reader.feed(piece, at)
     reader.close(at)
+    at = at if reader.done_s is None else reader.done_s
     outcome = outcome_of(reader.events, status=200)
     return Record(0, "concurrency 1", "measured", outcome, tuple(reader.events), SENT, at, sent_s=SENT, status=200)
 
@@ -256,6 +349,7 @@ def outcome(seed: int) -> str:
         "ttft_s": truth.shown_at[0] - SENT,
         "ttft_answer_s": truth.answer_at[0] - SENT,
         "e2e_token_s": truth.shown_at[-1] - SENT,
+        "e2e_stream_s": truth.ended_at - SENT,
         "output_tokens": total,
         "cached_tokens": math.nan if truth.cached is None else truth.cached,
         "reasoning_tokens": truth.thought if truth.apart else math.nan,
@@ -267,11 +361,15 @@ def outcome(seed: int) -> str:
         after = truth.tokens - 1 if truth.after_first is None else truth.after_first
     else:
         span, after = truth.answer_at[-1] - truth.answer_at[0], len(truth.answer_at) - 1
+    if len(truth.shown_at) >= 4 and truth.shown_at[-1] == truth.shown_at[0]:
+        span = 0.0  # replayed
     expected["tpot_s"] = span / after if after > 0 and span > 0 else math.nan
     for name, value in expected.items():
         given = float(row[name])
         if not (math.isclose(given, value, rel_tol=1e-9, abs_tol=1e-12) or (math.isnan(given) and math.isnan(value))):
             return f"{name} {given} for {value}"
+    if clumped(record) != (len(truth.shown_at) > 8 and server.buffered()):
+        return f"clumped {clumped(record)}"
     told = (record.text, record.reasoning, record.finish, row["model"])
     known = (truth.text, truth.reasoning, truth.finish, truth.model)
     return "equal" if told == known else f"{told} for {known}"

@@ -134,13 +134,9 @@ class StreamReader:
         self._parser, self._protocol, self._redact = SSEParser(), protocol, redact
         self.events: list[Event] = []
         self._model: str | None = None
+        self._choices: set[int | None] = set()
         self._chars = 0  # of what the events keep
-
-    @property
-    def done_s(self) -> float | None:
-        """Time of the event that ends the answer by name; None before it."""
-        last = self.events[-1] if self.events else None
-        return last.at_s if last is not None and last.kind == DONE and not last.finish else None
+        self.done_s: float | None = None  # time of the event that ends the answer by name
 
     def feed(self, piece: bytes, at_s: float) -> None:
         """Parse bytes of an event stream that arrived at `at_s`. Raises TooLarge."""
@@ -173,6 +169,12 @@ class StreamReader:
             if event.model == self._model:
                 event = dataclasses.replace(event, model=None)
             self._model = event.model or self._model
+            if event.kind in (TOKEN, REASONING):
+                self._choices.add(event.choice)
+            if len(self._choices) > 1:
+                event = Event(event.at_s, MALFORMED, "several answers to one request, of which one is read")
+            if event.kind == DONE and not event.finish and self.done_s is None:
+                self.done_s = event.at_s
             self._chars += len(event.text) + len(event.reasoning)
             if len(self.events) == MAX_EVENTS or self._chars > MAX_BODY_BYTES:
                 raise TooLarge(f"the stream has more than {MAX_EVENTS:,} events, or {MAX_BODY_BYTES:,} characters")

@@ -42,6 +42,7 @@ class Event:
     provider       who answered, when a router says so
     model          the model that answered, where it is named for the first time or anew
     finish         the reason given for the end; also on a token or usage event that brings it along
+    choice         which of several answers to the request this is; None for the first
     input_tokens, output_tokens, cost_usd    the server's own count so far, on whichever event it rides
     cached_tokens  of the input tokens, those that the server had in its prefix cache
     reasoning_tokens  of the output tokens, those that are reasoning, shown or hidden
@@ -61,6 +62,7 @@ class Event:
     cached_tokens: int | None = None
     reasoning_tokens: int | None = None
     cost_usd: float | None = None
+    choice: int | None = None
     experts: int | None = None
     read_bytes: int | None = None
     flops: int | None = None
@@ -70,8 +72,11 @@ def decode(message: Message, protocol: str) -> Event:
     """The event that a message of a stream in `protocol` is; nothing that a server sends makes it raise."""
     if message.comment:
         return Event(message.at_s, COMMENT, message.data)
-    if message.data.strip() == "[DONE]":
+    data = message.data.strip()
+    if data == "[DONE]":
         return Event(message.at_s, DONE)
+    if not data:
+        return Event(message.at_s, COMMENT)
     try:
         data = json.loads(message.data)
     except (ValueError, RecursionError):
@@ -106,8 +111,12 @@ def _openai(data: dict[str, Any]) -> tuple[str, str, dict[str, Any]]:
     """Chat chunks (delta), completions (text), and answers that were not streamed (message)."""
     if "choices" not in data and "usage" not in data:
         return (COMMENT if data.get("type") == "ping" else _refuse()), "", {}
-    text, reasoning, finish, role = "", "", None, False
-    for choice in data.get("choices") or []:
+    text, reasoning, finish, role, index = "", "", None, False, None
+    choices = data.get("choices") or []
+    if len(choices) > 1:
+        _refuse()
+    for choice in choices:
+        index = choice.get("index") or None
         delta = choice.get("delta") or choice.get("message") or {}
         shown, thought = message_text(delta)
         text += shown + (choice.get("text") or "")
@@ -116,7 +125,7 @@ def _openai(data: dict[str, Any]) -> tuple[str, str, dict[str, Any]]:
         finish = name_of(choice.get("finish_reason")) or finish
     usage = usage_of(data.get("usage"))
     kind = _kind(text, usage, finish, role, reasoning)
-    return kind, text, {**usage, "finish": finish, "reasoning": reasoning}
+    return kind, text, {**usage, "finish": finish, "reasoning": reasoning, "choice": index}
 
 
 def message_text(message: Mapping[str, Any]) -> tuple[str, str]:
@@ -175,8 +184,10 @@ def _anthropic(data: dict[str, Any]) -> tuple[str, str, dict[str, Any]]:
         text, reasoning = blocks_text(data["content"])
         usage, finish = usage_of(data.get("usage")), name_of(data.get("stop_reason"))
         return _kind(text, usage, finish, True, reasoning), text, {**usage, "finish": finish, "reasoning": reasoning}
-    known = {"ping": COMMENT, "content_block_start": ROLE, "content_block_stop": OTHER, "message_stop": DONE}
-    return known.get(kind, OTHER), "", {}
+    if kind == "content_block_start":
+        text, reasoning = blocks_text([data["content_block"]])
+        return _kind(text, {}, None, True, reasoning), text, {"reasoning": reasoning}
+    return {"ping": COMMENT, "message_stop": DONE}.get(kind, OTHER), "", {}
 
 
 _FORMS: dict[str, Callable[[dict[str, Any]], tuple[str, str, dict[str, Any]]]] = {
