@@ -160,7 +160,7 @@ HELD = {"name": "m", "revision": "abc", "audit": {"label": "nf4"}, "weights_chec
 def log_of(model: dict, *rows: dict) -> SimpleNamespace:
     shared = {"ci_low": 0.3, "ci_high": 0.5, "n": 9, "metric": "acc", "average": "", "protocol": "mmlu_5shot"}
     rows = rows or ({"task": "mmlu", "score": 0.4},)
-    return SimpleNamespace(scores=pd.DataFrame([shared | row for row in rows]), meta={"model": model})
+    return SimpleNamespace(kind="eval", scores=pd.DataFrame([shared | row for row in rows]), meta={"model": model})
 
 
 def test_scores_are_added_by_scheme():

@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command, bound, _ = app.parse_args(argv, exit_on_error=False, print_error=False)
     except CycloptsError as error:
-        return _fail(_usage(error, argv), "BadInput", EXIT_USAGE, as_json=as_json)
+        return _fail(BadInput(_usage(error, argv), argument=_named(error)), EXIT_USAGE, as_json=as_json)
     try:
         with contextlib.redirect_stdout(_Visible(sys.stdout)):
             with _nothing_but_json() if as_json else contextlib.nullcontext():
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except MixlensError as error:
         status = EXIT_USAGE if isinstance(error, BadInput) else EXIT_FAILED
-        return _fail(_by_option(str(error), command), type(error).__name__, status, as_json=as_json)
+        return _fail(error, status, as_json=as_json, message=_by_option(str(error), command))
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader (head, a pager) has seen enough
@@ -98,9 +98,18 @@ def _options(command: Callable[..., Any]) -> list[str]:
     return sorted(set(names), key=len, reverse=True)
 
 
-def _fail(message: str, kind: str, status: int, *, as_json: bool) -> int:
+def _named(error: CycloptsError) -> str | None:
+    """The option or operand that a parsing error is about."""
+    if (argument := getattr(error, "argument", None)) is not None:
+        return argument.name
+    token = getattr(error, "token", None)
+    return next(iter(getattr(error, "unused_tokens", ())), None) if token is None else token.keyword or token.value
+
+
+def _fail(error: MixlensError, status: int, *, as_json: bool, message: str | None = None) -> int:
+    message = str(error) if message is None else message
     if as_json:
-        print(json.dumps({"error": kind, "message": message}))
+        print(json.dumps({"error": type(error).__name__, "argument": error.argument, "message": message}))
     print(f"mixlens: {message}", file=_Visible(sys.stderr))
     return status
 

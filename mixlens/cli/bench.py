@@ -24,6 +24,7 @@ from mixlens.cli.options import (
     Server,
 )
 from mixlens.cli.tables import rows_of
+from mixlens.core.run_dir import check_out
 from mixlens.errors import BadInput, RunError
 
 if TYPE_CHECKING:
@@ -150,6 +151,7 @@ def bench(
 
     _check(target, local, remote, concurrency)
     folder = out or f"out/bench-{datetime.now():%Y%m%d-%H%M%S}"
+    check_out(folder, "bench")
     given = None if prompts is None else read_prompts(prompts, column=text)
     fixed = {"requests": requests, "out": folder, "workload": Workload(prompt_tokens, output_tokens, given)}
     if _is_address(target):

@@ -13,6 +13,7 @@ from cyclopts import App, Parameter
 from mixlens.cli.app import Result, app
 from mixlens.cli.options import Loading, Output, Positive
 from mixlens.cli.tables import rows_of
+from mixlens.core.run_dir import check_out
 from mixlens.errors import BadInput, ModelError, RunError
 
 
@@ -86,6 +87,7 @@ def evaluate(
     from mixlens.evals.runner import EvalSettings, job_of, run
 
     folder = out or f"out/eval-{datetime.now():%Y%m%d-%H%M%S}"
+    check_out(folder, "eval")
     settings = EvalSettings(
         batch_size=batch_size, seed=seed, revisions=_revisions(data_revision or []), progress=output.progress
     )

@@ -9,7 +9,8 @@ from cyclopts import Parameter
 
 from mixlens.cli.app import Result, app
 from mixlens.cli.options import Integers, Loading, NotNegative, Output, Reading, Schemes
-from mixlens.cli.tables import rows_of, statistic
+from mixlens.cli.tables import check_csv, rows_of, statistic
+from mixlens.core.run_dir import check_out
 from mixlens.errors import BadInput
 
 
@@ -52,7 +53,9 @@ def importance(
     from mixlens.experiments.importance import SETTINGS, Ablation, measure_importance
     from mixlens.stats import expert_importance
 
-    texts, settings = reading.documents(documents), reading.settings(SETTINGS, output)
+    check_out(out, "importance")
+    check_csv(csv)
+    texts, settings = reading.documents(documents, by=by), reading.settings(SETTINGS, output)
     loaded = loading.load(model, output)
     means = expert_outputs(loaded, texts, settings=settings)["mean"] if how == "mean" else None
     ablation = Ablation(how=how, means=means, layers=None if layers is None else list(layers))
@@ -95,7 +98,9 @@ def contributions(
     from mixlens.experiments.contributions import SETTINGS, measure_contributions
     from mixlens.stats import expert_contribution
 
-    texts, settings = reading.documents(documents), reading.settings(SETTINGS, output)
+    check_out(out, "contributions")
+    check_csv(csv)
+    texts, settings = reading.documents(documents, by=by), reading.settings(SETTINGS, output)
     found = measure_contributions(loading.load(model, output), texts, out=out, settings=settings)
     return statistic(expert_contribution(found, measure=measure, by=by), csv=csv, also=["max_abs"])
 
@@ -135,7 +140,9 @@ def topk(
     from mixlens.experiments.topk import SETTINGS, measure_topk
     from mixlens.stats import topk_sweep
 
-    texts, settings = reading.documents(documents), reading.settings(SETTINGS, output)
+    check_out(out, "topk")
+    check_csv(csv)
+    texts, settings = reading.documents(documents, by=by), reading.settings(SETTINGS, output)
     measured = measure_topk(
         loading.load(model, output), texts, ks=None if ks is None else list(ks), out=out, settings=settings
     )
@@ -179,7 +186,8 @@ def impact(
             "Cannot measure the impact of quantization: no scheme is given. Pass one, such as --quantization nf4.",
             argument="--quantization",
         )
-    texts, settings = reading.documents(documents), reading.settings(SETTINGS, output)
+    check_out(out, "impact")
+    texts, settings = reading.documents(documents, by=by), reading.settings(SETTINGS, output)
     changed = loading.load(model, output)
     original = replace(loading, quantization=None).load(model, output)
     found = measure_impact(original, changed, texts, out=out, force_weights=force_weights, settings=settings)
@@ -223,8 +231,8 @@ def pareto(
     scores
         Evaluation of a scheme; can be repeated.
     """
+    from mixlens.evals.log import Log
     from mixlens.experiments.pareto import SETTINGS, Speed, measure_pareto
-    from mixlens.registry import open as open_run
 
     if loading.quantization is not None:
         raise BadInput(
@@ -233,7 +241,8 @@ def pareto(
             argument="--quantization",
             value=loading.quantization,
         )
-    evaluations = {scheme: open_run(run) for scheme, run in map(_score, scores or [])}
+    check_out(out, "pareto")
+    evaluations = {scheme: Log.open(run) for scheme, run in map(_score, scores or [])}
     found = measure_pareto(
         model,
         reading.documents(documents),

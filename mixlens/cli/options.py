@@ -174,16 +174,27 @@ class Reading:
         how = {name: getattr(self, name) for name in ("max_length", "overlong", "batch_tokens")}
         return replace(base, **how, progress=output.progress)
 
-    def documents(self, sources: Sequence[str]) -> Documents:
+    def documents(self, sources: Sequence[str], *, by: str | None = None) -> Documents:
         """Return the documents of all sources, checked.
 
-        Raises BadInput for a source that cannot be read, and for documents that cannot be recorded.
+        Raises BadInput for a source that cannot be read, for documents that cannot be recorded, and where they lack
+        the column `by`.
         """
         from mixlens.recording.documents import Documents
         from mixlens.recording.sources import documents
 
         how = {"text": self.text, "columns": self.columns, "split": self.split, "limit": self.limit}
-        return Documents([found for source in sources for found in documents(source, **how)], "text")
+        checked = Documents([found for source in sources for found in documents(source, **how)], "text")
+        if by is not None and not {by, f"document_{by}"} & {*checked.columns, "document_id"}:
+            from mixlens.errors import BadInput
+
+            raise BadInput(
+                f"Cannot group by {by!r}: the documents have the columns {', '.join(checked.columns) or '(none)'}. "
+                "Pass --by one of them.",
+                argument="--by",
+                value=by,
+            )
+        return checked
 
 
 @Parameter(name="*")

@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from mixlens.cli.app import Result, app
 from mixlens.cli.options import Integers, Loading, Output, Reading, Signals
-from mixlens.cli.tables import rows_of, statistic
+from mixlens.cli.tables import check_csv, rows_of, statistic
+from mixlens.core.run_dir import check_out
 from mixlens.errors import RunError
 
 Statistic = Literal[
@@ -52,10 +53,13 @@ def record(
     signals
         router_logits, logprob, top_logprobs, or sites such as moe_out.
     """
+
+    check_out(out, "trace")
+    texts = reading.documents(documents)
     from mixlens.recording.corpus import RecordSettings
     from mixlens.recording.record import record
 
-    texts, settings = reading.documents(documents), reading.settings(RecordSettings(), output)
+    settings = reading.settings(RecordSettings(), output)
     trace = record(loading.load(model, output), texts, out=out, signals=signals, settings=settings)
     return Result({"run": out, **trace.meta["counts"], "signals": [*trace.signals, *trace.sites]})
 
@@ -89,6 +93,7 @@ def stats(
     from mixlens import stats
     from mixlens.trace.trace import Trace
 
+    check_csv(csv)
     trace = Trace.open(run)
     if layers:
         trace = trace.select(layers=list(layers))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mixlens.cli.app import Result
@@ -30,6 +31,16 @@ def statistic(data: xr.Dataset, *, csv: str | None, also: Sequence[str] = ()) ->
     text = frame.to_string(index=False, float_format=lambda value: f"{value:.4f}")
     source = f"{data.attrs.get('formula', '')}\nsource: {data.attrs.get('source', '')}"
     return Result({"statistic": data.attrs["statistic"], "attrs": attrs, "rows": rows_of(frame)}, f"{text}\n\n{source}")
+
+
+def check_csv(path: str | None) -> None:
+    """Raise BadInput for a file that cannot be written, before what it should hold is computed."""
+    if path is not None and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
+        raise BadInput(
+            f"Cannot write the table to {path}: it is no file in an existing folder. Pass --csv one that is.",
+            argument="--csv",
+            value=path,
+        )
 
 
 def written(frame: pd.DataFrame, path: str) -> Result:

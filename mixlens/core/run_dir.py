@@ -61,10 +61,12 @@ class RunWriter:
         self.path = Path(path)
         self.kind = kind
         self.plan = {"format": _FORMAT, "kind": kind, **json.loads(json.dumps(plan))}
+        self._made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         with _disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self._check_plan()
-            if leader and not (self.path / PLAN).exists():
+            self._began = leader and not (self.path / PLAN).exists()
+            if self._began:
                 _write_json(self.path / PLAN, self.plan)
         self.complete = (self.path / META).exists()
 
@@ -72,6 +74,15 @@ class RunWriter:
     def done(self) -> dict[int, dict[str, Any]]:
         """Committed shards by index, each {"files": {name: {"sha256", "bytes"}}, **counts}."""
         return {int(p.stem.split("-")[1]): _read_json(p) for p in sorted(self.path.glob("shard-*.json"))}
+
+    def abandon(self) -> None:
+        """Remove what this writer began, as long as nothing is committed: a start that failed leaves nothing behind."""
+        if self._began and not self.done:
+            (self.path / PLAN).unlink()
+            for folder in self._made:
+                if any(folder.iterdir()):
+                    break
+                folder.rmdir()
 
     def commit_shard(self, index: int, files: Mapping[str, Callable[[Path], None]], counts: Mapping[str, Any]) -> None:
         """Write every file (a function that is given the path), then the record that makes the shard count.
@@ -118,14 +129,7 @@ class RunWriter:
 
     def _check_plan(self) -> None:
         if not (self.path / PLAN).exists():
-            strangers = [p.name for p in self.path.iterdir() if not p.name.endswith(".partial")]
-            if strangers:
-                raise RunError(
-                    f"Cannot write a run to {self.path}: the folder is not empty and holds no run of mixlens "
-                    f"({', '.join(sorted(strangers)[:3])} ...). Choose an empty or a new folder.",
-                    argument="out",
-                    value=sorted(strangers),
-                )
+            _refuse_strangers(self.path)
             return
         found = _read_json(self.path / PLAN)
         different = sorted(k for k in self.plan.keys() | found.keys() if self.plan.get(k) != found.get(k))
@@ -229,6 +233,45 @@ def open_run(path: str | os.PathLike[str], *, check: bool = True) -> Run:
         argument="path",
         value=str(path),
     )
+
+
+def check_out(path: str | os.PathLike[str], kind: str) -> None:
+    """Raise RunError unless a run of this kind can be begun or continued at `path`. Writes nothing.
+
+    Whether a run there has the same plan is known once the model is loaded, and asked then.
+    """
+    path = Path(path)
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not there.is_dir():
+        raise RunError(
+            f"Cannot write a run to {path}: {there} is a file. Choose a new folder.", argument="out", value=str(path)
+        )
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise RunError(
+            f"Cannot write a run to {path}: {there} cannot be written to. Choose a folder of your own.",
+            argument="out",
+            value=str(path),
+        )
+    if there == path:
+        found = plan_at(path).get("kind", kind) if (path / PLAN).exists() else _refuse_strangers(path)
+        if found not in (None, kind):
+            raise RunError(
+                f"Cannot write a run of kind {kind} to {path}: the folder holds one of kind {found}. Choose another "
+                "folder.",
+                argument="out",
+                value=found,
+            )
+
+
+def _refuse_strangers(path: Path) -> None:
+    """Raise RunError for a folder that holds anything that is no run."""
+    if strangers := sorted(p.name for p in path.iterdir() if not p.name.endswith(".partial")):
+        raise RunError(
+            f"Cannot write a run to {path}: the folder is not empty and holds no run of mixlens "
+            f"({', '.join(strangers[:3])} ...). Choose an empty or a new folder.",
+            argument="out",
+            value=strangers,
+        )
 
 
 def plan_at(path: str | os.PathLike[str]) -> dict[str, Any]:

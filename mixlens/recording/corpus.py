@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from mixlens.core.distributed import processes
 from mixlens.core.run_dir import RunWriter, now, versions
-from mixlens.errors import BadInput
+from mixlens.errors import BadInput, MixlensError
 from mixlens.interventions.hooks import about_choices, edits_of
 from mixlens.models.hub import tokenizer_beside
 from mixlens.models.layout import config_of, context_length, input_device, is_sharded, n_experts
@@ -210,6 +210,10 @@ def run_shards(
                 found = compute(shard)
                 if peers.leads or not together:
                     write(writer, shard, found)
+        except MixlensError:
+            if peers.leads:
+                writer.abandon()
+            raise
         except KeyboardInterrupt:
             told = f"{len(writer.done)} shards are complete in {writer.path}; the same call resumes from there."
             print(f"\nStopped. {told}", file=sys.stderr)

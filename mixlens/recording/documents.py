@@ -83,6 +83,11 @@ class Documents:
         self._documents = documents if hasattr(documents, "__getitem__") else list(documents)
         self.digest, self.count = self._check()
 
+    @property
+    def columns(self) -> list[str]:
+        """Names of the caller's columns, beside text and id."""
+        return list(next(iter(self)).columns)
+
     def __iter__(self) -> Iterator[Document]:
         for number, raw in enumerate(self._documents):
             columns = dict(raw) if isinstance(raw, Mapping) else {self.column: raw}

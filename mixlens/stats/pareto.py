@@ -114,6 +114,13 @@ class Pareto:
                 value=unknown,
             )
         for scheme, log in logs.items():
+            if getattr(log, "kind", None) != "eval":
+                raise BadInput(
+                    f"Cannot add scores to {scheme}: expected an evaluation, got a {type(log).__name__}. Pass what "
+                    "ml.evaluate returns, or ml.open of its folder.",
+                    argument="logs",
+                    value=type(log).__name__,
+                )
             self._check_same(scheme, log.meta["model"])
         rows = [
             {"scheme": scheme, "quantity": _score_name(row), "estimate": row["score"], "unit": "score"}

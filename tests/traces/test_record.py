@@ -356,3 +356,15 @@ def test_an_interrupt_says_how_to_go_on(model, tmp_path, capsys):
     shown = capsys.readouterr().err.replace(str(tmp_path / "run"), "RUN")
     complete = len(list((tmp_path / "run").glob("shard-*.json")))
     assert re.search(rf"\b{complete} .*RUN", shown)
+
+
+def test_a_start_that_failed_leaves_nothing_behind(letters, tmp_path):
+    model = tiny_mixtral()
+    settings = RecordSettings(progress=False, max_length=8, shard_tokens=4)
+    for out in (tmp_path / "new" / "run", tmp_path):
+        with refused(BadInput, "overlong", 10):
+            record(model, ["too long."], out=out, tokenizer=letters, settings=settings)
+        assert not list(tmp_path.iterdir())
+    with refused(BadInput, "overlong", 10):
+        record(model, ["short", "too long."], out=tmp_path / "run", tokenizer=letters, settings=settings)
+    assert (tmp_path / "run" / "shard-00000.json").exists()  # what is complete is kept
