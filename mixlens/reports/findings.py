@@ -163,10 +163,11 @@ def _transitions(data: xr.Dataset) -> list[str]:
     best = data.isel(layer=int(data["mi_bits"].argmax("layer")))
     layer, gap = int(best["layer"]), int(data.attrs.get("gap", 1))
     low, high = float(best["mi_ci_low"]), float(best["mi_ci_high"])
+    interval = f"[{low:.3f}, {high:.3f}]" if np.isfinite(low) else "[no interval]"
     n = int(best["n"].sum())
     return [
         f"The mutual information of first choices in neighbouring layers is largest between layers {layer} and "
-        f"{layer + gap}: {float(best['mi_bits']):.3f} bits [{low:.3f}, {high:.3f}], independent layers give 0 "
+        f"{layer + gap}: {float(best['mi_bits']):.3f} bits {interval}, independent layers give 0 "
         f"(n = {n:,} tokens, {labels.counted(labels.span(best['n_documents']), 'document')}). {_UNTESTED}"
     ]
 

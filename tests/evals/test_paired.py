@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from helpers.displayed import numbers
 from helpers.refusals import refused
-from scipy.stats import binomtest, false_discovery_control
+from scipy.stats import binom, binomtest, false_discovery_control
 
 from mixlens import compare
 from mixlens.core.bootstrap import Bootstrap
@@ -41,6 +41,13 @@ def log(correct: dict[str, list[float | None]], name: str = "one", **task) -> Lo
 def test_mcnemar_is_scipys_binomial_test(only_a, only_b):
     expected = binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
     assert mcnemar(only_a, only_b) == pytest.approx(expected, rel=1e-9)
+
+
+def test_without_a_difference_mcnemars_test_is_wrong_in_at_most_5_per_cent_however_few_samples_flip():
+    """As docs/evaluate.md says."""
+    for n in range(1, 80):
+        wrong = sum(binom.pmf(k, n, 0.5) for k in range(n + 1) if mcnemar(k, n - k) <= 0.05)
+        assert wrong <= 0.05
 
 
 def test_counts_and_scores_are_those_of_nested_loops():
