@@ -31,6 +31,8 @@ def evaluate(
     limit: Positive | None = None,
     batch_size: Positive = 8,
     seed: int = 0,
+    shots_seed: int = 1234,
+    verify_prompts: bool = False,
     backend: Literal["transformers", "vllm"] = "transformers",
     vllm_args: Annotated[str | None, Parameter(metavar="NAME=VALUE,...")] = None,
     url: str | None = None,
@@ -63,6 +65,10 @@ def evaluate(
         Rows of a forward.
     seed
         Of sampled answers.
+    shots_seed
+        Of shots that a task draws; 1234 draws those of lm-eval.
+    verify_prompts
+        Show the first prompt of every task whole before anything is asked.
     backend
         What runs the model.
     vllm_args
@@ -89,7 +95,12 @@ def evaluate(
     folder = out or f"out/eval-{datetime.now():%Y%m%d-%H%M%S}"
     check_out(folder, "eval")
     settings = EvalSettings(
-        batch_size=batch_size, seed=seed, revisions=_revisions(data_revision or []), progress=output.progress
+        batch_size=batch_size,
+        seed=seed,
+        shots_seed=shots_seed,
+        verify_prompts=verify_prompts,
+        revisions=_revisions(data_revision or []),
+        progress=output.progress,
     )
     job = job_of(tasks, protocol=protocol, data=data, limit=limit, settings=settings)
     if url is not None:
@@ -110,7 +121,7 @@ def evaluate(
             "scores": rows_of(log.scores),
             "published": rows_of(published),
             "remarks": log.remarks(),
-            "preflight": log.meta["preflight"],
+            "preflight": log.meta.get("preflight", []),
         },
         f"{text}\nrun: {folder}",
     )

@@ -126,6 +126,7 @@ class Log:
             *reply_remarks(self.records, self.meta),
             *reading_remarks(self.records),
             *finding_remarks(self.meta.get("preflight") or []),
+            *(self.meta.get("beside_lm_eval") or []),
             *cache_remarks(self.meta.get("answers") or {}),
             *self._sources(),
         ]

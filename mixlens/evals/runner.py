@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -28,6 +29,7 @@ from mixlens.evals.progress import Progress, reporting
 from mixlens.evals.replies import with_replies
 from mixlens.evals.response_cache import PARTIAL, Answers
 from mixlens.evals.routing import ROUTING_PARTIAL, SampleRecorder
+from mixlens.evals.stock import STOCK_SHOTS_SEED, stock_remarks
 from mixlens.evals.verify import verified_sums
 
 _PACKAGES = ("mixlens", "lm_eval", "torch", "transformers", "datasets", "math-verify", "sympy")
@@ -46,7 +48,9 @@ class EvalSettings:
     max_new_tokens : int, optional
         Of an answer, where a task does not say.
     seed : int, optional
-        Of sampled answers, and of shots where a task draws them.
+        Of sampled answers.
+    shots_seed : int, optional
+        Of shots where a task draws them; 1234 draws those of lm-eval.
     share_prefix : bool, optional
         Read the shots that a task's questions have in common once (local models).
     tokenizer : Any, optional
@@ -61,6 +65,8 @@ class EvalSettings:
         Keep every answer of an endpoint on disk as it comes, by the content of the request, and take it from there when
         the same is asked again: True for the user's cache folder, a folder, or False to ask afresh. Log.remarks tells
         how many came from there.
+    verify_prompts : bool, optional
+        Print the first prompt of every task whole, on stderr, before anything is asked.
     progress : bool or Progress, optional
         True for a progress bar, False for none, or a function of (requests answered, requests in all) that is
         called at the start and after every answered batch; what it raises ends the evaluation, and what was
@@ -76,12 +82,14 @@ class EvalSettings:
     max_length: int | None = None
     max_new_tokens: int = 1024
     seed: int = 0
+    shots_seed: int = STOCK_SHOTS_SEED
     share_prefix: bool = True
     tokenizer: Any = None
     revisions: Mapping[str, str] = field(default_factory=dict)
     routing: bool = False
     loading: Mapping[str, Any] = field(default_factory=dict)
     cache: bool | str | os.PathLike[str] = True
+    verify_prompts: bool = False
     progress: bool | Progress = True
 
 
@@ -170,6 +178,8 @@ def run(model_of: Callable[[], Any], job: Job, out: str | os.PathLike[str] | Non
             check_template(backend, chats)
             job = _with_tokenizer(job, backend, stack.enter_context(tempfile.TemporaryDirectory()))
         requests = loaded.build(job, backend.chat_template)
+        if settings.verify_prompts:
+            _print_first(requests)
         plan = _plan(job, loaded, requests, backend, settings)
         writer = None if out is None else RunWriter(out, "eval", plan)
         if writer is not None and writer.complete:
@@ -190,6 +200,7 @@ def run(model_of: Callable[[], Any], job: Job, out: str | os.PathLike[str] | Non
         "counts": {"samples": len(records), "requests": len(requests)},
         "versions": versions(*_PACKAGES),
         "preflight": findings,
+        "beside_lm_eval": stock_remarks(job.tasks, loaded.tasks, loaded.protocols, job.seed),
         "answers": backend.cache.about() if hasattr(backend, "cache") else None,
     }
     names = [f"{kind}:{index}" for kind, (_, batches) in work.items() for index in range(len(batches))]
@@ -255,13 +266,22 @@ def job_of(
             value=settings.revisions,
         )
     root = None if data is None else str(Path(data).resolve())
-    return Job(names, protocol, root, limit, settings.seed, revisions=dict(settings.revisions))
+    return Job(names, protocol, root, limit, settings.shots_seed, revisions=dict(settings.revisions))
 
 
 def _with_tokenizer(job: Job, backend: Any, folder: str) -> Job:
     """The job with a copy of the tokenizer, for a process of its own that has to apply the chat template."""
     backend.save_tokenizer(folder)
     return Job(**{**job.__dict__, "tokenizer": folder})
+
+
+def _print_first(requests: Sequence[Any]) -> None:
+    """The first prompt of every task, as it is sent, between two lines that are no part of it."""
+    for request in {request.task_name: request for request in reversed(requests)}.values():
+        shown = "".join(
+            c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in request.args[0]
+        )
+        print(f"--- first prompt of {request.task_name}\n{shown}\n--- end of the prompt", file=sys.stderr)
 
 
 def _plan(job: Job, loaded: Loaded, requests: Sequence[Any], backend: Any, settings: EvalSettings) -> dict[str, Any]:
@@ -274,7 +294,7 @@ def _plan(job: Job, loaded: Loaded, requests: Sequence[Any], backend: Any, setti
         config = loaded.tasks[name].dump_config()  # a task file may have changed how it grades
         config.pop("metadata", None)
         digest.update(json.dumps(config, default=str, sort_keys=True).encode())
-    kept = ("batch_size", "max_length", "max_new_tokens", "seed", "share_prefix", "routing")
+    kept = ("batch_size", "max_length", "max_new_tokens", "seed", "shots_seed", "share_prefix", "routing")
     return {
         "model": backend.identity(),
         "tasks": {name: None if p is None else p.name for name, p in loaded.protocols.items()},

@@ -49,7 +49,7 @@ def evaluate_apart(model: str, job: Any, out: str | os.PathLike[str] | None, set
     if out is None:
         atexit.register(shutil.rmtree, place, ignore_errors=True)  # routing is read from there when it is asked for
     asked = _asked(model, job, place, settings)
-    ended = _follow(asked, settings.progress)
+    ended = _follow(asked, settings.progress, shown=settings.progress is True or settings.verify_prompts)
     if "error" in ended:
         name, text, named = ended["error"]
         raise getattr(errors, name, RunError)(text, **named)
@@ -104,7 +104,7 @@ def _plain(value: Any) -> Any:
     )
 
 
-def _follow(asked: str, progress: Any) -> dict[str, Any]:
+def _follow(asked: str, progress: Any, *, shown: bool) -> dict[str, Any]:
     """The last word of the other process. However this ends, that process has ended too."""
     from mixlens.evals.progress import reporting
 
@@ -118,7 +118,7 @@ def _follow(asked: str, progress: Any) -> dict[str, Any]:
     assert process.stdin is not None
     assert process.stdout is not None
     said = bytearray()
-    listener = threading.Thread(target=_listen, args=(process.stderr, said, progress is True), daemon=True)
+    listener = threading.Thread(target=_listen, args=(process.stderr, said, shown), daemon=True)
     listener.start()
     try:
         with suppress(BrokenPipeError):
