@@ -56,6 +56,35 @@ def test_stats_for_a_person_and_as_csv(run, capsys, tmp_path):
     assert table.groupby("layer")["estimate"].sum().tolist() == pytest.approx([1] * 8)
 
 
+def test_a_contrast_of_two_conditions(run, capsys, tmp_path):
+    asked = ["contrast", str(run), "expert_share", "--by", "domain", "--a", "github", "--b", "french"]
+    code, result = said(capsys, *asked, "--out", str(tmp_path / "c.html"))
+    assert code == 0
+    found = mixlens.stats.contrast(Trace.open(run), mixlens.stats.expert_share, by="domain", a="github", b="french")
+    rows = pd.DataFrame(result["rows"])
+    for name in ("estimate", "q", "survives"):
+        assert rows[name].tolist() == pytest.approx(found[name].values.ravel().tolist())
+    page = (tmp_path / "c.html").read_text("utf-8")
+    told = int(found["survives"].sum())
+    assert f"{told} of {found.attrs['cells']} cells" in page
+    assert page.count("<li>") - page.count("<li><a") == min(told, 5)
+    assert page.count("<figure") == 1
+    code, result = said(capsys, *asked[:-1], "klingon")
+    assert (code, result["argument"]) == (cli.EXIT_USAGE, "by")
+
+
+def test_a_condition_is_found_whatever_its_type(tmp_path, capsys):
+    trace = mixlens.Trace.from_arrays(
+        [[[i % 4, 4]] for i in range(40)],
+        n_experts=8,
+        tokens={"sequence": [i // 5 for i in range(40)]},
+        sequences=pd.DataFrame({"year": [1999, 2001] * 4}),
+    )
+    trace.save(tmp_path / "run")
+    code, result = said(capsys, "contrast", str(tmp_path / "run"), "load_balance", "--by", "year", "--a", "1999")
+    assert (code, result["attrs"]["n_a"], result["attrs"]["n_b"]) == (0, 4, 4)
+
+
 def test_report_and_info(run, capsys, tmp_path):
     assert cli.main(["report", str(run), "--out", str(tmp_path / "r.html")]) == 0
     assert "<html" in (tmp_path / "r.html").read_text("utf-8")[:500]

@@ -1,4 +1,4 @@
-"""The commands record, stats, report, info, compare and demo."""
+"""The commands record, stats, contrast, report, info, compare and demo."""
 
 from __future__ import annotations
 
@@ -98,6 +98,58 @@ def stats(
     if layers:
         trace = trace.select(layers=list(layers))
     return statistic(getattr(stats, name)(trace, **({"by": by} if by else {})), csv=csv)
+
+
+@app.command
+def contrast(
+    run: str,
+    name: Statistic,
+    /,
+    *,
+    by: str,
+    a: str,
+    b: str | None = None,
+    layers: Integers | None = None,
+    csv: str | None = None,
+    out: str | None = None,
+    output: Output = Output(),
+) -> Result:
+    """Test where a statistic differs between two conditions, adjusted for the number of cells.
+
+    Parameters
+    ----------
+    run
+        Run directory.
+    name
+        The statistic.
+    by
+        Column of the documents that tells the conditions apart.
+    a
+        Value of the first condition.
+    b
+        Value of the second; all other documents where left out.
+    layers
+        Only these layers.
+    csv
+        File to write the table to instead.
+    out
+        HTML file for figure, table and methods.
+    """
+    from mixlens import stats
+    from mixlens.trace.trace import Trace
+
+    check_csv(csv)
+    trace = Trace.open(run)
+    if layers:
+        trace = trace.select(layers=list(layers))
+    values = {str(value): value for value in trace.sequences[by].unique()} if by in trace.sequences else {}
+    first, second = values.get(a, a), None if b is None else values.get(b, b)
+    found = stats.contrast(trace, getattr(stats, name), by=by, a=first, b=second)
+    if out is not None:
+        from mixlens.reports.report import report
+
+        report(found, out)
+    return statistic(found, csv=csv, also=["p", "q", "survives"])
 
 
 @app.command

@@ -22,6 +22,7 @@ from mixlens.registry import open as open_any
 from mixlens.reports import trace as sections
 from mixlens.reports.analysis import analyse
 from mixlens.reports.comparison import comparison_sections, impact_sections, pareto_sections
+from mixlens.reports.contrast import contrast_sections
 from mixlens.reports.contributions import contribution_sections, topk_sections
 from mixlens.reports.importance import importance_sections
 from mixlens.trace.trace import Trace
@@ -46,6 +47,7 @@ _KINDS: Mapping[str, Callable[[Any, str], Mapping[str, str]]] = {
     "comparison": comparison_sections,
     "impact": impact_sections,
     "pareto": pareto_sections,
+    "contrast": contrast_sections,
 }
 
 
@@ -57,8 +59,8 @@ def report(runs: RunOrPath | Sequence[RunOrPath], path: str | os.PathLike[str], 
     Parameters
     ----------
     runs : Trace, Dataset, other run, str or path-like, or a sequence of these
-        A trace, an evaluation, a benchmark, a comparison, the result of a function ``measure_...`` of `ml.experiments`,
-        the folder of one of these, or several of them.
+        A trace, an evaluation, a benchmark, a comparison, the result of `ml.stats.contrast` or of a function
+        ``measure_...`` of `ml.experiments`, the folder of one of these, or several of them.
     path : str or path-like
         Path of the file, which is overwritten.
     title : str, optional
@@ -107,6 +109,8 @@ def report(runs: RunOrPath | Sequence[RunOrPath], path: str | os.PathLike[str], 
     subjects = {"bench": "Speed", "eval": "Benchmark scores", "eval comparison": "Benchmark scores"}
     about = {subjects.get(kind, "Routing") for kind, _, _ in opened}
     subject = about.pop() if len(about) == 1 else "Routing"
+    if [kind for kind, _, _ in opened] == ["contrast"]:
+        title = title or blocks[0][0]
     title = title or f"{subject} of {' and '.join(models)}"
     Path(path).write_text(_page(title, [block for block in blocks if block[1]]), "utf-8")
     return Path(path)
@@ -116,6 +120,8 @@ def _open(run: RunOrPath, number: int) -> tuple[str, Any, str]:
     """Return (kind, run, name)."""
     opened = open_any(run) if isinstance(run, str | os.PathLike) else run
     kind = "trace" if isinstance(opened, Trace) else str(getattr(opened, "kind", ""))
+    if isinstance(opened, xr.Dataset) and opened.attrs.get("statistic") == "contrast":
+        kind = "contrast"
     if kind not in _KINDS:
         raise BadInput(
             f"Cannot write a report: got {type(opened).__name__}{f' ({kind})' if kind else ''}, but reports take "

@@ -1,0 +1,61 @@
+"""The section of a report on a contrast of two conditions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import xarray as xr
+
+from mixlens import show
+from mixlens.plot import labels
+from mixlens.plot.html import bullets, details, frame_table, paragraphs, picture
+from mixlens.plot.tables import tidy
+
+_MOST = 5  # findings
+
+
+def contrast_sections(data: xr.Dataset, name: str) -> dict[str, str]:
+    """Return what differs between two conditions as HTML, by heading: findings, figure and table."""
+    a, b, of = (str(data.attrs[key]) for key in ("a", "b", "of"))
+    frame = tidy(data, also=["p", "q", "survives"]).drop(columns="n")
+    told = frame[frame["survives"]].sort_values("estimate", key=abs, ascending=False)
+    what = labels.TITLES.get(of, of.replace("_", " ")).lower()
+    paired = "documents are paired" if data.attrs["paired"] else "documents are not paired"
+    lead = (
+        f"Difference in {what}, {a} ({data.attrs['n_a']} documents) less {b} ({data.attrs['n_b']} documents); "
+        f"{paired}. {len(told)} of {data.attrs['cells']} cells survive control for their number."
+    )
+    how = (
+        f"p: share of {data.attrs['permutations']:,} permutations of documents between the two with a difference at "
+        "least as large; q: p adjusted for the number of cells (Benjamini and Hochberg 1995); a cell survives where q "
+        f"is at most {1 - data.attrs['level']:.2g}. Intervals: {data.attrs['level']:.0%}, {data.attrs['interval']}."
+    )
+    scale, unit = (100, " points") if of in labels.DENOMINATORS else (1, "")
+    findings = [_finding(row, a, b, scale, unit) for row in told.head(_MOST).to_dict("records")]
+    figures = [
+        picture(
+            show.contrast(part),
+            f"{lead} {chosen}",
+            f"{chosen}A cell is coloured where {a} and {b} differ, grey where nothing tells them apart.",
+        )
+        for chosen, part in _parts(data)
+    ]
+    table = details(f"All {len(frame):,} cells", frame_table(frame, f"{what}: {a} less {b}"))
+    body = [paragraphs(lead), bullets(findings), *figures, table, paragraphs(how)]
+    return {f"{a} against {b}: {what}": "".join(body)}
+
+
+def _parts(data: xr.Dataset) -> list[tuple[str, xr.Dataset]]:
+    """What one figure can show: all of it, or each measure by itself."""
+    others = [str(dim) for dim in data["estimate"].dims if dim != "layer"]
+    if "measure" in others:
+        return [(f"{labels.label(m)}. ", data.sel(measure=m)) for m in data["measure"].values if len(others) < 3]
+    return [("", data)] if len(others) < 2 else []
+
+
+def _finding(row: dict[Any, Any], a: str, b: str, scale: float, unit: str) -> str:
+    numbers = ("estimate", "ci_low", "ci_high", "p", "q", "survives")
+    where = ", ".join(f"{name} {value}" for name, value in row.items() if name not in numbers)
+    more = "more" if row["estimate"] > 0 else "less"
+    estimate, low, high = (f"{scale * row[name]:+.3g}" for name in numbers[:3])
+    return f"{where}: {more} in {a} than in {b}, {estimate}{unit} [{low}, {high}], q = {row['q']:.2g}."
