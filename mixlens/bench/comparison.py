@@ -230,7 +230,8 @@ def _system(a: Bench, b: Bench, levels: list[str]) -> pd.DataFrame:
 def _with_survivors(table: pd.DataFrame, bootstrap: Bootstrap) -> pd.DataFrame:
     """Test every ratio against 1 on the scale of its logarithm; all rows are one family."""
     logs = np.log(table[["ratio", "ci_low", "ci_high"]].to_numpy(float))
-    p = p_against(*logs.T, 0.0, table["units"].to_numpy(float), bootstrap.level)
+    estimate, low, high = logs.T
+    p = p_against(estimate, low, high, 0.0, table["units"].to_numpy(float), bootstrap.level)
     q = adjusted(p)
     return table.drop(columns="units").assign(p=p, q=q, survives=q <= 1 - bootstrap.level)
 

@@ -159,16 +159,15 @@ def cache_remarks(about: Mapping[str, Any]) -> list[str]:
 
 
 def _folder(place: bool | str | os.PathLike[str]) -> Path:
-    if place is not True:
-        return Path(os.fspath(place))
+    if not isinstance(place, bool):
+        return Path(place)
     users = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Path(os.environ.get("MIXLENS_CACHE") or users / "mixlens") / "answers"
 
 
 def _completion(values: Mapping[str, Any]) -> Completion:
     known: dict[str, Any] = {field.name: values.get(field.name) for field in fields(Completion)}
-    listed = {name: tuple(value) for name, value in known.items() if isinstance(value, list)}
-    return Completion(**known | listed)
+    return Completion(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})
 
 
 def _sha256(value: Any) -> str:

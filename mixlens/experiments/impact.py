@@ -148,7 +148,7 @@ class _Pair:
         self.batch_tokens, self.force_weights = batch_tokens, force_weights
         self.layers = list(zip(moe_layers(model_a), moe_layers(model_b), strict=True))
         self.n_experts = n_experts(model_a)
-        self.a_cast: Any = self.a if model_a.dtype == model_b.dtype else _cast(model_a, model_b.dtype)
+        self.a_cast: Any = self.a if self.a.dtype == self.b.dtype else _cast(model_a, self.b.dtype)
 
     @torch.no_grad()  # torchao's weights cannot be detached in inference mode
     def measure(self, shard: Shard) -> dict[str, np.ndarray]:

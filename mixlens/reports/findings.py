@@ -56,7 +56,9 @@ def place(cell: xr.Dataset) -> str:
 
 def compared(data: xr.Dataset) -> str:
     """Describe how many numbers are above and below uniform, by the adjusted test."""
-    above = data["survives"] & (data["estimate"] > labels.uniform(data))
+    uniform = labels.uniform(data)
+    assert uniform is not None  # or there were no p
+    above = data["survives"] & (data["estimate"] > uniform)
     total, n_above, n_below = (int(x.sum()) for x in (np.isfinite(data["p"]), above, data["survives"] & ~above))
     rest = total - n_above - n_below
     return f"told apart from that in {n_above + n_below} of {total} (above {n_above}, below {n_below}; not in {rest})"

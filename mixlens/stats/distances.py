@@ -67,8 +67,8 @@ def domain_distance(trace: Trace, *, by: str = "domain", bootstrap: Bootstrap = 
     numbers = np.full((5, len(layers), len(names), len(names)), np.nan)
     numbers[:2] = np.where(np.eye(len(names), dtype=bool), 0.0, np.nan)
     for i, j in combinations(range(len(names)), 2):
-        both = (summed.only(group).totals["chosen"] for group in (i, j))
-        numbers[:, :, i, j] = numbers[:, :, j, i] = _of_pair(*both, bootstrap)
+        of_i, of_j = (summed.only(group).totals["chosen"] for group in (i, j))
+        numbers[:, :, i, j] = numbers[:, :, j, i] = _of_pair(of_i, of_j, bootstrap)
     coords = {"layer": layers, by: names, f"{by}_other": names}
     keys = ("estimate", "plain", "ci_low", "ci_high")
     data = xr.Dataset({key: (tuple(coords), each) for key, each in zip(keys, numbers[:4], strict=True)}, coords)

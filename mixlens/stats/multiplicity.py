@@ -49,9 +49,9 @@ def with_survivors(data: xr.Dataset, p: xr.DataArray, level: float) -> xr.Datase
 
 
 def p_against(
-    estimate: np.ndarray,
-    low: np.ndarray,
-    high: np.ndarray,
+    estimate: np.ndarray | float,
+    low: np.ndarray | float,
+    high: np.ndarray | float,
     null: np.ndarray | float,
     n: np.ndarray | float,
     level: float,
