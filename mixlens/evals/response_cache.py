@@ -166,8 +166,11 @@ def _folder(place: bool | str | os.PathLike[str]) -> Path:
 
 
 def _completion(values: Mapping[str, Any]) -> Completion:
-    known: dict[str, Any] = {field.name: values.get(field.name) for field in fields(Completion)}
-    return Completion(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})
+    known: dict[str, Any] = {}
+    for field in fields(Completion):
+        value = values.get(field.name)
+        known[field.name] = tuple(value) if isinstance(value, list) else value
+    return Completion(**known)
 
 
 def _sha256(value: Any) -> str:
