@@ -21,10 +21,10 @@ def rows_of(frame: Any) -> list[dict[str, Any]]:
 
 
 def statistic(data: xr.Dataset, *, csv: str | None, also: Sequence[str] = ()) -> Result:
-    """Return a statistic, with the variables `also`, or write it to a CSV file."""
+    """Return a statistic, with the variables `also` and what its test found, or write it to a CSV file."""
     from mixlens.plot.tables import tidy
 
-    frame = tidy(data, also=also)
+    frame = tidy(data, also=(*also, *(name for name in ("p", "q", "survives") if name in data)))
     if csv:
         return written(frame, csv)
     attrs = {str(key): value.tolist() if hasattr(value, "tolist") else value for key, value in data.attrs.items()}

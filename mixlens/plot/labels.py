@@ -221,9 +221,8 @@ def note(data: xr.Dataset, *, drawn: str, line: str = "dashed") -> str:
     if expected := uniform_note(data):
         parts.append(f"{line}: {expected}" if line else expected)
     if "expected" in data:
-        parts.append(
-            f"dotted: {data.attrs['null']}, {data.attrs['permutations']} shuffles; band: {level(data)} of them"
-        )
+        shuffles = f"{data.attrs['permutations']} shuffles, band: {level(data)}"
+        parts.append(f"dotted: {data.attrs['null']} ({shuffles})")
     return "; ".join(parts)
 
 

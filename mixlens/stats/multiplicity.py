@@ -85,13 +85,13 @@ def p_against(
 
 def skewness(values: np.ndarray, n_left_out: int) -> np.ndarray:
     """Skewness [...] of an estimate from its values in `Resamples` [..., resample]: jackknife, else bootstrap."""
-    left_out = values[..., 1 : 1 + n_left_out]
-    draws = -left_out if n_left_out >= 2 else values[..., 1 + n_left_out :]
+    jackknife = n_left_out >= 2
+    draws = -values[..., 1 : 1 + n_left_out] if jackknife else values[..., 1 + n_left_out :]
     known = np.isfinite(draws)
-    draws, count = np.where(known, draws, 0), np.maximum(known.sum(-1), 1)
-    far = np.where(known, draws - (draws.sum(-1) / count)[..., None], 0)
-    squares, cubes = (far**2).sum(-1), (far**3).sum(-1)
+    count = np.maximum(known.sum(-1), 1)
+    far = np.where(known, draws, 0)
+    far = np.where(known, far - (far.sum(-1) / count)[..., None], 0)
+    squares, cubes = np.einsum("...r,...r->...", far, far), np.einsum("...r,...r,...r->...", far, far, far)
     # A document's influence is a part of the estimate's spread, a draw is a value of the estimate.
-    return np.divide(cubes, squares**1.5, out=np.zeros_like(cubes), where=squares > 0) * (
-        1.0 if n_left_out >= 2 else np.sqrt(count)
-    )
+    skew = np.divide(cubes, squares**1.5, out=np.zeros_like(cubes), where=squares > 0)
+    return skew if jackknife else skew * np.sqrt(count)

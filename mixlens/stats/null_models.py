@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _GIVEN = {
-    "token": "routing is shuffled among the occurrences of a token type: only the token's identity matters",
-    "position": "routing is shuffled among the tokens at a position: only the position matters",
-    "layer": "a layer's routing is shuffled among tokens with the same experts in the layer before: Markov by layer",
+    "token": "routing by token identity alone",
+    "position": "routing by position alone",
+    "layer": "routing by the experts of the layer before alone",
 }
 _ROUTED = ("expert_id", "weight", "router_logits")
 
