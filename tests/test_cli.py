@@ -7,10 +7,13 @@ import json
 
 import pandas as pd
 import pytest
+from helpers.refusals import refused
 
 import mixlens
 from mixlens import Trace, demo_documents
 from mixlens.cli import main as cli
+from mixlens.models.load import skeleton
+from mixlens.recording.estimate import estimate
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +57,37 @@ def test_stats_for_a_person_and_as_csv(run, capsys, tmp_path):
     assert cli.main(["stats", str(run), "expert_share", "--csv", str(tmp_path / "share.csv")]) == 0
     table = pd.read_csv(tmp_path / "share.csv")
     assert table.groupby("layer")["estimate"].sum().tolist() == pytest.approx([1] * 8)
+
+
+def test_a_dry_run_says_what_a_run_then_does(run, corpus, capsys, tmp_path, monkeypatch):
+    asked = ["record", "demo", str(corpus), "--out", str(tmp_path / "new"), "--device-map", "cpu"]
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
+        code, told = said(capsys, *asked, "--dry-run")
+        assert (code, (tmp_path / "new").exists()) == (0, False)
+    trace = Trace.open(run)
+    assert {name: told[name] for name in trace.meta["counts"]} == trace.meta["counts"]
+    assert told["seconds"] is None
+    routing = sum(path.stat().st_size for path in run.glob("routing-*"))
+    tokens = sum(path.stat().st_size for path in run.glob("tokens-*"))
+    assert routing <= told["disk_bytes"] <= 1.3 * (routing + tokens)
+    assert told["weight_bytes"] == trace.meta["model"]["audit"]["bytes"]
+
+
+def test_the_time_is_told_from_the_rate_of_a_run_of_the_same_model(run):
+    made, like, ten_seconds = (
+        skeleton("demo"),
+        Trace.open(run),
+        ("2026-01-01T00:00:00+00:00", "2026-01-01T00:00:10+00:00"),
+    )
+    like.meta["reading"] = {"started": ten_seconds[0]}
+    like.meta["created"] = ten_seconds[1]
+    settings = mixlens.RecordSettings(progress=False, batch_tokens=64)
+    found = estimate(made, ["A text of words."], signals=(), settings=settings, like=like)
+    assert found["seconds"] == pytest.approx(found["tokens"] * 10 / like.n_tokens)
+    like.meta["model"] = {"name": "another"}
+    with refused(mixlens.BadInput, "like", "another"):
+        estimate(made, ["A text of words."], signals=(), settings=settings, like=like)
 
 
 def test_a_contrast_of_two_conditions(run, capsys, tmp_path):

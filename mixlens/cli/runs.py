@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +36,8 @@ def record(
     *,
     out: str,
     signals: Signals = ("router_logits", "logprob"),
+    dry_run: bool = False,
+    like: str | None = None,
     reading: Reading = Reading(),
     loading: Loading = Loading(),
     output: Output = Output(),
@@ -52,6 +55,10 @@ def record(
         Run directory; a run that was stopped there resumes.
     signals
         router_logits, logprob, top_logprobs, or sites such as moe_out.
+    dry_run
+        Load no weights and write nothing: print tokens, batches, bytes on disk and of weights.
+    like
+        With --dry-run, an earlier recording of the model on this machine, for an estimate of the time.
     """
 
     check_out(out, "trace")
@@ -60,8 +67,40 @@ def record(
     from mixlens.recording.record import record
 
     settings = reading.settings(RecordSettings(), output)
+    if dry_run:
+        return _dry_run(model, texts, out, signals, settings, loading, like)
     trace = record(loading.load(model, output), texts, out=out, signals=signals, settings=settings)
     return Result({"run": out, **trace.meta["counts"], "signals": [*trace.signals, *trace.sites]})
+
+
+def _dry_run(
+    model: str, texts: Any, out: str, signals: Any, settings: Any, loading: Loading, like: str | None
+) -> Result:
+    import shutil
+
+    import torch
+
+    from mixlens.models.load import skeleton
+    from mixlens.recording.corpus import default_batch_tokens
+    from mixlens.recording.estimate import estimate
+    from mixlens.trace.trace import Trace
+
+    made = skeleton(model, revision=loading.revision, dtype=loading.dtype)
+    on_cpu = loading.device_map == "cpu" or not torch.accelerator.is_available()
+    settings = replace(settings, batch_tokens=settings.batch_tokens or default_batch_tokens(on_cpu=on_cpu))
+    found = estimate(made, texts, signals=signals, settings=settings, like=None if like is None else Trace.open(like))
+    there = next(folder for folder in (Path(out), *Path(out).absolute().parents) if folder.exists())
+    found["free_bytes"] = shutil.disk_usage(there).free
+    if found["disk_bytes"] > found["free_bytes"]:
+        raise RunError(
+            f"Cannot record into {out}: the run takes up to {found['disk_bytes']:,} bytes, and {found['free_bytes']:,} "
+            "are free there. Choose another disk, or fewer signals.",
+            argument="out",
+            value=found["disk_bytes"],
+        )
+    lines = [f"{name:<16}  {'n/a' if value is None else format(value, ',.0f')}" for name, value in found.items()]
+    notes = ["disk_bytes: at most; weight_bytes: without quantization; seconds: from the rate of --like, if given."]
+    return Result({"dry_run": True, **found}, "\n".join([*lines, *notes]))
 
 
 @app.command
@@ -231,8 +270,6 @@ def demo(*, out: str = "out/demo", output: Output = Output()) -> Result:
     out
         Folder for the run and report.html.
     """
-    from dataclasses import replace
-
     from mixlens.models.demo import DEMO, demo_documents
     from mixlens.models.load import load
     from mixlens.models.provenance import describe

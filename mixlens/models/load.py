@@ -232,6 +232,18 @@ def _check_method(source: _Source) -> None:
         )
 
 
+def skeleton(model: str | os.PathLike[str], *, revision: str | None = None, dtype: Any = None) -> Any:
+    """The model on the device meta: its modules, config and name, and no weights. Raises as load does."""
+    name = str(demo_path() if model == DEMO else model)
+    commit = _commit(name, revision)
+    config = _read_config(name, commit)
+    check_config(config, str(model))
+    with torch.device("meta"):
+        made = AutoModelForCausalLM.from_config(config, dtype=_resolve_dtype(dtype, config, on_cpu=True))
+    made.name_or_path, made.config._commit_hash = name, commit
+    return made
+
+
 def bytes_needed(config: Any, dtype: torch.dtype) -> int:
     """Bytes of all weights of a model with this config, counted without making any."""
     with torch.device("meta"):

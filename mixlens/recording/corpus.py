@@ -352,7 +352,11 @@ def batch_size(model: nn.Module, settings: RecordSettings) -> int:
     _check(settings)
     if settings.batch_tokens is not None:
         return _positive("batch_tokens", settings.batch_tokens)
-    return 4096 if input_device(model).type == "cpu" else 16_384
+    return default_batch_tokens(on_cpu=input_device(model).type == "cpu")
+
+
+def default_batch_tokens(*, on_cpu: bool) -> int:
+    return 4096 if on_cpu else 16_384
 
 
 def length_limit(model: nn.Module, settings: RecordSettings) -> int:
