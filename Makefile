@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint docs browser slow gpu kernels fuzz coverage-of-intervals mutants pins clean
+.PHONY: demo test lint docs browser slow gpu kernels fuzz faults coverage-of-intervals mutants pins clean
 
 demo: $(INSTALLED)
 	$(BIN)/mixlens demo --out out/demo
@@ -41,6 +41,11 @@ fuzz: N ?= 20000
 fuzz: $(VENV)/.installed-test
 	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python fuzz_drivers.py --n $(N) --seed $(SEED)
 	cd tests && ../$(BIN)/python fuzz_streams.py --n $(N) --seed $(SEED)
+
+# Kills, tampering and limits, of every verb; a quarter of an hour and more. VERBS="record topk" for some.
+faults: N ?= 500
+faults: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/run.py --n $(N) --seed $(SEED) $(if $(VERBS),--verbs $(VERBS))
 
 # How often intervals hold the truth; some minutes.
 coverage-of-intervals: $(INSTALLED)

@@ -13,7 +13,7 @@ from mixlens.bench.bench import Bench
 from mixlens.bench.comparison import BenchComparison, compare_benches
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.core.text import row, shown
-from mixlens.errors import BadInput, MissingSignal
+from mixlens.errors import BadInput, MissingSignal, visible
 from mixlens.evals.log import Log
 from mixlens.evals.paired import LogComparison, compare_logs
 from mixlens.registry import open as open_any
@@ -216,7 +216,7 @@ class Comparison:
         )
 
     def __repr__(self) -> str:
-        return f"{self.title()}\n{shown(self.overview()).to_string()}"
+        return visible(f"{self.title()}\n{shown(self.overview()).to_string()}")
 
     def _repr_html_(self) -> str:
         lacking = "".join(f"<div>{html.escape(text)}</div>" for text in self.missing().values())

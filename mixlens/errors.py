@@ -1,5 +1,17 @@
 """Every error mixlens raises on purpose. A message is three sentences: what was asked, what was found, what to do."""
 
+from __future__ import annotations
+
+import re
+
+# What steers a terminal or the direction of reading, and half characters that no file in UTF-8 can hold.
+_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+
+
+def visible(text: str) -> str:
+    """The text with control and direction characters as escapes: it may come from a model, a server or a file."""
+    return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
 
 class MixlensError(Exception):
     """Base of all errors that mixlens raises on purpose.
@@ -15,7 +27,7 @@ class MixlensError(Exception):
     """
 
     def __init__(self, message: str, *, argument: str | None = None, value: object = None) -> None:
-        super().__init__(message)
+        super().__init__(visible(message))
         self.argument = argument
         self.value = value
 

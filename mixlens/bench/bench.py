@@ -14,13 +14,14 @@ import pandas as pd
 import xarray as xr
 
 from mixlens.bench import local_tables, metrics
-from mixlens.bench.events import Record, read_records, write_records
+from mixlens.bench.events import Record, read_records, records_bytes
 from mixlens.bench.metrics import CountTokens, Limits
 from mixlens.bench.prompts import workload_words
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
+from mixlens.core.files import write_file
 from mixlens.core.run_dir import open_run
 from mixlens.core.text import interval_of
-from mixlens.errors import RunError
+from mixlens.errors import visible
 
 RESULTS = "results.jsonl"
 # Columns of the overview: heading, metric, statistic, factor, decimals.
@@ -99,14 +100,7 @@ class Bench:
         --------
         >>> ml.bench.Bench.open("runs/vllm")  # doctest: +SKIP
         """
-        run = open_run(path, check=check)
-        if run.kind != "bench":
-            raise RunError(
-                f"Cannot open a benchmark at {path}: it holds a run of kind {run.kind}. Use mixlens.open, which opens "
-                "runs of any kind.",
-                argument="path",
-                value=run.kind,
-            )
+        run = open_run(path, "bench", check=check)
         return cls(list(read_records(run.file(RESULTS))), run.meta, path=run.path)
 
     @property
@@ -256,8 +250,7 @@ class Bench:
         >>> bench.to_jsonl(tmp / "results.jsonl").name
         'results.jsonl'
         """
-        write_records(path, self.records)
-        return Path(path)
+        return write_file(path, records_bytes(self.records))
 
     def roofline(self, *, bootstrap: Bootstrap = DEFAULT) -> pd.DataFrame:
         """Compare the prefill and decode of a loaded model with the measured limits of its device.
@@ -463,7 +456,7 @@ class Bench:
     def __repr__(self) -> str:
         width = max(get_terminal_size().columns, 100)
         table = self.overview().T.to_string(line_width=width) if self.records else "no requests"
-        return "\n".join([table, *self.remarks()])
+        return visible("\n".join([table, *self.remarks()]))
 
     def _repr_html_(self) -> str:
         said = "".join(f"<div>{html.escape(remark)}</div>" for remark in self.remarks())

@@ -16,7 +16,7 @@ from mixlens.bench.load_generator import turn_edges
 from mixlens.bench.metrics import P99_SAMPLES, STATISTICS, output_tokens
 from mixlens.bench.prompts import workload_words
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
-from mixlens.errors import BadInput
+from mixlens.errors import BadInput, visible
 from mixlens.stats.multiplicity import adjusted, p_against
 
 _METRICS = (
@@ -87,7 +87,7 @@ class BenchComparison:
         return pd.DataFrame(rows, columns=["load", "metric", "a", "b", "b / a", "told apart"])
 
     def __repr__(self) -> str:
-        return "\n".join([self.overview().to_string(index=False), *self.remarks])
+        return visible("\n".join([self.overview().to_string(index=False), *self.remarks]))
 
     def _repr_html_(self) -> str:
         said = "".join(f"<div>{html.escape(remark)}</div>" for remark in self.remarks)

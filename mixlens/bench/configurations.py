@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -23,8 +23,8 @@ from mixlens.bench.local import (
     settings_plan,
 )
 from mixlens.bench.prompts import Workload
-from mixlens.bench.record_sink import Kept, bench_writer
-from mixlens.core.run_dir import now
+from mixlens.bench.record_sink import Kept
+from mixlens.core.run_dir import RunWriter, now
 from mixlens.errors import BadInput
 from mixlens.models.load import load
 
@@ -90,22 +90,22 @@ def benchmark_configurations(
         "workloads": [one.plan() for one in ([workload] if isinstance(workload, Workload) else workload)],
         "settings": settings_plan(settings),
     }
-    writer = None if out is None else bench_writer(Path(out), plan)
-    if writer is not None and writer.complete:
-        return Bench.open(writer.path)
     started, told, stopped = now(), {}, None
-    with Kept(writer, len(plan["loads"]) * requests, show=settings.progress) as kept:
-        for label, options in zip(labels, configurations, strict=True):
-            loads = loads_of(concurrency, workload, settings, label)
-            told[label], ended = _measured(model, options, loads, settings, requests, kept)
-            stopped = ended or stopped
-            gc.collect()
-            if torch.accelerator.is_available():
-                torch.accelerator.empty_cache()
-            if stopped == "an interrupt":
-                break
-    meta = {"created": started, "model": {"name": str(model)}, "configurations": told, "stopped": stopped}
-    return finished(kept, writer, meta)
+    with nullcontext() if out is None else RunWriter(out, "bench", plan) as writer:
+        if writer is not None and writer.complete:
+            return Bench.open(writer.path)
+        with Kept(writer, len(plan["loads"]) * requests, show=settings.progress) as kept:
+            for label, options in zip(labels, configurations, strict=True):
+                loads = loads_of(concurrency, workload, settings, label)
+                told[label], ended = _measured(model, options, loads, settings, requests, kept)
+                stopped = ended or stopped
+                gc.collect()
+                if torch.accelerator.is_available():
+                    torch.accelerator.empty_cache()
+                if stopped == "an interrupt":
+                    break
+        meta = {"created": started, "model": {"name": str(model)}, "configurations": told, "stopped": stopped}
+        return finished(kept, writer, meta)
 
 
 def _measured(

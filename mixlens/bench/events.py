@@ -218,10 +218,9 @@ def outcome_of(events: Iterable[Event], *, status: int | None, fault: str | None
     return "ok" if kinds & {TOKEN, REASONING} else "empty"
 
 
-def write_records(path: str | os.PathLike[str], records: Iterable[Record]) -> None:
-    """Write records as JSON Lines."""
-    with Path(path).open("w", encoding="utf-8") as file:
-        file.writelines(record.to_json() + "\n" for record in records)
+def records_bytes(records: Iterable[Record]) -> bytes:
+    """Records as JSON Lines."""
+    return "".join(record.to_json() + "\n" for record in records).encode()
 
 
 def read_records(path: str | os.PathLike[str]) -> Iterator[Record]:

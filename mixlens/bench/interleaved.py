@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
@@ -94,25 +95,27 @@ def benchmark_together(
         )
     plan = {"levels": [asdict(level) for level in levels], "requests": requests}
     total = len(levels) * requests
-    made = {}
-    # Existing folders come first: if one holds another run, Session raises before new folders are created.
-    for name in sorted(names, key=lambda name: not (out is not None and (Path(out) / name).exists())):
-        others = {"names": names, "name": name, "turns": _TURNS, "requests": requests}
-        made[name] = Session(
-            endpoints[name],
-            plan | {"measured_with": others},
-            out=folders[name],
-            workload=workload,
-            settings=settings,
-            total=total,
-        )
-    sessions = [made[name] for name in names]
-    if all(there):
-        return {name: session.opened for name, session in zip(names, sessions, strict=True) if session.opened}
-    for session in sessions:
-        session.clock.stop()
-    benches = measure(sessions, lambda: _in_turns(sessions, levels, requests, settings.warmup))
-    return dict(zip(names, benches, strict=True))
+    made: dict[str, Session] = {}
+    with ExitStack() as held:
+        # Existing folders come first: if one holds another run, Session raises before new folders are created.
+        for name in sorted(names, key=lambda name: not (out is not None and (Path(out) / name).exists())):
+            others = {"names": names, "name": name, "turns": _TURNS, "requests": requests}
+            session = Session(
+                endpoints[name],
+                plan | {"measured_with": others},
+                out=folders[name],
+                workload=workload,
+                settings=settings,
+                total=total,
+            )
+            made[name] = held.enter_context(session)
+        sessions = [made[name] for name in names]
+        if all(there):
+            return {name: session.opened for name, session in zip(names, sessions, strict=True) if session.opened}
+        for session in sessions:
+            session.clock.stop()
+        benches = measure(sessions, lambda: _in_turns(sessions, levels, requests, settings.warmup))
+        return dict(zip(names, benches, strict=True))
 
 
 async def _in_turns(sessions: Sequence[Session], levels: Sequence[Level], requests: int, warmup: int) -> None:

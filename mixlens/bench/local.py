@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import count, product
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,12 +21,12 @@ from transformers.generation.streamers import BaseStreamer
 
 from mixlens.bench.bench import RESULTS, Bench
 from mixlens.bench.bytes_and_flops import Work
-from mixlens.bench.events import Record, write_records
+from mixlens.bench.events import Record, records_bytes
 from mixlens.bench.hardware import Device, measure, out_of_memory
 from mixlens.bench.local_tables import in_configuration
 from mixlens.bench.model_prompts import Prompts
 from mixlens.bench.prompts import Workload
-from mixlens.bench.record_sink import PARTIAL, Kept, bench_writer
+from mixlens.bench.record_sink import Kept
 from mixlens.core.run_dir import RunWriter, now, versions
 from mixlens.endpoints.protocols import TOKEN, Event
 from mixlens.errors import BadInput, MixlensError, ModelError
@@ -132,13 +131,13 @@ def benchmark_model(
         "workloads": [subject.prompts[load.name].plan() for load in loads],
         "settings": settings_plan(settings),
     }
-    writer = None if out is None else bench_writer(Path(out), plan)
-    if writer is not None and writer.complete:
-        return Bench.open(writer.path)
     started = now()
-    with Kept(writer, len(loads) * requests, show=settings.progress) as kept:
-        about, stopped = subject.measure(requests, kept)
-    return finished(kept, writer, {"created": started, **about, "stopped": stopped})
+    with nullcontext() if out is None else RunWriter(out, "bench", plan) as writer:
+        if writer is not None and writer.complete:
+            return Bench.open(writer.path)
+        with Kept(writer, len(loads) * requests, show=settings.progress) as kept:
+            about, stopped = subject.measure(requests, kept)
+        return finished(kept, writer, {"created": started, **about, "stopped": stopped})
 
 
 def finished(kept: Kept, writer: RunWriter | None, meta: dict[str, Any]) -> Bench:
@@ -148,8 +147,7 @@ def finished(kept: Kept, writer: RunWriter | None, meta: dict[str, Any]) -> Benc
         "versions": versions(*PACKAGES),
     }
     if writer is not None:
-        writer.finish(meta, {RESULTS: lambda path: write_records(path, kept.records)})
-        (writer.path / PARTIAL).unlink(missing_ok=True)
+        writer.finish(meta, {RESULTS: records_bytes(kept.records)})
     if meta["stopped"] == "an interrupt":
         raise KeyboardInterrupt
     return Bench(kept.records, meta, path=writer and writer.path)

@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
-from typing import Any
+import warnings
 
 from tqdm import tqdm
 
 from mixlens.bench.events import Record
-from mixlens.core.run_dir import PLAN, RunWriter
-from mixlens.errors import RunError
+from mixlens.core.run_dir import UNFINISHED, RunWriter
+from mixlens.errors import visible
 
-# Records of an unfinished run; deleted when the run is complete.
-PARTIAL = "results.partial.jsonl"
+PARTIAL = f"{UNFINISHED}/results.jsonl"
 
 
 class Kept:
-    """Collects records in memory, appends each to a file, and advances the progress bar."""
+    """Collects records in memory, appends each to a file, and advances the progress bar.
+
+    A benchmark that was killed is measured from its start: one half of it cannot be compared with the other.
+    """
 
     def __init__(self, writer: RunWriter | None, total: int, *, show: bool) -> None:
         self.records: list[Record] = []
-        self._file = None if writer is None else (writer.path / PARTIAL).open("w", encoding="utf-8")
+        self._file = None
+        if writer is not None:
+            path = writer.path / PARTIAL
+            if path.exists() and (n := len(path.read_bytes().splitlines())):
+                warnings.warn(
+                    f"The benchmark in {visible(str(writer.path))} was stopped after {n} requests. It is measured "
+                    "again from its start.",
+                    stacklevel=2,
+                )
+            self._file = path.open("w", encoding="utf-8")
         self._bar = tqdm(total=total, desc="benchmark", unit="request", disable=not show, file=sys.stderr)
 
     def keep(self, record: Record) -> None:
@@ -38,18 +48,3 @@ class Kept:
         self._bar.close()
         if self._file is not None:
             self._file.close()
-
-
-def bench_writer(path: Path, plan: dict[str, Any]) -> RunWriter:
-    """Create the writer of a benchmark's run. Raises RunError if the path holds another or a killed run."""
-    killed = (path / PLAN).exists() and (path / PARTIAL).exists()
-    writer = RunWriter(path, "bench", plan)
-    if killed and not writer.complete:
-        n = len((path / PARTIAL).read_bytes().splitlines())
-        raise RunError(
-            f"Cannot write a benchmark to {path}: it holds a benchmark that was killed after {n} requests, which "
-            f"cannot be resumed. Pass another folder; the finished requests are in {PARTIAL}.",
-            argument="out",
-            value=n,
-        )
-    return writer

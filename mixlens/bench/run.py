@@ -62,7 +62,7 @@ def benchmark(
     BadInput
         If a load is invalid, the key is missing, or a cap in dollars is set without a known price.
     RunError
-        If `out` holds another run or a benchmark that was killed.
+        If `out` holds another run, or another process writes to it.
 
     Examples
     --------
@@ -94,15 +94,15 @@ def benchmark(
         )
     levels = levels_of(concurrency, rate, settings.arrivals)
     check_requests(requests, settings)
-    session = Session(
+    with Session(
         target,
         {"levels": [asdict(level) for level in levels], "requests": requests},
         out=out,
         workload=workload,
         settings=settings,
         total=len(levels) * requests,
-    )
-    if session.opened is not None:
-        return session.opened
-    [bench] = measure([session], lambda: session.driver.run(levels, requests, settings.warmup))
+    ) as session:
+        if session.opened is not None:
+            return session.opened
+        [bench] = measure([session], lambda: session.driver.run(levels, requests, settings.warmup))
     return bench

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from mixlens.bench.bench import RESULTS, Bench
-from mixlens.bench.events import Record, write_records
+from mixlens.bench.events import Record, records_bytes
 from mixlens.bench.load_generator import Caps, Driver, Level
 from mixlens.bench.prompts import Workload
-from mixlens.bench.record_sink import PARTIAL, Kept, bench_writer
+from mixlens.bench.record_sink import Kept
 from mixlens.bench.request import Sender, Timeouts
-from mixlens.core.run_dir import now, versions
+from mixlens.core.run_dir import RunWriter, now, versions
 from mixlens.endpoints.endpoint import Endpoint, canonical
 from mixlens.endpoints.prices import price_at
 from mixlens.errors import BadInput
@@ -92,7 +92,8 @@ class Session:
     driver   set by `open`
     clock    clock of all time stamps of this session
 
-    Raises the errors of check_target, and RunError if `out` holds another run.
+    A context manager, which holds the run directory. Raises the errors of check_target, and RunError if `out` holds
+    another run.
     """
 
     driver: Driver
@@ -111,7 +112,8 @@ class Session:
         self._price = check_target(endpoint, workload, settings)
         kept = {k: v for k, v in asdict(settings).items() if k != "progress"}
         whole = {"endpoint": endpoint.plan(), **plan, "workload": workload.plan(), "settings": kept}
-        self._writer = None if out is None else bench_writer(Path(out), whole)
+        self._held = ExitStack()
+        self._writer = None if out is None else self._held.enter_context(RunWriter(out, "bench", whole))
         self._more = plan.get("measured_with", {})
         done = self._writer is not None and self._writer.complete
         self.opened = Bench.open(Path(str(out))) if done else None
@@ -119,7 +121,13 @@ class Session:
         same = workload.reuse_prompts or workload.prompts is not None
         self._salt = "" if same else secrets.token_hex(4)
         self.caps = Caps(settings.max_seconds, settings.max_dollars, self._price)
-        self.kept = None if done else Kept(self._writer, total, show=settings.progress)
+        self.kept = None if done else self._held.enter_context(Kept(self._writer, total, show=settings.progress))
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._held.__exit__(*error)
 
     def open(self) -> Sender:
         """Create the driver and return its sender, which the caller must close."""
@@ -146,26 +154,21 @@ class Session:
         }
         path = None
         if self._writer is not None:
-            self._writer.finish(meta, {RESULTS: lambda path: write_records(path, records)})
-            (self._writer.path / PARTIAL).unlink(missing_ok=True)
+            self._writer.finish(meta, {RESULTS: records_bytes(records)})
             path = self._writer.path
         return Bench(records, meta, path=path, count_tokens=self._workload.count_tokens)
 
 
 def measure(sessions: Sequence[Session], schedule: Callable[[], Coroutine[Any, Any, None]]) -> list[Bench]:
     """Run `schedule`, which drives the sessions. An interrupt is raised again after the runs have been saved."""
-    with ExitStack() as files:
-        for session in sessions:
-            assert session.kept is not None
-            files.enter_context(session.kept)
 
-        async def drive() -> None:
-            async with AsyncExitStack() as senders:
-                for session in sessions:
-                    await senders.enter_async_context(session.open())
-                await schedule()
+    async def drive() -> None:
+        async with AsyncExitStack() as senders:
+            for session in sessions:
+                await senders.enter_async_context(session.open())
+            await schedule()
 
-        interrupted = not _run(drive, lambda: [session.caps.interrupt.set() for session in sessions])
+    interrupted = not _run(drive, lambda: [session.caps.interrupt.set() for session in sessions])
     benches = [session.finish(interrupted=interrupted) for session in sessions]
     if interrupted:
         raise KeyboardInterrupt

@@ -69,23 +69,25 @@ def load_sweep(
     plan = {"sweep": {"most": most, "falls": _FALLS}, "requests": requests}
     loads = [2**i for i in range(most.bit_length()) if 2**i <= most]
     total = sum(max(requests, 2 * n) for n in loads)
-    session = Session(endpoint, plan, out=out, workload=workload, settings=settings, total=total)
-    if session.opened is not None:
-        return session.opened
+    with Session(endpoint, plan, out=out, workload=workload, settings=settings, total=total) as session:
+        if session.opened is not None:
+            return session.opened
 
-    async def doubling() -> None:
-        powers: list[float] = []
-        for n in loads:
-            level = Level(concurrency=n)
-            await session.driver.run([level], max(requests, 2 * n), settings.warmup)
-            assert session.kept is not None
-            powers.append(_power([r for r in session.kept.records if r.level == level.name and r.phase == "measured"]))
-            best = int(np.nanargmax(powers)) if np.isfinite(powers).any() else 0
-            if session.caps.stopped or len(powers) - 1 - best >= _FALLS or not np.isfinite(powers[-1]):
-                return
+        async def doubling() -> None:
+            powers: list[float] = []
+            for n in loads:
+                level = Level(concurrency=n)
+                await session.driver.run([level], max(requests, 2 * n), settings.warmup)
+                assert session.kept is not None
+                powers.append(
+                    _power([r for r in session.kept.records if r.level == level.name and r.phase == "measured"])
+                )
+                best = int(np.nanargmax(powers)) if np.isfinite(powers).any() else 0
+                if session.caps.stopped or len(powers) - 1 - best >= _FALLS or not np.isfinite(powers[-1]):
+                    return
 
-    [bench] = measure([session], doubling)
-    return bench
+        [bench] = measure([session], doubling)
+        return bench
 
 
 def knee(bench: Bench, *, bootstrap: Bootstrap = DEFAULT) -> pd.DataFrame:

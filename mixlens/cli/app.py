@@ -15,10 +15,9 @@ from typing import Any, TextIO
 
 from cyclopts import App, CycloptsError, Parameter
 
-from mixlens.errors import BadInput, MixlensError
+from mixlens.errors import BadInput, MixlensError, visible
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 def _version() -> str:
@@ -135,9 +134,8 @@ class _Visible(io.TextIOBase):
         self._terminal = terminal
 
     def write(self, text: str) -> int:
-        shown = _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
         encoding = getattr(self._terminal, "encoding", None) or "utf-8"
-        self._terminal.write(shown.encode(encoding, "backslashreplace").decode(encoding))
+        self._terminal.write(visible(text).encode(encoding, "backslashreplace").decode(encoding))
         return len(text)
 
     def flush(self) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mixlens.cli.app import Result
+from mixlens.core.files import write_file
 from mixlens.errors import BadInput
 
 if TYPE_CHECKING:
@@ -44,16 +45,18 @@ def check_csv(path: str | None) -> None:
 
 
 def written(frame: pd.DataFrame, path: str) -> Result:
-    """Write a frame as CSV.
+    """Write a frame as CSV, in which no cell is a formula.
 
-    Raises BadInput where the file cannot be written.
+    Raises BadInput for a path that can be no file, RunError where the file cannot be written.
     """
-    try:
-        frame.to_csv(path, index=False)
-    except OSError as error:
-        raise BadInput(
-            f"Cannot write the table to {path}: {error.strerror or error}. Pass --csv a file in an existing folder.",
-            argument="--csv",
-            value=path,
-        ) from error
+    check_csv(path)
+    write_file(path, frame.rename(columns=_no_formula).map(_no_formula).to_csv(index=False))
     return Result({"written": path, "rows": len(frame)})
+
+
+def _no_formula(cell: Any) -> Any:
+    """A text that a spreadsheet would compute, with an apostrophe before it, which the spreadsheet then hides."""
+    if not isinstance(cell, str):
+        return cell
+    cell = cell.replace("\r\n", "\n").replace("\r", "\n")  # else it begins a row, which no quotes hold together
+    return f"'{cell}" if cell.startswith(("=", "+", "-", "@", "\t", "\n")) else cell

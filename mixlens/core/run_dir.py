@@ -1,7 +1,9 @@
-"""The run directory: complete or not there.
+"""The run directory: complete or not there, written by one process at a time, every byte accounted for.
 
-`plan.json` is written first (settings, hash of the input), then shards, each committed by a small file with its
-checksums, then `meta.json` last. A directory without `meta.json` is a half-done run that the same plan resumes.
+`plan.json` is written first (settings, hash of the input), then shards, then `meta.json` last, which lists every file
+with its size and checksum, and carries a checksum of itself. Everything that a finished run does not keep lies in the
+folder `unfinished`, which goes when the run is complete: files that are being written, the records of committed
+shards, and the lock. A directory without `meta.json` is a half-done run that the same plan resumes.
 Knows no model and no torch.
 """
 
@@ -12,134 +14,239 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
+import shutil
+import socket
+import stat
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from functools import cache
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as _version_of
+from pathlib import Path, PurePosixPath
+from types import TracebackType
 from typing import Any
 
-from mixlens.errors import RunError
+from mixlens.core.files import REASONS, check_space, disk_errors, sha256_file, sync
+from mixlens.core.sealed_json import altered, json_bytes, read_json, read_sealed, sealed, short
+from mixlens.errors import MixlensError, RunError, visible
+
+try:
+    import fcntl
+except ImportError:  # Windows: a run directory is not locked there
+    fcntl = None
 
 PLAN, META = "plan.json", "meta.json"
-_FORMAT = 1
-
-
-def sha256_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+UNFINISHED = "unfinished"
+# 1: shard records and partial files beside the others, meta.json without a checksum. Such runs open; none is resumed.
+_FORMAT = 2
+# A file that is to be written: its bytes, or what makes them when their turn comes.
+Content = bytes | memoryview | Callable[[], bytes | memoryview]
 
 
 def versions(*packages: str) -> dict[str, str]:
     """Installed versions of `packages`, with Python's own; what is not installed is left out."""
-    found = {"python": platform.python_version()}
-    for name in packages:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    found = {name: _version(name) for name in packages}
+    return {"python": platform.python_version(), **{name: at for name, at in found.items() if at is not None}}
+
+
+@cache
+def _version(package: str) -> str | None:
+    try:
+        return _version_of(package)
+    except PackageNotFoundError:
+        return None
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 class RunWriter:
     """Writes one run directory, shard by shard, so that a killed run resumes where it stopped.
 
+    A context manager: the directory is locked from the start to the end of the block, or of the process. Where the
+    block ends for want of disk, memory or permission, that becomes a RunError, since what was committed is kept.
+
     path    the directory; made when it is not there
-    kind    "trace", "log" or "bench"
+    kind    "trace", "eval", "bench" or another of mixlens.registry
     plan    everything that decides the bytes of the run, as plain JSON values; a directory that holds another plan
             is refused
-    leader  False in all but one of several processes: the leader alone writes plan.json and meta.json
+    leader  False in all but one of several processes: the leader alone locks, and writes plan.json and meta.json
 
-    `done` maps the shards already committed to their records, `complete` says that the whole run is there.
-    Raises RunError when the directory holds another run, or anything that is not a run.
+    `work` is the folder for what a finished run does not keep, `complete` says that the whole run is there.
+    Raises RunError when the directory holds another run, anything that is not a run, or when another process writes
+    to it.
     """
 
     def __init__(
         self, path: str | os.PathLike[str], kind: str, plan: Mapping[str, Any], *, leader: bool = True
     ) -> None:
         self.path = Path(path)
+        self.work = self.path / UNFINISHED
         self.kind = kind
         self.plan = {"format": _FORMAT, "kind": kind, **json.loads(json.dumps(plan))}
+        self._lock: _Lock | None = None
+        self._staged: dict[str, Path] = {}
         self._made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
-        with _disk_errors(self.path):
+        self._began = False
+        with disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self._check_plan()
-            self._began = leader and not (self.path / PLAN).exists()
-            if self._began:
-                _write_json(self.path / PLAN, self.plan)
-        self.complete = (self.path / META).exists()
+            self.complete = (self.path / META).exists()
+            if leader and not self.complete:
+                self._lock = _Lock(self.work, self.path)
+                self._check_plan()  # again, now that nobody else writes
+                self.complete = (self.path / META).exists()
+                self._began = not self.complete and not (self.path / PLAN).exists()
+                if self._began:
+                    with self._publishing():
+                        self._stage(PLAN, json_bytes(self.plan))
+        if leader and self.complete and self.work.exists():  # its process was stopped before it had cleared up
+            with suppress(RunError, OSError):
+                self._lock = self._lock or _Lock(self.work, self.path)
+                self.close(clear=True)
+
+    def __enter__(self) -> RunWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if isinstance(error, MixlensError):
+            self._abandon()
+        self.close()
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in REASONS):
+            with disk_errors(self.path):
+                raise error
+
+    def close(self, *, clear: bool = False) -> None:
+        """Unlock the directory; with `clear`, without what a finished run does not keep."""
+        if clear:
+            shutil.rmtree(self.work, ignore_errors=True)
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     @property
     def done(self) -> dict[int, dict[str, Any]]:
         """Committed shards by index, each {"files": {name: {"sha256", "bytes"}}, **counts}."""
-        return {int(p.stem.split("-")[1]): _read_json(p) for p in sorted(self.path.glob("shard-*.json"))}
+        return {int(p.stem.split("-")[1]): read_sealed(p) for p in sorted(self.work.glob("shard-*.json"))}
 
-    def abandon(self) -> None:
-        """Remove what this writer began, as long as nothing is committed: a start that failed leaves nothing behind."""
-        if self._began and not self.done:
+    def _abandon(self) -> None:
+        """Remove what this writer began while nothing is kept in it: a start that failed leaves nothing behind."""
+        if self._began and {path.name for path in self.work.iterdir()} <= {_Lock.NAME}:
+            shutil.rmtree(self.work)
             (self.path / PLAN).unlink()
             for folder in self._made:
                 if any(folder.iterdir()):
                     break
                 folder.rmdir()
 
-    def commit_shard(self, index: int, files: Mapping[str, Callable[[Path], None]], counts: Mapping[str, Any]) -> None:
-        """Write every file (a function that is given the path), then the record that makes the shard count.
+    def has(self, index: int) -> bool:
+        """Whether a shard is committed, and its files are as they were written; else it has to be made again."""
+        record = self._record(index)
+        if not record.exists():
+            return False
+        try:
+            entries = read_sealed(record)["files"].items()
+            faults = [f"{name} {fault}" for name, entry in entries if (fault := _fault(self.path / name, entry))]
+        except RunError:
+            faults = [f"{record.name} was altered"]
+        if faults:
+            warnings.warn(
+                f"Shard {index} of the run {visible(str(self.path))} is made again: {'; '.join(faults)}, after "
+                "it was written.",
+                stacklevel=3,
+            )
+        return not faults
+
+    def commit_shard(
+        self,
+        index: int,
+        files: Mapping[str, Content],
+        counts: Mapping[str, Any],
+        *,
+        interim: Mapping[str, Content] | None = None,
+    ) -> None:
+        """Write every file, then the record that makes the shard count.
 
         Nothing is visible under its own name before it is whole and on disk.
+
+        interim  files whose content goes into the last files of the run: they are kept in `work` until it is complete
+
         Raises RunError when the disk is full or unwritable; the shards committed before stay.
         """
-        with _disk_errors(self.path):
-            record = {"files": {name: self._write(name, write) for name, write in files.items()}, **counts}
-            _write_json(self.path / f"shard-{index:05d}.json", record)
+        kept = {**files, **{f"{UNFINISHED}/{name}": data for name, data in (interim or {}).items()}}
+        with disk_errors(self.path), self._publishing():
+            record = {"files": {name: self._stage(name, content) for name, content in kept.items()}, **counts}
+            self._stage(f"{UNFINISHED}/{self._record(index).name}", sealed(record))
 
-    def finish(
-        self, meta: Mapping[str, Any], files: Mapping[str, Callable[[Path], None]], *, drop: Sequence[str] = ()
-    ) -> None:
+    def finish(self, meta: Mapping[str, Any], files: Mapping[str, Content], *, runs: Iterable[Path] = ()) -> None:
         """Write the last files and `meta.json`; after this the run is complete.
 
-        drop   shard files whose content has gone into the last files, and that are deleted
+        runs  folders in this one that hold a complete run each
         """
-        with _disk_errors(self.path):
+        with disk_errors(self.path), self._publishing(PLAN):
             shards = self.done
             listed = {
-                name: entry for record in shards.values() for name, entry in record["files"].items() if name not in drop
+                name: entry
+                for record in shards.values()
+                for name, entry in record["files"].items()
+                if not name.startswith(f"{UNFINISHED}/")
             }
-            listed |= {name: self._write(name, write) for name, write in files.items()}
-            listed[PLAN] = _entry(self.path / PLAN)
-            _write_json(
-                self.path / META,
-                {"format": _FORMAT, "kind": self.kind, **meta, "shards": len(shards), "files": listed},
-            )
-            for name in (*drop, *(f"shard-{index:05d}.json" for index in shards)):
-                (self.path / name).unlink()
+            listed |= {name: self._stage(name, content) for name, content in files.items()}
+            nested = [(run / META).relative_to(self.path).as_posix() for run in runs]
+            listed |= {name: _entry((self.path / name).read_bytes()) for name in (PLAN, *nested)}
+            whole = {"format": _FORMAT, "kind": self.kind, **meta, "shards": len(shards), "files": listed}
+            self._stage(META, sealed(whole))
+        with disk_errors(self.path):
+            sync([self.path])
         self.complete = True
+        self.close(clear=True)
 
-    def _write(self, name: str, write: Callable[[Path], None]) -> dict[str, Any]:
-        partial = self.path / f".{name}.{os.getpid()}.partial"
+    @contextmanager
+    def _publishing(self, *also: str) -> Iterator[None]:
+        """Give the files that the block stages their names, in order, when all of them, and `also`, are on disk."""
         try:
-            write(partial)
-            _sync(partial)
-            entry = _entry(partial)
-            os.replace(partial, self.path / name)
+            self.work.mkdir(exist_ok=True)
+            yield
+            sync([*self._staged.values(), *(self.path / name for name in also)])
+            for name, partial in self._staged.items():
+                os.replace(partial, self.path / name)
         finally:
-            partial.unlink(missing_ok=True)
-        return entry
+            for partial in self._staged.values():
+                with suppress(OSError):
+                    partial.unlink(missing_ok=True)
+            self._staged = {}
+
+    def _stage(self, name: str, content: Content) -> dict[str, Any]:
+        """Write a file of this run, not yet under its name; gives its entry."""
+        data = content() if callable(content) else content
+        with disk_errors(self.path, len(data)):
+            check_space(self.path, len(data))
+            self._staged[name] = self.work / f"{PurePosixPath(name).name}.partial"
+            self._staged[name].write_bytes(data)
+        return _entry(data)
+
+    def _record(self, index: int) -> Path:
+        return self.work / f"shard-{index:05d}.json"
 
     def _check_plan(self) -> None:
         if not (self.path / PLAN).exists():
             _refuse_strangers(self.path)
             return
-        found = _read_json(self.path / PLAN)
-        different = sorted(k for k in self.plan.keys() | found.keys() if self.plan.get(k) != found.get(k))
+        found = read_json(self.path / PLAN)
+        different = {k for k in self.plan.keys() | found.keys() if self.plan.get(k) != found.get(k)}
+        if (self.path / META).exists():
+            different.discard("format")  # a complete run of an earlier version is this run
         if different:
             raise RunError(
                 f"Cannot write a run to {self.path}: the folder holds another run: "
-                f"{_differences(found, self.plan, different)}. Choose another folder, or delete this one if you no "
-                "longer need it.",
+                f"{_differences(found, self.plan, sorted(different))}. Choose another folder, or delete this one if "
+                "you no longer need it.",
                 argument="out",
-                value=different,
+                value=sorted(different),
             )
 
 
@@ -161,6 +268,63 @@ def _differences(found: dict, asked: dict, keys: list[str]) -> str:
     return "; ".join(f"{name} is {show(one)}, asked {show(other)}" for name, one, other in pairs[:3])
 
 
+class _Lock:
+    """The right to write to a run, held by the kernel for this process, and let go of when the process ends.
+
+    Raises RunError, naming the process that holds it.
+    """
+
+    NAME = "lock"
+
+    def __init__(self, work: Path, run: Path) -> None:
+        path = work / self.NAME
+        while True:
+            work.mkdir(exist_ok=True)
+            try:
+                self._file = path.open("a+", encoding="utf-8")
+            except FileNotFoundError:  # the process that had it has just cleared up
+                continue
+            if not self._taken():
+                holder = _holder(path)
+                self._file.close()
+                raise RunError(
+                    f"Cannot write a run to {run}: {holder} is writing to it. Run the same command again when it has "
+                    "ended, or choose another folder.",
+                    argument="out",
+                    value=holder,
+                )
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(self._file.fileno()), path.stat()):
+                    break
+            self._file.close()  # the lock of a folder that is no longer there
+        self._file.truncate(0)
+        self._file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": now()}))
+        self._file.flush()
+
+    def _taken(self) -> bool:
+        if fcntl is None:
+            return True
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as error:  # a network file system without locks
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+        return True
+
+    def release(self) -> None:
+        self._file.close()
+
+
+def _holder(path: Path) -> str:
+    try:
+        held = json.loads(path.read_text("utf-8"))
+        return f"process {held['pid']} on {held['host']}, since {held['since']},"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
+
+
 @dataclass
 class Run:
     """A complete run on disk. `file(name)` checks a file against its checksum the first time it is used."""
@@ -176,16 +340,17 @@ class Run:
 
     @property
     def plan(self) -> dict[str, Any]:
-        return _read_json(self.path / PLAN)
+        return read_json(self.file(PLAN))
 
     def file(self, name: str) -> Path:
         """Path of a file of this run.
 
-        Raises RunError, naming the file, when it is missing, truncated, or altered.
+        Raises RunError, naming the file, when it is missing, truncated, altered, or not one of the run's.
         """
-        path, entry = self.path / name, self.meta["files"][name]
+        path = self.path / name
         if name not in self._checked:
-            fault = _fault(path, entry, contents=self.check)
+            entry = self.meta["files"].get(name)
+            fault = f"is not listed in {META}" if entry is None else _fault(path, entry, contents=self.check)
             if fault:
                 raise RunError(
                     f"Cannot read {name} of the run {self.path}: the file {fault}. Restore it from a copy, or record "
@@ -196,38 +361,76 @@ class Run:
             self._checked.add(name)
         return path
 
+    def nested(self, name: str) -> Path | None:
+        """The folder of a run that is part of this one; None where there is none. Raises RunError as `file` does."""
+        if f"{name}/{META}" in self.meta["files"]:
+            return self.file(f"{name}/{META}").parent
+        return self.path / name if self.meta["format"] == 1 and (self.path / name / META).exists() else None
+
     def verify(self) -> list[str]:
-        """Faults of all files, each as "name: what is wrong"; empty when every checksum holds."""
-        faults = ((name, _fault(self.path / name, entry)) for name, entry in self.meta["files"].items())
-        return [f"{name} {fault}" for name, fault in faults if fault]
+        """Faults of this run and the runs in it, each as "name: what is wrong"; empty when all is as it was written.
+
+        A file that the run does not list is a fault too.
+        """
+        files = self.meta["files"]
+        found = [f"{name} {fault}" for name, entry in files.items() if (fault := _fault(self.path / name, entry))]
+        nested = {(self.path / name).parent for name in files if name.endswith(f"/{META}")}
+        if self.meta["format"] == 1:  # which listed no nested runs
+            nested = {meta.parent for meta in self.path.glob(f"*/**/{META}")}
+        for folder in sorted(nested):
+            inside = folder.relative_to(self.path).as_posix()
+            if not any(fault.startswith(f"{inside}/{META} ") for fault in found):
+                found += _faults_inside(folder, inside)
+        known = {self.path / META, *(self.path / name for name in files)}
+        found += [
+            f"{one.relative_to(self.path).as_posix()} is no part of the run" for one in _strays(self, known, nested)
+        ]
+        return found
 
 
-def open_run(path: str | os.PathLike[str], *, check: bool = True) -> Run:
-    """The complete run at `path`. With `check=False` sizes are compared, but not checksums.
+def _faults_inside(folder: Path, name: str) -> list[str]:
+    try:
+        return [f"{name}/{fault}" for fault in open_run(folder).verify()]
+    except RunError as error:
+        return [f"{name}/{META} cannot be read: {error}"]
 
-    Raises RunError when there is no run, or when it is not finished.
+
+def _strays(run: Run, known: set[Path], nested: set[Path]) -> Iterator[Path]:
+    """What lies in the folder of a run, is listed nowhere, and leads to nothing that is."""
+    leading = {parent for path in known | nested for parent in path.parents}
+    folders = [run.path]
+    while folders:
+        for one in sorted(folders.pop().iterdir()):
+            if one in known or one in nested:
+                continue
+            if one in leading and one.is_dir() and not one.is_symlink():
+                folders.append(one)
+            else:
+                yield one
+
+
+def open_run(path: str | os.PathLike[str], kind: str | None = None, *, check: bool = True) -> Run:
+    """The complete run at `path`. With `check=False` sizes of files are compared, but not checksums.
+
+    Raises RunError when there is no run, when it is not finished, of another kind than `kind`, or when its meta.json
+    is not as it was written.
     """
     path = Path(path)
-    if (path / META).exists():
-        meta = _read_json(path / META)
-        if not isinstance(meta, dict) or not {"kind", "files"} <= meta.keys():
+    try:
+        if (path / META).exists():
+            return Run(path, _checked_meta(path, kind), check)
+        if (path / PLAN).exists():
+            found = plan_at(path).get("kind", "run")
+            n = len(list((path / UNFINISHED).glob("shard-*.json")))
             raise RunError(
-                f"Cannot open a run at {path}: mixlens did not write its {META}, which names no kind or no files. "
-                "Pass the folder given as out=.",
-                argument=META,
-                value=str(path),
+                f"Cannot open the run at {path}: it is a {found} that was stopped after {n} complete shards. Run the "
+                "same command with the same folder again to resume it.",
+                argument="shards",
+                value=n,
             )
-        return Run(path, meta, check)
-    if (path / PLAN).exists():
-        kind = _read_json(path / PLAN).get("kind", "run")
-        n = len(list(path.glob("shard-*.json")))
-        raise RunError(
-            f"Cannot open the run at {path}: it is a {kind} that was stopped after {n} complete shards. Run the same "
-            "command with the same folder again to resume it.",
-            argument="shards",
-            value=n,
-        )
-    what = "is not there" if not path.exists() else "holds no plan.json and no meta.json"
+        what = "is not there" if not path.exists() else f"holds no {PLAN} and no {META}"
+    except OSError as error:
+        what = f"cannot be read ({REASONS.get(error.errno or 0, error)})"
     raise RunError(
         f"Cannot open a run at {path}: the folder {what}. Pass the folder given as out=.",
         argument="path",
@@ -265,7 +468,7 @@ def check_out(path: str | os.PathLike[str], kind: str) -> None:
 
 def _refuse_strangers(path: Path) -> None:
     """Raise RunError for a folder that holds anything that is no run."""
-    if strangers := sorted(p.name for p in path.iterdir() if not p.name.endswith(".partial")):
+    if strangers := sorted(p.name for p in path.iterdir() if p.name != UNFINISHED):
         raise RunError(
             f"Cannot write a run to {path}: the folder is not empty and holds no run of mixlens "
             f"({', '.join(strangers[:3])} ...). Choose an empty or a new folder.",
@@ -277,62 +480,60 @@ def _refuse_strangers(path: Path) -> None:
 def plan_at(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The plan of the run at `path`, finished or not; empty where there is none."""
     plan = Path(path) / PLAN
-    found = _read_json(plan) if plan.exists() else {}
-    return found if isinstance(found, dict) else {}
+    return read_json(plan) if plan.exists() else {}
 
 
-def now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+def _checked_meta(path: Path, kind: str | None) -> dict[str, Any]:
+    meta = read_sealed(path / META)
+    for key, fits in (("format", int), ("kind", str), ("shards", int), ("files", dict)):
+        if not isinstance(meta.get(key), fits) or (fits is int and not 0 <= meta[key] < 2**32):
+            raise altered(path / META, key, f"{key} is {short(meta.get(key, 'missing'))}")
+    if meta["format"] > _FORMAT:
+        raise RunError(
+            f"Cannot open the run at {path}: a newer version of mixlens wrote it (layout {meta['format']}). Use that "
+            "version.",
+            argument="format",
+            value=meta["format"],
+        )
+    for name, entry in meta["files"].items():
+        if not _is_inside(name):
+            raise altered(path / META, name, f"the file {short(name)} would lie outside the folder")
+        if not (isinstance(entry, dict) and isinstance(entry.get("sha256"), str) and _is_count(entry.get("bytes"))):
+            raise altered(path / META, name, f"the entry of {name} is {short(entry)}")
+    if kind is not None and meta["kind"] != kind:
+        raise RunError(
+            f"Cannot open a run of kind {kind} at {path}: the run there is of kind {meta['kind']}. Use "
+            "mixlens.open(path), which opens runs of any kind.",
+            argument="kind",
+            value=meta["kind"],
+        )
+    return meta
+
+
+def _is_inside(name: str) -> bool:
+    parts = PurePosixPath(name.replace("\\", "/")).parts
+    return bool(parts) and not {"/", ".."} & set(parts) and ":" not in name and name.isprintable()
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def _fault(path: Path, entry: Mapping[str, Any], *, contents: bool = True) -> str | None:
-    if not path.exists():
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            return "is not a regular file"
+        if found.st_size != entry["bytes"]:
+            return f"has {found.st_size} bytes where {entry['bytes']} were written"
+        if contents and sha256_file(path) != entry["sha256"]:
+            return "does not match the checksum it was written with"
+    except (FileNotFoundError, NotADirectoryError):
         return "is missing"
-    if (size := path.stat().st_size) != entry["bytes"]:
-        return f"has {size} bytes where {entry['bytes']} were written"
-    if contents and sha256_file(path) != entry["sha256"]:
-        return "does not match the checksum it was written with"
+    except OSError as error:
+        return f"cannot be read: {error.strerror or error}"
     return None
 
 
-def _entry(path: Path) -> dict[str, Any]:
-    return {"sha256": sha256_file(path), "bytes": path.stat().st_size}
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise RunError(
-            f"Cannot read {path.name} of the run {path.parent}: it is not valid JSON ({error}). Restore it from a "
-            "copy, or record again into a new folder.",
-            argument=path.name,
-        ) from error
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
-    _sync(partial)
-    os.replace(partial, path)
-
-
-@contextmanager
-def _disk_errors(path: Path):
-    try:
-        yield
-    except OSError as error:
-        reason = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}.get(
-            error.errno or 0, error.strerror or str(error)
-        )
-        raise RunError(
-            f"Cannot write a run to {path}: {reason}. Complete shards are kept; free space or choose another folder, "
-            "and run the same command again.",
-            argument="path",
-            value=str(path),
-        ) from error
+def _entry(data: bytes | memoryview) -> dict[str, Any]:
+    return {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}

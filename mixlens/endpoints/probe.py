@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 
+from mixlens.core.files import write_file
 from mixlens.core.run_dir import now
 from mixlens.endpoints.endpoint import Endpoint
 from mixlens.endpoints.keys import redacted, redacted_parts
@@ -19,7 +20,7 @@ from mixlens.endpoints.probe_effects import EFFECTS, Verdict
 from mixlens.endpoints.protocols import decode
 from mixlens.endpoints.sse import SSEParser
 from mixlens.endpoints.transport import Client, Fault
-from mixlens.errors import BadInput, EndpointError
+from mixlens.errors import BadInput, EndpointError, visible
 
 PARAMETERS = tuple(EFFECTS)
 _TABLE = ("parameter", "verdict", "evidence", "requests")
@@ -90,8 +91,7 @@ class Probe:
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write JSON Lines: endpoint and date, then verdicts, then every exchange."""
         lines = [self.meta, *self.table.to_dict("records"), *(asdict(one) for one in self.exchanges)]
-        Path(path).write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
-        return Path(path)
+        return write_file(path, "".join(json.dumps(line) + "\n" for line in lines))
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Probe:
@@ -111,7 +111,7 @@ class Probe:
 
     def __repr__(self) -> str:
         with pd.option_context("display.max_colwidth", 100):
-            return f"{self._whose()}\n{self.table.to_string(index=False)}"
+            return visible(f"{self._whose()}\n{self.table.to_string(index=False)}")
 
     def _repr_html_(self) -> str:
         return f"<div><div>{html.escape(self._whose())}</div>{self.table.to_html(index=False, border=0)}</div>"

@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from mixlens.core.run_dir import open_run
-from mixlens.errors import RunError
+from mixlens.errors import visible
 from mixlens.evals.questions import finding_remarks
 from mixlens.evals.readings import reading_remarks
 from mixlens.evals.replies import reply_remarks
@@ -69,19 +69,12 @@ class Log:
         check : bool, optional
             Compare every file with its checksum when it is first read; False compares sizes only.
         """
-        run = open_run(path, check=check)
-        if run.kind != "eval":
-            raise RunError(
-                f"Cannot open an evaluation at {path}: the run there is of kind {run.kind}. Use mixlens.open, which "
-                "opens a run of any kind.",
-                argument="path",
-                value=run.kind,
-            )
+        run = open_run(path, "eval", check=check)
         with run.file(RESULTS).open(encoding="utf-8") as file:
             records = [json.loads(line) for line in file]
         log = cls(records, run.meta, path=run.path)
-        if (run.path / ROUTING).exists():
-            log.routing = Trace.open(run.path / ROUTING, check=check)
+        if (routing := run.nested(ROUTING)) is not None:
+            log.routing = Trace.open(routing, check=check)
         return log
 
     @cached_property
@@ -137,7 +130,7 @@ class Log:
         return [f"Data: {', '.join(dict.fromkeys(named))}."] if named else []
 
     def __repr__(self) -> str:
-        return "\n".join([self._shown().to_string(index=False), *self.remarks()])
+        return visible("\n".join([self._shown().to_string(index=False), *self.remarks()]))
 
     def _repr_html_(self) -> str:
         said = "".join(f"<div>{html.escape(remark)}</div>" for remark in self.remarks())

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
-from mixlens.errors import BadInput
+from mixlens.errors import BadInput, visible
 from mixlens.evals.log import Log
 from mixlens.evals.scoring import tasks_by_protocol
 from mixlens.stats.multiplicity import adjusted, p_against
@@ -139,7 +139,7 @@ class LogComparison:
         return f"{scores}. {better} is better than {worse}: {interval}{details}.{differ}"
 
     def __repr__(self) -> str:
-        return "\n".join([*self.verdicts(), "", *self.remarks()])
+        return visible("\n".join([*self.verdicts(), "", *self.remarks()]))
 
     def _repr_html_(self) -> str:
         said = "".join(f"<li>{html.escape(verdict)}</li>" for verdict in self.verdicts())

@@ -12,12 +12,12 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from mixlens.core.run_dir import now
+from mixlens.core.run_dir import UNFINISHED, now
 from mixlens.endpoints.calls import Completion
 
 # Task, number of the document, number of its request (a choice), which of its repeated answers.
 Key = tuple[str, int, int, int]
-PARTIAL = "answers.partial.jsonl"
+PARTIAL = f"{UNFINISHED}/answers.jsonl"
 
 
 class Reply(str):
@@ -49,7 +49,7 @@ class Answers:
             self._read(path)
 
     def _read(self, path: Path) -> None:
-        whole = []
+        whole = 0
         for line in path.read_bytes().splitlines(keepends=True):
             try:
                 batch = json.loads(line)
@@ -57,9 +57,9 @@ class Answers:
                 break  # the process was killed while it wrote this line
             if not line.endswith(b"\n"):
                 break
-            whole.append(line)
+            whole += len(line)
             self._keep(batch["batch"], batch["answers"])
-        path.write_bytes(b"".join(whole))
+        os.truncate(path, whole)
 
     def add(self, batch: str, keys: Sequence[Key], answers: Sequence[Any]) -> None:
         """Keep the answers of one batch, on disk first."""

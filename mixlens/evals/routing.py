@@ -11,6 +11,7 @@ import pandas as pd
 import xarray as xr
 
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
+from mixlens.core.run_dir import RunWriter
 from mixlens.errors import BadInput, MissingSignal
 from mixlens.evals.log import ROUTING, Log
 from mixlens.recording.corpus import vocabulary_of
@@ -19,27 +20,24 @@ from mixlens.stats.agreement import agreement
 from mixlens.stats.routing import expert_share
 from mixlens.trace.trace import Trace, concat
 
-# Of a run that is not finished; goes when it is.
-ROUTING_PARTIAL = "routing.partial"
-
 
 class SampleRecorder:
     """Records the forwards of a local model while it answers, a batch at a time, so that a resumed run has all of them.
 
     backend  the local backend, whose `lm.seen` names every row it reads
-    out      run directory of the evaluation; None keeps the routing in memory
+    writer   of the evaluation's run; None keeps the routing in memory
 
     Raises BadInput for a backend that is not a local model; ModelError where the model has no experts.
     """
 
-    def __init__(self, backend: Any, out: Path | None) -> None:
+    def __init__(self, backend: Any, writer: RunWriter | None) -> None:
         if not hasattr(backend, "lm") or not hasattr(backend.lm, "seen"):
             raise BadInput(
                 "Cannot record the routing of the samples: this model runs elsewhere, and its routing is out of "
                 "reach. Evaluate a loaded model (ml.load), or leave routing out.",
                 argument="routing",
             )
-        self.backend, self.out = backend, out
+        self.backend, self.writer = backend, writer
         self._parts: dict[str, Trace] = {}
 
     def answer(self, name: str, ask: Callable[[], list[Any]]) -> list[Any]:
@@ -49,7 +47,7 @@ class SampleRecorder:
         with Recorder(self.backend.model) as recorder:
             answers = ask()
         trace = recorder.trace(pd.DataFrame(seen[before:]))
-        if self.out is not None:
+        if self.writer is not None:
             shutil.rmtree(self._place(name), ignore_errors=True)  # of a process that was killed before it answered
             trace = trace.save(self._place(name))
         self._parts[name] = trace
@@ -64,15 +62,15 @@ class SampleRecorder:
         again = (whole.sequences["role"] == "shots") & whole.sequences.duplicated(["role", "task"])
         trace = whole.select(where=~again)
         trace.sequences = with_samples(trace.sequences, records, tasks)
-        if self.out is None:
+        if self.writer is None:
             return trace
-        shutil.rmtree(self.out / ROUTING, ignore_errors=True)
-        return trace.save(self.out / ROUTING)
+        folder = self.writer.path / ROUTING
+        shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed before it had finished
+        return trace.save(folder)
 
     def _place(self, name: str) -> Path:
-        assert self.out is not None
-        (self.out / ROUTING_PARTIAL).mkdir(exist_ok=True)
-        return self.out / ROUTING_PARTIAL / name.replace(":", "-")
+        assert self.writer is not None
+        return self.writer.work / ROUTING / name.replace(":", "-")
 
 
 def with_samples(

@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,13 +21,13 @@ from mixlens.errors import BadInput
 from mixlens.evals.backends import backend_of
 from mixlens.evals.data import source_of
 from mixlens.evals.lm_eval_grading import Job, Loaded, grade, key_of, load_tasks
-from mixlens.evals.log import LM_EVAL_RESULTS, RESULTS, Log
+from mixlens.evals.log import LM_EVAL_RESULTS, RESULTS, ROUTING, Log
 from mixlens.evals.model import Batch, repeats_of
 from mixlens.evals.preflight import check, check_template
 from mixlens.evals.progress import Progress, reporting
 from mixlens.evals.replies import with_replies
 from mixlens.evals.response_cache import PARTIAL, Answers
-from mixlens.evals.routing import ROUTING_PARTIAL, SampleRecorder
+from mixlens.evals.routing import SampleRecorder
 from mixlens.evals.stock import STOCK_SHOTS_SEED, stock_remarks
 from mixlens.evals.verify import verified_sums
 
@@ -181,39 +180,38 @@ def run(model_of: Callable[[], Any], job: Job, out: str | os.PathLike[str] | Non
         if settings.verify_prompts:
             _print_first(requests)
         plan = _plan(job, loaded, requests, backend, settings)
-        writer = None if out is None else RunWriter(out, "eval", plan)
+        writer = None if out is None else stack.enter_context(RunWriter(out, "eval", plan))
         if writer is not None and writer.complete:
             return Log.open(writer.path)
         work = _work(backend, requests)
         findings = check(backend, job, loaded, work)
         answers = Answers(None if writer is None else writer.path / PARTIAL)
-        recorder = SampleRecorder(backend, None if writer is None else writer.path) if settings.routing else None
+        recorder = SampleRecorder(backend, writer) if settings.routing else None
         _ask(backend, work, answers, recorder, settings.progress)
         graded = grade(job, loaded, answers.by_key, backend.chat_template)
-    records = with_replies(_with_correct(graded["samples"], loaded), answers.about)
-    meta = {
-        "created": now(),
-        "model": {**backend.describe(), **plan["model"]},
-        "tasks": _about_tasks(backend, loaded, sums, records, graded["results"]),
-        "settings": plan["settings"] | {"limit": job.limit, "data": job.root and Path(job.root).name},
-        "input_sha256": plan["input_sha256"],
-        "counts": {"samples": len(records), "requests": len(requests)},
-        "versions": versions(*_PACKAGES),
-        "preflight": findings,
-        "beside_lm_eval": stock_remarks(job.tasks, loaded.tasks, loaded.protocols, job.seed),
-        "answers": backend.cache.about() if hasattr(backend, "cache") else None,
-    }
-    names = [f"{kind}:{index}" for kind, (_, batches) in work.items() for index in range(len(batches))]
-    routing = None if recorder is None else recorder.finish(names, records, meta["tasks"])
-    if writer is None:
-        log = Log(records, meta)
-        log.routing = routing
-        return log
-    results = {**graded["results"], "config": {"model": meta["model"]["name"], **plan["settings"]}}
-    writer.finish(meta, {RESULTS: lambda p: _write_lines(p, records), LM_EVAL_RESULTS: lambda p: _write(p, results)})
-    (writer.path / PARTIAL).unlink(missing_ok=True)
-    shutil.rmtree(writer.path / ROUTING_PARTIAL, ignore_errors=True)
-    return Log.open(writer.path)
+        records = with_replies(_with_correct(graded["samples"], loaded), answers.about)
+        meta = {
+            "created": now(),
+            "model": {**backend.describe(), **plan["model"]},
+            "tasks": _about_tasks(backend, loaded, sums, records, graded["results"]),
+            "settings": plan["settings"] | {"limit": job.limit, "data": job.root and Path(job.root).name},
+            "input_sha256": plan["input_sha256"],
+            "counts": {"samples": len(records), "requests": len(requests)},
+            "versions": versions(*_PACKAGES),
+            "preflight": findings,
+            "beside_lm_eval": stock_remarks(job.tasks, loaded.tasks, loaded.protocols, job.seed),
+            "answers": backend.cache.about() if hasattr(backend, "cache") else None,
+        }
+        names = [f"{kind}:{index}" for kind, (_, batches) in work.items() for index in range(len(batches))]
+        routing = None if recorder is None else recorder.finish(names, records, meta["tasks"])
+        if writer is None:
+            log = Log(records, meta)
+            log.routing = routing
+            return log
+        results = {**graded["results"], "config": {"model": meta["model"]["name"], **plan["settings"]}}
+        files = {RESULTS: _lines(records), LM_EVAL_RESULTS: _text(results)}
+        writer.finish(meta, files, runs=[] if routing is None else [writer.path / ROUTING])
+        return Log.open(writer.path)
 
 
 def job_of(
@@ -420,10 +418,9 @@ def _aggregation(task: Any, metric: str, own: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _write(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", "utf-8")
+def _text(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
 
 
-def _write_lines(path: Path, records: Sequence[dict[str, Any]]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+def _lines(records: Sequence[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import gc
-import json
 import os
-import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +12,6 @@ from typing import Any
 
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 import xarray as xr
 
@@ -35,6 +32,7 @@ from mixlens.recording.documents import Documents
 from mixlens.recording.recorder import PACKAGES
 from mixlens.stats.impact import Impact
 from mixlens.stats.pareto import COLUMNS, KIND, TABLE, Pareto
+from mixlens.trace.shards import parquet_bytes
 
 Scheme = str | Mapping[str, str]
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -144,16 +142,16 @@ def measure_pareto(
                 require(held, devices)
     corpus = Corpus.of(original, documents, None, settings)
     plan = {**corpus.plan(), "model": described, "schemes": names, "speed": vars(speed)}
-    writer = RunWriter(out, KIND, plan)
-    if not writer.complete:
-        bench = _Sides(original, model, documents, loading, speed, settings, writer)
-        for index, (name, scheme) in enumerate(zip([first, *names], [None, *schemes], strict=True)):
-            if index not in writer.done:
-                rows, held = bench.measure(index, name, scheme)
-                counts = {"rows": len(rows), "scheme": name, "model": held}
-                writer.commit_shard(index, {f"rows-{index:05d}.json": _json(rows)}, counts)
-        _finish(writer, {"created": now(), "model": described, "documents": corpus.documents.count})
-    return Pareto.open(writer.path)
+    with RunWriter(out, KIND, plan) as writer:
+        if not writer.complete:
+            bench = _Sides(original, model, documents, loading, speed, settings, writer)
+            for index, (name, scheme) in enumerate(zip([first, *names], [None, *schemes], strict=True)):
+                if not writer.has(index):
+                    rows, held = bench.measure(index, name, scheme)
+                    rows = [{key: None if value != value else value for key, value in row.items()} for row in rows]
+                    writer.commit_shard(index, {}, {"rows": rows, "scheme": name, "model": held})
+            _finish(writer, {"created": now(), "model": described, "documents": corpus.documents.count})
+    return Pareto.open(out)
 
 
 @dataclass(frozen=True)
@@ -201,8 +199,6 @@ class _Sides:
         return load(self.model, verbose=False, quantization=scheme, **options)
 
     def _speed(self, name: str, loaded: Any, folder: Path) -> list[dict[str, Any]]:
-        if folder.exists() and not (folder / META).exists():
-            shutil.rmtree(folder)  # killed while it was measured: half of a benchmark is none
         workload = Workload(self.speed.prompt_tokens, self.speed.output_tokens)
         settings = LocalSettings(recording=False, progress=False)
         bench = benchmark(loaded, requests=self.speed.calls, out=folder, workload=workload, settings=settings)
@@ -255,25 +251,21 @@ def _name(scheme: Scheme) -> str:
     return scheme if isinstance(scheme, str) else ",".join(f"{part}={held}" for part, held in scheme.items())
 
 
-def _json(rows: list[dict[str, Any]]) -> Callable[[Path], Any]:
-    kept = [{key: None if value != value else value for key, value in row.items()} for row in rows]
-    return lambda path: path.write_text(json.dumps(kept, indent=1), "utf-8")
-
-
 def _finish(writer: RunWriter, meta: dict[str, Any]) -> None:
-    names = [f"rows-{index:05d}.json" for index in sorted(writer.done)]
-    rows = [row for name in names for row in json.loads((writer.path / name).read_text("utf-8"))]
+    rows = [row for record in writer.done.values() for row in record["rows"]]
     table = pd.DataFrame(rows, columns=COLUMNS)
     order = {scheme: place for place, scheme in enumerate(table["scheme"].unique())}
     table = table.sort_values("scheme", key=lambda column: column.map(order), kind="stable", ignore_index=True)
     table = table.astype(dict.fromkeys(("estimate", "ci_low", "ci_high"), float))
-    machines = {open_run(folder, check=False).meta["machine"]["name"] for folder in writer.path.glob("*/speed")}
+    runs = sorted(found.parent for found in writer.path.glob(f"*/*/{META}"))
+    speeds = [open_run(run, check=False) for run in runs if run.name == "speed"]
+    machines = {run.meta["machine"]["name"] for run in speeds}
     schemes = {record["scheme"]: record["model"] for record in writer.done.values()}
     meta = {**meta, "schemes": schemes, "machine": " and ".join(sorted(machines)), "versions": versions(*PACKAGES)}
     figure = own_figure(draw(Pareto(table, meta)))
-    files: dict[str, Callable[[Path], Any]] = {
-        TABLE: lambda path: pq.write_table(pa.Table.from_pandas(table, preserve_index=False), path),
-        "pareto.png": lambda path: path.write_bytes(figure.png()),
-        "pareto.pdf": lambda path: figure.savefig(path, format="pdf", bbox_inches="tight"),
+    files = {
+        TABLE: parquet_bytes(pa.Table.from_pandas(table, preserve_index=False)),
+        "pareto.png": figure.png(),
+        "pareto.pdf": figure.pdf(),
     }
-    writer.finish(meta, files, drop=names)
+    writer.finish(meta, files, runs=runs)

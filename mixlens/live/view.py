@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image, ImageChops
 
+from mixlens.core.files import write_file
 from mixlens.live.bundle import mount_script
 from mixlens.live.page import page
 from mixlens.plot import labels
@@ -111,8 +112,7 @@ class View:
         >>> view.save(tmp / "share.html").name
         'share.html'
         """
-        Path(path).write_text(self.to_html(), "utf-8")
-        return Path(path)
+        return write_file(path, self.to_html())
 
     def widget(self) -> Any:
         """Return the view as an anywidget, for callbacks in Python.

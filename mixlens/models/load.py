@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
-from mixlens.errors import BadInput, ModelError
+from mixlens.errors import BadInput, ModelError, visible
 from mixlens.models.demo import DEMO, demo_path
 from mixlens.models.hub import commit_of, fault_of, safetensors_of
 from mixlens.models.layout import check_config
@@ -125,7 +125,7 @@ def load(
         loaded = _load_quantized(source, device_map, resolved, quantization, verbose)
     loaded.config._commit_hash = commit  # transformers keeps it no longer; recorded with every run, never saved
     if verbose:
-        print(_summary(str(model), loaded), file=sys.stderr)
+        print(visible(_summary(str(model), loaded)), file=sys.stderr)
     return loaded
 
 

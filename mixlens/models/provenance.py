@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from mixlens.errors import BadInput
+from mixlens.errors import BadInput, visible
 from mixlens.models.demo import DEMO, demo_path
 from mixlens.models.layout import KINDS, config_of, kind_of, moe_layers, refuse_pipeline
 from mixlens.models.quantization.linears import SCHEMES, scheme_of
@@ -103,7 +103,7 @@ class Audit:
         }
 
     def __repr__(self) -> str:
-        return "\n".join([self._headline(), "", self._shown().to_string(index=False), *self.remarks])
+        return visible("\n".join([self._headline(), "", self._shown().to_string(index=False), *self.remarks]))
 
     def _repr_html_(self) -> str:
         remarks = "".join(f"<p>{_escaped(text)}</p>" for text in self.remarks)

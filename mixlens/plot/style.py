@@ -18,6 +18,8 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.transforms import blended_transform_factory
 
+from mixlens.core.files import write_file
+
 # Petroff's sequence (arXiv 2107.02270), distinguishable under the common colour-vision deficiencies.
 EXPERT_COLOURS = ("#3f90da", "#ffa90e", "#bd1f01", "#832db6", "#a96b59", "#e76300", "#b9ac70", "#92dadd")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*")
@@ -80,9 +82,7 @@ class PaperFigure(Figure):
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the figure in the format of the file ending; pdf and svg are vector formats."""
-        with matplotlib.rc_context(PAPER):
-            self.savefig(path, bbox_inches="tight")
-        return Path(path)
+        return write_file(path, self._bytes(Path(path).suffix.lstrip(".") or "png", bbox_inches="tight"))
 
     def png(self, dpi: int = 220) -> bytes:
         return self._bytes("png", dpi=dpi)
@@ -90,6 +90,9 @@ class PaperFigure(Figure):
     def svg(self) -> bytes:
         """Return the figure as SVG, with text as paths and without a background."""
         return self._bytes("svg", facecolor="none", metadata={"Date": None})
+
+    def pdf(self) -> bytes:
+        return self._bytes("pdf", bbox_inches="tight", metadata={"CreationDate": None})
 
     def _bytes(self, form: str, **options: Any) -> bytes:
         file = io.BytesIO()

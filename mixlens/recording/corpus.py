@@ -8,20 +8,19 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from safetensors.numpy import save_file
+from safetensors.numpy import save as safetensors_bytes
 from torch import nn
 from tqdm import tqdm
 
 from mixlens.core.distributed import processes
 from mixlens.core.run_dir import RunWriter, now, versions
-from mixlens.errors import BadInput, MixlensError
+from mixlens.errors import BadInput, visible
 from mixlens.interventions.hooks import about_choices, edits_of
 from mixlens.models.hub import tokenizer_beside
 from mixlens.models.layout import config_of, context_length, input_device, is_sharded, n_experts
@@ -198,30 +197,26 @@ def run_shards(
     peers = processes()
     if not peers.leads:
         peers.wait()
-    writer = RunWriter(out, kind, plan, leader=peers.leads)
-    if peers.leads:
-        peers.wait()
-    if not writer.complete:
-        done = writer.done
-        try:
-            for shard in corpus.progress(_DESCRIPTIONS.get(kind, kind), leads=peers.leads):
-                if shard.index in done or not (together or shard.index % peers.world == peers.rank):
-                    continue
-                found = compute(shard)
-                if peers.leads or not together:
-                    write(writer, shard, found)
-        except MixlensError:
-            if peers.leads:
-                writer.abandon()
-            raise
-        except KeyboardInterrupt:
-            told = f"{len(writer.done)} shards are complete in {writer.path}; the same call resumes from there."
-            print(f"\nStopped. {told}", file=sys.stderr)
-            raise
-        peers.wait()
+    with RunWriter(out, kind, plan, leader=peers.leads) as writer:
         if peers.leads:
-            finish(writer)
-    peers.wait()
+            peers.wait()
+        if not writer.complete:
+            try:
+                for shard in corpus.progress(_DESCRIPTIONS.get(kind, kind), leads=peers.leads):
+                    mine = together or shard.index % peers.world == peers.rank
+                    if not mine or writer.has(shard.index):
+                        continue
+                    found = compute(shard)
+                    if peers.leads or not together:
+                        write(writer, shard, found)
+            except KeyboardInterrupt:
+                told = f"{len(writer.done)} shards are complete in {writer.path}; the same call resumes from there."
+                print(f"\nStopped. {visible(told)}", file=sys.stderr)
+                raise
+            peers.wait()
+            if peers.leads:
+                finish(writer)
+        peers.wait()
 
 
 def measure_documents(
@@ -300,22 +295,23 @@ def lengths_of(shard: Shard) -> np.ndarray:
 def _commit(writer: RunWriter, shard: Shard, arrays: dict[str, np.ndarray]) -> None:
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     rows = pa.Table.from_pandas(documents_of(shard), preserve_index=False)
-    files: dict[str, Callable[[Path], None]] = {
-        f"{writer.kind}-{shard.index:05d}.safetensors": lambda path: save_file(arrays, path),
-        f"documents-{shard.index:05d}.parquet": lambda path: pq.write_table(rows, path),
-    }
-    writer.commit_shard(shard.index, files, {"documents": shard.documents, "tokens": int(lengths_of(shard).sum())})
+    writer.commit_shard(
+        shard.index,
+        {f"{writer.kind}-{shard.index:05d}.safetensors": safetensors_bytes(arrays)},
+        {"documents": shard.documents, "tokens": int(lengths_of(shard).sum())},
+        interim={f"documents-{shard.index:05d}.parquet": store.parquet_bytes(rows)},
+    )
 
 
 def _finish(writer: RunWriter, meta: dict[str, Any], vocabulary: pd.Series | None) -> None:
     done = writer.done
-    tables = [f"documents-{index:05d}.parquet" for index in done]
-    joined = pa.concat_tables([pq.read_table(writer.path / name) for name in tables], promote_options="permissive")
-    files: dict[str, Callable[[Path], None]] = {"documents.parquet": lambda path: pq.write_table(joined, path)}
+    tables = [pq.read_table(writer.work / f"documents-{index:05d}.parquet") for index in done]
+    joined = pa.concat_tables(tables, promote_options="permissive")
+    files = {"documents.parquet": store.parquet_bytes(joined)}
     if vocabulary is not None:
-        files[VOCABULARY] = store.write_vocabulary(vocabulary)
+        files[VOCABULARY] = store.vocabulary_bytes(vocabulary)
     counts = {name: sum(record[name] for record in done.values()) for name in ("documents", "tokens")}
-    writer.finish({**meta, "counts": counts}, files, drop=tables)
+    writer.finish({**meta, "counts": counts}, files)
 
 
 def vocabulary_of(tokenizer: Any) -> pd.Series | None:

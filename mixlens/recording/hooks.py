@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
-from mixlens.errors import BadInput, ModelError
+from mixlens.errors import BadInput, ModelError, visible
 from mixlens.interventions.activations import Replaced, replaced_in
 from mixlens.interventions.hooks import weights_are_given
 from mixlens.models.layout import MoeLayer, expert_down, expert_neurons, moe_layers, n_experts, refuse_sharded
@@ -121,7 +121,9 @@ def sums_to_one(model: nn.Module) -> bool:
 
 
 def routing_arrays(raw: Raw, rows: torch.Tensor, n_experts: int, *, packed: bool) -> dict[str, np.ndarray]:
-    """expert_id [n, L, k], weight float16 [n, L, k] and router_logits float16 [n, L, E] of the rows, and BAD_LAYER [n].
+    """expert_id [n, L, k], weight float16 [n, L, k] and router_logits [n, L, E] of the rows, and BAD_LAYER [n].
+
+    router_logits are float16, or float32 where one of them is beyond the range of float16.
 
     packed  leaves out the last slot's weight, which is one minus the rest
 
@@ -139,10 +141,8 @@ def routing_arrays(raw: Raw, rows: torch.Tensor, n_experts: int, *, packed: bool
         BAD_LAYER: torch.where(bad.any(-1), bad.int().argmax(-1), -1).numpy(),
     }
     if "router_logits" in raw:
-        logits = gather(raw["router_logits"], rows).float()
-        most = torch.finfo(torch.float16).max  # a forbidden expert's stays -inf
-        logits = torch.where(logits.isfinite(), logits.clamp(-most, most), logits)
-        arrays["router_logits"] = logits.to(torch.float16).numpy()
+        logits = gather(raw["router_logits"], rows).float().numpy()
+        arrays["router_logits"] = shards.narrowed(logits, np.float16)
     return arrays
 
 
@@ -157,7 +157,9 @@ def warn_of_left_out(left_out: list[LeftOut]) -> None:
     """Say which tokens have no routing, and why there is nothing of them in the trace."""
     if not left_out:
         return
-    places = "; ".join(f"{where}, position {position}, layer {layer}" for where, position, layer in left_out[:3])
+    places = "; ".join(
+        f"{visible(where)}, position {position}, layer {layer}" for where, position, layer in left_out[:3]
+    )
     warnings.warn(
         f"{len(left_out):,} tokens are left out of the trace: their routing weights are not finite, so that their "
         f"experts mean nothing ({places}{' ...' if len(left_out) > 3 else ''}). Check the weights and the dtype of the "

@@ -120,9 +120,9 @@ def record(
 
     def write(writer: RunWriter, shard: Shard, found: tuple[MemoryPart, pd.DataFrame]) -> None:
         part, table = found
-        rows = {f"sequences-{shard.index:05d}.parquet": store.write_sequences(table)}
+        rows = {f"sequences-{shard.index:05d}.parquet": store.sequence_bytes(table)}
         counts = convert.shard_counts(part) | {"left_out": _named(part.left_out, table["document_id"])}
-        writer.commit_shard(shard.index, part.files(shard.index) | rows, counts)
+        writer.commit_shard(shard.index, part.files(shard.index), counts, interim=rows)
 
     with reader:
         finish = partial(_finish, corpus, reader.signals, layers, meta)
@@ -139,7 +139,7 @@ def _named(places: list[tuple[int, int, int]], document_id: pd.Series) -> list[L
 def _finish(corpus: Corpus, signals: Signals, layers: range, meta: dict[str, Any], writer: RunWriter) -> None:
     records = writer.done
     counts = [{k: v for k, v in records[i].items() if k not in ("files", "left_out")} for i in range(len(records))]
-    tables = [writer.path / f"sequences-{index:05d}.parquet" for index in records]
+    tables = [pq.read_table(writer.work / f"sequences-{index:05d}.parquet") for index in records]
     left_out = {name for name in ("router_logits", "logprob") if not getattr(signals, name)}
     left_out |= set() if signals.top_logprobs else set(store.NEXT_TOKEN)
     names = [n for n in (*store.TOKEN_COLUMNS, *store.ROUTING, *store.NEXT_TOKEN) if n not in left_out]
@@ -151,23 +151,21 @@ def _finish(corpus: Corpus, signals: Signals, layers: range, meta: dict[str, Any
         "sites": {site.name: list(site.layers or ()) for site in signals.sites},
         "counts": {
             "tokens": sum(c["tokens"] for c in counts),
-            "sequences": sum(pq.read_metadata(table).num_rows for table in tables),
+            "sequences": sum(table.num_rows for table in tables),
             "documents": corpus.documents.count,
         },
         "shard_counts": counts,
         "left_out": [place for index in range(len(records)) for place in records[index]["left_out"]],
     }
-    files: dict[str, Any] = {"sequences.parquet": lambda path: _join_tables(tables, path)}
+    files = {"sequences.parquet": store.parquet_bytes(_joined(tables))}
     if (vocabulary := corpus.vocabulary()) is not None:
-        files["vocabulary.parquet"] = store.write_vocabulary(vocabulary)
-    writer.finish(meta, files, drop=[table.name for table in tables])
+        files["vocabulary.parquet"] = store.vocabulary_bytes(vocabulary)
+    writer.finish(meta, files)
 
 
-def _join_tables(tables: list[Any], path: Any) -> None:
-    schema = pa.unify_schemas([pq.read_schema(table) for table in tables], promote_options="permissive")
-    with pq.ParquetWriter(path, schema, compression="zstd") as joined:
-        for table in tables:
-            joined.write_table(pq.read_table(table).cast(schema))
+def _joined(tables: list[pa.Table]) -> pa.Table:
+    schema = pa.unify_schemas([table.schema for table in tables], promote_options="permissive")
+    return pa.concat_tables([table.cast(schema) for table in tables])
 
 
 def _sequence_rows(shard: Shard, part: MemoryPart) -> pd.DataFrame:

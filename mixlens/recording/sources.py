@@ -302,15 +302,10 @@ def _json_or_prose(lines: io.TextIOWrapper, name: str, is_json: bool) -> Iterato
         return
     whole = lines.read()
     try:
-        found = json.loads(whole) if is_json or whole.lstrip()[:1] in ("[", "{") else None
-    except json.JSONDecodeError as error:
+        found = _parsed(whole) if is_json or whole.lstrip()[:1] in ("[", "{") else None
+    except (ValueError, RecursionError) as error:
         if is_json:
-            raise BadInput(
-                f"Cannot read documents from {name}: line {error.lineno} is not JSON ({error}). Write one list of "
-                "documents, or one JSON object a line.",
-                argument="source",
-                value=error.lineno,
-            ) from error
+            raise _no_json(name, getattr(error, "lineno", 1), error) from error
         found = None
     if found is None:
         yield {"document_id": name, "text": whole}
@@ -325,21 +320,38 @@ def _json_lines(lines: Iterable[str], name: str) -> Iterator[Any]:
         if not line.strip():
             continue
         try:
-            yield json.loads(line)
-        except json.JSONDecodeError as error:
-            raise BadInput(
-                f"Cannot read documents from {name}: line {number} is not JSON ({error}). Write one JSON object a "
-                "line.",
-                argument="source",
-                value=number,
-            ) from error
+            yield _parsed(line)
+        except (ValueError, RecursionError) as error:
+            raise _no_json(name, number, error) from error
 
 
 def _json(line: str) -> Any:
     try:
-        return json.loads(line)
-    except json.JSONDecodeError:
+        return _parsed(line)
+    except (ValueError, RecursionError):
         return None
+
+
+def _parsed(text: str) -> Any:
+    """A value of JSON. Raises ValueError also for NaN and Infinity, which are none, and for a half surrogate."""
+    found = json.loads(text, parse_constant=_refused)
+    if "\\u" in text:
+        json.dumps(found, ensure_ascii=False).encode()
+    return found
+
+
+def _refused(constant: str) -> Any:
+    raise ValueError(f"{constant} is no number in JSON")
+
+
+def _no_json(name: str, line: int, error: Exception) -> BadInput:
+    why = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+    return BadInput(
+        f"Cannot read documents from {name}: line {line} is not JSON ({why}). Write one list of documents, or one JSON "
+        "object a line.",
+        argument="source",
+        value=line,
+    )
 
 
 @contextmanager

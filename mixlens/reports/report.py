@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import xarray as xr
 
 from mixlens.bench.report import speed_sections
 from mixlens.comparison import Comparison
 from mixlens.core import run_dir
+from mixlens.core.files import write_file
 from mixlens.errors import BadInput, MixlensError
 from mixlens.evals.report import score_comparison_sections, score_sections
 from mixlens.live.page import page
@@ -27,6 +31,7 @@ from mixlens.reports.contributions import contribution_sections, topk_sections
 from mixlens.reports.importance import importance_sections
 from mixlens.trace.trace import Trace
 
+_LONGEST_LABEL = 200  # characters; beyond it, its beginning and a hash that keeps it apart from others
 RunOrPath = Trace | xr.Dataset | str | os.PathLike[str]
 
 
@@ -75,7 +80,7 @@ def report(runs: RunOrPath | Sequence[RunOrPath], path: str | os.PathLike[str], 
     BadInput
         If there are no runs, a run is of another kind or has no tokens, or `path` is not a file in an existing folder.
     RunError
-        If a run cannot be opened.
+        If a run cannot be opened, or the file cannot be written; one that was there is then kept.
 
     Examples
     --------
@@ -112,13 +117,12 @@ def report(runs: RunOrPath | Sequence[RunOrPath], path: str | os.PathLike[str], 
     if [kind for kind, _, _ in opened] == ["contrast"]:
         title = title or blocks[0][0]
     title = title or f"{subject} of {' and '.join(models)}"
-    Path(path).write_text(_page(title, [block for block in blocks if block[1]]), "utf-8")
-    return Path(path)
+    return write_file(path, _page(title, [block for block in blocks if block[1]]))
 
 
 def _open(run: RunOrPath, number: int) -> tuple[str, Any, str]:
     """Return (kind, run, name)."""
-    opened = open_any(run) if isinstance(run, str | os.PathLike) else run
+    opened = _with_short_labels(open_any(run) if isinstance(run, str | os.PathLike) else run)
     kind = "trace" if isinstance(opened, Trace) else str(getattr(opened, "kind", ""))
     if isinstance(opened, xr.Dataset) and opened.attrs.get("statistic") == "contrast":
         kind = "contrast"
@@ -136,6 +140,27 @@ def _open(run: RunOrPath, number: int) -> tuple[str, Any, str]:
             value=0,
         )
     return kind, opened, Path(run).name if isinstance(run, str | os.PathLike) else _name(opened, number, kind)
+
+
+def _with_short_labels(run: Any) -> Any:
+    """The run with labels of documents that can be read: a figure draws each of them, many times over."""
+    if isinstance(run, Trace):
+        short = {name: _short_labels(column) for name, column in run.sequences.items()}
+        run = copy(run)
+        run.sequences = run.sequences.assign(**short)
+    elif isinstance(run, xr.Dataset):
+        names = [name for name in run.coords if run[name].dims == ("document",)]
+        run = run.assign_coords({n: ("document", _short_labels(pd.Series(run[n].values)).to_numpy()) for n in names})
+    return run
+
+
+def _short_labels(column: pd.Series) -> pd.Series:
+    def short(value: Any) -> Any:
+        if not isinstance(value, str) or len(value) <= _LONGEST_LABEL:
+            return value
+        return f"{value[:_LONGEST_LABEL]}… ({hashlib.sha256(value.encode('utf-8', 'replace')).hexdigest()[:8]})"
+
+    return column if pd.api.types.is_numeric_dtype(column) else column.map(short)
 
 
 def _model(run: Any) -> str:

@@ -13,6 +13,7 @@ import xarray as xr
 
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.core.text import row, shown
+from mixlens.errors import visible
 from mixlens.stats.counts import By
 from mixlens.stats.measured import Measured, intervals_by, read_measured, summarised
 from mixlens.stats.next_tokens import LOSSES
@@ -42,7 +43,7 @@ class Impact:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, check: bool = True) -> Impact:
-        """The run at `path`. Raises RunError when there is none or it is not finished, BadInput for another kind."""
+        """The run at `path`. Raises RunError when there is none, it is not finished, or it is of another kind."""
         return cls(read_measured(path, KIND, check=check), path=Path(path))
 
     @property
@@ -223,7 +224,7 @@ class Impact:
         return f"{self.names[0]} and {self.names[1]}: {read}; 95% intervals of paired differences, over documents"
 
     def __repr__(self) -> str:
-        return f"{self.title()}\n{shown(self.overview()).to_string()}"
+        return visible(f"{self.title()}\n{shown(self.overview()).to_string()}")
 
     def _repr_html_(self) -> str:
         return f"<div><p>{html.escape(self.title())}</p>{shown(self.overview()).to_html(escape=True)}</div>"

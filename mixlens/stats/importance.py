@@ -85,7 +85,7 @@ def expert_importance(
 def open_importance(path: str | os.PathLike[str], *, check: bool = True) -> xr.Dataset:
     """The sums over documents that an importance run holds; `expert_importance` makes the map of them.
 
-    Raises RunError when the run is not there, unfinished or altered, BadInput when it is of another kind.
+    Raises RunError when the run is not there, unfinished, altered, or of another kind.
     """
     return importance_dataset(read_measured(path, KIND, check=check))
 

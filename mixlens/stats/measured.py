@@ -48,15 +48,9 @@ class Measured:
 def read_measured(path: str | os.PathLike[str], kind: str, *, check: bool = True) -> Measured:
     """The run of this kind at `path`, in memory.
 
-    Raises RunError when the run is not there, unfinished or altered, and BadInput when it is of another kind.
+    Raises RunError when the run is not there, unfinished, altered, or of another kind.
     """
-    run = open_run(path, check=check)
-    if run.kind != kind:
-        raise BadInput(
-            f"Cannot open a run of kind {kind} at {path}: the run there is of kind {run.kind}. Use mixlens.open(path).",
-            argument="kind",
-            value=run.kind,
-        )
+    run = open_run(path, kind, check=check)
     names = sorted(name for name in run.meta["files"] if name.startswith(f"{kind}-"))
     shards = [load_file(run.file(name)) for name in names]
     arrays = {name: np.concatenate([shard[name] for shard in shards]) for name in shards[0]}

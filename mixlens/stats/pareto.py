@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from mixlens.core.run_dir import open_run
 from mixlens.core.text import interval_of
-from mixlens.errors import BadInput
+from mixlens.errors import BadInput, visible
 
 KIND, TABLE = "pareto", "table.parquet"
 COLUMNS = ["scheme", "quantity", "estimate", "ci_low", "ci_high", "unit", "n"]
@@ -59,15 +59,8 @@ class Pareto:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, check: bool = True) -> Pareto:
-        """The run at `path`. Raises RunError when there is none or it is not finished, BadInput for another kind."""
-        run = open_run(path, check=check)
-        if run.kind != KIND:
-            raise BadInput(
-                f"Cannot open a comparison of schemes at {path}: the run there is of kind {run.kind}. Use "
-                "mixlens.open(path).",
-                argument="kind",
-                value=run.kind,
-            )
+        """The run at `path`. Raises RunError when there is none, it is not finished, or it is of another kind."""
+        run = open_run(path, KIND, check=check)
         return cls(pq.read_table(run.file(TABLE)).to_pandas(), run.meta, path=Path(path))
 
     @property
@@ -169,7 +162,7 @@ class Pareto:
         )
 
     def __repr__(self) -> str:
-        return f"{self.title()}\n{self.overview().T.to_string()}"
+        return visible(f"{self.title()}\n{self.overview().T.to_string()}")
 
     def _repr_html_(self) -> str:
         return f"<div><p>{html.escape(self.title())}</p>{self.overview().to_html(escape=True, border=0)}</div>"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -49,10 +50,10 @@ def part_of_arrays(
     dtype = shards.id_dtype(n_experts, ragged=bool(lacking.any()))
     arrays: dict[str, np.ndarray] = {"expert_id": np.where(lacking, shards.no_expert(dtype), ids).astype(dtype)}
     if weight is not None:
-        arrays["weight"] = shards.pack_weights(_shaped("weight", weight, (n, n_layers, top_k)))
+        arrays["weight"] = shards.pack_weights(_numbers("weight", weight, (n, n_layers, top_k), least=0.0))
     if router_logits is not None:
-        logits = _shaped("router_logits", router_logits, (n, n_layers, n_experts))
-        arrays["router_logits"] = logits.astype(np.float16)
+        logits = _numbers("router_logits", router_logits, (n, n_layers, n_experts), least=-np.inf)
+        arrays["router_logits"] = shards.narrowed(logits.astype(np.float32), np.float16)
     given = {str(name): np.asarray(values) for name, values in dict(tokens).items()}
     for name, values in given.items():
         if name not in shards.TOKEN_COLUMNS:
@@ -62,7 +63,8 @@ def part_of_arrays(
                 argument="tokens",
                 value=name,
             )
-        arrays[name] = _shaped(name, values, (n,)).astype(shards.TOKEN_COLUMNS[name])
+        numbers = _whole if name != "logprob" else partial(_numbers, least=-np.inf, missing=True)
+        arrays[name] = numbers(name, values, (n,)).astype(shards.TOKEN_COLUMNS[name])
     sequence = arrays.setdefault("sequence", np.zeros(n, np.int64))
     if n and (sequence[0] != 0 or not np.isin(np.diff(sequence), (0, 1)).all()):
         raise BadInput(
@@ -89,6 +91,16 @@ def part_of_arrays(
             argument="sequences",
             value=len(table),
         )
+    ordered = np.sort(ids, axis=-1)
+    repeated = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
+    if repeated.any():
+        token, layer, _ = (int(index) for index in np.argwhere(repeated)[0])
+        raise BadInput(
+            f"Cannot make a trace: token {token} chooses an expert twice in layer {layer} "
+            f"({', '.join(map(str, ids[token, layer]))}). Pass the ids of distinct experts, the strongest first.",
+            argument="expert_id",
+            value=(token, layer),
+        )
     return shards.MemoryPart(arrays), table.reset_index(drop=True).assign(length=length)
 
 
@@ -104,6 +116,37 @@ def layer_numbers(layers: Sequence[int] | None, n_layers: int) -> np.ndarray:
             value=numbers.tolist(),
         )
     return numbers
+
+
+def _numbers(name: str, values: Any, shape: tuple[int, ...], *, least: float, missing: bool = False) -> np.ndarray:
+    """Numbers from `least` to below infinity; NaN only where values may be missing."""
+    array = _shaped(name, values, shape)
+    if array.dtype.kind not in "fiub":
+        raise _unfit(name, array.dtype, "is no number")
+    inside = (array >= least) & (array < np.inf)
+    if not (good := inside | np.isnan(array) if missing else inside).all():
+        place = tuple(int(index) for index in np.argwhere(~good)[0])
+        raise _unfit(name, array[place], f"at {place} cannot be")
+    return array
+
+
+def _whole(name: str, values: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """Whole numbers from 0 that 64 bits hold."""
+    array = _numbers(name, values, shape, least=0)
+    most = 2**53 if array.dtype.kind == "f" else 2**63 - 1  # floats beyond it are rounded already
+    wrong = (array > (shards.GENERATED if name == "phase" else most)) | (array != np.floor(array))
+    if wrong.any():
+        raise _unfit(name, array[wrong][0], "is not whole, or too large")
+    return array
+
+
+def _unfit(name: str, value: Any, why: str) -> BadInput:
+    return BadInput(
+        f"Cannot make a trace with this {name}: {value} {why}. Leave such tokens out, or correct them where they come "
+        "from.",
+        argument=name,
+        value=value.item() if isinstance(value, np.generic) else str(value),
+    )
 
 
 def _shaped(name: str, values: Any, shape: tuple[int, ...]) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xarray as xr
 
+from mixlens.core.files import written_whole
 from mixlens.core.names import beside
 from mixlens.core.run_dir import RunWriter, now, versions
 from mixlens.errors import BadInput
@@ -37,22 +39,23 @@ def save(trace: Trace, path: str | os.PathLike[str]) -> None:
     for block in trace.blocks("sequence", "position", "expert_id"):
         for column in block.values():
             digest.update(np.ascontiguousarray(column).tobytes())
-    writer = RunWriter(path, "trace", {"source": trace.meta.get("source"), "input_sha256": digest.hexdigest()})
-    if writer.complete:
-        return
-    renumber = pd.Series(np.arange(len(trace.sequences)), index=trace.sequences.index)
-    counts = []
-    lengths = np.zeros(len(trace.sequences), np.int64)
-    for index, block in enumerate(trace.blocks(*trace.signals)):
-        block["sequence"] = renumber.loc[block["sequence"]].to_numpy()
-        if "weight" in block:
-            block["weight"] = shards.pack_weights(block["weight"])
-        lengths += np.bincount(block["sequence"], minlength=len(lengths))
-        part = shards.MemoryPart(block)
-        counts.append(shard_counts(part))
-        writer.commit_shard(index, part.files(index), counts[-1])
-    frame = trace.sequences.reset_index(drop=True).assign(length=lengths)
-    finish(writer, frame, trace.vocabulary, run_meta(trace, counts, {"created": now(), **_kept(trace.meta)}))
+    plan = {"source": trace.meta.get("source"), "input_sha256": digest.hexdigest()}
+    with RunWriter(path, "trace", plan) as writer:
+        if writer.complete:
+            return
+        renumber = pd.Series(np.arange(len(trace.sequences)), index=trace.sequences.index)
+        counts = []
+        lengths = np.zeros(len(trace.sequences), np.int64)
+        for index, block in enumerate(trace.blocks(*trace.signals)):
+            block["sequence"] = renumber.loc[block["sequence"]].to_numpy()
+            if "weight" in block:
+                block["weight"] = shards.pack_weights(block["weight"])
+            lengths += np.bincount(block["sequence"], minlength=len(lengths))
+            part = shards.MemoryPart(block)
+            counts.append(shard_counts(part))
+            writer.commit_shard(index, part.files(index), counts[-1])
+        frame = trace.sequences.reset_index(drop=True).assign(length=lengths)
+        finish(writer, frame, trace.vocabulary, run_meta(trace, counts, {"created": now(), **_kept(trace.meta)}))
 
 
 def shard_counts(part: shards.MemoryPart) -> dict[str, int]:
@@ -80,9 +83,9 @@ def run_meta(trace: Trace, counts: list[dict[str, int]], provenance: dict[str, A
 
 
 def finish(writer: RunWriter, frame: pd.DataFrame, vocabulary: pd.Series | None, meta: dict[str, Any]) -> None:
-    files = {"sequences.parquet": shards.write_sequences(frame)}
+    files = {"sequences.parquet": shards.sequence_bytes(frame)}
     if vocabulary is not None:
-        files["vocabulary.parquet"] = shards.write_vocabulary(vocabulary)
+        files["vocabulary.parquet"] = shards.vocabulary_bytes(vocabulary)
     writer.finish(meta, files)
 
 
@@ -102,18 +105,16 @@ def long_tables(trace: Trace) -> Iterator[pd.DataFrame]:
 
 
 def to_parquet(trace: Trace, path: Path) -> Path:
-    writer = None
-    for table in long_tables(trace):
-        columns = pa.Table.from_pandas(table, preserve_index=False)
-        writer = writer or pq.ParquetWriter(path, columns.schema, compression="zstd")
-        writer.write_table(columns)
-    if writer is None:
+    tables = (pa.Table.from_pandas(table, preserve_index=False) for table in long_tables(trace))
+    if (first := next(tables, None)) is None:
         raise BadInput(
             f"Cannot write an empty trace to {path}. Select something that has tokens.",
             argument="trace",
             value=0,
         )
-    writer.close()
+    with written_whole(path) as whole, pq.ParquetWriter(whole, first.schema, compression="zstd") as writer:
+        for table in chain([first], tables):
+            writer.write_table(table)
     return path
 
 

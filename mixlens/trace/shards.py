@@ -6,8 +6,9 @@ A Part is a fixed slice of a trace's tokens. MemoryPart holds arrays, DiskPart r
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -76,13 +77,21 @@ def choices_of(expert_id: np.ndarray, n_experts: int) -> dict[str, Any]:
     return {"top_k": top_k, **({"layer_top_k": each} if any(k != top_k for k in each) else {})}
 
 
+def narrowed(array: np.ndarray, dtype: Any) -> np.ndarray:
+    """The array in this type, where the type can hold all of it; else as it is."""
+    finite = array[np.isfinite(array)] if array.dtype.kind == "f" else array
+    most = np.finfo(dtype).max if np.dtype(dtype).kind == "f" else np.iinfo(dtype).max
+    fits = finite.size == 0 or (finite.max() <= most and finite.min() >= -most)
+    return array.astype(dtype, copy=False) if fits else array
+
+
 def pack_weights(weight: np.ndarray) -> np.ndarray:
     """[T, L, k] in half precision, without the last slot, which is one minus the rest.
 
     Weights that do not sum to one (routing edited by hand) keep every slot.
     """
     normalised = weight.size == 0 or np.abs(weight.sum(-1, dtype=np.float32) - 1).max() < 1e-3
-    return weight[..., :-1].astype(np.float16) if normalised else weight.astype(np.float16)
+    return narrowed(weight[..., :-1] if normalised else weight, np.float16)
 
 
 def unpack_weights(packed: np.ndarray, top_k: int) -> np.ndarray:
@@ -140,30 +149,27 @@ class MemoryPart:
         row, value, _ = self.activations[site]
         return row, value
 
-    def files(self, index: int) -> dict[str, Callable[[Path], None]]:
-        """Writers for the files of this part as shard `index`, by file name."""
+    def files(self, index: int) -> dict[str, Callable[[], bytes | memoryview]]:
+        """The files of this part as shard `index`, by name, each made when it is called."""
 
         def group(columns: Mapping[str, Any]) -> dict[str, np.ndarray]:
             present = {name: self.arrays[name] for name in columns if name in self.arrays}
-            return {n: np.ascontiguousarray(a.astype(_ON_DISK.get(n, a.dtype), copy=False)) for n, a in present.items()}
+            return {n: np.ascontiguousarray(narrowed(a, _ON_DISK.get(n, a.dtype))) for n, a in present.items()}
 
-        def parquet(columns: dict[str, np.ndarray]) -> Callable[[Path], None]:
+        def tokens() -> memoryview:
             # NaN becomes null, so that averages in SQL leave it out.
-            table = pa.table({name: pa.array(column, from_pandas=True) for name, column in columns.items()})
-            return lambda path: pq.write_table(table, path, compression="zstd")
+            columns = {name: pa.array(column, from_pandas=True) for name, column in group(TOKEN_COLUMNS).items()}
+            return parquet_bytes(pa.table(columns))
 
-        def tensors(columns: dict[str, np.ndarray]) -> Callable[[Path], None]:
-            return lambda path: _write_bytes(path, safetensors_bytes(columns))
-
-        files = {
-            f"tokens-{index:05d}.parquet": parquet(group(TOKEN_COLUMNS)),
-            f"routing-{index:05d}.safetensors": tensors(group(ROUTING)),
+        files: dict[str, Callable[[], bytes | memoryview]] = {
+            f"tokens-{index:05d}.parquet": tokens,
+            f"routing-{index:05d}.safetensors": lambda: safetensors_bytes(group(ROUTING)),
         }
-        if top := group(NEXT_TOKEN):
-            files[f"logprobs-{index:05d}.safetensors"] = tensors(top)
+        if self.names & NEXT_TOKEN.keys():
+            files[f"logprobs-{index:05d}.safetensors"] = lambda: safetensors_bytes(group(NEXT_TOKEN))
         for site, (row, value, layers) in self.activations.items():
             columns = {"row": row, "value": np.ascontiguousarray(value), "layer": np.asarray(layers, np.int64)}
-            files[f"activations-{site}-{index:05d}.safetensors"] = tensors(columns)
+            files[f"activations-{site}-{index:05d}.safetensors"] = partial(safetensors_bytes, columns)
         return files
 
 
@@ -215,10 +221,15 @@ class _Lazy(dict):
         return self.setdefault(key, self.make(key))
 
 
-def write_sequences(frame: pd.DataFrame) -> Callable[[Path], None]:
-    """Writer of a sequence table, its index as the column `sequence`."""
-    table = pa.Table.from_pandas(frame.rename_axis("sequence").reset_index(), preserve_index=False)
-    return lambda path: pq.write_table(table, path, compression="zstd")
+def parquet_bytes(table: pa.Table) -> memoryview:
+    file = io.BytesIO()
+    pq.write_table(table, file, compression="zstd")
+    return file.getbuffer()
+
+
+def sequence_bytes(frame: pd.DataFrame) -> memoryview:
+    """A sequence table as Parquet, its index as the column `sequence`."""
+    return parquet_bytes(pa.Table.from_pandas(frame.rename_axis("sequence").reset_index(), preserve_index=False))
 
 
 def read_sequences(path: Path) -> pd.DataFrame:
@@ -231,9 +242,8 @@ def read_sequences(path: Path) -> pd.DataFrame:
     return frame.set_index("sequence")
 
 
-def write_vocabulary(pieces: pd.Series) -> Callable[[Path], None]:
-    table = pa.table({"token_id": pieces.index.to_numpy(np.int32), "piece": pieces.to_numpy(object)})
-    return lambda path: pq.write_table(table, path, compression="zstd")
+def vocabulary_bytes(pieces: pd.Series) -> memoryview:
+    return parquet_bytes(pa.table({"token_id": pieces.index.to_numpy(np.int32), "piece": pieces.to_numpy(object)}))
 
 
 def read_vocabulary(path: Path) -> pd.Series:
@@ -243,7 +253,3 @@ def read_vocabulary(path: Path) -> pd.Series:
 
 def _dtype(name: str, stored: np.ndarray) -> Any:
     return stored.dtype if name == "expert_id" else (TOKEN_COLUMNS | ROUTING | NEXT_TOKEN)[name]
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    path.write_bytes(data)

@@ -16,7 +16,7 @@ import xarray as xr
 
 from mixlens.core.distributed import processes
 from mixlens.core.run_dir import open_run
-from mixlens.errors import BadInput, MissingSignal
+from mixlens.errors import BadInput, MissingSignal, visible
 from mixlens.trace import shards
 from mixlens.trace.arrays import layer_numbers, part_of_arrays
 from mixlens.trace.detokenize import display_pieces
@@ -90,9 +90,10 @@ class Trace:
         layers : Sequence[int], optional
             Numbers of the layers in the model, ascending, where the arrays have only some of them; None for 0, 1, 2 ...
         weight : Any, optional
-            Floats [token, layer, slot]; kept in half precision.
+            Floats from 0 [token, layer, slot]; kept in half precision.
         router_logits : Any, optional
-            Floats [token, layer, expert]; kept in half precision.
+            Floats [token, layer, expert], -inf for an expert that may not be chosen; kept in half precision, or in
+            single where one is beyond its range.
         tokens : Mapping[str, Any] or pandas.DataFrame, optional
             DataFrame or dict of arrays [token]: sequence, position, token_id, phase, logprob, each optional.
         sequences : pandas.DataFrame, optional
@@ -107,7 +108,8 @@ class Trace:
         Raises
         ------
         BadInput
-            If shapes, ids, layers or sequences do not fit together.
+            If shapes, ids, layers or sequences do not fit together, a token chooses an expert twice, or a number is
+            NaN, infinite, negative or fractional where it cannot be.
 
         Examples
         --------
@@ -144,13 +146,7 @@ class Trace:
         >>> ml.Trace.open(path).n_tokens == trace.n_tokens
         True
         """
-        run = open_run(path, check=check)
-        if run.kind != "trace":
-            raise BadInput(
-                f"Cannot open a trace at {path}: the run there is of kind {run.kind}. Use mixlens.open(path).",
-                argument="path",
-                value=run.kind,
-            )
+        run = open_run(path, "trace", check=check)
         parts = [DiskPart(run, index, run.meta["top_k"]) for index in range(run.meta["shards"])]
         frame = shards.read_sequences(run.file("sequences.parquet"))
         trace = from_parts(parts, frame, run.meta, run.meta["layers"])
@@ -512,7 +508,7 @@ class Trace:
     def __repr__(self) -> str:
         model = self.meta.get("model", {}).get("name", "unknown model")
         n_documents = self.sequences["document_id"].nunique()
-        return (
+        return visible(
             f"Trace of {model}: {self.n_tokens:,} tokens in {n_documents:,} documents, {self.n_layers} layers, "
             f"top-{self.top_k} of {self.n_experts} experts; {', '.join([*self.signals, *self.sites])}"
         )

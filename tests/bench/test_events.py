@@ -8,7 +8,7 @@ import pytest
 from bench_scripts import CONTENT_S, SCRIPTS, TEXTS, chunk, cuts, openai_chat, replay, sse
 from helpers.refusals import refused
 
-from mixlens.bench.events import Record, StreamReader, outcome_of, read_records, write_records
+from mixlens.bench.events import Record, StreamReader, outcome_of, read_records, records_bytes
 from mixlens.endpoints.limits import TooLarge
 from mixlens.endpoints.protocols import error_message
 from mixlens.endpoints.sse import SSEParser
@@ -167,7 +167,7 @@ def test_records_round_trip_and_a_line_cut_short_is_passed_over(tmp_path):
         replay([(0.1, sse(chunk({"content": "\ud83d"})))], index=1),
         replay([], index=2, status=None, outcome="connect", sent_s=None, headers_s=None),
     ]
-    write_records(tmp_path / "results.jsonl", records)
+    (tmp_path / "results.jsonl").write_bytes(records_bytes(records))
     assert list(read_records(tmp_path / "results.jsonl")) == records
     with (tmp_path / "results.jsonl").open("a") as file:
         file.write('{"index": 3, "le')

@@ -25,7 +25,7 @@ from mixlens.bench.record_sink import PARTIAL
 from mixlens.bench.request import Job, Timeouts, retry_after
 from mixlens.bench.run import BenchSettings, benchmark
 from mixlens.endpoints.endpoint import Endpoint
-from mixlens.errors import BadInput, RunError
+from mixlens.errors import BadInput
 
 KEY = "sk-loopback-0123456789"
 SMALL = Workload(prompt_tokens=16, output_tokens=8)
@@ -254,7 +254,7 @@ def test_a_running_loop_as_in_a_notebook_is_no_hindrance():
         assert asyncio.run(notebook(url)).succeeded == 2
 
 
-def test_a_killed_run_keeps_its_requests_and_is_not_gone_on_with(tmp_path, monkeypatch):
+def test_a_killed_run_keeps_its_requests_until_it_is_measured_again(tmp_path, monkeypatch):
     def killed(*_: object) -> None:
         raise SystemExit
 
@@ -264,8 +264,10 @@ def test_a_killed_run_keeps_its_requests_and_is_not_gone_on_with(tmp_path, monke
             with pytest.raises(SystemExit):
                 measured(url, out=tmp_path / "run")
         assert len(list(read_records(tmp_path / "run" / PARTIAL))) == 3
-        with refused(RunError, "out", 3):
-            measured(url, out=tmp_path / "run")
+        with pytest.warns(UserWarning, match="3 requests"):
+            again = measured(url, out=tmp_path / "run")
+    assert again.succeeded == 2
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["meta.json", "plan.json", "results.jsonl"]
 
 
 def test_an_interrupt_leaves_a_run_that_opens(tmp_path, monkeypatch):

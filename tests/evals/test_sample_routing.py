@@ -125,7 +125,7 @@ def test_a_run_that_was_killed_while_it_was_finished_loses_no_routing(demo, log,
         with pytest.raises(KeyboardInterrupt):
             ml.evaluate(demo, TASKS, limit=LIMIT, settings=settings(), out=tmp_path)
     assert rows(ml.evaluate(demo, TASKS, limit=LIMIT, settings=settings(), out=tmp_path).routing) == rows(log.routing)
-    assert not (tmp_path / "routing.partial").exists()
+    assert not (tmp_path / "unfinished").exists()
 
 
 def test_shares_by_subject_and_by_outcome(log):

@@ -330,7 +330,7 @@ def recorded(on_disk: bool = False, stopped: bool = False) -> Way:
         if stopped:
             with suppress(KeyboardInterrupt):
                 read(Stopping(documents()), signals, **out)
-            assert (Path(out["out"]) / "shard-00001.json").exists()
+            assert (Path(out["out"]) / "unfinished" / "shard-00001.json").exists()
             assert not (Path(out["out"]) / "meta.json").exists()
         traces[plan] = read(documents(), signals, **out)
     frame = pd.DataFrame(documents()).rename(columns={"id": "document_id"})[["document_id", "domain"]]

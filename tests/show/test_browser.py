@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
+from helpers.streams import bench_of, timed
 from lab import CHROMIUM, FLAGS
 from show_samples import HOSTILE, make_trace
+from tiny import Letters, tiny_mixtral
 
+import mixlens as ml
 from mixlens import view
 from mixlens.reports.report import report
 from mixlens.trace.trace import Trace
@@ -371,3 +376,49 @@ def test_printing_paints_what_was_not_yet_in_sight(visit, tmp_path):
     page = visit(view.tokens(long).save(tmp_path / "long.html")).page
     page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
     assert page.locator(".mixlens .text span.t").count() == 3000
+
+
+# It runs a script, loads a picture, a sheet and a font, and leaves every element and attribute that it may stand in.
+PAYLOAD = (
+    "</script></style></title></textarea></svg>'\"><img src=http://127.0.0.1:9/x onerror=alert(1)>"
+    "<svg onload=alert(2)><style>@import 'http://127.0.0.1:9/y'</style><script>alert(3);fetch('http://127.0.0.1:9/z')"
+    '</script><a href="javascript:alert(4)">x</a> ${alert(5)} {{7*7}} \\u003cscript>alert(6)<!-- ]]>'
+)
+
+
+def hostile_runs(tmp_path: Path) -> list[object]:
+    """A run of every quick kind whose free texts are all the payload."""
+    ids = np.random.default_rng(0).permuted(np.tile(np.arange(4), (12, 3, 1)), axis=-1)[..., :2]
+    columns = {name: [f"{PAYLOAD}{i}" for i in range(4)] for name in ("document_id", "domain", PAYLOAD)}
+    tokens = {"sequence": np.repeat(range(4), 3), "token_id": np.arange(12) % 5}
+    sequences = pd.DataFrame(columns)
+    meta = {"model": {"name": PAYLOAD}, "source": PAYLOAD, "created": PAYLOAD, "settings": {PAYLOAD: PAYLOAD}}
+    trace = Trace.from_arrays(ids, n_experts=4, tokens=tokens, sequences=sequences, meta=meta)
+    trace._vocabulary = pd.Series([f"{PAYLOAD}{i}" for i in range(5)], name="piece")
+
+    documents = [{"text": f"Some text {i}.", "domain": f"{PAYLOAD}{i % 2}"} for i in range(4)]
+    settings = ml.RecordSettings(progress=False)
+    measured = ml.experiments.measure_topk(
+        tiny_mixtral(), documents, ks=(1, 2), tokenizer=Letters(), settings=settings
+    ).assign_attrs(model=PAYLOAD)
+
+    answers = [
+        timed(0, 0.1, 0.01),
+        timed(1, 0.2, 0.02),
+        timed(2, 0.2, 0.02, outcome="http", detail=PAYLOAD, status=500),
+    ]
+    answers = [replace(one, level=PAYLOAD) for one in answers]
+    endpoint = {"endpoint": {"model": PAYLOAD, "url": PAYLOAD}, "model": {"name": PAYLOAD}, "created": PAYLOAD}
+    return [trace, measured, bench_of(answers, **endpoint)]
+
+
+def test_hostile_names_in_every_field_run_nothing_and_fetch_nothing(visit, tmp_path):
+    path = report(hostile_runs(tmp_path), tmp_path / "report.html", title=PAYLOAD)
+    seen = visit(path)
+    seen.page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true })")
+    assert clean(seen)
+    assert seen.page.title() == PAYLOAD
+    assert seen.page.locator("main").text_content().count(PAYLOAD) > 20
+    policy = seen.page.locator("meta[http-equiv='Content-Security-Policy']").get_attribute("content")
+    assert "default-src 'none'" in policy
+    assert "connect-src" not in policy

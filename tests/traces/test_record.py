@@ -124,7 +124,7 @@ def contents(run: Path) -> dict[str, bytes]:
     """Bytes of every file, times in meta.json aside."""
     files = {path.name: path.read_bytes() for path in run.iterdir()}
     meta = json.loads(files["meta.json"])
-    del meta["created"], meta["reading"]["started"]
+    del meta["created"], meta["reading"]["started"], meta["checksums"], meta["sha256"]
     return {**files, "meta.json": json.dumps(meta).encode()}
 
 
@@ -133,7 +133,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(letters, tmp_path):
     options = {"tokenizer": letters, "settings": SMALL}
     record(tiny_mixtral(), DOCUMENTS, out=tmp_path / "whole", **options)
     assert run_script(tmp_path / "killed", fatal=4) != 0
-    left = {path.name for path in (tmp_path / "killed").iterdir()}
+    left = {path.name for path in (tmp_path / "killed").rglob("*")}
     assert "shard-00000.json" in left
     assert "meta.json" not in left
     with pytest.raises(RunError):
@@ -258,7 +258,7 @@ def test_a_document_that_fails_late_keeps_the_shards_before_it(model, letters, t
     documents = [*DOCUMENTS, {"text": "x" * 600, "domain": "a", "id": "long"}]
     with refused(BadInput, "overlong", 601):
         record(model, documents, tokenizer=letters, settings=SMALL, out=tmp_path / "run")
-    assert (tmp_path / "run" / "shard-00000.json").exists()
+    assert (tmp_path / "run" / "unfinished" / "shard-00000.json").exists()
 
 
 def test_another_run_in_the_folder_is_left_alone(model, letters, tmp_path):
@@ -298,8 +298,8 @@ def test_a_disk_that_takes_no_more_leaves_what_was_complete(letters, tmp_path):
     script = FULL_DISK.format(tests=str(here.parent), here=str(here), out=str(tmp_path / "run"))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
     assert done.stdout.split() == ["path", str(tmp_path / "run")], done.stderr
-    names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert "shard-00000.json" in names
+    names = {path.relative_to(tmp_path / "run").as_posix() for path in (tmp_path / "run").rglob("*")}
+    assert "unfinished/shard-00000.json" in names
     assert not [name for name in names if name.endswith(".partial")]
     trace = record(
         tiny_mixtral(), DOCUMENTS, tokenizer=letters, out=tmp_path / "run", settings=SMALL, signals=["router_logits"]
@@ -326,9 +326,9 @@ def test_bytes_on_disk_for_the_shape_of_8x7b(tmp_path):
     rng = np.random.default_rng(0)
     tokens, layers = 20_000, 32
     weight = rng.uniform(0.5, 1, (tokens, layers, 1))
-    trace = Trace.from_arrays(
-        rng.integers(0, 8, (tokens, layers, 2)), n_experts=8, weight=np.concatenate([weight, 1 - weight], -1)
-    )
+    first = rng.integers(0, 8, (tokens, layers))
+    ids = np.stack([first, (first + rng.integers(1, 8, first.shape)) % 8], axis=-1)
+    trace = Trace.from_arrays(ids, n_experts=8, weight=np.concatenate([weight, 1 - weight], -1))
     trace.save(tmp_path / "run")
     routing = sum(path.stat().st_size for path in (tmp_path / "run").glob("routing-*"))
     assert routing / tokens < 130
@@ -354,7 +354,7 @@ def test_an_interrupt_says_how_to_go_on(model, tmp_path, capsys):
     with pytest.raises(KeyboardInterrupt):
         record(model, DOCUMENTS, tokenizer=Interrupting(), out=tmp_path / "run", settings=SMALL)
     shown = capsys.readouterr().err.replace(str(tmp_path / "run"), "RUN")
-    complete = len(list((tmp_path / "run").glob("shard-*.json")))
+    complete = len(list((tmp_path / "run" / "unfinished").glob("shard-*.json")))
     assert re.search(rf"\b{complete} .*RUN", shown)
 
 
@@ -367,4 +367,4 @@ def test_a_start_that_failed_leaves_nothing_behind(letters, tmp_path):
         assert not list(tmp_path.iterdir())
     with refused(BadInput, "overlong", 10):
         record(model, ["short", "too long."], out=tmp_path / "run", tokenizer=letters, settings=settings)
-    assert (tmp_path / "run" / "shard-00000.json").exists()  # what is complete is kept
+    assert (tmp_path / "run" / "unfinished" / "shard-00000.json").exists()  # what is complete is kept

@@ -1,0 +1,84 @@
+"""JSON files that carry a checksum of every value and of themselves, so that an edit is seen, and named."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mixlens.errors import RunError
+
+_NO_SEAL = "0" * 64
+
+
+def json_bytes(value: Mapping[str, Any]) -> bytes:
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    return (text + "\n").encode("utf-8", "backslashreplace")  # which is how JSON escapes a lone surrogate
+
+
+def sealed(value: Mapping[str, Any]) -> bytes:
+    """`value` as JSON, with a short checksum of each of its values, and at the end one of every byte of it."""
+    value = json.loads(json.dumps(value))  # tuples and keys as they will be read
+    data = json_bytes({**value, "checksums": _checksums(value), "sha256": _NO_SEAL})
+    head, _, tail = data.rpartition(_NO_SEAL.encode())
+    return head + hashlib.sha256(data).hexdigest().encode() + tail
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """What was sealed in `path`. Raises RunError, naming the key, for what is not as it was written."""
+    value = read_json(path)
+    seal, checksums = value.pop("sha256", None), value.pop("checksums", None)
+    if seal is None and checksums is None and value.get("format") == 1:
+        return value
+    if not isinstance(checksums, dict):
+        raise altered(path, "checksums", "checksums is missing")
+    found = _checksums(value)
+    for key in [*checksums, *found]:
+        if found.get(key) != checksums.get(key):
+            what = "is missing" if key not in found else "was added" if key not in checksums else "was changed"
+            raise altered(path, key, f"{short(key)} {what}")
+    if not isinstance(seal, str) or len(seal) != len(_NO_SEAL):
+        raise altered(path, "sha256", "sha256 is no checksum")
+    head, _, tail = path.read_bytes().rpartition(seal.encode())
+    if hashlib.sha256(head + _NO_SEAL.encode() + tail).hexdigest() != seal:
+        raise altered(path, "sha256", "it does not match its sha256")
+    return value
+
+
+def _checksums(value: Mapping[str, Any]) -> dict[str, str]:
+    """A short checksum of every value, and of those in an object within."""
+    inner: dict[str, Any] = {}
+    for key, one in value.items():
+        deep = isinstance(one, dict) and one
+        inner |= {f"{key}.{name}": within for name, within in one.items()} if deep else {key: one}
+    return {key: hashlib.sha256(json.dumps(one, sort_keys=True).encode()).hexdigest()[:8] for key, one in inner.items()}
+
+
+def altered(path: Path, key: str, what: str) -> RunError:
+    return RunError(
+        f"Cannot read {path.name} of the run {path.parent}: it is not as mixlens wrote it: {what}. Restore it from a "
+        "copy, or record again into a new folder.",
+        argument=key,
+        value=str(path),
+    )
+
+
+def short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises RunError for what is no JSON object, or one with a key twice."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise altered(path, path.name, "it is not a regular file")
+        value = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise altered(path, path.name, f"it is not valid JSON ({short(str(error))})") from error
+    if not isinstance(value, dict):
+        raise altered(path, path.name, f"it holds {type(value).__name__}, not an object")
+    return value

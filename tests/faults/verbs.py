@@ -1,0 +1,125 @@
+"""Every verb that writes, on a model of a few thousand parameters: what it writes, and when two of it are the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from tiny import Letters, tiny_mixtral
+
+import mixlens as ml
+
+DOCUMENTS = [{"text": text, "domain": "ab"[i % 2]} for i, text in enumerate(["One two.", "Three four five.", "Six."])]
+READING = ml.RecordSettings(progress=False, shard_tokens=12)
+EVALUATING = ml.evals.EvalSettings(progress=False, routing=True, batch_size=2)
+TIMING = ml.bench.LocalSettings(progress=False, warmup=0, recording=False)
+# What a clock said.
+_TIMES = {"created", "started", "checksums", "sha256", "machine", "reading", "date", "total_evaluation_time_seconds"}
+
+
+@cache
+def model() -> Any:
+    return tiny_mixtral(num_hidden_layers=2)
+
+
+@cache
+def demo() -> Any:
+    return ml.load("demo", verbose=False)
+
+
+def record(out: Path) -> None:
+    ml.record(model(), DOCUMENTS, tokenizer=Letters(), out=out, settings=READING, signals=["router_logits", "logprob"])
+
+
+def save(out: Path) -> None:
+    ml.record(model(), DOCUMENTS, tokenizer=Letters(), settings=READING).save(out)
+
+
+def importance(out: Path) -> None:
+    ablation = ml.experiments.Ablation(layers=[0])
+    ml.experiments.measure_importance(
+        model(), DOCUMENTS, ablation=ablation, tokenizer=Letters(), out=out, settings=READING
+    )
+
+
+def topk(out: Path) -> None:
+    ml.experiments.measure_topk(model(), DOCUMENTS, ks=(1, 2), tokenizer=Letters(), out=out, settings=READING)
+
+
+def contributions(out: Path) -> None:
+    ml.experiments.measure_contributions(model(), DOCUMENTS, tokenizer=Letters(), out=out, settings=READING)
+
+
+def impact(out: Path) -> None:
+    ml.experiments.measure_impact(model(), model(), DOCUMENTS, tokenizer=Letters(), out=out, settings=READING)
+
+
+def benchmark(out: Path) -> None:
+    ml.benchmark(model(), requests=2, workload=ml.bench.Workload(16, 2), out=out, settings=TIMING)
+
+
+def evaluate(out: Path) -> None:
+    ml.evaluate(demo(), ["demo_0shot::brackets"], limit=2, out=out, settings=EVALUATING)
+
+
+def pareto(out: Path) -> None:
+    speed = ml.experiments.Speed(calls=1, prompt_tokens=16, output_tokens=2)
+    texts = [one["text"] for one in DOCUMENTS]
+    ml.experiments.measure_pareto("demo", texts, schemes=["bfloat16"], out=out, speed=speed, settings=READING)
+
+
+def report(out: Path) -> None:
+    """A page in a folder; an older one is there before."""
+    with suppress(OSError):
+        out.mkdir(exist_ok=True)
+        if not (out / "report.html").exists():
+            (out / "report.html").write_text("an older page", "utf-8")
+    trace = ml.record(model(), DOCUMENTS, tokenizer=Letters(), settings=READING)
+    ml.view.tokens(trace).save(out / "report.html")
+
+
+VERBS: Mapping[str, Callable[[Path], None]] = {
+    "record": record,
+    "Trace.save": save,
+    "importance": importance,
+    "topk": topk,
+    "contributions": contributions,
+    "impact": impact,
+    "benchmark": benchmark,
+    "report": report,
+    "evaluate": evaluate,
+    "pareto": pareto,
+}
+# The two that take seconds.
+QUICK = [name for name in VERBS if name not in ("evaluate", "pareto")]
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """Every file by name, without times: of a benchmark, what was asked and how it ended."""
+    return {path.relative_to(folder).as_posix(): _content(path) for path in folder.rglob("*") if path.is_file()}
+
+
+def _content(path: Path) -> Any:
+    if path.name in ("meta.json", "lm_eval_results.json"):
+        return _untimed(json.loads(path.read_bytes()), path)
+    if path.name == "results.jsonl" and "bench" in (path.parent / "meta.json").read_text("utf-8"):
+        records = [json.loads(line) for line in path.read_bytes().splitlines()]
+        return [(one["level"], one["index"], one["phase"], one["outcome"]) for one in records]
+    if path.parent.glob("*/speed/meta.json") and path.name in ("table.parquet", "pareto.png", "pareto.pdf"):
+        return None
+    return path.read_bytes()
+
+
+def _untimed(value: Any, path: Path) -> Any:
+    """JSON without what a clock said, and without the sizes of files that hold what a clock said."""
+    if isinstance(value, dict):
+        return {
+            key: sorted(one) if key == "files" else _untimed(one, path)
+            for key, one in value.items()
+            if key not in _TIMES
+        }
+    return [_untimed(one, path) for one in value] if isinstance(value, list) else value
