@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from helpers.clustered import SHARES, clustered
-from helpers.inside import Analysis, findings
+from helpers.inside import Analysis, analyse, findings, summary
 from matplotlib.figure import Figure
 
 import mixlens as ml
@@ -107,8 +107,6 @@ def test_no_view_holds_a_survivor(trace, name, monkeypatch):
 
 
 def analysed(trace: ml.Trace) -> list[str]:
-    from mixlens.reports.analysis import analyse
-
     found = analyse(trace, "made")
     assert isinstance(found, Analysis)
     return findings(found)
@@ -139,6 +137,15 @@ def test_the_report_claims_nothing_and_says_why(name, tmp_path):
     assert any("None" in item or item.startswith(("No ", "In no layer")) for item in said)
     assert claims(said) == []
     assert re.search("need at least two documents" if name == "two documents" else r"count as 1\.0 documents", page)
+
+
+def test_a_report_says_where_intervals_are_too_wide_to_be_of_use_and_what_would_help():
+    few, many = made(7, 4, SHARES, domains=False), made(7, 60, SHARES, domains=False)
+    text = summary(analyse(few, "made"))
+    assert "too wide to be of use" in text
+    planned = stats.plan(few, stats.expert_share, half_width=1 / 40)
+    assert f"About {int(planned['documents'].median()):,} documents" in text
+    assert "too wide" not in summary(analyse(many, "made"))
 
 
 def test_an_expert_never_used_is_no_certainty_and_nothing_is_invented_for_it():

@@ -23,6 +23,8 @@ from mixlens.evals.scoring import score_table as score_table
 from mixlens.evals.scoring import wilson as wilson
 from mixlens.registry import _KINDS as _KINDS
 from mixlens.reports.analysis import Analysis as Analysis
+from mixlens.reports.analysis import analyse as analyse
 from mixlens.reports.findings import findings as findings
+from mixlens.reports.trace import summary as summary
 from mixlens.stats.multiplicity import p_against as p_against
 from mixlens.trace.trace import from_parts as from_parts
