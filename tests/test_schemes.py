@@ -259,8 +259,11 @@ def test_the_commands(folder, resumed, tmp_path, capsys):
     corpus.write_text("".join(json.dumps(document) + "\n" for document in DOCUMENTS[:3]), "utf-8")
     reading = [str(folder), str(corpus), "--max-length", "24", "--overlong", "truncate", "--device-map", "cpu"]
     command = ["pareto", *reading, "--out", str(tmp_path / "p"), "--schemes", "hqq3-g16", "--calls", "0", "--json"]
-    assert cli.main(command) == 0
+    assert cli.main([*command, "--csv", str(tmp_path / "t.csv")]) == 0
     assert json.loads(capsys.readouterr().out)["front"] == ["hqq3-g16", "float32"]
+    pd.testing.assert_frame_equal(
+        pd.read_csv(tmp_path / "t.csv")[["scheme", "n"]], ml.open(tmp_path / "p").table[["scheme", "n"]]
+    )
     command = ["impact", *reading, "--out", str(tmp_path / "i"), "--quantization", "hqq3-g16", "--by", "domain"]
     assert cli.main(command) == 0
     assert "of it from other routing" in capsys.readouterr().out

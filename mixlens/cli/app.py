@@ -39,10 +39,14 @@ app.register_install_completion_command(help="Install completion for bash, zsh o
 
 @dataclass(frozen=True)
 class Result:
-    """What a command found: `data` for --json, and `text` for a person; without text the data is listed."""
+    """What a command found: `data` for --json, and `text` for a person; without text the data is listed.
+
+    status  exit status: EXIT_FAILED where what was found is not what was asked for
+    """
 
     data: dict[str, Any]
     text: str | None = None
+    status: int = EXIT_DONE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     json.dumps(result.data, indent=1, default=str) if as_json else result.text or _listed(result.data)
                 )
         sys.stdout.flush()
+        return result.status if isinstance(result, Result) else EXIT_DONE
     except MixlensError as error:
         status = EXIT_USAGE if isinstance(error, BadInput) else EXIT_FAILED
         return _fail(error, status, as_json=as_json, message=_by_option(str(error), command))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Group, Parameter
 
-from mixlens.cli.app import Result, app
+from mixlens.cli.app import EXIT_DONE, EXIT_FAILED, Result, app
 from mixlens.cli.options import (
     Dollars,
     Dtypes,
@@ -22,8 +22,9 @@ from mixlens.cli.options import (
     Schemes,
     Seconds,
     Server,
+    Slo,
 )
-from mixlens.cli.tables import rows_of
+from mixlens.cli.tables import check_csv, rows_of, written
 from mixlens.core.run_dir import check_out
 from mixlens.errors import BadInput, RunError
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from mixlens.bench.prompts import Workload
 
 _SPREAD = ("auto", "balanced", "balanced_low_0", "sequential", "disk")
+_MET = 0.95  # share of requests that an objective is for
 _LOCAL = Group("For a model that is measured on this machine")
 _REMOTE = Group("For an endpoint")
 
@@ -113,6 +115,8 @@ def bench(
     prompts: str | None = None,
     text: str = "text",
     max_seconds: Seconds = 600.0,
+    slo: Slo = None,
+    csv: str | None = None,
     out: str | None = None,
     remote: Remote = Remote(),
     local: Local = Local(),
@@ -143,6 +147,10 @@ def bench(
         Text column of JSON Lines.
     max_seconds
         Start nothing after this many seconds.
+    slo
+        Limits in seconds: exit status 1 where fewer than 95 % of the requests of a load meet them all.
+    csv
+        File to write the table to as well.
     out
         Run directory; out/bench-DATE-TIME where left out.
     """
@@ -152,6 +160,7 @@ def bench(
     _check(target, local, remote, concurrency)
     folder = out or f"out/bench-{datetime.now():%Y%m%d-%H%M%S}"
     check_out(folder, "bench")
+    check_csv(csv)
     given = None if prompts is None else read_prompts(prompts, column=text)
     fixed = {"requests": requests, "out": folder, "workload": Workload(prompt_tokens, output_tokens, given)}
     if _is_address(target):
@@ -168,11 +177,18 @@ def bench(
         "rows": rows_of(found.table()),
     }
     shown = f"{found!r}\nrun: {folder}"
+    if csv is not None:
+        written(found.table(), csv)
     if remote.sweep:
         table = knee(found)
         data["knee"] = rows_of(table)
         shown += f"\n\nknee: the load of the greatest power, tokens a second over median seconds\n{table.to_string()}"
-    return Result(data, shown)
+    if slo is None:
+        return Result(data, shown)
+    met = found.goodput(slo)
+    data["slo"] = rows_of(met)
+    shown += f"\n\nrequests that meet {', '.join(f'{k} {v:g}' for k, v in slo.stated.items())}\n{met.to_string()}"
+    return Result(data, shown, EXIT_DONE if (met["good_frac"] >= _MET).all() else EXIT_FAILED)
 
 
 def _is_address(target: str) -> bool:

@@ -12,7 +12,7 @@ from cyclopts import App, Parameter
 
 from mixlens.cli.app import Result, app
 from mixlens.cli.options import Loading, Output, Positive
-from mixlens.cli.tables import rows_of
+from mixlens.cli.tables import check_csv, rows_of, written
 from mixlens.core.run_dir import check_out
 from mixlens.errors import BadInput, ModelError, RunError
 
@@ -38,6 +38,7 @@ def evaluate(
     url: str | None = None,
     url_protocol: Literal["openai-completions", "openai-chat", "anthropic", "modelslab"] = "openai-completions",
     key_env: str | None = None,
+    csv: str | None = None,
     loading: Loading = Loading(),
     output: Output = Output(),
 ) -> Result:
@@ -79,6 +80,8 @@ def evaluate(
         Of the endpoint.
     key_env
         Environment variable that holds the endpoint's key.
+    csv
+        File to write the scores to as well.
     """
     from mixlens.evals.protocols import protocol_names, suites
 
@@ -94,6 +97,7 @@ def evaluate(
 
     folder = out or f"out/eval-{datetime.now():%Y%m%d-%H%M%S}"
     check_out(folder, "eval")
+    check_csv(csv)
     settings = EvalSettings(
         batch_size=batch_size,
         seed=seed,
@@ -110,6 +114,8 @@ def evaluate(
     else:
         target = partial(loading.load, model, output)
     log = run(target, job, folder, settings)
+    if csv is not None:
+        written(log.scores, csv)
     published = beside(log)
     text = str(log)
     if published["published"].notna().any():

@@ -9,7 +9,7 @@ from cyclopts import Parameter
 
 from mixlens.cli.app import Result, app
 from mixlens.cli.options import Integers, Loading, NotNegative, Output, Reading, Schemes
-from mixlens.cli.tables import check_csv, rows_of, statistic
+from mixlens.cli.tables import check_csv, rows_of, statistic, written
 from mixlens.core.run_dir import check_out
 from mixlens.errors import BadInput
 
@@ -209,6 +209,7 @@ def pareto(
     schemes: Schemes,
     calls: NotNegative = 8,
     scores: Annotated[list[str] | None, Parameter(metavar="SCHEME=RUN")] = None,
+    csv: str | None = None,
     reading: Reading = Reading(),
     loading: Loading = Loading(),
     output: Output = Output(),
@@ -230,6 +231,8 @@ def pareto(
         Timed calls a scheme, 0 for none.
     scores
         Evaluation of a scheme; can be repeated.
+    csv
+        File to write the table to as well.
     """
     from mixlens.evals.log import Log
     from mixlens.experiments.pareto import SETTINGS, Speed, measure_pareto
@@ -242,6 +245,7 @@ def pareto(
             value=loading.quantization,
         )
     check_out(out, "pareto")
+    check_csv(csv)
     evaluations = {scheme: Log.open(run) for scheme, run in map(_score, scores or [])}
     found = measure_pareto(
         model,
@@ -254,6 +258,8 @@ def pareto(
     )
     if evaluations:
         found = found.with_scores(evaluations)
+    if csv is not None:
+        written(found.table, csv)
     data = {"run": out, "front": found.front(), "rows": rows_of(found.table)}
     return Result(data, f"{found!r}\n\ntable and figure: {out}")
 

@@ -77,6 +77,21 @@ def schemes_of(text: str) -> list[str | dict[str, str] | None]:
     return [plain[scheme] if scheme in plain else quantization_of(scheme) for scheme in named]
 
 
+_SLO = {"ttft": "ttft_s", "tpot": "tpot_s", "e2e": "e2e_token_s"}
+
+
+def _slo(_type: Any, tokens: Sequence[Token]) -> Any:
+    from mixlens.bench.metrics import Limits
+
+    text = tokens[0].value
+    try:
+        given = {_SLO[name.strip()]: float(value) for name, _, value in (one.partition("=") for one in text.split(","))}
+    except (KeyError, ValueError):
+        raise ValueError(f"{text!r} is not a list of limits in seconds such as ttft=0.5,tpot=0.05,e2e=10.") from None
+    return Limits(**given)
+
+
+Slo = Annotated[Any, Parameter(converter=_slo, n_tokens=1, metavar="ttft=S,tpot=S")]
 Integers = Annotated[tuple[int, ...], Parameter(converter=_list_of(int, "0,15,31"), n_tokens=1, metavar="N,N,...")]
 Numbers = Annotated[tuple[float, ...], Parameter(converter=_list_of(float, "0.5,2"), n_tokens=1, metavar="R,R,...")]
 Names = Annotated[tuple[str, ...], Parameter(converter=_names, n_tokens=1, metavar="NAME,NAME,...")]

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 from bench_server import Script, answer, serving
 
@@ -31,6 +32,20 @@ def test_bench_for_a_script(tmp_path, capsys):
     [ttft] = [row for row in result["rows"] if (row["metric"], row["statistic"]) == ("ttft_s", "p50")]
     assert (ttft["n"], ttft["level"]) == (2, "constant 50/s")
     assert next(row for row in result["rows"] if row["statistic"] == "p99")["estimate"] is None
+
+
+@pytest.mark.parametrize(("slo", "status"), [("ttft=60,e2e=60", 0), ("ttft=60,tpot=1e-9", 1)])
+def test_an_objective_decides_the_exit_status(tmp_path, capsys, slo, status):
+    with serving(Script(answer())) as url:
+        asked = ["bench", url, "--model", "m", *FEW, "--out", str(tmp_path / "run"), "--slo", slo, "--json"]
+        assert cli.main([*asked, "--csv", str(tmp_path / "t.csv")]) == status
+    result = json.loads(capsys.readouterr().out)
+    assert [row["n"] for row in result["slo"]] == [2]
+    table = pd.read_csv(tmp_path / "t.csv")
+    assert table["estimate"].tolist() == pytest.approx(
+        [float("nan") if row["estimate"] is None else row["estimate"] for row in result["rows"]], nan_ok=True
+    )
+    assert cli.main(["bench", "http://127.0.0.1:9/v1", "--model", "m", "--slo", "ttft<1"]) == cli.EXIT_USAGE
 
 
 def test_bench_asks_the_prompts_of_a_file(tmp_path, capsys):
