@@ -163,11 +163,10 @@ def _requests(
     estimate = _statistics(b) / _statistics(a)
     low, high = np.full((2, len(STATISTICS)), np.nan)
     if min(len(a), len(b)) >= 2:
-        weights_a = bootstrap.resample(len(a)).weights
-        weights_b = weights_a if paired else bootstrap.resample(len(b), stream=1).weights
-        draws = bootstrap.replicates
-        ratios = _drawn(b, weights_b[-draws:]) / _drawn(a, weights_a[-draws:])
-        # Expanded percentile interval, as in core.bootstrap: plain percentiles cover too little with few requests.
+        weights_a = bootstrap.draw(len(a))
+        weights_b = weights_a if paired else bootstrap.draw(len(b), stream=1)
+        ratios = _drawn(b, weights_b) / _drawn(a, weights_a)
+        # Expanded percentiles (Hesterberg 2015, section 5.2): plain ones cover too little with few requests.
         tail = 100 * NormalDist().cdf(-float(bootstrap.reach(np.array([float(min(len(a), len(b)))]))[0]))
         low = np.minimum(np.percentile(ratios, tail, axis=0), estimate)
         high = np.maximum(np.percentile(ratios, 100 - tail, axis=0), estimate)

@@ -13,6 +13,7 @@ from mixlens.bench.events import Record
 from mixlens.bench.metrics import request_table
 from mixlens.bench.roofline import Machine, roofline
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
+from mixlens.core.intervals import Mean, leaving_out, with_bounds
 from mixlens.core.text import interval_of
 from mixlens.errors import MissingSignal
 
@@ -179,10 +180,6 @@ def _remarks(meta: Mapping[str, Any]) -> list[str]:
 
 
 def _mean(values: np.ndarray, bootstrap: Bootstrap) -> tuple[float, float, float]:
-    if len(values) < 2:
-        return (float(values[0]) if len(values) else np.nan), np.nan, np.nan
-    resamples = bootstrap.resample(len(values))
-    replicates = resamples.sums(values) / len(values)
-    replicates[1 : 1 + resamples.n_left_out] *= len(values) / (len(values) - 1)
-    low, high = resamples.interval(replicates, bootstrap.reach(np.array([float(len(values))]))[0])
-    return float(values.mean()), float(low), float(high)
+    each = np.ones(len(values))
+    estimate, low, high = with_bounds(Mean(leaving_out(values), leaving_out(each)), each, bootstrap.level)
+    return float(estimate), float(low), float(high)

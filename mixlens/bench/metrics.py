@@ -12,6 +12,7 @@ import xarray as xr
 
 from mixlens.bench.events import OUTCOMES, Record
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
+from mixlens.core.intervals import Mean, leaving_out, quantile_bounds, with_bounds
 from mixlens.endpoints.endpoint import canonical
 from mixlens.endpoints.protocols import FILTERED, LENGTH, REASONING, ROLE, TOKEN, Event
 from mixlens.errors import BadInput
@@ -173,9 +174,9 @@ def summary(
 ) -> xr.Dataset:
     """Compute mean and percentiles of every metric over the measured requests that succeeded, by level.
 
-    Percentiles interpolate linearly between order statistics. Those of requests have bounds by order statistics, which
-    are infinite where there are too few requests to bound them (36 for the 90th percentile, 72 for the 95th); means,
-    and percentiles of the gaps between chunks, a bootstrap over requests. The 99th percentile is NaN below 100 samples.
+    Percentiles interpolate linearly between order statistics. Their bounds are order statistics too, and infinite where
+    there are too few requests to bound them (36 for the 90th percentile, 72 for the 95th); gaps between the chunks of
+    one request count for fewer. The 99th percentile is NaN below 100 samples.
 
     Returns
     -------
@@ -207,8 +208,7 @@ def summary(
             "source": "recorded by mixlens, token counts from "
             + (", ".join(token_sources(records, count_tokens)) or "nowhere"),
             "level": bootstrap.level,
-            "replicates": bootstrap.replicates,
-            "seed": bootstrap.seed,
+            "interval": f"mean: {Mean.how}; percentiles: order statistics (David and Nagaraja 2003; Woodruff 1952)",
         },
     )
 
@@ -415,57 +415,21 @@ def _samples(
 
 
 def _estimates(values: np.ndarray, owner: np.ndarray, bootstrap: Bootstrap) -> np.ndarray:
-    """Return estimate, lower and upper bound [3, statistic].
-
-    Percentiles of requests have bounds by order statistics, which hold whatever the distribution; means, and
-    percentiles of the gaps within requests, a bootstrap over whole requests.
-    """
+    """Return estimate, lower and upper bound [3, statistic], over whole requests."""
     result = np.full((3, len(STATISTICS)), np.nan)
     if not len(values):
         return result
     order = np.argsort(values, kind="stable")
-    ordered, requests = values[order], np.unique(owner, return_inverse=True)[1][order]
-    count = requests.max() + 1
-    if count < 2:
-        result[0] = _statistics(ordered, np.ones(len(ordered)))
-    else:
-        resamples = bootstrap.resample(int(count))
-        replicates = np.stack([_statistics(ordered, drawn[requests]) for drawn in resamples.weights], axis=-1)
-        reach = np.full(len(STATISTICS), bootstrap.reach(np.array([float(count)]))[0])
-        result[0] = replicates[:, 0]
-        result[1], result[2] = resamples.interval(replicates, reach)
-        if count == len(values):
-            result[1:, 1:] = np.transpose([bounds_of_quantile(ordered, q, bootstrap.level) for q in QUANTILES])
+    ordered, request = values[order], np.unique(owner, return_inverse=True)[1][order]
+    n = np.bincount(request).astype(float)
+    result[:, 0] = with_bounds(Mean(leaving_out(np.bincount(request, ordered)), leaving_out(n)), n, bootstrap.level)
+    result[0, 1:] = np.quantile(ordered, QUANTILES)
+    if len(n) > 1:
+        unit = None if len(n) == len(values) else request
+        result[1:, 1:] = np.transpose([quantile_bounds(ordered, q, bootstrap.level, unit) for q in QUANTILES])
     if len(values) < P99_SAMPLES:
         result[:, STATISTICS.index("p99")] = np.nan
     return result
-
-
-def bounds_of_quantile(ordered: np.ndarray, q: float, level: float) -> tuple[float, float]:
-    """Bounds of a quantile by order statistics (David and Nagaraja 2003, section 7.1), from sorted values from 0.
-
-    The number of values below the quantile is binomial. Where there are too few values to bound it from above, as
-    ten are for a 95th percentile, the bound is infinite; from below it is 0.
-    """
-    from scipy.special import bdtr
-
-    n, tail = len(ordered), (1 - level) / 2
-    below = bdtr(np.arange(n), n, q)  # P(at most i of n values lie below the quantile)
-    low = int(np.searchsorted(below, tail, side="right")) - 1
-    high = int(np.searchsorted(below, 1 - tail, side="left"))
-    return float(ordered[low]) if low >= 0 else 0.0, float(ordered[high]) if high < n else float("inf")
-
-
-def _statistics(ordered: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """Return STATISTICS of sorted values, each counted `weight` times; NaN if the weights sum to 0."""
-    cumulated = weight.cumsum()
-    total = cumulated[-1]
-    if not total:
-        return np.full(len(STATISTICS), np.nan)
-    at = np.array(QUANTILES) * (total - 1)
-    low = ordered[np.searchsorted(cumulated, np.floor(at), side="right")]
-    high = ordered[np.searchsorted(cumulated, np.ceil(at), side="right")]
-    return np.concatenate([[weight @ ordered / total], low + (high - low) * (at - np.floor(at))])
 
 
 def _weighted_stamps(record: Record, count_tokens: CountTokens | None) -> list[tuple[float, float]]:

@@ -12,6 +12,7 @@ import pandas as pd
 
 from mixlens.bench.events import Record
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
+from mixlens.core.intervals import Smooth, leaving_out, with_bounds
 from mixlens.endpoints.protocols import TOKEN, Event
 from mixlens.errors import MissingSignal
 
@@ -182,10 +183,11 @@ def roofline(
 ) -> pd.DataFrame:
     """How near to what the device can do every load came, prefill and decode apart: METRICS over measured calls.
 
-    Sums over calls are divided, as in sum of bytes / sum of seconds; intervals come from a bootstrap over calls. Those
-    of mbu_frac, mfu_frac and roof_tokens_per_s carry the interval of the device's rate too, by the method of variance
-    estimates recovery on logarithms (Zou and Donner 2008): for m = r / b with r in [r-, r+] and b in [b-, b+] the
-    bounds are m / exp(sqrt(ln(r / r-)^2 + ln(b+ / b)^2)) and m * exp(sqrt(ln(r+ / r)^2 + ln(b / b-)^2)).
+    Sums over calls are divided, as in sum of bytes / sum of seconds; intervals come from leaving out each call in turn,
+    on logarithms (the jackknife, with t). Those of mbu_frac, mfu_frac and roof_tokens_per_s carry the interval of the
+    device's rate too, by the method of variance estimates recovery on logarithms (Zou and Donner 2008): for m = r / b
+    with r in [r-, r+] and b in [b-, b+] the bounds are m / exp(sqrt(ln(r / r-)^2 + ln(b+ / b)^2)) and
+    m * exp(sqrt(ln(r+ / r)^2 + ln(b / b-)^2)).
 
     Returns
     -------
@@ -241,14 +243,10 @@ def _with_interval(
     sums: np.ndarray, machine: Machine, layers: int, bootstrap: Bootstrap
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Estimate, lower and upper bound of METRICS from the sums of every call [call, 6]."""
-    resamples = bootstrap.resample(len(sums))
-    replicates = _metrics(resamples.sums(sums), machine, layers)
-    if len(sums) < 2:
-        none = np.full(len(METRICS), np.nan)
-        return replicates[:, 0], none, none
-    reach = np.full(len(METRICS), bootstrap.reach(np.array([float(len(sums))]))[0])
-    low, high = resamples.interval(replicates, reach)
-    return replicates[:, 0], *_with_device(replicates[:, 0], low, high, machine)
+    with np.errstate(divide="ignore"):
+        on_logs = Smooth(np.log(_metrics(leaving_out(sums), machine, layers)), through=np.exp)
+    estimate, low, high = with_bounds(on_logs, np.ones(len(sums)), bootstrap.level)
+    return estimate, *_with_device(estimate, low, high, machine)
 
 
 def _with_device(

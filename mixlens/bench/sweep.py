@@ -146,7 +146,7 @@ def _resampled_power(
     n = len(times)
     if not n:
         return np.full(bootstrap.replicates, np.nan)
-    weights = bootstrap.resample(n, stream).weights[-bootstrap.replicates :]
+    weights = bootstrap.draw(n, stream)
     at = np.repeat(np.tile(np.arange(n), len(weights)), weights.astype(int).ravel()).reshape(-1, n)
     drawn = rate * (tokens[at].mean(1) / tokens.mean()) * (times.mean() / times[at].mean(1))
     return drawn / np.median(times[at], axis=1)

@@ -221,10 +221,10 @@ def methods(analysis: Analysis) -> str:
 
 def _how(data: xr.Dataset) -> str:
     return (
-        f"Intervals: {labels.level(data)}s from {data.attrs['replicates']:,} bootstrap replicates over documents "
-        f"(seed {data.attrs['seed']}), since the tokens of one document are not independent. A number is told apart "
-        "from its value under uniform routing, and bold, only if it survives control for all numbers of its statistic "
-        f"(Benjamini and Hochberg, false discovery rate {100 * (1 - data.attrs['level']):.3g} %)."
+        f"Intervals: {labels.level(data)}s over documents, since the tokens of one document are not independent. A "
+        "number is told apart from its value under uniform routing, and bold, only if it survives control for all "
+        "numbers of its statistic (Benjamini and Hochberg, false discovery rate "
+        f"{100 * (1 - data.attrs['level']):.3g} %)."
     )
 
 

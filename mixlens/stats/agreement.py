@@ -10,6 +10,7 @@ import numpy as np
 import xarray as xr
 
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
+from mixlens.core.intervals import Mean, Quantity, Share
 from mixlens.errors import BadInput
 from mixlens.stats.counts import OLMOE, Block, By, count, described, require, summarise
 from mixlens.stats.softmax import BLOCK_OF_LOGITS, entropy_bits, softmax_tiles
@@ -73,20 +74,23 @@ def agreement(a: Trace, b: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAU
         measures[:, 0] = ids[:, 0] == others[:, 0]
         for i, j in product(range(a.top_k), repeat=2):
             measures[:, 1] += ids[:, i] == others[:, j]
-        measures[:, 1] /= a.top_k
         if has_logits:
             pairs = zip(softmax_tiles(block["router_logits"]), softmax_tiles(block["other router_logits"]), strict=True)
             for (tokens, *p), (_, *q) in pairs:
                 measures[:, 2, tokens] = _jensen_shannon_bits(p, q)
         totals["measures"][block.clusters] += block.sums(measures)
 
+    def measures(sums: dict[str, np.ndarray]) -> dict[str, Quantity]:
+        same, shared, divergence = np.moveaxis(sums["measures"], 1, 0)
+        n = sums["n"]
+        return {
+            "top1": Share(same, n),
+            "overlap": Share(shared, a.top_k * n),
+            "jensen_shannon": Mean(divergence, n),
+        }
+
     counts = count(a, by, shapes, side_by_side(a, b, names), add)
-    data = summarise(
-        counts,
-        lambda sums: sums["measures"] / sums["n"],
-        {"measure": ["top1", "overlap", "jensen_shannon"]},
-        bootstrap,
-    )
+    data = summarise(counts, measures, {}, bootstrap)
     missing = {} if has_logits else {"missing": "jensen_shannon needs router_logits in both traces"}
     return described(
         data, a, bootstrap,

@@ -10,9 +10,10 @@ import pandas as pd
 import xarray as xr
 
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
+from mixlens.core.intervals import Difference, Mean
 from mixlens.core.names import beside
 from mixlens.errors import BadInput
-from mixlens.stats.measured import Measured, check_kind, groups_of, intervals_by, read_measured, summarised
+from mixlens.stats.measured import Measured, check_kind, groups_of, read_measured, summarised
 from mixlens.trace.detokenize import display_pieces
 
 KIND = "contributions"
@@ -69,12 +70,13 @@ def expert_contribution(
             value=measure,
         )
     check_kind(contributions, KIND, "measure_contributions")
+    kind = Difference if measure == "logit" else Mean
     documents = _by_document(contributions, measure)
     experts = {"expert": documents.expert.values}
     data = summarised(
         documents,
         ("sum", "chosen"),
-        lambda sums: sums["sum"] / sums["chosen"],
+        lambda sums: kind(sums["sum"], sums["chosen"]),
         experts,
         by,
         bootstrap,
@@ -93,7 +95,7 @@ def expert_contribution(
         formula=MEASURES[measure],
         source="direct logit attribution, measured by mixlens" if measure == "logit" else "measured by mixlens",
         model=contributions.attrs["model"],
-        **intervals_by(bootstrap),
+        level=bootstrap.level,
     )
 
 

@@ -16,7 +16,8 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from mixlens.core.bootstrap import DEFAULT, FEW, Bootstrap, Resamples, effective_documents
+from mixlens.core.bootstrap import DEFAULT, Bootstrap
+from mixlens.core.intervals import Quantity, effective_number, leaving_out, said, with_bounds
 from mixlens.core.names import OF_STATISTICS, beside
 from mixlens.errors import BadInput, MissingSignal
 from mixlens.stats.multiplicity import p_against, skewness, with_survivors
@@ -25,14 +26,11 @@ if TYPE_CHECKING:
     from mixlens.trace.trace import Trace
 
 By = str | Sequence[str] | None
+Statistic = Callable[[dict[str, np.ndarray]], Mapping[str, Quantity] | Quantity]
 
 # Counts kept (128 MB), documents or bundles of documents a group, and numbers evaluated at a time (8 MB).
 _MOST_COUNTS, _FEWEST_BUNDLES, _MOST_BUNDLES = 2**24, 50, 512
 _MOST_VALUES = 2**20
-
-# How intervals are made.
-PROPORTION = "Clopper-Pearson with the effective number of tokens between documents (Korn and Graubard 1998)"
-OTHERS = f"jackknife over documents with t below {FEW}, else expanded percentiles of a bootstrap over documents"
 
 JIANG = "Jiang et al. 2024, Mixtral of Experts, arXiv 2401.04088"
 OLMOE = "Muennighoff et al. 2024, OLMoE, arXiv 2409.02060"
@@ -230,77 +228,58 @@ def reduced(trace: Trace, array: np.ndarray) -> np.ndarray:
 
 def summarise(
     counts: Counts,
-    statistic: Callable[[dict[str, np.ndarray]], np.ndarray],
+    statistic: Statistic,
     dims: Mapping[str, Any],
     bootstrap: Bootstrap,
     *,
     size: tuple[np.ndarray, tuple[str, ...]] | None = None,
-    floor: np.ndarray | float | None = None,
-    proportion: bool = False,
-    fewest: np.ndarray | int = 2,
+    along: str = "measure",
     null: np.ndarray | float | None = None,
 ) -> xr.Dataset:
     """The Dataset of a statistic: estimate, ci_low, ci_high ``[*by, layer, *dims]``, n, n_documents and n_effective.
 
     With a null also p, q, survives: every cell tested against it, and adjusted for the number of cells.
 
-    statistic  from {name: sums [layer, ..., resample]} to values [layer, *dims, resample]; where `size` has no
-               dimensions, {"n": [resample]} is among the sums
+    statistic  from {name: sums [layer, ..., resample]} to a quantity [layer, *dims, resample], which knows how its
+               intervals are made, or to several by name; where `size` has no dimensions, {"n": [resample]} is among
+               the sums
     dims       {name: labels} after layer
     size       tokens behind each number as ([cluster, ...], names of those dimensions); tokens of the group if None
-    floor      as in `Resamples.interval`; broadcasts against [layer, *dims]
-    proportion whether it is a proportion of the tokens behind it
-    fewest     documents below which intervals cover too little and are NaN; broadcasts against [layer, *dims]
+    along      name of the last dimension, where there are several quantities
     null       value without an effect, NaN for no test; broadcasts against [layer, *dims]
     """
     clusters = counts.clusters
     sizes, size_dims = (counts.tokens, ()) if size is None else size
     labels = {"layer": counts.layers, **{name: np.asarray(values) for name, values in dims.items()}}
-    shape = tuple(len(values) for values in labels.values())
-    estimate, low, high, p = np.full((4, clusters.n_groups, *shape), np.nan)
+    seen = counts.tokens > 0
     if (kept := _summed.get()) is not None:
-        seen = counts.tokens > 0
         totals = {name: total[seen] for name, total in counts.totals.items()}
         kept.append(Summed(totals, None if size_dims else sizes[seen], statistic, labels, clusters.group[seen]))
-    members_of = [np.flatnonzero((clusters.group == g) & (counts.tokens > 0)) for g in range(clusters.n_groups)]
+    members_of = [np.flatnonzero((clusters.group == g) & seen) for g in range(clusters.n_groups)]
     n = np.stack([sizes[members].sum(0) for members in members_of]) if members_of else sizes[:0]
-    documents = np.stack([effective_documents(sizes[members]) for members in members_of] or [sizes[:0]])
-    reach = bootstrap.reach(documents)
-    for group, members in enumerate(members_of):
-        if len(members) == 0:
-            continue
-        resamples = bootstrap.resample(len(members), group)
-        along = [len(labels[name]) if name in size_dims else 1 for name in labels]
-        reach_here, n_here, documents_here = (
-            np.broadcast_to(values[group].reshape(along), shape) for values in (reach, n, documents)
-        )
-        behind = {} if size_dims else {"n": resamples.sums(sizes[members])}
-        step = max(1, _MOST_VALUES // (len(resamples.weights) * _features(counts.totals)))
-        for start in range(0, shape[0], step):
+    parts: list[list[np.ndarray]] = []
+    how: Mapping[str, Quantity] | Quantity | None = None
+    for members in members_of or [np.empty(0, np.intp)]:
+        behind = {} if size_dims else {"n": leaving_out(sizes[members])}
+        step = max(1, _MOST_VALUES // ((1 + len(members)) * _features(counts.totals)))
+        found = []
+        for start in range(0, max(1, len(counts.layers)), step):
             layers = slice(start, start + step)
-            sums = {name: resamples.sums(total[members, layers]) for name, total in counts.totals.items()}
+            sums = {name: leaving_out(total[members, layers]) for name, total in counts.totals.items()}
             with np.errstate(divide="ignore", invalid="ignore"):
-                values = statistic(sums | behind)
-            estimate[group, layers] = values[..., 0]
-            if proportion:
-                bounds = resamples.proportion_interval(
-                    values, reach_here[layers], n_here[layers], documents_here[layers], bootstrap.level
-                )
-            else:
-                bounds = resamples.interval(values, reach_here[layers], floor, smooth=True)
-            enough = len(members) >= np.broadcast_to(fewest, values.shape[:-1])
-            low[group, layers], high[group, layers] = (np.where(enough, bound, np.nan) for bound in bounds)
-            if null is not None:
-                cells = (group, layers)
-                skew = skewness(values, resamples.n_left_out)
-                p[cells] = p_against(
-                    values[..., 0], low[cells], high[cells], null, documents_here[layers], bootstrap.level, skew
-                )
+                how = statistic(sums | behind)
+            found.append(_stacked(how, counts.tokens[members], bootstrap.level, tested=null is not None))
+        parts.append([np.concatenate(arrays) for arrays in zip(*found, strict=True)])
+    if isinstance(how, Mapping):
+        labels[along] = np.array(list(how))
     grouped = tuple(clusters.by)
 
     def named(values: np.ndarray, names: tuple[str, ...]) -> tuple[tuple[str, ...], np.ndarray]:
         return (*grouped, *names), values.reshape((*clusters.shape, *values.shape[1:]))
 
+    estimate, low, high, skew = (np.stack(arrays)[: clusters.n_groups] for arrays in zip(*parts, strict=True))
+    effective = [effective_number(np.moveaxis(sizes[members], 0, -1)) for members in members_of]
+    documents = np.stack(effective) if effective else sizes[:0]
     data = xr.Dataset(
         {
             "estimate": named(estimate, tuple(labels)),
@@ -311,10 +290,24 @@ def summarise(
             "n_effective": named(documents, size_dims),
         },
         coords={**clusters.by, **labels},
-        attrs={"interval": PROPORTION if proportion else OTHERS}
-        | ({"fewest_documents": np.asarray(fewest).tolist()} if np.any(np.asarray(fewest) > 2) else {}),
+        attrs={} if how is None else {"interval": said(how)},
     )
-    return data if null is None else with_survivors(data, data["estimate"].copy(data=named(p, ())[1]), bootstrap.level)
+    if null is None:
+        return data
+    behind = documents.reshape(-1, *(len(labels[name]) if name in size_dims else 1 for name in labels))
+    p = p_against(estimate, low, high, null, behind, bootstrap.level, skew)
+    return with_survivors(data, data["estimate"].copy(data=named(p, ())[1]), bootstrap.level)
+
+
+def _stacked(
+    quantities: Mapping[str, Quantity] | Quantity, tokens: np.ndarray, level: float, *, tested: bool
+) -> list[np.ndarray]:
+    """Estimate, lower and upper bound, skewness (0 unless tested) [...]; several quantities lie along a last axis."""
+    if isinstance(quantities, Mapping):
+        each = [_stacked(quantity, tokens, level, tested=tested) for quantity in quantities.values()]
+        return [np.stack(np.broadcast_arrays(*arrays), axis=-1) for arrays in zip(*each, strict=True)]
+    estimate, low, high = with_bounds(quantities, tokens, level)
+    return [estimate, low, high, skewness(quantities.values) if tested else np.zeros_like(estimate)]
 
 
 @dataclass(frozen=True)
@@ -328,7 +321,7 @@ class Summed:
 
     totals: dict[str, np.ndarray]
     sizes: np.ndarray | None
-    statistic: Callable[[dict[str, np.ndarray]], np.ndarray]
+    statistic: Statistic
     labels: dict[str, np.ndarray]
     group: np.ndarray
 
@@ -358,11 +351,13 @@ class Summed:
 
     def values(self, layers: slice, weights: np.ndarray) -> np.ndarray:
         """The statistic [layer, ..., resample] of documents with these weights [resample, document]."""
-        resamples = Resamples(weights, 0)
-        sums = {name: resamples.sums(total[:, layers]) for name, total in self.totals.items()}
-        behind = {} if self.sizes is None else {"n": resamples.sums(self.sizes)}
+        sums = {name: np.tensordot(total[:, layers], weights, (0, 1)) for name, total in self.totals.items()}
+        behind = {} if self.sizes is None else {"n": weights @ self.sizes}
         with np.errstate(divide="ignore", invalid="ignore"):
-            return self.statistic(sums | behind)
+            found = self.statistic(sums | behind)
+            if not isinstance(found, Mapping):
+                return found.values
+            return np.stack(np.broadcast_arrays(*(quantity.values for quantity in found.values())), axis=-2)
 
 
 _summed: ContextVar[list[Summed] | None] = ContextVar("summed", default=None)
@@ -393,8 +388,7 @@ def described(data: xr.Dataset, trace: Trace, bootstrap: Bootstrap, **attrs: Any
     """The Dataset with its attributes: those given, the model, and how the intervals were made."""
     model = trace.meta.get("model")
     name = model.get("name") if isinstance(model, Mapping) else model
-    how = {"level": bootstrap.level, "replicates": bootstrap.replicates, "seed": bootstrap.seed}
-    return data.assign_attrs({**attrs, **how, "model": name or "unknown", "top_k": trace.top_k})
+    return data.assign_attrs({**attrs, "level": bootstrap.level, "model": name or "unknown", "top_k": trace.top_k})
 
 
 def _columns(trace: Trace, by: By) -> list[str]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import xarray as xr
 
-from mixlens.core.bootstrap import DEFAULT, Bootstrap, Resamples, effective_documents
+from mixlens.core.bootstrap import DEFAULT, Bootstrap
+from mixlens.core.intervals import Jackknife, Share, Smooth, leaving_out
 from mixlens.stats.counts import OLMOE, Block, Counts, count, described, require, summarise
 from mixlens.stats.multiplicity import with_survivors
 from mixlens.stats.structure import mutual_information_bits
@@ -58,10 +60,9 @@ def domain_specialization(
     require(trace, "domain_specialization", "expert_id", bootstrap=bootstrap)
     data = summarise(
         _choices(trace, by),
-        lambda sums: sums["chosen"] / sums["n"],
+        lambda sums: Share(sums["chosen"], sums["n"]),
         {"expert": range(trace.n_experts)},
         bootstrap,
-        proportion=True,
         null=trace.top_k / trace.n_experts,
     )
     return described(
@@ -84,9 +85,9 @@ def domain_information(
     excess
         the difference; the measure to read. Its p is the share of permutations with as much information or more.
 
-    The interval of mutual_information is for its true value, corrected for the upward bias of small samples, and
-    reaches up to the estimate where that lies above it. The interval of excess has the spread of the bootstrap. Both
-    draw documents within their domain, whose size is part of the question and not of the uncertainty.
+    The intervals of mutual_information and of excess are for the true mutual information, corrected for the upward bias
+    of small samples, and reach to the estimate where that lies beyond. Documents vary within their domain, whose size
+    is part of the question and not of the uncertainty; the domain of fewest documents sets the degrees of freedom.
 
     Parameters
     ----------
@@ -119,18 +120,18 @@ def domain_information(
     chosen, group = counts.totals["chosen"][members], counts.clusters.group[members]
     estimate, low, high, p = np.full((4, trace.n_layers, 3), np.nan)
     if len(members):
-        resamples = bootstrap.resample_within(group)
-        values = _information(chosen, group, resamples)
+        values = _information(chosen, group)
         chance = _permuted(chosen, group, bootstrap.seed)
         plain, baseline = values[:, 0], chance.mean(-1)
-        documents = effective_documents(counts.tokens[members])
-        reach = np.broadcast_to(bootstrap.reach(documents, len(np.unique(group))), plain.shape)
-        of_plain = resamples.interval(values, reach, floor=0.0)
-        of_chance = np.quantile(chance, [(1 - bootstrap.level) / 2, (1 + bootstrap.level) / 2], axis=-1)
-        of_excess = resamples.interval(resamples.centred(values) - baseline[:, None], reach)
-        estimate = np.stack([plain, baseline, plain - baseline], axis=-1)
+        excess = plain - baseline
+        estimate = np.stack([plain, baseline, excess], axis=-1)
         p[:, 2] = (1 + (chance >= plain[:, None] - 1e-12).sum(-1)) / (1 + _PERMUTATIONS)
         if np.unique(group, return_counts=True)[1].min() > 1:
+            within = Jackknife.within(values, counts.tokens[members], group)
+            of_plain = Smooth(values, floor=0.0).bounds_of(within, bootstrap.level)
+            less_chance = replace(within, estimate=excess, bias=within.bias - baseline)
+            of_excess = Smooth(values).bounds_of(less_chance, bootstrap.level)
+            of_chance = np.quantile(chance, [(1 - bootstrap.level) / 2, (1 + bootstrap.level) / 2], axis=-1)
             low, high = np.stack([of_plain, of_chance, of_excess], axis=-1)
     dims = ("layer", "measure")
     data = xr.Dataset(
@@ -147,7 +148,8 @@ def domain_information(
     return described(
         data, trace, bootstrap,
         statistic="domain_information", unit="bits", uniform=0.0, by=list(counts.clusters.by),
-        permutations=_PERMUTATIONS, formula="I(e; D) = sum_eD p(e, D) log2(p(e, D) / (p(e) p(D))), less its mean under "
+        permutations=_PERMUTATIONS, seed=bootstrap.seed, interval=Smooth.how,
+        formula="I(e; D) = sum_eD p(e, D) log2(p(e, D) / (p(e) p(D))), less its mean under "
         "domains permuted over documents", source="Shannon 1948",
     )  # fmt: skip
 
@@ -163,12 +165,17 @@ def _choices(trace: Trace, by: str | Sequence[str]) -> Counts:
     return count(trace, by, shapes, trace.blocks("sequence", "expert_id"), add)
 
 
-def _information(chosen: np.ndarray, group: np.ndarray, resamples: Resamples) -> np.ndarray:
-    """Mutual information [layer, resample] of expert and group, from choices [document, layer, expert]."""
-    joint = np.stack(
-        [Resamples(resamples.weights[:, group == g], 0).sums(chosen[group == g]) for g in np.unique(group)]
-    )
-    return np.stack([mutual_information_bits(of_layer) for of_layer in joint.swapaxes(0, 1)])
+def _information(chosen: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """Mutual information [layer, 1 + document] of expert and group from choices [document, layer, expert].
+
+    Of all documents, and without each.
+    """
+    groups = np.unique(group)
+    found = []
+    for of_layer in chosen.swapaxes(0, 1):
+        own = np.where(group[:, None, None] == groups[:, None], of_layer[:, None], 0.0)
+        found.append(mutual_information_bits(leaving_out(own)))
+    return np.stack(found)
 
 
 def _permuted(chosen: np.ndarray, group: np.ndarray, seed: int) -> np.ndarray:

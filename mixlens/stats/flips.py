@@ -9,6 +9,7 @@ import numpy as np
 import xarray as xr
 
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
+from mixlens.core.intervals import Quantity, Share, Smooth
 from mixlens.errors import BadInput
 from mixlens.stats.agreement import same_shape, side_by_side
 from mixlens.stats.counts import Block, By, count, described, require, summarise
@@ -74,16 +75,21 @@ def flips(a: Trace, b: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) 
         for name, values in zip(names, found, strict=True):
             totals[name][block.clusters] += block.sums(values)
 
-    def measures(sums: dict[str, np.ndarray]) -> np.ndarray:
+    def measures(sums: dict[str, np.ndarray]) -> dict[str, Quantity]:
         n, before = sums["n"], sums["flipped_before"]
-        whole = [sums[name] / n for name in ("changed", "first", "so_far")]
-        after, without = sums["changed_after"] / before, sums["first"] / (n - before)
-        return np.stack([*whole, after, without, after - without], axis=1)
+        after, without = Share(sums["changed_after"], before), Share(sums["first"], n - before)
+        return {
+            "changed": Share(sums["changed"], n),
+            "first_flip": Share(sums["first"], n),
+            "so_far": Share(sums["so_far"], n),
+            "after_flip": after,
+            "without_flip": without,
+            "more_after": Smooth(after.values - without.values),
+        }
 
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(names, (a.n_layers,))
     counts = count(a, by, shapes, side_by_side(a, b, ("expert_id",)), add)
-    labels = ["changed", "first_flip", "so_far", "after_flip", "without_flip", "more_after"]
-    data = summarise(counts, measures, {"measure": labels}, bootstrap, null=np.array([np.nan] * 5 + [0.0]))
+    data = summarise(counts, measures, {}, bootstrap, null=np.array([np.nan] * 5 + [0.0]))
     return described(
         data, a, bootstrap,
         statistic="flips", unit="fraction", source="mixlens",
@@ -159,7 +165,7 @@ def flips_by_margin(
     counts = replace(counts, layers=counts.layers[:n_layers])
     data = summarise(
         counts,
-        lambda sums: sums["flipped"] / sums["choices"],
+        lambda sums: Share(sums["flipped"], sums["choices"]),
         {"margin": MARGINS},
         bootstrap,
         size=(counts.totals["choices"], ("layer", "margin")),

@@ -12,11 +12,12 @@ import pandas as pd
 import xarray as xr
 
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
+from mixlens.core.intervals import Difference, Mean, Quantity, Share
 from mixlens.core.text import row, shown
 from mixlens.errors import visible
 from mixlens.stats.counts import By
-from mixlens.stats.measured import Measured, intervals_by, read_measured, summarised
-from mixlens.stats.next_tokens import LOSSES
+from mixlens.stats.measured import Measured, read_measured, summarised
+from mixlens.stats.next_tokens import losses_of
 
 KIND = "impact"
 # Weights of one model, and whose experts are chosen: its own, or those that the other chose for the same tokens. The
@@ -58,7 +59,7 @@ class Impact:
         return "first", "second"
 
     def quality(self, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
-        """How the two predict the same tokens; measures and intervals as stats.next_tokens, with the divergence exact.
+        """How the two predict the same tokens; measures as stats.next_tokens, with the divergence exact.
 
         kl
             mean KL(p_a || p_b) over the whole vocabulary, nats.
@@ -75,13 +76,12 @@ class Impact:
 
         """
 
-        def measures(sums: dict[str, np.ndarray]) -> np.ndarray:
-            loss, kl, same = (sums[name] / sums["n"] for name in ("loss", "kl", "same_top"))
-            a, b = loss[:, 0], loss[:, 1]
-            return np.stack([a, b, b - a, np.exp(a), np.exp(b), np.exp(b - a), same[:, 1], kl[:, 1]], axis=1)
+        def measures(sums: dict[str, np.ndarray]) -> dict[str, Quantity]:
+            loss, kl, same, n = (sums[name] for name in ("loss", "kl", "same_top", "n"))
+            losses = losses_of(loss[:, 0], loss[:, 1], n)
+            return {**losses, "same_top": Share(same[:, 1], n), "kl": Mean(kl[:, 1], n)}
 
-        names = ("loss", "kl", "same_top")
-        data = summarised(self.sums, names, measures, {"measure": [*LOSSES, "same_top", "kl"]}, by, bootstrap)
+        data = summarised(self.sums, ("loss", "kl", "same_top"), measures, {}, by, bootstrap)
         return self._described(
             data, bootstrap, statistic="quality", unit="nats",
             formula="-mean log p(t); exp of it; 1[argmax p_a = argmax p_b]; mean KL(p_a || p_b)",
@@ -120,13 +120,13 @@ class Impact:
 
         """
 
-        def parts(sums: dict[str, np.ndarray]) -> np.ndarray:
-            values = np.stack([sums["loss"], sums["kl"], -sums["same_top"]], axis=1) / sums["n"]
+        def parts(sums: dict[str, np.ndarray]) -> Difference:
+            values = np.stack([sums["loss"], sums["kl"], -sums["same_top"]], axis=1)
             aa, bb, ba, ab, cast = (values[:, :, i] for i in range(5))
             weights, routing = np.stack([ba - aa, bb - ab], axis=2), np.stack([bb - ba, ab - aa], axis=2)
             both = [np.concatenate([part, part.mean(2, keepdims=True)], axis=2) for part in (weights, routing)]
             arithmetic = np.broadcast_to((cast - aa)[:, :, None], both[0].shape)
-            return np.stack([*both, both[0] + both[1], arithmetic], axis=3)
+            return Difference(np.stack([*both, both[0] + both[1], arithmetic], axis=3), sums["n"])
 
         dims = {
             "quantity": ["loss", "kl", "other_top"],
@@ -152,12 +152,13 @@ class Impact:
         """
         chosen = int(self.meta["top_k"])
 
-        def measures(sums: dict[str, np.ndarray]) -> np.ndarray:
-            return np.stack([sums["same_first"], sums["shared"] / chosen], axis=1) / sums["n"]
+        def measures(sums: dict[str, np.ndarray]) -> dict[str, Quantity]:
+            n = sums["n"]
+            return {"top1": Share(sums["same_first"], n), "overlap": Share(sums["shared"], chosen * n)}
 
         names = ("same_first", "shared")
         sums = self.sums.assign({name: self.sums[name].mean("layer") for name in names}) if pooled else self.sums
-        data = summarised(sums, names, measures, {"measure": ["top1", "overlap"]}, by, bootstrap, tokens="length")
+        data = summarised(sums, names, measures, {}, by, bootstrap, tokens="length")
         return self._described(
             data, bootstrap, statistic="agreement", unit="fraction", formula="mean_t 1[e1 = e1']; mean_t |S and S'| / k"
         )
@@ -184,8 +185,8 @@ class Impact:
 
         """
 
-        def error(sums: dict[str, np.ndarray]) -> np.ndarray:
-            return np.sqrt(sums["error"] / sums["size"])
+        def error(sums: dict[str, np.ndarray]) -> Mean:
+            return Mean(sums["error"], sums["size"], through=np.sqrt)
 
         experts = self.sums.expert.values
         data = summarised(self.sums, ("error", "size"), error, {"expert": experts}, by, bootstrap, tokens="chosen")
@@ -197,7 +198,7 @@ class Impact:
 
     def _described(self, data: xr.Dataset, bootstrap: Bootstrap, **attrs: Any) -> xr.Dataset:
         names = dict(zip(("model", "other"), self.names, strict=True))
-        return data.assign_attrs({**attrs, **intervals_by(bootstrap), **names, "source": "measured by mixlens"})
+        return data.assign_attrs({**attrs, "level": bootstrap.level, **names, "source": "measured by mixlens"})
 
     def overview(self) -> pd.DataFrame:
         """The main numbers, one a row: estimate, ci_low, ci_high, unit, n (tokens)."""

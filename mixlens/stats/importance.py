@@ -9,7 +9,8 @@ import numpy as np
 import xarray as xr
 
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
-from mixlens.stats.measured import Measured, check_kind, intervals_by, predicted_alone, read_measured, summarised
+from mixlens.core.intervals import Difference, Share
+from mixlens.stats.measured import Measured, check_kind, predicted_alone, read_measured, summarised
 
 KIND = "importance"
 
@@ -20,8 +21,7 @@ def expert_importance(
     """Compute how much worse tokens are predicted when an expert is removed from a layer.
 
     sum_d (v_d without the expert - v_d) / sum_d n_d, v_d the loss (or metric) of document d summed over its n_d
-    predicted tokens. Both runs read the same tokens, and documents are drawn with both their values, so the interval
-    is that of the paired difference.
+    predicted tokens. Both runs read the same tokens, so the interval is that of the paired difference.
 
     Parameters
     ----------
@@ -57,7 +57,7 @@ def expert_importance(
     data = summarised(
         measured,
         ("change",),
-        lambda sums: sums["change"] / sums["n"],
+        lambda sums: Difference(sums["change"], sums["n"]),
         {"expert": measured.expert.values},
         by,
         bootstrap,
@@ -66,19 +66,19 @@ def expert_importance(
     share = summarised(
         measured,
         ("chosen",),
-        lambda sums: sums["chosen"] / (measured.attrs["top_k"] * sums["n"]),
+        lambda sums: Share(sums["chosen"], measured.attrs["top_k"] * sums["n"]),
         {"expert": measured.expert.values},
         by,
         bootstrap,
         tokens="length",
     )
-    value = summarised(measured, ("value",), lambda sums: sums["value"] / sums["n"], {}, by, bootstrap)
+    value = summarised(measured, ("value",), lambda sums: Difference(sums["value"], sums["n"]), {}, by, bootstrap)
     return data.assign(share=share["estimate"], value=value["estimate"]).assign_attrs(
         {name: measured.attrs[name] for name in ("model", "metric", "unit", "how")},
         statistic="expert_importance",
         formula="sum_d (v_d without the expert - v_d) / sum_d n_d",
         source="paired ablation, measured by mixlens",
-        **intervals_by(bootstrap),
+        level=bootstrap.level,
     )
 
 

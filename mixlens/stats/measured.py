@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from mixlens.core.bootstrap import Bootstrap
 from mixlens.core.names import OF_STATISTICS, beside
 from mixlens.core.run_dir import open_run
 from mixlens.errors import BadInput
-from mixlens.stats.counts import By, Clusters, Counts, summarise
+from mixlens.stats.counts import By, Clusters, Counts, Statistic, summarise
 from mixlens.trace.shards import read_vocabulary
 
 VOCABULARY = "vocabulary.parquet"
@@ -110,12 +110,13 @@ def predicted_alone(measured: xr.Dataset) -> xr.Dataset:
 def summarised(
     sums: xr.Dataset,
     names: tuple[str, ...],
-    statistic: Callable[[dict[str, np.ndarray]], np.ndarray],
+    statistic: Statistic,
     dims: Mapping[str, Any],
     by: By,
     bootstrap: Bootstrap,
     *,
     tokens: str = "tokens",
+    along: str = "measure",
     null: np.ndarray | float | None = None,
 ) -> xr.Dataset:
     """The Dataset of a statistic of sums over documents `names`, as `counts.summarise` makes it.
@@ -137,10 +138,5 @@ def summarised(
         sums.layer.values if layered else np.zeros(1, np.int64),
     )
     of_size = (size.astype(float), ("layer", "expert")[: size.ndim - 1])
-    data = summarise(counts, statistic, dims, bootstrap, size=of_size, null=null)
+    data = summarise(counts, statistic, dims, bootstrap, size=of_size, along=along, null=null)
     return data if layered else data.isel(layer=0, drop=True)
-
-
-def intervals_by(bootstrap: Bootstrap) -> dict[str, Any]:
-    """How intervals were computed, for the attributes of a Dataset."""
-    return {"level": bootstrap.level, "replicates": bootstrap.replicates, "seed": bootstrap.seed}

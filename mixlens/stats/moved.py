@@ -8,6 +8,7 @@ import numpy as np
 import xarray as xr
 
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
+from mixlens.core.intervals import Difference, Quantity, Share
 from mixlens.stats.agreement import same_shape, side_by_side
 from mixlens.stats.counts import Block, By, count, described, require, summarise
 
@@ -24,7 +25,7 @@ def moved(a: Trace, b: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) 
         N_e(a and b) / N_e(a), the part of its tokens that still choose it; NaN where none did. Independent
         uniform routing gives k/E.
 
-    Tokens are paired, and the bootstrap draws documents with both of their routings.
+    Tokens are paired, and a document counts with both of its routings.
 
     Parameters
     ----------
@@ -67,15 +68,16 @@ def moved(a: Trace, b: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) 
             for name, chosen in (("before", before), ("after", after), ("both", before & after)):
                 totals[name][block.clusters, layer] += block.sums(chosen)
 
-    def measures(sums: dict[str, np.ndarray]) -> np.ndarray:
-        change = (sums["after"] - sums["before"]) / (a.top_k * sums["n"])
-        return np.stack([change, sums["both"] / sums["before"]], axis=2)
+    def measures(sums: dict[str, np.ndarray]) -> dict[str, Quantity]:
+        return {
+            "share_change": Difference(sums["after"] - sums["before"], a.top_k * sums["n"]),
+            "kept": Share(sums["both"], sums["before"]),
+        }
 
     shapes = {"before": shape, "after": shape, "both": shape}
     counts = count(a, by, shapes, side_by_side(a, b, ("expert_id",)), add)
     uniform = [0.0, a.top_k / a.n_experts]
-    dims = {"expert": range(a.n_experts), "measure": ["share_change", "kept"]}
-    data = summarise(counts, measures, dims, bootstrap, null=np.array(uniform))
+    data = summarise(counts, measures, {"expert": range(a.n_experts)}, bootstrap, null=np.array(uniform))
     return described(
         data, a, bootstrap,
         statistic="moved", unit="fraction", uniform=uniform,

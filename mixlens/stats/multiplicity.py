@@ -83,15 +83,11 @@ def p_against(
     return np.where(known, np.maximum(p, np.exp2(1 - np.maximum(n, 1))), np.nan)
 
 
-def skewness(values: np.ndarray, n_left_out: int) -> np.ndarray:
-    """Skewness [...] of an estimate from its values in `Resamples` [..., resample]: jackknife, else bootstrap."""
-    jackknife = n_left_out >= 2
-    draws = -values[..., 1 : 1 + n_left_out] if jackknife else values[..., 1 + n_left_out :]
-    known = np.isfinite(draws)
-    count = np.maximum(known.sum(-1), 1)
-    far = np.where(known, draws, 0)
-    far = np.where(known, far - (far.sum(-1) / count)[..., None], 0)
+def skewness(values: np.ndarray) -> np.ndarray:
+    """Skewness [...] of an estimate from its values of all documents and without each [..., 1 + document]."""
+    influence = -values[..., 1:]
+    known = np.isfinite(influence)
+    far = np.where(known, influence, 0)
+    far = np.where(known, far - (far.sum(-1) / np.maximum(known.sum(-1), 1))[..., None], 0)
     squares, cubes = np.einsum("...r,...r->...", far, far), np.einsum("...r,...r,...r->...", far, far, far)
-    # A document's influence is a part of the estimate's spread, a draw is a value of the estimate.
-    skew = np.divide(cubes, squares**1.5, out=np.zeros_like(cubes), where=squares > 0)
-    return skew if jackknife else skew * np.sqrt(count)
+    return np.divide(cubes, squares**1.5, out=np.zeros_like(cubes), where=squares > 0)

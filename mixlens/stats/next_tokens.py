@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -10,6 +10,7 @@ import numpy as np
 import xarray as xr
 
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
+from mixlens.core.intervals import Difference, Mean, Quantity, Share
 from mixlens.stats.agreement import same_shape, side_by_side
 from mixlens.stats.counts import Block, By, count, described, require, summarise
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
 _TOP = ("top_id", "top_logprob", "tail_logprob")
 _ROWS = 1024  # tokens at a time: 4 MB of pairs of stored tokens
-LOSSES = ("loss_a", "loss_b", "loss_difference", "perplexity_a", "perplexity_b", "perplexity_ratio")
 
 
 def next_tokens(a: Trace, b: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
@@ -39,7 +39,7 @@ def next_tokens(a: Trace, b: Trace, *, by: By = None, bootstrap: Bootstrap = DEF
         and all others as a single outcome. By the data-processing inequality joining outcomes never makes the
         divergence larger; measure_impact gives the exact one.
 
-    The bootstrap draws documents with the values of both runs. All measures are over the same tokens: those with one
+    A document counts with the values of both runs. All measures are over the same tokens: those with one
     before them in their sequence.
 
     Parameters
@@ -93,9 +93,17 @@ def next_tokens(a: Trace, b: Trace, *, by: By = None, bootstrap: Bootstrap = DEF
     predicted = counts.totals.pop("predicted")
     counts = replace(counts, layers=counts.layers[:1])
     missing = {} if has_top else {"missing": "same_top and kl_at_least need top_logprobs in both traces"}
-    data = summarise(
-        counts, _measures(has_top), {"measure": [*LOSSES, "same_top", "kl_at_least"]}, bootstrap, size=(predicted, ())
-    )
+
+    def measures(sums: dict[str, np.ndarray]) -> dict[str, Quantity]:
+        same, divergence = np.moveaxis(sums["apart"] if has_top else np.nan * sums["apart"], 1, 0)
+        a, b = np.moveaxis(sums["losses"], 1, 0)
+        return {
+            **losses_of(a, b, sums["n"]),
+            "same_top": Share(same, sums["n"]),
+            "kl_at_least": Mean(divergence, sums["n"]),
+        }
+
+    data = summarise(counts, measures, {}, bootstrap, size=(predicted, ()))
     return described(
         data.isel(layer=0, drop=True), a, bootstrap,
         statistic="next_tokens", unit="nats", source="mixlens; Cover and Thomas 2006, section 2.8 (data processing)",
@@ -104,13 +112,16 @@ def next_tokens(a: Trace, b: Trace, *, by: By = None, bootstrap: Bootstrap = DEF
     )  # fmt: skip
 
 
-def _measures(has_top: bool) -> Callable[[dict[str, np.ndarray]], np.ndarray]:
-    def measures(sums: dict[str, np.ndarray]) -> np.ndarray:
-        a, b = np.moveaxis(sums["losses"] / sums["n"], 1, 0)
-        same, divergence = np.moveaxis(sums["apart"] / (sums["n"] if has_top else np.nan), 1, 0)
-        return np.stack([a, b, b - a, np.exp(a), np.exp(b), np.exp(b - a), same, divergence], axis=1)
-
-    return measures
+def losses_of(a: np.ndarray, b: np.ndarray, n: np.ndarray) -> dict[str, Quantity]:
+    """Losses and perplexities of two runs from sums of their losses over n tokens."""
+    return {
+        "loss_a": Mean(a, n),
+        "loss_b": Mean(b, n),
+        "loss_difference": Difference(b - a, n),
+        "perplexity_a": Mean(a, n, through=np.exp),
+        "perplexity_b": Mean(b, n, through=np.exp),
+        "perplexity_ratio": Difference(b - a, n, through=np.exp),
+    }
 
 
 def _apart(block: Block, rows: np.ndarray) -> np.ndarray:

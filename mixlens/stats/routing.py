@@ -10,6 +10,7 @@ import numpy as np
 import xarray as xr
 
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
+from mixlens.core.intervals import Largest, Mean, Quantity, Share, Smooth
 from mixlens.errors import BadInput, MissingSignal
 from mixlens.stats.counts import JIANG, Block, By, count, described, require, summarise
 from mixlens.stats.softmax import BLOCK_OF_LOGITS, entropy_bits, second_largest, softmax_tiles
@@ -68,10 +69,9 @@ def expert_share(trace: Trace, *, by: By = None, slot: str = "any", bootstrap: B
     counts = count(trace, by, shapes, trace.blocks("sequence", "expert_id"), add)
     data = summarise(
         counts,
-        lambda sums: sums["chosen"] / (n_slots * sums["n"]),
+        lambda sums: Share(sums["chosen"], n_slots * sums["n"]),
         {"expert": range(trace.n_experts)},
         bootstrap,
-        proportion=True,
         null=1 / trace.n_experts,
     )
     return described(
@@ -94,8 +94,9 @@ def load_balance(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT)
         probability; balanced k, collapsed onto k experts at most E (Fedus et al. 2021, eq. 4, per layer). NaN
         without router_logits, which attrs["missing"] then says.
 
-    All three are biased upwards in small samples; the estimate is the plain one, the interval is corrected for it.
-    max_over_mean has no interval with fewer than 64 documents, which would cover too little.
+    All three are biased upwards in small samples; the estimate is the plain one, the interval is for the true value,
+    and reaches up to the estimate where that lies above it. The interval of cv is that of its square, which behaves
+    better near balance; that of max_over_mean comes from the bounds of the shares that may be the largest.
 
     Parameters
     ----------
@@ -137,18 +138,21 @@ def load_balance(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT)
             np.divide(exponential, total[:, None], out=probability[..., tokens])
         totals["probability"][block.clusters] += block.sums(probability)
 
-    def measures(sums: dict[str, np.ndarray]) -> np.ndarray:
-        chosen, mean = sums["chosen"], sums["chosen"].mean(-2)
-        switch = trace.n_experts * (chosen * sums["probability"]).sum(-2) / sums["n"] ** 2
-        return np.stack([chosen.std(-2) / mean, chosen.max(-2) / mean, switch], axis=-2)
+    def measures(sums: dict[str, np.ndarray]) -> dict[str, Quantity]:
+        chosen, tokens = sums["chosen"], sums["n"]
+        return {
+            "cv": Smooth((chosen.std(-2) / chosen.mean(-2)) ** 2, floor=0.0, through=np.sqrt),
+            "max_over_mean": Largest(
+                chosen, trace.top_k * tokens, through=lambda share: np.maximum(share * trace.n_experts, 1)
+            ),
+            "switch_loss": Smooth(trace.n_experts * (chosen * sums["probability"]).sum(-2) / tokens**2, floor=0.0),
+        }
 
     shape = (trace.n_layers, trace.n_experts)
     shapes = {"chosen": shape, "probability": shape}
     blocks = trace.blocks(*names, tokens=BLOCK_OF_LOGITS)
     counts = count(trace, by, shapes, blocks, add)
-    dims = {"measure": ["cv", "max_over_mean", "switch_loss"]}
-    # The busiest expert of few documents is often another than that of many.
-    data = summarise(counts, measures, dims, bootstrap, floor=np.array([0.0, 1.0, 0.0]), fewest=np.array([2, 64, 2]))
+    data = summarise(counts, measures, {}, bootstrap)
     missing = {} if has_logits else {"missing": "switch_loss needs router_logits"}
     return described(
         data, trace, bootstrap,
@@ -197,13 +201,13 @@ def load_entropy(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT)
         for layer, ids in enumerate(block.by_layer("expert_id")):
             totals["chosen"][block.clusters, layer] += block.count(ids, trace.n_experts)
 
-    def entropy(sums: dict[str, np.ndarray]) -> np.ndarray:
+    def entropy(sums: dict[str, np.ndarray]) -> Smooth:
         share = sums["chosen"] / sums["chosen"].sum(-2, keepdims=True)
-        return -(share * np.log2(np.where(share > 0, share, 1))).sum(-2)
+        return Smooth(-(share * np.log2(np.where(share > 0, share, 1))).sum(-2), floor=0.0)
 
     shapes = {"chosen": (trace.n_layers, trace.n_experts)}
     counts = count(trace, by, shapes, trace.blocks("sequence", "expert_id"), add)
-    data = summarise(counts, entropy, {}, bootstrap, floor=0.0)
+    data = summarise(counts, entropy, {}, bootstrap)
     most = float(np.log2(trace.n_experts))
     data["ci_high"] = data["ci_high"].clip(max=most)
     return described(
@@ -255,7 +259,7 @@ def routing_entropy(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAU
     shapes = {"bits": (trace.n_layers,)}
     blocks = trace.blocks("sequence", "router_logits", tokens=BLOCK_OF_LOGITS)
     counts = count(trace, by, shapes, blocks, add)
-    data = summarise(counts, lambda sums: sums["bits"] / sums["n"], {}, bootstrap)
+    data = summarise(counts, lambda sums: Mean(sums["bits"], sums["n"]), {}, bootstrap)
     return described(
         data, trace, bootstrap,
         statistic="routing_entropy", unit="bits", uniform=float(np.log2(trace.n_experts)),
@@ -329,7 +333,7 @@ def router_confidence(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEF
     counts = count(trace, by, shapes, blocks, add)
     data = summarise(
         counts,
-        lambda sums: sums["measures"] / sums["n"],
+        lambda sums: Mean(sums["measures"], sums["n"]),
         {"measure": ["p1", "p1_minus_p2", "w2_over_w1"]},
         bootstrap,
     )
@@ -408,11 +412,10 @@ def position_profile(
     counts = count(trace, by, shapes, trace.blocks("sequence", "position", "expert_id"), add)
     data = summarise(
         counts,
-        lambda sums: sums["chosen"] / sums["chosen"].sum(-2, keepdims=True),
+        lambda sums: Share(sums["chosen"], sums["chosen"].sum(-2, keepdims=True)),
         {"position_bin": _bin_names(starts), "expert": range(trace.n_experts)},
         bootstrap,
         size=(counts.totals.pop("tokens"), ("position_bin",)),
-        proportion=True,
         null=1 / trace.n_experts,
     )
     data = data.transpose(*counts.clusters.by, "position_bin", "layer", "expert").assign_coords(

@@ -11,7 +11,8 @@ import numpy as np
 import xarray as xr
 
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
-from mixlens.stats.counts import PROPORTION, By, Summed, require, summed_by
+from mixlens.core.intervals import Share
+from mixlens.stats.counts import By, Summed, require, summed_by
 
 if TYPE_CHECKING:
     from mixlens.trace.trace import Trace
@@ -67,7 +68,7 @@ def simultaneous(
     estimate, dims = data["estimate"], data["estimate"].dims
     low = (estimate - (estimate - data["ci_low"]) * wider).transpose(*dims)
     high = (estimate + (data["ci_high"] - estimate) * wider).transpose(*dims)
-    if data.attrs["interval"] == PROPORTION:
+    if data.attrs["interval"] == Share.how:
         low, high = low.clip(0, 1), high.clip(0, 1)
     cells = int(np.isfinite(low).sum())
     return data.assign(ci_low=low, ci_high=high).assign_attrs(reach=reach, simultaneous=cells)
@@ -75,7 +76,7 @@ def simultaneous(
 
 def _furthest(summed: Summed, bootstrap: Bootstrap, stream: int) -> np.ndarray:
     """[replicate] the largest distance of any cell from its mean, in standard deviations of the cell."""
-    draws = bootstrap.resample(summed.n, stream).weights[-bootstrap.replicates :]
+    draws = bootstrap.draw(summed.n, stream)
     furthest = np.zeros(len(draws))
     for layers in summed.chunks():
         values = summed.values(layers, draws)

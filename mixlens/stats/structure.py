@@ -10,6 +10,7 @@ import numpy as np
 import xarray as xr
 
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
+from mixlens.core.intervals import Share, Smooth
 from mixlens.errors import BadInput
 from mixlens.stats.counts import JIANG, OLMOE, Block, By, count, described, require, summarise
 
@@ -74,11 +75,10 @@ def repetition(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -
     counts = count(trace, by, shapes, blocks, add)
     data = summarise(
         counts,
-        lambda sums: sums["repeated"] / sums["n"],
+        lambda sums: Share(sums["repeated"], sums["n"]),
         {"choice": ["first", "either"]},
         bootstrap,
         size=(counts.totals.pop("pairs"), ()),
-        proportion=True,
         null=np.array(uniform),
     )
     return described(
@@ -144,11 +144,10 @@ def coactivation(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT)
     off_diagonal = np.where(np.eye(e, dtype=bool), np.nan, 1.0)[..., None]
     data = summarise(
         counts,
-        lambda sums: (k - 1) * sums["together"] / sums["together"].sum(-2, keepdims=True) * off_diagonal,
+        lambda sums: Share(sums["together"] * off_diagonal, sums["together"].sum(-2, keepdims=True) / (k - 1)),
         {"expert": range(e), "expert_j": range(e)},
         bootstrap,
         size=(together.sum(-1) / (k - 1), ("layer", "expert")),
-        proportion=True,
         null=(k - 1) / (e - 1),
     )
     return described(
@@ -218,19 +217,22 @@ def transitions(trace: Trace, *, by: By = None, gap: int = 1, bootstrap: Bootstr
     moves, layers = counts.totals["moves"], np.array(here)
     data = summarise(
         counts,
-        lambda sums: sums["moves"] / sums["moves"].sum(-2, keepdims=True),
+        lambda sums: Share(sums["moves"], sums["moves"].sum(-2, keepdims=True)),
         {"layer": layers, "expert": range(e), "expert_j": range(e)},
         bootstrap,
         size=(moves.sum(-1), ("layer", "expert")),
-        proportion=True,
         null=1 / e,
     )
     information = summarise(
-        counts, lambda sums: mutual_information_bits(sums["moves"]), {"layer": layers}, bootstrap, floor=0.0, fewest=20
+        counts,
+        lambda sums: Smooth(mutual_information_bits(sums["moves"]), floor=0.0, fewest=20),
+        {"layer": layers},
+        bootstrap,
     )
     data = data.assign(
         mi_bits=information["estimate"], mi_ci_low=information["ci_low"], mi_ci_high=information["ci_high"]
     )
+    data.attrs["interval"] += f"; mi: {information.attrs['interval']}"
     return described(
         data, trace, bootstrap,
         statistic="transitions", unit="fraction", uniform=1 / e, gap=gap,

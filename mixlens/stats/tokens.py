@@ -14,6 +14,7 @@ import pandas as pd
 import xarray as xr
 
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
+from mixlens.core.intervals import Difference, Share
 from mixlens.errors import BadInput
 from mixlens.stats.contexts import BACK_OFF, Features, layer_groups, occurrences, predictions
 from mixlens.stats.counts import (
@@ -46,8 +47,9 @@ def vocabulary_specialization(
     any slot (Muennighoff et al. 2024, eq. 8). The maximum is biased upwards for rare types: compare only numbers with
     the same min_count and about the same number of tokens.
 
-    The interval takes the types and the best expert of each as given: documents are resampled in the linear
-    approximation of the mean, since the counts of every type cannot be kept for every document.
+    The interval is for the mean over other samples of as many documents, and shares the upward bias: it is no interval
+    for infinitely many. It takes the types and the best expert of each as given, in the linear approximation of the
+    mean, since the counts of every type cannot be kept for every document.
 
     Parameters
     ----------
@@ -110,9 +112,9 @@ def vocabulary_specialization(
 
         parts.append(count(trace, clusters, {"share": (len(layers),), "tokens": ()}, trace.blocks(*columns), add))
     counts = _joined(parts, "share")
-    data = summarise(
-        counts, lambda sums: sums["share"] / sums["n"], {}, bootstrap, size=(parts[0].totals["tokens"], ())
-    )
+    tokens = parts[0].totals["tokens"]
+    data = summarise(counts, lambda sums: Difference(sums["share"], sums["n"]), {}, bootstrap, size=(tokens, ()))
+    data.attrs["interval"] += ", for as many documents"
     data["n_types"] = (tuple(clusters.by), types.n_of_group.reshape(clusters.shape))
     return described(
         data, trace, bootstrap,
@@ -131,8 +133,9 @@ def predictability(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAUL
     token_and_previous
         the expert most frequent for the token and the one before it: what context adds, at least.
 
-    Documents are dealt into 5 folds; each is predicted from the others. Each distribution is smoothed with the coarser
-    one, worth 4 observations: p(e | x) is proportional to N_xe + 4 p(e), p(e | x, previous) to N_yxe + 4 p(e | x).
+    Documents are dealt into 5 folds; each is predicted from the others. The interval is for other documents predicted
+    by these same predictors, which it holds fixed. Each distribution is smoothed with the coarser one, worth 4
+    observations: p(e | x) is proportional to N_xe + 4 p(e), p(e | x, previous) to N_yxe + 4 p(e | x).
     Pairs of tokens are hashed into 2**24 buckets, of which the 131,072 most frequent, seen at least twice, are kept.
 
     Parameters
@@ -184,10 +187,11 @@ def predictability(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAUL
         parts.append(count(trace, clusters, {"correct": (len(layers), 3)}, blocks, add))
     data = summarise(
         _joined(parts, "correct"),
-        lambda sums: sums["correct"] / sums["n"],
+        lambda sums: Share(sums["correct"], sums["n"]),
         {"measure": ["majority", "token", "token_and_previous"]},
         bootstrap,
     )
+    data.attrs["interval"] += ", the predictors held fixed"
     return described(
         data, trace, bootstrap,
         statistic="predictability", unit="fraction", folds=n_folds, back_off=BACK_OFF,

@@ -9,7 +9,8 @@ import numpy as np
 import xarray as xr
 
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
-from mixlens.stats.measured import Measured, check_kind, intervals_by, predicted_alone, read_measured, summarised
+from mixlens.core.intervals import Difference, Mean, Quantity, Share
+from mixlens.stats.measured import Measured, check_kind, predicted_alone, read_measured, summarised
 
 KIND = "topk"
 
@@ -55,22 +56,29 @@ def topk_sweep(
     of_k, of_experts = {"k": ks}, {"k": ks, "expert": measured.expert.values}
     sums = predicted_alone(measured).transpose("document", "layer", "k", "expert")
 
-    def losses(sums: dict[str, np.ndarray]) -> np.ndarray:
-        return np.stack([sums["loss"], sums["loss"] - sums["loss"][:, [own]]], axis=1) / sums["n"]
+    def losses(sums: dict[str, np.ndarray]) -> dict[str, Quantity]:
+        loss = sums["loss"]
+        return {"loss": Mean(loss, sums["n"]), "change": Difference(loss - loss[:, [own]], sums["n"])}
 
-    both = summarised(sums, ("loss",), losses, {"quantity": ["loss", "change"], **of_k}, by, bootstrap)
+    both = summarised(sums, ("loss",), losses, of_k, by, bootstrap, along="quantity")
     loss, change = (both.sel(quantity=name, drop=True) for name in ("loss", "change"))
     share = summarised(
         sums,
         ("chosen",),
-        lambda sums: sums["chosen"] / (sums["n"] * ks[:, None, None]),
+        lambda sums: Share(sums["chosen"], sums["n"] * ks[:, None, None]),
         of_experts,
         by,
         bootstrap,
         tokens="length",
     )
     first = summarised(
-        sums, ("first_weight",), lambda sums: sums["first_weight"] / sums["n"], of_k, by, bootstrap, tokens="length"
+        sums,
+        ("first_weight",),
+        lambda sums: Mean(sums["first_weight"], sums["n"]),
+        of_k,
+        by,
+        bootstrap,
+        tokens="length",
     )
     return loss.assign(
         change=change["estimate"],
@@ -85,7 +93,7 @@ def topk_sweep(
         formula="sum_d v_dk / sum_d n_d",
         source="every k on the same tokens, measured by mixlens",
         model=measured.attrs["model"],
-        **intervals_by(bootstrap),
+        level=bootstrap.level,
     )
 
 

@@ -7,6 +7,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from helpers import loops
 from helpers.streams import LEVELS, Known, bench_of, runs, spread, timed
 from hypothesis import given, settings
 from scipy import stats
@@ -193,7 +194,17 @@ def test_the_interval_of_a_mean_draws_requests_and_not_chunks():
     chunks, tpot = (data.sel(metric=m, statistic="mean") for m in ("inter_chunk_s", "tpot_s"))
     assert (chunks.n.item(), chunks.n_requests.item()) == (9 * 12, 12)
     assert (chunks.ci_low.item(), chunks.ci_high.item()) == pytest.approx((tpot.ci_low.item(), tpot.ci_high.item()))
-    draws = np.random.default_rng(1).choice(gap, (20_000, 12)).mean(1)
-    reach = np.sqrt(12 / 11) * stats.t.ppf(0.975, 11)
-    bounds = np.percentile(draws, [100 * stats.norm.cdf(-reach), 100 * stats.norm.cdf(reach)])
-    assert (tpot.ci_low.item(), tpot.ci_high.item()) == pytest.approx(bounds, rel=0.06)
+    rows = [np.array([g, 1]) for g in gap]
+    bounds = loops.interval(rows, lambda s: s[0] / s[1], [1] * 12, 0.95, "mean")
+    assert (tpot.ci_low.item(), tpot.ci_high.item()) == pytest.approx(bounds)
+
+
+def test_gaps_of_one_request_count_for_fewer_than_gaps_of_many():
+    """Every request has one gap throughout: a hundred of them bound no percentile that twelve requests do not."""
+    gap = np.sort(spread(12, 8)[1])
+    data = bench_of([timed(i, 0.1, g, n=10) for i, g in enumerate(gap)]).summary().isel(level=0)
+    chunks, tpot = (data.sel(metric=m, statistic="p50") for m in ("inter_chunk_s", "tpot_s"))
+    assert chunks.n.item() == 9 * 12
+    assert chunks.ci_low.item() <= tpot.ci_low.item() * 1.3
+    assert chunks.ci_high.item() >= tpot.ci_high.item() / 1.3
+    assert np.isinf(data.sel(metric="inter_chunk_s", statistic="p95").ci_high.item())

@@ -9,10 +9,10 @@ import pandas as pd
 import pytest
 from helpers.displayed import numbers
 from helpers.refusals import refused
+from scipy import stats
 from scipy.stats import binom, binomtest, false_discovery_control
 
 from mixlens import compare
-from mixlens.core.bootstrap import Bootstrap
 from mixlens.errors import BadInput
 from mixlens.evals.log import Log
 from mixlens.evals.paired import compare_logs, mcnemar, paired_difference
@@ -72,27 +72,40 @@ def test_counts_and_scores_are_those_of_nested_loops():
     assert table.n["quiz"] == 80
 
 
-def test_the_interval_is_that_of_a_loop_over_samples():
+def test_the_interval_of_right_and_wrong_is_that_of_bonett_and_price():
     rng = np.random.default_rng(1)
-    a = rng.integers(0, 2, 300).astype(float)
-    b = np.where(rng.random(300) < 0.2, 1 - a, a)
-    task = np.repeat(["x", "y", "z"], 100)
-    _, low, high = paired_difference(a, b, task, Bootstrap(replicates=4000))
-    draws = []
-    for _ in range(4000):
-        drawn = [i for of in ("x", "y", "z") for i in rng.choice(np.flatnonzero(task == of), 100)]
-        draws.append(np.mean(b[drawn] - a[drawn]))
-    assert [low, high] == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=0.006)
+    a = rng.integers(0, 2, 40).astype(float)
+    b = np.where(rng.random(40) < 0.2, 1 - a, a)
+    gained, lost = ((b > a).sum() + 1) / 42, ((a > b).sum() + 1) / 42
+    half = stats.norm.ppf(0.95) * np.sqrt((gained + lost - (gained - lost) ** 2) / 42)
+    _, low, high = paired_difference(a, b, np.zeros(40), 0.9)
+    assert (low, high) == pytest.approx((gained - lost - half, gained - lost + half))
 
 
-def test_the_interval_covers_the_truth_as_often_as_it_says():
-    rng = np.random.default_rng(2)
-    covered = 0
-    for _ in range(50):
-        a, b = (rng.random((2, 150)) < [[0.6], [0.5]]).astype(float)
-        _, low, high = paired_difference(a, b, np.zeros(150), Bootstrap(replicates=300))
-        covered += low <= -0.1 <= high
-    assert covered >= 43  # of 47.5; fewer in one run of 100
+def test_the_interval_of_other_scores_is_that_of_t_within_tasks():
+    rng = np.random.default_rng(1)
+    a, b = rng.random((2, 60))
+    task = np.repeat(["x", "y", "z"], 20)
+    within = sum(((d := (b - a)[task == name]) - d.mean()) @ (d - d.mean()) for name in "xyz")
+    half = stats.t.ppf(0.975, 57) * np.sqrt(within / 57 / 60)
+    _, low, high = paired_difference(a, b, task, 0.95)
+    assert (low, high) == pytest.approx(((b - a).mean() - half, (b - a).mean() + half))
+
+
+@pytest.mark.parametrize("n", [3, 8, 20, 100])
+@pytest.mark.parametrize("flips", [(0.05, 0.05), (0.3, 0.1)])
+def test_the_interval_covers_the_truth_as_often_as_it_says(n, flips):
+    """Every outcome by its probability: exact."""
+    covered, gained, lost = 0.0, *flips
+    outcomes = [(g, w) for g in range(n + 1) for w in range(n + 1 - g)]
+    for g, w in outcomes:
+        a, b = np.repeat([0.0, 1.0, 1.0], [g, w, n - g - w]), np.repeat([1.0, 0.0, 1.0], [g, w, n - g - w])
+        chance = stats.multinomial.pmf([g, w, n - g - w], n, [gained, lost, 1 - gained - lost])
+        if chance > 1e-7:
+            _, low, high = paired_difference(a, b, np.zeros(n), 0.95)
+            covered += chance * (low <= gained - lost <= high)
+    assert 0.94 <= covered
+    assert covered <= 0.97 or n * (gained + lost) < 10
 
 
 def test_swapping_the_logs_turns_everything_round():
@@ -107,7 +120,7 @@ def test_what_the_data_says_in_a_sentence():
     right, wrong = [1.0] * 50, [0.0] * 50
     better = compare_logs(log({"x": wrong}), log({"x": right}, "two"))
     assert better.verdicts() == [
-        "x: one 0.000, two 1.000 on the same 50 samples. two is better than one: +1.000 [+1.000, +1.000] "
+        "x: one 0.000, two 1.000 on the same 50 samples. two is better than one: +1.000 [+0.887, +1.000] "
         "(0 right in one only, 50 in two only; p < 0.0001)."
     ]
     mixed = compare_logs(log({"x": [1.0, 0.0, *right]}), log({"x": [0.0, 1.0, *right]}, "two"))
@@ -122,10 +135,10 @@ def test_what_the_data_says_in_a_sentence():
 @pytest.mark.parametrize(
     ("n", "only_a", "only_b", "said"),
     [
-        (40, 0, 5, "The data cannot tell them apart: +0.125 [+0.025, +0.225] (0 right in one only, 5 in two only; "
-                   "p = 0.0625). The bootstrap interval alone leaves out 0; the exact test leads, since at any number"),
-        (300, 36, 56, "two is better than one: +0.067 [+0.000, +0.127] (36 right in one only, 56 in two only; "
-                      "p = 0.0470). The bootstrap interval does not leave out 0; the exact test leads, since"),
+        (40, 0, 5, "The data cannot tell them apart: +0.125 [+0.001, +0.237] (0 right in one only, 5 in two only; "
+                   "p = 0.0625). The interval alone leaves out 0; the exact test leads, since at any number"),
+        (300, 36, 56, "two is better than one: +0.067 [+0.004, +0.129] (36 right in one only, 56 in two only; "
+                      "p = 0.0470)."),
         (40, 0, 6, "two is better than one: "),
         (40, 3, 4, "The data cannot tell them apart: "),
     ],
@@ -175,7 +188,7 @@ def subjects(seed: int, better: int = 0) -> pd.DataFrame:
     b = {task: np.where(rng.random(60) < 0.2, rng.integers(0, 2, 60), right) for task, right in a.items()}
     b |= {f"s{i}": np.where(rng.random(60) < 0.8, 1.0, b[f"s{i}"]) for i in range(better)}
     sides = (log({t: v.tolist() for t, v in x.items()}, name) for x, name in ((a, "one"), (b, "two")))
-    compared = compare_logs(*sides, bootstrap=Bootstrap(replicates=10))
+    compared = compare_logs(*sides)
     return compared.table.set_index("task")
 
 
@@ -245,7 +258,7 @@ def test_compare_takes_two_logs_and_shows_them():
 @pytest.mark.parametrize("n", [1, 2])
 def test_every_pattern_of_few_samples_has_an_interval_that_holds_its_difference(n):
     for a, b in itertools.product(itertools.product((0.0, 1.0), repeat=n), repeat=2):
-        difference, low, high = paired_difference(np.array(a), np.array(b), np.zeros(n), Bootstrap(replicates=20))
+        difference, low, high = paired_difference(np.array(a), np.array(b), np.zeros(n), 0.95)
         assert np.isnan(low) if n == 1 else low <= difference <= high
 
 
@@ -299,16 +312,16 @@ def test_near_ties_of_accuracy_by_length_are_a_characters():
     assert by_length["gap"].tolist() == pytest.approx([5e-5])
 
 
-def test_samples_are_drawn_within_their_task_and_not_over_all():
+def test_samples_vary_within_their_task_and_not_over_all():
     """All of one task gained, most of another not: within tasks nearly nothing varies, over all a third does."""
     a = np.zeros(120)
     b = np.concatenate([np.ones(40), np.zeros(78), np.ones(2)])
     task = np.repeat([0, 1], [40, 80])
-    difference, low, high = paired_difference(a, b, task, Bootstrap(replicates=4000))
-    within = np.sqrt(80 * (2 / 80) * (78 / 80)) / 120 * np.sqrt(120 / 118)
+    difference, low, high = paired_difference(a, b, task, 0.95)
+    within = np.sqrt(80 * (2 / 80) * (78 / 80)) / 120
     over_all = np.sqrt(0.35 * 0.65 / 120)
     assert difference == pytest.approx(42 / 120)
-    assert (high - low) / 2 == pytest.approx(1.98 * within, rel=0.15)
+    assert (high - low) / 2 == pytest.approx(1.96 * within, rel=0.45)  # one more gained and one lost
     assert (high - low) / 2 < over_all
 
 

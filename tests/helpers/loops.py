@@ -1,4 +1,4 @@
-"""Formulas of the statistics in nested loops over plain arrays, and the interval written out draw by draw."""
+"""Formulas of the statistics in nested loops over plain arrays, and intervals by leaving out each document in turn."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from scipy import stats as scipy_stats
 
-import mixlens as ml
 from helpers.traces import Made
 
 
@@ -16,54 +15,75 @@ def interval(
     documents: Sequence[np.ndarray],
     statistic: Callable[[np.ndarray], float],
     sizes: Sequence[float],
-    bootstrap: ml.stats.Bootstrap,
-    stream: int,
-    floor: float | None = None,
-    *,
-    proportion: bool = False,
+    level: float,
+    kind: str,
+    floor: float = -math.inf,
 ) -> tuple[float, float]:
-    """Bounds of a statistic of the documents' sums, from draws by numpy and Student's t by scipy.
+    """Bounds of a statistic of the documents' sums from leaving out each, with scipy's distributions.
 
-    Below 64 documents those of the jackknife; of a proportion of tokens, of which some are there and some are not,
-    Korn and Graubard's.
-
-    sizes   what each document has to say, for the effective number of documents
-    stream  number of the group; each has draws of its own
-    floor   smallest value of a statistic that is biased, whose bias is taken off twice
+    sizes  what each document has below the line, or its tokens
+    kind   share, mean, difference (whose documents are [above, below]) or smooth
     """
-    table, n = np.array(documents, float), len(documents)
+    tail = (1 - level) / 2
     if sum(size > 0 for size in sizes) < 2:
         return math.nan, math.nan
-    estimate = statistic(table.sum(0))
-    drawn = np.random.default_rng([bootstrap.seed, stream]).integers(n, size=(bootstrap.replicates, n))
-    replicates = np.array([statistic(table[rows].sum(0)) for rows in drawn])
-    replicates = replicates[np.isfinite(replicates)]
-    left_out = np.array([statistic(np.delete(table, one, 0).sum(0)) for one in range(n)])
-    left_out = left_out[np.isfinite(left_out)]
-    jackknife = math.sqrt((n - 1) * np.var(left_out))
-    of_draws = math.sqrt(n / (n - 1)) * np.std(replicates)
-    effective = max(sum(sizes) ** 2 / sum(size**2 for size in sizes), 1.01)
-    t = scipy_stats.t.ppf((1 + bootstrap.level) / 2, max(effective - 1, 1))
-    reach = math.sqrt(effective / (effective - 1)) * t
-    if proportion:
-        z = scipy_stats.norm.ppf((1 + bootstrap.level) / 2)
-        tokens = min(estimate * (1 - estimate) / jackknife**2 * (z / reach) ** 2, sum(sizes))
-        hits, tail = estimate * max(tokens, 1), (1 - bootstrap.level) / 2
-        rest = max(tokens, 1) - hits
-        return scipy_stats.beta.ppf(tail, hits, rest + 1), scipy_stats.beta.ppf(1 - tail, hits + 1, rest)
-    if n < 64:
-        centre = estimate if floor is None else estimate - (n - 1) * (left_out.mean() - estimate)
-        low, high = centre - reach * jackknife, centre + reach * jackknife
-        if floor is not None:
-            low, high = max(low, floor), max(high, floor)
-        return min(low, estimate), max(high, estimate)
-    wider = min(max(jackknife / of_draws, 1), 1.5) if of_draws > 0 else 1
-    tail = scipy_stats.norm.cdf(-wider * reach)
-    low, high = np.quantile(replicates, [tail, 1 - tail])
-    if floor is not None:
-        bias = replicates.mean() - estimate
-        low, high = max(low - 2 * bias, floor), max(high - 2 * bias, floor)
+    estimate, error, bias, freedom = jackknife(documents, statistic, sizes)
+    reach = scipy_stats.t.ppf(1 - tail, freedom) * error
+    if kind == "share":
+        z = scipy_stats.norm.ppf(1 - tail)
+        tokens = effective_number(sizes)
+        if 0 < estimate < 1 and error > 0:
+            tokens = estimate * (1 - estimate) * (z / reach) ** 2
+        tokens = max(tokens, min(1, sum(sizes)))
+        hits, rest = estimate * tokens, (1 - estimate) * tokens
+        low = 0.0 if estimate == 0 else scipy_stats.beta.ppf(tail, hits, rest + 1)
+        return low, 1.0 if estimate == 1 else scipy_stats.beta.ppf(1 - tail, hits + 1, rest)
+    if kind == "mean":
+        return gamma_bounds(estimate, reach, tail, 3)
+    if kind == "difference":
+        parts, more = [], min(1, 5 / effective_number(sizes))
+        for sign in (1, -1):
+            part = [np.array([max(sign * above, 0.0), below]) for above, below in documents]
+            mean, own, _, df = jackknife(part, statistic, sizes)
+            parts.append((mean, own, *gamma_bounds(mean, scipy_stats.t.ppf(1 - tail, df) * own, tail, more)))
+        (p, of_p, p_low, p_high), (m, of_m, m_low, m_high) = parts
+        r = (of_p**2 + of_m**2 - error**2) / (2 * of_p * of_m) if of_p * of_m > 0 else 0
+        below = math.sqrt(max((p - p_low) ** 2 + (m_high - m) ** 2 - 2 * r * (p - p_low) * (m_high - m), reach**2))
+        above = math.sqrt(max((p_high - p) ** 2 + (m - m_low) ** 2 - 2 * r * (p_high - p) * (m - m_low), reach**2))
+        return estimate - below, estimate + above
+    low, high = max(estimate - bias - reach, floor), max(estimate - bias + reach, floor)
     return min(low, estimate), max(high, estimate)
+
+
+def jackknife(
+    documents: Sequence[np.ndarray], statistic: Callable[[np.ndarray], float], sizes: Sequence[float]
+) -> tuple[float, float, float, float]:
+    """Estimate, standard error, bias and degrees of freedom."""
+    table, n = np.array(documents, float), len(documents)
+    estimate = statistic(table.sum(0))
+    left_out = [statistic(np.delete(table, one, 0).sum(0)) for one in range(n)]
+    left_out = [value for value in left_out if math.isfinite(value)]
+    mean = sum(left_out) / len(left_out)
+    squares = [(value - mean) ** 2 for value in left_out]
+    effective = effective_number(sizes)
+    error = (n - 1) / n * math.sqrt(effective / (effective - 1) * sum(squares))
+    freedom = effective - 1
+    if sum(squares) > 1e-24:
+        excess = n * sum(square**2 for square in squares) / sum(squares) ** 2 - 3
+        freedom = min(freedom, 2 * n / (max(excess, 0) + 2 * n / (n - 1)))
+    return estimate, error, (n - 1) * (mean - estimate), max(freedom, 1)
+
+
+def gamma_bounds(mean: float, reach: float, tail: float, more: float) -> tuple[float, float]:
+    if reach < 1e-12:
+        return mean, mean
+    events = (mean * scipy_stats.norm.ppf(1 - tail) / reach) ** 2
+    low, high = scipy_stats.gamma.ppf(tail, events), scipy_stats.gamma.ppf(1 - tail, events + more)
+    return low * mean / events, high * mean / events
+
+
+def effective_number(sizes: Sequence[float]) -> float:
+    return max(sum(sizes) ** 2 / sum(size**2 for size in sizes), 1.01)
 
 
 def tokens_of(case: Made, group: str | None = None, column: str = "domain") -> list[int]:

@@ -1,4 +1,4 @@
-"""Statistics of measurements against loops over their sums: every number, and intervals draw by draw."""
+"""Statistics of measurements against loops over their sums: every number, and intervals document by document."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from scipy import stats as scipy_stats
 import mixlens as ml
 from mixlens.stats import Bootstrap
 
-QUICK = Bootstrap(replicates=40, seed=5, level=0.9)
+QUICK = Bootstrap(seed=5, level=0.9)
 INNER = ("document", "layer", "expert")
-# Two groups of equally many documents, so that a stream of draws shared by both would show.
 DOMAIN = np.array(["y", "x", "y", "x", "x", "y", "y", "x", "y", "x"], object)
 TOKENS = np.array([9, 4, 0, 12, 7, 5, 21, 6, 3, 8])  # of which one document predicts nothing
 LENGTH = TOKENS + np.array([1, 2, 1, 1, 3, 1, 1, 1, 2, 1])
@@ -31,10 +30,10 @@ def assert_interval(low, high, expected) -> None:
     np.testing.assert_allclose([float(low), float(high)], expected, rtol=2e-3, atol=2e-4)
 
 
-def ratio_by_hand(sums: np.ndarray, counts: np.ndarray, members: np.ndarray, stream: int) -> tuple[float, float]:
+def ratio_by_hand(sums: np.ndarray, counts: np.ndarray, members: np.ndarray, kind: str) -> tuple[float, float]:
     rows = [np.array([sums[d], counts[d]]) for d in members]
     with np.errstate(invalid="ignore", divide="ignore"):
-        return loops.interval(rows, lambda s: s[0] / s[1], counts[members], QUICK, stream)
+        return loops.interval(rows, lambda s: s[0] / s[1], counts[members], QUICK.level, kind)
 
 
 def members_of(domain: str) -> np.ndarray:
@@ -53,8 +52,8 @@ def test_importance():
     found = ml.stats.expert_importance(measured, by="domain", bootstrap=QUICK)
     assert found.layer.values.tolist() == [2, 5]
     assert (found.attrs["unit"], found.attrs["how"], found.attrs["model"]) == ("nats", "zero", "m")
-    assert (found.attrs["level"], found.attrs["replicates"], found.attrs["seed"]) == (0.9, 40, 5)
-    for stream, domain in enumerate("xy"):
+    assert found.attrs["level"] == 0.9
+    for domain in "xy":
         members = members_of(domain)
         here = found.sel(domain=domain)
         assert (int(here.n), int(here.n_documents)) == (TOKENS[members].sum(), len(members))
@@ -64,7 +63,9 @@ def test_importance():
                 cell = here.sel(layer=layer, expert=e)
                 assert float(cell.estimate) == pytest.approx(change[members, i, e].sum() / TOKENS[members].sum())
                 assert float(cell.share) == pytest.approx(chosen[members, i, e].sum() / (2 * LENGTH[members].sum()))
-                assert_interval(cell.ci_low, cell.ci_high, ratio_by_hand(change[:, i, e], TOKENS, members, stream))
+                assert_interval(
+                    cell.ci_low, cell.ci_high, ratio_by_hand(change[:, i, e], TOKENS, members, "difference")
+                )
 
 
 def test_topk():
@@ -81,7 +82,7 @@ def test_topk():
     found = ml.stats.topk_sweep(measured, by="domain", bootstrap=QUICK)
     assert found.k.values.tolist() == ks
     assert (found.attrs["own_k"], found.attrs["unit"]) == (2, "nats")
-    for stream, domain in enumerate("xy"):
+    for domain in "xy":
         members = members_of(domain)
         n, length = TOKENS[members].sum(), LENGTH[members].sum()
         assert (int(found.n.sel(domain=domain)), int(found.n_documents.sel(domain=domain))) == (n, len(members))
@@ -89,8 +90,8 @@ def test_topk():
             cell, change = found.sel(domain=domain, k=k), loss[:, i] - loss[:, 1]
             assert float(cell.estimate) == pytest.approx(loss[members, i].sum() / n)
             assert float(cell.change) == pytest.approx(change[members].sum() / n)
-            assert_interval(cell.ci_low, cell.ci_high, ratio_by_hand(loss[:, i], TOKENS, members, stream))
-            assert_interval(cell.change_low, cell.change_high, ratio_by_hand(change, TOKENS, members, stream))
+            assert_interval(cell.ci_low, cell.ci_high, ratio_by_hand(loss[:, i], TOKENS, members, "mean"))
+            assert_interval(cell.change_low, cell.change_high, ratio_by_hand(change, TOKENS, members, "difference"))
             np.testing.assert_allclose(cell.share, chosen[members, i].sum(0) / (length * k))
             np.testing.assert_allclose(cell.first_weight, first[members, i].sum(0) / length)
 
@@ -101,7 +102,8 @@ def test_contributions(measure):
     shape = (len(number), 2, 2)
     ids = np.stack([RANDOM.permuted(np.tile(np.arange(4), (*shape[:2], 1)), axis=-1)[..., i] for i in (0, 1)], -1)
     data = {name: RANDOM.normal(size=shape).astype(np.float32) for name in ("logit", "norm", "peak", "weight")}
-    data["peak"] = abs(data["peak"])
+    data["peak"], data["norm"] = abs(data["peak"]), abs(data["norm"])
+    kind = {"logit": "difference", "norm": "mean"}[measure]
     data["logit"][np.cumsum(LENGTH) - 1] = np.nan
     contributions = xr.Dataset(
         {name: (("token", "layer", "slot"), values) for name, values in (data | {"expert_id": ids}).items()},
@@ -111,7 +113,7 @@ def test_contributions(measure):
     found = ml.stats.expert_contribution(contributions, measure=measure, by="domain", bootstrap=QUICK)
     assert found.attrs["measure"] == measure
     assert found.attrs["unit"] == {"logit": "logits", "norm": "norm"}[measure]
-    for stream, domain in enumerate("xy"):
+    for domain in "xy":
         members = np.flatnonzero(DOMAIN == domain)
         assert int(found.n_documents.sel(domain=domain)) == 5
         for layer in range(2):
@@ -125,7 +127,7 @@ def test_contributions(measure):
                 assert float(cell.estimate) == pytest.approx(sums[members].sum() / counts[members].sum(), abs=1e-6)
                 here = hits & np.isin(number, members)[:, None]
                 assert float(cell.max_abs) == pytest.approx(float(data["peak"][:, layer][here].max()))
-                assert_interval(cell.ci_low, cell.ci_high, ratio_by_hand(sums, counts, members, stream))
+                assert_interval(cell.ci_low, cell.ci_high, ratio_by_hand(sums, counts, members, kind))
 
 
 def test_groups_without_a_document_have_no_contribution():
@@ -213,19 +215,19 @@ def test_chance_and_excess_of_information_about_domains():
     permuted = found.sel(measure="permuted")
     assert float(permuted.estimate) == pytest.approx(np.mean(chance))
     np.testing.assert_allclose([permuted.ci_low, permuted.ci_high], np.quantile(chance, [0.05, 0.95]), rtol=1e-6)
-    weights = np.zeros((QUICK.replicates, 12))
-    for stream in (0, 1):
-        members = np.flatnonzero(group == stream)
-        drawn = np.random.default_rng([QUICK.seed, stream]).integers(6, size=(QUICK.replicates, 6))
-        for row, picks in enumerate(drawn):
-            for pick in picks:
-                weights[row, members[pick]] += 1
-    values = np.array([information(row) for row in weights])
-    estimate = information(np.ones(12))
-    lengths = case.lengths
-    effective = lengths.sum() ** 2 / (lengths**2).sum()
-    reach = math.sqrt(effective / (effective - 2)) * scipy_stats.t.ppf(0.95, effective - 2)
-    tail = scipy_stats.norm.cdf(-reach)
-    centred = values - values.mean() + estimate - np.mean(chance)
-    excess = found.sel(measure="excess")
-    np.testing.assert_allclose([excess.ci_low, excess.ci_high], np.quantile(centred, [tail, 1 - tail]), rtol=5e-3)
+    whole, variance, bias = information(np.ones(12)), 0.0, 0.0
+    for one in (0, 1):
+        members = np.flatnonzero(group == one)
+        left_out = np.array([information(np.arange(12) != d) for d in members])
+        sizes = case.lengths[members]
+        effective = sizes.sum() ** 2 / (sizes**2).sum()
+        variance += (5 / 6) ** 2 * effective / (effective - 1) * ((left_out - left_out.mean()) ** 2).sum()
+        bias += 5 * (left_out.mean() - whole)
+    freedom = min(np.array([loops.effective_number(case.lengths[group == g]) - 1 for g in (0, 1)]))
+    reach = scipy_stats.t.ppf(0.95, freedom) * math.sqrt(variance)
+    plain, excess = found.sel(measure="mutual_information"), found.sel(measure="excess")
+    expected = min(max(whole - bias - reach, 0), whole), max(whole - bias + reach, whole)
+    np.testing.assert_allclose([plain.ci_low, plain.ci_high], expected, rtol=1e-6)
+    beside = whole - np.mean(chance)
+    expected = min(whole - bias - reach, beside), max(whole - bias + reach, beside)
+    np.testing.assert_allclose([excess.ci_low, excess.ci_high], expected, rtol=1e-6)

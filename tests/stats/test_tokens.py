@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 import numpy as np
 import pandas as pd
 import pytest
+from helpers import loops
 from helpers.refusals import refused
 
 from mixlens.errors import BadInput, MissingSignal
@@ -50,18 +51,16 @@ def test_vocabulary_specialization_of_rare_types_only_is_nan(make_trace):
 
 
 def test_vocabulary_specialization_interval_is_that_of_a_linear_mean(make_trace):
-    """With one type the statistic is the share of one expert, so the interval must be that share's."""
+    """With one type the statistic is the share of one expert, and so is what a document adds to it."""
     trace = make_trace(n_documents=60, vocabulary=1, n_layers=1)
     found = vocabulary_specialization(trace)
     sequences, first = trace.read("sequence"), trace.read("expert_id")[:, 0]
     best = np.bincount(first.ravel()).argmax()
     documents = trace.sequences["document_id"].to_numpy()[sequences]
     table = pd.DataFrame({"document": documents, "hit": (first == best).any(1)}).groupby("document")["hit"]
-    hits, sizes = table.sum().to_numpy(), table.count().to_numpy()
-    draws = np.random.default_rng(5).multinomial(60, np.full(60, 1 / 60), size=4000)
-    spread = np.std(draws @ hits / (draws @ sizes))
-    width = (found["ci_high"] - found["ci_low"]).item()
-    assert 2 * 1.96 * spread < width < 2 * 1.96 * spread * 1.25
+    rows = [np.array(row, float) for row in zip(table.sum(), table.count(), strict=True)]
+    expected = loops.interval(rows, lambda s: s[0] / s[1], table.count().tolist(), 0.95, "difference")
+    np.testing.assert_allclose([found["ci_low"].item(), found["ci_high"].item()], expected, rtol=0.02)
 
 
 def predicted_by_hand(trace, tokens_of, layer, folds):
