@@ -22,8 +22,9 @@ from measuring import header
 
 import mixlens as ml
 from mixlens.core.bootstrap import DEFAULT
+from mixlens.core.intervals import Difference, Mean
 from mixlens.stats import impact as impacts
-from mixlens.stats.measured import Measured
+from mixlens.stats.measured import Measured, summarised
 
 SHARES = np.array([0.25, 0.2, 0.15, 0.12, 0.1, 0.08, 0.06, 0.04])
 EXPERTS, LAYERS, TYPES = 8, 16, 16
@@ -113,8 +114,8 @@ def by_document(rng: Random, n: int, spread: float, layers: int, groups: int) ->
         "effect": effect,
         "norm": size * chosen,
         "error": 0.01 * rng.gamma(2 / spread, spread, inner) * size * chosen,
-        "loss": 2 * rng.gamma(4 / spread, spread / 4, (n * groups, 4)).cumsum(1) * long[:, None],
-        "same": rng.binomial(long[:, None], rng.beta(9 / spread, 1 / spread, (n * groups, 4))),
+        "loss": 2 * rng.gamma(4 / spread, spread / 4, (n * groups, 5)).cumsum(1) * long[:, None],
+        "same": rng.binomial(long[:, None], rng.beta(9 / spread, 1 / spread, (n * groups, 5))),
         "shared": rng.binomial(long[:, None], rng.beta(9 / spread, 1 / spread, (n * groups, layers))),
     }
 
@@ -130,7 +131,7 @@ def importance(of: dict[str, np.ndarray], columns: pd.DataFrame) -> xr.Dataset:
 
 def swept(of: dict[str, np.ndarray], columns: pd.DataFrame) -> xr.Dataset:
     chosen = np.broadcast_to(of["chosen"][:, None], (len(columns), 4, *of["chosen"].shape[1:]))
-    data = {"loss": (("document", "k"), of["loss"]), "chosen": (("document", "k", "layer", "expert"), chosen)}
+    data = {"loss": (("document", "k"), of["loss"][:, :4]), "chosen": (("document", "k", "layer", "expert"), chosen)}
     data |= {"first_weight": (("document", "k", "layer"), chosen[..., 0].astype(float))}
     data |= dict.fromkeys(("tokens", "length"), ("document", of["long"]))
     coords = {"k": [1, 2, 3, 4], "layer": range(chosen.shape[2]), "expert": range(EXPERTS)}
@@ -140,7 +141,7 @@ def swept(of: dict[str, np.ndarray], columns: pd.DataFrame) -> xr.Dataset:
 
 def changed(of: dict[str, np.ndarray], columns: pd.DataFrame) -> impacts.Impact:
     arrays = dict.fromkeys(("tokens", "length"), of["long"])
-    arrays |= {"loss": of["loss"], "kl": 0.1 * of["loss"], "same_top": of["same"], "chosen": of["chosen"]}
+    arrays |= {"loss": of["loss"], "kl": 0.1 * of["loss"], "same_top": 1.0 * of["same"], "chosen": of["chosen"]}
     arrays |= {"same_first": of["shared"], "shared": of["shared"], "error": of["error"], "size": of["norm"]}
     arrays["weight_error"] = np.zeros((1, of["chosen"].shape[1], EXPERTS, 3))
     names = {"model": {"name": "a"}, "other": {"name": "b"}, "top_k": 1, "force_weights": "own"}
@@ -149,19 +150,22 @@ def changed(of: dict[str, np.ndarray], columns: pd.DataFrame) -> impacts.Impact:
 
 def contributed(of: dict[str, np.ndarray], columns: pd.DataFrame, measure: str) -> xr.Dataset:
     """One token for each choice would be slow: the sums are handed over where they are added up."""
-    from mixlens.core.intervals import Difference, Mean
-    from mixlens.stats.measured import ratio
-
     kind, sums = (Difference, of["effect"]) if measure == "logit" else (Mean, of["norm"])
-    parts = [ratio(kind, sums[members], of["chosen"][members], DEFAULT) for members in _groups(columns)]
-    dims = ("group", "layer", "expert")
-    names = ("estimate", "ci_low", "ci_high")
-    arrays = (np.stack(part) for part in zip(*parts, strict=True))
-    return xr.Dataset({name: (dims, array) for name, array in zip(names, arrays, strict=True)})
-
-
-def _groups(columns: pd.DataFrame) -> list[np.ndarray]:
-    return [np.flatnonzero(columns["group"] == g) for g in columns["group"].unique()]
+    inner = ("document", "layer", "expert")
+    documents = xr.Dataset(
+        {"sum": (inner, sums), "chosen": (inner, of["chosen"]), "length": ("document", of["long"])},
+        {"layer": range(sums.shape[1]), "expert": range(EXPERTS), "group": ("document", columns["group"])},
+    )
+    experts = {"expert": range(EXPERTS)}
+    return summarised(
+        documents,
+        ("sum", "chosen"),
+        lambda sums: kind(sums["sum"], sums["chosen"]),
+        experts,
+        "group",
+        DEFAULT,
+        tokens="chosen",
+    )
 
 
 def found(rng: Random, n: int, spread: float, layers: int, groups: int, names: set[str]) -> Iterator[tuple[str, Any]]:
