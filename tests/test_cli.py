@@ -59,6 +59,27 @@ def test_stats_for_a_person_and_as_csv(run, capsys, tmp_path):
     assert table.groupby("layer")["estimate"].sum().tolist() == pytest.approx([1] * 8)
 
 
+def test_options_come_from_a_file(corpus, capsys, tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        f"out: {tmp_path / 'run'}\nlimit: 3\njson: true\ndry-run: true\nmax-length: 64\n"
+    )
+    asked = ["record", "demo", str(corpus), "--overlong", "truncate", "--config", str(tmp_path / "run.yaml")]
+    assert cli.main(asked) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["documents"], told["longest_tokens"]) == (3, 64)
+    assert cli.main([*asked, "--limit", "2"]) == 0  # the command line comes first
+    assert json.loads(capsys.readouterr().out)["documents"] == 2
+
+
+@pytest.mark.parametrize("content", [None, "limits: 3", "limit: many", "a: [", "word", "limit: 0"])
+def test_a_file_of_options_that_is_wrong_is_refused(corpus, capsys, tmp_path, content):
+    if content is not None:
+        (tmp_path / "run.yaml").write_text(content)
+    asked = ["record", "demo", str(corpus), "--out", str(tmp_path / "run"), "--config", str(tmp_path / "run.yaml")]
+    assert cli.main([*asked, "--dry-run"]) == cli.EXIT_USAGE
+    assert "Traceback" not in capsys.readouterr().err
+
+
 def test_a_dry_run_says_what_a_run_then_does(run, corpus, capsys, tmp_path, monkeypatch):
     asked = ["record", "demo", str(corpus), "--out", str(tmp_path / "new"), "--device-map", "cpu"]
     with monkeypatch.context() as patch:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TextIO
 
 from cyclopts import App, CycloptsError, Parameter
+from cyclopts.config import Yaml
 
 from mixlens.errors import BadInput, MixlensError, visible
 
@@ -54,7 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     as_json = "--json" in argv
     try:
+        app.config = _configured(argv)
         command, bound, _ = app.parse_args(argv, exit_on_error=False, print_error=False)
+        as_json = getattr(bound.arguments.get("output"), "json", as_json)
+    except BadInput as error:
+        return _fail(error, EXIT_USAGE, as_json=as_json)
     except CycloptsError as error:
         return _fail(BadInput(_usage(error, argv), argument=_named(error)), EXIT_USAGE, as_json=as_json)
     try:
@@ -75,6 +80,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader (head, a pager) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return EXIT_DONE
+
+
+def _configured(argv: Sequence[str]) -> tuple[Yaml, ...]:
+    """Return the file of --config, whose keys are options; those on the command line come first.
+
+    Raises BadInput for a file that cannot be read.
+    """
+    named = [after for word, after in zip(argv, [*argv[1:], ""], strict=True) if word == "--config"]
+    named += [word.partition("=")[2] for word in argv if word.startswith("--config=")]
+    if not named:
+        return ()
+    file = Yaml(named[-1], must_exist=True, use_commands_as_keys=False)
+    try:
+        if isinstance(file.config, dict):
+            return (file,)
+        why = "it holds no options"
+    except Exception as error:  # of the YAML library, which cyclopts passes on, or of the file
+        why = " ".join(str(error).split())
+    raise BadInput(
+        f"Cannot read the options in {named[-1]}: {why}. Write one option a line, as in max-length: 512.",
+        argument="--config",
+        value=named[-1],
+    )
 
 
 def _usage(error: CycloptsError, argv: Sequence[str]) -> str:

@@ -116,10 +116,13 @@ class Output:
         Print the result as JSON.
     quiet
         Print the result only: no progress, no remarks on loading.
+    config
+        YAML file of options, by the same names; those on the command line come first.
     """
 
     json: bool = False
     quiet: bool = False
+    config: str | None = None
 
     @property
     def progress(self) -> bool:
