@@ -15,6 +15,7 @@ from mixlens.errors import RunError
 Statistic = Literal[
     "expert_share",
     "load_balance",
+    "load_entropy",
     "routing_entropy",
     "router_confidence",
     "repetition",
@@ -23,6 +24,7 @@ Statistic = Literal[
     "position_profile",
     "domain_specialization",
     "domain_information",
+    "domain_distance",
     "vocabulary_specialization",
     "predictability",
 ]

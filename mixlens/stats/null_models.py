@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xarray as xr
 
-from mixlens.core.bootstrap import Bootstrap
+from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.errors import BadInput
 from mixlens.stats.counts import require, with_ids
 from mixlens.stats.multiplicity import with_survivors
@@ -31,7 +31,7 @@ def null_model(
     *,
     given: str = "token",
     permutations: int = 199,
-    seed: int = 0,
+    bootstrap: Bootstrap = DEFAULT,
 ) -> xr.Dataset:
     """Compare a statistic with its values where routing depends on one thing alone.
 
@@ -57,8 +57,8 @@ def null_model(
         What routing depends on.
     permutations : int, optional
         Number of shuffles; the least p is one over one more.
-    seed : int, optional
-        Of the shuffles.
+    bootstrap : Bootstrap, optional
+        How intervals are computed; its seed is also that of the shuffles.
 
     Returns
     -------
@@ -80,7 +80,8 @@ def null_model(
     >>> found["excess"].dims
     ('layer', 'choice')
     """
-    require(trace, "null_model", "expert_id", *({"token": ["token_id"], "position": ["position"]}.get(given, [])))
+    needed = {"token": ["token_id"], "position": ["position"]}.get(given, [])
+    require(trace, "null_model", "expert_id", *needed, bootstrap=bootstrap)
     if given not in _GIVEN:
         raise BadInput(
             f"Cannot compute a null model given {given!r}: routing may be given {', '.join(_GIVEN)}. Pass one of them.",
@@ -94,10 +95,9 @@ def null_model(
             value=permutations,
         )
     trace = with_ids(trace, "null_model") if given == "token" else trace
-    data, quick = statistic(trace), Bootstrap(replicates=10)
-    shuffled = np.stack([
-        statistic(one, bootstrap=quick)["estimate"].to_numpy() for one in _shuffles(trace, given, permutations, seed)
-    ])  # fmt: skip
+    data, quick = statistic(trace, bootstrap=bootstrap), Bootstrap(replicates=10)
+    shuffles = _shuffles(trace, given, permutations, bootstrap.seed)
+    shuffled = np.stack([statistic(one, bootstrap=quick)["estimate"].to_numpy() for one in shuffles])
     estimate, level = data["estimate"], float(data.attrs["level"])
     expected = shuffled.mean(0)
     far = np.abs(shuffled - expected) >= np.abs(estimate.to_numpy() - expected) - 1e-12

@@ -78,7 +78,9 @@ def test_a_chain_over_layers_forgets_what_lies_two_layers_back():
 
 def test_the_same_seed_gives_the_same_shuffles_and_lines_are_dotted():
     trace = routed(3, "token")
-    one, two, other = (null(trace, STATS.repetition, "position", seed=seed) for seed in (1, 1, 2))
+    one, two, other = (
+        null(trace, STATS.repetition, "position", bootstrap=STATS.Bootstrap(seed=seed)) for seed in (1, 1, 2)
+    )
     np.testing.assert_array_equal(one.expected, two.expected)
     assert (one.expected != other.expected).any()
     ax = ml.show.repetition(one, choice="either")
