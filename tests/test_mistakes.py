@@ -95,7 +95,7 @@ COMMANDS = [
     (f"impact demo good.jsonl {OUT}", "BadInput", "--quantization"),
     (f"pareto demo good.jsonl {OUT} --schemes nf4,int4", "BadInput", "--schemes"),
     (f"pareto demo good.jsonl {OUT} --schemes nf4 --scores run", "BadInput", "--scores"),
-    (f"pareto demo good.jsonl {OUT} --schemes nf4 --scores nf4=run", "RunError", "path"),
+    (f"pareto demo good.jsonl {OUT} --schemes nf4 --scores nf4=run", "RunError", "kind"),
     # models
     (f"record owner/unknown good.jsonl {OUT}", "ModelError", "model"),
     (f"record ./nowhere good.jsonl {OUT}", "ModelError", "model"),

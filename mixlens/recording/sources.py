@@ -44,6 +44,7 @@ _NOT_TEXT = {
     b"\xfe\xff": "text in UTF-16",
 }
 _NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")  # as JSON writes numbers: 007 is text
+_COLUMN = re.compile(r"\w[\w.-]*( [\w.-]+)*")  # unlike a line of prose with commas
 _TRUTH = {"true": True, "True": True, "false": False, "False": False}
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
@@ -107,7 +108,11 @@ def documents(
     with _faults(name):
         rows = list(islice(_rows(source, text, split, limit), limit))
     if not rows:
-        raise BadInput(f"Cannot read documents from {name}: it holds none.", argument="source", value=name)
+        raise BadInput(
+            f"Cannot read documents from {name}: it holds none. Pass a file or a folder with texts.",
+            argument="source",
+            value=name,
+        )
     return [_document(row, f"document {number} of {name}", text, columns) for number, row in enumerate(rows)]
 
 
@@ -237,7 +242,7 @@ def _opened(file: BinaryIO, name: str, text: str, limit: int | None) -> Iterator
         if separator is not None:
             yield from _table(lines, separator, text, limit)
         else:
-            yield from _json_or_prose(lines, name, suffix in _JSON)
+            yield from _json_or_prose(lines, name, text, suffix in _JSON)
 
 
 def _zstandard(file: BinaryIO) -> Any:
@@ -259,8 +264,12 @@ def _separator(header: str, suffix: str, text: str) -> str | None:
     """What divides the columns of a table, which is named so or whose header names the text; None for no table."""
     header = header[:_HEADER]
     columns = {separator: next(csv.reader([header], delimiter=separator), []) for separator in ",;\t"}
-    named = [separator for separator, names in columns.items() if len(names) > 1 and text in names]
-    if named and header[:1] not in "[{":
+    named = [
+        separator
+        for separator, names in columns.items()
+        if len(names) > 1 and text in names and all(map(_COLUMN.fullmatch, names))
+    ]
+    if named:
         return named[0]
     if suffix == ".csv":
         return max(columns, key=lambda separator: len(columns[separator]))
@@ -288,7 +297,7 @@ def _typed(values: list[str | None]) -> list[Any]:
     return list(values)
 
 
-def _json_or_prose(lines: io.TextIOWrapper, name: str, is_json: bool) -> Iterator[Any]:
+def _json_or_prose(lines: io.TextIOWrapper, name: str, text: str, is_json: bool) -> Iterator[Any]:
     """JSON Lines where the first line is a whole value and others follow, else one JSON value, else prose.
 
     is_json  whether the file is named so, and what is not JSON is refused
@@ -308,7 +317,7 @@ def _json_or_prose(lines: io.TextIOWrapper, name: str, is_json: bool) -> Iterato
             raise _no_json(name, getattr(error, "lineno", 1), error) from error
         found = None
     if found is None:
-        yield {"document_id": name, "text": whole}
+        yield {"document_id": name, text: whole}
     elif isinstance(found, list):
         yield from found
     else:

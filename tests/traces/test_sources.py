@@ -131,6 +131,13 @@ def test_what_is_no_document_is_refused_by_name(tmp_path, name):
     assert name in str(caught.value)
 
 
+@pytest.mark.parametrize("prose", ["text, more text\nand more", "[text], (text)\n", "text\nof lines", '{"text": 1\n'])
+def test_prose_stays_prose(tmp_path, prose):
+    (tmp_path / "a.txt").write_text(prose)
+    for text in ("text", "body"):
+        assert [document["text"] for document in ml.documents(tmp_path / "a.txt", text=text)] == [prose]
+
+
 def test_a_bad_line_is_named_among_blank_ones(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n\n{"text": "b"}\nnot json\n')
     with refused(ml.BadInput, "source", 4):
