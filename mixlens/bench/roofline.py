@@ -14,7 +14,7 @@ from mixlens.bench.events import Record
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.core.intervals import Smooth, leaving_out, with_bounds
 from mixlens.endpoints.protocols import TOKEN, Event
-from mixlens.errors import MissingSignal
+from mixlens.errors import MissingSignal, ModelError
 
 PHASES = ("prefill", "decode")
 # What a forward of a phase did, on average over the measured calls.
@@ -56,7 +56,17 @@ class Sizes:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Sizes:
-        """From config.json's content, as `model.config.to_dict()` gives it."""
+        """From config.json's content, as `model.config.to_dict()` gives it.
+
+        Raises ModelError for families other than Mixtral.
+        """
+        if config.get("model_type", "mixtral") != "mixtral":
+            raise ModelError(
+                f"Cannot count the bytes and flops of a {config['model_type']} model: those of Mixtral alone are "
+                "known. Time it with bench.Endpoint behind a server instead.",
+                argument="model_type",
+                value=config["model_type"],
+            )
         layers, hidden, inner = (config[k] for k in ("num_hidden_layers", "hidden_size", "intermediate_size"))
         heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
         width = config.get("head_dim") or hidden // heads

@@ -39,7 +39,7 @@ def _signals(_type: Any, tokens: Sequence[Token]) -> tuple[str, ...]:
 
     names = _names(_type, tokens)
     try:
-        parse_signals(names, n_layers=1)  # names only; layers are those of the model
+        parse_signals(names, layers=[0])  # names only; layers are those of the model
     except BadInput as error:
         raise ValueError(str(error)) from error
     return names

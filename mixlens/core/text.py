@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -42,3 +42,9 @@ def shown(overview: pd.DataFrame) -> pd.DataFrame:
         return f"{numbers[0]}{sign} [{interval}]"
 
     return pd.DataFrame({"": overview.apply(text, axis=1), "n": overview["n"].map("{:,}".format)})
+
+
+def numbered(numbers: Sequence[int]) -> str:
+    """Numbers as a range where they are one: "0 to 31", "1, 3, 5"."""
+    contiguous = len(numbers) > 2 and numbers[-1] - numbers[0] == len(numbers) - 1
+    return f"{numbers[0]} to {numbers[-1]}" if contiguous else ", ".join(map(str, numbers))

@@ -15,7 +15,15 @@ from transformers import DynamicCache
 from mixlens.errors import BadInput
 from mixlens.interventions.edits import ablate, edit
 from mixlens.interventions.hooks import refuse_partial
-from mixlens.models.layout import decoder_of, input_device, moe_layers, n_experts, only_layers, refuse_sharded
+from mixlens.models.layout import (
+    decoder_of,
+    input_device,
+    moe_layers,
+    n_experts,
+    only_layers,
+    refuse_indirect,
+    refuse_sharded,
+)
 from mixlens.recording.hooks import Tap
 from mixlens.recording.logprobs import score
 from mixlens.recording.reader import batches
@@ -63,10 +71,11 @@ class Ablator:
         self.moe_layers = moe_layers(model)
         self.n_experts = n_experts(model)
         sites = [Site(name) for name in ("attn_out", "moe_in", "resid_post")]
-        self._signals = parse_signals(sites, len(self.moe_layers))
+        self._signals = parse_signals(sites, [layer.index for layer in self.moe_layers])
         self._columns = 0
         refuse_partial(model)
         refuse_sharded(model, "ablate experts")
+        refuse_indirect(model, "ablate every expert")
 
     @torch.inference_mode()
     def measure(self, sequences: list[np.ndarray], batch_tokens: int) -> Costs:

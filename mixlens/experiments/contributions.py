@@ -14,7 +14,7 @@ from torch import nn
 
 from mixlens.errors import BadInput
 from mixlens.interventions.hooks import top_k_of
-from mixlens.models.layout import decoder_of, final_scale, moe_layers, n_experts
+from mixlens.models.layout import decoder_of, final_scale, moe_layers, n_experts, refuse_indirect
 from mixlens.models.provenance import describe
 from mixlens.models.quantization.linears import dequantized
 from mixlens.recording.corpus import Corpus, RecordSettings, Shard, lengths_of, measure_documents, sum_documents
@@ -70,7 +70,7 @@ def expert_outputs(
     n, norm, weighted, largest = np.zeros((4, layers, count))
     total = torch.zeros(layers, count, hidden, dtype=torch.float64)
     corpus = Corpus.of(model, documents, tokenizer, settings)
-    with Reader(model, parse_signals(["expert_out"], layers), corpus.batch_tokens) as reader:
+    with Reader(model, parse_signals(["expert_out"], range(layers)), corpus.batch_tokens) as reader:
         for shard in corpus.shards():
             for _, picked, raw, _ in reader.placed([piece.ids for piece in shard.pieces]):
                 for layer, output in raw["expert_out"].items():
@@ -148,6 +148,7 @@ def measure_contributions(
     ('token', 'layer', 'slot')
     """
     last = len(moe_layers(model)) - 1
+    refuse_indirect(model, "measure contributions")
     if len(choices := set(top_k_of(model).values())) > 1:
         raise BadInput(
             f"Cannot measure contributions: layers choose {sorted(choices)} experts a token, and a contribution has "
@@ -155,7 +156,7 @@ def measure_contributions(
             argument="top_k",
             value=sorted(choices),
         )
-    signals = parse_signals(["expert_out", Site("resid_post", (last,))], last + 1)
+    signals = parse_signals(["expert_out", Site("resid_post", (last,))], range(last + 1))
     corpus = Corpus.of(model, documents, tokenizer, settings)
 
     def measure(shard: Shard) -> dict[str, np.ndarray]:

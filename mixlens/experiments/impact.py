@@ -195,7 +195,7 @@ class _Pair:
     def _read(self, model: Any, batch: _Batch, outputs: dict[str, np.ndarray] | None = None) -> _Pass:
         """The batch through a model as it is now; errors of expert outputs are added to the sums `outputs`."""
         order, states, ids, weights = [], [], [], []
-        signals = parse_signals([] if outputs is None else ["moe_in"], len(self.layers))
+        signals = parse_signals([] if outputs is None else ["moe_in"], [layer.index for layer, _ in self.layers])
         with Reader(model, signals, self.batch_tokens) as reader:
             for tokens, picked, raw, last in reader.placed(batch.sequences):
                 order.append(tokens)

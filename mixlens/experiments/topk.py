@@ -97,7 +97,7 @@ def measure_topk(
             value=ks,
         )
     every = sorted({*asked, own})
-    signals = parse_signals(["logprob"], len(moe_layers(model)))
+    signals = parse_signals(["logprob"], [layer.index for layer in moe_layers(model)])
     corpus = Corpus.of(model, documents, tokenizer, settings)
 
     def measure(shard: Shard) -> dict[str, np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,11 +108,46 @@ def hook_site(layer: MoeLayer, site: str, edits: list[Any]) -> Any:
             return (patched(args[0]), *args[1:]), kwargs
         return args, kwargs | {"hidden_states": patched(kwargs["hidden_states"])}
 
-    outputs = {"resid_post": layer.decoder, "attn_out": layer.attention, "moe_out": layer.moe}
-    if site in outputs:
-        return outputs[site].register_forward_hook(of_output, prepend=True)
+    module, is_input = _place(layer, site)
+    if is_input:
+        return module.register_forward_pre_hook(of_input, with_kwargs=True, prepend=True)
+    return module.register_forward_hook(of_output, prepend=True)
+
+
+def see_site(layer: MoeLayer, site: str, keep: Callable[[torch.Tensor], None]) -> Any:
+    """A hook that shows what is at a site of a layer; gives its handle."""
+
+    def of_input(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+        keep(args[0] if args else kwargs["hidden_states"])
+
+    def of_output(_module: nn.Module, _args: Any, output: Any) -> None:
+        keep(output[0] if isinstance(output, tuple) else output)
+
+    module, is_input = _place(layer, site)
+    if is_input:
+        return module.register_forward_pre_hook(of_input, with_kwargs=True)
+    return module.register_forward_hook(of_output)
+
+
+def _place(layer: MoeLayer, site: str) -> tuple[nn.Module, bool]:
+    """The module of a site, and whether the site is its input. Raises BadInput where the layer has no such module."""
     inputs = {"resid_pre": layer.decoder, "moe_in": layer.moe}
-    return inputs[site].register_forward_pre_hook(of_input, with_kwargs=True, prepend=True)
+    outputs = {
+        "resid_post": layer.decoder,
+        "attn_out": layer.attention,
+        "moe_out": layer.moe,
+        "shared_out": layer.shared,
+        "shared_gate": layer.shared_gate,
+    }
+    module = (inputs | outputs)[site]
+    if module is None:
+        raise BadInput(
+            f"Cannot use the site {site} in layer {layer.index}: this layer has none, or several. Pass "
+            "layers= that have it, or another site.",
+            argument="site",
+            value=(site, layer.index),
+        )
+    return module, site in inputs
 
 
 @dataclass(frozen=True, eq=False)

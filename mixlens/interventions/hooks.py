@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from mixlens.core.text import numbered
 from mixlens.errors import BadInput, RecordingError
 from mixlens.interventions.activations import PATCHED_EXPERTS, Output, Patch, forget_replaced, hook_experts, hook_site
 from mixlens.interventions.eager import eagerly
@@ -19,7 +20,18 @@ from mixlens.interventions.places import Call
 from mixlens.interventions.replay import Replay, check_experts, possible_layers
 from mixlens.interventions.routing import Forbid, Force, Reroute, Rescale, Routing, TopK
 from mixlens.interventions.where import Where
-from mixlens.models.layout import check_router, moe_layers, n_experts, refuse_sharded, top_k, unwrapped
+from mixlens.models.layout import (
+    MoeLayer,
+    config_of,
+    moe_layers,
+    n_experts,
+    refuse_sharded,
+    refuse_without_experts,
+    refuse_without_rule,
+    top_k,
+    unwrapped,
+    widths_of,
+)
 
 Edit = Forbid | Force | Reroute | Rescale | TopK | Replay | Output | Patch
 _ATTRIBUTE = "_mixlens_editing"
@@ -28,9 +40,9 @@ _ATTRIBUTE = "_mixlens_editing"
 class Active:
     """One edit at work: which tokens of the running forward it means, and whether it has met any."""
 
-    def __init__(self, edit: Edit, n_layers: int) -> None:
+    def __init__(self, edit: Edit, layers: Sequence[int]) -> None:
         self.edit: Any = edit
-        self.layers = frozenset(range(n_layers) if edit.layers is None else edit.layers)
+        self.layers = frozenset(layers if edit.layers is None else edit.layers)
         self.matched = False
         self.ran: Counter[int] = Counter()  # runs of each layer, and
         self.fired: Counter[int] = Counter()  # of the module in it that the edit hooks
@@ -64,7 +76,6 @@ class Editing:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.layers = moe_layers(model)
-        check_router(self.layers)
         self.active: list[Active] = []
         self._handles: list[Any] = []
         self._tracker: ForwardTracker | None = None
@@ -79,9 +90,9 @@ class Editing:
 
         Raises BadInput for an unknown layer or expert, for shapes that do not fit, and where too few experts are left.
         """
-        new = [Active(edit, len(self.layers)) for edit in edits]
+        new = [Active(edit, [layer.index for layer in self.layers]) for edit in edits]
         for one in new:
-            _check(one, self.model, len(self.layers))
+            _check(one, self.model, self.layers)
         count, choices = n_experts(self.model), top_k(self.model)
         for layer in self.layers:
             _check_choices(layer.index, [*self.active, *new], count, choices[layer.index])
@@ -117,7 +128,7 @@ class Editing:
                     stages.setdefault(_stage(one.edit), []).append(one)
             for stage, edits in stages.items():
                 if stage == "gate":
-                    self._handles.append(_hook_gate(layer.gate, edits, layer.index))
+                    self._handles.append(_hook_gate(layer, edits))
                     self._watch(layer, layer.gate, edits)
                 elif stage == "experts":
                     self._handles += hook_experts(layer, edits)
@@ -245,28 +256,36 @@ def _stage(edit: Edit) -> str:
     return "experts" if isinstance(edit, Output) else "gate"
 
 
-def _hook_gate(gate: nn.Module, edits: list[Active], layer: int) -> Any:
+def _hook_gate(layer: MoeLayer, edits: list[Active]) -> Any:
     careful = sum(isinstance(one.edit, Forbid | Force | Reroute | Replay | TopK) for one in edits) > 1
+    rule = layer.rule
+    assert rule is not None
+    checked = False
 
-    def hook(_module: nn.Module, _args: Any, output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        logits, weights, ids = output
-        routing = Routing(logits, weights, ids)
+    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+        nonlocal checked
+        logits, weights, ids = layer.read(output)
+        if not checked and not rule.agrees(logits, weights, ids):
+            refuse_without_rule(layer, f"edit by {edits[0].edit!r}", checked=True)
+        checked = True
+        routing = Routing(logits, weights, ids, rule)
         for one in edits:
-            one.edit.apply(routing, layer, one.rows_on(logits.device), one.index)
+            one.edit.apply(routing, layer.index, one.rows_on(logits.device), one.index)
         if careful:
             routing.check()
-        return routing.result()
+        return layer.write(output, *routing.result())
 
-    return gate.register_forward_hook(hook, prepend=True)
+    return layer.gate.register_forward_hook(hook, prepend=True)
 
 
-def _check(one: Active, model: nn.Module, n_layers: int) -> None:
+def _check(one: Active, model: nn.Module, layers: list[MoeLayer]) -> None:
     edit, count = one.edit, n_experts(model)
-    beyond = sorted(layer for layer in one.layers if not 0 <= layer < n_layers)
+    known = [layer.index for layer in layers]
+    beyond = sorted(one.layers - set(known))
     if beyond or not one.layers:
         raise BadInput(
-            f"Cannot edit layers {beyond or '(none)'}: the model has layers 0 to {n_layers - 1}. Pass numbers among "
-            "them.",
+            f"Cannot edit layers {beyond or '(none)'}: the model has experts in layers {numbered(known)}. Pass "
+            "numbers among them.",
             argument="layers",
             value=beyond,
         )
@@ -284,15 +303,27 @@ def _check(one: Active, model: nn.Module, n_layers: int) -> None:
             argument="top_k",
             value=edit.k,
         )
+    meant = [layer for layer in layers if layer.index in one.layers]
     if _stage(edit) == "experts":
         refuse_sharded(model, f"edit experts by {edit!r}")
+        for layer in meant:
+            inside = isinstance(edit, Patch) and edit.site == "expert_neurons"
+            refuse_without_experts(layer, f"edit experts by {edit!r}", inside=inside)
+    elif _stage(edit) == "gate":
+        for layer in meant:
+            if layer.rule is None:
+                refuse_without_rule(layer, f"edit by {edit!r}")
     if isinstance(edit, Replay):
-        possible_layers(edit.trace, edit.layers, n_layers)
+        possible_layers(edit.trace, edit.layers, known)
         check_experts(edit.trace, count, top_k_of(model), one.layers)
     if isinstance(edit, Patch | Output):
-        config = cast(Any, model).config
-        for k in {k for layer, k in top_k_of(model).items() if layer in one.layers}:
-            edit.check(int(config.hidden_size), int(config.intermediate_size), k)
+        choices = top_k_of(model)
+        for layer in meant:
+            hidden, neurons = int(config_of(model).hidden_size), 0
+            if _stage(edit) == "experts" and layer.routed:
+                hidden, neurons = widths_of(layer)
+            hidden = 1 if isinstance(edit, Patch) and edit.site == "shared_gate" else hidden
+            edit.check(hidden, neurons, choices[layer.index])
 
 
 def _check_choices(layer: int, edits: list[Active], count: int, k: int) -> None:

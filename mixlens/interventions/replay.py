@@ -137,15 +137,15 @@ class _Matcher:
         )
 
 
-def possible_layers(trace: Trace, layers: Iterable[int] | None, n_layers: int) -> None:
+def possible_layers(trace: Trace, layers: Iterable[int] | None, known: list[int]) -> None:
     """Raises BadInput unless the trace has routing for the layers asked, or for all layers of the model."""
-    wanted = list(range(n_layers)) if layers is None else list(layers)
+    wanted = known if layers is None else list(layers)
     missing = sorted(set(wanted) - set(trace.layers.tolist()))
-    beyond = sorted(set(trace.layers.tolist()) - set(range(n_layers))) if layers is None else []
+    beyond = sorted(set(trace.layers.tolist()) - set(known)) if layers is None else []
     if missing or beyond:
         raise BadInput(
             f"Cannot replay the routing in layers {wanted}: the trace has layers {trace.layers.tolist()} and the "
-            f"model has {n_layers}. Pass a trace of this model, or name the layers with layers=.",
+            f"model has experts in {known}. Pass a trace of this model, or name the layers with layers=.",
             argument="layers",
             value=missing or beyond,
         )

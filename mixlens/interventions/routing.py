@@ -9,6 +9,7 @@ import torch
 
 from mixlens.errors import BadInput
 from mixlens.interventions.where import EVERYWHERE, Where
+from mixlens.models.routing_rule import RouterRule
 
 Layers = tuple[int, ...] | None  # None stands for all
 Rows = torch.Tensor | None  # bool [T]; None stands for all
@@ -18,12 +19,14 @@ class Routing:
     """One gate's decision for T tokens, on its way through the edits of a layer.
 
     Edits change router logits, and say which experts may not and which must be chosen; of two that contradict each
-    other the later holds. `result` then decides: the k strongest experts allowed, those forced first, their weights a
-    softmax over the chosen logits. A token whose choice no edit touches keeps the model's own decision, bit for bit.
+    other the later holds. `result` then decides by the family's rule: the k strongest experts allowed, those forced
+    first, and the weights that the rule gives them. Forbidding takes an expert out of the choice, and leaves the scores
+    of the others as they are. A token whose choice no edit touches keeps the model's own decision, bit for bit.
     """
 
-    def __init__(self, logits: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> None:
+    def __init__(self, logits: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, rule: RouterRule) -> None:
         self._given = logits, weights, ids
+        self._rule = rule
         self.logits = logits.float()
         self.k = ids.shape[-1]
         self.banned = torch.zeros_like(logits, dtype=torch.bool)
@@ -67,15 +70,22 @@ class Routing:
 
     def choose(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(weights [T, k], ids [T, k]), strongest first."""
-        rank = self.logits.masked_fill(self.banned, -torch.inf).masked_fill(self.forced, torch.inf)
+        rank = self._rule.ranks(self.logits, self.banned).masked_fill(self.forced, torch.inf)
         ids = rank.topk(self.k, dim=-1).indices
-        weights = torch.softmax(self.logits.gather(1, ids), dim=-1)
+        if in_turn := self._rule.rule.score == "sparsemixer":
+            ids = ids.gather(1, self.logits.gather(1, ids).argsort(dim=-1, descending=True))
+        weights = self._rule.weights(self.logits, ids)
         asked = self.fixed.gather(1, ids)
         free = weights.masked_fill(~asked.isnan(), 0)
-        left = (1 - asked.nansum(-1, keepdim=True)) / free.sum(-1, keepdim=True).clamp(min=1e-30)
+        left: Any = 1.0
+        if self._rule.total is not None:  # else weights do not depend on one another
+            left = self._rule.total - asked.nansum(-1, keepdim=True)
+            left = left / free.sum(-1, keepdim=True).clamp(min=1e-30)
         weights = torch.where(
             asked.isnan(), torch.where(asked.isnan().all(-1, keepdim=True), weights, free * left), asked
         )
+        if in_turn:  # the order of choice, in which later ones may weigh more
+            return weights, ids
         weights, order = weights.sort(dim=-1, descending=True, stable=True)
         return weights, ids.gather(1, order)
 
@@ -97,7 +107,8 @@ class Routing:
         weights, ids = self.choose()
         if self.k == given_ids.shape[-1]:
             chosen = torch.zeros_like(self.banned).scatter(1, given_ids, True)
-            new = (self.logits != given_logits.float()) | (self.banned & chosen) | (self.forced & ~chosen)
+            met = self.banned if self._rule.rule.groups else self.banned & chosen  # groups are ranked without it
+            new = (self.logits != given_logits.float()) | met | (self.forced & ~chosen)
             new = (new | ~self.fixed.isnan()).any(-1, keepdim=True)
             weights = torch.where(new, weights.to(given_weights.dtype), given_weights)
             ids = torch.where(new, ids, given_ids)

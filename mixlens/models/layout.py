@@ -1,4 +1,4 @@
-"""Where transformers puts the parts of a mixture of experts. The one file that knows."""
+"""Where transformers puts the parts of a mixture of experts, found by the names of modules."""
 
 from __future__ import annotations
 
@@ -13,40 +13,92 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
-from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 from mixlens.errors import ModelError
+from mixlens.models.families import FAMILIES, LEFT_OUT, UNKNOWN, Family
 from mixlens.models.quantization.linears import dequantized
 from mixlens.models.quantization.unfuse import is_unfused
+from mixlens.models.routing_rule import RouterRule
 
 # What a module is, by the parts of its name; the first that is found holds.
+_ROUTERS = ("gate", "router")
+_SHARED = ("shared_experts", "shared_expert", "shared_mlp")
+_ATTENTION = ("self_attn", "self_attention", "linear_attn", "mamba", "conv")
 _KINDS = {
     "experts": "experts",
-    "gate": "router",
-    "self_attn": "attention",
+    **dict.fromkeys(_SHARED, "shared"),
+    "shared_expert_gate": "shared",
+    **dict.fromkeys(_ATTENTION, "attention"),
+    **dict.fromkeys(_ROUTERS, "router"),
     "lm_head": "head",
     "embed_tokens": "embeddings",
     "norm": "norms",
     "input_layernorm": "norms",
     "post_attention_layernorm": "norms",
+    "mlp": "dense",
+    "feed_forward": "dense",
 }
-KINDS = ("attention", "router", "experts", "embeddings", "head", "norms")
+KINDS = ("attention", "router", "experts", "shared", "dense", "embeddings", "head", "norms")
+_SIZES = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
 @dataclass(frozen=True)
 class MoeLayer:
     """One decoder layer and its parts.
 
-    gate     gives (logits [T, E], weights [T, k] float32, ids [T, k]) over the flat tokens of a batch, padding included
-    experts  is called with (hidden [T, H], ids [T, k], weights [T, k])
+    attention    what mixes tokens, of whatever kind; None where the layer has none, or several
+    gate         decides over the flat tokens of a batch, padding included; `read` and `write` tell what it returns
+    experts      is called with (hidden [T, H], ids [T, k], weights [T, k]) where `routed` is true
+    shared       what every token passes, and
+    shared_gate  the Linear whose sigmoid multiplies what it puts out; None where there is none
     """
 
     index: int
     decoder: nn.Module
-    attention: nn.Module
+    attention: nn.Module | None
     moe: nn.Module
     gate: Any
     experts: nn.Module
+    shared: nn.Module | None
+    shared_gate: nn.Module | None
+    family: Family
+
+    @property
+    def routed(self) -> bool:
+        return hasattr(self.experts, "_apply_gate") or is_unfused(self.experts)
+
+    @property
+    def top_k(self) -> int:
+        return int(getattr(self.gate, "top_k", None) or config_of(self.gate).top_k_experts)
+
+    @property
+    def rule(self) -> RouterRule | None:
+        return None if self.family.rule is None else RouterRule(self.family.rule, self.gate, self.moe)
+
+    def read(self, output: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Logits [T, E], weights [T, k] and ids [T, k] of what the router returned."""
+        if self.family.returns == "scores":
+            scores, logits = output
+            ids = logits.topk(self.top_k, dim=-1).indices
+            return logits, scores.gather(1, ids), ids
+        if self.family.returns == "sorted":
+            order, _, weights, sizes, logits = output
+            experts = torch.arange(len(sizes), device=order.device).repeat_interleave(order.new_tensor(sizes))
+            flat = torch.empty_like(order), torch.empty_like(weights)
+            ids, spread = (part.scatter(0, order, own) for part, own in zip(flat, (experts, weights), strict=True))
+            return logits, spread.view(len(logits), -1), ids.view(len(logits), -1)
+        return output[0], output[1], output[2]
+
+    def write(self, output: Any, logits: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> Any:
+        """What the router would have returned, had it decided so."""
+        if self.family.returns == "scores":
+            return torch.zeros_like(logits).scatter(1, ids, weights.to(logits.dtype)), logits
+        if self.family.returns == "sorted":
+            flat = ids.flatten()
+            order = flat.sort(stable=True).indices
+            sizes = flat.bincount(minlength=logits.shape[-1]).tolist()
+            return order, order // ids.shape[-1], weights.flatten()[order], sizes, logits
+        return logits, weights, ids, *output[3:]
 
 
 def unwrapped(model: Any) -> Any:
@@ -125,22 +177,20 @@ def _inside(module: Any) -> Any:
 
 
 def moe_layers(model: nn.Module) -> list[MoeLayer]:
-    """Every mixture-of-experts layer of `model`, in order.
+    """Every mixture-of-experts layer of `model`, in order; layers without experts are left out.
 
-    Raises ModelError when the model has none, has layers without experts, or layers that share a router.
+    Raises ModelError when the model has none, or layers that share a router.
     """
     refuse_pipeline(model)
     layers = getattr(decoder_of(model), "layers", None)
-    found = [
-        MoeLayer(index, layer, layer.self_attn, layer.mlp, _inside(layer.mlp.gate), _inside(layer.mlp.experts))
-        for index, layer in enumerate(layers if layers is not None else ())
-        if hasattr(getattr(layer, "mlp", None), "gate") and hasattr(layer.mlp, "experts")
-    ]
-    if layers is None or not found or len(found) != len(layers):
+    found = [_moe_layer(index, layer) for index, layer in enumerate(layers if layers is not None else ())]
+    found = [layer for layer in found if layer is not None]
+    if not found:
+        reason = LEFT_OUT.get(_folder(model))
         raise ModelError(
-            f"Cannot find the experts of a {type(model).__name__}: {len(found)} of its "
-            f"{len(layers) if layers is not None else 0} layers are mixture-of-experts layers. Pass a Mixtral model, "
-            "such as mistralai/Mixtral-8x7B-v0.1.",
+            f"Cannot find the experts of a {type(model).__name__}: "
+            + (f"{reason}." if reason else "none of its layers has a router beside experts.")
+            + " Pass a mixture of experts such as mistralai/Mixtral-8x7B-v0.1.",
             argument="model",
             value=type(model).__name__,
         )
@@ -154,17 +204,48 @@ def moe_layers(model: nn.Module) -> list[MoeLayer]:
     return found
 
 
-def check_router(layers: list[MoeLayer]) -> None:
-    """Raises ModelError unless the gates decide as Mixtral's do, whose weights are a softmax over the chosen logits."""
-    for layer in layers:
-        if not isinstance(layer.gate, MixtralTopKRouter):
-            raise ModelError(
-                f"Cannot edit the routing of this model: its gate is a {type(layer.gate).__name__}, whose weights "
-                "follow another rule than Mixtral's, so edited weights would be wrong. Pass a Mixtral model, or record "
-                "without an edit.",
-                argument="model",
-                value=type(layer.gate).__name__,
-            )
+def _moe_layer(index: int, layer: nn.Module) -> MoeLayer | None:
+    family = FAMILIES.get(_folder(layer), UNKNOWN)
+    for block in (layer, *layer.children()):
+        gate = next((m for name in _ROUTERS if isinstance(m := getattr(block, name, None), nn.Module)), None)
+        experts = getattr(block, "experts", block if family.returns == "sorted" else None)
+        if gate is None or not isinstance(experts, nn.Module):
+            continue
+        mixers = [m for name in _ATTENTION if isinstance(m := getattr(layer, name, None), nn.Module)]
+        single = mixers[0] if len(mixers) == 1 and not isinstance(mixers[0], nn.ModuleList) else None
+        shared = [m for place in (block, layer) for name in _SHARED if (m := getattr(place, name, None)) is not None]
+        return MoeLayer(
+            index,
+            layer,
+            single,
+            experts if block is layer else block,
+            _inside(gate),
+            _inside(experts),
+            shared[0] if shared else None,
+            getattr(block, "shared_expert_gate", None),
+            family,
+        )
+    return None
+
+
+def _folder(module: nn.Module) -> str:
+    """The folder of transformers that defines a module: the name of its family."""
+    return type(module).__module__.split(".")[-2] if "." in type(module).__module__ else ""
+
+
+def refuse_without_rule(layer: MoeLayer, what: str, *, checked: bool = False) -> None:
+    """Raises ModelError: what the weights of other experts would be is not known.
+
+    checked  whether the family has a rule, and this router decided otherwise
+    """
+    name = type(layer.gate).__name__
+    raise ModelError(
+        f"Cannot {what}: the rule of this model's routers is unknown ({name} in layer {layer.index}"
+        f"{', which decided otherwise than its family does' if checked else ''}), so that edited weights would be "
+        "wrong. Record without an edit, or edit what experts put out instead.",
+        argument="rule",
+        value="unknown",
+    )
 
 
 @contextmanager
@@ -208,7 +289,15 @@ def expert_weights(layer: MoeLayer) -> tuple[torch.Tensor, torch.Tensor, torch.T
             argument="layer",
             value=layer.index,
         )
-    w1, w3 = fused.chunk(2, dim=1)
+    if experts.has_bias or not experts.has_gate or getattr(experts, "has_post_expert_norm", False):
+        raise ModelError(
+            f"Cannot read the expert weights of layer {layer.index} as three matrices: a "
+            f"{type(experts).__name__} has biases, norms, or no gate. Compare what experts put out instead.",
+            argument="layer",
+            value=layer.index,
+        )
+    fused, down = (fused.mT, down.mT) if experts.is_transposed else (fused, down)
+    w1, w3 = fused.chunk(2, dim=1) if experts.is_concatenated else (fused[:, ::2], fused[:, 1::2])
     return w1, down, w3
 
 
@@ -219,8 +308,9 @@ def expert_neurons(experts: Any, expert: int, hidden: torch.Tensor) -> torch.Ten
     """
     if is_unfused(experts):
         return experts[expert].neurons(hidden)
-    gate, up = F.linear(hidden, experts.gate_up_proj[expert]).chunk(2, dim=-1)
-    return experts.act_fn(gate) * up
+    name = "gate_up_proj" if experts.has_gate else "up_proj"
+    inner = _projected(experts, name, expert, hidden)
+    return experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
 
 
 def expert_down(experts: Any, expert: int, neurons: torch.Tensor) -> torch.Tensor:
@@ -234,7 +324,49 @@ def expert_down(experts: Any, expert: int, neurons: torch.Tensor) -> torch.Tenso
             argument="expert",
             value=expert,
         )
-    return F.linear(neurons, experts.down_proj[expert])
+    return _projected(experts, "down_proj", expert, neurons)
+
+
+def widths_of(layer: MoeLayer) -> tuple[int, int]:
+    """Numbers that an expert puts out, and neurons between its two halves."""
+    experts: Any = layer.experts
+    if is_unfused(experts):
+        return experts.hidden_dim, experts.intermediate_dim
+    *_, first, second = experts.down_proj.shape
+    return (second, first) if experts.is_transposed else (first, second)
+
+
+def _projected(experts: Any, name: str, expert: int, inputs: torch.Tensor) -> torch.Tensor:
+    weight = getattr(experts, name)[expert]
+    bias = getattr(experts, f"{name}_bias")[expert] if experts.has_bias else None
+    return F.linear(inputs, weight.T if experts.is_transposed else weight, bias)
+
+
+def refuse_indirect(model: nn.Module, what: str) -> None:
+    """Raises ModelError unless every layer adds what its experts put out to the residual stream as it is."""
+    layers = moe_layers(model)
+    if len(layers) != len(decoder_of(model).layers) or not all(layer.family.direct for layer in layers):
+        raise ModelError(
+            f"Cannot {what} of a {type(model).__name__}: it has layers without experts, or is not known to add what "
+            "its experts put out to the residual stream as it is. Put edits.ablate round the model, and compare.",
+            argument="model",
+            value=type(model).__name__,
+        )
+
+
+def refuse_without_experts(layer: MoeLayer, what: str, *, inside: bool) -> None:
+    """Raises ModelError where experts are no module that is told ids and weights.
+
+    inside  whether what single experts compute must be known, which is two products with neurons between them
+    """
+    known = layer.routed and not getattr(layer.experts, "has_post_expert_norm", False)
+    if not known if inside else layer.family.returns != "triple":
+        raise ModelError(
+            f"Cannot {what} in layer {layer.index}: its {type(layer.experts).__name__} does not compute expert by "
+            "expert as transformers' interface of experts does. Sites of whole layers, such as moe_out, are there.",
+            argument="layer",
+            value=layer.index,
+        )
 
 
 def final_scale(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
@@ -254,25 +386,37 @@ def kind_of(name: str) -> str:
 
 
 def n_experts(model: nn.Module) -> int:
-    return int(config_of(model).num_local_experts)
+    """Experts of a layer, as the routers have it; those that a router can choose, identities among them."""
+    found = {_n_choices(layer.gate) or _experts_in(config_of(model)) for layer in moe_layers(model)}
+    return max(found)
+
+
+def _n_choices(gate: Any) -> int:
+    return int(getattr(gate, "n_routed_experts", None) or getattr(gate, "num_experts", None) or 0)
+
+
+def _experts_in(config: Any) -> int:
+    sizes = (getattr(config, name, None) for name in _SIZES)
+    return next((size if isinstance(size, int) else max(size) for size in sizes if size), 0)
 
 
 def top_k(model: nn.Module) -> dict[int, int]:
     """{layer: experts that a token chooses}, as the routers have it: a config is not read again once they are made."""
-    return {layer.index: int(layer.gate.top_k) for layer in moe_layers(model)}
+    return {layer.index: layer.top_k for layer in moe_layers(model)}
 
 
 def check_config(config: Any, name: str) -> None:
-    """Raise ModelError unless `config` is that of a Mixtral as mixlens knows it."""
-    if getattr(config, "num_local_experts", 0) < 2 or config.model_type != "mixtral":
+    """Raise ModelError unless `config` is that of a mixture of experts that transformers can generate with."""
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if _experts_in(config) < 2 or config.model_type in LEFT_OUT:
+        reason = LEFT_OUT.get(config.model_type, "it is not a mixture of experts")
         raise ModelError(
-            f"Cannot load {name}: it is a {config.model_type} "
-            f"model{'' if getattr(config, 'num_local_experts', 0) >= 2 else ', not a mixture of experts'}. Pass a "
-            "Mixtral model, such as mistralai/Mixtral-8x7B-v0.1.",
+            f"Cannot load {name}, a {config.model_type} model: {reason}. Pass a mixture of experts such as "
+            "mistralai/Mixtral-8x7B-v0.1.",
             argument="model_type",
             value=config.model_type,
         )
-    if getattr(config, "sliding_window", None) is not None:
+    if config.model_type == "mixtral" and getattr(config, "sliding_window", None) is not None:
         raise ModelError(
             f"Cannot load {name}: its config has sliding_window={config.sliding_window}, and Mixtral has no sliding "
             "window; attention would silently see less. Set sliding_window to null in config.json if the weights are "
@@ -297,11 +441,13 @@ def input_device(model: nn.Module) -> torch.device:
 
 
 def config_of(model: nn.Module) -> Any:
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(config, "num_local_experts"):
+    """The config of the text model."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if config is None or not _experts_in(config):
         raise ModelError(
             f"Expected a mixture of experts, got a {type(model).__name__} whose config names no experts. Pass a "
-            "Mixtral model, such as mistralai/Mixtral-8x7B-v0.1.",
+            "mixture of experts such as mistralai/Mixtral-8x7B-v0.1.",
             argument="model",
             value=type(model).__name__,
         )

@@ -23,7 +23,7 @@ from transformers.utils import logging
 from mixlens.errors import BadInput, ModelError, visible
 from mixlens.models.demo import DEMO, demo_path
 from mixlens.models.hub import commit_of, fault_of, safetensors_of
-from mixlens.models.layout import check_config
+from mixlens.models.layout import check_config, config_of, moe_layers, n_experts, top_k
 from mixlens.models.provenance import audit
 from mixlens.models.quantization.checkpoint import Checkpoint, fill, finish, skeleton_of
 from mixlens.models.quantization.compressed_tensors import compressed_format
@@ -44,7 +44,9 @@ def load(
     quantization: str | Mapping[str, str] | None = None,
     verbose: bool = True,
 ) -> Any:
-    """Load a Mixtral as a ``MixtralForCausalLM``.
+    """Load a Mixtral, or another mixture of experts of transformers, as the transformers model itself.
+
+    docs/models.md lists the families, and what mixlens does with each; quantization= is for Mixtral.
 
     Only safetensors are read and no code of the repository is run.
 
@@ -83,9 +85,9 @@ def load(
     Raises
     ------
     ModelError
-        If it is not a Mixtral, has a sliding window, lacks weights, cannot be reached, is quantized already in
-        another way, does not fit into memory (with the bytes needed and had, before anything is loaded), or when
-        a scheme's package or hardware is not here.
+        If it is no mixture of experts, is a Mixtral with a sliding window, lacks weights, cannot be reached, is
+        quantized already in another way, does not fit into memory (with the bytes needed and had, before anything is
+        loaded), or when a scheme's package or hardware is not here.
     BadInput
         For schemes, patterns and group sizes that cannot be.
 
@@ -105,6 +107,14 @@ def load(
     commit = _commit(name, revision)
     config = _read_config(name, commit)
     check_config(config, str(model))
+    if config.model_type != "mixtral" and (quantization is not None or _method(config) in _FORMATS):
+        raise ModelError(
+            f"Cannot load {model} quantized: mixlens takes apart the experts of Mixtral alone, and this is a "
+            f"{config.model_type} model. Leave quantization out, or load it with transformers' own quantization and "
+            "look at mixlens.audit(model).",
+            argument="quantization",
+            value=config.model_type,
+        )
     accelerated = torch.accelerator.is_available()
     device_map = device_map if device_map is not None else ("auto" if accelerated else None)
     _check_places(device_map)
@@ -245,9 +255,21 @@ def skeleton(model: str | os.PathLike[str], *, revision: str | None = None, dtyp
 
 
 def bytes_needed(config: Any, dtype: torch.dtype) -> int:
-    """Bytes of all weights of a model with this config, counted without making any."""
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config)
+    """Bytes of all weights of a model with this config, counted without making any.
+
+    Raises ModelError where transformers makes no mixture of experts of it.
+    """
+    try:
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise ModelError(
+            f"Cannot load a {config.model_type} model: {_first_line(error)}. Load the model yourself, and pass it to "
+            "mixlens.",
+            argument="model_type",
+            value=config.model_type,
+        ) from error
+    moe_layers(skeleton)
     return sum(p.numel() for p in skeleton.parameters()) * dtype.itemsize
 
 
@@ -463,7 +485,7 @@ def _experts(model: Any, asked: str | None) -> str:
 
 
 def _summary(name: str, model: Any) -> str:
-    config, audited = model.config, audit(model)
+    config, audited = config_of(model), audit(model)
     devices = sorted({"offloaded" if p.is_meta else str(p.device) for p in model.parameters()})
     experts = config._experts_implementation
     decode = " (batched_mm in generate's decode)" if experts == "grouped_mm" and model.device.type != "cpu" else ""
@@ -471,6 +493,6 @@ def _summary(name: str, model: Any) -> str:
     held = dtype if audited.label == dtype else f"{audited.label} ({audited.bytes:,} bytes), the rest {dtype}"
     return (
         f"{name}: {audited.weights:,} parameters, {config.num_hidden_layers} layers, "
-        f"top-{config.num_experts_per_tok} of {config.num_local_experts} experts, "
+        f"top-{max(top_k(model).values())} of {n_experts(model)} experts, "
         f"{held} on {', '.join(devices)}, experts by {experts}{decode}"
     )

@@ -403,8 +403,9 @@ def _router_fingerprint(model: nn.Module) -> str | None:
     """Hash of all router weights: tells checkpoints of one architecture apart. None where this process has not all."""
     digest = hashlib.sha256()
     for layer in moe_layers(model):
-        weight = layer.gate.weight
-        if weight.device.type == "meta" or isinstance(weight, DTensor):
-            return None
-        digest.update(weight.detach().float().cpu().numpy().tobytes())
+        own = getattr(layer.gate, "weight", None)
+        for weight in layer.gate.parameters() if own is None else (own,):
+            if weight.device.type == "meta" or isinstance(weight, DTensor):
+                return None
+            digest.update(weight.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()

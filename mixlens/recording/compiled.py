@@ -235,14 +235,16 @@ class CompiledRecorder(Recorder):
             call = self._tracker.follow(ids, mask, shape, past, step=step, batch=self._continued(past, marks[:, 0]))
             self._marks[call.batch] = marks[:, 1]
             call.raw = self._by_layer(routing, part)
+            if self._tap is not None:
+                self._tap.look(call.raw)
             yield call
 
     def _by_layer(self, routing: dict[str, torch.Tensor], part: slice) -> Raw:
         raw: Raw = {}
         for name, values in routing.items():
-            slots = [None if name == "router_logits" else k for k in self._choices]
-            layers = zip(values[part].unbind(1), slots, strict=True)
-            raw[name] = {index: value[:, :k] for index, (value, k) in enumerate(layers)}
+            values = values[part].long() if name == "expert_id" else values[part]
+            layers = zip(self._layers, values.unbind(1), self._choices, strict=True)
+            raw[name] = {index: value if name == "router_logits" else value[:, :k] for index, value, k in layers}
         return raw
 
     def _continued(self, past: int, marks: torch.Tensor) -> Batch | None:

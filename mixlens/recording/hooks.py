@@ -6,6 +6,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,18 @@ from torch.nn import functional as F
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 from mixlens.errors import BadInput, ModelError, visible
-from mixlens.interventions.activations import Replaced, replaced_in
+from mixlens.interventions.activations import Replaced, replaced_in, see_site
 from mixlens.interventions.hooks import weights_are_given
-from mixlens.models.layout import MoeLayer, expert_down, expert_neurons, moe_layers, n_experts, refuse_sharded
+from mixlens.models.layout import (
+    MoeLayer,
+    config_of,
+    expert_down,
+    expert_neurons,
+    moe_layers,
+    n_experts,
+    refuse_sharded,
+    refuse_without_experts,
+)
 from mixlens.trace import shards
 from mixlens.trace.signals import EXPERT_SITES, Signals
 
@@ -53,7 +63,10 @@ class Tap:
         self.signals = signals
         self.now: _State = _ThreadState() if threads else _State()
         self._stack = ExitStack()
-        layers = moe_layers(model)
+        self._layers = layers = moe_layers(model)
+        self._unordered = {layer.index for layer in layers if not layer.family.ordered}
+        self._watching = threads
+        self._seen: dict[int, tuple[torch.Tensor, ...]] = {}
         if expert_sites := [site.name for site in signals.sites if site.name in EXPERT_SITES]:
             refuse_sharded(model, f"record {', '.join(expert_sites)}")
         if n_experts(model) > shards.MOST_EXPERTS:
@@ -65,11 +78,15 @@ class Tap:
             )
         try:
             for layer in layers:
-                self._hook(layer.gate.register_forward_hook(self._on_gate(layer.index)))
+                self._hook(layer.gate.register_forward_hook(self._on_gate(layer)))
             for site in signals.sites:
-                if site.name not in EXPERT_SITES:
-                    for index in site.layers or ():
-                        self._hook(_hook_site(layers[index], site.name, self._keep))
+                for layer in layers:
+                    if layer.index not in (site.layers or ()):
+                        continue
+                    if site.name in EXPERT_SITES:
+                        refuse_without_experts(layer, f"record {site.name}", inside=True)
+                    else:
+                        self._hook(see_site(layer, site.name, partial(self._keep, site.name, layer.index)))
             wanted = {site.name: set(site.layers or ()) for site in signals.sites if site.name in EXPERT_SITES}
             if wanted:
                 self._stack.callback(_capture_experts(model, layers, wanted, self))
@@ -80,7 +97,33 @@ class Tap:
     def take(self) -> Raw:
         """{name: {layer: tensor [T, ...]}} of the forward since the last call; T counts the whole padded batch."""
         raw, self.now.raw = self.now.raw, {}
+        for index in self._unordered & raw.get("weight", {}).keys():
+            order = raw["weight"][index].argsort(dim=-1, descending=True, stable=True)
+            for name in ("weight", "expert_id", *EXPERT_SITES):
+                if index in raw.get(name, {}):
+                    values = raw[name][index]
+                    at = order.reshape(*order.shape, *[1] * (values.ndim - 2)).expand_as(values)
+                    raw[name][index] = values.gather(1, at)
         return raw
+
+    def rule(self, *, edited: bool) -> str:
+        """Whether the rule of the routers is "known": the family has one, and it explains what the first forward did.
+
+        edited  whether edits were in force, which refuse routers that decide otherwise themselves
+        """
+        rules = {layer.index: rule for layer in self._layers if (rule := layer.rule) is not None}
+        if len(rules) < len(self._layers):
+            return "unknown"
+        if not edited and not self._seen:
+            return "unchecked"
+        explained = (edited or rules[index].agrees(*seen) for index, seen in self._seen.items())
+        return "known" if all(explained) else "unknown"
+
+    def look(self, raw: Raw) -> None:
+        """Keep a first forward whose hooks were compiled."""
+        names = ("router_logits", "weight", "expert_id")
+        if not self._seen and all(name in raw for name in names):
+            self._seen = {index: tuple(raw[name][index] for name in names) for index in raw["expert_id"]}
 
     def close(self) -> None:
         self._stack.close()
@@ -93,9 +136,13 @@ class Tap:
         if self.now.listening:
             self.now.raw.setdefault(name, {})[index] = value.detach()
 
-    def _on_gate(self, index: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: Any, output: tuple[torch.Tensor, ...]) -> None:
-            logits, weights, ids = output
+    def _on_gate(self, layer: MoeLayer) -> Callable[..., None]:
+        index = layer.index
+
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            logits, weights, ids = layer.read(output)
+            if self._watching and index not in self._seen and self.now.listening:
+                self._seen[index] = (logits.detach(), weights.detach(), ids)
             self._keep("expert_id", index, ids)
             self._keep("weight", index, weights)
             if self.signals.router_logits:
@@ -188,20 +235,6 @@ def site_array(raw: Raw, site: str, dtype: str, rows: torch.Tensor) -> np.ndarra
     return stored.numpy()
 
 
-def _hook_site(layer: MoeLayer, site: str, keep: Callable[[str, int, torch.Tensor], None]) -> Any:
-    def of_output(_module: nn.Module, _args: Any, output: Any) -> None:
-        keep(site, layer.index, output[0] if isinstance(output, tuple) else output)
-
-    def of_input(_module: nn.Module, args: tuple, kwargs: dict) -> None:
-        keep(site, layer.index, args[0] if args else kwargs["hidden_states"])
-
-    outputs = {"resid_post": layer.decoder, "attn_out": layer.attention, "moe_out": layer.moe}
-    inputs = {"resid_pre": layer.decoder, "moe_in": layer.moe}
-    if site in outputs:
-        return outputs[site].register_forward_hook(of_output)
-    return inputs[site].register_forward_pre_hook(of_input, with_kwargs=True)
-
-
 def _capture_experts(model: Any, layers: list[MoeLayer], wanted: dict[str, set[int]], tap: Tap) -> Callable[[], None]:
     """Run a function of ours in place of the experts' own, which it delegates to; gives the way back.
 
@@ -209,7 +242,7 @@ def _capture_experts(model: Any, layers: list[MoeLayer], wanted: dict[str, set[i
     """
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    before: str = model.config._experts_implementation or "eager"
+    before: str = config_of(model)._experts_implementation or "eager"
     name = f"mixlens_{before}_{id(tap):x}"
     number = {id(layer.experts): layer.index for layer in layers}
 
@@ -239,19 +272,21 @@ def _capture_experts(model: Any, layers: list[MoeLayer], wanted: dict[str, set[i
 @torch.no_grad()
 def _chosen_experts(module: Any, hidden: torch.Tensor, ids: torch.Tensor, sites: list[str]) -> dict[str, torch.Tensor]:
     """Output [T, k, H], its norm [T, k] and neurons [T, k, I] of every chosen expert, computed expert by expert."""
-    shapes = {"expert_out": (module.hidden_dim,), "expert_norm": (), "expert_neurons": (module.intermediate_dim,)}
-    found = {site: hidden.new_zeros((*ids.shape, *shapes[site])) for site in sites}
+    found: dict[str, torch.Tensor] = {}
+
+    def put(site: str, values: torch.Tensor) -> None:
+        if site in sites:
+            like = found.setdefault(site, values.new_zeros((*ids.shape, *values.shape[1:])))
+            like[token, slot] = values
+
     for expert in ids.unique().tolist():
         token, slot = torch.where(ids == expert)
         neurons = expert_neurons(module, expert, hidden[token])
-        if "expert_neurons" in found:
-            found["expert_neurons"][token, slot] = neurons
-        if "expert_out" in found or "expert_norm" in found:
+        put("expert_neurons", neurons)
+        if "expert_out" in sites or "expert_norm" in sites:
             output = expert_down(module, expert, neurons)
-            if "expert_out" in found:
-                found["expert_out"][token, slot] = output
-            if "expert_norm" in found:
-                found["expert_norm"][token, slot] = output.float().norm(dim=-1).to(output.dtype)
+            put("expert_out", output)
+            put("expert_norm", output.float().norm(dim=-1).to(output.dtype))
     return found
 
 

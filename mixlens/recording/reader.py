@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from mixlens.interventions.hooks import refuse_rows
+from mixlens.interventions.hooks import edits_of, refuse_rows
 from mixlens.models.layout import decoder_of, input_device, n_experts
 from mixlens.recording.hooks import BAD_LAYER, Raw, Tap, routing_arrays, site_array, sums_to_one
 from mixlens.recording.logprobs import score
@@ -43,6 +43,12 @@ class Reader:
         self._tap.close()
         for module, training in self._were_training.items():  # a training model may hold frozen layers
             module.training = training
+
+    @property
+    def rule(self) -> str:
+        """As `Tap.rule`, of what was read so far."""
+        assert self._tap is not None
+        return self._tap.rule(edited=bool(edits_of(self.model)))
 
     @torch.inference_mode()
     def read(

@@ -82,9 +82,9 @@ def record(
     2
     """
     model = without_prompt(model)
-    layers = range(len(moe_layers(model)))
+    layers = [layer.index for layer in moe_layers(model)]
     corpus = Corpus.of(model, documents, tokenizer, settings)
-    reader = Reader(model, parse_signals(signals, len(layers)), corpus.batch_tokens)
+    reader = Reader(model, parse_signals(signals, layers), corpus.batch_tokens)
     about = describe(model)
     edits = edits_of(model)
     plan = {
@@ -111,6 +111,7 @@ def record(
     if out is None:
         with reader:
             parts, tables = zip(*(compute(shard) for shard in corpus.progress("recording")), strict=True)
+            meta["rule"] = reader.rule
         frame = pd.concat(tables)
         meta["left_out"] = _named([place for part in parts for place in part.left_out], frame["document_id"])
         warn_of_left_out(meta["left_out"])
@@ -121,7 +122,8 @@ def record(
     def write(writer: RunWriter, shard: Shard, found: tuple[MemoryPart, pd.DataFrame]) -> None:
         part, table = found
         rows = {f"sequences-{shard.index:05d}.parquet": store.sequence_bytes(table)}
-        counts = convert.shard_counts(part) | {"left_out": _named(part.left_out, table["document_id"])}
+        left_out = _named(part.left_out, table["document_id"])
+        counts = convert.shard_counts(part) | {"left_out": left_out, "rule": reader.rule}
         writer.commit_shard(shard.index, part.files(shard.index), counts, interim=rows)
 
     with reader:
@@ -136,15 +138,17 @@ def _named(places: list[tuple[int, int, int]], document_id: pd.Series) -> list[L
     return [(f"document {document_id[sequence]}", position, layer) for sequence, position, layer in places]
 
 
-def _finish(corpus: Corpus, signals: Signals, layers: range, meta: dict[str, Any], writer: RunWriter) -> None:
+def _finish(corpus: Corpus, signals: Signals, layers: list[int], meta: dict[str, Any], writer: RunWriter) -> None:
     records = writer.done
-    counts = [{k: v for k, v in records[i].items() if k not in ("files", "left_out")} for i in range(len(records))]
+    dropped = ("files", "left_out", "rule")
+    counts = [{k: v for k, v in records[i].items() if k not in dropped} for i in range(len(records))]
     tables = [pq.read_table(writer.work / f"sequences-{index:05d}.parquet") for index in records]
     left_out = {name for name in ("router_logits", "logprob") if not getattr(signals, name)}
     left_out |= set() if signals.top_logprobs else set(store.NEXT_TOKEN)
     names = [n for n in (*store.TOKEN_COLUMNS, *store.ROUTING, *store.NEXT_TOKEN) if n not in left_out]
     meta |= {
         "created": now(),
+        "rule": max(records[index]["rule"] for index in records),  # of "known" and "unknown", the latter
         "reading": {"started": meta["created"], **vars(corpus.tally)},
         "layers": list(layers),
         "signals": names,

@@ -77,8 +77,8 @@ class Recorder:
         self, model: nn.Module, *, signals: Iterable[str | Site] = DEFAULT, lengths: Sequence[int] | None = None
     ) -> None:
         self.model: Any = (model := unwrapped(model))
-        self._layers = range(len(moe_layers(model)))
-        self.signals: Signals = parse_signals(signals, len(self._layers))
+        self._layers = [layer.index for layer in moe_layers(model)]
+        self.signals: Signals = parse_signals(signals, self._layers)
         self._tracker = ForwardTracker(
             model,
             "A Recorder",
@@ -167,10 +167,10 @@ class Recorder:
             "settings": {"signals": self.signals.plan(), **({"edits": list(self._edits)} if self._edits else {})},
             "n_experts": n_experts(self.model),
             **shards.choices_of(columns["expert_id"], n_experts(self.model)),
+            "rule": self._tap.rule(edited=bool(self._edits)) if self._tap is not None else "unchecked",
             "left_out": self._left_out,
         }
-        layers = range(columns["expert_id"].shape[1])
-        return from_parts([part], frame.assign(length=np.bincount(columns["sequence"])), meta, layers)
+        return from_parts([part], frame.assign(length=np.bincount(columns["sequence"])), meta, self._layers)
 
     def _joined(self) -> dict[str, np.ndarray]:
         columns = self._columns

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mixlens.core.text import numbered
 from mixlens.errors import BadInput
 
 SITES = {
@@ -15,10 +16,13 @@ SITES = {
     "attn_out": "output of attention, before it is added [token, hidden]",
     "moe_in": "input of the router and the experts, after the norm [token, hidden]",
     "moe_out": "output of the experts, before it is added [token, hidden]",
+    "shared_out": "output of the shared experts, before their gate [token, hidden]",
+    "shared_gate": "logit whose sigmoid multiplies the shared experts [token, 1]",
     "expert_out": "output of each chosen expert, before its weight [token, slot, hidden]",
     "expert_norm": "Euclidean norm of each chosen expert's output [token, slot]",
     "expert_neurons": "neurons inside each chosen expert, before down_proj [token, slot, neuron]",
 }
+SHARED_SITES = ("shared_out", "shared_gate")  # of layers with shared experts alone
 EXPERT_SITES = ("expert_out", "expert_norm", "expert_neurons")
 OPTIONS = ("router_logits", "logprob", "top_logprobs")
 TOKENS = ("all", "last", "prompt", "generated")
@@ -72,14 +76,14 @@ class Signals:
         return {"options": options, "sites": sites}
 
 
-def parse_signals(signals: Iterable[str | Site], n_layers: int) -> Signals:
-    """Signals from names and Sites, every Site with its layers spelled out.
+def parse_signals(signals: Iterable[str | Site], layers: Sequence[int]) -> Signals:
+    """Signals from names and Sites, every Site with its layers among `layers`, those with experts, spelled out.
 
     Raises BadInput for an unknown name, layer, dtype or token selection.
     """
     given = [signals] if isinstance(signals, str | Site) else list(signals)
     options = [s for s in given if isinstance(s, str) and s in OPTIONS]
-    sites = [_site(s, n_layers) for s in given if not (isinstance(s, str) and s in OPTIONS)]
+    sites = [_site(s, layers) for s in given if not (isinstance(s, str) and s in OPTIONS)]
     names = [site.name for site in sites]
     if len(set(names)) != len(names):
         raise BadInput(
@@ -90,7 +94,7 @@ def parse_signals(signals: Iterable[str | Site], n_layers: int) -> Signals:
     return Signals(**{name: name in options for name in OPTIONS}, sites=tuple(sites))
 
 
-def _site(signal: str | Site, n_layers: int) -> Site:
+def _site(signal: str | Site, known: Sequence[int]) -> Site:
     site = Site(signal) if isinstance(signal, str) else signal
     if not isinstance(site, Site):
         raise BadInput(
@@ -106,12 +110,12 @@ def _site(signal: str | Site, n_layers: int) -> Site:
             argument="signals",
             value=site.name,
         )
-    layers = tuple(range(n_layers)) if site.layers is None else tuple(int(layer) for layer in site.layers)
-    unknown = [layer for layer in layers if not 0 <= layer < n_layers]
+    layers = tuple(known) if site.layers is None else tuple(int(layer) for layer in site.layers)
+    unknown = [layer for layer in layers if layer not in known]
     if unknown or not layers:
         raise BadInput(
-            f"Cannot record site {site.name} in layers {list(layers)}: the model has layers 0 to {n_layers - 1}. Pass "
-            "numbers among them.",
+            f"Cannot record site {site.name} in layers {list(layers)}: the model has experts in layers "
+            f"{numbered(known)}. Pass numbers among them.",
             argument="layers",
             value=list(layers),
         )

@@ -70,7 +70,7 @@ LACKING = sorted(f"model.layers.{layer}.{part}" for layer in (4, 5) for part in 
     ("changes", "named"),
     [
         ({"sliding_window": 4096}, ("sliding_window", 4096)),
-        ({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, ("model_type", "llama")),
+        ({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, ("model", "LlamaForCausalLM")),
         ({"num_hidden_layers": 6}, ("weights", LACKING)),
         ({"hidden_size": 6144, "intermediate_size": 16384, "num_hidden_layers": 56}, ("memory", 541296058368)),
     ],

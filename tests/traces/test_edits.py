@@ -14,6 +14,7 @@ from mixlens import edits
 from mixlens.interventions.routing import Routing
 from mixlens.interventions.where import Where
 from mixlens.models.quantization.unfuse import unfuse
+from mixlens.models.routing_rule import RouterRule, Rule
 
 LAYER, EXPERTS, K = 1, 8, 2
 
@@ -276,7 +277,8 @@ def test_recorders_see_the_edit_from_inside_and_from_outside(net, ids):
 def test_of_logits_that_tie_the_models_own_choice_is_rerouted(chosen):
     logits = torch.zeros(1, EXPERTS, dtype=torch.bfloat16)
     logits[0, [0, 3, 5]] = torch.tensor([2.0, 1.0, 1.0], dtype=torch.bfloat16)
-    routing = Routing(logits, torch.tensor([[0.75, 0.25]]), torch.tensor([[0, chosen]]))
+    rule = RouterRule(Rule(renormalised=True), None, None)
+    routing = Routing(logits, torch.tensor([[0.75, 0.25]]), torch.tensor([[0, chosen]]), rule)
     routing.reroute(3, 6, None)
     assert routing.result()[2].tolist() == [[0, 6 if chosen == 3 else 5]]
 

@@ -11,8 +11,10 @@ from tiny import tiny_mixtral
 from transformers import DynamicCache, GenerationConfig
 
 from mixlens import BadInput, ModelError, Recorder, RecordingError, Site, edit, edits
-from mixlens.trace.signals import SITES
+from mixlens.trace.signals import SHARED_SITES
+from mixlens.trace.signals import SITES as EVERY_SITE
 
+SITES = [name for name in EVERY_SITE if name not in SHARED_SITES]
 LENGTHS = [5, 17, 1, 9]
 # Rounding differs between batch shapes; a router this close to a tie may fall either way.
 MARGIN = 1e-4
