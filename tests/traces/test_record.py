@@ -22,11 +22,11 @@ from tiny import Letters, tiny_mixtral
 
 from mixlens import BadInput, Recorder, RecordSettings, RunError, Site, Trace, record
 from mixlens import open as open_run
-from mixlens.trace.signals import SITES
+from mixlens.trace.signals import SHARED_SITES, SITES
 
 TEXTS = ["one", "two and more words", "a", "the fourth document is rather longer than the others " * 3, "five"]
 DOCUMENTS = [{"text": text, "domain": "ab"[i % 2], "id": f"d{i}"} for i, text in enumerate(TEXTS)]
-EVERYTHING = ("router_logits", "logprob", "top_logprobs", *SITES)
+EVERYTHING = ("router_logits", "logprob", "top_logprobs", *(name for name in SITES if name not in SHARED_SITES))
 QUIET = RecordSettings(progress=False)
 SMALL = RecordSettings(shard_tokens=20, batch_tokens=40, progress=False)
 
