@@ -156,6 +156,9 @@ def test_a_key_is_in_nothing_that_is_written_printed_logged_or_raised(way, tmp_p
         log.close()
     assert any(KEY.encode() in request for request in requests)
     shown = [repr(one) + (one._repr_html_() if hasattr(one, "_repr_html_") else "") for one in given]
+    records = [record for one in given if isinstance(one, ml.bench.Bench) for record in one.records]
+    shown += [record.text + "\n" + record.reasoning for record in records]  # what was split over events
+    shown += ["".join(event.text for event in record.events if event.kind == "comment") for record in records]
     printed = capsys.readouterr()
     files = {path.name: path.read_bytes().decode("latin-1") for path in tmp_path.rglob("*") if path.is_file()}
     assert "log.txt" in files
