@@ -10,6 +10,7 @@ python benchmarks/scripted_server.py --serve 8000        # only the server, for 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -38,13 +39,16 @@ def main() -> None:
         server(options.serve, None)
         return
     measured_on = header()
+    key = "sk-or-v1-" + "0123456789abcdef" * 4
+    overhead = {"without a key": overhead_ms(None), "with a key": overhead_ms(key)}
+    print(f"overhead of an event in ms: {overhead}")
     results = {}
     for size, name in ((None, "whole"), (1, "split at every byte")):
         with Served(size) as url:
             for protocol in SCRIPTS:
                 results[f"{protocol}, {name}"] = found = measure(url, protocol, options)
                 print(f"{protocol}, {name}: {found}")
-    write(options.out, "scripted_server", measured_on, {"truth": TRUTH, "results": results})
+    write(options.out, "scripted_server", measured_on, {"truth": TRUTH, "overhead": overhead, "results": results})
 
 
 def measure(url: str, protocol: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -67,6 +71,23 @@ def measure(url: str, protocol: str, options: argparse.Namespace) -> dict[str, A
             1e3 * float(np.abs(rows[metric] - true).max()), 3
         )
     return found
+
+
+def overhead_ms(key: str | None, *, events: int = 2_000, repeats: int = 15) -> dict[str, float]:
+    """Processor time of reading one event of a stream into the record: parsed, decoded, masked and kept."""
+    from mixlens.bench.events import StreamReader
+
+    chunk = {"id": "chatcmpl-0123456789", "object": "chat.completion.chunk", "created": 1, "model": "mixtral"}
+    deltas = ({"choices": [{"index": 0, "delta": {"content": f" word\n{i}"}}]} for i in range(events))
+    pieces = [b"data: " + json.dumps(chunk | delta).encode() + b"\n\n" for delta in deltas]
+    took = []
+    for _ in range(repeats):
+        reader, start = StreamReader("openai-chat", key), time.process_time()
+        for at, piece in enumerate(pieces):
+            reader.feed(piece, float(at))
+        reader.close(float(events))
+        took.append(1e3 * (time.process_time() - start) / events)
+    return {"median": round(float(np.median(took)), 4), "largest": round(max(took), 4), "events": events * repeats}
 
 
 class Served:

@@ -116,6 +116,9 @@ class Server:
         lines = ([f"event: {event}"] if event else []) + [f"data:{self.one('', ' ')}{part}" for part in parts]
         lines += [self.one("id: 7", "retry: 10", "id")] if self.coin(0.05) else []
         self.events.append((end.join([*lines, "", ""]).encode(), carries))
+        if data != {"type": "ping"} and not self.finished:
+            self.ends_at = len(self.events)
+            self.finished = data == "[DONE]" or event == "message_stop"
 
     def noise(self) -> None:
         """What carries nothing."""
@@ -137,7 +140,7 @@ class Server:
 
     def write(self) -> None:
         truth = self.truth
-        self.ends_at = 1 << 30
+        self.ends_at, self.finished = 0, False  # events up to the last that is none of the noise of a connection
         self.line_end = self.one("\n", "\r\n", "\r") if self.coin(0.3) else "\n"
         truth.model = self.one("mixtral", "vendor/mixtral-8x7b", None)
         self.head = {"id": "x", **({"model": truth.model} if truth.model else {})}
@@ -271,7 +274,6 @@ class Server:
 
     def tail(self) -> None:
         """Keep-alives after the end, as of a connection that stays open."""
-        self.ends_at = len(self.events)
         while self.coin(0.2):
             self.events.append((f": still here{self.line_end}{self.line_end}".encode(), ""))
 
@@ -329,7 +331,7 @@ def read(server: Server) -> Record:
         for piece in decompressor.feed(raw):
             reader.feed(piece, at)
     reader.close(at)
-    at = at if reader.done_s is None else reader.done_s
+    at = at if reader.ended_s is None else reader.ended_s
     outcome = outcome_of(reader.events, status=200)
     return Record(0, "concurrency 1", "measured", outcome, tuple(reader.events), SENT, at, sent_s=SENT, status=200)
 

@@ -138,6 +138,13 @@ class StreamReader:
         self._chars = 0  # of what the events keep
         self.done_s: float | None = None  # time of the event that ends the answer by name
 
+    @property
+    def ended_s(self) -> float | None:
+        """Time at which the answer ended: by name, or with the last event after a reason; None if it did not."""
+        if self.done_s is not None or not any(event.finish for event in self.events):
+            return self.done_s
+        return next(event.at_s for event in reversed(self.events) if event.kind != COMMENT)
+
     def feed(self, piece: bytes, at_s: float) -> None:
         """Parse bytes of an event stream that arrived at `at_s`. Raises TooLarge."""
         self._keep(self._parser.feed(piece, at_s))

@@ -148,14 +148,15 @@ def read_prompts(
 ) -> list[str]:
     """Read prompts from a file or a data set, for Workload(prompts=...).
 
-    documents  path of a text file (one prompt per line) or of JSON Lines (.jsonl); or texts, dicts, a datasets.Dataset
+    documents  path of a text file (one prompt per line) or of JSON Lines, told by its name or by its lines; or texts,
+               dicts, a datasets.Dataset
     column     name of the text column of JSON Lines, dicts and data sets
 
     Raises BadInput if a file cannot be read, a line is not JSON, or a document lacks the column.
     """
     if isinstance(documents, str | os.PathLike):
         lines = _lines(Path(documents))
-        if Path(documents).suffix != ".jsonl":
+        if Path(documents).suffix not in (".jsonl", ".ndjson", ".json") and not all(map(_is_object, lines)):
             return lines
         documents = [_parsed(line, i, Path(documents)) for i, line in enumerate(lines)]
     found = []
@@ -179,7 +180,7 @@ def read_prompts(
 
 def _lines(path: Path) -> list[str]:
     try:
-        return [line.removesuffix("\r") for line in path.read_text("utf-8").split("\n") if line.strip()]
+        return [line.removesuffix("\r") for line in path.read_text("utf-8-sig").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(
             f"Cannot read prompts from {path}: {error}. Pass a UTF-8 text file with one prompt per line, or JSON "
@@ -187,6 +188,13 @@ def _lines(path: Path) -> list[str]:
             argument="path",
             value=str(path),
         ) from error
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _parsed(line: str, number: int, path: Path) -> str | Mapping[str, Any]:

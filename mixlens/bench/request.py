@@ -57,8 +57,9 @@ class Sender:
             await self._exchange(job, times, reader, answer)
         except Fault as error:
             fault, detail = error.kind, error.detail
-        times["ended_s"] = times.get("ended_s", self._clock())
-        reader.close(times["ended_s"])
+        now = self._clock()
+        reader.close(now)
+        times["ended_s"] = now if reader.ended_s is None else reader.ended_s
         outcome = outcome_of(reader.events, status=answer.get("status"), fault=fault)
         if outcome == "ok":
             detail = ""
@@ -95,14 +96,12 @@ class Sender:
             record["status"] = answer.status
             if answer.status < 300 and not any(form in answer.content_type for form in ("json", "html")):
                 await self._read_stream(answer, reader)
-                times["ended_s"] = clock() if reader.done_s is None else reader.done_s
                 return
             record["form"] = "json"
             whole = await answer.body()
-            times["ended_s"] = clock()
             text = redacted(whole.decode("utf-8-sig", errors="replace"), self._key)
             if answer.status < 300:
-                reader.whole(text, times["ended_s"])
+                reader.whole(text, clock())
             else:
                 record["detail"] = answer.redirection or error_message(text)
                 record["retry_after_s"] = retry_after(answer.headers.get("retry-after"))

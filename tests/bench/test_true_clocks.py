@@ -29,6 +29,12 @@ def test_an_answer_ends_with_its_last_event_and_not_with_the_connection():
     assert (table["e2e_stream_s"] - table["e2e_token_s"]).max() < 0.5
 
 
+def test_an_answer_without_a_last_event_ends_with_its_reason_and_counts():
+    table = measured([*answer()[:-1], b": still here\n\n", 1.0]).requests()
+    assert table["outcome"].tolist() == ["ok", "ok"]
+    assert (table["e2e_stream_s"] - table["e2e_token_s"]).max() < 0.5
+
+
 def test_a_compressed_stream_is_read():
     whole = gzip.compress(b"".join(piece for piece in answer(5) if isinstance(piece, bytes)))
     bench = measured([whole], headers={"Content-Encoding": "gzip"})
