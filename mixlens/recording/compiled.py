@@ -133,8 +133,8 @@ class CompiledRecorder(Recorder):
     def _allocated(self) -> dict[str, torch.Tensor]:
         # One place more than asked for: what finds no room, or is paused, is written there, one over the other.
         rows, layers, device = self._room + 1, len(moe_layers(self.model)), input_device(self.model)
-        self._choices = list(top_k(self.model).values())
-        slots = max(self._choices)
+        self._slots = list(top_k(self.model).values())
+        slots = max(self._slots)
         shapes = {
             "expert_id": ((rows, layers, slots), torch.uint8 if n_experts(self.model) <= 256 else torch.int16),
             "weight": ((rows, layers, slots), torch.float32),
@@ -166,7 +166,7 @@ class CompiledRecorder(Recorder):
         listening = self._buffers["listening"]
         where = torch.where(listening > 0, number + count[0], self._room).clamp(max=self._room)
         for name, layers in raw.items():
-            layers = layers if name == "router_logits" else widened(layers, max(self._choices), 0)
+            layers = layers if name == "router_logits" else widened(layers, max(self._slots), 0)
             stacked = torch.stack([layers[index].to(device) for index in sorted(layers)], 1)
             self._buffers[name].index_copy_(0, where, stacked.to(self._buffers[name].dtype))
         cache = kwargs.get("past_key_values")
@@ -243,7 +243,7 @@ class CompiledRecorder(Recorder):
         raw: Raw = {}
         for name, values in routing.items():
             values = values[part].long() if name == "expert_id" else values[part]
-            layers = zip(self._layers, values.unbind(1), self._choices, strict=True)
+            layers = zip(self._layers, values.unbind(1), self._slots, strict=True)
             raw[name] = {index: value if name == "router_logits" else value[:, :k] for index, value, k in layers}
         return raw
 
