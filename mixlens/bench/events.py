@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -151,7 +152,8 @@ class StreamReader:
 
     def close(self, at_s: float) -> None:
         """Parse the rest of the stream after its end, mask the key, and tell reasoning between tags from text."""
-        self._keep(self._parser.close(at_s))
+        with suppress(TooLarge):  # an answer beyond the limits was refused before
+            self._keep(self._parser.close(at_s))
         if self._redact is not None:
             self._mask(self._redact)
         _, thought = without_thinking("".join(event.text for event in self.events if event.kind == TOKEN))

@@ -134,7 +134,7 @@ class Endpoint:
                 argument="max_tries" if not (isinstance(self.max_tries, int) and self.max_tries >= 1) else "patience_s",
                 value=(self.max_tries, self.patience_s),
             )
-        if not self.deadline_s > 0:
+        if not (isinstance(self.deadline_s, int | float) and self.deadline_s > 0):
             raise BadInput(
                 f"Cannot use the endpoint at {host} with deadline_s={self.deadline_s}. Pass seconds above 0.",
                 argument="deadline_s",

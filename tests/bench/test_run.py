@@ -167,9 +167,10 @@ def test_refused_connections_and_failed_encryption():
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
-def test_a_certificate_that_nobody_vouches_for_ends_in_its_outcome(tmp_path):
+def test_a_certificate_counts_where_the_environment_vouches_for_it(tmp_path, monkeypatch):
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
     made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=127.0.0.1", "-days", "1"]
+    made += ["-addext", "subjectAltName=IP:127.0.0.1"]
     subprocess.run([*made, "-keyout", key, "-out", certificate], check=True, capture_output=True)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
@@ -178,6 +179,10 @@ def test_a_certificate_that_nobody_vouches_for_ends_in_its_outcome(tmp_path):
         [record] = measured(url, requests=1, settings=settings(warmup=0)).records
     assert (record.outcome, script.requests) == ("tls", [])
     assert "CERTIFICATE_VERIFY_FAILED" in record.detail
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    with serving(script, tls=context) as url:
+        [record] = measured(url, requests=1, settings=settings(warmup=0)).records
+    assert record.outcome == "ok"
 
 
 def test_a_stream_that_never_ends_is_timed_out_in_spite_of_keep_alives():

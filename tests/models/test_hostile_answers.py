@@ -111,7 +111,7 @@ def test_probe_lists_and_prices_have_the_same_limits(name):
 
 def test_a_stream_of_endless_events_is_too_large(monkeypatch):
     monkeypatch.setattr("mixlens.bench.events.MAX_EVENTS", 100)
-    with writing(forever(STREAM + b"\r\n", b": x\n\n" * 50)) as (url, _):
+    with writing(forever(STREAM + b"\r\n", b": x\n\n" * 50 + b"data: begun\n")) as (url, _):
         settings = ml.bench.BenchSettings(progress=False, warmup=0)
         endpoint = ml.Endpoint(url, model="m")
         [record] = ml.benchmark(endpoint, requests=1, workload=ml.bench.Workload(16, 8), settings=settings).records
