@@ -190,7 +190,7 @@ def contrast(
         from mixlens.reports.report import report
 
         report(found, out)
-    return statistic(found, csv=csv, also=["p", "q", "survives"])
+    return statistic(found, csv=csv)
 
 
 @app.command
