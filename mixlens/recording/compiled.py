@@ -124,8 +124,9 @@ class CompiledRecorder(Recorder):
             self._buffers, self._marks = {}, {}
 
     def clear(self) -> None:
+        choices = self._choices
         super().clear()
-        self._marks = {}
+        self._marks, self._choices = {}, choices  # which the buffers are made for
         if self._buffers:
             self._buffers["count"].zero_()
 

@@ -31,7 +31,7 @@ from mixlens.reports.contributions import contribution_sections, topk_sections
 from mixlens.reports.importance import importance_sections
 from mixlens.trace.trace import Trace
 
-_LONGEST_LABEL = 200  # characters; beyond it, its beginning and a hash that keeps it apart from others
+_LONGEST_LABEL = 60  # characters; beyond it, its beginning and a hash that keeps it apart from others
 RunOrPath = Trace | xr.Dataset | str | os.PathLike[str]
 
 
