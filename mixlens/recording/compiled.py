@@ -124,9 +124,8 @@ class CompiledRecorder(Recorder):
             self._buffers, self._marks = {}, {}
 
     def clear(self) -> None:
-        choices = self._choices
         super().clear()
-        self._marks, self._choices = {}, choices  # which the buffers are made for
+        self._marks = {}
         if self._buffers:
             self._buffers["count"].zero_()
 
