@@ -53,11 +53,16 @@ def reply_remarks(records: Sequence[Mapping[str, Any]], meta: Mapping[str, Any])
     replies = [facts for record in generated for facts in record.get("replies") or []]
     asked = str(meta["model"].get("name", "")) if meta["model"].get("backend") == "endpoint" else ""
     models = Counter(facts["model"] for facts in replies if facts.get("model"))
-    others = ", ".join(f"{name} ({k})" for name, k in models.items() if asked and canonical(name) != canonical(asked))
+    others = ", ".join(f"{name} ({k})" for name, k in models.items() if asked and not _same_model(name, asked))
     found += [f"Answered by another model than {asked}: {others}."] if others else []
     again = sum(facts.get("attempts", 1) > 1 for facts in replies)
     found += [f"Answered after a retry: {again} of {len(replies)} answers."] if again else []
     return found + _lost_blanks(generated, meta)
+
+
+def _same_model(answered: str, asked: str) -> bool:
+    """Whether two names are of one model; transformers serve adds the revision, as in name@main."""
+    return canonical(asked) in (canonical(answered), canonical(answered.rpartition("@")[0]))
 
 
 def _without_non_answers(records: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> list[str]:

@@ -196,6 +196,13 @@ def test_a_server_that_drops_the_first_blank_is_told():
     assert not reply_remarks(with_replies(whole, {}), meta)
 
 
+@pytest.mark.parametrize(("answered", "told"), [("m", False), ("m@main", False), ("other@m", True), ("n", True)])
+def test_another_model_that_answers_is_told_and_a_revision_is_none(answered, told):
+    record = {"task": "t", "sample_id": 0, "target": "x", "responses": ["x"], "replies": [{"model": answered}]}
+    remarks = reply_remarks([record], {"model": {"name": "m", "backend": "endpoint"}, "tasks": {}})
+    assert any(answered in remark for remark in remarks) is told
+
+
 LIMITED = [
     {"Retry-After": "7"},
     {"retry-after-ms": "7000"},
