@@ -74,8 +74,8 @@ log.samples[["task", "sample_id", "prompt", "target", "response", "correct"]].gr
 # %% [markdown]
 # ## Beside published scores
 #
-# A published score is comparable only where its source states every part of the protocol (shots, split, metric, who
-# graded, number of questions) and each is the same. Where it is not, or where nobody has published any, the table
+# A published score is comparable only where its source states the parts of the protocol (shots, split, metric, number
+# of questions) and each is the same. Where it is not, or where nobody has published any, the table
 # says why.
 
 # %%

@@ -196,7 +196,9 @@ def score_table(log: Log) -> pd.DataFrame:
                 "n": int(row["n"]),
                 "published, %": f"{published:.1f}" if known else "–",
                 "difference": f"{row['difference']:+.1f}" if row["comparable"] else "not comparable" if known else "–",
-                "source or reason": row["source"] if row["comparable"] else row["why_not"],
+                "source or reason": "; ".join(filter(None, [row["source"], row["note"]]))
+                if row["comparable"]
+                else row["why_not"],
             }
         )
     return pd.DataFrame(rows)

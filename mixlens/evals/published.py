@@ -16,8 +16,9 @@ COLUMNS = [
     "model", "quantization", "benchmark", "protocol", "shots", "split", "metric", "scorer", "average", "score", "n",
     "source", "page", "status", "note",
 ]  # fmt: skip
-# What makes a protocol, beside the name that it has here.
-_PARTS = ("protocol", "shots", "split", "metric", "scorer", "n")
+# What makes a protocol, beside the name that it has here; of the last two most sources say nothing.
+_PARTS = ("protocol", "shots", "split", "metric", "n", "scorer", "average")
+_SELDOM_STATED = ("scorer", "average")
 BESIDE = [
     "benchmark", "protocol", "metric", "score", "ci_low", "ci_high", "n", "published", "published_protocol",
     "comparable", "why_not", "difference", "source", "status", "quantization", "note",
@@ -73,10 +74,10 @@ def references(model: str | None = None, *, benchmark: str | None = None) -> pd.
 def beside(log: Log, *, model: str | None = None) -> pd.DataFrame:
     """Set every score beside the published ones; `comparable` only where the protocols are equal, else the reason.
 
-    A published score is comparable when its source states protocol, shots, split, metric, scorer, number of questions
-    and, for a benchmark of several tasks, how they were averaged, and all of them are those of the log; nothing was
-    left out by a limit; and no chat endpoint put its template around the prompts. What differs, and what is not known,
-    is named.
+    A published score is comparable when its source states protocol, shots, split, metric and number of questions, and
+    all of them are those of the log; nothing was left out by a limit; and no chat endpoint put its template around the
+    prompts. The program that graded and, for a benchmark of several tasks, their average must not differ either; where
+    the source does not state them, as papers seldom do, `note` says so. What differs, and what is not known, is named.
 
     Parameters
     ----------
@@ -136,15 +137,17 @@ def _compared(log: Log, row: dict[str, Any], entry: dict[str, Any]) -> dict[str,
     if limit is not None:
         reasons.append(f"only the first {limit} samples of every task")
     about = next(task for task in log.meta["tasks"].values() if task["protocol"] == row["protocol"])
-    ours = {**{part: about.get(part) for part in _PARTS}, **{part: row[part] for part in ("protocol", "metric", "n")}}
+    ours = {part: about.get(part) for part in _PARTS} | {part: row[part] for part in ("protocol", "metric", "n")}
+    ours["average"] = row["average"]
     # An average is a part only where there are several tasks to average over.
-    ours |= {"average": row["average"]} if row["average"] else {}
-    if limit is not None:
-        del ours["n"]
+    skipped = {"average": not row["average"], "n": limit is not None}
+    ours = {part: mine for part, mine in ours.items() if not skipped.get(part)}
     known = {part: (entry[part], mine) for part, mine in ours.items() if _stated(entry[part]) and _stated(mine)}
     reasons += [f"published {part} is {_shown(theirs)}" for part, (theirs, mine) in known.items() if theirs != mine]
-    if lacking := [part for part in ours if not _stated(entry[part])]:
-        reasons.append(f"not stated by the source: {', '.join(lacking)}")
+    lacking = [part for part in ours if not _stated(entry[part])]
+    unstated = f"not stated by the source: {', '.join(lacking)}" if lacking else ""
+    if set(lacking) - set(_SELDOM_STATED):
+        reasons.append(unstated)
     if lacking := [part for part, mine in ours.items() if not _stated(mine)]:
         reasons.append(f"not known of this evaluation: {', '.join(lacking)}")
     return {
@@ -153,7 +156,8 @@ def _compared(log: Log, row: dict[str, Any], entry: dict[str, Any]) -> dict[str,
         "comparable": not reasons,
         "why_not": "; ".join(reasons),
         "difference": float("nan") if reasons else row["score"] - entry["score"],
-        **{key: entry[key] for key in ("source", "status", "quantization", "note")},
+        **{key: entry[key] for key in ("source", "status", "quantization")},
+        "note": "; ".join(filter(None, [entry["note"] if _stated(entry["note"]) else "", unstated])),
     }
 
 

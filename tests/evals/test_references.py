@@ -129,14 +129,17 @@ def test_any_part_of_the_protocol_that_differs_or_is_not_known_is_named(part, va
 
 
 def test_of_no_source_more_is_taken_for_known_than_it_states():
-    """The paper names no program that graded; of ARC and HellaSwag not even the metric."""
+    """The paper names no program that graded, which is noted; of ARC and HellaSwag not even the metric."""
     for log in (made_up("humaneval_0shot", 164, 82, parts={"shots": 0}), made_up("mmlu_5shot", 14042, 9, metric="acc")):
         compared = beside(log)
         paper = compared[compared["source"].str.contains("2401.04088")]
         assert len(paper)
-        assert not paper["comparable"].any()
-        assert paper["why_not"].str.contains("not stated by the source: scorer").all()
-    assert "not stated by the source: metric" in beside(made_up("hellaswag_0shot", 10042, 9)).iloc[0]["why_not"]
+        assert paper["comparable"].all()
+        assert paper["note"].str.contains("scorer").all()
+    for task, n, split in (("hellaswag_0shot", 10042, "validation"), ("math_4shot_maj4", 5000, "test")):
+        unknown = beside(made_up(task, n, 9, parts={"split": split, "shots": int(task.split("_")[1][0])})).iloc[0]
+        assert not unknown["comparable"]
+        assert "metric" in unknown["why_not"]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from mixlens.evals.report import score_sections
 N = {"mmlu_5shot": 14042, "arc_challenge_25shot": 1172}
 
 
-def log(share: float, name: str = "mistralai/Mixtral-8x7B-Instruct-v0.1", limit: int | None = None) -> Log:
+def log(share: float, name: str = "mistralai/Mixtral-8x7B-v0.1", limit: int | None = None) -> Log:
     """A log of made-up samples, of which the first part of every task is right."""
     metric = {"mmlu_5shot": "acc", "arc_challenge_25shot": "acc_norm"}
     records = [
@@ -52,11 +52,11 @@ def marks(ax, label: str) -> set[float]:
 
 def test_scores_intervals_chance_and_comparable_references_are_drawn(whole):
     ax = show.scores(whole)
-    assert marks(ax, "Mixtral-8x7B-Instruct-v0.1") == {70.0, 70.1}
+    assert marks(ax, "Mixtral-8x7B-v0.1") == {70.0, 70.1}
     assert marks(ax, "chance") == {25.0}
     published = beside(whole)
     comparable = published[published["comparable"]]
-    assert set(comparable["status"]) == {"reproduction", "quantized"}
+    assert set(comparable["status"]) == {"official"}
     for status, rows in comparable.groupby("status"):
         assert marks(ax, f"published: {status}") == set(rows["published"].round(1))
     assert f"{int((~published['comparable']).sum())} published scores by other protocols" in ax.texts[0].get_text()
