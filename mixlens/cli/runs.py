@@ -112,6 +112,7 @@ def stats(
     /,
     *,
     by: str | None = None,
+    cluster: str | None = None,
     layers: Integers | None = None,
     csv: str | None = None,
     output: Output = Output(),
@@ -126,6 +127,8 @@ def stats(
         The statistic.
     by
         Column of the sequences to group by, such as domain.
+    cluster
+        Column whose values vary independently where documents do not, such as author.
     layers
         Only these layers.
     csv
@@ -138,7 +141,7 @@ def stats(
     trace = Trace.open(run)
     if layers:
         trace = trace.select(layers=list(layers))
-    return statistic(getattr(stats, name)(trace, **({"by": by} if by else {})), csv=csv)
+    return statistic(getattr(stats, name)(trace, cluster=cluster, **({"by": by} if by else {})), csv=csv)
 
 
 @app.command
@@ -150,6 +153,7 @@ def contrast(
     by: str,
     a: str,
     b: str | None = None,
+    cluster: str | None = None,
     layers: Integers | None = None,
     csv: str | None = None,
     out: str | None = None,
@@ -169,6 +173,8 @@ def contrast(
         Value of the first condition.
     b
         Value of the second; all other documents where left out.
+    cluster
+        Column whose values vary independently where documents do not, such as author.
     layers
         Only these layers.
     csv
@@ -185,7 +191,7 @@ def contrast(
         trace = trace.select(layers=list(layers))
     values = {str(value): value for value in trace.sequences[by].unique()} if by in trace.sequences else {}
     first, second = values.get(a, a), None if b is None else values.get(b, b)
-    found = stats.contrast(trace, getattr(stats, name), by=by, a=first, b=second)
+    found = stats.contrast(trace, getattr(stats, name), by=by, a=first, b=second, cluster=cluster)
     if out is not None:
         from mixlens.reports.report import report
 

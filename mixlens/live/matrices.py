@@ -220,7 +220,11 @@ def _limit(data: xr.Dataset, centre: float, ratio: bool) -> float:
 
 def _note(data: xr.Dataset, digits: bool) -> str:
     middle = "chance" if data.attrs["unit"] == "ratio" else labels.uniform_text(data)
-    about = [labels.sample(data), f"{labels.level(data)} over documents", f"middle of the scale: {middle}"]
+    about = [
+        labels.sample(data),
+        labels.over(data),
+        f"middle of the scale: {middle}",
+    ]
     return "; ".join(filter(None, [*about, labels.marked(data, "bold") if digits else ""])) + "."
 
 

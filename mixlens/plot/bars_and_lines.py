@@ -370,7 +370,7 @@ def domain_information(data: xr.Dataset, ax: Axes | None = None) -> Axes:
         _value_axis(ax, data)
         ax.set_ylim(bottom=0)
         _legend(ax)
-        note = f"{wording.sample(data)}; whiskers: {wording.level(data)} over documents"
+        note = f"{wording.sample(data)}; whiskers: {wording.over(data)}"
         heading(ax, "Expert and domain", note + "; chance: domain labels permuted over documents")
     return ax
 

@@ -131,7 +131,11 @@ def flips_by_margin(data: xr.Dataset, ax: Axes | None = None) -> Axes:
         ax.legend(loc="upper right" if len(series) < 4 else "center left", fontsize=relative_size(0.8),
                   bbox_to_anchor=None if len(series) < 4 else (1, 0.5))  # fmt: skip
         n = f"n = {int(data['n'].sum()):,} choices, {labels.span(data['n_documents'])} documents"
-        heading(ax, labels.title(data), f"{n}; whiskers: {labels.level(data)} over documents; grey: all choices")
+        heading(
+            ax,
+            labels.title(data),
+            f"{n}; whiskers: {labels.over(data)}; grey: all choices",
+        )
     return ax
 
 
@@ -192,7 +196,7 @@ def quality_split(data: xr.Dataset, ax: Axes | None = None, *, quantity: str = "
         if quantity == "other_top":
             ax.xaxis.set_major_formatter(percent)
         ax.legend(loc="upper left", bbox_to_anchor=(-0.3, -0.3), ncols=2, fontsize=relative_size(0.8))
-        note = f"{labels.sample(data)}; whiskers: {labels.level(data)} over documents, paired"
+        note = f"{labels.sample(data)}; whiskers: {labels.over(data)}, paired"
         heading(ax, labels.title(data) + _selected(part), note)
     return ax
 

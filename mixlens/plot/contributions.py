@@ -192,7 +192,7 @@ def topk_sweep(data: xr.Dataset, ax: Axes | None = None) -> Axes:
         ax.set_ylabel("loss, nats a token")
         if len(series) > 1:
             ax.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.45, -0.22), fontsize=6, columnspacing=1)
-        note = f"{labels.sample(data)}; whiskers: {labels.level(data)} over documents; dashed: the model's own k"
+        note = f"{labels.sample(data)}; whiskers: {labels.over(data)}; dashed: the model's own k"
         heading(ax, "Loss by number of experts", note)
     return ax
 

@@ -139,7 +139,7 @@ def importance_against_share(data: xr.Dataset, ax: Axes | None = None) -> Axes:
             for (i, j), value in np.ndenumerate(estimate):
                 ax.annotate(str(data["expert"].to_numpy()[j]), (share[i, j], value), fontsize=5, xytext=(2, 2),
                             textcoords="offset points")  # fmt: skip
-        note = f"{labels.sample(data)}; whiskers: {labels.level(data)} over documents; dashed: uniform share"
+        note = f"{labels.sample(data)}; whiskers: {labels.over(data)}; dashed: uniform share"
         note = "; ".join(filter(None, [note, scale_note(np.stack([data["ci_low"], data["ci_high"]]))]))
         selected = labels.chosen(data)
         heading(ax, "Importance against use" + (f", {selected}" if selected else ""), note)

@@ -138,7 +138,12 @@ def sample(data: xr.Dataset) -> str:
     text = f"n = {counted(span(data['n']), thing)}{_per(data['n'])}"
     if "n_documents" not in data:
         return text
-    return f"{text}, {counted(span(data['n_documents']), 'document')}{_per(data['n_documents'])}"
+    return f"{text}, {counted(span(data['n_documents']), independent(data))}{_per(data['n_documents'])}"
+
+
+def independent(data: xr.Dataset) -> str:
+    """Return what intervals take for independent: "document", or "author cluster"."""
+    return f"{data.attrs['cluster']} cluster" if "cluster" in data.attrs else "document"
 
 
 def counted(count: str, thing: str) -> str:
@@ -162,6 +167,11 @@ def span(counts: xr.DataArray) -> str:
 
 def level(data: xr.Dataset) -> str:
     return f"{100 * float(data.attrs['level']):g} % interval"
+
+
+def over(data: xr.Dataset) -> str:
+    """Describe the intervals, as "95 % interval over documents"."""
+    return f"{level(data)} over {independent(data)}s"
 
 
 def survivors(data: xr.Dataset) -> str:
@@ -217,7 +227,7 @@ def uniform_note(data: xr.Dataset) -> str:
 
 def note(data: xr.Dataset, *, drawn: str, line: str = "dashed") -> str:
     """Return the small print of a figure: n, what the interval is `drawn` as, and the uniform level."""
-    parts = [sample(data), f"{drawn}: {level(data)} over documents"]
+    parts = [sample(data), f"{drawn}: {over(data)}"]
     if expected := uniform_note(data):
         parts.append(f"{line}: {expected}" if line else expected)
     if "expected" in data:

@@ -12,14 +12,16 @@ import xarray as xr
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.core.intervals import Mean, Quantity, Share
 from mixlens.errors import BadInput
-from mixlens.stats.counts import OLMOE, Block, By, count, described, require, summarise
+from mixlens.stats.counts import OLMOE, Block, By, clustered, count, described, require, summarise
 from mixlens.stats.softmax import BLOCK_OF_LOGITS, entropy_bits, softmax_tiles
 
 if TYPE_CHECKING:
     from mixlens.trace.trace import Trace
 
 
-def agreement(a: Trace, b: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
+def agreement(
+    a: Trace, b: Trace, *, by: By = None, cluster: str | None = None, bootstrap: Bootstrap = DEFAULT
+) -> xr.Dataset:
     """Measure how alike two traces of the same tokens are routed: means over tokens of three measures.
 
     top1
@@ -40,6 +42,8 @@ def agreement(a: Trace, b: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAU
         The second trace, of the same tokens.
     by : By, optional
         Column, or columns, of the sequences to group by.
+    cluster : str, optional
+        Column of the sequences, such as "author", whose values vary independently where documents do not.
     bootstrap : Bootstrap, optional
         How intervals are computed.
 
@@ -60,6 +64,7 @@ def agreement(a: Trace, b: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAU
     >>> ml.stats.agreement(trace, trace)["measure"].values.tolist()
     ['top1', 'overlap', 'jensen_shannon']
     """
+    a = clustered(a, cluster)
     require(a, "agreement", "expert_id", bootstrap=bootstrap)
     require(b, "agreement", "expert_id")
     same_shape(a, b)

@@ -11,7 +11,7 @@ import xarray as xr
 
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.errors import BadInput
-from mixlens.stats.counts import Summed, described, require, summed_by
+from mixlens.stats.counts import Summed, clustered, described, require, summed_by
 from mixlens.stats.multiplicity import with_survivors
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ def contrast(
     by: str | pd.Series | None = None,
     a: Any = None,
     b: Any = None,
+    cluster: str | None = None,
     bootstrap: Bootstrap = DEFAULT,
 ) -> xr.Dataset:
     """Compare a statistic between two groups of documents, or between two traces.
@@ -55,6 +56,8 @@ def contrast(
         Value of the column in the first group. None for the values that are true.
     b : Any, optional
         Value in the second group; None for all others.
+    cluster : str, optional
+        Column of the sequences, such as "author", whose values vary independently where documents do not.
     bootstrap : Bootstrap, optional
         Level of the intervals.
 
@@ -74,8 +77,10 @@ def contrast(
     >>> found["survives"].dims
     ('layer', 'expert')
     """
+    trace = clustered(trace, cluster)
     require(trace, "contrast", bootstrap=bootstrap)
     if statistic is not None:
+        other = clustered(other, cluster)  # type: ignore[arg-type]
         require(other, "contrast")
     chosen = other if statistic is None else statistic
     if not callable(chosen):
@@ -159,7 +164,7 @@ def _names(by: Any, a: Any, b: Any) -> tuple[str, str]:
 
 
 def _same_documents(one: Trace, two: Trace) -> bool:
-    first, second = (trace.sequences["document_id"].drop_duplicates().tolist() for trace in (one, two))
+    first, second = (trace.sequences[trace.cluster].drop_duplicates().tolist() for trace in (one, two))
     return first == second
 
 

@@ -6,6 +6,7 @@ that the bootstrap can sum them again with other weights: one matrix product, an
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -68,7 +69,7 @@ class Clusters:
             labels[beside(name, OF_STATISTICS)] = np.asarray(values)
             group = group * len(found) + code
         n_groups = math.prod(len(found) for found in labels.values())
-        document_id, _ = pd.factorize(trace.sequences["document_id"])
+        document_id, _ = pd.factorize(trace.sequences[trace.cluster])
         document, first = pd.factorize(group * (document_id.max(initial=0) + 1) + document_id)
         group_of_document = np.empty(len(first), np.int64)
         group_of_document[document] = group
@@ -203,6 +204,19 @@ def require(trace: Any, what: str, *signals: str, bootstrap: Any = DEFAULT) -> N
             value=bootstrap,
         )
     trace.require(what, *signals)
+
+
+def clustered(trace: Trace, cluster: str | None) -> Trace:
+    """The trace with a column of its sequences in the place of documents, as what varies independently.
+
+    Raises BadInput for a column that is not there, or has missing values.
+    """
+    if cluster is None or not isinstance(getattr(trace, "sequences", None), pd.DataFrame):
+        return trace
+    _columns(trace, cluster, "cluster")
+    own = copy.copy(trace)
+    own.cluster = cluster
+    return own
 
 
 def with_ids(trace: Trace, what: str) -> Trace:
@@ -388,10 +402,13 @@ def described(data: xr.Dataset, trace: Trace, bootstrap: Bootstrap, **attrs: Any
     """The Dataset with its attributes: those given, the model, and how the intervals were made."""
     model = trace.meta.get("model")
     name = model.get("name") if isinstance(model, Mapping) else model
-    return data.assign_attrs({**attrs, "level": bootstrap.level, "model": name or "unknown", "top_k": trace.top_k})
+    about = {"level": bootstrap.level, "model": name or "unknown", "top_k": trace.top_k}
+    return data.assign_attrs(
+        {**attrs, **about, **({} if trace.cluster == "document_id" else {"cluster": trace.cluster})}
+    )
 
 
-def _columns(trace: Trace, by: By) -> list[str]:
+def _columns(trace: Trace, by: By, argument: str = "by") -> list[str]:
     columns = [by] if isinstance(by, str) else list(by or [])
     there = [str(name) for name in trace.sequences.columns]
     for name in columns:
@@ -399,7 +416,7 @@ def _columns(trace: Trace, by: By) -> list[str]:
             raise BadInput(
                 f"Cannot group by {name!r}: the sequences have the columns {', '.join(there)}. Pass one of them, or "
                 "record documents that have the column.",
-                argument="by",
+                argument=argument,
                 value=name,
             )
         if columns.count(name) > 1:

@@ -11,7 +11,7 @@ import xarray as xr
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.errors import BadInput
 from mixlens.stats.contrast import permutations, without_each
-from mixlens.stats.counts import described, require, summed_by
+from mixlens.stats.counts import clustered, described, require, summed_by
 from mixlens.stats.multiplicity import with_survivors
 from mixlens.stats.routing import expert_share
 
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from mixlens.trace.trace import Trace
 
 
-def domain_distance(trace: Trace, *, by: str = "domain", bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
+def domain_distance(
+    trace: Trace, *, by: str = "domain", cluster: str | None = None, bootstrap: Bootstrap = DEFAULT
+) -> xr.Dataset:
     """Compute the Jensen-Shannon divergence between the expert shares of every two domains, layer by layer.
 
     H((f + g) / 2) - (H(f) + H(g)) / 2 in bits, f and g the shares of the experts in both domains: 0 for the same, 1 for
@@ -34,6 +36,8 @@ def domain_distance(trace: Trace, *, by: str = "domain", bootstrap: Bootstrap = 
         The recording. Needs ``expert_id``, uint8 [token, layer, slot]; the column `by` of the sequences.
     by : str, optional
         Column of the sequences with two values or more.
+    cluster : str, optional
+        Column of the sequences, such as "author", whose values vary independently where documents do not.
     bootstrap : Bootstrap, optional
         Level of the intervals.
 
@@ -53,6 +57,7 @@ def domain_distance(trace: Trace, *, by: str = "domain", bootstrap: Bootstrap = 
     >>> ml.stats.domain_distance(trace)["estimate"].dims
     ('layer', 'domain', 'domain_other')
     """
+    trace = clustered(trace, cluster)
     require(trace, "domain_distance", "expert_id", bootstrap=bootstrap)
     names = expert_share(trace, by=by, bootstrap=Bootstrap(replicates=10))[by].to_numpy()
     if len(names) < 2:

@@ -11,7 +11,7 @@ import xarray as xr
 
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.core.intervals import Jackknife, Share, Smooth, leaving_out
-from mixlens.stats.counts import OLMOE, Block, Counts, count, described, require, summarise
+from mixlens.stats.counts import OLMOE, Block, Counts, clustered, count, described, require, summarise
 from mixlens.stats.multiplicity import with_survivors
 from mixlens.stats.structure import mutual_information_bits
 
@@ -25,7 +25,7 @@ _PERMUTATION_STREAM = 2**31
 
 
 def domain_specialization(
-    trace: Trace, *, by: str | Sequence[str] = "domain", bootstrap: Bootstrap = DEFAULT
+    trace: Trace, *, by: str | Sequence[str] = "domain", cluster: str | None = None, bootstrap: Bootstrap = DEFAULT
 ) -> xr.Dataset:
     """Compute the share of a domain's tokens that choose each expert.
 
@@ -38,6 +38,8 @@ def domain_specialization(
         The recording. Needs ``expert_id``, uint8 [token, layer, slot]; the column `by` of the sequences.
     by : str or Sequence[str], optional
         Column, or columns, of the sequences to group by.
+    cluster : str, optional
+        Column of the sequences, such as "author", whose values vary independently where documents do not.
     bootstrap : Bootstrap, optional
         How intervals are computed.
 
@@ -57,6 +59,7 @@ def domain_specialization(
     >>> ml.stats.domain_specialization(trace)["estimate"].dims
     ('domain', 'layer', 'expert')
     """
+    trace = clustered(trace, cluster)
     require(trace, "domain_specialization", "expert_id", bootstrap=bootstrap)
     data = summarise(
         _choices(trace, by),
@@ -73,7 +76,7 @@ def domain_specialization(
 
 
 def domain_information(
-    trace: Trace, *, by: str | Sequence[str] = "domain", bootstrap: Bootstrap = DEFAULT
+    trace: Trace, *, by: str | Sequence[str] = "domain", cluster: str | None = None, bootstrap: Bootstrap = DEFAULT
 ) -> xr.Dataset:
     """Compute how many bits a choice of expert reveals about the domain, in three measures.
 
@@ -95,6 +98,8 @@ def domain_information(
         The recording. Needs ``expert_id``, uint8 [token, layer, slot]; the column `by` of the sequences.
     by : str or Sequence[str], optional
         Column, or columns, of the sequences to group by.
+    cluster : str, optional
+        Column of the sequences, such as "author", whose values vary independently where documents do not.
     bootstrap : Bootstrap, optional
         How intervals are computed.
 
@@ -114,6 +119,7 @@ def domain_information(
     >>> ml.stats.domain_information(trace)["estimate"].dims
     ('layer', 'measure')
     """
+    trace = clustered(trace, cluster)
     require(trace, "domain_information", "expert_id", bootstrap=bootstrap)
     counts = _choices(trace, by)
     members = np.flatnonzero(counts.tokens > 0)

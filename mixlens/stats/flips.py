@@ -12,7 +12,7 @@ from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.core.intervals import Quantity, Share, Smooth
 from mixlens.errors import BadInput
 from mixlens.stats.agreement import same_shape, side_by_side
-from mixlens.stats.counts import Block, By, count, described, require, summarise
+from mixlens.stats.counts import Block, By, clustered, count, described, require, summarise
 
 if TYPE_CHECKING:
     from mixlens.trace.trace import Trace
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 MARGINS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, np.inf)
 
 
-def flips(a: Trace, b: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
+def flips(
+    a: Trace, b: Trace, *, by: By = None, cluster: str | None = None, bootstrap: Bootstrap = DEFAULT
+) -> xr.Dataset:
     """Compute the share of tokens whose set of experts differs between two traces, layer by layer.
 
     With C_l = 1 where the sets S_l and S'_l of a token differ,
@@ -42,6 +44,8 @@ def flips(a: Trace, b: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) 
         The second trace, of the same tokens.
     by : By, optional
         Column, or columns, of the sequences to group by.
+    cluster : str, optional
+        Column of the sequences, such as "author", whose values vary independently where documents do not.
     bootstrap : Bootstrap, optional
         How intervals are computed.
 
@@ -62,6 +66,7 @@ def flips(a: Trace, b: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) 
     >>> ml.stats.flips(trace, trace)["measure"].values.tolist()
     ['changed', 'first_flip', 'so_far', 'after_flip', 'without_flip', 'more_after']
     """
+    a = clustered(a, cluster)
     require(a, "flips", "expert_id", bootstrap=bootstrap)
     require(b, "flips", "expert_id")
     same_shape(a, b)
@@ -98,7 +103,13 @@ def flips(a: Trace, b: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) 
 
 
 def flips_by_margin(
-    a: Trace, b: Trace, *, by: By = None, pooled: bool = True, bootstrap: Bootstrap = DEFAULT
+    a: Trace,
+    b: Trace,
+    *,
+    by: By = None,
+    pooled: bool = True,
+    cluster: str | None = None,
+    bootstrap: Bootstrap = DEFAULT,
 ) -> xr.Dataset:
     """Compute how often the experts of a token differ, by the router's margin in the first run.
 
@@ -116,6 +127,8 @@ def flips_by_margin(
         Column, or columns, of the sequences to group by.
     pooled : bool, optional
         All layers together; else layer by layer.
+    cluster : str, optional
+        Column of the sequences, such as "author", whose values vary independently where documents do not.
     bootstrap : Bootstrap, optional
         How intervals are computed.
 
@@ -135,6 +148,7 @@ def flips_by_margin(
     >>> ml.stats.flips_by_margin(trace, trace)["estimate"].dims
     ('margin',)
     """
+    a = clustered(a, cluster)
     require(a, "flips_by_margin", "expert_id", "router_logits", bootstrap=bootstrap)
     require(b, "flips_by_margin", "expert_id")
     same_shape(a, b)

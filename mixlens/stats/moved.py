@@ -10,13 +10,15 @@ import xarray as xr
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.core.intervals import Difference, Quantity, Share
 from mixlens.stats.agreement import same_shape, side_by_side
-from mixlens.stats.counts import Block, By, count, described, require, summarise
+from mixlens.stats.counts import Block, By, clustered, count, described, require, summarise
 
 if TYPE_CHECKING:
     from mixlens.trace.trace import Trace
 
 
-def moved(a: Trace, b: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
+def moved(
+    a: Trace, b: Trace, *, by: By = None, cluster: str | None = None, bootstrap: Bootstrap = DEFAULT
+) -> xr.Dataset:
     """Trace each expert from run a to run b of the same tokens, such as base and Instruct, or two checkpoints.
 
     share_change
@@ -35,6 +37,8 @@ def moved(a: Trace, b: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) 
         The second trace, of the same tokens.
     by : By, optional
         Column, or columns, of the sequences to group by.
+    cluster : str, optional
+        Column of the sequences, such as "author", whose values vary independently where documents do not.
     bootstrap : Bootstrap, optional
         How intervals are computed.
 
@@ -55,6 +59,7 @@ def moved(a: Trace, b: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) 
     >>> ml.stats.moved(trace, trace)["estimate"].dims
     ('layer', 'expert', 'measure')
     """
+    a = clustered(a, cluster)
     require(a, "moved", "expert_id", bootstrap=bootstrap)
     require(b, "moved", "expert_id")
     same_shape(a, b)

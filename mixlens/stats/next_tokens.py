@@ -12,7 +12,7 @@ import xarray as xr
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.core.intervals import Difference, Mean, Quantity, Share
 from mixlens.stats.agreement import same_shape, side_by_side
-from mixlens.stats.counts import Block, By, count, described, require, summarise
+from mixlens.stats.counts import Block, By, clustered, count, described, require, summarise
 
 if TYPE_CHECKING:
     from mixlens.trace.trace import Trace
@@ -21,7 +21,9 @@ _TOP = ("top_id", "top_logprob", "tail_logprob")
 _ROWS = 1024  # tokens at a time: 4 MB of pairs of stored tokens
 
 
-def next_tokens(a: Trace, b: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
+def next_tokens(
+    a: Trace, b: Trace, *, by: By = None, cluster: str | None = None, bootstrap: Bootstrap = DEFAULT
+) -> xr.Dataset:
     """Compare how two runs predict the same tokens: means over predicted tokens with paired intervals.
 
     loss_a, loss_b
@@ -52,6 +54,8 @@ def next_tokens(a: Trace, b: Trace, *, by: By = None, bootstrap: Bootstrap = DEF
         The second trace, of the same tokens.
     by : By, optional
         Column, or columns, of the sequences to group by.
+    cluster : str, optional
+        Column of the sequences, such as "author", whose values vary independently where documents do not.
     bootstrap : Bootstrap, optional
         How intervals are computed.
 
@@ -71,6 +75,7 @@ def next_tokens(a: Trace, b: Trace, *, by: By = None, bootstrap: Bootstrap = DEF
     >>> ml.stats.next_tokens(trace, trace)["measure"].values.tolist()[:2]
     ['loss_a', 'loss_b']
     """
+    a = clustered(a, cluster)
     require(a, "next_tokens", "logprob", "position", bootstrap=bootstrap)
     require(b, "next_tokens", "logprob", "position")
     same_shape(a, b)

@@ -10,7 +10,7 @@ import xarray as xr
 
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.errors import BadInput
-from mixlens.stats.counts import require, with_ids
+from mixlens.stats.counts import clustered, require, with_ids
 from mixlens.stats.multiplicity import with_survivors
 from mixlens.trace.trace import Trace
 
@@ -31,6 +31,7 @@ def null_model(
     *,
     given: str = "token",
     permutations: int = 199,
+    cluster: str | None = None,
     bootstrap: Bootstrap = DEFAULT,
 ) -> xr.Dataset:
     """Compare a statistic with its values where routing depends on one thing alone.
@@ -57,6 +58,8 @@ def null_model(
         What routing depends on.
     permutations : int, optional
         Number of shuffles; the least p is one over one more.
+    cluster : str, optional
+        Column of the sequences, such as "author", whose values vary independently where documents do not.
     bootstrap : Bootstrap, optional
         How intervals are computed; its seed is also that of the shuffles.
 
@@ -81,6 +84,7 @@ def null_model(
     ('layer', 'choice')
     """
     needed = {"token": ["token_id"], "position": ["position"]}.get(given, [])
+    trace = clustered(trace, cluster)
     require(trace, "null_model", "expert_id", *needed, bootstrap=bootstrap)
     if given not in _GIVEN:
         raise BadInput(

@@ -10,7 +10,7 @@ import xarray as xr
 
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.errors import BadInput
-from mixlens.stats.counts import By, require
+from mixlens.stats.counts import By, clustered, require
 
 if TYPE_CHECKING:
     from mixlens.trace.trace import Trace
@@ -24,6 +24,7 @@ def plan(
     *,
     half_width: float,
     by: By = None,
+    cluster: str | None = None,
     bootstrap: Bootstrap = DEFAULT,
 ) -> xr.Dataset:
     """Compute how many documents like those at hand give intervals of a half-width.
@@ -41,6 +42,8 @@ def plan(
         Half of the interval to reach, in the unit of the statistic.
     by : By, optional
         Column, or columns, of the sequences to group by; documents are then those of each group.
+    cluster : str, optional
+        Column of the sequences, such as "author", whose values vary independently where documents do not.
     bootstrap : Bootstrap, optional
         Level of the intervals.
 
@@ -61,6 +64,7 @@ def plan(
     >>> plan["documents"].dims
     ('layer', 'expert')
     """
+    trace = clustered(trace, cluster)
     require(trace, "plan", bootstrap=bootstrap)
     data = statistic(trace, bootstrap=bootstrap) if by is None else statistic(trace, by=by, bootstrap=bootstrap)
     return planned(data, half_width)

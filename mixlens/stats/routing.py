@@ -12,14 +12,16 @@ import xarray as xr
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.core.intervals import Largest, Mean, Quantity, Share, Smooth
 from mixlens.errors import BadInput, MissingSignal
-from mixlens.stats.counts import JIANG, Block, By, count, described, require, summarise
+from mixlens.stats.counts import JIANG, Block, By, clustered, count, described, require, summarise
 from mixlens.stats.softmax import BLOCK_OF_LOGITS, entropy_bits, second_largest, softmax_tiles
 
 if TYPE_CHECKING:
     from mixlens.trace.trace import Trace
 
 
-def expert_share(trace: Trace, *, by: By = None, slot: str = "any", bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
+def expert_share(
+    trace: Trace, *, by: By = None, slot: str = "any", cluster: str | None = None, bootstrap: Bootstrap = DEFAULT
+) -> xr.Dataset:
     """Compute the share of the choices that fall on each expert.
 
     sum over tokens of 1[e in S] / (k N); with slot="first" the share of tokens whose strongest expert is e. Uniform
@@ -33,6 +35,8 @@ def expert_share(trace: Trace, *, by: By = None, slot: str = "any", bootstrap: B
         Column, or columns, of the sequences to group by.
     slot : str, optional
         "any" counts all chosen experts, "first" the first alone.
+    cluster : str, optional
+        Column of the sequences, such as "author", whose values vary independently where documents do not.
     bootstrap : Bootstrap, optional
         How intervals are computed.
 
@@ -58,6 +62,7 @@ def expert_share(trace: Trace, *, by: By = None, slot: str = "any", bootstrap: B
             argument="slot",
             value=slot,
         )
+    trace = clustered(trace, cluster)
     require(trace, "expert_share", "expert_id", bootstrap=bootstrap)
     n_slots = trace.top_k if slot == "any" else 1
 
@@ -82,7 +87,9 @@ def expert_share(trace: Trace, *, by: By = None, slot: str = "any", bootstrap: B
     )  # fmt: skip
 
 
-def load_balance(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
+def load_balance(
+    trace: Trace, *, by: By = None, cluster: str | None = None, bootstrap: Bootstrap = DEFAULT
+) -> xr.Dataset:
     """Measure how evenly tokens are spread over the experts of each layer, in three measures.
 
     cv
@@ -105,6 +112,8 @@ def load_balance(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT)
         for switch_loss.
     by : By, optional
         Column, or columns, of the sequences to group by.
+    cluster : str, optional
+        Column of the sequences, such as "author", whose values vary independently where documents do not.
     bootstrap : Bootstrap, optional
         How intervals are computed.
 
@@ -123,6 +132,7 @@ def load_balance(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT)
     >>> ml.stats.load_balance(trace)["measure"].values.tolist()
     ['cv', 'max_over_mean', 'switch_loss']
     """
+    trace = clustered(trace, cluster)
     require(trace, "load_balance", "expert_id", bootstrap=bootstrap)
     has_logits = "router_logits" in trace.signals
     names = ("sequence", "expert_id", *(["router_logits"] if has_logits else []))
@@ -162,7 +172,9 @@ def load_balance(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT)
     )  # fmt: skip
 
 
-def load_entropy(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
+def load_entropy(
+    trace: Trace, *, by: By = None, cluster: str | None = None, bootstrap: Bootstrap = DEFAULT
+) -> xr.Dataset:
     """Compute the entropy of how the choices are spread over the experts of each layer, in bits.
 
     -sum_e f_e log2 f_e, f the expert share. log2(E) where all experts are used alike, 0 where one takes everything. The
@@ -177,6 +189,8 @@ def load_entropy(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT)
         The recording. Needs ``expert_id``, uint8 [token, layer, slot].
     by : By, optional
         Column, or columns, of the sequences to group by.
+    cluster : str, optional
+        Column of the sequences, such as "author", whose values vary independently where documents do not.
     bootstrap : Bootstrap, optional
         How intervals are computed.
 
@@ -195,6 +209,7 @@ def load_entropy(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT)
     >>> ml.stats.load_entropy(trace)["estimate"].dims
     ('layer',)
     """
+    trace = clustered(trace, cluster)
     require(trace, "load_entropy", "expert_id", bootstrap=bootstrap)
 
     def add(block: Block, totals: dict[str, np.ndarray]) -> None:
@@ -217,7 +232,9 @@ def load_entropy(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT)
     )  # fmt: skip
 
 
-def routing_entropy(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
+def routing_entropy(
+    trace: Trace, *, by: By = None, cluster: str | None = None, bootstrap: Bootstrap = DEFAULT
+) -> xr.Dataset:
     """Compute the mean entropy of the router's distribution over experts, in bits.
 
     mean over tokens of -sum_e p_e log2 p_e, p = softmax(router_logits). At most log2(E), reached by uniform routing.
@@ -228,6 +245,8 @@ def routing_entropy(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAU
         The recording. Needs ``router_logits``, float [token, layer, expert].
     by : By, optional
         Column, or columns, of the sequences to group by.
+    cluster : str, optional
+        Column of the sequences, such as "author", whose values vary independently where documents do not.
     bootstrap : Bootstrap, optional
         How intervals are computed.
 
@@ -248,6 +267,7 @@ def routing_entropy(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAU
     >>> ml.stats.routing_entropy(trace)["estimate"].dims
     ('layer',)
     """
+    trace = clustered(trace, cluster)
     require(trace, "routing_entropy", "router_logits", bootstrap=bootstrap)
 
     def add(block: Block, totals: dict[str, np.ndarray]) -> None:
@@ -267,7 +287,9 @@ def routing_entropy(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAU
     )  # fmt: skip
 
 
-def router_confidence(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
+def router_confidence(
+    trace: Trace, *, by: By = None, cluster: str | None = None, bootstrap: Bootstrap = DEFAULT
+) -> xr.Dataset:
     """Measure how strongly the router prefers its first expert: means over tokens of three measures.
 
     p1
@@ -286,6 +308,8 @@ def router_confidence(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEF
         layer, slot] for w2_over_w1.
     by : By, optional
         Column, or columns, of the sequences to group by.
+    cluster : str, optional
+        Column of the sequences, such as "author", whose values vary independently where documents do not.
     bootstrap : Bootstrap, optional
         How intervals are computed.
 
@@ -306,6 +330,7 @@ def router_confidence(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEF
     >>> ml.stats.router_confidence(trace)["measure"].values.tolist()
     ['p1', 'p1_minus_p2', 'w2_over_w1']
     """
+    trace = clustered(trace, cluster)
     require(trace, "router_confidence", bootstrap=bootstrap)
     signals = [name for name in ("router_logits", "weight") if name in trace.signals]
     if not signals:
@@ -352,7 +377,12 @@ def router_confidence(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEF
 
 
 def position_profile(
-    trace: Trace, *, by: By = None, edges: Sequence[int] | None = None, bootstrap: Bootstrap = DEFAULT
+    trace: Trace,
+    *,
+    by: By = None,
+    edges: Sequence[int] | None = None,
+    cluster: str | None = None,
+    bootstrap: Bootstrap = DEFAULT,
 ) -> xr.Dataset:
     """Compute the expert share as a function of the position in the sequence.
 
@@ -367,6 +397,8 @@ def position_profile(
         Column, or columns, of the sequences to group by.
     edges : Sequence[int], optional
         First positions of the bins, ascending; None for 0, 1, 2, 4, 8 ... up to the longest sequence.
+    cluster : str, optional
+        Column of the sequences, such as "author", whose values vary independently where documents do not.
     bootstrap : Bootstrap, optional
         How intervals are computed.
 
@@ -387,6 +419,7 @@ def position_profile(
     >>> ml.stats.position_profile(trace)["estimate"].dims
     ('position_bin', 'layer', 'expert')
     """
+    trace = clustered(trace, cluster)
     require(trace, "position_profile", "expert_id", "position", bootstrap=bootstrap)
     longest = int(trace.sequences["length"].max()) if len(trace.sequences) else 1
     starts = np.array([0, *(2**i for i in range(max(1, longest - 1).bit_length()))] if edges is None else list(edges))

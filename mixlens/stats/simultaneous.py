@@ -12,14 +12,19 @@ import xarray as xr
 
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.core.intervals import Share
-from mixlens.stats.counts import By, Summed, require, summed_by
+from mixlens.stats.counts import By, Summed, clustered, require, summed_by
 
 if TYPE_CHECKING:
     from mixlens.trace.trace import Trace
 
 
 def simultaneous(
-    trace: Trace, statistic: Callable[..., xr.Dataset], *, by: By = None, bootstrap: Bootstrap = DEFAULT
+    trace: Trace,
+    statistic: Callable[..., xr.Dataset],
+    *,
+    by: By = None,
+    cluster: str | None = None,
+    bootstrap: Bootstrap = DEFAULT,
 ) -> xr.Dataset:
     """Compute a statistic with intervals that hold the truth in all cells at once, in 95 of 100 recordings.
 
@@ -35,6 +40,8 @@ def simultaneous(
         Function of `ml.stats` that takes a trace, such as ``ml.stats.expert_share``.
     by : By, optional
         Column, or columns, of the sequences to group by; all groups are held at once.
+    cluster : str, optional
+        Column of the sequences, such as "author", whose values vary independently where documents do not.
     bootstrap : Bootstrap, optional
         Level and draws.
 
@@ -57,6 +64,7 @@ def simultaneous(
     """
     from scipy.special import ndtr, stdtrit
 
+    trace = clustered(trace, cluster)
     require(trace, "simultaneous", bootstrap=bootstrap)
     grouped = partial(statistic, by=by) if by is not None else statistic
     data = grouped(trace, bootstrap=bootstrap)

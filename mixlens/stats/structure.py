@@ -12,13 +12,15 @@ import xarray as xr
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.core.intervals import Share, Smooth
 from mixlens.errors import BadInput
-from mixlens.stats.counts import JIANG, OLMOE, Block, By, count, described, require, summarise
+from mixlens.stats.counts import JIANG, OLMOE, Block, By, clustered, count, described, require, summarise
 
 if TYPE_CHECKING:
     from mixlens.trace.trace import Trace
 
 
-def repetition(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
+def repetition(
+    trace: Trace, *, by: By = None, cluster: str | None = None, bootstrap: Bootstrap = DEFAULT
+) -> xr.Dataset:
     """Compute how often consecutive tokens go to the same expert.
 
     first
@@ -35,6 +37,8 @@ def repetition(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -
         The recording. Needs ``expert_id``, uint8 [token, layer, slot]; position.
     by : By, optional
         Column, or columns, of the sequences to group by.
+    cluster : str, optional
+        Column of the sequences, such as "author", whose values vary independently where documents do not.
     bootstrap : Bootstrap, optional
         How intervals are computed.
 
@@ -54,6 +58,7 @@ def repetition(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -
     >>> ml.stats.repetition(trace)["estimate"].dims
     ('layer', 'choice')
     """
+    trace = clustered(trace, cluster)
     require(trace, "repetition", "expert_id", "position", bootstrap=bootstrap)
 
     def add(block: Block, totals: dict[str, np.ndarray]) -> None:
@@ -89,7 +94,9 @@ def repetition(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -
     )  # fmt: skip
 
 
-def coactivation(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
+def coactivation(
+    trace: Trace, *, by: By = None, cluster: str | None = None, bootstrap: Bootstrap = DEFAULT
+) -> xr.Dataset:
     """Compute how often a token that chose expert i also chose expert j.
 
     P(j | i) = n(i and j) / n(i), over all unordered pairs of slots (Muennighoff et al. 2024, eq. 6). Each row sums to
@@ -101,6 +108,8 @@ def coactivation(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT)
         The recording. Needs ``expert_id``, uint8 [token, layer, slot].
     by : By, optional
         Column, or columns, of the sequences to group by.
+    cluster : str, optional
+        Column of the sequences, such as "author", whose values vary independently where documents do not.
     bootstrap : Bootstrap, optional
         How intervals are computed.
 
@@ -121,6 +130,7 @@ def coactivation(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT)
     >>> ml.stats.coactivation(trace)["estimate"].dims
     ('layer', 'expert', 'expert_j')
     """
+    trace = clustered(trace, cluster)
     require(trace, "coactivation", "expert_id", bootstrap=bootstrap)
     if trace.top_k < 2:
         raise BadInput(
@@ -157,7 +167,9 @@ def coactivation(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT)
     )  # fmt: skip
 
 
-def transitions(trace: Trace, *, by: By = None, gap: int = 1, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
+def transitions(
+    trace: Trace, *, by: By = None, gap: int = 1, cluster: str | None = None, bootstrap: Bootstrap = DEFAULT
+) -> xr.Dataset:
     """Compute which expert tokens choose first `gap` layers later, given their first choice here.
 
     P(first choice at layer l + gap = j | first choice at l = i) = n(i, j) / n(i), and the mutual information of the
@@ -174,6 +186,8 @@ def transitions(trace: Trace, *, by: By = None, gap: int = 1, bootstrap: Bootstr
         Column, or columns, of the sequences to group by.
     gap : int, optional
         Layers between.
+    cluster : str, optional
+        Column of the sequences, such as "author", whose values vary independently where documents do not.
     bootstrap : Bootstrap, optional
         How intervals are computed.
 
@@ -194,6 +208,7 @@ def transitions(trace: Trace, *, by: By = None, gap: int = 1, bootstrap: Bootstr
     >>> ml.stats.transitions(trace)["estimate"].dims
     ('layer', 'expert', 'expert_j')
     """
+    trace = clustered(trace, cluster)
     require(trace, "transitions", "expert_id", bootstrap=bootstrap)
     index = {int(layer): i for i, layer in enumerate(trace.layers)}
     here = [layer for layer in index if layer + gap in index]

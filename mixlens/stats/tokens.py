@@ -23,6 +23,7 @@ from mixlens.stats.counts import (
     By,
     Clusters,
     Counts,
+    clustered,
     count,
     described,
     reduced,
@@ -39,7 +40,7 @@ _FOLDS = 5
 
 
 def vocabulary_specialization(
-    trace: Trace, *, by: By = None, min_count: int = 10, bootstrap: Bootstrap = DEFAULT
+    trace: Trace, *, by: By = None, min_count: int = 10, cluster: str | None = None, bootstrap: Bootstrap = DEFAULT
 ) -> xr.Dataset:
     """Compute the share of a token type's best expert, averaged over types.
 
@@ -59,6 +60,8 @@ def vocabulary_specialization(
         Column, or columns, of the sequences to group by.
     min_count : int, optional
         Types that occur less often are left out.
+    cluster : str, optional
+        Column of the sequences, such as "author", whose values vary independently where documents do not.
     bootstrap : Bootstrap, optional
         How intervals are computed.
 
@@ -80,6 +83,7 @@ def vocabulary_specialization(
     >>> ml.stats.vocabulary_specialization(trace)["estimate"].dims
     ('layer',)
     """
+    trace = clustered(trace, cluster)
     require(trace, "vocabulary_specialization", "expert_id", "token_id", bootstrap=bootstrap)
     if min_count < 1:
         raise BadInput(
@@ -123,7 +127,9 @@ def vocabulary_specialization(
     )  # fmt: skip
 
 
-def predictability(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
+def predictability(
+    trace: Trace, *, by: By = None, cluster: str | None = None, bootstrap: Bootstrap = DEFAULT
+) -> xr.Dataset:
     """Measure how well the first choice follows from the text: accuracy on held-out documents.
 
     majority
@@ -144,6 +150,8 @@ def predictability(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAUL
         The recording. Needs ``expert_id``, uint8 [token, layer, slot]; token_id, position.
     by : By, optional
         Column, or columns, of the sequences to group by.
+    cluster : str, optional
+        Column of the sequences, such as "author", whose values vary independently where documents do not.
     bootstrap : Bootstrap, optional
         How intervals are computed.
 
@@ -165,6 +173,7 @@ def predictability(trace: Trace, *, by: By = None, bootstrap: Bootstrap = DEFAUL
     >>> ml.stats.predictability(trace)["estimate"].dims
     ('layer', 'measure')
     """
+    trace = clustered(trace, cluster)
     require(trace, "predictability", "expert_id", "token_id", "position", bootstrap=bootstrap)
     trace = with_ids(trace, "predictability")
     clusters = Clusters.of(trace, by, {"correct": (trace.n_layers, 3)})
@@ -252,7 +261,7 @@ def _folds(trace: Trace, n_numbers: int, seed: int) -> tuple[np.ndarray, int]:
     for columns in trace.blocks("sequence"):
         tokens += np.bincount(columns["sequence"], minlength=n_numbers)
     present = reduced(trace, tokens)[trace.sequences.index] > 0
-    document, ids = pd.factorize(trace.sequences["document_id"][present])
+    document, ids = pd.factorize(trace.sequences[trace.cluster][present])
     if len(ids) < 2:
         raise BadInput(
             f"Cannot compute predictability: the trace has {len(ids)} document with tokens, so none can be held out. "

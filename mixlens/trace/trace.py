@@ -23,6 +23,7 @@ from mixlens.trace.detokenize import display_pieces
 from mixlens.trace.selection import Source, column, conditions, keep_tokens, row_mask, spans
 from mixlens.trace.shards import GENERATED, PROMPT, DiskPart, Part
 
+DOCUMENT = "document_id"
 PHASES = {"prompt": PROMPT, "generated": GENERATED}
 
 
@@ -62,6 +63,7 @@ class Trace:
         self.path: Path | None = None
         self.reduce: Callable[[np.ndarray], np.ndarray] | None = None
         self._vocabulary: pd.Series | None = None
+        self.cluster = DOCUMENT  # the column of `sequences` whose values vary independently
 
     # ------------------------------------------------------------------ making
 
@@ -431,7 +433,7 @@ class Trace:
         sources = [s.narrowed(None if phase is None else PHASES[phase], tokens, positions) for s in sources]
         view = Trace(sources, sequences, meta, kept_layers)
         view.path, view._vocabulary, view.reduce = self.path, self._vocabulary, self.reduce
-        view._whole = self._whole
+        view._whole, view.cluster = self._whole, self.cluster
         return view
 
     def local(self) -> Trace:
@@ -445,6 +447,7 @@ class Trace:
             return self
         share = Trace(self._sources[peers.rank :: peers.world], self.sequences, self.meta, self.layers)
         share.path, share._vocabulary, share.reduce = self.path, self._vocabulary, peers.sum
+        share.cluster = self.cluster
         return share
 
     def pieces(self, token_ids: Sequence[int] | np.ndarray) -> list[str]:
