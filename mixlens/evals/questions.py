@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from mixlens.errors import BadInput, EndpointError
-from mixlens.evals.generating import check_sampling
 
 _TOKENS, _LONG_PROMPT = 16, 2000
 # A server may count the end of a sequence too.
@@ -64,6 +63,8 @@ def ask_all(
     n_tokens   how many tokens a prompt has by the tokenizer of the model, special ones included; None where not known
     """
     prompt, asked = requests[0].args
+    from mixlens.evals.generating import check_sampling  # torch, which who reads a log does not need
+
     asked = check_sampling(asked, _TOKENS)
     try:
         whole = ask(prompt, _TOKENS)

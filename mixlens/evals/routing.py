@@ -168,7 +168,7 @@ def flipped_routing(log_a: Log, log_b: Log, *, bootstrap: Bootstrap = DEFAULT) -
         )
     changes = [_change(*pair) for pair in zip(a.sequences["outcome"], b.sequences["outcome"], strict=True)]
     a.sequences = a.sequences.assign(change=changes)
-    return agreement(a, b, by="change", bootstrap=bootstrap)
+    return agreement(a, b, by="change", bootstrap=bootstrap).rename(document_change="change")
 
 
 def samples_of(log: Log) -> Trace:

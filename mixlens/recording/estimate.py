@@ -39,7 +39,7 @@ def estimate(
     corpus = Corpus.of(skeleton, documents, None, settings)
     lengths = [lengths_of(shard) for shard in corpus.shards()]
     tokens = int(sum(part.sum() for part in lengths))
-    asked = parse_signals(signals, len(moe_layers(skeleton)))
+    asked = parse_signals(signals, [layer.index for layer in moe_layers(skeleton)])
     return {
         "documents": corpus.documents.count,
         "sequences": sum(map(len, lengths)),

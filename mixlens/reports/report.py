@@ -149,7 +149,7 @@ def _with_short_labels(run: Any) -> Any:
         run = copy(run)
         run.sequences = run.sequences.assign(**short)
     elif isinstance(run, xr.Dataset):
-        names = [name for name in run.coords if run[name].dims == ("document",)]
+        names = [str(name) for name in run.coords if run[name].dims == ("document",)]
         run = run.assign_coords({n: ("document", _short_labels(pd.Series(run[n].values)).to_numpy()) for n in names})
     return run
 

@@ -20,7 +20,10 @@ def routed(rng, n_documents: int, shares=UNIFORM, *, slots: int = 1, **settings)
     """A trace of 3 layers whose documents differ; `settings` as of `clustered`."""
     settings = {"spread": 0.5, "concentration": 20, "length": 40, "n_layers": 3 * slots} | settings
     ids, tokens, table = clustered(rng, shares, n_documents=n_documents, **settings)
-    return ml.Trace.from_arrays(ids.reshape(len(ids), 3, slots), n_experts=8, tokens=tokens, sequences=table)
+    ids = ids.reshape(len(ids), 3, slots)
+    for slot in range(1, slots):  # a token chooses an expert once
+        ids[..., slot] = (ids[..., 0] + 1 + ids[..., slot] % 7) % 8
+    return ml.Trace.from_arrays(ids, n_experts=8, tokens=tokens, sequences=table)
 
 
 def measured(rng, n_documents: int, effect: float = 0.0) -> xr.Dataset:

@@ -234,7 +234,7 @@ def test_display_rich_and_plain_are_escaped():
         np.zeros((1, 2, 1), int), n_experts=8, sequences=pd.DataFrame({"document_id": ["<script>alert(1)</script>"]})
     )
     assert "<script>alert" not in trace._repr_html_()
-    assert re.findall(r"\d+", repr(trace)) == ["1", "1", "2", "2", "8"]
+    assert re.findall(r"\d+", repr(trace)) == ["1", "1", "2", "1", "8"]
 
 
 def test_pieces_show_bytes_as_the_character_they_make():
