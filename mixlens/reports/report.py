@@ -145,7 +145,7 @@ def _open(run: RunOrPath, number: int) -> tuple[str, Any, str]:
 def _with_short_labels(run: Any) -> Any:
     """The run with labels of documents that can be read: a figure draws each of them, many times over."""
     if isinstance(run, Trace):
-        short = {name: _short_labels(column) for name, column in run.sequences.items()}
+        short = {str(name): _short_labels(column) for name, column in run.sequences.items()}
         run = copy(run)
         run.sequences = run.sequences.assign(**short)
     elif isinstance(run, xr.Dataset):
