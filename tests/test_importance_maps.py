@@ -189,7 +189,8 @@ def files_of(run: Path) -> dict[str, bytes]:
     """Bytes of every file, times in meta.json aside."""
     files = {path.name: path.read_bytes() for path in run.iterdir()}
     meta = json.loads(files["meta.json"])
-    del meta["created"]
+    for name in ("created", "checksums", "sha256"):
+        del meta[name]
     return {**files, "meta.json": json.dumps(meta).encode()}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
@@ -148,10 +149,15 @@ def measure_pareto(
             for index, (name, scheme) in enumerate(zip([first, *names], [None, *schemes], strict=True)):
                 if not writer.has(index):
                     rows, held = bench.measure(index, name, scheme)
-                    rows = [{key: None if value != value else value for key, value in row.items()} for row in rows]
+                    rows = [{key: _finite(value) for key, value in row.items()} for row in rows]
                     writer.commit_shard(index, {}, {"rows": rows, "scheme": name, "model": held})
             _finish(writer, {"created": now(), "model": described, "documents": corpus.documents.count})
     return Pareto.open(out)
+
+
+def _finite(value: Any) -> Any:
+    """A number, or None for one that JSON does not know, as a bound at infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True)

@@ -230,7 +230,9 @@ def _moe_layer(index: int, layer: nn.Module) -> MoeLayer | None:
 
 def _folder(module: nn.Module) -> str:
     """The folder of transformers that defines a module: the name of its family."""
-    return type(module).__module__.split(".")[-2] if "." in type(module).__module__ else ""
+    # Sharding makes a class of its own, whose base is the model's.
+    modules = (kind.__module__ for kind in type(module).__mro__)
+    return next((name.split(".")[-2] for name in modules if name.startswith("transformers.models.")), "")
 
 
 def refuse_without_rule(layer: MoeLayer, what: str, *, checked: bool = False) -> None:

@@ -41,7 +41,7 @@ def test_too_little_of_something_ends_in_words_and_loses_nothing(tmp_path, what)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("verb", QUICK)
+@pytest.mark.parametrize("verb", RUNS)
 def test_every_operation_of_a_verb(tmp_path, verb):
     held(at_every_operation(verb, tmp_path, every=9), least=2)
 

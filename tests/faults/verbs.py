@@ -106,7 +106,7 @@ def contents(folder: Path) -> dict[str, Any]:
 def _content(path: Path) -> Any:
     if path.name in ("meta.json", "lm_eval_results.json"):
         return _untimed(json.loads(path.read_bytes()), path)
-    if path.name == "results.jsonl" and "bench" in (path.parent / "meta.json").read_text("utf-8"):
+    if path.name == "results.jsonl" and json.loads((path.parent / "meta.json").read_bytes())["kind"] == "bench":
         records = [json.loads(line) for line in path.read_bytes().splitlines()]
         return [(one["level"], one["index"], one["phase"], one["outcome"]) for one in records]
     if path.name in ("table.parquet", "pareto.png", "pareto.pdf"):  # of a comparison of schemes, with their speeds
