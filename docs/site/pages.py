@@ -101,6 +101,7 @@ def main(out: Path) -> None:
         write(f"{path}.md", f"# {title}\n\n{contents(*members)}")
     write("index.md", f"{overview}\n\n{contents(*sections, hidden=True)}")
     shutil.copy(HERE / "conf.py", out)
+    shutil.copytree(ROOT / "docs" / "images", out / "images", dirs_exist_ok=True)
     shutil.copy(HERE / "site.css", out / "_static")
 
 
