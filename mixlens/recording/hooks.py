@@ -63,18 +63,21 @@ class Tap:
         self.signals = signals
         self.now: _State = _ThreadState() if threads else _State()
         self._stack = ExitStack()
+        self._model = model
         self._layers = layers = moe_layers(model)
+        self.n_experts = n_experts(model)
+        self._normed = all(isinstance(layer.gate, MixtralTopKRouter) for layer in layers)
         self._unordered = {layer.index for layer in layers if not layer.family.ordered}
         self._watching = threads
         self._seen: dict[int, tuple[torch.Tensor, ...]] = {}
         if expert_sites := [site.name for site in signals.sites if site.name in EXPERT_SITES]:
             refuse_sharded(model, f"record {', '.join(expert_sites)}")
-        if n_experts(model) > shards.MOST_EXPERTS:
+        if self.n_experts > shards.MOST_EXPERTS:
             raise ModelError(
-                f"Cannot record this model: it has {n_experts(model)} experts a layer, and a trace holds ids of up to "
+                f"Cannot record this model: it has {self.n_experts} experts a layer, and a trace holds ids of up to "
                 f"{shards.MOST_EXPERTS}. Record a model of at most {shards.MOST_EXPERTS}.",
                 argument="model",
-                value=n_experts(model),
+                value=self.n_experts,
             )
         try:
             for layer in layers:
@@ -105,6 +108,11 @@ class Tap:
                     at = order.reshape(*order.shape, *[1] * (values.ndim - 2)).expand_as(values)
                     raw[name][index] = values.gather(1, at)
         return raw
+
+    @property
+    def sums_to_one(self) -> bool:
+        """Whether the weights of a token's experts do, with the edits now in force: then the last need not be kept."""
+        return self._normed and not weights_are_given(self._model)
 
     def rule(self, *, edited: bool) -> str:
         """Whether the rule of the routers is "known": the family has one, and it explains what the first forward did.
@@ -158,13 +166,6 @@ def gather(values: dict[int, torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
         # Selecting before stacking would cost one kernel a layer; one copy then leaves the device.
         return torch.stack(ordered, 1)[rows.to(ordered[0].device)].cpu()
     return torch.stack([value[rows.to(value.device)].cpu() for value in ordered], 1)
-
-
-def sums_to_one(model: nn.Module) -> bool:
-    """Whether the weights of a token's experts do, so that the last need not be kept."""
-    return not weights_are_given(model) and all(
-        isinstance(layer.gate, MixtralTopKRouter) for layer in moe_layers(model)
-    )
 
 
 def routing_arrays(raw: Raw, rows: torch.Tensor, n_experts: int, *, packed: bool) -> dict[str, np.ndarray]:

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from mixlens.interventions.hooks import edits_of, refuse_rows
-from mixlens.models.layout import decoder_of, input_device, n_experts
-from mixlens.recording.hooks import BAD_LAYER, Raw, Tap, routing_arrays, site_array, sums_to_one
+from mixlens.models.layout import decoder_of, input_device
+from mixlens.recording.hooks import BAD_LAYER, Raw, Tap, routing_arrays, site_array
 from mixlens.recording.logprobs import score
 from mixlens.trace import shards
 from mixlens.trace.signals import Signals, Site
@@ -33,7 +33,6 @@ class Reader:
     def __enter__(self) -> Reader:
         refuse_rows(self.model)
         self._tap = Tap(self.model, self.signals)
-        self._packed = sums_to_one(self.model)
         self._were_training = {module: module.training for module in self.model.modules()}
         self.model.eval()
         return self
@@ -55,12 +54,14 @@ class Reader:
         self, sequences: list[np.ndarray], first_sequence: int = 0, phases: Sequence[np.ndarray | None] | None = None
     ) -> shards.MemoryPart:
         """The part of a trace that these sequences make, in their order; all tokens are prompt without `phases`."""
+        tap = self._tap
+        assert tap is not None
         lengths = np.array([len(ids) for ids in sequences])
         start = np.concatenate([[0], np.cumsum(lengths)])
         tokens = _Gathered(int(start[-1]))
         sites = {site.name: _SiteRows(site) for site in self.signals.sites}
         for target, picked, raw, states in self.placed(sequences):
-            tokens.put(target, routing_arrays(raw, picked, n_experts(self.model), packed=self._packed))
+            tokens.put(target, routing_arrays(raw, picked, tap.n_experts, packed=tap.sums_to_one))
             if self.signals.needs_logits:
                 self._score(tokens, target, states, picked, start, sequences)
             for rows_of_site in sites.values():

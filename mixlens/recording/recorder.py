@@ -27,7 +27,6 @@ from mixlens.recording.hooks import (
     Tap,
     routing_arrays,
     site_array,
-    sums_to_one,
     warn_of_left_out,
 )
 from mixlens.recording.logprobs import score
@@ -210,7 +209,7 @@ class Recorder:
     def _before(self, call: Call) -> None:
         assert self._tap is not None
         self._edits |= dict.fromkeys(edits_of(self.model))
-        call.packed = sums_to_one(self.model)  # now, since its tokens may be sorted out after an edit has ended
+        call.packed = self._tap.sums_to_one  # now, since its tokens may be sorted out after an edit has ended
         self._tap.take()  # of a forward that failed half-way
         if call.ids is None or call.ids.device.type == "cpu":  # elsewhere this would wait for the device
             call.placed = self._tracker.place(call)
@@ -309,8 +308,9 @@ class Recorder:
             "phase": placed.generated[column].astype(np.uint8),
             **self._scores(call, placed),
         }
+        assert self._tap is not None
         picked = torch.from_numpy(flat)
-        arrays |= routing_arrays(call.raw, picked, n_experts(self.model), packed=call.packed)
+        arrays |= routing_arrays(call.raw, picked, self._tap.n_experts, packed=call.packed)
         bad = arrays.pop(BAD_LAYER)
         if (bad >= 0).any():
             self._left_out += [

@@ -399,3 +399,14 @@ def test_forwards_of_another_top_k_are_refused_and_those_before_are_kept(model):
         with edit(model, edits.top_k(1)):
             model(torch.arange(3, 9)[None])
     assert recorder.trace().top_k == 1
+
+
+def test_layers_are_looked_for_on_entering_alone(model, monkeypatch):
+    """Finding them takes a millisecond, which a decode has none to spare for."""
+    looked = []
+    with torch.no_grad(), Recorder(model) as recorder:
+        for name in ("mixlens.recording.recorder", "mixlens.recording.hooks", "mixlens.models.layout"):
+            monkeypatch.setattr(f"{name}.moe_layers", lambda _model: looked.append(1))
+        model.generate(torch.arange(3, 9)[None], max_new_tokens=4, do_sample=False, eos_token_id=None)
+    assert recorder.n_tokens > 6
+    assert not looked
