@@ -9,6 +9,7 @@ import numpy as np
 import xarray as xr
 
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
+from mixlens.core.names import OF_STATISTICS, beside
 from mixlens.errors import BadInput
 from mixlens.stats.contrast import permutations, without_each
 from mixlens.stats.counts import clustered, described, require, summed_by
@@ -33,7 +34,7 @@ def domain_distance(
     Parameters
     ----------
     trace : Trace
-        The recording. Needs ``expert_id``, uint8 [token, layer, slot]; the column `by` of the sequences.
+        The recording. Needs ``expert_id``, uint8 or uint16 [token, layer, slot]; the column `by` of the sequences.
     by : str, optional
         Column of the sequences with two values or more.
     cluster : str, optional
@@ -59,7 +60,8 @@ def domain_distance(
     """
     trace = clustered(trace, cluster)
     require(trace, "domain_distance", "expert_id", bootstrap=bootstrap)
-    names = expert_share(trace, by=by, bootstrap=Bootstrap(replicates=10))[by].to_numpy()
+    column = beside(by, OF_STATISTICS)
+    names = expert_share(trace, by=by)[column].to_numpy()
     if len(names) < 2:
         raise BadInput(
             f"Cannot compute distances between the values of {by!r}: it has {len(names)}. Pass a column with two "
@@ -74,10 +76,10 @@ def domain_distance(
     for i, j in combinations(range(len(names)), 2):
         of_i, of_j = (summed.only(group).totals["chosen"] for group in (i, j))
         numbers[:, :, i, j] = numbers[:, :, j, i] = _of_pair(of_i, of_j, bootstrap)
-    coords = {"layer": layers, by: names, f"{by}_other": names}
+    coords = {"layer": layers, column: names, f"{column}_other": names}
     keys = ("estimate", "plain", "ci_low", "ci_high")
     data = xr.Dataset({key: (tuple(coords), each) for key, each in zip(keys, numbers[:4], strict=True)}, coords)
-    data["n"] = by, np.bincount(summed.group, minlength=len(names))
+    data["n"] = column, np.bincount(summed.group, minlength=len(names))
     # A pair is one cell of the family, though the table has it on both sides of the diagonal.
     once = np.where(np.triu(np.ones((len(names), len(names)), bool), 1), numbers[4], np.nan)
     data = with_survivors(data, xr.DataArray(once, coords, tuple(coords)), bootstrap.level)

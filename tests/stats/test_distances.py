@@ -124,3 +124,11 @@ def test_pooled_estimates_of_small_domains_are_nearer_to_the_truth_and_hold_it()
     assert np.mean(held) > 0.93
     with refused(BadInput, "over", "domain"):
         ml.stats.partial_pooling(ml.stats.expert_share(routed(0)))
+
+
+def test_a_column_may_be_called_like_a_variable_of_the_result():
+    trace = routed(2)
+    trace.sequences["value"] = trace.sequences["domain"]
+    found, expected = ml.stats.domain_distance(trace, by="value"), ml.stats.domain_distance(trace)
+    np.testing.assert_array_equal(found["estimate"], expected["estimate"])
+    assert found["estimate"].dims == ("layer", "document_value", "document_value_other")
