@@ -16,6 +16,7 @@ Largest    the largest of several proportions             from the bounds of tho
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -85,7 +86,7 @@ class Jackknife:
 
 
 @dataclass(frozen=True)
-class Ratio:
+class Ratio(ABC):
     """A sum over another sum, both [..., 1 + unit]: of all units, and without each.
 
     through  increasing function that estimate and bounds are shown through
@@ -110,8 +111,9 @@ class Ratio:
         low, high = self._bounds(Jackknife.of(ratio, _own(self.bottom)), tail)
         return _around(ratio[..., 0], _shown(self.through, low), _shown(self.through, high), self.through)
 
+    @abstractmethod
     def _bounds(self, jackknife: Jackknife, tail: float) -> Bounds:
-        raise NotImplementedError
+        """Lower and upper bound [...] that the truth lies beyond with this probability each."""
 
 
 class Share(Ratio):

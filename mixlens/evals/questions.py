@@ -62,9 +62,9 @@ def ask_all(
                are sent) and "seed" (seeds are), those that hold
     n_tokens   how many tokens a prompt has by the tokenizer of the model, special ones included; None where not known
     """
-    prompt, asked = requests[0].args
     from mixlens.evals.generating import check_sampling  # torch, which who reads a log does not need
 
+    prompt, asked = requests[0].args
     asked = check_sampling(asked, _TOKENS)
     try:
         whole = ask(prompt, _TOKENS)

@@ -63,12 +63,18 @@ class Rule:
     scale: float | str = 1.0
 
     def __str__(self) -> str:
-        scored = f"{self.score if self.score in ('softmax', 'sigmoid', 'sparsemixer') else 'softmax or sigmoid'}"
-        parts = ["top-k", scored] if self.ranked == "logit" else [scored, "top-k"]
-        parts.insert(parts.index("top-k"), "bias to rank by") if self.bias else None
-        parts.insert(parts.index("top-k"), "groups") if self.groups else None
-        parts += ["renormalised" if self.renormalised is True else "renormalised by config"] * bool(self.renormalised)
-        return ", ".join([*parts, *(["scaled"] if self.scale != 1.0 else [])])
+        scored = self.score if self.score in ("softmax", "sigmoid", "sparsemixer") else "softmax or sigmoid"
+        normed = "renormalised by config" if isinstance(self.renormalised, str) else "renormalised"
+        parts = [
+            scored if self.ranked == "score" else "",
+            "bias to rank by" if self.bias else "",
+            "groups" if self.groups else "",
+            "top-k",
+            scored if self.ranked == "logit" else "",
+            normed if self.renormalised else "",
+            "scaled" if self.scale != 1.0 else "",
+        ]
+        return ", ".join(filter(None, parts))
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ def agreement(
     Parameters
     ----------
     a : Trace
-        The first trace. Needs ``expert_id``, uint8 [token, layer, slot] in both; router_logits [token, layer,
+        The first trace. Needs ``expert_id``, uint8 or uint16 [token, layer, slot] in both; router_logits [token, layer,
         expert] for jensen_shannon.
     b : Trace
         The second trace, of the same tokens.

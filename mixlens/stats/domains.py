@@ -35,7 +35,7 @@ def domain_specialization(
     Parameters
     ----------
     trace : Trace
-        The recording. Needs ``expert_id``, uint8 [token, layer, slot]; the column `by` of the sequences.
+        The recording. Needs ``expert_id``, uint8 or uint16 [token, layer, slot]; the column `by` of the sequences.
     by : str or Sequence[str], optional
         Column, or columns, of the sequences to group by.
     cluster : str, optional
@@ -95,7 +95,7 @@ def domain_information(
     Parameters
     ----------
     trace : Trace
-        The recording. Needs ``expert_id``, uint8 [token, layer, slot]; the column `by` of the sequences.
+        The recording. Needs ``expert_id``, uint8 or uint16 [token, layer, slot]; the column `by` of the sequences.
     by : str or Sequence[str], optional
         Column, or columns, of the sequences to group by.
     cluster : str, optional

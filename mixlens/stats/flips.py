@@ -39,7 +39,7 @@ def flips(
     Parameters
     ----------
     a : Trace
-        The first trace. Needs ``expert_id``, uint8 [token, layer, slot] in both.
+        The first trace. Needs ``expert_id``, uint8 or uint16 [token, layer, slot] in both.
     b : Trace
         The second trace, of the same tokens.
     by : By, optional
@@ -119,7 +119,7 @@ def flips_by_margin(
     Parameters
     ----------
     a : Trace
-        The first trace. Needs ``expert_id``, uint8 [token, layer, slot] in both router_logits  [token, layer,
+        The first trace. Needs ``expert_id``, uint8 or uint16 [token, layer, slot] in both router_logits  [token, layer,
         expert] in the first.
     b : Trace
         The second trace, of the same tokens.

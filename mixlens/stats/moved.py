@@ -32,7 +32,7 @@ def moved(
     Parameters
     ----------
     a : Trace
-        The first trace. Needs ``expert_id``, uint8 [token, layer, slot] in both.
+        The first trace. Needs ``expert_id``, uint8 or uint16 [token, layer, slot] in both.
     b : Trace
         The second trace, of the same tokens.
     by : By, optional

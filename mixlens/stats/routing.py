@@ -30,7 +30,7 @@ def expert_share(
     Parameters
     ----------
     trace : Trace
-        The recording. Needs ``expert_id``, uint8 [token, layer, slot].
+        The recording. Needs ``expert_id``, uint8 or uint16 [token, layer, slot].
     by : By, optional
         Column, or columns, of the sequences to group by.
     slot : str, optional
@@ -108,8 +108,8 @@ def load_balance(
     Parameters
     ----------
     trace : Trace
-        The recording. Needs ``expert_id``, uint8 [token, layer, slot]; router_logits float [token, layer, expert]
-        for switch_loss.
+        The recording. Needs ``expert_id``, uint8 or uint16 [token, layer, slot]; for switch_loss router_logits,
+        float [token, layer, expert].
     by : By, optional
         Column, or columns, of the sequences to group by.
     cluster : str, optional
@@ -186,7 +186,7 @@ def load_entropy(
     Parameters
     ----------
     trace : Trace
-        The recording. Needs ``expert_id``, uint8 [token, layer, slot].
+        The recording. Needs ``expert_id``, uint8 or uint16 [token, layer, slot].
     by : By, optional
         Column, or columns, of the sequences to group by.
     cluster : str, optional
@@ -392,7 +392,7 @@ def position_profile(
     Parameters
     ----------
     trace : Trace
-        The recording. Needs ``expert_id``, uint8 [token, layer, slot]; position.
+        The recording. Needs ``expert_id``, uint8 or uint16 [token, layer, slot]; position.
     by : By, optional
         Column, or columns, of the sequences to group by.
     edges : Sequence[int], optional

@@ -34,7 +34,7 @@ def repetition(
     Parameters
     ----------
     trace : Trace
-        The recording. Needs ``expert_id``, uint8 [token, layer, slot]; position.
+        The recording. Needs ``expert_id``, uint8 or uint16 [token, layer, slot]; position.
     by : By, optional
         Column, or columns, of the sequences to group by.
     cluster : str, optional
@@ -105,7 +105,7 @@ def coactivation(
     Parameters
     ----------
     trace : Trace
-        The recording. Needs ``expert_id``, uint8 [token, layer, slot].
+        The recording. Needs ``expert_id``, uint8 or uint16 [token, layer, slot].
     by : By, optional
         Column, or columns, of the sequences to group by.
     cluster : str, optional
@@ -181,7 +181,7 @@ def transitions(
     Parameters
     ----------
     trace : Trace
-        The recording. Needs ``expert_id``, uint8 [token, layer, slot].
+        The recording. Needs ``expert_id``, uint8 or uint16 [token, layer, slot].
     by : By, optional
         Column, or columns, of the sequences to group by.
     gap : int, optional

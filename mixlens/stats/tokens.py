@@ -55,7 +55,7 @@ def vocabulary_specialization(
     Parameters
     ----------
     trace : Trace
-        The recording. Needs ``expert_id``, uint8 [token, layer, slot]; token_id.
+        The recording. Needs ``expert_id``, uint8 or uint16 [token, layer, slot]; token_id.
     by : By, optional
         Column, or columns, of the sequences to group by.
     min_count : int, optional
@@ -147,7 +147,7 @@ def predictability(
     Parameters
     ----------
     trace : Trace
-        The recording. Needs ``expert_id``, uint8 [token, layer, slot]; token_id, position.
+        The recording. Needs ``expert_id``, uint8 or uint16 [token, layer, slot]; token_id, position.
     by : By, optional
         Column, or columns, of the sequences to group by.
     cluster : str, optional
