@@ -15,6 +15,7 @@ import mixlens
 
 PACKAGE = Path(mixlens.__file__).parent
 REPOSITORY = PACKAGE.parent
+PACKAGES = [mixlens, mixlens.bench, mixlens.decisions, mixlens.evals, mixlens.experiments, mixlens.pricing]
 BIN = Path(sys.executable).parent
 
 
@@ -111,7 +112,7 @@ def test_importing_mixlens_loads_nothing_heavy_and_prints_nothing():
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize("package", [mixlens, mixlens.bench, mixlens.evals, mixlens.experiments, mixlens.pricing])
+@pytest.mark.parametrize("package", PACKAGES)
 def test_every_public_name_is_there_and_documented(package):
     assert package.__all__ == dir(package)
     for name in package.__all__:

@@ -15,7 +15,7 @@ from numpydoc.docscrape import ClassDoc, FunctionDoc
 import mixlens as ml
 
 PACKAGES = {"ml": ml} | {f"ml.{name}": getattr(ml, name) for name in (
-    "stats", "show", "view", "edits", "bench", "evals", "experiments", "pricing")}  # fmt: skip
+    "stats", "show", "view", "edits", "bench", "evals", "experiments", "decisions", "pricing")}  # fmt: skip
 TYPES = (ml.Trace, ml.evals.Log, ml.bench.Bench, ml.Comparison, ml.Recorder, ml.Endpoint, ml.Explorer, ml.view.View)
 
 

@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 GUIDE = ("load", "quantize", "record", "statistics", "show", "view", "explore", "edit", "evaluate", "benchmark",
          "compare", "report", "files")  # fmt: skip
-PACKAGES = ("stats", "show", "view", "edits", "bench", "evals", "experiments", "pricing")
+PACKAGES = ("stats", "show", "view", "edits", "bench", "evals", "experiments", "decisions", "pricing")
 
 
 def contents(*pages: str, hidden: bool = False) -> str:

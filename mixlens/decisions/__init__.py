@@ -1,0 +1,8 @@
+"""From routing to a decision: what a step reads, what fits in a cache, on which device an expert belongs.
+
+Every function ends with a verdict in ``attrs["verdict"]``, judged on documents that nothing was fitted on.
+"""
+
+from mixlens.core.lazy import exports
+
+__getattr__, __dir__, __all__ = exports(__name__, __file__)

@@ -1,0 +1,1 @@
+from mixlens.decisions.distinct import distinct_experts as distinct_experts

@@ -1,0 +1,206 @@
+"""Distinct experts: how many experts a step reads, for a batch of sequences or a window of consecutive tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from mixlens.core.bootstrap import Bootstrap
+from mixlens.core.intervals import Smooth, said, with_bounds
+from mixlens.decisions.verdict import DECISION, judged
+from mixlens.errors import BadInput
+from mixlens.stats.counts import clustered, described, require
+
+if TYPE_CHECKING:
+    from mixlens.trace.trace import Trace
+
+
+def distinct_experts(
+    trace: Trace,
+    *,
+    batch: int = 1,
+    window: int = 1,
+    cluster: str | None = None,
+    bootstrap: Bootstrap = DECISION,
+) -> xr.Dataset:
+    """Compute how many experts of a layer one step reads.
+
+    A step takes the next `window` tokens of each of `batch` sequences: one token of each when a batch decodes, several
+    of one in speculative decoding, a chunk of one in prefill. The estimate is the mean over all batches that the
+    sequences of the trace can form, each stepped through until its shortest sequence ends, counted exactly: of D
+    sequences that reach a step, of which n read an expert, C(D - n, batch) of C(D, batch) batches do not read it. The
+    tokens that are left at the end of a sequence are no window.
+
+    Two figures stand beside it, both for n = batch window tokens that know nothing of each other:
+
+    random_tokens   sum_e 1 - (1 - p_e)^n, drawn from all tokens of the trace, which choose expert e with p_e
+    formula         E (1 - (1 - k / E)^n), where every expert is chosen as often
+
+    The verdict says whether to plan with fewer experts than random tokens read ("do it"), with more ("do not"), or
+    whether the trace does not tell. Nothing is fitted, so that all documents judge.
+
+    Parameters
+    ----------
+    trace : Trace
+        The recording. Needs ``expert_id``, uint8 or uint16 [token, layer, slot]; position. To decode is to generate:
+        select ``phase="generated"`` where there is such a phase.
+    batch : int, optional
+        Sequences of a step.
+    window : int, optional
+        Consecutive tokens of each sequence.
+    cluster : str, optional
+        Column of the sequences, such as "author", whose values vary independently where documents do not.
+    bootstrap : Bootstrap, optional
+        How intervals are computed.
+
+    Returns
+    -------
+    xarray.Dataset
+        ``estimate`` (experts), ci_low, ci_high, random_tokens ``[layer]``; n (windows), n_documents; attrs formula,
+        verdict, and gain with gain_low and gain_high: random_tokens less the estimate, on average over layers.
+
+    Raises
+    ------
+    BadInput
+        For a batch or window below 1 or that no sequences of the trace fill, or a step of a single token.
+
+    Examples
+    --------
+    >>> found = ml.decisions.distinct_experts(trace, window=4)
+    >>> found["estimate"].dims, found.attrs["verdict"]
+    (('layer',), 'do it')
+    """
+    trace = clustered(trace, cluster)
+    require(trace, "distinct_experts", "expert_id", "position", bootstrap=bootstrap)
+    for name, value in {"batch": batch, "window": window}.items():
+        if not isinstance(value, int | np.integer) or value < 1:
+            raise BadInput(
+                f"Cannot count the experts of a step with {name}={value!r}: it is no whole number from 1. Pass 4, for "
+                "example.",
+                argument=name,
+                value=value,
+            )
+    if batch * window == 1:
+        raise BadInput(
+            f"Cannot count the distinct experts of a single token: it reads its {trace.top_k}. Pass a batch of several "
+            "sequences, a window of several tokens, or both.",
+            argument="batch",
+            value=batch,
+        )
+    steps = _Steps.of(trace, batch, window)
+    n, e = batch * window, trace.n_experts
+    ids = trace.read("expert_id")[steps.kept]
+    each = [steps.read(ids[:, layer], e, n) for layer in range(trace.n_layers)]
+    read, random = (np.stack(arrays) for arrays in zip(*each, strict=True))
+    estimate, low, high = with_bounds(Smooth(read, floor=float(trace.top_k)), steps.sizes, bootstrap.level)
+    data = xr.Dataset(
+        {
+            "estimate": ("layer", estimate),
+            "ci_low": ("layer", low),
+            "ci_high": ("layer", high),
+            "random_tokens": ("layer", random[:, 0]),
+            "n": len(steps.step),
+            "n_documents": len(steps.sizes),
+        },
+        coords={"layer": trace.layers},
+    )
+    gain = Smooth((random - read).mean(0))
+    return described(
+        data, trace, bootstrap,
+        statistic="distinct_experts", unit="experts", batch=batch, window=window,
+        formula=e * (1 - (1 - trace.top_k / e) ** n), interval=said(gain), **judged(gain, steps.sizes, bootstrap),
+        source="hypergeometric: every batch of the trace's sequences, counted exactly",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """The windows of a trace by the step at which a batch of its sequences reads them.
+
+    kept     [token of the trace] whether it lies in a window of a step that a batch fills
+    window   [token that is kept] its window
+    step     [window]
+    unit     [window] document, or what else varies independently
+    sizes    [unit] windows of each
+    batch    sequences of a step
+    """
+
+    kept: np.ndarray
+    window: np.ndarray
+    step: np.ndarray
+    unit: np.ndarray
+    sizes: np.ndarray
+    batch: int
+
+    @classmethod
+    def of(cls, trace: Trace, batch: int, window: int) -> _Steps:
+        sequence, position = trace.read("sequence"), trace.read("position")
+        starts = np.ones(len(sequence), bool)
+        starts[1:] = (np.diff(sequence) != 0) | (np.diff(position) != 1)
+        first, run = np.flatnonzero(starts), np.cumsum(starts) - 1
+        offset = np.arange(len(sequence)) - first[run]
+        kept = offset < np.bincount(run)[run] // window * window
+        opens = offset[kept] % window == 0
+        of_window = sequence[kept][opens]
+        step = np.arange(len(of_window)) - np.searchsorted(of_window, of_window)
+        rows = np.bincount(step)
+        filled = (rows >= batch)[step]
+        if not filled.any():
+            raise BadInput(
+                f"Cannot count the experts of batches of {batch} sequences with {window} consecutive tokens each: the "
+                f"trace has at most {rows.max(initial=0)} such windows at one step. Pass a smaller batch or window, or "
+                "record more and longer documents.",
+                argument="batch",
+                value=batch,
+            )
+        number = np.cumsum(opens) - 1
+        kept[kept] = filled[number]
+        unit, _ = pd.factorize(trace.sequences[trace.cluster].loc[of_window[filled]])
+        renumbered = (np.cumsum(filled) - 1)[number[filled[number]]]
+        return cls(kept, renumbered, step[filled], unit, np.bincount(unit).astype(float), batch)
+
+    def read(self, ids: np.ndarray, n_experts: int, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """Distinct experts of a step, and of `n` random tokens, of all units and without each [1 + unit].
+
+        ids  [token that is kept, slot] of one layer
+        """
+        n_units = len(self.sizes)
+        reads = np.zeros((len(self.step), n_experts), bool)
+        reads[self.window[:, None], ids] = True
+        pair, of_window = np.unique(self.unit * (self.step.max() + 1) + self.step, return_inverse=True)
+        unit, step = np.divmod(pair, self.step.max() + 1)
+        own = np.zeros((len(pair), n_experts), np.int64)
+        np.add.at(own, of_window, reads)
+        own_rows = np.bincount(of_window)
+        readers = np.zeros((self.step.max() + 1, n_experts), np.int64)
+        np.add.at(readers, step, own)
+        rows = np.bincount(self.step)
+        # Only the steps that a unit reaches change without it.
+        whole = self._of_step(rows, readers)
+        without = self._of_step(rows[step] - own_rows, readers[step] - own)
+        less, fewer = (np.bincount(unit, before[step] - after) for before, after in zip(whole, without, strict=True))
+        total, weight = (part.sum() for part in whole)
+        with np.errstate(divide="ignore", invalid="ignore"):  # without a unit that every batch needs there is none
+            read = np.append(total, total - less) / np.append(weight, weight - fewer)
+        chosen = np.zeros((n_units, n_experts))
+        of_token = self.unit[self.window]
+        np.add.at(chosen, (of_token[:, None], ids), 1.0)
+        chosen = np.concatenate([chosen.sum(0, keepdims=True), chosen.sum(0) - chosen])
+        tokens = np.bincount(of_token, minlength=n_units)
+        with np.errstate(invalid="ignore"):
+            share = chosen / np.append(tokens.sum(), tokens.sum() - tokens)[:, None]
+        return read, (1 - (1 - share) ** n).sum(-1)
+
+    def _of_step(self, rows: np.ndarray, readers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Distinct experts of all batches of a step, added up, and how many batches; both over those of all rows."""
+        number = np.arange(int(np.bincount(self.step).max()) + 1)
+        with np.errstate(divide="ignore"):
+            ways = sum(np.log(np.maximum(number - i, 0)) for i in range(self.batch))
+        with np.errstate(invalid="ignore"):
+            batches = np.exp(ways[rows] - ways[-1])
+            missed = np.exp(ways[rows[:, None] - readers] - ways[-1])
+        return (batches[:, None] - missed).sum(-1), batches

@@ -1,0 +1,63 @@
+"""Verdicts: do it, do not, or not enough evidence, from the interval of a gain on documents nothing was fitted on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mixlens.core.bootstrap import Bootstrap
+from mixlens.core.intervals import Quantity, said, with_bounds
+
+if TYPE_CHECKING:
+    from mixlens.trace.trace import Trace
+
+DO, DO_NOT, UNKNOWN = "do it", "do not", "not enough evidence"
+# A decision is acted upon, so that its intervals miss the truth in 1 of 100 cases and not in 5.
+DECISION = Bootstrap(level=0.99)
+
+
+def verdict(low: float, high: float, *, needed: float = 0.0) -> str:
+    """Return "do it" where the whole interval of a gain lies above what is needed, "do not" where it lies below.
+
+    Parameters
+    ----------
+    low, high : float
+        Bounds of the gain; NaN where there are too few documents for an interval.
+    needed : float, optional
+        The gain from which it is worth it.
+
+    Examples
+    --------
+    >>> from mixlens.decisions.verdict import verdict
+    >>> verdict(0.02, 0.05), verdict(-0.01, 0.03), verdict(-0.03, -0.01)
+    ('do it', 'not enough evidence', 'do not')
+    """
+    return DO if low > needed else DO_NOT if high < needed else UNKNOWN
+
+
+def judged(gain: Quantity, sizes: np.ndarray, bootstrap: Bootstrap) -> dict[str, Any]:
+    """The attributes verdict, gain, gain_low, gain_high and gain_interval of a gain without dimensions.
+
+    sizes  [unit] how much each document has to say
+    """
+    estimate, low, high = (float(value) for value in with_bounds(gain, sizes, bootstrap.level))
+    return {
+        "verdict": verdict(low, high),
+        "gain": estimate,
+        "gain_low": low,
+        "gain_high": high,
+        "gain_interval": said(gain),
+    }
+
+
+def halves(trace: Trace, bootstrap: Bootstrap) -> tuple[Trace, Trace]:
+    """The trace in two halves of its documents (or clusters), drawn by the seed of `bootstrap`.
+
+    What is fitted on one half is judged on the other, and the other way round, so that every document judges once.
+    """
+    unit = trace.sequences[trace.cluster]
+    names = unit.drop_duplicates().to_numpy()
+    first = np.random.default_rng(bootstrap.seed).permutation(names)[: len(names) // 2]
+    inside = unit.isin(first)
+    return trace.select(where=inside), trace.select(where=~inside)
