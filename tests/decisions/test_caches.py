@@ -115,7 +115,7 @@ def test_a_long_sequence_is_read_in_parts(monkeypatch):
 
 def test_lru_and_lfu_equal_libcachesim():
     simulator = pytest.importorskip("libcachesim", reason="libcachesim is not installed")
-    case = made([4000], layers=(0,), top_k=1)
+    case = made([1500], layers=(0,), top_k=1)
     stream = case.expert_id[:, 0, 0].tolist()
     for policy, theirs in {"lru": simulator.LRU, "lfu": simulator.LFU}.items():
         for size in range(1, 9):
