@@ -10,6 +10,8 @@ from mixlens import view as view
 from mixlens.bench.run import benchmark as benchmark
 from mixlens.comparison import Comparison as Comparison
 from mixlens.comparison import compare as compare
+from mixlens.choice import Decision as Decision
+from mixlens.choice import decide as decide
 from mixlens.endpoints.endpoint import Endpoint as Endpoint
 from mixlens.errors import BadInput as BadInput
 from mixlens.errors import EndpointError as EndpointError
