@@ -6,7 +6,7 @@ import html
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -50,11 +50,14 @@ class Limit:
     change: Literal["difference", "ratio"] | None
 
 
+@dataclass(frozen=True)
 class Decision:
     """The forms of a model side by side, which of them keep to all limits, and which one to take.
 
-    Attributes
+    Parameters
     ----------
+    model : str
+        Name of the model.
     table : pandas.DataFrame
         One row for each form and measured column: form, quantity, setting, estimate, ci_low, ci_high, unit, n, run;
         and change, change_low, change_high from the baseline, paired where both runs read the same. Bounds are infinite
@@ -74,28 +77,27 @@ class Decision:
         Why, in a sentence.
     remarks : list[str]
         What was passed over, and which numbers are uncertain.
+    shown : pandas.DataFrame
+        The forms as text.
+
+    Examples
+    --------
+    >>> ml.decide(["runs/schemes"], at_most={"kl": 0.05}).recommended  # doctest: +SKIP
+    'nf4'
     """
 
-    kind = "decision"
+    model: str
+    table: pd.DataFrame
+    answers: pd.DataFrame
+    qualifying: list[str]
+    frontier: list[str]
+    objectives: list[str]
+    recommended: str | None
+    reason: str
+    remarks: list[str]
+    shown: pd.DataFrame
 
-    def __init__(
-        self, forms: Sequence[Form], limits: Sequence[Limit], baseline: Form, prefer: Column | None, remarks: list[str]
-    ) -> None:
-        self._forms, self._limits, self._baseline = list(forms), list(limits), baseline
-        self.table = _table(forms, baseline)
-        answers = {form.name: [_answer(form, limit, baseline) for limit in limits] for form in forms}
-        self.answers = pd.DataFrame.from_dict(answers, orient="index", columns=[limit.text for limit in limits])
-        self.answers.index.name = "form"
-        kept = [form for form in forms if all(answer == "meets" for answer in answers[form.name])]
-        self.qualifying = [form.name for form in kept]
-        columns = _objectives(kept, limits, prefer)
-        self.objectives = [self._label(column) for column in columns]
-        order = sorted(kept, key=lambda form: _costs(form, columns))
-        beaten = [any(_beats(_costs(other, columns), _costs(form, columns)) for other in kept) for form in kept]
-        self.frontier = [form.name for form, worse in zip(kept, beaten, strict=True) if not worse]
-        self.recommended = order[0].name if order else None
-        self.reason = self._reason(order, columns)
-        self.remarks = [*remarks, *self._uncertain()]
+    kind = "decision"
 
     def overview(self) -> pd.DataFrame:
         """Return the forms as text.
@@ -106,61 +108,17 @@ class Decision:
             One row a form: every column with its interval and its change from the baseline, what it says to the limits,
             and whether it is on the frontier or recommended; "n/a" where it was not measured.
         """
-        columns = list(dict.fromkeys(column for form in self._forms for column in form.cells))
-        rows = {}
-        for form in self._forms:
-            row = {self._label(column): _cell_text(form, column, self._baseline) for column in columns}
-            limits = dict(zip(self.answers.columns, self.answers.loc[form.name], strict=True))
-            verdict = "recommended" if form.name == self.recommended else "on the frontier"
-            place = verdict if form.name in self.frontier else "qualifies" if form.name in self.qualifying else ""
-            rows[form.name] = row | {f"limit: {text}": answer for text, answer in limits.items()} | {"": place}
-        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("form")
+        places = [self._place(form) for form in self.shown.index]
+        return pd.concat([self.shown, self.answers.add_prefix("limit: ")], axis=1).assign(**{"": places})
 
     def title(self) -> str:
         """Return the decision in a sentence."""
-        model = self._baseline.held.get("name") or self._baseline.name
-        return f"{model}: {self.reason}"
+        return f"{self.model}: {self.reason}"
 
-    def _label(self, column: Column) -> str:
-        """The quantity, with its setting where it was measured in several."""
-        settings = {c.setting for form in self._forms for c in form.cells if c.quantity == column.quantity}
-        return f"{column.quantity} ({column.setting})" if len(settings) > 1 else column.quantity
-
-    def _reason(self, order: Sequence[Form], columns: Sequence[Column]) -> str:
-        if not order:
-            counts = {answer: int((self.answers == answer).any(axis=1).sum()) for answer in _NOT_MET}
-            told = ", ".join(f"{n} {words}" for answer, words in _NOT_MET.items() if (n := counts[answer]))
-            return f"No form can be recommended: of {len(self._forms)}, {told}."
-        best = order[0]
-        if len(order) == 1:
-            return f"Take {best.name}: the only one of {len(self._forms)} forms that meets every limit."
-        of = f"of the {len(order)} of {len(self._forms)} forms that meet every limit"
-        of = of if self._limits else f"of {len(order)} forms, without any limit,"
-        if not columns:
-            return f"Take {best.name}: {of} it comes first, since no number is known of all."
-        column = next((c for c in columns if best.cells[c].estimate != order[1].cells[c].estimate), columns[0])
-        how = "highest" if column.more_is_better else "lowest"
-        numbers = f"{_number(best, column)}; next {order[1].name} with {_number(order[1], column)}"
-        return f"Take {best.name}: {of} it has the {how} {self._label(column)} ({numbers})."
-
-    def _uncertain(self) -> list[str]:
-        """Forms that the decision cannot tell from the recommended one, and those that more data could admit."""
-        said = [f"In parentheses: change from {self._baseline.name}, paired where both runs read the same."]
-        for answer, words in (("too uncertain to say", "More samples would tell"), ("unmeasured", "Measure it")):
-            for text in self.answers.columns:
-                if names := list(self.answers.index[self.answers[text] == answer]):
-                    said.append(f"{text}: {answer} for {', '.join(names)}. {words}.")
-        if self.recommended is not None and self.objectives:
-            first = next(c for form in self._forms for c in form.cells if self._label(c) == self.objectives[0])
-            cells = {form.name: form.cells[first] for form in self._forms if form.name in self.qualifying}
-            best = cells[self.recommended]
-            alike = [n for n, c in cells.items() if c is not best and c.low <= best.high and best.low <= c.high]
-            if alike and best.low < best.high:
-                said.append(
-                    f"Intervals of {self.objectives[0]} overlap for {self.recommended} and {', '.join(alike)}: the "
-                    "choice between them is by the estimate."
-                )
-        return said
+    def _place(self, form: str) -> str:
+        if form == self.recommended:
+            return "recommended"
+        return "on the frontier" if form in self.frontier else "qualifies" if form in self.qualifying else ""
 
     def __repr__(self) -> str:
         return visible("\n".join([self.overview().T.to_string(), "", self.title(), *self.remarks]))
@@ -247,7 +205,91 @@ def decide(
         for name, value in (bounds or {}).items()
     ]
     preferred = _columns(prefer, forms, "prefer")[0] if prefer is not None else None
-    return Decision(forms, limits, base, preferred, remarks)
+    return _decided(forms, limits, base, preferred, remarks)
+
+
+def _decided(
+    forms: Sequence[Form], limits: Sequence[Limit], baseline: Form, prefer: Column | None, remarks: Sequence[str]
+) -> Decision:
+    found = {form.name: [_answer(form, limit, baseline) for limit in limits] for form in forms}
+    answers = pd.DataFrame.from_dict(found, orient="index", columns=[limit.text for limit in limits])
+    answers.index.name = "form"
+    kept = [form for form in forms if all(answer == "meets" for answer in found[form.name])]
+    columns = _objectives(kept, limits, prefer)
+    costs = {form.name: _costs(form, columns) for form in kept}
+    order = sorted(kept, key=lambda form: costs[form.name])
+    labels = _labels(forms)
+    return Decision(
+        model=str(baseline.held.get("name") or baseline.name),
+        table=_table(forms, baseline),
+        answers=answers,
+        qualifying=[form.name for form in kept],
+        frontier=[form.name for form in kept if not any(_beats(cost, costs[form.name]) for cost in costs.values())],
+        objectives=[labels[column] for column in columns],
+        recommended=order[0].name if order else None,
+        reason=_reason(order, columns, answers, labels),
+        remarks=[*remarks, *_remarks(order, columns, answers, baseline, labels)],
+        shown=_shown_forms(forms, baseline, labels),
+    )
+
+
+def _labels(forms: Sequence[Form]) -> dict[Column, str]:
+    """The quantity of each column, with its setting where it was measured in several."""
+    columns = list(dict.fromkeys(column for form in forms for column in form.cells))
+    quantities = [column.quantity for column in columns]
+    several = {quantity for quantity in quantities if quantities.count(quantity) > 1}
+    return {c: f"{c.quantity} ({c.setting})" if c.quantity in several else c.quantity for c in columns}
+
+
+def _reason(
+    order: Sequence[Form], columns: Sequence[Column], answers: pd.DataFrame, labels: Mapping[Column, str]
+) -> str:
+    """Why the first form is taken, or why none is."""
+    if not order:
+        counts = {answer: int((answers == answer).any(axis=1).sum()) for answer in _NOT_MET}
+        told = ", ".join(f"{n} {words}" for answer, words in _NOT_MET.items() if (n := counts[answer]))
+        return f"No form can be recommended: of {len(answers)}, {told}."
+    best, limited = order[0], len(answers.columns) > 0
+    if len(order) == 1:
+        why = "that meets every limit" if limited else "there is"
+        return f"Take {best.name}: the only one of {len(answers)} forms {why}."
+    of = f"of the {len(order)} of {len(answers)} forms that meet every limit"
+    of = of if limited else f"of {len(order)} forms, without any limit,"
+    if not columns:
+        return f"Take {best.name}: {of} it comes first, since no number is known of all."
+    column = next((c for c in columns if best.cells[c].estimate != order[1].cells[c].estimate), columns[0])
+    how = "highest" if column.more_is_better else "lowest"
+    numbers = f"{_number(best, column)}; next {order[1].name} with {_number(order[1], column)}"
+    return f"Take {best.name}: {of} it has the {how} {labels[column]} ({numbers})."
+
+
+def _remarks(
+    order: Sequence[Form],
+    columns: Sequence[Column],
+    answers: pd.DataFrame,
+    baseline: Form,
+    labels: Mapping[Column, str],
+) -> Iterator[str]:
+    """How to read the table, which forms more data could admit, and which cannot be told from the recommended one."""
+    yield f"In parentheses: change from {baseline.name}, paired where both runs read the same."
+    for answer, words in (("too uncertain to say", "More samples would tell"), ("unmeasured", "Measure it")):
+        for text in answers.columns:
+            if names := list(answers.index[answers[text] == answer]):
+                yield f"{text}: {answer} for {', '.join(names)}. {words}."
+    if order and columns:
+        best = order[0].cells[columns[0]]
+        others = {form.name: form.cells[columns[0]] for form in order[1:]}
+        alike = [name for name, cell in others.items() if cell.low <= best.high and best.low <= cell.high]
+        if alike and best.low < best.high:
+            yield (
+                f"Intervals of {labels[columns[0]]} overlap for {order[0].name} and {', '.join(alike)}: the choice "
+                "between them is by the estimate."
+            )
+
+
+def _shown_forms(forms: Sequence[Form], baseline: Form, labels: Mapping[Column, str]) -> pd.DataFrame:
+    rows = {form.name: {label: _cell_text(form, c, baseline) for c, label in labels.items()} for form in forms}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("form")
 
 
 def _several(some: Any) -> Sequence[Any]:
