@@ -10,6 +10,7 @@ import xarray as xr
 
 from mixlens.bench.bench import Bench
 from mixlens.core.run_dir import open_run
+from mixlens.decisions.judgement import Judgement
 from mixlens.errors import BadInput, RunError
 from mixlens.evals.log import Log
 from mixlens.stats.contributions import open_contributions
@@ -19,7 +20,7 @@ from mixlens.stats.pareto import Pareto
 from mixlens.stats.topk import open_topk
 from mixlens.trace.trace import Trace
 
-Run = Trace | Log | Bench | Impact | Pareto | xr.Dataset
+Run = Trace | Log | Bench | Impact | Pareto | Judgement | xr.Dataset
 
 _KINDS: dict[str, Callable[..., Any]] = {
     "trace": Trace.open,
@@ -30,6 +31,7 @@ _KINDS: dict[str, Callable[..., Any]] = {
     "eval": Log.open,
     "impact": Impact.open,
     "pareto": Pareto.open,
+    "judgement": Judgement.open,
 }
 
 

@@ -1,4 +1,4 @@
-"""From routing to a decision: what a step reads, what fits in a cache, on which device an expert belongs.
+"""From routing to a decision: what a step reads, what fits in a cache, where an expert belongs, and which can go.
 
 Every function ends with a verdict in ``attrs["verdict"]``, judged on documents that nothing was fitted on.
 """

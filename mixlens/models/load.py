@@ -161,7 +161,7 @@ def _load_plain(source: _Source, device_map: str | Mapping[str, Any] | None, dty
     if device_map not in (None, "cpu"):  # only then can layers go to disk
         options["offload_folder"] = temporary = tempfile.mkdtemp(prefix="mixlens-offload-")
     try:
-        with _progress_bar(shown=verbose):
+        with progress_bar(shown=verbose):
             read: Any = AutoModelForCausalLM.from_pretrained(
                 source.name, config=source.config, device_map=device_map, output_loading_info=True, **options
             )
@@ -453,7 +453,7 @@ def _cuda_index(place: str) -> int | None:
 
 
 @contextmanager
-def _progress_bar(*, shown: bool) -> Iterator[None]:
+def progress_bar(*, shown: bool) -> Iterator[None]:
     """transformers' own bar, which in a saved notebook is a widget without its state."""
     if shown or not logging.is_progress_bar_enabled():
         yield

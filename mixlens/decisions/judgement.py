@@ -1,0 +1,177 @@
+"""Judgement: what a changed model lost on held-out text and benchmarks, the worst first, against the user's limits."""
+
+from __future__ import annotations
+
+import html
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow.parquet as pq
+import xarray as xr
+
+from mixlens.core.run_dir import open_run
+from mixlens.core.text import interval_of
+from mixlens.decisions.verdict import DO, DO_NOT, UNKNOWN, verdict
+from mixlens.errors import BadInput, visible
+
+KIND, TABLE = "judgement", "table.parquet"
+# Kinds of rows, each with its unit and the sign that makes a change a gain.
+TEXT, SCORE = "loss", "score"
+_GAIN = {TEXT: -1.0, SCORE: 1.0}
+_UNIT = {TEXT: "nats a token", SCORE: "of the score"}
+PUBLISHED = (
+    "Published experience, by other protocols: Mixtral with 2 of 8 experts dropped lost 2.9 points on average, with 4 "
+    "of 8 7.1; half of the experts cost one model 0.2 % and another 83 %. What was cheap elsewhere says little here."
+)
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Two models on the same held-out text and questions, as `judge` compared them.
+
+    Parameters
+    ----------
+    table : pandas.DataFrame
+        One row a group of documents and a subject, the worst of each kind first, their mean last: kind ("loss" or
+        "score"), group, before, after, estimate (after less before: a loss that rises is worse, a score that falls),
+        ci_low, ci_high (which hold for all rows at once; NaN for too few), p, q, n (documents or questions), mean.
+    limits : Mapping[str, float]
+        How far a "loss" (nats a token) may rise, and a "score" fall, in any group.
+    meta : dict[str, Any]
+        Both models, settings, versions, and level of the intervals together.
+    path : Path, optional
+        Of the run directory; None in memory.
+    """
+
+    table: pd.DataFrame
+    limits: Mapping[str, float]
+    meta: dict[str, Any]
+    path: Path | None = None
+
+    kind = KIND
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, check: bool = True) -> Judgement:
+        """Open the judgement in a folder. Raises RunError where there is none, or a run of another kind.
+
+        Parameters
+        ----------
+        path : str or os.PathLike
+            The folder.
+        check : bool, optional
+            Compare every file with its checksum when it is first read; False compares sizes only.
+        """
+        run = open_run(path, KIND, check=check)
+        return cls(pq.read_table(run.file(TABLE)).to_pandas(), run.meta["limits"], run.meta, Path(path))
+
+    def within(self, limits: Mapping[str, float]) -> Judgement:
+        """Return the same measurement against other limits.
+
+        Parameters
+        ----------
+        limits : Mapping[str, float]
+            As for judge.
+        """
+        check_limits(limits, self.table["kind"].unique())
+        return Judgement(self.table, limits, self.meta, self.path)
+
+    @property
+    def verdicts(self) -> list[str]:
+        """Of every row of the table: whether what is lost there is within the limit."""
+        return [self._verdict(row) for row in self.table.to_dict("records")]
+
+    @property
+    def verdict(self) -> str:
+        """ "do it" where every row is within its limit, "do not" where one is beyond it, else "not enough evidence"."""
+        found = self.verdicts
+        return DO_NOT if DO_NOT in found else UNKNOWN if UNKNOWN in found else DO
+
+    @property
+    def fewest(self) -> int:
+        """Documents or questions that a row needs for an interval at this level."""
+        return math.ceil(1 - math.log2((1 - self.meta["level"]) / len(self.table)))
+
+    @property
+    def data(self) -> xr.Dataset:
+        """The table as a Dataset: estimate, ci_low, ci_high, before, after, n [row], kind and group as coordinates."""
+        columns = ("estimate", "ci_low", "ci_high", "before", "after", "n")
+        coords = {name: ("row", self.table[name].to_numpy(object)) for name in ("kind", "group")}
+        return xr.Dataset(
+            {name: ("row", self.table[name].to_numpy()) for name in columns},
+            coords,
+            {"verdict": self.verdict, "reason": self.reason, "level": self.meta["level"]},
+        )
+
+    @property
+    def reason(self) -> str:
+        """The row that decides, in a sentence."""
+        rows = zip(self.table.to_dict("records"), self.verdicts, strict=True)
+        row = next((row for row, found in rows if found == self.verdict), None)
+        if row is None:
+            return "Nothing was measured."
+        kind, limit = row["kind"], self.limits[row["kind"]]
+        change = (
+            f"{'the loss of' if kind == TEXT else 'the score of'} {row['group']} changes by {interval_of(row, 1.0, 4)}"
+        )
+        allowed = f"and may {'rise' if kind == TEXT else 'fall'} by {limit:g} {_UNIT[kind]}"
+        most = "; of all groups this is the worst" if self.verdict == DO else ""
+        return f"{self.verdict.capitalize()}: {change}, {allowed}{most}."
+
+    def _verdict(self, row: Mapping[Any, Any]) -> str:
+        gain = sorted(_GAIN[row["kind"]] * row[name] for name in ("ci_low", "ci_high"))
+        return verdict(*gain, needed=-self.limits[row["kind"]])
+
+    def overview(self) -> pd.DataFrame:
+        """Return the table as text, with the verdict of each row."""
+        rows = [
+            {
+                "": row["kind"],
+                "group": row["group"],
+                "before": f"{row['before']:.3f}",
+                "after": f"{row['after']:.3f}",
+                "change": interval_of(row, 1.0, 4),
+                "limit": f"{-_GAIN[row['kind']] * self.limits[row['kind']]:+g}",
+                "q": f"{row['q']:.2g}",
+                "n": f"{row['n']:,}",
+                "verdict": found,
+            }
+            for row, found in zip(self.table.to_dict("records"), self.verdicts, strict=True)
+        ]
+        return pd.DataFrame(rows)
+
+    def remarks(self) -> list[str]:
+        """Return what belongs to the table: how it was measured, and published experience."""
+        before, after = (self.meta[side].get("name", "") for side in ("before", "after"))
+        return [
+            f"Before: {before}; after: {after}. Changes on the same tokens and questions, the worst group first; "
+            f"{self.meta['level']:.0%} intervals that hold for all {len(self.table)} rows at once (Bonferroni); q "
+            f"against no change (Benjamini and Hochberg). A row of fewer than {self.fewest} documents or questions has "
+            "no interval: all of so few may change in one direction by chance.",
+            PUBLISHED,
+        ]
+
+    def __repr__(self) -> str:
+        return visible("\n".join([self.reason, "", self.overview().to_string(index=False), "", *self.remarks()]))
+
+    def _repr_html_(self) -> str:
+        notes = "".join(f"<p>{html.escape(text)}</p>" for text in self.remarks())
+        table = self.overview().to_html(escape=True, border=0, index=False)
+        return f"<div><p><b>{html.escape(visible(self.reason))}</b></p>{table}{notes}</div>"
+
+
+def check_limits(limits: Mapping[str, float], kinds: Iterable[str]) -> None:
+    """Raises BadInput where a kind has no limit."""
+    for kind in kinds:
+        limit = limits.get(kind)
+        if not isinstance(limit, int | float) or not limit >= 0:
+            raise BadInput(
+                f"Cannot judge a {kind} without a limit: limits has {dict(limits)}. Pass how far it may "
+                f'{"rise, in nats a token" if kind == TEXT else "fall, as a fraction"}: limits={{"{kind}": 0.02}}.',
+                argument="limits",
+                value=limit,
+            )
