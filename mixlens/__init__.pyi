@@ -8,6 +8,8 @@ from mixlens import show as show
 from mixlens import stats as stats
 from mixlens import view as view
 from mixlens.bench.run import benchmark as benchmark
+from mixlens.choice import Decision as Decision
+from mixlens.choice import decide as decide
 from mixlens.comparison import Comparison as Comparison
 from mixlens.comparison import compare as compare
 from mixlens.endpoints.endpoint import Endpoint as Endpoint

@@ -21,7 +21,7 @@ from mixlens.cli.main import app
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 GUIDE = ("load", "quantize", "record", "statistics", "show", "view", "explore", "edit", "evaluate", "benchmark",
-         "compare", "report", "files")  # fmt: skip
+         "compare", "decide", "report", "files")  # fmt: skip
 PACKAGES = ("stats", "show", "view", "edits", "bench", "evals", "experiments", "decisions", "pricing")
 
 

@@ -189,7 +189,9 @@ class Subject:
                 machine = measure(device, self._model.dtype, before=machine)
         told = self.prompts[self._loads[0].name].plan()["ids"]
         local = {**settings_plan(self._settings), "layers": self._model.config.num_hidden_layers, "prompts": told}
-        return {"model": describe(self._model), "machine": asdict(machine), "local": local}, stopped
+        described = describe(self._model)
+        model = described | identity(self._model, described)
+        return {"model": model, "machine": asdict(machine), "local": local}, stopped
 
     def _run(self, caller: _Caller, requests: int, kept: Kept) -> str | None:
         """All calls of all loads; what stopped them, if something did. A load that does not fit is left at once."""

@@ -83,7 +83,7 @@ def evaluate(
     csv
         File to write the scores to as well.
     """
-    from mixlens.evals.protocols import protocol_names, suites
+    from mixlens.evals.protocols import check_tasks, protocol_names, suites
 
     if list:
         return Result({"protocols": protocol_names(), "suites": {k: sorted(v.values()) for k, v in suites().items()}})
@@ -92,12 +92,14 @@ def evaluate(
             "Cannot evaluate: model or tasks are missing. Pass both, as in mixlens eval demo mmlu, or --list.",
             argument="model",
         )
-    from mixlens.evals.published import beside
-    from mixlens.evals.runner import EvalSettings, job_of, run
-
     folder = out or f"out/eval-{datetime.now():%Y%m%d-%H%M%S}"
     check_out(folder, "eval")
     check_csv(csv)
+    check_tasks(tasks, protocol)  # before lm-eval and torch are imported, which takes seconds
+
+    from mixlens.evals.published import beside
+    from mixlens.evals.runner import EvalSettings, job_of, run
+
     settings = EvalSettings(
         batch_size=batch_size,
         seed=seed,

@@ -134,14 +134,17 @@ class RunWriter:
         return {int(p.stem.split("-")[1]): read_sealed(p) for p in sorted(self.work.glob("shard-*.json"))}
 
     def _abandon(self) -> None:
-        """Remove what this writer began while nothing is kept in it: a start that failed leaves nothing behind."""
-        if self._began and {path.name for path in self.work.iterdir()} <= {_Lock.NAME}:
-            shutil.rmtree(self.work)
-            (self.path / PLAN).unlink()
-            for folder in self._made:
-                if any(folder.iterdir()):
-                    break
-                folder.rmdir()
+        """Remove what this writer began while nothing is kept in it: a start that failed leaves nothing behind.
+
+        A folder that is not empty stays. Folders are not listed, since the process may have too many files open.
+        """
+        if self._began:
+            with suppress(OSError):
+                (self.work / _Lock.NAME).unlink()
+                self.work.rmdir()
+                (self.path / PLAN).unlink()
+                for folder in self._made:
+                    folder.rmdir()
 
     def has(self, index: int) -> bool:
         """Whether a shard is committed, and its files are as they were written; else it has to be made again."""

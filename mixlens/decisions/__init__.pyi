@@ -1,3 +1,4 @@
+from mixlens.decisions.caches import cache as cache
 from mixlens.decisions.checkpoint import save as save
 from mixlens.decisions.distinct import distinct_experts as distinct_experts
 from mixlens.decisions.gate import judge as judge

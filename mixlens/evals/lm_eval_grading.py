@@ -23,7 +23,7 @@ import numpy as np
 
 from mixlens.errors import BadInput, MixlensError, RunError
 from mixlens.evals.hub_datasets import commits_of
-from mixlens.evals.protocols import Protocol, is_task_file, lm_eval_mentions, lm_eval_task_files, resolve, unknown_task
+from mixlens.evals.protocols import Protocol, is_task_file, lm_eval_task_files, resolve, unknown_task
 from mixlens.evals.readings import readings_of
 from mixlens.evals.response_cache import Answers, Key
 
@@ -131,8 +131,6 @@ def _add_lm_eval_tasks(loaded: Loaded, names: Sequence[str], metadata: Any) -> N
 
     files = {name: name for name in names if is_task_file(name)}
     files |= lm_eval_task_files() if len(files) < len(names) else {}
-    if unknown := next((name for name in names if name not in files and not lm_eval_mentions(name)), None):
-        raise unknown_task(unknown, list(files))
     manager = TaskManager(include_path=[], include_defaults=any(name not in files for name in names), metadata=metadata)
     for name in names:
         if name not in files and name not in manager.all_tasks:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from functools import cached_property
+from functools import cache, cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -114,24 +115,29 @@ def is_task_file(name: str) -> bool:
     return name.endswith((".yaml", ".yml")) and Path(name).is_file()
 
 
+def check_tasks(tasks: Sequence[str], protocol: str | None = None) -> None:
+    """Raise BadInput as `resolve`, and for a task that neither mixlens nor lm-eval has, without importing lm-eval."""
+    others = [name for name in resolve(tasks, protocol)[1] if not is_task_file(name)]
+    files = lm_eval_task_files() if others else {}
+    for name in others:
+        # A group or tag of lm-eval's is a word in one of its task files.
+        word = re.compile(rf"(?<![\w-]){re.escape(name)}(?![\w-])")
+        if name not in files and not any(word.search(text) for _, text in _lm_eval_texts()):
+            raise unknown_task(name, list(files))
+
+
 def lm_eval_task_files() -> dict[str, str]:
     """Files of lm-eval's own tasks by name, read as text; groups and tags are left out."""
     texts = ((path, text) for path, text in _lm_eval_texts() if path.suffix)  # those without one are included by others
     return {named[1]: str(path) for path, text in texts if (named := _TASK.search(text))}
 
 
-def lm_eval_mentions(name: str) -> bool:
-    """Whether this may be a group or tag of lm-eval's: whether any of its task files has the word."""
-    word = re.compile(rf"(?<![\w-]){re.escape(name)}(?![\w-])")
-    return any(word.search(text) for _, text in _lm_eval_texts())
-
-
-def _lm_eval_texts() -> Iterator[tuple[Path, str]]:
-    import lm_eval.tasks
-
-    for path in Path(str(lm_eval.tasks.__file__)).parent.rglob("*"):
-        if path.suffix in ("", ".yaml", ".yml") and path.is_file():
-            yield path, path.read_text("utf-8")
+@cache
+def _lm_eval_texts() -> tuple[tuple[Path, str], ...]:
+    package = find_spec("lm_eval")
+    paths = () if package is None else Path(str(package.origin)).parent.joinpath("tasks").rglob("*")
+    files = [path for path in paths if path.suffix in ("", ".yaml", ".yml") and path.is_file()]
+    return tuple((path, path.read_text("utf-8")) for path in files)
 
 
 def unknown_task(name: str, lm_eval_names: Sequence[str]) -> BadInput:

@@ -25,6 +25,7 @@ from mixlens.evals.log import LM_EVAL_RESULTS, RESULTS, ROUTING, Log
 from mixlens.evals.model import Batch, repeats_of
 from mixlens.evals.preflight import check, check_template
 from mixlens.evals.progress import Progress, reporting
+from mixlens.evals.protocols import check_tasks
 from mixlens.evals.replies import with_replies
 from mixlens.evals.response_cache import PARTIAL, Answers
 from mixlens.evals.routing import SampleRecorder
@@ -263,6 +264,7 @@ def job_of(
             argument="revisions",
             value=settings.revisions,
         )
+    check_tasks(names, protocol)
     root = None if data is None else str(Path(data).resolve())
     return Job(names, protocol, root, limit, settings.shots_seed, revisions=dict(settings.revisions))
 

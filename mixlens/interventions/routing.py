@@ -20,8 +20,8 @@ class Routing:
 
     Edits change router logits, and say which experts may not and which must be chosen; of two that contradict each
     other the later holds. `result` then decides by the family's rule: the k strongest experts allowed, those forced
-    first, and the weights that the rule gives them. Forbidding takes an expert out of the choice, and leaves the scores
-    of the others as they are. A token whose choice no edit touches keeps the model's own decision, bit for bit.
+    first, and the weights that the rule gives them. Forbidding sets an expert's logit to -inf, so that a softmax over
+    all experts gives its share to the others. A token that no edit touches keeps the model's own decision, bit for bit.
     """
 
     def __init__(self, logits: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, rule: RouterRule) -> None:
@@ -70,11 +70,12 @@ class Routing:
 
     def choose(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(weights [T, k], ids [T, k]), strongest first."""
-        rank = self._rule.ranks(self.logits, self.banned).masked_fill(self.forced, torch.inf)
+        logits = self.logits.masked_fill(self.banned, -torch.inf)
+        rank = self._rule.ranks(logits, self.banned).masked_fill(self.forced, torch.inf)
         ids = rank.topk(self.k, dim=-1).indices
         if in_turn := self._rule.rule.score == "sparsemixer":
-            ids = ids.gather(1, self.logits.gather(1, ids).argsort(dim=-1, descending=True))
-        weights = self._rule.weights(self.logits, ids)
+            ids = ids.gather(1, logits.gather(1, ids).argsort(dim=-1, descending=True))
+        weights = self._rule.weights(logits, ids)
         asked = self.fixed.gather(1, ids)
         free = weights.masked_fill(~asked.isnan(), 0)
         left: Any = 1.0
@@ -107,7 +108,7 @@ class Routing:
         weights, ids = self.choose()
         if self.k == given_ids.shape[-1]:
             chosen = torch.zeros_like(self.banned).scatter(1, given_ids, True)
-            met = self.banned if self._rule.rule.groups else self.banned & chosen  # groups are ranked without it
+            met = self.banned & chosen if self._rule.alone else self.banned
             new = (self.logits != given_logits.float()) | met | (self.forced & ~chosen)
             new = (new | ~self.fixed.isnan()).any(-1, keepdim=True)
             weights = torch.where(new, weights.to(given_weights.dtype), given_weights)

@@ -103,6 +103,14 @@ class RouterRule:
     def _sums(self) -> bool:
         return bool(self._value(self.rule.renormalised)) or (self.score, self.rule.ranked) == ("softmax", "logit")
 
+    @property
+    def alone(self) -> bool:
+        """Whether experts that are not chosen change nothing for those that are, by a group's rank or a softmax."""
+        rule = self.rule
+        if rule.groups is not None or self.score == "sparsemixer":
+            return False
+        return self.score == "sigmoid" or (self._sums and (rule.bias is None or rule.ranked == "logit"))
+
     def ranks(self, logits: torch.Tensor, banned: torch.Tensor | None = None) -> torch.Tensor:
         """What experts are ranked by [T, E] float32, from router logits [T, E]; -inf where one cannot be chosen."""
         logits = logits.float()

@@ -267,7 +267,7 @@ def measure_documents(
         corpus,
         measure,
         _commit,
-        lambda writer: _finish(writer, meta, pieces),
+        lambda writer: _finish(writer, {**meta, "model": meta["model"] | plan["model"]}, pieces),
         together=is_sharded(model),
     )
     return read_measured(out, kind)

@@ -17,6 +17,7 @@ from scripted_hub import asking, scripted_hub
 
 import mixlens as ml
 from mixlens.evals.model import tokenizer_of
+from mixlens.evals.protocols import check_tasks
 from mixlens.evals.runner import EvalSettings
 
 PAGES = [
@@ -199,3 +200,20 @@ def test_a_task_file_that_grades_otherwise_is_another_evaluation(demo, choosing,
     choosing.write_text(choosing.read_text().replace('"{{right}}"', '"{{(right + 1) % 3}}"'))
     with refused(ml.RunError, "out", ["input_sha256"]):
         ml.evaluate(demo, str(choosing), out=out, settings=QUIET)
+
+
+def test_an_unknown_task_is_refused_without_the_libraries_that_would_run_it():
+    """They take many seconds to import."""
+    code = (
+        "import sys; from mixlens.cli import main as cli; status = cli.main(['eval', 'demo', 'nosuchtask']);"
+        "sys.exit(status if not {'torch', 'lm_eval'} & set(sys.modules) else 9)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert found.returncode == 2, found.stderr
+    assert "nosuchtask" in found.stderr
+
+
+def test_tasks_groups_and_tags_are_known_by_name():
+    check_tasks(["arc_easy", "glue", "leaderboard_math_hard", "demo"])
+    with refused(ml.BadInput, "tasks", "arc_easyy"):
+        check_tasks(["arc_easy", "arc_easyy"])

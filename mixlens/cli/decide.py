@@ -1,0 +1,93 @@
+"""The command decide."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from mixlens.cli.app import EXIT_DONE, EXIT_FAILED, Result, app
+from mixlens.cli.options import Output
+from mixlens.cli.tables import check_csv, rows_of, written
+from mixlens.errors import BadInput
+
+Limits = Annotated[list[str] | None, Parameter(metavar="QUANTITY=VALUE")]
+
+
+@app.command
+def decide(
+    runs: Annotated[list[str], Parameter(metavar="RUN|NAME=RUN")],
+    /,
+    *,
+    max: Limits = None,
+    min: Limits = None,
+    max_memory: str | None = None,
+    max_ttft: str | None = None,
+    max_price: str | None = None,
+    prefer: str | None = None,
+    baseline: str | None = None,
+    csv: str | None = None,
+    output: Output = Output(),
+) -> Result:
+    """Decide which form of a model to take: schemes, prunings or providers.
+
+    The exit status is 0 where a form meets every limit, and 1 where none does.
+
+    Parameters
+    ----------
+    runs
+        Recordings, evaluations, benchmarks, impact and pareto runs of the forms of one model. A name vouches that a
+        form is an alternative.
+    max
+        Limit such as kl=0.05, weight_bytes=8GB, or as a change from the baseline perplexity=+2%; can be repeated.
+    min
+        Limit such as mmlu=70%, or as a change from the baseline mmlu=-1%, a percentage point; can be repeated.
+    max_memory
+        Peak memory of a benchmark, such as 24GB.
+    max_ttft
+        Median time to the first token, such as 0.5 or 500ms.
+    max_price
+        Dollars per million tokens of the workload of a benchmark.
+    prefer
+        Quantity that decides between the forms that qualify.
+    baseline
+        Form that changes are measured from; the first where left out.
+    csv
+        File to write the table to as well.
+    """
+    from mixlens.choice import decide
+
+    check_csv(csv)
+    named = {"memory_bytes": max_memory, "ttft_s": max_ttft, "usd_per_mtok": max_price}
+    at_most = _limits("--max", max or []) | {name: value for name, value in named.items() if value is not None}
+    claims: dict[str | None, list[str]] = {}
+    for text in runs:
+        name, _, run = text.partition("=") if "=" in text and not Path(text).exists() else ("", "", text)
+        claims.setdefault(name or None, []).append(run)
+    found = decide(claims, at_most=at_most, at_least=_limits("--min", min or []), prefer=prefer, baseline=baseline)
+    if csv is not None:
+        written(found.table, csv)
+    data = {
+        "recommended": found.recommended,
+        "reason": found.reason,
+        "qualifying": found.qualifying,
+        "frontier": found.frontier,
+        "objectives": found.objectives,
+        "answers": rows_of(found.answers.reset_index()),
+        "rows": rows_of(found.table),
+        "remarks": found.remarks,
+    }
+    return Result(data, repr(found), EXIT_DONE if found.recommended is not None else EXIT_FAILED)
+
+
+def _limits(option: str, given: Sequence[str]) -> dict[str, str]:
+    pairs = [one.rpartition("=") for one in given]
+    if wrong := [one for one, (name, _, value) in zip(given, pairs, strict=True) if not (name and value)]:
+        raise BadInput(
+            f"Cannot use {option} {wrong[0]}: it names no quantity or no value. Write it as in {option} kl=0.05.",
+            argument=option,
+            value=wrong[0],
+        )
+    return {name: value for name, _, value in pairs}

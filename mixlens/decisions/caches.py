@@ -1,0 +1,321 @@
+"""Caches: which experts are at hand when a token asks for them, by policy and size, and what the others cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from mixlens.core.bootstrap import Bootstrap
+from mixlens.core.intervals import Difference, Mean, Quantity, Share, leaving_out, said, with_bounds
+from mixlens.decisions import replacement
+from mixlens.decisions.verdict import DECISION, halves, judged
+from mixlens.errors import BadInput, MissingSignal
+from mixlens.stats.counts import clustered, described, require
+
+if TYPE_CHECKING:
+    from mixlens.trace.trace import Trace
+
+Policy = Literal["lru", "lfu", "fixed", "least-stale", "prefetch", "optimum"]
+
+
+def cache(
+    trace: Trace,
+    *,
+    slots: int | Sequence[int] | None = None,
+    policy: Policy = "lru",
+    model: Any = None,
+    expert_bytes: float | None = None,
+    link_bytes_per_s: float | None = None,
+    cluster: str | None = None,
+    bootstrap: Bootstrap = DECISION,
+) -> xr.Dataset:
+    """Compute how often a cache of so many experts a layer holds the experts that tokens choose.
+
+    Every sequence begins with an empty cache. The experts of a token are looked up and loaded together, and none of
+    them makes room for another. Policies:
+
+    lru           the expert used longest ago leaves
+    lfu           the one used least often since it was loaded leaves, of equals the one used longest ago
+    fixed         the most frequent experts of one half of the documents stay, and are at hand from the start
+    least-stale   one pool of slots x layers; what leaves is first an expert that the token at hand did not use, of
+                  those one of the layer whose turn comes last, and of those the least recently used (after Hoang et al.
+                  2026, arXiv:2602.03921)
+    prefetch      lru, and while a layer computes the next layer's experts are loaded that its router would choose for
+                  this layer's input (Eliseev and Mazur 2023, arXiv:2312.17238)
+    optimum       the expert needed last leaves, which takes the future: no policy has more hits (Belady 1966)
+
+    The verdict is judged on the half of the documents that nothing was fitted on. It says whether the policy has more
+    hits than the fixed set, on average over the sizes asked for: "do it", "do not" where it has fewer, or "not enough
+    evidence". The fixed set is judged against any set of its size, whose hits are slots / experts; for the optimum the
+    verdict says whether any policy could be better than the fixed set. Only tokens that find the cache filled count
+    for the verdict, since a fixed set takes no filling.
+
+    Parameters
+    ----------
+    trace : Trace
+        The recording. Needs ``expert_id``, uint8 or uint16 [token, layer, slot]; for prefetch also the activations of
+        ``moe_in`` of all tokens.
+    slots : int or Sequence[int], optional
+        Experts that the cache holds, a layer; None for all numbers from those of a token to all. The time of lru and
+        prefetch hardly depends on how many sizes there are.
+    policy : str, optional
+        One of those above.
+    model : transformers.PreTrainedModel, optional
+        The model that was recorded, for its routers (prefetch) and the bytes of its experts.
+    expert_bytes : float, optional
+        Bytes of one expert; those of `model` if it is given.
+    link_bytes_per_s : float, optional
+        What loads experts, such as 25e9 for PCIe 4.0 with 16 lanes.
+    cluster : str, optional
+        Column of the sequences, such as "author", whose values vary independently where documents do not.
+    bootstrap : Bootstrap, optional
+        How intervals are computed, and the seed of the halves.
+
+    Returns
+    -------
+    xarray.Dataset
+        ``estimate`` (share of hits), ci_low, ci_high ``[slots]``; by_layer, by_layer_low, by_layer_high ``[slots,
+        layer]``; loads (experts loaded a token, in all layers), loads_low, loads_high; gain, gain_low, gain_high
+        (share of hits); fixed (hits of the fixed set on the judging half), in_sample (the same set fitted and judged on
+        all documents) and chance ``[slots]``; kept ``[slots, layer, expert]``, the fixed set. With the bytes of an
+        expert bytes_per_token, with a link also tokens_per_s, tokens_per_s_low, tokens_per_s_high: predicted, and what
+        the link allows if nothing else takes time. n (tokens), n_documents; attrs verdict, gain, gain_low, gain_high.
+
+    Raises
+    ------
+    BadInput
+        For an unknown policy, or slots that do not hold a token's experts or exceed those of a layer.
+    MissingSignal
+        For prefetch without a model or without ``moe_in``.
+
+    Examples
+    --------
+    >>> found = ml.decisions.cache(trace, slots=4)
+    >>> found.attrs["verdict"], found.attrs["policy"]
+    ('do it', 'lru')
+    """
+    trace = clustered(trace, cluster)
+    require(trace, "cache", "expert_id", bootstrap=bootstrap)
+    sizes = _sizes(trace, slots, policy)
+    e, k, n_layers = trace.n_experts, trace.top_k, trace.n_layers
+    ids, sequence = trace.read("expert_id").astype(np.int64), trace.read("sequence")
+    first = np.searchsorted(sequence, sequence)
+    documents = _Documents.of(trace, first, sequence, bootstrap)
+    tokens, judging = documents.sum(np.ones((1, len(ids))))[:, 0], documents.judging
+
+    used = np.zeros((len(tokens), n_layers, e))
+    np.add.at(used, (documents.of_token(first)[:, None, None], np.arange(n_layers)[:, None], ids), 1.0)
+    kept, best = (_most_used(used[of].sum(0), sizes) for of in (~judging, slice(None)))
+    found, loads = _replay(trace, ids, first, sizes, policy, kept, model)
+    hits, loaded, ahead, counted = np.zeros((4, len(tokens), len(sizes), n_layers))
+    full = _filled(ids, first, e, sizes, pooled=policy == "least-stale")
+    for layer in range(n_layers):
+        hits[..., layer], loaded[..., layer] = documents.sum(found[..., layer]), documents.sum(loads[..., layer])
+        of_fixed = kept[:, layer][:, ids[:, layer]].sum(-1)
+        ahead[..., layer] = documents.sum(np.where(full(layer), found[..., layer] - of_fixed.astype(np.int64), 0))
+        counted[..., layer] = documents.sum(full(layer) * k)
+    chance = np.asarray(sizes) / e
+    if policy == "fixed":
+        counted = np.broadcast_to(k * tokens[:, None, None], hits.shape)
+        ahead = hits - counted * chance[:, None]
+    whole = judging if policy == "fixed" else np.ones_like(judging)
+
+    def summed(values: np.ndarray, of: np.ndarray) -> np.ndarray:
+        return leaving_out(values[of])
+
+    chosen = summed(k * tokens, whole)
+    quantities: dict[str, tuple[tuple[str, ...], Quantity, np.ndarray]] = {
+        "estimate": (("slots",), Share(summed(hits.sum(-1), whole), n_layers * chosen), whole),
+        "by_layer": (("slots", "layer"), Share(summed(hits, whole), chosen), whole),
+        "loads": (("slots",), Mean(summed(loaded.sum(-1), whole), summed(tokens, whole)), whole),
+        "gain": (("slots",), Difference(summed(ahead.sum(-1), judging), summed(counted.sum(-1), judging)), judging),
+    }
+    sizes_of_experts = _bytes(trace, model, expert_bytes)
+    if sizes_of_experts is not None:
+        moved = Mean(summed((loaded * sizes_of_experts).sum(-1), whole), summed(tokens, whole))
+        quantities["bytes_per_token"] = (("slots",), moved, whole)
+    data: dict[str, Any] = {}
+    for name, (dims, quantity, of) in quantities.items():
+        estimate, low, high = with_bounds(quantity, tokens[of], bootstrap.level)
+        bounds = ("ci_low", "ci_high") if name == "estimate" else (f"{name}_low", f"{name}_high")
+        data |= {name: (dims, estimate), bounds[0]: (dims, low), bounds[1]: (dims, high)}
+    if sizes_of_experts is not None and link_bytes_per_s is not None:
+        with np.errstate(divide="ignore"):
+            for ours, theirs in (("", ""), ("_low", "_high"), ("_high", "_low")):
+                rate = link_bytes_per_s / data[f"bytes_per_token{theirs}"][1]
+                data[f"tokens_per_s{ours}"] = (("slots",), rate)
+    with np.errstate(invalid="ignore"):
+        held_out = np.einsum("ule,sle->s", used[judging], kept) / (n_layers * k * tokens[judging].sum())
+    in_sample = np.einsum("ule,sle->s", used, best) / (n_layers * k * tokens.sum())
+    data |= {
+        "fixed": ("slots", held_out),
+        "in_sample": ("slots", in_sample),
+        "chance": ("slots", chance),
+        "kept": (("slots", "layer", "expert"), kept),
+        "n": int(tokens.sum()),
+        "n_documents": len(tokens),
+    }
+    gain = Difference(summed(ahead.sum((1, 2)), judging), summed(counted.sum((1, 2)), judging))
+    return described(
+        xr.Dataset(data, coords={"slots": list(sizes), "layer": trace.layers, "expert": range(e)}), trace, bootstrap,
+        statistic="cache", unit="fraction", policy=policy, against="any set" if policy == "fixed" else "fixed set",
+        judged_on=int(judging.sum()), interval=said({n: q for n, (_, q, _) in quantities.items()}),
+        **judged(gain, tokens[judging], bootstrap),
+        **({"predicted": "tokens_per_s"} if "tokens_per_s" in data else {}),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Documents:
+    """Sequences and the documents (or clusters) that they belong to.
+
+    starts   [sequence] its first token
+    unit     [sequence]
+    judging  [unit] whether nothing is fitted on it
+    """
+
+    starts: np.ndarray
+    unit: np.ndarray
+    judging: np.ndarray
+
+    @classmethod
+    def of(cls, trace: Trace, first: np.ndarray, sequence: np.ndarray, bootstrap: Bootstrap) -> _Documents:
+        starts = np.unique(first)
+        numbers = sequence[starts]
+        unit, _ = pd.factorize(trace.sequences[trace.cluster].loc[numbers])
+        fit, _ = halves(trace, bootstrap)
+        judging = np.ones(int(unit.max(initial=-1)) + 1, bool)
+        judging[unit[np.isin(numbers, fit.sequences.index)]] = False
+        return cls(starts, unit, judging)
+
+    def sum(self, values: np.ndarray) -> np.ndarray:
+        """Numbers [..., token] added up in each unit [unit, ...]."""
+        out = np.zeros((len(self.judging), *values.shape[:-1]))
+        np.add.at(out, self.unit, np.moveaxis(np.add.reduceat(values, self.starts, axis=-1, dtype=np.float64), -1, 0))
+        return out
+
+    def of_token(self, first: np.ndarray) -> np.ndarray:
+        return self.unit[np.searchsorted(self.starts, first)]
+
+
+def _replay(
+    trace: Trace, ids: np.ndarray, first: np.ndarray, sizes: Sequence[int], policy: Policy, kept: np.ndarray, model: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """Experts at hand and experts loaded [size, token, layer]."""
+    e, layers = trace.n_experts, range(trace.n_layers)
+    if policy == "prefetch":
+        each = [_prefetched(ids[:, i], ahead, first, e, sizes) for i, ahead in enumerate(_predicted(trace, model))]
+        found, loads = (np.stack(parts, axis=-1) for parts in zip(*each, strict=True))
+        return found, loads
+    if policy == "lru":
+        found = np.stack([replacement.lru(ids[:, i], first, e, sizes) for i in layers], axis=-1)
+    elif policy == "fixed":
+        found = np.stack([kept[:, i][:, ids[:, i]].sum(-1) for i in layers], axis=-1)
+    elif policy == "least-stale":
+        found = replacement.least_stale(ids, first, e, sizes)
+    else:
+        found = replacement.replayed(ids, first, e, sizes, policy)
+    return found, trace.top_k - found
+
+
+def _prefetched(
+    ids: np.ndarray, ahead: np.ndarray | None, first: np.ndarray, n_experts: int, sizes: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Experts of one layer at hand and loaded [size, token], where those `ahead` [token, slot] are loaded before."""
+    k = ids.shape[1]
+    if ahead is None:
+        found = replacement.lru(ids, first, n_experts, sizes)
+        return found, k - found
+    both = np.stack([ahead, ids], axis=1).reshape(-1, k)
+    found = replacement.lru(both, np.repeat(2 * first, 2), n_experts, sizes)
+    return found[:, 1::2], 2 * k - found[:, 0::2] - found[:, 1::2]
+
+
+def _predicted(trace: Trace, model: Any) -> list[np.ndarray | None]:
+    """For each layer the experts [token, slot] that its router chooses for the input of the layer before; else None."""
+    import torch
+
+    from mixlens.models.layout import moe_layers
+
+    if model is None or "moe_in" not in trace.sites:
+        raise MissingSignal(
+            "Cannot replay a cache with prefetch: it takes the model's routers and the layers' inputs. Record with "
+            'signals=["moe_in"], and pass the model as model=.',
+            argument="model" if model is None else "moe_in",
+        )
+    inputs = trace.activations("moe_in")
+    if len(inputs) != trace.n_tokens:
+        raise MissingSignal(
+            f"Cannot replay a cache with prefetch: moe_in was recorded of {len(inputs)} of {trace.n_tokens} tokens. "
+            'Record ml.Site("moe_in") with tokens="all".',
+            argument="moe_in",
+            value=len(inputs),
+        )
+    routers = {layer.index: layer for layer in moe_layers(model)}
+    recorded = inputs["layer"].values.tolist()
+    found: list[np.ndarray | None] = []
+    for number in trace.layers.tolist():
+        before = number - 1
+        if before not in recorded:
+            found.append(None)
+            continue
+        router = routers[number]
+        weight = next(router.gate.parameters())
+        state = torch.from_numpy(inputs.sel(layer=before).values).to(weight)
+        with torch.inference_mode():
+            found.append(router.read(router.gate(state))[2].cpu().numpy())
+    return found
+
+
+def _filled(
+    ids: np.ndarray, first: np.ndarray, n_experts: int, sizes: Sequence[int], *, pooled: bool
+) -> Callable[[int], np.ndarray]:
+    """Whether a token of a layer finds the cache filled [size, token]; one pool of all layers fills as a whole."""
+    n_layers = ids.shape[1]
+    seen = np.stack([replacement.filled(ids[:, i], first, n_experts).astype(np.uint16) for i in range(n_layers)])
+    room = np.asarray(sizes)[:, None]
+    if pooled:
+        whole = seen.sum(0, dtype=np.int64) >= room * n_layers
+        return lambda layer: whole
+    return lambda layer: seen[layer] >= room
+
+
+def _most_used(used: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
+    """Which experts are among the most used [size, layer, expert], from how often each was used [layer, expert]."""
+    rank = np.argsort(np.argsort(-used, axis=-1, kind="stable"), axis=-1, kind="stable")
+    return rank < np.asarray(sizes)[:, None, None]
+
+
+def _bytes(trace: Trace, model: Any, expert_bytes: float | None) -> np.ndarray | float | None:
+    """Bytes of one expert, of each layer where a model tells."""
+    if expert_bytes is not None or model is None:
+        return expert_bytes
+    from mixlens.models.layout import moe_layers
+    from mixlens.models.provenance import audit
+
+    of = {layer.index: int(audit(layer.experts).table["bytes"].sum()) / trace.n_experts for layer in moe_layers(model)}
+    return np.array([of[number] for number in trace.layers.tolist()])
+
+
+def _sizes(trace: Trace, slots: int | Sequence[int] | None, policy: str) -> list[int]:
+    """The numbers of experts asked for. Raises BadInput for those that cannot be, and for an unknown policy."""
+    if policy not in get_args(Policy):
+        raise BadInput(
+            f"Cannot replay the cache policy {policy!r}: policies are {', '.join(get_args(Policy))}. Pass one of them.",
+            argument="policy",
+            value=policy,
+        )
+    asked = range(trace.top_k, trace.n_experts + 1) if slots is None else np.atleast_1d(np.asarray(slots)).tolist()
+    if not asked or any(not isinstance(n, int) or not trace.top_k <= n <= trace.n_experts for n in asked):
+        raise BadInput(
+            f"Cannot replay a cache of {slots} slots: it holds the {trace.top_k} experts of a token at least, and the "
+            f"{trace.n_experts} of a layer at most. Pass whole numbers between.",
+            argument="slots",
+            value=slots,
+        )
+    return sorted(set(asked))

@@ -1,0 +1,156 @@
+"""Which experts a cache holds when a token asks for them, replayed over the tokens of a trace.
+
+Every sequence begins with an empty cache. The experts of a token are looked up together, loaded together, and none of
+them makes room for another; they count as used in the order of their slots. All functions take
+
+ids    integers [token, slot] of one layer, or [token, layer, slot]
+first  [token] place of the first token of its sequence
+sizes  numbers of experts that a cache holds, each at least the number of slots
+
+and return how many experts of each token were there, uint8 [size, token] or [size, token, layer].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import numpy as np
+
+_GONE = np.iinfo(np.int64).max  # the key of an expert that is not in the cache, or may not leave it
+_MOST = 2**23  # numbers held at a time
+
+
+def filled(ids: np.ndarray, first: np.ndarray, n_experts: int) -> np.ndarray:
+    """[token] how many experts its sequence has used before, up to which every cache holds all of them."""
+    parts = [(last > 0).sum(0) for _, last in _last_uses(ids, first, n_experts)]
+    return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+
+def lru(ids: np.ndarray, first: np.ndarray, n_experts: int, sizes: Sequence[int]) -> np.ndarray:
+    """The least recently used leaves. One pass serves all sizes: an expert is held by those above its stack distance,
+    the number of experts used since it was (Mattson et al. 1970).
+    """
+    found = np.zeros((len(sizes), len(ids)), np.uint8)
+    for part, last in _last_uses(ids, first, n_experts):
+        for chosen in ids[part].T:
+            own = last[chosen, np.arange(len(chosen))]
+            distance = np.where(own > 0, 0, n_experts).astype(np.int32)
+            for other in last:
+                distance += other > own
+            for row, size in zip(found, sizes, strict=True):
+                row[part] += distance < size
+    return found
+
+
+def replayed(
+    ids: np.ndarray, first: np.ndarray, n_experts: int, sizes: Sequence[int], policy: Literal["lfu", "optimum"]
+) -> np.ndarray:
+    """The expert with the smallest key leaves, step by step, for all sequences, layers and sizes at once.
+
+    lfu      uses since it was loaded, and of equals the one used longest ago
+    optimum  the one needed last, which no policy beats (Belady 1966)
+    """
+    n_layers, k = ids.shape[1:]
+    found = np.zeros((len(sizes), len(ids), n_layers), np.uint8)
+    needed = _next_uses(ids, first, n_experts) if policy == "optimum" else ids
+    room = np.asarray(sizes)[:, None] - k
+    for starts, lengths in _together(first, len(sizes) * n_layers * n_experts):
+        lanes = len(starts) * n_layers
+        key = np.full(len(sizes) * lanes * n_experts, _GONE)
+        held = np.zeros((len(sizes), lanes), np.int64)
+        base = np.arange(len(sizes) * lanes).reshape(len(sizes), lanes) * n_experts
+        for step in range(int(lengths[0])):
+            tokens = starts[: np.count_nonzero(lengths > step)] + step
+            n = len(tokens) * n_layers
+            place = base[:, :n, None] + ids[tokens].reshape(n, k)
+            before = key[place]
+            there = before != _GONE
+            hits = there.sum(-1)
+            found[:, tokens] = hits.reshape(len(sizes), len(tokens), n_layers)
+            key[place] = _GONE
+            others = held[:, :n] - hits
+            while (over := others > room).any():
+                victim = key.reshape(len(sizes), lanes, n_experts)[:, :n].argmin(-1)
+                key[(base[:, :n] + victim)[over]] = _GONE
+                others -= over
+            if policy == "optimum":
+                key[place] = -needed[tokens].reshape(n, k)
+            else:
+                uses = np.where(there, before >> 40, 0) + 1
+                key[place] = (uses << 40) + step * k + np.arange(k)
+            held[:, :n] = others + k
+    return found
+
+
+def least_stale(ids: np.ndarray, first: np.ndarray, n_experts: int, sizes: Sequence[int]) -> np.ndarray:
+    """One pool of size x layers for all layers, whose order is known: what leaves is first an expert that this token
+    did not use, of those one of the layer whose turn comes last, and of those the least recently used.
+
+    After Least-Stale (Hoang et al. 2026, arXiv:2602.03921).
+    """
+    n_layers = ids.shape[1]
+    found = np.zeros((len(sizes), len(ids), n_layers), np.uint8)
+    room = np.asarray(sizes)[:, None] * n_layers
+    layer = np.repeat(np.arange(n_layers), n_experts)
+    for starts, lengths in _together(first, len(sizes) * n_layers * n_experts):
+        held = np.zeros((len(sizes), len(starts), n_layers * n_experts), bool)
+        last = np.zeros(held.shape[1:], np.int64)
+        for step in range(int(lengths[0])):
+            tokens = starts[: np.count_nonzero(lengths > step)] + step
+            rows = np.arange(len(tokens))[:, None]
+            for here in range(n_layers):
+                chosen = ids[tokens, here] + here * n_experts
+                found[:, tokens, here] = held[:, rows, chosen].sum(-1)
+                held[:, rows, chosen] = True
+                last[rows, chosen] = step + 1
+                over = held[:, : len(tokens)].sum(-1) - room
+                if not (over > 0).any():
+                    continue
+                used = last[: len(tokens)]
+                turn = (layer - here - 1) % n_layers
+                leaves = (used <= step) * 2 * n_layers * (step + 2) + turn * (step + 2) + step + 1 - used
+                leaves[rows, chosen] = -1
+                while (leaving := over > 0).any():
+                    victim = np.where(held[:, : len(tokens)], leaves, -2).argmax(-1)
+                    held[(*np.nonzero(leaving), victim[leaving])] = False
+                    over -= leaving
+    return found
+
+
+def _last_uses(ids: np.ndarray, first: np.ndarray, n_experts: int) -> Iterator[tuple[slice, np.ndarray]]:
+    """Slices of tokens, and when their sequence used each expert before them [expert, token]; 0 for never."""
+    n, k = ids.shape
+    dtype = np.int32 if n * k < 2**31 - 1 else np.int64
+    carried = np.zeros(n_experts, dtype)
+    for start in range(0, n, max(1, _MOST // n_experts)):
+        part = slice(start, min(n, start + max(1, _MOST // n_experts)))
+        of_part = np.arange(part.stop - start)
+        last = np.zeros((n_experts, len(of_part) + 1), dtype)
+        last[:, 0] = carried
+        last[ids[part], of_part[:, None] + 1] = (start + of_part)[:, None] * k + np.arange(k) + 1
+        np.maximum.accumulate(last, axis=1, out=last)
+        carried, before = last[:, -1].copy(), last[:, :-1]
+        before[before <= first[part] * k] = 0
+        yield part, before
+
+
+def _next_uses(ids: np.ndarray, first: np.ndarray, n_experts: int) -> np.ndarray:
+    """[token, layer, slot] the token of the same sequence that uses the expert next; beyond all where none does."""
+    n, n_layers, k = ids.shape
+    found = np.full((n_layers, n * k), n, np.int64)
+    for layer, out in enumerate(found):
+        user = (first[:, None] * n_experts + ids[:, layer]).ravel()
+        order = np.argsort(user, kind="stable")
+        again = np.diff(user[order]) == 0
+        out[order[:-1][again]] = order[1:][again] // k
+    return found.reshape(n_layers, n, k).transpose(1, 0, 2)
+
+
+def _together(first: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """First tokens and lengths of sequences, the longest first, as many at a time as fit with `size` numbers each."""
+    starts, lengths = np.unique(first, return_counts=True)
+    order = np.argsort(-lengths, kind="stable")
+    step = max(1, _MOST // size)
+    for at in range(0, len(order), step):
+        yield starts[order[at : at + step]], lengths[order[at : at + step]]

@@ -1,0 +1,426 @@
+"""Forms of one model, such as schemes, prunings and providers, and what each run measured of which form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from hashlib import sha256
+from itertools import groupby
+from typing import Any, Literal
+
+import numpy as np
+
+from mixlens.bench.bench import Bench
+from mixlens.core.run_dir import open_run
+from mixlens.endpoints.endpoint import canonical
+from mixlens.endpoints.prices import cost, prices, provider_at
+from mixlens.errors import BadInput
+from mixlens.evals.log import Log
+from mixlens.evals.paired import compare_logs
+from mixlens.evals.scoring import primary_rows
+from mixlens.models.quantization.linears import SCHEMES
+from mixlens.stats.impact import Impact
+from mixlens.stats.next_tokens import next_tokens
+from mixlens.stats.pareto import WEIGHTS, Pareto
+from mixlens.trace.trace import Trace
+
+Kind = Literal["quality", "size", "speed", "price"]
+KINDS: tuple[Kind, ...] = ("quality", "size", "speed", "price")
+Measured = Trace | Log | Bench | Impact | Pareto
+# Kind, whether more is better, and unit of what is measured; scores of benchmarks come beside these.
+QUANTITIES: dict[str, tuple[Kind, bool, str]] = {
+    "kl": ("quality", False, "nats"),
+    "loss_difference": ("quality", False, "nats"),
+    "perplexity": ("quality", False, ""),
+    "same_top": ("quality", True, "fraction"),
+    "weight_bytes": ("size", False, "bytes"),
+    "memory_bytes": ("size", False, "bytes"),
+    "tpot_s": ("speed", False, "s"),
+    "ttft_s": ("speed", False, "s"),
+    "e2e_token_s": ("speed", False, "s"),
+    "output_tokens_per_s": ("speed", True, "tokens/s"),
+    "usd_per_mtok": ("price", False, "$/Mtok"),
+}
+_SPEEDS = ("ttft_s", "tpot_s", "e2e_token_s", "output_tokens_per_s")
+_PRECISIONS = {*SCHEMES, "float32", "bfloat16", "float16"}
+
+
+@dataclass(frozen=True)
+class Column:
+    """A quantity, and under which circumstances it was measured: only what was measured alike shares a column.
+
+    setting  corpus, protocol and samples, or load and machine; "" for what depends on nothing
+    """
+
+    quantity: str
+    kind: Kind
+    more_is_better: bool
+    unit: str
+    setting: str = ""
+
+    @staticmethod
+    def of(quantity: str, setting: str = "") -> Column:
+        return Column(quantity, *QUANTITIES[quantity], setting)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one run measured of one form.
+
+    low, high  the interval; minus and plus infinity where there is none
+    n          samples, tokens, calls or statements of a price
+    run        where it comes from
+    data       the evaluation or the trace, with which a paired difference can be computed
+    change     of a run that measured the difference from its original: estimate, low, high
+    """
+
+    column: Column
+    estimate: float
+    low: float
+    high: float
+    n: int
+    run: str
+    data: Log | Trace | None = None
+    change: tuple[float, float, float] | None = None
+
+
+@dataclass
+class Form:
+    """One way to run the model: the weights it has, or the server that has them.
+
+    held  what its runs say of the model
+    run   the first of them
+    """
+
+    name: str
+    held: Mapping[str, Any]
+    run: str
+    cells: dict[Column, Cell] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What a run says of one form."""
+
+    run: str
+    held: Mapping[str, Any]
+    cells: tuple[Cell, ...]
+    name: str
+
+    @cached_property
+    def key(self) -> tuple[Any, ...]:
+        """What tells its form from every other. Raises BadInput where the run does not say which weights it is of."""
+        if endpoint := self.held.get("endpoint"):
+            return endpoint["url"], endpoint["model"], str(endpoint.get("extra") or {})
+        if not self.held.get("weights_checksum"):
+            raise BadInput(
+                f"Cannot tell which weights {self.run} is of: it has no checksum of them. Measure it again with out=, "
+                "which writes the checksum.",
+                argument="runs",
+                value=self.run,
+            )
+        return (self.held["weights_checksum"], *(str(WEIGHTS[what](self.held)) for what in ("adapters", "edits")))
+
+
+def forms_of(claims: Sequence[tuple[str | None, Measured]]) -> tuple[list[Form], list[str]]:
+    """Gather what runs measured by the form of the model they are of, and remarks on what was passed over.
+
+    Two runs are of one form where the checksum of their weights, their adapters and edits agree; at an endpoint where
+    address, model and provider do.
+
+    claims  runs, each with the name of its form, or None where its weights tell. A name vouches that the form is an
+            alternative, whatever the model is called there; it is refused where the weights are those of another form.
+
+    Raises BadInput for runs of several models or revisions, for those that do not tell their weights, and for names
+    that contradict the weights.
+    """
+    forms: dict[tuple[Any, ...], Form] = {}
+    remarks: list[str] = []
+    named = [(name, part) for name, run in claims for part in _parts(run, name)]
+    for claimed, part in sorted(named, key=lambda one: one[0] is not None):  # what names itself comes first
+        form = forms.get(part.key)
+        if claimed is not None:
+            _check_claim(claimed, part, form, forms.values())
+        elif form is None:
+            _check_model(part, forms.values())
+        if form is None:
+            form = forms[part.key] = Form(claimed or part.name, part.held, part.run)
+        for cell in part.cells:
+            if cell.column not in form.cells:
+                form.cells[cell.column] = cell
+            elif cell.column.quantity != "weight_bytes":
+                remarks.append(
+                    f"{cell.column.quantity} of {form.name} was also measured by {cell.run}; "
+                    f"{form.cells[cell.column].run} counts, which comes first."
+                )
+    return list(_told_apart(forms.values())), remarks
+
+
+def change(cell: Cell, base: Cell) -> tuple[float, float, float]:
+    """Compute how far a cell lies above that of the baseline: estimate, low, high.
+
+    Paired over samples, documents or tokens where both runs read the same; else of independent estimates, whose
+    intervals add up as in Zou and Donner 2008 (doi:10.1002/sim.3095).
+    """
+    if cell is base:
+        return 0.0, 0.0, 0.0
+    if isinstance(cell.data, Log) and isinstance(base.data, Log):
+        table = compare_logs(base.data, cell.data).table
+        row = table[table["protocol"] == cell.column.setting.partition(",")[0]].iloc[0]
+        return _bounded(row["difference"], row["ci_low"], row["ci_high"])
+    if isinstance(cell.data, Trace) and isinstance(base.data, Trace):
+        ratio = next_tokens(base.data, cell.data).sel(measure="perplexity_ratio")
+        return _scaled(base.estimate, *(float(ratio[name]) for name in ("estimate", "ci_low", "ci_high")))
+    if cell.change is not None and cell.run == base.run:
+        return cell.change
+    difference = cell.estimate - base.estimate
+    return (
+        difference,
+        difference - np.hypot(cell.estimate - cell.low, base.high - base.estimate),
+        difference + np.hypot(cell.high - cell.estimate, base.estimate - base.low),
+    )
+
+
+def _parts(run: Any, name: str | None) -> Iterator[_Part]:
+    if isinstance(run, Pareto) and name is None:
+        yield from _of_pareto(run)
+    elif isinstance(run, Impact) and name is None:
+        yield from _of_impact(run)
+    elif isinstance(run, Log):
+        yield _part(run, run.meta["model"], _scores(run))
+    elif isinstance(run, Bench):
+        for part in run.configurations().values():
+            yield _part(run, part.meta["model"] | _endpoint(part), _speeds(part, _called(run)))
+    elif isinstance(run, Trace):
+        settings = run.meta.get("settings", {})
+        yield _part(run, settings.get("model", {}) | {"edits": settings.get("edits")}, _perplexity(run))
+    else:
+        several = name is not None and isinstance(run, Pareto | Impact)
+        raise BadInput(
+            f"Cannot decide by {_called(run)}: "
+            + (
+                f"it holds several forms, and was given as {name!r}. Leave out the name."
+                if several
+                else "it is no recording, evaluation, benchmark, impact or pareto run. Pass some of these."
+            ),
+            argument="runs",
+            value=_called(run),
+        )
+
+
+def _part(run: Any, held: Mapping[str, Any], cells: Iterable[Cell]) -> _Part:
+    if endpoint := held.get("endpoint"):
+        return _Part(_called(run), held, tuple(cells), f"{_tail(endpoint['model'])} at {provider_at(endpoint['url'])}")
+    weighed = _exact("weight_bytes", _bytes(held), _called(run))
+    return _Part(_called(run), held, (*weighed, *cells), _label(held))
+
+
+def _of_pareto(run: Pareto) -> Iterator[_Part]:
+    plan = {} if run.path is None else open_run(run.path, check=False).plan
+    speed = plan.get("speed", {})
+    load = f"batch 1, {speed.get('prompt_tokens')} + {speed.get('output_tokens')} tokens, {run.meta['machine']}"
+    settings = dict.fromkeys(("ttft_s", "tpot_s"), load) | {"weight_bytes": ""}
+    original = run.schemes[0]
+    for scheme in run.schemes:
+        rows = run.table[run.table["scheme"] == scheme].replace({"quantity": {"bytes": "weight_bytes"}})
+        by_quantity = {row["quantity"]: row for row in rows.to_dict("records")}
+        ratio = np.exp(_numbers(by_quantity["loss_difference"])) if "loss_difference" in by_quantity else None
+        cells = []
+        for quantity, row in by_quantity.items():
+            if quantity not in QUANTITIES:
+                continue
+            column = Column.of(quantity, settings.get(quantity, _corpus(plan)))
+            counted = quantity == "weight_bytes" or (scheme == original and quantity not in (*_SPEEDS, "perplexity"))
+            low, high = (row["estimate"],) * 2 if counted else (row["ci_low"], row["ci_high"])
+            cell = Cell(column, *_bounded(row["estimate"], low, high), int(row["n"]), _called(run))
+            if quantity == "perplexity" and ratio is not None and scheme != original:
+                cell = replace(cell, change=_scaled(row["estimate"] / ratio[0], *ratio))
+            cells.append(cell)
+        yield _Part(_called(run), run.meta["schemes"][scheme], tuple(cells), scheme)
+
+
+def _of_impact(run: Impact) -> Iterator[_Part]:
+    quality, setting, called = run.quality(), _corpus({} if run.path is None else open_run(run.path).plan), _called(run)
+
+    def cell(quantity: str, measure: str) -> Cell:
+        found = quality.sel(measure=measure)
+        return Cell(Column.of(quantity, setting), *_of_dataset(found), int(found.n), called)
+
+    exact = {"loss_difference": 0.0, "kl": 0.0, "same_top": 1.0}
+    first = [Cell(Column.of(q, setting), value, value, value, int(quality.n), called) for q, value in exact.items()]
+    ratio = _of_dataset(quality.sel(measure="perplexity_ratio"))
+    perplexity = replace(
+        cell("perplexity", "perplexity_b"), change=_scaled(float(quality.estimate.sel(measure="perplexity_a")), *ratio)
+    )
+    yield _part(run, run.meta["model"], [cell("perplexity", "perplexity_a"), *first])
+    yield _part(run, run.meta["other"], [perplexity, *(cell(quantity, quantity) for quantity in exact)])
+
+
+def _scores(log: Log) -> Iterator[Cell]:
+    """The primary metric of every benchmark and protocol; a column for each set of samples."""
+    by_task = {str(task): frame for task, frame in log.samples.groupby("task")}
+    for row in primary_rows(log.scores, log.meta["tasks"]):
+        members = [name for name, about in log.meta["tasks"].items() if about["protocol"] == row["protocol"]]
+        asked = sorted(hash_ for name in members for hash_ in by_task[name]["doc_hash"])
+        how = log.meta["tasks"][members[0]]["metrics"][row["metric"]]
+        samples = f"{row['protocol']}, {len(asked):,} samples {sha256(''.join(asked).encode()).hexdigest()[:6]}"
+        whole = how["aggregation"] in ("mean", "nanmean") and 0 <= row["score"] <= 1
+        unit = "fraction" if whole else ""
+        column = Column(str(row["benchmark"]), "quality", bool(how.get("higher_is_better", True)), unit, samples)
+        yield Cell(
+            column, *_bounded(row["score"], row["ci_low"], row["ci_high"]), int(row["n"]), _called(log), data=log
+        )
+
+
+def _speeds(bench: Bench, called: str) -> Iterator[Cell]:
+    local = bench.meta.get("local", {})
+    how = [name for name in ("recording", "static_cache", "compiled") if local.get(name)]
+    where = [*how, bench.meta["machine"]["name"]] if "machine" in bench.meta else []
+    medians = bench.table().query("statistic == 'p50'")
+    for row in medians[medians["metric"].isin(_SPEEDS)].to_dict("records"):
+        column = Column.of(row["metric"], ", ".join([row["level"], *where]))
+        if row["estimate"] == row["estimate"]:
+            yield Cell(column, *_bounded(row["estimate"], row["ci_low"], row["ci_high"]), int(row["n"]), called)
+    for level, peaks in groupby(bench.peak_memory().itertuples(index=False, name=None), key=lambda row: row[0]):
+        _, memory, held, n = next(peaks)  # of the device, before that of the process
+        setting = ", ".join([level, memory.removeprefix("peak_").removesuffix("_bytes"), *where])
+        yield from _exact("memory_bytes", held, called, setting, n)
+    yield from _price(bench, called)
+
+
+def _price(bench: Bench, called: str) -> Iterator[Cell]:
+    """What a million tokens of the workload cost: from the cheapest to the dearest statement, by the dearest."""
+    workload = bench.meta.get("workload") or {}
+    read, written = workload.get("prompt_tokens"), workload.get("output_tokens")
+    if "endpoint" not in bench.meta or read is None or written is None:
+        return
+    table = prices()
+    name = canonical(bench.meta["endpoint"]["model"])
+    table = table[(table["provider"] == provider_at(bench.meta["endpoint"]["url"])) & (table["model"] == name)]
+    usd = cost(read, written, table=table)["usd_per_request"].dropna() * 1e6 / (read + written) if len(table) else []
+    if len(usd):
+        column = Column.of("usd_per_mtok", f"{read:,} in, {written:,} out")
+        run = f"{called}, price of {prices().attrs['date']}"
+        yield Cell(column, float(max(usd)), float(min(usd)), float(max(usd)), len(usd), run)
+
+
+def _perplexity(trace: Trace) -> Iterator[Cell]:
+    if "logprob" in trace.signals:
+        found = next_tokens(trace, trace).sel(measure="perplexity_a")
+        column = Column.of("perplexity", _corpus(trace.meta["settings"]))
+        yield Cell(column, *_of_dataset(found), int(found.n), _called(trace), data=trace)
+
+
+def _exact(quantity: str, value: float | None, run: str, setting: str = "", n: int = 1) -> Iterator[Cell]:
+    if value is not None:
+        yield Cell(Column.of(quantity, setting), float(value), float(value), float(value), n, run)
+
+
+def _corpus(plan: Mapping[str, Any]) -> str:
+    """Documents, and how they were read."""
+    told = [plan.get(name) for name in ("input_sha256", "tokenizer_sha256", "max_length", "overlong")]
+    return f"{plan.get('documents')} documents {sha256(str(told).encode()).hexdigest()[:6]}"
+
+
+def _check_model(part: _Part, forms: Iterable[Form]) -> None:
+    """Raise BadInput where a form is of another model or revision than those before it, or of almost the same weights.
+
+    Forms that agree in all but the checksum are one form to whoever measured them.
+    """
+    for form in forms:
+        at_server = "endpoint" in part.held or "endpoint" in form.held
+        differs = [what for what in WEIGHTS if _said(what, form.held) != _said(what, part.held)]
+        alike = differs == ["checksum of the weights"] and _bytes(form.held) == _bytes(part.held)
+        wrong = [what for what in differs if what == "model" or (what == "revision" and not at_server)]
+        if wrong or (alike and form.run != part.run):
+            what = (wrong or differs)[0]
+            raise BadInput(
+                f"Cannot decide between forms of one model: {what} of {part.run} is "
+                f"{_said(what, part.held) or 'unknown'}, and {_said(what, form.held) or 'unknown'} where {form.name} "
+                f"was measured in {form.run}. Leave one out, or name alternatives, as in NAME=RUN.",
+                argument="runs",
+                value=what,
+            )
+
+
+def _check_claim(claimed: str, part: _Part, form: Form | None, forms: Iterable[Form]) -> None:
+    """Raise BadInput where a run is given for a form, and its weights are those of another."""
+    called = next((one for one in forms if one.name == claimed), None)
+    if called is not None and called is not form:
+        differs = [what for what in WEIGHTS if _said(what, called.held) != _said(what, part.held)]
+        what = differs[0] if differs else "the server"
+        raise BadInput(
+            f"Cannot take {part.run} for {claimed}: {what} is {_said(what, part.held) or 'unknown'}, and "
+            f"{_said(what, called.held) or 'unknown'} where {claimed} was measured. Measure the model as it was loaded "
+            "there, or give the run the name of its own form.",
+            argument="runs",
+            value=what,
+        )
+    label = str(WEIGHTS["quantization"](part.held) or "")
+    held_as = claimed.partition("-")[0]
+    if (form is not None and form.name != claimed) or (held_as in _PRECISIONS and label and held_as != label):
+        own = label if form is None else form.name
+        raise BadInput(
+            f"Cannot take {part.run} for {claimed}: its weights are those of {own}. Call it {own}, or leave out the "
+            "name.",
+            argument="runs",
+            value="quantization",
+        )
+
+
+def _said(what: str, held: Mapping[str, Any]) -> Any:
+    if what not in WEIGHTS:
+        return str(held.get("endpoint", ""))
+    said = WEIGHTS[what](held)
+    return canonical(str(said)).lower() if what == "model" and said is not None else said
+
+
+def _told_apart(forms: Iterable[Form]) -> Iterator[Form]:
+    """The forms, those of one name with what tells their weights apart."""
+    known = list(forms)
+    names = [form.name for form in known]
+    for form in known:
+        if names.count(form.name) > 1:
+            form.name += f" ({str(form.held.get('weights_checksum') or form.held.get('endpoint'))[:8]})"
+        yield form
+
+
+def _bytes(held: Mapping[str, Any]) -> int | None:
+    return (held.get("audit") or {}).get("bytes")
+
+
+def _label(held: Mapping[str, Any]) -> str:
+    name = str(WEIGHTS["quantization"](held) or _tail(str(held.get("name", "model"))))
+    return ", ".join([name, *map(str, WEIGHTS["edits"](held))])
+
+
+def _endpoint(bench: Bench) -> dict[str, Any]:
+    return {"endpoint": bench.meta["endpoint"]} if "endpoint" in bench.meta else {}
+
+
+def _tail(name: str) -> str:
+    return name.rstrip("/").rsplit("/", 1)[-1]
+
+
+def _called(run: Any) -> str:
+    path = getattr(run, "path", None)
+    return str(path) if path is not None else f"a {type(run).__name__} in memory"
+
+
+def _numbers(row: Mapping[Any, Any]) -> np.ndarray:
+    return np.array([row[name] for name in ("estimate", "ci_low", "ci_high")], float)
+
+
+def _of_dataset(cell: Any) -> tuple[float, float, float]:
+    return _bounded(*(float(cell[name]) for name in ("estimate", "ci_low", "ci_high")))
+
+
+def _bounded(estimate: float, low: float, high: float) -> tuple[float, float, float]:
+    """With infinity for a bound that is not known."""
+    return float(estimate), -np.inf if low != low else float(low), np.inf if high != high else float(high)
+
+
+def _scaled(base: float, ratio: float, low: float, high: float) -> tuple[float, float, float]:
+    """What a ratio to a baseline makes in units of the baseline."""
+    return _bounded(base * (ratio - 1), base * (low - 1), base * (high - 1))

@@ -1,0 +1,208 @@
+"""Caches against plain sets and lists, the optimum against every choice there is, LRU and LFU against libCacheSim."""
+
+from __future__ import annotations
+
+from functools import cache as remembered
+
+import numpy as np
+import pytest
+from helpers.traces import made, made_traces
+from hypothesis import given
+from hypothesis import strategies as st
+
+import mixlens as ml
+from mixlens.decisions import replacement
+
+
+def sequences_of(case, layer: int) -> list[list[list[int]]]:
+    """[sequence][token] its experts in one layer."""
+    return [case.expert_id[case.sequence == n, layer].tolist() for n in range(len(case.sequences))]
+
+
+def by_hand(sequences, size: int, victim) -> int:
+    """Hits of a cache that begins empty in each sequence; `victim(uses, times)` names the expert that leaves.
+
+    uses   {expert: how often it was used since it was loaded}, of those that may leave
+    times  {expert: when it was used last}
+    """
+    hits = 0
+    for tokens in sequences:
+        uses, times = {}, {}
+        for at, experts in enumerate(tokens):
+            hits += sum(e in uses for e in experts)
+            missing = [e for e in experts if e not in uses]
+            while len(uses) + len(missing) > size:
+                others = {e: n for e, n in uses.items() if e not in experts}
+                gone = victim(others, times)
+                del uses[gone], times[gone]
+            for slot, e in enumerate(experts):
+                uses[e], times[e] = uses.get(e, 0) + 1, (at, slot)
+    return hits
+
+
+def lru(uses, times):
+    return min(uses, key=lambda e: times[e])
+
+
+def lfu(uses, times):
+    return min(uses, key=lambda e: (uses[e], times[e]))
+
+
+def best_possible(tokens, size: int) -> int:
+    """The most hits that any choice of what leaves can have, by trying all."""
+
+    @remembered
+    def most(at: int, held: frozenset) -> int:
+        if at == len(tokens):
+            return 0
+        experts = frozenset(tokens[at])
+        after = {held | experts}
+        while any(len(one) > size for one in after):
+            after = {one - {e} if len(one) > size else one for one in after for e in (one - experts or {None})}
+        return len(held & experts) + max(most(at + 1, one) for one in after)
+
+    return most(0, frozenset())
+
+
+def hits_of(found, case):
+    return np.rint(found["estimate"].values * case.expert_id.size).astype(int).tolist()
+
+
+@given(made_traces(max_length=12))
+def test_lru_and_lfu_equal_lists(case):
+    sizes = range(case.top_k, case.n_experts + 1)
+    for policy, victim in {"lru": lru, "lfu": lfu}.items():
+        found = ml.decisions.cache(case.trace, policy=policy)
+        layers = range(len(case.layers))
+        by_layer = [[by_hand(sequences_of(case, i), size, victim) for i in layers] for size in sizes]
+        assert hits_of(found, case) == np.sum(by_layer, axis=1).tolist()
+        of_layer = case.n_tokens * case.top_k
+        np.testing.assert_allclose(found["by_layer"], np.array(by_layer) / of_layer)
+        loads = (case.expert_id.size - np.sum(by_layer, axis=1)) / case.n_tokens
+        np.testing.assert_allclose(found["loads"], loads)
+        assert found["slots"].values.tolist() == list(sizes)
+
+
+@given(st.integers(0, 2**16), st.integers(3, 5), st.integers(1, 2), st.integers(0, 2))
+def test_the_optimum_equals_every_choice_tried(seed, experts, top_k, more):
+    case = made([7, 5], layers=(0,), experts=experts, top_k=top_k, seed=seed)
+    size = min(top_k + more, experts)
+    found = ml.decisions.cache(case.trace, slots=size, policy="optimum")
+    assert hits_of(found, case) == [sum(best_possible(tokens, size) for tokens in sequences_of(case, 0))]
+
+
+@given(made_traces(max_length=12))
+def test_no_policy_beats_the_optimum_and_a_larger_cache_never_has_fewer_hits(case):
+    best = ml.decisions.cache(case.trace, policy="optimum")["estimate"]
+    for policy in ("lru", "lfu", "least-stale"):
+        found = ml.decisions.cache(case.trace, policy=policy)["estimate"]
+        if policy != "least-stale":  # whose pool is shared out between layers
+            assert (found <= best + 1e-12).all()
+        assert policy == "lfu" or policy == "least-stale" or (found.diff("slots") >= 0).all()
+    assert (best.diff("slots") >= 0).all()
+
+
+def test_a_long_sequence_is_read_in_parts(monkeypatch):
+    case = made([300, 211], layers=(0, 1), top_k=3)
+    whole = ml.decisions.cache(case.trace)
+    monkeypatch.setattr(replacement, "_MOST", 64)
+    xr_equal = ml.decisions.cache(case.trace)
+    assert whole.equals(xr_equal)
+    best = ml.decisions.cache(case.trace, policy="optimum")
+    monkeypatch.undo()
+    assert best.equals(ml.decisions.cache(case.trace, policy="optimum"))
+
+
+def test_lru_and_lfu_equal_libcachesim():
+    simulator = pytest.importorskip("libcachesim", reason="libcachesim is not installed")
+    case = made([1500], layers=(0,), top_k=1)
+    stream = case.expert_id[:, 0, 0].tolist()
+    for policy, theirs in {"lru": simulator.LRU, "lfu": simulator.LFU}.items():
+        for size in range(1, 9):
+            cached = theirs(cache_size=size)
+            requests = (simulator.Request(obj_id=e + 1, obj_size=1) for e in stream)
+            assert hits_of(ml.decisions.cache(case.trace, slots=size, policy=policy), case) == [
+                sum(bool(cached.get(request)) for request in requests)
+            ]
+
+
+def test_least_stale_equals_a_pool_of_pairs():
+    case = made([40, 25], layers=(0, 1, 2), seed=3)
+    size, n_layers = 4, len(case.layers)
+    hits = 0
+    for number in range(len(case.sequences)):
+        pool, used = set(), {}
+        for at, token in enumerate(case.expert_id[case.sequence == number].tolist()):
+            for here, experts in enumerate(token):
+                asked = {(here, e) for e in experts}
+                hits += len(asked & pool)
+                pool |= asked
+                used |= dict.fromkeys(asked, at)
+                while len(pool) > size * n_layers:
+                    pool.remove(max(
+                        pool - asked,
+                        key=lambda one: (used[one] < at, (one[0] - here - 1) % n_layers, -used[one], -one[0], -one[1]),
+                    ))  # fmt: skip
+    assert hits_of(ml.decisions.cache(case.trace, slots=size, policy="least-stale"), case) == [hits]
+
+
+def test_the_fixed_set_is_fitted_on_one_half_and_judged_on_the_other():
+    case = made([30] * 10, layers=(0, 2), documents=[f"d{i}" for i in range(10)], seed=5)
+    found = ml.decisions.cache(case.trace, slots=3, policy="fixed")
+    kept = found["kept"].sel(slots=3).values
+    drawn = np.random.default_rng(0).permutation(case.sequences["document_id"].to_numpy())[:5]
+    fits = np.isin(case.of_tokens("document_id"), drawn)
+    hits = 0
+    for layer in range(2):
+        used = np.bincount(case.expert_id[fits, layer].ravel(), minlength=8)
+        assert sorted(used[kept[layer]]) == sorted(used)[-3:]
+        hits += kept[layer][case.expert_id[~fits, layer]].sum()
+    assert float(found["estimate"][0]) == pytest.approx(hits / case.expert_id[~fits].size)
+    assert float(found["fixed"][0]) == pytest.approx(float(found["estimate"][0]))
+    assert found.attrs["gain"] == pytest.approx(float(found["estimate"][0]) - 3 / 8)
+    assert found.attrs["judged_on"] == 5
+
+
+def test_the_gain_counts_tokens_that_find_the_cache_filled():
+    case = made([20] * 8, layers=(0,), documents=[f"d{i}" for i in range(8)], seed=2)
+    found = ml.decisions.cache(case.trace, slots=4)
+    kept = found["kept"].sel(slots=4).values[0]
+    drawn = np.random.default_rng(0).permutation(case.sequences["document_id"].to_numpy())[:4]
+    ahead = counted = 0
+    for number, name in enumerate(case.sequences["document_id"]):
+        tokens = case.expert_id[case.sequence == number, 0].tolist()
+        held: list[int] = []
+        for experts in tokens:
+            if len(held) == 4 and name not in drawn:
+                ahead += sum(e in held for e in experts) - sum(bool(kept[e]) for e in experts)
+                counted += 2
+            for e in experts:
+                held = [*(one for one in held if one != e), e]
+            held = held[-4:]
+    assert found.attrs["gain"] == pytest.approx(ahead / counted)
+
+
+def test_bytes_and_tokens_per_second_follow_from_loads():
+    case = made([30] * 6, documents=[f"d{i}" for i in range(6)])
+    found = ml.decisions.cache(case.trace, slots=[3, 5], expert_bytes=10.0, link_bytes_per_s=1000.0)
+    np.testing.assert_allclose(found["bytes_per_token"], 10 * found["loads"])
+    np.testing.assert_allclose(found["tokens_per_s"], 100 / found["loads"])
+    assert (found["tokens_per_s_low"] <= found["tokens_per_s"]).all()
+    assert found.attrs["predicted"] == "tokens_per_s"
+
+
+@pytest.mark.parametrize(
+    ("asked", "argument"),
+    [({"slots": 1}, "slots"), ({"slots": 9}, "slots"), ({"slots": [3, 2.5]}, "slots"), ({"policy": "mru"}, "policy")],
+)
+def test_caches_that_cannot_be_are_refused(asked, argument):
+    with pytest.raises(ml.BadInput) as refused:
+        ml.decisions.cache(made().trace, **asked)
+    assert refused.value.argument == argument
+
+
+@pytest.mark.parametrize("given_model", [False, True])
+def test_prefetch_names_what_it_lacks(given_model):
+    with pytest.raises(ml.MissingSignal) as refused:
+        ml.decisions.cache(made().trace, policy="prefetch", model=object() if given_model else None)
+    assert refused.value.argument == ("moe_in" if given_model else "model")
