@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 
 import pandas as pd
 import pytest
 from helpers.refusals import refused
+from helpers.traces import made
 
 import mixlens
 from mixlens import Trace, demo_documents
@@ -69,6 +71,38 @@ def test_options_come_from_a_file(corpus, capsys, tmp_path):
     assert (told["documents"], told["longest_tokens"]) == (3, 64)
     assert cli.main([*asked, "--limit", "2"]) == 0  # the command line comes first
     assert json.loads(capsys.readouterr().out)["documents"] == 2
+
+
+def test_a_run_is_repeated_from_its_folder(corpus, capsys, tmp_path):
+    (tmp_path / "run.yaml").write_text("limit: 3\nmax-length: 64\nquiet: true\n")
+    first, second, third = (tmp_path / name for name in ("run", "run-again", "third"))
+    asked = ["record", "demo", str(corpus), "--overlong", "truncate", "--out", str(first)]
+    assert cli.main([*asked, "--config", str(tmp_path / "run.yaml")]) == 0
+    (tmp_path / "run.yaml").unlink()
+    capsys.readouterr()
+    code, result = said(capsys, "again", str(first))
+    assert code == 0
+    assert result["differ"] == []
+    assert Trace.open(second).n_tokens == Trace.open(first).n_tokens
+    assert said(capsys, "again", str(second), "--out", str(third))[1]["differ"] == []  # and from the repetition
+    command = json.loads((third / "meta.json").read_text())["command"]
+    assert str(third) in command["words"]
+    assert command["options"] == {"limit": 3, "max-length": 64}
+
+
+def test_a_run_from_python_cannot_be_repeated(tmp_path):
+    made([3, 4]).trace.save(tmp_path / "run")
+    assert cli.main(["again", str(tmp_path / "run")]) == 1
+
+
+def test_a_command_with_a_key_is_not_kept(monkeypatch):
+    kept = []
+    monkeypatch.setattr("mixlens.cli.app.written_by", lambda command: kept.append(command) or contextlib.nullcontext())
+    words = ["info", "--json"]
+    cli.main(words)
+    for secret in ("https://me:pass@host/v1", "sk-0123456789abcdefghij", "api_key=abc,seed=1"):
+        cli.main(["info", secret])
+    assert kept == [{"words": ["info"], "options": {}}, None, None, None]
 
 
 @pytest.mark.parametrize("content", [None, "limits: 3", "limit: many", "a: [", "word", "limit: 0"])

@@ -16,6 +16,7 @@ from typing import Any, TextIO
 from cyclopts import App, CycloptsError, Parameter
 from cyclopts.config import Yaml
 
+from mixlens.core.run_dir import written_by
 from mixlens.errors import BadInput, MixlensError, visible
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(BadInput(_usage(error, argv), argument=_named(error)), EXIT_USAGE, as_json=as_json)
     try:
         with contextlib.redirect_stdout(_Visible(sys.stdout)):
-            with _nothing_but_json() if as_json else contextlib.nullcontext():
+            with written_by(_repeatable(argv)), _nothing_but_json() if as_json else contextlib.nullcontext():
                 result = command(*bound.args, **bound.kwargs)
             if isinstance(result, Result):
                 print(
@@ -103,6 +104,21 @@ def _configured(argv: Sequence[str]) -> tuple[Yaml, ...]:
         argument="--config",
         value=named[-1],
     )
+
+
+def _repeatable(argv: Sequence[str]) -> dict[str, Any] | None:
+    """The command as a run keeps it: its words, and the options of its file; None where a word may hold a secret."""
+    from mixlens.endpoints.keys import secret_fields
+
+    words = [word for word in argv if word not in ("--json", "--quiet")]
+    if "--config" in words:
+        at = words.index("--config")
+        words[at : at + 2] = []
+    words = [word for word in words if not word.startswith("--config=")]
+    options = dict(app.config[0].config) if app.config else {}
+    named = [dict(part.partition("=")[::2] for part in word.split(",") if "=" in part) for word in words]
+    secret = list(secret_fields([words, named, options])) or any(re.search(r"://[^/\s]*@", word) for word in words)
+    return None if secret else {"words": words, "options": options}
 
 
 def _usage(error: CycloptsError, argv: Sequence[str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from mixlens.cli import bench, decide, evals, experiments, providers, runs
+from mixlens.cli import again, bench, decide, evals, experiments, providers, runs
 from mixlens.cli.app import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, app, main
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "EXIT_FAILED",
     "EXIT_INTERRUPTED",
     "EXIT_USAGE",
+    "again",
     "app",
     "bench",
     "decide",

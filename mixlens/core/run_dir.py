@@ -20,6 +20,7 @@ import stat
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache
@@ -42,6 +43,8 @@ PLAN, META = "plan.json", "meta.json"
 UNFINISHED = "unfinished"
 # 1: shard records and partial files beside the others, meta.json without a checksum. Such runs open; none is resumed.
 _FORMAT = 2
+# The command that the next run is written by, so that it can be repeated; None where Python code writes it.
+_command: ContextVar[Mapping[str, Any] | None] = ContextVar("command", default=None)
 # A file that is to be written: its bytes, or what makes them when their turn comes.
 Content = bytes | memoryview | Callable[[], bytes | memoryview]
 
@@ -62,6 +65,16 @@ def _version(package: str) -> str | None:
 
 def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+@contextmanager
+def written_by(command: Mapping[str, Any] | None) -> Iterator[None]:
+    """Keep `command`, plain JSON values, in the meta.json of the first run that is written in the block."""
+    token = _command.set(command)
+    try:
+        yield
+    finally:
+        _command.reset(token)
 
 
 class RunWriter:
@@ -92,6 +105,8 @@ class RunWriter:
         self._staged: dict[str, Path] = {}
         self._made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         self._began = False
+        self._command = _command.get()
+        _command.set(None)  # runs inside this one are parts of it
         with disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self._check_plan()
@@ -201,7 +216,8 @@ class RunWriter:
             listed |= {name: self._stage(name, content) for name, content in files.items()}
             nested = [(run / META).relative_to(self.path).as_posix() for run in runs]
             listed |= {name: _entry((self.path / name).read_bytes()) for name in (PLAN, *nested)}
-            whole = {"format": _FORMAT, "kind": self.kind, **meta, "shards": len(shards), "files": listed}
+            command = {} if self._command is None else {"command": self._command}
+            whole = {"format": _FORMAT, "kind": self.kind, **meta, **command, "shards": len(shards), "files": listed}
             self._stage(META, sealed(whole))
         with disk_errors(self.path):
             sync([self.path])
