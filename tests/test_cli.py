@@ -5,6 +5,10 @@ from __future__ import annotations
 import contextlib
 import gzip
 import json
+import re
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import pandas as pd
 import pytest
@@ -281,6 +285,19 @@ def test_help_names_every_command(capsys):
     assert cli.main(["--help"]) == 0
     text = capsys.readouterr().out
     assert all(name in text for name in ("record", "stats", "report", "info", "demo"))
+
+
+def test_every_command_reports_alike_and_leads_to_a_page_of_the_guide(capsys):
+    for name in (name for name in cli.app if not name.startswith("-") and name != "data"):
+        assert cli.main([name, "--help"]) == 0
+        shown = capsys.readouterr().out
+        assert {"--json", "--quiet", "--config"} <= set(shown.replace(",", " ").split()), name
+        [page] = re.findall(r"file://\S+\.md", "".join(shown.split("Guide: ")[1].split()))
+        assert Path(url2pathname(urlsplit(page).path)).is_file(), name
+        assert cli.main([name, "--no-such-option", "--json"]) == cli.EXIT_USAGE
+        told = capsys.readouterr()
+        assert page in json.loads(told.out)["guide"]
+        assert page in told.err
 
 
 def test_the_version(capsys):

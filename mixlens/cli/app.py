@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TextIO
 
 from cyclopts import App, CycloptsError, Parameter
@@ -39,6 +40,13 @@ app = App(
 app.register_install_completion_command(help="Install completion for bash, zsh or fish.")
 
 
+def guide(page: str) -> str:
+    """The address of a page of the guide: in the installed package, or beside the sources."""
+    package = Path(__file__).parent.parent
+    installed = package / "_docs"
+    return (installed if installed.exists() else package.parent / "docs").joinpath(f"{page}.md").absolute().as_uri()
+
+
 @dataclass(frozen=True)
 class Result:
     """What a command found: `data` for --json, and `text` for a person; without text the data is listed.
@@ -60,9 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         command, bound, _ = app.parse_args(argv, exit_on_error=False, print_error=False)
         as_json = getattr(bound.arguments.get("output"), "json", as_json)
     except BadInput as error:
-        return _fail(error, EXIT_USAGE, as_json=as_json)
+        return _fail(error, EXIT_USAGE, argv, as_json=as_json)
     except CycloptsError as error:
-        return _fail(BadInput(_usage(error, argv), argument=_named(error)), EXIT_USAGE, as_json=as_json)
+        return _fail(BadInput(_usage(error, argv), argument=_named(error)), EXIT_USAGE, argv, as_json=as_json)
     try:
         with contextlib.redirect_stdout(_Visible(sys.stdout)):
             with written_by(_repeatable(argv)), _nothing_but_json() if as_json else contextlib.nullcontext():
@@ -75,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return result.status if isinstance(result, Result) else EXIT_DONE
     except MixlensError as error:
         status = EXIT_USAGE if isinstance(error, BadInput) else EXIT_FAILED
-        return _fail(error, status, as_json=as_json, message=_by_option(str(error), command))
+        return _fail(error, status, argv, as_json=as_json, message=_by_option(str(error), command))
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader (head, a pager) has seen enough
@@ -123,7 +131,7 @@ def _repeatable(argv: Sequence[str]) -> dict[str, Any] | None:
 
 def _usage(error: CycloptsError, argv: Sequence[str]) -> str:
     """The message of a parsing error on one line, and where to find the usage."""
-    names = [name for name in argv[:1] if not name.startswith("-") and name in app]
+    names = argv[:1] if _is_command(argv) else []
     return f"{' '.join(str(error).split())} See {' '.join(['mixlens', *names, '--help'])}."
 
 
@@ -154,12 +162,19 @@ def _named(error: CycloptsError) -> str | None:
     return next(iter(getattr(error, "unused_tokens", ())), None) if token is None else token.keyword or token.value
 
 
-def _fail(error: MixlensError, status: int, *, as_json: bool, message: str | None = None) -> int:
+def _fail(error: MixlensError, status: int, argv: Sequence[str], *, as_json: bool, message: str | None = None) -> int:
+    """Print an error with the address of the page about its command; return the exit status."""
     message = str(error) if message is None else message
+    page = app[argv[0]].help_epilogue if _is_command(argv) else None
     if as_json:
-        print(json.dumps({"error": type(error).__name__, "argument": error.argument, "message": message}))
-    print(f"mixlens: {message}", file=_Visible(sys.stderr))
+        told = {"error": type(error).__name__, "argument": error.argument, "message": message, "guide": page}
+        print(json.dumps(told))
+    print("\n".join(filter(None, (f"mixlens: {message}", page))), file=_Visible(sys.stderr))
     return status
+
+
+def _is_command(argv: Sequence[str]) -> bool:
+    return bool(argv) and not argv[0].startswith("-") and argv[0] in app
 
 
 @contextlib.contextmanager

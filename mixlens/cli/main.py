@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from mixlens.cli import again, bench, decide, evals, experiments, providers, runs
-from mixlens.cli.app import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, app, main
+from mixlens.cli.app import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, app, guide, main
 
 __all__ = [
     "EXIT_DONE",
@@ -22,6 +22,24 @@ __all__ = [
     "providers",
     "runs",
 ]
+
+# The page of the guide about each command, which its --help and its errors link to.
+_PAGES = {
+    "load": ("audit",),
+    "record": ("record",),
+    "statistics": ("stats", "contrast", "importance", "contributions", "topk"),
+    "quantize": ("impact", "pareto"),
+    "evaluate": ("eval", "data"),
+    "benchmark": ("bench", "probe", "models", "providers", "cost"),
+    "decide": ("decide",),
+    "compare": ("compare",),
+    "report": ("report",),
+    "files": ("info", "again"),
+    "tour": ("demo",),
+}
+for _page, _commands in _PAGES.items():
+    for _command in _commands:
+        app[_command].help_epilogue = f"Guide: {guide(_page)}"
 
 if __name__ == "__main__":
     sys.exit(main())
