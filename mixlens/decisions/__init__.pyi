@@ -3,6 +3,8 @@ from mixlens.decisions.checkpoint import save as save
 from mixlens.decisions.distinct import distinct_experts as distinct_experts
 from mixlens.decisions.gate import judge as judge
 from mixlens.decisions.judgement import Judgement as Judgement
+from mixlens.decisions.placements import placement as placement
+from mixlens.decisions.placements import save_placement as save_placement
 from mixlens.decisions.pruning import prune as prune
 from mixlens.decisions.saliencies import saliency as saliency
 from mixlens.decisions.saliencies import strongest as strongest

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
-import pandas as pd
 import xarray as xr
 
 from mixlens.core.bootstrap import Bootstrap
 from mixlens.core.intervals import Difference, Mean, Quantity, Share, leaving_out, said, with_bounds
 from mixlens.decisions import replacement
-from mixlens.decisions.verdict import DECISION, halves, judged
+from mixlens.decisions.documents import Documents
+from mixlens.decisions.verdict import DECISION, DO, UNKNOWN, judged
 from mixlens.errors import BadInput, MissingSignal
 from mixlens.stats.counts import clustered, described, require
 
@@ -51,9 +50,9 @@ def cache(
 
     The verdict is judged on the half of the documents that nothing was fitted on. It says whether the policy has more
     hits than the fixed set, on average over the sizes asked for: "do it", "do not" where it has fewer, or "not enough
-    evidence". The fixed set is judged against any set of its size, whose hits are slots / experts; for the optimum the
-    verdict says whether any policy could be better than the fixed set. Only tokens that find the cache filled count
-    for the verdict, since a fixed set takes no filling.
+    evidence". The fixed set is judged against any set of its size, whose hits are slots / experts. The optimum is a
+    bound and no policy, so that it is never "do it". Only tokens that find the cache filled count for the verdict,
+    since a fixed set takes no filling.
 
     Parameters
     ----------
@@ -105,7 +104,7 @@ def cache(
     e, k, n_layers = trace.n_experts, trace.top_k, trace.n_layers
     ids, sequence = trace.read("expert_id").astype(np.int64), trace.read("sequence")
     first = np.searchsorted(sequence, sequence)
-    documents = _Documents.of(trace, first, sequence, bootstrap)
+    documents = Documents.of(trace, first, sequence, bootstrap)
     tokens, judging = documents.sum(np.ones((1, len(ids))))[:, 0], documents.judging
 
     used = np.zeros((len(tokens), n_layers, e))
@@ -161,46 +160,16 @@ def cache(
         "n_documents": len(tokens),
     }
     gain = Difference(summed(ahead.sum((1, 2)), judging), summed(counted.sum((1, 2)), judging))
+    about = judged(gain, tokens[judging], bootstrap)
+    if policy == "optimum" and about["verdict"] == DO:
+        about["verdict"] = UNKNOWN
     return described(
         xr.Dataset(data, coords={"slots": list(sizes), "layer": trace.layers, "expert": range(e)}), trace, bootstrap,
         statistic="cache", unit="fraction", policy=policy, against="any set" if policy == "fixed" else "fixed set",
         judged_on=int(judging.sum()), interval=said({n: q for n, (_, q, _) in quantities.items()}),
-        **judged(gain, tokens[judging], bootstrap),
+        **about,
         **({"predicted": "tokens_per_s"} if "tokens_per_s" in data else {}),
     )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Documents:
-    """Sequences and the documents (or clusters) that they belong to.
-
-    starts   [sequence] its first token
-    unit     [sequence]
-    judging  [unit] whether nothing is fitted on it
-    """
-
-    starts: np.ndarray
-    unit: np.ndarray
-    judging: np.ndarray
-
-    @classmethod
-    def of(cls, trace: Trace, first: np.ndarray, sequence: np.ndarray, bootstrap: Bootstrap) -> _Documents:
-        starts = np.unique(first)
-        numbers = sequence[starts]
-        unit, _ = pd.factorize(trace.sequences[trace.cluster].loc[numbers])
-        fit, _ = halves(trace, bootstrap)
-        judging = np.ones(int(unit.max(initial=-1)) + 1, bool)
-        judging[unit[np.isin(numbers, fit.sequences.index)]] = False
-        return cls(starts, unit, judging)
-
-    def sum(self, values: np.ndarray) -> np.ndarray:
-        """Numbers [..., token] added up in each unit [unit, ...]."""
-        out = np.zeros((len(self.judging), *values.shape[:-1]))
-        np.add.at(out, self.unit, np.moveaxis(np.add.reduceat(values, self.starts, axis=-1, dtype=np.float64), -1, 0))
-        return out
-
-    def of_token(self, first: np.ndarray) -> np.ndarray:
-        return self.unit[np.searchsorted(self.starts, first)]
 
 
 def _replay(

@@ -1,0 +1,48 @@
+"""Documents: sums over what varies independently, and which half of it judges what is fitted on the other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from mixlens.core.bootstrap import Bootstrap
+from mixlens.decisions.verdict import halves
+
+if TYPE_CHECKING:
+    from mixlens.trace.trace import Trace
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Sequences and the documents (or clusters) that they belong to.
+
+    starts   [sequence] its first token
+    unit     [sequence]
+    judging  [unit] whether nothing is fitted on it
+    """
+
+    starts: np.ndarray
+    unit: np.ndarray
+    judging: np.ndarray
+
+    @classmethod
+    def of(cls, trace: Trace, first: np.ndarray, sequence: np.ndarray, bootstrap: Bootstrap) -> Documents:
+        starts = np.unique(first)
+        numbers = sequence[starts]
+        unit, _ = pd.factorize(trace.sequences[trace.cluster].loc[numbers])
+        fit, _ = halves(trace, bootstrap)
+        judging = np.ones(int(unit.max(initial=-1)) + 1, bool)
+        judging[unit[np.isin(numbers, fit.sequences.index)]] = False
+        return cls(starts, unit, judging)
+
+    def sum(self, values: np.ndarray) -> np.ndarray:
+        """Numbers [..., token] added up in each unit [unit, ...]."""
+        out = np.zeros((len(self.judging), *values.shape[:-1]))
+        np.add.at(out, self.unit, np.moveaxis(np.add.reduceat(values, self.starts, axis=-1, dtype=np.float64), -1, 0))
+        return out
+
+    def of_token(self, first: np.ndarray) -> np.ndarray:
+        return self.unit[np.searchsorted(self.starts, first)]
