@@ -10,6 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import mixlens as ml
 
 SETTINGS = ml.RecordSettings(progress=False, max_length=96, overlong="truncate")
@@ -110,19 +112,67 @@ def candidates() -> list[ml.pricing.Candidate]:
     ]
 
 
+@cache
+def generated(layers: int, experts: int, top_k: int, seed: int = 0) -> Any:
+    """The demo's tokens with choices that are drawn: favourites by domain, layer and expert, to look at wide models."""
+    real, random = trace(), np.random.default_rng(seed)
+    number = real.read("sequence")
+    domain = np.unique(real.sequences["domain"], return_inverse=True)[1][number]
+    liking = random.normal(0, 0.7, (domain.max() + 1, layers, experts))
+    logits = (liking[domain] + random.gumbel(size=(len(number), layers, experts))).astype(np.float32)
+    chosen = np.argsort(-logits, -1)[..., :top_k]
+    weight = np.exp(np.take_along_axis(logits, chosen, -1))
+    made = ml.Trace.from_arrays(
+        chosen,
+        n_experts=experts,
+        weight=weight / weight.sum(-1, keepdims=True),
+        router_logits=logits,
+        tokens={name: real.read(name) for name in ("sequence", "position", "token_id", "logprob")},
+        sequences=real.sequences,
+        meta={"model": {"name": f"generated, {layers} layers, {top_k} of {experts} experts"}},
+    )
+    made._vocabulary = real._vocabulary
+    return made
+
+
+def figures_of(trace: Callable[..., Any], other: Callable[[], Any]) -> dict[str, Callable[[], Any]]:
+    """Every figure that takes nothing but traces; `other` is of the same tokens."""
+    show, stats = ml.show, ml.stats
+    return {
+        "expert_share": lambda: show.expert_share(stats.expert_share(trace(), by="domain")),
+        "expert_share_grid": lambda: show.expert_share_grid(stats.expert_share(trace(), by="domain")),
+        "share_heatmap": lambda: show.share_heatmap(stats.expert_share(trace())),
+        "specialization": lambda: show.specialization(stats.domain_specialization(trace())),
+        "coactivation": lambda: show.coactivation(stats.coactivation(trace())),
+        "transitions": lambda: show.transitions(stats.transitions(trace())),
+        "facet": lambda: show.facet(show.coactivation, stats.coactivation(trace()).isel(layer=slice(0, 4)), "layer"),
+        "contrast": lambda: show.contrast(stats.contrast(trace(), stats.expert_share, by="domain", a="github")),
+        "repetition": lambda: show.repetition(stats.repetition(trace(), by="domain")),
+        "routing_entropy": lambda: show.routing_entropy(stats.routing_entropy(trace())),
+        "domain_information": lambda: show.domain_information(stats.domain_information(trace())),
+        "by_layer": lambda: show.by_layer(stats.load_balance(trace())),
+        "text": lambda: show.text(trace(), sequence=0),
+        "flips_by_layer": lambda: show.flips_by_layer(stats.flips(trace(), other())),
+        "flips_by_margin": lambda: show.flips_by_margin(stats.flips_by_margin(trace(), other())),
+    }
+
+
+def views_of(trace: Callable[..., Any], other: Callable[[], Any]) -> dict[str, Callable[[], Any]]:
+    """Every view that takes nothing but traces; `other` is of the same tokens."""
+    view, stats = ml.view, ml.stats
+    return {
+        "tokens": lambda: view.tokens(trace(), 0),
+        "expert_share": lambda: view.expert_share(stats.expert_share(trace(), by="domain")),
+        "share_heatmap": lambda: view.share_heatmap(stats.expert_share(trace(), by="domain")),
+        "coactivation": lambda: view.coactivation(stats.coactivation(trace())),
+        "transitions": lambda: view.transitions(stats.transitions(trace())),
+        "diff": lambda: view.diff(trace(), other(), 0, names=("float32", "hqq3")),
+        "strip": lambda: view.strip(trace(), 0),
+    }
+
+
 FIGURES: dict[str, Callable[[], Any]] = {
-    "expert_share": lambda: ml.show.expert_share(ml.stats.expert_share(trace(), by="domain"), layer=3),
-    "expert_share_grid": lambda: ml.show.expert_share_grid(ml.stats.expert_share(trace(), by="domain"), layers=[0, 3, 7]),
-    "share_heatmap": lambda: ml.show.share_heatmap(ml.stats.expert_share(trace())),
-    "specialization": lambda: ml.show.specialization(ml.stats.domain_specialization(trace()), layer=3),
-    "coactivation": lambda: ml.show.coactivation(ml.stats.coactivation(trace()), layer=3),
-    "transitions": lambda: ml.show.transitions(ml.stats.transitions(trace()), layer=0),
-    "facet": lambda: ml.show.facet(ml.show.coactivation, ml.stats.coactivation(trace()).isel(layer=slice(0, 4)), "layer"),
-    "repetition": lambda: ml.show.repetition(ml.stats.repetition(trace(), by="domain")),
-    "routing_entropy": lambda: ml.show.routing_entropy(ml.stats.routing_entropy(trace())),
-    "domain_information": lambda: ml.show.domain_information(ml.stats.domain_information(trace())),
-    "by_layer": lambda: ml.show.by_layer(ml.stats.load_balance(trace())),
-    "text": lambda: ml.show.text(trace(), sequence=0, layer=3),
+    **figures_of(trace, other),
     "expert_importance": lambda: ml.show.expert_importance(ml.stats.expert_importance(importance())),
     "importance_by_domain": lambda: ml.show.importance_by_domain(ml.stats.expert_importance(importance(), by="domain")),
     "importance_against_share": lambda: ml.show.importance_against_share(ml.stats.expert_importance(importance())),
@@ -131,8 +181,6 @@ FIGURES: dict[str, Callable[[], Any]] = {
     "contributions": lambda: ml.show.contributions(contributions(), sequence=0),
     "topk_sweep": lambda: ml.show.topk_sweep(ml.stats.topk_sweep(sweep())),
     "topk_routing": lambda: ml.show.topk_routing(ml.stats.topk_sweep(sweep())),
-    "flips_by_layer": lambda: ml.show.flips_by_layer(ml.stats.flips(trace(), other())),
-    "flips_by_margin": lambda: ml.show.flips_by_margin(ml.stats.flips_by_margin(trace(), other())),
     "quality_split": lambda: ml.show.quality_split(impact().split()),
     "expert_errors": lambda: ml.show.expert_errors(impact().experts()),
     "pareto": lambda: ml.show.pareto(schemes()),
@@ -146,13 +194,7 @@ FIGURES: dict[str, Callable[[], Any]] = {
     "quality_cost_speed": lambda: ml.show.quality_cost_speed(candidates()),
 }  # fmt: skip
 VIEWS: dict[str, Callable[[], Any]] = {
-    "tokens": lambda: ml.view.tokens(trace(), 0),
-    "expert_share": lambda: ml.view.expert_share(ml.stats.expert_share(trace(), by="domain")),
-    "share_heatmap": lambda: ml.view.share_heatmap(ml.stats.expert_share(trace(), by="domain")),
-    "coactivation": lambda: ml.view.coactivation(ml.stats.coactivation(trace())),
-    "transitions": lambda: ml.view.transitions(ml.stats.transitions(trace())),
-    "diff": lambda: ml.view.diff(trace(), other(), 0, names=("float32", "hqq3")),
-    "strip": lambda: ml.view.strip(trace(), 0),
+    **views_of(trace, other),
     "samples": lambda: ml.view.samples(log()),
     "latency": lambda: ml.view.latency(bench()),
     "pareto": lambda: ml.view.pareto(schemes()),

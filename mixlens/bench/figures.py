@@ -17,6 +17,7 @@ from mixlens.bench.events import Record
 from mixlens.endpoints.protocols import COMMENT, DONE, ERROR, MALFORMED, ROLE, TOKEN, USAGE
 from mixlens.errors import BadInput
 from mixlens.plot.checks import takes_run
+from mixlens.plot.colours import SERIES_COLOURS, series_colours
 from mixlens.plot.style import (
     COLUMN,
     INK,
@@ -26,9 +27,9 @@ from mixlens.plot.style import (
     add_axes,
     drawing,
     drop_note,
-    expert_colours,
     heading,
     in_legend,
+    legend_below,
     paper,
     paper_figure,
     percent,
@@ -59,10 +60,11 @@ _EVENTS = (
     (DONE, "s", 2.6, "end"),
 )
 _MOST_ROWS = 24
+_FAULT = "#b3261e"  # of a request that failed; read as text, too
 
 
 @takes_run("benchmark", "requests", "records")
-def latency_cdf(bench: Bench, ax: Axes | None = None, *, metric: str = "ttft_s") -> Axes:
+def latency_cdf(bench: Bench, ax: Axes | None = None, *, metric: str = "ttft_s", title: str | None = None) -> Axes:
     """Draw the distribution of a latency over requests: one curve per load, with a confidence band.
 
     The band covers the whole curve at once at 95 % (Dvoretzky-Kiefer-Wolfowitz).
@@ -75,6 +77,8 @@ def latency_cdf(bench: Bench, ax: Axes | None = None, *, metric: str = "ttft_s")
         Axes to draw on. By default a new figure in paper style.
     metric : str, optional
         "ttft_s", "tpot_s", "e2e_token_s" or another column of ``mixlens.bench.metrics.METRICS`` that a request has.
+    title : str, optional
+        Title. By default the message, where one was computed, or what is drawn.
 
     Returns
     -------
@@ -103,7 +107,7 @@ def latency_cdf(bench: Bench, ax: Axes | None = None, *, metric: str = "ttft_s")
     levels = list(dict.fromkeys(data["level"]))
     width = COLUMN if max(map(len, levels)) < 25 else COLUMN * 1.35
     with drawing(ax, width, 2.5 + 0.14 * len(levels)) as ax:
-        for colour, level in zip(expert_colours(len(levels)), levels, strict=True):
+        for colour, level in zip(series_colours(len(levels)), levels, strict=True):
             part = data[data["level"] == level]
             x = np.r_[part["value"].iloc[0], part["value"]] * factor
             label = f"{level} (n = {len(part)})"
@@ -118,13 +122,17 @@ def latency_cdf(bench: Bench, ax: Axes | None = None, *, metric: str = "ttft_s")
         ax.set_xlabel(f"{_NAMES[metric]} [{unit}]")
         legend_below(ax)
         heading(
-            ax, _NAMES[metric].capitalize(), f"{_whose(bench)}; bands: 95 % for the whole curve (DKW); {_lost(bench)}"
+            ax,
+            title or _NAMES[metric].capitalize(),
+            f"{_whose(bench)}; bands: 95 % for the whole curve (DKW); {_lost(bench)}",
         )
     return ax
 
 
 @takes_run("benchmark", "requests", "records")
-def latency_cdfs(bench: Bench, *, metrics: Sequence[str] = ("ttft_s", "tpot_s", "e2e_token_s")) -> Figure:
+def latency_cdfs(
+    bench: Bench, *, metrics: Sequence[str] = ("ttft_s", "tpot_s", "e2e_token_s"), title: str | None = None
+) -> Figure:
     """Draw `latency_cdf` of several metrics side by side, leaving out metrics without a value.
 
     Parameters
@@ -133,6 +141,8 @@ def latency_cdfs(bench: Bench, *, metrics: Sequence[str] = ("ttft_s", "tpot_s", 
         Needs at least one measured request that succeeded.
     metrics : sequence of str, optional
         As in `latency_cdf`.
+    title : str, optional
+        Title. By default the message, where one was computed, or what is drawn.
 
     Returns
     -------
@@ -170,12 +180,18 @@ def latency_cdfs(bench: Bench, *, metrics: Sequence[str] = ("ttft_s", "tpot_s", 
         handles, labels = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(4, _columns(labels, 110)))
         note = f"{_whose(bench)}; bands: 95 % for the whole curve (DKW); {_lost(bench)}"
+        note = f"{title}. {note}" if title else note
         figure.suptitle(printable(note), fontsize=relative_size(0.8), color=MUTED, x=0.01, ha="left")
     return figure
 
 
 def throughput_latency_curve(
-    benches: Bench | Sequence[Bench], ax: Axes | None = None, *, metric: str = "ttft_s", statistic: str = "p50"
+    benches: Bench | Sequence[Bench],
+    ax: Axes | None = None,
+    *,
+    metric: str = "ttft_s",
+    statistic: str = "p50",
+    title: str | None = None,
 ) -> Axes:
     """Draw the throughput of the system against a latency of its requests, one point per load.
 
@@ -188,6 +204,8 @@ def throughput_latency_curve(
         Axes to draw on. By default a new figure in paper style.
     metric, statistic : str, optional
         The latency, of ``METRICS`` and ``STATISTICS`` in ``mixlens.bench.metrics``.
+    title : str, optional
+        Title. By default the message, where one was computed, or what is drawn.
 
     Returns
     -------
@@ -231,7 +249,7 @@ def throughput_latency_curve(
     short = _short([level for table in tables for level in table["level"]])
     with drawing(ax, COLUMN * 1.25, 2.7 + 0.14 * len(several)) as ax:
         for i, ((name, _), table) in enumerate(zip(named, tables, strict=True)):
-            colour = expert_colours(len(several))[i]
+            colour = series_colours(len(several))[i]
             x, y = table["throughput"], table["latency"] * factor
             ax.plot(x, y, color=colour, marker=MARKERS[i % len(MARKERS)], label=in_legend(name))
             ax.hlines(y, table["throughput_low"], table["throughput_high"], color=colour, lw=0.7)
@@ -249,12 +267,16 @@ def throughput_latency_curve(
             legend_below(ax, columns=1)
         n = " + ".join(str(int(table["n"].sum())) for table in tables)
         source = _whose(given[0]) if len(given) == 1 else f"{len(several)} benchmarks"
-        heading(ax, "Throughput against latency", f"{source}; n = {n} requests; whiskers: 95 %; {_lost(*given)}")
+        heading(
+            ax, title or "Throughput against latency", f"{source}; n = {n} requests; whiskers: 95 %; {_lost(*given)}"
+        )
     return ax
 
 
 @takes_run("benchmark", "requests", "records")
-def token_timeline(bench: Bench, ax: Axes | None = None, *, level: str | None = None, most: int = _MOST_ROWS) -> Axes:
+def token_timeline(
+    bench: Bench, ax: Axes | None = None, *, level: str | None = None, most: int = _MOST_ROWS, title: str | None = None
+) -> Axes:
     """Draw every event of every measured request of a load against time.
 
     Parameters
@@ -267,6 +289,8 @@ def token_timeline(bench: Bench, ax: Axes | None = None, *, level: str | None = 
         Name of the load. By default the first load.
     most : int, optional
         Maximum number of requests; the first ones are drawn.
+    title : str, optional
+        Title. By default the message, where one was computed, or what is drawn.
 
     Returns
     -------
@@ -302,7 +326,7 @@ def token_timeline(bench: Bench, ax: Axes | None = None, *, level: str | None = 
         for kind, marker, size, label in _EVENTS:
             at = [(e.at_s - zero, row) for row, record in enumerate(shown) for e in record.events if e.kind == kind]
             if at:
-                colour = expert_colours(1)[0] if kind == TOKEN else INK
+                colour = SERIES_COLOURS[0] if kind == TOKEN else INK
                 # Kinds without events would leave an empty entry in the legend; they are skipped.
                 ax.plot(*np.array(at).T, marker, ms=size, color=colour, mew=0.6, label=label, linestyle="", zorder=3)
         ax.set_ylim(len(shown) - 0.4, -0.6)
@@ -313,7 +337,9 @@ def token_timeline(bench: Bench, ax: Axes | None = None, *, level: str | None = 
         legend_below(ax, columns=4)
         of = f"the first {len(shown)} of {n} requests" if len(shown) < n else f"{n} requests"
         heading(
-            ax, f"Token timeline, {level}", f"{_whose(bench)}; {of}; a line runs from sent to the end of the stream"
+            ax,
+            title or f"Token timeline, {level}",
+            f"{_whose(bench)}; {of}; a line runs from sent to the end of the stream",
         )
     return ax
 
@@ -325,9 +351,9 @@ def _timeline_row(ax: Axes, row: int, record: Record, zero: float) -> None:
     if record.outcome != "ok":
         faults = [e.at_s for e in record.events if e.kind in (ERROR, MALFORMED)]
         at = faults[0] if faults else record.ended_s
-        ax.plot(at - zero, row, "x", ms=5, color=expert_colours(3)[2], mew=1.2, zorder=4)
+        ax.plot(at - zero, row, "x", ms=5, color=_FAULT, mew=1.2, zorder=4)
         text = printable(f" {record.outcome}")
-        ax.annotate(text, (at - zero, row), va="center", fontsize=relative_size(0.75), color=expert_colours(3)[2])
+        ax.annotate(text, (at - zero, row), va="center", fontsize=relative_size(0.75), color=_FAULT)
 
 
 def _scale(metric: str, largest: float) -> tuple[float, str]:
@@ -361,12 +387,6 @@ def _short(levels: Sequence[str]) -> dict[str, str]:
         level: words.removeprefix("concurrency ").replace("poisson ", "").replace("constant ", "")
         for level, words in told.items()
     }
-
-
-def legend_below(ax: Axes, columns: int = 2) -> None:
-    columns = min(columns, _columns(ax.get_legend_handles_labels()[1], 60))
-    place = {"loc": "upper left", "bbox_to_anchor": (0.0, -0.2), "ncols": columns}
-    ax.legend(**place, fontsize=relative_size(0.85))
 
 
 def _columns(labels: Sequence[str], width: int) -> int:

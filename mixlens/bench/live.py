@@ -12,7 +12,8 @@ from mixlens.bench.bench import Bench
 from mixlens.errors import BadInput
 from mixlens.live.payload import pack
 from mixlens.live.view import View, static_form, static_table
-from mixlens.plot.style import PAGE, drawing, expert_colours, heading, in_legend
+from mixlens.plot.colours import series_colours
+from mixlens.plot.style import PAGE, drawing, heading, in_legend
 
 _METRICS = {
     "ttft_s": "time to first token",
@@ -69,7 +70,7 @@ def latency(bench: Bench | Mapping[str, Bench]) -> View:
     failed = sum(int((rows["outcome"] != "ok").sum()) for rows in groups.values())
     total = sum(len(rows) for rows in groups.values())
     note = f"n = {total:,} measured requests, {failed:,} failed and in no curve; warm-up left out."
-    header = {"metrics": metrics, "note": note, "colours": expert_colours(max(8, len(groups)))}
+    header = {"metrics": metrics, "note": note, "colours": series_colours(max(8, len(groups)))}
     caption = f"Latency of {' and '.join(dict.fromkeys(b.meta['model']['name'] for b in named.values()))}. {note}"
     table = static_table(_quantiles(groups), "Time to first token by load")
     return View("Latency", "ecdf", static_form(_latency_picture(groups, note), caption, table), pack(header, arrays))
@@ -87,7 +88,7 @@ def _quantiles(groups: Mapping[str, pd.DataFrame]) -> dict[str, list[str]]:
 
 def _latency_picture(groups: Mapping[str, pd.DataFrame], note: str) -> Axes:
     with drawing(None, PAGE * 0.7, 2.6) as ax:
-        for (label, rows), colour in zip(groups.items(), expert_colours(len(groups)), strict=True):
+        for (label, rows), colour in zip(groups.items(), series_colours(len(groups)), strict=True):
             values = np.sort(rows["ttft_s"].dropna().to_numpy())
             if len(values):
                 ax.step(

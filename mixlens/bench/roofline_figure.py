@@ -11,10 +11,11 @@ from mixlens.bench.bench import Bench
 from mixlens.bench.local_tables import machine_of
 from mixlens.bench.roofline import Machine
 from mixlens.errors import MissingSignal
-from mixlens.plot.style import INK, MARKERS, MUTED, PAGE, drawing, expert_colours, heading, in_legend, printable
+from mixlens.plot.colours import series_colours
+from mixlens.plot.style import INK, MARKERS, MUTED, PAGE, drawing, heading, in_legend, printable
 
 
-def roofline(bench: Bench, ax: Axes | None = None) -> Axes:
+def roofline(bench: Bench, ax: Axes | None = None, *, title: str | None = None) -> Axes:
     """Draw operations per second against operations per byte of every load, for prefill (filled) and decode (hollow).
 
     The slanted line is the measured bandwidth, the flat one the measured matrix throughput; whiskers are 95 %
@@ -26,6 +27,8 @@ def roofline(bench: Bench, ax: Axes | None = None) -> Axes:
         Of a loaded model, measured with recording.
     ax : matplotlib.axes.Axes, optional
         Axes to draw on. By default a new figure in paper style.
+    title : str, optional
+        Title. By default the message, where one was computed, or what is drawn.
 
     Returns
     -------
@@ -55,7 +58,7 @@ def roofline(bench: Bench, ax: Axes | None = None) -> Axes:
             "LocalSettings(recording=True).",
             argument="bench",
         )
-    colours = dict(zip(levels, expert_colours(len(levels)), strict=True))
+    colours = dict(zip(levels, series_colours(len(levels)), strict=True))
     with drawing(ax, PAGE, 3.2) as ax:
         for (level, phase), x in intensity.items():
             speed = rows[level, phase, "flops_per_s"]
@@ -87,7 +90,7 @@ def roofline(bench: Bench, ax: Axes | None = None) -> Axes:
         dtype = f" in {bench.meta['model']['dtype']}" if "dtype" in bench.meta["model"] else ""
         heading(
             ax,
-            f"{bench.meta['model']['name']}{dtype} on {next(iter(machines.values())).name}",
+            title or f"{bench.meta['model']['name']}{dtype} on {next(iter(machines.values())).name}",
             f"Filled: prefill; hollow: decode. Whiskers: 95 % over up to {calls} calls. Band: 95 % of the device. "
             "Bytes: recorded routing.",
         )

@@ -18,8 +18,8 @@ from mixlens.evals.paired import LogComparison
 from mixlens.evals.published import beside
 from mixlens.evals.scoring import primary_rows
 from mixlens.plot.checks import takes_run
+from mixlens.plot.colours import SERIES_COLOURS
 from mixlens.plot.style import (
-    EXPERT_COLOURS,
     INK,
     MARKERS,
     MUTED,
@@ -34,7 +34,9 @@ from mixlens.plot.style import (
 _STATUS = {"official": "D", "reproduction": "d", "quantized": "v"}
 
 
-def scores(logs: Log | Mapping[str, Log], ax: Axes | None = None, *, subjects: bool = False) -> Axes:
+def scores(
+    logs: Log | Mapping[str, Log], ax: Axes | None = None, *, subjects: bool = False, title: str | None = None
+) -> Axes:
     """Draw scores as a forest plot, one row per benchmark and one point per model, beside published scores.
 
     Parameters
@@ -45,6 +47,8 @@ def scores(logs: Log | Mapping[str, Log], ax: Axes | None = None, *, subjects: b
         Axes to draw on. By default a new figure in paper style.
     subjects : bool, optional
         Whether to draw a row for every task of a benchmark instead.
+    title : str, optional
+        Title. By default the message, where one was computed, or what is drawn.
 
     Returns
     -------
@@ -75,7 +79,7 @@ def scores(logs: Log | Mapping[str, Log], ax: Axes | None = None, *, subjects: b
             offset = 0.22 * (number - (len(by_name) - 1) / 2)
             at = of["row"].map(places) + offset
             mine = of.drop_duplicates("row")
-            colour = EXPERT_COLOURS[number % len(EXPERT_COLOURS)]
+            colour = SERIES_COLOURS[number % len(SERIES_COLOURS)]
             ax.hlines(at[mine.index], mine["ci_low"], mine["ci_high"], color=colour, linewidth=1.4)
             ax.plot(
                 mine["score"], at[mine.index], MARKERS[number % len(MARKERS)],
@@ -97,12 +101,12 @@ def scores(logs: Log | Mapping[str, Log], ax: Axes | None = None, *, subjects: b
         low, high = float(drawn.min().min()), float(drawn.max().max())
         ax.set_xlim(max(0, low - 5), min(101.5, high + 5))
         _legend(ax)
-        heading(ax, "Benchmark scores", _note(by_name, table))
+        heading(ax, title or "Benchmark scores", _note(by_name, table))
     return ax
 
 
 @takes_run("compare, of two evaluations,", "table", "flips")
-def paired_differences(compared: LogComparison, ax: Axes | None = None) -> Axes:
+def paired_differences(compared: LogComparison, ax: Axes | None = None, *, title: str | None = None) -> Axes:
     """Draw a forest plot of paired differences, second minus first.
 
     A point is filled if the difference survives control for the number of benchmarks, or of tasks within a benchmark.
@@ -113,6 +117,8 @@ def paired_differences(compared: LogComparison, ax: Axes | None = None) -> Axes:
         From `compare` of two evaluations of the same samples.
     ax : matplotlib.axes.Axes, optional
         Axes to draw on. By default a new figure in paper style.
+    title : str, optional
+        Title. By default the message, where one was computed, or what is drawn.
 
     Returns
     -------
@@ -134,7 +140,7 @@ def paired_differences(compared: LogComparison, ax: Axes | None = None) -> Axes:
     with drawing(ax, PAGE * 0.75, 1.2 + 0.28 * len(places)) as ax:
         ax.axvline(0, color=MUTED, linewidth=0.8)
         for place, row in enumerate(table.to_dict("records")):
-            colour = EXPERT_COLOURS[0]
+            colour = SERIES_COLOURS[0]
             ax.hlines(place, 100 * row["ci_low"], 100 * row["ci_high"], color=colour, linewidth=1.4)
             ax.plot(
                 100 * row["difference"], place, "o", color=colour, markersize=5,
@@ -154,7 +160,9 @@ def paired_differences(compared: LogComparison, ax: Axes | None = None) -> Axes:
             f"bootstrap over samples; filled where a difference survives at a false discovery rate of "
             f"{1 - compared.bootstrap.level:.2g}."
         )
-        heading(ax, f"{names[1]} against {names[0]}", note)
+        told = int(table["survives"].sum())
+        message = f"{names[1]} against {names[0]}: {told} of {len(table)} differences survive"
+        heading(ax, title or message, note)
     return ax
 
 

@@ -13,7 +13,8 @@ from mixlens.live.payload import pack, token_arrays
 from mixlens.live.view import View, static_form, static_table
 from mixlens.plot import labels
 from mixlens.plot.checks import takes_run
-from mixlens.plot.style import PAGE, drawing, expert_colours, heading, printable
+from mixlens.plot.colours import SERIES_COLOURS, expert_colours
+from mixlens.plot.style import PAGE, drawing, heading, printable
 from mixlens.trace.trace import Trace
 
 _SHOWN = ("task", "sample_id", "prompt", "response", "target", "choices", "logprobs", "gold", "correct")
@@ -113,7 +114,7 @@ def _scores_picture(frame: pd.DataFrame, note: str) -> Any:
     means = frame.groupby("task", sort=False)["correct"].mean()
     with drawing(None, PAGE * 0.7, 0.9 + 0.22 * min(len(means), 30)) as ax:
         shown = means.head(30)[::-1]
-        ax.barh([printable(name) for name in shown.index], shown.to_numpy(), color=expert_colours(1)[0])
+        ax.barh([printable(name) for name in shown.index], shown.to_numpy(), color=SERIES_COLOURS[0])
         ax.set_xlim(0, 1)
         ax.set_xlabel("mean of the primary metric")
         heading(ax, "Scores by task", note)

@@ -14,7 +14,8 @@ from mixlens.live.view import View, extremes, static_form, static_table
 from mixlens.plot import bars_and_lines, comparison
 from mixlens.plot import labels as wording
 from mixlens.plot.checks import takes, takes_run
-from mixlens.plot.style import expert_colours, note_of
+from mixlens.plot.colours import expert_colours, series_colours
+from mixlens.plot.style import note_of
 from mixlens.stats.pareto import _SMALLER_IS_BETTER, Pareto
 
 
@@ -116,7 +117,7 @@ def pareto(data: Pareto, *, x: str = "bytes", y: str = "kl") -> View:
             {"name": comparison.axis_of(name)[1], "higher": name not in _SMALLER_IS_BETTER} for name in quantities
         ],
         "start": [quantities.index(x), quantities.index(y)],
-        "colours": expert_colours(max(8, len(labels))),
+        "colours": series_colours(max(8, len(labels))),
         "note": note_of(drawn).replace("whiskers", "bars"),
     }
     columns = {

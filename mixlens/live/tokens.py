@@ -12,7 +12,7 @@ from mixlens.errors import BadInput
 from mixlens.live.payload import pack, signed_plane, token_arrays
 from mixlens.live.view import View, static_form, static_table
 from mixlens.plot import labels, text
-from mixlens.plot.style import expert_colours
+from mixlens.plot.colours import expert_colours
 from mixlens.trace.trace import Trace
 
 _ROWS = 8  # of the table in the static form

@@ -12,7 +12,7 @@ from mixlens.live.payload import pack, token_arrays
 from mixlens.live.tokens import domain, first_tokens, label
 from mixlens.live.view import View, static_form, static_table
 from mixlens.plot import bars_and_lines, labels, text
-from mixlens.plot.style import expert_colours
+from mixlens.plot.colours import expert_colours
 from mixlens.stats import agreement
 from mixlens.trace.trace import Trace
 

@@ -17,18 +17,22 @@ from matplotlib.ticker import MaxNLocator
 from mixlens.errors import BadInput
 from mixlens.plot import labels as wording
 from mixlens.plot.checks import takes
+from mixlens.plot.colours import SERIES_COLOURS, expert_colours, series_colours
+from mixlens.plot.heatmap import cell_size
+from mixlens.plot.messages import message, named
 from mixlens.plot.style import (
     COLUMN,
     INK,
     MARKERS,
     MUTED,
     PAGE,
+    SMALLEST,
     add_axes,
     drawing,
     drop_note,
-    expert_colours,
     heading,
     in_legend,
+    legend_below,
     paper,
     paper_figure,
     percent,
@@ -36,11 +40,14 @@ from mixlens.plot.style import (
     relative_size,
 )
 
-_FEW = 4  # lines whose legend fits below the axes
+_FEW = 4  # lines whose legend fits below the axes; more are named at their ends
+_MOST_EXPERTS = 16  # in a figure of bars
 
 
 @takes("stats.expert_share", "estimate", "expert")
-def expert_share(data: xr.Dataset, ax: Axes | None = None, *, layer: int | None = None, x: str = "expert") -> Axes:
+def expert_share(
+    data: xr.Dataset, ax: Axes | None = None, *, layer: int | None = None, x: str = "expert", title: str | None = None
+) -> Axes:
     """Draw how often each expert of a layer is chosen, by group (Jiang et al. 2024, Fig. 7).
 
     Parameters
@@ -53,6 +60,8 @@ def expert_share(data: xr.Dataset, ax: Axes | None = None, *, layer: int | None 
         Layer number. By default the middle layer.
     x : {"expert", "domain"}, optional
         "expert" draws a cluster of bars for each expert, one bar per domain; "domain" a cluster for each domain.
+    title : str, optional
+        Title. By default the message, where one was computed, or what is drawn.
 
     Returns
     -------
@@ -70,10 +79,12 @@ def expert_share(data: xr.Dataset, ax: Axes | None = None, *, layer: int | None 
     'expert'
     """
     data = wording.at_layer(data, layer)
-    rows = list(wording.groups(data, "expert"))
+    shown, left_out = _widest(data)
+    rows = list(wording.groups(shown, "expert"))
     with drawing(ax, PAGE if len(rows) > 1 else COLUMN, 2.3) as ax:
-        _clustered_bars(data, rows, ax, x)
-        heading(ax, _titled(data), wording.note(data, drawn="whiskers"))
+        _clustered_bars(shown, rows, ax, x)
+        note = wording.note(data, drawn="whiskers")
+        heading(ax, title or message(data), f"{note}; {left_out}" if left_out else note)
         if len(rows) > 1:
             _legend(ax)
     return ax
@@ -81,7 +92,12 @@ def expert_share(data: xr.Dataset, ax: Axes | None = None, *, layer: int | None 
 
 @takes("stats.expert_share", "estimate", "layer", "expert")
 def expert_share_grid(
-    data: xr.Dataset, *, layers: Sequence[int] | None = None, x: str = "expert", width: float = PAGE
+    data: xr.Dataset,
+    *,
+    layers: Sequence[int] | None = None,
+    x: str = "expert",
+    width: float = PAGE,
+    title: str | None = None,
 ) -> Figure:
     """Draw `expert_share` at several layers, one above the other, as in Figure 7 of the Mixtral paper.
 
@@ -95,6 +111,8 @@ def expert_share_grid(
         As in `expert_share`.
     width : float, optional
         Width of the figure in inches. By default the full width of a two-column paper.
+    title : str, optional
+        Title. By default the message, where one was computed, or what is drawn.
 
     Returns
     -------
@@ -119,12 +137,13 @@ def expert_share_grid(
         figure = paper_figure(width, 0.6 + 1.7 * len(layers))
         axes = [add_axes(figure, len(layers), 1, i + 1) for i in range(len(layers))]
         for ax, layer in zip(axes, layers, strict=True):
-            expert_share(data, ax, layer=int(layer), x=x)
+            expert_share(data, ax, layer=int(layer), x=x, title=title or named(data.sel(layer=layer)))
             ax.set_ylim(0, top if np.isfinite(top) else 1)
             if legend := ax.get_legend():
                 legend.remove()
             if ax is not axes[0]:
                 drop_note(ax, f"layer {layer}")
+
             if ax is not axes[-1]:
                 ax.set_xlabel("")
         handles, labels = axes[0].get_legend_handles_labels()
@@ -133,13 +152,25 @@ def expert_share_grid(
     return figure
 
 
+def _widest(data: xr.Dataset) -> tuple[xr.Dataset, str]:
+    """Return the experts that a figure of bars has room for, and a note on the others."""
+    count = data.sizes["expert"]
+    if count <= _MOST_EXPERTS:
+        return data, ""
+    middle = wording.uniform(data)
+    others = [dim for dim in data["estimate"].dims if dim != "expert"]
+    far = abs(data["estimate"] - (0 if middle is None else middle)).max(others)
+    order = np.sort(np.argsort(-far.fillna(0).to_numpy(), kind="stable")[:_MOST_EXPERTS])
+    return data.isel(expert=order), f"the {_MOST_EXPERTS} of {count} experts that are furthest from uniform"
+
+
 def _clustered_bars(data: xr.Dataset, rows: list[tuple[str, xr.Dataset]], ax: Axes, x: str) -> None:
     experts = data["expert"].to_numpy()
     groups = [name for name, _ in rows]
     table = np.stack([np.stack([part[v].to_numpy() for v in ("estimate", "ci_low", "ci_high")]) for _, part in rows])
     if x == "expert":  # table is [group, value, expert]; bars of one colour are one group
         clusters, bars = [str(e) for e in experts], groups
-        colours = expert_colours(len(groups)) if len(groups) > 1 else [MUTED]
+        colours = series_colours(len(groups)) if len(groups) > 1 else [MUTED]
     elif x == "domain":
         table = table.transpose(2, 1, 0)
         clusters, bars, colours = groups, [f"expert {e}" for e in experts], expert_colours(len(experts))
@@ -172,7 +203,7 @@ def _bars(
 
 
 @takes("stats.load_balance or another statistic by layer", "estimate", "layer")
-def by_layer(data: xr.Dataset, ax: Axes | None = None) -> Axes:
+def by_layer(data: xr.Dataset, ax: Axes | None = None, *, title: str | None = None) -> Axes:
     """Draw any statistic against the layer, with one line for every combination of its other dimensions.
 
     Parameters
@@ -182,6 +213,8 @@ def by_layer(data: xr.Dataset, ax: Axes | None = None) -> Axes:
         Select with `data.sel` beforehand, as in the example.
     ax : matplotlib.axes.Axes, optional
         Axes to draw on. By default a new figure in paper style.
+    title : str, optional
+        Title. By default the message, where one was computed, or what is drawn.
 
     Returns
     -------
@@ -210,32 +243,32 @@ def by_layer(data: xr.Dataset, ax: Axes | None = None) -> Axes:
         )
     with drawing(ax, *_size(len(series))) as ax:
         _lines(ax, series)
-        if len(series) > 1:
-            _legend(ax)
         _layer_axis(ax, data)
         _value_axis(ax, data)
         _uniform_lines(ax, data, series)
-        heading(ax, _titled(data), wording.note(data, drawn="whiskers"))
+        _name_lines(ax, series)
+        heading(ax, title or named(data), wording.note(data, drawn="whiskers"))
     return ax
 
 
 def _lines(ax: Axes, series: list[tuple[str, xr.Dataset]]) -> None:
-    colours = expert_colours(len(series))
+    colours = series_colours(len(series))
     step = 0.5 / max(len(series), 8)  # so that whiskers of neighbouring lines do not overlap
-    width, alpha = (0.5, 0.6) if len(series) > 5 else (1.1, 1.0)
+    width, thin = (0.7, 0.4) if len(series) > _FEW else (1.1, 1.0)
     for i, (name, part) in enumerate(series):
         at = part["layer"].to_numpy() + (i - (len(series) - 1) / 2) * step
-        ax.plot(at, part["estimate"], color=colours[i], linewidth=width, alpha=alpha)
+        ax.plot(at, part["estimate"], color=colours[i], linewidth=width)
         marker = MARKERS[i % len(MARKERS)]
-        ax.plot(at, part["estimate"], color=colours[i], marker=marker, linestyle="", label=in_legend(name))
-        ax.vlines(at, part["ci_low"], part["ci_high"], color=colours[i], linewidth=1)
+        size = 2 if len(series) > _FEW else None
+        ax.plot(at, part["estimate"], color=colours[i], marker=marker, ms=size, linestyle="", label=in_legend(name))
+        ax.vlines(at, part["ci_low"], part["ci_high"], color=colours[i], linewidth=thin)
         if "expected" in part:
             ax.plot(at, part["expected"], color=colours[i], linestyle=":", linewidth=1)
             ax.fill_between(at, part["null_low"], part["null_high"], color=colours[i], alpha=0.15, linewidth=0)
 
 
 @takes("stats.routing_entropy", "estimate", "layer")
-def routing_entropy(data: xr.Dataset, ax: Axes | None = None) -> Axes:
+def routing_entropy(data: xr.Dataset, ax: Axes | None = None, *, title: str | None = None) -> Axes:
     """Draw the mean routing entropy by layer, with its interval as a band.
 
     Parameters
@@ -244,6 +277,8 @@ def routing_entropy(data: xr.Dataset, ax: Axes | None = None) -> Axes:
         From `stats.routing_entropy`, ``[*by, layer]``. With groups, draws one line per group as `by_layer` does.
     ax : matplotlib.axes.Axes, optional
         Axes to draw on. By default a new figure in paper style.
+    title : str, optional
+        Title. By default the message, where one was computed, or what is drawn.
 
     Returns
     -------
@@ -261,22 +296,27 @@ def routing_entropy(data: xr.Dataset, ax: Axes | None = None) -> Axes:
     """
     series = list(wording.groups(data, "layer"))
     if len(series) > 1:
-        return by_layer(data, ax)
+        return by_layer(data, ax, title=title)
     with drawing(ax) as ax:
         part = series[0][1]
-        ax.fill_between(part["layer"], part["ci_low"], part["ci_high"], color=expert_colours(1)[0], alpha=0.3, lw=0)
-        ax.plot(part["layer"], part["estimate"], color=expert_colours(1)[0], marker="o")
+        ax.fill_between(part["layer"], part["ci_low"], part["ci_high"], color=SERIES_COLOURS[0], alpha=0.3, lw=0)
+        ax.plot(part["layer"], part["estimate"], color=SERIES_COLOURS[0], marker="o")
         _layer_axis(ax, data)
         _value_axis(ax, data)
         _uniform_lines(ax, data)
         ax.set_ylim(bottom=0)
-        heading(ax, _titled(data), wording.note(data, drawn="band"))
+        heading(ax, title or named(data), wording.note(data, drawn="band"))
     return ax
 
 
 @takes("stats.repetition", "estimate", "layer", "choice")
 def repetition(
-    data: xr.Dataset, ax: Axes | None = None, *, choice: str = "first", published: xr.Dataset | None = None
+    data: xr.Dataset,
+    ax: Axes | None = None,
+    *,
+    choice: str = "first",
+    published: xr.Dataset | None = None,
+    title: str | None = None,
 ) -> Axes:
     """Draw the share of consecutive tokens whose choice repeats, by layer (Jiang et al. 2024, Table 5).
 
@@ -290,6 +330,8 @@ def repetition(
         Whether the first choice repeats, or either the first or the second one.
     published : xarray.Dataset, optional
         `stats.table5()`: another model's numbers, drawn at the same relative depth.
+    title : str, optional
+        Title. By default the message, where one was computed, or what is drawn.
 
     Returns
     -------
@@ -308,19 +350,18 @@ def repetition(
     'layer'
     """
     data = data.sel(choice=choice)
-    series = list(wording.groups(data, "layer"))
-    width, height = _size(len(series) + (published is not None))
+    shown = [(name or "this trace", part) for name, part in wording.groups(data, "layer")]
+    width, height = _size(len(shown) + (published is not None))
     with drawing(ax, width, height if published is None else height + 0.4) as ax:  # the note is longer
-        _lines(ax, [(name or "this trace", part) for name, part in series])
+        _lines(ax, shown)
         note = wording.note(data, drawn="whiskers")
         if published is not None:
             note += "; " + _published_points(ax, published.sel(choice=choice), data["layer"].to_numpy())
         _layer_axis(ax, data)
         _value_axis(ax, data)
         _uniform_lines(ax, data)
-        if len(series) > 1 or published is not None:
-            _legend(ax)
-        heading(ax, wording.MEASURES[choice].capitalize(), note)
+        _name_lines(ax, shown)
+        heading(ax, title or message(data), note)
     return ax
 
 
@@ -339,7 +380,7 @@ def _published_points(ax: Axes, published: xr.Dataset, layers: np.ndarray) -> st
 
 
 @takes("stats.domain_information", "estimate", "layer", "measure")
-def domain_information(data: xr.Dataset, ax: Axes | None = None) -> Axes:
+def domain_information(data: xr.Dataset, ax: Axes | None = None, *, title: str | None = None) -> Axes:
     """Draw the mutual information between expert and domain by layer, beside that of permuted domain labels.
 
     Parameters
@@ -348,6 +389,8 @@ def domain_information(data: xr.Dataset, ax: Axes | None = None) -> Axes:
         From `stats.domain_information`, [layer, measure].
     ax : matplotlib.axes.Axes, optional
         Axes to draw on. By default a new figure in paper style.
+    title : str, optional
+        Title. By default the message, where one was computed, or what is drawn.
 
     Returns
     -------
@@ -371,13 +414,8 @@ def domain_information(data: xr.Dataset, ax: Axes | None = None) -> Axes:
         ax.set_ylim(bottom=0)
         _legend(ax)
         note = f"{wording.sample(data)}; whiskers: {wording.over(data)}"
-        heading(ax, "Expert and domain", note + "; chance: domain labels permuted over documents")
+        heading(ax, title or message(data), note + "; chance: domain labels permuted over documents")
     return ax
-
-
-def _titled(data: xr.Dataset) -> str:
-    selected = wording.chosen(data)
-    return f"{wording.title(data)}, {selected}" if selected else wording.title(data)
 
 
 def _uniform_lines(ax: Axes, data: xr.Dataset, series: Sequence[tuple[str, xr.Dataset]] = ()) -> None:
@@ -391,7 +429,7 @@ def _uniform_lines(ax: Axes, data: xr.Dataset, series: Sequence[tuple[str, xr.Da
     if len(levels) == 1:
         ax.axhline(float(levels[0]), color=INK, **style)
         return
-    for (_, part), colour in zip(series, expert_colours(len(series)), strict=True):
+    for (_, part), colour in zip(series, series_colours(len(series)), strict=True):
         if (own := wording.uniform(part)) is not None:
             ax.axhline(float(own), color=colour, **style)
 
@@ -412,11 +450,43 @@ def _layer_axis(ax: Axes, data: xr.Dataset) -> None:
     ax.set_xlabel("layer")
 
 
+def _name_lines(ax: Axes, series: Sequence[tuple[str, xr.Dataset]]) -> None:
+    """Name several lines: in a legend if they are few, else at their ends, as far apart as their names are high."""
+    if len(ax.get_legend_handles_labels()[1]) <= _FEW:
+        if len(ax.get_legend_handles_labels()[1]) > 1:
+            _legend(ax)
+        return
+    ends = [(float(part["estimate"].to_numpy()[-1]), name, colour)
+            for (name, part), colour in zip(series, series_colours(len(series)), strict=True)]  # fmt: skip
+    ends = sorted((end for end in ends if np.isfinite(end[0])), key=lambda end: end[0])
+    low, high = ax.get_ylim()
+    apart = (high - low) * 1.25 * SMALLEST / cell_size(ax, 1, 1)[1]
+    places = _spread([end for end, _, _ in ends], apart, low)
+    last = float(series[0][1]["layer"].to_numpy()[-1])
+    right = ax.get_xlim()[1]
+    across = (right - ax.get_xlim()[0]) * 0.04
+    for (end, name, colour), place in zip(ends, places, strict=True):
+        ax.plot([last + 0.3, right + across], [end, place], color=colour, linewidth=0.7, clip_on=False)
+        beside = {"xytext": (3, 0), "textcoords": "offset points", "va": "center", "annotation_clip": False}
+        ax.annotate(printable(name), (right + across, place), fontsize=SMALLEST, **beside)
+    ax.set_xlim(right=right)
+    ax.set_ylim(low, high)
+
+
+def _spread(wanted: list[float], apart: float, low: float) -> list[float]:
+    """Return ascending places at least `apart` from each other, as near to those `wanted` as one pass each way gets."""
+    places: list[float] = []
+    for want in wanted:
+        places.append(max(want, places[-1] + apart if places else low))
+    over = sum(place - want for place, want in zip(places, wanted, strict=True)) / max(len(places), 1)
+    return [max(place - over, low + i * apart) for i, place in enumerate(places)]
+
+
 def _legend(ax: Axes) -> None:
-    """Place the legend beside the axes, or below them when it has few entries, so that it covers nothing."""
-    few = len(ax.get_legend_handles_labels()[1]) <= _FEW
-    place = {"loc": "upper left", "bbox_to_anchor": (0.0, -0.2)} if few else {"loc": "center left"}
-    ax.legend(**{"bbox_to_anchor": (1.0, 0.5), **place}, fontsize=relative_size(0.85))
+    """Place the legend below the axes, so that it covers nothing, or beside them when it has many entries."""
+    if len(ax.get_legend_handles_labels()[1]) <= _FEW:
+        return legend_below(ax, columns=1)
+    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=SMALLEST)
 
 
 def _size(n_series: int) -> tuple[float, float]:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
 
 from mixlens.errors import BadInput
 from mixlens.plot import labels
 from mixlens.plot.bars_and_lines import by_layer
 from mixlens.plot.checks import takes, takes_run
+from mixlens.plot.colours import series_colours
+from mixlens.plot.heatmap import cells, colour_bar, layers_by_experts, map_height, map_width, numbers
+from mixlens.plot.messages import named
 from mixlens.plot.style import (
     COLUMN,
     FAINT,
@@ -18,9 +22,9 @@ from mixlens.plot.style import (
     MUTED,
     PAGE,
     drawing,
-    expert_colours,
     heading,
     in_legend,
+    legend_below,
     percent,
     relative_size,
 )
@@ -45,7 +49,7 @@ _PARTS = {"weights": "from other weights", "everything else": "from everything e
 
 
 @takes("stats.flips", "estimate", "layer", "measure")
-def flips_by_layer(data: xr.Dataset, ax: Axes | None = None) -> Axes:
+def flips_by_layer(data: xr.Dataset, ax: Axes | None = None, *, title: str | None = None) -> Axes:
     """Draw the share of tokens that choose other experts, by layer.
 
     There are three lines: in this layer, for the first time in this layer, and in this layer or an earlier one.
@@ -56,6 +60,8 @@ def flips_by_layer(data: xr.Dataset, ax: Axes | None = None) -> Axes:
         From `stats.flips`, [layer, measure].
     ax : matplotlib.axes.Axes, optional
         Axes to draw on. By default a new figure in paper style.
+    title : str, optional
+        Title. By default the message, where one was computed, or what is drawn.
 
     Returns
     -------
@@ -73,13 +79,13 @@ def flips_by_layer(data: xr.Dataset, ax: Axes | None = None) -> Axes:
     'layer'
     """
     part = labels.only(data.sel(measure=["changed", "first_flip", "so_far"]), "flips_by_layer", "layer", "measure")
-    ax = by_layer(part, ax)
+    ax = by_layer(part, ax, title=title)
     ax.set_ylim(bottom=0)
     return ax
 
 
 @takes("stats.flips_by_margin", "estimate", "margin", "margin_from")
-def flips_by_margin(data: xr.Dataset, ax: Axes | None = None) -> Axes:
+def flips_by_margin(data: xr.Dataset, ax: Axes | None = None, *, title: str | None = None) -> Axes:
     """Draw the share of choices that flip against the router's margin in the first run.
 
     Grey bars show how the choices are distributed over the margins.
@@ -90,6 +96,8 @@ def flips_by_margin(data: xr.Dataset, ax: Axes | None = None) -> Axes:
         From `stats.flips_by_margin`, [margin], or with one other dimension, such as domain.
     ax : matplotlib.axes.Axes, optional
         Axes to draw on. By default a new figure in paper style.
+    title : str, optional
+        Title. By default the message, where one was computed, or what is drawn.
 
     Returns
     -------
@@ -118,9 +126,9 @@ def flips_by_margin(data: xr.Dataset, ax: Axes | None = None) -> Axes:
     with drawing(ax, COLUMN, 2.5 + (0.16 * len(series) if len(series) > 1 else 0)) as ax:
         at = np.arange(len(edges))
         share = data["n"].sum([d for d in data["n"].dims if d != "margin"]).to_numpy() / float(data["n"].sum())
-        ax.bar(at, share, width=0.9, color=FAINT, linewidth=0, label="choices in the bin")
+        ax.bar(at, share, width=0.9, color=FAINT, edgecolor=MUTED, linewidth=0.6, label="choices in the bin")
         step = 0.5 / max(len(series), 8)
-        for i, ((name, part), colour) in enumerate(zip(series, expert_colours(len(series)), strict=True)):
+        for i, ((name, part), colour) in enumerate(zip(series, series_colours(len(series)), strict=True)):
             place = at + (i - (len(series) - 1) / 2) * step
             ax.plot(place, part["estimate"], color=colour, marker=MARKERS[i], label=in_legend(name) or "that flip")
             ax.vlines(place, part["ci_low"], part["ci_high"], color=colour, linewidth=1)
@@ -128,19 +136,20 @@ def flips_by_margin(data: xr.Dataset, ax: Axes | None = None) -> Axes:
         ax.yaxis.set_major_formatter(percent)
         ax.set_ylim(bottom=0)
         ax.set_xlabel("margin to the best expert left out, logits")
-        ax.legend(loc="upper right" if len(series) < 4 else "center left", fontsize=relative_size(0.8),
-                  bbox_to_anchor=None if len(series) < 4 else (1, 0.5))  # fmt: skip
+        legend_below(ax, also=16)
         n = f"n = {int(data['n'].sum()):,} choices, {labels.span(data['n_documents'])} documents"
         heading(
             ax,
-            labels.title(data),
+            title or labels.title(data),
             f"{n}; whiskers: {labels.over(data)}; grey: all choices",
         )
     return ax
 
 
 @takes("experiments.measure_impact(...).split()", "estimate", "quantity", "order", "part")
-def quality_split(data: xr.Dataset, ax: Axes | None = None, *, quantity: str = "loss") -> Axes:
+def quality_split(
+    data: xr.Dataset, ax: Axes | None = None, *, quantity: str = "loss", title: str | None = None
+) -> Axes:
     """Draw how much of the change comes from other routing and from everything else, in both orders and on average.
 
     Parameters
@@ -151,6 +160,8 @@ def quality_split(data: xr.Dataset, ax: Axes | None = None, *, quantity: str = "
         Axes to draw on. By default a new figure in paper style.
     quantity : {"loss", "kl", "other_top"}, optional
         The quantity whose change is drawn.
+    title : str, optional
+        Title. By default the message, where one was computed, or what is drawn.
 
     Returns
     -------
@@ -178,16 +189,16 @@ def quality_split(data: xr.Dataset, ax: Axes | None = None, *, quantity: str = "
     part = labels.only(data.sel(quantity=quantity, drop=True), "quality_split", "order", "part")
     with drawing(ax, COLUMN, 2.2) as ax:
         rows = np.arange(len(_ORDERS))[::-1]
-        named = [str(name) for name in part["part"].to_numpy() if name in _PARTS]
-        colours = dict(zip(named, expert_colours(2), strict=True))
-        for i, name in enumerate(named):
+        parts = [str(name) for name in part["part"].to_numpy() if name in _PARTS]
+        colours = dict(zip(parts, series_colours(2), strict=True))
+        for i, name in enumerate(parts):
             cell = part.sel(part=name, order=list(_ORDERS))
             at = rows + (0.5 - i) * 0.3
             ax.barh(at, cell["estimate"], height=0.28, color=colours[name], linewidth=0, label=_PARTS[name])
             ax.hlines(at, cell["ci_low"], cell["ci_high"], color=INK, linewidth=0.8, zorder=3)
         whole, cast = (float(part.sel(order="mean", part=name)["estimate"]) for name in ("total", "arithmetic"))
         ax.axvline(whole, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), label="in all")
-        if np.isfinite(cast) and "weights" not in named:
+        if np.isfinite(cast) and "weights" not in parts:
             ax.axvline(cast, color=MUTED, linewidth=0.8, linestyle=(0, (1, 2)), label="arithmetic alone")
         ax.axvline(0, color=INK, linewidth=0.6)
         ax.set_yticks(rows, list(_ORDERS.values()))
@@ -195,14 +206,14 @@ def quality_split(data: xr.Dataset, ax: Axes | None = None, *, quantity: str = "
         ax.set_xlabel(_QUANTITIES[quantity])
         if quantity == "other_top":
             ax.xaxis.set_major_formatter(percent)
-        ax.legend(loc="upper left", bbox_to_anchor=(-0.3, -0.3), ncols=2, fontsize=relative_size(0.8))
+        legend_below(ax)
         note = f"{labels.sample(data)}; whiskers: {labels.over(data)}, paired"
-        heading(ax, labels.title(data) + _selected(part), note)
+        heading(ax, title or named(part), note)
     return ax
 
 
 @takes("experiments.measure_impact(...).experts()", "estimate", "layer", "expert")
-def expert_errors(data: xr.Dataset, ax: Axes | None = None) -> Axes:
+def expert_errors(data: xr.Dataset, ax: Axes | None = None, *, title: str | None = None) -> Axes:
     """Draw the relative error of every expert's output, given the input that it had in the first model.
 
     Parameters
@@ -211,6 +222,8 @@ def expert_errors(data: xr.Dataset, ax: Axes | None = None) -> Axes:
         From `Impact.experts`, [layer, expert].
     ax : matplotlib.axes.Axes, optional
         Axes to draw on. By default a new figure in paper style.
+    title : str, optional
+        Title. By default the message, where one was computed, or what is drawn.
 
     Returns
     -------
@@ -231,37 +244,21 @@ def expert_errors(data: xr.Dataset, ax: Axes | None = None) -> Axes:
     ('expert', 'layer')
     """
     part = labels.only(data, "expert_errors", "layer", "expert").transpose("layer", "expert", ...)
-    with drawing(ax, COLUMN, 1.2 + 0.16 * max(data.sizes["layer"], 8)) as ax:
-        mesh = ax.pcolormesh(np.ma.masked_invalid(part["estimate"]), cmap="viridis", edgecolors="white", linewidth=0.3,
-                             vmin=0)  # fmt: skip
-        ax.set_facecolor(FAINT)
-        ax.invert_yaxis()
-        step = -(-data.sizes["layer"] // 24)
-        ax.set_yticks(np.arange(0, data.sizes["layer"], step) + 0.5, map(str, data["layer"].to_numpy()[::step]))
-        ax.set_xticks(np.arange(data.sizes["expert"]) + 0.5, map(str, data["expert"].to_numpy()))
-        ax.set_xlabel("expert")
-        ax.set_ylabel("layer")
-        ax.tick_params(length=0)
-        ax.spines[:].set_visible(False)
-        figure = ax.get_figure(root=True)
-        assert figure is not None
-        bar = figure.colorbar(mesh, ax=ax, fraction=0.05, pad=0.02, aspect=25, format=percent)
-        bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
-        bar.ax.tick_params(labelsize=6, length=2, width=0.5)
+    with drawing(ax, map_width(data.sizes["expert"]), 1.2 + map_height(data.sizes["layer"])) as ax:
+        values = part["estimate"].to_numpy()
+        most = float(values[np.isfinite(values)].max(initial=0)) or 1.0
+        drawn = cells(ax, values, "Reds", Normalize(0, most))
+        colour_bar(drawn, [ax], "relative error", percent)
+        numbers(ax, drawn, np.vectorize(lambda v: f"{100 * v:.0f}" if np.isfinite(v) else "")(values))
+        layers_by_experts(ax, part)
         chose = f"n = {labels.span(data['n'])} tokens an expert"
-        heading(
-            ax, labels.title(data) + _selected(part), f"‖f_b(x) − f_a(x)‖ / ‖f_a(x)‖; {chose}; grey: chosen by none"
-        )
+        note = f"per cent; ‖f_b(x) − f_a(x)‖ / ‖f_a(x)‖; {chose}; grey: chosen by none"
+        heading(ax, title or named(part), note)
     return ax
 
 
-def _selected(data: xr.Dataset) -> str:
-    chosen = labels.chosen(data)
-    return f", {chosen}" if chosen else ""
-
-
 @takes_run("pareto", "of", "front")
-def pareto(data: Pareto, ax: Axes | None = None, *, x: str = "bytes", y: str = "kl") -> Axes:
+def pareto(data: Pareto, ax: Axes | None = None, *, x: str = "bytes", y: str = "kl", title: str | None = None) -> Axes:
     """Draw the schemes of one model in two measured quantities, such as the quality lost against the bytes spent.
 
     The dashed line joins the schemes that no other scheme beats in both quantities.
@@ -274,6 +271,8 @@ def pareto(data: Pareto, ax: Axes | None = None, *, x: str = "bytes", y: str = "
         Axes to draw on. By default a new figure in paper style.
     x, y : str, optional
         Quantities of its table, such as bytes, tpot_s or ttft_s against kl, perplexity or same_top.
+    title : str, optional
+        Title. By default the message, where one was computed, or what is drawn.
 
     Returns
     -------
@@ -297,7 +296,7 @@ def pareto(data: Pareto, ax: Axes | None = None, *, x: str = "bytes", y: str = "
         front = data.front(x, y)
         line = {"color": MUTED, "linewidth": 0.8, "linestyle": (0, (4, 3)), "zorder": 1}
         ax.plot([across[scheme][0] for scheme in front], [up[scheme][0] for scheme in front], **line)
-        for i, (scheme, colour) in enumerate(zip(schemes, expert_colours(len(schemes)), strict=True)):
+        for i, (scheme, colour) in enumerate(zip(schemes, series_colours(len(schemes)), strict=True)):
             (at, left, right), (height, low, high) = across[scheme], up[scheme]
             style = {"marker": MARKERS[i % len(MARKERS)], "linestyle": "", "clip_on": False, "zorder": 3}
             ax.plot(at, height, color=colour, label=in_legend(scheme), **style)
@@ -313,7 +312,7 @@ def pareto(data: Pareto, ax: Axes | None = None, *, x: str = "bytes", y: str = "
         ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
         tokens, documents = int(data.of("kl")["n"].max()), data.meta["documents"]
         note = f"n = {tokens:,} tokens, {documents:,} documents; whiskers: 95 % interval; dashed: not beaten in both"
-        heading(ax, f"{label_y.split(',')[0]} against {label.split(',')[0]}", note)
+        heading(ax, title or f"{label_y.split(',')[0]} against {label.split(',')[0]}", note)
     return ax
 
 

@@ -8,14 +8,15 @@ from matplotlib.axes import Axes
 
 from mixlens.errors import BadInput
 from mixlens.plot.checks import takes
-from mixlens.plot.heatmap import mesh, numbered, scale_note
-from mixlens.plot.style import COLUMN, drawing, heading, printable
+from mixlens.plot.heatmap import column_ticks, map_height, map_width, mesh, row_ticks, scale_note
+from mixlens.plot.messages import message
+from mixlens.plot.style import drawing, heading, printable
 
 _WORDS = {"expert_share": "expert share", "routing_entropy": "routing entropy [bits]", "load_balance": "load balance"}
 
 
 @takes("stats.contrast", "estimate", "layer", "survives", "q")
-def contrast(data: xr.Dataset, ax: Axes | None = None) -> Axes:
+def contrast(data: xr.Dataset, ax: Axes | None = None, *, title: str | None = None) -> Axes:
     """Draw the difference between two groups in every cell that survives the control for their number.
 
     Parameters
@@ -24,6 +25,8 @@ def contrast(data: xr.Dataset, ax: Axes | None = None) -> Axes:
         From `stats.contrast`, [layer] or [layer, expert]. Select one measure with `data.sel(measure=...)`.
     ax : matplotlib.axes.Axes, optional
         Axes to draw on. By default a new figure in paper style.
+    title : str, optional
+        Title. By default the message, where one was computed, or what is drawn.
 
     Returns
     -------
@@ -52,12 +55,11 @@ def contrast(data: xr.Dataset, ax: Axes | None = None) -> Axes:
     shape = (data.sizes["layer"], -1)
     estimate, survives = (data[name].to_numpy().reshape(shape) for name in ("estimate", "survives"))
     of, told = data.attrs["of"], int(survives.sum())
-    with drawing(ax, COLUMN, 1.1 + 0.16 * max(shape[0], 8)) as ax:
-        mesh(ax, np.where(survives, estimate, np.nan), printable(f"difference in {_WORDS.get(of, of)}"))
-        numbered(ax, data["layer"].to_numpy())
-        names = data[others[0]].to_numpy() if others else [""]
-        step = -(-len(names) // 16)
-        ax.set_xticks(np.arange(0, len(names), step) + 0.5, [printable(name) for name in names[::step]])
+    with drawing(ax, map_width(estimate.shape[1]), 1.1 + map_height(shape[0])) as ax:
+        unit = mesh(ax, np.where(survives, estimate, np.nan), f"difference in {_WORDS.get(of, of)}")
+        row_ticks(ax, data["layer"].to_numpy())
+        ax.set_ylabel("layer")
+        column_ticks(ax, data[others[0]].to_numpy() if others else [""])
         ax.set_xlabel(printable(others[0]) if others else "")
         pairs = ", paired" if data.attrs["paired"] else ""
         note = (
@@ -65,5 +67,6 @@ def contrast(data: xr.Dataset, ax: Axes | None = None) -> Axes:
             f"{told} of {data.attrs['cells']} cells survive at a false discovery rate of "
             f"{1 - data.attrs['level']:.2g}; the others are grey"
         )
-        heading(ax, "Contrast", "; ".join(filter(None, (note, scale_note(np.where(survives, estimate, np.nan))))))
+        parts = (note, scale_note(np.where(survives, estimate, np.nan)), unit)
+        heading(ax, title or message(data), "; ".join(filter(None, parts)))
     return ax

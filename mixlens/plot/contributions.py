@@ -4,14 +4,35 @@ from __future__ import annotations
 
 import numpy as np
 import xarray as xr
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 
 from mixlens.errors import BadInput
 from mixlens.plot import labels
 from mixlens.plot.checks import takes
-from mixlens.plot.heatmap import by_group, dots, group_of, mesh, numbered, scale_note
-from mixlens.plot.style import COLUMN, MARKERS, MUTED, PAGE, drawing, expert_colours, heading, in_legend, printable
+from mixlens.plot.colours import layer_colours, series_colours
+from mixlens.plot.heatmap import (
+    by_group,
+    dots,
+    group_of,
+    layers_by_experts,
+    map_height,
+    map_width,
+    mesh,
+    row_ticks,
+    scale_note,
+)
+from mixlens.plot.style import (
+    COLUMN,
+    MARKERS,
+    MUTED,
+    PAGE,
+    SMALLEST,
+    drawing,
+    heading,
+    in_legend,
+    legend_below,
+    printable,
+)
 
 _LABELS = {"logit": "added to the next token's logit", "norm": "norm of the weighted output"}
 
@@ -19,7 +40,7 @@ _TITLES = {"logit": "Contribution to the logit", "norm": "Size of the contributi
 
 
 @takes("stats.expert_contribution", "estimate", "layer", "expert", "measure")
-def expert_contribution(data: xr.Dataset, ax: Axes | None = None) -> Axes:
+def expert_contribution(data: xr.Dataset, ax: Axes | None = None, *, title: str | None = None) -> Axes:
     """Draw what each expert contributes to the tokens that choose it; a dot marks what differs from 0.
 
     Parameters
@@ -28,6 +49,8 @@ def expert_contribution(data: xr.Dataset, ax: Axes | None = None) -> Axes:
         From `stats.expert_contribution`, [layer, expert]. Select one domain with `data.sel(domain=...)`.
     ax : matplotlib.axes.Axes, optional
         Axes to draw on. By default a new figure in paper style.
+    title : str, optional
+        Title. By default the message, where one was computed, or what is drawn.
 
     Returns
     -------
@@ -46,20 +69,18 @@ def expert_contribution(data: xr.Dataset, ax: Axes | None = None) -> Axes:
     'expert'
     """
     data = labels.only(data, "contribution", "layer", "expert").transpose("layer", "expert")
-    with drawing(ax, COLUMN, 0.9 + 0.16 * max(data.sizes["layer"], 8)) as ax:
-        signed = data.attrs["measure"] == "logit"
-        mesh(ax, data["estimate"].to_numpy(), _LABELS[data.attrs["measure"]], signed=signed)
-        if signed:
-            dots(ax, labels.surviving(data))
-        numbered(ax, data["layer"].to_numpy())
-        ax.set_xticks(np.arange(data.sizes["expert"]) + 0.5, map(str, data["expert"].to_numpy()))
-        ax.set_xlabel("expert")
-        _titled(ax, data, _TITLES[data.attrs["measure"]])
+    with drawing(ax, map_width(data.sizes["expert"]), 0.9 + map_height(data.sizes["layer"])) as ax:
+        measure, survives = data.attrs["measure"], labels.surviving(data)
+        unit = mesh(ax, data["estimate"].to_numpy(), _LABELS[measure], signed=measure == "logit", bold=survives)
+        if measure == "logit" and not unit:
+            dots(ax, survives)
+        layers_by_experts(ax, data)
+        heading(ax, title or _titled(data, _TITLES[measure]), _note(data, unit))
     return ax
 
 
 @takes("stats.expert_contribution", "estimate", "layer", "expert", "measure")
-def contribution_by_domain(data: xr.Dataset, ax: Axes | None = None) -> Axes:
+def contribution_by_domain(data: xr.Dataset, ax: Axes | None = None, *, title: str | None = None) -> Axes:
     """Draw what experts contribute in every domain: one row per domain, one column per expert, layers side by side.
 
     Parameters
@@ -68,6 +89,8 @@ def contribution_by_domain(data: xr.Dataset, ax: Axes | None = None) -> Axes:
         From `stats.expert_contribution` with ``by="domain"``, [domain, layer, expert].
     ax : matplotlib.axes.Axes, optional
         Axes to draw on. By default a new figure in paper style.
+    title : str, optional
+        Title. By default the message, where one was computed, or what is drawn.
 
     Returns
     -------
@@ -88,14 +111,19 @@ def contribution_by_domain(data: xr.Dataset, ax: Axes | None = None) -> Axes:
     """
     with drawing(ax, PAGE, 1.0 + 0.17 * max(data.sizes[group_of(data)], 4)) as ax:
         measure = data.attrs["measure"]
-        by_group(ax, data, "contribution_by_domain", _LABELS[measure], signed=measure == "logit")
-        _titled(ax, data, f"{_TITLES[measure]} by {group_of(data)}")
+        unit = by_group(ax, data, "contribution_by_domain", _LABELS[measure], signed=measure == "logit")
+        heading(ax, title or _titled(data, f"{_TITLES[measure]} by {group_of(data)}"), _note(data, unit))
     return ax
 
 
 @takes("experiments.measure_contributions", "logit", "sequence", "position")
 def contributions(
-    data: xr.Dataset, ax: Axes | None = None, *, sequence: int | None = None, positions: tuple[int, int] = (0, 64)
+    data: xr.Dataset,
+    ax: Axes | None = None,
+    *,
+    sequence: int | None = None,
+    positions: tuple[int, int] = (0, 64),
+    title: str | None = None,
 ) -> Axes:
     """Draw what the chosen experts of each layer add to the logit of the next token, along a text.
 
@@ -109,6 +137,8 @@ def contributions(
         Sequence number. By default the first sequence.
     positions : tuple of int, optional
         (first, stop) within the sequence.
+    title : str, optional
+        Title. By default the message, where one was computed, or what is drawn.
 
     Returns
     -------
@@ -141,18 +171,20 @@ def contributions(
     part = data.isel(token=np.flatnonzero(here)).transpose("layer", "token", "slot")
     with drawing(ax, PAGE, 1.2 + 0.13 * max(part.sizes["layer"], 8)) as ax:
         values = part["logit"].sum("slot", skipna=False).to_numpy()
-        mesh(ax, values, "logit of the next token")
+        unit = mesh(ax, values, "logit of the next token")
         pieces = [printable(piece).replace("\n", "↵") for piece in part["piece"].to_numpy()]
-        size = min(6.0, 380 / len(pieces))
-        ax.set_xticks(np.arange(len(pieces)) + 0.5, pieces, rotation=90, fontsize=size)
-        numbered(ax, part["layer"].to_numpy())
+        step = int(-(-len(pieces) * SMALLEST // (PAGE * 72 * 0.85)))  # labels that do not touch
+        places = np.arange(0, len(pieces), step) + 0.5
+        ax.set_xticks(places, pieces[::step], rotation=90, fontsize=SMALLEST)
+        row_ticks(ax, part["layer"].to_numpy())
+        ax.set_ylabel("layer")
         note = f"sequence {number}; column: the token read; direct effect on the token that came next; grey: none came"
-        heading(ax, "Contribution of experts", "; ".join(filter(None, [note, scale_note(values)])))
+        heading(ax, title or "Contribution of experts", "; ".join(filter(None, [note, scale_note(values), unit])))
     return ax
 
 
 @takes("stats.topk_sweep", "estimate", "k")
-def topk_sweep(data: xr.Dataset, ax: Axes | None = None) -> Axes:
+def topk_sweep(data: xr.Dataset, ax: Axes | None = None, *, title: str | None = None) -> Axes:
     """Draw the loss when every token chooses k experts, one line per domain; a dashed line marks the model's own k.
 
     Parameters
@@ -161,6 +193,8 @@ def topk_sweep(data: xr.Dataset, ax: Axes | None = None) -> Axes:
         From `stats.topk_sweep`, ``[*by, k]``.
     ax : matplotlib.axes.Axes, optional
         Axes to draw on. By default a new figure in paper style.
+    title : str, optional
+        Title. By default the message, where one was computed, or what is drawn.
 
     Returns
     -------
@@ -180,7 +214,7 @@ def topk_sweep(data: xr.Dataset, ax: Axes | None = None) -> Axes:
     """
     series = list(labels.groups(data, "k"))
     with drawing(ax, COLUMN, 2.4 if len(series) == 1 else 2.7 if len(series) < 5 else 3.3) as ax:
-        colours, step = expert_colours(len(series)), 0.4 / max(len(series), 8)
+        colours, step = series_colours(len(series)), 0.4 / max(len(series), 8)
         for i, (name, part) in enumerate(series):
             at = part["k"].to_numpy() + (i - (len(series) - 1) / 2) * step
             marker = MARKERS[i % len(MARKERS)]
@@ -191,17 +225,17 @@ def topk_sweep(data: xr.Dataset, ax: Axes | None = None) -> Axes:
         ax.set_xlabel("experts a token chooses, k")
         ax.set_ylabel("loss, nats a token")
         if len(series) > 1:
-            ax.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.45, -0.22), fontsize=6, columnspacing=1)
+            legend_below(ax, 4)
         note = f"{labels.sample(data)}; whiskers: {labels.over(data)}; dashed: the model's own k"
-        heading(ax, "Loss by number of experts", note)
+        heading(ax, title or "Loss by number of experts", note)
     return ax
 
 
 @takes("stats.topk_sweep", "first_weight", "k")
-def topk_routing(data: xr.Dataset, ax: Axes | None = None) -> Axes:
+def topk_routing(data: xr.Dataset, ax: Axes | None = None, *, title: str | None = None) -> Axes:
     """Draw the mean weight of the strongest expert when every token chooses k experts.
 
-    There is one line per layer, from the first (light) to the last.
+    There is one line per layer, from the first (blue) to the last (red).
 
     Parameters
     ----------
@@ -209,6 +243,8 @@ def topk_routing(data: xr.Dataset, ax: Axes | None = None) -> Axes:
         From `stats.topk_sweep`, [k]. Select one domain with `data.sel(domain=...)`.
     ax : matplotlib.axes.Axes, optional
         Axes to draw on. By default a new figure in paper style.
+    title : str, optional
+        Title. By default the message, where one was computed, or what is drawn.
 
     Returns
     -------
@@ -229,7 +265,7 @@ def topk_routing(data: xr.Dataset, ax: Axes | None = None) -> Axes:
     data = labels.only(data, "topk_routing", "k")
     with drawing(ax, COLUMN, 2.8) as ax:
         k, first = data["k"].to_numpy(), data["first_weight"].transpose("layer", "k").to_numpy()
-        shades = colormaps["viridis_r"](np.linspace(0.1, 1, len(first)))
+        shades = layer_colours(len(first))
         for i, (layer, line) in enumerate(zip(data["layer"].to_numpy(), first, strict=True)):
             ax.plot(k, line, color=shades[i], marker=".", markersize=3, linewidth=0.9, label=f"layer {layer}")
         ax.plot(k, 1 / k, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
@@ -239,16 +275,21 @@ def topk_routing(data: xr.Dataset, ax: Axes | None = None) -> Axes:
         ax.set_xlabel("experts a token chooses, k")
         ax.set_ylabel("weight of the strongest")
         if len(first) <= len(MARKERS):
-            ax.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.45, -0.22), fontsize=6, columnspacing=1)
+            legend_below(ax, 4)
         note = f"{labels.sample(data)}; dashed: equal weights, 1/k; dotted: the model's own k"
         selected = labels.chosen(data)
-        heading(ax, "Weight of the strongest expert" + (f", {selected}" if selected else ""), note)
+        heading(ax, title or "Weight of the strongest expert" + (f", {selected}" if selected else ""), note)
     return ax
 
 
-def _titled(ax: Axes, data: xr.Dataset, title: str) -> None:
-    logit = data.attrs["measure"] == "logit"
-    parts = [labels.sample(data), "mean over tokens that chose the expert"]
-    parts += [labels.marked(data, "dot", "differs from 0, "), scale_note(data["estimate"].to_numpy())] if logit else []
+def _titled(data: xr.Dataset, title: str) -> str:
     selected = labels.chosen(data)
-    heading(ax, f"{title}, {selected}" if selected else title, "; ".join(filter(None, parts)))
+    return f"{title}, {selected}" if selected else title
+
+
+def _note(data: xr.Dataset, unit: str) -> str:
+    parts = [labels.sample(data), "mean over tokens that chose the expert"]
+    if data.attrs["measure"] == "logit":
+        mark = labels.marked(data, "bold" if unit else "dot", "differs from 0, ")
+        parts += [mark, scale_note(data["estimate"].to_numpy())]
+    return "; ".join(filter(None, [*parts, unit]))

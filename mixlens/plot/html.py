@@ -10,12 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mixlens.core.text import MISSING
-from mixlens.plot.style import INK, MUTED, PaperFigure
-
-_DARK = f"""<style>@media (prefers-color-scheme: dark) {{
-[style*="fill: {INK}"] {{ fill: #e8e8ee !important }} [style*="stroke: {INK}"] {{ stroke: #e8e8ee !important }}
-[style*="fill: {MUTED}"] {{ fill: #a9a9b5 !important }} [style*="stroke: {MUTED}"] {{ stroke: #a9a9b5 !important }}
-}}</style>"""
+from mixlens.plot.style import PaperFigure
 
 
 def escape(text: object) -> str:
@@ -23,11 +18,10 @@ def escape(text: object) -> str:
 
 
 def picture(drawn: Axes | Figure, alt: str, caption: str) -> str:
-    """A figure as an SVG picture: text as paths, and its ink light on a dark page."""
+    """A figure as an SVG picture with text as paths."""
     figure = drawn.get_figure(root=True) if isinstance(drawn, Axes) else drawn
     assert isinstance(figure, PaperFigure)
-    head, body = figure.svg().decode("utf-8").split("<defs>", 1)
-    source = base64.b64encode(f"{head}{_DARK}<defs>{body}".encode()).decode("ascii")
+    source = base64.b64encode(figure.svg()).decode("ascii")
     width = round(figure.get_size_inches()[0] * 140)
     wide = ' class="wide" tabindex="0"' if width > 700 else ""  # on a phone it scrolls instead of shrinking
     return (

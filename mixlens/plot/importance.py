@@ -8,14 +8,38 @@ from matplotlib.axes import Axes
 
 from mixlens.plot import labels
 from mixlens.plot.checks import takes
-from mixlens.plot.heatmap import by_group, dots, group_of, mesh, numbered, scale_note, signed_axis
-from mixlens.plot.style import COLUMN, INK, MARKERS, MUTED, PAGE, drawing, expert_colours, heading, percent, printable
+from mixlens.plot.colours import layer_colours
+from mixlens.plot.heatmap import (
+    by_group,
+    dots,
+    group_of,
+    layers_by_experts,
+    map_height,
+    map_width,
+    mesh,
+    scale_note,
+    signed_axis,
+)
+from mixlens.plot.messages import message
+from mixlens.plot.style import (
+    COLUMN,
+    INK,
+    MARKERS,
+    MUTED,
+    PAGE,
+    SMALLEST,
+    drawing,
+    heading,
+    legend_below,
+    percent,
+    printable,
+)
 
 _FEW_POINTS = 40  # up to so many points are labelled
 
 
 @takes("stats.expert_importance", "estimate", "layer", "expert", "metric")
-def expert_importance(data: xr.Dataset, ax: Axes | None = None) -> Axes:
+def expert_importance(data: xr.Dataset, ax: Axes | None = None, *, title: str | None = None) -> Axes:
     """Draw the change in loss without each expert of each layer; a dot marks changes that survive.
 
     Parameters
@@ -24,6 +48,8 @@ def expert_importance(data: xr.Dataset, ax: Axes | None = None) -> Axes:
         From `stats.expert_importance`, [layer, expert]. Select one domain with `data.sel(domain=...)`.
     ax : matplotlib.axes.Axes, optional
         Axes to draw on. By default a new figure in paper style.
+    title : str, optional
+        Title. By default the message, where one was computed, or what is drawn.
 
     Returns
     -------
@@ -44,18 +70,18 @@ def expert_importance(data: xr.Dataset, ax: Axes | None = None) -> Axes:
     'expert'
     """
     data = labels.only(data, "importance", "layer", "expert").transpose("layer", "expert")
-    with drawing(ax, COLUMN, 0.9 + 0.16 * max(data.sizes["layer"], 8)) as ax:
-        mesh(ax, data["estimate"].to_numpy(), _label(data))
-        dots(ax, labels.surviving(data))
-        numbered(ax, data["layer"].to_numpy())
-        ax.set_xticks(np.arange(data.sizes["expert"]) + 0.5, map(str, data["expert"].to_numpy()))
-        ax.set_xlabel("expert")
-        _titled(ax, data, "Importance")
+    with drawing(ax, map_width(data.sizes["expert"]), 0.9 + map_height(data.sizes["layer"])) as ax:
+        survives = labels.surviving(data)
+        unit = mesh(ax, data["estimate"].to_numpy(), _label(data), bold=survives)
+        if not unit:
+            dots(ax, survives)
+        layers_by_experts(ax, data)
+        heading(ax, title or message(data), _note(data, unit))
     return ax
 
 
 @takes("stats.expert_importance", "estimate", "layer", "expert", "metric")
-def importance_by_domain(data: xr.Dataset, ax: Axes | None = None) -> Axes:
+def importance_by_domain(data: xr.Dataset, ax: Axes | None = None, *, title: str | None = None) -> Axes:
     """Draw the change in loss in every domain: one row per domain, one column per expert, layers side by side.
 
     Parameters
@@ -64,6 +90,8 @@ def importance_by_domain(data: xr.Dataset, ax: Axes | None = None) -> Axes:
         From `stats.expert_importance` with ``by="domain"``, [domain, layer, expert].
     ax : matplotlib.axes.Axes, optional
         Axes to draw on. By default a new figure in paper style.
+    title : str, optional
+        Title. By default the message, where one was computed, or what is drawn.
 
     Returns
     -------
@@ -85,13 +113,13 @@ def importance_by_domain(data: xr.Dataset, ax: Axes | None = None) -> Axes:
     'layer (in each, experts 0 to 7)'
     """
     with drawing(ax, PAGE, 1.0 + 0.17 * max(data.sizes[group_of(data)], 4)) as ax:
-        by_group(ax, data, "importance_by_domain", _label(data))
-        _titled(ax, data, f"Importance by {group_of(data)}")
+        unit = by_group(ax, data, "importance_by_domain", _label(data))
+        heading(ax, title or f"Importance by {group_of(data)}", _note(data, unit))
     return ax
 
 
 @takes("stats.expert_importance", "estimate", "share", "layer", "expert")
-def importance_against_share(data: xr.Dataset, ax: Axes | None = None) -> Axes:
+def importance_against_share(data: xr.Dataset, ax: Axes | None = None, *, title: str | None = None) -> Axes:
     """Draw the change in loss without an expert against how often it is chosen: one point per layer and expert.
 
     Parameters
@@ -100,6 +128,8 @@ def importance_against_share(data: xr.Dataset, ax: Axes | None = None) -> Axes:
         From `stats.expert_importance`, [layer, expert]. Select one domain with `data.sel(domain=...)`.
     ax : matplotlib.axes.Axes, optional
         Axes to draw on. By default a new figure in paper style.
+    title : str, optional
+        Title. By default the message, where one was computed, or what is drawn.
 
     Returns
     -------
@@ -122,9 +152,9 @@ def importance_against_share(data: xr.Dataset, ax: Axes | None = None) -> Axes:
     data = labels.only(data, "importance_against_share", "layer", "expert").transpose("layer", "expert")
     with drawing(ax, COLUMN, 2.9) as ax:
         share, estimate = data["share"].to_numpy(), data["estimate"].to_numpy()
-        colours = expert_colours(data.sizes["layer"])
+        colours = layer_colours(data.sizes["layer"])
         for i, layer in enumerate(data["layer"].to_numpy()):
-            ax.vlines(share[i], data["ci_low"][i], data["ci_high"][i], color=colours[i], linewidth=0.6, alpha=0.7)
+            ax.vlines(share[i], data["ci_low"][i], data["ci_high"][i], color=colours[i], linewidth=0.6)
             marker = MARKERS[i % len(MARKERS)]
             ax.plot(share[i], estimate[i], marker=marker, linestyle="", color=colours[i], label=f"layer {layer}")
         signed_axis(ax, np.stack([data["ci_low"], data["ci_high"]]))
@@ -134,15 +164,15 @@ def importance_against_share(data: xr.Dataset, ax: Axes | None = None) -> Axes:
         ax.set_xlabel("share of assignments")
         ax.set_ylabel(_label(data))
         if data.sizes["layer"] <= len(MARKERS):
-            ax.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.45, -0.2), fontsize=6, columnspacing=1)
+            legend_below(ax, 4)
         if estimate.size <= _FEW_POINTS:
             for (i, j), value in np.ndenumerate(estimate):
-                ax.annotate(str(data["expert"].to_numpy()[j]), (share[i, j], value), fontsize=5, xytext=(2, 2),
+                ax.annotate(str(data["expert"].to_numpy()[j]), (share[i, j], value), fontsize=SMALLEST, xytext=(2, 2),
                             textcoords="offset points")  # fmt: skip
         note = f"{labels.sample(data)}; whiskers: {labels.over(data)}; dashed: uniform share"
         note = "; ".join(filter(None, [note, scale_note(np.stack([data["ci_low"], data["ci_high"]]))]))
         selected = labels.chosen(data)
-        heading(ax, "Importance against use" + (f", {selected}" if selected else ""), note)
+        heading(ax, title or "Importance against use" + (f", {selected}" if selected else ""), note)
     return ax
 
 
@@ -152,9 +182,8 @@ def _label(data: xr.Dataset) -> str:
     return printable(f"change in {str(data.attrs['metric']).rsplit('.', 1)[-1]}, a token")
 
 
-def _titled(ax: Axes, data: xr.Dataset, title: str) -> None:
+def _note(data: xr.Dataset, unit: str) -> str:
     how = {"reroute": "never chosen", "zero": "output zero", "mean": "output its mean"}.get(str(data.attrs["how"]), "")
-    selected = labels.chosen(data)
-    parts = [labels.sample(data), f"each expert in turn: {how}", labels.marked(data, "dot")]
-    note = "; ".join(filter(None, [*parts, scale_note(data["estimate"].to_numpy())]))
-    heading(ax, f"{title}, {selected}" if selected else title, note)
+    mark = labels.marked(data, "bold" if unit else "dot")
+    parts = [labels.sample(data), f"each expert in turn: {how}", mark, scale_note(data["estimate"].to_numpy()), unit]
+    return "; ".join(filter(None, parts))

@@ -14,19 +14,18 @@ from typing import Any
 import matplotlib
 from matplotlib import font_manager
 from matplotlib.axes import Axes
-from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
-from matplotlib.transforms import blended_transform_factory
+from matplotlib.transforms import ScaledTranslation, blended_transform_factory
 
 from mixlens.core.files import write_file
+from mixlens.plot.dark import with_dark
 
-# Petroff's sequence (arXiv 2107.02270), distinguishable under the common colour-vision deficiencies.
-EXPERT_COLOURS = ("#3f90da", "#ffa90e", "#bd1f01", "#832db6", "#a96b59", "#e76300", "#b9ac70", "#92dadd")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*")
 INK, MUTED, FAINT = "#1b1b1f", "#5c5c66", "#d6d6dc"
 DIVERGING = "RdBu_r"
 _STAND_INS = ("DejaVu Sans", "Noto Sans CJK JP", "Noto Emoji", "Symbola")
 COLUMN, PAGE = 3.3, 7.0  # inches: one column, and the whole width, of a two-column paper
+SMALLEST = 7.0  # points, of any text
 
 PAPER: Any = {
     "font.size": 8,
@@ -59,24 +58,6 @@ PAPER: Any = {
 }
 
 
-def expert_colours(n_experts: int) -> list[str]:
-    """Return one colour per expert: the eight of `EXPERT_COLOURS`, then the same eight lighter and darker in turn.
-
-    Beyond eight, colours are hard to distinguish; every figure also shows the expert's number.
-    """
-    shades = [0.0, 0.45, -0.4, 0.7, -0.65, 0.25, -0.2, 0.85]
-    return [
-        _shade(EXPERT_COLOURS[i % len(EXPERT_COLOURS)], shades[i // len(EXPERT_COLOURS) % len(shades)])
-        for i in range(n_experts)
-    ]
-
-
-def _shade(colour: str, amount: float) -> str:
-    target = 1.0 if amount > 0 else 0.0
-    red, green, blue = (channel + (target - channel) * abs(amount) for channel in to_rgb(colour))
-    return to_hex((red, green, blue))
-
-
 class PaperFigure(Figure):
     """A Figure that pyplot does not manage and that notebooks display."""
 
@@ -88,8 +69,8 @@ class PaperFigure(Figure):
         return self._bytes("png", dpi=dpi)
 
     def svg(self) -> bytes:
-        """Return the figure as SVG, with text as paths and without a background."""
-        return self._bytes("svg", facecolor="none", metadata={"Date": None})
+        """Return the figure as SVG, with text as paths, without a background, light or dark as the page is."""
+        return with_dark(self._bytes("svg", facecolor="none", metadata={"Date": None}))
 
     def pdf(self) -> bytes:
         return self._bytes("pdf", bbox_inches="tight", metadata={"CreationDate": None})
@@ -151,7 +132,8 @@ def drawing(ax: Axes | None, width: float = COLUMN, height: float = 2.4) -> Iter
 
 
 def relative_size(factor: float) -> float:
-    return matplotlib.rcParams["font.size"] * factor
+    """Return a size in points relative to the style's, and legible in print."""
+    return max(SMALLEST, matplotlib.rcParams["font.size"] * factor)
 
 
 def heading(ax: Axes, title: str, note: str) -> None:
@@ -193,6 +175,30 @@ def _columns(ax: Axes) -> int:
 def note_of(ax: Axes) -> str:
     """Return the note that `heading` wrote under the title of `ax`."""
     return " ".join(t.get_text() for t in ax.texts if t.get_gid() == "note").replace("\n", " ")
+
+
+def legend_below(ax: Axes, columns: int = 2, *, also: float = 0.0) -> None:
+    """Put a legend below the axis label, from the left edge of the axes, in as many columns as there is room for.
+
+    `also` is the height in points of what else is below the axes, such as long tick labels.
+    """
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    handles, names = ax.get_legend_handles_labels()
+    longest = max(map(len, names), default=0) + 6
+    room = figure.get_size_inches()[0] * ax.get_position().width * 72 / (0.6 * SMALLEST)
+    place = ax.transAxes + ScaledTranslation(0, -(34 + also) / 72, figure.dpi_scale_trans)
+    ax.legend(
+        handles,
+        names,
+        loc="upper left",
+        bbox_to_anchor=(0.0, 0.0),
+        bbox_transform=place,
+        borderaxespad=0,
+        ncols=max(1, min(columns, int(room / longest))),
+        fontsize=SMALLEST,
+        columnspacing=1,
+    )
 
 
 def drop_note(ax: Axes, title: str) -> None:

@@ -9,15 +9,22 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
 from mixlens.errors import BadInput
-from mixlens.plot.style import MUTED, PAGE, drawing, expert_colours, families, heading, own_figure, printable
+from mixlens.plot.colours import expert_colours
+from mixlens.plot.style import MUTED, PAGE, SMALLEST, drawing, families, heading, own_figure, printable
 from mixlens.trace.trace import Trace
 
 _FAMILY = "DejaVu Sans Mono"
-_SIZE, _ADVANCE, _LINE = 7.0, 0.602, 2.5  # points; width of a character and height of a line, both in sizes
+_SIZE, _ADVANCE, _LINE = 7.0, 0.602, 2.8  # points; width of a character and height of a line, both in sizes
 
 
 def text(
-    trace: Trace, ax: Axes | None = None, *, sequence: int | None = None, layer: int | None = None, start: int = 0
+    trace: Trace,
+    ax: Axes | None = None,
+    *,
+    sequence: int | None = None,
+    layer: int | None = None,
+    start: int = 0,
+    title: str | None = None,
 ) -> Axes:
     """Draw the tokens of one sequence with their experts.
 
@@ -35,6 +42,8 @@ def text(
         Layer number. By default the middle layer.
     start : int, optional
         First token to draw; as many follow as fit into the axes.
+    title : str, optional
+        Title. By default the message, where one was computed, or what is drawn.
 
     Returns
     -------
@@ -67,9 +76,9 @@ def text(
         until = "" if start + shown == start + len(pieces) else f" (tokens {start} to {start + shown - 1})"
         heading(
             drawn,
-            f"Sequence {number}, layer {layer}",
+            title or f"Sequence {number}, layer {layer}",
             f"n = {shown:,} of {start + len(pieces):,} tokens{until}; "
-            "thick underline and digit: first choice; thin: second",
+            "thick underline and number, where it fits: first choice; thin: second",
         )
     return drawn
 
@@ -158,11 +167,13 @@ def _token(ax: Axes, column: int, line: int, shown: str, cells: int, choices: li
     ax.add_patch(Rectangle((left, line + 0.52), width, 0.10, facecolor=colour, linewidth=0))
     for depth, (_, other) in enumerate(others[:3]):
         ax.add_patch(Rectangle((left, line + 0.645 + 0.06 * depth), width, 0.04, facecolor=other, linewidth=0))
+    if len(str(first)) * SMALLEST * 0.64 > cells * _SIZE * _ADVANCE * 1.1:
+        return  # it would run into that of the next token
     ax.text(
         column + cells / 2,
-        line + 0.94,
+        line + 0.96,
         str(first),
-        fontsize=_SIZE * 0.62,
+        fontsize=SMALLEST,
         color=MUTED,
         ha="center",
         va="baseline",

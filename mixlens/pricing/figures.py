@@ -8,16 +8,16 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from mixlens.bench.bench import Bench
-from mixlens.bench.figures import legend_below
 from mixlens.core.text import interval
 from mixlens.errors import BadInput
 from mixlens.evals.log import Log
+from mixlens.plot.colours import SERIES_COLOURS
 from mixlens.plot.style import (
     MUTED,
     PAGE,
     drawing,
-    expert_colours,
     heading,
+    legend_below,
     printable,
     relative_size,
 )
@@ -25,7 +25,11 @@ from mixlens.pricing.tradeoff import Candidate, candidates, frontier
 
 
 def quality_cost_speed(
-    runs: Sequence[Log | Bench | Candidate] | pd.DataFrame, ax: Axes | None = None, *, score: str | None = None
+    runs: Sequence[Log | Bench | Candidate] | pd.DataFrame,
+    ax: Axes | None = None,
+    *,
+    score: str | None = None,
+    title: str | None = None,
 ) -> Axes:
     """Draw quality against cost, with speed as the area of a point.
 
@@ -41,6 +45,8 @@ def quality_cost_speed(
     score : str, optional
         For evaluations, the benchmark or protocol to use if they share several. For Candidates without a benchmark, the
         name of their score.
+    title : str, optional
+        Title. By default the message, where one was computed, or what is drawn.
 
     Returns
     -------
@@ -76,7 +82,7 @@ def quality_cost_speed(
         )
     area = 170 * known["tokens_per_s"] / known["tokens_per_s"].max()
     with drawing(ax, PAGE * 0.8, 2.9 + 0.14 * len(known)) as ax:
-        colour = expert_colours(1)[0]
+        colour = SERIES_COLOURS[0]
         faces = [colour if on else "white" for on in known["frontier"]]
         ax.vlines(known["usd_per_mtok"], known["score_low"], known["score_high"], color=MUTED, lw=0.8, zorder=1)
         ax.scatter(known["usd_per_mtok"], known["score"], s=area, c=faces, edgecolors=colour, lw=1, zorder=2)
@@ -102,5 +108,5 @@ def quality_cost_speed(
             f"{len(known)} candidates; area: output tokens a second; filled: no other is as good in all three and "
             "better in one; whiskers: interval of the score"
         )
-        heading(ax, "Quality, cost and speed", note + left_out)
+        heading(ax, title or "Quality, cost and speed", note + left_out)
     return ax

@@ -210,3 +210,10 @@ def note(ax: Axes) -> str:
 
 def title(ax: Axes) -> str:
     return ax.get_title(loc="left").replace("\n", " ")
+
+
+def marked(ax: Axes) -> set[tuple[int, int]]:
+    """The cells (row, column) of a map with a dot or a bold number."""
+    bold = [text.get_position() for text in ax.texts if text.get_fontweight() == "bold"]
+    dots = [place for line in ax.lines if line.get_marker() == "." for place in zip(*line.get_data(), strict=True)]
+    return {(int(y), int(x)) for x, y in (*bold, *dots)}

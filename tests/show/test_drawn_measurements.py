@@ -31,17 +31,12 @@ def surviving(data) -> set[tuple[int, int]]:
     return {(i, j) for i, j in np.argwhere(data.survives.to_numpy()).tolist()}
 
 
-def dotted(ax) -> set[tuple[int, int]]:
-    x, y = ax.lines[0].get_data()
-    return {(int(b), int(a)) for a, b in zip(x, y, strict=True)}
-
-
 @pytest.mark.parametrize("draw", [show.expert_importance, show.expert_contribution])
-def test_a_map_of_changes_has_a_dot_where_a_change_survives_on_either_side(draw):
+def test_a_map_of_changes_marks_what_survives_on_either_side(draw):
     data = changes({"layer": LAYERS, "expert": EXPERTS}, **IMPORTANCE, measure="logit")
     ax = draw(data)
     np.testing.assert_array_equal(see.cells(ax), data.estimate)
-    assert dotted(ax) == surviving(data)
+    assert see.marked(ax) == surviving(data)
     assert 0 < len(surviving(data)) < data.estimate.size
     assert {(data.estimate.values[place] > 0) for place in surviving(data)} == {True, False}
     assert list(see.ticks(ax, "y").values()) == [str(layer) for layer in LAYERS]
@@ -65,7 +60,7 @@ def test_of_several_domains_each_has_a_row_and_each_layer_its_block(draw):
     flat = data.transpose("domain", "layer", "expert")
     np.testing.assert_array_equal(see.cells(ax), flat.estimate.to_numpy().reshape(3, -1))
     wide = {(i, j * 6 + e) for i, j, e in np.argwhere(flat.survives.to_numpy()).tolist()}
-    assert dotted(ax) == wide
+    assert see.marked(ax) == wide
     assert list(see.ticks(ax, "y").values()) == list(DOMAINS)
     assert see.ticks(ax, "x") == {(i + 0.5) * 6: str(layer) for i, layer in enumerate(LAYERS)}
     assert [line.get_xdata()[0] for line in ax.lines[1:]] == [6, 12, 18]

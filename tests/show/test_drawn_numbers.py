@@ -193,7 +193,7 @@ def test_layers_are_labelled_by_their_numbers_where_not_all_are(layers):
         show.expert_errors(errors),
     ):
         labels = see.ticks(ax, "y")
-        assert len(labels) <= 24
+        assert len(labels) <= 32
         assert {int(place - 0.5): label for place, label in labels.items()} == {
             int(place - 0.5): str(list(layers)[int(place - 0.5)]) for place in labels
         }

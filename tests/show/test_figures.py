@@ -13,7 +13,8 @@ from show_samples import dataset
 from mixlens import show, stats
 from mixlens.errors import BadInput
 from mixlens.plot import labels as wording
-from mixlens.plot.style import EXPERT_COLOURS, expert_colours, families, note_of, own_figure, printable
+from mixlens.plot.colours import EXPERT_COLOURS, expert_colours
+from mixlens.plot.style import families, note_of, own_figure, printable
 from mixlens.trace.trace import Trace
 
 
@@ -234,7 +235,7 @@ def test_text_of_an_unknown_sequence_or_layer(trace):
         show.text(trace, layer=12)
 
 
-def test_colours_of_eight_experts_are_the_published_ones_and_more_are_distinct():
+def test_colours_of_many_experts_are_distinct():
     assert expert_colours(8) == list(EXPERT_COLOURS)
     assert len(set(expert_colours(64))) == 64
 

@@ -111,7 +111,7 @@ def test_pictures_are_drawn_with_every_name_in_title_ticks_and_note():
     for name in ALL[:-7]:
         ax = show.specialization(shares([name], layers=[5], experts=2), domain=name)
         title = see.title(ax).replace(r"\$", "$")
-        assert title.replace(" ", "").endswith(re.sub(r"\s", "", as_drawn(name)))
+        assert re.sub(r"\s", "", as_drawn(name)) in title.replace(" ", "")
 
 
 def test_views_carry_every_name_as_text():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import xarray as xr
+from helpers import displayed as see
 from helpers.refusals import refused
 
 from mixlens import BadInput, show
@@ -41,13 +42,12 @@ def data() -> xr.Dataset:
     )
 
 
-def test_a_cell_is_the_change_and_a_dot_one_that_survives(data):
+def test_a_cell_is_the_change_and_marked_if_it_survives(data):
     one = data.sel(domain="code")
     ax = show.expert_importance(one)
     drawn = ax.collections[0].get_array().reshape(4, 8)
     np.testing.assert_array_equal(drawn.filled(np.nan), one.estimate)
-    dots = {(int(y), int(x)) for x, y in zip(*ax.lines[0].get_data(), strict=True)}
-    assert dots == set(map(tuple, np.argwhere(one.survives.values).tolist()))
+    assert see.marked(ax) == set(map(tuple, np.argwhere(one.survives.values).tolist()))
     assert "200 tokens, 6 documents" in note_of(ax)
     assert "among 95 cells" in note_of(ax)
     assert "never chosen" in note_of(ax)

@@ -13,6 +13,7 @@ from mixlens.evals.log import Log
 from mixlens.evals.paired import compare_logs
 from mixlens.evals.published import beside
 from mixlens.evals.report import score_sections
+from mixlens.plot.style import note_of
 
 N = {"mmlu_5shot": 14042, "arc_challenge_25shot": 1172}
 
@@ -59,7 +60,7 @@ def test_scores_intervals_chance_and_comparable_references_are_drawn(whole):
     assert set(comparable["status"]) == {"official"}
     for status, rows in comparable.groupby("status"):
         assert marks(ax, f"published: {status}") == set(rows["published"].round(1))
-    assert f"{int((~published['comparable']).sum())} published scores by other protocols" in ax.texts[0].get_text()
+    assert f"{int((~published['comparable']).sum())} published scores by other protocols" in note_of(ax)
     low, high = ax.get_xlim()
     assert low < comparable["published"].min() <= comparable["published"].max() < high
 
@@ -67,7 +68,7 @@ def test_scores_intervals_chance_and_comparable_references_are_drawn(whole):
 def test_a_part_of_a_benchmark_has_no_reference_and_says_so():
     ax = show.scores(log(0.7, limit=40))
     assert not [line for line in ax.lines if str(line.get_label()).startswith("published")]
-    assert "no scores of the benchmarks" in ax.texts[0].get_text().replace("\n", " ")
+    assert "no scores of the benchmarks" in note_of(ax).replace("\n", " ")
 
 
 def test_several_models_have_rows_side_by_side(whole):
