@@ -1,3 +1,4 @@
+from mixlens.decisions.bits import allocate_bits as allocate_bits
 from mixlens.decisions.caches import cache as cache
 from mixlens.decisions.checkpoint import save as save
 from mixlens.decisions.distinct import distinct_experts as distinct_experts

@@ -105,7 +105,8 @@ def saliency(
         frequency = Share(chosen, np.broadcast_to(chosen.sum(-2, keepdims=True), chosen.shape))
         return {"frequency": frequency, "norm": Mean(sums["norm"], chosen), "reap": Mean(sums["weighted"], chosen)}
 
-    shapes = dict.fromkeys(("chosen", "norm", "weighted"), (trace.n_layers, trace.n_experts))
+    experts = (trace.n_layers, trace.n_experts)
+    shapes: dict[str, tuple[int, ...]] = {"chosen": experts, "norm": experts, "weighted": experts}
     counts = count(trace, None, shapes, blocks(), add)
     size = (counts.totals["chosen"], ("layer", "expert"))
     data = summarise(counts, measures, {"expert": np.arange(trace.n_experts)}, bootstrap, size=size)

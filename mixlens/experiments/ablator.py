@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +12,12 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from mixlens.errors import BadInput
+from mixlens.errors import BadInput, ModelError
 from mixlens.interventions.edits import ablate, edit
 from mixlens.interventions.hooks import refuse_partial
 from mixlens.models.layout import (
     decoder_of,
+    expert_weights,
     input_device,
     moe_layers,
     n_experts,
@@ -24,6 +25,9 @@ from mixlens.models.layout import (
     refuse_indirect,
     refuse_sharded,
 )
+from mixlens.models.quantization.linears import SCHEMES, Scheme, dequantized, quantize_linear, require
+from mixlens.models.quantization.schemes import parse_scheme
+from mixlens.models.quantization.unfuse import is_unfused
 from mixlens.recording.hooks import Tap
 from mixlens.recording.logprobs import score
 from mixlens.recording.reader import batches
@@ -53,7 +57,8 @@ class Ablator:
     """Measures sequences with each expert of `layers` taken out in turn.
 
     layers  layer numbers
-    how     "reroute", "zero", or "mean" with `means`, as edits.ablate takes them
+    how     "reroute", "zero", or "mean" with `means`, as edits.ablate takes them; or a quantization scheme, in which
+            an expert is held in its turn
     metric  from logits [n, vocabulary] and the tokens that came [n] to a number for each [n]; None for the loss in nats
 
     An ablation in layer l leaves everything below l as it is, so hidden states are kept and only the layers above run
@@ -69,6 +74,7 @@ class Ablator:
         self.model: Any = model
         self.layers, self.how, self.means, self.metric = layers, how, means, metric
         self.moe_layers = moe_layers(model)
+        self.scheme = parse_scheme(how) if how.partition("-g")[0] in SCHEMES else None
         self.n_experts = n_experts(model)
         sites = [Site(name) for name in ("attn_out", "moe_in", "resid_post")]
         self._signals = parse_signals(sites, [layer.index for layer in self.moe_layers])
@@ -76,6 +82,9 @@ class Ablator:
         refuse_partial(model)
         refuse_sharded(model, "ablate experts")
         refuse_indirect(model, "ablate every expert")
+        if self.scheme is not None:
+            refuse_rounded_inputs(self.scheme)
+            refuse_quantized(model)
 
     @torch.inference_mode()
     def measure(self, sequences: list[np.ndarray], batch_tokens: int) -> Costs:
@@ -150,12 +159,29 @@ class Ablator:
         device = after.device
         before = (raw["resid_pre"][index].to(device) + raw["attn_out"][index].to(device))[hit.to(device)]
         read = raw["moe_in"][index][hit.to(raw["moe_in"][index].device)]
-        with edit(self.model, ablate(index, expert, how=self.how, mean=self.means)):
+        with self._taken_out(index, expert):
             output = self.moe_layers[index].moe(read[None])[0]
         after[hit.to(device)] = before + output.to(device)
         rows = reached.any(1)
         states = self._run(after[rows.to(device)], index + 1)
         return self._value(states[reached[rows].to(states.device)], target[reached])
+
+    @contextmanager
+    def _taken_out(self, index: int, expert: int) -> Iterator[None]:
+        """The model without an expert, or with the weights that it has in a scheme."""
+        if self.scheme is None:
+            with edit(self.model, ablate(index, expert, how=self.how, mean=self.means)):
+                yield
+            return
+        weights = [matrix[expert] for matrix in expert_weights(self.moe_layers[index])]
+        before = [weight.clone() for weight in weights]
+        try:
+            for weight, linear in zip(weights, quantized_expert(before, self.scheme), strict=True):
+                weight.copy_(dequantized(linear))
+            yield
+        finally:
+            for weight, whole in zip(weights, before, strict=True):
+                weight.copy_(whole)
 
     def _run(self, hidden: torch.Tensor, start: int) -> torch.Tensor:
         """[row, column, H] after the layers from `start` on and the last norm."""
@@ -193,6 +219,34 @@ class Ablator:
                 )
             parts.append(found.double().cpu())
         return torch.cat(parts).numpy()
+
+
+def quantized_expert(weights: list[torch.Tensor], scheme: Scheme) -> list[nn.Module]:
+    """The Linears of one expert in a scheme, from its matrices."""
+    require(scheme, {weights[0].device})
+    return [quantize_linear(weight, scheme, weight.device, weight.dtype) for weight in weights]
+
+
+def refuse_quantized(model: nn.Module) -> None:
+    """Raises ModelError where experts are no plain fused weights that can be rounded in place."""
+    if any(is_unfused(layer.experts) for layer in moe_layers(model)):
+        raise ModelError(
+            "Cannot hold experts in a scheme one by one: those of this model are quantized already, or Linears of "
+            "their own. Load the original, without quantization.",
+            argument="model",
+            value=type(model).__name__,
+        )
+
+
+def refuse_rounded_inputs(scheme: Scheme) -> None:
+    """Raises BadInput for a scheme that rounds what experts read, too, which its weights do not tell."""
+    if scheme.name in ("int8", "fp8"):
+        raise BadInput(
+            f"Cannot measure {scheme.name} expert by expert: it rounds inputs too, which weights alone do not show. "
+            "Pass a scheme of weights alone, such as nf4, int8wo, int4wo or hqq4.",
+            argument="how",
+            value=scheme.name,
+        )
 
 
 class _CacheFrom(DynamicCache):

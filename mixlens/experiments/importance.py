@@ -15,10 +15,11 @@ import xarray as xr
 from torch import nn
 
 from mixlens.errors import BadInput
-from mixlens.experiments.ablator import Ablator, Metric
+from mixlens.experiments.ablator import Ablator, Metric, quantized_expert
 from mixlens.interventions.activations import digest_of
 from mixlens.interventions.where import whole_numbers
-from mixlens.models.layout import moe_layers
+from mixlens.models.layout import expert_weights, moe_layers
+from mixlens.models.provenance import audit
 from mixlens.recording.corpus import Corpus, RecordSettings, Shard, lengths_of, measure_documents, sum_documents
 from mixlens.stats import importance as stats
 
@@ -32,7 +33,8 @@ class Ablation:
     Parameters
     ----------
     how : str, optional
-        "reroute" (never chosen), "zero", or "mean" with `means`; as edits.ablate.
+        "reroute" (never chosen), "zero", or "mean" with `means`, as edits.ablate; or a quantization scheme such as
+        "hqq2", as load takes it: then each expert in turn is held in it, for decisions.allocate_bits.
     means : Any, optional
         Xarray [layer, expert, hidden], as expert_outputs(...)["mean"].
     metric : Metric, optional
@@ -153,8 +155,17 @@ def measure_importance(
         arrays = {**vars(costs), "length": lengths_of(shard)}
         return {name: sum_documents(shard, values) for name, values in arrays.items()}
 
-    about = {"ablation": ablation.plan(), "layers": layers}
+    about = {"ablation": ablation.plan() | _bytes(ablator), "layers": layers}
     return stats.importance_dataset(measure_documents(model, corpus, stats.KIND, measure=measure, about=about, out=out))
+
+
+def _bytes(ablator: Ablator) -> dict[str, int]:
+    """What an expert takes in a scheme, and as it is; nothing where experts are ablated."""
+    if ablator.scheme is None:
+        return {}
+    weights = [matrix[0] for matrix in expert_weights(ablator.moe_layers[0])]
+    held = audit(nn.Sequential(*quantized_expert(weights, ablator.scheme))).bytes
+    return {"expert_bytes": held, "whole_bytes": sum(weight.nbytes for weight in weights)}
 
 
 def _digest_of(metric: Metric) -> str | None:
