@@ -22,7 +22,7 @@ class Work:
     def __init__(self, model: Any) -> None:
         self.sizes = Sizes.of(model.config.to_dict())
         self.cached_bytes = self.sizes.cached * model.dtype.itemsize
-        self._weights = weights_of(model, self.cached_bytes)
+        self.weights = weights_of(model, self.cached_bytes)
 
     def of_call(
         self, recorder: CompiledRecorder | None, lengths: Sequence[int], forwards: int, *, complete: bool
@@ -49,7 +49,7 @@ class Work:
         parts = np.split(expert_id[order], np.flatnonzero(np.diff(step[order])) + 1)
         found: list[Step] = []
         for number, (part, n) in enumerate(zip(parts, flops, strict=True)):
-            read, experts = self._weights.read(part, [length + number for length in lengths])
+            read, experts = self.weights.read(part, [length + number for length in lengths])
             found.append({"experts": experts, "read_bytes": read, "flops": n})
         return found
 

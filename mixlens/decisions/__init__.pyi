@@ -1,6 +1,7 @@
 from mixlens.decisions.bits import allocate_bits as allocate_bits
 from mixlens.decisions.caches import cache as cache
 from mixlens.decisions.checkpoint import save as save
+from mixlens.decisions.distinct import decode_time as decode_time
 from mixlens.decisions.distinct import distinct_experts as distinct_experts
 from mixlens.decisions.gate import judge as judge
 from mixlens.decisions.judgement import Judgement as Judgement

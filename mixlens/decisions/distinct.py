@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -66,7 +66,7 @@ def distinct_experts(
     Raises
     ------
     BadInput
-        For a batch or window below 1 or that no sequences of the trace fill, or a step of a single token.
+        For a batch or window below 1 or that no sequences of the trace fill.
 
     Examples
     --------
@@ -74,29 +74,10 @@ def distinct_experts(
     >>> found["estimate"].dims, found.attrs["verdict"]
     (('layer',), 'do it')
     """
-    trace = clustered(trace, cluster)
-    require(trace, "distinct_experts", "expert_id", "position", bootstrap=bootstrap)
-    for name, value in {"batch": batch, "window": window}.items():
-        if not isinstance(value, int | np.integer) or value < 1:
-            raise BadInput(
-                f"Cannot count the experts of a step with {name}={value!r}: it is no whole number from 1. Pass 4, for "
-                "example.",
-                argument=name,
-                value=value,
-            )
-    if batch * window == 1:
-        raise BadInput(
-            f"Cannot count the distinct experts of a single token: it reads its {trace.top_k}. Pass a batch of several "
-            "sequences, a window of several tokens, or both.",
-            argument="batch",
-            value=batch,
-        )
-    steps = _Steps.of(trace, batch, window)
-    n, e = batch * window, trace.n_experts
-    ids = trace.read("expert_id")[steps.kept]
-    each = [steps.read(ids[:, layer], e, n) for layer in range(trace.n_layers)]
-    read, random = (np.stack(arrays) for arrays in zip(*each, strict=True))
-    estimate, low, high = with_bounds(Smooth(read, floor=float(trace.top_k)), steps.sizes, bootstrap.level)
+    trace, steps, read, random = _counted("distinct_experts", trace, batch, window, cluster, bootstrap)
+    e, n = trace.n_experts, batch * window
+    quantity = Smooth(read, floor=float(trace.top_k))
+    estimate, low, high = with_bounds(quantity, steps.sizes, bootstrap.level)
     data = xr.Dataset(
         {
             "estimate": ("layer", estimate),
@@ -108,13 +89,120 @@ def distinct_experts(
         },
         coords={"layer": trace.layers},
     )
-    gain = Smooth((random - read).mean(0))
     return described(
         data, trace, bootstrap,
         statistic="distinct_experts", unit="experts", batch=batch, window=window,
-        formula=e * (1 - (1 - trace.top_k / e) ** n), interval=said(gain), **judged(gain, steps.sizes, bootstrap),
+        formula=e * (1 - (1 - trace.top_k / e) ** n), interval=said(quantity),
+        **judged(Smooth((random - read).mean(0).round(9)), steps.sizes, bootstrap),
         source="hypergeometric: every batch of the trace's sequences, counted exactly",
     )  # fmt: skip
+
+
+def decode_time(
+    trace: Trace,
+    model: Any,
+    *,
+    batch: int = 1,
+    window: int = 1,
+    context: int,
+    bandwidth_bytes_per_s: float,
+    step_s: float | None = None,
+    cluster: str | None = None,
+    bootstrap: Bootstrap = DECISION,
+) -> xr.Dataset:
+    """Predict the bytes that a step of decoding reads, and from them its time or its share of the bandwidth.
+
+    read_bytes = all weights but the embedding table and the experts + bytes of the distinct experts of each layer +
+    keys and values of `context` tokens of each sequence, as a benchmark counts those of its own forwards. The time is
+    read_bytes / bandwidth, which no step beats that has to read them. Text like that to come gives a prediction for it:
+    record what the model generates, and select ``phase="generated"``.
+
+    Parameters
+    ----------
+    trace : Trace
+        The recording, of the layers of the whole model. Needs ``expert_id`` and position.
+    model : transformers.PreTrainedModel
+        The Mixtral that is to run, whose tensors have the bytes.
+    batch : int, optional
+        Sequences of a step.
+    window : int, optional
+        Consecutive tokens of each sequence.
+    context : int
+        Tokens that each sequence attends to.
+    bandwidth_bytes_per_s : float
+        Of the device's memory, best as measured: ``bench.meta["machine"]["bandwidth_bytes_per_s"]["estimate"]``.
+    step_s : float, optional
+        Measured time of a step, for the share of the bandwidth that it used (MBU).
+    cluster : str, optional
+        Column of the sequences, such as "author", whose values vary independently where documents do not.
+    bootstrap : Bootstrap, optional
+        How intervals are computed.
+
+    Returns
+    -------
+    xarray.Dataset
+        ``estimate``, ci_low, ci_high ``[quantity]`` of read_bytes, decode_s, tokens_per_s and, with `step_s`, mbu_frac;
+        all predicted; attrs verdict and gain as of `distinct_experts`.
+
+    Raises
+    ------
+    BadInput
+        As `distinct_experts`, and for a trace that lacks layers of the model.
+
+    Examples
+    --------
+    >>> found = ml.decisions.decode_time(trace, model, batch=4, context=128, bandwidth_bytes_per_s=50e9)
+    >>> found["quantity"].values.tolist()
+    ['read_bytes', 'decode_s', 'tokens_per_s']
+    """
+    from mixlens.bench.bytes_and_flops import Work
+
+    trace, steps, read, random = _counted("decode_time", trace, batch, window, cluster, bootstrap)
+    weights = Work(model).weights
+    if len(weights.expert_bytes) != trace.n_layers:
+        raise BadInput(
+            f"Cannot predict decode_time: the trace has {trace.n_layers} layers and the model "
+            f"{len(weights.expert_bytes)}. Pass the trace of all layers of this model.",
+            argument="trace",
+            value=trace.n_layers,
+        )
+    bytes_read = weights.dense_bytes + weights.cached_bytes * context * batch + weights.expert_bytes[:, 0] @ read
+    estimate, low, high = with_bounds(Smooth(bytes_read), steps.sizes, bootstrap.level)
+    times = {name: value / bandwidth_bytes_per_s for name, value in {"e": estimate, "l": low, "h": high}.items()}
+    rows = {
+        "read_bytes": (estimate, low, high),
+        "decode_s": (times["e"], times["l"], times["h"]),
+        "tokens_per_s": tuple(batch * window / times[name] for name in "ehl"),
+        **({} if step_s is None else {"mbu_frac": tuple(times[name] / step_s for name in "elh")}),
+    }
+    columns = zip(("estimate", "ci_low", "ci_high"), zip(*rows.values(), strict=True), strict=True)
+    data = xr.Dataset({name: ("quantity", np.array(values)) for name, values in columns}, coords={"quantity": [*rows]})
+    return described(
+        data.assign(n=len(steps.step), n_documents=len(steps.sizes)), trace, bootstrap,
+        statistic="decode_time", unit="by quantity", predicted="all", batch=batch, window=window, context=context,
+        interval=said(Smooth(bytes_read)), **judged(Smooth((random - read).mean(0).round(9)), steps.sizes, bootstrap),
+    )  # fmt: skip
+
+
+def _counted(
+    what: str, trace: Trace, batch: int, window: int, cluster: str | None, bootstrap: Bootstrap
+) -> tuple[Trace, _Steps, np.ndarray, np.ndarray]:
+    """The trace by cluster, its steps, and experts of a step and of random tokens [layer, 1 + document]."""
+    trace = clustered(trace, cluster)
+    require(trace, what, "expert_id", "position", bootstrap=bootstrap)
+    for name, value in {"batch": batch, "window": window}.items():
+        if not isinstance(value, int | np.integer) or value < 1:
+            raise BadInput(
+                f"Cannot count the experts of a step with {name}={value!r}: it is no whole number from 1. Pass 4, for "
+                "example.",
+                argument=name,
+                value=value,
+            )
+    steps = _Steps.of(trace, batch, window)
+    ids = trace.read("expert_id")[steps.kept]
+    each = [steps.read(ids[:, layer], trace.n_experts, batch * window) for layer in range(trace.n_layers)]
+    read, random = (np.stack(arrays).round(12) for arrays in zip(*each, strict=True))
+    return trace, steps, read, random
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import mixlens as ml
+from mixlens.bench.bytes_and_flops import Work
+from mixlens.bench.model_prompts import Prompts
+from mixlens.bench.roofline import Machine, roofline
 from mixlens.core.intervals import Smooth, with_bounds
 from mixlens.decisions.verdict import DECISION
 
@@ -69,7 +72,7 @@ def test_windows_do_not_reach_across_a_gap():
 
 @pytest.mark.parametrize(
     ("asked", "argument"),
-    [({"batch": 6}, "batch"), ({"window": 0}, "window"), ({}, "batch"), ({"batch": 1.5}, "batch")],
+    [({"batch": 6}, "batch"), ({"window": 0}, "window"), ({"batch": 1.5}, "batch")],
 )
 def test_steps_that_cannot_be_are_refused(asked, argument):
     with pytest.raises(ml.BadInput) as refused:
@@ -81,3 +84,50 @@ def test_one_document_is_not_enough():
     found = ml.decisions.distinct_experts(made([40, 40], documents=["a", "a"]).trace, window=4)
     assert found["ci_low"].isnull().all()
     assert found.attrs["verdict"] == "not enough evidence"
+
+
+def test_one_token_reads_its_own_experts_and_decides_nothing():
+    found = ml.decisions.distinct_experts(made([9, 8, 7]).trace)
+    assert found["estimate"].values.tolist() == [2, 2, 2]
+    assert (found.attrs["formula"], found.attrs["verdict"]) == (2, "not enough evidence")
+
+
+def test_bytes_of_a_step_are_those_that_a_benchmark_counts():
+    model = ml.load("demo", verbose=False)
+    case = made([6] * 4, layers=range(8), documents=[*"abcd"])
+    found = ml.decisions.decode_time(case.trace, model, batch=2, context=10, bandwidth_bytes_per_s=1e9, step_s=0.5).sel(
+        quantity=["read_bytes", "decode_s", "tokens_per_s", "mbu_frac"]
+    )
+    weights = Work(model).weights
+    pairs = combinations(range(0, 24, 6), 2)
+    by_step = [weights.read(case.expert_id[[a + at, b + at]], [10, 10])[0] for a, b in pairs for at in range(6)]
+    mean = float(np.mean(by_step))
+    np.testing.assert_allclose(found["estimate"], [mean, mean / 1e9, 2e9 / mean, mean / 5e8])
+    assert (found["ci_low"] <= found["estimate"]).all()
+    assert (found["estimate"] <= found["ci_high"]).all()
+    with pytest.raises(ml.BadInput) as refused:
+        ml.decisions.decode_time(case.trace.select(layers=[0, 1]), model, context=1, bandwidth_bytes_per_s=1e9)
+    assert refused.value.argument == "trace"
+
+
+@pytest.mark.slow
+def test_a_trace_of_other_prompts_predicts_the_count_of_a_run():
+    model = ml.load("demo", verbose=False)
+    quiet = ml.bench.LocalSettings(progress=False)
+    sizes = {"prompt_tokens": 48, "output_tokens": 40}
+    bench = ml.benchmark(model, concurrency=4, requests=6, workload=ml.bench.Workload(**sizes), settings=quiet)
+    machine = Machine.of(bench.meta["machine"])
+    run = roofline(bench.records, machine, layers=8).query("phase == 'decode'").set_index("metric")["estimate"]
+    ids, mask = Prompts(model, ml.bench.Workload(**sizes, seed=7)).batch(list(range(24)))
+    with ml.Recorder(model) as recorder:
+        model.generate(ids, attention_mask=mask, max_new_tokens=40, do_sample=False, pad_token_id=0)
+    found = ml.decisions.decode_time(
+        recorder.trace().select(phase="generated"),
+        model,
+        batch=4,
+        context=48 + 20,
+        bandwidth_bytes_per_s=machine.bandwidth_bytes_per_s.estimate,
+        step_s=float(run["forward_s"]),
+    )["estimate"]
+    assert float(found.sel(quantity="read_bytes")) == pytest.approx(float(run["read_bytes"]), rel=0.03)
+    assert float(found.sel(quantity="mbu_frac")) == pytest.approx(float(run["mbu_frac"]), rel=0.03)
