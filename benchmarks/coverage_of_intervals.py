@@ -184,8 +184,9 @@ def found(rng: Random, n: int, spread: float, layers: int, groups: int, names: s
             yield name, getattr(stats, name)(trace)
     if wanted("position_profile"):
         yield "position_profile", stats.position_profile(trace, edges=(0, 4, 16))
-    if wanted("vocabulary_specialization") and layers == LAYERS:
-        yield "vocabulary_specialization", stats.vocabulary_specialization(trace)
+    for name in ("vocabulary_specialization", "predictability"):
+        if wanted(name) and layers == LAYERS:
+            yield name, getattr(stats, name)(trace)
     if wanted("domain_specialization", "domain_information") and n >= 4:
         split = routed(rng, n, spread, layers, by_domain=1.0)
         yield "domain_specialization", stats.domain_specialization(split)

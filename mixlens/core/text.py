@@ -9,14 +9,15 @@ import pandas as pd
 import xarray as xr
 
 MISSING = "n/a"  # where a number has no value
+NO_INTERVAL = "no interval"  # where a number has a value, and too little to bound it by
 
 
 def interval(estimate: float, low: float, high: float, decimals: int, *, factor: float = 1.0) -> str:
-    """Format an estimate with its interval, as "1.5 [1.2, 1.9]"; without the interval where it is NaN."""
+    """Format an estimate with its interval, as "1.5 [1.2, 1.9]"."""
     if estimate != estimate:
         return MISSING
-    text = f"{factor * estimate:,.{decimals}f}"
-    return text if low != low else f"{text} [{factor * low:,.{decimals}f}, {factor * high:,.{decimals}f}]"
+    bounds = f"{factor * low:,.{decimals}f}, {factor * high:,.{decimals}f}" if low == low else NO_INTERVAL
+    return f"{factor * estimate:,.{decimals}f} [{bounds}]"
 
 
 def interval_of(row: Mapping[Any, Any] | pd.Series, factor: float, decimals: int) -> str:
@@ -38,7 +39,7 @@ def shown(overview: pd.DataFrame) -> pd.DataFrame:
             return MISSING
         scale, sign = (100, " %") if row.unit == "fraction" else (1, f" {row.unit}".rstrip())
         numbers = [f"{scale * row[name]:.4g}" for name in ("estimate", "ci_low", "ci_high")]
-        interval = "no interval" if row.ci_low != row.ci_low else f"{numbers[1]}, {numbers[2]}"
+        interval = NO_INTERVAL if row.ci_low != row.ci_low else f"{numbers[1]}, {numbers[2]}"
         return f"{numbers[0]}{sign} [{interval}]"
 
     return pd.DataFrame({"": overview.apply(text, axis=1), "n": overview["n"].map("{:,}".format)})

@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 
 from mixlens.core.run_dir import open_run
+from mixlens.core.text import MISSING, NO_INTERVAL
 from mixlens.errors import visible
 from mixlens.evals.questions import finding_remarks
 from mixlens.evals.readings import reading_remarks
@@ -148,8 +149,10 @@ class Log:
                 {
                     "benchmark": row["benchmark"],
                     "metric": " ".join(filter(None, (row["metric"], row["average"]))),
-                    "score": "n/a" if row["score"] != row["score"] else f"{row['score']:.4f}",
-                    "95 %": "n/a" if row["ci_low"] != row["ci_low"] else f"[{row['ci_low']:.4f}, {row['ci_high']:.4f}]",
+                    "score": MISSING if row["score"] != row["score"] else f"{row['score']:.4f}",
+                    "95 %": NO_INTERVAL
+                    if row["ci_low"] != row["ci_low"]
+                    else f"[{row['ci_low']:.4f}, {row['ci_high']:.4f}]",
                     "n": row["n"],
                     "protocol": row["protocol"],
                 }

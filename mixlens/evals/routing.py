@@ -95,7 +95,9 @@ def with_samples(
     return sequences.assign(**columns)
 
 
-def sample_share(log: Log, *, by: str = "group", bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
+def sample_share(
+    log: Log, *, by: str = "group", cluster: str | None = None, bootstrap: Bootstrap = DEFAULT
+) -> xr.Dataset:
     """Compute the share of the choices that fall on each expert over the samples of an evaluation.
 
     Every sample counts once: its prompt with its generated answer, or with the gold choice. Shots that samples share
@@ -107,6 +109,8 @@ def sample_share(log: Log, *, by: str = "group", bootstrap: Bootstrap = DEFAULT)
         The evaluation.
     by : str, optional
         "group" (subject or language), "task", "benchmark", or "outcome" (right against wrong answers).
+    cluster : str, optional
+        Column of the samples, such as "group", whose values vary independently where samples do not.
     bootstrap : Bootstrap, optional
         How intervals are computed.
 
@@ -126,10 +130,12 @@ def sample_share(log: Log, *, by: str = "group", bootstrap: Bootstrap = DEFAULT)
     >>> "expert" in ml.evals.sample_share(log)["estimate"].dims
     True
     """
-    return expert_share(samples_of(log), by=by, bootstrap=bootstrap)
+    return expert_share(samples_of(log), by=by, cluster=cluster, bootstrap=bootstrap)
 
 
-def flipped_routing(log_a: Log, log_b: Log, *, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
+def flipped_routing(
+    log_a: Log, log_b: Log, *, cluster: str | None = None, bootstrap: Bootstrap = DEFAULT
+) -> xr.Dataset:
     """Measure how alike two evaluations route the same samples, by how their answers changed.
 
     Parameters
@@ -138,6 +144,8 @@ def flipped_routing(log_a: Log, log_b: Log, *, bootstrap: Bootstrap = DEFAULT) -
         The first evaluation.
     log_b : Log
         The second evaluation.
+    cluster : str, optional
+        Column of the samples, such as "group", whose values vary independently where samples do not.
     bootstrap : Bootstrap, optional
         How intervals are computed.
 
@@ -168,7 +176,7 @@ def flipped_routing(log_a: Log, log_b: Log, *, bootstrap: Bootstrap = DEFAULT) -
         )
     changes = [_change(*pair) for pair in zip(a.sequences["outcome"], b.sequences["outcome"], strict=True)]
     a.sequences = a.sequences.assign(change=changes)
-    return agreement(a, b, by="change", bootstrap=bootstrap).rename(document_change="change")
+    return agreement(a, b, by="change", cluster=cluster, bootstrap=bootstrap).rename(document_change="change")
 
 
 def samples_of(log: Log) -> Trace:

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageChops
 
 from mixlens.core.files import write_file
+from mixlens.core.text import NO_INTERVAL
 from mixlens.live.bundle import mount_script
 from mixlens.live.page import page
 from mixlens.plot import labels
@@ -184,7 +185,7 @@ def extremes(data: xr.Dataset, centre: float, rows: int = 8) -> str:
     columns |= {
         f"{labels.title(data).lower()}{unit}": [labels.plain(v, data) for v in kept["estimate"]],
         f"{labels.level(data)}": [
-            f"{labels.plain(low, data)} to {labels.plain(high, data)}"
+            f"{labels.plain(low, data)} to {labels.plain(high, data)}" if low == low else NO_INTERVAL
             for low, high in zip(kept["ci_low"], kept["ci_high"], strict=True)
         ],
         "n": [f"{int(n):,}" for n in kept["n"]],

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
+from mixlens.core.text import NO_INTERVAL
 from mixlens.errors import BadInput
 from mixlens.trace.trace import Trace
 
@@ -128,7 +129,7 @@ def plain(value: float, data: xr.Dataset) -> str:
 def with_interval(cell: xr.Dataset) -> str:
     """Format a Dataset without dimensions as "12.3 % [11.9, 12.8]"."""
     low, high = (plain(float(cell[name]), cell) for name in ("ci_low", "ci_high"))
-    interval = "no interval" if low == "–" else f"{low}, {high}"
+    interval = NO_INTERVAL if low == "–" else f"{low}, {high}"
     return f"{number(float(cell['estimate']), cell)} [{interval}]"
 
 
@@ -170,8 +171,13 @@ def level(data: xr.Dataset) -> str:
 
 
 def over(data: xr.Dataset) -> str:
-    """Describe the intervals, as "95 % interval over documents"."""
-    return f"{level(data)} over {independent(data)}s"
+    """Describe the intervals, as "95 % interval over documents", and say what has none, and why."""
+    text = f"{level(data)} over {independent(data)}s"
+    lacking = (np.isfinite(data["estimate"]) & ~np.isfinite(data["ci_low"])).to_numpy()
+    if not lacking.any():
+        return text
+    why = data.attrs.get("no_interval", f"fewer than two {independent(data)}s")
+    return f"{NO_INTERVAL} ({why})" if lacking.all() else f"{text}; {NO_INTERVAL} of {why}"
 
 
 def survivors(data: xr.Dataset) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from mixlens.core.text import NO_INTERVAL
 from mixlens.plot import labels
 from mixlens.plot.checks import check
 from mixlens.plot.html import escape
@@ -117,9 +118,9 @@ def _cell(value: object, data: xr.Dataset) -> str:
         estimate, low, high = value
         if not math.isfinite(estimate):
             return '<td data-v="">–</td>'
-        interval = f"<small>{labels.plain(low, data)} to {labels.plain(high, data)}</small>"
-        shown = interval if math.isfinite(low) else ""
-        return f'<td data-v="{estimate:.6g}">{labels.plain(estimate, data)}{shown}</td>'
+        bounds = f"{labels.plain(low, data)} to {labels.plain(high, data)}" if math.isfinite(low) else NO_INTERVAL
+        interval = f"<small>{bounds}</small>" if "ci_low" in data else ""
+        return f'<td data-v="{estimate:.6g}">{labels.plain(estimate, data)}{interval}</td>'
     if isinstance(value, str) and value.replace(",", "").isdigit():
         return f'<td data-v="{value.replace(",", "")}">{value}</td>'
     return f"<td>{escape(value)}</td>"
@@ -185,7 +186,8 @@ def _texts(data: xr.Dataset) -> tuple[list[str], list[list[str]]]:
         if not isinstance(value, tuple):
             return str(value)
         estimate, low, high = (labels.plain(v, part) for v in value)
-        return estimate if low == "–" else f"{estimate} [{low}, {high}]"
+        bounds = NO_INTERVAL if low == "–" else f"{low}, {high}"
+        return f"{estimate} [{bounds}]" if "ci_low" in part and estimate != "–" else estimate
 
     rows = frame.itertuples(index=False, name=None)
     return list(frame.columns), [[text(v, part) for v, part in zip(row, parts, strict=True)] for row in rows]

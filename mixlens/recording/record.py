@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -24,6 +25,7 @@ from mixlens.recording.reader import Reader
 from mixlens.recording.recorder import PACKAGES
 from mixlens.trace import convert
 from mixlens.trace import shards as store
+from mixlens.trace.clusters import remark_on_clusters
 from mixlens.trace.shards import MemoryPart
 from mixlens.trace.signals import DEFAULT, Signals, Site, parse_signals
 from mixlens.trace.trace import Trace, from_parts
@@ -115,6 +117,7 @@ def record(
         frame = pd.concat(tables)
         meta["left_out"] = _named([place for part in parts for place in part.left_out], frame["document_id"])
         warn_of_left_out(meta["left_out"])
+        _remark(frame)
         trace = from_parts(parts, frame, meta, layers)
         trace._vocabulary = corpus.vocabulary()
         return trace
@@ -131,7 +134,13 @@ def record(
         run_shards(out, "trace", plan, corpus, compute, write, finish, together=is_sharded(model))
     trace = Trace.open(out)
     warn_of_left_out(trace.meta["left_out"])
+    _remark(trace.sequences)
     return trace
+
+
+def _remark(sequences: pd.DataFrame) -> None:
+    if remark := remark_on_clusters(sequences):
+        warnings.warn(remark, stacklevel=3)
 
 
 def _named(places: list[tuple[int, int, int]], document_id: pd.Series) -> list[LeftOut]:

@@ -20,6 +20,7 @@ from mixlens.reports.analysis import Analysis
 from mixlens.reports.findings import findings, furthest, place
 from mixlens.stats import table5
 from mixlens.stats.planning import planned
+from mixlens.trace.clusters import remark_on_clusters
 
 _MOST_SEQUENCES, _MOST_TOKENS = 12, 1024  # in the live text
 _FEW_DOCUMENTS = 20
@@ -38,10 +39,10 @@ def summary(analysis: Analysis) -> str:
         "experts": f"{trace.n_experts}, top {trace.top_k}",
     }
     cells = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in facts.items())
-    few = _few_documents(analysis)
+    cautions = paragraphs(_few_documents(analysis), remark_on_clusters(trace.sequences))
     return (
-        f'<dl class="facts">{cells}</dl>{paragraphs(few)}<h3>Findings</h3>{bullets(findings(analysis))}'
-        '<p class="note">In brackets: interval from a bootstrap over documents. n counts what the number rests on.</p>'
+        f'<dl class="facts">{cells}</dl>{cautions}<h3>Findings</h3>{bullets(findings(analysis))}'
+        '<p class="note">In brackets: 95 % interval over documents. n counts what the number rests on.</p>'
     )
 
 

@@ -26,6 +26,7 @@ def expert_contribution(
     *,
     measure: str = "logit",
     by: str | Sequence[str] | None = None,
+    cluster: str | None = None,
     bootstrap: Bootstrap = DEFAULT,
 ) -> xr.Dataset:
     """Summarise what an expert contributes to the tokens that choose it.
@@ -41,6 +42,8 @@ def expert_contribution(
         "norm", the Euclidean norm of its weighted output.
     by : str or Sequence[str], optional
         Column, or columns, of the sequences to group by.
+    cluster : str, optional
+        Column of the sequences, such as "author", whose values vary independently where documents do not.
     bootstrap : Bootstrap, optional
         How intervals are computed.
 
@@ -55,7 +58,7 @@ def expert_contribution(
     Raises
     ------
     BadInput
-        For another measure, an unknown column in `by`, and anything else than contributions.
+        For another measure, an unknown column in `by` or `cluster`, and anything else than contributions.
 
     Examples
     --------
@@ -82,6 +85,7 @@ def expert_contribution(
         bootstrap,
         tokens="chosen",
         null=0.0 if measure == "logit" else None,  # no norm is 0
+        cluster=cluster,
     )
     _, group = groups_of(documents, by)
     largest = np.full((data.n_documents.size, *documents.peak.shape[1:]), np.nan)

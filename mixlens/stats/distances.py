@@ -12,9 +12,9 @@ from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.core.names import OF_STATISTICS, beside
 from mixlens.errors import BadInput
 from mixlens.stats.contrast import permutations, without_each
-from mixlens.stats.counts import clustered, described, require, summed_by
+from mixlens.stats.counts import clustered, described, require
+from mixlens.stats.domains import choices
 from mixlens.stats.multiplicity import with_survivors
-from mixlens.stats.routing import expert_share
 
 if TYPE_CHECKING:
     from mixlens.trace.trace import Trace
@@ -61,7 +61,8 @@ def domain_distance(
     trace = clustered(trace, cluster)
     require(trace, "domain_distance", "expert_id", bootstrap=bootstrap)
     column = beside(by, OF_STATISTICS)
-    names = expert_share(trace, by=by)[column].to_numpy()
+    counts = choices(trace, by)
+    names, layers, seen = counts.clusters.by[column], counts.layers, counts.tokens > 0
     if len(names) < 2:
         raise BadInput(
             f"Cannot compute distances between the values of {by!r}: it has {len(names)}. Pass a column with two "
@@ -69,17 +70,15 @@ def domain_distance(
             argument="by",
             value=by,
         )
-    summed = summed_by(lambda part, **how: expert_share(part, by=by, **how), trace)
-    layers = summed.labels["layer"]
+    chosen, group = counts.totals["chosen"][seen], counts.clusters.group[seen]
     numbers = np.full((5, len(layers), len(names), len(names)), np.nan)
     numbers[:2] = np.where(np.eye(len(names), dtype=bool), 0.0, np.nan)
     for i, j in combinations(range(len(names)), 2):
-        of_i, of_j = (summed.only(group).totals["chosen"] for group in (i, j))
-        numbers[:, :, i, j] = numbers[:, :, j, i] = _of_pair(of_i, of_j, bootstrap)
+        numbers[:, :, i, j] = numbers[:, :, j, i] = _of_pair(chosen[group == i], chosen[group == j], bootstrap)
     coords = {"layer": layers, column: names, f"{column}_other": names}
     keys = ("estimate", "plain", "ci_low", "ci_high")
     data = xr.Dataset({key: (tuple(coords), each) for key, each in zip(keys, numbers[:4], strict=True)}, coords)
-    data["n"] = column, np.bincount(summed.group, minlength=len(names))
+    data["n"] = column, np.bincount(group, minlength=len(names))
     # A pair is one cell of the family, though the table has it on both sides of the diagonal.
     once = np.where(np.triu(np.ones((len(names), len(names)), bool), 1), numbers[4], np.nan)
     data = with_survivors(data, xr.DataArray(once, coords, tuple(coords)), bootstrap.level)

@@ -62,7 +62,7 @@ def domain_specialization(
     trace = clustered(trace, cluster)
     require(trace, "domain_specialization", "expert_id", bootstrap=bootstrap)
     data = summarise(
-        _choices(trace, by),
+        choices(trace, by),
         lambda sums: Share(sums["chosen"], sums["n"]),
         {"expert": range(trace.n_experts)},
         bootstrap,
@@ -90,7 +90,7 @@ def domain_information(
 
     The intervals of mutual_information and of excess are for the true mutual information, corrected for the upward bias
     of small samples, and reach to the estimate where that lies beyond. Documents vary within their domain, whose size
-    is part of the question and not of the uncertainty; the domain of fewest documents sets the degrees of freedom.
+    is part of the question and not of the uncertainty; degrees of freedom are those of Welch and Satterthwaite.
 
     Parameters
     ----------
@@ -121,7 +121,7 @@ def domain_information(
     """
     trace = clustered(trace, cluster)
     require(trace, "domain_information", "expert_id", bootstrap=bootstrap)
-    counts = _choices(trace, by)
+    counts = choices(trace, by)
     members = np.flatnonzero(counts.tokens > 0)
     chosen, group = counts.totals["chosen"][members], counts.clusters.group[members]
     estimate, low, high, p = np.full((4, trace.n_layers, 3), np.nan)
@@ -160,7 +160,7 @@ def domain_information(
     )  # fmt: skip
 
 
-def _choices(trace: Trace, by: str | Sequence[str]) -> Counts:
+def choices(trace: Trace, by: str | Sequence[str]) -> Counts:
     """How often each document chose each expert, in any slot [document, layer, expert]."""
 
     def add(block: Block, totals: dict[str, np.ndarray]) -> None:

@@ -29,6 +29,9 @@ MATRICES = ("w1", "w2", "w3")
 class Impact:
     """A model `a` and a changed copy `b` on the same tokens, measured by measure_impact.
 
+    Methods take by=, a column of the documents to group by, and cluster=, one such as "author", whose values vary
+    independently where documents do not.
+
     sums   Dataset of sums over each document: loss, kl, same_top [document, condition]; same_first, shared
            [document, layer]; error, size (squared norms), chosen [document, layer, expert]; tokens (predicted), length
            [document]; and weight_error [layer, expert, matrix]
@@ -58,7 +61,7 @@ class Impact:
                 return a, b
         return "first", "second"
 
-    def quality(self, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
+    def quality(self, *, by: By = None, cluster: str | None = None, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
         """How the two predict the same tokens; measures as stats.next_tokens, with the divergence exact.
 
         kl
@@ -72,7 +75,7 @@ class Impact:
         Raises
         ------
         BadInput
-            For an unknown column in `by`.
+            For an unknown column in `by` or `cluster`.
 
         """
 
@@ -81,13 +84,13 @@ class Impact:
             losses = losses_of(loss[:, 0], loss[:, 1], n)
             return {**losses, "same_top": Share(same[:, 1], n), "kl": Mean(kl[:, 1], n)}
 
-        data = summarised(self.sums, ("loss", "kl", "same_top"), measures, {}, by, bootstrap)
+        data = summarised(self.sums, ("loss", "kl", "same_top"), measures, {}, by, bootstrap, cluster=cluster)
         return self._described(
             data, bootstrap, statistic="quality", unit="nats",
             formula="-mean log p(t); exp of it; 1[argmax p_a = argmax p_b]; mean KL(p_a || p_b)",
         )  # fmt: skip
 
-    def split(self, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
+    def split(self, *, by: By = None, cluster: str | None = None, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
         """How much of the change comes from the experts being chosen otherwise, and how much from everything else.
 
         With v(w, r) what is measured under the weights of w and the routing of r,
@@ -116,7 +119,7 @@ class Impact:
         Raises
         ------
         BadInput
-            For an unknown column in `by`.
+            For an unknown column in `by` or `cluster`.
 
         """
 
@@ -134,7 +137,7 @@ class Impact:
             "part": [self.rest, "routing", "total", "arithmetic"],
         }
         null = np.array([0.0, np.nan, np.nan])[:, None, None]  # divergences and flips are never below 0
-        data = summarised(self.sums, ("loss", "kl", "same_top"), parts, dims, by, bootstrap, null=null)
+        data = summarised(self.sums, ("loss", "kl", "same_top"), parts, dims, by, bootstrap, null=null, cluster=cluster)
         return self._described(
             data, bootstrap, statistic="split", unit="nats", forced_weights=str(self.meta["force_weights"]),
             formula="v(b, a) - v(a, a), v(b, b) - v(b, a); v(a, b) - v(a, a), v(b, b) - v(a, b); mean of both",
@@ -145,7 +148,9 @@ class Impact:
         """What is changed beside routing: the weights, where nothing else is, or everything else."""
         return "weights" if self.meta.get("same_arithmetic", False) else "everything else"
 
-    def routing(self, *, by: By = None, pooled: bool = False, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
+    def routing(
+        self, *, by: By = None, pooled: bool = False, cluster: str | None = None, bootstrap: Bootstrap = DEFAULT
+    ) -> xr.Dataset:
         """Agreement of the two models' own routing: top1 and overlap as stats.agreement ``[*by, layer, measure]``.
 
         pooled  the mean over layers ``[*by, measure]``
@@ -158,12 +163,12 @@ class Impact:
 
         names = ("same_first", "shared")
         sums = self.sums.assign({name: self.sums[name].mean("layer") for name in names}) if pooled else self.sums
-        data = summarised(sums, names, measures, {}, by, bootstrap, tokens="length")
+        data = summarised(sums, names, measures, {}, by, bootstrap, tokens="length", cluster=cluster)
         return self._described(
             data, bootstrap, statistic="agreement", unit="fraction", formula="mean_t 1[e1 = e1']; mean_t |S and S'| / k"
         )
 
-    def experts(self, *, by: By = None, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
+    def experts(self, *, by: By = None, cluster: str | None = None, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
         """How far every expert's weights and outputs moved.
 
         estimate
@@ -181,7 +186,7 @@ class Impact:
         Raises
         ------
         BadInput
-            For an unknown column in `by`.
+            For an unknown column in `by` or `cluster`.
 
         """
 
@@ -189,7 +194,9 @@ class Impact:
             return Mean(sums["error"], sums["size"], through=np.sqrt)
 
         experts = self.sums.expert.values
-        data = summarised(self.sums, ("error", "size"), error, {"expert": experts}, by, bootstrap, tokens="chosen")
+        data = summarised(
+            self.sums, ("error", "size"), error, {"expert": experts}, by, bootstrap, tokens="chosen", cluster=cluster
+        )
         data = data.assign(weight_error=self.sums.weight_error)
         return self._described(
             data, bootstrap, statistic="expert_errors", unit="relative error",

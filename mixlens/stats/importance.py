@@ -16,7 +16,11 @@ KIND = "importance"
 
 
 def expert_importance(
-    measured: xr.Dataset, *, by: str | Sequence[str] | None = None, bootstrap: Bootstrap = DEFAULT
+    measured: xr.Dataset,
+    *,
+    by: str | Sequence[str] | None = None,
+    cluster: str | None = None,
+    bootstrap: Bootstrap = DEFAULT,
 ) -> xr.Dataset:
     """Compute how much worse tokens are predicted when an expert is removed from a layer.
 
@@ -29,6 +33,8 @@ def expert_importance(
         The result of the measurement. Needs ``measured``, as measure_importance or open gives it.
     by : str or Sequence[str], optional
         Column, or columns, of the sequences to group by.
+    cluster : str, optional
+        Column of the sequences, such as "author", whose values vary independently where documents do not.
     bootstrap : Bootstrap, optional
         How intervals are computed.
 
@@ -43,7 +49,7 @@ def expert_importance(
     Raises
     ------
     BadInput
-        For an unknown column in `by`, and anything else than such sums.
+        For an unknown column in `by` or `cluster`, and anything else than such sums.
 
     Examples
     --------
@@ -62,6 +68,7 @@ def expert_importance(
         by,
         bootstrap,
         null=0.0,
+        cluster=cluster,
     )
     share = summarised(
         measured,

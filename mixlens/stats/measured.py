@@ -72,7 +72,9 @@ def check_kind(measured: Any, kind: str, made_by: str) -> None:
         )
 
 
-def groups_of(measured: xr.Dataset, by: str | Sequence[str] | None) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def groups_of(
+    measured: xr.Dataset, by: str | Sequence[str] | None, argument: str = "by"
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """({column: its labels}, group of each document, counted over the product of the labels).
 
     Raises BadInput for a column that is not there, or that some documents lack.
@@ -86,7 +88,7 @@ def groups_of(measured: xr.Dataset, by: str | Sequence[str] | None) -> tuple[dic
             raise BadInput(
                 f"Cannot group by {name!r}: the documents have the columns {', '.join(there)}. Pass one of them, or "
                 "measure documents that have the column.",
-                argument="by",
+                argument=argument,
                 value=name,
             )
         values = measured[held].values
@@ -100,6 +102,15 @@ def groups_of(measured: xr.Dataset, by: str | Sequence[str] | None) -> tuple[dic
         found, code = np.unique(values, return_inverse=True)
         labels[beside(name, OF_STATISTICS)], group = found, group * len(found) + code
     return labels, group
+
+
+def _units(measured: xr.Dataset, group: np.ndarray, cluster: str | None) -> tuple[np.ndarray, np.ndarray]:
+    """Group of each unit, and unit of each document: documents of one group that are of one cluster."""
+    if cluster is None:
+        return group, np.arange(len(group))
+    _, of_cluster = groups_of(measured, cluster, "cluster")
+    found, unit = np.unique(np.stack([group, of_cluster]), axis=1, return_inverse=True)
+    return found[0], unit.reshape(-1)
 
 
 def predicted_alone(measured: xr.Dataset) -> xr.Dataset:
@@ -118,17 +129,28 @@ def summarised(
     tokens: str = "tokens",
     along: str = "measure",
     null: np.ndarray | float | None = None,
+    cluster: str | None = None,
 ) -> xr.Dataset:
     """The Dataset of a statistic of sums over documents `names`, as `counts.summarise` makes it.
 
-    dims    {name: labels} after layer; where the sums have no layer, neither has the Dataset
-    tokens  what the numbers rest on [document, ...]; {"n": ...} is among the sums where it is [document]
+    dims     {name: labels} after layer; where the sums have no layer, neither has the Dataset
+    tokens   what the numbers rest on [document, ...]; {"n": ...} is among the sums where it is [document]
+    cluster  column of the documents whose values vary independently, in the place of documents
     """
     labels, group = groups_of(sums, by if by is None or isinstance(by, str) else list(by))
+    group, unit = _units(sums, group, cluster)
+
+    def added(values: np.ndarray) -> np.ndarray:
+        if cluster is None:
+            return values
+        of_units = np.zeros((len(group), *values.shape[1:]))
+        np.add.at(of_units, unit, values)
+        return of_units
+
     layered = "layer" in sums[names[0]].dims
-    totals = {name: sums[name].values if layered else sums[name].values[:, None] for name in names}
-    size = sums[tokens].values
-    read = size if size.ndim == 1 else sums["length"].values
+    totals = {name: added(sums[name].values if layered else sums[name].values[:, None]) for name in names}
+    size, length = added(sums[tokens].values), added(sums["length"].values)
+    read = size if size.ndim == 1 else length
     n_groups = int(np.prod([len(values) for values in labels.values()], dtype=int))
     counts = Counts(
         Clusters(labels, np.empty(0, np.int64), group, np.empty(0, np.int64)),
@@ -139,4 +161,5 @@ def summarised(
     )
     of_size = (size.astype(float), ("layer", "expert")[: size.ndim - 1])
     data = summarise(counts, statistic, dims, bootstrap, size=of_size, along=along, null=null)
-    return data if layered else data.isel(layer=0, drop=True)
+    data = data if layered else data.isel(layer=0, drop=True)
+    return data.assign_attrs({} if cluster is None else {"cluster": cluster})

@@ -16,7 +16,11 @@ KIND = "topk"
 
 
 def topk_sweep(
-    measured: xr.Dataset, *, by: str | Sequence[str] | None = None, bootstrap: Bootstrap = DEFAULT
+    measured: xr.Dataset,
+    *,
+    by: str | Sequence[str] | None = None,
+    cluster: str | None = None,
+    bootstrap: Bootstrap = DEFAULT,
 ) -> xr.Dataset:
     """Compute the loss when every token chooses k experts, and its change against the model's own k.
 
@@ -30,6 +34,8 @@ def topk_sweep(
         The result of the measurement. Needs ``measured``, as measure_topk or open gives it.
     by : str or Sequence[str], optional
         Column, or columns, of the sequences to group by.
+    cluster : str, optional
+        Column of the sequences, such as "author", whose values vary independently where documents do not.
     bootstrap : Bootstrap, optional
         How intervals are computed.
 
@@ -43,7 +49,7 @@ def topk_sweep(
     Raises
     ------
     BadInput
-        For an unknown column in `by`, and anything else than such sums.
+        For an unknown column in `by` or `cluster`, and anything else than such sums.
 
     Examples
     --------
@@ -60,7 +66,7 @@ def topk_sweep(
         loss = sums["loss"]
         return {"loss": Mean(loss, sums["n"]), "change": Difference(loss - loss[:, [own]], sums["n"])}
 
-    both = summarised(sums, ("loss",), losses, of_k, by, bootstrap, along="quantity")
+    both = summarised(sums, ("loss",), losses, of_k, by, bootstrap, along="quantity", cluster=cluster)
     loss, change = (both.sel(quantity=name, drop=True) for name in ("loss", "change"))
     share = summarised(
         sums,

@@ -7,6 +7,7 @@ from mixlens.bench.load_generator import Job as Job
 from mixlens.bench.load_generator import Level as Level
 from mixlens.bench.load_generator import turn_edges as turn_edges
 from mixlens.core.files import write_file as write_file
+from mixlens.core.intervals import quantile_bounds as quantile_bounds
 from mixlens.core.run_dir import RunWriter as RunWriter
 from mixlens.core.run_dir import open_run as open_run
 from mixlens.core.run_dir import plan_at as plan_at

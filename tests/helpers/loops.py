@@ -36,10 +36,11 @@ def interval(
             tokens = estimate * (1 - estimate) * (z / reach) ** 2
         tokens = max(tokens, min(1, sum(sizes)))
         hits, rest = estimate * tokens, (1 - estimate) * tokens
-        low = 0.0 if estimate == 0 else scipy_stats.beta.ppf(tail, hits, rest + 1)
-        return low, 1.0 if estimate == 1 else scipy_stats.beta.ppf(1 - tail, hits + 1, rest)
+        one = 1 - min(tokens / sum(sizes), 1) / 2  # Clopper and Pearson's for units, Jeffreys' for single tokens
+        low = 0.0 if estimate == 0 else scipy_stats.beta.ppf(tail, hits + 1 - one, rest + one)
+        return low, 1.0 if estimate == 1 else scipy_stats.beta.ppf(1 - tail, hits + one, rest + 1 - one)
     if kind == "mean":
-        return gamma_bounds(estimate, reach, tail, 3)
+        return gamma_bounds(estimate, reach, tail, 3 if sum(size > 0 for size in sizes) < 20 else 2)
     if kind == "difference":
         parts, more = [], min(1, 5 / effective_number(sizes))
         for sign in (1, -1):

@@ -45,7 +45,8 @@ def expected(data, unit: str, between: tuple[str, str, str]) -> list[list[str]]:
                 row.append("–")
                 continue
             a, b, c = (told(v[i, j, e], unit) for v in (estimate, low, high))
-            row.append(a if math.isnan(low[i, j, e]) else f"{a}{between[0]}{b}{between[1]}{c}{between[2]}")
+            bounds = "no interval" if math.isnan(low[i, j, e]) else f"{b}{between[1]}{c}"
+            row.append(f"{a}{between[0]}{bounds}{between[2]}")
         for name in ("n", "n_documents"):
             counts = data[name].to_numpy()[i, j]
             row.append(f"{counts.min():,} to {counts.max():,}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from html import unescape
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,7 @@ from helpers.refusals import refused
 
 import mixlens as ml
 from mixlens.errors import BadInput
+from mixlens.trace.clusters import columns_above, remark_on_clusters
 from mixlens.trace.trace import Trace
 
 N, AUTHORS = 24, 6
@@ -56,6 +58,77 @@ def test_a_cluster_is_what_a_document_would_be(name):
     xr.testing.assert_allclose(numbers(found), numbers(statistic(*other[:count])))
     assert found.attrs["cluster"] == "author"
     assert "cluster" not in statistic(*given[:count]).attrs
+
+
+def measured(kind: str, author: np.ndarray) -> xr.Dataset:
+    """Sums over documents as experiments measure them."""
+    rng, n = np.random.default_rng(0), len(author)
+    length = rng.integers(5, 30, n)
+    layered, swept = ("document", "layer", "expert"), ("document", "k")
+    data = {"tokens": ("document", length - 1), "length": ("document", length), "value": ("document", 3.0 * length)}
+    coords = {
+        "author": ("document", author),
+        "layer": [0, 1],
+        "expert": range(4),
+        "document_id": ("document", range(n)),
+    }
+    if kind == "importance":
+        data |= {"change": (layered, rng.normal(size=(n, 2, 4))), "chosen": (layered, rng.integers(1, 9, (n, 2, 4)))}
+        return xr.Dataset(data, coords, {"kind": kind, "model": "", "metric": "", "unit": "", "how": "", "top_k": 2})
+    of_k = {"chosen": (("document", "k", "layer", "expert"), rng.integers(1, 9, (n, 2, 2, 4)))}
+    of_k |= {
+        "loss": (swept, rng.gamma(2, size=(n, 2))),
+        "first_weight": (("document", "k", "layer"), np.ones((n, 2, 2))),
+    }
+    return xr.Dataset(data | of_k, coords | {"k": [1, 2]}, {"kind": kind, "model": "", "own_k": 2})
+
+
+@pytest.mark.parametrize(("kind", "statistic"), [("importance", "expert_importance"), ("topk", "topk_sweep")])
+def test_documents_of_one_author_are_measured_as_one(kind, statistic):
+    """The oracle: the same sums, of which those of an author were added up before."""
+    documents = measured(kind, np.arange(N) % AUTHORS)
+    together = documents.groupby("author").sum().rename(author="document")
+    compute = getattr(ml.stats, statistic)
+    found = compute(documents, cluster="author")
+    xr.testing.assert_allclose(found.drop_attrs(), compute(together).drop_attrs())
+    assert found.attrs["cluster"] == "author"
+    wide, narrow = (float((one.ci_high - one.ci_low).mean()) for one in (found, compute(documents)))
+    assert wide != pytest.approx(narrow)
+    with refused(BadInput, "cluster", "writer"):
+        compute(documents, cluster="writer")
+
+
+def test_an_author_of_two_domains_counts_in_each():
+    documents = measured("importance", np.arange(N) % AUTHORS).assign_coords(domain=("document", np.arange(N) // 12))
+    found = ml.stats.expert_importance(documents, by="domain", cluster="author")
+    assert found.n_documents.values.tolist() == [AUTHORS, AUTHORS]
+    np.testing.assert_allclose(found.estimate, ml.stats.expert_importance(documents, by="domain").estimate)
+
+
+@pytest.mark.parametrize(
+    ("columns", "named"),
+    [
+        ({"author": np.arange(12) % 4}, ["author"]),
+        ({"repository": [f"r{i // 3}" for i in range(12)], "template": ["a", "b"] * 6}, ["repository", "template"]),
+        ({"domain": ["x", "y"] * 6}, []),  # groups, which are compared
+        ({"title": [f"t{i}" for i in range(12)]}, []),  # a document's own
+        ({"language": ["en"] * 12}, []),
+        ({"score": np.linspace(0, 1, 12).round(0)}, []),  # no name of anything
+        ({"right": [True, False] * 6}, []),
+        ({"author": [*range(6), *range(6)], "document_id": np.arange(12) // 2}, []),  # differs within a document
+    ],
+)
+def test_columns_that_documents_share_are_found(columns, named):
+    assert columns_above(pd.DataFrame({"document_id": np.arange(12), "length": 5} | columns)) == named
+
+
+def test_recording_remarks_on_them_once_and_the_report_does(tmp_path):
+    model = ml.load("demo", verbose=False)
+    settings = ml.RecordSettings(max_length=16, overlong="truncate", progress=False)
+    documents = [one | {"author": f"writer {i % 3}"} for i, one in enumerate(ml.demo_documents()[:6])]
+    with pytest.warns(UserWarning, match="author"):
+        trace = ml.record(model, documents, out=tmp_path / "run", settings=settings)
+    assert remark_on_clusters(trace.sequences) in unescape(ml.report(trace, tmp_path / "r.html").read_text("utf-8"))
 
 
 def test_contrasts_permute_clusters():

@@ -83,7 +83,8 @@ def test_the_largest_share_is_bounded_by_those_that_may_be_the_largest():
 
         largest_low = max(low for low, _ in bounds(0.025))
         rivals = max(2, sum(high >= largest_low for _, high in bounds(0.025)))
-        low, high = max(b[0] for b in bounds(0.05 / rivals)), max(b[1] for b in bounds(0.05 * (1 - 1 / rivals)))
+        below = 1.35 * 0.05 / rivals
+        low, high = max(b[0] for b in bounds(below)), max(b[1] for b in bounds(0.05 - below))
         assert_bounds(found.sel(layer=layer), (max(5 * low, 1), 5 * high))
 
 

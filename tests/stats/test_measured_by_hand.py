@@ -215,16 +215,19 @@ def test_chance_and_excess_of_information_about_domains():
     permuted = found.sel(measure="permuted")
     assert float(permuted.estimate) == pytest.approx(np.mean(chance))
     np.testing.assert_allclose([permuted.ci_low, permuted.ci_high], np.quantile(chance, [0.05, 0.95]), rtol=1e-6)
-    whole, variance, bias = information(np.ones(12)), 0.0, 0.0
+    whole, variances, freedoms, bias = information(np.ones(12)), [], [], 0.0
     for one in (0, 1):
         members = np.flatnonzero(group == one)
         left_out = np.array([information(np.arange(12) != d) for d in members])
         sizes = case.lengths[members]
         effective = sizes.sum() ** 2 / (sizes**2).sum()
-        variance += (5 / 6) ** 2 * effective / (effective - 1) * ((left_out - left_out.mean()) ** 2).sum()
+        squares = (left_out - left_out.mean()) ** 2
+        variances.append((5 / 6) ** 2 * effective / (effective - 1) * squares.sum())
+        kurtosis = 6 * (squares**2).sum() / squares.sum() ** 2
+        freedoms.append(min(effective - 1, 12 / (max(kurtosis - 3, 0) + 12 / 5)))
         bias += 5 * (left_out.mean() - whole)
-    freedom = min(np.array([loops.effective_number(case.lengths[group == g]) - 1 for g in (0, 1)]))
-    reach = scipy_stats.t.ppf(0.95, freedom) * math.sqrt(variance)
+    welch = sum(variances) ** 2 / sum(v**2 / f for v, f in zip(variances, freedoms, strict=True))
+    reach = scipy_stats.t.ppf(0.95, welch) * math.sqrt(sum(variances))
     plain, excess = found.sel(measure="mutual_information"), found.sel(measure="excess")
     expected = min(max(whole - bias - reach, 0), whole), max(whole - bias + reach, whole)
     np.testing.assert_allclose([plain.ci_low, plain.ci_high], expected, rtol=1e-6)

@@ -7,6 +7,10 @@ function valueText(data, value) {
   return data.unit === "ratio" ? `${value.toFixed(2)} ×` : `${(100 * value).toFixed(1)} %`;
 }
 
+function intervalText(data, low, high) {
+  return Number.isNaN(low) ? "no interval" : `${valueText(data, low)} to ${valueText(data, high)}`;
+}
+
 /** Fill of a cell: red above the centre, blue below, never so deep that text on it is hard to read. */
 function fillOf(data, value) {
   if (Number.isNaN(value)) return "var(--line)";
@@ -105,7 +109,7 @@ VIEWS.matrix = function matrix(frame, data) {
       [column.label, String(column.values[state.column])],
       ["", `${valueText(data, value)} ${data.of}`],
     ];
-    if (!Number.isNaN(arrays.low[here])) facts.push(["interval", `${valueText(data, arrays.low[here])} to ${valueText(data, arrays.high[here])}`]);
+    if (!Number.isNaN(value)) facts.push(["interval", intervalText(data, arrays.low[here], arrays.high[here])]);
     if (data.also && !Number.isNaN(value)) facts.push(["that is", `${valueText(data, value * data.also[0])} ${data.also[1]}`]);
     facts.push(["n", arrays.n[here].toLocaleString("en")]);
     readout.replaceChildren(...factNodes(facts));

@@ -93,7 +93,7 @@ VIEWS.dots = function dots(frame, data) {
     const facts = [["expert", String(experts[state.expert]), experts[state.expert]], ["layer", String(layers[state.layer])]];
     if (domains.length > 1) facts.push(["domain", String(domains[state.domain])]);
     facts.push(["", `${valueText(data, value)} ${data.of}`]);
-    if (!Number.isNaN(arrays.low[here])) facts.push(["interval", `${valueText(data, arrays.low[here])} to ${valueText(data, arrays.high[here])}`]);
+    facts.push(["interval", intervalText(data, arrays.low[here], arrays.high[here])]);
     if (data.also) facts.push(["that is", `${valueText(data, value * data.also[0])} ${data.also[1]}`]);
     facts.push(["n", arrays.n[here].toLocaleString("en")]);
     readout.replaceChildren(...factNodes(facts));
@@ -222,7 +222,7 @@ VIEWS.pareto = function pareto(frame, data) {
     const facts = [["", labels[state.point], state.point]];
     measures.forEach((measure, m) => {
       const value = values(m)[state.point], low = values(m, "low")?.[state.point] ?? NaN;
-      const interval = Number.isNaN(low) ? "" : ` [${plain(low, 4)}, ${plain(values(m, "high")[state.point], 4)}]`;
+      const interval = Number.isNaN(low) ? " [no interval]" : ` [${plain(low, 4)}, ${plain(values(m, "high")[state.point], 4)}]`;
       facts.push([measure.name, Number.isNaN(value) ? "not measured" : `${plain(value, 4)}${interval}`]);
     });
     readout.replaceChildren(...factNodes(facts));

@@ -1,0 +1,90 @@
+"""Numbers in README, docs and model card are those that the code, a committed result or the formula gives."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+from helpers.inside import p_against, quantile_bounds
+from scipy import stats as scipy_stats
+
+import mixlens as ml
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def prose(name: str) -> str:
+    """The text of a page on one line."""
+    return " ".join((ROOT / name).read_text("utf-8").split())
+
+
+def stated(page: str, pattern: str) -> list[float]:
+    """The numbers in the groups of a sentence, which the page must have."""
+    found = re.search(pattern, prose(page))
+    assert found, f"{page} no longer says {pattern!r}"
+    return [float(group.replace(",", "")) for group in found.groups()]
+
+
+def of_8x7b() -> tuple[int, int]:
+    """Weights of Mixtral-8x7B's experts and of all of it, from its config: 32 layers, 8 experts, top-2."""
+    hidden, inner, layers, experts, vocabulary = 4096, 14336, 32, 8, 32000
+    of_experts = layers * experts * 3 * hidden * inner
+    attention = layers * 2 * (hidden * hidden + hidden * 1024)
+    others = layers * (hidden * experts + 2 * hidden) + hidden + 2 * vocabulary * hidden
+    return of_experts, of_experts + attention + others
+
+
+def test_sizes_of_models():
+    model = ml.load("demo", verbose=False)
+    parameters = sum(weight.numel() for weight in model.parameters())
+    assert stated("README.md", r"small trained Mixtral \((\d\.\d)M parameters") == [round(parameters / 1e6, 1)]
+    assert stated("demo_model/README.md", r"A Mixtral of (\d\.\d+) million parameters") == [round(parameters / 1e6, 2)]
+    experts, whole = of_8x7b()
+    assert stated("docs/quantize.md", r"experts, (\d+) % of Mixtral-8x7B's weights") == [int(100 * experts / whole)]
+
+
+def test_bytes_of_a_recorded_token_of_8x7b(tmp_path):
+    """In 32 layers of two choices; on disk, less the header."""
+    tokens = 2000
+    ids, weight = np.tile([0, 1], (tokens, 32, 1)), np.full((tokens, 32, 2), 0.5)
+    ml.Trace.from_arrays(ids, n_experts=8, weight=weight, tokens={"sequence": np.zeros(tokens, int)}).save(
+        tmp_path / "a"
+    )
+    size = (tmp_path / "a" / "routing-00000.safetensors").stat().st_size
+    assert stated("README.md", r"ids and weights of 8x7B take (\d+) bytes per token") == [size // tokens]
+
+
+def test_comparison_with_other_tools():
+    medians = json.loads((RESULTS / "beside-others.json").read_text("utf-8"))["medians"]
+    page = (ROOT / "docs" / "benchmark.md").read_text("utf-8")
+    rows = {"TTFT": ("ttft_ms", 1), "ITL": ("itl_ms", 2), "output tokens per": ("output_tokens_per_s", 2)}
+    for words, (name, decimals) in rows.items():
+        row = next(line for line in page.splitlines() if line.startswith("|") and words in line)
+        found = [float(cell) for cell in row.split("|")[3:6]]
+        expected = [medians[tool][name] for tool in ("mixlens", "aiperf", "guidellm")]
+        np.testing.assert_allclose(found, expected, atol=0.51 * 10**-decimals)
+        assert max(expected) / min(expected) <= 1 + stated("docs/benchmark.md", r"agree within (\d+) %")[0] / 100
+
+
+def test_size_of_a_saved_view():
+    views = json.loads((RESULTS / "viewing.json").read_text("utf-8"))["results"]
+    sizes = [view["output_bytes"] for view in views if view.get("tokens") == 10_000]
+    assert sizes
+    assert max(sizes) <= 1e6 * stated("docs/view.md", r"10,000 tokens in 32 layers, .* takes at most (\d+) MB")[0]
+
+
+def test_requests_that_bound_a_95th_percentile():
+    (least,) = map(int, stated("docs/statistics.md", r"then reads `inf`; it takes (\d+)"))
+    bounded = [n for n in range(1, 200) if np.isfinite(quantile_bounds(np.arange(float(n)), 0.95, 0.95)[1])]
+    assert bounded == list(range(least, 200))
+    assert scipy_stats.binom.cdf(least - 1, least, 0.95) >= 0.975 > scipy_stats.binom.cdf(least - 2, least - 1, 0.95)
+
+
+def test_documents_below_which_nothing_is_told_apart():
+    (word,) = re.findall(r"Fewer than (\w+) documents tell no cell", prose("docs/statistics.md"))
+    least = {"six": 6}[word]
+    far = [float(p_against(1.0, 0.999, 1.001, 0.0, n, 0.95, 0.0)) for n in (least - 1, least)]
+    assert far[0] > 0.05 > far[1]
