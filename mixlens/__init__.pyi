@@ -20,6 +20,7 @@ from mixlens.errors import MixlensError as MixlensError
 from mixlens.errors import ModelError as ModelError
 from mixlens.errors import RecordingError as RecordingError
 from mixlens.errors import RunError as RunError
+from mixlens.errors import SourceError as SourceError
 from mixlens.evals.runner import evaluate as evaluate
 from mixlens.explore import Explorer as Explorer
 from mixlens.interventions import edits as edits

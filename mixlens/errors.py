@@ -56,5 +56,9 @@ class EndpointError(MixlensError):
     """A server that refused, failed, or gave no answer that can be used."""
 
 
+class SourceError(MixlensError):
+    """Routing from an engine, a server or a file that cannot be that of its tokens; `argument` names the fault."""
+
+
 class SandboxError(MixlensError):
     """Code that a model wrote cannot be run safely on this machine."""

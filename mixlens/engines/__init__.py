@@ -1,0 +1,1 @@
+"""Routing from elsewhere: engines, servers and files, checked before it is believed."""
