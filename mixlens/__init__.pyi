@@ -1,5 +1,6 @@
 from mixlens import bench as bench
 from mixlens import decisions as decisions
+from mixlens import engines as engines
 from mixlens import errors as errors
 from mixlens import evals as evals
 from mixlens import experiments as experiments

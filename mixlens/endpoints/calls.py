@@ -6,7 +6,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
@@ -84,7 +84,7 @@ class Completion:
 
 def complete(
     endpoint: Endpoint,
-    prompt: str | Messages,
+    prompt: str | Messages | Sequence[int],
     asked: Mapping[str, Any],
     *,
     retries: int | None = None,

@@ -15,7 +15,7 @@ import httpx
 
 from mixlens.endpoints.calls import Completion, complete, count_tokens, list_models
 from mixlens.endpoints.keys import is_variable, redacted, secret_fields
-from mixlens.endpoints.protocols import PATHS, Messages
+from mixlens.endpoints.protocols import PATHS, ROUTING, Messages
 from mixlens.endpoints.transport import Client
 from mixlens.errors import BadInput
 
@@ -60,6 +60,9 @@ class Endpoint:
         Additional headers, such as {"X-Title": "mixlens"}.
     context : int, optional
         Context length in tokens, if known.
+    routing : bool, optional
+        Ask for the experts of every token, which vLLM and SGLang return when they are started with
+        ``--enable-return-routed-experts`` (protocols "openai-chat" and "openai-completions").
     max_tries : int, optional
         How often a call that is not timed is sent in all, after temporary failures (408, 409, 5xx), lost connections
         and timeouts.
@@ -90,6 +93,7 @@ class Endpoint:
     extra: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
     headers: Mapping[str, str] = field(default_factory=dict, kw_only=True)
     context: int | None = field(default=None, kw_only=True)
+    routing: bool = field(default=False, kw_only=True)
     max_tries: int = field(default=5, kw_only=True)
     patience_s: float = field(default=900.0, kw_only=True)
     deadline_s: float = field(default=600.0, kw_only=True)
@@ -125,6 +129,13 @@ class Endpoint:
             raise BadInput(
                 f"Unknown protocol {self.protocol!r}. Pass one of {', '.join(PATHS)}.",
                 argument="protocol",
+                value=self.protocol,
+            )
+        if self.routing and not self.protocol.startswith("openai"):
+            raise BadInput(
+                f"Cannot ask {host} for routing by the protocol {self.protocol}: servers return it in OpenAI's "
+                'formats. Pass protocol="openai-completions" or "openai-chat".',
+                argument="routing",
                 value=self.protocol,
             )
         if not (isinstance(self.max_tries, int) and self.max_tries >= 1 and self.patience_s >= 0):
@@ -239,14 +250,14 @@ class Endpoint:
         return key
 
     def request(
-        self, prompt: str | Messages, *, max_tokens: int, key: str | None = None, stream: bool = True
+        self, prompt: str | Messages | Sequence[int], *, max_tokens: int, key: str | None = None, stream: bool = True
     ) -> tuple[dict[str, str], dict[str, Any]]:
         """Build the headers and the body of a request without sending it.
 
         Parameters
         ----------
-        prompt : str or Messages
-            A text, or messages of {"role", "content"}.
+        prompt : str or Messages or Sequence[int]
+            A text, messages of {"role", "content"}, or token ids ("openai-completions").
         max_tokens : int
             Maximum number of tokens in the answer.
         key : str, optional
@@ -276,7 +287,7 @@ class Endpoint:
         headers["Accept"] = "text/event-stream, application/json" if stream else "application/json"
         body: dict[str, Any] = {"model": self.model, "stream": stream, "max_tokens": max_tokens}
         if self.protocol == "openai-completions":
-            if not isinstance(prompt, str):
+            if not isinstance(prompt, str) and not all(isinstance(token, int) for token in prompt):
                 raise BadInput(
                     f"Cannot send messages to {self.host}: its protocol, openai-completions, takes a single text. "
                     'Pass a string, or create the endpoint with protocol="openai-chat".',
@@ -286,6 +297,8 @@ class Endpoint:
             body["prompt"] = prompt
         else:
             body |= _messages(prompt, self.protocol)
+        if self.routing:
+            body |= ROUTING
         if self.protocol.startswith("openai") and stream:
             body["stream_options"] = {"include_usage": True}
         if self.protocol == "modelslab":
@@ -319,7 +332,7 @@ class Endpoint:
 
     def complete(
         self,
-        prompt: str | Messages,
+        prompt: str | Messages | Sequence[int],
         *,
         max_tokens: int = 256,
         logprobs: int | None = None,
@@ -335,8 +348,8 @@ class Endpoint:
 
         Parameters
         ----------
-        prompt : str or Messages
-            A text, or messages of {"role", "content"}.
+        prompt : str or Messages or Sequence[int]
+            A text, messages of {"role", "content"}, or token ids ("openai-completions").
         max_tokens : int, optional
             Maximum number of tokens in the answer; 0 together with `echo` only scores the prompt.
         logprobs : int, optional
@@ -449,6 +462,7 @@ class Endpoint:
         """
         kept = {"url": self.url, "model": self.model, "protocol": self.protocol, "context": self.context}
         kept |= {"key_env": self.key_env, "extra": dict(self.extra), "headers": dict(self.headers)}
+        kept |= {"routing": True} if self.routing else {}
         key = os.environ.get(self.key_env or "", "").strip()
         return json.loads(redacted(json.dumps(kept), key)) if key else kept
 
@@ -546,7 +560,7 @@ def canonical(model: str) -> str:
     return next(found, model)
 
 
-def _messages(prompt: str | Messages, protocol: str) -> dict[str, Any]:
+def _messages(prompt: Any, protocol: str) -> dict[str, Any]:
     """Return the body fields that hold the conversation."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
     if not messages or not all("role" in message for message in messages):

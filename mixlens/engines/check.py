@@ -7,7 +7,7 @@ name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -164,21 +164,24 @@ class Checker:
         return ids.astype(id_dtype(self.routers.n_experts))
 
     def about(self) -> dict[str, Any]:
-        """Return what was checked and corrected, for `Trace.meta["source_check"]`."""
+        """Return what was checked and corrected since this was last asked, as plain JSON values."""
         unchecked = {}
         if self._rows_without_tokens:
-            unchecked["stale_rows"] = f"{self._rows_without_tokens:,} rows came without token ids"
+            unchecked["stale_rows"] = "rows came without token ids"
         elif self._rows_alike:
-            unchecked["stale_rows"] = f"{self._rows_alike:,} rows are too much alike"
+            unchecked["stale_rows"] = "rows of different tokens are too much alike"
         if self.routers.n_physical is None:
             unchecked["physical_ids"] = "ids that are permuted, and not beyond the experts, look like others"
-        return {
+        found = {
             "requests": self._requests,
             "rows": self._rows,
             "checked": list(FAULTS),
             "partly_checked": unchecked,
             "corrected": dict(self._corrected),
         }
+        self._requests = self._rows = self._rows_without_tokens = self._rows_alike = 0
+        self._corrected = {}
+        return found
 
     # ------------------------------------------------------------------ one fault each
 
@@ -301,6 +304,21 @@ _REMEDIES: Mapping[str, str] = {
     "stale_rows": "Switch off prefix caching and transfers of the cache, or update the server.",
     "physical_ids": "Switch off load balancing of experts, or have the server return logical ids.",
 }
+
+
+def combined(checks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Several checks as `Trace.meta["source_check"]` has them: what any of them corrected or could not check."""
+    corrected: dict[str, int] = {}
+    for check in checks:
+        for name, n in check["corrected"].items():
+            corrected[name] = corrected.get(name, 0) + n
+    return {
+        "requests": sum(check["requests"] for check in checks),
+        "rows": sum(check["rows"] for check in checks),
+        "checked": list(FAULTS),
+        "partly_checked": {name: why for check in checks for name, why in check["partly_checked"].items()},
+        "corrected": corrected,
+    }
 
 
 def _empty(ids: np.ndarray) -> np.ndarray:

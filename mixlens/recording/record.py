@@ -15,6 +15,10 @@ import pyarrow.parquet as pq
 from torch import nn
 
 from mixlens.core.run_dir import RunWriter, now, versions
+from mixlens.endpoints.endpoint import Endpoint
+from mixlens.engines.check import combined
+from mixlens.engines.source import signals_of, source_of
+from mixlens.engines.vllm_engine import VLLM
 from mixlens.interventions.hooks import about_choices, edits_of
 from mixlens.models.layout import is_sharded, moe_layers, n_experts, without_prompt
 from mixlens.models.provenance import describe, identity
@@ -32,7 +36,7 @@ from mixlens.trace.trace import Trace, from_parts
 
 
 def record(
-    model: nn.Module,
+    model: nn.Module | Endpoint | VLLM,
     documents: Iterable[Any],
     *,
     out: str | os.PathLike[str] | None = None,
@@ -47,8 +51,10 @@ def record(
 
     Parameters
     ----------
-    model : torch.nn.Module
-        A loaded model.
+    model : torch.nn.Module or Endpoint or VLLM
+        A loaded model, an engine (`engines.vllm`), or a server that returns routing, ``ml.Endpoint(...,
+        protocol="openai-completions", routing=True)``. What engines and servers say is checked first:
+        ``meta["source_check"]`` tells how. A server tells expert ids, and no weights.
     documents : Iterable[Any]
         Strings; mappings with a text column and any others (domain, id ...); a datasets.Dataset; or what `documents`
         reads from a file. A text may be a chat, a list of messages: it is written by the tokenizer's template, and the
@@ -60,7 +66,7 @@ def record(
         None for the one that belongs to the model.
     signals : Iterable[str or Site], optional
         Names and Sites beside expert ids and weights: router_logits, logprob, top_logprobs, and the sites of
-        mixlens.trace.signals.SITES.
+        mixlens.trace.signals.SITES. Of an engine or a server, what it can tell of the default.
     settings : RecordSettings, optional
         How documents are read.
 
@@ -76,6 +82,10 @@ def record(
         If `out` holds something else or cannot be written.
     ModelError
         If the model has no experts.
+    MissingSignal
+        If an engine or a server cannot tell a signal that is asked for.
+    SourceError
+        If the routing of an engine or a server cannot be that of its tokens; `argument` names the fault.
 
     Examples
     --------
@@ -83,20 +93,26 @@ def record(
     >>> len(found.sequences)
     2
     """
-    model = without_prompt(model)
+    source = source_of(model, tokenizer)
+    model = without_prompt(model) if source is None else source.skeleton
     layers = [layer.index for layer in moe_layers(model)]
     corpus = Corpus.of(model, documents, tokenizer, settings)
-    reader = Reader(model, parse_signals(signals, layers), corpus.batch_tokens)
-    about = describe(model)
+    if source is None:
+        reader = Reader(model, parse_signals(signals, layers), corpus.batch_tokens)
+        about = describe(model)
+        told = identity(model, about) if out is not None else about
+    else:
+        reader = source.reader(signals_of(source, signals, layers))
+        about = told = source.describe()
     edits = edits_of(model)
     plan = {
         **corpus.plan(),
-        "model": identity(model, about) if out is not None else about,
+        "model": told,
         "signals": reader.signals.plan(),
         **({"edits": edits} if edits else {}),
     }
     meta = {
-        "source": "record",
+        "source": "record" if source is None else source.name,
         "created": now(),
         "model": about,
         "versions": versions(*PACKAGES),
@@ -113,7 +129,7 @@ def record(
     if out is None:
         with reader:
             parts, tables = zip(*(compute(shard) for shard in corpus.progress("recording")), strict=True)
-            meta["rule"] = reader.rule
+            meta |= {"rule": reader.rule} | ({} if source is None else {"source_check": reader.check()})
         frame = pd.concat(tables)
         meta["left_out"] = _named([place for part in parts for place in part.left_out], frame["document_id"])
         warn_of_left_out(meta["left_out"])
@@ -126,7 +142,8 @@ def record(
         part, table = found
         rows = {f"sequences-{shard.index:05d}.parquet": store.sequence_bytes(table)}
         left_out = _named(part.left_out, table["document_id"])
-        counts = convert.shard_counts(part) | {"left_out": left_out, "rule": reader.rule}
+        counts = convert.shard_counts(part) | {"left_out": left_out, "rule": reader.rule, "names": sorted(part.names)}
+        counts |= {} if source is None else {"source_check": reader.check()}
         writer.commit_shard(shard.index, part.files(shard.index), counts, interim=rows)
 
     with reader:
@@ -149,12 +166,13 @@ def _named(places: list[tuple[int, int, int]], document_id: pd.Series) -> list[L
 
 def _finish(corpus: Corpus, signals: Signals, layers: list[int], meta: dict[str, Any], writer: RunWriter) -> None:
     records = writer.done
-    dropped = ("files", "left_out", "rule")
+    dropped = ("files", "left_out", "rule", "names", "source_check")
     counts = [{k: v for k, v in records[i].items() if k not in dropped} for i in range(len(records))]
     tables = [pq.read_table(writer.work / f"sequences-{index:05d}.parquet") for index in records]
-    left_out = {name for name in ("router_logits", "logprob") if not getattr(signals, name)}
-    left_out |= set() if signals.top_logprobs else set(store.NEXT_TOKEN)
-    names = [n for n in (*store.TOKEN_COLUMNS, *store.ROUTING, *store.NEXT_TOKEN) if n not in left_out]
+    kept = set.intersection(*(set(record["names"]) for record in records.values()))
+    names = [n for n in (*store.TOKEN_COLUMNS, *store.ROUTING, *store.NEXT_TOKEN) if n in kept]
+    checks = [record["source_check"] for record in records.values() if "source_check" in record]
+    meta |= {"source_check": combined(checks)} if checks else {}
     meta |= {
         "created": now(),
         "rule": max(records[index]["rule"] for index in records),  # of "known" and "unknown", the latter

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from mixlens import show, view
 from mixlens.core import run_dir
+from mixlens.engines.check import FAULTS
 from mixlens.plot import labels
 from mixlens.plot.html import bullets, details, escape, paragraphs, picture
 from mixlens.plot.tables import html_table
@@ -39,10 +40,25 @@ def summary(analysis: Analysis) -> str:
         "experts": f"{trace.n_experts}, top {trace.top_k}",
     }
     cells = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in facts.items())
-    cautions = paragraphs(_few_documents(analysis), remark_on_clusters(trace.sequences))
+    cautions = paragraphs(_few_documents(analysis), remark_on_clusters(trace.sequences), _source(trace.meta))
     return (
         f'<dl class="facts">{cells}</dl>{cautions}<h3>Findings</h3>{bullets(findings(analysis))}'
         '<p class="note">In brackets: 95 % interval over documents. n counts what the number rests on.</p>'
+    )
+
+
+def _source(meta: Mapping[str, Any]) -> str:
+    """Say where routing comes from and how it was checked, if it is not of a model in this process."""
+    check = meta.get("source_check")
+    if check is None:
+        return ""
+    corrected = "; ".join(f"{n:,} times {FAULTS[name]}" for name, n in check["corrected"].items())
+    open_ = "; ".join(check["partly_checked"].values())
+    return (
+        f"The routing comes from {meta['source']}. All {check['rows']:,} rows of {check['requests']:,} requests were "
+        f"checked for {len(check['checked'])} faults"
+        + (f", and corrected: {corrected}." if corrected else "; none was found.")
+        + (f" Not everything can be seen: {open_}." if open_ else "")
     )
 
 

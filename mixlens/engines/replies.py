@@ -1,0 +1,159 @@
+"""Routing in the answers of servers: vLLM's and SGLang's own fields.
+
+vLLM sends an array in NumPy's format, since 0.22 of all tokens in `choices[].routed_experts` and before that of the
+prompt apart, in `prompt_routed_experts`. SGLang sends the bytes of int32 alone, in `meta_info` or `sglext`, so that
+their shape has to be known.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mixlens.engines.check import Checker, Routers
+from mixlens.errors import SourceError
+
+_MAGIC = b"\x93NUMPY"
+
+
+@dataclass(frozen=True)
+class Routed:
+    """The routing of one answer, as it came.
+
+    ids            integers [row, layer, slot]
+    prompt         tokens of the prompt
+    generated      tokens of the answer
+    token_ids      of both, None where the server does not tell them
+    prompt_rows    rows that came as the prompt's, None where all came as one
+    start          tokens at the beginning that were not asked for
+    form           "vllm" or "sglang"
+    """
+
+    ids: np.ndarray
+    prompt: int
+    generated: int
+    token_ids: list[int] | None
+    prompt_rows: int | None
+    start: int
+    form: str
+
+    def checked(self, checker: Checker) -> np.ndarray:
+        """The ids of every token that a forward read, as `Checker.check` gives them."""
+        return checker.check(
+            self.ids,
+            prompt=self.prompt,
+            generated=self.generated,
+            token_ids=self.token_ids,
+            prompt_rows=self.prompt_rows,
+            start=self.start,
+        )
+
+
+def routed(answer: Mapping[str, Any], routers: Routers, *, prompt_ids: Sequence[int] | None = None) -> Routed | None:
+    """Read the routing of an answer.
+
+    Parameters
+    ----------
+    answer : Mapping[str, Any]
+        The JSON of an answer that was not streamed: of the completions or chat API, or of SGLang's /generate.
+    routers : Routers
+        Of the model that answered.
+    prompt_ids : Sequence[int], optional
+        Ids of the prompt, where it was sent as ids.
+
+    Returns
+    -------
+    Routed or None
+        None where the answer has no routing.
+
+    Raises
+    ------
+    SourceError
+        With argument "shape", if what came is no array of ids, or without the numbers of its tokens.
+    """
+    choices = answer.get("choices")
+    choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
+    meta = _mapping(answer.get("meta_info"))
+    about = {**_mapping(answer.get("usage")), **meta}
+    places = (choice, answer, meta, _mapping(answer.get("sglext")), _mapping(choice.get("sglext")))
+    sent = next((place["routed_experts"] for place in places if place.get("routed_experts") is not None), None)
+    if sent is None:
+        return None
+    before = answer.get("prompt_routed_experts", choice.get("prompt_routed_experts"))
+    read = _ids(choice.get("prompt_token_ids"), answer.get("prompt_token_ids"), prompt_ids)
+    made = _ids(choice.get("token_ids"), answer.get("output_ids"))
+    prompt = len(read) if read is not None else _count(about, "prompt_tokens")
+    generated = len(made) if made is not None else _count(about, "completion_tokens")
+    start = int(answer.get("routed_experts_prompt_start") or 0)
+    raw = _bytes(sent)
+    if not raw.startswith(_MAGIC):
+        ids, form = _reshaped(raw, prompt + max(generated - 1, 0) - start, routers), "sglang"
+    else:
+        ids, form = _array(raw), "vllm"
+    prompt_rows = None
+    if before is not None:
+        of_prompt = _array(_bytes(before))
+        if of_prompt.shape[1:] != ids.shape[1:]:
+            raise _unreadable(f"the prompt's array has shape {of_prompt.shape}, the answer's {ids.shape}")
+        prompt_rows, ids = len(of_prompt), np.concatenate([of_prompt, ids])
+    tokens = None if read is None or made is None else [*read, *made]
+    return Routed(ids, prompt, generated, tokens, prompt_rows, start, form)
+
+
+def _bytes(sent: Any) -> bytes:
+    try:
+        return base64.b64decode(sent, validate=True)
+    except (binascii.Error, ValueError, TypeError) as error:
+        raise _unreadable(f"it is not in base64 ({error})") from error
+
+
+def _array(raw: bytes) -> np.ndarray:
+    try:
+        return np.load(io.BytesIO(raw), allow_pickle=False)
+    except (ValueError, EOFError, OSError, MemoryError, SyntaxError) as error:
+        raise _unreadable(f"it is no array in NumPy's format ({error})") from error
+
+
+def _reshaped(raw: bytes, rows: int, routers: Routers) -> np.ndarray:
+    """int32 as [row, layer, slot]: all layers or those with routers, and more slots where shared experts are marked."""
+    flat = np.frombuffer(raw[: len(raw) // 4 * 4], "<i4")
+    widths = list(dict.fromkeys((routers.n_layers, len(routers.layers))))
+    shapes = [(width, routers.top_k + shared) for shared in range(3) for width in widths]
+    fitting = [shape for shape in shapes if flat.size % (shape[0] * shape[1]) == 0]
+    exact = [shape for shape in fitting if flat.size == rows * shape[0] * shape[1]]
+    if not fitting:
+        raise _unreadable(f"{flat.size} numbers are not of {widths[0]} layers with {routers.top_k} experts a token")
+    return flat.reshape(-1, *(exact or fitting)[0])
+
+
+def _count(about: Mapping[str, Any], name: str) -> int:
+    value = about.get(name)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise _unreadable(f"the answer does not say how many {name} it has")
+    return value
+
+
+def _ids(*given: Any) -> list[int] | None:
+    """The first of what is given that is a list of token ids."""
+    for ids in given:
+        if ids is not None and all(isinstance(token, int | np.integer) for token in ids):
+            return [int(token) for token in ids]
+    return None
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _unreadable(found: str) -> SourceError:
+    return SourceError(
+        f"Cannot read the routing of an answer: {found}. Check which server answered, and its version.",
+        argument="shape",
+        value=found,
+    )
