@@ -4,42 +4,54 @@ from __future__ import annotations
 
 import html
 import os
+from functools import cached_property
 from typing import Any
 
 import pandas as pd
 import xarray as xr
+from torch import nn
 
 from mixlens.bench.bench import Bench
 from mixlens.bench.comparison import BenchComparison, compare_benches
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.core.text import row, shown
+from mixlens.engines.check import explained
 from mixlens.errors import BadInput, MissingSignal, visible
 from mixlens.evals.log import Log
 from mixlens.evals.paired import LogComparison, compare_logs
+from mixlens.experiments.rerun import Rerun, rerun
 from mixlens.registry import open as open_any
 from mixlens.stats.agreement import agreement, same_shape
 from mixlens.stats.counts import By, require
-from mixlens.stats.flips import flips, flips_by_margin
+from mixlens.stats.flips import flips, flips_by_margin, routers_changed
+from mixlens.stats.likelihoods import likelihood_gap, routing_split
 from mixlens.stats.next_tokens import next_tokens
+from mixlens.stats.published import two_engines
 from mixlens.trace.trace import Trace
 from mixlens.trace.vocabulary import same_tokenizer
 
 
 def compare(
     run_a: Trace | Log | Bench | str | os.PathLike[str],
-    run_b: Trace | Log | Bench | str | os.PathLike[str],
+    run_b: Trace | Log | Bench | str | os.PathLike[str] | nn.Module,
     *,
+    sample: int | None = None,
     bootstrap: Bootstrap = DEFAULT,
 ) -> Comparison | LogComparison | BenchComparison:
-    """Compare two runs of one kind, with paired intervals.
+    """Compare two runs of one kind, with paired intervals; or a trace with what a model here makes of its tokens.
 
     Two traces of the same tokens give a Comparison of routing and predictions; two evaluations of the same samples
-    what mixlens.evals.paired.compare_logs does, two benchmarks what mixlens.bench.comparison.compare_benches does.
+    what mixlens.evals.paired.compare_logs does, two benchmarks what mixlens.bench.comparison.compare_benches does. A
+    trace and a loaded model give an EngineComparison, which also splits the gap between them into routing and the rest.
 
     Parameters
     ----------
-    run_a, run_b : Trace or Log or Bench or str or os.PathLike
-        Objects or paths of run directories.
+    run_a : Trace or Log or Bench or str or os.PathLike
+        Object or path of a run directory.
+    run_b : Trace or Log or Bench or str or os.PathLike or torch.nn.Module
+        The same; beside a trace, also a model that reads its tokens again.
+    sample : int, optional
+        How many documents a model reads again at most; None for 64.
     bootstrap : Bootstrap, optional
         How intervals are computed.
 
@@ -61,6 +73,15 @@ def compare(
     'Comparison'
     """
     a, b = (open_any(run) if isinstance(run, str | os.PathLike) else run for run in (run_a, run_b))
+    if isinstance(a, Trace) and isinstance(b, nn.Module):
+        return EngineComparison(rerun(a, b, sample=64 if sample is None else sample), bootstrap=bootstrap)
+    if sample is not None:
+        raise BadInput(
+            f"Cannot compare a sample of {_kind(a)} with {_kind(b)}: only a model reads a sample again. Leave sample= "
+            "out, or pass a trace and a loaded model.",
+            argument="sample",
+            value=sample,
+        )
     if isinstance(a, Trace) and isinstance(b, Trace):
         return Comparison(a, b, bootstrap=bootstrap)
     if isinstance(a, Log) and isinstance(b, Log):
@@ -221,6 +242,97 @@ class Comparison:
     def _repr_html_(self) -> str:
         lacking = "".join(f"<div>{html.escape(text)}</div>" for text in self.missing().values())
         return f"<div><p>{html.escape(self.title())}</p>{shown(self.overview()).to_html(escape=True)}{lacking}</div>"
+
+
+class EngineComparison(Comparison):
+    """Compare a trace with the same tokens read again by a model here: the first is the trace, the second the model.
+
+    Parameters
+    ----------
+    found : Rerun
+        The sample and what the model made of it.
+    bootstrap : Bootstrap, optional
+        How intervals over documents are computed.
+
+    Examples
+    --------
+    >>> split = ml.compare(trace, model, sample=2).split()["estimate"].sel(quantity="k3")
+    >>> float(split.sel(part=["ids", "weights", "rest"]).sum() - split.sel(part="total"))
+    0.0
+    """
+
+    def __init__(self, found: Rerun, *, bootstrap: Bootstrap = DEFAULT) -> None:
+        source = str(found.theirs.meta.get("source", "trace"))
+        super().__init__(found.theirs, found.here, names=(source, "transformers"), bootstrap=bootstrap)
+        self.found = found
+
+    @cached_property
+    def fault(self) -> tuple[str, str] | None:
+        """Return the fault of the source that explains the difference, with words for it; None where none does."""
+        a, b = self.a, self.b
+        return explained(a.read("expert_id"), b.read("expert_id"), a.read("position"))
+
+    def likelihoods(self, *, by: By = None) -> xr.Dataset:
+        """Compute :func:`mixlens.stats.likelihood_gap` of the trace and the model, ``[*by, measure]``.
+
+        Parameters
+        ----------
+        by : By, optional
+            Column, or columns, of the sequences to group by.
+        """
+        return self._keep(likelihood_gap, by)
+
+    def split(self, *, by: By = None) -> xr.Dataset:
+        """Compute :func:`mixlens.stats.routing_split`: how much of the gap is routing, ``[*by, quantity, part]``.
+
+        Parameters
+        ----------
+        by : By, optional
+            Column, or columns, of the sequences to group by.
+
+        Raises
+        ------
+        MissingSignal
+            If the trace has no log-probabilities or no weights.
+        """
+        for name in ("logprob", "weight"):
+            self.a._require_signals("routing_split", name)
+        runs = (self.b, self.found.with_ids, self.found.with_weights)
+        return routing_split(self.a, *runs, by=by, bootstrap=self.bootstrap)  # type: ignore[arg-type]
+
+    def overview(self) -> pd.DataFrame:
+        """Return the main numbers, one per row.
+
+        Returns
+        -------
+        DataFrame
+            Estimate, ci_low, ci_high, unit, n (tokens).
+        """
+        some_layer = self.flips().isel(layer=-1).sel(measure="so_far")
+        rows = {
+            "routers that choose other experts": row(self._keep(routers_changed, None), "fraction"),
+            "tokens with other experts in some layer": row(some_layer, "fraction"),
+        }
+        if {"logprob", "weight"} <= set(self.a.signals):
+            gap, split = self.likelihoods(), self.split().sel(quantity="k3")
+            rows |= {
+                "tokens with twice or half the probability": row(gap.sel(measure="extreme"), "fraction"),
+                "divergence (K3)": row(split.sel(part="total"), "nats a token"),
+                "of it from other experts": row(split.sel(part="ids"), "nats a token"),
+                "of it from their weights": row(split.sel(part="weights"), "nats a token"),
+                "of it from the rest": row(split.sel(part="rest"), "nats a token"),
+            }
+        return pd.DataFrame.from_dict(rows, orient="index")
+
+    def title(self) -> str:
+        """Return what is compared, on how many tokens and documents, and what is wrong, if it is known."""
+        fault = "" if self.fault is None else f" The routing of {self.names[0]} is off: {self.fault[1]}."
+        published = two_engines()
+        routers, tokens = (f"{float(published.estimate.sel(measure=name)):.0%}" for name in ("routers", "tokens"))
+        return (
+            f"{super().title()}.{fault} Of two other engines, about {routers} of routers and {tokens} of tokens in "
+            f"some layer ({published.attrs['source']})"
+        )
 
 
 def _kind(run: Any) -> str:

@@ -36,6 +36,7 @@ _SENTINELS = (-1, 2**8 - 1, 2**15 - 1, 2**16 - 1, 2**31 - 1)
 _WINDOW, _WINDOW_OF_ONE_LAYER = 8, 16
 _REMEMBERED = 32_768
 _BY_CHANCE = 1e-3
+_EXPLAINED = 0.9  # share of choices that a fault has to explain
 _REPLICAS = 0.01  # from this share of ids on, those beyond the experts are copies rather than a slip
 
 
@@ -335,3 +336,52 @@ def _unwritten(ids: np.ndarray, n_experts: int) -> np.ndarray:
 def _place(found: np.ndarray, layers: tuple[int, ...]) -> str:
     row, layer = np.argwhere(found)[0][:2]
     return f"{int(found.sum()):,} places, the first in row {int(row)}, layer {layers[int(layer)]}"
+
+
+def explained(ids: np.ndarray, others: np.ndarray, position: np.ndarray) -> tuple[str, str] | None:
+    """The fault that explains why routing differs from that of a model here, and how; None where none does.
+
+    Faults that no ids show by themselves: experts under other numbers, layers or tokens that are shifted.
+
+    Parameters
+    ----------
+    ids, others : numpy.ndarray
+        What came, and what a model here chooses for the same tokens [token, layer, slot].
+    position : numpy.ndarray
+        Of each token in its sequence.
+
+    Returns
+    -------
+    tuple[str, str] or None
+        Name of the fault, and in words what was found.
+    """
+    if _alike(ids, others) > _EXPLAINED:
+        return None
+    for shift in (1, -1, 2, -2, 3, -3):
+        if abs(shift) < ids.shape[1] - 1 and _alike(_shifted(ids, shift, 1), _shifted(others, -shift, 1)) > _EXPLAINED:
+            return "layers", f"the ids are those of {abs(shift)} layers {'before' if shift > 0 else 'after'}"
+    inside = np.flatnonzero(position > 0)
+    for rows, others_rows, where in ((inside, inside - 1, "before"), (inside - 1, inside, "after")):
+        if len(inside) and _alike(ids[rows], others[others_rows]) > _EXPLAINED:
+            return "last_token", f"the ids are those of the token {where}"
+    renamed = np.stack([_renamed(ids[:, at], others[:, at]) for at in range(ids.shape[1])], axis=1)
+    if _alike(renamed, others) > _EXPLAINED:
+        return "physical_ids", "the ids are those of experts under other numbers"
+    return None
+
+
+def _alike(ids: np.ndarray, others: np.ndarray) -> float:
+    """Share of tokens and layers that choose the same set."""
+    return float((np.sort(ids, -1) == np.sort(others, -1)).all(-1).mean())
+
+
+def _shifted(ids: np.ndarray, by: int, axis: int) -> np.ndarray:
+    return np.take(ids, range(max(by, 0), ids.shape[axis] + min(by, 0)), axis)
+
+
+def _renamed(ids: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """The ids of one layer [token, slot], each expert under the number of the one that is chosen with it most often."""
+    n = int(max(ids.max(), others.max())) + 1
+    together = np.zeros((n, n), np.int64)
+    np.add.at(together, (ids[:, :, None], others[:, None, :]), 1)
+    return together.argmax(1)[ids]

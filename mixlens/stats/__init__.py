@@ -8,6 +8,7 @@ from mixlens.stats.distances import domain_distance
 from mixlens.stats.domains import domain_information, domain_specialization
 from mixlens.stats.flips import flips, flips_by_margin
 from mixlens.stats.importance import expert_importance
+from mixlens.stats.likelihoods import likelihood_gap, routing_split
 from mixlens.stats.moved import moved
 from mixlens.stats.multiplicity import adjusted
 from mixlens.stats.next_tokens import next_tokens
@@ -44,6 +45,7 @@ __all__ = [
     "expert_share",
     "flips",
     "flips_by_margin",
+    "likelihood_gap",
     "load_balance",
     "load_entropy",
     "moved",
@@ -57,6 +59,7 @@ __all__ = [
     "repetition",
     "router_confidence",
     "routing_entropy",
+    "routing_split",
     "similarity_and_coactivation",
     "simultaneous",
     "super_experts",

@@ -102,6 +102,30 @@ def flips(
     )  # fmt: skip
 
 
+def routers_changed(
+    a: Trace, b: Trace, *, by: By = None, cluster: str | None = None, bootstrap: Bootstrap = DEFAULT
+) -> xr.Dataset:
+    """Compute the share of choices, of all tokens at all layers, whose set of experts differs between two traces.
+
+    Parameters, errors and result are those of `flips`, without layer and measure.
+    """
+    a = clustered(a, cluster)
+    require(a, "routers_changed", "expert_id", bootstrap=bootstrap)
+    require(b, "routers_changed", "expert_id")
+    same_shape(a, b)
+
+    def add(block: Block, totals: dict[str, np.ndarray]) -> None:
+        totals["changed"][block.clusters, 0] += block.sums(_differ(block).sum(0))
+
+    counts = count(a, by, {"changed": (1,)}, side_by_side(a, b, ("expert_id",)), add)
+    counts = replace(counts, layers=counts.layers[:1])
+    data = summarise(counts, lambda sums: Share(sums["changed"], a.n_layers * sums["n"]), {}, bootstrap)
+    return described(
+        data.isel(layer=0, drop=True), a, bootstrap,
+        statistic="routers_changed", unit="fraction", source="mixlens", formula="mean over layers of P(S_l != S'_l)",
+    )  # fmt: skip
+
+
 def flips_by_margin(
     a: Trace,
     b: Trace,
