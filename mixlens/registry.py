@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable
 from typing import Any
 
 import xarray as xr
+from pyarrow import ArrowException
+from safetensors import SafetensorError
 
 from mixlens.bench.bench import Bench
 from mixlens.core.run_dir import open_run
 from mixlens.decisions.judgement import Judgement
-from mixlens.errors import BadInput, RunError
+from mixlens.engines.formats import FORMATS, open_replies
+from mixlens.errors import BadInput, RunError, SourceError
 from mixlens.evals.log import Log
 from mixlens.stats.contributions import open_contributions
 from mixlens.stats.impact import Impact
@@ -35,15 +39,22 @@ _KINDS: dict[str, Callable[..., Any]] = {
 }
 
 
-def open(path: str | os.PathLike[str], *, check: bool = True) -> Run:
-    """Open the run in a folder, whatever its kind; large arrays are read lazily.
+def open(path: str | os.PathLike[str], *, format: str | None = None, check: bool = True, **known: Any) -> Run:
+    """Open the run in a folder, whatever its kind, or routing in a format of others; large arrays are read lazily.
 
     Parameters
     ----------
     path : str or os.PathLike
-        The folder.
+        The folder; for a format of others its file or folder.
+    format : str, optional
+        "flame" (FLAME-MoE-Traces, also at ``hf://datasets/...``), "vllm" or "sglang" (answers, one a line),
+        "routed_experts" (what trainers replay), "npy", "safetensors" or "parquet". None for a run of mixlens.
     check : bool, optional
         Compare every file with its checksum when it is first read; False compares sizes only.
+    **known : Any
+        What the format does not say: ``model`` of answers; ``n_experts``, ``layers`` and ``tokens_a_sequence`` of
+        arrays; ``iteration`` and ``tokens_a_sequence`` of FLAME-MoE. ``Trace.meta["not_known"]`` lists what is left.
+        Where documents are not known, no interval is given, except with ``cluster="window"``.
 
     Returns
     -------
@@ -54,7 +65,9 @@ def open(path: str | os.PathLike[str], *, check: bool = True) -> Run:
     RunError
         If there is no run, when it is not finished, or is of a kind that this version does not know.
     BadInput
-        For what is no path.
+        For what is no path, an unknown format, or an argument that it does not take.
+    SourceError
+        For a file that is no routing; `argument` names the fault.
 
     Examples
     --------
@@ -68,6 +81,15 @@ def open(path: str | os.PathLike[str], *, check: bool = True) -> Run:
             argument="path",
             value=path,
         )
+    if format is not None:
+        return _open_format(path, format, known)
+    if known:
+        raise BadInput(
+            f"Cannot open {path} with {', '.join(known)}: a run of mixlens says it all. Leave them out, or name the "
+            "format.",
+            argument=next(iter(known)),
+            value=str(path),
+        )
     kind = open_run(path, check=check).kind
     if kind not in _KINDS:
         raise RunError(
@@ -77,3 +99,39 @@ def open(path: str | os.PathLike[str], *, check: bool = True) -> Run:
             value=kind,
         )
     return _KINDS[kind](path, check=check)
+
+
+def _open_format(path: str | os.PathLike[str], format: str, known: dict[str, Any]) -> Trace:
+    if format not in FORMATS:
+        raise BadInput(
+            f"Cannot open {path} as {format!r}: formats are {', '.join(FORMATS)}. Pass one of them, or make arrays of "
+            "it for ml.Trace.from_arrays.",
+            argument="format",
+            value=format,
+        )
+    reader = FORMATS[format]
+    takes = [name for name in inspect.signature(reader).parameters if name != "path"]
+    if unknown := [name for name in known if name not in takes]:
+        raise BadInput(
+            f"Cannot open {path} as {format} with {unknown[0]}=: it takes {', '.join(takes)}.",
+            argument=unknown[0],
+            value=format,
+        )
+    if reader is open_replies and "model" not in known:
+        raise BadInput(
+            f"Cannot open {path} as {format}: answers do not say how many experts the model has. Pass model=, its name "
+            "or folder.",
+            argument="model",
+            value=format,
+        )
+    place = os.fspath(path)
+    if "://" not in place and not os.path.exists(place):
+        raise BadInput(f"Cannot open {place}: it is not there. Check the path.", argument="path", value=place)
+    try:
+        return reader(place, **known)
+    except (OSError, ArrowException, SafetensorError) as error:
+        raise SourceError(
+            f"Cannot open {place} as {format}: {str(error).strip()[:300]}. Check the file and its format.",
+            argument="path",
+            value=place,
+        ) from error

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from mixlens.endpoints.calls import Completion
 from mixlens.endpoints.endpoint import Endpoint
@@ -16,8 +17,9 @@ from mixlens.engines.check import Checker, Routers
 from mixlens.engines.replies import Routed, routed
 from mixlens.errors import BadInput, SourceError
 from mixlens.models.load import skeleton
-from mixlens.trace.shards import PROMPT, MemoryPart
+from mixlens.trace.shards import GENERATED, PROMPT, MemoryPart
 from mixlens.trace.signals import Signals
+from mixlens.trace.trace import Trace, from_parts
 
 _AT_A_TIME = 8
 
@@ -52,6 +54,56 @@ class Server:
 
     def reader(self, signals: Signals) -> ServerReader:
         return ServerReader(self.endpoint, Routers.of(self.skeleton), signals)
+
+
+def trace_of_answers(
+    answers: Sequence[Mapping[str, Any]], about: Sequence[Mapping[str, Any]], endpoint: Endpoint, model: Any
+) -> Trace:
+    """The routing of answers to any requests, prompts and what was generated, one sequence each.
+
+    Parameters
+    ----------
+    answers : Sequence[Mapping[str, Any]]
+        The JSON of each.
+    about : Sequence[Mapping[str, Any]]
+        Columns of its sequence.
+    endpoint : Endpoint
+        Who answered.
+    model : torch.nn.Module
+        The same model, which may be one without weights.
+
+    Raises
+    ------
+    SourceError
+        For routing that is not there, or that cannot be that of its tokens.
+    """
+    routers = Routers.of(model)
+    checker, parts, lengths = Checker(routers), [], []
+    for answer in answers:
+        found = routed(answer, routers)
+        if found is None:
+            raise no_routing(endpoint)
+        parts.append((found, ids := found.checked(checker)))
+        lengths.append(len(ids))
+    tokens = [np.asarray(found.token_ids or [], np.int64)[: len(ids)] for found, ids in parts]
+    arrays = {
+        "sequence": np.repeat(np.arange(len(parts)), lengths),
+        "position": np.concatenate([np.arange(n) for n in lengths]),
+        "phase": np.concatenate([np.where(np.arange(len(ids)) < f.prompt, PROMPT, GENERATED) for f, ids in parts]),
+        "expert_id": np.concatenate([ids for _, ids in parts]),
+    }
+    if all(found.token_ids is not None for found, _ in parts):
+        arrays["token_id"] = np.concatenate(tokens)
+    arrays["phase"] = arrays["phase"].astype(np.uint8)
+    meta = {
+        "source": f"a server at {endpoint.host}",
+        "model": {"name": endpoint.model, "endpoint": endpoint.plan()},
+        "n_experts": routers.n_experts,
+        "top_k": routers.top_k,
+        "source_check": checker.about(),
+    }
+    frame = pd.DataFrame(list(about)).assign(length=lengths)
+    return from_parts([MemoryPart(arrays)], frame, meta, list(routers.layers))
 
 
 class ServerReader:

@@ -70,6 +70,9 @@ class Rows:
     ids: np.ndarray
     logits: np.ndarray
 
+    def first(self, n: int) -> Rows:
+        return Rows(self.ids[:n], self.logits[:n])
+
 
 class VLLM:
     """vLLM with a worker that records. Made by `vllm`."""
@@ -90,7 +93,7 @@ class VLLM:
         self.skeleton = skeleton(model)
         from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]
 
-        self._params = SamplingParams
+        self.params = SamplingParams
         self._args = dict(engine_args)
         self.llm = LLM(model=self.skeleton.name_or_path, worker_cls=_WORKER, **engine_args)
         config = self.llm.llm_engine.vllm_config
@@ -153,7 +156,7 @@ class VLLM:
         lost = [number for number, one in enumerate(rows) if one is None]
         if lost:
             again = [[*outputs[n].prompt_token_ids, *outputs[n].outputs[0].token_ids[:-1]] for n in lost]
-            fresh = self._params(max_tokens=1, temperature=0, skip_reading_prefix_cache=True, detokenize=False)
+            fresh = self.params(max_tokens=1, temperature=0, skip_reading_prefix_cache=True, detokenize=False)
             answers = self._run(again, [fresh] * len(lost))
             parts = self._take()
             for number, answer, tokens in zip(lost, answers, again, strict=True):
@@ -223,7 +226,7 @@ class EngineReader:
     ) -> MemoryPart:
         # Asked for log-probabilities, vLLM reads a prompt whole, whatever its cache holds.
         scored = {"prompt_logprobs": 0} if self.signals.logprob else {}
-        params = self.engine._params(max_tokens=1, temperature=0, detokenize=False, **scored)
+        params = self.engine.params(max_tokens=1, temperature=0, detokenize=False, **scored)
         outputs, rows = self.engine.generate([ids.tolist() for ids in sequences], params)
         checked = [
             self._checker.check(one.ids, prompt=len(ids), generated=1, token_ids=[*ids, 0])
@@ -269,8 +272,7 @@ class Prefixes:
         number = self._places.get(names[-1]) if names and len(names) * self._block >= n else None
         if number is None:
             return None
-        rows = self._sequences[number][1]
-        return Rows(rows.ids[:n], rows.logits[:n])
+        return self._sequences[number][1].first(n)
 
     def _names(self, tokens: np.ndarray) -> list[bytes]:
         """A name for the tokens up to the end of every whole block."""

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import pandas as pd
 from torch import nn
 
 from mixlens.endpoints.endpoint import Endpoint
+from mixlens.engines.vllm_engine import VLLM
 from mixlens.errors import BadInput
+from mixlens.evals.engine import EngineLM
 from mixlens.evals.model import Batch, LocalLM, cut, tokenizer_of
 from mixlens.evals.questions import Said, ask_all
 from mixlens.interventions.hooks import edits_of
 from mixlens.models.provenance import describe, identity, tokenizer_sha256
+from mixlens.recording.corpus import vocabulary_of
+from mixlens.recording.recorder import Recorder
+from mixlens.trace.trace import Trace
 
 # Requests of a backend that batches by itself, that are asked for and kept together.
 _SLICE = 256
@@ -40,11 +47,13 @@ def backend_of(model: Any, settings: Any) -> Any:
         )
     if isinstance(model, LM):
         return LmEvalBackend(model)
+    if isinstance(model, VLLM):
+        return EngineBackend(model, settings)
     if isinstance(model, nn.Module):
         return LocalBackend(model, settings)
     raise BadInput(
-        f"Cannot evaluate a {type(model).__name__}. Pass a loaded model, such as ml.load(...), an ml.Endpoint, or a "
-        "model object of lm-eval.",
+        f"Cannot evaluate a {type(model).__name__}. Pass a loaded model, such as ml.load(...), an ml.Endpoint, an "
+        "engine (ml.engines.vllm), or a model object of lm-eval.",
         argument="model",
         value=type(model).__name__,
     )
@@ -66,6 +75,16 @@ class LocalBackend:
         )
         self.batches, self.answer, self.chat_template = self.lm.batches, self.lm.answer, self.lm.apply_chat_template
 
+    @contextmanager
+    def recording(self) -> Iterator[Callable[[], Trace]]:
+        """Keep the routing of the forwards inside, which the block's value gives once it has ended."""
+        before = len(self.lm.seen)
+        with Recorder(self.model) as recorder:
+            yield lambda: recorder.trace(pd.DataFrame(self.lm.seen[before:]))
+
+    def vocabulary(self) -> pd.Series | None:
+        return vocabulary_of(self.lm.tokenizer)
+
     def describe(self) -> dict[str, Any]:
         return {**describe(self.model), "edits": edits_of(self.model), "backend": "transformers"}
 
@@ -84,6 +103,34 @@ class LocalBackend:
         lead = len(self.lm.tok_encode(prompt))
         ids = [*self.lm.tok_encode(prompt + text)[lead:], *sorted(self.lm.stop_ids)[:1]]
         return self.lm.finish(ids, until), cut(text, until)
+
+
+class EngineBackend(LocalBackend):
+    """An engine in this process."""
+
+    def __init__(self, engine: VLLM, settings: Any) -> None:
+        self.engine, self.model = engine, engine.skeleton
+        self.lm: EngineLM = EngineLM(
+            engine,
+            tokenizer_of(engine.skeleton, settings.tokenizer),
+            batch_size=settings.batch_size,
+            max_length=settings.max_length,
+            max_new_tokens=settings.max_new_tokens,
+            seed=settings.seed,
+        )
+        self.batches, self.answer, self.chat_template = self.lm.batches, self.lm.answer, self.lm.apply_chat_template
+
+    def describe(self) -> dict[str, Any]:
+        return {**self.engine.describe(), "backend": self.engine.name}
+
+    def identity(self) -> dict[str, Any]:
+        return self.describe()
+
+    @contextmanager
+    def recording(self) -> Iterator[Callable[[], Trace]]:
+        before = len(self.lm.seen)
+        self.lm.read.clear()
+        yield lambda: self.lm.trace(self.lm.seen[before:])
 
 
 @dataclass

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
+
+import pandas as pd
 
 from mixlens.endpoints.calls import Completion
 from mixlens.endpoints.endpoint import Endpoint
+from mixlens.engines.server import architecture_name, trace_of_answers
 from mixlens.errors import BadInput, EndpointError
 from mixlens.evals.generating import check_sampling
-from mixlens.evals.model import Batch, cut, tokenizer_of
+from mixlens.evals.model import Batch, cut, named, tokenizer_of
 from mixlens.evals.questions import Said, ask_all
 from mixlens.evals.response_cache import Reply, ResponseCache
+from mixlens.models.load import skeleton
+from mixlens.recording.corpus import vocabulary_of
+from mixlens.trace.trace import Trace
 
 # OpenAI-compatible servers take this many stop strings; the others are applied to what comes back.
 _MOST_STOPS = 4
@@ -29,7 +37,16 @@ class EndpointBackend:
     def __init__(self, endpoint: Endpoint, settings: Any) -> None:
         self.endpoint, self.settings = endpoint, settings
         self._client = endpoint.connect()
-        self.cache = ResponseCache(settings.cache, endpoint.plan())
+        if settings.routing and not endpoint.routing:
+            raise BadInput(
+                f"Cannot record the routing of the samples: {endpoint.host} is not asked for it. Pass "
+                "ml.Endpoint(..., routing=True) of a server that returns routing, or leave routing out.",
+                argument="routing",
+                value=endpoint.routing,
+            )
+        # Answers that are kept have no routing.
+        self.cache = ResponseCache(settings.cache if not settings.routing else False, endpoint.plan())
+        self._answers: dict[int, tuple[dict[str, Any], Completion]] = {}
 
     def describe(self) -> dict[str, Any]:
         return {"name": self.endpoint.model, "backend": "endpoint", "endpoint": self.endpoint.plan()}
@@ -130,11 +147,42 @@ class EndpointBackend:
             if kind == "loglikelihood":
                 contexts = list(dict.fromkeys(context.rstrip() for context, _ in asked))
                 lengths = dict(zip(contexts, pool.map(self._length, contexts), strict=True))
-                return list(pool.map(lambda pair: self._score(pair[0], pair[1], lengths[pair[0].rstrip()]), asked))
-            numbered = zip(asked, batch.requests, strict=True)
-            return list(pool.map(lambda one: self._generate(one[0][0], dict(one[0][1]), repeats[one[1]]), numbered))
+                done = pool.map(lambda pair: self._score(pair[0], pair[1], lengths[pair[0].rstrip()]), asked)
+            else:
+                numbered = zip(asked, batch.requests, strict=True)
+                done = pool.map(lambda one: self._generate(one[0][0], dict(one[0][1]), repeats[one[1]]), numbered)
+            answers, found = zip(*done, strict=True)
+        self._answers = {
+            number: (named(requests[number], repeats[number], scored=kind == "loglikelihood"), completion)
+            for number, completion in zip(batch.requests, found, strict=True)
+        }
+        return list(answers)
 
-    def _generate(self, prompt: str, asked: dict[str, Any], repeat: int) -> str:
+    @contextmanager
+    def recording(self) -> Iterator[Callable[[], Trace]]:
+        """Keep the routing of the answers inside, one sequence each, which the block's value gives once it has ended.
+
+        Where log-probabilities are asked for, the whole text was the prompt.
+        """
+
+        def trace() -> Trace:
+            rows, found = zip(*self._answers.values(), strict=True)
+            return trace_of_answers([one.raw for one in found], rows, self.endpoint, self._skeleton)
+
+        yield trace
+
+    @cached_property
+    def _skeleton(self) -> Any:
+        given = self.settings.tokenizer
+        return skeleton(given if isinstance(given, str) else architecture_name(self.endpoint, given))
+
+    def vocabulary(self) -> pd.Series | None:
+        try:
+            return vocabulary_of(tokenizer_of(self._skeleton, self.settings.tokenizer))
+        except BadInput:
+            return None
+
+    def _generate(self, prompt: str, asked: dict[str, Any], repeat: int) -> tuple[str, Completion]:
         asked = check_sampling(asked, self.settings.max_new_tokens)
         until = [stop for stop in asked["until"] if stop]
         fields: dict[str, Any] = {"temperature": asked["temperature"]}
@@ -144,7 +192,7 @@ class EndpointBackend:
             fields["stop"] = until[:_MOST_STOPS]
         fields = {name: value for name, value in fields.items() if value is not None}
         found = self._complete(self._message(prompt), repeat, max_tokens=asked["max_gen_toks"], **fields)
-        return Reply(
+        reply = Reply(
             cut(found.text, until),
             finish=found.finish,
             model=found.model,
@@ -155,6 +203,7 @@ class EndpointBackend:
             reasoning_tokens=found.reasoning_tokens,
             attempts=found.attempts,
         )
+        return reply, found
 
     def _message(self, prompt: str) -> Any:
         """A text, or the messages that `chat_template` wrote."""
@@ -166,7 +215,7 @@ class EndpointBackend:
         """Tokens that the server lists for a context, special ones included."""
         return _n_listed(self._echo(context)) if context else _n_before(self._echo(_PROBE))
 
-    def _score(self, context: str, continuation: str, lead: int) -> tuple[float, bool]:
+    def _score(self, context: str, continuation: str, lead: int) -> tuple[tuple[float, bool], Completion]:
         """Log-probability of what stands behind the first `lead` tokens, and whether each token is the likeliest.
 
         Tokens are counted, as lm-eval counts them. Offsets into the text would be simpler, but vLLM's count BOS and
@@ -184,7 +233,7 @@ class EndpointBackend:
                 value=(len(given), len(logprobs)),
             )
         greedy = all(logprob >= max(others.values(), default=0.0) for logprob, others in zip(given, best, strict=True))
-        return sum(given), greedy
+        return (sum(given), greedy), found
 
     def _echo(self, text: str) -> Completion:
         """A text with its log-probabilities, and one token more."""

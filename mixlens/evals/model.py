@@ -293,12 +293,10 @@ class LocalLM(_Base):
             self.seen.append({"role": "shots", "task": first.task_name, "sample_id": -1, "choice": -1, "repeat": -1})
             return
         for row in batch.rows:
-            one = requests[row.asked[0][0]]
-            choice = one.idx if one.request_type == "loglikelihood" and len(row.asked) == 1 else -1
-            repeat = repeats[row.asked[0][0]] if len(repeats) else -1
-            self.seen.append(
-                {"role": "sample", "task": one.task_name, "sample_id": one.doc_id, "choice": choice, "repeat": repeat}
-            )
+            number = row.asked[0][0]
+            one = requests[number]
+            alone = one.request_type == "loglikelihood" and len(row.asked) == 1
+            self.seen.append(named(one, repeats[number] if len(repeats) else -1, scored=alone))
 
     # ------------------------------------------------------------------ lm-eval's own way in
 
@@ -317,6 +315,18 @@ class LocalLM(_Base):
         for batch in self.batches(kind, requests):
             found |= dict(zip(batch.requests, self.answer(kind, requests, batch, repeats), strict=True))
         return [found[number] for number in range(len(requests))]
+
+
+def named(request: Any, repeat: int, *, scored: bool) -> dict[str, Any]:
+    """What a recorded row is called by: its sample, and its choice where its answer is `scored`."""
+    choice = request.idx if scored else -1
+    return {
+        "role": "sample",
+        "task": request.task_name,
+        "sample_id": request.doc_id,
+        "choice": choice,
+        "repeat": -1 if scored else repeat,
+    }
 
 
 def cut(text: str, until: Sequence[str]) -> str:

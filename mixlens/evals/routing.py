@@ -12,41 +12,39 @@ import xarray as xr
 
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.core.run_dir import RunWriter
+from mixlens.engines.check import combined
 from mixlens.errors import BadInput, MissingSignal
 from mixlens.evals.log import ROUTING, Log
-from mixlens.recording.corpus import vocabulary_of
-from mixlens.recording.recorder import Recorder
 from mixlens.stats.agreement import agreement
 from mixlens.stats.routing import expert_share
 from mixlens.trace.trace import Trace, concat
 
 
 class SampleRecorder:
-    """Records the forwards of a local model while it answers, a batch at a time, so that a resumed run has all of them.
+    """Records the routing of a model while it answers, a batch at a time, so that a resumed run has all of it.
 
-    backend  the local backend, whose `lm.seen` names every row it reads
+    backend  whose `recording` keeps the routing of what is answered in a block, one sequence for every row that is read
     writer   of the evaluation's run; None keeps the routing in memory
 
-    Raises BadInput for a backend that is not a local model; ModelError where the model has no experts.
+    Raises BadInput for a backend whose routing is out of reach; ModelError where the model has no experts.
     """
 
     def __init__(self, backend: Any, writer: RunWriter | None) -> None:
-        if not hasattr(backend, "lm") or not hasattr(backend.lm, "seen"):
+        if not hasattr(backend, "recording"):
             raise BadInput(
                 "Cannot record the routing of the samples: this model runs elsewhere, and its routing is out of "
-                "reach. Evaluate a loaded model (ml.load), or leave routing out.",
+                "reach. Evaluate a loaded model (ml.load), an engine (ml.engines.vllm), or a server that returns "
+                "routing (ml.Endpoint(..., routing=True)), or leave routing out.",
                 argument="routing",
             )
         self.backend, self.writer = backend, writer
         self._parts: dict[str, Trace] = {}
 
     def answer(self, name: str, ask: Callable[[], list[Any]]) -> list[Any]:
-        """What `ask` gives, with the routing of its forwards kept under the batch's name."""
-        seen = self.backend.lm.seen
-        before = len(seen)
-        with Recorder(self.backend.model) as recorder:
+        """What `ask` gives, with its routing kept under the batch's name."""
+        with self.backend.recording() as recorded:
             answers = ask()
-        trace = recorder.trace(pd.DataFrame(seen[before:]))
+        trace = recorded()
         if self.writer is not None:
             shutil.rmtree(self._place(name), ignore_errors=True)  # of a process that was killed before it answered
             trace = trace.save(self._place(name))
@@ -57,11 +55,13 @@ class SampleRecorder:
         """All batches in order as one trace, its sequences joined with their samples; saved when there is a folder."""
         parts = [self._parts.get(name) or Trace.open(self._place(name)) for name in names]
         whole = concat(parts)
-        whole._vocabulary = vocabulary_of(self.backend.lm.tokenizer)
+        whole._vocabulary = self.backend.vocabulary()
         # A resumed run reads its shots again.
         again = (whole.sequences["role"] == "shots") & whole.sequences.duplicated(["role", "task"])
         trace = whole.select(where=~again)
         trace.sequences = with_samples(trace.sequences, records, tasks)
+        if checks := [part.meta["source_check"] for part in parts if "source_check" in part.meta]:
+            trace.meta["source_check"] = combined(checks)
         if self.writer is None:
             return trace
         folder = self.writer.path / ROUTING

@@ -508,6 +508,44 @@ class Trace:
 
         return to_parquet(self, Path(path))
 
+    def export(self, path: str | os.PathLike[str], *, format: str) -> Path:
+        """Write the trace in a form that others read without mixlens.
+
+        safetensors
+            Every signal as a tensor; in the metadata, each as JSON: n_experts, layers, document_id of every sequence.
+        npy
+            A folder with a .npy file for every signal, and about.json with the same.
+        parquet
+            The long table of `to_parquet`, with the same in the metadata of its schema.
+        routed_experts
+            One sequence a line of JSON: prompt_token_ids, and [token, layer, slot] in "routed_experts" and
+            "routed_weights" as arrays in NumPy's format, in base64. Servers return this form, and trainers that replay
+            routing (R3) read it.
+
+        `mixlens.open(path, format=)` reads each back.
+
+        Parameters
+        ----------
+        path : str or os.PathLike
+            The file, for "npy" the folder.
+        format : {"safetensors", "npy", "parquet", "routed_experts"}
+            The form.
+
+        Raises
+        ------
+        BadInput
+            For another format, and for a trace without tokens or with layers that choose different numbers of experts.
+
+        Examples
+        --------
+        >>> path = trace.export(tmp / "trace.safetensors", format="safetensors")
+        >>> ml.open(path, format="safetensors").n_tokens == trace.n_tokens
+        True
+        """
+        from mixlens.trace.export import export
+
+        return export(self, Path(path), format)
+
     def __repr__(self) -> str:
         model = self.meta.get("model", {}).get("name", "unknown model")
         n_documents = self.sequences["document_id"].nunique()

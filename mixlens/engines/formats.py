@@ -1,0 +1,245 @@
+"""Files of others as traces: one function a format, and what each knows and does not know."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+
+from mixlens.engines.check import Checker, Routers
+from mixlens.engines.columns import Arrays, Columns, Parquet, Safetensors, known_routers, listed, trace_over
+from mixlens.engines.replies import routed
+from mixlens.errors import BadInput, SourceError
+from mixlens.models.load import skeleton
+from mixlens.trace.shards import PROMPT, TOKEN_COLUMNS, MemoryPart, pack_weights
+from mixlens.trace.trace import Trace, from_parts
+
+_WINDOW = 2048
+
+
+def open_flame(path: str, *, iteration: int | None = None, tokens_a_sequence: int = _WINDOW) -> Trace:
+    """Open one checkpoint of FLAME-MoE-Traces (arXiv 2505.20225): the folder of a model, here or on the Hub.
+
+    `samples/` has token ids, `actives/iter_NNNN/layer_NN.parquet` the experts of every token and their probabilities,
+    which are those of a softmax over all experts. Documents, text and the other probabilities are not known.
+    """
+    files, prefix = fsspec.core.url_to_fs(path)
+    protocol = "" if "file" in files.protocol else "hf://"
+    found = {int(Path(one).name.removeprefix("iter_")): one for one in files.glob(f"{prefix}/actives/iter_*")}
+    if not found or (iteration is not None and iteration not in found):
+        raise BadInput(
+            f"Cannot open {path} as a checkpoint of FLAME-MoE: it has the iterations "
+            f"{', '.join(map(str, sorted(found))) or 'none'}. Pass the folder of a model, such as flame-moe-290m, and "
+            "one of its iterations.",
+            argument="iteration" if found else "path",
+            value=iteration if found else path,
+        )
+    chosen = max(found) if iteration is None else iteration
+    actives = sorted(files.glob(f"{found[chosen]}/layer_*.parquet"))
+    layers = tuple(int(Path(one).stem.removeprefix("layer_")) - 1 for one in actives)  # counted from 1 there
+    names = {"expert_id": "indices", "weight": "scores"}
+    columns: list[Columns] = [Parquet([protocol + one], names) for one in actives]
+    samples = [protocol + one for one in sorted(files.glob(f"{prefix}/samples/*.parquet"))]
+    top_k = columns[0].read("expert_id", 0, 1).shape[-1]
+    about = {
+        "source": "FLAME-MoE-Traces",
+        "model": {"name": Path(prefix).name, "iteration": chosen},
+        "not_known": ["documents", "text", "router_logits"],
+    }
+    routers = Routers(64, top_k, layers, max(layers) + 1)
+    return trace_over(
+        columns, Parquet(samples, {"token_id": "token_id"}), routers, about, tokens_a_sequence=tokens_a_sequence
+    )
+
+
+def open_safetensors(
+    path: str, *, n_experts: int | None = None, layers: Any = None, tokens_a_sequence: int = _WINDOW
+) -> Trace:
+    """Open expert_id [token, layer, slot] of a file, with the columns of a trace that stand beside it."""
+    columns = Safetensors(path)
+    return _of_arrays(columns, columns.about, n_experts, layers, tokens_a_sequence, f"safetensors {Path(path).name}")
+
+
+def open_npy(path: str, *, n_experts: int | None = None, layers: Any = None, tokens_a_sequence: int = _WINDOW) -> Trace:
+    """Open expert_id [token, layer, slot] of one .npy file, or a folder with a file for every column."""
+    place = Path(path)
+    files = {one.stem: one for one in sorted(place.glob("*.npy"))} if place.is_dir() else {"expert_id": place}
+    about: dict[str, str] = {}
+    if place.is_dir() and (place / "about.json").exists():
+        about = json.loads((place / "about.json").read_text("utf-8"))
+    try:
+        arrays = Arrays({name: np.load(one, mmap_mode="r", allow_pickle=False) for name, one in files.items()})
+    except (ValueError, OSError, StopIteration) as error:
+        raise SourceError(
+            f"Cannot open {place} as arrays: {error or 'it has none'}. Pass a .npy file, or a folder of them.",
+            argument="path",
+            value=str(place),
+        ) from error
+    return _of_arrays(arrays, about, n_experts, layers, tokens_a_sequence, f"npy {place.name}")
+
+
+def open_parquet(
+    path: str, *, n_experts: int | None = None, layers: Any = None, tokens_a_sequence: int = _WINDOW
+) -> Trace:
+    """Open a table with a row for every token, layer and slot, in this order, or for every token, with lists.
+
+    The long form is that of `Trace.to_parquet`; with lists, expert_id is [layer][slot].
+    """
+    schema = pq.ParquetFile(path).schema_arrow
+    names = [name for name in schema.names if name in TOKEN_COLUMNS]
+    routing = [name for name in schema.names if name in ("expert_id", "weight", "router_logits")]
+    about = {k.decode(): v.decode() for k, v in (schema.metadata or {}).items() if not k.startswith(b"pandas")}
+    if "layer" not in schema.names:
+        columns: Columns = Parquet([path], {name: name for name in [*names, *routing]})
+        return _of_arrays(columns, about, n_experts, layers, tokens_a_sequence, f"parquet {Path(path).name}")
+    head = next(pq.ParquetFile(path).iter_batches(4096, columns=["layer", "slot"])).to_pandas()
+    again = np.flatnonzero((head == head.iloc[0]).all(axis=1).to_numpy()[1:])
+    rows = int(again[0]) + 1 if len(again) else len(head)
+    numbers = head["layer"].iloc[:rows].unique().tolist()
+    long = Parquet([path], {name: name for name in [*names, *routing]}, rows=rows)
+    return _of_arrays(
+        _Long(long, (len(numbers), rows // len(numbers))), about, n_experts, layers or numbers, tokens_a_sequence,
+        f"parquet {Path(path).name}",
+    )  # fmt: skip
+
+
+class _Long:
+    """A table with a row for every token, layer and slot."""
+
+    def __init__(self, table: Parquet, shape: tuple[int, int]) -> None:
+        self._table, self._shape = table, shape
+        self.n_tokens, self.names = table.n_tokens, table.names
+
+    def read(self, name: str, start: int, stop: int) -> np.ndarray:
+        values = self._table.read(name, start, stop).reshape(stop - start, *self._shape)
+        return values[:, 0, 0] if name in TOKEN_COLUMNS else values
+
+
+def _of_arrays(
+    columns: Columns, about: Mapping[str, str], n_experts: int | None, layers: Any, tokens_a_sequence: int, source: str
+) -> Trace:
+    if "expert_id" not in columns.names:
+        raise SourceError(
+            f"Cannot open {source} as a trace: it has the columns {', '.join(sorted(columns.names)) or 'none'}, and no "
+            "expert_id. Rename the one that has the ids.",
+            argument="expert_id",
+            value=sorted(columns.names),
+        )
+    shape = (columns.n_tokens, *columns.read("expert_id", 0, 1).shape[1:])
+    layers = listed(about, "layers") if layers is None else layers
+    routers = known_routers(shape, listed(about, "n_experts") if n_experts is None else n_experts, layers)
+    documents = listed(about, "document_id")
+    lacking = [name for name in ("token_id", "weight", "router_logits") if name not in columns.names]
+    meta = {
+        "source": source,
+        "model": listed(about, "model") or {},
+        "not_known": [*([] if documents else ["documents"]), "text", *lacking],
+    }
+    return trace_over([columns], columns, routers, meta, tokens_a_sequence=tokens_a_sequence, document_id=documents)
+
+
+def open_replies(path: str, *, model: Any) -> Trace:
+    """Open answers of vLLM or SGLang, one JSON object a line, as `replies.routed` reads them.
+
+    That is also the form in which routing goes to trainers that replay it (R3): ids by position, with
+    "routed_weights" beside them where there are any.
+
+    Parameters
+    ----------
+    path : str
+        The file.
+    model : Any
+        Name or folder of the model that answered, or a loaded one: servers do not say how many experts it has.
+    """
+    routers = Routers.of(skeleton(model) if isinstance(model, str | Path) else model)
+    checker, rows, parts = Checker(routers), [], []
+    for number, answer in _lines(path):
+        found = routed(answer, routers)
+        if found is None:
+            raise SourceError(
+                f"Cannot open {path}: line {number} has no routing. Leave out answers without routed_experts.",
+                argument="routing",
+                value=number,
+            )
+        ids = found.checked(checker)
+        weight = answer.get("routed_weights")
+        tokens = None if found.token_ids is None else np.asarray(found.token_ids, np.int64)[: len(ids)]
+        prompt = int(answer.get("prompt_length", found.prompt))
+        parts.append((ids, tokens, prompt, None if weight is None else _weights(weight, ids.shape)))
+        rows.append({"document_id": answer.get("document_id", answer.get("id", number - 1)), "length": len(ids)})
+    if not parts:
+        raise SourceError(f"Cannot open {path}: it has no answers. Pass one a line.", argument="path", value=path)
+    lengths = [row["length"] for row in rows]
+    position = np.concatenate([np.arange(n) for n in lengths])
+    arrays: dict[str, np.ndarray] = {
+        "sequence": np.repeat(np.arange(len(parts)), lengths),
+        "position": position,
+        "phase": (position >= np.repeat([prompt for _, _, prompt, _ in parts], lengths)).astype(np.uint8) + PROMPT,
+        "expert_id": np.concatenate([ids for ids, _, _, _ in parts]),
+    }
+    if all(tokens is not None for _, tokens, _, _ in parts):
+        arrays["token_id"] = np.concatenate([tokens for _, tokens, _, _ in parts if tokens is not None])
+    if all(weight is not None for _, _, _, weight in parts):
+        arrays["weight"] = pack_weights(np.concatenate([weight for _, _, _, weight in parts if weight is not None]))
+    meta = {
+        "source": f"answers in {Path(path).name}",
+        "model": {"name": str(getattr(model, "name_or_path", model))},
+        "n_experts": routers.n_experts,
+        "top_k": routers.top_k,
+        "source_check": checker.about(),
+    }
+    return from_parts([MemoryPart(arrays)], pd.DataFrame(rows), meta, list(routers.layers))
+
+
+def _weights(sent: str, shape: tuple[int, ...]) -> np.ndarray:
+    try:
+        weight = np.load(io.BytesIO(base64.b64decode(sent, validate=True)), allow_pickle=False)
+    except (binascii.Error, ValueError, TypeError, EOFError, OSError) as error:
+        raise SourceError(
+            f"Cannot read routed_weights: {error}. They are an array in NumPy's format, in base64.",
+            argument="routed_weights",
+        ) from error
+    if weight.shape != shape or weight.dtype.kind != "f" or not np.isfinite(weight).all():
+        raise SourceError(
+            f"Cannot use routed_weights of shape {weight.shape} and dtype {weight.dtype} beside ids of shape {shape}. "
+            "Pass one finite number for every id.",
+            argument="routed_weights",
+            value=weight.shape,
+        )
+    return weight.astype(np.float32)
+
+
+def _lines(path: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                answer = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise SourceError(
+                    f"Cannot open {path}: line {number} is no JSON ({error}). Write one answer a line.",
+                    argument="path",
+                    value=number,
+                ) from error
+            yield number, answer if isinstance(answer, dict) else {}
+
+
+FORMATS: dict[str, Callable[..., Trace]] = {
+    "flame": open_flame,
+    "npy": open_npy,
+    "safetensors": open_safetensors,
+    "parquet": open_parquet,
+    "vllm": open_replies,
+    "sglang": open_replies,
+    "routed_experts": open_replies,
+}
