@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,32 +89,52 @@ def finish(writer: RunWriter, frame: pd.DataFrame, vocabulary: pd.Series | None,
     writer.finish(meta, files)
 
 
+# Names of a long table beside the caller's columns.
+_LONG = {*shards.TOKEN_COLUMNS, "text", "layer", "slot", "expert_id", "weight"}
+
+
 def long_tables(trace: Trace) -> Iterator[pd.DataFrame]:
-    """One row for every token, layer and slot, block by block, with the token's columns repeated."""
+    """One row for every token, layer and slot, block by block, with the token's columns, text and document repeated."""
     token_names = [name for name in trace.signals if name in shards.TOKEN_COLUMNS]
     routing = [name for name in trace.signals if name in ("expert_id", "weight")]
+    columns = _columns(trace, _LONG)
     for block in trace.blocks(*token_names, *routing):
         shape = block["expert_id"].shape
         repeats = shape[1] * shape[2]
-        table = {name: np.repeat(block[name], repeats) for name in token_names}
+        table: dict[str, Any] = {name: np.repeat(block[name], repeats) for name in token_names}
+        if "token_id" in block:
+            table["text"] = np.repeat(np.array(trace.pieces(block["token_id"]), object), repeats)
         table["layer"] = np.tile(np.repeat(trace.layers, shape[2]), shape[0])
         table["slot"] = np.tile(np.arange(shape[2], dtype=np.uint8), shape[0] * shape[1])
-        frame = pd.DataFrame(table | {name: block[name].reshape(-1) for name in routing})
+        table |= {name: block[name].reshape(-1) for name in routing}
+        for name, values in columns.items():
+            table[name] = values.reindex(np.repeat(block["sequence"], repeats)).reset_index(drop=True)
+        frame = pd.DataFrame(table)
         chosen = np.arange(shape[2]) < np.asarray(trace.layer_top_k)[:, None]
         yield frame if chosen.all() else frame[np.tile(chosen.reshape(-1), shape[0])]
 
 
+def _columns(trace: Trace, own: Collection[str]) -> dict[str, pd.Series]:
+    """The caller's columns of the sequences, by names that a table with `own` names has room for."""
+    return {beside(str(c), own): trace.sequences[c] for c in trace.sequences if c != "length"}
+
+
 def to_parquet(trace: Trace, path: Path) -> Path:
-    tables = (pa.Table.from_pandas(table, preserve_index=False) for table in long_tables(trace))
+    tables = long_tables(trace)
     if (first := next(tables, None)) is None:
         raise BadInput(
             f"Cannot write an empty trace to {path}. Select something that has tokens.",
             argument="trace",
             value=0,
         )
-    with written_whole(path) as whole, pq.ParquetWriter(whole, first.schema, compression="zstd") as writer:
+    schema = pa.Schema.from_pandas(first, preserve_index=False).remove_metadata()
+    for name, values in _columns(trace, _LONG).items():
+        # The type of the whole column: a block may hold nothing but missing values.
+        whole = pa.Schema.from_pandas(values.rename(name).to_frame(), preserve_index=False).field(name)
+        schema = schema.set(schema.get_field_index(name), whole)
+    with written_whole(path) as unfinished, pq.ParquetWriter(unfinished, schema, compression="zstd") as writer:
         for table in chain([first], tables):
-            writer.write_table(table)
+            writer.write_table(pa.Table.from_pandas(table, schema=schema, preserve_index=False))
     return path
 
 
@@ -133,11 +153,7 @@ def to_xarray(trace: Trace) -> xr.Dataset:
             data[name] = ("token", values)
     sequence = data["sequence"][1]
     own = {*data, "token", "layer", "slot", "expert", "rank"}
-    columns = {
-        beside(str(c), own): ("token", trace.sequences[c].reindex(sequence).to_numpy())
-        for c in trace.sequences
-        if c != "length"
-    }
+    columns = {name: ("token", values.reindex(sequence).to_numpy()) for name, values in _columns(trace, own).items()}
     attrs = {"model": trace.meta.get("model", {}).get("name", ""), "source": str(trace.meta.get("source", ""))}
     return xr.Dataset(data, coords={"layer": trace.layers, **columns}, attrs=attrs)
 

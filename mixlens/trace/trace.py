@@ -482,6 +482,12 @@ class Trace:
     def to_pandas(self) -> pd.DataFrame:
         """Return a long table in memory: one row for every token, layer and slot.
 
+        Returns
+        -------
+        pandas.DataFrame
+            sequence, position, token_id, phase, logprob as far as recorded; text of the token, layer, slot, expert_id,
+            weight; document_id and the caller's columns of the sequence.
+
         Examples
         --------
         >>> len(trace.to_pandas()) == trace.n_tokens * trace.n_layers * trace.top_k

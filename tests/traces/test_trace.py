@@ -139,12 +139,26 @@ def test_other_forms_say_the_same(tmp_path):
     token, layer, slot = np.unravel_index(17, (trace.n_tokens, 3, 2))
     assert row["expert_id"] == trace.read("expert_id")[token, layer, slot]
     assert (row["layer"], row["slot"], row["token_id"]) == (layer, slot, trace.read("token_id")[token])
+    of_token = np.repeat(np.arange(len(LENGTHS)), LENGTHS)[token]
+    assert (row["document_id"], row["domain"]) == tuple(SEQUENCES[["document_id", "domain"]].iloc[of_token])
+    assert row["text"] == trace.pieces(trace.read("token_id")[token : token + 1])[0]
     data = trace.to_xarray()
     assert data["expert_id"].dims == ("token", "layer", "slot")
     assert data["domain"].values.tolist() == SEQUENCES["domain"].repeat(LENGTHS).tolist()
     path = trace.to_parquet(tmp_path / "long.parquet")
     counted = duckdb.sql(f"select layer, count(*) from '{path}' where expert_id = 3 group by layer order by layer")
     assert counted.fetchall() == [(i, int((trace.read("expert_id")[:, i] == 3).sum())) for i in range(3)]
+
+
+def test_a_long_file_has_the_columns_of_the_caller_whatever_they_are_called(tmp_path):
+    trace = make()
+    trace.sequences["text"] = ["mine"] + [None] * (len(LENGTHS) - 1)
+    trace.sequences["size"] = pd.array([None] * (len(LENGTHS) - 1) + [7], "Int64")
+    table = pd.read_parquet(trace.to_parquet(tmp_path / "long.parquet"))
+    own = table.groupby("sequence").first()
+    [renamed] = [name for name in table if name.endswith("text") and name != "text"]
+    assert own[renamed].dropna().tolist() == ["mine"]
+    assert own["size"].dropna().tolist() == [7]
 
 
 def test_run_files_are_read_without_mixlens(tmp_path):
