@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint docs browser slow gpu kernels fuzz faults coverage-of-intervals mutants pins clean
+.PHONY: demo test lint docs browser slow first-hour gpu kernels fuzz faults coverage-of-intervals mutants pins clean
 
 demo: $(INSTALLED)
 	$(BIN)/mixlens demo --out out/demo
@@ -34,6 +34,10 @@ kernels: $(VENV)/.installed-test
 
 slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow
+
+# An installed wheel outside the repository: what the README says, then forty tasks of a newcomer with data of their own.
+first-hour: $(VENV)/.installed-test
+	$(BIN)/python tests/first_hour.py
 
 # By hand: see CONTRIBUTING.md. N ways of driving a model and N streams, or N mutants, drawn by SEED.
 SEED ?= 0
