@@ -11,12 +11,21 @@ import pytest
 from helpers.clustered import SHARES, clustered
 from helpers.inside import Analysis, analyse, findings, summary
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 import mixlens as ml
 
 show, stats = ml.show, ml.stats
 FIGURES = {
     "share": lambda t: show.share_heatmap(stats.expert_share(t)),
+    "bars": lambda t: show.expert_share(stats.expert_share(t, by="domain")),
+    "three layers": lambda t: show.expert_share_grid(stats.expert_share(t)),
+    "balance": lambda t: show.by_layer(stats.load_balance(t).sel(measure="cv")),
+    "predictability": lambda t: show.by_layer(stats.predictability(t)),
+    "repetition": lambda t: show.repetition(stats.repetition(t, by="domain"), published=stats.table5()),
+    "entropy": lambda t: show.routing_entropy(stats.routing_entropy(t)),
+    "information": lambda t: show.domain_information(stats.domain_information(t)),
+    "text": lambda t: show.text(t, sequence=0),
     "by domain": lambda t: show.facet(show.share_heatmap, stats.expert_share(t, by="domain"), "domain"),
     "specialization": lambda t: show.specialization(stats.domain_specialization(t)),
     "position": lambda t: show.specialization(stats.position_profile(t)),
@@ -24,6 +33,7 @@ FIGURES = {
     "moves": lambda t: show.transitions(stats.transitions(t)),
 }
 VIEWS = {
+    "bars": lambda t: ml.view.expert_share(stats.expert_share(t, by="domain")),
     "share": lambda t: ml.view.share_heatmap(stats.expert_share(t, by="domain")),
     "together": lambda t: ml.view.coactivation(stats.coactivation(t)),
     "moves": lambda t: ml.view.transitions(stats.transitions(t)),
@@ -71,12 +81,17 @@ def bold(drawn) -> list[str]:
     return [t.get_text() for ax in axes for t in ax.texts if t.get_fontweight() == "bold" and t.get_gid() != "note"]
 
 
+def written(drawn) -> list[str]:
+    axes = drawn.axes if isinstance(drawn, Figure) else [drawn]
+    return [text.get_text() for ax in axes for text in ax.findobj(Text)]
+
+
 def drawable(name: str, trace: ml.Trace, draw):
     """The figure, or None where mixlens refuses it in words."""
     try:
         return draw(trace)
     except ml.BadInput:
-        assert name in ("by domain", "specialization")
+        assert name in ("by domain", "bars", "specialization", "information", "predictability", "repetition")
         return None
 
 
@@ -85,7 +100,9 @@ def test_no_figure_marks_a_cell(trace, name, request):
     if name == "position" and request.node.callspec.params["trace"] == "one giant document":
         pytest.skip("early positions have as many tokens of every document, and the experts are not alike")
     drawn = drawable(name, trace, FIGURES[name])
-    assert drawn is None or bold(drawn) == []
+    if drawn is not None:
+        assert bold(drawn) == []
+        assert not re.search(r"\bnan\b", " ".join(written(drawn)))
 
 
 def test_contrasts_are_false_as_seldom_with_a_giant_document_as_without():
@@ -103,9 +120,10 @@ def test_contrasts_are_false_as_seldom_with_a_giant_document_as_without():
 @pytest.mark.parametrize("name", VIEWS)
 def test_no_view_holds_a_survivor(trace, name, monkeypatch):
     seen = {}
-    monkeypatch.setattr("mixlens.live.matrices.pack", lambda header, arrays: seen.update(arrays) or "")
-    VIEWS[name](trace)
-    assert not seen["survives"].any()
+    for module in ("matrices", "plots"):
+        monkeypatch.setattr(f"mixlens.live.{module}.pack", lambda header, arrays: seen.update(arrays) or "")
+    if drawable(name, trace, VIEWS[name]) is not None:
+        assert not np.any(seen.get("survives", False))
 
 
 def analysed(trace: ml.Trace) -> list[str]:
@@ -148,6 +166,26 @@ def test_a_report_says_where_intervals_are_too_wide_to_be_of_use_and_what_would_
     planned = stats.plan(few, stats.expert_share, half_width=1 / 40)
     assert f"About {int(planned['documents'].median()):,} documents" in text
     assert "too wide" not in summary(analyse(many, "made"))
+
+
+def test_what_has_no_interval_says_so_in_every_form(tmp_path):
+    """Of one document nothing is known of others: tables, figures, views and the report say that alike."""
+    one = made(8, 1, SHARES, domains=False)
+    share = stats.expert_share(one)
+    assert share.ci_low.isnull().all()
+    page = ml.report(one, tmp_path / "r.html").read_text("utf-8")
+    forms = {
+        "markdown": show.tables.to_markdown(share),
+        "latex": show.tables.to_latex(share),
+        "html": show.tables.html_table(share),
+        "figure": " ".join(written(show.expert_share(share))),
+        "view": ml.view.expert_share(share).static + ml.view.share_heatmap(share).static,
+        "report": page,
+        "finding": " ".join(analysed(one)),
+    }
+    for form, text in forms.items():
+        assert "no interval" in text, form
+        assert not re.search(r"\bnan\b", re.sub("<script.*?</script>", "", text, flags=re.DOTALL), re.IGNORECASE), form
 
 
 def test_an_expert_never_used_is_no_certainty_and_nothing_is_invented_for_it():
