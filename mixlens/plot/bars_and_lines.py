@@ -413,7 +413,7 @@ def domain_information(data: xr.Dataset, ax: Axes | None = None, *, title: str |
         _value_axis(ax, data)
         ax.set_ylim(bottom=0)
         _legend(ax)
-        note = f"{wording.sample(data)}; whiskers: {wording.over(data)}"
+        note = f"{wording.sample(data)}; {wording.over(data, 'whiskers')}"
         heading(ax, title or message(data), note + "; chance: domain labels permuted over documents")
     return ax
 

@@ -141,7 +141,7 @@ def flips_by_margin(data: xr.Dataset, ax: Axes | None = None, *, title: str | No
         heading(
             ax,
             title or labels.title(data),
-            f"{n}; whiskers: {labels.over(data)}; grey: all choices",
+            f"{n}; {labels.over(data, 'whiskers')}; grey: all choices",
         )
     return ax
 
@@ -207,7 +207,7 @@ def quality_split(
         if quantity == "other_top":
             ax.xaxis.set_major_formatter(percent)
         legend_below(ax)
-        note = f"{labels.sample(data)}; whiskers: {labels.over(data)}, paired"
+        note = f"{labels.sample(data)}; {labels.over(data, 'whiskers')}, paired"
         heading(ax, title or named(part), note)
     return ax
 

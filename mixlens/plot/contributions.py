@@ -226,7 +226,7 @@ def topk_sweep(data: xr.Dataset, ax: Axes | None = None, *, title: str | None = 
         ax.set_ylabel("loss, nats a token")
         if len(series) > 1:
             legend_below(ax, 4)
-        note = f"{labels.sample(data)}; whiskers: {labels.over(data)}; dashed: the model's own k"
+        note = f"{labels.sample(data)}; {labels.over(data, 'whiskers')}; dashed: the model's own k"
         heading(ax, title or "Loss by number of experts", note)
     return ax
 

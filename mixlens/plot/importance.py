@@ -169,7 +169,7 @@ def importance_against_share(data: xr.Dataset, ax: Axes | None = None, *, title:
             for (i, j), value in np.ndenumerate(estimate):
                 ax.annotate(str(data["expert"].to_numpy()[j]), (share[i, j], value), fontsize=SMALLEST, xytext=(2, 2),
                             textcoords="offset points")  # fmt: skip
-        note = f"{labels.sample(data)}; whiskers: {labels.over(data)}; dashed: uniform share"
+        note = f"{labels.sample(data)}; {labels.over(data, 'whiskers')}; dashed: uniform share"
         note = "; ".join(filter(None, [note, scale_note(np.stack([data["ci_low"], data["ci_high"]]))]))
         selected = labels.chosen(data)
         heading(ax, title or "Importance against use" + (f", {selected}" if selected else ""), note)

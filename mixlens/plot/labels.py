@@ -170,9 +170,9 @@ def level(data: xr.Dataset) -> str:
     return f"{100 * float(data.attrs['level']):g} % interval"
 
 
-def over(data: xr.Dataset) -> str:
-    """Describe the intervals, as "95 % interval over documents", and say what has none, and why."""
-    text = f"{level(data)} over {independent(data)}s"
+def over(data: xr.Dataset, drawn: str = "") -> str:
+    """Describe the intervals, as "whiskers: 95 % interval over documents", and say what has none, and why."""
+    text = f"{drawn}: {level(data)} over {independent(data)}s".removeprefix(": ")
     lacking = (np.isfinite(data["estimate"]) & ~np.isfinite(data["ci_low"])).to_numpy()
     if not lacking.any():
         return text
@@ -233,7 +233,7 @@ def uniform_note(data: xr.Dataset) -> str:
 
 def note(data: xr.Dataset, *, drawn: str, line: str = "dashed") -> str:
     """Return the small print of a figure: n, what the interval is `drawn` as, and the uniform level."""
-    parts = [sample(data), f"{drawn}: {over(data)}"]
+    parts = [sample(data), over(data, drawn)]
     if expected := uniform_note(data):
         parts.append(f"{line}: {expected}" if line else expected)
     if "expected" in data:

@@ -100,7 +100,7 @@ def html_table(data: xr.Dataset, caption: str = "") -> str:
 def unit_note(data: xr.Dataset) -> str:
     """What a cell says: its unit, its interval, and the value under uniform routing."""
     scale = f"Per cent {labels.denominator(data)}".rstrip() if labels.is_fraction(data) else labels.unit(data)
-    interval = f"{labels.over(data)} with each number" if "ci_low" in data else ""
+    interval = labels.over(data) if "ci_low" in data else ""
     parts = [scale.capitalize(), interval, labels.uniform_note(data)]
     return "; ".join(part for part in parts if part) + "."
 
