@@ -3,6 +3,7 @@ from mixlens.decisions.caches import cache as cache
 from mixlens.decisions.checkpoint import save as save
 from mixlens.decisions.distinct import decode_time as decode_time
 from mixlens.decisions.distinct import distinct_experts as distinct_experts
+from mixlens.decisions.distinct import tensor_overrides as tensor_overrides
 from mixlens.decisions.gate import judge as judge
 from mixlens.decisions.judgement import Judgement as Judgement
 from mixlens.decisions.placements import placement as placement

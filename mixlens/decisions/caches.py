@@ -46,13 +46,15 @@ def cache(
                   2026, arXiv:2602.03921)
     prefetch      lru, and while a layer computes the next layer's experts are loaded that its router would choose for
                   this layer's input (Eliseev and Mazur 2023, arXiv:2312.17238)
-    optimum       the expert needed last leaves, which takes the future: no policy has more hits (Belady 1966)
+    optimum       the expert needed last leaves, which takes the future: no policy that loads what is asked for has more
+                  hits (Belady 1966)
 
     The verdict is judged on the half of the documents that nothing was fitted on. It says whether the policy has more
     hits than the fixed set, on average over the sizes asked for: "do it", "do not" where it has fewer, or "not enough
     evidence". The fixed set is judged against any set of its size, whose hits are slots / experts. The optimum is a
-    bound and no policy, so that it is never "do it". Only tokens that find the cache filled count for the verdict,
-    since a fixed set takes no filling.
+    bound and no policy, so that it is never "do it"; prefetch buys its hits with loads in vain, which `loads` counts
+    and the verdict does not. Only tokens that find the cache filled count for the verdict, since a fixed set takes no
+    filling.
 
     Parameters
     ----------

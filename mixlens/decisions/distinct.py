@@ -184,6 +184,53 @@ def decode_time(
     )  # fmt: skip
 
 
+def tensor_overrides(found: xr.Dataset, *, on_gpu: int) -> str:
+    """Return llama.cpp's ``--override-tensor`` that keeps the experts of some layers on the GPU, others on the CPU.
+
+    GGUF files hold the experts of a layer in one tensor, so that layers can be placed and single experts cannot. The
+    layers whose steps read most experts stay on the GPU, since they would wait for memory longest; a single sequence
+    reads as many in each, and the first layers stay.
+
+    Parameters
+    ----------
+    found : xarray.Dataset
+        From `distinct_experts`.
+    on_gpu : int
+        Layers whose experts fit on the GPU.
+
+    Returns
+    -------
+    str
+        Pattern and buffer type, for ``llama-server -ngl 99 --override-tensor``; empty where all layers fit.
+
+    Raises
+    ------
+    BadInput
+        If `found` is no count of distinct experts, or for layers that are not there.
+
+    Examples
+    --------
+    >>> found = ml.decisions.distinct_experts(trace, batch=4)
+    >>> ml.decisions.tensor_overrides(found, on_gpu=8)
+    ''
+    """
+    if not isinstance(found, xr.Dataset) or found.attrs.get("statistic") != "distinct_experts":
+        raise BadInput(
+            f"Cannot place tensors by a {type(found).__name__}. Pass what ml.decisions.distinct_experts returns.",
+            argument="found",
+            value=type(found).__name__,
+        )
+    layers = found["layer"].values
+    if not isinstance(on_gpu, int | np.integer) or not 0 <= on_gpu <= len(layers):
+        raise BadInput(
+            f"Cannot keep {on_gpu!r} layers on the GPU: the trace has {len(layers)}. Pass a whole number up to that.",
+            argument="on_gpu",
+            value=on_gpu,
+        )
+    others = np.sort(layers[np.argsort(-found["estimate"].values, kind="stable")[on_gpu:]])
+    return rf"blk\.({'|'.join(map(str, others))})\.ffn_.*_exps\.=CPU" if len(others) else ""
+
+
 def _counted(
     what: str, trace: Trace, batch: int, window: int, cluster: str | None, bootstrap: Bootstrap
 ) -> tuple[Trace, _Steps, np.ndarray, np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import combinations
 
 import numpy as np
@@ -131,3 +132,17 @@ def test_a_trace_of_other_prompts_predicts_the_count_of_a_run():
     )["estimate"]
     assert float(found.sel(quantity="read_bytes")) == pytest.approx(float(run["read_bytes"]), rel=0.03)
     assert float(found.sel(quantity="mbu_frac")) == pytest.approx(float(run["mbu_frac"]), rel=0.03)
+
+
+def test_the_layers_that_read_most_experts_stay_on_the_gpu():
+    found = ml.decisions.distinct_experts(made([40, 30, 35], layers=(1, 4, 10), seed=6).trace, window=4)
+    [pattern, buffer] = ml.decisions.tensor_overrides(found, on_gpu=1).split("=")
+    busiest = int(found["layer"][int(found["estimate"].argmax())])
+    on_cpu = {n for n in range(12) for part in ("gate", "up", "down")
+              if re.search(pattern, f"blk.{n}.ffn_{part}_exps.weight")}  # fmt: skip
+    assert (on_cpu, buffer) == ({1, 4, 10} - {busiest}, "CPU")
+    assert not re.search(pattern, "blk.4.ffn_gate_inp.weight")
+    for what, argument in ((found.drop_attrs(), "found"), (found, "on_gpu")):
+        with pytest.raises(ml.BadInput) as refused:
+            ml.decisions.tensor_overrides(what, on_gpu=4)
+        assert refused.value.argument == argument

@@ -1,0 +1,145 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # What fits in my cache?
+#
+# The question: fast memory holds half of the experts of every layer, and the others come over a link. Which four of
+# eight should it hold, and how fast can the model decode then?
+#
+# **The answer for the bundled model:** do not choose four experts by how often they are used. On the text that they
+# are counted on they hold 55 % of the choices; on other documents they cannot be shown to hold more than any four.
+# Keep those used last, or used most since they were loaded: they hold 77 and 79 % of the choices, with half of the
+# loads of a cache for two. No policy that loads on demand can hold more than 85 %. Loading ahead finds 90 %, but
+# moves a third more, so that it is slower where the link is the limit. Rates are predicted from bytes; none was run.
+#
+# Set `MODEL`, `DOCUMENTS` and `LINK` for your own. The text has to be like that to come.
+
+# %%
+import pandas as pd
+
+import mixlens as ml
+
+MODEL = "demo"
+DOCUMENTS = ml.demo_documents()
+LINK = 1e9  # bytes a second
+model = ml.load(MODEL, verbose=False)
+settings = ml.RecordSettings(progress=False)
+trace = ml.record(model, DOCUMENTS, signals=["moe_in"], settings=settings)
+trace
+
+# %% [markdown]
+# ## Is there anything to keep?
+#
+# Four consecutive tokens of random routing would read 5.47 of 8 experts in every layer. Those of this text read
+# fewer, so that what was used is likely to be used again. Four tokens of four documents have little in common.
+
+# %%
+rows = {}
+for name, step in {"four consecutive tokens": {"window": 4}, "a batch of four documents": {"batch": 4}}.items():
+    found = ml.decisions.distinct_experts(trace, **step)
+    rows[name] = {
+        "formula": found.attrs["formula"],
+        "random tokens": float(found["random_tokens"].mean()),
+        "experts read": float(found["estimate"].mean()),
+        "fewer than random tokens": found.attrs["gain"],
+        "from": found.attrs["gain_low"],
+        "to": found.attrs["gain_high"],
+        "plan with fewer": found.attrs["verdict"],
+    }
+pd.DataFrame(rows).T
+
+# %% [markdown]
+# ## The four experts used most
+#
+# They are fitted on one half of the documents. `in_sample` fits and judges them on all documents, which flatters
+# them.
+
+# %%
+fixed = ml.decisions.cache(trace, slots=4, policy="fixed").isel(slots=0)
+pd.Series(
+    {
+        "on the documents they are fitted on": float(fixed["in_sample"]),
+        "on other documents": float(fixed["estimate"]),
+        "from": float(fixed["ci_low"]),
+        "to": float(fixed["ci_high"]),
+        "any four": float(fixed["chance"]),
+        "verdict": fixed.attrs["verdict"],
+    }
+)
+
+# %% [markdown]
+# ## Policies
+#
+# Hits are the share of chosen experts that are there; loads are experts loaded a token, in all eight layers. The
+# verdict compares hits with those of the fixed set on documents that it was not fitted on. `optimum` knows the future
+# and is a bound, not a policy.
+
+# %%
+policies = ("fixed", "lru", "lfu", "least-stale", "prefetch", "optimum")
+caches = {
+    name: ml.decisions.cache(trace, slots=4, policy=name, model=model, link_bytes_per_s=LINK) for name in policies
+}
+pd.DataFrame(
+    {
+        name: {
+            "hits": float(found["estimate"].item()),
+            "from": float(found["ci_low"].item()),
+            "to": float(found["ci_high"].item()),
+            "loads a token": float(found["loads"].item()),
+            "tokens a second, predicted": round(float(found["tokens_per_s"].item())),
+            "verdict": found.attrs["verdict"],
+        }
+        for name, found in caches.items()
+    }
+).T
+
+# %% [markdown]
+# `prefetch` finds more than the optimum, since it loads before it is asked. It also loads in vain, so that over a
+# link that is always busy it is slower than `lru`: it helps where computing takes longer than loading.
+#
+# ## How many slots does it take?
+
+# %%
+sizes = {name: ml.decisions.cache(trace, policy=name) for name in ("lru", "lfu", "optimum")}
+pd.DataFrame({name: found["estimate"].to_series() for name, found in sizes.items()}).assign(
+    **{"fixed, other documents": sizes["lru"]["fixed"].to_series(), "any": sizes["lru"]["chance"].to_series()}
+).round(3)
+
+# %% [markdown]
+# The layers differ: where a layer's experts are used in longer runs, fewer slots do.
+
+# %%
+caches["lru"][["by_layer", "by_layer_low", "by_layer_high"]].isel(slots=0, drop=True).to_dataframe().round(3)
+
+# %% [markdown]
+# ## And if the experts are on several devices?
+#
+# A step is as slow as its busiest device. On four devices DeepSeek's balancer looks better than experts in order, and
+# with four copies better than copies placed by chance, but by so little that other documents may turn it round.
+
+# %%
+pd.DataFrame(
+    {
+        f"{copies} copies": {
+            "busiest device over the mean": float(found["estimate"].sel(placement="eplb")),
+            "compared with": found.attrs["against"],
+            "whose busiest is": float(found["estimate"].sel(placement=found.attrs["against"])),
+            "verdict": found.attrs["verdict"],
+        }
+        for copies in (0, 4)
+        for found in [ml.decisions.placement(trace, ranks=4, redundant=copies)]
+    }
+)
