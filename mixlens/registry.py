@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from mixlens.bench.bench import Bench
 from mixlens.core.run_dir import open_run
 from mixlens.decisions.judgement import Judgement
+from mixlens.decisions.watched import open_health
 from mixlens.engines.formats import FORMATS, open_replies
 from mixlens.errors import BadInput, RunError, SourceError
 from mixlens.evals.log import Log
@@ -36,6 +37,7 @@ _KINDS: dict[str, Callable[..., Any]] = {
     "impact": Impact.open,
     "pareto": Pareto.open,
     "judgement": Judgement.open,
+    "training": open_health,
 }
 
 

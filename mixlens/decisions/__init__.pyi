@@ -11,3 +11,6 @@ from mixlens.decisions.placements import save_placement as save_placement
 from mixlens.decisions.pruning import prune as prune
 from mixlens.decisions.saliencies import saliency as saliency
 from mixlens.decisions.saliencies import strongest as strongest
+from mixlens.decisions.steering import steer as steer
+from mixlens.decisions.training import Watch as Watch
+from mixlens.decisions.watched import health as health

@@ -19,7 +19,7 @@ from mixlens.core.bootstrap import Bootstrap
 from mixlens.core.intervals import Difference
 from mixlens.core.run_dir import RunWriter, now, versions
 from mixlens.decisions.judgement import KIND, SCORE, TABLE, TEXT, Judgement, check_limits
-from mixlens.decisions.verdict import DECISION
+from mixlens.decisions.verdict import DECISION, fewest_units
 from mixlens.errors import BadInput
 from mixlens.evals.log import Log
 from mixlens.evals.paired import compare_logs
@@ -193,9 +193,7 @@ def table_of(measured: Measured | None, logs: list[Log], by: str, bootstrap: Boo
     count = sum(len(rows) for rows in _rows(measured, logs, by, bootstrap))
     each = replace(bootstrap, level=1 - (1 - bootstrap.level) / count)
     table = pd.concat(_rows(measured, logs, by, each), ignore_index=True)[_COLUMNS]
-    # Of so few units all may change in one direction by chance, however alike they are: 2^(1 - n) of the signs do.
-    few = table["n"] < 1 - np.log2(1 - each.level)
-    table.loc[few, ["ci_low", "ci_high"]] = np.nan
+    table.loc[table["n"] < fewest_units(each.level), ["ci_low", "ci_high"]] = np.nan
     return table
 
 

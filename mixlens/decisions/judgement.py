@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import xarray as xr
 
 from mixlens.core.run_dir import open_run
 from mixlens.core.text import interval_of
-from mixlens.decisions.verdict import DO, DO_NOT, UNKNOWN, verdict
+from mixlens.decisions.verdict import DO, DO_NOT, UNKNOWN, fewest_units, verdict
 from mixlens.errors import BadInput, visible
 
 KIND, TABLE = "judgement", "table.parquet"
@@ -94,7 +93,7 @@ class Judgement:
     @property
     def fewest(self) -> int:
         """Documents or questions that a row needs for an interval at this level."""
-        return math.ceil(1 - math.log2((1 - self.meta["level"]) / len(self.table)))
+        return fewest_units(1 - (1 - self.meta["level"]) / len(self.table))
 
     @property
     def data(self) -> xr.Dataset:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,6 +35,14 @@ def verdict(low: float, high: float, *, needed: float = 0.0) -> str:
     ('do it', 'not enough evidence', 'do not')
     """
     return DO if low > needed else DO_NOT if high < needed else UNKNOWN
+
+
+def fewest_units(level: float) -> int:
+    """Return the fewest documents of which an interval of this level may be taken for evidence.
+
+    Of n documents whose differences are as often above zero as below, all lie on one side with probability 2^(1 - n).
+    """
+    return math.ceil(1 - math.log2(1 - level))
 
 
 def judged(gain: Quantity, sizes: np.ndarray, bootstrap: Bootstrap) -> dict[str, Any]:

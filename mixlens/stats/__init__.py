@@ -25,6 +25,7 @@ from mixlens.stats.routing import (
     router_confidence,
     routing_entropy,
 )
+from mixlens.stats.saturation import saturation
 from mixlens.stats.simultaneous import simultaneous
 from mixlens.stats.structure import coactivation, repetition, transitions
 from mixlens.stats.tokens import predictability, vocabulary_specialization
@@ -60,6 +61,7 @@ __all__ = [
     "router_confidence",
     "routing_entropy",
     "routing_split",
+    "saturation",
     "similarity_and_coactivation",
     "simultaneous",
     "super_experts",

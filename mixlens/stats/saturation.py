@@ -1,0 +1,93 @@
+"""Saturation: how early in training the choices of a router are those that it ends with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import xarray as xr
+
+from mixlens.core.bootstrap import DEFAULT, Bootstrap
+from mixlens.errors import BadInput
+from mixlens.stats.agreement import agreement
+from mixlens.stats.counts import OLMOE, By
+
+if TYPE_CHECKING:
+    from mixlens.trace.trace import Trace
+
+_MEASURES = ["top1", "overlap"]
+
+
+def saturation(
+    traces: Mapping[Any, Trace] | Sequence[Trace],
+    *,
+    by: By = None,
+    cluster: str | None = None,
+    bootstrap: Bootstrap = DEFAULT,
+) -> xr.Dataset:
+    """Compute router saturation over checkpoints of one training run, recorded on the same tokens.
+
+    mean over tokens of ``|E(t) and E(T)| / k``: the share of the experts chosen at checkpoint t that the last
+    checkpoint T chooses for the same token (Muennighoff et al. 2024, OLMoE, eq. 5), in the row "last". The row "first"
+    has the same against the first checkpoint: how much of the routing that training began with is left. With the
+    measure top1 beside it, the strongest expert alone. A checkpoint agrees with itself exactly.
+
+    Parameters
+    ----------
+    traces : Mapping[Any, Trace] or Sequence[Trace]
+        Recordings in the order of training, by step or name. Each needs ``expert_id``, uint8 or uint16 [token, layer,
+        slot].
+    by : By, optional
+        Column, or columns, of the sequences to group by.
+    cluster : str, optional
+        Column of the sequences, such as "author", whose values vary independently where documents do not.
+    bootstrap : Bootstrap, optional
+        How intervals are computed.
+
+    Returns
+    -------
+    xarray.Dataset
+        ``estimate`` (fraction), ci_low, ci_high ``[against, checkpoint, *by, layer, measure]``; n (tokens) ``[*by]``;
+        attrs uniform, what independent uniform routing gives for each measure.
+
+    Raises
+    ------
+    BadInput
+        For fewer than two checkpoints, and where their layers, experts or tokens differ.
+
+    Examples
+    --------
+    >>> found = ml.stats.saturation({0: trace, 100: trace})
+    >>> found["estimate"].dims
+    ('against', 'checkpoint', 'layer', 'measure')
+    """
+    named = dict(traces) if isinstance(traces, Mapping) else dict(enumerate(traces))
+    if len(named) < 2:
+        raise BadInput(
+            f"Cannot compute saturation of {len(named)} checkpoints: it compares two or more. Record the same "
+            "documents with several checkpoints of a training run.",
+            argument="traces",
+            value=len(named),
+        )
+    ends = {"first": next(iter(named.values())), "last": list(named.values())[-1]}
+    rows = [[_against(trace, end, by, cluster, bootstrap) for trace in named.values()] for end in ends.values()]
+    checkpoints = xr.IndexVariable("checkpoint", list(named))
+    joined = xr.concat(
+        [xr.concat(row, checkpoints, data_vars=_NUMBERS) for row in rows],
+        xr.IndexVariable("against", list(ends)),
+        data_vars=_NUMBERS,
+    )
+    first = rows[0][0].attrs
+    return joined.transpose("against", "checkpoint", ...).assign_attrs(
+        {**first, "statistic": "saturation", "formula": "mean_t |E(t) and E(T)| / k", "source": f"{OLMOE}, eq. 5"},
+        uniform=first["uniform"][: len(_MEASURES)],
+    )
+
+
+_NUMBERS = ["estimate", "ci_low", "ci_high"]
+
+
+def _against(trace: Trace, end: Trace, by: By, cluster: str | None, bootstrap: Bootstrap) -> xr.Dataset:
+    data = agreement(trace, end, by=by, cluster=cluster, bootstrap=bootstrap).sel(measure=_MEASURES)
+    data.attrs.pop("missing", None)
+    return data if trace is not end else data.assign(dict.fromkeys(_NUMBERS, data["estimate"]))
