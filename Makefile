@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint docs browser slow first-hour gpu kernels fuzz faults coverage-of-intervals mutants pins clean
+.PHONY: demo test lint docs browser slow first-hour gpu kernels engines fuzz faults coverage-of-intervals mutants pins clean
 
 demo: $(INSTALLED)
 	$(BIN)/mixlens demo --out out/demo
@@ -38,6 +38,11 @@ slow: $(VENV)/.installed-test
 # An installed wheel outside the repository: what the README says, then forty tasks of a newcomer with data of their own.
 first-hour: $(VENV)/.installed-test
 	$(BIN)/python tests/first_hour.py
+
+# vLLM beside transformers, in an environment of its own: ENGINE is its Python. By hand and before a release.
+ENGINE ?= python3
+engines:
+	PYTHONPATH=. $(ENGINE) tests/engines/by_hand.py
 
 # By hand: see CONTRIBUTING.md. N ways of driving a model and N streams, or N mutants, drawn by SEED.
 SEED ?= 0

@@ -263,7 +263,10 @@ class EngineComparison(Comparison):
 
     def __init__(self, found: Rerun, *, bootstrap: Bootstrap = DEFAULT) -> None:
         source = str(found.theirs.meta.get("source", "trace"))
-        super().__init__(found.theirs, found.here, names=(source, "transformers"), bootstrap=bootstrap)
+        names = ["transformers" if source in ("record", "rerun") else source, "transformers here"]
+        dtypes = [trace.meta.get("model", {}).get("dtype") for trace in (found.theirs, found.here)]
+        names = [f"{name} in {dtype}" if dtype else name for name, dtype in zip(names, dtypes, strict=True)]
+        super().__init__(found.theirs, found.here, names=(names[0], names[1]), bootstrap=bootstrap)
         self.found = found
 
     @cached_property

@@ -330,7 +330,7 @@ def _empty(ids: np.ndarray) -> np.ndarray:
 def _unwritten(ids: np.ndarray, n_experts: int) -> np.ndarray:
     """bool [row, layer]: sentinels alone, or one number in all slots, as no choice of several experts has."""
     sentinel = (np.isin(ids, _SENTINELS) & ((ids < 0) | (ids >= n_experts))).all(-1)
-    return sentinel | (ids == ids[..., :1]).all(-1) if ids.shape[-1] > 1 else sentinel
+    return np.asarray(sentinel | (ids == ids[..., :1]).all(-1) if ids.shape[-1] > 1 else sentinel)
 
 
 def _place(found: np.ndarray, layers: tuple[int, ...]) -> str:

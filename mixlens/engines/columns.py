@@ -70,7 +70,7 @@ class Parquet:
 
     def __init__(self, files: Sequence[str], columns: Mapping[str, str], *, rows: int = 1) -> None:
         self._columns, self._rows = dict(columns), rows
-        self._files = [pq.ParquetFile(fsspec.open(file).open()) for file in files]
+        self._files = [pq.ParquetFile(fsspec.core.url_to_fs(file)[0].open(file)) for file in files]
         groups = [(file, index) for file in self._files for index in range(file.num_row_groups)]
         sizes = [file.metadata.row_group(index).num_rows for file, index in groups]
         self._groups, self._ends = groups, np.cumsum(sizes, dtype=np.int64)

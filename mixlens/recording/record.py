@@ -17,7 +17,7 @@ from torch import nn
 from mixlens.core.run_dir import RunWriter, now, versions
 from mixlens.endpoints.endpoint import Endpoint
 from mixlens.engines.check import combined
-from mixlens.engines.source import signals_of, source_of
+from mixlens.engines.source import SourceReader, signals_of, source_of
 from mixlens.engines.vllm_engine import VLLM
 from mixlens.interventions.hooks import about_choices, edits_of
 from mixlens.models.layout import is_sharded, moe_layers, n_experts, without_prompt
@@ -94,17 +94,18 @@ def record(
     2
     """
     source = source_of(model, tokenizer)
-    model = without_prompt(model) if source is None else source.skeleton
-    layers = [layer.index for layer in moe_layers(model)]
-    corpus = Corpus.of(model, documents, tokenizer, settings)
+    loaded: Any = without_prompt(model) if source is None else source.skeleton
+    layers = [layer.index for layer in moe_layers(loaded)]
+    corpus = Corpus.of(loaded, documents, tokenizer, settings)
+    reader: Reader | SourceReader
     if source is None:
-        reader = Reader(model, parse_signals(signals, layers), corpus.batch_tokens)
-        about = describe(model)
-        told = identity(model, about) if out is not None else about
+        reader = Reader(loaded, parse_signals(signals, layers), corpus.batch_tokens)
+        about = describe(loaded)
+        told = identity(loaded, about) if out is not None else about
     else:
         reader = source.reader(signals_of(source, signals, layers))
         about = told = source.describe()
-    edits = edits_of(model)
+    edits = edits_of(loaded)
     plan = {
         **corpus.plan(),
         "model": told,
@@ -117,8 +118,8 @@ def record(
         "model": about,
         "versions": versions(*PACKAGES),
         "settings": plan,
-        "n_experts": n_experts(model),
-        **about_choices(model),
+        "n_experts": n_experts(loaded),
+        **about_choices(loaded),
     }
 
     def compute(shard: Shard) -> tuple[MemoryPart, pd.DataFrame]:
@@ -129,7 +130,7 @@ def record(
     if out is None:
         with reader:
             parts, tables = zip(*(compute(shard) for shard in corpus.progress("recording")), strict=True)
-            meta |= {"rule": reader.rule} | ({} if source is None else {"source_check": reader.check()})
+            meta |= {"rule": reader.rule, **_checked(reader)}
         frame = pd.concat(tables)
         meta["left_out"] = _named([place for part in parts for place in part.left_out], frame["document_id"])
         warn_of_left_out(meta["left_out"])
@@ -143,12 +144,12 @@ def record(
         rows = {f"sequences-{shard.index:05d}.parquet": store.sequence_bytes(table)}
         left_out = _named(part.left_out, table["document_id"])
         counts = convert.shard_counts(part) | {"left_out": left_out, "rule": reader.rule, "names": sorted(part.names)}
-        counts |= {} if source is None else {"source_check": reader.check()}
+        counts |= _checked(reader)
         writer.commit_shard(shard.index, part.files(shard.index), counts, interim=rows)
 
     with reader:
         finish = partial(_finish, corpus, reader.signals, layers, meta)
-        run_shards(out, "trace", plan, corpus, compute, write, finish, together=is_sharded(model))
+        run_shards(out, "trace", plan, corpus, compute, write, finish, together=is_sharded(loaded))
     trace = Trace.open(out)
     warn_of_left_out(trace.meta["left_out"])
     _remark(trace.sequences)
@@ -158,6 +159,11 @@ def record(
 def _remark(sequences: pd.DataFrame) -> None:
     if remark := remark_on_clusters(sequences):
         warnings.warn(remark, stacklevel=3)
+
+
+def _checked(reader: Reader | SourceReader) -> dict[str, Any]:
+    """What was checked of routing from elsewhere since this was last asked; nothing of what a model here does."""
+    return {} if isinstance(reader, Reader) else {"source_check": reader.check()}
 
 
 def _named(places: list[tuple[int, int, int]], document_id: pd.Series) -> list[LeftOut]:

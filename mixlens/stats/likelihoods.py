@@ -164,7 +164,7 @@ def routing_split(
 
     def add(block: Block, totals: dict[str, np.ndarray]) -> None:
         ratios = [logprob[0] - other for other in logprob[1:]]
-        known = np.isfinite(logprob).all(0)
+        known = np.asarray(np.isfinite(logprob).all(0))
         v = np.stack([np.stack([ratio, k3(ratio)]) for ratio in ratios], axis=1)  # [quantity, run, token]
         parts = np.stack([v[:, 0] - v[:, 1], v[:, 1] - v[:, 2], v[:, 2], v[:, 0]], axis=1)
         totals["parts"][block.clusters, 0] += block.sums(np.where(known, parts, 0))

@@ -42,7 +42,7 @@ def export(trace: Trace, path: Path, format: str) -> Path:
 
 def _about(trace: Trace) -> dict[str, str]:
     """What the arrays do not say, each as JSON."""
-    numbers = dict.fromkeys(trace.read("sequence").tolist())
+    numbers = list(dict.fromkeys(trace.read("sequence").tolist()))
     told: dict[str, Any] = {
         "n_experts": trace.n_experts,
         "layers": trace.layers.tolist(),
