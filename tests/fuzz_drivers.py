@@ -20,13 +20,19 @@ import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny import tiny_mixtral
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
+    ContinuousBatchingConfig,
     DynamicCache,
     GenerationConfig,
+    PreTrainedTokenizerFast,
     QuantizedCache,
     StaticCache,
     StoppingCriteria,
     StoppingCriteriaList,
+    TextGenerationPipeline,
 )
 from transformers.generation.streamers import BaseStreamer
 
@@ -458,6 +464,65 @@ def taken_back(d: Drawn) -> list[Row]:
     return []
 
 
+@functools.cache
+def words() -> PreTrainedTokenizerFast:
+    """A tokenizer that reads "w17" as 17."""
+    numbers = Tokenizer(WordLevel({f"w{token}": token for token in range(100)}, "w3"))
+    numbers.pre_tokenizer = WhitespaceSplit()  # type: ignore[assignment]
+    return PreTrainedTokenizerFast(tokenizer_object=numbers, pad_token=f"w{PAD}", padding_side="left")
+
+
+def pipeline(d: Drawn) -> list[Row]:
+    """transformers' pipeline, with prompts one by one or in batches."""
+    rows = d.rows(high=9)
+    pipe = TextGenerationPipeline(model=d.model, tokenizer=words())
+    stop = d.rng.integers(3, 100, 30).tolist()
+    found = pipe(
+        [" ".join(f"w{token}" for token in row) for row in rows],
+        batch_size=d.whole(1, 3),
+        return_tensors=True,
+        generation_config=GenerationConfig(
+            max_new_tokens=d.whole(1, 6), do_sample=d.coin(), eos_token_id=stop, pad_token_id=PAD
+        ),
+    )
+    expected = []
+    for row, (answer,) in zip(rows, found, strict=True):
+        whole = answer["generated_token_ids"]
+        at = next(i for i in range(len(whole)) if whole[i : i + len(row)] == row) + len(row)
+        read = whole[at:-1]  # no forward saw the last
+        end = next((i for i, token in enumerate(read) if token in stop), len(read))
+        expected.append(Row(row + read[:end], len(row)))
+    return expected
+
+
+def continuous(d: Drawn) -> list[Row]:
+    """Continuous batching: rows of many requests in one, in a cache of pages."""
+    d.compare["must_refuse"] = True
+    config = GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=2, pad_token_id=PAD)
+    small = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64)  # the default takes most of the memory
+    try:
+        d.model.generate_batch(d.rows(2), generation_config=config, continuous_batching_config=small, warmup=False)
+    finally:
+        d.model.set_attn_implementation(d.model.config._attn_implementation.removeprefix("paged|"))
+    return []
+
+
+def transformed(d: Drawn) -> list[Row]:
+    """torch.func: a call with parameters passed in is a forward; a transformed one holds no values."""
+    rows = d.rows(1)
+    ids = torch.tensor(rows)
+    parameters = dict(d.model.named_parameters())
+    if d.coin():
+        torch.func.functional_call(d.model, parameters, (ids,))
+        return [Row(rows[0], len(rows[0]))]
+    d.compare["must_refuse"] = True
+    if d.coin():
+        torch.vmap(lambda row: d.model(row[None]).logits)(ids)
+    else:
+        torch.func.grad(lambda scale: (scale * d.model(ids).logits).sum())(torch.ones(()))
+    return []
+
+
 def compiled(d: Drawn) -> list[Row]:
     """Compiled and run before the recording, whole or by layer."""
     rows = d.rows()
@@ -495,6 +560,9 @@ WAYS: dict[Callable[[Drawn], list[Row]], int] = {
     generate_from_embeddings: 1,
     generate_with_cache: 3,
     taken_back: 1,
+    pipeline: 2,
+    continuous: 1,
+    transformed: 1,
     compiled: 1,
     edited: 4,
 }

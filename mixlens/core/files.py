@@ -6,7 +6,7 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -33,11 +33,15 @@ def check_space(path: str | os.PathLike[str], needed: int) -> None:
         raise _refused(Path(path), REASONS[errno.ENOSPC], needed, free)
 
 
-def write_file(path: str | os.PathLike[str], data: bytes | str) -> Path:
+def write_file(path: str | os.PathLike[str], content: bytes | str | Callable[[], bytes | str]) -> Path:
     """Write a file for a user, whole or not at all: one that was there is kept until the new one is on disk.
 
-    Raises RunError where it cannot be written.
+    content  what the file holds, or what makes it
+
+    Raises RunError where it cannot be written, or made for want of memory or open files.
     """
+    with shortages(Path(path)):
+        data = content() if callable(content) else content
     data = data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data
     with written_whole(path, len(data)) as partial:
         partial.write_bytes(data)
@@ -94,6 +98,18 @@ def disk_errors(path: Path, needed: int = 0) -> Iterator[None]:
         raise _refused(path, reason, needed, _free(path)) from error
     except MemoryError as error:
         raise _refused(path, REASONS[errno.ENOMEM], needed, _free(path)) from error
+
+
+@contextmanager
+def shortages(path: Path) -> Iterator[None]:
+    """What runs out while something for `path` is made, as open files for its fonts, is told as when it is written."""
+    try:
+        yield
+    except (OSError, MemoryError) as error:
+        if isinstance(error, OSError) and error.errno not in REASONS:
+            raise
+        with disk_errors(path):
+            raise
 
 
 def sha256_file(path: Path) -> str:

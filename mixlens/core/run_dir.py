@@ -30,7 +30,7 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any
 
-from mixlens.core.files import REASONS, check_space, disk_errors, sha256_file, sync
+from mixlens.core.files import REASONS, check_space, disk_errors, sha256_file, shortages, sync
 from mixlens.core.sealed_json import altered, json_bytes, read_json, read_sealed, sealed, short
 from mixlens.errors import MixlensError, RunError, visible
 
@@ -131,8 +131,8 @@ class RunWriter:
         if isinstance(error, MixlensError):
             self._abandon()
         self.close()
-        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in REASONS):
-            with disk_errors(self.path):
+        if isinstance(error, OSError | MemoryError):
+            with shortages(self.path):
                 raise error
 
     def close(self, *, clear: bool = False) -> None:

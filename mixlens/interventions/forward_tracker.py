@@ -15,6 +15,7 @@ from torch import nn
 from mixlens.errors import BadInput, RecordingError
 from mixlens.interventions.generation import Generation, watch_generate
 from mixlens.interventions.places import Batch, Call, Placed, Places, attended
+from mixlens.interventions.transforms import refuse_without_values
 from mixlens.models.layout import config_of, decoder_of
 
 _ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
@@ -178,6 +179,7 @@ class ForwardTracker:
             )
         ids, cache = given.get("input_ids"), given.get("past_key_values")
         read: torch.Tensor = given["inputs_embeds"] if ids is None else ids
+        refuse_without_values(self.who, read)
         rows, columns = read.shape[:2]
         past = int(cache.get_seq_length()) if cache is not None else 0
         mask, positions = given.get("attention_mask"), given.get("position_ids")

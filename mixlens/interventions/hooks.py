@@ -19,6 +19,7 @@ from mixlens.interventions.forward_tracker import ForwardTracker
 from mixlens.interventions.places import Call
 from mixlens.interventions.replay import Replay, check_experts, possible_layers
 from mixlens.interventions.routing import Forbid, Force, Reroute, Rescale, Routing, TopK
+from mixlens.interventions.transforms import refuse_batched
 from mixlens.interventions.where import Where
 from mixlens.models.layout import (
     MoeLayer,
@@ -265,6 +266,7 @@ def _hook_gate(layer: MoeLayer, edits: list[Active]) -> Any:
     def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
         nonlocal checked
         logits, weights, ids = layer.read(output)
+        refuse_batched("An edit", logits)
         if not checked and not rule.agrees(logits, weights, ids):
             refuse_without_rule(layer, f"edit by {edits[0].edit!r}", checked=True)
         checked = True

@@ -113,7 +113,7 @@ class View:
         >>> view.save(tmp / "share.html").name
         'share.html'
         """
-        return write_file(path, self.to_html())
+        return write_file(path, self.to_html)
 
     def widget(self) -> Any:
         """Return the view as an anywidget, for callbacks in Python.

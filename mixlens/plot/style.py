@@ -63,7 +63,8 @@ class PaperFigure(Figure):
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the figure in the format of the file ending; pdf and svg are vector formats."""
-        return write_file(path, self._bytes(Path(path).suffix.lstrip(".") or "png", bbox_inches="tight"))
+        kind = Path(path).suffix.lstrip(".") or "png"
+        return write_file(path, lambda: self._bytes(kind, bbox_inches="tight"))
 
     def png(self, dpi: int = 220) -> bytes:
         return self._bytes("png", dpi=dpi)

@@ -12,6 +12,7 @@ from torch import nn
 from mixlens.errors import BadInput, RecordingError
 from mixlens.interventions.forward_tracker import ForwardTracker
 from mixlens.interventions.places import Batch, Call
+from mixlens.interventions.transforms import refuse_without_values
 from mixlens.models.layout import decoder_of, input_device, moe_layers, n_experts, top_k
 from mixlens.recording.hooks import Raw, Tap, widened
 from mixlens.recording.recorder import Recorder
@@ -159,6 +160,8 @@ class CompiledRecorder(Recorder):
         raw = self._tap.take()
         ids = args[0] if args else kwargs.get("input_ids")
         read = kwargs["inputs_embeds"] if ids is None else ids
+        if not torch.compiler.is_compiling():
+            refuse_without_values("A CompiledRecorder", read)
         rows, columns = read.shape[:2]
         count, places = self._buffers["count"], rows * columns
         device = count.device

@@ -103,7 +103,10 @@ def report(runs: RunOrPath | Sequence[RunOrPath], path: str | os.PathLike[str], 
             argument="path",
             value=str(path),
         )
-    opened = [_open(run, i) for i, run in enumerate(given)]
+    return write_file(path, lambda: _whole([_open(run, i) for i, run in enumerate(given)], title))
+
+
+def _whole(opened: list[tuple[str, Any, str]], title: str | None) -> str:
     blocks: list[tuple[str, str]] = []
     for kind, run, name in opened:
         prefix = f"{name}: " if len(opened) > 1 else ""
@@ -117,7 +120,7 @@ def report(runs: RunOrPath | Sequence[RunOrPath], path: str | os.PathLike[str], 
     if [kind for kind, _, _ in opened] == ["contrast"]:
         title = title or blocks[0][0]
     title = title or f"{subject} of {' and '.join(models)}"
-    return write_file(path, _page(title, [block for block in blocks if block[1]]))
+    return _page(title, [block for block in blocks if block[1]])
 
 
 def _open(run: RunOrPath, number: int) -> tuple[str, Any, str]:

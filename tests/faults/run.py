@@ -15,7 +15,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 from kills import at_every_operation, at_random  # noqa: E402
 from limits import LIMITS, full_disk, limited  # noqa: E402
 from tampering import damages, edits, strays  # noqa: E402
-from verbs import VERBS  # noqa: E402
+from verbs import RUNS, VERBS  # noqa: E402
 
 # What was tried, and what was wrong: None where it held.
 Tried = tuple[object, str | None]
@@ -25,13 +25,12 @@ DISKS = (40, 80, 160, 320)
 def attempts(verbs: Iterable[str], n_random: int, *, every: int = 1, seed: int = 0) -> Iterator[tuple[str, Callable]]:
     """(a line of the table, what tries it in a folder)."""
     verbs = list(verbs)
-    runs = [verb for verb in verbs if verb != "report"]
     for verb in verbs:
         yield f"{verb}: killed before an operation on the disk", partial(at_every_operation, verb, every=every)
     for number, verb in enumerate(verbs if n_random else []):
         n = n_random // len(verbs) + (number < n_random % len(verbs))
         yield f"{verb}: killed at random", partial(at_random, verb, n=n, seed=seed)
-    for verb in runs:
+    for verb in (verb for verb in verbs if verb in RUNS):
         yield f"{verb}: files changed", partial(_of_finished, verb, damages)
         yield f"{verb}: files added", partial(_of_finished, verb, strays)
         yield f"{verb}: meta.json edited", partial(_of_finished, verb, edits)

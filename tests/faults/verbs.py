@@ -73,13 +73,22 @@ def pareto(out: Path) -> None:
 
 
 def report(out: Path) -> None:
-    """A page in a folder; an older one is there before."""
+    ml.report(ml.record(model(), DOCUMENTS, tokenizer=Letters(), settings=READING), _older(out, "report.html"))
+
+
+def figure(out: Path) -> None:
+    trace = ml.record(model(), DOCUMENTS, tokenizer=Letters(), settings=READING)
+    drawn: Any = ml.show.expert_share(ml.stats.expert_share(trace)).figure
+    drawn.save(_older(out, "share.png"))
+
+
+def _older(out: Path, name: str) -> Path:
+    """A file in a folder, where an older one is already."""
     with suppress(OSError):
         out.mkdir(exist_ok=True)
-        if not (out / "report.html").exists():
-            (out / "report.html").write_text("an older page", "utf-8")
-    trace = ml.record(model(), DOCUMENTS, tokenizer=Letters(), settings=READING)
-    ml.view.tokens(trace).save(out / "report.html")
+        if not (out / name).exists():
+            (out / name).write_text("an older file", "utf-8")
+    return out / name
 
 
 VERBS: Mapping[str, Callable[[Path], None]] = {
@@ -90,12 +99,15 @@ VERBS: Mapping[str, Callable[[Path], None]] = {
     "contributions": contributions,
     "impact": impact,
     "benchmark": benchmark,
+    "figure": figure,
     "report": report,
     "evaluate": evaluate,
     "pareto": pareto,
 }
-# The two that take seconds.
-QUICK = [name for name in VERBS if name not in ("evaluate", "pareto")]
+# Without those that take seconds.
+QUICK = [name for name in VERBS if name not in ("report", "evaluate", "pareto")]
+# Those that make a run; the others write a file.
+RUNS = [name for name in VERBS if name not in ("figure", "report")]
 
 
 def contents(folder: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import threading
+from functools import partial
 
 import numpy as np
 import pytest
@@ -476,6 +477,49 @@ def test_gguf_files_and_adapters_are_told_what_they_are(tmp_path):
     for path, what in ((gguf / "m.Q4_K_M.gguf", "gguf"), (gguf, "gguf"), (adapter, "adapter")):
         with refused(ModelError, "model", what):
             ml.load(path)
+
+
+FORWARD = {
+    "vmap": lambda model, ids: torch.vmap(lambda row: model(row[None]).logits)(ids),
+    "grad": lambda model, ids: torch.func.grad(lambda scale: (scale * model(ids).logits).sum())(torch.ones(())),
+    "jvp": lambda model, ids: torch.func.jvp(
+        lambda scale: scale * model(ids).logits, (torch.ones(()),), (torch.ones(()),)
+    ),
+    "export": lambda model, ids: torch.export.export(model, (ids,), strict=False),
+}
+
+
+@pytest.mark.parametrize("recorder", [ml.Recorder, partial(ml.CompiledRecorder, tokens=20)])
+@pytest.mark.parametrize("transform", FORWARD)
+def test_a_forward_whose_tensors_hold_no_values_is_refused_and_what_was_before_is_kept(model, transform, recorder):
+    if transform == "export" and recorder is not ml.Recorder:
+        pytest.skip("an export takes the hooks of a CompiledRecorder along")
+    ids = torch.arange(3, 9)[None]
+    with recorder(model) as recording:
+        with torch.no_grad():
+            model(ids)
+        with pytest.raises(RecordingError) as found:
+            FORWARD[transform](model, ids)
+        trace = recording.trace()
+    assert found.value.argument == "model"
+    assert trace.read("token_id").tolist() == list(range(3, 9))
+
+
+def test_an_edit_passes_gradients_of_torch_func_and_refuses_vmap(model):
+    ids = torch.arange(3, 9)[None]
+    parameters = {name: value.detach() for name, value in model.named_parameters()}
+    name = next(name for name in parameters if "layers.1" in name and "gate.weight" in name)
+
+    def loss(gate):
+        return torch.func.functional_call(model, {**parameters, name: gate}, (ids,)).logits.square().sum()
+
+    with ml.edit(model, ml.edits.forbid(0, 1)):
+        found = torch.func.grad(loss)(parameters[name])
+        gate = parameters[name].clone().requires_grad_()
+        loss(gate).backward()
+        with pytest.raises(RecordingError):
+            FORWARD["vmap"](model, ids)
+    torch.testing.assert_close(found, gate.grad)
 
 
 def test_a_criterion_of_the_caller_ends_rows_as_generate_does(model):
