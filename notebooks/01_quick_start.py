@@ -42,7 +42,7 @@ trace.sequences.groupby("domain")["length"].agg(["count", "sum"]).rename(
 #
 # The share of each expert by domain, in the first, a middle and the last layer. This is the form of Figure 7 of the
 # Mixtral paper ([arXiv 2401.04088](https://arxiv.org/abs/2401.04088)). The dashed line is what uniform routing gives;
-# whiskers are 95 % intervals from a bootstrap over documents.
+# whiskers are 95 % intervals over documents.
 
 # %%
 share = ml.stats.expert_share(trace, by="domain")

@@ -19,7 +19,7 @@
 # The paper ([arXiv 2401.04088](https://arxiv.org/abs/2401.04088)) asks three questions of Mixtral-8x7B on the Pile: is
 # any expert chosen more often in one domain than in another (Figure 7), what does routing look like token by token
 # (Figure 8), and do consecutive tokens go to the same expert (Table 5)? It gives no intervals. Here are the same three
-# questions with intervals from a bootstrap over documents, on any Mixtral and any documents.
+# questions with intervals over documents, on any Mixtral and any documents.
 #
 # Set `MODEL` to `"mistralai/Mixtral-8x7B-v0.1"` and `DOCUMENTS` to a `datasets.Dataset` with columns `text` and
 # `domain` to ask them of the real one.

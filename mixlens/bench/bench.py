@@ -130,8 +130,8 @@ class Bench:
     def summary(self, *, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
         """Compute mean and percentiles of every metric over the measured requests that succeeded.
 
-        Percentiles interpolate linearly between order statistics. Intervals come from a bootstrap over requests. The
-        99th percentile is NaN below 100 samples.
+        Percentiles interpolate linearly between order statistics, which also bound them; means have the bounds of a
+        gamma distribution over requests. The 99th percentile is NaN below 100 samples.
 
         Parameters
         ----------

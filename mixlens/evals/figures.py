@@ -156,8 +156,8 @@ def paired_differences(compared: LogComparison, ax: Axes | None = None, *, title
         ax.set_xlabel("difference, percentage points")
         names = [printable(name) for name in compared.names]
         note = (
-            f"{names[1]} less {names[0]} on the same samples, {compared.bootstrap.level:.0%} intervals of a paired "
-            f"bootstrap over samples; filled where a difference survives at a false discovery rate of "
+            f"{names[1]} less {names[0]} on the same samples, {compared.bootstrap.level:.0%} intervals of paired "
+            f"differences over samples; filled where a difference survives at a false discovery rate of "
             f"{1 - compared.bootstrap.level:.2g}."
         )
         told = int(table["survives"].sum())

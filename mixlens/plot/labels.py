@@ -173,7 +173,7 @@ def level(data: xr.Dataset) -> str:
 def over(data: xr.Dataset, drawn: str = "") -> str:
     """Describe the intervals, as "whiskers: 95 % interval over documents", and say what has none, and why."""
     text = f"{drawn}: {level(data)} over {independent(data)}s".removeprefix(": ")
-    lacking = (np.isfinite(data["estimate"]) & ~np.isfinite(data["ci_low"])).to_numpy()
+    lacking = np.isfinite(data["estimate"].to_numpy()) & ~np.isfinite(data["ci_low"].to_numpy())
     if not lacking.any():
         return text
     why = data.attrs.get("no_interval", f"fewer than two {independent(data)}s")

@@ -25,8 +25,7 @@ def topk_sweep(
     """Compute the loss when every token chooses k experts, and its change against the model's own k.
 
     sum_d v_dk / sum_d n_d, v_dk the loss of document d summed over its n_d predicted tokens; the change is that of
-    v_dk - v_d,own. The bootstrap draws documents with both their values, so its interval is that of the paired
-    difference.
+    v_dk - v_d,own, and its interval that of the paired difference.
 
     Parameters
     ----------
