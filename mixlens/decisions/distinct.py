@@ -334,7 +334,7 @@ class _Steps:
         """Distinct experts of all batches of a step, added up, and how many batches; both over those of all rows."""
         number = np.arange(int(np.bincount(self.step).max()) + 1)
         with np.errstate(divide="ignore"):
-            ways = sum(np.log(np.maximum(number - i, 0)) for i in range(self.batch))
+            ways = np.sum([np.log(np.maximum(number - i, 0)) for i in range(self.batch)], axis=0)
         with np.errstate(invalid="ignore"):
             batches = np.exp(ways[rows] - ways[-1])
             missed = np.exp(ways[rows[:, None] - readers] - ways[-1])

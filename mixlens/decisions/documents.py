@@ -10,6 +10,7 @@ import pandas as pd
 
 from mixlens.core.bootstrap import Bootstrap
 from mixlens.decisions.verdict import halves
+from mixlens.errors import BadInput
 
 if TYPE_CHECKING:
     from mixlens.trace.trace import Trace
@@ -30,6 +31,12 @@ class Documents:
 
     @classmethod
     def of(cls, trace: Trace, first: np.ndarray, sequence: np.ndarray, bootstrap: Bootstrap) -> Documents:
+        if not len(first):
+            raise BadInput(
+                "Cannot decide anything from a trace without tokens. Select fewer conditions, or record documents.",
+                argument="trace",
+                value=0,
+            )
         starts = np.unique(first)
         numbers = sequence[starts]
         unit, _ = pd.factorize(trace.sequences[trace.cluster].loc[numbers])

@@ -58,11 +58,12 @@ def replayed(
     for starts, lengths in _together(first, len(sizes) * n_layers * n_experts):
         lanes = len(starts) * n_layers
         key = np.full(len(sizes) * lanes * n_experts, _GONE)
+        by_lane = key.reshape(len(sizes), lanes, n_experts)
         held = np.zeros((len(sizes), lanes), np.int64)
         base = np.arange(len(sizes) * lanes).reshape(len(sizes), lanes) * n_experts
-        for step in range(int(lengths[0])):
-            tokens = starts[: np.count_nonzero(lengths > step)] + step
-            n = len(tokens) * n_layers
+        for step, active in enumerate(_active(lengths)):
+            tokens = starts[:active] + step
+            n = active * n_layers
             place = base[:, :n, None] + ids[tokens].reshape(n, k)
             before = key[place]
             there = before != _GONE
@@ -71,7 +72,7 @@ def replayed(
             key[place] = _GONE
             others = held[:, :n] - hits
             while (over := others > room).any():
-                victim = key.reshape(len(sizes), lanes, n_experts)[:, :n].argmin(-1)
+                victim = by_lane[:, :n].argmin(-1)
                 key[(base[:, :n] + victim)[over]] = _GONE
                 others -= over
             if policy == "optimum":
@@ -96,8 +97,8 @@ def least_stale(ids: np.ndarray, first: np.ndarray, n_experts: int, sizes: Seque
     for starts, lengths in _together(first, len(sizes) * n_layers * n_experts):
         held = np.zeros((len(sizes), len(starts), n_layers * n_experts), bool)
         last = np.zeros(held.shape[1:], np.int64)
-        for step in range(int(lengths[0])):
-            tokens = starts[: np.count_nonzero(lengths > step)] + step
+        for step, active in enumerate(_active(lengths)):
+            tokens = starts[:active] + step
             rows = np.arange(len(tokens))[:, None]
             for here in range(n_layers):
                 chosen = ids[tokens, here] + here * n_experts
@@ -154,3 +155,8 @@ def _together(first: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, np.nda
     step = max(1, _MOST // size)
     for at in range(0, len(order), step):
         yield starts[order[at : at + step]], lengths[order[at : at + step]]
+
+
+def _active(lengths: np.ndarray) -> list[int]:
+    """[step] how many sequences, the longest first, have a token at it."""
+    return (len(lengths) - np.searchsorted(lengths[::-1], np.arange(lengths[0]), side="right")).tolist()

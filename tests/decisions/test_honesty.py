@@ -11,17 +11,18 @@ import pytest
 import mixlens as ml
 
 DECISIONS = {
-    "batch": lambda trace: ml.decisions.distinct_experts(trace, batch=4),
-    "window": lambda trace: ml.decisions.distinct_experts(trace, window=4),
-    "lru": lambda trace: ml.decisions.cache(trace, slots=4, policy="lru"),
-    "lfu": lambda trace: ml.decisions.cache(trace, slots=4, policy="lfu"),
-    "optimum": lambda trace: ml.decisions.cache(trace, slots=4, policy="optimum"),
-    "fixed": lambda trace: ml.decisions.cache(trace, slots=4, policy="fixed"),
-    "every size": lambda trace: ml.decisions.cache(trace),
-    "placement": lambda trace: ml.decisions.placement(trace, ranks=4, step=32),
-    "copies": lambda trace: ml.decisions.placement(trace, ranks=4, redundant=4, step=32),
+    "batch": lambda trace, **how: ml.decisions.distinct_experts(trace, batch=4, **how),
+    "window": lambda trace, **how: ml.decisions.distinct_experts(trace, window=4, **how),
+    "lru": lambda trace, **how: ml.decisions.cache(trace, slots=4, policy="lru", **how),
+    "lfu": lambda trace, **how: ml.decisions.cache(trace, slots=4, policy="lfu", **how),
+    "optimum": lambda trace, **how: ml.decisions.cache(trace, slots=4, policy="optimum", **how),
+    "fixed": lambda trace, **how: ml.decisions.cache(trace, slots=4, policy="fixed", **how),
+    "every size": lambda trace, **how: ml.decisions.cache(trace, **how),
+    "placement": lambda trace, **how: ml.decisions.placement(trace, ranks=4, step=32, **how),
+    "copies": lambda trace, **how: ml.decisions.placement(trace, ranks=4, redundant=4, step=32, **how),
 }
-# What the text of a document has to do with: in tokens put in another order there is nothing left of it.
+# What hangs on the order of tokens. Caches and placements have something to decide upon in any order: documents whose
+# tokens are shuffled are all alike, and experts that are used more stay so in each.
 OF_ORDER = ("batch", "window")
 
 
@@ -82,12 +83,43 @@ def test_a_hundred_draws_of_random_routing_decide_nothing():
 
 @pytest.mark.slow
 def test_names_that_say_nothing_of_other_documents_decide_nothing(demo):
-    assert_mostly_unknown(verdicts(lambda rng: renamed_in_each_document(rng, *demo), ["fixed", "placement"], 100), 100)
+    assert_mostly_unknown(
+        verdicts(lambda rng: renamed_in_each_document(rng, *demo), ["fixed", "placement", "copies"], 100), 100
+    )
 
 
 @pytest.mark.slow
 def test_tokens_in_another_order_decide_nothing(demo):
     assert_mostly_unknown(verdicts(lambda rng: tokens_shuffled(rng, *demo), OF_ORDER, 100), 100)
+
+
+@pytest.mark.parametrize("name", DECISIONS)
+def test_one_document_is_not_enough_and_none_is_refused(name):
+    rng = np.random.default_rng(0)
+    ids = rng.permuted(np.tile(np.arange(8), (600, 2, 1)), axis=-1)[..., :2]
+    ids[:, :, 0], ids[:, :, 1] = np.minimum(ids.min(-1), 6), 7  # one expert is in every choice
+    trace = ml.Trace.from_arrays(
+        ids,
+        n_experts=8,
+        tokens={"sequence": np.repeat(np.arange(6), 100), "token_id": np.ones(600, int)},
+        sequences=pd.DataFrame({"document_id": ["one"] * 6}),
+    )
+    assert DECISIONS[name](trace).attrs["verdict"] == "not enough evidence"
+    with pytest.raises(ml.BadInput):
+        DECISIONS[name](trace.select(tokens=[2]))
+
+
+@pytest.mark.parametrize("name", DECISIONS)
+def test_a_cluster_is_what_documents_are_else(name):
+    rng = np.random.default_rng(1)
+    own = random_routing(rng)
+    frame = own.sequences.assign(book=[f"b{i // 4}" for i in range(len(own.sequences))])
+    tokens = {"sequence": own.read("sequence")}
+    named = ml.Trace.from_arrays(own.read("expert_id"), n_experts=8, tokens=tokens, sequences=frame)
+    books = ml.Trace.from_arrays(
+        own.read("expert_id"), n_experts=8, tokens=tokens, sequences=frame.assign(document_id=frame["book"])
+    )
+    assert DECISIONS[name](named, cluster="book").drop_attrs().equals(DECISIONS[name](books).drop_attrs())
 
 
 @pytest.mark.slow
