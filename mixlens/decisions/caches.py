@@ -12,7 +12,7 @@ from mixlens.core.bootstrap import Bootstrap
 from mixlens.core.intervals import Difference, Mean, Quantity, Share, leaving_out, said, with_bounds
 from mixlens.decisions import replacement
 from mixlens.decisions.documents import Documents
-from mixlens.decisions.verdict import DECISION, DO, UNKNOWN, judged
+from mixlens.decisions.verdict import DECISION, DO, UNKNOWN, check_positive, judged
 from mixlens.errors import BadInput, MissingSignal
 from mixlens.stats.counts import clustered, described, require
 
@@ -90,7 +90,8 @@ def cache(
     Raises
     ------
     BadInput
-        For an unknown policy, or slots that do not hold a token's experts or exceed those of a layer.
+        For an unknown policy, slots that do not hold a token's experts or exceed those of a layer, or bytes and rates
+        that are not above 0.
     MissingSignal
         For prefetch without a model or without ``moe_in``.
 
@@ -102,6 +103,7 @@ def cache(
     """
     trace = clustered(trace, cluster)
     require(trace, "cache", "expert_id", bootstrap=bootstrap)
+    check_positive("a cache", expert_bytes=expert_bytes, link_bytes_per_s=link_bytes_per_s)
     sizes = _sizes(trace, slots, policy)
     e, k, n_layers = trace.n_experts, trace.top_k, trace.n_layers
     ids, sequence = trace.read("expert_id").astype(np.int64), trace.read("sequence")

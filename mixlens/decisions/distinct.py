@@ -11,7 +11,7 @@ import xarray as xr
 
 from mixlens.core.bootstrap import Bootstrap
 from mixlens.core.intervals import Smooth, said, with_bounds
-from mixlens.decisions.verdict import DECISION, judged
+from mixlens.decisions.verdict import DECISION, check_positive, judged
 from mixlens.errors import BadInput
 from mixlens.stats.counts import clustered, described, require
 
@@ -147,7 +147,7 @@ def decode_time(
     Raises
     ------
     BadInput
-        As `distinct_experts`, and for a trace that lacks layers of the model.
+        As `distinct_experts`, for numbers that are not above 0, and for a trace that lacks layers of the model.
 
     Examples
     --------
@@ -157,6 +157,8 @@ def decode_time(
     """
     from mixlens.bench.bytes_and_flops import Work
 
+    rates = {"bandwidth_bytes_per_s": bandwidth_bytes_per_s, "step_s": step_s}
+    check_positive("decode_time", context=context, **rates)
     trace, steps, read, random = _counted("decode_time", trace, batch, window, cluster, bootstrap)
     weights = Work(model).weights
     if len(weights.expert_bytes) != trace.n_layers:

@@ -9,6 +9,7 @@ import numpy as np
 
 from mixlens.core.bootstrap import Bootstrap
 from mixlens.core.intervals import Quantity, said, with_bounds
+from mixlens.errors import BadInput
 
 if TYPE_CHECKING:
     from mixlens.trace.trace import Trace
@@ -16,6 +17,17 @@ if TYPE_CHECKING:
 DO, DO_NOT, UNKNOWN = "do it", "do not", "not enough evidence"
 # A decision is acted upon, so that its intervals miss the truth in 1 of 100 cases and not in 5.
 DECISION = Bootstrap(level=0.99)
+
+
+def check_positive(what: str, **numbers: float | None) -> None:
+    """Raises BadInput for a number that is not above 0; None is none."""
+    for name, value in numbers.items():
+        if value is not None and not value > 0:
+            raise BadInput(
+                f"Cannot compute {what} with {name}={value!r}: it is no number above 0. Pass one.",
+                argument=name,
+                value=value,
+            )
 
 
 def verdict(low: float, high: float, *, needed: float = 0.0) -> str:

@@ -195,7 +195,13 @@ def test_bytes_and_tokens_per_second_follow_from_loads():
 
 @pytest.mark.parametrize(
     ("asked", "argument"),
-    [({"slots": 1}, "slots"), ({"slots": 9}, "slots"), ({"slots": [3, 2.5]}, "slots"), ({"policy": "mru"}, "policy")],
+    [
+        ({"slots": 1}, "slots"),
+        ({"slots": 9}, "slots"),
+        ({"slots": [3, 2.5]}, "slots"),
+        ({"policy": "mru"}, "policy"),
+        ({"link_bytes_per_s": 0}, "link_bytes_per_s"),
+    ],
 )
 def test_caches_that_cannot_be_are_refused(asked, argument):
     with pytest.raises(ml.BadInput) as refused:
