@@ -23,7 +23,7 @@ from recording import SHAPES
 from transformers import AutoModelForCausalLM, MixtralConfig, StaticCache
 
 import mixlens as ml
-from mixlens.bench.bytes_and_flops import weights_of
+from mixlens.bench.bytes_and_flops import sizes_of, weights_of
 from mixlens.bench.hardware import Device, measure
 from mixlens.bench.roofline import Machine, Sizes, Weights
 
@@ -60,7 +60,7 @@ def main() -> None:
     torch._inductor.config.coordinate_descent_tuning = True
     torch.set_float32_matmul_precision("high")
     machine, sizes = measure(device, model.dtype), Sizes.of(model.config.to_dict())
-    weights = weights_of(model, sizes.cached * model.dtype.itemsize)
+    weights = weights_of(model)
     results: dict[str, Any] = {"decode": {}, "prefill": {}}
     described = {
         "shape": options.shape,
@@ -176,8 +176,10 @@ def decode(
         model.set_experts_implementation(before)
     steps = settings.output - 1
     by_step = expert_id.reshape(rows, steps, *expert_id.shape[1:]).swapaxes(0, 1)
-    reads = [weights.read(ids, [settings.prompt + step + 1] * rows) for step, ids in enumerate(by_step)]
-    read = float(np.mean([read_bytes for read_bytes, _ in reads]))
+    reads = [weights.read(ids) for ids in by_step]
+    sizes, value_bytes = sizes_of(model), model.dtype.itemsize
+    kept = [rows * value_bytes * sizes.kept(settings.prompt + step + 1) for step in range(steps)]
+    read = float(np.mean([of_weights + of_cache for (of_weights, _), of_cache in zip(reads, kept, strict=True)]))
     roof = machine.bandwidth_bytes_per_s.estimate / read * rows
     speeds = {name: rows * steps / pairs[f"{name}_s"] for name in ("bare", "other")}
     return {

@@ -188,7 +188,7 @@ class Subject:
             with suppress(RuntimeError, MemoryError, ModelError):  # what was measured before stands alone
                 machine = measure(device, self._model.dtype, before=machine)
         told = self.prompts[self._loads[0].name].plan()["ids"]
-        local = {**settings_plan(self._settings), "layers": self._model.config.num_hidden_layers, "prompts": told}
+        local = {**settings_plan(self._settings), "layers": len(moe_layers(self._model)), "prompts": told}
         described = describe(self._model)
         model = described | identity(self._model, described)
         return {"model": model, "machine": asdict(machine), "local": local}, stopped
@@ -319,7 +319,7 @@ class _Caller:
 
     def _check_room(self, load: Load, columns: int) -> None:
         """On a CPU the system would kill the process, so that the run were lost."""
-        needed = load.rows * (columns + load.workload.output_tokens) * self._work.cached_bytes
+        needed = load.rows * self._work.cached_bytes(columns + load.workload.output_tokens)
         room = self.device.room()
         if room is not None and needed > room:
             raise MemoryError(f"keys and values of the batch need {needed:,} bytes, and {room:,} are free")

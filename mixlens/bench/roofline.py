@@ -14,7 +14,7 @@ from mixlens.bench.events import Record
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.core.intervals import Smooth, leaving_out, with_bounds
 from mixlens.endpoints.protocols import TOKEN, Event
-from mixlens.errors import MissingSignal, ModelError
+from mixlens.errors import MissingSignal
 
 PHASES = ("prefill", "decode")
 # What a forward of a phase did, on average over the measured calls.
@@ -33,15 +33,33 @@ METRICS = {
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """Parameters of a Mixtral by who reads them, from its config alone.
+class Context:
+    """What one layer keeps of the tokens before, and what attending to one of them costs.
 
-    dense      attention, routers and norms of all layers, the last norm, and the head; not the embedding table
+    cached    values that it keeps of a token
+    attended  values of a query, heads times the mean width of keys and values: what one attended token costs, in pairs
+              of multiplication and addition, twice (scores and sum)
+    window    how many tokens it keeps; None for all
+    """
+
+    cached: int
+    attended: int
+    window: int | None = None
+
+    def kept(self, tokens: int) -> int:
+        return tokens if self.window is None else min(tokens, self.window)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Parameters of a mixture of experts by who reads them.
+
+    layers     those with experts
+    dense      all that every token passes, shared experts among it, and the head; not the embedding table
     expert     one expert of one layer
     embedding  the table; 0 where the head is the same one
-    attended   values of a query, heads times their width, of all layers: what one attended token costs, in pairs of
-               multiplication and addition, twice (scores and sum)
-    cached     values that the cache keeps of a token, in all layers
+    contexts   of the layers that attend
+    state      values of the states that other layers keep instead, whatever the length
     """
 
     layers: int
@@ -51,22 +69,12 @@ class Sizes:
     expert: int
     head: int
     embedding: int
-    attended: int
-    cached: int
+    contexts: tuple[Context, ...]
+    state: int = 0
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Sizes:
-        """From config.json's content, as `model.config.to_dict()` gives it.
-
-        Raises ModelError for families other than Mixtral.
-        """
-        if config.get("model_type", "mixtral") != "mixtral":
-            raise ModelError(
-                f"Cannot count the bytes and flops of a {config['model_type']} model: those of Mixtral alone are "
-                "known. Time it with bench.Endpoint behind a server instead.",
-                argument="model_type",
-                value=config["model_type"],
-            )
+        """Of a Mixtral, from config.json's content alone; `sizes_of` knows every loaded model's."""
         layers, hidden, inner = (config[k] for k in ("num_hidden_layers", "hidden_size", "intermediate_size"))
         heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
         width = config.get("head_dim") or hidden // heads
@@ -81,8 +89,7 @@ class Sizes:
             expert=3 * hidden * inner,
             head=head,
             embedding=0 if config.get("tie_word_embeddings") else head,
-            attended=layers * heads * width,
-            cached=2 * layers * kv_heads * width,
+            contexts=(Context(2 * kv_heads * width, heads * width),) * layers,
         )
 
     @property
@@ -95,16 +102,25 @@ class Sizes:
         """Parameters that one token must read, the embedding table apart."""
         return self.dense + self.layers * self.top_k * self.expert
 
+    def kept(self, tokens: int) -> int:
+        """Values that the cache of one row holds after so many tokens."""
+        return self.state + sum(one.cached * one.kept(tokens) for one in self.contexts)
+
     def flops(self, lengths: Sequence[int], past: int = 0) -> int:
         """Operations of a forward of rows with so many new tokens each, after `past` tokens in the cache.
 
-        2 for each parameter of a matrix and token, 4 for each value of a query and attended token; the head is asked
-        for each row's last token alone.
+        2 for each parameter of a matrix and token, 4 for each value of a query and attended token, and 4 for each
+        value of a state and token (it is updated and read); the head is asked for each row's last token alone.
         """
         tokens = sum(lengths)
-        attended = sum(n * past + n * (n + 1) // 2 for n in lengths)
         a_token = self.dense - self.head + self.layers * self.top_k * self.expert
-        return 2 * (a_token * tokens + self.head * len(lengths)) + 4 * self.attended * attended
+        attended = sum(
+            one.attended * sum(n * past + n * (n + 1) // 2 for n in lengths)
+            if one.window is None
+            else one.attended * sum(one.kept(past + place + 1) for n in lengths for place in range(n))
+            for one in self.contexts
+        )
+        return 2 * (a_token * tokens + self.head * len(lengths)) + 4 * (attended + self.state * tokens)
 
 
 @dataclass(frozen=True)
@@ -113,31 +129,27 @@ class Weights:
 
     dense_bytes   read by every forward; see Sizes.dense
     expert_bytes  [layer, expert]
-    cached_bytes  of keys and values of one token in all layers
     """
 
     dense_bytes: int
     expert_bytes: np.ndarray
-    cached_bytes: int
 
     @classmethod
-    def of(cls, sizes: Sizes, bytes_a_parameter: float = 2, bytes_a_value: float = 2) -> Weights:
+    def of(cls, sizes: Sizes, bytes_a_parameter: float = 2) -> Weights:
         """All parameters alike, as in bfloat16 (2 bytes)."""
         experts = np.full((sizes.layers, sizes.experts), round(sizes.expert * bytes_a_parameter))
-        return cls(round(sizes.dense * bytes_a_parameter), experts, round(sizes.cached * bytes_a_value))
+        return cls(round(sizes.dense * bytes_a_parameter), experts)
 
-    def read(self, expert_id: np.ndarray, context: Iterable[int]) -> tuple[int, int]:
-        """Bytes that one forward must read, and how many experts of all layers these are.
+    def read(self, expert_id: np.ndarray) -> tuple[int, int]:
+        """Bytes of the weights that one forward must read, and how many experts of all layers these are.
 
         expert_id  [token, layer, slot] of all tokens of the forward
-        context    tokens that each row attends to, its new ones included
 
         Every chosen expert is read once, however many tokens chose it.
         """
         chosen = np.zeros(self.expert_bytes.shape, bool)
         chosen[np.arange(len(chosen))[None, :, None], expert_id] = True
-        weights = self.dense_bytes + int(self.expert_bytes[chosen].sum())
-        return weights + self.cached_bytes * sum(context), int(chosen.sum())
+        return self.dense_bytes + int(self.expert_bytes[chosen].sum()), int(chosen.sum())
 
 
 @dataclass(frozen=True)

@@ -155,7 +155,8 @@ class Share(Ratio):
 
         p = jackknife.estimate
         with np.errstate(invalid="ignore"):
-            n_low, n_high = self.effective(tail_low, jackknife), self.effective(tail_high, jackknife)
+            n_low = self.effective(tail_low, jackknife)
+            n_high = n_low if tail_high is tail_low else self.effective(tail_high, jackknife)
             one_low, one_high = (1 - np.minimum(n / self.bottom[..., 0], 1) / 2 for n in (n_low, n_high))
             low = betaincinv(p * n_low + 1 - one_low, (1 - p) * n_low + one_low, tail_low)
             high = betaincinv(p * n_high + one_high, (1 - p) * n_high + 1 - one_high, 1 - np.asarray(tail_high))
@@ -215,7 +216,8 @@ class Largest(Share):
         with np.errstate(divide="ignore", invalid="ignore"):
             ratio = self.top / self.bottom
         jackknife, miss = Jackknife.of(ratio, _own(self.bottom)), 1 - level
-        low, high = self._at(jackknife, miss / 2, miss / 2)
+        half = miss / 2
+        low, high = self._at(jackknife, half, half)
         rivals = np.maximum((high >= low.max(-1, keepdims=True)).sum(-1, keepdims=True), 2)
         # Of m rivals each may be below its lower bound; that all are above their upper ones is rare.
         below = _RIVALS * miss / rivals

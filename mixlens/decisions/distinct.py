@@ -122,7 +122,7 @@ def decode_time(
     trace : Trace
         The recording, of the layers of the whole model. Needs ``expert_id`` and position.
     model : transformers.PreTrainedModel
-        The Mixtral that is to run, whose tensors have the bytes.
+        The model that is to run, whose tensors have the bytes.
     batch : int, optional
         Sequences of a step.
     window : int, optional
@@ -160,7 +160,8 @@ def decode_time(
     rates = {"bandwidth_bytes_per_s": bandwidth_bytes_per_s, "step_s": step_s}
     check_positive("decode_time", context=context, **rates)
     trace, steps, read, random = _counted("decode_time", trace, batch, window, cluster, bootstrap)
-    weights = Work(model).weights
+    work = Work(model)
+    weights = work.weights
     if len(weights.expert_bytes) != trace.n_layers:
         raise BadInput(
             f"Cannot predict decode_time: the trace has {trace.n_layers} layers and the model "
@@ -168,7 +169,7 @@ def decode_time(
             argument="trace",
             value=trace.n_layers,
         )
-    bytes_read = weights.dense_bytes + weights.cached_bytes * context * batch + weights.expert_bytes[:, 0] @ read
+    bytes_read = weights.dense_bytes + work.cached_bytes(context) * batch + weights.expert_bytes[:, 0] @ read
     estimate, low, high = with_bounds(Smooth(bytes_read), steps.sizes, bootstrap.level)
     times = {name: value / bandwidth_bytes_per_s for name, value in {"e": estimate, "l": low, "h": high}.items()}
     rows = {

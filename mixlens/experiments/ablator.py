@@ -22,7 +22,6 @@ from mixlens.models.layout import (
     moe_layers,
     n_experts,
     only_layers,
-    refuse_indirect,
     refuse_sharded,
 )
 from mixlens.models.quantization.linears import SCHEMES, Scheme, dequantized, quantize_linear, require
@@ -61,9 +60,10 @@ class Ablator:
             an expert is held in its turn
     metric  from logits [n, vocabulary] and the tokens that came [n] to a number for each [n]; None for the loss in nats
 
-    An ablation in layer l leaves everything below l as it is, so hidden states are kept and only the layers above run
-    again; in layer l itself only the tokens that chose the expert do. Rows without such a token are not run at all,
-    and tokens before the first such token keep their value.
+    An ablation in layer l leaves everything below l as it is, so hidden states are kept and only the layers from l on
+    run again; in layer l itself only the tokens that it changes do, where the layer is known to add what its experts
+    put out to the residual stream as it is. Rows without such a token are not run at all, and tokens before the first
+    such token keep their value.
 
     Raises BadInput under edits of single tokens or of the residual stream, which kept hidden states would not follow.
     """
@@ -73,15 +73,15 @@ class Ablator:
     ) -> None:
         self.model: Any = model
         self.layers, self.how, self.means, self.metric = layers, how, means, metric
-        self.moe_layers = moe_layers(model)
+        self.moe_layers = {layer.index: layer for layer in moe_layers(model)}
         self.scheme = parse_scheme(how) if how.partition("-g")[0] in SCHEMES else None
         self.n_experts = n_experts(model)
-        sites = [Site(name) for name in ("attn_out", "moe_in", "resid_post")]
-        self._signals = parse_signals(sites, [layer.index for layer in self.moe_layers])
+        self._direct = all(layer.family.direct for layer in self.moe_layers.values())
+        sites = [Site(name, tuple(layers)) for name in ("attn_out", "moe_in", "resid_post") if self._direct]
+        self._signals = parse_signals(sites, list(self.moe_layers))
         self._columns = 0
         refuse_partial(model)
         refuse_sharded(model, "ablate experts")
-        refuse_indirect(model, "ablate every expert")
         if self.scheme is not None:
             refuse_rounded_inputs(self.scheme)
             refuse_quantized(model)
@@ -119,51 +119,82 @@ class Ablator:
         values = np.full((len(self.layers), self.n_experts, *ids.shape), np.nan)
         reached = np.zeros(values.shape, bool)
         hidden = decoder_of(self.model).get_input_embeddings()(ids.to(input_device(self.model)))
-        for index, raw in self._layer_by_layer(hidden):
+        for index, before, raw, after_layer in self._layer_by_layer(hidden):
+            hidden = after_layer
             if index in self.layers:
                 place = self.layers.index(index)
                 chosen = raw["expert_id"][index].cpu()
                 for expert in range(self.n_experts):
                     hit = (chosen == expert).any(-1).reshape(ids.shape) & valid
                     costs.chosen[rows, place, expert] = hit.sum(1).numpy()
+                    hit = valid if self._spreads(index) else hit
                     after = (hit.cumsum(1) > 0) & predicts
                     reached[place, expert] = after.numpy()
                     if after.any():
-                        values[place, expert][after.numpy()] = self._without(index, expert, raw, hit, after, target)
-            hidden = raw["resid_post"][index]
+                        found = self._without(index, expert, before, raw, hit, after, target)
+                        values[place, expert][after.numpy()] = found
         whole = np.full(ids.shape, np.nan)
-        states = self._run(hidden, len(self.moe_layers))
+        states = self._run(hidden, self._depth)
         whole[predicts.numpy()] = self._value(states[predicts.to(states.device)], target[predicts])
         costs.tokens[rows] = predicts.sum(1).numpy()
         # What has no value there adds nothing; a NaN that the model or the metric gave stays.
         costs.value[rows] = np.where(predicts.numpy(), whole, 0.0).sum(1)
         costs.change[rows] = np.moveaxis(np.where(reached, values - whole, 0.0).sum(-1), -1, 0)
 
-    def _layer_by_layer(self, hidden: torch.Tensor) -> Iterator[tuple[int, Any]]:
-        """(layer, what the Tap saw in it), the input of each layer being the output of the one before."""
+    def _spreads(self, index: int) -> bool:
+        """Whether tokens that did not choose an expert may choose others without it, as where its group ranks lower."""
+        family = self.moe_layers[index].family
+        return self.how == "reroute" and family.rule is not None and family.rule.groups is not None
+
+    @property
+    def _depth(self) -> int:
+        return len(decoder_of(self.model).layers)
+
+    def _layer_by_layer(self, hidden: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, Any, torch.Tensor]]:
+        """(layer, its input, what the Tap saw in it, its output), from the first layer to the last."""
+        layers = decoder_of(self.model).layers
         with closing(Tap(self.model, self._signals)) as tap:
-            for layer in self.moe_layers:
-                seen = []
-                for _ in self._chunks(hidden, layer.index, layer.index + 1, tap):
-                    seen.append(tap.take())
-                raw: Any = seen[0] if len(seen) == 1 else _joined(seen)
-                raw["resid_pre"] = {layer.index: hidden}
-                yield layer.index, raw
-                hidden = raw["resid_post"][layer.index]
+            for index in range(self._depth):
+                seen: list[Any] = []
+                outputs: list[torch.Tensor] = []
+
+                def keep(_module: nn.Module, _args: Any, output: Any, to: list[torch.Tensor] = outputs) -> None:
+                    to.append(_first(output))
+
+                handle = layers[index].register_forward_hook(keep)
+                try:
+                    for _ in self._chunks(hidden, index, index + 1, tap):
+                        seen.append(tap.take())
+                finally:
+                    handle.remove()
+                after = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+                yield index, hidden, seen[0] if len(seen) == 1 else _joined(seen), after
+                hidden = after
 
     def _without(
-        self, index: int, expert: int, raw: Any, hit: torch.Tensor, reached: torch.Tensor, target: torch.Tensor
+        self,
+        index: int,
+        expert: int,
+        before: torch.Tensor,
+        raw: Any,
+        hit: torch.Tensor,
+        reached: torch.Tensor,
+        target: torch.Tensor,
     ) -> np.ndarray:
         """What tokens cost that the ablation can reach, in the order of `reached` [row, column]."""
-        after: torch.Tensor = raw["resid_post"][index].clone()
-        device = after.device
-        before = (raw["resid_pre"][index].to(device) + raw["attn_out"][index].to(device))[hit.to(device)]
-        read = raw["moe_in"][index][hit.to(raw["moe_in"][index].device)]
-        with self._taken_out(index, expert):
-            output = self.moe_layers[index].moe(read[None])[0]
-        after[hit.to(device)] = before + output.to(device)
         rows = reached.any(1)
-        states = self._run(after[rows.to(device)], index + 1)
+        if self._direct:
+            after: torch.Tensor = raw["resid_post"][index].clone()
+            device = after.device
+            stream = (before.to(device) + raw["attn_out"][index].to(device))[hit.to(device)]
+            read = raw["moe_in"][index][hit.to(raw["moe_in"][index].device)]
+            with self._taken_out(index, expert):
+                output = self.moe_layers[index].moe(read[None])
+            after[hit.to(device)] = stream + _first(output)[0].to(device)
+            states = self._run(after[rows.to(device)], index + 1)
+        else:
+            with self._taken_out(index, expert):
+                states = self._run(before[rows.to(before.device)], index)
         return self._value(states[reached[rows].to(states.device)], target[reached])
 
     @contextmanager
@@ -185,18 +216,18 @@ class Ablator:
 
     def _run(self, hidden: torch.Tensor, start: int) -> torch.Tensor:
         """[row, column, H] after the layers from `start` on and the last norm."""
-        parts = list(self._chunks(hidden, start, len(self.moe_layers)))
+        parts = list(self._chunks(hidden, start, self._depth))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def _chunks(self, hidden: torch.Tensor, start: int, stop: int, tap: Tap | None = None) -> Iterator[torch.Tensor]:
         """[row, columns, H] after layers `start` to `stop` - 1 and the last norm, chunk by chunk; `tap` listens."""
         long = hidden.shape[1] > self._columns
         cache = _CacheFrom(start) if long else None
-        with only_layers(self.model, start, stop):
+        with only_layers(self.model, start, stop) as run:
             for chunk in hidden.split(self._columns if long else hidden.shape[1], dim=1):
                 if tap is not None:
                     tap.now.listening = True
-                output = decoder_of(self.model)(inputs_embeds=chunk, past_key_values=cache, use_cache=long)
+                output = run(chunk, past_key_values=cache, use_cache=long)
                 if tap is not None:
                     tap.now.listening = False
                 yield output.last_hidden_state
@@ -219,6 +250,10 @@ class Ablator:
                 )
             parts.append(found.double().cpu())
         return torch.cat(parts).numpy()
+
+
+def _first(output: Any) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else output
 
 
 def quantized_expert(weights: list[torch.Tensor], scheme: Scheme) -> list[nn.Module]:

@@ -14,7 +14,15 @@ from torch import nn
 
 from mixlens.errors import BadInput
 from mixlens.interventions.hooks import top_k_of
-from mixlens.models.layout import decoder_of, final_scale, moe_layers, n_experts, refuse_indirect
+from mixlens.models.layout import (
+    decoder_of,
+    final_scale,
+    moe_layers,
+    n_experts,
+    refuse_indirect,
+    refuse_without_experts,
+    widths_of,
+)
 from mixlens.models.provenance import describe
 from mixlens.models.quantization.linears import dequantized
 from mixlens.recording.corpus import Corpus, RecordSettings, Shard, lengths_of, measure_documents, sum_documents
@@ -65,32 +73,35 @@ def expert_outputs(
     >>> ml.experiments.expert_outputs(model, documents[:2], settings=quiet)["mean"].dims
     ('layer', 'expert', 'hidden')
     """
-    layers, count = len(moe_layers(model)), n_experts(model)
-    hidden: int = model.config.hidden_size  # type: ignore[attr-defined, assignment, union-attr]
-    n, norm, weighted, largest = np.zeros((4, layers, count))
-    total = torch.zeros(layers, count, hidden, dtype=torch.float64)
+    layers, count = moe_layers(model), n_experts(model)
+    for layer in layers:
+        refuse_without_experts(layer, "measure what experts put out", inside=True)
+    numbers_of = [layer.index for layer in layers]
+    n, norm, weighted, largest = np.zeros((4, len(layers), count))
+    total = torch.zeros(len(layers), count, widths_of(layers[0])[0], dtype=torch.float64)
     corpus = Corpus.of(model, documents, tokenizer, settings)
-    with Reader(model, parse_signals(["expert_out"], range(layers)), corpus.batch_tokens) as reader:
+    with Reader(model, parse_signals(["expert_out"], numbers_of), corpus.batch_tokens) as reader:
         for shard in corpus.shards():
             for _, picked, raw, _ in reader.placed([piece.ids for piece in shard.pieces]):
-                for layer, output in raw["expert_out"].items():
+                for place, number in enumerate(numbers_of):
+                    output = raw["expert_out"][number]
                     here = picked.to(output.device)
-                    ids, weight = raw["expert_id"][layer][here], raw["weight"][layer][here].float()
+                    ids, weight = raw["expert_id"][number][here], raw["weight"][number][here].float()
                     valid = output[here]
                     for expert in ids.unique().tolist():
                         chosen = ids == expert
                         values = valid[chosen].float()
                         size = values.norm(dim=-1)
-                        n[layer, expert] += len(values)
-                        norm[layer, expert] += float(size.sum())
-                        weighted[layer, expert] += float((size * weight[chosen]).sum())
-                        largest[layer, expert] = max(largest[layer, expert], float(values.abs().max()))
-                        total[layer, expert] += values.sum(0, dtype=torch.float64).cpu()
+                        n[place, expert] += len(values)
+                        norm[place, expert] += float(size.sum())
+                        weighted[place, expert] += float((size * weight[chosen]).sum())
+                        largest[place, expert] = max(largest[place, expert], float(values.abs().max()))
+                        total[place, expert] += values.sum(0, dtype=torch.float64).cpu()
     with np.errstate(invalid="ignore", divide="ignore"):
         numbers = {"max_abs": np.where(n > 0, largest, np.nan), "norm": norm / n, "weighted_norm": weighted / n, "n": n}
         data: dict[str, Any] = {name: (("layer", "expert"), values) for name, values in numbers.items()}
         data["mean"] = (("layer", "expert", "hidden"), total.numpy() / n[..., None])
-    coords = {"layer": range(layers), "expert": range(count)}
+    coords = {"layer": numbers_of, "expert": range(count)}
     dataset = xr.Dataset(data, coords, {"statistic": "expert_outputs", "model": describe(model)["name"]})
     return dataset.assign(n=dataset.n.astype(np.int64))
 
@@ -147,8 +158,8 @@ def measure_contributions(
     >>> found["logit"].dims
     ('token', 'layer', 'slot')
     """
-    last = len(moe_layers(model)) - 1
     refuse_indirect(model, "measure contributions")
+    numbers = [layer.index for layer in moe_layers(model)]
     if len(choices := set(top_k_of(model).values())) > 1:
         raise BadInput(
             f"Cannot measure contributions: layers choose {sorted(choices)} experts a token, and a contribution has "
@@ -156,7 +167,7 @@ def measure_contributions(
             argument="top_k",
             value=sorted(choices),
         )
-    signals = parse_signals(["expert_out", Site("resid_post", (last,))], range(last + 1))
+    signals = parse_signals(["expert_out", Site("resid_post", (numbers[-1],))], numbers)
     corpus = Corpus.of(model, documents, tokenizer, settings)
 
     def measure(shard: Shard) -> dict[str, np.ndarray]:
@@ -174,23 +185,24 @@ def _contributions(model: nn.Module, shard: Shard, signals: Signals, batch_token
     token_id = np.concatenate(sequences)
     following = np.append(token_id[1:], 0)
     ends = np.append(position[1:] == 0, True)
-    last, k = len(moe_layers(model)) - 1, max(top_k_of(model).values())
+    numbers, k = [layer.index for layer in moe_layers(model)], max(top_k_of(model).values())
     head, norm = cast(Any, model).lm_head, decoder_of(model).norm
-    found = {name: np.full((len(token_id), last + 1, k), np.nan, np.float32) for name in ("logit", "norm", "peak")}
+    found = {name: np.full((len(token_id), len(numbers), k), np.nan, np.float32) for name in ("logit", "norm", "peak")}
     found["weight"] = np.zeros_like(found["norm"])
     expert_id = np.zeros(found["norm"].shape, id_dtype(n_experts(model)))
     with align_module_device(head), Reader(model, signals, batch_tokens) as reader:
         rows = dequantized(head)
         mean = rows.mean(0, dtype=torch.float32)
         for target, picked, raw, _ in reader.placed(sequences):
-            stream = raw["resid_post"][last].flatten(0, 1)
+            stream = raw["resid_post"][numbers[-1]].flatten(0, 1)
             with align_module_device(norm):
                 scale = final_scale(model, stream[picked.to(stream.device)]).to(rows.device)
             direction = scale * (rows[torch.from_numpy(following[target]).to(rows.device)].float() - mean)
             expert_id[target] = routing_arrays(raw, picked, n_experts(model), packed=True)["expert_id"]
-            for layer, output in raw["expert_out"].items():
+            for layer, number in enumerate(numbers):
+                output = raw["expert_out"][number]
                 here = picked.to(output.device)
-                weight, value = raw["weight"][layer][here].float(), output[here].float()
+                weight, value = raw["weight"][number][here].float(), output[here].float()
                 added = value * weight[..., None]
                 logit = torch.einsum("tsh,th->ts", added, direction.to(added.device)).cpu().numpy()
                 found["logit"][target, layer] = np.where(ends[target, None], np.nan, logit)

@@ -17,7 +17,14 @@ from torch import nn
 from mixlens.errors import BadInput, ModelError
 from mixlens.interventions.edits import edit, replay
 from mixlens.interventions.hooks import top_k_of
-from mixlens.models.layout import expert_weights, moe_layers, n_experts
+from mixlens.models.layout import (
+    config_of,
+    expert_weights,
+    moe_layers,
+    n_experts,
+    refuse_without_experts,
+    widths_of,
+)
 from mixlens.models.provenance import identity
 from mixlens.recording.corpus import (
     Corpus,
@@ -93,6 +100,8 @@ def measure_impact(
     >>> type(impact).__name__
     'Impact'
     """
+    for layer in (*moe_layers(model_a), *moe_layers(model_b)):
+        refuse_without_experts(layer, "measure the impact of quantization", inside=True)
     _same_shape(model_a, model_b)
     if tokenizer is None:
         tokenizer = tokenizer_of(model_a)
@@ -209,7 +218,8 @@ class _Pair:
 
     def _routing_of(self, one: _Pass, batch: _Batch) -> Any:
         tokens = {"sequence": batch.sequence, "token_id": batch.token_id}
-        trace = Trace.from_arrays(one.ids, n_experts=self.n_experts, weight=one.weights, tokens=tokens)
+        layers = [layer.index for layer, _ in self.layers]
+        trace = Trace.from_arrays(one.ids, n_experts=self.n_experts, weight=one.weights, tokens=tokens, layers=layers)
         return replay(trace, weights=self.force_weights)
 
     def _predictions(self, states: list[torch.Tensor | None], following: np.ndarray) -> dict[str, np.ndarray]:
@@ -238,13 +248,13 @@ class _Pair:
         self, raw: Raw, picked: torch.Tensor, sequence: np.ndarray, sums: dict[str, np.ndarray]
     ) -> None:
         """Squared errors and sizes of what every chosen expert puts out, in both models given its input in a."""
-        for layer, other in self.layers:
+        for row, (layer, other) in enumerate(self.layers):
             hidden, chosen = raw["moe_in"][layer.index].flatten(0, -2), raw["expert_id"][layer.index]
             hidden, chosen = hidden[picked.to(hidden.device)], chosen[picked.to(chosen.device)]
             # accelerate keeps an offloaded layer's weights on the meta device, and says where they will compute.
             hook = getattr(other.experts, "_hf_hook", None)
             there = getattr(hook, "execution_device", None)
-            there = other.gate.weight.device if there is None else there
+            there = other.router_weight.device if there is None else there
             for ids in chosen.split(1, dim=1):
                 one = torch.ones(ids.shape, device=hidden.device)
                 a = layer.experts(hidden, ids.to(hidden.device), one).float()
@@ -252,8 +262,8 @@ class _Pair:
                 expert = ids[:, 0].cpu().numpy()
                 for name, values in (("error", b - a), ("size", a)):
                     squares = values.square().sum(-1).double().cpu().numpy()
-                    np.add.at(sums[name][:, layer.index], (sequence, expert), squares)
-                np.add.at(sums["chosen"][:, layer.index], (sequence, expert), 1)
+                    np.add.at(sums[name][:, row], (sequence, expert), squares)
+                np.add.at(sums["chosen"][:, row], (sequence, expert), 1)
 
     def _weight_errors(self) -> np.ndarray:
         """[1, layer, expert, matrix]: ||W_b - W_a|| / ||W_a||; NaN in layers whose weights are offloaded."""
@@ -288,9 +298,9 @@ def _same_shape(model_a: Any, model_b: Any) -> None:
         ("layers", len(moe_layers(model_a)), len(moe_layers(model_b))),
         ("experts a layer", n_experts(model_a), n_experts(model_b)),
         ("experts a token", top_k_of(model_a), top_k_of(model_b)),
-        ("hidden units", model_a.config.hidden_size, model_b.config.hidden_size),
-        ("neurons an expert", model_a.config.intermediate_size, model_b.config.intermediate_size),
-        ("tokens in the vocabulary", model_a.config.vocab_size, model_b.config.vocab_size),
+        ("hidden units", config_of(model_a).hidden_size, config_of(model_b).hidden_size),
+        ("neurons an expert", *(widths_of(moe_layers(model)[0])[1] for model in (model_a, model_b))),
+        ("tokens in the vocabulary", config_of(model_a).vocab_size, config_of(model_b).vocab_size),
     ):
         if of_a != of_b:
             raise BadInput(

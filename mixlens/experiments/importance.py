@@ -17,8 +17,7 @@ from torch import nn
 from mixlens.errors import BadInput
 from mixlens.experiments.ablator import Ablator, Metric, quantized_expert
 from mixlens.interventions.activations import digest_of
-from mixlens.interventions.where import whole_numbers
-from mixlens.models.layout import expert_weights, moe_layers
+from mixlens.models.layout import expert_weights, numbered_layers
 from mixlens.models.provenance import audit
 from mixlens.recording.corpus import Corpus, RecordSettings, Shard, lengths_of, measure_documents, sum_documents
 from mixlens.stats import importance as stats
@@ -138,7 +137,7 @@ def measure_importance(
     >>> measured.sizes["expert"]
     8
     """
-    layers = _layers(model, ablation)
+    layers = [layer.index for layer in numbered_layers(model, ablation.layers, "ablate experts")]
     if out is not None and ablation.metric is not None and _digest_of(ablation.metric) is None:
         raise BadInput(
             f"Cannot save a run with metric={ablation.metric!r}: its result does not follow from its code alone, so "
@@ -163,7 +162,7 @@ def _bytes(ablator: Ablator) -> dict[str, int]:
     """What an expert takes in a scheme, and as it is; nothing where experts are ablated."""
     if ablator.scheme is None:
         return {}
-    weights = [matrix[0] for matrix in expert_weights(ablator.moe_layers[0])]
+    weights = [matrix[0] for matrix in expert_weights(next(iter(ablator.moe_layers.values())))]
     held = audit(nn.Sequential(*quantized_expert(weights, ablator.scheme))).bytes
     return {"expert_bytes": held, "whole_bytes": sum(weight.nbytes for weight in weights)}
 
@@ -177,16 +176,3 @@ def _digest_of(metric: Metric) -> str | None:
         return None
     told = repr((code.co_consts, code.co_names, metric.__defaults__, metric.__kwdefaults__))
     return hashlib.sha256(code.co_code + told.encode()).hexdigest()[:12]
-
-
-def _layers(model: nn.Module, ablation: Ablation) -> list[int]:
-    count = len(moe_layers(model))
-    layers = list(range(count)) if ablation.layers is None else sorted(set(whole_numbers(ablation.layers)))
-    if not layers or not 0 <= layers[0] <= layers[-1] < count:
-        raise BadInput(
-            f"Cannot ablate experts of layers {ablation.layers}: the model has layers 0 to {count - 1}. Pass layer "
-            "numbers among them.",
-            argument="layers",
-            value=ablation.layers,
-        )
-    return layers

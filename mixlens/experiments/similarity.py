@@ -13,8 +13,7 @@ from accelerate.utils import align_module_device
 from scipy.optimize import linear_sum_assignment
 from torch import nn
 
-from mixlens.errors import BadInput
-from mixlens.models.layout import expert_weights, moe_layers
+from mixlens.models.layout import expert_weights, numbered_layers
 from mixlens.models.provenance import describe
 
 _CHUNK = 2**22
@@ -59,21 +58,12 @@ def measure_similarity(
     >>> ml.experiments.measure_similarity(model)["router_cosine"].dims
     ('layer', 'expert', 'expert_j')
     """
-    every = moe_layers(model)
-    numbers = list(range(len(every))) if layers is None else [int(layer) for layer in np.atleast_1d(layers)]
-    unknown = [number for number in numbers if not 0 <= number < len(every)]
-    if unknown or not numbers:
-        raise BadInput(
-            f"Cannot compare experts of layers {numbers}: the model has layers 0 to {len(every) - 1}. Pass layer "
-            "numbers among them.",
-            argument="layers",
-            value=numbers,
-        )
+    asked = numbered_layers(model, layers, "compare experts")
     found: dict[str, list[np.ndarray]] = {}
-    for layer in (every[number] for number in numbers):
+    for layer in asked:
         with _at_hand(layer.experts, layer.gate):
             weights = expert_weights(layer)
-            router = layer.gate.weight.float()
+            router = layer.router_weight.float()
             one = {
                 "cosine": np.stack([_cosines(matrix) for matrix in weights]),
                 "router_cosine": _cosines(router),
@@ -88,7 +78,12 @@ def measure_similarity(
     count = len(found["router_norm"][0])
     return xr.Dataset(
         {name: (dims.get(name, pair), np.stack(values)) for name, values in found.items()},
-        {"layer": numbers, "matrix": ["w1", "w2", "w3"], "expert": range(count), "expert_j": range(count)},
+        {
+            "layer": [layer.index for layer in asked],
+            "matrix": ["w1", "w2", "w3"],
+            "expert": range(count),
+            "expert_j": range(count),
+        },
         {"statistic": "expert_similarity", "unit": "cosine", "model": describe(model)["name"]},
     )
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -14,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from mixlens.errors import ModelError
+from mixlens.errors import BadInput, ModelError
 from mixlens.models.families import FAMILIES, LEFT_OUT, UNKNOWN, Family
 from mixlens.models.quantization.linears import dequantized
 from mixlens.models.quantization.unfuse import is_unfused
@@ -28,13 +29,10 @@ _KINDS = {
     "experts": "experts",
     **dict.fromkeys(_SHARED, "shared"),
     "shared_expert_gate": "shared",
-    **dict.fromkeys(_ATTENTION, "attention"),
+    **dict.fromkeys((*_ATTENTION, "q_proj", "k_proj", "v_proj", "o_proj"), "attention"),
     **dict.fromkeys(_ROUTERS, "router"),
     "lm_head": "head",
     "embed_tokens": "embeddings",
-    "norm": "norms",
-    "input_layernorm": "norms",
-    "post_attention_layernorm": "norms",
     "mlp": "dense",
     "feed_forward": "dense",
 }
@@ -70,6 +68,12 @@ class MoeLayer:
     @property
     def top_k(self) -> int:
         return int(getattr(self.gate, "top_k", None) or config_of(self.gate).top_k_experts)
+
+    @property
+    def router_weight(self) -> torch.Tensor:
+        """[E, H], of the router itself or of the Linear inside it."""
+        own = getattr(self.gate, "weight", None)
+        return next(p for p in self.gate.parameters() if p.ndim == 2) if own is None else own
 
     @property
     def rule(self) -> RouterRule | None:
@@ -228,6 +232,20 @@ def _moe_layer(index: int, layer: nn.Module) -> MoeLayer | None:
     return None
 
 
+def numbered_layers(model: nn.Module, asked: Any, what: str) -> list[MoeLayer]:
+    """Layers with experts by their numbers, one or several; all for None. Raises BadInput for others."""
+    layers = {layer.index: layer for layer in moe_layers(model)}
+    numbers = list(layers) if asked is None else sorted(set(np.atleast_1d(np.asarray(asked)).tolist()))
+    if not numbers or not layers.keys() >= set(numbers):
+        raise BadInput(
+            f"Cannot {what} of layers {asked}: the model has experts in layers {', '.join(map(str, layers))}. Pass "
+            "some of them.",
+            argument="layers",
+            value=asked,
+        )
+    return [layers[number] for number in numbers]
+
+
 def _folder(module: nn.Module) -> str:
     """The folder of transformers that defines a module: the name of its family."""
     # Sharding makes a class of its own, whose base is the model's.
@@ -250,14 +268,43 @@ def refuse_without_rule(layer: MoeLayer, what: str, *, checked: bool = False) ->
     )
 
 
+class _PassedOver(nn.Module):
+    """Stands for a decoder layer that does not run; a decoder reads of its layers which masks they take.
+
+    gives  hidden states that it puts out, whatever it reads; None for what it reads
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self._layer = [layer]  # in a list, so that it is no child
+        self.gives: torch.Tensor | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_layer"][0], name)
+
+    def forward(self, hidden_states: torch.Tensor, *_args: Any, **_options: Any) -> torch.Tensor:
+        return hidden_states if self.gives is None else self.gives
+
+
 @contextmanager
-def only_layers(model: nn.Module, start: int, stop: int) -> Iterator[None]:
-    """The decoder runs layers `start` to `stop` - 1 alone, then its norm: for hidden states kept from before."""
+def only_layers(model: nn.Module, start: int, stop: int) -> Iterator[Callable[..., Any]]:
+    """A function that runs layers `start` to `stop` - 1 of the decoder alone, then its norm, on hidden states.
+
+    Layers keep their places, by which decoders tell those of sliding windows and of linear attention. Where a decoder
+    scales embeddings, hidden states kept from before are not scaled again.
+    """
     decoder: Any = decoder_of(model)
     layers = decoder.layers
-    decoder.layers = nn.ModuleList(layers[start:stop])
+    kept = [layer if start <= index < stop else _PassedOver(layer) for index, layer in enumerate(layers)]
+
+    def run(hidden: torch.Tensor, **options: Any) -> Any:
+        if start > 0:
+            kept[start - 1].gives = hidden
+        return decoder(inputs_embeds=hidden, **options)
+
+    decoder.layers = nn.ModuleList(kept)
     try:
-        yield
+        yield run
     finally:
         decoder.layers = layers
 
@@ -271,6 +318,15 @@ def expert_weights(layer: MoeLayer) -> tuple[torch.Tensor, torch.Tensor, torch.T
     """
     experts: Any = layer.experts
     refuse_sharded(experts, f"read the expert weights of layer {layer.index}")
+    refuse_without_experts(layer, "read the expert weights", inside=True)
+    biased, gated = (experts.biased, experts.gated) if is_unfused(experts) else (experts.has_bias, experts.has_gate)
+    if biased or not gated:
+        raise ModelError(
+            f"Cannot read the expert weights of layer {layer.index} as three matrices: a "
+            f"{type(experts).__name__} has biases, or no gate. Compare what experts put out instead.",
+            argument="layer",
+            value=layer.index,
+        )
     if layer.moe.experts is not experts:
         raise ModelError(
             f"Cannot read the expert weights of layer {layer.index}: an adapter is applied to them in each forward. "
@@ -288,13 +344,6 @@ def expert_weights(layer: MoeLayer) -> tuple[torch.Tensor, torch.Tensor, torch.T
         raise ModelError(
             f"Cannot read the expert weights of layer {layer.index}: they are offloaded, or in a layout that mixlens "
             'does not know. Load the whole model with ml.load(..., device_map="cpu").',
-            argument="layer",
-            value=layer.index,
-        )
-    if experts.has_bias or not experts.has_gate or getattr(experts, "has_post_expert_norm", False):
-        raise ModelError(
-            f"Cannot read the expert weights of layer {layer.index} as three matrices: a "
-            f"{type(experts).__name__} has biases, norms, or no gate. Compare what experts put out instead.",
             argument="layer",
             value=layer.index,
         )
@@ -347,10 +396,18 @@ def _projected(experts: Any, name: str, expert: int, inputs: torch.Tensor) -> to
 def refuse_indirect(model: nn.Module, what: str) -> None:
     """Raises ModelError unless every layer adds what its experts put out to the residual stream as it is."""
     layers = moe_layers(model)
-    if len(layers) != len(decoder_of(model).layers) or not all(layer.family.direct for layer in layers):
+    if not all(layer.family.direct for layer in layers):
         raise ModelError(
-            f"Cannot {what} of a {type(model).__name__}: it has layers without experts, or is not known to add what "
-            "its experts put out to the residual stream as it is. Put edits.ablate round the model, and compare.",
+            f"Cannot {what} of a {type(model).__name__}: it is not known to add what its experts put out to the "
+            "residual stream as it is, and to end in a norm that is linear but for its scale. Measure importance, or "
+            "put edits.ablate round the model, and compare.",
+            argument="model",
+            value=type(model).__name__,
+        )
+    if layers[-1].index != len(decoder_of(model).layers) - 1:
+        raise ModelError(
+            f"Cannot {what} of a {type(model).__name__}: its last layer has no experts, and the scale of the last norm "
+            "is read there. Measure importance instead.",
             argument="model",
             value=type(model).__name__,
         )
@@ -384,6 +441,8 @@ def final_scale(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
 def kind_of(name: str) -> str:
     """What a module of this name is: one of KINDS, or other."""
     parts = name.split(".")
+    if parts[-1].endswith("norm"):
+        return "norms"
     return next((kind for part, kind in _KINDS.items() if part in parts), "other")
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import torch
@@ -27,6 +27,7 @@ from mixlens.models.layout import check_config, config_of, moe_layers, n_experts
 from mixlens.models.provenance import audit
 from mixlens.models.quantization.checkpoint import Checkpoint, fill, finish, skeleton_of
 from mixlens.models.quantization.compressed_tensors import compressed_format
+from mixlens.models.quantization.converted import converted
 from mixlens.models.quantization.gptq_awq import packed_format
 
 # How a checkpoint that is quantized already is read, by its quant_method.
@@ -46,18 +47,19 @@ def load(
 ) -> Any:
     """Load a Mixtral, or another mixture of experts of transformers, as the transformers model itself.
 
-    docs/models.md lists the families, and what mixlens does with each; quantization= is for Mixtral.
+    docs/models.md lists the families, and what mixlens does with each.
 
     Only safetensors are read and no code of the repository is run.
 
     Schemes: nf4 and int8 (bitsandbytes; int8 is LLM.int8(), which rounds activations too), int4wo, int8wo and fp8
     (torchao; weight-only but for fp8, which needs a GPU that has it), hqq4, hqq3 and hqq2 (HQQ). A group size of
-    one's own is written hqq2-g16. A mapping gives a scheme, or "none", to "attention", "experts", "router", "head" or
-    a pattern on module names, and later entries win: {"attention": "nf4", "experts": "hqq2", "*.layers.0.*": "none"}.
-    Routers and the head keep `dtype` unless they are named. Experts become Linears, one for each matrix, so that
-    quantization reaches them; transformers' own passes them by. Each weight is quantized as it is read, on its device,
-    so that the model never stands in memory unquantized. `mixlens.audit(model)` counts what came of it. Checkpoints
-    in GPTQ and AWQ are recognised and need no quantization=.
+    one's own is written hqq2-g16. A mapping gives a scheme, or "none", to "attention", "experts", "shared" (experts),
+    "dense" (layers), "router", "head" or a pattern on module names, and later entries win: {"attention": "nf4",
+    "experts": "hqq2", "*.layers.0.*": "none"}. Routers and the head keep `dtype` unless they are named. Experts become
+    Linears, one for each matrix, so that quantization reaches them; transformers' own passes them by. Each weight is
+    quantized as it is read, on its device, so that the model never stands in memory unquantized.
+    `mixlens.audit(model)` counts what came of it. Checkpoints in GPTQ and AWQ are recognised and need no
+    quantization=.
 
     Parameters
     ----------
@@ -74,7 +76,7 @@ def load(
     experts : str, optional
         Transformers' experts implementation; None picks the fastest for the device.
     quantization : str or Mapping[str, str], optional
-        None for the weights as they are, or a scheme for attention and experts, or a mapping (below).
+        None for the weights as they are, or a scheme for all but routers and head, or a mapping (above).
     verbose : bool, optional
         Show progress, and print one line on what was loaded, and how, to stderr.
 
@@ -107,11 +109,10 @@ def load(
     commit = _commit(name, revision)
     config = _read_config(name, commit)
     check_config(config, str(model))
-    if config.model_type != "mixtral" and (quantization is not None or _method(config) in _FORMATS):
+    if config.model_type != "mixtral" and _method(config) in _FORMATS:
         raise ModelError(
-            f"Cannot load {model} quantized: mixlens takes apart the experts of Mixtral alone, and this is a "
-            f"{config.model_type} model. Leave quantization out, or load it with transformers' own quantization and "
-            "look at mixlens.audit(model).",
+            f"Cannot load {model}: its checkpoint is quantized by {_method(config)}, whose packed experts mixlens "
+            f"reads of Mixtral alone, and this is a {config.model_type} model. Load the original with quantization=.",
             argument="quantization",
             value=config.model_type,
         )
@@ -198,6 +199,8 @@ def _load_quantized(
             value=quantization,
         )
     try:
+        if source.config.model_type != "mixtral":
+            return _load_converted(source, device_map, dtype, cast(Any, quantization), verbose)
         checkpoint = _find(source)
         packed = None
         if held is not None:
@@ -209,6 +212,24 @@ def _load_quantized(
         )
     except (OSError, RuntimeError, MemoryError, SafetensorError) as error:
         raise _weights_error(source, error) from error
+
+
+def _load_converted(
+    source: _Source,
+    device_map: str | Mapping[str, Any] | None,
+    dtype: torch.dtype,
+    quantization: str | Mapping[str, str],
+    verbose: bool,
+) -> Any:
+    """Of a family whose checkpoint transformers rearranges when it loads it."""
+    try:
+        made = converted(source.name, source.asked, source.config, source.revision, dtype, quantization)
+        with _progress_bar(shown=verbose), made as (skeleton, weights):
+            _check_memory(source.asked, skeleton.bytes_needed, dtype, device_map)
+            loaded = fill(skeleton, weights, skeleton.places(device_map), verbose=verbose)
+    except ValueError as error:
+        raise _weights_error(source, error) from error
+    return finish(loaded, source.name, source.revision)
 
 
 def _find(source: _Source) -> Checkpoint:

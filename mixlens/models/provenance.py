@@ -253,7 +253,8 @@ def _tensors(value: Any, seen: set[Any]) -> Iterator[torch.Tensor]:
 
 def _scheme(module: Any, weights: int, largest: int) -> str:
     """The scheme of a module; with its bits where the numbers take more than it says."""
-    parameters = [p for p in vars(module).get("_parameters", {}).values() if p is not None]
+    own = {name: p for name, p in vars(module).get("_parameters", {}).items() if p is not None}
+    parameters = [p for name, p in own.items() if name != "bias"] or list(own.values())
     names = {scheme_of(module, p) for p in parameters} or {scheme_of(module)}
     name = "+".join(sorted(names))
     nominal = _nominal_bits(name)
@@ -403,9 +404,8 @@ def _router_fingerprint(model: nn.Module) -> str | None:
     """Hash of all router weights: tells checkpoints of one architecture apart. None where this process has not all."""
     digest = hashlib.sha256()
     for layer in moe_layers(model):
-        own = getattr(layer.gate, "weight", None)
-        for weight in layer.gate.parameters() if own is None else (own,):
-            if weight.device.type == "meta" or isinstance(weight, DTensor):
-                return None
-            digest.update(weight.detach().float().cpu().numpy().tobytes())
+        weight = layer.router_weight
+        if weight.device.type == "meta" or isinstance(weight, DTensor):
+            return None
+        digest.update(weight.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()

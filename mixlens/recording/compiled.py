@@ -175,9 +175,9 @@ class CompiledRecorder(Recorder):
         cache = kwargs.get("past_key_values")
         past = 0 if cache is None else cache.get_seq_length() - columns
         if cache is not None:
-            # The last layer's keys depend on all that a row has read, so that they tell caches apart.
-            keys = cache.layers[-1].keys[:, 0, :, :_MARK]
-            ends = (torch.arange(2, device=keys.device) * columns + past - 1).clamp(min=0)
+            # Keys of late layers depend on all that a row has read, so that they tell caches apart.
+            keys = _last_keys(cache)[:, 0, :, :_MARK]
+            ends = (torch.arange(2, device=keys.device) * columns + past - 1).clamp(min=0, max=keys.shape[1] - 1)
             marks = keys.index_select(1, ends).float().flatten(1).to(device)
             self._buffers["mark"].index_copy_(0, where, marks[number // columns])
         column = number % columns + past
@@ -269,6 +269,14 @@ class CompiledRecorder(Recorder):
                 value=past,
             )
         return None
+
+
+def _last_keys(cache: Any) -> torch.Tensor:
+    """[row, head, token, width] of the last layer that keeps all tokens; of the last with a window where none does."""
+    with_keys = [layer for layer in cache.layers if isinstance(getattr(layer, "keys", None), torch.Tensor)]
+    attending = [layer for layer in with_keys if layer.keys.numel()]
+    whole = [layer for layer in attending if getattr(layer, "sliding_window", None) is None]
+    return (whole or attending)[-1].keys
 
 
 def _named(plan: dict[str, Any]) -> list[str]:

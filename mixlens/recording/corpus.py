@@ -23,7 +23,7 @@ from mixlens.core.run_dir import RunWriter, now, versions
 from mixlens.errors import BadInput, visible
 from mixlens.interventions.hooks import about_choices, edits_of
 from mixlens.models.hub import tokenizer_beside
-from mixlens.models.layout import config_of, context_length, input_device, is_sharded, n_experts
+from mixlens.models.layout import config_of, context_length, input_device, is_sharded, moe_layers, n_experts
 from mixlens.models.provenance import describe, identity, tokenizer_sha256
 from mixlens.recording.chats import read_chat
 from mixlens.recording.documents import OVERLONG, Document, Documents, Piece, Tally, pieces_of, table_of
@@ -244,6 +244,7 @@ def measure_documents(
         "model": describe(model),
         "versions": versions(*PACKAGES),
         "n_experts": n_experts(model),
+        "layers": [layer.index for layer in moe_layers(model)],
         **about_choices(model),
         **about,
     }

@@ -135,7 +135,7 @@ def contributions_dataset(measured: Measured) -> xr.Dataset:
         "model": meta["model"]["name"],
         "n_experts": meta["n_experts"],
     }
-    return xr.Dataset(data, {**coords, "layer": range(arrays["logit"].shape[1])}, attrs)
+    return xr.Dataset(data, {**coords, "layer": measured.meta.get("layers", range(arrays["logit"].shape[1]))}, attrs)
 
 
 def _by_document(data: xr.Dataset, measure: str) -> xr.Dataset:

@@ -119,9 +119,9 @@ class Block:
 
     def count(self, codes: np.ndarray, size: int, where: np.ndarray | slice = slice(None)) -> np.ndarray:
         """How often each code 0 .. size-1 comes up in each cluster [cluster, size]; codes [..., token of `where`]."""
-        out = np.zeros(len(self.clusters) * size, np.int64)
+        out = np.zeros(len(self.clusters) * size, np.uint32)
         # Three times as fast as np.bincount, which looks for the smallest and the largest first.
-        np.add.at(out, (self.local[where] * size + codes).ravel(), np.int64(1))
+        np.add.at(out, (self.local[where] * size + codes).ravel(), np.uint32(1))
         return out.reshape(-1, size)
 
     def sums(self, values: np.ndarray) -> np.ndarray:

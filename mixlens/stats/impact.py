@@ -252,7 +252,7 @@ def _dataset(measured: Measured) -> xr.Dataset:
     data["weight_error"] = (("layer", "expert", "matrix"), arrays["weight_error"][0])
     coords = {
         "condition": list(CONDITIONS),
-        "layer": range(arrays["error"].shape[1]),
+        "layer": measured.meta.get("layers", range(arrays["error"].shape[1])),
         "expert": range(arrays["error"].shape[2]),
         "matrix": list(MATRICES),
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import combinations, product
+from itertools import product
 from math import comb
 from typing import TYPE_CHECKING
 
@@ -142,10 +142,11 @@ def coactivation(
     e, k = trace.n_experts, trace.top_k
 
     def add(block: Block, totals: dict[str, np.ndarray]) -> None:
+        first, second = np.triu_indices(k, 1)
         for layer, ids in enumerate(block.by_layer("expert_id")):
-            for a, b in combinations(range(k), 2):
-                found = block.count(_joint(ids[a], ids[b], e), e * e)
-                totals["together"][block.clusters, layer] += found.reshape(-1, e, e)
+            # All pairs at once: the counts of a layer are many more than those that one pair of slots adds to.
+            found = block.count(_joint(ids[first], ids[second], e), e * e)
+            totals["together"][block.clusters, layer] += found.reshape(-1, e, e)
 
     shapes = {"together": (trace.n_layers, e, e)}
     counts = count(trace, by, shapes, trace.blocks("sequence", "expert_id"), add)

@@ -116,7 +116,7 @@ def topk_dataset(measured: Measured) -> xr.Dataset:
     """
     meta, inner = measured.meta, ("document", "k", "layer", "expert")
     data = {name: (inner[: array.ndim], array) for name, array in measured.arrays.items()}
-    layers = measured.arrays["chosen"].shape[2]
-    coords = {"k": meta["ks"], "layer": range(layers), "expert": range(meta["n_experts"])}
+    layers = meta.get("layers", range(measured.arrays["chosen"].shape[2]))
+    coords = {"k": meta["ks"], "layer": layers, "expert": range(meta["n_experts"])}
     attrs = {"kind": KIND, "model": meta["model"]["name"], "own_k": meta["own_k"]}
     return measured.along_documents(data, coords, attrs)

@@ -17,7 +17,7 @@ import mixlens as ml
 from mixlens import BadInput, RunError, benchmark
 from mixlens.bench import LocalSettings, Workload
 from mixlens.bench import hardware as machine
-from mixlens.bench.bytes_and_flops import Work, weights_of
+from mixlens.bench.bytes_and_flops import Work, sizes_of, weights_of
 from mixlens.bench.events import read_records
 from mixlens.bench.hardware import Device
 from mixlens.bench.local import benchmark_model
@@ -135,7 +135,7 @@ def test_every_forward_knows_the_experts_it_read(static):
     assert [event.experts for event in events] == routed(model, ids)
     sizes = Sizes.of(model.config.to_dict())
     for number, event in enumerate(events):
-        read = sizes.dense + event.experts * sizes.expert + sizes.cached * 2 * (16 + number)
+        read = sizes.dense + event.experts * sizes.expert + 2 * sizes.kept(16 + number)
         assert event.read_bytes == 4 * read
     assert bench.roofline().query("metric == 'mbu_frac'")["estimate"].notna().all()
 
@@ -296,15 +296,16 @@ def test_given_prompts_are_read_as_they_are():
     lengths = [len(AutoTokenizer.from_pretrained(model.name_or_path)(text)["input_ids"]) for text in texts]
     assert bench.records[0].events[-1].input_tokens == round(sum(lengths) / 2)
     sizes, event = Sizes.of(model.config.to_dict()), bench.records[0].events[1]
-    weights = weights_of(model, 0)
+    weights = weights_of(model)
     read = weights.dense_bytes + event.experts * int(weights.expert_bytes[0, 0])
-    assert event.read_bytes == read + 4 * sizes.cached * (sum(lengths) + 2)
+    assert event.read_bytes == read + 4 * sum(sizes.kept(length + 1) for length in lengths)
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_weights_are_the_bytes_of_the_tensors(tied):
     model = tiny_mixtral(tie_word_embeddings=tied).to(torch.bfloat16)
-    sizes, weights = Sizes.of(model.config.to_dict()), weights_of(model, 0)
+    sizes, weights = Sizes.of(model.config.to_dict()), weights_of(model)
+    assert sizes_of(model) == sizes
     assert (weights.expert_bytes == 2 * sizes.expert).all()
     assert weights.dense_bytes == 2 * sizes.dense
 
@@ -345,7 +346,7 @@ def test_a_device_is_measured_before_and_after_the_loads(error, monkeypatch):
 def test_quantized_weights_count_what_they_hold():
     pytest.importorskip("torchao")
     plain, small = (ml.load("demo", quantization=q, verbose=False) for q in (None, "int8wo"))
-    before, after = weights_of(plain, 0), weights_of(small, 0)
+    before, after = weights_of(plain), weights_of(small)
     ratio = after.expert_bytes.sum() / before.expert_bytes.sum()
     assert 0.25 < ratio < 0.3  # float32 to 8 bits and scales
     bench = run(small, None, requests=1)

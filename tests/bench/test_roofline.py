@@ -52,10 +52,9 @@ def test_the_sizes_are_those_of_the_modules():
 
 def test_bytes_read_are_counted_by_nested_loops():
     draw = np.random.default_rng(0)
-    weights = Weights(1000, draw.integers(10, 99, (3, 5)), cached_bytes=7)
+    weights = Weights(1000, draw.integers(10, 99, (3, 5)))
     for tokens in (1, 2, 9):
         ids = np.stack([[draw.permutation(5)[:2] for _ in range(3)] for _ in range(tokens)])
-        context = draw.integers(1, 50, 4).tolist()
         read, experts = 1000, set()
         for token in ids:
             for layer, slots in enumerate(token):
@@ -63,18 +62,16 @@ def test_bytes_read_are_counted_by_nested_loops():
                     if (layer, expert) not in experts:
                         experts.add((layer, expert))
                         read += weights.expert_bytes[layer, expert]
-        for length in context:
-            for _ in range(length):
-                read += 7
-        assert weights.read(ids, context) == (read, len(experts))
+        assert weights.read(ids) == (read, len(experts))
 
 
 def test_a_decode_step_at_batch_1_reads_the_active_parameters_and_the_cache():
     sizes = Sizes.of(EIGHT_7B)
     ids = np.tile(np.array([3, 5]), (1, 32, 1))
-    read, experts = Weights.of(sizes).read(ids, [1000])
+    read, experts = Weights.of(sizes).read(ids)
     assert experts == 64
-    assert read == 2 * sizes.read_a_token + 1000 * 2 * 2 * 32 * 8 * 128
+    assert read == 2 * sizes.read_a_token
+    assert sizes.kept(1000) == 1000 * 2 * 32 * 8 * 128
 
 
 @pytest.mark.parametrize("past", [0, 11])

@@ -214,12 +214,28 @@ def deepseek(name: str, **changes: Any) -> Case:
     return Case(name, deepseek_v3, {"routed_scaling_factor": 2.5, **changes}, GROUPED, CORRECTION)
 
 
+# {verb: its column in docs/models.md}
+VERBS = {"quantize": "quantize", "benchmark": "bytes", "importance": "importance", "contributions": "contributions"}
+
+_OWN_LAYOUT = frozenset({"jetmoe", "llama4"})  # experts that are not called as transformers' interface has it
+# {verb: families that it refuses}, which tests/models/test_every_verb.py holds to be all of them.
+REFUSED = {
+    "quantize": _OWN_LAYOUT | {"mistral4"},  # which AutoModelForCausalLM does not load
+    "benchmark": _OWN_LAYOUT | {"minimax"},  # whose cache a CompiledRecorder cannot follow
+    "contributions": {name for name, family in FAMILIES.items() if not family.direct},
+    "outputs": _OWN_LAYOUT,
+    "impact": _OWN_LAYOUT,
+    "similarity": _OWN_LAYOUT | {"gpt_oss", "nemotron_h"},  # biases; no gate
+    "compiled": {"minimax"},
+}
+
+
 def table() -> str:
     """The table of docs/models.md."""
     tested = {case.name for case in CASES}
     rows = [
-        "| family | its routers decide by | record | edit | quantize | tested | remark |",
-        "|---|---|---|---|---|---|---|",
+        f"| family | its routers decide by | record | edit | {' | '.join(VERBS.values())} | tested | remark |",
+        "|---" * (len(VERBS) + 6) + "|",
     ]
     for name, family in sorted(FAMILIES.items()):
         parts = [
@@ -227,12 +243,13 @@ def table() -> str:
             str(family.rule or "another rule"),
             "yes",
             "yes" if family.rule else "experts' outputs",
-            "yes" if name == "mixtral" else "",
+            *("" if name not in tested else "no" if name in REFUSED.get(verb, ()) else "yes" for verb in VERBS),
             "yes" if name in tested else "",
             family.remark or "",
         ]
         rows.append(f"| {' | '.join(parts)} |")
-    rows += [f"| {name} |  |  |  |  |  | {reason} |" for name, reason in sorted(LEFT_OUT.items())]
+    blank = " | " * (len(VERBS) + 4)
+    rows += [f"| {name} |{blank}| {reason} |" for name, reason in sorted(LEFT_OUT.items())]
     return "\n".join(rows)
 
 

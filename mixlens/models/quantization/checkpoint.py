@@ -6,10 +6,10 @@ import contextlib
 import ctypes
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import infer_auto_device_map
@@ -75,6 +75,17 @@ class Checkpoint:
         finally:
             for file in opened.values():
                 file.__exit__(None, None, None)
+
+
+class Source(Protocol):
+    """Where the weights of an unfused model are read."""
+
+    folder: str
+
+    @property
+    def tensors(self) -> Collection[str]: ...
+
+    def reading(self) -> contextlib.AbstractContextManager[Any]: ...
 
 
 @dataclass
@@ -150,37 +161,37 @@ def skeleton_of(
     """The model with experts as Linears, on the meta device, and the schemes of its Linears."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        for layer in model.model.layers:
-            layer.mlp.experts = UnfusedExperts(config).to(dtype)
+    for layer in model.model.layers:
+        layer.mlp.experts = UnfusedExperts(config, layer.mlp.experts)
     # Its buffers are computed when it is made, and stand in no checkpoint.
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
     model.set_experts_implementation("eager")
     schemes = {} if quantization is None else schemes_of(model, quantization)
-    if "lm_head" in schemes and _tied(model):
+    return Skeleton(model.eval(), schemes, packed)
+
+
+def fill(skeleton: Skeleton, checkpoint: Source, places: Mapping[str, torch.device], *, verbose: bool) -> Any:
+    """Read, quantize and place every weight; gives the model.
+
+    Raises ModelError when weights are missing, or a scheme does not run where it is to.
+    """
+    model, schemes = skeleton.model, skeleton.schemes
+    if "lm_head" in schemes and tied(model):
         raise BadInput(
             "Cannot quantize the head of this model: it shares its weights with the embeddings "
             "(tie_word_embeddings), which are looked up and not quantized. Leave the head out.",
             argument="quantization",
             value="head",
         )
-    return Skeleton(model.eval(), schemes, packed)
-
-
-def fill(skeleton: Skeleton, checkpoint: Checkpoint, places: Mapping[str, torch.device], *, verbose: bool) -> Any:
-    """Read, quantize and place every weight; gives the model.
-
-    Raises ModelError when weights are missing, or a scheme does not run where it is to.
-    """
-    model, schemes = skeleton.model, skeleton.schemes
     for scheme in set(schemes.values()):
         require(scheme, {_place(name, places) for name, own in schemes.items() if own == scheme})
     modules = [
         name for name, module in model.named_modules() if next(module.parameters(recurse=False), None) is not None
     ]
     _check_complete(skeleton, checkpoint, modules)
-    tied = _tied(model)
+    shared = tied(model)
     groups: dict[str, list[str]] = {}
-    for name in (name for name in modules if f"{name}.weight" not in tied):
+    for name in (name for name in modules if f"{name}.weight" not in shared):
         groups.setdefault(".".join(name.split(".")[:3]), []).append(name)
     for names in tqdm(groups.values(), desc="Loading and quantizing", unit="part", disable=not verbose, leave=False):
         with checkpoint.reading() as read:
@@ -188,7 +199,10 @@ def fill(skeleton: Skeleton, checkpoint: Checkpoint, places: Mapping[str, torch.
                 _fill_module(skeleton, name, read, _place(name, places))
         _give_back_freed_memory()
     model.tie_weights()
-    model.model.rotary_emb.to(_place("model.rotary_emb", places))
+    for name, module in model.named_modules():
+        for own, buffer in module.named_buffers(recurse=False):
+            if not buffer.is_meta:
+                setattr(module, own, buffer.to(_place(name, places)))
     _join(model, places)
     return model
 
@@ -217,7 +231,8 @@ def _fill_module(skeleton: Skeleton, name: str, read: Any, device: torch.device)
     elif scheme is not None:
         weight = read(f"{name}.weight")
         _check_shape(name, weight.shape, module.weight)
-        made = quantize_linear(weight, scheme, device, module.weight.dtype)
+        bias = None if getattr(module, "bias", None) is None else read(f"{name}.bias")
+        made = quantize_linear(weight, scheme, device, module.weight.dtype, bias)
     else:
         for own, parameter in list(module.named_parameters(recurse=False)):
             value = read(f"{name}.{own}").to(device=device, dtype=parameter.dtype, copy=True)
@@ -239,7 +254,7 @@ def _check_shape(name: str, found: Sequence[int], wanted: torch.Tensor) -> None:
         )
 
 
-def _check_complete(skeleton: Skeleton, checkpoint: Checkpoint, modules: list[str]) -> None:
+def _check_complete(skeleton: Skeleton, checkpoint: Source, modules: list[str]) -> None:
     packed = skeleton.packed
     wanted = [
         f"{name}.{own}"
@@ -250,7 +265,7 @@ def _check_complete(skeleton: Skeleton, checkpoint: Checkpoint, modules: list[st
             else dict(skeleton.model.get_submodule(name).named_parameters(recurse=False))
         )
     ]
-    if missing := sorted(set(wanted) - set(checkpoint.tensors) - _tied(skeleton.model)):
+    if missing := sorted(set(wanted) - set(checkpoint.tensors) - tied(skeleton.model)):
         raise ModelError(
             f"Cannot load {checkpoint.folder}: its checkpoint lacks {len(missing)} weights ({', '.join(missing[:3])} "
             "...). Complete the checkpoint, or download it again.",
@@ -259,7 +274,7 @@ def _check_complete(skeleton: Skeleton, checkpoint: Checkpoint, modules: list[st
         )
 
 
-def _tied(model: Any) -> set[str]:
+def tied(model: Any) -> set[str]:
     """Names of weights that are another's, which tie_weights gives them."""
     return set(model._tied_weights_keys or ()) if model.config.tie_word_embeddings else set()
 
@@ -282,7 +297,8 @@ def _join(model: Any, places: Mapping[str, torch.device]) -> None:
     if len(set(places.values())) == 1:
         return
     skip = model._skip_keys_device_placement
-    first = _place("model.embed_tokens", places)
+    names = {module: name for name, module in model.named_modules()}
+    first = _place(names[model.get_input_embeddings()], places)
     add_hook_to_module(model, AlignDevicesHook(first, io_same_device=True, skip_keys=skip))
     for name, device in places.items():
         module = model.get_submodule(name)

@@ -25,6 +25,7 @@ class GroupedLinear(nn.Module):
     scale: torch.Tensor
     zero: torch.Tensor
     order: torch.Tensor | None
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -43,6 +44,7 @@ class GroupedLinear(nn.Module):
         self.register_buffer("scale", scale.contiguous())
         self.register_buffer("zero", zero.contiguous())
         self.register_buffer("order", None if order is None else order.to(torch.int32))
+        self.register_parameter("bias", None)
 
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight [out, in]."""
@@ -52,7 +54,7 @@ class GroupedLinear(nn.Module):
         return weight if self.order is None else weight[:, self.order]
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return F.linear(hidden, self.dequantized(hidden.dtype))
+        return F.linear(hidden, self.dequantized(hidden.dtype), self.bias)
 
     def extra_repr(self) -> str:
         groups = self.scale.shape[1]

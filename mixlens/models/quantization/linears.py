@@ -53,9 +53,19 @@ SCHEMES = {
 }
 
 
-def quantize_linear(weight: torch.Tensor, scheme: Scheme, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A Linear on `device` that takes and gives `dtype`, from its weight [out, in] on the CPU."""
-    return _MAKERS[scheme.name](weight.to(dtype), scheme, device)
+def quantize_linear(
+    weight: torch.Tensor,
+    scheme: Scheme,
+    device: torch.device,
+    dtype: torch.dtype,
+    bias: torch.Tensor | None = None,
+) -> nn.Module:
+    """A Linear on `device` that takes and gives `dtype`, from its weight [out, in] and bias [out] on the CPU."""
+    made: Any = _MAKERS[scheme.name](weight.to(dtype).contiguous(), scheme, device)
+    if bias is not None:
+        kernel = made.weight.dtype if hasattr(getattr(made, "weight", None), "__tensor_flatten__") else dtype
+        made.bias = nn.Parameter(bias.to(device, kernel), requires_grad=False)
+    return made
 
 
 def require(scheme: Scheme, devices: set[torch.device]) -> None:

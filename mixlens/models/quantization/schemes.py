@@ -1,4 +1,4 @@
-"""Which Linear of a Mixtral is held in which scheme."""
+"""Which Linear of a model is held in which scheme."""
 
 from __future__ import annotations
 
@@ -24,15 +24,22 @@ _PLAIN = "none"
 def schemes_of(model: nn.Module, quantization: Quantization) -> dict[str, Scheme]:
     """{name of a Linear or router: its scheme}, of a model whose experts are Linears.
 
-    quantization  a scheme for attention and experts ("nf4", "hqq2-g16"), or a mapping from what is meant to a scheme,
-                  where later entries win. What is meant: "attention", "experts", "router", "head", or a pattern on
-                  module names such as "*.layers.0.*" or "*.experts.3.w2". "none" leaves weights as they are.
+    quantization  a scheme for attention, experts, shared experts and dense layers ("nf4", "hqq2-g16"), or a mapping
+                  from what is meant to a scheme, where later entries win. What is meant: "attention", "experts",
+                  "shared", "dense", "router", "head", or a pattern on module names such as "*.layers.0.*" or
+                  "*.experts.3.w2". "none" leaves weights as they are.
 
-    Routers and the head are quantized only where "router" or "head" names them, or a pattern ends in gate or lm_head.
+    Routers, the gates of shared experts and the head are quantized only where "router" or "head" names them, or a
+    pattern ends in gate or lm_head. Mamba layers keep their weights, which their kernels read themselves.
 
     Raises BadInput for an unknown scheme, a pattern that meets nothing, and a group size that does not divide.
     """
-    asked = quantization if isinstance(quantization, Mapping) else dict.fromkeys(("attention", "experts"), quantization)
+    names = [name for name, module in model.named_modules() if _quantizable(name, module)]
+    if isinstance(quantization, Mapping):
+        asked = quantization
+    else:
+        there = {kind_of(name) for name in names}
+        asked = {kind: quantization for kind in KINDS if kind not in _SPARED and kind in there}
     if not asked:
         raise BadInput(
             'Cannot quantize by an empty mapping. Pass a scheme such as "nf4", or None for no quantization.',
@@ -40,7 +47,6 @@ def schemes_of(model: nn.Module, quantization: Quantization) -> dict[str, Scheme
             value={},
         )
     found: dict[str, Scheme] = {}
-    names = [name for name, module in model.named_modules() if _quantizable(name, module)]
     for pattern, text in asked.items():
         scheme = parse_scheme(text)
         met = [name for name in names if _meant(pattern, name)]
@@ -98,7 +104,9 @@ def parse_scheme(text: Any) -> Scheme | None:
 
 
 def _quantizable(name: str, module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or (kind_of(name) == "router" and hasattr(module, "weight"))
+    if kind_of(name) == "router":
+        return hasattr(module, "weight")
+    return isinstance(module, nn.Linear) and not {"mamba", "shared_expert_gate"} & set(name.split("."))
 
 
 def _meant(pattern: str, name: str) -> bool:

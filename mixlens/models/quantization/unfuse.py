@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.activations import ACT2FN
 from transformers.integrations.moe import use_experts_implementation
 
 from mixlens.models.quantization.linears import dequantized
 
 
 class Expert(nn.Module):
-    """w2(act(w1 x) * w3 x), with the names that checkpoints use."""
+    """w2(act(w1 x) * w3 x), with the names that Mixtral's checkpoints use; w2(act(w3 x)) in families without a gate.
 
-    def __init__(self, config: Any) -> None:
+    family  the experts that it is taken from, without their weights, where they join w1 x and w3 x in their own way
+    """
+
+    def __init__(self, hidden: int, inner: int, *, act_fn: Any, gated: bool, biased: bool, family: Any) -> None:
         super().__init__()
-        self.w1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.w2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.w3 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.act_fn = ACT2FN[config.hidden_act]
+        self.w1 = nn.Linear(hidden, inner, bias=biased) if gated else None
+        self.w2 = nn.Linear(inner, hidden, bias=biased)
+        self.w3 = nn.Linear(hidden, inner, bias=biased)
+        self.act_fn = act_fn
+        self._family = [family]  # in a list, so that it is no child
 
     def neurons(self, hidden: torch.Tensor) -> torch.Tensor:
         """[n, I] from hidden states [n, H]."""
-        return self.act_fn(self.w1(hidden)) * self.w3(hidden)
+        if self.w1 is None:
+            return self.act_fn(self.w3(hidden))
+        gate, up, family = self.w1(hidden), self.w3(hidden), self._family[0]
+        if family is None:
+            return self.act_fn(gate) * up
+        both = torch.cat([gate, up], -1) if family.is_concatenated else torch.stack([gate, up], -1).flatten(-2)
+        return family._apply_gate(both)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.w2(self.neurons(hidden))
@@ -37,11 +47,28 @@ class UnfusedExperts(nn.ModuleList):
     Its other implementations read fused tensors, so a model with these experts keeps to "eager".
     """
 
-    def __init__(self, config: Any) -> None:
-        super().__init__(Expert(config) for _ in range(config.num_local_experts))
-        self.num_experts = config.num_local_experts
-        self.hidden_dim = config.hidden_size
-        self.intermediate_dim = config.intermediate_size
+    def __init__(self, config: Any, fused: Any) -> None:
+        """Linears without weights, as many and as large as the fused experts of a family have.
+
+        config  the model's, which transformers' decorator keeps to look up the implementation in
+        """
+        count, *sizes = fused.down_proj.shape
+        inner, hidden = sizes if fused.is_transposed else reversed(sizes)
+        with torch.device("meta"):
+            experts = [
+                Expert(
+                    hidden,
+                    inner,
+                    act_fn=getattr(fused, "act_fn", None),
+                    gated=fused.has_gate,
+                    biased=fused.has_bias,
+                    family=None if _joins_as_usual(fused) else _without_weights(fused),
+                ).to(fused.down_proj.dtype)
+                for _ in range(count)
+            ]
+        super().__init__(experts)
+        self.num_experts, self.hidden_dim, self.intermediate_dim = count, hidden, inner
+        self.gated, self.biased = fused.has_gate, fused.has_bias
 
     def forward(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """[T, H] from hidden states [T, H], chosen experts [T, k] and their weights [T, k]."""
@@ -59,8 +86,29 @@ def is_unfused(experts: Any) -> bool:
     return isinstance(experts, UnfusedExperts)
 
 
+def part_of(fused: Any, tensors: Any, expert: int, matrix: str, own: str) -> torch.Tensor:
+    """The weight or bias of w1, w2 or w3 of one expert, from the tensors of fused experts by their names."""
+    stacked = "down_proj" if matrix == "w2" else "gate_up_proj" if fused.has_gate else "up_proj"
+    values = tensors(stacked if own == "weight" else f"{stacked}_bias")[expert]
+    values = values.T if fused.is_transposed and own == "weight" else values
+    if stacked != "gate_up_proj":
+        return values
+    half = values.chunk(2) if fused.is_concatenated else (values[::2], values[1::2])
+    return half[0 if matrix == "w1" else 1]
+
+
+def _joins_as_usual(fused: Any) -> bool:
+    return fused.has_gate is False or type(fused)._apply_gate.__module__ == "transformers.integrations.moe"
+
+
+def _without_weights(fused: Any) -> Any:
+    shell = copy.copy(fused)
+    shell._parameters = {}
+    return shell
+
+
 class QuantizedRouter(nn.Module):
-    """transformers' router over a quantized Linear."""
+    """Mixtral's router over a quantized Linear."""
 
     def __init__(self, linear: nn.Module, top_k: int) -> None:
         super().__init__()
@@ -87,12 +135,11 @@ def unfuse(model: Any) -> Any:
         fused = layer.mlp.experts
         if is_unfused(fused):
             continue
-        with torch.device("meta"):
-            experts = UnfusedExperts(model.config)
-        for number in range(model.config.num_local_experts):
-            w1, w3 = fused.gate_up_proj.detach()[number].chunk(2)
-            for name, weight in (("w1", w1), ("w2", fused.down_proj.detach()[number]), ("w3", w3)):
-                linear = experts.get_submodule(f"{number}.{name}")
+        experts = UnfusedExperts(fused.config, fused)
+        for number, expert in enumerate(experts):
+            for name in ("w1", "w2", "w3"):
+                weight = part_of(fused, lambda own, of=fused: getattr(of, own).detach(), number, name, "weight")
+                linear = expert.get_submodule(name)
                 linear.weight = nn.Parameter(weight.clone(), requires_grad=fused.down_proj.requires_grad)
         layer.mlp.experts = experts.train(model.training)
     model.set_experts_implementation("eager")
