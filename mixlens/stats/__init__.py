@@ -28,6 +28,7 @@ from mixlens.stats.routing import (
 from mixlens.stats.saturation import saturation
 from mixlens.stats.simultaneous import simultaneous
 from mixlens.stats.structure import coactivation, repetition, transitions
+from mixlens.stats.together import compute
 from mixlens.stats.tokens import predictability, vocabulary_specialization
 from mixlens.stats.topk import topk_sweep
 from mixlens.stats.weights import similarity_and_coactivation
@@ -37,6 +38,7 @@ __all__ = [
     "adjusted",
     "agreement",
     "coactivation",
+    "compute",
     "contrast",
     "domain_distance",
     "domain_information",

@@ -141,6 +141,18 @@ class Block:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """Columns of a trace that a pass reads, block by block."""
+
+    trace: Trace
+    names: tuple[str, ...]
+    tokens: int = 65_536
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        return self.trace.blocks(*self.names, tokens=self.tokens)
+
+
+@dataclass(frozen=True)
 class Counts:
     """Counts of every cluster, each [cluster, layer, ...], and tokens [cluster]."""
 
@@ -164,27 +176,114 @@ def count(
     shapes  {name: shape without the cluster}, for totals of float64 that start at 0
     """
     clusters = by if isinstance(by, Clusters) else Clusters.of(trace, by, shapes)
-    n = len(clusters.group)
-    totals = {name: np.zeros((n, *shape)) for name, shape in shapes.items()}
-    tokens = np.zeros(n)
-    of_document = np.zeros(int(clusters.document.max(initial=-1)) + 1)
+    counting = Counting(trace, clusters, shapes, add)
+    if (shared := _shared.get()) is not None and isinstance(blocks, Reading) and not shared.used:
+        return shared.counts_of(counting, blocks)
     for columns in blocks:
+        counting.feed(columns)
+    return counting.finished()
+
+
+class Counting:
+    """Counts that grow block by block."""
+
+    def __init__(
+        self,
+        trace: Trace,
+        clusters: Clusters,
+        shapes: Mapping[str, tuple[int, ...]],
+        add: Callable[[Block, dict[str, np.ndarray]], None],
+    ) -> None:
+        self._trace, self._clusters, self._add = trace, clusters, add
+        self._shapes = shapes
+        self._totals: dict[str, np.ndarray] = {}
+        self._tokens = np.zeros(len(clusters.group))
+        self._of_document = np.zeros(int(clusters.document.max(initial=-1)) + 1)
+
+    def feed(self, columns: Mapping[str, np.ndarray]) -> None:
         columns = dict(columns)
         sequence = columns.pop("sequence")
+        self._start()
         if len(sequence) == 0:
-            continue
-        present, local = np.unique(clusters.of_sequence[sequence], return_inverse=True)
-        block = Block(columns, sequence, present, local)
-        tokens[present] += np.bincount(local)
-        of_document += np.bincount(clusters.document[sequence], minlength=len(of_document))
-        add(block, totals)
-    totals = {name: reduced(trace, array) for name, array in totals.items()}
-    numbers = np.flatnonzero(clusters.document >= 0)
-    group_of_document = np.zeros(len(of_document), np.int64)
-    group_of_document[clusters.document[numbers]] = clusters.group[clusters.of_sequence[numbers]]
-    seen = reduced(trace, of_document) > 0
-    n_documents = np.bincount(group_of_document[seen], minlength=clusters.n_groups)
-    return Counts(clusters, totals, reduced(trace, tokens), n_documents, trace.layers)
+            return
+        present, local = np.unique(self._clusters.of_sequence[sequence], return_inverse=True)
+        self._tokens[present] += np.bincount(local)
+        self._of_document += np.bincount(self._clusters.document[sequence], minlength=len(self._of_document))
+        self._add(Block(columns, sequence, present, local), self._totals)
+
+    def finished(self) -> Counts:
+        self._start()
+        trace, clusters = self._trace, self._clusters
+        totals = {name: reduced(trace, array) for name, array in self._totals.items()}
+        numbers = np.flatnonzero(clusters.document >= 0)
+        group_of_document = np.zeros(len(self._of_document), np.int64)
+        group_of_document[clusters.document[numbers]] = clusters.group[clusters.of_sequence[numbers]]
+        seen = reduced(trace, self._of_document) > 0
+        n_documents = np.bincount(group_of_document[seen], minlength=clusters.n_groups)
+        return Counts(clusters, totals, reduced(trace, self._tokens), n_documents, trace.layers)
+
+    def _start(self) -> None:
+        if not self._totals:
+            n = len(self._clusters.group)
+            self._totals = {name: np.zeros((n, *shape)) for name, shape in self._shapes.items()}
+
+
+class _Postponed(Exception):
+    """A statistic has said what it counts, and waits for the pass."""
+
+
+@dataclass
+class _Shared:
+    """A statistic's part of one pass: it is called once to learn what it counts, and again with the counts.
+
+    used  whether it has had its counts; what it counts beyond them, it counts by itself
+    """
+
+    counting: Counting | None = None
+    reading: Reading | None = None
+    used: bool = False
+
+    def counts_of(self, counting: Counting, reading: Reading) -> Counts:
+        if self.counting is None:
+            self.counting, self.reading = counting, reading
+            raise _Postponed
+        found, self.counting, self.used = self.counting.finished(), None, True
+        return found
+
+
+_shared: ContextVar[_Shared | None] = ContextVar("shared", default=None)
+
+
+def in_one_pass(computing: Mapping[str, Callable[[], xr.Dataset]]) -> dict[str, xr.Dataset]:
+    """What the functions compute, all counted while the trace is read once.
+
+    A function whose counts follow from others, and need several passes, computes by itself.
+    """
+    found: dict[str, xr.Dataset] = {}
+    waiting: dict[str, _Shared] = {}
+    for name, compute in computing.items():
+        shared = _Shared()
+        token = _shared.set(shared)
+        try:
+            found[name] = compute()
+        except _Postponed:
+            waiting[name] = shared
+        finally:
+            _shared.reset(token)
+    readings = [shared.reading for shared in waiting.values() if shared.reading is not None]
+    if readings:
+        names = dict.fromkeys(name for reading in readings for name in reading.names)
+        for columns in readings[0].trace.blocks(*names, tokens=min(reading.tokens for reading in readings)):
+            for shared in waiting.values():
+                if shared.counting is not None and shared.reading is not None:
+                    shared.counting.feed({own: columns[own] for own in shared.reading.names})
+    for name, shared in waiting.items():
+        token = _shared.set(shared)
+        try:
+            found[name] = computing[name]()
+        finally:
+            _shared.reset(token)
+    return {name: found[name] for name in computing}
 
 
 def require(trace: Any, what: str, *signals: str, bootstrap: Any = DEFAULT) -> None:

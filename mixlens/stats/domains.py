@@ -11,7 +11,7 @@ import xarray as xr
 
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.core.intervals import Jackknife, Share, Smooth, leaving_out
-from mixlens.stats.counts import OLMOE, Block, Counts, clustered, count, described, require, summarise
+from mixlens.stats.counts import OLMOE, Block, Counts, Reading, clustered, count, described, require, summarise
 from mixlens.stats.multiplicity import with_survivors
 from mixlens.stats.structure import mutual_information_bits
 
@@ -168,7 +168,7 @@ def choices(trace: Trace, by: str | Sequence[str]) -> Counts:
             totals["chosen"][block.clusters, layer] += block.count(ids, trace.n_experts)
 
     shapes = {"chosen": (trace.n_layers, trace.n_experts)}
-    return count(trace, by, shapes, trace.blocks("sequence", "expert_id"), add)
+    return count(trace, by, shapes, Reading(trace, ("sequence", "expert_id")), add)
 
 
 def _information(chosen: np.ndarray, group: np.ndarray) -> np.ndarray:

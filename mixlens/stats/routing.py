@@ -12,7 +12,7 @@ import xarray as xr
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.core.intervals import Largest, Mean, Quantity, Share, Smooth
 from mixlens.errors import BadInput, MissingSignal
-from mixlens.stats.counts import JIANG, Block, By, clustered, count, described, require, summarise
+from mixlens.stats.counts import JIANG, Block, By, Reading, clustered, count, described, require, summarise
 from mixlens.stats.softmax import BLOCK_OF_LOGITS, entropy_bits, second_largest, softmax_tiles
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def expert_share(
             totals["chosen"][block.clusters, layer] += block.count(ids[:n_slots], trace.n_experts)
 
     shapes = {"chosen": (trace.n_layers, trace.n_experts)}
-    counts = count(trace, by, shapes, trace.blocks("sequence", "expert_id"), add)
+    counts = count(trace, by, shapes, Reading(trace, ("sequence", "expert_id")), add)
     data = summarise(
         counts,
         lambda sums: Share(sums["chosen"], n_slots * sums["n"]),
@@ -160,7 +160,7 @@ def load_balance(
 
     shape = (trace.n_layers, trace.n_experts)
     shapes = {"chosen": shape, "probability": shape}
-    blocks = trace.blocks(*names, tokens=BLOCK_OF_LOGITS)
+    blocks = Reading(trace, tuple(names), BLOCK_OF_LOGITS)
     counts = count(trace, by, shapes, blocks, add)
     data = summarise(counts, measures, {}, bootstrap)
     missing = {} if has_logits else {"missing": "switch_loss needs router_logits"}
@@ -221,7 +221,7 @@ def load_entropy(
         return Smooth(-(share * np.log2(np.where(share > 0, share, 1))).sum(-2), floor=0.0)
 
     shapes = {"chosen": (trace.n_layers, trace.n_experts)}
-    counts = count(trace, by, shapes, trace.blocks("sequence", "expert_id"), add)
+    counts = count(trace, by, shapes, Reading(trace, ("sequence", "expert_id")), add)
     data = summarise(counts, entropy, {}, bootstrap)
     most = float(np.log2(trace.n_experts))
     data["ci_high"] = data["ci_high"].clip(max=most)
@@ -277,7 +277,7 @@ def routing_entropy(
         totals["bits"][block.clusters] += block.sums(bits)
 
     shapes = {"bits": (trace.n_layers,)}
-    blocks = trace.blocks("sequence", "router_logits", tokens=BLOCK_OF_LOGITS)
+    blocks = Reading(trace, ("sequence", "router_logits"), BLOCK_OF_LOGITS)
     counts = count(trace, by, shapes, blocks, add)
     data = summarise(counts, lambda sums: Mean(sums["bits"], sums["n"]), {}, bootstrap)
     return described(
@@ -354,7 +354,7 @@ def router_confidence(
             np.divide(second, first, out=measures[:, 2], where=first > 0)
         totals["measures"][block.clusters] += block.sums(measures)
 
-    blocks = trace.blocks("sequence", *signals, tokens=BLOCK_OF_LOGITS)
+    blocks = Reading(trace, ("sequence", *signals), BLOCK_OF_LOGITS)
     counts = count(trace, by, shapes, blocks, add)
     data = summarise(
         counts,
@@ -442,7 +442,7 @@ def position_profile(
             totals["chosen"][block.clusters, layer] += found.reshape(-1, n_bins, trace.n_experts)
 
     shapes = {"chosen": (trace.n_layers, n_bins, trace.n_experts), "tokens": (n_bins,)}
-    counts = count(trace, by, shapes, trace.blocks("sequence", "position", "expert_id"), add)
+    counts = count(trace, by, shapes, Reading(trace, ("sequence", "position", "expert_id")), add)
     data = summarise(
         counts,
         lambda sums: Share(sums["chosen"], sums["chosen"].sum(-2, keepdims=True)),

@@ -12,7 +12,7 @@ import xarray as xr
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.core.intervals import Share, Smooth
 from mixlens.errors import BadInput
-from mixlens.stats.counts import JIANG, OLMOE, Block, By, clustered, count, described, require, summarise
+from mixlens.stats.counts import JIANG, OLMOE, Block, By, Reading, clustered, count, described, require, summarise
 
 if TYPE_CHECKING:
     from mixlens.trace.trace import Trace
@@ -76,7 +76,7 @@ def repetition(
     e, k = trace.n_experts, trace.top_k
     uniform = [1 / e, 1 - comb(e - k, k) / comb(e, k)]
     shapes = {"repeated": (trace.n_layers, 2), "pairs": ()}
-    blocks = trace.blocks("sequence", "position", "expert_id")
+    blocks = Reading(trace, ("sequence", "position", "expert_id"))
     counts = count(trace, by, shapes, blocks, add)
     data = summarise(
         counts,
@@ -149,7 +149,7 @@ def coactivation(
             totals["together"][block.clusters, layer] += found.reshape(-1, e, e)
 
     shapes = {"together": (trace.n_layers, e, e)}
-    counts = count(trace, by, shapes, trace.blocks("sequence", "expert_id"), add)
+    counts = count(trace, by, shapes, Reading(trace, ("sequence", "expert_id")), add)
     together = counts.totals["together"]
     together += together.swapaxes(-1, -2).copy()
     off_diagonal = np.where(np.eye(e, dtype=bool), np.nan, 1.0)[..., None]
@@ -229,7 +229,7 @@ def transitions(
             totals["moves"][block.clusters, i] += block.count(codes, e * e).reshape(-1, e, e)
 
     shapes = {"moves": (len(here), e, e)}
-    counts = count(trace, by, shapes, trace.blocks("sequence", "expert_id"), add)
+    counts = count(trace, by, shapes, Reading(trace, ("sequence", "expert_id")), add)
     moves, layers = counts.totals["moves"], np.array(here)
     data = summarise(
         counts,

@@ -160,7 +160,8 @@ def impact(model: Any, _folder: Path) -> None:
     """The losses of both models are those of recordings, and only the layer that differs has errors in its weights."""
     other = copy.deepcopy(model)
     changed = moe_layers(other)[-1]
-    changed.experts.down_proj.mul_(1.1)
+    for name, values in changed.experts.named_parameters():
+        values.mul_(1.1 if name == "down_proj" else 1.0)
     found = ml.experiments.measure_impact(model, other, DOCUMENTS, tokenizer=Letters(), settings=QUIET)
     sums = found.sums
     assert sums.layer.values.tolist() == [layer.index for layer in moe_layers(model)]

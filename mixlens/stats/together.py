@@ -1,0 +1,103 @@
+"""Several statistics of one trace, counted while it is read once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import xarray as xr
+
+from mixlens.core.bootstrap import DEFAULT, Bootstrap
+from mixlens.errors import BadInput
+from mixlens.stats.counts import By, in_one_pass
+from mixlens.stats.domains import domain_information, domain_specialization
+from mixlens.stats.routing import (
+    expert_share,
+    load_balance,
+    load_entropy,
+    position_profile,
+    router_confidence,
+    routing_entropy,
+)
+from mixlens.stats.structure import coactivation, repetition, transitions
+from mixlens.stats.tokens import predictability, vocabulary_specialization
+
+if TYPE_CHECKING:
+    from mixlens.trace.trace import Trace
+
+_STATISTICS: dict[str, Callable[..., xr.Dataset]] = {
+    statistic.__name__: statistic
+    for statistic in (
+        coactivation,
+        domain_information,
+        domain_specialization,
+        expert_share,
+        load_balance,
+        load_entropy,
+        position_profile,
+        predictability,
+        repetition,
+        router_confidence,
+        routing_entropy,
+        transitions,
+        vocabulary_specialization,
+    )
+}
+
+
+def compute(
+    trace: Trace,
+    statistics: Sequence[str],
+    *,
+    by: By = None,
+    cluster: str | None = None,
+    bootstrap: Bootstrap = DEFAULT,
+) -> dict[str, xr.Dataset]:
+    """Compute several statistics of a trace in one pass over it.
+
+    The results are those of the functions of the same names, bit for bit. The trace is read once for all of them, which
+    counts where it lies on disk or on the network. ``predictability`` and ``vocabulary_specialization``, which need
+    several passes, make their own.
+
+    Parameters
+    ----------
+    trace : Trace
+        The recording.
+    statistics : Sequence[str]
+        Names of functions of `ml.stats` that take a trace and `by`, such as "expert_share" and "coactivation".
+    by : By, optional
+        Column, or columns, of the sequences to group by; those of domains are by "domain" unless it says otherwise.
+    cluster : str, optional
+        Column of the sequences, such as "author", whose values vary independently where documents do not.
+    bootstrap : Bootstrap, optional
+        How intervals are computed.
+
+    Returns
+    -------
+    dict[str, xarray.Dataset]
+        By name, in the order of `statistics`.
+
+    Raises
+    ------
+    BadInput
+        For a name that is none, and as the statistics do.
+    MissingSignal
+        If the trace lacks what one of them needs.
+
+    Examples
+    --------
+    >>> found = ml.stats.compute(trace, ["expert_share", "coactivation"])
+    >>> found["coactivation"]["estimate"].dims
+    ('layer', 'expert', 'expert_j')
+    """
+    names = [statistics] if isinstance(statistics, str) else list(statistics)
+    if not names or (unknown := [name for name in names if name not in _STATISTICS]):
+        raise BadInput(
+            f"Cannot compute {', '.join(map(str, unknown)) if names else 'no statistics'}: the statistics that are "
+            f"computed together are {', '.join(_STATISTICS)}. Pass some of their names.",
+            argument="statistics",
+            value=statistics,
+        )
+    options: dict[str, Any] = {"cluster": cluster, "bootstrap": bootstrap, **({} if by is None else {"by": by})}
+    return in_one_pass({name: partial(_STATISTICS[name], trace, **options) for name in names})
