@@ -30,6 +30,7 @@ By = str | Sequence[str] | None
 Statistic = Callable[[dict[str, np.ndarray]], Mapping[str, Quantity] | Quantity]
 
 # Counts kept (128 MB), documents or bundles of documents a group, and numbers evaluated at a time (8 MB).
+_MOST_AT_A_TIME = 2**26  # counts that a statistic of pairs of experts holds (512 MB)
 _MOST_COUNTS, _FEWEST_BUNDLES, _MOST_BUNDLES = 2**24, 50, 512
 _MOST_VALUES = 2**20
 
@@ -113,9 +114,9 @@ class Block:
     def n_tokens(self) -> int:
         return len(self.local)
 
-    def by_layer(self, name: str) -> np.ndarray:
+    def by_layer(self, name: str, layers: slice | list[int] = slice(None)) -> np.ndarray:
         """Column [token, layer, x] as a contiguous [layer, x, token]: what follows walks through memory in order."""
-        return np.ascontiguousarray(self.columns[name].transpose(1, 2, 0))
+        return np.ascontiguousarray(self.columns[name][:, layers].transpose(1, 2, 0))
 
     def count(self, codes: np.ndarray, size: int, where: np.ndarray | slice = slice(None)) -> np.ndarray:
         """How often each code 0 .. size-1 comes up in each cluster [cluster, size]; codes [..., token of `where`]."""
@@ -284,6 +285,26 @@ def in_one_pass(computing: Mapping[str, Callable[[], xr.Dataset]]) -> dict[str, 
         finally:
             _shared.reset(token)
     return {name: found[name] for name in computing}
+
+
+def layer_by_layer(clusters: Clusters, n_layers: int, cells: int) -> list[slice]:
+    """Layers, as many at a time as their counts of so many cells a cluster and layer fit into memory.
+
+    All of them where a caller wants the counts themselves.
+    """
+    most = n_layers if _summed.get() is not None else max(1, _MOST_AT_A_TIME // (max(1, len(clusters.group)) * cells))
+    return [slice(start, min(start + most, n_layers)) for start in range(0, n_layers, most)]
+
+
+def joined(parts: Sequence[xr.Dataset], level: float) -> xr.Dataset:
+    """Some layers of a statistic after the other; cells are tested as one family."""
+    if len(parts) == 1:
+        return parts[0]
+    untested = [part.drop_vars(("q", "survives"), errors="ignore") for part in parts]
+    data = xr.concat(
+        untested, "layer", data_vars="minimal", coords="minimal", compat="override", combine_attrs="override"
+    )
+    return with_survivors(data.drop_vars("p"), data["p"], level) if "p" in data else data
 
 
 def require(trace: Any, what: str, *signals: str, bootstrap: Any = DEFAULT) -> None:

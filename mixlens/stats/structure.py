@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from math import comb
 from typing import TYPE_CHECKING
@@ -12,7 +13,21 @@ import xarray as xr
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.core.intervals import Share, Smooth
 from mixlens.errors import BadInput
-from mixlens.stats.counts import JIANG, OLMOE, Block, By, Reading, clustered, count, described, require, summarise
+from mixlens.stats.counts import (
+    JIANG,
+    OLMOE,
+    Block,
+    By,
+    Clusters,
+    Reading,
+    clustered,
+    count,
+    described,
+    joined,
+    layer_by_layer,
+    require,
+    summarise,
+)
 
 if TYPE_CHECKING:
     from mixlens.trace.trace import Trace
@@ -141,26 +156,35 @@ def coactivation(
         )
     e, k = trace.n_experts, trace.top_k
 
-    def add(block: Block, totals: dict[str, np.ndarray]) -> None:
-        first, second = np.triu_indices(k, 1)
-        for layer, ids in enumerate(block.by_layer("expert_id")):
-            # All pairs at once: the counts of a layer are many more than those that one pair of slots adds to.
-            found = block.count(_joint(ids[first], ids[second], e), e * e)
-            totals["together"][block.clusters, layer] += found.reshape(-1, e, e)
-
-    shapes = {"together": (trace.n_layers, e, e)}
-    counts = count(trace, by, shapes, Reading(trace, ("sequence", "expert_id")), add)
-    together = counts.totals["together"]
-    together += together.swapaxes(-1, -2).copy()
+    first, second = np.triu_indices(k, 1)
     off_diagonal = np.where(np.eye(e, dtype=bool), np.nan, 1.0)[..., None]
-    data = summarise(
-        counts,
-        lambda sums: Share(sums["together"] * off_diagonal, sums["together"].sum(-2, keepdims=True) / (k - 1)),
-        {"expert": range(e), "expert_j": range(e)},
-        bootstrap,
-        size=(together.sum(-1) / (k - 1), ("layer", "expert")),
-        null=(k - 1) / (e - 1),
-    )
+    clusters = Clusters.of(trace, by, {"together": (trace.n_layers, e, e)})
+    parts = []
+    for layers in layer_by_layer(clusters, trace.n_layers, e * e):
+
+        def add(block: Block, totals: dict[str, np.ndarray], layers: slice = layers) -> None:
+            for layer, ids in enumerate(block.by_layer("expert_id", layers)):
+                # All pairs at once: the counts of a layer are many more than those that one pair of slots adds to.
+                found = block.count(_joint(ids[first], ids[second], e), e * e)
+                totals["together"][block.clusters, layer] += found.reshape(-1, e, e)
+
+        shapes = {"together": (layers.stop - layers.start, e, e)}
+        counts = count(trace, clusters, shapes, Reading(trace, ("sequence", "expert_id")), add)
+        counts = replace(counts, layers=trace.layers[layers])
+        together = counts.totals["together"]
+        for layer in range(together.shape[1]):
+            together[:, layer] += together[:, layer].swapaxes(-1, -2).copy()
+        parts.append(
+            summarise(
+                counts,
+                lambda sums: Share(sums["together"] * off_diagonal, sums["together"].sum(-2, keepdims=True) / (k - 1)),
+                {"expert": range(e), "expert_j": range(e)},
+                bootstrap,
+                size=(together.sum(-1) / (k - 1), ("layer", "expert")),
+                null=(k - 1) / (e - 1),
+            )
+        )
+    data = joined(parts, bootstrap.level)
     return described(
         data, trace, bootstrap,
         statistic="coactivation", unit="fraction", uniform=(k - 1) / (e - 1), formula="P(j | i) = N_ij / N_i",
@@ -222,33 +246,39 @@ def transitions(
         )
     e = trace.n_experts
 
-    def add(block: Block, totals: dict[str, np.ndarray]) -> None:
-        first = block.by_layer("expert_id")[:, 0]
-        for i, layer in enumerate(here):
-            codes = _joint(first[index[layer]], first[index[layer + gap]], e)
-            totals["moves"][block.clusters, i] += block.count(codes, e * e).reshape(-1, e, e)
+    clusters = Clusters.of(trace, by, {"moves": (len(here), e, e)})
+    parts = []
+    for layers in layer_by_layer(clusters, len(here), e * e):
+        left = here[layers]
 
-    shapes = {"moves": (len(here), e, e)}
-    counts = count(trace, by, shapes, Reading(trace, ("sequence", "expert_id")), add)
-    moves, layers = counts.totals["moves"], np.array(here)
-    data = summarise(
-        counts,
-        lambda sums: Share(sums["moves"], sums["moves"].sum(-2, keepdims=True)),
-        {"layer": layers, "expert": range(e), "expert_j": range(e)},
-        bootstrap,
-        size=(moves.sum(-1), ("layer", "expert")),
-        null=1 / e,
-    )
-    information = summarise(
-        counts,
-        lambda sums: Smooth(mutual_information_bits(sums["moves"]), floor=0.0, fewest=20),
-        {"layer": layers},
-        bootstrap,
-    )
-    data = data.assign(
-        mi_bits=information["estimate"], mi_ci_low=information["ci_low"], mi_ci_high=information["ci_high"]
-    )
-    data.attrs["interval"] += f"; mi: {information.attrs['interval']}"
+        def add(block: Block, totals: dict[str, np.ndarray], left: list[int] = left) -> None:
+            for i, layer in enumerate(left):
+                (before, *_), (after, *_) = block.by_layer("expert_id", [index[layer], index[layer + gap]])
+                found = block.count(_joint(before, after, e), e * e)
+                totals["moves"][block.clusters, i] += found.reshape(-1, e, e)
+
+        counts = count(trace, clusters, {"moves": (len(left), e, e)}, Reading(trace, ("sequence", "expert_id")), add)
+        counts = replace(counts, layers=np.array(left))
+        part = summarise(
+            counts,
+            lambda sums: Share(sums["moves"], sums["moves"].sum(-2, keepdims=True)),
+            {"expert": range(e), "expert_j": range(e)},
+            bootstrap,
+            size=(counts.totals["moves"].sum(-1), ("layer", "expert")),
+            null=1 / e,
+        )
+        information = summarise(
+            counts,
+            lambda sums: Smooth(mutual_information_bits(sums["moves"]), floor=0.0, fewest=20),
+            {},
+            bootstrap,
+        )
+        part = part.assign(
+            mi_bits=information["estimate"], mi_ci_low=information["ci_low"], mi_ci_high=information["ci_high"]
+        )
+        part.attrs["interval"] += f"; mi: {information.attrs['interval']}"
+        parts.append(part)
+    data = joined(parts, bootstrap.level)
     return described(
         data, trace, bootstrap,
         statistic="transitions", unit="fraction", uniform=1 / e, gap=gap,

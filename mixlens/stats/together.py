@@ -10,7 +10,7 @@ import xarray as xr
 
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.errors import BadInput
-from mixlens.stats.counts import By, in_one_pass
+from mixlens.stats.counts import By, in_one_pass, require
 from mixlens.stats.domains import domain_information, domain_specialization
 from mixlens.stats.routing import (
     expert_share,
@@ -91,8 +91,9 @@ def compute(
     >>> found["coactivation"]["estimate"].dims
     ('layer', 'expert', 'expert_j')
     """
-    names = [statistics] if isinstance(statistics, str) else list(statistics)
-    if not names or (unknown := [name for name in names if name not in _STATISTICS]):
+    require(trace, "statistics", bootstrap=bootstrap)
+    names = list(statistics) if isinstance(statistics, list | tuple) else [statistics]
+    if not names or (unknown := [name for name in names if not isinstance(name, str) or name not in _STATISTICS]):
         raise BadInput(
             f"Cannot compute {', '.join(map(str, unknown)) if names else 'no statistics'}: the statistics that are "
             f"computed together are {', '.join(_STATISTICS)}. Pass some of their names.",

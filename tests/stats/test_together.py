@@ -9,6 +9,7 @@ import xarray as xr
 from helpers.refusals import refused
 
 import mixlens as ml
+from mixlens.stats import counts
 from mixlens.stats.together import _STATISTICS
 
 
@@ -46,6 +47,17 @@ def test_one_pass_gives_the_numbers_of_each_alone(by, monkeypatch):
         xr.testing.assert_identical(together[name], alone[name])
         if name in once:
             xr.testing.assert_identical(once[name], alone[name])
+
+
+@pytest.mark.parametrize("by", [None, "domain"])
+@pytest.mark.parametrize("name", ["coactivation", "transitions"])
+def test_layers_a_few_at_a_time_give_the_numbers_of_all_at_once(name, by, monkeypatch):
+    whole = getattr(ml.stats, name)(trace_of(), by=by)
+    monkeypatch.setattr(counts, "_MOST_AT_A_TIME", 1)
+    reads, blocks = [], ml.Trace.blocks
+    monkeypatch.setattr(ml.Trace, "blocks", lambda self, *a, **o: reads.append(a) or blocks(self, *a, **o))
+    xr.testing.assert_identical(getattr(ml.stats, name)(trace_of(), by=by), whole)
+    assert len(reads) == whole.sizes["layer"]
 
 
 def test_a_name_that_is_no_statistic_is_refused():
