@@ -224,7 +224,7 @@ def _load_converted(
     """Of a family whose checkpoint transformers rearranges when it loads it."""
     try:
         made = converted(source.name, source.asked, source.config, source.revision, dtype, quantization)
-        with _progress_bar(shown=verbose), made as (skeleton, weights):
+        with progress_bar(shown=verbose), made as (skeleton, weights):
             _check_memory(source.asked, skeleton.bytes_needed, dtype, device_map)
             loaded = fill(skeleton, weights, skeleton.places(device_map), verbose=verbose)
     except ValueError as error:
