@@ -46,8 +46,8 @@ class Watch:
     probe : Iterable[Any]
         Documents, as for record; held out from training.
     every : int, optional
-        Steps between checks. A check costs about what reading the probe costs, a third of a training step of as many
-        tokens: with a probe of a batch's size, 200 steps keep it below half a per cent.
+        Steps between checks. A check takes about as long as a training step on as many tokens, or half as long again
+        (benchmarks/watching.py), so that 200 steps keep a probe of a batch's size below one per cent.
     out : str or os.PathLike, optional
         Run directory, with a trace of every check; None keeps them in memory. TensorBoard's files lie beside it, in a
         folder of the same name with -tensorboard. A training run that goes on after a stop goes on here, too.
