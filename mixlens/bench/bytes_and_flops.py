@@ -11,6 +11,7 @@ import torch
 
 from mixlens.bench.roofline import Context, Sizes, Weights
 from mixlens.models.layout import (
+    CACHE,
     config_of,
     decoder_of,
     moe_layers,
@@ -104,7 +105,7 @@ def _kept_by(model: Any) -> tuple[list[Context], int]:
         bare = type(unwrapped(model))(copy.deepcopy(unwrapped(model).config)).eval()
         for layer in moe_layers(bare):
             layer.experts.forward = _as_it_is  # type: ignore[method-assign]  which experts would run takes numbers
-        cache = bare(torch.ones(1, _PROBED, dtype=torch.long), use_cache=True).past_key_values
+        cache = getattr(bare(torch.ones(1, _PROBED, dtype=torch.long), use_cache=True), CACHE)
     contexts, state = [], sum(map(torch.Tensor.numel, _tensors_of(vars(cache))))
     for kept, layer in zip(cache.layers, decoder_of(bare).layers, strict=False):
         keys, values = (getattr(kept, name, None) for name in ("keys", "values"))

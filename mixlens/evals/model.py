@@ -19,6 +19,7 @@ from mixlens.errors import BadInput, ModelError
 from mixlens.evals.generating import Sampling, check_sampling, generate
 from mixlens.evals.response_cache import Reply
 from mixlens.models.hub import tokenizer_beside
+from mixlens.models.layout import CACHE
 
 # lm-eval's decorator hides the class from type checkers.
 _Base: Any = HFLM
@@ -209,9 +210,9 @@ class LocalLM(_Base):
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=cache,
             use_cache=cache is not None,
             logits_to_keep=n_kept,
+            **{CACHE: cache},
         ).logits
         logprobs = torch.log_softmax(logits.float(), dim=-1)
         found = {}
@@ -238,7 +239,7 @@ class LocalLM(_Base):
             ids = torch.tensor([batch.prefix], device=self.device)
             self._note(batch, requests, shots=True)
             read = self.model(input_ids=ids, use_cache=True, logits_to_keep=1)
-            self._prefix = (batch.prefix, read.past_key_values)
+            self._prefix = (batch.prefix, getattr(read, CACHE))
         cache = DynamicCache(config=self.model.config)
         for index, layer in enumerate(self._prefix[1].layers):
             rows = (len(batch.rows), -1, -1, -1)

@@ -16,6 +16,7 @@ from mixlens.errors import BadInput, ModelError
 from mixlens.interventions.edits import ablate, edit
 from mixlens.interventions.hooks import refuse_partial
 from mixlens.models.layout import (
+    CACHE,
     decoder_of,
     expert_weights,
     input_device,
@@ -227,7 +228,7 @@ class Ablator:
             for chunk in hidden.split(self._columns if long else hidden.shape[1], dim=1):
                 if tap is not None:
                     tap.now.listening = True
-                output = run(chunk, past_key_values=cache, use_cache=long)
+                output = run(chunk, use_cache=long, **{CACHE: cache})
                 if tap is not None:
                     tap.now.listening = False
                 yield output.last_hidden_state

@@ -16,9 +16,10 @@ from mixlens.errors import BadInput, RecordingError
 from mixlens.interventions.generation import Generation, watch_generate
 from mixlens.interventions.places import Batch, Call, Placed, Places, attended
 from mixlens.interventions.transforms import refuse_without_values
-from mixlens.models.layout import config_of, decoder_of
+from mixlens.models.layout import cache_in, config_of, decoder_of
 
 _ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
+_KNOWN = {*_ARGUMENTS, "cache"}
 
 
 class _Thread(threading.local):
@@ -170,14 +171,14 @@ class ForwardTracker:
             thread.call = self._follow_given(given)
 
     def _follow_given(self, given: dict[str, Any]) -> Call:
-        unknown = [name for name, value in given.items() if name not in _ARGUMENTS and _may_hold_keys(value)]
+        unknown = [name for name, value in given.items() if name not in _KNOWN and _may_hold_keys(value)]
         if unknown:
             raise self._refusal(
                 f"a forward that was given {', '.join(unknown)}, which may change what its tokens attend to. "
                 "Continuous batching does so; generate one batch at a time instead",
                 ", ".join(unknown),
             )
-        ids, cache = given.get("input_ids"), given.get("past_key_values")
+        ids, cache = given.get("input_ids"), cache_in(given)
         read: torch.Tensor = given["inputs_embeds"] if ids is None else ids
         refuse_without_values(self.who, read)
         rows, columns = read.shape[:2]

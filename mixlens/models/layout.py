@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from mixlens.errors import BadInput, ModelError
 from mixlens.models.families import FAMILIES, LEFT_OUT, UNKNOWN, Family
@@ -103,6 +104,16 @@ class MoeLayer:
             sizes = flat.bincount(minlength=logits.shape[-1]).tolist()
             return order, order // ids.shape[-1], weights.flatten()[order], sizes, logits
         return logits, weights, ids, *output[3:]
+
+
+# The keyword of a forward for keys and values, and the field of what it returns; renamed in transformers 5.24.
+CACHE = "cache" if "cache" in MoeModelOutputWithPast.__annotations__ else "past_key_values"
+
+
+def cache_in(given: Mapping[str, Any]) -> Any:
+    """Return the cache among the keywords of a forward, by its name in this transformers or an earlier one, or None."""
+    cache = given.get("cache")
+    return given.get("past_key_values") if cache is None else cache
 
 
 def unwrapped(model: Any) -> Any:

@@ -13,7 +13,7 @@ from mixlens.errors import BadInput, RecordingError
 from mixlens.interventions.forward_tracker import ForwardTracker
 from mixlens.interventions.places import Batch, Call
 from mixlens.interventions.transforms import refuse_without_values
-from mixlens.models.layout import decoder_of, input_device, moe_layers, n_experts, top_k
+from mixlens.models.layout import cache_in, decoder_of, input_device, moe_layers, n_experts, top_k
 from mixlens.recording.hooks import Raw, Tap, widened
 from mixlens.recording.recorder import Recorder
 from mixlens.trace.signals import Site
@@ -172,7 +172,7 @@ class CompiledRecorder(Recorder):
             layers = layers if name == "router_logits" else widened(layers, max(self._slots), 0)
             stacked = torch.stack([layers[index].to(device) for index in sorted(layers)], 1)
             self._buffers[name].index_copy_(0, where, stacked.to(self._buffers[name].dtype))
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         past = 0 if cache is None else cache.get_seq_length() - columns
         if cache is not None:
             # Keys of late layers depend on all that a row has read, so that they tell caches apart.

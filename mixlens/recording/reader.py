@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mixlens.interventions.hooks import edits_of, refuse_rows
-from mixlens.models.layout import decoder_of, input_device
+from mixlens.models.layout import CACHE, decoder_of, input_device
 from mixlens.recording.hooks import BAD_LAYER, Raw, Tap, routing_arrays, site_array
 from mixlens.recording.logprobs import score
 from mixlens.trace import shards
@@ -110,12 +110,12 @@ class Reader:
             try:
                 output = decoder(
                     input_ids=torch.from_numpy(ids).to(device),
-                    past_key_values=cache,
                     use_cache=longest > self.batch_tokens,
+                    **{CACHE: cache},
                 )
             finally:
                 self._tap.now.listening = False
-            cache = output.past_key_values
+            cache = getattr(output, CACHE)
             yield offset, ids, self._tap.take(), output.last_hidden_state.flatten(0, 1)
 
     def _score(
