@@ -114,66 +114,80 @@ def cache(
     used = np.zeros((len(tokens), n_layers, e))
     np.add.at(used, (documents.of_token(first)[:, None, None], np.arange(n_layers)[:, None], ids), 1.0)
     kept, best = (_most_used(used[of].sum(0), sizes) for of in (~judging, slice(None)))
-    found, loads = _replay(trace, ids, first, sizes, policy, kept, model)
-    hits, loaded, ahead, counted = np.zeros((4, len(tokens), len(sizes), n_layers))
+    replay = _replay(trace, ids, first, sizes, policy, kept, model)
     full = _filled(ids, first, e, sizes, pooled=policy == "least-stale")
-    for layer in range(n_layers):
-        hits[..., layer], loaded[..., layer] = documents.sum(found[..., layer]), documents.sum(loads[..., layer])
-        of_fixed = kept[:, layer][:, ids[:, layer]].sum(-1)
-        ahead[..., layer] = documents.sum(np.where(full(layer), found[..., layer] - of_fixed.astype(np.int64), 0))
-        counted[..., layer] = documents.sum(full(layer) * k)
+    hits, loads, ahead, counted = _tallied(documents, ids, *replay, full, kept)
     chance = np.asarray(sizes) / e
     if policy == "fixed":
         counted = np.broadcast_to(k * tokens[:, None, None], hits.shape)
         ahead = hits - counted * chance[:, None]
+
     whole = judging if policy == "fixed" else np.ones_like(judging)
-
-    def summed(values: np.ndarray, of: np.ndarray) -> np.ndarray:
-        return leaving_out(values[of])
-
-    chosen = summed(k * tokens, whole)
-    quantities: dict[str, tuple[tuple[str, ...], Quantity, np.ndarray]] = {
-        "estimate": (("slots",), Share(summed(hits.sum(-1), whole), n_layers * chosen), whole),
-        "by_layer": (("slots", "layer"), Share(summed(hits, whole), chosen), whole),
-        "loads": (("slots",), Mean(summed(loaded.sum(-1), whole), summed(tokens, whole)), whole),
-        "gain": (("slots",), Difference(summed(ahead.sum(-1), judging), summed(counted.sum(-1), judging)), judging),
+    of_whole, of_judging = leaving_out(tokens[whole]), tokens[judging]
+    quantities: dict[str, Quantity] = {
+        "estimate": Share(leaving_out(hits[whole].sum(-1)), n_layers * k * of_whole),
+        "by_layer": Share(leaving_out(hits[whole]), k * of_whole),
+        "loads": Mean(leaving_out(loads[whole].sum(-1)), of_whole),
     }
-    sizes_of_experts = _bytes(trace, model, expert_bytes)
-    if sizes_of_experts is not None:
-        moved = Mean(summed((loaded * sizes_of_experts).sum(-1), whole), summed(tokens, whole))
-        quantities["bytes_per_token"] = (("slots",), moved, whole)
+    if (of_expert := _bytes(trace, model, expert_bytes)) is not None:
+        quantities["bytes_per_token"] = Mean(leaving_out((loads * of_expert)[whole].sum(-1)), of_whole)
     data: dict[str, Any] = {}
-    for name, (dims, quantity, of) in quantities.items():
-        estimate, low, high = with_bounds(quantity, tokens[of], bootstrap.level)
-        bounds = ("ci_low", "ci_high") if name == "estimate" else (f"{name}_low", f"{name}_high")
-        data |= {name: (dims, estimate), bounds[0]: (dims, low), bounds[1]: (dims, high)}
-    if sizes_of_experts is not None and link_bytes_per_s is not None:
+    for name, quantity in quantities.items():
+        data |= _named(name, with_bounds(quantity, tokens[whole], bootstrap.level))
+    gains = Difference(leaving_out(ahead[judging].sum(-1)), leaving_out(counted[judging].sum(-1)))
+    data |= _named("gain", with_bounds(gains, of_judging, bootstrap.level))
+    if of_expert is not None and link_bytes_per_s is not None:
+        moved = [data[f"bytes_per_token{bound}"][1] for bound in ("", "_high", "_low")]
         with np.errstate(divide="ignore"):
-            for ours, theirs in (("", ""), ("_low", "_high"), ("_high", "_low")):
-                rate = link_bytes_per_s / data[f"bytes_per_token{theirs}"][1]
-                data[f"tokens_per_s{ours}"] = (("slots",), rate)
+            data |= _named("tokens_per_s", [link_bytes_per_s / bound for bound in moved])
     with np.errstate(invalid="ignore"):
-        held_out = np.einsum("ule,sle->s", used[judging], kept) / (n_layers * k * tokens[judging].sum())
-    in_sample = np.einsum("ule,sle->s", used, best) / (n_layers * k * tokens.sum())
+        held_out = np.einsum("ule,sle->s", used[judging], kept) / (n_layers * k * of_judging.sum())
     data |= {
         "fixed": ("slots", held_out),
-        "in_sample": ("slots", in_sample),
+        "in_sample": ("slots", np.einsum("ule,sle->s", used, best) / (n_layers * k * tokens.sum())),
         "chance": ("slots", chance),
         "kept": (("slots", "layer", "expert"), kept),
         "n": int(tokens.sum()),
         "n_documents": len(tokens),
     }
-    gain = Difference(summed(ahead.sum((1, 2)), judging), summed(counted.sum((1, 2)), judging))
-    about = judged(gain, tokens[judging], bootstrap)
+    overall = Difference(leaving_out(ahead[judging].sum((1, 2))), leaving_out(counted[judging].sum((1, 2))))
+    about = judged(overall, of_judging, bootstrap)
     if policy == "optimum" and about["verdict"] == DO:
         about["verdict"] = UNKNOWN
     return described(
         xr.Dataset(data, coords={"slots": list(sizes), "layer": trace.layers, "expert": range(e)}), trace, bootstrap,
         statistic="cache", unit="fraction", policy=policy, against="any set" if policy == "fixed" else "fixed set",
-        judged_on=int(judging.sum()), interval=said({n: q for n, (_, q, _) in quantities.items()}),
-        **about,
+        judged_on=int(judging.sum()), interval=said(quantities), **about,
         **({"predicted": "tokens_per_s"} if "tokens_per_s" in data else {}),
     )  # fmt: skip
+
+
+def _named(name: str, bounded: Sequence[np.ndarray]) -> dict[str, Any]:
+    """Variables of an estimate with its bounds [slots] or [slots, layer]."""
+    low, high = ("ci_low", "ci_high") if name == "estimate" else (f"{name}_low", f"{name}_high")
+    return {
+        own: (("slots", "layer")[: values.ndim], values) for own, values in zip((name, low, high), bounded, strict=True)
+    }
+
+
+def _tallied(
+    documents: Documents,
+    ids: np.ndarray,
+    found: np.ndarray,
+    loaded: np.ndarray,
+    full: Callable[[int], np.ndarray],
+    kept: np.ndarray,
+) -> np.ndarray:
+    """Hits and loads of each document, and of tokens that find the cache filled how many more hits than the fixed set
+    has, of how many choices [4, document, size, layer].
+    """
+    each = []
+    for layer in range(ids.shape[1]):
+        hits, filled = found[..., layer], full(layer)
+        of_fixed = kept[:, layer][:, ids[:, layer]].sum(-1, dtype=np.int64)
+        tallies = (hits, loaded[..., layer], np.where(filled, hits - of_fixed, 0), filled * ids.shape[2])
+        each.append([documents.sum(values) for values in tallies])
+    return np.stack([np.stack(of_layer) for of_layer in each], axis=-1)
 
 
 def _replay(
