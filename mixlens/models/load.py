@@ -227,6 +227,8 @@ def _load_converted(
         with progress_bar(shown=verbose), made as (skeleton, weights):
             _check_memory(source.asked, skeleton.bytes_needed, dtype, device_map)
             loaded = fill(skeleton, weights, skeleton.places(device_map), verbose=verbose)
+    except BadInput:
+        raise
     except ValueError as error:
         raise _weights_error(source, error) from error
     return finish(loaded, source.name, source.revision)

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 from helpers.families import CASES, REFUSED, VERBS, Case
+from helpers.refusals import refused
 from tiny import Letters
 
 import mixlens as ml
-from mixlens import MixlensError
+from mixlens import BadInput, MixlensError
 from mixlens.bench import local
 from mixlens.bench.bytes_and_flops import sizes_of
 from mixlens.bench.roofline import Machine, Measured
@@ -240,6 +241,16 @@ def test_a_family_and_a_verb(case: Case, verb: str, tmp_path: Path, monkeypatch:
             OF_VERB[verb](model, tmp_path)
     else:
         OF_VERB[verb](model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "named"),
+    [({"experts": "nope"}, "nope"), ({"router": "int8wo"}, "router"), ({"*.none": "nf4"}, "*.none")],
+)
+def test_a_scheme_that_a_family_cannot_have_is_refused_by_name(quantization, named, tmp_path):
+    next(case for case in CASES if case.name == "qwen2_moe").model().save_pretrained(tmp_path)
+    with refused(BadInput, "quantization", named):
+        ml.load(tmp_path, quantization=quantization, verbose=False)
 
 
 def test_the_table_has_the_verbs_that_are_tested():
