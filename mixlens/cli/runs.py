@@ -200,7 +200,14 @@ def contrast(
 
 
 @app.command
-def report(runs: list[str], /, *, out: str = "report.html", output: Output = Output()) -> Result:
+def report(
+    runs: list[str],
+    /,
+    *,
+    out: str = "report.html",
+    names: list[str] | None = None,
+    output: Output = Output(),
+) -> Result:
     """Write one HTML file about one run or several.
 
     Parameters
@@ -209,10 +216,12 @@ def report(runs: list[str], /, *, out: str = "report.html", output: Output = Out
         Run directories.
     out
         File to write.
+    names
+        A name for each run, in place of its folder's.
     """
     from mixlens.reports.report import report
 
-    return Result({"report": str(report(runs if len(runs) > 1 else runs[0], out))})
+    return Result({"report": str(report(runs if len(runs) > 1 else runs[0], out, names=names))})
 
 
 @app.command

@@ -34,8 +34,21 @@ def score_sections(log: Log, _name: str = "") -> dict[str, str]:
         sections["Routing of the samples"] = _routing(log)
     sections["Samples"] = _samples(log.samples)
     provenance = {key: log.meta.get(key) for key in ("created", "model", "settings", "tasks", "versions")}
-    sections["How it was evaluated"] = f"<pre>{escape(json.dumps(provenance, indent=1, ensure_ascii=False))}</pre>"
+    kept = f"<pre>{escape(json.dumps(provenance, indent=1, ensure_ascii=False))}</pre>"
+    sections["How it was evaluated"] = details("Model, settings, tasks and versions", kept)
     return sections
+
+
+def score_findings(log: Log) -> list[tuple[str, str]]:
+    """Return every score with its interval and n, with the heading of its section."""
+    rows = score_table(log).to_dict("records")
+    said = [f"{row['benchmark']} ({row['protocol']}): {row['score, %']} %, n = {row['n']:,} samples." for row in rows]
+    return [("Benchmark scores", sentence) for sentence in said]
+
+
+def score_comparison_findings(compared: LogComparison) -> list[tuple[str, str]]:
+    """Return the verdict on every benchmark, with the heading of its section."""
+    return [("Paired comparison", sentence) for sentence in compared.verdicts()]
 
 
 def score_comparison_sections(compared: LogComparison, _name: str = "") -> dict[str, str]:

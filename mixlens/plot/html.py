@@ -7,10 +7,11 @@ from html import escape as _escape
 
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection, QuadMesh
 from matplotlib.figure import Figure
 
 from mixlens.core.text import MISSING
-from mixlens.plot.style import PaperFigure
+from mixlens.plot.style import DIVERGING, PaperFigure
 
 
 def escape(text: object) -> str:
@@ -26,8 +27,23 @@ def picture(drawn: Axes | Figure, alt: str, caption: str) -> str:
     wide = ' class="wide" tabindex="0"' if width > 700 else ""  # on a phone it scrolls instead of shrinking
     return (
         f'<figure style="max-width:{width}px"><div{wide}><img alt="{escape(alt)}" '
-        f'src="data:image/svg+xml;base64,{source}"></div><figcaption>{escape(caption)}</figcaption></figure>'
+        f'src="data:image/svg+xml;base64,{source}"></div>'
+        f"<figcaption>{escape(' '.join(filter(None, [caption, reading(figure)])))}</figcaption></figure>"
     )
+
+
+def reading(figure: Figure) -> str:
+    """How to read what is drawn: maps by their colours, points by the lines through them."""
+    maps = [mesh for ax in figure.axes for mesh in ax.collections if isinstance(mesh, QuadMesh)]
+    said = []
+    if any(mesh.get_cmap().name == DIVERGING for mesh in maps):
+        said.append("Red is above the middle of the scale, blue below it; grey has no value.")
+    elif maps:
+        said.append("The deeper the colour, the larger the number; grey has no value.")
+    plain = [ax for ax in figure.axes if not any(isinstance(mesh, QuadMesh) for mesh in ax.collections)]
+    if any(isinstance(lines, LineCollection) for ax in plain for lines in ax.collections):
+        said.append("A thin line through a point or bar is its interval.")
+    return " ".join(said)
 
 
 def details(summary: str, body: str) -> str:

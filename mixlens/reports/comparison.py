@@ -5,31 +5,31 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pandas as pd
+import xarray as xr
 
 from mixlens.comparison import Comparison
 from mixlens.core.text import shown
+from mixlens.live.tokens_pair import diff
 from mixlens.plot import comparison, labels
 from mixlens.plot.bars_and_lines import by_layer
-from mixlens.plot.html import bullets, details, escape, paragraphs, picture
+from mixlens.plot.html import bullets, details, escape, frame_table, paragraphs, picture
 from mixlens.plot.tables import html_table
 from mixlens.stats.impact import Impact
 from mixlens.stats.pareto import Pareto
+
+_MOST_TOKENS = 1024  # of the text side by side
 
 
 def comparison_sections(compared: Comparison, _name: str = "") -> dict[str, str]:
     """Return the differences of two traces in routing and predictions as HTML, by title."""
     flips, agreement = compared.flips(), compared.agreement()
     missing = compared.missing()
-    worst = flips.sel(measure="first_flip").isel(layer=int(flips.estimate.sel(measure="first_flip").argmax("layer")))
-    found = [
-        f"Most first flips are in layer {worst.layer.item()}: {labels.with_interval(worst)} of tokens.",
-        f"With an earlier flip {_mean(flips, 'after_flip')} of choices flip in a layer, on the mean over layers; "
-        f"without one {_mean(flips, 'without_flip')}.",
-    ]
     html = (
         paragraphs(compared.title())
-        + shown(compared.overview()).to_html(escape=True, border=0)
-        + bullets(found)
+        + _table(shown(compared.overview()), "How far both runs agree")
+        + bullets(_flips_found(flips))
+        + _side_by_side(compared, flips)
         + _figure(comparison.flips_by_layer(flips), "Tokens that choose other experts, by layer.")
     )
     if "flips_by_margin" not in missing:
@@ -39,7 +39,46 @@ def comparison_sections(compared: Comparison, _name: str = "") -> dict[str, str]
     text = f"How far {first} and {second} route the same tokens alike. {labels.sample(agreement)}."
     html += _figure(by_layer(agreement.sel(measure=["top1", "overlap"])), text)
     tables = html_table(agreement, "Agreement") + html_table(flips, "Flips")
-    return {f"{first} and {second}": html + bullets(list(missing.values())) + details("Tables", tables)}
+    return {_heading(compared): html + bullets(list(missing.values())) + details("Tables", tables)}
+
+
+def comparison_findings(compared: Comparison) -> list[tuple[str, str]]:
+    """Return where the runs part, with the heading of their section."""
+    return [(_heading(compared), sentence) for sentence in _flips_found(compared.flips())]
+
+
+def _heading(compared: Comparison) -> str:
+    return " and ".join(compared.names)
+
+
+def _flips_found(flips: xr.Dataset) -> list[str]:
+    first = flips.sel(measure="first_flip")
+    worst = first.isel(layer=int(first.estimate.argmax("layer")))
+    return [
+        f"Most tokens part for the first time in layer {worst.layer.item()}: {labels.with_interval(worst)} of tokens.",
+        f"With an earlier flip {_mean(flips, 'after_flip')} of choices flip in a layer, on the mean over layers; "
+        f"without one {_mean(flips, 'without_flip')}.",
+    ]
+
+
+def _side_by_side(compared: Comparison, flips: xr.Dataset) -> str:
+    """The live text of the sequence and layer with most changes, opened at the first of them."""
+    layer = int(flips.layer[int(flips.estimate.sel(measure="changed").argmax("layer"))])
+    a, b = (trace.select(layers=[layer]) for trace in (compared.a, compared.b))
+    changed = (a.read("expert_id")[:, 0, 0] != b.read("expert_id")[:, 0, 0]).astype(int)
+    first, second = (name.replace("/", "∕") for name in compared.names)  # a slash has a meaning in the view's data
+    number = int(np.bincount(a.read("sequence"), weights=changed).argmax())
+    return paragraphs(f"Sequence {number} at layer {layer}, where most changes.") + diff(
+        compared.a.select(positions=(0, _MOST_TOKENS)),
+        compared.b.select(positions=(0, _MOST_TOKENS)),
+        number,
+        layer=layer,
+        names=(first, second if second != first else f"{second} (2)"),
+    ).fragment(load=False)
+
+
+def _table(frame: pd.DataFrame, caption: str) -> str:
+    return frame_table(frame.reset_index(), caption)
 
 
 def impact_sections(impact: Impact, _name: str = "") -> dict[str, str]:
@@ -54,7 +93,7 @@ def impact_sections(impact: Impact, _name: str = "") -> dict[str, str]:
     provenance = {name: impact.meta.get(name) for name in ("created", "model", "other", "versions", "force_weights")}
     return {
         "Impact on predictions": paragraphs(impact.title())
-        + shown(impact.overview()).to_html(escape=True, border=0)
+        + _table(shown(impact.overview()), "What both models predict")
         + _figure(by_layer(impact.routing()), "How far both route the same tokens alike."),
         f"Changed routing and {impact.rest}": paragraphs(text)
         + "".join(
@@ -74,12 +113,11 @@ def pareto_sections(measured: Pareto, _name: str = "") -> dict[str, str]:
     figures = [_figure(comparison.pareto(measured), "Quality against the true bytes of all weights.")]
     if (measured.table["quantity"] == "tpot_s").any():
         figures.append(_figure(comparison.pareto(measured, x="tpot_s"), "Quality against time per output token."))
-    table = measured.table.to_html(escape=True, border=0, index=False)
     return {
         "Schemes side by side": paragraphs(measured.title())
-        + measured.overview().to_html(escape=True, border=0)
+        + _table(measured.overview(), "Schemes, each number with its interval")
         + "".join(figures)
-        + details("All numbers", table)
+        + details("All numbers", frame_table(measured.table, "Every quantity of every scheme"))
     }
 
 

@@ -9,6 +9,7 @@ import xarray as xr
 from mixlens import show
 from mixlens.plot import labels
 from mixlens.plot.html import bullets, details, frame_table, paragraphs, picture
+from mixlens.plot.messages import message
 from mixlens.plot.tables import tidy
 
 _MOST = 5  # findings
@@ -18,20 +19,19 @@ def contrast_sections(data: xr.Dataset, name: str) -> dict[str, str]:
     """Return what differs between two conditions as HTML, by heading: findings, figure and table."""
     a, b, of = (str(data.attrs[key]) for key in ("a", "b", "of"))
     frame = tidy(data, also=["p", "q", "survives"]).drop(columns="n")
-    told = frame[frame["survives"]].sort_values("estimate", key=abs, ascending=False)
+    told = int(frame["survives"].sum())
     what = labels.TITLES.get(of, of.replace("_", " ")).lower()
     paired = "documents are paired" if data.attrs["paired"] else "documents are not paired"
     lead = (
         f"Difference in {what}, {a} ({data.attrs['n_a']} documents) less {b} ({data.attrs['n_b']} documents); "
-        f"{paired}. {len(told)} of {data.attrs['cells']} cells survive control for their number."
+        f"{paired}. {told} of {data.attrs['cells']} cells survive control for their number."
     )
     how = (
         f"p: share of {data.attrs['permutations']:,} permutations of documents between the two with a difference at "
         "least as large; q: p adjusted for the number of cells (Benjamini and Hochberg 1995); a cell survives where q "
         f"is at most {1 - data.attrs['level']:.2g}. Intervals: {data.attrs['level']:.0%}, {data.attrs['interval']}."
     )
-    scale, unit = (100, " points") if of in labels.DENOMINATORS else (1, "")
-    findings = [_finding(row, a, b, scale, unit) for row in told.head(_MOST).to_dict("records")]
+    findings = _findings(data)
     figures = [
         picture(
             show.contrast(part),
@@ -42,7 +42,27 @@ def contrast_sections(data: xr.Dataset, name: str) -> dict[str, str]:
     ]
     table = details(f"All {len(frame):,} cells", frame_table(frame, f"{what}: {a} less {b}"))
     body = [paragraphs(lead), bullets(findings), *figures, table, paragraphs(how)]
-    return {f"{a} against {b}: {what}": "".join(body)}
+    return {contrast_title(data): "".join(body)}
+
+
+def contrast_findings(data: xr.Dataset) -> list[tuple[str, str]]:
+    """Return the largest differences that survive, with the heading of their section."""
+    heading = contrast_title(data)
+    return [(heading, sentence) for sentence in _findings(data)] or [(heading, f"{message(data)}.")]
+
+
+def contrast_title(data: xr.Dataset) -> str:
+    of = str(data.attrs["of"])
+    what = labels.TITLES.get(of, of.replace("_", " ")).lower()
+    return f"{data.attrs['a']} against {data.attrs['b']}: {what}"
+
+
+def _findings(data: xr.Dataset) -> list[str]:
+    a, b, of = (str(data.attrs[key]) for key in ("a", "b", "of"))
+    scale, unit = (100, " points") if of in labels.DENOMINATORS else (1, "")
+    frame = tidy(data, also=["p", "q", "survives"]).drop(columns="n")
+    told = frame[frame["survives"]].sort_values("estimate", key=abs, ascending=False)
+    return [_finding(row, a, b, scale, unit) for row in told.head(_MOST).to_dict("records")]
 
 
 def _parts(data: xr.Dataset) -> list[tuple[str, xr.Dataset]]:

@@ -47,6 +47,18 @@ def contribution_sections(contributions: xr.Dataset, name: str) -> dict[str, str
     return sections
 
 
+def contribution_findings(contributions: xr.Dataset) -> list[tuple[str, str]]:
+    """Return the largest contributions that survive, with the heading of their section."""
+    said = cells_apart(expert_contribution(contributions, measure="logit"), "logits")
+    return [("Contribution of experts", sentence) for sentence in said[1:] or said]
+
+
+def topk_findings(measured: xr.Dataset) -> list[tuple[str, str]]:
+    """Return the change in loss for each number of experts, with the heading of its section."""
+    whole = topk_sweep(measured)
+    return [("Number of experts a token chooses", line) for line in _changes(whole, int(whole.attrs["own_k"]))]
+
+
 def topk_sections(measured: xr.Dataset, name: str) -> dict[str, str]:
     """Return loss and routing for each number of experts k as HTML, by title; also by domain if there are several."""
     whole = topk_sweep(measured)

@@ -8,40 +8,38 @@ import numpy as np
 import xarray as xr
 
 from mixlens.plot import labels
+from mixlens.plot.messages import at_largest, furthest, furthest_surviving, message
 from mixlens.reports.analysis import Analysis
 
+_HEADLINES = ("domain_specialization", "domain_information", "expert_share", "coactivation", "transitions")
 _UNTESTED = "Layers are ranked as measured, and not tested against each other."
 
 
 def findings(analysis: Analysis) -> list[str]:
     """Return sentences on every statistic that was computed, the most informative first."""
-    sentences = []
-    for statistic, say in _SAY.items():
-        if statistic in analysis.found:
-            sentences += say(analysis.found[statistic])
-    return sentences
+    return [sentence for statistic in _SAY for sentence in said_of(analysis, statistic)]
 
 
-def furthest(data: xr.Dataset) -> xr.Dataset | None:
-    """Return the number furthest from uniform, or the largest if there is no uniform value; None if all are missing."""
-    expected = labels.uniform(data)
-    return _at(data, data["estimate"] if expected is None else abs(data["estimate"] - expected))
+def said_of(analysis: Analysis, statistic: str) -> list[str]:
+    """Return the sentences on one statistic; none if it was not computed."""
+    return _SAY[statistic](analysis.found[statistic]) if statistic in analysis.found else []
+
+
+def headline(analysis: Analysis) -> str:
+    """Return the most informative message of what was told apart from chance; empty if nothing was."""
+    for statistic in _SAY:
+        data = analysis.found.get(statistic)
+        if data is not None and "survives" in data and bool(data["survives"].any()) and statistic in _HEADLINES:
+            return message(data)
+    return ""
 
 
 def largest(data: xr.Dataset) -> xr.Dataset | None:
-    return _at(data, data["estimate"])
+    return at_largest(data, data["estimate"])
 
 
 def smallest(data: xr.Dataset) -> xr.Dataset | None:
-    return _at(data, -data["estimate"])
-
-
-def _at(data: xr.Dataset, score: xr.DataArray) -> xr.Dataset | None:
-    score = score.transpose(*data["estimate"].dims)
-    if not np.isfinite(score).any():
-        return None
-    place = np.unravel_index(int(np.nanargmax(score.to_numpy())), score.shape)
-    return data.isel({d: int(i) for d, i in zip(score.dims, place, strict=True)})
+    return at_largest(data, -data["estimate"])
 
 
 def place(cell: xr.Dataset) -> str:
@@ -70,7 +68,7 @@ def _n(cell: xr.Dataset) -> str:
 
 def _told_apart(data: xr.Dataset, what: str, say: Callable[[xr.Dataset], str]) -> list[str]:
     """`say` of the number furthest from uniform among those told apart from it, and how many they are."""
-    cell = furthest(data.assign(estimate=data["estimate"].where(data["survives"])))
+    cell = furthest_surviving(data)
     if not np.isfinite(data["estimate"]).any():
         return []
     if cell is None:

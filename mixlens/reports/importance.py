@@ -29,6 +29,15 @@ def importance_sections(measured: xr.Dataset, name: str) -> dict[str, str]:
     return sections
 
 
+def importance_findings(measured: xr.Dataset) -> list[tuple[str, str]]:
+    """Return the largest changes that survive, with the heading of their section."""
+    whole = expert_importance(measured)
+    said = cells_apart(whole, f"{whole.attrs['unit']} a token")
+    return [("Importance of experts", f"Without {sentence}") for sentence in said[1:]] or [
+        ("Importance of experts", said[0])
+    ]
+
+
 def has_domains(measured: xr.Dataset) -> bool:
     """Whether every document has a domain, and there are several."""
     domain = measured.coords.get("domain")

@@ -6,6 +6,8 @@ import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
+from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -17,46 +19,85 @@ from mixlens.comparison import Comparison
 from mixlens.core import run_dir
 from mixlens.core.files import write_file
 from mixlens.errors import BadInput, MixlensError
-from mixlens.evals.report import score_comparison_sections, score_sections
+from mixlens.evals.report import (
+    score_comparison_findings,
+    score_comparison_sections,
+    score_findings,
+    score_sections,
+)
 from mixlens.live.page import page
 from mixlens.plot import labels
 from mixlens.plot.html import escape, paragraphs
 from mixlens.pricing.report import tradeoff_sections
 from mixlens.registry import open as open_any
-from mixlens.reports import trace as sections
 from mixlens.reports.analysis import analyse
-from mixlens.reports.comparison import comparison_sections, impact_sections, pareto_sections
-from mixlens.reports.contrast import contrast_sections
-from mixlens.reports.contributions import contribution_sections, topk_sections
-from mixlens.reports.importance import importance_sections
+from mixlens.reports.comparison import comparison_findings, comparison_sections, impact_sections, pareto_sections
+from mixlens.reports.contrast import contrast_findings, contrast_sections, contrast_title
+from mixlens.reports.contributions import (
+    contribution_findings,
+    contribution_sections,
+    topk_findings,
+    topk_sections,
+)
+from mixlens.reports.findings import headline
+from mixlens.reports.importance import importance_findings, importance_sections
+from mixlens.reports.trace import trace_findings, trace_sections
 from mixlens.trace.trace import Trace
 
 _LONGEST_LABEL = 60  # characters; beyond it, its beginning and a hash that keeps it apart from others
+_MOST_FINDINGS = 5  # at the top
 RunOrPath = Trace | xr.Dataset | str | os.PathLike[str]
 
 
-def _trace_sections(trace: Trace, name: str) -> dict[str, str]:
+@dataclass(frozen=True)
+class _Part:
+    """What a report says of one run: findings as (heading, sentence), sections as HTML by heading, and its message."""
+
+    findings: list[tuple[str, str]]
+    sections: Mapping[str, str]
+    message: str = ""
+
+
+_Draw = Callable[[Any, str], _Part]
+_Findings = Callable[[Any], list[tuple[str, str]]]
+
+
+def _trace(trace: Trace, name: str) -> _Part:
     analysis = analyse(trace, name)
-    return {heading: part(analysis) for heading, part in sections.SECTIONS.items()}
+    return _Part(trace_findings(analysis), trace_sections(analysis), headline(analysis))
 
 
-# For each kind of run, the function that turns a run and its name into sections, HTML by heading.
-_KINDS: Mapping[str, Callable[[Any, str], Mapping[str, str]]] = {
-    "trace": _trace_sections,
-    "importance": importance_sections,
-    "contributions": contribution_sections,
-    "topk": topk_sections,
-    "bench": speed_sections,
-    "eval": score_sections,
-    "eval comparison": score_comparison_sections,
-    "comparison": comparison_sections,
-    "impact": impact_sections,
-    "pareto": pareto_sections,
-    "contrast": contrast_sections,
+def _contrast(data: xr.Dataset, name: str) -> _Part:
+    return _Part(contrast_findings(data), contrast_sections(data, name), contrast_title(data))
+
+
+def _of(sections: Callable[[Any, str], Mapping[str, str]], findings: _Findings = lambda run: []) -> _Draw:
+    return lambda run, name: _Part(findings(run), sections(run, name))
+
+
+# For each kind of run, the function that turns a run and its name into a part of the report.
+_KINDS: Mapping[str, _Draw] = {
+    "trace": _trace,
+    "importance": _of(importance_sections, importance_findings),
+    "contributions": _of(contribution_sections, contribution_findings),
+    "topk": _of(topk_sections, topk_findings),
+    "bench": _of(speed_sections),
+    "eval": _of(score_sections, score_findings),
+    "eval comparison": _of(score_comparison_sections, score_comparison_findings),
+    "comparison": _of(comparison_sections, comparison_findings),
+    "impact": _of(impact_sections),
+    "pareto": _of(pareto_sections),
+    "contrast": _contrast,
 }
 
 
-def report(runs: RunOrPath | Sequence[RunOrPath], path: str | os.PathLike[str], *, title: str | None = None) -> Path:
+def report(
+    runs: RunOrPath | Sequence[RunOrPath],
+    path: str | os.PathLike[str],
+    *,
+    title: str | None = None,
+    names: Sequence[str] | None = None,
+) -> Path:
     """Write one HTML file with summary, figures, live text, tables, methods and provenance of `runs`.
 
     The page loads nothing and opens offline. It lists each statistic whose signal is missing, with the reason.
@@ -69,7 +110,9 @@ def report(runs: RunOrPath | Sequence[RunOrPath], path: str | os.PathLike[str], 
     path : str or path-like
         Path of the file, which is overwritten.
     title : str, optional
-        Heading. By default made from the subject and the models.
+        Heading. By default the message of a single run, where one was computed; else its subject and model.
+    names : sequence of str, optional
+        A name for each run. By default those of their folders.
 
     Returns
     -------
@@ -78,7 +121,8 @@ def report(runs: RunOrPath | Sequence[RunOrPath], path: str | os.PathLike[str], 
     Raises
     ------
     BadInput
-        If there are no runs, a run is of another kind or has no tokens, or `path` is not a file in an existing folder.
+        If there are no runs, `names` are not as many as runs, a run is of another kind or has no tokens, or `path` is
+        not a file in an existing folder.
     RunError
         If a run cannot be opened, or the file cannot be written; one that was there is then kept.
 
@@ -103,28 +147,44 @@ def report(runs: RunOrPath | Sequence[RunOrPath], path: str | os.PathLike[str], 
             argument="path",
             value=str(path),
         )
-    return write_file(path, lambda: _whole([_open(run, i) for i, run in enumerate(given)], title))
+    if names is not None and (isinstance(names, str) or len(names) != len(given)):
+        raise BadInput(
+            f"Cannot name {len(given)} runs {names!r}: each takes one name. Pass a list of {len(given)} names.",
+            argument="names",
+            value=names,
+        )
+    called = [None] * len(given) if names is None else [str(name) for name in names]
+
+    def whole() -> str:
+        return _whole([_open(run, i, name) for i, (run, name) in enumerate(zip(given, called, strict=True))], title)
+
+    return write_file(path, whole)
 
 
 def _whole(opened: list[tuple[str, Any, str]], title: str | None) -> str:
     blocks: list[tuple[str, str]] = []
+    found: list[list[tuple[str, str]]] = []
+    messages = []
     for kind, run, name in opened:
         prefix = f"{name}: " if len(opened) > 1 else ""
-        blocks += [(prefix + heading, html) for heading, html in _KINDS[kind](run, name).items()]
+        part = _KINDS[kind](run, name)
+        blocks += [(prefix + heading, html) for heading, html in part.sections.items()]
+        found.append([(prefix + heading, prefix + sentence) for heading, sentence in part.findings])
+        messages.append(part.message)
     blocks += tradeoff_sections([run for kind, run, _ in opened if kind in ("bench", "eval")]).items()
     blocks += _comparisons([run for run in opened if run[0] == "trace"])
     models = dict.fromkeys(_model(run) for _, run, _ in opened)
     subjects = {"bench": "Speed", "eval": "Benchmark scores", "eval comparison": "Benchmark scores"}
     about = {subjects.get(kind, "Routing") for kind, _, _ in opened}
     subject = about.pop() if len(about) == 1 else "Routing"
-    if [kind for kind, _, _ in opened] == ["contrast"]:
-        title = title or blocks[0][0]
-    title = title or f"{subject} of {' and '.join(models)}"
-    return _page(title, [block for block in blocks if block[1]])
+    about_what = f"{subject} of {' and '.join(models)}"
+    title = title or (messages[0] if len(messages) == 1 else "") or about_what
+    in_turn = [finding for turn in zip_longest(*found) for finding in turn if finding is not None]
+    return _page(title, about_what, in_turn[:_MOST_FINDINGS], [block for block in blocks if block[1]])
 
 
-def _open(run: RunOrPath, number: int) -> tuple[str, Any, str]:
-    """Return (kind, run, name)."""
+def _open(run: RunOrPath, number: int, called: str | None) -> tuple[str, Any, str]:
+    """Return (kind, run, name); the name is `called` where the caller gave one."""
     opened = _with_short_labels(open_any(run) if isinstance(run, str | os.PathLike) else run)
     kind = "trace" if isinstance(opened, Trace) else str(getattr(opened, "kind", ""))
     if isinstance(opened, xr.Dataset) and opened.attrs.get("statistic") == "contrast":
@@ -142,7 +202,8 @@ def _open(run: RunOrPath, number: int) -> tuple[str, Any, str]:
             argument="runs",
             value=0,
         )
-    return kind, opened, Path(run).name if isinstance(run, str | os.PathLike) else _name(opened, number, kind)
+    own = Path(run).name if isinstance(run, str | os.PathLike) else _name(opened, number, kind)
+    return kind, opened, own if called is None else called
 
 
 def _with_short_labels(run: Any) -> Any:
@@ -193,14 +254,21 @@ def _comparisons(opened: list[tuple[str, Trace, str]]) -> list[tuple[str, str]]:
     return blocks
 
 
-def _page(title: str, blocks: list[tuple[str, str]]) -> str:
+def _page(title: str, about: str, findings: list[tuple[str, str]], blocks: list[tuple[str, str]]) -> str:
     links = "".join(f'<li><a href="#s{i}">{escape(heading)}</a></li>' for i, (heading, _) in enumerate(blocks))
+    places = {heading: f"s{i}" for i, (heading, _) in reversed(list(enumerate(blocks)))}
     body = "".join(
         f'<section id="s{i}"><h2>{escape(heading)}</h2>{html}</section>' for i, (heading, html) in enumerate(blocks)
     )
-    made = f"mixlens {run_dir.versions('mixlens').get('mixlens', '')}, {run_dir.now()}"
+    said = "".join(
+        f'<li>{escape(sentence)} <a href="#{places[heading]}">Figures: {escape(heading)}</a></li>'
+        for heading, sentence in findings
+        if heading in places
+    )
+    lead = f"{about}. mixlens {run_dir.versions('mixlens').get('mixlens', '')}, {run_dir.now()}"
+    summary = f'<h2 class="first">Findings</h2><ol class="findings">{said}</ol>' if said else ""
     return page(
         title,
         f'<nav aria-label="sections"><ul>{links}</ul></nav>'
-        f'<main><h1>{escape(title)}</h1><p class="lead">{escape(made)}</p>{body}</main>',
+        f'<main><h1>{escape(title)}</h1><p class="lead">{escape(lead)}</p>{summary}{body}</main>',
     )

@@ -16,9 +16,11 @@ from mixlens.core import run_dir
 from mixlens.engines.check import FAULTS
 from mixlens.plot import labels
 from mixlens.plot.html import bullets, details, escape, paragraphs, picture
+from mixlens.plot.messages import furthest, furthest_surviving
 from mixlens.plot.tables import html_table
 from mixlens.reports.analysis import Analysis
-from mixlens.reports.findings import findings, furthest, place
+from mixlens.reports.findings import place, said_of
+from mixlens.reports.symbols import symbols_of
 from mixlens.stats import table5
 from mixlens.stats.planning import planned
 from mixlens.trace.clusters import remark_on_clusters
@@ -41,10 +43,7 @@ def summary(analysis: Analysis) -> str:
     }
     cells = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in facts.items())
     cautions = paragraphs(_few_documents(analysis), remark_on_clusters(trace.sequences), _source(trace.meta))
-    return (
-        f'<dl class="facts">{cells}</dl>{cautions}<h3>Findings</h3>{bullets(findings(analysis))}'
-        '<p class="note">In brackets: 95 % interval over documents. n counts what the number rests on.</p>'
-    )
+    return f'<dl class="facts">{cells}</dl>{cautions}'
 
 
 def _source(meta: Mapping[str, Any]) -> str:
@@ -233,7 +232,16 @@ def methods(analysis: Analysis) -> str:
             )
     first = next(iter(analysis.found.values()), None)
     how = "" if first is None else _how(first)
-    return f'{paragraphs(how)}<dl class="methods">{"".join(entries)}</dl>'
+    symbols = "".join(
+        f"<dt><code>{escape(symbol)}</code></dt><dd>{escape(meaning)}</dd>"
+        for symbol, meaning in symbols_of(
+            str(data.attrs.get("formula", "")) for data in analysis.found.values()
+        ).items()
+    )
+    return (
+        f'{paragraphs(how)}<dl class="methods">{"".join(entries)}</dl>'
+        f'<h3>Symbols</h3><dl class="symbols">{symbols}</dl>'
+    )
 
 
 def _how(data: xr.Dataset) -> str:
@@ -260,11 +268,11 @@ def provenance(analysis: Analysis) -> str:
     parts = [paragraphs(*lines), _json("meta.json", meta)]
     if trace.path is not None:
         parts.append(_json("plan.json", run_dir.open_run(trace.path, check=False).plan))
-    return "".join(parts)
+    return details("Run, versions and settings", "".join(parts))
 
 
 SECTIONS = {
-    "Summary": summary,
+    "What was recorded": summary,
     "Text": text,
     "Expert share": shares,
     "Domains": domains,
@@ -278,13 +286,49 @@ SECTIONS = {
 }
 
 
+# The statistics that each section speaks of.
+_OF_SECTION = {
+    "Domains": ("domain_specialization", "domain_information"),
+    "Expert share": ("expert_share", "load_balance"),
+    "Along the text": ("repetition",),
+    "Router": ("routing_entropy",),
+    "Between experts and layers": ("coactivation", "transitions"),
+    "Tokens and context": ("vocabulary_specialization", "predictability"),
+}
+
+
+def trace_sections(analysis: Analysis) -> dict[str, str]:
+    """Return all sections as HTML, by heading, each with what was found first."""
+    sections = {}
+    for heading, part in SECTIONS.items():
+        found = [sentence for statistic in _OF_SECTION.get(heading, ()) for sentence in said_of(analysis, statistic)]
+        html = part(analysis)
+        sections[heading] = bullets(found) + html if html else ""
+    return sections
+
+
+def trace_findings(analysis: Analysis) -> list[tuple[str, str]]:
+    """Return one sentence a statistic with the heading of its section, first those that are told apart from chance."""
+    said = [
+        (heading, sentence, statistic)
+        for heading, statistics in _OF_SECTION.items()
+        for statistic in statistics
+        for sentence in said_of(analysis, statistic)[:1]
+    ]
+    tested = {name: bool(data["survives"].any()) for name, data in analysis.found.items() if "survives" in data}
+    return [found[:2] for found in sorted(said, key=lambda found: not tested.get(found[2], False))]
+
+
 def _figure(drawn: Axes | Figure, data: xr.Dataset, text: str) -> str:
-    cell = furthest(data)
-    far = "" if cell is None else f" Furthest from uniform: {place(cell)}, {labels.with_interval(cell)}."
-    if labels.uniform(data) is None:
-        far = far.replace("Furthest from uniform", "Largest")
+    tested = bool(data.attrs.get("cells")) and "survives" in data
+    cell = furthest_surviving(data) if tested else furthest(data)
+    far = "" if cell is None else f" {_extreme(data)}: {place(cell)}, {labels.with_interval(cell)}."
     about = [labels.sample(data), f"{labels.level(data)}s over documents", labels.uniform_note(data)]
-    return picture(drawn, f"{text}{far}", f"{text} {'; '.join(a for a in about if a)}.")
+    return picture(drawn, f"{text}{far}", f"{text}{far} {'; '.join(a for a in about if a)}.")
+
+
+def _extreme(data: xr.Dataset) -> str:
+    return "Largest, as measured" if labels.uniform(data) is None else "Furthest from uniform"
 
 
 def _figures_first(parts: list[str]) -> str:

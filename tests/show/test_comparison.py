@@ -84,7 +84,7 @@ def test_a_report_has_the_sections(compared, impact, tmp_path):
         "Errors of experts",
         "of it from other routing",
         "KL(first || second), at least",
-        "Most first flips are in layer",
+        "Most tokens part for the first time in layer",
     ):
         assert words in page, words
     two = ml.report([compared.a, compared.b], tmp_path / "two.html").read_text("utf-8")

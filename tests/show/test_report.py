@@ -13,6 +13,7 @@ from mixlens.plot import labels as wording
 from mixlens.reports.analysis import analyse
 from mixlens.reports.findings import findings
 from mixlens.reports.report import report
+from mixlens.reports.symbols import symbols_of
 from mixlens.trace.trace import Trace
 
 
@@ -43,10 +44,20 @@ def captions(page: str) -> list[str]:
 
 
 def test_every_section_is_there(page):
-    headings = re.findall(r"<h2>(.*?)</h2>", page)
-    for heading in ("Summary", "Text", "Expert share", "Domains", "Along the text", "Router", "Methods", "Provenance"):
+    headings = re.findall(r"<h2[^>]*>(.*?)</h2>", page)
+    for heading in (
+        "Findings",
+        "What was recorded",
+        "Text",
+        "Expert share",
+        "Domains",
+        "Along the text",
+        "Router",
+        "Methods",
+        "Provenance",
+    ):
         assert heading in headings
-    assert re.findall(r'<a href="#(s\d+)">', page) == re.findall(r'<section id="(s\d+)">', page)
+    assert re.findall(r'<li><a href="#(s\d+)">', page) == re.findall(r'<section id="(s\d+)">', page)
 
 
 def test_every_caption_has_its_n_and_every_figure_its_words(page):
@@ -131,8 +142,8 @@ def test_several_runs_come_with_their_agreement(tmp_path):
     first, other = (Trace.from_arrays(part, n_experts=8) for part in (ids, ids[:60]))
     saved = first.save(tmp_path / "saved")
     page = report([saved.path, first, other], tmp_path / "three.html").read_text("utf-8")
-    assert "<h2>saved: Summary</h2>" in page
-    assert "<h2>trace 2: Summary</h2>" in page
+    assert "<h2>saved: What was recorded</h2>" in page
+    assert "<h2>trace 2: What was recorded</h2>" in page
     assert "n = 80 tokens, 1 document." in page
     assert "<h2>saved and trace 3</h2><p>Not computed: " in page
 
@@ -162,3 +173,45 @@ def test_nothing_to_report_on(tmp_path):
 def test_a_model_is_called_by_its_name_or_folder(model, name):
     trace = Trace.from_arrays(np.zeros((1, 1, 1), int), n_experts=2, meta={"model": model})
     assert wording.model_name(trace) == name
+
+
+def test_the_summary_has_five_findings_at_most_each_with_a_number_and_a_place(page):
+    found = re.findall(r"<li>([^<]*) <a href=\"#(s\d+)\">", page.split('<ol class="findings">')[1].split("</ol>")[0])
+    assert 1 <= len(found) <= 5
+    for sentence, place in found:
+        assert re.search(r"\[[\d.-]+, [\d.-]+\]", sentence) or "none survives" in sentence
+        assert f'<section id="{place}">' in page
+
+
+def test_every_symbol_of_a_formula_is_defined(trace):
+    words = {
+        "argmax",
+        "log",
+        "log2",
+        "mean",
+        "max",
+        "softmax",
+        "sorted",
+        "sum",
+        "less",
+        "its",
+        "under",
+        "domains",
+        "permuted",
+    }
+    words |= {"and", "have", "an", "expert", "in", "common", "first", "either", "of", "choice", "types", "with", "over"}
+    words |= {"min", "count", "previous", "router", "logits", "switch", "loss", "documents", "held", "out", "accuracy"}
+    for data in analyse(trace, "sample").found.values():
+        formula = data.attrs["formula"]
+        known = symbols_of([formula])
+        for word in re.findall(r"[A-Za-z]+\d?", formula):
+            letters = word if len(word) == 2 and word not in known else (word,)
+            assert word in words or word in known or all(letter in known for letter in letters), (word, formula)
+
+
+def test_runs_have_the_names_that_they_are_given(tmp_path, trace):
+    page = report([trace, trace], tmp_path / "two.html", names=["before", "<b>after</b>"]).read_text("utf-8")
+    assert "<h2>before: Domains</h2>" in page
+    assert "<h2>&lt;b&gt;after&lt;/b&gt;: Domains</h2>" in page
+    with refused(BadInput, "names", ["one"]):
+        report([trace, trace], tmp_path / "two.html", names=["one"])

@@ -42,6 +42,7 @@ class DiffView {
     }
     this.place.slider.show(this.layer);
     this.setSequence(0);
+    if (this.range[0] < this.range[1] && !this.changed(this.range[0])) this.jump(1);
   }
 
   get range() {
