@@ -70,7 +70,7 @@ def latency(bench: Bench | Mapping[str, Bench]) -> View:
     failed = sum(int((rows["outcome"] != "ok").sum()) for rows in groups.values())
     total = sum(len(rows) for rows in groups.values())
     note = f"n = {total:,} measured requests, {failed:,} failed and in no curve; warm-up left out."
-    header = {"metrics": metrics, "note": note, "colours": series_colours(max(8, len(groups)))}
+    header = {"title": "Latency", "metrics": metrics, "note": note, "colours": series_colours(max(8, len(groups)))}
     caption = f"Latency of {' and '.join(dict.fromkeys(b.meta['model']['name'] for b in named.values()))}. {note}"
     table = static_table(_quantiles(groups), "Time to first token by load")
     return View("Latency", "ecdf", static_form(_latency_picture(groups, note), caption, table), pack(header, arrays))

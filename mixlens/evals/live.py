@@ -60,7 +60,11 @@ def samples(log: Log, trace: Trace | None = None, *, most: int = _MOST_SAMPLES) 
     kept = frame.head(most)
     trace = log.routing if trace is None else trace
     rows = [{name: _plain(row.get(name)) for name in _SHOWN} for row in kept.to_dict("records")]
-    header: dict[str, Any] = {"rows": rows, "colours": expert_colours(8 if trace is None else trace.n_experts)}
+    header: dict[str, Any] = {
+        "title": "Samples",
+        "rows": rows,
+        "colours": expert_colours(8 if trace is None else trace.n_experts),
+    }
     arrays: dict[str, np.ndarray] = {}
     if trace is not None:
         header |= _routing_of(kept, trace, arrays)

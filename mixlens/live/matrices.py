@@ -174,6 +174,7 @@ def _view(
     centre = 1.0 if ratio else _centre(data)
     header = {
         "title": labels.title(data),
+        "group": panels,
         "note": _note(data, digits),
         "unit": data.attrs["unit"],
         "of": "expected" if ratio else labels.denominator(data),

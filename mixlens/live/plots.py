@@ -62,6 +62,8 @@ def expert_share(data: xr.Dataset) -> View:
     arrays["n"] = counts.fillna(0).to_numpy().astype(np.int32)
     uniform = wording.uniform(data)
     header = {
+        "title": wording.title(data),
+        "group": group,
         "colours": expert_colours(data.sizes["expert"]),
         "layers": data["layer"].to_numpy().tolist(),
         "domains": [str(v) for v in whole[group].to_numpy()] if groups else ["all"],
@@ -111,7 +113,9 @@ def pareto(data: Pareto, *, x: str = "bytes", y: str = "kl") -> View:
         factor, _ = comparison.axis_of(name)
         for part, column in (("estimate", "estimate"), ("low", "ci_low"), ("high", "ci_high")):
             arrays[f"{part}{i}"] = rows[column].to_numpy(np.float32) * np.float32(factor)
+    title = " against ".join(comparison.axis_of(name)[1].split(",")[0] for name in (y, x))
     header = {
+        "title": title,
         "labels": labels,
         "measures": [
             {"name": comparison.axis_of(name)[1], "higher": name not in _SMALLER_IS_BETTER} for name in quantities
@@ -124,6 +128,5 @@ def pareto(data: Pareto, *, x: str = "bytes", y: str = "kl") -> View:
         measure["name"]: ["–" if np.isnan(v) else f"{v:,.4g}" for v in arrays[f"estimate{i}"]]
         for i, measure in enumerate(header["measures"])
     }
-    title = " against ".join(comparison.axis_of(name)[1].split(",")[0] for name in (y, x))
     static = static_form(drawn, f"{title}. {header['note']}", static_table({"scheme": labels, **columns}, "All"))
     return View(title, "pareto", static, pack(header, arrays))

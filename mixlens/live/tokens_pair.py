@@ -58,7 +58,8 @@ def strip(trace: Trace, sequence: int | None = None, *, start: int = 0, count: i
             value=start,
         )
     header, arrays = token_arrays(part, [number])
-    header |= {"colours": expert_colours(trace.n_experts), "labels": [label(trace, number)]}
+    header |= {"title": "Experts of every token and layer", "colours": expert_colours(trace.n_experts)}
+    header["labels"] = [label(trace, number)]
     layer = text.layer_number(trace, None)
     caption = (
         f"Experts of {part.n_tokens} tokens of {label(trace, number)} in {trace.n_layers} layers of "
@@ -121,6 +122,7 @@ def diff(
     header, arrays = _two_runs(names, token_arrays(a, numbers), token_arrays(b, numbers))
     arrays = {key: plane for key, plane in arrays.items() if not key.endswith("/entropy")}
     header |= {
+        "title": f"{names[0]} and {names[1]}, token by token",
         "colours": expert_colours(a.n_experts),
         "labels": [label(a, n) for n in numbers],
         "domains": [domain(a, n) for n in numbers],

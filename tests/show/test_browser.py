@@ -19,6 +19,7 @@ from mixlens.reports.report import report
 from mixlens.trace.trace import Trace
 
 pytestmark = pytest.mark.browser
+AXE = Path(__file__).parents[2] / "node_modules" / "axe-core" / "axe.min.js"
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +92,38 @@ def test_report_opens_offline_with_a_clean_console(visit, report_file, scheme):
 def test_report_fits_a_phone(visit, report_file):
     seen = visit(report_file, viewport={"width": 390, "height": 800})
     assert seen.page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+@pytest.mark.parametrize("width", [390, 1100])
+@pytest.mark.parametrize("title", ["A" * 300, "words " * 60])
+def test_a_report_of_two_runs_overflows_at_no_width(visit, trace, tmp_path, width, title):
+    path = report([trace, trace], tmp_path / "two.html", title=title, names=["before", "x" * 200])
+    seen = visit(path, viewport={"width": width, "height": 800})
+    assert seen.page.evaluate("document.documentElement.scrollWidth") <= width
+    assert clean(seen)
+
+
+def test_headings_are_not_hidden_by_the_bar(visit, report_file):
+    page = visit(report_file).page
+    page.locator("nav a").nth(5).click()
+    under = "document.querySelector('nav').getBoundingClientRect().bottom"
+    heading = "document.querySelector(location.hash + ' h2').getBoundingClientRect().top"
+    assert page.evaluate(f"{heading} >= {under}")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("file", ["report_file", "view_file"])
+def test_axe_finds_nothing_serious(chromium, request, file, scheme):
+    if not AXE.exists():
+        pytest.skip(f"{AXE} is not there; npm install")
+    context = chromium.new_context(color_scheme=scheme, bypass_csp=True)
+    page = context.new_page()
+    page.goto(request.getfixturevalue(file).as_uri())
+    page.wait_for_selector('[data-ready="1"]', state="attached", timeout=20_000)
+    page.add_script_tag(path=str(AXE))
+    found = page.evaluate("axe.run(document, { resultTypes: ['violations'] })")["violations"]
+    context.close()
+    assert [one["id"] for one in found if one["impact"] in ("serious", "critical")] == []
 
 
 def test_three_arrow_presses_move_the_layer_by_three(visit, view_file):

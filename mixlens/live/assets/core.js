@@ -46,6 +46,7 @@ export async function mount(host, kind, packed, free = () => true) {
   forgotten.register(frame, host.leaving);
   followTheme(frame);
   root.replaceChildren(element("style", { text: CSS + expertRules(data.colours ?? []) + shadeRules() }), frame);
+  if (data.title) frame.append(element("h3", { text: data.title }));
   try {
     VIEWS[kind](frame, data);
   } catch (error) {
@@ -53,6 +54,8 @@ export async function mount(host, kind, packed, free = () => true) {
     root.replaceChildren(element("slot", {})); // the static content
     throw error;
   }
+  const table = host.querySelector(":scope > table");
+  if (table) frame.append(element("details", {}, [element("summary", { text: "As a table" }), table.cloneNode(true)]));
   keepKeys(frame);
   host.dataset.ready = "1";
 }

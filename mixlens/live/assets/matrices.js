@@ -29,6 +29,7 @@ VIEWS.matrix = function matrix(frame, data) {
     picks.reduce((at, pick, i) => at * pick.values.length + state.picked[i], 0) * panels.length * area + panel * area;
   const at = (panel, i, j) => offset(panel) + i * column.values.length + j;
   const axes = { [row.name]: ["row", row.values], [column.name]: ["column", column.values], domain: ["panel", panels] };
+  const group = data.group ?? "domain";
 
   const tell = link(frame, (told) => {
     for (const [name, value] of Object.entries(told)) {
@@ -44,8 +45,14 @@ VIEWS.matrix = function matrix(frame, data) {
   });
   const readout = element("div", { class: "readout", "aria-live": "polite" });
   const grids = panels.map((name, panel) => gridOf(name, panel));
+  const wanted = element("input", { type: "number", min: column.values[0], max: column.values.at(-1), "aria-label": `go to ${column.label}` });
+  wanted.addEventListener("change", () => {
+    const found = column.values.indexOf(Number(wanted.value));
+    if (found >= 0) go(state.panel, state.row, found);
+  });
+  const searched = column.values.length > 32 ? [element("label", {}, [`go to ${column.label} `, wanted])] : [];
   frame.append(
-    element("div", { class: "controls" }, controls),
+    element("div", { class: "controls" }, [...controls, ...searched]),
     element("div", { class: "grids", tabindex: 0, role: "group", "aria-label": `${data.title}. Arrow keys move from cell to cell.` },
       grids.map((grid) => grid.node)),
     scaleBar(data), readout, element("p", { class: "legend", text: data.note }));
@@ -103,7 +110,7 @@ VIEWS.matrix = function matrix(frame, data) {
     const here = at(state.panel, state.row, state.column);
     const value = arrays.estimate[here];
     const facts = [
-      ...(panels[0] === null ? [] : [["domain", String(panels[state.panel])]]),
+      ...(panels[0] === null ? [] : [[group, String(panels[state.panel])]]),
       ...picks.map((pick, i) => [pick.name, String(pick.values[state.picked[i]])]),
       [row.label, String(row.values[state.row])],
       [column.label, String(column.values[state.column])],

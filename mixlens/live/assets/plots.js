@@ -61,7 +61,7 @@ VIEWS.dots = function dots(frame, data) {
     paint();
   });
   const slider = sliderOver("layer", layers, (index) => { state.layer = index; paint(); tell({ layer: layers[index] }); });
-  const chooser = chooserOf("domain", domains, (index) => { state.domain = index; paint(); tell({ domain: domains[index] }); });
+  const chooser = chooserOf(data.group, domains, (index) => { state.domain = index; paint(); tell({ domain: domains[index] }); });
   const svg = canvasOf(height, "Experts by share. Up and down arrow keys move from expert to expert.");
   const readout = element("div", { class: "readout", "aria-live": "polite" });
   frame.append(element("div", { class: "controls" }, [slider, ...(domains.length > 1 ? [chooser] : [])]), svg, readout,
@@ -91,7 +91,7 @@ VIEWS.dots = function dots(frame, data) {
     const here = at(state.domain, state.layer, state.expert);
     const value = arrays.estimate[here];
     const facts = [["expert", String(experts[state.expert]), experts[state.expert]], ["layer", String(layers[state.layer])]];
-    if (domains.length > 1) facts.push(["domain", String(domains[state.domain])]);
+    if (domains.length > 1) facts.push([data.group, String(domains[state.domain])]);
     facts.push(["", `${valueText(data, value)} ${data.of}`]);
     facts.push(["interval", intervalText(data, arrays.low[here], arrays.high[here])]);
     if (data.also) facts.push(["that is", `${valueText(data, value * data.also[0])} ${data.also[1]}`]);
