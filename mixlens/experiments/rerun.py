@@ -14,6 +14,7 @@ from mixlens.interventions.hooks import about_choices
 from mixlens.models.layout import moe_layers, n_experts
 from mixlens.models.provenance import describe
 from mixlens.recording.corpus import RecordSettings, batch_size, tokenizer_of, vocabulary_of
+from mixlens.recording.hooks import refuse_left_out
 from mixlens.recording.reader import Reader
 from mixlens.trace.shards import MemoryPart, pack_weights
 from mixlens.trace.signals import parse_signals
@@ -76,6 +77,7 @@ def rerun(trace: Trace, model: nn.Module, *, sample: int = 64, seed: int = 0) ->
         signals = parse_signals(["router_logits", "logprob"], layers)
         with Reader(model, signals, batch_size(model, RecordSettings())) as reader:
             part = reader.read(sequences)
+        refuse_left_out("read the tokens of this trace again", part.left_out)
         meta = {"source": "rerun", "model": describe(model), "n_experts": n_experts(model), **about_choices(model)}
         made = from_parts([part], theirs.sequences.copy(), meta, layers)
         made._vocabulary = vocabulary

@@ -16,6 +16,7 @@ from mixlens.interventions.edits import top_k as choose
 from mixlens.interventions.where import whole_numbers
 from mixlens.models.layout import moe_layers, n_experts, top_k
 from mixlens.recording.corpus import Corpus, RecordSettings, Shard, lengths_of, measure_documents, sum_documents
+from mixlens.recording.hooks import refuse_left_out
 from mixlens.recording.reader import Reader
 from mixlens.stats import topk as stats
 from mixlens.trace.signals import Signals, parse_signals
@@ -114,7 +115,9 @@ def measure_topk(
 def _at(model: nn.Module, k: int, shard: Shard, signals: Signals, batch_tokens: int) -> dict[str, np.ndarray]:
     """loss [sequence], first_weight [sequence, layer] and chosen [sequence, layer, expert] at one k."""
     with edit(model, choose(k)), Reader(model, signals, batch_tokens) as reader:
-        arrays = reader.read([piece.ids for piece in shard.pieces]).arrays
+        part = reader.read([piece.ids for piece in shard.pieces])
+    refuse_left_out(f"measure every document with {k} experts a token", part.left_out)
+    arrays = part.arrays
     sequence, ids, weight = arrays["sequence"], arrays["expert_id"], arrays["weight"]
     count, (layers, experts) = len(shard.pieces), (ids.shape[1], n_experts(model))
     loss, first = np.zeros(count), np.zeros((count, layers))

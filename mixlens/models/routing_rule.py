@@ -136,7 +136,12 @@ class RouterRule:
         return weights * float(self._value(self.rule.scale))
 
     def agrees(self, logits: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> bool:
-        """Whether the rule explains what the router decided; of experts that tie, any may have been chosen."""
+        """Whether the rule explains what the router decided; of experts that tie, any may have been chosen.
+
+        Tokens whose weights are not finite say nothing of the rule.
+        """
+        finite = weights.isfinite().all(-1)
+        logits, weights, ids = logits[finite], weights[finite], ids[finite]
         slack = _SLACK.get(weights.dtype, 1e-4)
         ranks = self.ranks(logits)
         best = ranks.topk(ids.shape[-1], dim=-1).values

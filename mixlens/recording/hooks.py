@@ -216,6 +216,28 @@ def warn_of_left_out(left_out: list[LeftOut]) -> None:
     )
 
 
+def refuse_left_out(doing: str, left_out: list[tuple[int, int, int]]) -> None:
+    """Raises ModelError where tokens, each (sequence, position, layer), have no routing and all of them are needed."""
+    if left_out:
+        sequence, position, layer = left_out[0]
+        raise ModelError(
+            f"Cannot {doing}: {len(left_out):,} tokens have routing weights that are not finite, the first of them in "
+            f"sequence {sequence}, position {position}, layer {layer}. Check the weights and the dtype of the model.",
+            argument="model",
+            value=left_out[0],
+        )
+
+
+def warn_of_unscored(tokens: int) -> None:
+    """Say how many tokens have no log-probability because the model's logits hold NaN."""
+    if tokens:
+        warnings.warn(
+            f"{tokens:,} tokens have NaN as log-probability: the logits before them are not finite. Their routing is "
+            "what the routers decided, but the model's answers mean nothing. Check its weights and dtype.",
+            stacklevel=3,
+        )
+
+
 def site_array(raw: Raw, site: str, dtype: str, rows: torch.Tensor) -> np.ndarray:
     """[n, layer, ...] of one site in the asked dtype.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,7 @@ from mixlens.models.layout import is_sharded, moe_layers, n_experts, without_pro
 from mixlens.models.provenance import describe, identity
 from mixlens.recording.corpus import Corpus, RecordSettings, Shard, run_shards
 from mixlens.recording.documents import table_of
-from mixlens.recording.hooks import LeftOut, warn_of_left_out
+from mixlens.recording.hooks import LeftOut, warn_of_left_out, warn_of_unscored
 from mixlens.recording.reader import Reader
 from mixlens.recording.recorder import PACKAGES
 from mixlens.trace import convert
@@ -122,6 +122,12 @@ def record(
         **about_choices(loaded),
     }
 
+    def unscored(part: MemoryPart) -> int:
+        """Tokens after others whose log-probability is NaN; one from elsewhere may just not be there."""
+        if source is not None or "logprob" not in part.arrays:
+            return 0
+        return int((np.isnan(part.arrays["logprob"]) & (part.arrays["position"] > 0)).sum())
+
     def compute(shard: Shard) -> tuple[MemoryPart, pd.DataFrame]:
         phases = [piece.phase for piece in shard.pieces]
         part = reader.read([piece.ids for piece in shard.pieces], shard.first_sequence, phases)
@@ -133,8 +139,8 @@ def record(
             meta |= {"rule": reader.rule, **_checked(reader)}
         frame = pd.concat(tables)
         meta["left_out"] = _named([place for part in parts for place in part.left_out], frame["document_id"])
-        warn_of_left_out(meta["left_out"])
-        _remark(frame)
+        meta["unscored"] = sum(map(unscored, parts))
+        _warn(meta, frame)
         trace = from_parts(parts, frame, meta, layers)
         trace._vocabulary = corpus.vocabulary()
         return trace
@@ -144,19 +150,20 @@ def record(
         rows = {f"sequences-{shard.index:05d}.parquet": store.sequence_bytes(table)}
         left_out = _named(part.left_out, table["document_id"])
         counts = convert.shard_counts(part) | {"left_out": left_out, "rule": reader.rule, "names": sorted(part.names)}
-        counts |= _checked(reader)
+        counts |= {"unscored": unscored(part), **_checked(reader)}
         writer.commit_shard(shard.index, part.files(shard.index), counts, interim=rows)
 
     with reader:
         finish = partial(_finish, corpus, reader.signals, layers, meta)
         run_shards(out, "trace", plan, corpus, compute, write, finish, together=is_sharded(loaded))
     trace = Trace.open(out)
-    warn_of_left_out(trace.meta["left_out"])
-    _remark(trace.sequences)
+    _warn(trace.meta, trace.sequences)
     return trace
 
 
-def _remark(sequences: pd.DataFrame) -> None:
+def _warn(meta: Mapping[str, Any], sequences: pd.DataFrame) -> None:
+    warn_of_left_out(meta["left_out"])
+    warn_of_unscored(meta.get("unscored", 0))
     if remark := remark_on_clusters(sequences):
         warnings.warn(remark, stacklevel=3)
 
@@ -172,7 +179,7 @@ def _named(places: list[tuple[int, int, int]], document_id: pd.Series) -> list[L
 
 def _finish(corpus: Corpus, signals: Signals, layers: list[int], meta: dict[str, Any], writer: RunWriter) -> None:
     records = writer.done
-    dropped = ("files", "left_out", "rule", "names", "source_check")
+    dropped = ("files", "left_out", "unscored", "rule", "names", "source_check")
     counts = [{k: v for k, v in records[i].items() if k not in dropped} for i in range(len(records))]
     tables = [pq.read_table(writer.work / f"sequences-{index:05d}.parquet") for index in records]
     kept = set.intersection(*(set(record["names"]) for record in records.values()))
@@ -193,6 +200,7 @@ def _finish(corpus: Corpus, signals: Signals, layers: list[int], meta: dict[str,
         },
         "shard_counts": counts,
         "left_out": [place for index in range(len(records)) for place in records[index]["left_out"]],
+        "unscored": sum(record.get("unscored", 0) for record in records.values()),
     }
     files = {"sequences.parquet": store.parquet_bytes(_joined(tables))}
     if (vocabulary := corpus.vocabulary()) is not None:

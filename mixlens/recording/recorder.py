@@ -28,6 +28,7 @@ from mixlens.recording.hooks import (
     routing_arrays,
     site_array,
     warn_of_left_out,
+    warn_of_unscored,
 )
 from mixlens.recording.logprobs import score
 from mixlens.trace import shards
@@ -98,6 +99,7 @@ class Recorder:
         self._edits: dict[str, None] = {}
         self._choices: list[int] = []  # experts that a token of each layer chooses
         self._left_out: list[LeftOut] = []
+        self._unscored = 0
 
     # ------------------------------------------------------------------ in and out
 
@@ -134,6 +136,7 @@ class Recorder:
         self._flush(whole=True)
         columns = self._joined()
         warn_of_left_out(self._left_out)
+        warn_of_unscored(self._unscored)
         if not columns:
             raise BadInput(
                 "Cannot make a trace: no forward ran inside the Recorder. Call the model inside the with block.",
@@ -168,6 +171,7 @@ class Recorder:
             **shards.choices_of(columns["expert_id"], n_experts(self.model)),
             "rule": self._tap.rule(edited=bool(self._edits)) if self._tap is not None else "unchecked",
             "left_out": self._left_out,
+            "unscored": self._unscored,
         }
         return from_parts([part], frame.assign(length=np.bincount(columns["sequence"])), meta, self._layers)
 
@@ -187,7 +191,7 @@ class Recorder:
     def clear(self) -> None:
         """Forget what was recorded so far, as after a warm-up; call it between sequences, not within one."""
         self._pending, self._columns, self._sites, self._n_recorded = [], {}, {}, 0
-        self._left_out, self._choices = [], []
+        self._left_out, self._unscored, self._choices = [], 0, []
         self._latest = {}
         self._tracker.restart()
 
@@ -363,6 +367,7 @@ class Recorder:
             found = top.pop("logprob").reshape(rows, -1)
             row, at = np.nonzero(scored)
             logprob[row, following[at]] = found[row, at]
+            self._unscored += int(np.isnan(found[row, at]).sum())
             batch.waiting = _last_of_rows(call.logits, known, valid)
             top = {name: _spread(values, rows, columns, known)[valid] for name, values in top.items()}
         return ({"logprob": logprob[valid]} if self.signals.logprob else {}) | top

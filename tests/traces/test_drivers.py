@@ -458,6 +458,40 @@ def test_tokens_without_finite_weights_are_left_out_and_named(model, batch_token
         assert recorder.trace().n_tokens == 4
 
 
+SPOILED = {
+    "a middle expert": lambda model: model.model.layers[0].mlp.experts.down_proj[:],
+    "the last experts": lambda model: model.model.layers[-1].mlp.experts.down_proj[:],
+    "a router": lambda model: model.model.layers[0].mlp.gate.weight[2:3],
+    "the head": lambda model: model.lm_head.weight[:],
+}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", SPOILED)
+def test_a_model_that_computes_no_numbers_is_never_measured_without_a_word(model, where, value, tmp_path):
+    with torch.no_grad():
+        SPOILED[where](model).fill_(value)
+    documents = ["One two.", "Three four five."]
+    given = {"tokenizer": Letters(), "settings": QUIET}
+    with pytest.warns(UserWarning, match="finite"):
+        trace = ml.record(model, documents, **given)
+    with pytest.warns(UserWarning, match="finite"):
+        assert ml.record(model, documents, **given, out=tmp_path / "run").meta["unscored"] == trace.meta["unscored"]
+    assert len(trace.meta["left_out"]) + trace.meta["unscored"] > 0
+    with torch.no_grad(), ml.Recorder(model) as recorder:
+        model(torch.arange(3, 9)[None])
+    with pytest.warns(UserWarning, match="finite"):
+        recorder.trace()
+    measures = [ml.experiments.measure_topk, ml.experiments.measure_importance, ml.experiments.measure_contributions]
+    for measure in measures:
+        try:
+            found = measure(model, documents, **given)
+        except ModelError:
+            continue
+        sums = [found[name] for name in found if found[name].dtype.kind == "f"]
+        assert any(not np.isfinite(one.values).all() for one in sums)
+
+
 def test_router_logits_beyond_half_precision_stay_finite(model):
     with torch.no_grad():
         model.model.layers[0].mlp.gate.weight.mul_(1e6)
