@@ -16,7 +16,7 @@ from mixlens.models.provenance import describe
 from mixlens.recording.corpus import RecordSettings, batch_size, tokenizer_of, vocabulary_of
 from mixlens.recording.hooks import refuse_left_out
 from mixlens.recording.reader import Reader
-from mixlens.trace.shards import MemoryPart, pack_weights
+from mixlens.trace.shards import MemoryPart, choices_of, pack_weights
 from mixlens.trace.signals import parse_signals
 from mixlens.trace.trace import Trace, from_parts
 
@@ -78,7 +78,9 @@ def rerun(trace: Trace, model: nn.Module, *, sample: int = 64, seed: int = 0) ->
         with Reader(model, signals, batch_size(model, RecordSettings())) as reader:
             part = reader.read(sequences)
         refuse_left_out("read the tokens of this trace again", part.left_out)
-        meta = {"source": "rerun", "model": describe(model), "n_experts": n_experts(model), **about_choices(model)}
+        count = n_experts(model)
+        chosen = choices_of(part.arrays["expert_id"], count)
+        meta = {"source": "rerun", "model": describe(model), "n_experts": count, **chosen}
         made = from_parts([part], theirs.sequences.copy(), meta, layers)
         made._vocabulary = vocabulary
         return made

@@ -218,7 +218,7 @@ def top_k_of(model: nn.Module) -> dict[int, int]:
 
 
 def about_choices(model: nn.Module) -> dict[str, Any]:
-    """What the meta of a recording says of how many experts a token chooses."""
+    """What the meta of a measurement, which keeps no ids, says of how many experts a token chooses."""
     each = list(top_k_of(model).values())
     return {"top_k": max(each), **({"layer_top_k": each} if len(set(each)) > 1 else {})}
 

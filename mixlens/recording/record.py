@@ -19,7 +19,7 @@ from mixlens.endpoints.endpoint import Endpoint
 from mixlens.engines.check import combined
 from mixlens.engines.source import SourceReader, signals_of, source_of
 from mixlens.engines.vllm_engine import VLLM
-from mixlens.interventions.hooks import about_choices, edits_of
+from mixlens.interventions.hooks import edits_of
 from mixlens.models.layout import is_sharded, moe_layers, n_experts, without_prompt
 from mixlens.models.provenance import describe, identity
 from mixlens.recording.corpus import Corpus, RecordSettings, Shard, run_shards
@@ -119,8 +119,10 @@ def record(
         "versions": versions(*PACKAGES),
         "settings": plan,
         "n_experts": n_experts(loaded),
-        **about_choices(loaded),
     }
+
+    def choices(part: MemoryPart) -> dict[str, Any]:
+        return store.choices_of(part.arrays["expert_id"], meta["n_experts"])
 
     def unscored(part: MemoryPart) -> int:
         """Tokens after others whose log-probability is NaN; one from elsewhere may just not be there."""
@@ -139,7 +141,7 @@ def record(
             meta |= {"rule": reader.rule, **_checked(reader)}
         frame = pd.concat(tables)
         meta["left_out"] = _named([place for part in parts for place in part.left_out], frame["document_id"])
-        meta["unscored"] = sum(map(unscored, parts))
+        meta |= {"unscored": sum(map(unscored, parts)), **choices(parts[0])}
         _warn(meta, frame)
         trace = from_parts(parts, frame, meta, layers)
         trace._vocabulary = corpus.vocabulary()
@@ -150,7 +152,7 @@ def record(
         rows = {f"sequences-{shard.index:05d}.parquet": store.sequence_bytes(table)}
         left_out = _named(part.left_out, table["document_id"])
         counts = convert.shard_counts(part) | {"left_out": left_out, "rule": reader.rule, "names": sorted(part.names)}
-        counts |= {"unscored": unscored(part), **_checked(reader)}
+        counts |= {"unscored": unscored(part), "choices": choices(part), **_checked(reader)}
         writer.commit_shard(shard.index, part.files(shard.index), counts, interim=rows)
 
     with reader:
@@ -179,7 +181,7 @@ def _named(places: list[tuple[int, int, int]], document_id: pd.Series) -> list[L
 
 def _finish(corpus: Corpus, signals: Signals, layers: list[int], meta: dict[str, Any], writer: RunWriter) -> None:
     records = writer.done
-    dropped = ("files", "left_out", "unscored", "rule", "names", "source_check")
+    dropped = ("files", "left_out", "unscored", "choices", "rule", "names", "source_check")
     counts = [{k: v for k, v in records[i].items() if k not in dropped} for i in range(len(records))]
     tables = [pq.read_table(writer.work / f"sequences-{index:05d}.parquet") for index in records]
     kept = set.intersection(*(set(record["names"]) for record in records.values()))
@@ -200,7 +202,8 @@ def _finish(corpus: Corpus, signals: Signals, layers: list[int], meta: dict[str,
         },
         "shard_counts": counts,
         "left_out": [place for index in range(len(records)) for place in records[index]["left_out"]],
-        "unscored": sum(record.get("unscored", 0) for record in records.values()),
+        "unscored": sum(record["unscored"] for record in records.values()),
+        **records[0]["choices"],
     }
     files = {"sequences.parquet": store.parquet_bytes(_joined(tables))}
     if (vocabulary := corpus.vocabulary()) is not None:
