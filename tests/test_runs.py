@@ -19,6 +19,7 @@ from helpers.inside import _KINDS, RunWriter, open_run, plan_at, versions, write
 from helpers.refusals import refused
 
 import mixlens as ml
+from mixlens.errors import RunError
 
 PLAN = {"settings": {"seed": 1, "batch": [2, 3]}, "input": "abc", "none": None}
 META = {"counts": {"rows": 9}, "model": {"name": "m", "layers": [1, 2]}, "top_k": 2}
@@ -297,6 +298,27 @@ def test_a_second_process_is_told_who_writes_and_goes_on_when_it_has_ended(tmp_p
     assert str(holder.pid) not in second_writer(tmp_path)  # its writer was let go of at once
     holder.kill()
     holder.wait()
+
+
+def part_and_failure(folder: Path) -> None:
+    write(folder / "part")
+    raise RunError("the second part failed")
+
+
+@pytest.mark.parametrize("made_before", [True, False])
+def test_a_start_that_failed_leaves_nothing_and_a_finished_part_keeps_the_plan(tmp_path, made_before):
+    folder = tmp_path / "run"
+    if made_before:
+        folder.mkdir()
+    with pytest.raises(RunError), RunWriter(folder, "demo", PLAN):
+        raise RunError("it could not begin")
+    assert folder.exists() == made_before
+    with pytest.raises(RunError), RunWriter(folder, "demo", PLAN):
+        part_and_failure(folder)
+    assert not open_run(folder / "part").verify()
+    with RunWriter(folder, "demo", PLAN) as writer:
+        writer.finish({}, {}, runs=[folder / "part"])
+    assert not open_run(folder).verify()
 
 
 @pytest.mark.parametrize(

@@ -151,15 +151,17 @@ class RunWriter:
     def _abandon(self) -> None:
         """Remove what this writer began while nothing is kept in it: a start that failed leaves nothing behind.
 
-        A folder that is not empty stays. Folders are not listed, since the process may have too many files open.
+        A folder that is not empty stays, and so does the plan of a run that holds other runs.
         """
         if self._began:
             with suppress(OSError):
                 (self.work / _Lock.NAME).unlink()
                 self.work.rmdir()
-                (self.path / PLAN).unlink()
-                for folder in self._made:
-                    folder.rmdir()
+                self.close()  # the process may have too many files open to list a folder with one more
+                if [one.name for one in self.path.iterdir()] == [PLAN]:
+                    (self.path / PLAN).unlink()
+                    for folder in self._made:
+                        folder.rmdir()
 
     def has(self, index: int) -> bool:
         """Whether a shard is committed, and its files are as they were written; else it has to be made again."""
