@@ -36,6 +36,7 @@ from mixlens.recording.recorder import Recorder as Recorder
 from mixlens.recording.sources import documents as documents
 from mixlens.registry import open as open
 from mixlens.reports.report import report as report
+from mixlens.sharing import push as push
 from mixlens.trace.signals import Site as Site
 from mixlens.trace.trace import Trace as Trace
 from mixlens.trace.trace import concat as concat

@@ -24,6 +24,9 @@
 # such as `MODEL = "mistralai/Mixtral-8x7B-v0.1"`, `SCHEME = "nf4"` and documents of your own. Two models are held at a
 # time: 93 GB of 8x7B in bfloat16, and what the scheme takes. Layers that fit on no accelerator go to memory, then to
 # disk.
+#
+# On 8x7B the original and one scheme are in memory together: 94 GB in bfloat16 and, for nf4, 27 GB more (computed), and
+# at least four forwards of every document. See `docs/8x7b.md`.
 
 # %%
 import tempfile

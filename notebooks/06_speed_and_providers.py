@@ -20,6 +20,9 @@
 # Everything here runs against a server inside this notebook, whose truth is known: it sends an empty role chunk at
 # once, thinks for 60 ms, then sends a chunk every 8 ms, and works on three requests at a time. Replace `endpoint` by
 # `ml.Endpoint.openrouter(providers=["deepinfra"])`, with OPENROUTER_API_KEY set, to measure a real one.
+#
+# It needs no accelerator; against a real provider it costs what the provider charges for the tokens, which
+# `max_dollars` caps.
 
 # %%
 import json

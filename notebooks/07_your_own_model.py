@@ -20,6 +20,9 @@
 # without giving that code up, and how do you read the result with other tools?
 #
 # Set `MODEL` to a folder or a name on the Hub; everything below works on the model object that you already hold.
+#
+# On 8x7B it takes 94 GB of accelerator memory in bfloat16, or 27 GB in nf4 (computed); recording adds at
+# most 1 % to a decode step on an H200 (measured). See `docs/8x7b.md`.
 
 # %%
 from pathlib import Path

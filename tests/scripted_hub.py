@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -14,9 +15,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import yaml
+
 # Files that the Hub keeps elsewhere, and answers with a redirection.
 _LARGE = (".parquet", ".safetensors", ".bin")
-_API = re.compile(r"/api/(models|datasets)/([^/]+(?:/[^/]+)?)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?$")
+_API = re.compile(
+    r"/api/(models|datasets)/([^/]+(?:/[^/]+)?)(?:/(revision|tree|paths-info|preupload|commit)/([^/]+)(?:/(.*))?)?$"
+)
 _FILE = re.compile(r"/(datasets/)?([^/]+(?:/[^/]+)?)/resolve/([^/]+)/(.+)$")
 
 
@@ -27,6 +32,7 @@ class Repository:
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     main: str = ""
     refused: tuple[int, str] | None = None
+    private: bool = False
 
     def at(self, revision: str) -> str | None:
         commit = self.main if revision == "main" else revision
@@ -86,7 +92,12 @@ class _Handler(BaseHTTPRequestHandler):
         self._hub.asked.append(f"{self.command} {self.path}")
         sent = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
         path = unquote(urlsplit(self.path).path)
-        if found := _API.fullmatch(path):
+        if path == "/api/repos/create":
+            self._create(json.loads(sent))
+        elif path == "/api/validate-yaml":
+            card = yaml.safe_load(json.loads(sent)["content"].split("---")[1])
+            self._send_json({"errors": [] if isinstance(card, dict) else [{"message": "no card"}], "warnings": []})
+        elif found := _API.fullmatch(path):
             kind, name, what, revision, inside = found.groups()
             self._answer_api(kind, name, what or "revision", revision or "main", inside or "", sent)
         elif found := _FILE.fullmatch(path):
@@ -114,9 +125,16 @@ class _Handler(BaseHTTPRequestHandler):
         if (commit := repository.at(revision)) is None:
             return self._fail(404, "RevisionNotFound")
         files = repository.commits[commit]
+        if what == "preupload":
+            asked = json.loads(sent)["files"]
+            return self._send_json({"files": [f | {"uploadMode": "regular", "shouldIgnore": False} for f in asked]})
+        if what == "commit":
+            return self._commit(kind, name, sent)
         if what == "revision":
             siblings = [{"rfilename": path} for path in files]
-            return self._send_json({"id": name, "sha": commit, "private": False, "siblings": siblings, "tags": []})
+            return self._send_json(
+                {"id": name, "sha": commit, "private": repository.private, "siblings": siblings, "tags": []}
+            )
         if what == "tree":
             inner = [path for path in files if not inside or path.startswith(f"{inside}/")]
             recursive = "recursive=true" in urlsplit(self.path).query.lower()
@@ -124,6 +142,28 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send_json(entries) if entries else self._fail(404, "EntryNotFound")
         asked = {unquote(part.partition("=")[2]) for part in sent.split("&") if part.startswith("paths=")}
         return self._send_json([e for e in _entries(list(files), "", files, recursive=True) if e["path"] in asked])
+
+    def _create(self, asked: dict[str, object]) -> None:
+        kind = "datasets" if asked.get("type") == "dataset" else "models"
+        name = "/".join(str(asked[key]) for key in ("organization", "name") if asked.get(key))
+        if (kind, name) in self._hub.repositories:
+            return self._send_json({"url": f"{self._hub.url}/{kind}/{name}"}, status=409)
+        self._hub.commit(kind, name, {".gitattributes": b""})
+        private = asked.get("private") or asked.get("visibility") == "private"
+        self._hub.repositories[kind, name].private = bool(private)
+        self._send_json({"url": f"{self._hub.url}/{kind}/{name}"})
+
+    def _commit(self, kind: str, name: str, sent: str) -> None:
+        """Files in base64, one a line, as the client sends those that its preupload was told are regular."""
+        repository = self._hub.repositories[kind, name]
+        files = dict(repository.commits[repository.main])
+        for line in map(json.loads, sent.splitlines()):
+            if line["key"] == "file":
+                files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            elif line["key"] == "deletedFile":
+                del files[line["value"]["path"]]
+        commit = self._hub.commit(kind, name, files)
+        self._send_json({"commitUrl": f"{self._hub.url}/{kind}/{name}/commit/{commit}", "commitOid": commit})
 
     def _answer_file(self, kind: str, name: str, revision: str, path: str) -> None:
         repository = self._hub.repositories.get((kind, name))
@@ -156,8 +196,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(content)
 
-    def _send_json(self, value: object) -> None:
-        self._send(json.dumps(value).encode(), {"Content-Type": "application/json"})
+    def _send_json(self, value: object, *, status: int = 200) -> None:
+        self._send(json.dumps(value).encode(), {"Content-Type": "application/json"}, status=status)
 
     def _fail(self, status: int, code: str, headers: Mapping[str, str] = {}) -> None:
         body = json.dumps({"error": code or "failed"}).encode()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import matplotlib as mpl
@@ -36,3 +38,9 @@ def test_every_page_is_in_the_index_and_every_view_is_named():
         assert page.name == "README.md" or f"({page.name})" in index
     named = set(re.findall(r"`(\w+)`", (DOCS / "view.md").read_text("utf-8")))
     assert set(view.__all__) - {"View"} <= named
+
+
+@pytest.mark.slow
+def test_the_needs_of_8x7b_are_those_computed():
+    found = subprocess.run([sys.executable, str(DOCS / "needs.py")], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() in (DOCS / "8x7b.md").read_text("utf-8")

@@ -28,6 +28,7 @@ def test_saved_outputs_are_whole_small_and_of_no_particular_machine(path):
     code = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
     assert all(cell.execution_count for cell in code), "save the notebook with its outputs"
     assert not [out for cell in code for out in cell.outputs if out.output_type == "error"]
+    assert not [out for cell in code for out in cell.outputs if out.get("name") == "stderr" or "Warning" in str(out)]
     assert len(text) < 2_000_000
     assert str(ROOT) not in text
     assert str(Path.home()) + "/" not in text

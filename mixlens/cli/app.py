@@ -124,7 +124,7 @@ def _repeatable(argv: Sequence[str]) -> dict[str, Any] | None:
         words[at : at + 2] = []
     words = [word for word in words if not word.startswith("--config=")]
     options = dict(app.config[0].config) if app.config else {}
-    named = [dict(part.partition("=")[::2] for part in word.split(",") if "=" in part) for word in words]
+    named = [dict(part.split("=", 1) for part in word.split(",") if "=" in part) for word in words]
     secret = list(secret_fields([words, named, options])) or any(re.search(r"://[^/\s]*@", word) for word in words)
     return None if secret else {"words": words, "options": options}
 

@@ -31,6 +31,7 @@ from types import TracebackType
 from typing import Any
 
 from mixlens.core.files import REASONS, check_space, disk_errors, sha256_file, shortages, sync
+from mixlens.core.hub import SCHEME, present, snapshot_of
 from mixlens.core.sealed_json import altered, json_bytes, read_json, read_sealed, sealed, short
 from mixlens.errors import MixlensError, RunError, visible
 
@@ -370,6 +371,7 @@ class Run:
         """
         path = self.path / name
         if name not in self._checked:
+            path = present(path)
             entry = self.meta["files"].get(name)
             fault = f"is not listed in {META}" if entry is None else _fault(path, entry, contents=self.check)
             if fault:
@@ -394,7 +396,8 @@ class Run:
         A file that the run does not list is a fault too.
         """
         files = self.meta["files"]
-        found = [f"{name} {fault}" for name, entry in files.items() if (fault := _fault(self.path / name, entry))]
+        at = {name: present(self.path / name) for name in files}
+        found = [f"{name} {fault}" for name, entry in files.items() if (fault := _fault(at[name], entry))]
         nested = {(self.path / name).parent for name in files if name.endswith(f"/{META}")}
         if self.meta["format"] == 1:  # which listed no nested runs
             nested = {meta.parent for meta in self.path.glob(f"*/**/{META}")}
@@ -434,11 +437,11 @@ def open_run(path: str | os.PathLike[str], kind: str | None = None, *, check: bo
     """The complete run at `path`. With `check=False` sizes of files are compared, but not checksums.
 
     Raises RunError when there is no run, when it is not finished, of another kind than `kind`, or when its meta.json
-    is not as it was written.
+    is not as it was written. A path may be "hf://owner/name", whose files are fetched as they are used.
     """
-    path = Path(path)
+    path = snapshot_of(path) if isinstance(path, str) and path.startswith(SCHEME) else Path(path)
     try:
-        if (path / META).exists():
+        if present(path / META).exists():
             return Run(path, _checked_meta(path, kind), check)
         if (path / PLAN).exists():
             found = plan_at(path).get("kind", "run")

@@ -9,8 +9,9 @@ from typing import Any
 import datasets
 from datasets.packaged_modules.cache.cache import Cache
 
+from mixlens.core.hub import FAULTS, fault_of
 from mixlens.errors import BadInput
-from mixlens.models.hub import FAULTS, commit_of, fault_of
+from mixlens.models.hub import commit_of
 
 # By the name that task files give it (metadata: hub).
 HUB = {

@@ -20,10 +20,11 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
+from mixlens.core.hub import fault_of
 from mixlens.errors import BadInput, ModelError, visible
 from mixlens.models.converted import converted
 from mixlens.models.demo import DEMO, demo_path
-from mixlens.models.hub import commit_of, fault_of, safetensors_of
+from mixlens.models.hub import commit_of, safetensors_of
 from mixlens.models.layout import check_config, config_of, moe_layers, n_experts, top_k
 from mixlens.models.provenance import audit
 from mixlens.models.quantization.checkpoint import Checkpoint, fill, finish, skeleton_of

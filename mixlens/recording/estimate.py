@@ -47,13 +47,13 @@ def estimate(
         "longest_tokens": int(max(part.max() for part in lengths)),
         "truncated_tokens": corpus.tally.truncated_tokens,
         "batches": sum(1 for part in lengths for _ in batches(part, corpus.batch_tokens)),
-        "disk_bytes": tokens * _bytes_of_token(skeleton, asked),
+        "disk_bytes": tokens * bytes_of_token(skeleton, asked),
         "weight_bytes": sum(parameter.numel() * parameter.element_size() for parameter in skeleton.parameters()),
         "seconds": None if like is None else tokens / _tokens_per_s(like, skeleton),
     }
 
 
-def _bytes_of_token(model: nn.Module, signals: Signals) -> int:
+def bytes_of_token(model: nn.Module, signals: Signals) -> int:
     """Bytes of everything that is kept of a token, before Parquet packs its columns."""
     config, experts, layers = config_of(model), n_experts(model), len(moe_layers(model))
     chosen = max(top_k(model).values())

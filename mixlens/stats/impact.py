@@ -13,6 +13,7 @@ import xarray as xr
 
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.core.intervals import Difference, Mean, Quantity, Share
+from mixlens.core.run_dir import open_run
 from mixlens.core.text import row, shown
 from mixlens.errors import visible
 from mixlens.stats.counts import By
@@ -48,7 +49,8 @@ class Impact:
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, check: bool = True) -> Impact:
         """The run at `path`. Raises RunError when there is none, it is not finished, or it is of another kind."""
-        return cls(read_measured(path, KIND, check=check), path=Path(path))
+        folder = open_run(path, KIND, check=check).path
+        return cls(read_measured(folder, KIND, check=check), path=folder)
 
     @property
     def names(self) -> tuple[str, str]:

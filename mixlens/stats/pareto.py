@@ -61,7 +61,7 @@ class Pareto:
     def open(cls, path: str | os.PathLike[str], *, check: bool = True) -> Pareto:
         """The run at `path`. Raises RunError when there is none, it is not finished, or it is of another kind."""
         run = open_run(path, KIND, check=check)
-        return cls(pq.read_table(run.file(TABLE)).to_pandas(), run.meta, path=Path(path))
+        return cls(pq.read_table(run.file(TABLE)).to_pandas(), run.meta, path=run.path)
 
     @property
     def schemes(self) -> list[str]:

@@ -152,7 +152,7 @@ class Trace:
         parts = [DiskPart(run, index, run.meta["top_k"]) for index in range(run.meta["shards"])]
         frame = shards.read_sequences(run.file("sequences.parquet"))
         trace = from_parts(parts, frame, run.meta, run.meta["layers"])
-        trace.path = Path(path)
+        trace.path = run.path
         if "vocabulary.parquet" in run.meta["files"]:
             trace._vocabulary = shards.read_vocabulary(run.file("vocabulary.parquet"))
         return trace

@@ -14,10 +14,10 @@ from scripted_hub import Hub
 
 import mixlens as ml
 from mixlens.cli.main import main
+from mixlens.core.hub import fault_of
 from mixlens.evals import data
 from mixlens.evals.hub_datasets import HUB
 from mixlens.evals.lm_eval_grading import Job, load_tasks
-from mixlens.models.hub import fault_of
 
 
 def test_translated_protocols_read_the_schema_of_their_data_sets(monkeypatch):

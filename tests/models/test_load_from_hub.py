@@ -12,8 +12,8 @@ import pytest
 from scripted_hub import Hub, asking, scripted_hub
 from tiny import tiny_mixtral
 
+from mixlens.core.hub import FAULTS
 from mixlens.models.demo import demo_path
-from mixlens.models.hub import FAULTS
 
 # Loads every (name, arguments, folder) that it is given, records where there is a folder, and prints what came of it.
 CHILD = """
