@@ -22,8 +22,10 @@ from mixlens.core.files import write_file
 from mixlens.core.run_dir import open_run
 from mixlens.core.text import interval_of
 from mixlens.errors import visible
+from mixlens.trace.trace import Trace
 
 RESULTS = "results.jsonl"
+ROUTING = "routing"  # the folder of what the server returned of it
 # Columns of the overview: heading, metric, statistic, factor, decimals.
 _OVERVIEW = (
     ("TTFT p50 [ms]", "ttft_s", "p50", 1e3, 0),
@@ -75,6 +77,7 @@ class Bench:
         count_tokens: CountTokens | None = None,
     ) -> None:
         self.records, self.meta, self.path, self.count_tokens = list(records), meta, path, count_tokens
+        self.routing: Trace | None = None  # of an Endpoint(routing=True)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, check: bool = True) -> Bench:
@@ -101,7 +104,10 @@ class Bench:
         >>> ml.bench.Bench.open("runs/vllm")  # doctest: +SKIP
         """
         run = open_run(path, "bench", check=check)
-        return cls(list(read_records(run.file(RESULTS))), run.meta, path=run.path)
+        bench = cls(list(read_records(run.file(RESULTS))), run.meta, path=run.path)
+        if (routing := run.nested(ROUTING)) is not None:
+            bench.routing = Trace.open(routing, check=check)
+        return bench
 
     @property
     def succeeded(self) -> int:

@@ -18,6 +18,7 @@ from mixlens.endpoints.protocols import (
     ERROR,
     MALFORMED,
     REASONING,
+    ROUTED,
     TOKEN,
     Event,
     decode,
@@ -138,6 +139,7 @@ class StreamReader:
         self._choices: set[int | None] = set()
         self._chars = 0  # of what the events keep
         self.done_s: float | None = None  # time of the event that ends the answer by name
+        self.routing: str | None = None  # the message that brought routing, as JSON
 
     @property
     def ended_s(self) -> float | None:
@@ -175,6 +177,8 @@ class StreamReader:
         for message in messages:
             message = dataclasses.replace(message, data=redacted(message.data, self._redact))
             event = decode(message, self._protocol)
+            if ROUTED in message.data and event.kind not in (ERROR, MALFORMED):
+                self.routing = message.data
             if event.model == self._model:
                 event = dataclasses.replace(event, model=None)
             self._model = event.model or self._model

@@ -40,6 +40,7 @@ class Sender:
         self._endpoint, self._clock = endpoint, clock
         self._key = endpoint.key()
         self._transport = Transport(endpoint, timeouts)
+        self.routing: list[tuple[Record, str]] = []  # of measured requests, the message that brought it
 
     async def __aenter__(self) -> Sender:
         return self
@@ -65,7 +66,7 @@ class Sender:
             detail = ""
         elif not detail:
             detail = answer.get("detail") or _words(reader, outcome)
-        return Record(
+        record = Record(
             index=job.index,
             level=job.level,
             phase=job.phase,
@@ -78,6 +79,9 @@ class Sender:
             retry_after_s=answer.get("retry_after_s"),
             **times,
         )
+        if self._endpoint.routing and outcome == "ok" and job.phase == "measured" and reader.routing is not None:
+            self.routing.append((record, reader.routing))
+        return record
 
     async def _exchange(self, job: Job, times: dict[str, Any], reader: StreamReader, record: dict[str, Any]) -> None:
         clock = self._clock

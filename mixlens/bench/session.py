@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import secrets
 import time
@@ -13,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mixlens.bench.bench import RESULTS, Bench
+from mixlens.bench.bench import RESULTS, ROUTING, Bench
 from mixlens.bench.events import Record, records_bytes
 from mixlens.bench.load_generator import Caps, Driver, Level
 from mixlens.bench.prompts import Workload
@@ -22,7 +23,10 @@ from mixlens.bench.request import Sender, Timeouts
 from mixlens.core.run_dir import RunWriter, now, versions
 from mixlens.endpoints.endpoint import Endpoint, canonical
 from mixlens.endpoints.prices import price_at
-from mixlens.errors import BadInput
+from mixlens.engines.server import architecture_name, trace_of_answers
+from mixlens.errors import BadInput, SourceError
+from mixlens.models.load import skeleton
+from mixlens.trace.trace import Trace
 
 _TIMEOUTS = Timeouts()
 
@@ -110,6 +114,7 @@ class Session:
     ) -> None:
         self._endpoint, self._workload, self._settings = endpoint, workload, settings
         self._price = check_target(endpoint, workload, settings)
+        self._skeleton = skeleton(architecture_name(endpoint, None)) if endpoint.routing else None
         kept = {k: v for k, v in asdict(settings).items() if k != "progress"}
         whole = {"endpoint": endpoint.plan(), **plan, "workload": workload.plan(), "settings": kept}
         self._held = ExitStack()
@@ -132,7 +137,7 @@ class Session:
     def open(self) -> Sender:
         """Create the driver and return its sender, which the caller must close."""
         assert self.kept is not None
-        sender = Sender(self._endpoint, self._settings.timeouts, self.clock)
+        self._sender = sender = Sender(self._endpoint, self._settings.timeouts, self.clock)
         self.driver = Driver(sender, self._workload, self.caps, self.clock, self.kept.keep, self._salt)
         return sender
 
@@ -152,11 +157,47 @@ class Session:
             "versions": versions("mixlens", "httpx"),
             **({"measured_with": self._more} if self._more else {}),
         }
+        routing, refused = self._routing()
+        meta |= {"routing": refused} if refused else {}
         path = None
         if self._writer is not None:
-            self._writer.finish(meta, {RESULTS: records_bytes(records)})
+            folder = self._writer.path / ROUTING
+            runs = [] if routing is None else [Path(str(routing.save(folder).path))]
+            self._writer.finish(meta, {RESULTS: records_bytes(records)}, runs=runs)
             path = self._writer.path
-        return Bench(records, meta, path=path, count_tokens=self._workload.count_tokens)
+        bench = Bench(records, meta, path=path, count_tokens=self._workload.count_tokens)
+        bench.routing = routing
+        return bench
+
+    def _routing(self) -> tuple[Trace | None, str]:
+        """The routing of the measured requests, and why there is none where it was asked for: times are kept anyway."""
+        if self._skeleton is None:
+            return None, ""
+        kept = sorted(self._sender.routing, key=lambda pair: (pair[0].level, pair[0].index))
+        if not kept:
+            return None, f"{self._endpoint.host} returned none; vLLM streams none."
+        about = [{"document_id": number, "level": r.level, "index": r.index} for number, (r, _) in enumerate(kept)]
+        try:
+            answers = [routed_answer(record, message) for record, message in kept]
+            return trace_of_answers(answers, about, self._endpoint, self._skeleton), ""
+        except SourceError as error:
+            return None, str(error)
+
+
+def routed_answer(record: Record, message: str) -> dict[str, Any]:
+    """The message that brought routing, as of an answer that came whole: of a stream, tokens are those counted last."""
+    answer = json.loads(message)
+    if record.form == "json":
+        return answer
+    counts = {
+        name: getattr(event, name)
+        for event in record.events
+        for name in ("input_tokens", "output_tokens")
+        if getattr(event, name) is not None
+    }
+    choices = [{k: v for k, v in choice.items() if k != "token_ids"} for choice in answer.get("choices") or []]
+    usage = {"prompt_tokens": counts.get("input_tokens"), "completion_tokens": counts.get("output_tokens")}
+    return {**answer, "choices": choices, "usage": usage}
 
 
 def measure(sessions: Sequence[Session], schedule: Callable[[], Coroutine[Any, Any, None]]) -> list[Bench]:

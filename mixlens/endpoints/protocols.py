@@ -22,6 +22,7 @@ PATHS = {
 # What asks a server for routing: SGLang's field and vLLM's, which is switched on at its start and needs ids of tokens
 # besides. What a server does not know, it leaves aside.
 ROUTING = {"return_routed_experts": True, "return_token_ids": True}
+ROUTED = "routed_experts"  # the field that it comes in, of both
 # Reasons for the end of an answer, as servers name them.
 LENGTH = frozenset({"length", "max_tokens", "max_output_tokens", "MAX_TOKENS"})
 FILTERED = frozenset({"content_filter", "refusal", "safety", "SAFETY", "prohibited_content"})

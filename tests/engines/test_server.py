@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from helpers.refusals import refused
 from helpers.routing_server import FORMS, serving
 from transformers import AutoTokenizer
@@ -108,3 +109,33 @@ def test_routing_is_asked_for_in_the_formats_that_have_it():
     assert body["return_routed_experts"]
     assert body["return_token_ids"]
     assert "return_token_ids" not in endpoint("http://127.0.0.1:9/v1", routing=False).request("a", max_tokens=1)[1]
+
+
+@pytest.mark.parametrize("form", ["vllm", "sglang"])
+def test_a_benchmark_keeps_the_routing_of_its_requests(form, demo, tokenizer, tmp_path):
+    workload = ml.bench.Workload(16, 3, prompts=["Once upon a time", "He opened the door"])
+    settings = ml.bench.BenchSettings(progress=False, warmup=0)
+    with serving(demo, tokenizer, form) as (url, _):
+        bench = ml.benchmark(endpoint(url), requests=2, workload=workload, settings=settings, out=tmp_path / "run")
+    assert bench.succeeded == 2
+    routing = ml.open(tmp_path / "run").routing
+    assert len(routing.sequences) == 2
+    for number, prompt in enumerate(("Once upon a time", "He opened the door")):
+        ids = tokenizer(prompt)["input_ids"]
+        with torch.no_grad():
+            for _ in range(2):
+                ids.append(int(demo(torch.tensor([ids])).logits[0, -1].argmax()))
+            with ml.Recorder(demo, signals=[]) as recorder:
+                demo(torch.tensor([ids]))
+        found = routing.select(where={"index": number})
+        assert np.array_equal(found.read("expert_id"), recorder.trace().read("expert_id"))
+        assert found.read("phase").sum() == 2
+
+
+def test_a_benchmark_is_kept_where_its_routing_is_refused(demo, tokenizer):
+    settings = ml.bench.BenchSettings(progress=False, warmup=0)
+    with serving(demo, tokenizer, spoil=lambda ids: ids[1:]) as (url, _):
+        bench = ml.benchmark(endpoint(url), requests=2, workload=ml.bench.Workload(16, 3), settings=settings)
+    assert bench.succeeded == 2
+    assert bench.routing is None
+    assert "missing_rows" in bench.meta["routing"]
