@@ -26,7 +26,7 @@ _WORKER = "mixlens.engines.vllm_worker.RecordingWorker"
 _DESCRIBED = ("name", "revision", "config_sha256", "class")
 # What was not tried, or is known to give rows that belong to no token.
 _ALONE = ("pipeline_parallel_size", "data_parallel_size")
-_REMEMBERED = 200_000
+_REMEMBERED_BYTES = 2**29  # of routing, for what the prefix cache spares
 
 
 def vllm(model: str, **engine_args: Any) -> VLLM:
@@ -70,6 +70,10 @@ class Rows:
     ids: np.ndarray
     logits: np.ndarray
 
+    @property
+    def nbytes(self) -> int:
+        return self.ids.nbytes + self.logits.nbytes
+
     def first(self, n: int) -> Rows:
         return Rows(self.ids[:n], self.logits[:n])
 
@@ -91,6 +95,7 @@ class VLLM:
                     value=value,
                 )
         self.skeleton = skeleton(model)
+        self._routers = Routers.of(self.skeleton)
         from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]
 
         self.params = SamplingParams
@@ -181,7 +186,7 @@ class VLLM:
 
     def _rows(self, parts: list[Any], tokens: np.ndarray) -> Rows | None:
         """The routing of a request, each token once; None where its beginning is not known."""
-        routers = Routers.of(self.skeleton)
+        routers = self._routers
         ids = np.full((len(tokens), len(routers.layers), routers.top_k), -1, np.int32)
         logits = np.zeros((len(tokens), len(routers.layers), routers.n_experts), np.float32)
         for first, count, some_ids, some_logits in parts:  # what was preempted is read again, and counts as last read
@@ -252,16 +257,16 @@ class Prefixes:
         self._block = block
         self._sequences: OrderedDict[int, tuple[list[bytes], Rows]] = OrderedDict()
         self._places: dict[bytes, int] = {}
-        self._next = self._rows = 0
+        self._next = self._bytes = 0
 
     def add(self, tokens: np.ndarray, rows: Rows) -> None:
         names = self._names(tokens)
         self._sequences[self._next] = names, rows
         self._places.update(dict.fromkeys(names, self._next))
-        self._next, self._rows = self._next + 1, self._rows + len(rows.ids)
-        while self._rows > _REMEMBERED and len(self._sequences) > 1:
+        self._next, self._bytes = self._next + 1, self._bytes + rows.nbytes
+        while self._bytes > _REMEMBERED_BYTES and len(self._sequences) > 1:
             number, (names, oldest) = self._sequences.popitem(last=False)
-            self._rows -= len(oldest.ids)
+            self._bytes -= oldest.nbytes
             for name in names:
                 if self._places.get(name) == number:
                     del self._places[name]
