@@ -5,11 +5,10 @@ from __future__ import annotations
 import html
 import os
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import xarray as xr
-from torch import nn
 
 from mixlens.bench.bench import Bench
 from mixlens.bench.comparison import BenchComparison, compare_benches
@@ -19,7 +18,6 @@ from mixlens.engines.check import explained
 from mixlens.errors import BadInput, MissingSignal, visible
 from mixlens.evals.log import Log
 from mixlens.evals.paired import LogComparison, compare_logs
-from mixlens.experiments.rerun import Rerun, rerun
 from mixlens.registry import open as open_any
 from mixlens.stats.agreement import agreement, same_shape
 from mixlens.stats.counts import By, require
@@ -29,6 +27,11 @@ from mixlens.stats.next_tokens import next_tokens
 from mixlens.stats.published import two_engines
 from mixlens.trace.trace import Trace
 from mixlens.trace.vocabulary import same_tokenizer
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from mixlens.experiments.rerun import Rerun
 
 
 def compare(
@@ -73,7 +76,9 @@ def compare(
     'Comparison'
     """
     a, b = (open_any(run) if isinstance(run, str | os.PathLike) else run for run in (run_a, run_b))
-    if isinstance(a, Trace) and isinstance(b, nn.Module):
+    if isinstance(a, Trace) and hasattr(b, "named_modules"):
+        from mixlens.experiments.rerun import rerun  # torch takes seconds to import
+
         return EngineComparison(rerun(a, b, sample=64 if sample is None else sample), bootstrap=bootstrap)
     if sample is not None:
         raise BadInput(

@@ -15,7 +15,6 @@ from mixlens.bench.bench import Bench
 from mixlens.core.run_dir import open_run
 from mixlens.decisions.judgement import Judgement
 from mixlens.decisions.watched import open_health
-from mixlens.engines.formats import FORMATS, open_replies
 from mixlens.errors import BadInput, RunError, SourceError
 from mixlens.evals.log import Log
 from mixlens.stats.contributions import open_contributions
@@ -105,6 +104,8 @@ def open(path: str | os.PathLike[str], *, format: str | None = None, check: bool
 
 
 def _open_format(path: str | os.PathLike[str], format: str, known: dict[str, Any]) -> Trace:
+    from mixlens.engines.formats import FORMATS, open_replies  # torch takes seconds to import
+
     if format not in FORMATS:
         raise BadInput(
             f"Cannot open {path} as {format!r}: formats are {', '.join(FORMATS)}. Pass one of them, or make arrays of "

@@ -132,3 +132,8 @@ def test_a_name_of_before_works_and_says_the_new_one(name):
 def test_an_unknown_name_lists_the_known_ones():
     with pytest.raises(AttributeError):
         mixlens.recrod  # noqa: B018
+
+
+def test_opening_comparing_and_benchmarks_of_servers_take_no_torch():
+    code = "import sys, mixlens.comparison, mixlens.reports.trace, mixlens.bench.run; assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -11,7 +11,6 @@ from mixlens.bench.bench import Bench
 from mixlens.bench.prompts import Workload
 from mixlens.bench.session import BenchSettings, Session, check_requests, levels_of, measure
 from mixlens.endpoints.endpoint import Endpoint
-from mixlens.engines.vllm_engine import VLLM
 from mixlens.errors import BadInput
 
 _WORKLOAD = Workload()
@@ -72,16 +71,17 @@ def benchmark(
     >>> bench.succeeded
     1
     """
-    if isinstance(target, VLLM):
-        raise BadInput(
-            f"Cannot benchmark {target!r} in this process: it answers whole batches here, without the times of single "
-            "tokens. Serve the model with `vllm serve`, and benchmark an ml.Endpoint.",
-            argument="target",
-            value=type(target).__name__,
-        )
     if not isinstance(target, Endpoint):
         from mixlens.bench.local import benchmark_model
+        from mixlens.engines.vllm_engine import VLLM
 
+        if isinstance(target, VLLM):
+            raise BadInput(
+                f"Cannot benchmark {target!r} in this process: it answers whole batches here, without the times of "
+                "single tokens. Serve the model with `vllm serve`, and benchmark an ml.Endpoint.",
+                argument="target",
+                value=type(target).__name__,
+            )
         if rate is not None:
             raise BadInput(
                 f"Cannot benchmark a loaded model at {rate} requests per second: it generates one batch after the "

@@ -23,9 +23,7 @@ from mixlens.bench.request import Sender, Timeouts
 from mixlens.core.run_dir import RunWriter, now, versions
 from mixlens.endpoints.endpoint import Endpoint, canonical
 from mixlens.endpoints.prices import price_at
-from mixlens.engines.server import architecture_name, trace_of_answers
 from mixlens.errors import BadInput, SourceError
-from mixlens.models.load import skeleton
 from mixlens.trace.trace import Trace
 
 _TIMEOUTS = Timeouts()
@@ -114,7 +112,7 @@ class Session:
     ) -> None:
         self._endpoint, self._workload, self._settings = endpoint, workload, settings
         self._price = check_target(endpoint, workload, settings)
-        self._skeleton = skeleton(architecture_name(endpoint, None)) if endpoint.routing else None
+        self._skeleton = _skeleton_of(endpoint) if endpoint.routing else None
         kept = {k: v for k, v in asdict(settings).items() if k != "progress"}
         whole = {"endpoint": endpoint.plan(), **plan, "workload": workload.plan(), "settings": kept}
         self._held = ExitStack()
@@ -173,6 +171,8 @@ class Session:
         """The routing of the measured requests, and why there is none where it was asked for: times are kept anyway."""
         if self._skeleton is None:
             return None, ""
+        from mixlens.engines.server import trace_of_answers
+
         kept = sorted(self._sender.routing, key=lambda pair: (pair[0].level, pair[0].index))
         if not kept:
             return None, f"{self._endpoint.host} returned none; vLLM streams none."
@@ -182,6 +182,14 @@ class Session:
             return trace_of_answers(answers, about, self._endpoint, self._skeleton), ""
         except SourceError as error:
             return None, str(error)
+
+
+def _skeleton_of(endpoint: Endpoint) -> Any:
+    """The served model without its weights; found before anything is measured. torch takes seconds to import."""
+    from mixlens.engines.server import architecture_name
+    from mixlens.models.load import skeleton
+
+    return skeleton(architecture_name(endpoint, None))
 
 
 def routed_answer(record: Record, message: str) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from mixlens.errors import SourceError
-from mixlens.models.layout import MoeLayer, config_of, moe_layers, n_experts
 from mixlens.trace.shards import MOST_EXPERTS, id_dtype
 
 FAULTS = {
@@ -71,7 +70,9 @@ class Routers:
         SourceError
             If its layers choose different numbers of experts, which the ids of servers cannot say.
         """
-        found: list[MoeLayer] = moe_layers(model)
+        from mixlens.models.layout import config_of, moe_layers, n_experts  # torch takes seconds to import
+
+        found = moe_layers(model)
         chosen = {layer.top_k for layer in found}
         if len(chosen) > 1:
             raise SourceError(
