@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint docs browser slow first-hour gpu kernels engines fuzz faults coverage-of-intervals mutants pins clean
+.PHONY: demo test lint docs browser slow first-hour gpu kernels engines fuzz faults coverage-of-intervals false-alarms mutants pins clean
 
 demo: $(INSTALLED)
 	$(BIN)/mixlens demo --out out/demo
@@ -59,6 +59,10 @@ faults: $(VENV)/.installed-test
 # How often intervals hold the truth; some minutes.
 coverage-of-intervals: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/coverage_of_intervals.py
+
+# How often a family of cells has a survivor where nothing is to be found; half an hour.
+false-alarms: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/false_alarms.py
 
 mutants: N ?= 300
 mutants: $(VENV)/.installed-mutants

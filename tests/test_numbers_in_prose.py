@@ -88,3 +88,22 @@ def test_documents_below_which_nothing_is_told_apart():
     least = {"six": 6}[word]
     far = [float(p_against(1.0, 0.999, 1.001, 0.0, n, 0.95, 0.0)) for n in (least - 1, least)]
     assert far[0] > 0.05 > far[1]
+
+
+def test_coverage_is_as_the_page_says():
+    low, high = (share / 100 for share in stated("docs/statistics.md", r"The band is (\d+) to (\d+) %"))
+    rows = json.loads((RESULTS / "coverage-of-intervals.json").read_text("utf-8"))["coverage"]
+    shown = [row for row in rows if row["coverage"] is not None]
+    assert all(row["coverage"] >= low - 2 * row["error"] for row in shown)
+    assert all(row["coverage"] <= high + 2 * row["error"] for row in shown if row["documents"] >= 20)
+
+
+def test_false_alarms_are_as_the_page_says():
+    page = "docs/statistics.md"
+    (most,) = stated(page, r"in which nothing is to be found, (\d+) % or fewer")
+    low, high = stated(page, r"than those of the other group: (\d+) to (\d+) % of families at five documents")
+    rows = json.loads((RESULTS / "false-alarms.json").read_text("utf-8"))["false_alarms"]
+    short = [row for row in rows if row["family"] == "contrast, few and short against many"]
+    assert all(100 * row["alarms"] <= most for row in rows if row["alarms"] is not None and row not in short)
+    at_20 = [round(100 * row["alarms"]) for row in short if row["documents"] == 20]
+    assert (min(at_20), max(at_20)) == (low, high)

@@ -388,7 +388,8 @@ def summarise(
     seen = counts.tokens > 0
     if (kept := _summed.get()) is not None:
         totals = {name: total[seen] for name, total in counts.totals.items()}
-        kept.append(Summed(totals, None if size_dims else sizes[seen], statistic, labels, clusters.group[seen]))
+        behind = None if size_dims else sizes[seen]
+        kept.append(Summed(totals, behind, statistic, labels, clusters.group[seen], counts.tokens[seen]))
     members_of = [np.flatnonzero((clusters.group == g) & seen) for g in range(clusters.n_groups)]
     n = np.stack([sizes[members].sum(0) for members in members_of]) if members_of else sizes[:0]
     parts: list[list[np.ndarray]] = []
@@ -451,6 +452,7 @@ class Summed:
     labels     {dimension: labels}, layer first
     sizes      tokens behind the numbers [document], where the function of the sums needs them
     group      group of each document
+    tokens     of each document
     """
 
     totals: dict[str, np.ndarray]
@@ -458,6 +460,7 @@ class Summed:
     statistic: Statistic
     labels: dict[str, np.ndarray]
     group: np.ndarray
+    tokens: np.ndarray
 
     @property
     def n(self) -> int:
@@ -467,15 +470,15 @@ class Summed:
         """The documents of both, those of `other` behind."""
         totals = {name: np.concatenate([total, other.totals[name]]) for name, total in self.totals.items()}
         sizes = None if self.sizes is None or other.sizes is None else np.concatenate([self.sizes, other.sizes])
-        return Summed(totals, sizes, self.statistic, self.labels, np.concatenate([self.group, other.group]))
+        group, tokens = (np.concatenate([getattr(one, n) for one in (self, other)]) for n in ("group", "tokens"))
+        return Summed(totals, sizes, self.statistic, self.labels, group, tokens)
 
     def only(self, group: int) -> Summed:
         """The documents of one group."""
         here = self.group == group
         totals = {name: total[here] for name, total in self.totals.items()}
-        return Summed(
-            totals, None if self.sizes is None else self.sizes[here], self.statistic, self.labels, self.group[here]
-        )
+        sizes = None if self.sizes is None else self.sizes[here]
+        return Summed(totals, sizes, self.statistic, self.labels, self.group[here], self.tokens[here])
 
     def chunks(self) -> Iterator[slice]:
         """Layers, as many at a time as fit into memory with some thousand sums of each count."""
