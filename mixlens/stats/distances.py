@@ -30,6 +30,7 @@ def domain_distance(
     their domains are the same; the estimate is less that, by the jackknife over the documents of both.
 
     p is the share of permutations of the documents between the two domains with a plain divergence at least as large.
+    It takes documents of both for alike in length: where a domain has few and much shorter ones, p is too small.
 
     Parameters
     ----------
