@@ -92,10 +92,11 @@ def compute(
     ('layer', 'expert', 'expert_j')
     """
     require(trace, "statistics", bootstrap=bootstrap)
-    names = list(statistics) if isinstance(statistics, list | tuple) else [statistics]
-    if not names or (unknown := [name for name in names if not isinstance(name, str) or name not in _STATISTICS]):
+    names: list[Any] = list(statistics) if isinstance(statistics, list | tuple) else [statistics]
+    unknown = [name for name in names if not isinstance(name, str) or name not in _STATISTICS]
+    if unknown or not names:
         raise BadInput(
-            f"Cannot compute {', '.join(map(str, unknown)) if names else 'no statistics'}: the statistics that are "
+            f"Cannot compute {', '.join(map(str, unknown)) or 'no statistics'}: the statistics that are "
             f"computed together are {', '.join(_STATISTICS)}. Pass some of their names.",
             argument="statistics",
             value=statistics,

@@ -135,7 +135,7 @@ def unfuse(model: Any) -> Any:
         fused = layer.mlp.experts
         if is_unfused(fused):
             continue
-        experts = UnfusedExperts(fused.config, fused)
+        experts: Any = UnfusedExperts(fused.config, fused)
         for number, expert in enumerate(experts):
             for name in ("w1", "w2", "w3"):
                 weight = part_of(fused, lambda own, of=fused: getattr(of, own).detach(), number, name, "weight")
