@@ -20,6 +20,7 @@ from mixlens.bench import local
 from mixlens.bench.bytes_and_flops import sizes_of
 from mixlens.bench.roofline import Machine, Measured
 from mixlens.experiments import Ablation
+from mixlens.models.families import FAMILIES
 from mixlens.models.layout import moe_layers
 from mixlens.models.quantization.linears import dequantized, scheme_of
 
@@ -256,3 +257,16 @@ def test_a_scheme_that_a_family_cannot_have_is_refused_by_name(quantization, nam
 def test_the_table_has_the_verbs_that_are_tested():
     assert set(VERBS) <= set(OF_VERB)
     assert set(REFUSED) <= set(OF_VERB)
+
+
+@pytest.mark.parametrize("verb", OF_VERB)
+@pytest.mark.slow
+def test_a_family_that_is_not_in_the_table_has_what_needs_no_rule(verb, tmp_path, monkeypatch):
+    monkeypatch.setattr(local, "measure", lambda *_args, **_options: Machine("made up", ONE, ONE))
+    monkeypatch.delitem(FAMILIES, "olmoe")
+    model = next(case for case in CASES if case.name == "olmoe").model()
+    if verb in ("importance", "contributions", "topk", "impact"):
+        with pytest.raises(MixlensError):
+            OF_VERB[verb](model, tmp_path)
+    else:
+        OF_VERB[verb](model, tmp_path)
