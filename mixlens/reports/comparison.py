@@ -53,6 +53,8 @@ def _heading(compared: Comparison) -> str:
 
 def _flips_found(flips: xr.Dataset) -> list[str]:
     first = flips.sel(measure="first_flip")
+    if not float(first.estimate.max()) > 0:
+        return ["No token chooses other experts in any layer."]
     worst = first.isel(layer=int(first.estimate.argmax("layer")))
     return [
         f"Most tokens part for the first time in layer {worst.layer.item()}: {labels.with_interval(worst)} of tokens.",
