@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import os
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pandas as pd
 import xarray as xr
@@ -79,7 +79,9 @@ def compare(
     if isinstance(a, Trace) and hasattr(b, "named_modules"):
         from mixlens.experiments.rerun import rerun  # torch takes seconds to import
 
-        return EngineComparison(rerun(a, b, sample=64 if sample is None else sample), bootstrap=bootstrap)
+        return EngineComparison(
+            rerun(a, cast("nn.Module", b), sample=64 if sample is None else sample), bootstrap=bootstrap
+        )
     if sample is not None:
         raise BadInput(
             f"Cannot compare a sample of {_kind(a)} with {_kind(b)}: only a model reads a sample again. Leave sample= "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch._C import _functorch
+from torch._C import _functorch  # type: ignore[attr-defined]  which torch's stubs leave out
 from torch._subclasses import FakeTensor
 
 from mixlens.errors import RecordingError

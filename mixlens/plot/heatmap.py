@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -75,7 +76,7 @@ def map_height(rows: int) -> float:
 def cells(ax: Axes, values: np.ndarray, colours: str, norm: Normalize) -> QuadMesh:
     """Draw values [row, column], the first row on top, missing values in grey."""
     many = values.size > _MOST_VECTORS
-    gaps = {"rasterized": True} if many else {"edgecolors": "white", "linewidth": 0.4}
+    gaps: dict[str, Any] = {"rasterized": True} if many else {"edgecolors": "white", "linewidth": 0.4}
     ax.set_facecolor(FAINT)
     drawn = ax.pcolormesh(np.ma.masked_invalid(values), cmap=colours, norm=norm, **gaps)
     ax.invert_yaxis()
@@ -92,7 +93,7 @@ def numbers(ax: Axes, drawn: QuadMesh, shown: np.ndarray, bold: np.ndarray | Non
         return False
     values = drawn.get_array()
     assert values is not None
-    fills = drawn.cmap(drawn.norm(np.ma.masked_invalid(values).reshape(shown.shape)))
+    fills = np.asarray(drawn.cmap(drawn.norm(np.ma.masked_invalid(values).reshape(shown.shape))))
     missing = np.ma.getmaskarray(np.ma.masked_invalid(values)).reshape(shown.shape)
     for (i, j), text in np.ndenumerate(shown):
         ax.text(
@@ -102,7 +103,7 @@ def numbers(ax: Axes, drawn: QuadMesh, shown: np.ndarray, bold: np.ndarray | Non
             ha="center",
             va="center_baseline",
             fontsize=SMALLEST,
-            color=ink_on(FAINT if missing[i, j] else to_hex(fills[i, j])),
+            color=ink_on(FAINT if missing[i, j] else to_hex(tuple(fills[i, j]))),
             fontweight="bold" if bold is not None and bold[i, j] else "normal",
             in_layout=False,
         )
@@ -117,7 +118,7 @@ def cell_size(ax: Axes, rows: int, columns: int) -> tuple[float, float]:
     return box.width * width / columns, box.height * height / rows
 
 
-def column_ticks(ax: Axes, names: Sequence[object]) -> None:
+def column_ticks(ax: Axes, names: Sequence[object] | np.ndarray) -> None:
     """Label the columns, skipping some where the labels would touch."""
     longest = max((len(str(name)) for name in names), default=1)
     room = cell_size(ax, 1, 1)[0] / ((longest + 1.5) * _CHARACTER * SMALLEST)
@@ -125,7 +126,7 @@ def column_ticks(ax: Axes, names: Sequence[object]) -> None:
     ax.set_xticks(np.arange(0, len(names), step) + 0.5, [printable(name) for name in names[::step]])
 
 
-def row_ticks(ax: Axes, names: Sequence[object]) -> None:
+def row_ticks(ax: Axes, names: Sequence[object] | np.ndarray) -> None:
     """Label the rows, skipping some where the labels would touch."""
     step = -(-len(names) // max(1, int(cell_size(ax, 1, 1)[1] / (1.3 * SMALLEST))))
     ax.set_yticks(np.arange(0, len(names), step) + 0.5, [printable(name) for name in names[::step]])

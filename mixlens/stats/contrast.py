@@ -194,17 +194,16 @@ def _of_layers(
     """(difference, lower and upper bound, p) of some layers."""
     n_a, n_b, paired = groups
     difference = pooled.values(layers, weights_a) - pooled.values(layers, weights_b)
-    estimate, far = difference[..., 0], np.abs(difference)
+    estimate, far, least = difference[..., 0], np.abs(difference), np.zeros(())
     if not paired:
         influence = influence_of(pooled, layers)
         of_a, of_b = (variance_within(influence, pooled.tokens, weights) for weights in (weights_a, weights_b))
         with np.errstate(divide="ignore"):
             far = np.where(far > 1e-12, far / np.sqrt(of_a + of_b), 0)
+        least = _welch(far[..., 0], of_a[..., 0], of_b[..., 0], n_a, n_b)
     with np.errstate(invalid="ignore"):
         as_far = (far[..., 1:] >= far[..., :1] * (1 - 1e-9)).sum(-1)
-    p = np.where(np.isfinite(estimate), (1 + as_far) / far.shape[-1], np.nan)
-    if not paired:
-        p = np.maximum(p, _welch(far[..., 0], of_a[..., 0], of_b[..., 0], n_a, n_b))
+    p = np.where(np.isfinite(estimate), np.maximum((1 + as_far) / far.shape[-1], least), np.nan)
     if paired:
         left_out = np.tile(1 - np.eye(n_a), 2)
         whole = pooled.values(layers, left_out * weights_a[0]) - pooled.values(layers, left_out * weights_b[0])
