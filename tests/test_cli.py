@@ -18,6 +18,7 @@ from helpers.traces import made
 import mixlens
 from mixlens import Trace, demo_documents
 from mixlens.cli import main as cli
+from mixlens.core.run_dir import written_by
 from mixlens.models.load import skeleton
 from mixlens.recording.estimate import estimate
 
@@ -92,6 +93,15 @@ def test_a_run_is_repeated_from_its_folder(corpus, capsys, tmp_path):
     command = json.loads((third / "meta.json").read_text())["command"]
     assert str(third) in command["words"]
     assert command["options"] == {"limit": 3, "max-length": 64}
+
+
+def test_a_repetition_writes_to_its_own_folder_alone(corpus, capsys, tmp_path):
+    place = tmp_path / "table.csv"
+    words = ["record", "demo", str(corpus), "--limit", "1", "--csv", str(place), f"--out={tmp_path / 'other'}"]
+    with written_by({"words": words, "options": {"csv": str(place)}}):
+        made([3, 4]).trace.save(tmp_path / "run")
+    assert said(capsys, "again", str(tmp_path / "run"))[0] == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "run-again"}
 
 
 def test_a_run_from_python_cannot_be_repeated(tmp_path):

@@ -15,12 +15,16 @@ from mixlens.cli.options import Output
 from mixlens.core.run_dir import META, open_run, written_by
 from mixlens.errors import RunError
 
+# Options that name what a command writes: a repetition writes to its own folder alone.
+_PLACES = ("out", "csv")
+
 
 @app.command
 def again(run: str, /, *, out: str | None = None, output: Output = Output()) -> Result:
     """Repeat the command that wrote a run, and say which files became the same.
 
-    Relative paths are those of the folder that the command was started in: start again from there.
+    Relative paths are those of the folder that the command was started in: start again from there. The repetition
+    reads what the command names, and writes to its own folder alone. Repeat only runs whose author you trust.
 
     Parameters
     ----------
@@ -39,8 +43,8 @@ def again(run: str, /, *, out: str | None = None, output: Output = Output()) -> 
             value=run,
         )
     folder = out or f"{run.rstrip('/')}-again"
-    words = [*_without_out(command["words"]), "--out", folder, *(["--quiet"] if not output.progress else [])]
-    options = {name: value for name, value in command["options"].items() if name not in ("out", "json", "quiet")}
+    words = [*_without_places(command["words"]), "--out", folder, *(["--quiet"] if not output.progress else [])]
+    options = {name: value for name, value in command["options"].items() if name not in (*_PLACES, "json", "quiet")}
     app.config = (Dict(options, use_commands_as_keys=False),) if options else ()
     try:
         repeated, bound, _ = app.parse_args(words, exit_on_error=False, print_error=False)
@@ -56,12 +60,13 @@ def again(run: str, /, *, out: str | None = None, output: Output = Output()) -> 
     return _beside(result, first.meta, folder) if isinstance(result, Result) else result
 
 
-def _without_out(words: Sequence[str]) -> list[str]:
+def _without_places(words: Sequence[str]) -> list[str]:
+    options = tuple(f"--{name}" for name in _PLACES)
     kept, skip = [], False
     for word in words:
-        if not skip and word != "--out" and not word.startswith("--out="):
+        if not skip and word.partition("=")[0] not in options:
             kept.append(word)
-        skip = word == "--out"
+        skip = word in options
     return kept
 
 
