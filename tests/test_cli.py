@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import html
 import json
 import re
 from pathlib import Path
@@ -21,6 +22,7 @@ from mixlens.cli import main as cli
 from mixlens.core.run_dir import written_by
 from mixlens.models.load import skeleton
 from mixlens.recording.estimate import estimate
+from mixlens.reports.contrast import contrast_findings
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +172,9 @@ def test_a_contrast_of_two_conditions(run, capsys, tmp_path):
     page = (tmp_path / "c.html").read_text("utf-8")
     told = int(found["survives"].sum())
     assert f"{told} of {found.attrs['cells']} cells" in page
-    assert page.count("<li>") - page.count("<li><a") == min(told, 5)
+    findings = [sentence for _, sentence in contrast_findings(found)]
+    assert len(findings) == min(told, 5)
+    assert all(html.escape(sentence) in page for sentence in findings)
     assert page.count("<figure") == 1
     code, result = said(capsys, *asked[:-1], "klingon")
     assert (code, result["argument"]) == (cli.EXIT_USAGE, "by")
@@ -280,7 +284,7 @@ def test_wrong_usage_is_status_2_before_a_model_is_loaded(argv, named, capsys, t
 
 
 def test_an_interruption_is_status_130(run, monkeypatch):
-    monkeypatch.setattr("mixlens.reports.report.report", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("mixlens.reports.report.report", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     assert cli.main(["report", str(run)]) == cli.EXIT_INTERRUPTED
 
 

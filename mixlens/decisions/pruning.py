@@ -11,6 +11,7 @@ import torch
 import xarray as xr
 from torch import nn
 
+from mixlens.core.text import numbered
 from mixlens.errors import BadInput, ModelError
 from mixlens.interventions.hooks import edits_of
 from mixlens.interventions.where import whole_numbers
@@ -171,7 +172,8 @@ def _kept(layers: list[MoeLayer], keep: Any, count: int, *, whole: bool) -> dict
     asked = {layer: sorted(set(whole_numbers(experts))) for layer, experts in keep.items()}
     if unknown := sorted(set(asked) - set(known)):
         raise BadInput(
-            f"Cannot prune layers {unknown}: the model has experts in layers {list(known)}. Pass numbers among them.",
+            f"Cannot prune layers {unknown}: the model has experts in layers {numbered(list(known))}. Pass "
+            "numbers among them.",
             argument="keep",
             value=unknown,
         )

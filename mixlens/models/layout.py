@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
+from mixlens.core.text import numbered
 from mixlens.errors import BadInput, ModelError
 from mixlens.models.families import FAMILIES, LEFT_OUT, UNKNOWN, Family
 from mixlens.models.quantization.linears import dequantized
@@ -249,7 +250,7 @@ def numbered_layers(model: nn.Module, asked: Any, what: str) -> list[MoeLayer]:
     numbers = list(layers) if asked is None else sorted(set(np.atleast_1d(np.asarray(asked)).tolist()))
     if not numbers or not layers.keys() >= set(numbers):
         raise BadInput(
-            f"Cannot {what} of layers {asked}: the model has experts in layers {', '.join(map(str, layers))}. Pass "
+            f"Cannot {what} of layers {asked}: the model has experts in layers {numbered(list(layers))}. Pass "
             "some of them.",
             argument="layers",
             value=asked,

@@ -41,8 +41,8 @@ def contrast(
     may be shorter, or differ more. Where both groups have the same documents, these are paired, and each document's two
     halves change places. q adjusts p for the number of cells, of each measure by itself where a statistic has several
     (Benjamini and Hochberg 1995), and `survives` is true where q is at most one less the level: among such cells that
-    share is false at most, in expectation. Where one group has fewer than some ten documents that are much shorter than
-    those of the other, p is still too small.
+    share is false at most, in expectation. Where the documents of the smaller group are much shorter than those of the
+    other, p can still be too small (docs/statistics tells by how much).
 
     Parameters
     ----------
@@ -198,7 +198,7 @@ def _of_layers(
     if not paired:
         influence = influence_of(pooled, layers)
         of_a, of_b = (variance_within(influence, pooled.tokens, weights) for weights in (weights_a, weights_b))
-        with np.errstate(divide="ignore"):
+        with np.errstate(divide="ignore", invalid="ignore"):
             far = np.where(far > 1e-12, far / np.sqrt(of_a + of_b), 0)
         least = _welch(far[..., 0], of_a[..., 0], of_b[..., 0], n_a, n_b)
     with np.errstate(invalid="ignore"):

@@ -12,8 +12,9 @@ from mixlens import stats
 from mixlens.errors import BadInput
 from mixlens.trace.trace import Trace
 
+_TRACES = ("trace", "a", "b", "b_with_ids", "b_with_weights")
 OF_TRACES = {
-    name: len([p for p in inspect.signature(function).parameters if p in ("trace", "a", "b")])
+    name: len([p for p in inspect.signature(function).parameters if p in _TRACES])
     for name in stats.__all__
     if inspect.isfunction(function := getattr(stats, name))
 }
