@@ -74,9 +74,10 @@ def _told_apart(data: xr.Dataset, what: str, say: Callable[[xr.Dataset], str]) -
     if cell is None:
         return [labels.none_survives(data, what, "uniform routing")]
     n = int(data["survives"].sum())
+    which = "This is the only cell" if n == 1 else f"This is the furthest of {n:,} cells"
     return [
-        f"{say(cell)}, where uniform routing gives {labels.uniform_text(data)} {_n(cell)}. It is the furthest of {n:,} "
-        f"told apart from uniform: each {labels.survivors(data)}."
+        f"{say(cell)}, where uniform routing gives {labels.uniform_text(data)} {_n(cell)}. {which} told apart from "
+        f"uniform: {'it' if n == 1 else 'each'} {labels.survivors(data)}."
     ]
 
 
@@ -130,8 +131,8 @@ def _repetition(data: xr.Dataset) -> list[str]:
             continue
         chance = labels.number(float(expected), part)
         sentences.append(
-            f"{name} of consecutive tokens repeat by chance in {chance}; layers {compared(part)}; furthest "
-            f"from it at layer {int(cell['layer'])}: {labels.with_interval(cell)} {_n(cell)}."
+            f"{name} of consecutive tokens repeat in {chance} by chance. Layers are {compared(part)}. Layer "
+            f"{int(cell['layer'])} is furthest from it: {labels.with_interval(cell)} {_n(cell)}."
         )
     return sentences
 
@@ -150,8 +151,8 @@ def _entropy(data: xr.Dataset) -> list[str]:
 def _coactivation(data: xr.Dataset) -> list[str]:
     def say(cell: xr.Dataset) -> str:
         return (
-            f"Company furthest from uniform: at layer {int(cell['layer'])} tokens of expert {int(cell['expert'])} also "
-            f"go to expert {int(cell['expert_j'])} in {labels.with_interval(cell)}"
+            f"Pair of experts furthest from uniform: at layer {int(cell['layer'])}, tokens that choose expert "
+            f"{int(cell['expert'])} also choose expert {int(cell['expert_j'])} in {labels.with_interval(cell)}"
         )
 
     return _told_apart(data, "pair of experts", say)
