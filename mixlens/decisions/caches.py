@@ -38,16 +38,16 @@ def cache(
     Every sequence begins with an empty cache. The experts of a token are looked up and loaded together, and none of
     them makes room for another. Policies:
 
-    lru           the expert used longest ago leaves
-    lfu           the one used least often since it was loaded leaves, of equals the one used longest ago
-    fixed         the most frequent experts of one half of the documents stay, and are at hand from the start
-    least-stale   one pool of slots x layers; what leaves is first an expert that the token at hand did not use, of
-                  those one of the layer whose turn comes last, and of those the least recently used (after Hoang et al.
-                  2026, arXiv:2602.03921)
-    prefetch      lru, and while a layer computes the next layer's experts are loaded that its router would choose for
-                  this layer's input (Eliseev and Mazur 2023, arXiv:2312.17238)
-    optimum       the expert needed last leaves, which takes the future: no policy that loads what is asked for has more
-                  hits (Belady 1966)
+    - lru: the expert used longest ago leaves
+    - lfu: the one used least often since it was loaded leaves, of equals the one used longest ago
+    - fixed: the most frequent experts of one half of the documents stay, and are at hand from the start
+    - least-stale: one pool of slots x layers; what leaves is first an expert that the token at hand did not use, of
+      those one of the layer whose turn comes last, and of those the least recently used (after Hoang et al. 2026,
+      arXiv:2602.03921)
+    - prefetch: lru, and while a layer computes the next layer's experts are loaded that its router would choose for
+      this layer's input (Eliseev and Mazur 2023, arXiv:2312.17238)
+    - optimum: the expert needed last leaves, which takes the future: no policy that loads what is asked for has more
+      hits (Belady 1966)
 
     The verdict is judged on the half of the documents that nothing was fitted on. It says whether the policy has more
     hits than the fixed set, on average over the sizes asked for: "do it", "do not" where it has fewer, or "not enough

@@ -46,11 +46,11 @@ def placement(
     most tokens: the estimate is sum of max load / sum of mean load over steps and layers, 1 where all devices always
     have as much to do. An expert with several copies has its tokens shared between them. Placements:
 
-    contiguous   the experts of a layer in order, as many on each device; no copies
-    packed       the most loaded expert first, each to the least loaded device that has room; no copies
-    uninformed   copies and places as `eplb` chooses from as many tokens that go to experts by chance; only with copies
-    eplb         DeepSeek's Expert Parallelism Load Balancer: the expert with the largest load per copy gets the next
-                 copy, and copies are packed; where `nodes` divides `groups`, groups to nodes first, then within nodes
+    - contiguous: the experts of a layer in order, as many on each device; no copies
+    - packed: the most loaded expert first, each to the least loaded device that has room; no copies
+    - uninformed: copies and places as `eplb` chooses from as many tokens that go to experts by chance; only with copies
+    - eplb: DeepSeek's Expert Parallelism Load Balancer: the expert with the largest load per copy gets the next copy,
+      and copies are packed; where `nodes` divides `groups`, groups to nodes first, then within nodes
 
     All are fitted on one half of the documents and judged on the other. The verdict says whether eplb is worth a trial:
     "do it" where it is more even than uninformed, or than contiguous without copies; "do not" where it is less even.
