@@ -143,9 +143,9 @@ class Ablator:
         costs.change[rows] = np.moveaxis(np.where(reached, values - whole, 0.0).sum(-1), -1, 0)
 
     def _spreads(self, index: int) -> bool:
-        """Whether tokens that did not choose an expert may choose others without it, as where its group ranks lower."""
-        family = self.moe_layers[index].family
-        return self.how == "reroute" and family.rule is not None and family.rule.groups is not None
+        """Whether an expert that is gone changes tokens that did not choose it, by its group's rank or a softmax."""
+        rule = self.moe_layers[index].rule
+        return self.how == "reroute" and rule is not None and not rule.alone
 
     @property
     def _depth(self) -> int:
