@@ -302,7 +302,8 @@ def facet(
         written = any(ax.texts for ax in panels)
         text = f"{title or f'{labels.title(data)} by {dim}'}. {_small_print(data, 'bold' if written else 'dot')}"
         wrapped = textwrap.wrap(printable(text), int(width * 18))
-        figure.suptitle("\n".join(wrapped), fontsize=SMALLEST, x=0.01, ha="left")
+        # A line of its own for the uppermost label of the colour bar, which the layout does not count.
+        figure.suptitle("\n".join([*wrapped, ""]), fontsize=SMALLEST, x=0.01, ha="left")
     return figure
 
 
