@@ -49,6 +49,11 @@ class Context:
     def kept(self, tokens: int) -> int:
         return tokens if self.window is None else min(tokens, self.window)
 
+    def reached(self, tokens: int, past: int) -> int:
+        """Tokens that so many new ones attend to, after `past` others: each to those before it and itself."""
+        growing = tokens if self.window is None else min(max(self.window - past, 0), tokens)
+        return growing * past + growing * (growing + 1) // 2 + (tokens - growing) * self.kept(past + tokens)
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -114,12 +119,7 @@ class Sizes:
         """
         tokens = sum(lengths)
         a_token = self.dense - self.head + self.layers * self.top_k * self.expert
-        attended = sum(
-            one.attended * sum(n * past + n * (n + 1) // 2 for n in lengths)
-            if one.window is None
-            else one.attended * sum(one.kept(past + place + 1) for n in lengths for place in range(n))
-            for one in self.contexts
-        )
+        attended = sum(one.attended * one.reached(n, past) for n in lengths for one in self.contexts)
         return 2 * (a_token * tokens + self.head * len(lengths)) + 4 * (attended + self.state * tokens)
 
 

@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 
 from mixlens.core.bootstrap import Bootstrap
-from mixlens.decisions.verdict import halves
 from mixlens.errors import BadInput
 
 if TYPE_CHECKING:
@@ -39,11 +38,10 @@ class Documents:
             )
         starts = np.unique(first)
         numbers = sequence[starts]
-        unit, _ = pd.factorize(trace.sequences[trace.cluster].loc[numbers])
-        fit, _ = halves(trace, bootstrap)
-        judging = np.ones(int(unit.max(initial=-1)) + 1, bool)
-        judging[unit[np.isin(numbers, fit.sequences.index)]] = False
-        return cls(starts, unit, judging)
+        unit, present = pd.factorize(trace.sequences[trace.cluster].loc[numbers])
+        names = trace.sequences[trace.cluster].drop_duplicates().to_numpy()
+        fitted = np.random.default_rng(bootstrap.seed).permutation(names)[: len(names) // 2]
+        return cls(starts, unit, ~np.isin(present, fitted))
 
     def sum(self, values: np.ndarray) -> np.ndarray:
         """Numbers [..., token] added up in each unit [unit, ...]."""

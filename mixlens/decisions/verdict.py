@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from mixlens.core.bootstrap import Bootstrap
 from mixlens.core.intervals import Quantity, said, with_bounds
 from mixlens.errors import BadInput
-
-if TYPE_CHECKING:
-    from mixlens.trace.trace import Trace
 
 DO, DO_NOT, UNKNOWN = "do it", "do not", "not enough evidence"
 # A decision is acted upon, so that its intervals miss the truth in 1 of 100 cases and not in 5.
@@ -70,15 +67,3 @@ def judged(gain: Quantity, sizes: np.ndarray, bootstrap: Bootstrap) -> dict[str,
         "gain_high": high,
         "gain_interval": said(gain),
     }
-
-
-def halves(trace: Trace, bootstrap: Bootstrap) -> tuple[Trace, Trace]:
-    """The trace in two halves of its documents (or clusters), drawn by the seed of `bootstrap`.
-
-    What is fitted on one half is judged on the other, and the other way round, so that every document judges once.
-    """
-    unit = trace.sequences[trace.cluster]
-    names = unit.drop_duplicates().to_numpy()
-    first = np.random.default_rng(bootstrap.seed).permutation(names)[: len(names) // 2]
-    inside = unit.isin(first)
-    return trace.select(where=inside), trace.select(where=~inside)

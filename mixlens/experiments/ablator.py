@@ -124,11 +124,11 @@ class Ablator:
             hidden = after_layer
             if index in self.layers:
                 place = self.layers.index(index)
-                chosen = raw["expert_id"][index].cpu()
+                chosen, spreads = raw["expert_id"][index].cpu(), self._spreads(index)
                 for expert in range(self.n_experts):
                     hit = (chosen == expert).any(-1).reshape(ids.shape) & valid
                     costs.chosen[rows, place, expert] = hit.sum(1).numpy()
-                    hit = valid if self._spreads(index) else hit
+                    hit = valid if spreads else hit
                     after = (hit.cumsum(1) > 0) & predicts
                     reached[place, expert] = after.numpy()
                     if after.any():

@@ -143,7 +143,6 @@ def expert_share_grid(
                 legend.remove()
             if ax is not axes[0]:
                 drop_note(ax, f"layer {layer}")
-
             if ax is not axes[-1]:
                 ax.set_xlabel("")
         handles, labels = axes[0].get_legend_handles_labels()

@@ -323,7 +323,7 @@ def _figure(drawn: Axes | Figure, data: xr.Dataset, text: str) -> str:
     tested = bool(data.attrs.get("cells")) and "survives" in data
     cell = furthest_surviving(data) if tested else furthest(data)
     far = "" if cell is None else f" {_extreme(data)}: {place(cell)}, {labels.with_interval(cell)}."
-    about = [labels.sample(data), f"{labels.level(data)}s over documents", labels.uniform_note(data)]
+    about = [labels.sample(data), labels.over(data), labels.uniform_note(data)]
     return picture(drawn, f"{text}{far}", f"{text}{far} {'; '.join(a for a in about if a)}.")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,7 +119,8 @@ def _columns(trace: Trace, own: Collection[str]) -> dict[str, pd.Series]:
     return {beside(str(c), own): trace.sequences[c] for c in trace.sequences if c != "length"}
 
 
-def to_parquet(trace: Trace, path: Path) -> Path:
+def to_parquet(trace: Trace, path: Path, about: Mapping[str, str] | None = None) -> Path:
+    """Implement Trace.to_parquet; `about` becomes the metadata of the schema."""
     tables = long_tables(trace)
     if (first := next(tables, None)) is None:
         raise BadInput(
@@ -132,6 +133,7 @@ def to_parquet(trace: Trace, path: Path) -> Path:
         # The type of the whole column: a block may hold nothing but missing values.
         whole = pa.Schema.from_pandas(values.rename(name).to_frame(), preserve_index=False).field(name)
         schema = schema.set(schema.get_field_index(name), whole)
+    schema = schema.with_metadata(about) if about else schema
     with written_whole(path) as unfinished, pq.ParquetWriter(unfinished, schema, compression="zstd") as writer:
         for table in chain([first], tables):
             writer.write_table(pa.Table.from_pandas(table, schema=schema, preserve_index=False))

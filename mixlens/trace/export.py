@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from safetensors.numpy import save_file
 
 from mixlens.core.files import written_whole
 from mixlens.errors import BadInput
 from mixlens.trace import shards
-from mixlens.trace.convert import long_tables
+from mixlens.trace.convert import to_parquet
 
 if TYPE_CHECKING:
     from mixlens.trace.trace import Trace
@@ -71,15 +69,7 @@ def _npy(trace: Trace, path: Path) -> None:
 
 
 def _parquet(trace: Trace, path: Path) -> None:
-    writer = None
-    with written_whole(path) as whole:
-        for frame in long_tables(trace):
-            table = pa.Table.from_pandas(frame, preserve_index=False)
-            if writer is None:
-                writer = pq.ParquetWriter(whole, table.schema.with_metadata(_about(trace)), compression="zstd")
-            writer.write_table(table.replace_schema_metadata(_about(trace)))
-        assert writer is not None
-        writer.close()
+    to_parquet(trace, path, _about(trace))
 
 
 def _routed_experts(trace: Trace, path: Path) -> None:
