@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint docs browser slow first-hour gpu kernels engines fuzz faults coverage-of-intervals false-alarms mutants pins clean
+.PHONY: demo test lint docs browser slow first-hour gpu kernels engines views fuzz faults coverage-of-intervals false-alarms mutants pins clean
 
 demo: $(INSTALLED)
 	$(BIN)/mixlens demo --out out/demo
@@ -22,6 +22,13 @@ docs: $(VENV)/.installed-docs
 
 browser: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m browser
+
+# The JavaScript of live views, after a change in mixlens/live/assets: checked, tested and bundled. Needs npm.
+views:
+	npm install --silent --no-package-lock --no-audit --no-fund
+	npm run --silent check && npm run --silent test
+	npm run --silent bundle -- --log-level=error \
+	  --banner:js="/* $$(cat mixlens/live/assets/*.js mixlens/live/assets/mixlens.css | sha256sum | cut -d' ' -f1) */"
 
 # On a machine with a CUDA device.
 gpu: $(VENV)/.installed-test

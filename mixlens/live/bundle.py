@@ -1,4 +1,7 @@
-"""The script that loads a JavaScript module into a page once, and lets it turn a static form into a live view."""
+"""The JavaScript module of live views, and the script that lets it turn a static form into a live view.
+
+`bundle.js` is made from `assets/` by ``make views``.
+"""
 
 from __future__ import annotations
 
@@ -7,38 +10,19 @@ import json
 from functools import cache
 from pathlib import Path
 
-_ASSETS = Path(__file__).parent / "assets"
+_HERE = Path(__file__).parent
 _MODULES = "window.mixlensModules"
-# The files that each kind of view needs besides core.js, in order.
-_FILES = {
-    "tokens": ("routing.js", "text.js", "tokens.js"),
-    "matrix": ("routing.js", "matrices.js"),
-    "dots": ("routing.js", "matrices.js", "plots.js"),
-    "ecdf": ("routing.js", "plots.js"),
-    "pareto": ("routing.js", "plots.js"),
-    "diff": ("routing.js", "text.js", "diff.js"),
-    "strip": ("routing.js", "strip.js"),
-    "samples": ("routing.js", "text.js", "samples.js"),
-}
-ALL = tuple(_FILES)
 
 
 @cache
-def asset(name: str) -> str:
-    return (_ASSETS / name).read_text("utf-8")
+def module_source() -> str:
+    return (_HERE / "bundle.js").read_text("utf-8")
 
 
-@cache
-def module_source(*kinds: str) -> str:
-    """Return the source of the ES module with the views `kinds`: plain files, one after the other."""
-    files = dict.fromkeys(name for kind in kinds for name in _FILES[kind])
-    return f"const CSS={_string(asset('mixlens.css'))};\n" + "".join(asset(name) for name in ("core.js", *files))
-
-
-def module_script(*kinds: str) -> str:
+def module_script() -> str:
     """Return a JavaScript expression: the promise of the module, loaded from a blob once per page."""
-    blob = f'new Blob([{_string(module_source(*kinds))}],{{type:"text/javascript"}})'
-    return f"(({_MODULES}??={{}})[{_string(_version(*kinds))}]??=import(URL.createObjectURL({blob})))"
+    blob = f'new Blob([{_string(module_source())}],{{type:"text/javascript"}})'
+    return f"(({_MODULES}??={{}})[{_string(_version())}]??=import(URL.createObjectURL({blob})))"
 
 
 def mount_script(kind: str, packed: str, *, load: bool) -> str:
@@ -53,9 +37,9 @@ def mount_script(kind: str, packed: str, *, load: bool) -> str:
     packed : str
         The data, from `payload.pack`.
     load : bool
-        Whether to include the module; False on a page that already has the module of all kinds.
+        Whether to include the module; False on a page that already has it.
     """
-    module = module_script(kind) if load else f"{_MODULES}[{_string(_version(*ALL))}]"
+    module = module_script() if load else f"{_MODULES}[{_string(_version())}]"
     return (
         "<script>(()=>{let host=document.currentScript;"
         'do host=host.previousElementSibling;while(!host.matches(".mixlens"));'
@@ -70,5 +54,5 @@ def _string(text: str) -> str:
 
 
 @cache
-def _version(*kinds: str) -> str:
-    return hashlib.sha256(module_source(*kinds).encode()).hexdigest()[:12]
+def _version() -> str:
+    return hashlib.sha256(module_source().encode()).hexdigest()[:12]

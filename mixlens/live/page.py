@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from mixlens.live.bundle import ALL, asset, module_script
+from pathlib import Path
+
+from mixlens.live.bundle import module_script
 from mixlens.plot.html import escape
 
+_STYLE = Path(__file__).parent / "assets" / "report.css"
 # The page can make no request: scripts and styles are inline, pictures are data.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline' blob:; img-src data:"
 
@@ -16,7 +19,7 @@ def page(title: str, body: str) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
-        f"<title>{escape(title)}</title><style>{asset('report.css')}</style>"
-        f"<script>{module_script(*ALL)}.then(m=>m.ready(document))</script></head>"
+        f"<title>{escape(title)}</title><style>{_STYLE.read_text('utf-8')}</style>"
+        f"<script>{module_script()}.then(m=>m.ready(document))</script></head>"
         f"<body>{body}</body></html>\n"
     )

@@ -29,7 +29,7 @@ class ViewWidget(anywidget.AnyWidget):
     asked = traitlets.Dict().tag(sync=True)
 
     def __init__(self, kind: str, packed: str, *, static: str = "", **options: Any) -> None:
-        super().__init__(_esm=module_source(kind), kind=kind, packed=packed, **options)
+        super().__init__(_esm=module_source(), kind=kind, packed=packed, **options)
         self._static = static
 
     def _ipython_display_(self) -> None:

@@ -10,7 +10,7 @@ from show_samples import emptied_trace
 from test_views import log_of
 
 from mixlens import view
-from mixlens.live.bundle import ALL, module_source
+from mixlens.live.bundle import module_source
 from mixlens.live.payload import pack
 from mixlens.view import View
 
@@ -24,7 +24,7 @@ PAGE = f"""async () => {{
         if (["mixlens-select", "beforeprint", "change"].includes(name) && options?.signal) signals.push(options.signal);
         return add.call(this, name, call, options);
     }};
-    const blob = new Blob([{json.dumps(module_source(*ALL))}], {{ type: "text/javascript" }});
+    const blob = new Blob([{json.dumps(module_source())}], {{ type: "text/javascript" }});
     window.mixlens = await import(URL.createObjectURL(blob));
 }}"""
 # A stand-in for anywidget's model: `change` resolves when the view has taken new data.

@@ -1,7 +1,12 @@
+// @ts-check
 // Two runs over the same tokens, side by side under one cursor.
 
-VIEWS.diff = (frame, data) => new DiffView(frame, data);
+import { chooserOf, clamp, element, stepButtons } from "./dom.js";
+import { link } from "./linked.js";
+import { factNodes, factsOf, routing } from "./routing.js";
+import { choiceLook, follow, placeControls, TokenText } from "./text.js";
 
+/** @type {[string, (a: any, b: any, token: number, layer: number) => boolean][]} */
 const CHANGES = [
   ["first choice", (a, b, token, layer) => a.expert(token, 0, layer) !== b.expert(token, 0, layer)],
   ["set of experts", (a, b, token, layer) => {
@@ -10,11 +15,14 @@ const CHANGES = [
   }],
 ];
 
-class DiffView {
+export class DiffView {
+  sequence = 0;
+  change = 0;
+
   constructor(frame, data) {
     this.runs = data.runs.map((name) => ({ name, ...routing(ownData(data, name)) }));
     this.data = { ...data, layers: this.runs[0].layers };
-    Object.assign(this, { sequence: 0, layer: data.layer, change: 0 });
+    this.layer = data.layer;
     this.tell = link(frame, (told) => follow(this, this.data, told));
     this.place = placeControls(this, this.data);
     this.texts = this.runs.map((run) => new TokenText(frame, run,
@@ -50,7 +58,7 @@ class DiffView {
   }
 
   changed(token) {
-    return CHANGES[this.change][1](...this.runs, token, this.layer);
+    return CHANGES[this.change][1](this.runs[0], this.runs[1], token, this.layer);
   }
 
   setSequence(index) {
@@ -77,7 +85,7 @@ class DiffView {
   count() {
     const [first, last] = this.range;
     let n = 0;
-    for (let token = first; token < last; token++) n += this.changed(token);
+    for (let token = first; token < last; token++) n += Number(this.changed(token));
     this.legend.textContent = `${n.toLocaleString("en")} of ${(last - first).toLocaleString("en")} tokens of this sequence have another ` +
       `${CHANGES[this.change][0]} at layer ${this.data.layers[this.layer]} (outlined). The cursor is in both texts.`;
   }

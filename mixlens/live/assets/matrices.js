@@ -1,13 +1,17 @@
+// @ts-check
 // Heat maps on one scale centred on what uniform routing gives: layer x expert by domain, expert x expert by layer.
 
+import { chooserOf, clamp, drawn, element, sliderOver } from "./dom.js";
+import { link } from "./linked.js";
+import { factNodes } from "./routing.js";
 
 /** `value` as the header's unit says it: a share in per cent, or a ratio. */
-function valueText(data, value) {
+export function valueText(data, value) {
   if (Number.isNaN(value)) return "–";
   return data.unit === "ratio" ? `${value.toFixed(2)} ×` : `${(100 * value).toFixed(1)} %`;
 }
 
-function intervalText(data, low, high) {
+export function intervalText(data, low, high) {
   return Number.isNaN(low) ? "no interval" : `${valueText(data, low)} to ${valueText(data, high)}`;
 }
 
@@ -19,7 +23,7 @@ function fillOf(data, value) {
   return `color-mix(in srgb, ${far > 0 ? "#bd1f01" : "#3f90da"} ${Math.round(55 * share)}%, var(--ground))`;
 }
 
-VIEWS.matrix = function matrix(frame, data) {
+export function matrix(frame, data) {
   const { picks, panels, row, column, arrays } = data;
   const state = { picked: picks.map((pick) => pick.start), panel: 0, row: 0, column: 0 };
   const area = row.values.length * column.values.length;
@@ -133,7 +137,7 @@ VIEWS.matrix = function matrix(frame, data) {
   }
 
   const grid = frame.querySelector(".grids");
-  grid.addEventListener("click", (event) => { if (event.target.place) go(...event.target.place); });
+  grid.addEventListener("click", (/** @type {any} */ event) => { if (event.target.place) go(...event.target.place); });
   grid.addEventListener("keydown", (event) => {
     const step = { ArrowUp: [0, -1, 0], ArrowDown: [0, 1, 0], ArrowLeft: [0, 0, -1], ArrowRight: [0, 0, 1], PageUp: [-1, 0, 0], PageDown: [1, 0, 0] }[event.key];
     if (!step) return;
@@ -143,7 +147,7 @@ VIEWS.matrix = function matrix(frame, data) {
   picks.forEach((pick, i) => controls[i].show(pick.start));
   paint();
   mark();
-};
+}
 
 function scaleBar(data) {
   const ratio = data.unit === "ratio", below = ratio ? data.limit : Math.min(data.limit, data.centre); // no share is negative

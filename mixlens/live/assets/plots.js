@@ -1,9 +1,15 @@
+// @ts-check
 // Dots with intervals, distribution curves, and points with a frontier; drawn in SVG, read by hover and by keys.
+
+import { chooserOf, clamp, drawn, element, sliderOver } from "./dom.js";
+import { link } from "./linked.js";
+import { intervalText, valueText } from "./matrices.js";
+import { factNodes } from "./routing.js";
 
 const PLOT = { width: 640, left: 64, right: 16, top: 20, bottom: 34 };
 
 /** Round numbers from `low` to `high`, about `count` of them. */
-function ticksOf(low, high, count = 5) {
+export function ticksOf(low, high, count = 5) {
   const raw = (high - low) / count || 1, power = 10 ** Math.floor(Math.log10(raw));
   const step = [1, 2, 5, 10].map((m) => m * power).find((s) => s >= raw);
   const ticks = [];
@@ -13,7 +19,7 @@ function ticksOf(low, high, count = 5) {
 
 const larger = (a, b) => (b > a ? b : a); // NaN is never larger
 const plain = (value, digits) => value.toLocaleString("en", { maximumSignificantDigits: digits });
-const tickText = (value) => (Math.abs(value) >= 1e7 ? value.toExponential(0) : plain(value, 6));
+export const tickText = (value) => (Math.abs(value) >= 1e7 ? value.toExponential(0) : plain(value, 6));
 
 /** A linear or logarithmic scale from data to pixels. */
 function scaleOf([low, high], [from, to], log = false) {
@@ -47,7 +53,7 @@ const canvasOf = (height, label) =>
   drawn("svg", { class: "plot", viewBox: `0 0 ${PLOT.width} ${height}`, role: "group", tabindex: 0, "aria-label": label });
 
 /** Share of every expert at a layer: the domain that is chosen with its interval, the others as faint dots. */
-VIEWS.dots = function dots(frame, data) {
+export function dots(frame, data) {
   const { layers, domains, experts, arrays, uniform } = data;
   const state = { layer: data.start, domain: 0, expert: 0 };
   const at = (domain, layer, expert) => (domain * layers.length + layer) * experts.length + expert;
@@ -104,7 +110,7 @@ VIEWS.dots = function dots(frame, data) {
     paint();
     tell({ expert: experts[state.expert] });
   };
-  svg.addEventListener("click", (event) => { if (event.target.expert !== undefined) choose(event.target.expert); });
+  svg.addEventListener("click", (/** @type {any} */ event) => { if (event.target.expert !== undefined) choose(event.target.expert); });
   svg.addEventListener("keydown", (event) => {
     const step = { ArrowUp: -1, ArrowDown: 1 }[event.key];
     if (!step) return;
@@ -112,10 +118,10 @@ VIEWS.dots = function dots(frame, data) {
     choose(state.expert + step);
   });
   paint();
-};
+}
 
 /** Share of requests that took at most so long, one curve a load. */
-VIEWS.ecdf = function ecdf(frame, data) {
+export function ecdf(frame, data) {
   const state = { metric: 0, curve: 0, at: 0.5 };
   const height = 300;
   const metrics = chooserOf("metric", data.metrics.map((m) => m.name), (index) => { state.metric = index; paint(); });
@@ -170,10 +176,10 @@ VIEWS.ecdf = function ecdf(frame, data) {
   });
   logged.addEventListener("change", paint);
   paint();
-};
+}
 
 /** Points in two chosen measures, with the frontier of those that none beats in both. */
-VIEWS.pareto = function pareto(frame, data) {
+export function pareto(frame, data) {
   const state = { x: data.start[0], y: data.start[1], point: 0 };
   const height = 340, { measures, labels } = data;
   const choosers = ["x", "y"].map((axis) => chooserOf(axis, measures.map((m) => m.name), (index) => { state[axis] = index; paint(); }));
@@ -182,6 +188,7 @@ VIEWS.pareto = function pareto(frame, data) {
   frame.append(element("div", { class: "controls" }, choosers), svg, readout, element("p", { class: "legend", text: data.note }));
   const values = (measure, part = "estimate") => data.arrays[`${part}${measure}`];
 
+  /** @returns {[number, number]} */
   function extent(measure) {
     const known = ["estimate", "low", "high"].flatMap((part) => [...(values(measure, part) ?? [])]).filter((v) => !Number.isNaN(v));
     const low = Math.min(...known), high = Math.max(...known), room = (high - low || Math.abs(high) || 1) * 0.1;
@@ -208,7 +215,7 @@ VIEWS.pareto = function pareto(frame, data) {
     labels.forEach((label, i) => {
       const [px, py] = [x(values(state.x)[i]), y(values(state.y)[i])];
       if (Number.isNaN(px + py)) return;
-      for (const [axis, scale] of [["x", x], ["y", y]]) {
+      for (const [axis, scale] of Object.entries({ x, y })) {
         const [low, high] = ["low", "high"].map((part) => scale(values(state[axis], part)?.[i] ?? NaN));
         if (Number.isNaN(low + high)) continue;
         svg.append(drawn("line", axis === "x" ? { class: `stem e${i}`, x1: low, x2: high, y1: py, y2: py } : { class: `stem e${i}`, x1: px, x2: px, y1: low, y2: high }));
@@ -229,7 +236,7 @@ VIEWS.pareto = function pareto(frame, data) {
   }
 
   const choose = (i) => { state.point = (i + labels.length) % labels.length; paint(); };
-  svg.addEventListener("click", (event) => { if (event.target.point !== undefined) choose(event.target.point); });
+  svg.addEventListener("click", (/** @type {any} */ event) => { if (event.target.point !== undefined) choose(event.target.point); });
   svg.addEventListener("keydown", (event) => {
     const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
     if (!step) return;
@@ -237,4 +244,4 @@ VIEWS.pareto = function pareto(frame, data) {
     choose(state.point + step);
   });
   paint();
-};
+}

@@ -1,7 +1,10 @@
+// @ts-check
 // What the views of tokens share: reading packed routing, and saying what a token was given.
 
+import { element } from "./dom.js";
+
 /** Accessors over packed token planes; `layer` is an index into data.layers. */
-function routing(data) {
+export function routing(data) {
   const { arrays, layers, starts, n_experts: nExperts, top_k: topK } = data;
   const nTokens = starts[starts.length - 1];
   const plane = (slot, layer) => (slot * layers.length + layer) * nTokens;
@@ -35,7 +38,7 @@ function routing(data) {
 }
 
 /** [name, value, expert?] of everything known of a token at a layer. */
-function factsOf(run, token, layer) {
+export function factsOf(run, token, layer) {
   const { arrays, topK } = run;
   const facts = [["token", quoted(run.piece(token))]];
   if (arrays.token_id) facts.push(["id", String(arrays.token_id[token])]);
@@ -58,7 +61,7 @@ function factsOf(run, token, layer) {
   return facts;
 }
 
-function factNodes(facts) {
+export function factNodes(facts) {
   return facts.map(([name, value, e]) => element("span", { class: "fact" }, [
     ...(name ? [element("span", { class: "name", text: name })] : []),
     ...(e === undefined ? [] : [element("i", { class: `swatch e${e}` })]),
@@ -66,17 +69,17 @@ function factNodes(facts) {
   ]));
 }
 
-const signed = (value) => (Number.isNaN(value) ? "no" : `${value < 0 ? "−" : "+"}${Math.abs(value).toPrecision(2)}`);
+export const signed = (value) => (Number.isNaN(value) ? "no" : `${value < 0 ? "−" : "+"}${Math.abs(value).toPrecision(2)}`);
 
 const LONGEST = 80; // characters of one token shown in the text
 
-function visibleText(piece) {
+export function visibleText(piece) {
   const shown = piece.replace(/\n/g, "⏎").replace(/\t/g, "→").replace(/\r/g, "␍");
   if (shown.length > LONGEST) return `${shown.slice(0, LONGEST)}… (${piece.length.toLocaleString("en")} characters)`;
   return shown || "·";
 }
 
-function quoted(piece) {
+export function quoted(piece) {
   if (piece === "") return "(part of a character)";
   const shown = JSON.stringify(piece);
   return shown.length > 300 ? `${shown.slice(0, 300)}… (${piece.length.toLocaleString("en")} characters)` : shown;

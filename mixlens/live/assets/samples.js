@@ -1,8 +1,14 @@
+// @ts-check
 // The samples of an evaluation, filtered and read one by one, with the routing of their prompts where it was recorded.
+
+import { chooserOf, clamp, element, sliderOver, stepButtons } from "./dom.js";
+import { link } from "./linked.js";
+import { factNodes, factsOf, routing } from "./routing.js";
+import { choiceLook, TokenText } from "./text.js";
 
 const PAGE_ROWS = 50;
 
-VIEWS.samples = function samples(frame, data) {
+export function samples(frame, data) {
   const { rows } = data;
   const run = data.starts ? routing(data) : null;
   const state = { task: 0, outcome: 0, chosen: 0, shown: [], page: 0, layer: data.layer ?? 0 };
@@ -100,7 +106,7 @@ VIEWS.samples = function samples(frame, data) {
     const text = String(value ?? "–");
     return text.length > 60 ? `${text.slice(0, 60)}…` : text;
   };
-  table.addEventListener("click", (event) => { const line = event.target.closest("tr"); if (line?.sample !== undefined) choose(line.sample); });
+  table.addEventListener("click", (/** @type {any} */ event) => { const line = event.target.closest("tr"); if (line?.sample !== undefined) choose(line.sample); });
   table.addEventListener("keydown", (event) => {
     const step = { ArrowUp: -1, ArrowDown: 1 }[event.key];
     if (!step) return;
@@ -117,4 +123,4 @@ VIEWS.samples = function samples(frame, data) {
   });
   slider?.show(state.layer);
   filter();
-};
+}

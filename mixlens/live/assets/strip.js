@@ -1,7 +1,12 @@
+// @ts-check
 // A short text as a strip: tokens across, layers down.
 
+import { clamp, element, expertButtons } from "./dom.js";
+import { link } from "./linked.js";
+import { factNodes, factsOf, routing, visibleText } from "./routing.js";
+
 /** Up to 40 tokens across, layers down: first choice in a cell, second as its foot. */
-VIEWS.strip = function strip(frame, data) {
+export function strip(frame, data) {
   const run = routing(data);
   const { layers, nTokens, topK } = run;
   const state = { layer: 0, token: 0, focus: -1 };
@@ -44,7 +49,7 @@ VIEWS.strip = function strip(frame, data) {
     mark();
     tell({ layer: layers[state.layer] });
   }
-  table.addEventListener("click", (event) => { if (event.target.place) go(...event.target.place); });
+  table.addEventListener("click", (/** @type {any} */ event) => { if (event.target.place) go(...event.target.place); });
   table.addEventListener("keydown", (event) => {
     const step = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key];
     if (!step) return;
@@ -52,4 +57,4 @@ VIEWS.strip = function strip(frame, data) {
     go(state.layer + step[0], state.token + step[1]);
   });
   mark();
-};
+}

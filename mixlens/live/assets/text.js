@@ -1,12 +1,26 @@
+// @ts-check
 // A scrolled text of tokens. Spans are made for what comes near, and painted first for what is in sight.
+
+import { chooserOf, clamp, element, sliderOver } from "./dom.js";
+import { heldBy } from "./linked.js";
+import { visibleText } from "./routing.js";
 
 const BLOCK = 200; // tokens of a block, at least; it ends at a line end or at a space where there is one
 const SETTLED = 60; // ms without another repaint, after which what is near but out of sight is painted too
 
-class TokenText {
+export class TokenText {
+  first = 0;
+  last = 0;
+  cursor = 0;
+  blocks = [];
+  near = new Set();
+  painting = 0;
+  timer = 0;
+
   /** `look(token)` gives the class names of a token; `label` says what the text is to who does not see it. */
   constructor(frame, run, label, look) {
-    Object.assign(this, { run, look, first: 0, last: 0, cursor: 0, blocks: [], near: new Set(), painting: 0, timer: 0 });
+    this.run = run;
+    this.look = look;
     this.node = element("div", { class: "text", tabindex: 0, role: "group", "aria-label": label });
     this.observer = new IntersectionObserver((entries) => this.come(entries), { root: this.node, rootMargin: "160px" });
     addEventListener("beforeprint", heldBy(frame, () => this.paintAll(this.blocks)), { signal: frame.gone });
@@ -54,7 +68,7 @@ class TokenText {
   }
 
   /** Hear what is asked for: go(token) by key, turn(layers) by key, point(token), press(token), and `keys` of one's own. */
-  listen({ go, turn, point, press = () => {}, keys: own = {} }) {
+  listen({ go, turn, point, press = (token) => {}, keys: own = {} }) {
     const inside = (token) => go(this.first + clamp(token - this.first, this.last - this.first));
     const keys = {
       ArrowLeft: () => inside(this.cursor - 1),
@@ -71,7 +85,7 @@ class TokenText {
       keys[event.key]();
     });
     for (const [name, told] of [["pointerover", point], ["click", press]]) {
-      this.node.addEventListener(name, ({ target }) => { if (target.token !== undefined) told(target.token); });
+      this.node.addEventListener(name, (/** @type {any} */ { target }) => { if (target.token !== undefined) told(target.token); });
     }
   }
 
@@ -158,13 +172,13 @@ function spansBetween(spans, top, bottom) {
 }
 
 /** Class names of a token that show its first and second choice at a layer. */
-function choiceLook(run, token, layer) {
+export function choiceLook(run, token, layer) {
   const first = `t e${run.expert(token, 0, layer)}`;
   return run.topK > 1 ? `${first} s${run.expert(token, 1, layer)}` : first;
 }
 
 /** Chooser of the sequence and slider of the layer, for a view with setSequence, setLayer and tell. */
-function placeControls(view, { labels, domains, layers }) {
+export function placeControls(view, { labels, domains, layers }) {
   const chooser = chooserOf("sequence", labels, (index) => {
     view.setSequence(index);
     if (domains[index] !== null) view.tell({ domain: domains[index] });
@@ -177,7 +191,7 @@ function placeControls(view, { labels, domains, layers }) {
 }
 
 /** Go where another view went, in a view with setSequence and setLayer. */
-function follow(view, { layers, domains }, { layer, domain }) {
+export function follow(view, { layers, domains }, { layer, domain }) {
   if (layers.includes(layer)) view.setLayer(layers.indexOf(layer));
   if (domains.includes(domain) && domains[view.sequence] !== domain) view.setSequence(domains.indexOf(domain));
 }

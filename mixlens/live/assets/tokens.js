@@ -1,14 +1,25 @@
+// @ts-check
 // The token view: a text underlined by its experts, with a readout of the token under the cursor.
+
+import { shadeLook } from "./colours.js";
+import { chooserOf, clamp, element, expertButtons, stepButtons } from "./dom.js";
+import { link } from "./linked.js";
+import { factNodes, factsOf, routing } from "./routing.js";
+import { choiceLook, follow, placeControls, TokenText } from "./text.js";
 
 const RED = "#bd1f01", BLUE = "#3f90da";
 
-VIEWS.tokens = (frame, data) => new TokenView(frame, data);
+export class TokenView {
+  sequence = 0;
+  focus = -1;
+  mode = 0;
+  pinned = false;
+  hits = new Set();
 
-class TokenView {
   constructor(frame, data) {
     this.data = data;
     this.run = routing(data);
-    Object.assign(this, { sequence: 0, layer: data.layer, focus: -1, mode: 0, pinned: false, hits: new Set() });
+    this.layer = data.layer;
     this.tell = link(frame, (told) => this.follow(told));
     this.shadings = shadingsOf(this.run, data.colours);
     this.text = new TokenText(frame, this.run,
@@ -169,7 +180,7 @@ function shadingsOf(run, colours) {
       return slot < 0 ? NaN : arrays.weight ? run.weight(token, slot, layer) : 0.5;
     },
     colour: (focus) => colours[focus] ?? BLUE,
-    scale: () => "",
+    scale: (focus) => "",
   }];
   if (arrays.entropy) {
     const most = Math.log2(nExperts);
