@@ -136,6 +136,7 @@ def decide(
     at_least: Mapping[str, float | str] | None = None,
     prefer: str | None = None,
     baseline: str | None = None,
+    usd_per_hour: float | Mapping[str, float] | None = None,
 ) -> Decision:
     """Decide which form of a model to take: schemes, prunings or providers, by limits and what runs measured.
 
@@ -161,6 +162,10 @@ def decide(
         Quantity that decides between the forms that qualify.
     baseline : str, optional
         Form that changes are measured from; the first one of the runs by default.
+    usd_per_hour : float or Mapping[str, float], optional
+        What the machine of a benchmark costs an hour, all its GPUs together, in dollars: then usd_per_mtok is what a
+        million tokens of the workload cost at the throughput that was measured, at the cheapest load and never idle.
+        A mapping from the name of the machine or the address of the server where there are several.
 
     Returns
     -------
@@ -190,7 +195,7 @@ def decide(
         raise BadInput(
             "Cannot decide: there are no runs. Pass evaluations, benchmarks or pareto runs.", argument="runs"
         )
-    forms, remarks = forms_of(claims)
+    forms, remarks = forms_of(claims, usd_per_hour)
     names = [form.name for form in forms]
     if baseline is not None and baseline not in names:
         raise BadInput(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -204,6 +205,61 @@ def test_providers_have_prices_and_no_weights():
     stated = ml.pricing.cost(1000, 500, table=ml.pricing.prices(name).query("provider == 'DeepInfra'"))
     assert usd["estimate"] == pytest.approx(stated["usd_per_request"].max() * 1e6 / 1500)
     assert usd["ci_low"] == pytest.approx(stated["usd_per_request"].min() * 1e6 / 1500)
+
+
+SERVER = "http://127.0.0.1:1/v1"
+
+
+def test_a_price_by_the_hour_follows_from_throughput():
+    """By loops over the requests: one load is twice as slow as the other, and the faster one sets the price."""
+    measured = bench({"concurrency 1": [2.0] * 12, "concurrency 4": [1.0] * 12})
+    cell = ml.decide([measured], usd_per_hour=3.0).table.set_index("quantity").loc["usd_per_mtok"]
+    fast = [record for record in measured.records if record.level == "concurrency 4"]
+    seconds = max(record.ended_s for record in fast) - min(record.sent_s for record in fast)
+    tokens = 0
+    for record in fast:
+        told = [event for event in record.events if event.input_tokens]
+        tokens += told[-1].input_tokens + told[-1].output_tokens
+    assert cell["estimate"] == pytest.approx(3.0 / 3600 * seconds / tokens * 1e6)
+    assert cell["ci_low"] < cell["estimate"] < cell["ci_high"] < math.inf
+    assert (cell["n"], cell["unit"]) == (12, "$/Mtok")
+    by_address = ml.decide([measured], usd_per_hour={SERVER: 6.0}).table.set_index("quantity").loc["usd_per_mtok"]
+    assert by_address["estimate"] == pytest.approx(2 * cell["estimate"])
+
+
+def test_without_price_requests_or_tokens_there_is_no_price():
+    failed = bench({"concurrency 1": [1.0] * 3})
+    failed.records = [replace(record, outcome="http", events=()) for record in failed.records]
+    uncounted = bench({"concurrency 1": [1.0] * 3})
+    uncounted.records = [
+        replace(r, events=tuple(replace(e, input_tokens=None) for e in r.events)) for r in uncounted.records
+    ]
+    for measured, usd in ((bench({"concurrency 1": [1.0]}), None), (failed, 3.0), (uncounted, 3.0)):
+        assert "usd_per_mtok" not in ml.decide([measured], usd_per_hour=usd).table.get("quantity", pd.Series()).tolist()
+    few = ml.decide([bench({"concurrency 1": [1.0] * 3})], usd_per_hour=3.0, at_most={"usd_per_mtok": 1e9})
+    assert few.answers.to_numpy().tolist() == [["too uncertain to say"]]  # three requests bound no throughput
+
+
+@pytest.mark.parametrize("usd", [0, -1, math.nan, math.inf, "2.5", True, {SERVER: 0}, {"H200": 3.0}], ids=str)
+def test_what_is_no_price_by_the_hour_is_refused(usd):
+    with refused(BadInput, "usd_per_hour"):
+        ml.decide([bench({"concurrency 1": [1.0]})], usd_per_hour=usd)
+
+
+@pytest.mark.parametrize(
+    "others", [[], [bench({"concurrency 1": [1.0]}, endpoint={"url": "http://[::1]/v1", "model": "m"})]]
+)
+def test_one_price_is_of_one_machine(others):
+    first = bench({"concurrency 1": [1.0]}) if others else pareto()
+    with refused(BadInput, "usd_per_hour"):
+        ml.decide([first, *others], usd_per_hour=2.5)
+
+
+@pytest.mark.parametrize("words", ["x", "1 2", "a=1 a=2", "a=1 2", "a="])
+def test_the_command_refuses_what_is_no_price_by_the_hour(words, capsys):
+    options = [part for word in words.split() for part in ("--usd-per-hour", word)]
+    assert cli.main(["decide", "nowhere", *options, "--json"]) == cli.EXIT_USAGE
+    assert json.loads(capsys.readouterr().out)["argument"] == "--usd-per-hour"
 
 
 # -- measured runs of the demo model

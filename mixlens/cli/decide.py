@@ -26,6 +26,7 @@ def decide(
     max_memory: str | None = None,
     max_ttft: str | None = None,
     max_price: str | None = None,
+    usd_per_hour: Annotated[list[str] | None, Parameter(metavar="USD|MACHINE=USD")] = None,
     prefer: str | None = None,
     baseline: str | None = None,
     csv: str | None = None,
@@ -50,6 +51,9 @@ def decide(
         Median time to the first token, such as 0.5 or 500ms.
     max_price
         Dollars per million tokens of the workload of a benchmark.
+    usd_per_hour
+        Price of the machine of a benchmark, all its GPUs together, such as 2.5: what its tokens cost follows from their
+        measured throughput. MACHINE=2.5, by name or address, where there are several; can be repeated.
     prefer
         Quantity that decides between the forms that qualify.
     baseline
@@ -66,7 +70,14 @@ def decide(
     for text in runs:
         name, _, run = text.partition("=") if "=" in text and not Path(text).exists() else ("", "", text)
         claims.setdefault(name or None, []).append(run)
-    found = decide(claims, at_most=at_most, at_least=_limits("--min", min or []), prefer=prefer, baseline=baseline)
+    found = decide(
+        claims,
+        at_most=at_most,
+        at_least=_limits("--min", min or []),
+        prefer=prefer,
+        baseline=baseline,
+        usd_per_hour=_hourly(usd_per_hour or []),
+    )
     if csv is not None:
         written(found.table, csv)
     data = {
@@ -91,3 +102,20 @@ def _limits(option: str, given: Sequence[str]) -> dict[str, str]:
             value=wrong[0],
         )
     return {name: value for name, _, value in pairs}
+
+
+def _hourly(given: Sequence[str]) -> float | dict[str, float] | None:
+    """One price for all, or one for each machine that is named. Raises BadInput for what is no price."""
+    pairs = [one.rpartition("=") for one in given]
+    try:
+        prices = {name: float(usd) for name, _, usd in pairs}
+    except ValueError:
+        prices = {}
+    if len(prices) < len(given) or ("" in prices and len(prices) > 1):
+        raise BadInput(
+            f"Cannot use --usd-per-hour {' '.join(given)}: it is not one price, nor one for each machine. Write it as "
+            "in --usd-per-hour 2.5, or --usd-per-hour NAME=2.5 --usd-per-hour OTHER=4.",
+            argument="--usd-per-hour",
+            value=list(given),
+        )
+    return prices.get("", prices or None)

@@ -14,12 +14,13 @@ import numpy as np
 from mixlens.bench.bench import Bench
 from mixlens.core.run_dir import open_run
 from mixlens.endpoints.endpoint import canonical
-from mixlens.endpoints.prices import cost, prices, provider_at
+from mixlens.endpoints.prices import provider_at
 from mixlens.errors import BadInput
 from mixlens.evals.log import Log
 from mixlens.evals.paired import compare_logs
 from mixlens.evals.scoring import primary_rows
 from mixlens.models.quantization.linears import SCHEMES
+from mixlens.pricing.per_mtok import hourly_of, listed, place, rented
 from mixlens.stats.impact import Impact
 from mixlens.stats.next_tokens import next_tokens
 from mixlens.stats.pareto import WEIGHTS, Pareto
@@ -123,7 +124,9 @@ class _Part:
         return (self.held["weights_checksum"], *(str(WEIGHTS[what](self.held)) for what in ("adapters", "edits")))
 
 
-def forms_of(claims: Sequence[tuple[str | None, Measured]]) -> tuple[list[Form], list[str]]:
+def forms_of(
+    claims: Sequence[tuple[str | None, Measured]], usd_per_hour: float | Mapping[str, float] | None = None
+) -> tuple[list[Form], list[str]]:
     """Gather what runs measured by the form of the model they are of, and remarks on what was passed over.
 
     Two runs are of one form where the checksum of their weights, their adapters and edits agree; at an endpoint where
@@ -131,13 +134,16 @@ def forms_of(claims: Sequence[tuple[str | None, Measured]]) -> tuple[list[Form],
 
     claims  runs, each with the name of its form, or None where its weights tell. A name vouches that the form is an
             alternative, whatever the model is called there; it is refused where the weights are those of another form.
+    usd_per_hour  of the machines of benchmarks, as in hourly_of
 
     Raises BadInput for runs of several models or revisions, for those that do not tell their weights, and for names
     that contradict the weights.
     """
+    benches = [part for _, run in claims if isinstance(run, Bench) for part in run.configurations().values()]
+    hourly = hourly_of(benches, usd_per_hour)
     forms: dict[tuple[Any, ...], Form] = {}
     remarks: list[str] = []
-    named = [(name, part) for name, run in claims for part in _parts(run, name)]
+    named = [(name, part) for name, run in claims for part in _parts(run, name, hourly)]
     for claimed, part in sorted(named, key=lambda one: one[0] is not None):  # what names itself comes first
         form = forms.get(part.key)
         if claimed is not None:
@@ -182,7 +188,7 @@ def change(cell: Cell, base: Cell) -> tuple[float, float, float]:
     )
 
 
-def _parts(run: Any, name: str | None) -> Iterator[_Part]:
+def _parts(run: Any, name: str | None, hourly: Mapping[str, float]) -> Iterator[_Part]:
     if isinstance(run, Pareto) and name is None:
         yield from _of_pareto(run)
     elif isinstance(run, Impact) and name is None:
@@ -191,7 +197,7 @@ def _parts(run: Any, name: str | None) -> Iterator[_Part]:
         yield _part(run, run.meta["model"], _scores(run))
     elif isinstance(run, Bench):
         for part in run.configurations().values():
-            yield _part(run, part.meta["model"] | _endpoint(part), _speeds(part, _called(run)))
+            yield _part(run, part.meta["model"] | _endpoint(part), _speeds(part, _called(run), hourly))
     elif isinstance(run, Trace):
         settings = run.meta.get("settings", {})
         yield _part(run, settings.get("model", {}) | {"edits": settings.get("edits")}, _perplexity(run))
@@ -273,7 +279,7 @@ def _scores(log: Log) -> Iterator[Cell]:
         )
 
 
-def _speeds(bench: Bench, called: str) -> Iterator[Cell]:
+def _speeds(bench: Bench, called: str, hourly: Mapping[str, float]) -> Iterator[Cell]:
     local = bench.meta.get("local", {})
     how = [name for name in ("recording", "static_cache", "compiled") if local.get(name)]
     where = [*how, bench.meta["machine"]["name"]] if "machine" in bench.meta else []
@@ -286,23 +292,16 @@ def _speeds(bench: Bench, called: str) -> Iterator[Cell]:
         _, memory, held, n = next(peaks)  # of the device, before that of the process
         setting = ", ".join([level, memory.removeprefix("peak_").removesuffix("_bytes"), *where])
         yield from _exact("memory_bytes", held, called, setting, n)
-    yield from _price(bench, called)
+    yield from _price(bench, called, hourly)
 
 
-def _price(bench: Bench, called: str) -> Iterator[Cell]:
-    """What a million tokens of the workload cost: from the cheapest to the dearest statement, by the dearest."""
-    workload = bench.meta.get("workload") or {}
-    read, written = workload.get("prompt_tokens"), workload.get("output_tokens")
-    if "endpoint" not in bench.meta or read is None or written is None:
-        return
-    table = prices()
-    name = canonical(bench.meta["endpoint"]["model"])
-    table = table[(table["provider"] == provider_at(bench.meta["endpoint"]["url"])) & (table["model"] == name)]
-    usd = cost(read, written, table=table)["usd_per_request"].dropna() * 1e6 / (read + written) if len(table) else []
-    if len(usd):
-        column = Column.of("usd_per_mtok", f"{read:,} in, {written:,} out")
-        run = f"{called}, price of {prices().attrs['date']}"
-        yield Cell(column, float(max(usd)), float(min(usd)), float(max(usd)), len(usd), run)
+def _price(bench: Bench, called: str, hourly: Mapping[str, float]) -> Iterator[Cell]:
+    """What a million tokens of the workload cost: by the hour where its machine has such a price, else as listed."""
+    usd_per_hour = hourly.get(place(bench))
+    price = listed(bench) if usd_per_hour is None else rented(bench, usd_per_hour)
+    if price is not None:
+        column = Column.of("usd_per_mtok", price.workload)
+        yield Cell(column, price.usd, price.low, price.high, price.n, f"{called}, {price.source}")
 
 
 def _perplexity(trace: Trace) -> Iterator[Cell]:

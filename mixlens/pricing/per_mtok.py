@@ -1,0 +1,137 @@
+"""What a million tokens of a benchmark's workload cost: by a provider's price list, or by the hour of a machine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from ipaddress import ip_address
+from numbers import Real
+from urllib.parse import urlsplit
+
+from mixlens.bench.bench import Bench
+from mixlens.endpoints.endpoint import canonical
+from mixlens.endpoints.prices import cost, prices, provider_at
+from mixlens.errors import BadInput
+
+
+@dataclass(frozen=True)
+class Price:
+    """Dollars per million tokens, read and written, of a workload.
+
+    n       statements of the price, or requests that were timed
+    source  of the price
+    """
+
+    workload: str
+    usd: float
+    low: float
+    high: float
+    n: int
+    source: str
+
+
+def listed(bench: Bench) -> Price | None:
+    """The price of the workload by the snapshot, from the cheapest statement to the dearest, which is the estimate.
+
+    None for a model on this machine, a prompt of unknown length, and a provider that the snapshot does not have.
+    """
+    workload = bench.meta.get("workload") or {}
+    read, written = workload.get("prompt_tokens"), workload.get("output_tokens")
+    if "endpoint" not in bench.meta or read is None or written is None:
+        return None
+    table = prices()
+    date, name = table.attrs["date"], canonical(bench.meta["endpoint"]["model"])
+    table = table[(table["provider"] == provider_at(bench.meta["endpoint"]["url"])) & (table["model"] == name)]
+    if table.empty:
+        return None
+    usd = cost(read, written, table=table)["usd_per_request"].dropna() * 1e6 / (read + written)
+    if usd.empty:
+        return None
+    dearest = float(usd.max())
+    return Price(_workload(read, written), dearest, float(usd.min()), dearest, len(usd), f"price of {date}")
+
+
+def rented(bench: Bench, usd_per_hour: float) -> Price | None:
+    """The price of the workload on a machine that is paid by the hour and never idle, at its cheapest load.
+
+    usd = (dollars an hour / 3600) / (requests a second * tokens of a request, read and written) * 1e6
+
+    The bounds are those of the requests a second; infinite where these have none. None where no request succeeded, or
+    tokens were not counted.
+    """
+    rates = bench.throughput().query("metric == 'requests_per_s'")
+    requests = bench.requests().query("phase == 'measured' and outcome == 'ok'")
+    asked = bench.meta.get("workload") or {}
+    found = []
+    for rate in rates.to_dict("records"):
+        tokens = requests.loc[requests["level"] == rate["level"], ["input_tokens", "output_tokens"]].mean()
+        each = usd_per_hour / 3600 * 1e6 / tokens.sum(skipna=False)
+        if not each / rate["estimate"] > 0:  # NaN where tokens are not known, or nothing succeeded
+            continue
+        low = each / rate["ci_high"] if rate["ci_high"] > 0 else -math.inf
+        high = each / rate["ci_low"] if rate["ci_low"] > 0 else math.inf
+        read, written = (
+            asked.get(name) or round(tokens[counted])
+            for name, counted in (("prompt_tokens", "input_tokens"), ("output_tokens", "output_tokens"))
+        )
+        source = f"${usd_per_hour:g} an hour at {rate['level']}"
+        found.append(Price(_workload(read, written), each / rate["estimate"], low, high, int(rate["n"]), source))
+    return min(found, key=lambda price: price.usd, default=None)
+
+
+def hourly_of(benches: Iterable[Bench], usd_per_hour: float | Mapping[str, float] | None) -> dict[str, float]:
+    """Dollars an hour by the name of a machine or the address of a server.
+
+    A number alone is of the one machine that models were loaded on, or of the server on this machine. Raises BadInput
+    where it would be of several or of none, and for names that no benchmark has.
+    """
+    if usd_per_hour is None:
+        return {}
+    known = {place(bench): _here(bench) for bench in benches}
+    if not isinstance(usd_per_hour, Mapping):
+        here = [name for name, own in known.items() if own]
+        if len(here) != 1:
+            where = f"on {' and '.join(here)}" if here else "on no machine of your own"
+            raise BadInput(
+                f"Cannot apply one price by the hour: the runs hold benchmarks {where}. Pass a mapping from the name "
+                "of each machine, or the address of each server, to its price, or add a benchmark.",
+                argument="usd_per_hour",
+                value=usd_per_hour,
+            )
+        usd_per_hour = {here[0]: usd_per_hour}
+    for name, usd in usd_per_hour.items():
+        if name not in known:
+            raise BadInput(
+                f"Cannot apply a price by the hour to {name!r}: the benchmarks are of {', '.join(known) or 'none'}. "
+                "Pass one of these, or add its benchmark.",
+                argument="usd_per_hour",
+                value=name,
+            )
+        if isinstance(usd, bool) or not isinstance(usd, Real) or not 0 < float(usd) < math.inf:
+            raise BadInput(
+                f"Cannot reckon with {usd!r} dollars an hour. Pass a number above 0.",
+                argument="usd_per_hour",
+                value=usd,
+            )
+    return {name: float(usd) for name, usd in usd_per_hour.items()}
+
+
+def place(bench: Bench) -> str:
+    """Where a benchmark was measured: the name of the machine, or the address of the server."""
+    server, machine = bench.meta.get("endpoint", {}), bench.meta.get("machine", {})
+    return str(server.get("url") or machine.get("name") or "")
+
+
+def _here(bench: Bench) -> bool:
+    if "endpoint" not in bench.meta:
+        return True
+    host = urlsplit(bench.meta["endpoint"]["url"]).hostname or ""
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _workload(read: int, written: int) -> str:
+    return f"{read:,} in, {written:,} out"
