@@ -14,6 +14,7 @@ from mixlens.cli.app import Result, app
 from mixlens.cli.options import Loading, Output, Positive
 from mixlens.cli.tables import check_csv, rows_of, written
 from mixlens.core.run_dir import check_out
+from mixlens.endpoints.protocols import WireProtocol
 from mixlens.errors import BadInput, ModelError, RunError
 
 
@@ -36,7 +37,7 @@ def evaluate(
     backend: Literal["transformers", "vllm"] = "transformers",
     vllm_args: Annotated[str | None, Parameter(metavar="NAME=VALUE,...")] = None,
     url: str | None = None,
-    url_protocol: Literal["openai-completions", "openai-chat", "anthropic", "modelslab"] = "openai-completions",
+    url_protocol: WireProtocol = "openai-completions",
     key_env: str | None = None,
     csv: str | None = None,
     loading: Loading = Loading(),

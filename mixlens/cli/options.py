@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from cyclopts import Parameter, Token, validators
 
+from mixlens.endpoints.protocols import WireProtocol
+
 if TYPE_CHECKING:
     from mixlens.recording.corpus import RecordSettings
     from mixlens.recording.documents import Documents
@@ -233,7 +235,7 @@ class Server:
     """
 
     model: str | None = None
-    protocol: Literal["openai-chat", "openai-completions", "anthropic", "modelslab"] | None = None
+    protocol: WireProtocol | None = None
     key_env: str | None = None
     provider: str | None = None
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from mixlens.endpoints.limits import MAX_NAME_CHARS
 from mixlens.endpoints.sse import Message
 
 Messages = Sequence[Mapping[str, Any]]
 
+WireProtocol = Literal["openai-chat", "openai-completions", "anthropic", "modelslab"]
+
 # Path of each protocol, appended to the endpoint's URL.
-PATHS = {
+PATHS: dict[WireProtocol, str] = {
     "openai-chat": "/chat/completions",
     "openai-completions": "/completions",
     "anthropic": "/messages",
