@@ -26,6 +26,7 @@ from mixlens.cli.options import (
 )
 from mixlens.cli.tables import check_csv, rows_of, written
 from mixlens.core.run_dir import check_out
+from mixlens.endpoints.protocols import WireProtocol  # noqa: F401  (cyclopts resolves the inherited fields here)
 from mixlens.errors import BadInput, RunError
 
 if TYPE_CHECKING:

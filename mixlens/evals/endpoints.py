@@ -99,9 +99,9 @@ class EndpointBackend:
         instead = f"Use the generative protocol {generative}" if generative else "Use a generative task, such as gsm8k"
         if not self.completes:
             raise BadInput(
-                f"{task} needs log-probabilities of given answers. {self.endpoint.host} is asked by "
-                f"{self.endpoint.protocol}, which has none of a text it is given. {instead}, or a server of "
-                'openai-completions with echo (protocol="openai-completions").',
+                f"Cannot evaluate {task} at {self.endpoint.host}: it needs log-probabilities of given answers, which "
+                f"{self.endpoint.protocol} does not return. {instead}, or a server of openai-completions with echo "
+                '(protocol="openai-completions").',
                 argument="protocol",
                 value=self.endpoint.protocol,
             )
@@ -109,8 +109,9 @@ class EndpointBackend:
             found = self._echo(_PROBE)
         except (EndpointError, BadInput) as error:
             raise BadInput(
-                f"{task} needs log-probabilities of given answers. {self.endpoint.host} does not echo a prompt with "
-                f"log-probabilities ({str(error).split('. ')[1].rstrip('.')}). {instead}, or a server that has both.",
+                f"Cannot evaluate {task} at {self.endpoint.host}: it needs log-probabilities of given answers, and a "
+                f"prompt did not come back with its own. {instead}, or a server that echoes prompts with them. "
+                f"The server's failure: {error}",
                 argument="logprobs",
                 value=task,
             ) from error
@@ -121,10 +122,10 @@ class EndpointBackend:
         specials = _n_before(found) + unlisted
         if specials != 1:
             raise BadInput(
-                f"{task} needs one beginning-of-sequence token before a prompt. {self.endpoint.host} puts "
-                f"{specials or 'none'}: the echo of {_PROBE!r} begins with {list(found.tokens or ())[:3]}. Let the "
-                "server add special tokens once, or give EvalSettings(tokenizer=...) of a model that has no such "
-                "token.",
+                f"Cannot evaluate {task} at {self.endpoint.host}: it needs one beginning-of-sequence token before a "
+                f"prompt, and the server puts {specials or 'none'} (the echo of {_PROBE!r} begins with "
+                f"{list(found.tokens or ())[:3]}). Let the server add special tokens once, or pass "
+                "EvalSettings(tokenizer=...) of a model that has no such token.",
                 argument="bos",
                 value=specials,
             )
@@ -136,8 +137,8 @@ class EndpointBackend:
     def answer(self, kind: str, requests: Sequence[Any], batch: Batch, repeats: Sequence[int]) -> list[Any]:
         if kind == "loglikelihood_rolling":
             raise BadInput(
-                f"{requests[0].task_name} needs the log-probability of whole documents. Endpoints are not asked for "
-                "that. Evaluate a local model: ml.load(...).",
+                f"Cannot evaluate {requests[0].task_name} at {self.endpoint.host}: it needs the log-probability of "
+                "whole documents, which mixlens does not request from endpoints. Evaluate a local model: ml.load(...).",
                 argument="tasks",
                 value=requests[0].task_name,
             )
@@ -241,8 +242,8 @@ class EndpointBackend:
         listed = found.tokens and found.logprobs and found.top_logprobs
         if not listed or not found.text.startswith(text[:8]):
             raise EndpointError(
-                f"{self.endpoint.host} was asked to echo a prompt with log-probabilities. Its answer has none of the "
-                "prompt. Use a server that has both.",
+                f"Cannot read the log-probabilities of a prompt from {self.endpoint.host}: its answer does not echo "
+                "the prompt with them. Use a server that does.",
                 argument="logprobs",
             )
         return found

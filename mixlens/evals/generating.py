@@ -34,8 +34,8 @@ def check_sampling(given: Mapping[str, Any], max_new_tokens: int) -> dict[str, A
     asked: dict[str, Any] = dict(normalize_gen_kwargs(dict(given), max_new_tokens))
     if unknown := sorted(set(asked) - _KNOWN):
         raise BadInput(
-            f"A task samples with {', '.join(unknown)}. mixlens samples by temperature, top_k and top_p. "
-            "Take these out of the task's generation_kwargs.",
+            f"Cannot sample with {', '.join(unknown)}: mixlens samples by temperature, top_k and top_p. Remove the "
+            "others from the task's generation_kwargs.",
             argument="generation_kwargs",
             value=unknown,
         )

@@ -15,7 +15,6 @@ from mixlens.evals.model import Batch, cut, repeats_of
 _GOLD_DOCUMENTS = 4
 # A data set may hold a question twice; a task whose shots are its documents has more than this share.
 _LEAKS = 0.01
-_WHERE = "The preflight of {task} was to pass before the model is asked."
 
 
 def check(
@@ -51,14 +50,14 @@ def check_template(backend: Any, tasks: Sequence[str]) -> None:
     except Exception as error:  # of transformers, of jinja, and of any model object of lm-eval's
         said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")
         raise BadInput(
-            f"{_WHERE.format(task=tasks[0])} Its chat template cannot be applied: {said}. Use an instruct model, give "
+            f"Cannot evaluate {tasks[0]}: its chat template cannot be applied: {said}. Use an instruct model, give "
             "its tokenizer by EvalSettings(tokenizer=...), or choose a protocol without a template.",
             argument="chat_template",
             value=list(tasks),
         ) from error
     if "Hi" not in str(written):
         raise BadInput(
-            f"{_WHERE.format(task=tasks[0])} Its chat template leaves out the message. Correct the tokenizer's "
+            f"Cannot evaluate {tasks[0]}: its chat template leaves out the message. Correct the tokenizer's "
             "chat_template.",
             argument="chat_template",
             value=list(tasks),
@@ -82,7 +81,7 @@ def _check_findings(findings: list[dict[str, Any]], backend: Any, loaded: Loaded
             and (question != "tokens of a prompt" or getattr(backend, "completes", True))
         ):
             raise BadInput(
-                f"{_WHERE.format(task=(continued or list(tasks))[0])} A question to the server came out wrong: "
+                f"Cannot evaluate {(continued or list(tasks))[0]}: a question to the server came out wrong: "
                 f"{question}: {wrong[question]}. {remedy}",
                 argument=question,
                 value=wrong[question],
@@ -103,7 +102,7 @@ def _check_shots(loaded: Loaded, work: Mapping[str, tuple[Sequence[Any], Sequenc
     for name, n in held.items():
         if n > _LEAKS * total[name]:
             raise BadInput(
-                f"{_WHERE.format(task=name)} {n} of {total[name]} prompts hold their own question and its gold answer "
+                f"Cannot evaluate {name}: {n} of {total[name]} prompts hold their own question and its gold answer "
                 "among the shots, which come from the documents that are evaluated. Set fewshot_split in the task file "
                 "to another split, or num_fewshot to 0.",
                 argument="fewshot_split",
@@ -142,16 +141,16 @@ def _check_backend(backend: Any, loaded: Loaded, kind: str, requests: Sequence[A
             backend.check_scores(task, about.get("generative"))
         elif about.get("continues") and not backend.completes:
             raise BadInput(
-                f"{task} has the model go on with a text. {backend.endpoint.host} is asked by "
-                f"{backend.endpoint.protocol}, which answers messages. Use {about.get('generative')}, or "
+                f"Cannot evaluate {task} at {backend.endpoint.host}: the model has to continue a text, and "
+                f"{backend.endpoint.protocol} answers messages. Use {about.get('generative')}, or "
                 'protocol="openai-completions".',
                 argument="protocol",
                 value=backend.endpoint.protocol,
             )
         elif about.get("chat") and backend.completes:
             raise BadInput(
-                f"{task} needs the model's chat template. openai-completions applies none. Make the endpoint with "
-                'protocol="openai-chat".',
+                f"Cannot evaluate {task} at {backend.endpoint.host}: it needs the model's chat template, and "
+                'openai-completions applies none. Create the endpoint with protocol="openai-chat".',
                 argument="protocol",
                 value=backend.endpoint.protocol,
             )
@@ -182,7 +181,7 @@ def _check_prompt(lm: Any, request: Any, ids: Sequence[int], new: int) -> None:
     if bos is not None and (ids[0] != bos or list(ids[1:2]) == [bos]):
         found = "none" if ids[0] != bos else "two"
         raise BadInput(
-            f"{_WHERE.format(task=request.task_name)} Prompt {request.doc_id} begins with {found} "
+            f"Cannot evaluate {request.task_name}: prompt {request.doc_id} begins with {found} "
             "beginning-of-sequence tokens. Correct the tokenizer, its chat template or add_bos_token: it must be one.",
             argument="tokenizer",
             value=list(ids[:2]),
@@ -190,7 +189,7 @@ def _check_prompt(lm: Any, request: Any, ids: Sequence[int], new: int) -> None:
     if len(ids) + new > lm.max_length:
         answer = f" and {new} for the answer" if new else ""
         raise BadInput(
-            f"{_WHERE.format(task=request.task_name)} Prompt {request.doc_id} has {len(ids):,} tokens"
+            f"Cannot evaluate {request.task_name}: prompt {request.doc_id} has {len(ids):,} tokens"
             f"{answer}; the model reads {lm.max_length:,}, and a prompt that is cut is another protocol. Use "
             "fewer shots or a model of longer context, or leave this task out.",
             argument="tasks",
@@ -218,7 +217,7 @@ def _check_gold(
         primary = "" if protocol is None else str(protocol.about["primary"])
         if record["metrics"].get(primary) != 1.0:
             raise BadInput(
-                f"{_WHERE.format(task=record['task'])} Its grader ({primary}) does not pass the gold answer of "
+                f"Cannot evaluate {record['task']}: its grader ({primary}) does not pass the gold answer of "
                 f"document {record['sample_id']}: {record['target'][:80]!r} came out as "
                 f"{str(record['response'])[:80]!r}. Look at the tokenizer and at the data; scores would be too low.",
                 argument="grader",
@@ -243,7 +242,7 @@ def gold_of(backend: Any, task: Any, kind: str, request: Any) -> Any:
     if found != expected:
         at = next((n for n, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), len(found))
         raise BadInput(
-            f"{_WHERE.format(task=request.task_name)} The gold answer of document {request.doc_id} does not survive "
+            f"Cannot evaluate {request.task_name}: the gold answer of document {request.doc_id} does not survive "
             f"encoding and decoding: {expected[at : at + 20]!r} becomes {found[at : at + 20]!r}. Use the tokenizer "
             "that the model was trained with; this one loses text.",
             argument="tokenizer",

@@ -387,7 +387,7 @@ def _result(watch: _Watch, token: str) -> CodeResult:
 
 def _no_sandbox(found: str) -> SandboxError:
     return SandboxError(
-        f"Code that a model wrote was to be run. There is no sandbox for it: {found}. Install bubblewrap 0.8 or newer "
+        f"Cannot run code that a model wrote: there is no sandbox, because {found}. Install bubblewrap 0.8 or newer "
         "(Debian, Ubuntu: apt-get install bubblewrap) on a Linux that allows user namespaces, or insist with "
         "unsafe_without_sandbox=True, which gives the code your network and your files.",
         argument="bwrap",

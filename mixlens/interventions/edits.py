@@ -106,8 +106,7 @@ def edit(model: nn.Module, *edits: Edit) -> Iterator[None]:
     for one in active:
         if rows and not one.everywhere and not one.matched:
             raise BadInput(
-                f"{one.edit!r} was to change what the model computes. None of the tokens in {rows} rows met its "
-                "conditions. Check its where=.",
+                f"Cannot apply {one.edit!r}: none of the tokens in {rows} rows meets its conditions. Check its where=.",
                 argument="where",
                 value=one.edit,
             )
@@ -485,7 +484,7 @@ def _means(mean: Any, layers: tuple[int, ...] | None, experts: tuple[int, ...]) 
             if not empty:
                 return means
             raise BadInput(
-                f"Experts {list(experts)} were to put out their means in layers {empty}. One of them was never chosen "
+                f"Cannot set experts {list(experts)} to their means in layers {empty}: one of them was never chosen "
                 "where the means were taken, so it has none. Take the means over more text.",
                 argument="mean",
                 value=empty,

@@ -96,8 +96,8 @@ class Routing:
         if bool(few.any()) or bool(many.any()):
             what = "forbid all but fewer than" if bool(few.any()) else "force more than"
             raise BadInput(
-                f"Several edits were put on one layer. For {int((few | many).sum())} tokens of this forward they "
-                f"{what} the {self.k} experts a token chooses. Take one of them back, or change top_k.",
+                f"Cannot apply these edits together: for {int((few | many).sum())} tokens of this forward they {what} "
+                f"the {self.k} experts a token chooses. Take one of them back, or change top_k.",
                 argument="forbid" if bool(few.any()) else "force",
                 value=int((few | many).sum()),
             )

@@ -73,8 +73,8 @@ class Audit:
         rows = self.table[self.table["kind"] == kind]
         if rows.empty:
             raise BadInput(
-                f"The audit was asked about {kind!r}. The model has {', '.join(self.table['kind'].unique())}. "
-                "Ask about one of them.",
+                f"Cannot find {kind!r} in the audit: the model has {', '.join(self.table['kind'].unique())}. Pass one "
+                "of these.",
                 argument="kind",
                 value=kind,
             )

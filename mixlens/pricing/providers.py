@@ -167,9 +167,9 @@ def provider_table(
 def _measured(name: str, bench: Bench, probe: Probe | None) -> list[dict[str, Any]]:
     levels = list(dict.fromkeys(r.level for r in bench.records if r.phase == "measured"))
     if not levels or "endpoint" not in bench.meta:
-        found = "is of a model on this machine" if levels else "has no measured request"
+        found = "it is of a model on this machine" if levels else "it has no measured request"
         raise BadInput(
-            f"The benchmark of {name!r} was to stand in the table of providers. It {found}. Leave it out.",
+            f"Cannot compare providers by the benchmark of {name!r}: {found}. Leave it out.",
             argument="runs",
             value=name,
         )

@@ -255,9 +255,9 @@ def _scores(logs: Sequence[Log], asked: str | None) -> list[dict[str, Any]]:
         )
         whose = "" if asked is None else f" by {asked!r}"
         raise BadInput(
-            f"Quality, cost and speed were to be compared{whose}. The evaluations share "
+            f"Cannot compare quality, cost and speed{whose}: the evaluations share "
             f"{'no score' if not common else f'{len(common)} scores'} ({told}). "
-            + ("Name one benchmark by score=." if common else "Give evaluations of one benchmark, protocol and limit."),
+            + ("Name one benchmark by score=." if common else "Pass evaluations of one benchmark, protocol and limit."),
             argument="score",
             value=len(common),
         )

@@ -342,8 +342,8 @@ class Recorder:
             return {}
         if call.logits is None and self.signals.top_logprobs:
             raise BadInput(
-                "A Recorder was to keep top_logprobs. The forward ran without the language-model head. Call the model "
-                "itself, not its decoder, or record without top_logprobs.",
+                "Cannot record top_logprobs: the forward ran without the language-model head. Call the model itself, "
+                "not its decoder, or record without top_logprobs.",
                 argument="top_logprobs",
             )
         ids, valid, batch, (rows, columns) = placed.ids, placed.valid, call.batch, call.shape

@@ -335,8 +335,8 @@ def router_confidence(
     signals = [name for name in ("router_logits", "weight") if name in trace.signals]
     if not signals:
         raise MissingSignal(
-            f"router_confidence needs router_logits or weight. This trace has {', '.join(trace.signals)}. "
-            "Record with a local model, or give them to Trace.from_arrays.",
+            f"Cannot compute router_confidence: the trace has neither router_logits nor weight, only "
+            f"{', '.join(trace.signals)}. Record with a local model, or give them to Trace.from_arrays.",
             argument="signals",
             value=("router_logits", "weight"),
         )

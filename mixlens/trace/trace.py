@@ -240,7 +240,7 @@ class Trace:
         missing = [name for name in names if name not in self.signals]
         if missing:
             raise MissingSignal(
-                f"{what} needs {' and '.join(map(str, missing))}. This trace has {', '.join(self.signals)} "
+                f"{what} needs {' and '.join(map(str, missing))}, and this trace has {', '.join(self.signals)} "
                 f"(source: {self.meta.get('source', 'unknown')}). {_remedy(missing[0])}",
                 argument=str(missing[0]),
                 value=what,

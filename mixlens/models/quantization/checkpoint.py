@@ -124,8 +124,8 @@ class Skeleton:
             found = device_map if isinstance(device_map, Mapping) else self._spread(device_map)
         if "disk" in found.values():
             raise BadInput(
-                "A quantized model was to keep layers on disk. Its weights stay where they compute, and need "
-                f"{self.bytes_needed / 2**30:.1f} GiB. Use fewer bits, or more devices.",
+                "Cannot keep layers of a quantized model on disk: its weights stay on the device that computes with "
+                f"them, and need {self.bytes_needed / 2**30:.1f} GiB. Use fewer bits, or more devices.",
                 argument="device_map",
                 value="disk",
             )

@@ -123,9 +123,9 @@ def _check_groups(name: str, module: Any, scheme: Scheme) -> None:
         return  # blocks of bitsandbytes run over rows, and the last one may be short
     fitting = [size for size in (128, 64, 32, 16, 8) if inputs % size == 0 and size < scheme.group_size]
     raise BadInput(
-        f"{name} was to be quantized to {scheme.name} in groups of {scheme.group_size}. Its rows have {inputs} "
-        "weights, which that does not divide. "
-        + (f"Give {scheme.name}-g{fitting[0]}." if fitting else "Give nf4 or int8, which need no groups."),
+        f"Cannot quantize {name} to {scheme.name} in groups of {scheme.group_size}: its rows have {inputs} weights, "
+        "which the group size does not divide. "
+        + (f"Pass {scheme.name}-g{fitting[0]}." if fitting else "Pass nf4 or int8, which need no groups."),
         argument=name,
         value=scheme.group_size,
     )
