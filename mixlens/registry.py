@@ -13,13 +13,13 @@ from safetensors import SafetensorError
 
 from mixlens.bench.bench import Bench
 from mixlens.core.run_dir import open_run
-from mixlens.decisions.judgement import Judgement
-from mixlens.decisions.watched import open_health
+from mixlens.decisions.training import open_health
 from mixlens.errors import BadInput, RunError, SourceError
 from mixlens.evals.log import Log
 from mixlens.stats.contributions import open_contributions
 from mixlens.stats.impact import Impact
 from mixlens.stats.importance import open_importance
+from mixlens.stats.judgement import Judgement
 from mixlens.stats.pareto import Pareto
 from mixlens.stats.topk import open_topk
 from mixlens.trace.trace import Trace

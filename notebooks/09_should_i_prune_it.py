@@ -61,7 +61,7 @@ pd.Series([document["group"] for document in judging]).value_counts()
 # %%
 trace = ml.record(model, choosing, signals=["expert_norm"], settings=settings)
 measured = ml.experiments.measure_importance(model, choosing[::2], settings=settings)
-saliency = ml.decisions.saliency(trace, importance=measured)
+saliency = ml.stats.saliency(trace, importance=measured)
 ranks = saliency["estimate"].to_dataframe()["estimate"].unstack("measure")
 ranks.corr("spearman").round(2)
 

@@ -89,7 +89,7 @@ def fine_tuned(auxiliary: float) -> ml.decisions.Watch:
 watches = {"auxiliary loss on": fine_tuned(1.0), "auxiliary loss off": fine_tuned(0.0)}
 
 # %%
-health = {name: watch.health() for name, watch in watches.items()}
+health = {name: ml.decisions.health(watch.traces) for name, watch in watches.items()}
 pd.DataFrame(
     {
         name: {

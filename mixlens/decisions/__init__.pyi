@@ -5,12 +5,11 @@ from mixlens.decisions.distinct import decode_time as decode_time
 from mixlens.decisions.distinct import distinct_experts as distinct_experts
 from mixlens.decisions.distinct import tensor_overrides as tensor_overrides
 from mixlens.decisions.gate import judge as judge
-from mixlens.decisions.judgement import Judgement as Judgement
 from mixlens.decisions.placements import placement as placement
 from mixlens.decisions.placements import save_placement as save_placement
 from mixlens.decisions.pruning import prune as prune
-from mixlens.decisions.saliencies import saliency as saliency
-from mixlens.decisions.saliencies import strongest as strongest
 from mixlens.decisions.steering import steer as steer
-from mixlens.decisions.training import Watch as Watch
-from mixlens.decisions.watched import health as health
+from mixlens.decisions.training import health as health
+from mixlens.recording.watch import Watch as Watch
+from mixlens.stats.judgement import Judgement as Judgement
+from mixlens.stats.saliency import strongest as strongest

@@ -89,37 +89,30 @@ def allocate_bits(
     costs = change.sum(1)
     chosen = allocated(costs, sizes, budget_bytes)
     loss = np.take_along_axis(costs, chosen[None], 0)[0] / tokens.sum()
-    coords = {"layer": first.layer.values, "expert": first.expert.values}
-    dims = ("layer", "expert")
-    scheme = np.array(names, object)[chosen].reshape(shape)
-    return xr.Dataset(
-        {
-            "scheme": (dims, scheme),
-            "estimate": (dims, loss.reshape(shape)),
-            "bytes": (dims, np.array(sizes)[chosen].reshape(shape)),
-        },
-        coords,
-        {
-            "statistic": "allocate_bits",
-            "model": first.attrs["model"],
-            "unit": "nats a token",
-            "quantization": _quantization(scheme, first.layer.values),
-            "single": names[_single(costs, sizes, budget_bytes)],
-            "predicted_loss": float(loss.sum()),
-            "budget_bytes": float(budget_bytes),
-            "level": bootstrap.level,
-            "formula": "min sum_e loss_e(s_e) with sum_e bytes(s_e) <= budget",
-            **judged(Difference(leaving_out(gain), leaving_out(tokens)), tokens, bootstrap),
-        },
+    of_experts = {
+        "scheme": np.array(names, object)[chosen],
+        "estimate": loss,
+        "bytes": np.array(sizes)[chosen],
+    }
+    data = xr.Dataset(
+        {name: (("layer", "expert"), values.reshape(shape)) for name, values in of_experts.items()},
+        {"layer": first.layer.values, "expert": first.expert.values},
     )
+    return data.assign_attrs(
+        statistic="allocate_bits", model=first.attrs["model"], unit="nats a token", budget_bytes=float(budget_bytes),
+        quantization=_quantization(data["scheme"].values, first.layer.values), level=bootstrap.level,
+        single=names[_single(costs, sizes, budget_bytes)], predicted_loss=float(loss.sum()),
+        formula="min sum_e loss_e(s_e) with sum_e bytes(s_e) <= budget",
+        **judged(Difference(leaving_out(gain), leaving_out(tokens)), tokens, bootstrap),
+    )  # fmt: skip
 
 
 def _measured(importance: Mapping[str, xr.Dataset]) -> tuple[list[str], np.ndarray, list[int], np.ndarray]:
     """(schemes; loss [scheme, document, expert of all layers]; bytes of an expert in each; tokens [document])."""
     if not isinstance(importance, Mapping) or not importance:
         raise BadInput(
-            "Cannot allocate bits without measurements: expected a mapping from schemes to what measure_importance "
-            'found, such as {"hqq2": ..., "hqq4": ...}.',
+            "Cannot allocate bits without measurements. Pass a mapping from schemes to what measure_importance found, "
+            'such as {"hqq2": ..., "hqq4": ...}.',
             argument="importance",
             value=type(importance).__name__,
         )
@@ -129,11 +122,12 @@ def _measured(importance: Mapping[str, xr.Dataset]) -> tuple[list[str], np.ndarr
         same = one.sizes == first.sizes and all(
             np.array_equal(one[name].values, first[name].values) for name in ("value", "tokens", "layer")
         )
-        if one.attrs.get("how") != scheme or not same or one.attrs["model"] != first.attrs["model"]:
+        known = np.isfinite(one.change.values).all()
+        if one.attrs.get("how") != scheme or not same or one.attrs["model"] != first.attrs["model"] or not known:
             raise BadInput(
-                f"Cannot allocate bits: what is given for {scheme} was measured with how={one.attrs.get('how')!r}, or "
-                "for another model, other documents or other layers than the first. Measure every scheme alike, with "
-                f"Ablation(how={scheme!r}).",
+                f"Cannot allocate bits: what is given for {scheme} was measured with how={one.attrs.get('how')!r}, "
+                "for another model, other documents or other layers than the first, or is not finite. Measure every "
+                f"scheme alike, with Ablation(how={scheme!r}).",
                 argument="importance",
                 value=scheme,
             )

@@ -9,12 +9,12 @@ import numpy as np
 import xarray as xr
 
 from mixlens.core.bootstrap import Bootstrap
-from mixlens.core.intervals import Difference, Mean, Quantity, Share, leaving_out, said, with_bounds
-from mixlens.decisions import replacement
-from mixlens.decisions.documents import Documents
-from mixlens.decisions.verdict import DECISION, DO, UNKNOWN, check_positive, judged
+from mixlens.core.intervals import Difference, Mean, Quantity, Share, leaving_out, said
+from mixlens.decisions.verdict import DECISION, Documents, bounded, check_positive, judged
 from mixlens.errors import BadInput, MissingSignal
+from mixlens.stats import cache_replay
 from mixlens.stats.counts import clustered, described, require
+from mixlens.stats.verdicts import DO, UNKNOWN
 
 if TYPE_CHECKING:
     from mixlens.trace.trace import Trace
@@ -41,20 +41,17 @@ def cache(
     - lru: the expert used longest ago leaves
     - lfu: the one used least often since it was loaded leaves, of equals the one used longest ago
     - fixed: the most frequent experts of one half of the documents stay, and are at hand from the start
-    - least-stale: one pool of slots x layers; what leaves is first an expert that the token at hand did not use, of
-      those one of the layer whose turn comes last, and of those the least recently used (after Hoang et al. 2026,
-      arXiv:2602.03921)
+    - least-stale: one pool of slots x layers; an expert that the token at hand did not use leaves first, of those one
+      of the layer whose turn comes last, then the least recently used (after Hoang et al. 2026, arXiv:2602.03921)
     - prefetch: lru, and while a layer computes the next layer's experts are loaded that its router would choose for
       this layer's input (Eliseev and Mazur 2023, arXiv:2312.17238)
-    - optimum: the expert needed last leaves, which takes the future: no policy that loads what is asked for has more
-      hits (Belady 1966)
+    - optimum: the expert needed last leaves: no policy that loads what is asked for has more hits (Belady 1966)
 
-    The verdict is judged on the half of the documents that nothing was fitted on. It says whether the policy has more
-    hits than the fixed set, on average over the sizes asked for: "do it", "do not" where it has fewer, or "not enough
-    evidence". The fixed set is judged against any set of its size, whose hits are slots / experts. The optimum is a
-    bound and no policy, so that it is never "do it"; prefetch buys its hits with loads in vain, which `loads` counts
-    and the verdict does not. Only tokens that find the cache filled count for the verdict, since a fixed set takes no
-    filling.
+    The verdict says whether the policy has more hits than the fixed set ("do it") or fewer ("do not"), on average over
+    the sizes, on the half of the documents that nothing was fitted on. The fixed set is judged against any set of its
+    size, whose hits are slots / experts. The optimum is a bound and no policy, and never "do it"; prefetch buys its
+    hits with loads in vain, which `loads` counts and the verdict does not. Only tokens that find the cache filled
+    count for the verdict, since a fixed set takes no filling.
 
     Parameters
     ----------
@@ -72,10 +69,8 @@ def cache(
         Bytes of one expert; those of `model` if it is given.
     link_bytes_per_s : float, optional
         What loads experts, such as 25e9 for PCIe 4.0 with 16 lanes.
-    cluster : str, optional
-        Column of the sequences, such as "author", whose values vary independently where documents do not.
-    bootstrap : Bootstrap, optional
-        How intervals are computed, and the seed of the halves.
+    cluster, bootstrap
+        As for `distinct_experts`; the seed also draws the halves.
 
     Returns
     -------
@@ -106,17 +101,15 @@ def cache(
     check_positive("a cache", expert_bytes=expert_bytes, link_bytes_per_s=link_bytes_per_s)
     sizes = _sizes(trace, slots, policy)
     e, k, n_layers = trace.n_experts, trace.top_k, trace.n_layers
-    ids, sequence = trace.read("expert_id").astype(np.int64), trace.read("sequence")
-    first = np.searchsorted(sequence, sequence)
-    documents = Documents.of(trace, first, sequence, bootstrap)
-    tokens, judging = documents.sum(np.ones((1, len(ids))))[:, 0], documents.judging
+    documents = Documents.of(trace, bootstrap)
+    ids, tokens, judging = trace.read("expert_id").astype(np.int64), documents.tokens, documents.judging
 
     used = np.zeros((len(tokens), n_layers, e))
-    np.add.at(used, (documents.of_token(first)[:, None, None], np.arange(n_layers)[:, None], ids), 1.0)
+    np.add.at(used, (documents.of_token[:, None, None], np.arange(n_layers)[:, None], ids), 1.0)
     kept, best = (_most_used(used[of].sum(0), sizes) for of in (~judging, slice(None)))
-    replay = _replay(trace, ids, first, sizes, policy, kept, model)
-    full = _filled(ids, first, e, sizes, pooled=policy == "least-stale")
-    hits, loads, ahead, counted = _tallied(documents, ids, *replay, full, kept)
+    found, loaded = _replay(trace, ids, documents.first, sizes, policy, kept, model)
+    full = cache_replay.filled(ids, documents.first, e, sizes, pooled=policy == "least-stale")
+    hits, loads, ahead, counted = _tallied(documents, ids, found, loaded, full, kept)
     chance = np.asarray(sizes) / e
     if policy == "fixed":
         counted = np.broadcast_to(k * tokens[:, None, None], hits.shape)
@@ -124,22 +117,24 @@ def cache(
 
     whole = judging if policy == "fixed" else np.ones_like(judging)
     of_whole, of_judging = leaving_out(tokens[whole]), tokens[judging]
-    quantities: dict[str, Quantity] = {
+    per_slots: dict[str, Quantity] = {
         "estimate": Share(leaving_out(hits[whole].sum(-1)), n_layers * k * of_whole),
-        "by_layer": Share(leaving_out(hits[whole]), k * of_whole),
         "loads": Mean(leaving_out(loads[whole].sum(-1)), of_whole),
     }
     if (of_expert := _bytes(trace, model, expert_bytes)) is not None:
-        quantities["bytes_per_token"] = Mean(leaving_out((loads * of_expert)[whole].sum(-1)), of_whole)
-    data: dict[str, Any] = {}
-    for name, quantity in quantities.items():
-        data |= _named(name, with_bounds(quantity, tokens[whole], bootstrap.level))
-    gains = Difference(leaving_out(ahead[judging].sum(-1)), leaving_out(counted[judging].sum(-1)))
-    data |= _named("gain", with_bounds(gains, of_judging, bootstrap.level))
+        per_slots["bytes_per_token"] = Mean(leaving_out((loads * of_expert)[whole].sum(-1)), of_whole)
+    by_layer = Share(leaving_out(hits[whole]), k * of_whole)
+    gain = Difference(leaving_out(ahead[judging].sum(-1)), leaving_out(counted[judging].sum(-1)))
+    data = {
+        **bounded("by_layer", ("slots", "layer"), by_layer, tokens[whole], bootstrap),
+        **bounded("gain", ("slots",), gain, of_judging, bootstrap),
+    }
+    for name, quantity in per_slots.items():
+        data |= bounded(name, ("slots",), quantity, tokens[whole], bootstrap)
     if of_expert is not None and link_bytes_per_s is not None:
-        moved = [data[f"bytes_per_token{bound}"][1] for bound in ("", "_high", "_low")]
-        with np.errstate(divide="ignore"):
-            data |= _named("tokens_per_s", [link_bytes_per_s / bound for bound in moved])
+        for name, moved in (("", ""), ("_low", "_high"), ("_high", "_low")):
+            with np.errstate(divide="ignore"):
+                data[f"tokens_per_s{name}"] = ("slots", link_bytes_per_s / data[f"bytes_per_token{moved}"][1])
     with np.errstate(invalid="ignore"):
         held_out = np.einsum("ule,sle->s", used[judging], kept) / (n_layers * k * of_judging.sum())
     data |= {
@@ -157,17 +152,9 @@ def cache(
     return described(
         xr.Dataset(data, coords={"slots": list(sizes), "layer": trace.layers, "expert": range(e)}), trace, bootstrap,
         statistic="cache", unit="fraction", policy=policy, against="any set" if policy == "fixed" else "fixed set",
-        judged_on=int(judging.sum()), interval=said(quantities), **about,
+        judged_on=int(judging.sum()), interval=said(per_slots | {"by_layer": by_layer}), **about,
         **({"predicted": "tokens_per_s"} if "tokens_per_s" in data else {}),
     )  # fmt: skip
-
-
-def _named(name: str, bounded: Sequence[np.ndarray]) -> dict[str, Any]:
-    """Variables of an estimate with its bounds [slots] or [slots, layer]."""
-    low, high = ("ci_low", "ci_high") if name == "estimate" else (f"{name}_low", f"{name}_high")
-    return {
-        own: (("slots", "layer")[: values.ndim], values) for own, values in zip((name, low, high), bounded, strict=True)
-    }
 
 
 def _tallied(
@@ -196,31 +183,21 @@ def _replay(
     """Experts at hand and experts loaded [size, token, layer]."""
     e, layers = trace.n_experts, range(trace.n_layers)
     if policy == "prefetch":
-        each = [_prefetched(ids[:, i], ahead, first, e, sizes) for i, ahead in enumerate(_predicted(trace, model))]
+        each = [
+            cache_replay.prefetched(ids[:, i], ahead, first, e, sizes)
+            for i, ahead in enumerate(_predicted(trace, model))
+        ]
         found, loads = (np.stack(parts, axis=-1) for parts in zip(*each, strict=True))
         return found, loads
     if policy == "lru":
-        found = np.stack([replacement.lru(ids[:, i], first, e, sizes) for i in layers], axis=-1)
+        found = np.stack([cache_replay.lru(ids[:, i], first, e, sizes) for i in layers], axis=-1)
     elif policy == "fixed":
         found = np.stack([kept[:, i][:, ids[:, i]].sum(-1) for i in layers], axis=-1)
     elif policy == "least-stale":
-        found = replacement.least_stale(ids, first, e, sizes)
+        found = cache_replay.least_stale(ids, first, e, sizes)
     else:
-        found = replacement.replayed(ids, first, e, sizes, policy)
+        found = cache_replay.replayed(ids, first, e, sizes, policy)
     return found, trace.top_k - found
-
-
-def _prefetched(
-    ids: np.ndarray, ahead: np.ndarray | None, first: np.ndarray, n_experts: int, sizes: Sequence[int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Experts of one layer at hand and loaded [size, token], where those `ahead` [token, slot] are loaded before."""
-    k = ids.shape[1]
-    if ahead is None:
-        found = replacement.lru(ids, first, n_experts, sizes)
-        return found, k - found
-    both = np.stack([ahead, ids], axis=1).reshape(-1, k)
-    found = replacement.lru(both, np.repeat(2 * first, 2), n_experts, sizes)
-    return found[:, 1::2], 2 * k - found[:, 0::2] - found[:, 1::2]
 
 
 def _predicted(trace: Trace, model: Any) -> list[np.ndarray | None]:
@@ -243,33 +220,14 @@ def _predicted(trace: Trace, model: Any) -> list[np.ndarray | None]:
             argument="moe_in",
             value=len(inputs),
         )
-    routers = {layer.index: layer for layer in moe_layers(model)}
-    recorded = inputs["layer"].values.tolist()
-    found: list[np.ndarray | None] = []
-    for number in trace.layers.tolist():
-        before = number - 1
-        if before not in recorded:
-            found.append(None)
-            continue
-        router = routers[number]
-        weight = next(router.gate.parameters())
-        state = torch.from_numpy(inputs.sel(layer=before).values).to(weight)
-        with torch.inference_mode():
-            found.append(router.read(router.gate(state))[2].cpu().numpy())
-    return found
-
-
-def _filled(
-    ids: np.ndarray, first: np.ndarray, n_experts: int, sizes: Sequence[int], *, pooled: bool
-) -> Callable[[int], np.ndarray]:
-    """Whether a token of a layer finds the cache filled [size, token]; one pool of all layers fills as a whole."""
-    n_layers = ids.shape[1]
-    seen = np.stack([replacement.filled(ids[:, i], first, n_experts).astype(np.uint16) for i in range(n_layers)])
-    room = np.asarray(sizes)[:, None]
-    if pooled:
-        whole = seen.sum(0, dtype=np.int64) >= room * n_layers
-        return lambda layer: whole
-    return lambda layer: seen[layer] >= room
+    found: dict[int, np.ndarray] = {}
+    for router in moe_layers(model):
+        if router.index - 1 in inputs["layer"]:
+            before = torch.from_numpy(inputs.sel(layer=router.index - 1).values)
+            with torch.inference_mode():
+                state = before.to(next(router.gate.parameters()))
+                found[router.index] = router.read(router.gate(state))[2].cpu().numpy()
+    return [found.get(number) for number in trace.layers.tolist()]
 
 
 def _most_used(used: np.ndarray, sizes: Sequence[int]) -> np.ndarray:

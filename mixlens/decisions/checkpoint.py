@@ -12,16 +12,13 @@ from torch import nn
 
 from mixlens.core.files import check_space, disk_errors, sync
 from mixlens.core.run_dir import now, versions
-from mixlens.decisions.judgement import Judgement
-from mixlens.decisions.pruning import RECORD, WithMeans
+from mixlens.decisions.pruning import RECORD, WithMeans, refuse_edited
 from mixlens.errors import BadInput, ModelError, RunError, visible
-from mixlens.interventions.hooks import edits_of
 from mixlens.models.hub import tokenizer_beside
 from mixlens.models.layout import moe_layers, refuse_sharded, top_k, unwrapped
 from mixlens.models.load import progress_bar
 from mixlens.models.provenance import audit, describe, weights_checksum
-
-_DTYPES = frozenset(("float32", "bfloat16", "float16"))
+from mixlens.stats.judgement import Judgement
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str], *, judgement: Judgement | None = None) -> Path:
@@ -96,13 +93,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, judgement: Judgeme
 
 def _refuse(model: Any) -> None:
     refuse_sharded(model, "save the model")
-    if active := edits_of(model):
-        raise ModelError(
-            f"Cannot save a model under edits ({', '.join(active)}): a checkpoint has weights alone. Save it outside "
-            "the edit.",
-            argument="model",
-            value=active,
-        )
+    refuse_edited(model, "save")
     if any(isinstance(layer.moe.experts, WithMeans) for layer in moe_layers(model)):
         raise ModelError(
             "Cannot save a model with means in the place of experts: checkpoints of its family have no place for them. "
@@ -110,7 +101,7 @@ def _refuse(model: Any) -> None:
             argument="means",
             value=type(model).__name__,
         )
-    held = sorted(set(audit(model).table["scheme"]) - _DTYPES)
+    held = sorted(set(audit(model).table["scheme"]) - {"float32", "bfloat16", "float16"})
     if held or any(parameter.is_meta for parameter in model.parameters()):
         raise ModelError(
             f"Cannot save this model: its weights are {', '.join(held) or 'offloaded'}. Prune and save the original, "
@@ -121,14 +112,13 @@ def _refuse(model: Any) -> None:
 
 
 def _card(model: Any, judgement: Judgement | None) -> str:
-    made = getattr(model.config, RECORD, None)
-    described = describe(model)
+    made, described = getattr(model.config, RECORD, None), describe(model)
     name = described["name"] if made is None else made["from"]
     on_hub = name.count("/") == 1 and not Path(name).exists()
-    head = ["---", "library_name: transformers", *([f"base_model: {name}"] if on_hub else []), "tags:", "- moe"]
-    head += ["- mixlens", *(["- pruned"] if made else []), "---", ""]
+    front = ["library_name: transformers", *([f"base_model: {name}"] if on_hub else []), "tags:", "- moe", "- mixlens"]
     used = ", ".join(f"{package} {version}" for package, version in versions("transformers", "torch").items())
     lines = [
+        *("---", *front, *(["- pruned"] if made else []), "---", ""),
         f"# {name}" + (", with fewer experts" if made else ""),
         "",
         f"Saved by mixlens on {now()[:10]} (with {used}), {described['parameters']:,} parameters in "
@@ -136,8 +126,7 @@ def _card(model: Any, judgement: Judgement | None) -> str:
         "",
     ]
     if made is not None:
-        kept = len(next(iter(made["kept"].values())))
-        at = f" at {made['revision']}" if made["revision"] else ""
+        at, kept = f" at {made['revision']}" if made["revision"] else "", len(next(iter(made["kept"].values())))
         lines += [
             f"Made from {name}{at}: each layer keeps {kept} of {made['experts']} experts, of which a token chooses "
             f"{max(top_k(model).values())}. `{RECORD}` in config.json has the numbers that they had there, by layer.",
@@ -147,7 +136,7 @@ def _card(model: Any, judgement: Judgement | None) -> str:
     lines += ['model = AutoModelForCausalLM.from_pretrained(".", dtype="auto")', "```", "", "## What it lost", ""]
     if judgement is None:
         return "\n".join([*lines, "Not measured. `mixlens.decisions.judge` compares it with the original.", ""])
-    table = judgement.overview()
-    lines += [judgement.reason, "", f"| {' | '.join(table.columns)} |", f"|{'---|' * len(table.columns)}"]
-    lines += [f"| {' | '.join(str(cell).replace('|', ' ') for cell in row)} |" for row in table.to_numpy()]
+    rows = judgement.overview().astype(str).apply(lambda column: column.str.replace("|", " "))
+    table = [list(rows.columns), ["---"] * len(rows.columns), *rows.to_numpy().tolist()]
+    lines += [judgement.reason, "", *(f"| {' | '.join(row)} |" for row in table)]
     return "\n".join([*lines, "", *judgement.remarks(), ""])

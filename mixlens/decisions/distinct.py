@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import xarray as xr
 
 from mixlens.core.bootstrap import Bootstrap
-from mixlens.core.intervals import Smooth, said, with_bounds
-from mixlens.decisions.verdict import DECISION, check_positive, judged
+from mixlens.core.intervals import Smooth, said
+from mixlens.decisions.verdict import DECISION, bounded, check_found, check_positive, check_whole, judged
 from mixlens.errors import BadInput
 from mixlens.stats.counts import clustered, described, require
+from mixlens.stats.steps import Steps
 
 if TYPE_CHECKING:
     from mixlens.trace.trace import Trace
@@ -32,16 +32,12 @@ def distinct_experts(
     A step takes the next `window` tokens of each of `batch` sequences: one token of each when a batch decodes, several
     of one in speculative decoding, a chunk of one in prefill. The estimate is the mean over all batches that the
     sequences of the trace can form, each stepped through until its shortest sequence ends, counted exactly: of D
-    sequences that reach a step, of which n read an expert, C(D - n, batch) of C(D, batch) batches do not read it. The
-    tokens that are left at the end of a sequence are no window.
+    sequences that reach a step, of which n read an expert, C(D - n, batch) of C(D, batch) batches do not read it.
 
-    Two figures stand beside it, both for n = batch window tokens that know nothing of each other:
-
-    random_tokens   sum_e 1 - (1 - p_e)^n, drawn from all tokens of the trace, which choose expert e with p_e
-    formula         E (1 - (1 - k / E)^n), where every expert is chosen as often
-
-    The verdict says whether to plan with fewer experts than random tokens read ("do it"), with more ("do not"), or
-    whether the trace does not tell. Nothing is fitted, so that all documents judge.
+    Two figures stand beside it, both for n = batch window tokens that know nothing of each other: random_tokens, sum_e
+    1 - (1 - p_e)^n, drawn from all tokens of the trace, which choose expert e with p_e; and formula, E (1 - (1 - k /
+    E)^n), where every expert is chosen as often. The verdict says whether to plan with fewer experts than random tokens
+    read ("do it") or with more ("do not"). Nothing is fitted, so that all documents judge.
 
     Parameters
     ----------
@@ -74,26 +70,13 @@ def distinct_experts(
     >>> found["estimate"].dims, found.attrs["verdict"]
     (('layer',), 'do it')
     """
-    trace, steps, read, random = _counted("distinct_experts", trace, batch, window, cluster, bootstrap)
-    e, n = trace.n_experts, batch * window
-    quantity = Smooth(read, floor=float(trace.top_k))
-    estimate, low, high = with_bounds(quantity, steps.sizes, bootstrap.level)
-    data = xr.Dataset(
-        {
-            "estimate": ("layer", estimate),
-            "ci_low": ("layer", low),
-            "ci_high": ("layer", high),
-            "random_tokens": ("layer", random[:, 0]),
-            "n": len(steps.step),
-            "n_documents": len(steps.sizes),
-        },
-        coords={"layer": trace.layers},
-    )
-    return described(
-        data, trace, bootstrap,
-        statistic="distinct_experts", unit="experts", batch=batch, window=window,
-        formula=e * (1 - (1 - trace.top_k / e) ** n), interval=said(quantity),
-        **judged(Smooth((random - read).mean(0).round(9)), steps.sizes, bootstrap),
+    counted = _Counted.of("distinct_experts", trace, batch, window, cluster, bootstrap)
+    e, n, quantity = trace.n_experts, batch * window, Smooth(counted.read, floor=float(trace.top_k))
+    data = bounded("estimate", ("layer",), quantity, counted.steps.sizes, bootstrap)
+    return counted.described(
+        xr.Dataset(data | {"random_tokens": ("layer", counted.random[:, 0])}, {"layer": trace.layers}), bootstrap,
+        statistic="distinct_experts", unit="experts", batch=batch, window=window, interval=said(quantity),
+        formula=e * (1 - (1 - trace.top_k / e) ** n),
         source="hypergeometric: every batch of the trace's sequences, counted exactly",
     )  # fmt: skip
 
@@ -114,29 +97,22 @@ def decode_time(
 
     read_bytes = all weights but the embedding table and the experts + bytes of the distinct experts of each layer +
     keys and values of `context` tokens of each sequence, as a benchmark counts those of its own forwards. The time is
-    read_bytes / bandwidth, which no step beats that has to read them. Text like that to come gives a prediction for it:
-    record what the model generates, and select ``phase="generated"``.
+    read_bytes / bandwidth, which no step beats. Predict from text like that to come: ``phase="generated"``.
 
     Parameters
     ----------
     trace : Trace
-        The recording, of the layers of the whole model. Needs ``expert_id`` and position.
+        The recording, of all layers of the model. Needs ``expert_id`` and position.
     model : transformers.PreTrainedModel
         The model that is to run, whose tensors have the bytes.
-    batch : int, optional
-        Sequences of a step.
-    window : int, optional
-        Consecutive tokens of each sequence.
+    batch, window, cluster, bootstrap
+        As for `distinct_experts`.
     context : int
         Tokens that each sequence attends to.
     bandwidth_bytes_per_s : float
         Of the device's memory, best as measured: ``bench.meta["machine"]["bandwidth_bytes_per_s"]["estimate"]``.
     step_s : float, optional
         Measured time of a step, for the share of the bandwidth that it used (MBU).
-    cluster : str, optional
-        Column of the sequences, such as "author", whose values vary independently where documents do not.
-    bootstrap : Bootstrap, optional
-        How intervals are computed.
 
     Returns
     -------
@@ -157,42 +133,35 @@ def decode_time(
     """
     from mixlens.bench.bytes_and_flops import Work
 
-    rates = {"bandwidth_bytes_per_s": bandwidth_bytes_per_s, "step_s": step_s}
-    check_positive("decode_time", context=context, **rates)
-    trace, steps, read, random = _counted("decode_time", trace, batch, window, cluster, bootstrap)
+    check_positive("decode_time", context=context, bandwidth_bytes_per_s=bandwidth_bytes_per_s, step_s=step_s)
+    counted = _Counted.of("decode_time", trace, batch, window, cluster, bootstrap)
     work = Work(model)
-    weights = work.weights
-    if len(weights.expert_bytes) != trace.n_layers:
+    if len(work.weights.expert_bytes) != trace.n_layers:
         raise BadInput(
             f"Cannot predict decode_time: the trace has {trace.n_layers} layers and the model "
-            f"{len(weights.expert_bytes)}. Pass the trace of all layers of this model.",
+            f"{len(work.weights.expert_bytes)}. Pass the trace of all layers of this model.",
             argument="trace",
             value=trace.n_layers,
         )
-    bytes_read = weights.dense_bytes + work.cached_bytes(context) * batch + weights.expert_bytes[:, 0] @ read
-    estimate, low, high = with_bounds(Smooth(bytes_read), steps.sizes, bootstrap.level)
-    times = {name: value / bandwidth_bytes_per_s for name, value in {"e": estimate, "l": low, "h": high}.items()}
-    rows = {
-        "read_bytes": (estimate, low, high),
-        "decode_s": (times["e"], times["l"], times["h"]),
-        "tokens_per_s": tuple(batch * window / times[name] for name in "ehl"),
-        **({} if step_s is None else {"mbu_frac": tuple(times[name] / step_s for name in "elh")}),
-    }
-    columns = zip(("estimate", "ci_low", "ci_high"), zip(*rows.values(), strict=True), strict=True)
-    data = xr.Dataset({name: ("quantity", np.array(values)) for name, values in columns}, coords={"quantity": [*rows]})
-    return described(
-        data.assign(n=len(steps.step), n_documents=len(steps.sizes)), trace, bootstrap,
+    experts = work.weights.expert_bytes[:, 0] @ counted.read
+    quantity = Smooth(work.weights.dense_bytes + work.cached_bytes(context) * batch + experts)
+    read_bytes = xr.Dataset(bounded("estimate", (), quantity, counted.steps.sizes, bootstrap))
+    decode_s = read_bytes / bandwidth_bytes_per_s
+    per_s = (batch * window / decode_s).rename(ci_low="ci_high", ci_high="ci_low")
+    rows = {"read_bytes": read_bytes, "decode_s": decode_s, "tokens_per_s": per_s}
+    rows |= {} if step_s is None else {"mbu_frac": decode_s / step_s}
+    return counted.described(
+        xr.concat(rows.values(), xr.IndexVariable("quantity", [*rows])), bootstrap,
         statistic="decode_time", unit="by quantity", predicted="all", batch=batch, window=window, context=context,
-        interval=said(Smooth(bytes_read)), **judged(Smooth((random - read).mean(0).round(9)), steps.sizes, bootstrap),
+        interval=said(quantity),
     )  # fmt: skip
 
 
 def tensor_overrides(found: xr.Dataset, *, on_gpu: int) -> str:
     """Return llama.cpp's ``--override-tensor`` that keeps the experts of some layers on the GPU, others on the CPU.
 
-    GGUF files hold the experts of a layer in one tensor, so that layers can be placed and single experts cannot. The
-    layers whose steps read most experts stay on the GPU, since they would wait for memory longest; a single sequence
-    reads as many in each, and the first layers stay.
+    GGUF files hold the experts of a layer in one tensor, so that layers can be placed and single experts cannot. Those
+    whose steps read most experts stay on the GPU; a single sequence reads as many in each, and the first layers stay.
 
     Parameters
     ----------
@@ -217,12 +186,7 @@ def tensor_overrides(found: xr.Dataset, *, on_gpu: int) -> str:
     >>> ml.decisions.tensor_overrides(found, on_gpu=8)
     ''
     """
-    if not isinstance(found, xr.Dataset) or found.attrs.get("statistic") != "distinct_experts":
-        raise BadInput(
-            f"Cannot place tensors by a {type(found).__name__}. Pass what ml.decisions.distinct_experts returns.",
-            argument="found",
-            value=type(found).__name__,
-        )
+    check_found(found, "distinct_experts")
     layers = found["layer"].values
     if not isinstance(on_gpu, int | np.integer) or not 0 <= on_gpu <= len(layers):
         raise BadInput(
@@ -234,111 +198,28 @@ def tensor_overrides(found: xr.Dataset, *, on_gpu: int) -> str:
     return rf"blk\.({'|'.join(map(str, others))})\.ffn_.*_exps\.=CPU" if len(others) else ""
 
 
-def _counted(
-    what: str, trace: Trace, batch: int, window: int, cluster: str | None, bootstrap: Bootstrap
-) -> tuple[Trace, _Steps, np.ndarray, np.ndarray]:
-    """The trace by cluster, its steps, and experts of a step and of random tokens [layer, 1 + document]."""
-    trace = clustered(trace, cluster)
-    require(trace, what, "expert_id", "position", bootstrap=bootstrap)
-    for name, value in {"batch": batch, "window": window}.items():
-        if not isinstance(value, int | np.integer) or value < 1:
-            raise BadInput(
-                f"Cannot count the experts of a step with {name}={value!r}: it is no whole number from 1. Pass 4, for "
-                "example.",
-                argument=name,
-                value=value,
-            )
-    steps = _Steps.of(trace, batch, window)
-    ids = trace.read("expert_id")[steps.kept]
-    each = [steps.read(ids[:, layer], trace.n_experts, batch * window) for layer in range(trace.n_layers)]
-    read, random = (np.stack(arrays).round(12) for arrays in zip(*each, strict=True))
-    return trace, steps, read, random
-
-
 @dataclass(frozen=True)
-class _Steps:
-    """The windows of a trace by the step at which a batch of its sequences reads them.
+class _Counted:
+    """Experts that a step and that random tokens read [layer, 1 + unit], of all units and without each."""
 
-    kept     [token of the trace] whether it lies in a window of a step that a batch fills
-    window   [token that is kept] its window
-    step     [window]
-    unit     [window] document, or what else varies independently
-    sizes    [unit] windows of each
-    batch    sequences of a step
-    """
-
-    kept: np.ndarray
-    window: np.ndarray
-    step: np.ndarray
-    unit: np.ndarray
-    sizes: np.ndarray
-    batch: int
+    trace: Trace
+    steps: Steps
+    read: np.ndarray
+    random: np.ndarray
 
     @classmethod
-    def of(cls, trace: Trace, batch: int, window: int) -> _Steps:
-        sequence, position = trace.read("sequence"), trace.read("position")
-        starts = np.ones(len(sequence), bool)
-        starts[1:] = (np.diff(sequence) != 0) | (np.diff(position) != 1)
-        first, run = np.flatnonzero(starts), np.cumsum(starts) - 1
-        offset = np.arange(len(sequence)) - first[run]
-        kept = offset < np.bincount(run)[run] // window * window
-        opens = offset[kept] % window == 0
-        of_window = sequence[kept][opens]
-        step = np.arange(len(of_window)) - np.searchsorted(of_window, of_window)
-        rows = np.bincount(step)
-        filled = (rows >= batch)[step]
-        if not filled.any():
-            raise BadInput(
-                f"Cannot count the experts of batches of {batch} sequences with {window} consecutive tokens each: the "
-                f"trace has at most {rows.max(initial=0)} such windows at one step. Pass a smaller batch or window, or "
-                "record more and longer documents.",
-                argument="batch",
-                value=batch,
-            )
-        number = np.cumsum(opens) - 1
-        kept[kept] = filled[number]
-        unit, _ = pd.factorize(trace.sequences[trace.cluster].loc[of_window[filled]])
-        renumbered = (np.cumsum(filled) - 1)[number[filled[number]]]
-        return cls(kept, renumbered, step[filled], unit, np.bincount(unit).astype(float), batch)
+    def of(
+        cls, what: str, trace: Trace, batch: int, window: int, cluster: str | None, bootstrap: Bootstrap
+    ) -> _Counted:
+        trace = clustered(trace, cluster)
+        require(trace, what, "expert_id", "position", bootstrap=bootstrap)
+        check_whole(what, batch=batch, window=window)
+        steps = Steps.of(trace, batch, window)
+        ids = trace.read("expert_id")[steps.kept]
+        each = [steps.read(ids[:, layer], trace.n_experts, batch * window) for layer in range(trace.n_layers)]
+        return cls(trace, steps, *(np.stack(arrays).round(12) for arrays in zip(*each, strict=True)))
 
-    def read(self, ids: np.ndarray, n_experts: int, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """Distinct experts of a step, and of `n` random tokens, of all units and without each [1 + unit].
-
-        ids  [token that is kept, slot] of one layer
-        """
-        n_units = len(self.sizes)
-        reads = np.zeros((len(self.step), n_experts), bool)
-        reads[self.window[:, None], ids] = True
-        pair, of_window = np.unique(self.unit * (self.step.max() + 1) + self.step, return_inverse=True)
-        unit, step = np.divmod(pair, self.step.max() + 1)
-        own = np.zeros((len(pair), n_experts), np.int64)
-        np.add.at(own, of_window, reads)
-        own_rows = np.bincount(of_window)
-        readers = np.zeros((self.step.max() + 1, n_experts), np.int64)
-        np.add.at(readers, step, own)
-        rows = np.bincount(self.step)
-        # Only the steps that a unit reaches change without it.
-        whole = self._of_step(rows, readers)
-        without = self._of_step(rows[step] - own_rows, readers[step] - own)
-        less, fewer = (np.bincount(unit, before[step] - after) for before, after in zip(whole, without, strict=True))
-        total, weight = (part.sum() for part in whole)
-        with np.errstate(divide="ignore", invalid="ignore"):  # without a unit that every batch needs there is none
-            read = np.append(total, total - less) / np.append(weight, weight - fewer)
-        chosen = np.zeros((n_units, n_experts))
-        of_token = self.unit[self.window]
-        np.add.at(chosen, (of_token[:, None], ids), 1.0)
-        chosen = np.concatenate([chosen.sum(0, keepdims=True), chosen.sum(0) - chosen])
-        tokens = np.bincount(of_token, minlength=n_units)
-        with np.errstate(invalid="ignore"):
-            share = chosen / np.append(tokens.sum(), tokens.sum() - tokens)[:, None]
-        return read, (1 - (1 - share) ** n).sum(-1)
-
-    def _of_step(self, rows: np.ndarray, readers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Distinct experts of all batches of a step, added up, and how many batches; both over those of all rows."""
-        number = np.arange(int(np.bincount(self.step).max()) + 1)
-        with np.errstate(divide="ignore"):
-            ways = np.sum([np.log(np.maximum(number - i, 0)) for i in range(self.batch)], axis=0)
-        with np.errstate(invalid="ignore"):
-            batches = np.exp(ways[rows] - ways[-1])
-            missed = np.exp(ways[rows[:, None] - readers] - ways[-1])
-        return (batches[:, None] - missed).sum(-1), batches
+    def described(self, data: xr.Dataset, bootstrap: Bootstrap, **attrs: Any) -> xr.Dataset:
+        data = data.assign(n=len(self.steps.step), n_documents=len(self.steps.sizes))
+        fewer = Smooth((self.random - self.read).mean(0).round(9))
+        return described(data, self.trace, bootstrap, **attrs, **judged(fewer, self.steps.sizes, bootstrap))

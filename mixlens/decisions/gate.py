@@ -12,31 +12,29 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import torch
 from torch import nn
 
 from mixlens.core.bootstrap import Bootstrap
-from mixlens.core.intervals import Difference
 from mixlens.core.run_dir import RunWriter, now, versions
-from mixlens.decisions.judgement import KIND, SCORE, TABLE, TEXT, Judgement, check_limits
-from mixlens.decisions.verdict import DECISION, fewest_units
+from mixlens.decisions.verdict import DECISION, groups_compared
 from mixlens.errors import BadInput
 from mixlens.evals.log import Log
 from mixlens.evals.paired import compare_logs
 from mixlens.evals.runner import SETTINGS as EVAL_SETTINGS
 from mixlens.evals.runner import EvalSettings, evaluate
-from mixlens.models.layout import config_of, moe_layers
+from mixlens.evals.scoring import tasks_by_protocol
+from mixlens.models.layout import config_of
 from mixlens.models.provenance import describe, identity
-from mixlens.recording.corpus import Corpus, RecordSettings, Shard, lengths_of, measure_documents, sum_documents
-from mixlens.recording.logprobs import score
-from mixlens.recording.reader import Reader
+from mixlens.recording.corpus import Corpus, RecordSettings, tokenizer_of
+from mixlens.recording.record import record
 from mixlens.recording.recorder import PACKAGES
-from mixlens.stats.measured import Measured, groups_of, summarised
+from mixlens.stats.judgement import KIND, SCORE, TABLE, TEXT, Judgement, check_limits
+from mixlens.stats.next_tokens import next_tokens
+from mixlens.stats.verdicts import fewest_units, level_of_each
 from mixlens.trace.shards import parquet_bytes
-from mixlens.trace.signals import parse_signals
+from mixlens.trace.trace import Trace
 
-SETTINGS = RecordSettings(shard_tokens=16_384)
-_COLUMNS = ["kind", "group", "mean", "before", "after", "estimate", "ci_low", "ci_high", "p", "q", "n"]
+SETTINGS = RecordSettings()
 
 
 def judge(
@@ -79,10 +77,8 @@ def judge(
         None for the one that belongs to `before`.
     bootstrap : Bootstrap, optional
         Level of the intervals together.
-    settings : RecordSettings, optional
-        How documents are read.
-    evaluation : EvalSettings, optional
-        How the benchmarks are run.
+    settings, evaluation
+        As for record, and for evaluate.
 
     Returns
     -------
@@ -121,7 +117,11 @@ def judge(
             argument="after",
             value=sorted(sizes),
         )
-    corpus = None if documents is None else Corpus.of(before, documents, tokenizer, settings)
+    read, texts = None, None
+    if documents is not None:
+        texts = documents if isinstance(documents, str) else list(documents)
+        tokenizer = tokenizer_of(before) if tokenizer is None else tokenizer
+        read = Corpus.of(before, texts, tokenizer, settings).plan()
     plan = {
         "before": identity(before),
         "after": identity(after),
@@ -129,27 +129,22 @@ def judge(
         "by": by,
         "level": bootstrap.level,
         "suites": [log.meta["tasks"] for log in logs] or tasks,
-        "documents": None if corpus is None else corpus.plan(),
+        "documents": read,
     }
     with nullcontext() if out is None else RunWriter(out, KIND, plan) as writer:
         if writer is not None and writer.complete:
             return Judgement.open(writer.path)
-        measured = None if corpus is None else _measure(before, after, corpus)
-        folders = {} if writer is None else {side: writer.path / side for side in ("before", "after")}
+        sides = {"before": before, "after": after}
+        folders = {} if writer is None else {side: writer.path / side for side in sides}
+        pair = None
+        if texts is not None:
+            options = {"signals": ["logprob"], "tokenizer": tokenizer, "settings": settings}
+            with groups_compared():
+                pair = record(before, texts, **options), record(after, texts, **options)
         if tasks:
-            sides = {"before": before, "after": after}
             logs = [evaluate(model, tasks, out=folders.get(side), settings=evaluation) for side, model in sides.items()]
-        table = table_of(measured, logs, by, bootstrap)
-        meta = {
-            "created": now(),
-            "model": describe(after),
-            **{side: plan[side] for side in ("before", "after")},
-            "limits": dict(limits),
-            "by": by,
-            "level": bootstrap.level,
-            "documents": 0 if corpus is None else corpus.documents.count,
-            "versions": versions(*PACKAGES),
-        }
+        table = table_of(pair, logs, by, bootstrap)
+        meta = {"created": now(), "model": describe(after), **plan, "versions": versions(*PACKAGES)}
         judgement = Judgement(table, limits, meta)
         if writer is None:
             return judgement
@@ -159,89 +154,57 @@ def judge(
         return replace(judgement, meta=meta, path=Path(writer.path))
 
 
-def _measure(before: nn.Module, after: nn.Module, corpus: Corpus) -> Measured:
-    """Losses of both models, summed over every document."""
-
-    def measure(shard: Shard) -> dict[str, np.ndarray]:
-        sequences, lengths = [piece.ids for piece in shard.pieces], lengths_of(shard)
-        sums = {name: losses(model, sequences, corpus.batch_tokens) for name, model in sides.items()}
-        sums |= {"tokens": lengths - 1, "length": lengths}
-        return {name: sum_documents(shard, values) for name, values in sums.items()}
-
-    sides = {"before": before, "after": after}
-    return measure_documents(before, corpus, KIND, measure=measure, about={}, out=None)
-
-
-@torch.no_grad()
-def losses(model: nn.Module, sequences: list[np.ndarray], batch_tokens: int) -> np.ndarray:
-    """Loss in nats of each sequence, summed over the tokens that have one before them [sequence]."""
-    number = np.repeat(np.arange(len(sequences)), [len(ids) for ids in sequences])
-    following = np.concatenate([np.append(ids[1:], -1) for ids in sequences])
-    total = np.zeros(len(sequences))
-    signals = parse_signals([], [layer.index for layer in moe_layers(model)])
-    with Reader(model, signals, batch_tokens) as reader:
-        for tokens, picked, _, states in reader.placed(sequences):
-            target = following[tokens]
-            head: Any = model.lm_head
-            found = score(head, states[picked.to(states.device)], torch.from_numpy(target), top=False)["logprob"]
-            np.subtract.at(total, number[tokens], np.where(target < 0, 0.0, found))
-    return total
-
-
-def table_of(measured: Measured | None, logs: list[Log], by: str, bootstrap: Bootstrap) -> pd.DataFrame:
-    """All rows, with intervals that hold at once: each misses in as many cases as all may, over their number."""
-    count = sum(len(rows) for rows in _rows(measured, logs, by, bootstrap))
-    each = replace(bootstrap, level=1 - (1 - bootstrap.level) / count)
-    table = pd.concat(_rows(measured, logs, by, each), ignore_index=True)[_COLUMNS]
+def table_of(pair: tuple[Trace, Trace] | None, logs: Sequence[Log], by: str, bootstrap: Bootstrap) -> pd.DataFrame:
+    """All rows of a judgement, the worst of each kind first, with intervals that hold at once."""
+    parts = []
+    if pair is not None:
+        groups = pair[0].sequences[by].nunique() if by in pair[0].sequences else 0  # next_tokens refuses it
+        parts.append((groups + 1, lambda each: _of_text(pair, by, each), False))
+    if logs:
+        about, other = (log.meta["tasks"] for log in logs)
+        several = tasks_by_protocol({name: about[name] for name in about if name in other}).values()
+        rows = sum(len(names) + (len(names) > 1) for names in several)
+        parts.append((rows, lambda each: _of_scores(logs, each), True))
+    each = replace(bootstrap, level=level_of_each(bootstrap.level, max(1, sum(rows for rows, _, _ in parts))))
+    sorted_ = [
+        pd.DataFrame(rows_of(each)).sort_values(["mean", "estimate"], ascending=[True, falls], kind="stable")
+        for _, rows_of, falls in parts
+    ]
+    table = pd.concat(sorted_, ignore_index=True)
     table.loc[table["n"] < fewest_units(each.level), ["ci_low", "ci_high"]] = np.nan
     return table
 
 
-def _rows(measured: Measured | None, logs: list[Log], by: str, bootstrap: Bootstrap) -> list[pd.DataFrame]:
-    found = []
-    if measured is not None:
-        rows = pd.DataFrame(_of_text(measured, by, bootstrap))
-        found.append(rows.sort_values(["mean", "estimate"], ascending=[True, False], kind="stable"))
-    if logs:
-        rows = pd.DataFrame(_of_scores(logs, bootstrap))
-        found.append(rows.sort_values(["mean", "estimate"], ascending=[True, True], kind="stable"))
-    return found
-
-
-def _of_text(measured: Measured, by: str, bootstrap: Bootstrap) -> list[dict[str, Any]]:
-    sums = measured.along_documents({name: ("document", array) for name, array in measured.arrays.items()}, {}, {})
-
-    def change(parts: dict[str, np.ndarray]) -> Difference:
-        return Difference(parts["after"] - parts["before"], parts["n"])
-
+def _of_text(pair: tuple[Trace, Trace], by: str, bootstrap: Bootstrap) -> list[dict[str, Any]]:
     rows = []
     for column in (by, None):
-        data = summarised(sums, ("before", "after"), change, {}, column, bootstrap, null=0.0)
-        labels, group = groups_of(sums, column)
-        for number, name in enumerate(next(iter(labels.values()), ["all documents"])):
-            cell = data.isel(dict.fromkeys(labels, number))
-            own = sums.isel(document=group == number)
-            with np.errstate(invalid="ignore"):
-                means = {side: own[side].values.sum() / own.tokens.values.sum() for side in ("before", "after")}
-            numbers = {name: float(cell[name]) for name in ("estimate", "ci_low", "ci_high", "p", "q")}
-            about = {"kind": TEXT, "group": str(name), "mean": column is None, "n": int(cell.n_documents)}
-            rows.append({**about, **means, **numbers})
+        data = next_tokens(*pair, by=column, bootstrap=bootstrap)
+        data = data if column is not None else data.expand_dims(group=["all documents"])
+        [group] = {*data["estimate"].dims} - {"measure"}
+        for number, name in enumerate(data[group].values):
+            cell = data.isel({group: number})
+            loss = {
+                side: float(cell["estimate"].sel(measure=f"loss_{at}"))
+                for side, at in (("before", "a"), ("after", "b"))
+            }
+            change = cell.sel(measure="loss_difference")
+            numbers = {name: float(change[name]) for name in ("estimate", "ci_low", "ci_high")}
+            about = {"kind": TEXT, "group": str(name), "mean": column is None, "n": int(cell["n_documents"])}
+            rows.append({**about, **loss, **numbers})
     return rows
 
 
-def _of_scores(logs: list[Log], bootstrap: Bootstrap) -> list[dict[str, Any]]:
+def _of_scores(logs: Sequence[Log], bootstrap: Bootstrap) -> list[dict[str, Any]]:
     table = compare_logs(*logs, bootstrap=bootstrap).table
     several = table["benchmark"].value_counts()
+    names = {"score_a": "before", "score_b": "after", "difference": "estimate"}
     return [
         {
             "kind": SCORE,
             "group": row["task"],
             "mean": bool(several[row["benchmark"]] > 1 and row["task"] not in logs[0].meta["tasks"]),
-            "before": row["score_a"],
-            "after": row["score_b"],
-            "estimate": row["difference"],
-            "p": row["p_value"],
-            **{name: row[name] for name in ("ci_low", "ci_high", "q", "n")},
+            **{own: row[name] for name, own in names.items()},
+            **{name: row[name] for name in ("ci_low", "ci_high", "n")},
         }
         for row in table.to_dict("records")
     ]

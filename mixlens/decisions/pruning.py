@@ -15,19 +15,10 @@ from mixlens.core.text import numbered
 from mixlens.errors import BadInput, ModelError
 from mixlens.interventions.hooks import edits_of
 from mixlens.interventions.where import whole_numbers
-from mixlens.models.layout import (
-    MoeLayer,
-    config_of,
-    moe_layers,
-    n_experts,
-    refuse_sharded,
-    refuse_without_rule,
-    unwrapped,
-)
+from mixlens.models.layout import MoeLayer, config_of, moe_layers, n_experts, unwrapped
 from mixlens.models.provenance import describe
+from mixlens.models.surgery import count_anew, keep_experts, keep_rows, refuse_whole
 
-# Where modules and configs of the families count their experts.
-_COUNTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
 RECORD = "mixlens_pruned"
 
 
@@ -70,28 +61,24 @@ def prune(model: nn.Module, keep: Mapping[int, Iterable[int]] | xr.DataArray, *,
     (6, 8)
     """
     inner: Any = unwrapped(model)
-    layers, count = moe_layers(inner), n_experts(inner)
-    _refuse(inner, layers, whole=means is not None)
-    kept = _kept(layers, keep, count, whole=means is not None)
+    refuse_edited(inner, "prune")
+    refuse_whole(inner, "prune experts", routers=means is None)
+    count = n_experts(inner)
+    kept = _kept(moe_layers(inner), keep, count, whole=means is not None)
     smaller = copy.deepcopy(inner, {id(tensor): tensor for tensor in (*inner.parameters(), *inner.buffers())})
     for layer in moe_layers(smaller):
         experts: Any = layer.experts
         own = torch.tensor(kept[layer.index], device=experts.down_proj.device)
         if len(own) == count:
             continue
-        for name in list(experts._parameters):
-            _keep(experts, name, own, dim=0)
-        experts.num_experts = len(own)
-        if means is not None:
+        keep_experts(layer, own)
+        if means is None:
+            keep_rows(layer, own)
+        else:
             stand_ins = _means_of(means, layer.index, kept[layer.index], inner)
             layer.moe.experts = WithMeans(experts, own, stand_ins.to(experts.down_proj))
-            continue
-        for name in list(layer.gate._parameters):
-            _keep(layer.gate, name, own, dim=0)
-        for place, name in _bias_of(layer):
-            _keep(place, name, own, dim=-1)
     if means is None:
-        _count_anew(smaller, count, len(next(iter(kept.values()))))
+        count_anew(smaller, count, len(next(iter(kept.values()))))
     setattr(smaller.config, RECORD, _record(inner, kept, "removed" if means is None else "mean output"))
     return smaller
 
@@ -119,149 +106,68 @@ class WithMeans(nn.Module):
         return output + stand_in.sum(1).to(output.dtype)
 
 
-def _refuse(model: Any, layers: list[MoeLayer], *, whole: bool) -> None:
-    """Raises ModelError for a model that cannot be taken apart; `whole` routers may decide as they like."""
-    refuse_sharded(model, "prune experts")
+def refuse_edited(model: nn.Module, what: str) -> None:
+    """Raises ModelError for a model under edits, which are no part of its weights."""
     if active := edits_of(model):
         raise ModelError(
-            f"Cannot prune a model under edits ({', '.join(active)}): they would stay in the copy. Prune it outside "
+            f"Cannot {what} a model under edits ({', '.join(active)}): they are no part of its weights. Do it outside "
             "the edit.",
             argument="model",
             value=active,
         )
-    count = n_experts(model)
-    for layer in layers:
-        groups = getattr(layer.gate, "num_group", None) or 1
-        if layer.rule is None and not whole:
-            refuse_without_rule(layer, "prune experts")
-        if layer.family.rule is not None and layer.family.rule.groups is not None and groups > 1 and not whole:
-            raise ModelError(
-                f"Cannot prune experts of layer {layer.index}: its router chooses within {groups} groups of equal "
-                "size, which would no longer be equal. Put means in the place of experts (means=), or forbid them "
-                "with ml.edits.forbid.",
-                argument="groups",
-                value=groups,
-            )
-        weights = [*layer.experts.parameters()]
-        rows = [layer.gate.weight] if isinstance(getattr(layer.gate, "weight", None), torch.Tensor) else []
-        known = layer.routed and layer.moe.experts is layer.experts and hasattr(layer.experts, "down_proj")
-        plain = all(len(w) == count and w.is_floating_point() and not w.is_meta for w in (*weights, *rows))
-        if not (known and plain and (rows or whole)):
-            raise ModelError(
-                f"Cannot prune experts of layer {layer.index}: its {type(layer.experts).__name__} is quantized, "
-                "offloaded, under an adapter, or holds its experts in a layout that mixlens does not know. Prune the "
-                'original, loaded whole by ml.load(..., device_map="cpu") and with adapters merged; save it, and '
-                "quantize when you load it again.",
-                argument="experts",
-                value=type(layer.experts).__name__,
-            )
 
 
 def _kept(layers: list[MoeLayer], keep: Any, count: int, *, whole: bool) -> dict[int, list[int]]:
     """{layer: experts that stay, ascending} of every layer; `whole` ones may be left out."""
+
+    def refused(why: str, value: Any) -> BadInput:
+        return BadInput(f"Cannot prune: {why}.", argument="keep", value=value)
+
     if isinstance(keep, xr.DataArray) and set(keep.dims) == {"layer", "expert"} and keep.dtype == bool:
         keep = {int(layer): keep.expert.values[keep.sel(layer=layer).values] for layer in keep.layer.values}
     if not isinstance(keep, Mapping):
-        raise BadInput(
-            f"Cannot prune by a {type(keep).__name__}: expected experts by layer. Pass a mapping such as "
-            "{0: [0, 1, 4, 5, 6, 7], ...}, or booleans [layer, expert] as ml.decisions.strongest gives them.",
-            argument="keep",
-            value=type(keep).__name__,
+        shown = "{0: [0, 1, 4, 5, 6, 7], ...}, or booleans [layer, expert] as ml.decisions.strongest gives them"
+        raise refused(
+            f"a {type(keep).__name__} is no mapping from layers to experts. Pass {shown}", type(keep).__name__
         )
     known = {layer.index: layer.top_k for layer in layers}
     asked = {layer: sorted(set(whole_numbers(experts))) for layer, experts in keep.items()}
     if unknown := sorted(set(asked) - set(known)):
-        raise BadInput(
-            f"Cannot prune layers {unknown}: the model has experts in layers {numbered(list(known))}. Pass "
-            "numbers among them.",
-            argument="keep",
-            value=unknown,
-        )
+        raise refused(f"layers {unknown} are none of {numbered(list(known))}, which have experts. Pass those", unknown)
     kept = {layer: asked.get(layer, list(range(count))) for layer in known}
     for layer, own in kept.items():
         if own and not 0 <= own[0] <= own[-1] < count:
-            raise BadInput(
-                f"Cannot keep experts {own} of layer {layer}: it has experts 0 to {count - 1}. Pass numbers among "
-                "them.",
-                argument="keep",
-                value=own,
-            )
-        if len(own) < (1 if whole else known[layer]):
-            raise BadInput(
-                f"Cannot keep {len(own)} experts of layer {layer}: every token chooses {known[layer]}. Keep more.",
-                argument="keep",
-                value=len(own),
-            )
-    numbers = {len(own) for own in kept.values()}
+            raise refused(f"layer {layer} has experts 0 to {count - 1}, and not all of {own}. Pass numbers of it", own)
+        if len(own) < (least := 1 if whole else known[layer]):
+            raise refused(f"layer {layer} keeps {len(own)} experts, and every token needs {least}. Keep more", len(own))
+    numbers = sorted({len(own) for own in kept.values()})
     if len(numbers) > 1 and not whole:
-        raise BadInput(
-            f"Cannot keep {min(numbers)} experts in one layer and {max(numbers)} in another: a config has one number "
-            "for all layers. Keep equally many of each, or pass means=, which leaves the routers whole.",
-            argument="keep",
-            value=sorted(numbers),
+        raise refused(
+            f"one layer keeps {numbers[0]} experts and another {numbers[-1]}, and a config has one number for all. "
+            "Keep as many of each, or pass means=, which leaves the routers whole",
+            numbers,
         )
-    if numbers == {count}:
-        raise BadInput(
-            f"Cannot prune a model and keep all {count} experts of every layer. Keep fewer.",
-            argument="keep",
-            value=count,
-        )
+    if numbers == [count]:
+        raise refused(f"every layer keeps all its {count} experts. Keep fewer", count)
     return kept
 
 
 def _means_of(means: Any, layer: int, kept: list[int], model: Any) -> torch.Tensor:
     """[expert, hidden] of one layer. Raises BadInput where a removed expert has none."""
-    hidden, count = int(config_of(model).hidden_size), n_experts(model)
-    if not isinstance(means, xr.DataArray) or set(means.dims) != {"layer", "expert", "hidden"}:
-        raise BadInput(
-            f"Cannot put a {type(means).__name__} in the place of experts: expected an xarray [layer, expert, "
-            'hidden]. Pass ml.experiments.expert_outputs(model, documents)["mean"].',
-            argument="means",
-            value=type(means).__name__,
-        )
-    gone = sorted(set(range(count)) - set(kept))
-    own = means.transpose("layer", "expert", "hidden")
-    there = layer in own.layer.values and own.shape[1:] == (count, hidden)
-    values = own.sel(layer=layer).values if there else np.full((count, hidden), np.nan)
-    if not np.isfinite(values[gone]).all():
-        lacking = [expert for expert in gone if not np.isfinite(values[expert]).all()]
-        raise BadInput(
-            f"Cannot put means in the place of experts {lacking} of layer {layer}: these means have none for them, of "
-            f"{hidden} numbers. Take the means of this model over more text, or keep these experts.",
-            argument="means",
-            value=(layer, lacking),
-        )
-    return torch.as_tensor(np.nan_to_num(values))
-
-
-def _bias_of(layer: MoeLayer) -> list[tuple[Any, str]]:
-    """Where the bias that ranks experts is a tensor of its own: the module that holds it, and its name there."""
-    path, _, name = ((layer.rule and layer.rule.rule.bias) or "").rpartition(".")
-    for place in (layer.gate, layer.moe):
-        holder = getattr(place, path, None) if path else place
-        if isinstance(getattr(holder, name, None) if name else None, torch.Tensor):
-            return [] if name in layer.gate._parameters and not path else [(holder, name)]
-    return []
-
-
-def _keep(module: Any, name: str, own: torch.Tensor, *, dim: int) -> None:
-    """Of a parameter or a buffer, what belongs to the experts kept."""
-    store = module._parameters if name in module._parameters else module._buffers
-    tensor = store[name]
-    if tensor is not None:
-        cut = tensor.detach().index_select(dim, own.to(tensor.device))
-        store[name] = nn.Parameter(cut, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else cut
-
-
-def _count_anew(model: Any, before: int, after: int) -> None:
-    for module in model.modules():
-        for name in _COUNTS:
-            if vars(module).get(name) == before:
-                setattr(module, name, after)
-    config = config_of(model)
-    for name in _COUNTS:
-        if getattr(config, name, None) == before:
-            setattr(config, name, after)
+    shape = n_experts(model), int(config_of(model).hidden_size)
+    gone = sorted(set(range(shape[0])) - set(kept))
+    known = isinstance(means, xr.DataArray) and set(means.dims) == {"layer", "expert", "hidden"}
+    if known and layer in means.layer.values:
+        own = means.sel(layer=layer).transpose("expert", "hidden").values
+        if own.shape == shape and np.isfinite(own[gone]).all():
+            return torch.as_tensor(np.nan_to_num(own))
+    raise BadInput(
+        f"Cannot put means in the place of experts {gone} of layer {layer}: one of them has none in what was given, of "
+        f'{shape[1]} numbers. Pass ml.experiments.expert_outputs(model, documents)["mean"] of this model over more '
+        "text, or keep these experts.",
+        argument="means",
+        value=(layer, gone),
+    )
 
 
 def _record(model: Any, kept: dict[int, list[int]], place: str) -> dict[str, Any]:

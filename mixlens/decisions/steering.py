@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,15 +13,16 @@ from torch import nn
 
 from mixlens.core.bootstrap import Bootstrap
 from mixlens.core.intervals import Difference, leaving_out, with_bounds
-from mixlens.decisions.gate import losses
-from mixlens.decisions.verdict import DECISION, DO, DO_NOT, UNKNOWN, fewest_units, verdict
+from mixlens.decisions.verdict import DECISION, Documents, bounded, check_positive, groups_compared
 from mixlens.errors import BadInput
 from mixlens.interventions.edits import add, edit
 from mixlens.interventions.hooks import Edit
 from mixlens.models.layout import moe_layers, n_experts
-from mixlens.recording.corpus import Corpus, RecordSettings, lengths_of, sum_documents
+from mixlens.recording.corpus import RecordSettings
 from mixlens.recording.record import record
 from mixlens.stats.routing import expert_share
+from mixlens.stats.verdicts import UNKNOWN, fewest_units, level_of_each, of_all, verdict
+from mixlens.trace.trace import Trace
 
 SETTINGS = RecordSettings()
 TEXTS = ("behaviour", "held_out")
@@ -47,9 +49,8 @@ def steer(
     """Push the experts that differ between two sets of documents, and see what it does to behaviour and to other text.
 
     Of the cells that survive the contrast, the `experts` with the largest differences are pushed: a dose is added to
-    their router logits where the first set uses them more, and subtracted where it uses them less (edits.add). Each
-    dose is measured on documents of the first set and on other text, and so is the same push of random experts: of the
-    same layers, and each of about the frequency of the one that it stands for.
+    their router logits where the first set uses them more, and subtracted where it uses them less (edits.add). The same
+    is done to random experts of the same layers and about the same frequencies.
 
     The verdict is "do it" where, at the dose that is best on one half of the documents, the other half shows that the
     behaviour's loss falls, that it falls further than with random experts, and that the other text's loss rises by no
@@ -73,12 +74,10 @@ def steer(
         How many are pushed at most, over all layers.
     draws : int, optional
         Sets of random experts, over which their effect is averaged.
-    tokenizer : Any, optional
-        None for the one that belongs to the model.
+    tokenizer, settings
+        As for record.
     bootstrap : Bootstrap, optional
         How intervals are computed; its seed draws the random experts and the halves.
-    settings : RecordSettings, optional
-        How documents are read.
 
     Returns
     -------
@@ -104,89 +103,71 @@ def steer(
     _check(contrast, doses, model)
     rng = np.random.default_rng(bootstrap.seed)
     chosen = _chosen(contrast, experts)
-    texts = [_Text.of(model, documents, tokenizer, settings) for documents in (behaviour, held_out)]
-    change = [np.full((len(ARMS), len(doses), len(text.tokens)), np.nan) for text in texts]
+
+    def losses(documents: Iterable[Any], *edits: Edit) -> _Losses:
+        with groups_compared(), edit(model, *edits) if edits else nullcontext():
+            trace = record(model, documents, signals=["logprob"], tokenizer=tokenizer, settings=settings)
+        return _Losses.of(trace, bootstrap)
+
+    texts = [text if isinstance(text, str) else list(text) for text in (behaviour, held_out)]
+    whole = [losses(text) for text in texts]
+    change = [np.full((len(ARMS), len(doses), len(one.loss)), np.nan) for one in whole]
     if chosen:
-        trace = record(model, held_out, tokenizer=tokenizer, settings=settings)
-        others = [_matched(chosen, expert_share(trace)["estimate"], rng) for _ in range(draws)]
-        for text, found in zip(texts, change, strict=True):
-            whole = text.losses(model)
+        share = expert_share(whole[1].trace)["estimate"]
+        others = [_matched(chosen, share, rng) for _ in range(draws)]
+        for text, own, found in zip(texts, whole, change, strict=True):
             for column, dose in enumerate(doses):
-                found[0, column] = text.losses(model, _edits(chosen, dose)) - whole
-                found[1, column] = np.mean([text.losses(model, _edits(each, dose)) - whole for each in others], axis=0)
+                of_random = [losses(text, *_edits(each, dose)).loss for each in others]
+                found[0, column] = losses(text, *_edits(chosen, dose)).loss - own.loss
+                found[1, column] = np.mean(of_random, axis=0) - own.loss
             found[2] = found[0] - found[1]
-    rows = [_numbers(found, text.tokens, bootstrap) for found, text in zip(change, texts, strict=True)]
-    dims, pushed = ("text", "arm", "dose"), xr.zeros_like(contrast["estimate"])
+    coords = {"arm": list(ARMS), "dose": list(doses)}
+    rows = [
+        xr.Dataset(bounded("estimate", ("arm", "dose"), _mean(one, own.tokens), own.tokens, bootstrap), coords)
+        for one, own in zip(change, whole, strict=True)
+    ]
+    pushed = xr.zeros_like(contrast["estimate"]).drop_attrs()
     for (layer, expert), sign in chosen.items():
         pushed.loc[{"layer": layer, "expert": expert}] = sign
-    dose, found = _judged(change, [text.tokens for text in texts], limit, rng, bootstrap)
-    return xr.Dataset(
-        {name: (dims, np.stack([row[i] for row in rows])) for i, name in enumerate(("estimate", "ci_low", "ci_high"))}
-        | {"n": ("text", [len(text.tokens) for text in texts]), "chosen": pushed.drop_attrs()},
-        {"text": list(TEXTS), "arm": list(ARMS), "dose": list(doses)},
-        {
-            "statistic": "steer",
-            "unit": "nats a token",
-            "model": contrast.attrs.get("model", "unknown"),
-            "contrast": f"{contrast.attrs.get('a')} less {contrast.attrs.get('b')}",
-            "limit": limit,
-            "draws": draws,
-            "level": bootstrap.level,
-            "interval": Difference.how,
-            "dose": float("nan") if dose is None else float(doses[dose]),
-            "verdict": found,
-        },
-    )
+    dose, found = _judged(change, whole, limit, bootstrap)
+    data = xr.concat(rows, xr.IndexVariable("text", list(TEXTS)))
+    return data.assign(n=("text", [len(own.loss) for own in whole]), chosen=pushed).assign_attrs(
+        statistic="steer", unit="nats a token", model=contrast.attrs.get("model", "unknown"),
+        contrast=f"{contrast.attrs.get('a')} less {contrast.attrs.get('b')}", limit=limit, draws=draws,
+        level=bootstrap.level, interval=Difference.how, dose=float("nan") if dose is None else float(doses[dose]),
+        verdict=found,
+    )  # fmt: skip
 
 
-class _Text:
-    """Documents that are read again and again: their sequences, and predicted tokens [document]."""
+@dataclass(frozen=True)
+class _Losses:
+    """Loss and predicted tokens of each document, and whether it judges [document]."""
 
-    def __init__(self, corpus: Corpus) -> None:
-        self._batch_tokens = corpus.batch_tokens
-        self._shards = list(corpus.shards())
-        self.tokens = np.concatenate([sum_documents(s, lengths_of(s) - 1) for s in self._shards]).astype(float)
+    trace: Trace
+    loss: np.ndarray
+    tokens: np.ndarray
+    judging: np.ndarray
 
     @classmethod
-    def of(cls, model: nn.Module, documents: Iterable[Any], tokenizer: Any, settings: RecordSettings) -> _Text:
-        return cls(Corpus.of(model, documents, tokenizer, settings))
-
-    def losses(self, model: nn.Module, edits: Sequence[Edit] = ()) -> np.ndarray:
-        """[document] summed over its tokens."""
-        if edits:
-            with edit(model, *edits):
-                return self.losses(model)
-        parts = [
-            sum_documents(shard, losses(model, [piece.ids for piece in shard.pieces], self._batch_tokens))
-            for shard in self._shards
-        ]
-        return np.concatenate(parts)
+    def of(cls, trace: Trace, bootstrap: Bootstrap) -> _Losses:
+        documents, logprob = Documents.of(trace, bootstrap), trace.read("logprob").astype(np.float64)
+        known = np.isfinite(logprob)
+        loss, tokens = documents.sum(np.stack([np.where(known, -logprob, 0.0), known])).T
+        return cls(trace, loss, tokens, documents.judging)
 
 
 def _check(contrast: xr.Dataset, doses: Sequence[float], model: nn.Module) -> None:
+    layers, count = [layer.index for layer in moe_layers(model)], n_experts(model)
     found = contrast.attrs.get("statistic") if isinstance(contrast, xr.Dataset) else type(contrast).__name__
-    if found != "contrast" or set(contrast["estimate"].dims) != {"layer", "expert"}:
+    fits = found == "contrast" and set(contrast["estimate"].dims) == {"layer", "expert"}
+    if not fits or contrast.sizes["expert"] != count or not set(contrast.layer.values.tolist()) <= set(layers):
         raise BadInput(
-            f"Cannot steer by {found}: expected a contrast of [layer, expert]. Pass what ml.stats.contrast(trace, "
-            "ml.stats.expert_share, by=...) gives.",
+            f"Cannot steer by {found}: expected a contrast of [layer, expert] with layers among {layers} and {count} "
+            "experts. Pass what ml.stats.contrast(trace, ml.stats.expert_share, by=...) gives for this model.",
             argument="contrast",
             value=found,
         )
-    known = [layer.index for layer in moe_layers(model)]
-    if not set(contrast.layer.values.tolist()) <= set(known) or contrast.sizes["expert"] != n_experts(model):
-        raise BadInput(
-            f"Cannot steer by this contrast: it is of layers {contrast.layer.values.tolist()} with "
-            f"{contrast.sizes['expert']} experts, the model has layers {known} with {n_experts(model)}. Pass one of "
-            "this model.",
-            argument="contrast",
-            value=(contrast.layer.values.tolist(), contrast.sizes["expert"]),
-        )
-    if not len(doses) or not all(dose > 0 for dose in doses):
-        raise BadInput(
-            f"Cannot push experts by {list(doses)}: a dose is above 0. Pass numbers such as [0.5, 1, 2].",
-            argument="doses",
-            value=list(doses),
-        )
+    check_positive("a push of experts", doses=min(doses, default=0.0))
 
 
 def _chosen(contrast: xr.Dataset, experts: int) -> dict[Place, float]:
@@ -212,27 +193,28 @@ def _edits(places: dict[Place, float], dose: float) -> list[Edit]:
     return [add(sign * dose, layers=layer, experts=expert) for (layer, expert), sign in places.items()]
 
 
-def _numbers(change: np.ndarray, tokens: np.ndarray, bootstrap: Bootstrap) -> tuple[np.ndarray, ...]:
-    """Estimate and bounds [arm, dose] of changes summed over documents [arm, dose, document]."""
-    mean = Difference(leaving_out(np.moveaxis(change, -1, 0)), leaving_out(tokens))
-    return with_bounds(mean, tokens, bootstrap.level)
+def _mean(change: np.ndarray, tokens: np.ndarray) -> Difference:
+    """Change a token [arm, dose] from changes summed over documents [arm, dose, document]."""
+    return Difference(leaving_out(np.moveaxis(change, -1, 0)), leaving_out(tokens))
 
 
 def _judged(
-    change: list[np.ndarray], tokens: list[np.ndarray], limit: float, rng: np.random.Generator, bootstrap: Bootstrap
+    change: Sequence[np.ndarray], whole: Sequence[_Losses], limit: float, bootstrap: Bootstrap
 ) -> tuple[int | None, str]:
     """(the dose that is best on one half, what the other half says of it)."""
-    halves = [rng.permutation(len(own)) % 2 == 0 for own in tokens]
-    if np.isnan(change[0]).all() or min(half.sum() for half in halves) < 2:
+    if np.isnan(change[0]).all() or min((~of.judging).sum() for of in whole) < 1:
         return None, UNKNOWN
-    fitted = [of[:2][..., half].sum(-1) / own[half].sum() for of, own, half in zip(change, tokens, halves, strict=True)]
-    allowed = np.where(fitted[1][0] <= limit, fitted[0][0], np.inf)
+    behaviour, other = (
+        found[0][:, ~of.judging].sum(-1) / of.tokens[~of.judging].sum() for found, of in zip(change, whole, strict=True)
+    )
+    allowed = np.where(other <= limit, behaviour, np.inf)
     dose = int(allowed.argmin()) if np.isfinite(allowed).any() else 0
-    each = replace(bootstrap, level=1 - (1 - bootstrap.level) / 3)  # three claims, which hold at once
+    level = level_of_each(bootstrap.level, 3)  # three claims, which hold at once
     ways = []
     for text, arm, needed in ((0, 0, 0.0), (0, 2, 0.0), (1, 0, -limit)):
-        own = ~halves[text]
-        _, low, high = _numbers(-change[text][arm : arm + 1, dose : dose + 1, own], tokens[text][own], each)
-        enough = own.sum() >= fewest_units(each.level)
-        ways.append(verdict(float(low[0, 0]), float(high[0, 0]), needed=needed) if enough else UNKNOWN)
-    return dose, DO_NOT if DO_NOT in ways else UNKNOWN if UNKNOWN in ways else DO
+        judges, tokens = whole[text].judging, whole[text].tokens
+        gain = _mean(-change[text][arm, dose, judges], tokens[judges])
+        _, low, high = with_bounds(gain, tokens[judges], level)
+        enough = judges.sum() >= fewest_units(level)
+        ways.append(verdict(float(low), float(high), needed=needed) if enough else UNKNOWN)
+    return dose, of_all(ways)

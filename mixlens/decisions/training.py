@@ -1,247 +1,106 @@
-"""Watch: a training run followed by what its routers make of one text, in any loop or in transformers' Trainer."""
+"""health: what a series of recordings of one text tells of a training run, and whether its routing collapses."""
 
 from __future__ import annotations
 
 import os
-import shutil
-import sys
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xarray as xr
-from torch import nn
-from transformers import TrainerCallback
 
-from mixlens.core.run_dir import RunWriter, now, versions
-from mixlens.decisions.watched import KIND, folder_of, health
-from mixlens.errors import BadInput, RunError
-from mixlens.models.layout import without_prompt
-from mixlens.models.provenance import describe
-from mixlens.recording.corpus import Corpus, RecordSettings
-from mixlens.recording.record import record
-from mixlens.recording.recorder import PACKAGES
-from mixlens.stats.next_tokens import next_tokens
-from mixlens.stats.routing import expert_share, load_balance, load_entropy, routing_entropy
-from mixlens.stats.saturation import saturation
+from mixlens.core.bootstrap import Bootstrap
+from mixlens.core.intervals import Smooth, leaving_out
+from mixlens.decisions.verdict import DECISION, bounded
+from mixlens.errors import BadInput
+from mixlens.stats.counts import described, require, summed_by
+from mixlens.stats.routing import load_entropy
+from mixlens.stats.saturation import checkpoint
+from mixlens.stats.verdicts import fewest_units, level_of_each, of_all, verdict
+from mixlens.trace.checkpoints import open_checkpoints
 from mixlens.trace.trace import Trace
 
-SETTINGS = RecordSettings(progress=False)
-_SIGNALS = ("router_logits", "logprob")
 
+def health(traces: Mapping[int, Trace], *, limit_bits: float = 0.5, bootstrap: Bootstrap = DECISION) -> xr.Dataset:
+    """Follow routing over a training run by recordings of the same text, the probe.
 
-class Watch:
-    """Follow a training run: every so many steps the model reads one text, and its routing is recorded.
+    load_entropy
+        how evenly experts are used, in bits; 0 where one takes everything (see stats.load_entropy).
+    max_over_mean
+        tokens of the busiest expert over the mean.
+    routing_entropy
+        mean entropy of single choices, bits.
+    dead
+        experts that no token of the probe chooses, counted.
+    saturation_first, saturation_last
+        share of the experts chosen that the first, or the last, checkpoint chooses for the same token.
 
-    The text is the same each time, so that what changes is the model, and tokens can be compared one by one. Training
-    itself is left as it is: weights come out bit for bit as without a Watch. Between checks nothing is done. Numbers of
-    each check go to Weights & Biases where a run of it is active, and to TensorBoard where that is installed.
+    Beside them drift, by how much the loss of the probe has changed since the first checkpoint, nats a token, paired.
+
+    The verdict is about going on: "do it" where in no layer load_entropy has fallen by more than `limit_bits` between
+    the first and the last checkpoint, "do not" where in one it has, at the end of the interval that speaks against it;
+    else "not enough evidence". The intervals of the verdict are paired and hold for all layers at once.
 
     Parameters
     ----------
-    model : torch.nn.Module
-        The model that is trained.
-    probe : Iterable[Any]
-        Documents, as for record; held out from training.
-    every : int, optional
-        Steps between checks. A check takes about as long as a training step on as many tokens, or half as long again
-        (benchmarks/watching.py), so that 200 steps keep a probe of a batch's size below one per cent.
-    out : str or os.PathLike, optional
-        Run directory, with a trace of every check; None keeps them in memory. TensorBoard's files lie beside it, in a
-        folder of the same name with -tensorboard. A training run that goes on after a stop goes on here, too.
+    traces : Mapping[int, Trace]
+        Recordings of the same documents by training step, in order. Each needs ``expert_id`` [token, layer, slot],
+        router_logits [token, layer, expert] and logprob [token].
     limit_bits : float, optional
-        As for health, which says whether routing collapses.
-    tokenizer : Any, optional
-        None for the one that belongs to the model.
-    settings : RecordSettings, optional
-        How the probe is read.
+        How far the entropy of the load may fall in any layer.
+    bootstrap : Bootstrap, optional
+        How intervals are computed.
+
+    Returns
+    -------
+    xarray.Dataset
+        ``estimate``, ci_low, ci_high ``[checkpoint, layer, measure]``; drift, drift_low, drift_high ``[checkpoint]``;
+        change, change_low, change_high ``[layer]``, of load_entropy from first to last; attrs verdict.
 
     Raises
     ------
     BadInput
-        For a probe that cannot be read, and `every` below 1.
-    RunError
-        If `out` holds something else, or checks of later steps than the one training begins at.
+        For fewer than two recordings, or of different text.
+    MissingSignal
+        If one lacks router logits or log-probabilities.
 
     Examples
     --------
-    >>> import copy
-    >>> trained = copy.deepcopy(model)
-    >>> with ml.decisions.Watch(trained, documents[:2], every=10) as watch:
-    ...     for _ in range(10):
-    ...         watch.step()  # after optimizer.step()
-    >>> list(watch.traces)
-    [0, 10]
+    >>> ml.decisions.health({0: trace, 100: trace}).attrs["verdict"]
+    'do it'
     """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        probe: Iterable[Any],
-        *,
-        every: int = 200,
-        out: str | os.PathLike[str] | None = None,
-        limit_bits: float = 0.5,
-        tokenizer: Any = None,
-        settings: RecordSettings = SETTINGS,
-    ) -> None:
-        if not isinstance(every, int) or every < 1:
-            raise BadInput(
-                f"Cannot watch training every {every} steps. Pass a number of steps from 1.",
-                argument="every",
-                value=every,
-            )
-        self.model = model
-        self.every, self.limit_bits = every, limit_bits
-        self.traces: dict[int, Trace] = {}
-        self._probe = probe if isinstance(probe, str) else list(probe)
-        self._settings = replace(settings, progress=False)
-        self._tokenizer = tokenizer
-        self._step = 0
-        self._writer: RunWriter | None = None
-        self._board: Any = None
-        corpus = Corpus.of(without_prompt(model), self._probe, tokenizer, self._settings)
-        if out is not None:
-            plan = {**corpus.plan(), "model": describe(without_prompt(model))["name"], "every": every}
-            self._writer = RunWriter(out, KIND, {**plan, "limit_bits": limit_bits})
-            if self._writer.complete:
-                self._writer.close()
-                raise RunError(
-                    f"Cannot watch training into {out}: a training run was followed there to its end. Choose another "
-                    "folder.",
-                    argument="out",
-                    value=str(out),
-                )
-            done = sorted(record["step"] for record in self._writer.done.values())
-            self.traces = {step: Trace.open(Path(out) / folder_of(step)) for step in done}
-            with suppress(ImportError):
-                from torch.utils.tensorboard import SummaryWriter
-
-                self._board = SummaryWriter(f"{Path(out)}-tensorboard")
-
-    def __enter__(self) -> Watch:
-        self.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close(finished=exception[0] is None)
-
-    def start(self, step: int = 0) -> None:
-        """Check the model that training begins with.
-
-        Parameters
-        ----------
-        step : int, optional
-            Where training begins: 0, or the step that it goes on from.
-        """
-        if self.traces and step < max(self.traces):
-            raise RunError(
-                f"Cannot watch training from step {step}: the folder has checks up to step {max(self.traces)}. Go on "
-                "from there, or choose another folder.",
-                argument="out",
-                value=max(self.traces),
-            )
-        self._step = step
-        self.check()
-
-    def step(self) -> None:
-        """Count a step of the optimizer, and check the model where one is due."""
-        self._step += 1
-        if self._step % self.every == 0:
-            self.check()
-
-    def check(self) -> None:
-        """Record the probe now."""
-        if self._step in self.traces:
-            return
-        model = without_prompt(self.model)
-        trace = record(model, self._probe, signals=_SIGNALS, tokenizer=self._tokenizer, settings=self._settings)
-        scalars = self._scalars(trace)
-        if self._writer is not None:
-            folder = self._writer.path / folder_of(self._step)
-            shutil.rmtree(folder, ignore_errors=True)  # of a check that was stopped
-            trace = trace.save(folder)
-            self._writer.commit_shard(len(self.traces), {}, {"step": self._step, "scalars": scalars})
-        self.traces[self._step] = trace
-        if self._board is not None:
-            for name, value in scalars.items():
-                self._board.add_scalar(name, value, self._step)
-        tracker = sys.modules.get("wandb")
-        if tracker is not None and tracker.run is not None:
-            tracker.log(scalars, step=self._step)
-
-    def health(self) -> xr.Dataset:
-        """Compute :func:`mixlens.decisions.health` of the checks so far."""
-        return health(self.traces, limit_bits=self.limit_bits)
-
-    def close(self, *, finished: bool = True) -> None:
-        """End the watch; the run directory is complete where training is `finished`.
-
-        Parameters
-        ----------
-        finished : bool, optional
-            Whether training came to its end; else it may go on later, into the same folder.
-        """
-        if finished:
-            self.check()
-        if self._board is not None:
-            self._board.close()
-        if self._writer is not None and not self._writer.complete:
-            if finished:
-                meta = {
-                    "created": now(),
-                    "model": describe(without_prompt(self.model)),
-                    "steps": list(self.traces),
-                    "limit_bits": self.limit_bits,
-                    "versions": versions(*PACKAGES),
-                }
-                runs = [self._writer.path / folder_of(step) for step in self.traces]
-                self._writer.finish(meta, {}, runs=runs)
-            self._writer.close()
-
-    def callback(self) -> TrainerCallback:
-        """Return a callback for transformers' Trainer, which starts, steps and closes this watch."""
-        return _Callback(self)
-
-    def _scalars(self, trace: Trace) -> dict[str, float]:
-        """Numbers of one check by name; of each layer, and of the probe."""
-        first = next(iter(self.traces.values()), trace)
-        by_layer = {
-            "load_entropy_bits": load_entropy(trace)["estimate"],
-            "max_over_mean": load_balance(trace)["estimate"].sel(measure="max_over_mean"),
-            "routing_entropy_bits": routing_entropy(trace)["estimate"],
-            "dead_experts": (expert_share(trace)["estimate"] == 0).sum("expert"),
-            "saturation_first": saturation([first, trace])["estimate"].sel(
-                against="first", checkpoint=1, measure="overlap"
-            ),
-        }
-        drift = next_tokens(first, trace)["estimate"].sel(measure="loss_difference")
-        return {
-            **{
-                f"routing/{name}/layer_{layer:02d}": float(values.sel(layer=layer))
-                for name, values in by_layer.items()
-                for layer in values.layer.values
-            },
-            "routing/drift_nats": float(drift),
-        }
+    if not isinstance(traces, Mapping) or len(traces) < 2:
+        raise BadInput(
+            "Cannot follow a training run by fewer than two recordings. Pass a mapping from steps to traces.",
+            argument="traces",
+            value=len(traces) if isinstance(traces, Mapping) else type(traces).__name__,
+        )
+    for trace in traces.values():
+        require(trace, "health", "expert_id", "router_logits", "logprob", bootstrap=bootstrap)
+    first, last = next(iter(traces.values())), list(traces.values())[-1]
+    rows = [checkpoint(trace, first, last, bootstrap) for trace in traces.values()]
+    data = xr.concat(rows, xr.IndexVariable("checkpoint", list(traces))).transpose("checkpoint", "layer", "measure")
+    change = _change(first, last, bootstrap)
+    bounds = zip(change["change_low"][1], change["change_high"][1], strict=True)
+    return described(
+        data.assign(change), last, bootstrap, statistic="health", limit_bits=limit_bits,
+        verdict=of_all(verdict(low, high, needed=-limit_bits) for low, high in bounds),
+    )  # fmt: skip
 
 
-class _Callback(TrainerCallback):
-    """Hands the Trainer's events on to a Watch, in the process that leads."""
+def _change(first: Trace, last: Trace, bootstrap: Bootstrap) -> dict[str, Any]:
+    """Change of load_entropy [layer] and its paired bounds, which hold for all layers at once."""
+    sides = [summed_by(load_entropy, trace) for trace in (first, last)]
+    values: list[Any] = [side.statistic({"chosen": leaving_out(side.totals["chosen"])}).values for side in sides]
+    each = replace(bootstrap, level=level_of_each(bootstrap.level, first.n_layers))
+    sizes = sides[0].totals["chosen"][:, 0].sum(-1)
+    found = bounded("change", ("layer",), Smooth(values[1] - values[0]), sizes, each)
+    if len(sizes) < fewest_units(each.level):
+        found |= {name: ("layer", np.full(first.n_layers, np.nan)) for name in ("change_low", "change_high")}
+    return found
 
-    def __init__(self, watch: Watch) -> None:
-        self.watch = watch
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            self.watch.start(state.global_step)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            self.watch.step()
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            self.watch.close()
+def open_health(path: str | os.PathLike[str], *, check: bool = True) -> xr.Dataset:
+    """The health of the training run that a Watch followed into a folder; raises RunError as open_checkpoints."""
+    return health(open_checkpoints(path, check=check))

@@ -1,19 +1,55 @@
-"""Verdicts: do it, do not, or not enough evidence, from the interval of a gain on documents nothing was fitted on."""
+"""What decisions share: the documents that judge, the verdict of a gain, variables with bounds, checks of arguments."""
 
 from __future__ import annotations
 
-import math
-from typing import Any
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
+import xarray as xr
 
 from mixlens.core.bootstrap import Bootstrap
 from mixlens.core.intervals import Quantity, said, with_bounds
 from mixlens.errors import BadInput
+from mixlens.stats.verdicts import verdict
 
-DO, DO_NOT, UNKNOWN = "do it", "do not", "not enough evidence"
+if TYPE_CHECKING:
+    from mixlens.trace.trace import Trace
+
 # A decision is acted upon, so that its intervals miss the truth in 1 of 100 cases and not in 5.
 DECISION = Bootstrap(level=0.99)
+_BOUNDS = ("ci_low", "ci_high")
+
+
+def judged(gain: Quantity, sizes: np.ndarray, bootstrap: Bootstrap) -> dict[str, Any]:
+    """The attributes verdict, gain, gain_low, gain_high and gain_interval of a gain without dimensions.
+
+    sizes  [unit] how much each document has to say
+    """
+    estimate, low, high = (float(value) for value in with_bounds(gain, sizes, bootstrap.level))
+    numbers = {"gain": estimate, "gain_low": low, "gain_high": high}
+    return {"verdict": verdict(low, high), **numbers, "gain_interval": said(gain)}
+
+
+def bounded(
+    name: str, dims: tuple[str, ...], quantity: Quantity, sizes: np.ndarray, bootstrap: Bootstrap
+) -> dict[str, Any]:
+    """Variables of a Dataset: a quantity and its bounds, name_low and name_high, or those of an estimate."""
+    names = (name, *(_BOUNDS if name == "estimate" else (f"{name}_low", f"{name}_high")))
+    found = with_bounds(quantity, sizes, bootstrap.level)
+    return {own: (dims[: values.ndim], values) for own, values in zip(names, found, strict=True)}
+
+
+@contextmanager
+def groups_compared() -> Iterator[None]:
+    """Recordings within do not remark that documents have a column in common: its groups are compared by design."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Several documents have the same", UserWarning)
+        yield
 
 
 def check_positive(what: str, **numbers: float | None) -> None:
@@ -27,43 +63,70 @@ def check_positive(what: str, **numbers: float | None) -> None:
             )
 
 
-def verdict(low: float, high: float, *, needed: float = 0.0) -> str:
-    """Return "do it" where the whole interval of a gain lies above what is needed, "do not" where it lies below.
+def check_whole(what: str, least: int = 1, **numbers: int) -> None:
+    """Raises BadInput for a number that is not whole, or below the least."""
+    for name, value in numbers.items():
+        if not isinstance(value, int | np.integer) or value < least:
+            raise BadInput(
+                f"Cannot compute {what} with {name}={value!r}: it is no whole number from {least}. Pass one.",
+                argument=name,
+                value=value,
+            )
 
-    Parameters
-    ----------
-    low, high : float
-        Bounds of the gain; NaN where there are too few documents for an interval.
-    needed : float, optional
-        The gain from which it is worth it.
 
-    Examples
-    --------
-    >>> from mixlens.decisions.verdict import verdict
-    >>> verdict(0.02, 0.05), verdict(-0.01, 0.03), verdict(-0.03, -0.01)
-    ('do it', 'not enough evidence', 'do not')
+def check_found(found: Any, statistic: str, argument: str = "found") -> None:
+    """Raises BadInput for anything else than what a function of this package returned."""
+    if not isinstance(found, xr.Dataset) or found.attrs.get("statistic") != statistic:
+        raise BadInput(
+            f"Cannot use a {type(found).__name__} as what {statistic} returns. Pass that.",
+            argument=argument,
+            value=type(found).__name__,
+        )
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The sequences of a trace, the documents (or clusters) that they belong to, and the half that judges.
+
+    first    [token] place of the first token of its sequence
+    starts   [sequence] its first token
+    unit     [sequence] document
+    judging  [document] whether nothing is fitted on it
     """
-    return DO if low > needed else DO_NOT if high < needed else UNKNOWN
 
+    first: np.ndarray
+    starts: np.ndarray
+    unit: np.ndarray
+    judging: np.ndarray
 
-def fewest_units(level: float) -> int:
-    """Return the fewest documents of which an interval of this level may be taken for evidence.
+    @classmethod
+    def of(cls, trace: Trace, bootstrap: Bootstrap) -> Documents:
+        if not trace.n_tokens:
+            raise BadInput(
+                "Cannot decide anything from a trace without tokens. Select fewer conditions, or record documents.",
+                argument="trace",
+                value=0,
+            )
+        sequence = trace.read("sequence")
+        first = np.searchsorted(sequence, sequence)
+        starts = np.unique(first)
+        unit, present = pd.factorize(trace.sequences[trace.cluster].loc[sequence[starts]])
+        names = trace.sequences[trace.cluster].drop_duplicates().to_numpy()
+        fitted = np.random.default_rng(bootstrap.seed).permutation(names)[: len(names) // 2]
+        return cls(first, starts, unit, ~np.isin(present, fitted))
 
-    Of n documents whose differences are as often above zero as below, all lie on one side with probability 2^(1 - n).
-    """
-    return math.ceil(1 - math.log2(1 - level))
+    @property
+    def tokens(self) -> np.ndarray:
+        """[document]"""
+        return self.sum(np.ones((1, len(self.first))))[:, 0]
 
+    def sum(self, values: np.ndarray) -> np.ndarray:
+        """Numbers [..., token] added up in each document [document, ...]."""
+        out = np.zeros((len(self.judging), *values.shape[:-1]))
+        np.add.at(out, self.unit, np.moveaxis(np.add.reduceat(values, self.starts, axis=-1, dtype=np.float64), -1, 0))
+        return out
 
-def judged(gain: Quantity, sizes: np.ndarray, bootstrap: Bootstrap) -> dict[str, Any]:
-    """The attributes verdict, gain, gain_low, gain_high and gain_interval of a gain without dimensions.
-
-    sizes  [unit] how much each document has to say
-    """
-    estimate, low, high = (float(value) for value in with_bounds(gain, sizes, bootstrap.level))
-    return {
-        "verdict": verdict(low, high),
-        "gain": estimate,
-        "gain_low": low,
-        "gain_high": high,
-        "gain_interval": said(gain),
-    }
+    @property
+    def of_token(self) -> np.ndarray:
+        """[token] its document"""
+        return self.unit[np.searchsorted(self.starts, self.first)]

@@ -25,6 +25,7 @@ from mixlens.stats.routing import (
     router_confidence,
     routing_entropy,
 )
+from mixlens.stats.saliency import saliency
 from mixlens.stats.saturation import saturation
 from mixlens.stats.simultaneous import simultaneous
 from mixlens.stats.structure import coactivation, repetition, transitions
@@ -63,6 +64,7 @@ __all__ = [
     "router_confidence",
     "routing_entropy",
     "routing_split",
+    "saliency",
     "saturation",
     "similarity_and_coactivation",
     "simultaneous",

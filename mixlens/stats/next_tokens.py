@@ -11,7 +11,7 @@ import xarray as xr
 
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.core.intervals import Difference, Mean, Quantity, Share
-from mixlens.stats.agreement import same_shape, side_by_side
+from mixlens.stats.agreement import side_by_side
 from mixlens.stats.counts import Block, By, clustered, count, described, require, summarise
 
 if TYPE_CHECKING:
@@ -41,8 +41,8 @@ def next_tokens(
         and all others as a single outcome. By the data-processing inequality joining outcomes never makes the
         divergence larger; measure_impact gives the exact one.
 
-    A document counts with the values of both runs. All measures are over the same tokens: those with one
-    before them in their sequence.
+    A document counts with the values of both runs, whose layers and experts may differ. All measures are over the same
+    tokens: those with one before them in their sequence.
 
     Parameters
     ----------
@@ -67,8 +67,7 @@ def next_tokens(
     Raises
     ------
     BadInput
-        Where layers, experts or tokens differ, naming the first sequence and position that do; or for an unknown
-        column in `by`.
+        Where tokens differ, naming the first sequence and position that do; or for an unknown column in `by`.
 
     Examples
     --------
@@ -78,7 +77,6 @@ def next_tokens(
     a = clustered(a, cluster)
     require(a, "next_tokens", "logprob", "position", bootstrap=bootstrap)
     require(b, "next_tokens", "logprob", "position")
-    same_shape(a, b)
     has_top = all(name in trace.signals for trace in (a, b) for name in _TOP)
 
     def add(block: Block, totals: dict[str, np.ndarray]) -> None:

@@ -11,6 +11,8 @@ from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.errors import BadInput
 from mixlens.stats.agreement import agreement
 from mixlens.stats.counts import OLMOE, By
+from mixlens.stats.next_tokens import next_tokens
+from mixlens.stats.routing import expert_share, load_balance, load_entropy, routing_entropy
 
 if TYPE_CHECKING:
     from mixlens.trace.trace import Trace
@@ -91,3 +93,27 @@ def _against(trace: Trace, end: Trace, by: By, cluster: str | None, bootstrap: B
     data = agreement(trace, end, by=by, cluster=cluster, bootstrap=bootstrap).sel(measure=_MEASURES)
     data.attrs.pop("missing", None)
     return data if trace is not end else data.assign(dict.fromkeys(_NUMBERS, data["estimate"]))
+
+
+def checkpoint(trace: Trace, first: Trace, last: Trace, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
+    """What one checkpoint shows of a training run that began with `first`, and is at `last` by now.
+
+    estimate, ci_low, ci_high [measure, layer]: load_entropy and routing_entropy (bits), max_over_mean, dead (experts
+    that no token chooses, without an interval), saturation_first and saturation_last; drift, drift_low, drift_high: how
+    the loss has changed since the first, nats a token.
+    """
+    unused = (expert_share(trace)["estimate"] == 0).sum("expert").astype(float)
+    cells = {
+        "load_entropy": load_entropy(trace, bootstrap=bootstrap),
+        "max_over_mean": load_balance(trace, bootstrap=bootstrap).sel(measure="max_over_mean", drop=True),
+        "routing_entropy": routing_entropy(trace, bootstrap=bootstrap),
+        "dead": xr.Dataset({"estimate": unused, "ci_low": unused * float("nan"), "ci_high": unused * float("nan")}),
+    }
+    for name, end in (("saturation_first", first), ("saturation_last", last)):
+        cells[name] = _against(trace, end, None, None, bootstrap).sel(measure="overlap", drop=True)
+    numbers = [cell[_NUMBERS].drop_attrs() for cell in cells.values()]
+    drift = next_tokens(first, trace, bootstrap=bootstrap).sel(measure="loss_difference", drop=True)
+    named = zip(("drift", "drift_low", "drift_high"), _NUMBERS, strict=True)
+    return xr.concat(numbers, xr.IndexVariable("measure", list(cells))).assign(
+        {name: drift[of].drop_attrs() for name, of in named}
+    )

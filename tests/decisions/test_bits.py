@@ -13,11 +13,11 @@ from tiny import Letters, tiny_mixtral
 
 import mixlens as ml
 from mixlens.decisions.bits import allocated
-from mixlens.decisions.verdict import UNKNOWN
 from mixlens.errors import BadInput, ModelError
 from mixlens.models.quantization.linears import dequantized, quantize_linear
 from mixlens.models.quantization.schemes import parse_scheme
 from mixlens.models.quantization.unfuse import unfuse
+from mixlens.stats.verdicts import UNKNOWN
 
 QUIET = ml.RecordSettings(progress=False)
 TEXTS = ["a router sends tokens", "to experts that add", "up what they found", "in two of eight parts"]

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mixlens as ml
-from mixlens.decisions import replacement
+from mixlens.stats import cache_replay
 
 
 def sequences_of(case, layer: int) -> list[list[list[int]]]:
@@ -108,7 +108,7 @@ def test_no_policy_beats_the_optimum_and_a_larger_cache_never_has_fewer_hits(cas
 def test_a_long_sequence_is_read_in_parts(monkeypatch):
     case = made([300, 211], layers=(0, 1), top_k=3)
     whole = ml.decisions.cache(case.trace)
-    monkeypatch.setattr(replacement, "_MOST", 64)
+    monkeypatch.setattr(cache_replay, "_MOST", 64)
     assert whole.equals(ml.decisions.cache(case.trace))
     best = ml.decisions.cache(case.trace, policy="optimum")
     monkeypatch.undo()

@@ -11,11 +11,11 @@ from tiny import Letters, tiny_mixtral
 import mixlens as ml
 from mixlens.core.bootstrap import Bootstrap
 from mixlens.core.intervals import Difference, leaving_out, with_bounds
-from mixlens.decisions.gate import losses, table_of
-from mixlens.decisions.judgement import Judgement
-from mixlens.decisions.verdict import DECISION, DO, DO_NOT, UNKNOWN
+from mixlens.decisions.gate import table_of
+from mixlens.decisions.verdict import DECISION
 from mixlens.errors import BadInput
-from mixlens.stats.measured import Measured
+from mixlens.stats.judgement import Judgement
+from mixlens.stats.verdicts import DO, DO_NOT, UNKNOWN
 
 QUIET = ml.RecordSettings(progress=False)
 EVALUATION = ml.evals.EvalSettings(progress=False)
@@ -43,12 +43,6 @@ def document_losses(model, documents) -> np.ndarray:
     return np.array(found)
 
 
-def test_losses_are_those_of_one_document_at_a_time(pair):
-    sequences = [np.array(Letters()(document["text"])["input_ids"]) for document in DOCUMENTS]
-    for model in pair:
-        np.testing.assert_allclose(losses(model, sequences, 64), document_losses(model, DOCUMENTS), rtol=1e-5)
-
-
 def test_each_row_is_the_paired_difference_of_its_documents_and_the_worst_leads(pair):
     found = ml.decisions.judge(*pair, documents=DOCUMENTS, limits={"loss": 0.1}, tokenizer=Letters(), settings=QUIET)
     table = found.table
@@ -71,7 +65,7 @@ def test_each_row_is_the_paired_difference_of_its_documents_and_the_worst_leads(
 def judgement_of(rows: list[tuple[str, float, float, float]], limits) -> Judgement:
     columns = ["kind", "estimate", "ci_low", "ci_high"]
     table = pd.DataFrame(rows, columns=columns).assign(
-        group=[f"g{number}" for number in range(len(rows))], before=1.0, after=1.0, p=1.0, q=1.0, n=10, mean=False
+        group=[f"g{number}" for number in range(len(rows))], before=1.0, after=1.0, n=10, mean=False
     )
     return Judgement(table, limits, {"level": 0.99, "before": {}, "after": {}})
 
@@ -163,21 +157,20 @@ def test_nothing_to_judge_and_models_that_do_not_go_together_are_refused(pair):
 
 def draws_without_a_verdict(count: int, pair) -> int:
     """How often nothing is said of two models whose parts in each document were exchanged at random."""
-    before, after = (document_losses(model, DOCUMENTS) for model in pair)
-    tokens = np.array([len(document["text"]) for document in DOCUMENTS], float)
-    frame = pd.DataFrame(DOCUMENTS)[["domain"]]
+    losses = [document_losses(model, DOCUMENTS) for model in pair]
+    length = np.array([len(document["text"]) + 1 for document in DOCUMENTS])
+    ids = np.tile([0, 1], (length.sum(), 1, 1))
+    frame = pd.DataFrame(DOCUMENTS)[["domain"]].assign(document_id=[f"d{i}" for i in range(len(DOCUMENTS))])
     unknown = 0
     for seed in range(count):
-        swapped = np.random.default_rng(seed).integers(2, size=len(before)).astype(bool)
-        arrays = {
-            "before": np.where(swapped, after, before),
-            "after": np.where(swapped, before, after),
-            "tokens": tokens,
-            "length": tokens + 1,
-        }
-        table = table_of(Measured(arrays, frame, {}), [], "domain", DECISION)
-        meta = {"level": DECISION.level, "before": {}, "after": {}}
-        unknown += Judgement(table, {"loss": 0.0}, meta).verdict == UNKNOWN
+        swapped = np.random.default_rng(seed).integers(2, size=len(length)).astype(bool)
+        traces = []
+        for own, other in (losses, losses[::-1]):
+            logprob = np.repeat(-np.where(swapped, other, own) / (length - 1), length)
+            tokens = {"sequence": np.repeat(np.arange(len(length)), length), "logprob": logprob}
+            traces.append(ml.Trace.from_arrays(ids, n_experts=8, tokens=tokens, sequences=frame))
+        table = table_of((traces[0], traces[1]), [], "domain", DECISION)
+        unknown += Judgement(table, {"loss": 0.0}, {"level": DECISION.level}).verdict == UNKNOWN
     return unknown
 
 

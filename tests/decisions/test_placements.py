@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mixlens as ml
-from mixlens.decisions.placements import eplb
+from mixlens.stats.expert_balance import eplb
 
 NAMES = [f"d{i}" for i in range(8)]
 

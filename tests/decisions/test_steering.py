@@ -10,13 +10,15 @@ import xarray as xr
 from tiny import Letters, tiny_mixtral
 
 import mixlens as ml
-from mixlens.decisions.steering import _judged, _matched
-from mixlens.decisions.verdict import DECISION, DO, DO_NOT, UNKNOWN
+from mixlens.decisions.steering import _judged, _Losses, _matched
+from mixlens.decisions.verdict import DECISION
 from mixlens.errors import BadInput
+from mixlens.stats.verdicts import DO, DO_NOT, UNKNOWN
 
 QUIET = ml.RecordSettings(progress=False)
 SAID = {"tokenizer": Letters(), "settings": QUIET}
 BEHAVIOUR = [f"if x{number}: y = [{number}] * {number % 7}" for number in range(16)]
+DOCUMENTS = _Losses(None, np.zeros(40), np.ones(40), np.arange(40) % 2 == 0)
 OTHER = [f"plain words about number {number} in a row" for number in range(16)]
 
 
@@ -101,7 +103,7 @@ def test_each_of_three_claims_must_hold(behaviour, beyond_random, other, wanted)
     rng = np.random.default_rng(0)
     means = ((behaviour, behaviour - beyond_random, beyond_random), (other, 0.0, other))
     change = [np.array(of)[:, None, None] + rng.normal(0, 0.05, (3, 1, 40)) for of in means]
-    _, found = _judged(change, [np.ones(40)] * 2, 0.1, rng, DECISION)
+    _, found = _judged(change, [DOCUMENTS] * 2, 0.1, DECISION)
     assert found == wanted
 
 
@@ -109,7 +111,7 @@ def test_the_dose_is_chosen_on_one_half_and_within_the_limit():
     rng = np.random.default_rng(0)
     means = (-0.1, -0.2, -0.4), (0.0, 0.05, 0.3)
     behaviour, other = (np.array(of)[None, :, None] + rng.normal(0, 0.01, (3, 3, 40)) for of in means)
-    assert _judged([behaviour, other], [np.ones(40)] * 2, 0.1, rng, DECISION) == (1, DO)
+    assert _judged([behaviour, other], [DOCUMENTS] * 2, 0.1, DECISION) == (1, DO)
 
 
 def test_documents_that_are_shuffled_between_the_groups_give_no_verdict(model):

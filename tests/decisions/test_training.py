@@ -14,8 +14,8 @@ from tiny import Letters, tiny_mixtral
 from transformers import Trainer, TrainingArguments
 
 import mixlens as ml
-from mixlens.decisions.verdict import DO, DO_NOT, UNKNOWN
 from mixlens.errors import BadInput, RunError
+from mixlens.stats.verdicts import DO, DO_NOT, UNKNOWN
 
 PROBE = [f"a probe of {number} words that are held out" for number in range(14)]
 IDS = torch.randint(3, 120, (4, 24), generator=torch.Generator().manual_seed(0))
@@ -66,7 +66,7 @@ def test_numbers_are_those_of_the_traces_and_the_run_opens(tmp_path):
         assert float(cell.sel(measure="saturation_last")) == 1
     drift = np.nanmean(first.read("logprob") - last.read("logprob"))
     assert float(found.drift.sel(checkpoint=4)) == pytest.approx(drift, abs=1e-5)
-    np.testing.assert_array_equal(watch.health()["estimate"].values, found["estimate"].values)
+    np.testing.assert_array_equal(ml.decisions.health(watch.traces)["estimate"].values, found["estimate"].values)
 
 
 def test_a_stopped_training_goes_on_and_another_is_refused(tmp_path):
@@ -133,7 +133,7 @@ def test_the_trainer_of_transformers_is_followed_and_trackers_get_every_number(t
     said = {step: {name: value for name, value, at in board.scalars if at == step} for step in (0, 2, 4)}
     assert said == dict(logged)
     entropy = ml.stats.load_entropy(watch.traces[4])["estimate"].values
-    assert [said[4][f"routing/load_entropy_bits/layer_{layer:02d}"] for layer in range(4)] == entropy.tolist()
+    assert [said[4][f"routing/load_entropy/layer_{layer:02d}"] for layer in range(4)] == entropy.tolist()
     json.dumps(said)
 
 

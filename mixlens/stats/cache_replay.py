@@ -12,7 +12,7 @@ and return how many experts of each token were there, uint8 [size, token] or [si
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -21,10 +21,24 @@ _GONE = np.iinfo(np.int64).max  # the key of an expert that is not in the cache,
 _MOST = 2**23  # numbers held at a time
 
 
-def filled(ids: np.ndarray, first: np.ndarray, n_experts: int) -> np.ndarray:
-    """[token] how many experts its sequence has used before, up to which every cache holds all of them."""
-    parts = [(last > 0).sum(0) for _, last in _last_uses(ids, first, n_experts)]
-    return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+def filled(
+    ids: np.ndarray, first: np.ndarray, n_experts: int, sizes: Sequence[int], *, pooled: bool
+) -> Callable[[int], np.ndarray]:
+    """Whether a token of a layer finds the cache filled [size, token]; one pool of all layers fills as a whole.
+
+    ids  [token, layer, slot]
+    """
+
+    def used_before(layer: int) -> np.ndarray:
+        parts = [(last > 0).sum(0) for _, last in _last_uses(ids[:, layer], first, n_experts)]
+        return np.concatenate(parts).astype(np.uint16)
+
+    seen = np.stack([used_before(layer) for layer in range(ids.shape[1])])
+    room = np.asarray(sizes)[:, None]
+    if pooled:
+        whole = seen.sum(0, dtype=np.int64) >= room * len(seen)
+        return lambda layer: whole
+    return lambda layer: seen[layer] >= room
 
 
 def lru(ids: np.ndarray, first: np.ndarray, n_experts: int, sizes: Sequence[int]) -> np.ndarray:
@@ -41,6 +55,19 @@ def lru(ids: np.ndarray, first: np.ndarray, n_experts: int, sizes: Sequence[int]
             for row, size in zip(found, sizes, strict=True):
                 row[part] += distance < size
     return found
+
+
+def prefetched(
+    ids: np.ndarray, ahead: np.ndarray | None, first: np.ndarray, n_experts: int, sizes: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Experts of one layer at hand and loaded [size, token] by lru, where those `ahead` [token, slot] come before."""
+    k = ids.shape[1]
+    if ahead is None:
+        found = lru(ids, first, n_experts, sizes)
+        return found, k - found
+    both = np.stack([ahead, ids], axis=1).reshape(-1, k)
+    found = lru(both, np.repeat(2 * first, 2), n_experts, sizes)
+    return found[:, 1::2], 2 * k - found[:, 0::2] - found[:, 1::2]
 
 
 def replayed(

@@ -37,14 +37,14 @@ def test_reap_is_that_of_llmcompressor(demo, read_by_reap, trace):
     outputs = ml.experiments.expert_outputs(demo, read_by_reap, settings=QUIET)
     assert trace.n_tokens == REAP["tokens"]
     np.testing.assert_allclose(outputs["weighted_norm"].values, wanted, rtol=1e-5)
-    recorded = ml.decisions.saliency(trace)["estimate"].sel(measure="reap")
+    recorded = ml.stats.saliency(trace)["estimate"].sel(measure="reap")
     np.testing.assert_allclose(recorded.values, wanted, rtol=2**-11)  # weights are kept in half precision
     kept = ml.decisions.strongest(recorded, 6)
     assert [np.flatnonzero(row).tolist() for row in kept.values] == REAP["retained"]
 
 
 def test_each_measure_is_that_of_loops(trace):
-    data = ml.decisions.saliency(trace).sel(layer=2)
+    data = ml.stats.saliency(trace).sel(layer=2)
     ids, weights = trace.read("expert_id")[:, 2], trace.read("weight")[:, 2]
     outputs = trace.activations("expert_out").sel(layer=2).values
     chosen, norm, weighted = np.zeros((3, 8))
@@ -67,16 +67,16 @@ def test_the_measured_loss_stands_beside(demo, read_by_reap, trace):
     ablation = ml.experiments.Ablation(layers=[0])
     short = [document["text"][:200] for document in read_by_reap[:2]]
     measured = ml.experiments.measure_importance(demo, short, ablation=ablation, settings=QUIET)
-    data = ml.decisions.saliency(trace.select(layers=[0]), importance=measured)
+    data = ml.stats.saliency(trace.select(layers=[0]), importance=measured)
     wanted = ml.stats.expert_importance(measured)
     np.testing.assert_array_equal(data["estimate"].sel(measure="loss").values, wanted["estimate"].values)
     with pytest.raises(BadInput):
-        ml.decisions.saliency(trace, importance=measured)
+        ml.stats.saliency(trace, importance=measured)
 
 
 def test_a_trace_without_norms_is_refused(demo, read_by_reap):
     with pytest.raises(MissingSignal):
-        ml.decisions.saliency(ml.record(demo, read_by_reap[:1], settings=QUIET))
+        ml.stats.saliency(ml.record(demo, read_by_reap[:1], settings=QUIET))
     some = ml.record(demo, read_by_reap[:1], signals=[ml.Site("expert_norm", layers=[0])], settings=QUIET)
     with pytest.raises(MissingSignal):
-        ml.decisions.saliency(some)
+        ml.stats.saliency(some)

@@ -1,7 +1,7 @@
 """Writes reap_of_llmcompressor.json: what llm-compressor's own modifier finds on the demo model.
 
 pip install llmcompressor==0.14.0.1     # in an environment of its own: it needs transformers 5.17
-python tests/decisions/reap_of_llmcompressor.py
+python tests/stats/reap_of_llmcompressor.py
 """
 
 import json

@@ -1,4 +1,4 @@
-"""saliency: which experts matter, by what one recording tells of them; strongest: the experts to keep."""
+"""Saliency: which experts matter, by what one recording tells of them."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def saliency(
     Examples
     --------
     >>> normed = ml.record(model, documents, signals=["expert_norm"], settings=quiet)
-    >>> ml.decisions.saliency(normed)["measure"].values.tolist()
+    >>> ml.stats.saliency(normed)["measure"].values.tolist()
     ['frequency', 'norm', 'reap', 'loss']
     """
     trace = clustered(trace, cluster)
@@ -131,8 +131,7 @@ def _losses(importance: xr.Dataset | None, like: xr.Dataset, bootstrap: Bootstra
         nothing = like["estimate"].isel(measure=0, drop=True) * np.nan
         return xr.Dataset(dict.fromkeys(names, nothing))
     found = expert_importance(importance, bootstrap=bootstrap)[names]
-    same = all(np.array_equal(found[name].values, like[name].values) for name in ("layer", "expert"))
-    if not same:
+    if not all(np.array_equal(found[name].values, like[name].values) for name in ("layer", "expert")):
         raise BadInput(
             f"Cannot compute saliency: the importance is of layers {found.layer.values.tolist()} with "
             f"{found.sizes['expert']} experts, the recording of layers {like.layer.values.tolist()} with "
@@ -179,8 +178,7 @@ def strongest(scores: xr.DataArray, keep: int) -> xr.DataArray:
         )
     if not isinstance(keep, int | np.integer) or not 1 <= keep <= scores.sizes["expert"]:
         raise BadInput(
-            f"Cannot keep {keep} of {scores.sizes['expert']} experts a layer. Pass a number from 1 to "
-            f"{scores.sizes['expert']}.",
+            f"Cannot keep {keep} of {scores.sizes['expert']} experts a layer. Pass a number from 1 to that.",
             argument="keep",
             value=keep,
         )
