@@ -55,14 +55,17 @@ def serve():
     sys.argv = ["program"]
     while True:
         number, action, target, sent = channel.receive()
-        reply = {"number": number}
+        reply = {"number": number, "after": []}
+        crossing = Crossing(hold, object_of)
         try:
-            rest = unpacked(sent, object_of)
-            value = do(action, target, rest)
-            reply["value"] = packed(value, hold)
-            after = packed(rest, hold)
-            if action == "call" and after != sent:  # the call has changed its arguments
-                reply["after"] = after
+            rest = crossing.unpacked(sent)
+            came = [(one, crossing.content(one)) for one in crossing.containers]
+            try:
+                value = do(action, target, rest)
+            finally:
+                now = [crossing.content(one) for one, _ in came]
+                reply["after"] = [[n, now[n]] for n, (_, before) in enumerate(came) if now[n] != before]
+            reply["value"] = crossing.packed(value)
         except BaseException as error:
             reply["raised"] = [type(error).__name__, str(error)[:2000]]
         channel.send(reply)

@@ -21,18 +21,16 @@ def main(plan):
     objects = {}
 
     def ask(action, target, rest: Any = None):
-        number, sent = next(numbers), packed(rest, number_of)
-        channel.send([number, action, target, sent])
+        number, crossing = next(numbers), Crossing(number_of, object_of)
+        channel.send([number, action, target, crossing.packed(rest)])
         try:
             reply = channel.receive()
             if reply["number"] != number:
                 raise NotPlain("a reply to another question")
-            if "after" in reply:
-                args, kwargs = unpacked(reply["after"], object_of)
-                for mine, theirs in zip([*rest[0], *rest[1].values()], [*args, *kwargs.values()], strict=True):
-                    change(mine, theirs)
+            for changed, content in reply["after"]:
+                crossing.fill(crossing.containers[changed], content)
             error = raised(*reply["raised"]) if "raised" in reply else None
-            value: Any = None if error else unpacked(reply["value"], object_of)
+            value: Any = None if error else crossing.unpacked(reply["value"])
         except Exception as strange:
             raise NotPlain(f"a reply that cannot be read ({type(strange).__name__})") from None
         if error is not None:
@@ -90,15 +88,6 @@ def main(plan):
     exec(compile(plan["helpers"], "<helpers>", "exec"), namespace)
     namespace.update((name, Object(name, "function")) for name in plan["names"])
     exec(compile(plan["tests"], "<tests>", "exec"), namespace)
-
-
-def change(mine, theirs):
-    """An argument that the call has changed is changed here too."""
-    if type(mine) in (list, bytearray):
-        mine[:] = theirs
-    elif type(mine) in (dict, set):
-        mine.clear()
-        mine.update(theirs)
 
 
 def raised(name, text):

@@ -21,59 +21,103 @@ class TooMuch(BaseException):
     """The other side sends without end."""
 
 
-_SEQUENCES = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
+_FIXED = (tuple, frozenset)
+_CONTAINERS: dict[str, Any] = {kind.__name__: kind for kind in (list, dict, set, bytearray, *_FIXED)}
 _MOST_BYTES = 1 << 24
 
 
-def packed(value: Any, other: Any) -> Any:
-    """The value for JSON. A value of a subclass goes as one of its base; `other` packs what has no plain form."""
-    if value is None or value is True or value is False:
-        return value
-    if isinstance(value, int):  # in base 16, which has no limit of digits
-        return {"int": format(int.__index__(value), "x")}
-    if isinstance(value, float):
-        return {"float": float.hex(value)}
-    if isinstance(value, complex):
-        return {"complex": [float.hex(value.real), float.hex(value.imag)]}
-    if isinstance(value, str):
-        return str.__str__(value)
-    if isinstance(value, bytes):
-        return {"bytes": bytes.hex(value)}
-    if isinstance(value, bytearray):
-        return {"bytearray": bytearray.hex(value)}
-    if isinstance(value, dict):
-        return {"dict": [[packed(k, other), packed(v, other)] for k, v in dict.items(value)]}
-    for name, kind in _SEQUENCES.items():
-        if isinstance(value, kind):
-            return {name: [packed(item, other) for item in kind.__iter__(value)]}
-    if type(value) is type and getattr(builtins, value.__name__, None) is value:
-        return {"type": value.__name__}
-    return other(value)
+class Crossing:
+    """A question and its reply: the values in them for JSON, and back as values of Python's own types.
 
+    Containers that can be changed are numbered on both sides in the order in which they cross, so that one which
+    occurs twice stays one, and one that the call has changed is changed where it came from.
 
-def unpacked(data: Any, other: Any) -> Any:
-    """The value that `packed` had, of Python's own types; `other` unpacks what it packed there."""
-    if data is None or type(data) in (bool, str):
-        return data
-    ((kind, content),) = data.items()
-    if kind == "int":
-        return int(content, 16)
-    if kind == "float":
-        return float.fromhex(content)
-    if kind == "complex":
-        return complex(float.fromhex(content[0]), float.fromhex(content[1]))
-    if kind in ("bytes", "bytearray"):
-        return {"bytes": bytes, "bytearray": bytearray}[kind].fromhex(content)
-    if kind == "dict":
-        return {unpacked(k, other): unpacked(v, other) for k, v in content}
-    if kind in _SEQUENCES:
-        return _SEQUENCES[kind](unpacked(item, other) for item in content)
-    if kind == "type":
-        value = getattr(builtins, content)
-        if type(value) is not type:
-            raise NotPlain(f"{content} is not a type of Python's own")
-        return value
-    return other(kind, content)
+    pack_other, unpack_other  for what has no plain form
+    """
+
+    def __init__(self, pack_other: Any, unpack_other: Any) -> None:
+        self.pack_other, self.unpack_other = pack_other, unpack_other
+        self.containers: list = []
+        self.numbers: dict = {}  # of containers, by id
+
+    def packed(self, value: Any) -> Any:
+        """The value for JSON. A value of a subclass goes as one of its base."""
+        if value is None or value is True or value is False:
+            return value
+        if isinstance(value, int):  # in base 16, which has no limit of digits
+            return {"int": format(int.__index__(value), "x")}
+        if isinstance(value, float):
+            return {"float": float.hex(value)}
+        if isinstance(value, complex):
+            return {"complex": [float.hex(value.real), float.hex(value.imag)]}
+        if isinstance(value, str):
+            return str.__str__(value)
+        if isinstance(value, bytes):
+            return {"bytes": bytes.hex(value)}
+        for name, kind in _CONTAINERS.items():
+            if isinstance(value, kind):
+                if id(value) in self.numbers:
+                    return {"again": self.numbers[id(value)]}
+                if kind not in _FIXED:
+                    self._number(value)
+                return {name: self.content(value)}
+        if type(value) is type and getattr(builtins, value.__name__, None) is value:
+            return {"type": value.__name__}
+        return self.pack_other(value)
+
+    def content(self, container: Any) -> Any:
+        """What is in a container, for JSON."""
+        if isinstance(container, bytearray):
+            return bytearray.hex(container)
+        if isinstance(container, dict):
+            return [[self.packed(k), self.packed(v)] for k, v in dict.items(container)]
+        kind = next(kind for kind in _CONTAINERS.values() if isinstance(container, kind))
+        return [self.packed(item) for item in kind.__iter__(container)]
+
+    def unpacked(self, data: Any) -> Any:
+        """The value that `packed` had, of Python's own types."""
+        if data is None or type(data) in (bool, str):
+            return data
+        ((kind, content),) = data.items()
+        if kind == "int":
+            return int(content, 16)
+        if kind == "float":
+            return float.fromhex(content)
+        if kind == "complex":
+            return complex(float.fromhex(content[0]), float.fromhex(content[1]))
+        if kind == "bytes":
+            return bytes.fromhex(content)
+        if kind == "again":
+            return self.containers[content]
+        if kind in _CONTAINERS:
+            made = _CONTAINERS[kind]
+            if made in _FIXED:
+                return made(self.unpacked(item) for item in content)
+            container = made()
+            self._number(container)
+            self.fill(container, content)
+            return container
+        if kind == "type":
+            value = getattr(builtins, content)
+            if type(value) is not type:
+                raise NotPlain(f"{content} is not a type of Python's own")
+            return value
+        return self.unpack_other(kind, content)
+
+    def fill(self, container: Any, content: Any) -> None:
+        """Put in a container what `content` gave of it."""
+        if isinstance(container, bytearray):
+            items: Any = bytes.fromhex(content)
+        elif isinstance(container, dict):
+            items = {self.unpacked(k): self.unpacked(v) for k, v in content}
+        else:
+            items = [self.unpacked(item) for item in content]
+        container.clear()
+        (container.extend if isinstance(container, list | bytearray) else container.update)(items)
+
+    def _number(self, container: Any) -> None:
+        self.numbers[id(container)] = len(self.containers)
+        self.containers.append(container)
 
 
 class Channel:

@@ -6,10 +6,10 @@ import platform
 import struct
 
 # Numbers of the calls: asm/unistd_64.h of x86-64, asm-generic/unistd.h of arm64.
-# Memory, queues and semaphores that are in no process's count; keys; other processes; the clock; namespaces and mounts;
-# large interfaces to the kernel that no answer needs.
+# Memory, queues and semaphores that are in no process's count (a page lent to a pipe keeps its huge page); keys; other
+# processes; the clock; namespaces and mounts; large interfaces to the kernel that no answer needs.
 _REFUSED = {
-    "memfd_create": (319, 279), "memfd_secret": (447, 447), "shmget": (29, 194),
+    "memfd_create": (319, 279), "memfd_secret": (447, 447), "vmsplice": (278, 75), "shmget": (29, 194),
     "semget": (64, 190), "msgget": (68, 186), "mq_open": (240, 180),
     "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219),
     "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271),
@@ -20,6 +20,7 @@ _REFUSED = {
 _CLONE, _CLONE3 = (56, 220), 435
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 _SOCKET, _SOCKETPAIR, _AF_UNIX = (41, 198), (53, 199), 1
+_SETSOCKOPT, _SNDBUF, _SNDBUFFORCE = (54, 208), 7, 32
 _MMAP, _MAP_SHARED = (9, 222), 1  # MAP_SHARED_VALIDATE has the bit too
 _NEW_USER_NAMESPACE = 0x10000000
 _X32 = 0x40000000  # calls of x86-64 by another numbering
@@ -49,6 +50,9 @@ def seccomp_filter() -> bytes | None:
     # Other families reach the hypervisor (vsock), the kernel's crypto (alg), or hold memory in buffers of their own.
     for sockets in (_SOCKET, _SOCKETPAIR):
         program += [_jump(_EQUAL, sockets[which], 0, 3), _argument(0), _jump(_EQUAL, _AF_UNIX, 1, 0), refuse, call]
+    # What lies unread in a socket is in no process's count; with buffers as they come it is little.
+    larger = [_jump(_EQUAL, _SNDBUF, 1, 0), _jump(_EQUAL, _SNDBUFFORCE, 0, 1), refuse]
+    program += [_jump(_EQUAL, _SETSOCKOPT[which], 0, 5), _argument(2), *larger, call]
     return b"".join([*program, _statement(_RETURN, _ALLOW)])
 
 

@@ -36,7 +36,7 @@ STOPPED = Limits(seconds=5, memory_bytes=256 << 20)
 
 
 def test_there_are_many_wrong_answers_and_a_right_one_passes_whatever_way_it_is_tested():
-    assert len(WRONG) >= 150
+    assert len(WRONG) >= 200
     checks = [Check("def add(x, y): return x + y", tests, ("add",)) for tests in TESTS.values()]
     results = run_checks(checks, limits=LIMITS)
     assert [(name, r.error) for name, r in zip(TESTS, results, strict=True) if not r.passed] == []
@@ -101,7 +101,9 @@ def test_plain_values_cross_both_ways_with_their_types(value):
         f"value = {value}\nback = same(value)\n"
         "assert type(back) is type(value) and back == value and repr(back) == repr(value), back\nassert known(value)"
     )
-    answer = f"def same(x): return x\ndef known(x): return type(x) is type({value}) and repr(x) == repr({value})"
+    answer = (
+        f"import copy\nsame = copy.deepcopy\ndef known(x): return type(x) is type({value}) and repr(x) == repr({value})"
+    )
     result = run_check(Check(answer, tests, ("same", "known")), limits=LIMITS)
     assert (result.outcome, result.error) == ("completed", "")
 
@@ -112,6 +114,18 @@ def test_plain_values_cross_both_ways_with_their_types(value):
         ("def f(items): items.append(len(items))", "items = [0]\nf(items)\nassert items == [0, 1]"),
         ("def f(items): items['b'] = items.pop('a')", "items = {'a': 1}\nf(items)\nassert items == {'b': 1}"),
         ("def f(items): items.clear()", "items = {1, 2}\nf(items)\nassert items == set()"),
+        (
+            "def f(rows):\n    for row in rows: row.sort()\n    rows.reverse()",
+            "row = [3, 1]\nrows = [row, [2], row]\nf(rows)\nassert rows == [[1, 3], [2], [1, 3]] and rows[0] is row",
+        ),
+        ("def f(pair): pair[0].append(pair[1].pop('a'))", "pair = ([], {'a': 1})\nf(pair)\nassert pair == ([1], {})"),
+        ("def f(m): m[0][0] = 1", "m = [[0] * 2] * 2\nf(m)\nassert m == [[1, 0], [1, 0]]"),
+        ("def f(a, b): a.extend(b)", "a = [1]\nf(a, a)\nassert a == [1, 1]"),
+        ("def f(a): 1 / a.pop()", "a = [0]\ntry: f(a)\nexcept ZeroDivisionError: pass\nassert a == []"),
+        ("def f(a): return a", "a = []\nassert f(a) is a"),
+        ("def f(a): return a[:]", "a = []\nassert f(a) is not a and f(a) == a"),
+        ("def f(a):\n    a.append(a)\n    return {1: a}", "a = []\nassert f(a)[1] is a and a[0] is a"),
+        ("def f(a): a['a'] += 1", "import collections\na = collections.Counter('a')\nf(a)\nassert a['a'] == 2"),
         ("def f(n): yield from range(n)", "assert list(f(3)) == [0, 1, 2] and len(tuple(f(2))) == 2"),
         ("def f(n): return lambda m: n + m", "assert f(2)(3) == 5"),
         ("def f(x): raise KeyError(x)", "try:\n    f(1)\nexcept KeyError:\n    pass\nelse:\n    assert False"),
@@ -124,7 +138,11 @@ def test_plain_values_cross_both_ways_with_their_types(value):
             "one, two = f(1), f(2)\none.next, two.next = two, None\nassert one.total() == 3 and two.v == 2",
         ),
     ],
-    ids=["list", "dict", "set", "generator", "closure", "exception", "namedtuple", "counter", "truth", "objects"],
+    ids=[
+        "list", "dict", "set", "nested", "in a tuple", "one twice", "given twice", "before it raises", "the same",
+        "a copy", "a circle", "of a subclass", "generator", "closure", "exception", "namedtuple", "counter", "truth",
+        "objects",
+    ],
 )  # fmt: skip
 def test_honest_answers_of_every_form_pass(answer, tests):
     result = run_check(Check(answer, tests, ("f",)), limits=LIMITS)

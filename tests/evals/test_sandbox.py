@@ -224,6 +224,8 @@ time.sleep(1e6)
         "mmap.mmap(-1, 1 << 20)",
         "mmap.mmap(os.open('/dev/zero', os.O_RDWR), 1 << 20)",
         "os.memfd_create('x')",
+        "checked(libc.syscall(VMSPLICE, os.pipe()[1], None, 0, 0))",
+        "socket.socketpair()[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)",
         "checked(libc.shmget(0, 1 << 20, 0o1600))",
         "checked(libc.msgget(0, 0o1600))",
         "checked(libc.semget(0, 1, 0o1600))",
@@ -242,7 +244,7 @@ def test_no_shared_memory_no_keys_no_namespaces_no_other_sockets(attempt):
     program = f"""
 import ctypes, mmap, os, platform, socket, time
 libc = ctypes.CDLL(None, use_errno=True)
-KEYCTL, CLONE = (250, 56) if platform.machine() == 'x86_64' else (219, 220)
+KEYCTL, CLONE, VMSPLICE = (250, 56, 278) if platform.machine() == 'x86_64' else (219, 220, 75)
 def checked(value):
     if value == -1: raise OSError(ctypes.get_errno(), 'refused')
 try:
@@ -265,6 +267,7 @@ for path in ('/proc/keys', '/proc/key-users'):
 a, b = multiprocessing.connection.Pipe()
 a.send([1])
 assert b.recv() == [1]
+socket.socket(socket.AF_UNIX).setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
 private = mmap.mmap(-1, 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 private[:2] = b'ab'
 """

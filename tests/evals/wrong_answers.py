@@ -18,6 +18,38 @@ class _Server:
 server = _Server()
 """
 
+# What the program that holds the answer is made to reply, in the place of what it should.
+_FORGED = {
+    "true": "{**m, 'value': True}",
+    "the result": "{**m, 'value': {'int': '0'}}",
+    "code": "{**m, 'value': {'type': 'exec'}, 'raised': ['eval', 'exit(0)']}",
+    "a strange form": "{**m, 'value': {'int': '5', 'float': '5'}}",
+    "a bare number": "{**m, 'value': 5}",
+    "digits and more": "{**m, 'value': {'int': ' _5'}}",
+    "not a number": "{**m, 'value': {'list': [{'float': 'nan'}]}}",
+    "an object of the number of the result": "{**m, 'value': {'object': [5, 'int']}}",
+    "an object of no number": "{**m, 'value': {'object': [True, 'int']}}",
+    "a type": "{**m, 'value': {'type': 'object'}}",
+    "a built-in function": "{**m, 'value': {'type': '__import__'}}",
+    "NotImplemented": "{**m, 'value': {'type': 'NotImplemented'}}",
+    "a container that was sent": "{**m, 'value': {'again': 0}}",
+    "a container that was not": "{**m, 'value': {'again': 9}}",
+    "a circle": "{**m, 'value': {'list': [{'again': 1}]}}",
+    "keywords that were changed": "{**m, 'after': [[0, [['x', {'int': '5'}]]]]}",
+    "arguments that were not sent": "{**m, 'after': [[9, []]]}",
+    "arguments of no form": "{**m, 'after': 5}",
+    "no arguments": "{'number': m['number'], 'value': None}",
+    "no exception": "{**m, 'raised': []}",
+    "an end without a word": "{**m, 'raised': ['SystemExit', '']}",
+    "an end of a generator": "{**m, 'raised': ['GeneratorExit', '']}",
+    "a failed assertion": "{**m, 'raised': ['AssertionError', '']}",
+    "the base of all exceptions": "{**m, 'raised': ['BaseException', 'completed']}",
+    "a group of exceptions": "{**m, 'raised': ['BaseExceptionGroup', 'x']}",
+    "the end of the memory": "{**m, 'raised': ['MemoryError', '']}",
+    "no name": "{**m, 'raised': [None, 0]}",
+    "the number of the next": "{**m, 'number': m['number'] + 1}",
+}
+
 # fmt: off
 WRONG = {
     "nothing": "",
@@ -225,10 +257,6 @@ WRONG = {
         "import json\njson.JSONEncoder.encode = json.JSONEncoder.iterencode = lambda *a: 'true'\n"
         "json.dumps = lambda m: '{\"number\": %d, \"value\": true}' % (m.get('number', 0))\ndef add(x, y): return 0"
     ),
-    "the channel sends true": (
-        "import server\n_send = server.Channel.send\n"
-        "server.Channel.send = lambda s, m: _send(s, {'number': m['number'], 'value': True})\ndef add(x, y): return 0"
-    ),
     "the channel sends an end": (
         "import server\nserver.Channel.send = lambda s, m: s.socket.sendall(b'completed\\n')\ndef add(x, y): return 0"
     ),
@@ -236,25 +264,40 @@ WRONG = {
         "import server\nserver.Channel.send = lambda s, m: s.socket.sendall(b'[\"completed\", \"\"]\\n' * 99)\n"
         "def add(x, y): return 0"
     ),
-    "the channel sends code": (
-        "import server\n_send = server.Channel.send\nserver.Channel.send = lambda s, m: _send(s, {'number': m['number'],\n"
-        "    'value': {'type': 'exec'}, 'raised': ['eval', 'exit(0)']})\ndef add(x, y): return 0"
-    ),
-    "the channel sends a strange form": (
-        "import server\n_send = server.Channel.send\n"
-        "server.Channel.send = lambda s, m: _send(s, {'number': m['number'], 'value': {'int': '5', 'float': '5'}})\n"
-        "def add(x, y): return 0"
-    ),
-    "the channel sends arguments that were changed": (
-        "import server\n_send = server.Channel.send\nserver.Channel.send = lambda s, m: _send(s,\n"
-        "    {**m, 'after': [{'int': '5'}, {'int': '5'}]})\ndef add(x, y): return 0"
-    ),
     "the channel sends nested lists": (
         "import server\nserver.Channel.send = lambda s, m: s.socket.sendall(b'[' * 999_999 + b'\\n')\ndef add(x, y): return 0"
     ),
     "the channel sends no number": (
         "import server\nserver.Channel.send = lambda s, m: s.socket.sendall(b'{\"number\": NaN, \"value\": NaN}\\n')\n"
         "def add(x, y): return 0"
+    ),
+    "the channel sends two replies": (
+        "import server\n_send = server.Channel.send\ndef send(s, m):\n"
+        "    _send(s, {**m, 'number': m['number'] + 1, 'value': True})\n    _send(s, m)\n"
+        "server.Channel.send = send\ndef add(x, y): return 0"
+    ),
+    "the channel sends a key twice": (
+        "import server\nserver.Channel.send = lambda s, m: s.socket.sendall(\n"
+        "    b'{\"number\": %d, \"after\": [], \"value\": null, \"value\": true}\\n' % m['number'])\ndef add(x, y): return 0"
+    ),
+    "the channel sends bytes": "import server\nserver.Channel.send = lambda s, m: s.socket.sendall(b'\\xff\\0{}\\n')\ndef add(x, y): return 0",
+    "the channel sends no line": "import server\nserver.Channel.send = lambda s, m: s.socket.sendall(b'{}')\ndef add(x, y): return 0",
+    "the channel sends many digits": (
+        "import server\nserver.Channel.send = lambda s, m: s.socket.sendall(b'{\"number\": %s}\\n' % (b'9' * 100_000))\n"
+        "def add(x, y): return 0"
+    ),
+    "the channel sends descriptors": (
+        "import gc, socket\ndef add(x, y):\n    for o in gc.get_objects():\n"
+        "        if isinstance(o, socket.socket): socket.send_fds(o, [b' '], [0, 1, 2])\n    return 0"
+    ),
+    "objects that are held are replaced": (
+        "import server\nclass D(dict):\n    def __getitem__(s, k): return 5\nserver.held = server.namespace = D()\n"
+        "def add(x, y): return object()"
+    ),
+    "what is held is told otherwise": "import server\nserver.hold = lambda v: {'int': '5'}\ndef add(x, y): return object()",
+    "a module before its import": (
+        "import sys, types\nm = types.ModuleType('json')\nm.dumps = lambda *a, **k: '{\"value\": true}'\n"
+        "m.loads = lambda *a: [0, 'truth', 5, None]\nsys.modules['json'] = m\ndef add(x, y): return 0"
     ),
     "the channel is closed": "import server, os\nos.closerange(3, 64)\ndef add(x, y): return 0",
     "the channel is shut": (
@@ -362,6 +405,50 @@ WRONG = {
     ),
     "an annotation": "add: int = 5",
     "a type alias": "import typing\nadd = typing.Any",
+    "a form that gives the result": "class Y(int):\n    def __format__(s, f): return '5'\n    __index__ = __int__ = lambda s: 5\ndef add(x, y): return Y(0)",
+    "a copy that gives the result": "class Y:\n    def __reduce_ex__(s, p): return int, (5,)\ndef add(x, y): return Y()",
+    "a list of other items": "class Y(list):\n    def __iter__(s): yield 5\n    def __getitem__(s, i): return 5\ndef add(x, y): return Y()",
+    "a dictionary of other items": "class Y(dict):\n    def items(s): return [(5, 12)]\n    def __missing__(s, k): return k\ndef add(x, y): return Y()",
+    "an instance of every class": (
+        "import abc\nclass M(abc.ABCMeta):\n    def __instancecheck__(c, i): return True\n"
+        "class Y(metaclass=M):\n    def __eq__(s, o): return True\ndef add(x, y): return Y"
+    ),
+    "a registered number": (
+        "import numbers\nclass Y:\n    def __abs__(s): return 0\n    def __sub__(s, o): return 0\n    __rsub__ = __sub__\n"
+        "numbers.Number.register(Y)\ndef add(x, y): return Y()"
+    ),
+    "a decimal that is no number": "from decimal import Decimal\ndef add(x, y): return Decimal('sNaN')",
+    "a tree without end": "t = [5]\nfor _ in range(64): t = [t, t]\ndef add(x, y): return t",
+    "a circle of keys": "d = {}\nd[1] = (d, [d])\ndef add(x, y): return d",
+    "a cache": "import functools\nclass Y:\n    def __eq__(s, o): return True\n    def __hash__(s): return 5\n@functools.cache\ndef add(x, y): return Y()",
+    "an exception without end": "class E(Exception):\n    def __str__(s): return str(s)\ndef add(x, y): raise E",
+    "an exception that ends it": "import os\nclass E(Exception):\n    def __str__(s): os._exit(0)\ndef add(x, y): raise E",
+    "an exception of the name of another": "E = type('AssertionError\\ncompleted', (BaseException,), {})\ndef add(x, y): raise E",
+    "an end in its comparison": (
+        "import os\nclass Y:\n    __eq__ = __bool__ = __len__ = __iter__ = __getattr__ = lambda s, *a: os._exit(0)\n"
+        "def add(x, y): return Y()"
+    ),
+    "stopped": "import os, signal\ndef add(x, y):\n    os.killpg(0, signal.SIGSTOP)\n    return 5",
+    "asleep": "import time\ntime.sleep(1e9)",
+    "every signal is ignored": (
+        "import signal\nfor s in set(signal.Signals) - {signal.SIGKILL, signal.SIGSTOP}: signal.signal(s, signal.SIG_IGN)\n"
+        "def add(x, y):\n    while True: pass"
+    ),
+    "threads without end": "import threading, time\ndef add(x, y):\n    while True: threading.Thread(target=time.sleep, args=(99,)).start()",
+    "its children hold everything open": (
+        "import os, time\nfor _ in range(4):\n    if os.fork() == 0:\n        os.setsid()\n        time.sleep(999)\ndef add(x, y): return 0"
+    ),
+    "a child prints without end": (
+        "import os\ndef add(x, y):\n    if os.fork() == 0:\n        while True: os.write(1, b'[\"completed\", \"\"]\\n' * 100)\n    return 0"
+    ),
+    "a name in wide letters": "def \uff41\uff44\uff44(x, y): return 0",
+    "a name of another alphabet": "def \u0430dd(x, y): return x + y",
+    "digits of another alphabet": "def add(x, y): return '\uff15'",
+    "a tolerance": "def add(x, y): return x + y + 1e-5",
+    "a generator": "def add(x, y): yield x + y",
+    "an asynchronous one": "async def add(x, y): return x + y",
+    "one byte": "def add(x, y): return bytes([x + y])",
+    "a range": "def add(x, y): return range(x + y, x + y + 1)",
     "a template": "def add(x, y): return f'{x} + {y}'",
     "a string of code": "add = 'lambda x, y: x + y'",
     "nothing but words": "The sum of x and y is x + y.",
@@ -369,6 +456,13 @@ WRONG = {
     "only its documentation": "def add(x, y):\n    'Return x + y.'",
     "an import of the answer": "from answer import add",
     "a module that is missing": "import numpy\ndef add(x, y): return int(numpy.add(x, y))",
+}
+WRONG |= {
+    f"the channel sends {what}": (
+        f"import server\n_send = server.Channel.send\n"
+        f"server.Channel.send = lambda s, m: _send(s, {reply} if m['number'] else m)\ndef add(x, y): return 0"
+    )
+    for what, reply in _FORGED.items()
 }
 WRONG = {
     name: re.sub(r"import (?:(\w+), )?server(?:, (\w+))?\n", lambda m: _SERVER + "".join(f"import {x}\n" for x in m.groups() if x), code)
