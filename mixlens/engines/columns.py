@@ -16,6 +16,7 @@ from safetensors import safe_open
 
 from mixlens.engines.check import FAULTS, Checker, Routers
 from mixlens.errors import BadInput, SourceError
+from mixlens.trace.arrays import column, layer_numbers
 from mixlens.trace.shards import NEXT_TOKEN, ROUTING, TOKEN_COLUMNS, id_dtype
 from mixlens.trace.trace import Trace, from_parts
 
@@ -40,11 +41,27 @@ class Arrays:
 
     def __init__(self, arrays: Mapping[str, Any]) -> None:
         self.arrays = dict(arrays)
-        self.n_tokens = len(next(iter(self.arrays.values())))
+        self.n_tokens = _length([array.shape for array in self.arrays.values()])
         self.names = frozenset(self.arrays)
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
         return np.asarray(self.arrays[name][start:stop])
+
+
+def _length(shapes: Sequence[Sequence[int]]) -> int:
+    """Of the token axis of arrays that all have one."""
+    lengths = {shape[0] if len(shape) else None for shape in shapes} or {0}
+    if len(lengths) > 1 or None in lengths:
+        raise _unfit(f"its arrays have the shapes {sorted(map(tuple, shapes))}", "tokens")
+    return int(lengths.pop() or 0)
+
+
+def piece(columns: Columns, name: str, start: int, stop: int) -> np.ndarray:
+    """Part of a column. Raises SourceError for whatever keeps its file from being read."""
+    try:
+        return columns.read(name, start, stop)
+    except Exception as error:
+        raise _unfit(f"its column {name} cannot be read ({str(error).strip()[:200]})", name) from error
 
 
 class Safetensors:
@@ -54,7 +71,7 @@ class Safetensors:
         self._file = safe_open(path, framework="numpy")
         self.about: dict[str, str] = self._file.metadata() or {}
         self.names = frozenset(self._file.keys())
-        self.n_tokens = self._file.get_slice(min(self.names)).get_shape()[0] if self.names else 0
+        self.n_tokens = _length([self._file.get_slice(name).get_shape() for name in self.names])
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
         return self._file.get_slice(name)[start:stop]
@@ -137,18 +154,24 @@ class ColumnsPart:
         if name == "sequence":
             return sequence.astype(np.int64)
         first, last = self._first + start, self._first + stop
+        n, routers = stop - start, self._checker.routers
         if name in TOKEN_COLUMNS and self._tokens is not None and name in self._tokens.names:
-            return self._tokens.read(name, first, last).astype(TOKEN_COLUMNS[name])
+            return column(name, piece(self._tokens, name, first, last), (n,))
         if name == "position":
             begins = np.searchsorted(self._sequence, self._sequence, side="left")
             return (np.arange(self.n_tokens) - begins)[start:stop]
         if name == "phase":
-            return np.zeros(stop - start, np.uint8)
-        pieces = [columns.read(name, first, last) for columns in self._routing]
+            return np.zeros(n, np.uint8)
+        pieces = [piece(columns, name, first, last) for columns in self._routing]
+        if name in NEXT_TOKEN:
+            return column(name, pieces[0], (n, *pieces[0].shape[1:]))
+        if len({one.shape for one in pieces}) > 1:
+            raise _unfit(f"its layers have the shapes {sorted({one.shape for one in pieces})}", name)
         values = np.stack(pieces, axis=1) if len(pieces) > 1 or pieces[0].ndim == 2 else pieces[0]
         if name == "expert_id":
-            return self._checker.check(values, prompt=len(values), generated=0)
-        return values.astype(np.float32)
+            return self._checker.check(values, prompt=n, generated=0)
+        width = routers.n_experts if name == "router_logits" else routers.top_k
+        return column(name, values, (n, len(routers.layers), width))
 
     def activation(self, site: str) -> tuple[np.ndarray, np.ndarray]:
         raise KeyError(site)
@@ -181,12 +204,18 @@ def trace_over(
         Of each sequence. Where documents are not known all tokens are of one, so that no interval is given; the
         sequences have a column "window", for `cluster=`.
     """
+    if not isinstance(tokens_a_sequence, int) or not 0 < tokens_a_sequence < 2**63:
+        raise BadInput(
+            f"Cannot cut a file into sequences of {tokens_a_sequence!r} tokens. Pass a whole number from 1.",
+            argument="tokens_a_sequence",
+            value=tokens_a_sequence,
+        )
     sizes = {columns.n_tokens for columns in (*routing, *([] if tokens is None else [tokens]))}
     if len(sizes) != 1 or 0 in sizes:
         raise _unfit(f"its columns have {sorted(sizes)} tokens", "tokens")
     n = sizes.pop()
     if tokens is not None and "sequence" in tokens.names:
-        given = tokens.read("sequence", 0, n)
+        given = column("sequence", piece(tokens, "sequence", 0, n), (n,))
         sequence = np.cumsum(np.diff(given, prepend=given[:1]) != 0)
     else:
         sequence = np.arange(n) // tokens_a_sequence
@@ -222,24 +251,25 @@ def known_routers(shape: Sequence[int], n_experts: Any, layers: Any) -> Routers:
     """What a file and its reader know of the model; `layers` are the numbers of those in the file."""
     if len(shape) != 3:
         raise _unfit(f"its ids have the shape {tuple(shape)}", "expert_id")
-    if not isinstance(n_experts, int) or n_experts < 1:
+    if not isinstance(n_experts, int) or isinstance(n_experts, bool) or n_experts < 1:
         raise BadInput(
             "Cannot open these arrays as a trace: they do not say how many experts a layer has. Pass n_experts=.",
             argument="n_experts",
             value=n_experts,
         )
-    numbers = tuple(range(shape[1])) if layers is None else tuple(int(number) for number in layers)
-    if len(numbers) != shape[1]:
-        raise _unfit(f"it has {shape[1]} layers, and {len(numbers)} numbers were given", "layers")
-    return Routers(n_experts, int(shape[2]), numbers, len(numbers))
+    numbers = layer_numbers(layers, shape[1]).tolist()
+    return Routers(n_experts, int(shape[2]), tuple(numbers), len(numbers))
 
 
-def listed(about: Mapping[str, Any], name: str) -> Any:
+def listed(about: Mapping[str, Any], name: str, kind: type) -> Any:
     """A value of the metadata of a file, which is JSON; None where it has none."""
     try:
-        return json.loads(about[name]) if name in about else None
-    except ValueError as error:
+        found = json.loads(about[name]) if name in about else None
+    except (ValueError, TypeError, RecursionError) as error:
         raise _unfit(f"its metadata {name!r} is no JSON", name) from error
+    if found is not None and not isinstance(found, kind):
+        raise _unfit(f"its metadata {name!r} is a {type(found).__name__}, not a {kind.__name__}", name)
+    return found
 
 
 def _unfit(found: str, argument: str) -> SourceError:

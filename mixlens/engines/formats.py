@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
-import io
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +12,10 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
+from mixlens.core.sealed_json import short
 from mixlens.engines.check import Checker, Routers
-from mixlens.engines.columns import Arrays, Columns, Parquet, Safetensors, known_routers, listed, trace_over
-from mixlens.engines.replies import routed
+from mixlens.engines.columns import Arrays, Columns, Parquet, Safetensors, known_routers, listed, piece, trace_over
+from mixlens.engines.replies import array_in, decoded, routed
 from mixlens.errors import BadInput, SourceError
 from mixlens.models.load import skeleton
 from mixlens.trace.shards import PROMPT, TOKEN_COLUMNS, MemoryPart, pack_weights
@@ -34,8 +32,8 @@ def open_flame(path: str, *, iteration: int | None = None, tokens_a_sequence: in
     """
     files, prefix = fsspec.core.url_to_fs(path)
     protocol = "" if "file" in files.protocol else "hf://"
-    found = {int(Path(one).name.removeprefix("iter_")): one for one in files.glob(f"{prefix}/actives/iter_*")}
-    if not found or (iteration is not None and iteration not in found):
+    found = _numbered(files.glob(f"{prefix}/actives/iter_*"))
+    if not found or (iteration is not None and iteration not in list(found)):
         raise BadInput(
             f"Cannot open {path} as a checkpoint of FLAME-MoE: it has the iterations "
             f"{', '.join(map(str, sorted(found))) or 'none'}. Pass the folder of a model, such as flame-moe-290m, and "
@@ -44,12 +42,19 @@ def open_flame(path: str, *, iteration: int | None = None, tokens_a_sequence: in
             value=iteration if found else path,
         )
     chosen = max(found) if iteration is None else iteration
-    actives = sorted(files.glob(f"{found[chosen]}/layer_*.parquet"))
-    layers = tuple(int(Path(one).stem.removeprefix("layer_")) - 1 for one in actives)  # counted from 1 there
+    actives = _numbered(files.glob(f"{found[chosen]}/layer_*.parquet"))
+    if not actives or min(actives) < 1:  # they are counted from 1 there
+        raise SourceError(
+            f"Cannot open {path} as a checkpoint of FLAME-MoE: iteration {chosen} has the layers "
+            f"{', '.join(map(str, actives)) or '(none)'}. Pass a folder that was downloaded whole.",
+            argument="layers",
+            value=list(actives),
+        )
+    layers = tuple(number - 1 for number in actives)
     names = {"expert_id": "indices", "weight": "scores"}
-    columns: list[Columns] = [Parquet([protocol + one], names) for one in actives]
+    columns: list[Columns] = [Parquet([protocol + one], names) for one in actives.values()]
     samples = [protocol + one for one in sorted(files.glob(f"{prefix}/samples/*.parquet"))]
-    top_k = columns[0].read("expert_id", 0, 1).shape[-1]
+    top_k = piece(columns[0], "expert_id", 0, 1).shape[-1]
     about = {
         "source": "FLAME-MoE-Traces",
         "model": {"name": Path(prefix).name, "iteration": chosen},
@@ -59,6 +64,12 @@ def open_flame(path: str, *, iteration: int | None = None, tokens_a_sequence: in
     return trace_over(
         columns, Parquet(samples, {"token_id": "token_id"}), routers, about, tokens_a_sequence=tokens_a_sequence
     )
+
+
+def _numbered(paths: Iterable[str]) -> dict[int, str]:
+    """Paths by the number at the end of their names, in its order."""
+    found = {Path(path).stem.rpartition("_")[2]: path for path in paths}
+    return {int(number): found[number] for number in sorted(filter(str.isdecimal, found), key=int)}
 
 
 def open_safetensors(
@@ -74,16 +85,17 @@ def open_npy(path: str, *, n_experts: int | None = None, layers: Any = None, tok
     place = Path(path)
     files = {one.stem: one for one in sorted(place.glob("*.npy"))} if place.is_dir() else {"expert_id": place}
     about: dict[str, str] = {}
-    if place.is_dir() and (place / "about.json").exists():
-        about = json.loads((place / "about.json").read_text("utf-8"))
     try:
-        arrays = Arrays({name: np.load(one, mmap_mode="r", allow_pickle=False) for name, one in files.items()})
-    except (ValueError, OSError, StopIteration) as error:
+        if place.is_dir() and (place / "about.json").exists():
+            about = dict(json.loads((place / "about.json").read_text("utf-8")))
+        arrays = {name: np.lib.format.open_memmap(one, mode="r") for name, one in files.items()}
+    except Exception as error:  # whatever a header makes of NumPy's parser
         raise SourceError(
-            f"Cannot open {place} as arrays: {error or 'it has none'}. Pass a .npy file, or a folder of them.",
+            f"Cannot open {place} as arrays: {error}. Pass a .npy file, or a folder of them.",
             argument="path",
             value=str(place),
         ) from error
+    arrays = Arrays(arrays)
     return _of_arrays(arrays, about, n_experts, layers, tokens_a_sequence, f"npy {place.name}")
 
 
@@ -97,11 +109,15 @@ def open_parquet(
     schema = pq.ParquetFile(path).schema_arrow
     names = [name for name in schema.names if name in TOKEN_COLUMNS]
     routing = [name for name in schema.names if name in ("expert_id", "weight", "router_logits")]
-    about = {k.decode(): v.decode() for k, v in (schema.metadata or {}).items() if not k.startswith(b"pandas")}
+    held = {k: v for k, v in (schema.metadata or {}).items() if not k.startswith(b"pandas")}
+    about = {k.decode("utf-8", "replace"): v.decode("utf-8", "replace") for k, v in held.items()}
     if "layer" not in schema.names:
         columns: Columns = Parquet([path], {name: name for name in [*names, *routing]})
         return _of_arrays(columns, about, n_experts, layers, tokens_a_sequence, f"parquet {Path(path).name}")
-    head = next(pq.ParquetFile(path).iter_batches(4096, columns=["layer", "slot"])).to_pandas()
+    batch = next(pq.ParquetFile(path).iter_batches(4096, columns=["layer", "slot"]), None)
+    if batch is None:
+        raise SourceError(f"Cannot open {path}: it has no rows. Pass one a token.", argument="tokens", value=path)
+    head = batch.to_pandas()
     again = np.flatnonzero((head == head.iloc[0]).all(axis=1).to_numpy()[1:])
     rows = int(again[0]) + 1 if len(again) else len(head)
     numbers = head["layer"].iloc[:rows].unique().tolist()
@@ -134,14 +150,14 @@ def _of_arrays(
             argument="expert_id",
             value=sorted(columns.names),
         )
-    shape = (columns.n_tokens, *columns.read("expert_id", 0, 1).shape[1:])
-    layers = listed(about, "layers") if layers is None else layers
-    routers = known_routers(shape, listed(about, "n_experts") if n_experts is None else n_experts, layers)
-    documents = listed(about, "document_id")
+    shape = (columns.n_tokens, *piece(columns, "expert_id", 0, 1).shape[1:])
+    layers = listed(about, "layers", list) if layers is None else layers
+    routers = known_routers(shape, listed(about, "n_experts", int) if n_experts is None else n_experts, layers)
+    documents = listed(about, "document_id", list)
     lacking = [name for name in ("token_id", "weight", "router_logits") if name not in columns.names]
     meta = {
         "source": source,
-        "model": listed(about, "model") or {},
+        "model": listed(about, "model", dict) or {},
         "not_known": [*([] if documents else ["documents"]), "text", *lacking],
     }
     return trace_over([columns], columns, routers, meta, tokens_a_sequence=tokens_a_sequence, document_id=documents)
@@ -173,9 +189,18 @@ def open_replies(path: str, *, model: Any) -> Trace:
         ids = found.checked(checker)
         weight = answer.get("routed_weights")
         tokens = None if found.token_ids is None else np.asarray(found.token_ids, np.int64)[: len(ids)]
-        prompt = int(answer.get("prompt_length", found.prompt))
+        prompt = answer.get("prompt_length", found.prompt)
+        name = answer.get("document_id", answer.get("id", number - 1))
+        for key, value, kind in (("prompt_length", prompt, int), ("document_id", name, str | int)):
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise SourceError(
+                    f"Cannot open {path}: {key} of line {number} is {short(value)}. Write a whole number"
+                    f"{' or a name' if key == 'document_id' else ''} there.",
+                    argument=key,
+                    value=number,
+                )
         parts.append((ids, tokens, prompt, None if weight is None else _weights(weight, ids.shape)))
-        rows.append({"document_id": answer.get("document_id", answer.get("id", number - 1)), "length": len(ids)})
+        rows.append({"document_id": name, "length": len(ids)})
     if not parts:
         raise SourceError(f"Cannot open {path}: it has no answers. Pass one a line.", argument="path", value=path)
     lengths = [row["length"] for row in rows]
@@ -200,15 +225,9 @@ def open_replies(path: str, *, model: Any) -> Trace:
     return from_parts([MemoryPart(arrays)], pd.DataFrame(rows), meta, list(routers.layers))
 
 
-def _weights(sent: str, shape: tuple[int, ...]) -> np.ndarray:
-    try:
-        weight = np.load(io.BytesIO(base64.b64decode(sent, validate=True)), allow_pickle=False)
-    except (binascii.Error, ValueError, TypeError, EOFError, OSError) as error:
-        raise SourceError(
-            f"Cannot read routed_weights: {error}. They are an array in NumPy's format, in base64.",
-            argument="routed_weights",
-        ) from error
-    if weight.shape != shape or weight.dtype.kind != "f" or not np.isfinite(weight).all():
+def _weights(sent: Any, shape: tuple[int, ...]) -> np.ndarray:
+    weight = array_in(decoded(sent, "routed_weights"), "f", "routed_weights")
+    if weight.shape != shape or not np.isfinite(weight).all():
         raise SourceError(
             f"Cannot use routed_weights of shape {weight.shape} and dtype {weight.dtype} beside ids of shape {shape}. "
             "Pass one finite number for every id.",
@@ -219,7 +238,7 @@ def _weights(sent: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _lines(path: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue

@@ -90,15 +90,15 @@ def routed(answer: Mapping[str, Any], routers: Routers, *, prompt_ids: Sequence[
     made = _ids(choice.get("token_ids"), answer.get("output_ids"))
     prompt = len(read) if read is not None else _count(about, "prompt_tokens")
     generated = len(made) if made is not None else _count(about, "completion_tokens")
-    start = int(answer.get("routed_experts_prompt_start") or 0)
-    raw = _bytes(sent)
+    start = _count(answer, "routed_experts_prompt_start") if answer.get("routed_experts_prompt_start") else 0
+    raw = decoded(sent)
     if not raw.startswith(_MAGIC):
         ids, form = _reshaped(raw, prompt + max(generated - 1, 0) - start, routers), "sglang"
     else:
-        ids, form = _array(raw), "vllm"
+        ids, form = array_in(raw, "iu"), "vllm"
     prompt_rows = None
     if before is not None:
-        of_prompt = _array(_bytes(before))
+        of_prompt = array_in(decoded(before), "iu")
         if of_prompt.shape[1:] != ids.shape[1:]:
             raise _unreadable(f"the prompt's array has shape {of_prompt.shape}, the answer's {ids.shape}")
         prompt_rows, ids = len(of_prompt), np.concatenate([of_prompt, ids])
@@ -106,18 +106,23 @@ def routed(answer: Mapping[str, Any], routers: Routers, *, prompt_ids: Sequence[
     return Routed(ids, prompt, generated, tokens, prompt_rows, start, form)
 
 
-def _bytes(sent: Any) -> bytes:
+def decoded(sent: Any, argument: str = "shape") -> bytes:
+    """The bytes of base64."""
     try:
         return base64.b64decode(sent, validate=True)
     except (binascii.Error, ValueError, TypeError) as error:
-        raise _unreadable(f"it is not in base64 ({error})") from error
+        raise _unreadable(f"it is not in base64 ({error})", argument) from error
 
 
-def _array(raw: bytes) -> np.ndarray:
+def array_in(raw: bytes, kinds: str, argument: str = "shape") -> np.ndarray:
+    """An array in NumPy's format, whose numbers are of one of `kinds`."""
     try:
-        return np.load(io.BytesIO(raw), allow_pickle=False)
-    except (ValueError, EOFError, OSError, MemoryError, SyntaxError) as error:
-        raise _unreadable(f"it is no array in NumPy's format ({error})") from error
+        found = np.lib.format.read_array(io.BytesIO(raw), allow_pickle=False)
+    except Exception as error:  # whatever a header makes of NumPy's parser
+        raise _unreadable(f"it is no array in NumPy's format ({error})", argument) from error
+    if found.dtype.kind not in kinds:
+        raise _unreadable(f"its numbers are of type {found.dtype}", argument)
+    return found
 
 
 def _reshaped(raw: bytes, rows: int, routers: Routers) -> np.ndarray:
@@ -135,25 +140,29 @@ def _reshaped(raw: bytes, rows: int, routers: Routers) -> np.ndarray:
 def _count(about: Mapping[str, Any], name: str) -> int:
     value = about.get(name)
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise _unreadable(f"the answer does not say how many {name} it has")
+        raise _unreadable(f"the answer does not say its {name}, or not as a whole number")
     return value
 
 
 def _ids(*given: Any) -> list[int] | None:
-    """The first of what is given that is a list of token ids."""
-    for ids in given:
-        if ids is not None and all(isinstance(token, int | np.integer) for token in ids):
-            return [int(token) for token in ids]
-    return None
+    """The first list of token ids that is given; None for none."""
+    ids = next((ids for ids in given if ids is not None), None)
+    if ids is None:
+        return None
+    whole = isinstance(ids, list) and all(isinstance(token, int) and not isinstance(token, bool) for token in ids)
+    if not whole or not all(0 <= token < 2**31 for token in ids):
+        raise _unreadable("its token ids are no list of whole numbers below 2^31")
+    return ids
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def _unreadable(found: str) -> SourceError:
+def _unreadable(found: str, argument: str = "shape") -> SourceError:
+    what = "routing" if argument == "shape" else argument
     return SourceError(
-        f"Cannot read the routing of an answer: {found}. Check which server answered, and its version.",
-        argument="shape",
+        f"Cannot read the {what} of an answer: {found}. Check which server answered, and its version.",
+        argument=argument,
         value=found,
     )

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from mixlens.core.sealed_json import short
 from mixlens.endpoints.calls import Completion
 from mixlens.endpoints.endpoint import Endpoint
 from mixlens.endpoints.transport import Client
@@ -22,6 +23,7 @@ from mixlens.trace.signals import Signals
 from mixlens.trace.trace import Trace, from_parts
 
 _AT_A_TIME = 8
+_ROUNDED_UP = 1e-3  # the logarithm of a probability that is 1 in fewer bits
 
 
 class Server:
@@ -137,7 +139,7 @@ class ServerReader:
         arrays = columns_of(sequences, first_sequence, phases)
         arrays["expert_id"] = np.concatenate([one.checked(self._checker) for one in found])
         if self.signals.logprob:
-            scores = [_prompt_logprobs(answer.raw, ids) for answer, ids in zip(answers, sequences, strict=True)]
+            scores = [prompt_logprobs(answer.raw, ids) for answer, ids in zip(answers, sequences, strict=True)]
             if not all(score is None for score in scores):
                 unknown = [np.full(len(ids), np.nan, np.float32) for ids in sequences]
                 arrays["logprob"] = np.concatenate(
@@ -197,13 +199,22 @@ def no_routing(endpoint: Endpoint) -> SourceError:
     )
 
 
-def _prompt_logprobs(answer: Mapping[str, Any], ids: np.ndarray) -> np.ndarray | None:
+def prompt_logprobs(answer: Mapping[str, Any], ids: np.ndarray) -> np.ndarray | None:
     """Of every token given those before it, as vLLM returns them; NaN for the first. None where there are none."""
     listed = answer["choices"][0].get("prompt_logprobs", answer.get("prompt_logprobs"))
     if not isinstance(listed, list) or len(listed) != len(ids):
         return None
     found = np.full(len(ids), np.nan, np.float32)
     for place, (token, scores) in enumerate(zip(ids.tolist(), listed, strict=True)):
-        if isinstance(scores, dict) and isinstance(one := scores.get(str(token)), dict):
-            found[place] = one.get("logprob", np.nan)
+        if isinstance(scores, dict) and isinstance(one := scores.get(str(token)), dict) and "logprob" in one:
+            score = one["logprob"]
+            number = isinstance(score, int | float) and not isinstance(score, bool)
+            if not (number and -1e30 < score <= _ROUNDED_UP):
+                raise SourceError(
+                    f"Cannot use the log-probabilities from a server: that of token {place} of a prompt is "
+                    f"{short(score)}. Update the server, or record without logprob.",
+                    argument="logprob",
+                    value=score,
+                )
+            found[place] = score
     return found

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,10 +49,10 @@ def part_of_arrays(
     dtype = shards.id_dtype(n_experts, ragged=bool(lacking.any()))
     arrays: dict[str, np.ndarray] = {"expert_id": np.where(lacking, shards.no_expert(dtype), ids).astype(dtype)}
     if weight is not None:
-        arrays["weight"] = shards.pack_weights(_numbers("weight", weight, (n, n_layers, top_k), least=0.0))
+        arrays["weight"] = shards.pack_weights(column("weight", weight, (n, n_layers, top_k)))
     if router_logits is not None:
-        logits = _numbers("router_logits", router_logits, (n, n_layers, n_experts), least=-np.inf)
-        arrays["router_logits"] = shards.narrowed(logits.astype(np.float32), np.float16)
+        logits = column("router_logits", router_logits, (n, n_layers, n_experts))
+        arrays["router_logits"] = shards.narrowed(logits, np.float16)
     given = {str(name): np.asarray(values) for name, values in dict(tokens).items()}
     for name, values in given.items():
         if name not in shards.TOKEN_COLUMNS:
@@ -63,8 +62,7 @@ def part_of_arrays(
                 argument="tokens",
                 value=name,
             )
-        numbers = _whole if name != "logprob" else partial(_numbers, least=-np.inf, missing=True)
-        arrays[name] = numbers(name, values, (n,)).astype(shards.TOKEN_COLUMNS[name])
+        arrays[name] = column(name, values, (n,))
     sequence = arrays.setdefault("sequence", np.zeros(n, np.int64))
     if n and (sequence[0] != 0 or not np.isin(np.diff(sequence), (0, 1)).all()):
         raise BadInput(
@@ -106,9 +104,11 @@ def part_of_arrays(
 
 def layer_numbers(layers: Sequence[int] | None, n_layers: int) -> np.ndarray:
     """The numbers of the layers of `Trace.from_arrays`."""
-    numbers = np.arange(n_layers) if layers is None else np.asarray(list(layers))
-    ascending = numbers.dtype.kind in "iu" and (numbers >= 0).all() and (np.diff(numbers) > 0).all()
-    if len(numbers) != n_layers or not ascending:
+    numbers = np.asarray(
+        range(n_layers) if layers is None else list(layers) if isinstance(layers, Iterable) else layers
+    )
+    whole = numbers.shape == (n_layers,) and numbers.dtype.kind in "iu"
+    if not whole or (numbers < 0).any() or (np.diff(numbers) <= 0).any():
         raise BadInput(
             f"Cannot make a trace of {n_layers} layers with the numbers {numbers.tolist()}. Pass one number of 0 or "
             "more for every layer of the expert ids, ascending.",
@@ -116,6 +116,15 @@ def layer_numbers(layers: Sequence[int] | None, n_layers: int) -> np.ndarray:
             value=numbers.tolist(),
         )
     return numbers
+
+
+def column(name: str, values: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """Values of a column of a trace but the ids, in the type that it has there. BadInput for what it cannot hold."""
+    dtype = (shards.TOKEN_COLUMNS | shards.ROUTING | shards.NEXT_TOKEN)[name]
+    if np.issubdtype(dtype, np.integer):
+        return _whole(name, values, shape).astype(dtype)
+    least = 0.0 if name == "weight" else -np.inf
+    return _numbers(name, values, shape, least=least, missing=name not in shards.ROUTING).astype(dtype)
 
 
 def _numbers(name: str, values: Any, shape: tuple[int, ...], *, least: float, missing: bool = False) -> np.ndarray:

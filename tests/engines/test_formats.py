@@ -171,6 +171,89 @@ def test_files_that_are_no_routing_are_refused_by_name(content, format, known, e
     assert caught.value.argument == argument
 
 
+STRANGE = {
+    "numbers": lambda ids: ids.astype(float),
+    "truths": lambda ids: ids > 3,
+    "two axes": lambda ids: ids[:, 0],
+    "no axis": lambda ids: np.array(5),
+    "no tokens": lambda ids: ids[:0],
+    "no layers": lambda ids: ids[:, :0],
+    "few tokens": lambda ids: ids[:3],
+    "negative": lambda ids: -ids.astype(int),
+    "large": lambda ids: ids.astype(np.int64) + 2**40,
+    "not a number": lambda ids: np.full(len(ids), np.nan),
+    "infinite": lambda ids: np.full(ids.shape, np.inf),
+    "text": lambda ids: ids.astype("U3"),
+    "dates": lambda ids: ids.astype("M8[s]"),
+}
+HEADERS = [b"", b"5", b"[]", b"\xff", b"[" * 100_000] + [
+    json.dumps({name: text}).encode()
+    for name in ("n_experts", "layers", "document_id", "model")
+    for text in (8, "x", "5", "[1]", "[NaN, 1]", "[-5, 99999999999999999999]", "[[" * 50_000, "{}", "true", "1e999")
+]
+
+
+def read_or_refused(path, format, **known):
+    """Everything in a file, or an error of mixlens; True where it was read."""
+    try:
+        found = ml.open(path, format=format, **known)
+        for name in found.signals:
+            assert len(found.read(name)) == found.n_tokens
+        assert np.isfinite(ml.stats.expert_share(found)["estimate"]).all()
+        assert repr(found)
+    except ml.MixlensError:
+        return False
+    return True
+
+
+def test_whatever_the_columns_of_a_file_are_it_is_read_or_refused(trace, tmp_path):
+    ids, read = np.ascontiguousarray(trace.read("expert_id")[:40]), 0
+    for column in ("expert_id", "weight", "router_logits", "token_id", "sequence", "position", "phase", "logprob"):
+        for make in STRANGE.values():
+            arrays = {"expert_id": ids, column: np.ascontiguousarray(make(ids))}
+            for name, array in arrays.items():
+                np.save(tmp_path / f"{name}.npy", array)
+            read += read_or_refused(tmp_path, "npy", n_experts=8)
+            (tmp_path / f"{column}.npy").unlink()
+            rows = {name: array.tolist() for name, array in arrays.items()}
+            if all(isinstance(row, list) and len(row) == len(ids) for row in rows.values()):
+                pq.write_table(pa.table(rows), tmp_path / "table.parquet")
+                read += read_or_refused(tmp_path / "table.parquet", "parquet", n_experts=8)
+    assert 0 < read < 30
+
+
+def test_whatever_a_file_says_of_itself_it_is_read_or_refused(trace, tmp_path):
+    np.save(tmp_path / "expert_id.npy", trace.read("expert_id"))
+    (tmp_path / "about.json").write_text('{"n_experts": "8"}')
+    assert read_or_refused(tmp_path, "npy")
+    for about in HEADERS:
+        (tmp_path / "about.json").write_bytes(about)
+        read_or_refused(tmp_path, "npy")
+    for known in (
+        {"n_experts": True},
+        {"n_experts": 10**30},
+        {"layers": 5},
+        {"layers": "ab"},
+        {"tokens_a_sequence": 0},
+    ):
+        assert not read_or_refused(tmp_path / "expert_id.npy", "npy", **{"n_experts": 8, **known})
+
+
+@pytest.mark.parametrize("format", ["npy", "safetensors", "parquet", "routed_experts"])
+def test_wherever_a_file_is_damaged_it_is_read_or_refused(format, trace, tmp_path):
+    path = tmp_path / "whole"
+    trace.select(positions=(0, 5)).export(path, format=format)
+    path = path / "expert_id.npy" if path.is_dir() else path
+    whole, draw = path.read_bytes(), np.random.default_rng(0)
+    known = {"model": "demo"} if format == "routed_experts" else {"n_experts": 8}
+    assert read_or_refused(path, format, **known)
+    ends = [*range(0, 160, 9), *(len(whole) - 1 - at for at in range(0, 300, 13))]
+    for at in [*ends, *draw.integers(len(whole), size=15).tolist()]:
+        for bad in (whole[:at], whole[:at] + b"\xff" * 8 + whole[at + 8 :], whole[:at] + b"(" + whole[at:]):
+            path.write_bytes(bad)
+            read_or_refused(path, format, **known)
+
+
 def test_a_format_that_is_not_there_is_refused(trace, tmp_path):
     with refused(ml.BadInput, "format", "pickle"):
         trace.export(tmp_path / "trace", format="pickle")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 from helpers.displayed import Page
 
 MARKUP = "<script>alert(1)</script>"
@@ -40,3 +43,21 @@ def harmless(html: str, *names: str, scripts: int = 0) -> Page:
 def plain_in_a_terminal(text: str) -> bool:
     """Nothing that moves a cursor, rings a bell or turns the direction of reading."""
     return all(c.isprintable() or c in "\n" for c in text)
+
+
+# What stands in a file or an answer where something else should.
+VALUES = (
+    None, True, 0, -1, 2**31, 10**30, -(10**400), 0.5, float("nan"), float("inf"), "", "5", "\x1b[31m", [], [[]],
+    [None], [True], ["1"], [10**30], [-1], {}, {"a": 1}, "AAAA", "[" * 100_000,
+)  # fmt: skip
+
+
+def replaced(value: Any, new: Any) -> Iterator[Any]:
+    """JSON with each of its parts, one at a time, replaced."""
+    yield new
+    if isinstance(value, dict | list):
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            for other in replaced(part, new):
+                changed = value.copy()
+                changed[key] = other
+                yield changed
