@@ -1,8 +1,6 @@
 """`python -m mixlens`, where the command itself is not on the path."""
 
-import sys
-
-from mixlens.cli.main import main
+from mixlens.cli.main import script
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script()

@@ -6,7 +6,10 @@ import contextlib
 import gzip
 import html
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
@@ -43,7 +46,7 @@ def run(corpus, tmp_path_factory):
 
 def said(capsys, *argv: str) -> tuple[int, dict]:
     code = cli.main([*argv, "--json"])
-    return code, json.loads(capsys.readouterr().out)
+    return code, json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
 
 
 def test_record_leaves_a_run_that_opens(run):
@@ -325,3 +328,41 @@ def test_quiet_prints_the_result_alone(corpus, tmp_path, capfd):
     assert "tokens" in printed.out
     assert "demo" not in printed.err
     assert "doc" not in printed.err
+
+
+NOISY = """
+import atexit, ctypes, math, os, subprocess, sys
+from mixlens.cli.main import app, script
+from mixlens.cli.app import Result
+from mixlens.cli.options import Output
+
+kept = sys.stdout
+
+@app.command
+def noisy(*, fail: bool = False, output: Output = Output()) -> Result:
+    print("from Python")
+    print("to what a library kept", file=kept)
+    os.write(1, b"below Python\\n")
+    ctypes.CDLL(None).printf(b"in the buffers of C")
+    subprocess.run(["echo", "of a child"])
+    atexit.register(print, "at the end")
+    atexit.register(ctypes.CDLL(None).puts, b"of C at the end")
+    if fail:
+        raise __import__("mixlens").BadInput("no", argument="x")
+    return Result({"missing": math.nan, "more": [(math.inf, 1)], "deep": {"x": -math.inf}})
+
+sys.argv[1:] = ["noisy", *sys.argv[1:]]
+script()
+"""
+
+
+@pytest.mark.parametrize("words", [["--json"], ["--json", "--fail"]])
+def test_json_is_one_document_whatever_libraries_print(words):
+    command = [sys.executable, "-c", NOISY, *words]
+    alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    done = subprocess.run(command, capture_output=True, text=True, env=alone)
+    told = json.loads(done.stdout, parse_constant=pytest.fail)
+    assert told == {"missing": None, "more": [[None, 1]], "deep": {"x": None}} or told["error"] == "BadInput"
+    assert all(noise in done.stderr for noise in ("from Python", "below", "buffers", "child", "kept", "at the end"))
+    other = subprocess.run(command, capture_output=True, text=True, env=alone | {"WORLD_SIZE": "2", "RANK": "1"})
+    assert other.stdout == ""

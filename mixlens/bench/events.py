@@ -18,6 +18,7 @@ from mixlens.endpoints.protocols import (
     ERROR,
     MALFORMED,
     REASONING,
+    REFUSAL,
     ROUTED,
     TOKEN,
     Event,
@@ -43,6 +44,8 @@ OUTCOMES = {
     "failed": "a model on this machine that could not be loaded or run in this configuration",
     "interrupted": "stopped from outside while it ran on this machine",
 }
+_BOM = b"\xef\xbb\xbf"
+_WHOLE = (b"{", b"[", b"<")
 # Faults that the transport can report; the events determine all other outcomes.
 FAULTS = ("timeout", "connect", "tls", "malformed", "cut", "oversized")
 
@@ -137,7 +140,10 @@ class StreamReader:
         self.events: list[Event] = []
         self._model: str | None = None
         self._choices: set[int | None] = set()
+        self._refused = False  # some servers name another reason for the end of a refusal
         self._chars = 0  # of what the events keep
+        self._body: bytearray | None = bytearray()  # of an answer that is no stream, or has not begun
+        self._body_s, self._begun = 0.0, False
         self.done_s: float | None = None  # time of the event that ends the answer by name
         self.routing: str | None = None  # the message that brought routing, as JSON
 
@@ -148,13 +154,38 @@ class StreamReader:
             return self.done_s
         return next(event.at_s for event in reversed(self.events) if event.kind != COMMENT)
 
-    def feed(self, piece: bytes, at_s: float) -> None:
-        """Parse bytes of an event stream that arrived at `at_s`. Raises TooLarge."""
-        self._keep(self._parser.feed(piece, at_s))
+    @property
+    def form(self) -> str:
+        """Return "json" for an answer that begins as JSON or a page does, whatever its header says; else "stream"."""
+        return "json" if self._body is not None and self._begun else "stream"
 
-    def close(self, at_s: float) -> None:
-        """Parse the rest of the stream after its end, mask the key, and tell reasoning between tags from text."""
+    def feed(self, piece: bytes, at_s: float) -> None:
+        """Parse bytes of an answer that arrived at `at_s`. Raises TooLarge."""
+        if not self._begun:
+            piece = bytes(self._body or b"") + piece
+            self._body, self._begun = (
+                bytearray(),
+                bool(piece.removeprefix(_BOM).strip()) and piece != _BOM[: len(piece)],
+            )
+            if self._begun and piece.removeprefix(_BOM).lstrip()[:1] not in _WHOLE:
+                self._body = None
+        if self._body is None:
+            self._keep(self._parser.feed(piece, at_s))
+            return
+        self._body += piece
+        self._body_s = at_s
+        if len(self._body) > MAX_BODY_BYTES:
+            raise TooLarge(f"the answer is longer than {MAX_BODY_BYTES:,} bytes")
+
+    def close(self, at_s: float, *, cut: bool = False) -> None:
+        """Parse the rest of the answer after its end, mask the key, and tell reasoning between tags from text.
+
+        cut  whether the end came before its time: half an answer that is no stream is then no event
+        """
         with suppress(TooLarge):  # an answer beyond the limits was refused before
+            body = bytes(self._body or b"").decode("utf-8-sig", "replace") if self.form == "json" else ""
+            if body and not (cut and decode(Message(at_s, False, "", body), self._protocol).kind == MALFORMED):
+                self._keep([Message(self._body_s, False, "", body)])
             self._keep(self._parser.close(at_s))
         if self._redact is not None:
             self._mask(self._redact)
@@ -169,10 +200,6 @@ class StreamReader:
                 kind = TOKEN if text.strip() else REASONING
                 self.events[at] = dataclasses.replace(event, kind=kind, text=text, reasoning=event.reasoning + inside)
 
-    def whole(self, body: str, at_s: float) -> None:
-        """Parse an answer that is not a stream: its body, complete at `at_s`, becomes a single event."""
-        self._keep([Message(at_s, False, "", body)] if body.strip() else [])
-
     def _keep(self, messages: Iterable[Message]) -> None:
         for message in messages:
             message = dataclasses.replace(message, data=redacted(message.data, self._redact))
@@ -182,6 +209,9 @@ class StreamReader:
             if event.model == self._model:
                 event = dataclasses.replace(event, model=None)
             self._model = event.model or self._model
+            if self._refused and event.finish:
+                event = dataclasses.replace(event, finish=REFUSAL)
+            self._refused = self._refused or event.finish == REFUSAL
             if event.kind in (TOKEN, REASONING):
                 self._choices.add(event.choice)
             if len(self._choices) > 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -14,7 +15,7 @@ from mixlens.bench.events import OUTCOMES, Record
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.core.intervals import Mean, leaving_out, quantile_bounds, with_bounds
 from mixlens.endpoints.endpoint import canonical
-from mixlens.endpoints.protocols import FILTERED, LENGTH, REASONING, ROLE, TOKEN, Event
+from mixlens.endpoints.protocols import REASONING, ROLE, TOKEN, Event, calls_tool, is_cut, is_filtered
 from mixlens.errors import BadInput
 
 # Sources of the number of output tokens, best first.
@@ -354,13 +355,18 @@ def shares(records: Iterable[Record], asked: str | None = None) -> list[str]:
     given, cached = table["input_tokens"].sum(), table["cached_tokens"].sum()
     hidden = [r for r in good if (_last(r.events, "reasoning_tokens") or 0) != 0 and not r.reasoning]
     return [
-        *told(sum(r.finish in LENGTH for r in good), "Cut at the length limit"),
-        *told(sum(r.finish in FILTERED for r in good), "Cut by a filter, or refused"),
+        *told(sum(is_cut(r.finish) for r in good), "Cut at the length limit"),
+        *told(sum(is_filtered(r.finish) for r in good), "Cut by a filter, or refused"),
+        *told(
+            sum(calls_tool(r.finish) for r in good), "Called a tool, whose name and arguments are counted as the text"
+        ),
         *told(sum(not r.text for r in good), "Reasoning without an answer"),
         *told(len(hidden), "Billed for reasoning that was not shown, which is in no rate"),
         *told(sum(r.form == "json" for r in good), "Not streamed, so that it has no time to a first token"),
         *told(sum(r.form != "json" and at_once(r) for r in good), "Sent at once, so that it has no TPOT"),
         *told(sum(map(clumped, good)), "Sent in clumps, with most gaps near zero: TPOT is that of whoever sends them"),
+        *told(sum(map(_undercounted, good)), "Counted by the server with fewer tokens than events that carry text"),
+        *told(sum(map(_repeating, good)), "Every event repeats the text before it, so that the text is too long"),
         *([f"Answered by another model than {asked}: {others}."] if others else []),
         *([f"From the server's prefix cache: {cached / given:.0%} of the input tokens."] if cached else []),
     ]
@@ -381,6 +387,17 @@ def clumped(record: Record) -> bool:
     """Whether most of the gaps between the chunks of a stream are near zero, as where a proxy buffers it."""
     gaps = np.diff(_stamps(record))
     return len(gaps) >= 8 and not at_once(record) and bool((gaps < 0.1 * gaps.mean()).mean() > 0.5)
+
+
+def _undercounted(record: Record) -> bool:
+    n, source = output_tokens(record)
+    return source in (USAGE, CHUNK_USAGE) and n < _stamps(record).size
+
+
+def _repeating(record: Record) -> bool:
+    """Whether each of several events holds the text of the one before it: the server sends all of it each time."""
+    texts = [event.text for event in record.events if event.kind == TOKEN]
+    return len(texts) >= 4 and all(after != before and after.startswith(before) for before, after in pairwise(texts))
 
 
 def _by_level(records: Iterable[Record]) -> dict[str, list[Record]]:

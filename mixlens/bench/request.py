@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import email.utils
 import json
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 from mixlens.bench.events import OUTCOMES, Record, StreamReader, outcome_of
@@ -16,6 +14,7 @@ from mixlens.endpoints.endpoint import Endpoint
 from mixlens.endpoints.keys import redacted
 from mixlens.endpoints.protocols import error_message
 from mixlens.endpoints.transport import Answer, Fault, Timeouts, Transport
+from mixlens.endpoints.waits import asked_wait
 
 # How long a connection is read after the last event of an answer, so that it can be used again.
 _GRACE_S = 0.05
@@ -59,7 +58,7 @@ class Sender:
         except Fault as error:
             fault, detail = error.kind, error.detail
         now = self._clock()
-        reader.close(now)
+        reader.close(now, cut=fault is not None)
         times["ended_s"] = now if reader.ended_s is None else reader.ended_s
         outcome = outcome_of(reader.events, status=answer.get("status"), fault=fault)
         if outcome == "ok":
@@ -75,7 +74,7 @@ class Sender:
             scheduled_s=job.scheduled_s,
             detail=redacted(detail, self._key)[:500],
             status=answer.get("status"),
-            form=answer.get("form", "stream"),
+            form=answer.get("form", reader.form),
             retry_after_s=answer.get("retry_after_s"),
             **times,
         )
@@ -98,17 +97,14 @@ class Sender:
         async with self._transport.send("POST", self._endpoint.address, headers, content, trace) as answer:
             times["headers_s"] = clock()
             record["status"] = answer.status
-            if answer.status < 300 and not any(form in answer.content_type for form in ("json", "html")):
+            if answer.status < 300:
                 await self._read_stream(answer, reader)
                 return
+            body = await answer.body()
+            text = redacted(body.decode("utf-8-sig", errors="replace"), self._key)
             record["form"] = "json"
-            whole = await answer.body()
-            text = redacted(whole.decode("utf-8-sig", errors="replace"), self._key)
-            if answer.status < 300:
-                reader.whole(text, clock())
-            else:
-                record["detail"] = answer.redirection or error_message(text)
-                record["retry_after_s"] = retry_after(answer.headers.get("retry-after"))
+            record["detail"] = answer.redirection or error_message(text)
+            record["retry_after_s"] = asked_wait(answer.headers, body)
 
     async def _read_stream(self, answer: Answer, reader: StreamReader) -> None:
         """Feed a stream to its end, which is its last event: some servers keep the connection open after it."""
@@ -118,23 +114,6 @@ class Sender:
                     reader.feed(piece, self._clock())
                     if until.when() is None and reader.done_s is not None:
                         until.reschedule(asyncio.get_running_loop().time() + _GRACE_S)
-
-
-def retry_after(value: str | None) -> float | None:
-    """Parse a Retry-After header, in seconds or as a date, into seconds; None if it is absent or invalid."""
-    if value is None:
-        return None
-    try:
-        seconds = float(value)
-        return seconds if 0 <= seconds < float("inf") else None
-    except ValueError:
-        pass
-    try:
-        until = email.utils.parsedate_to_datetime(value)
-    except ValueError:
-        return None
-    until = until if until.tzinfo else until.replace(tzinfo=UTC)
-    return max((until - datetime.now(UTC)).total_seconds(), 0.0)
 
 
 def _words(reader: StreamReader, outcome: str) -> str:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import inspect
 import io
 import json
+import math
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 from cyclopts import App, CycloptsError, Parameter
 from cyclopts.config import Yaml
@@ -64,21 +66,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     as_json = "--json" in argv
     try:
-        app.config = _configured(argv)
-        command, bound, _ = app.parse_args(argv, exit_on_error=False, print_error=False)
-        as_json = getattr(bound.arguments.get("output"), "json", as_json)
+        with _prints_of_others_on_stderr():
+            app.config = _configured(argv)
+            command, bound, _ = app.parse_args(argv, exit_on_error=False, print_error=False)
+        as_json = getattr(bound.arguments.get("output"), "json", False)  # --help and --version have no such option
     except BadInput as error:
         return _fail(error, EXIT_USAGE, argv, as_json=as_json)
     except CycloptsError as error:
         return _fail(BadInput(_usage(error, argv), argument=_named(error)), EXIT_USAGE, argv, as_json=as_json)
     try:
         with contextlib.redirect_stdout(_Visible(sys.stdout)):
-            with written_by(_repeatable(argv)), _nothing_but_json() if as_json else contextlib.nullcontext():
+            with written_by(_repeatable(argv)), _prints_of_others_on_stderr() if as_json else contextlib.nullcontext():
                 result = command(*bound.args, **bound.kwargs)
-            if isinstance(result, Result):
-                print(
-                    json.dumps(result.data, indent=1, default=str) if as_json else result.text or _listed(result.data)
-                )
+            if isinstance(result, Result) and _leads():
+                print(_json(result.data) if as_json else result.text or _listed(result.data))
         sys.stdout.flush()
         return result.status if isinstance(result, Result) else EXIT_DONE
     except MixlensError as error:
@@ -89,6 +90,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader (head, a pager) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return EXIT_DONE
+
+
+def script() -> NoReturn:
+    """The command `mixlens`: what libraries print while Python ends is no part of its output."""
+    status = main()
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        sys.stdout.flush()
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    sys.exit(status)
 
 
 def _configured(argv: Sequence[str]) -> tuple[Yaml, ...]:
@@ -166,7 +176,7 @@ def _fail(error: MixlensError, status: int, argv: Sequence[str], *, as_json: boo
     """Print an error with the address of the page about its command; return the exit status."""
     message = str(error) if message is None else message
     page = app[argv[0]].help_epilogue if _is_command(argv) else None
-    if as_json:
+    if as_json and _leads():
         told = {"error": type(error).__name__, "argument": error.argument, "message": message, "guide": page}
         print(json.dumps(told))
     print("\n".join(filter(None, (f"mixlens: {message}", page))), file=_Visible(sys.stderr))
@@ -178,8 +188,8 @@ def _is_command(argv: Sequence[str]) -> bool:
 
 
 @contextlib.contextmanager
-def _nothing_but_json() -> Iterator[None]:
-    """What libraries print meanwhile, from Python or below it, goes to standard error."""
+def _prints_of_others_on_stderr() -> Iterator[None]:
+    """What libraries print meanwhile, from Python, below it or in its buffers, goes to standard error."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         with contextlib.suppress(OSError, ValueError, AttributeError):  # there may be no file below
@@ -188,7 +198,34 @@ def _nothing_but_json() -> Iterator[None]:
                 stack.callback(os.close, kept)
                 stack.callback(os.dup2, kept, 1)
                 os.dup2(2, 1)
+                stack.callback(_flush_below)
         yield
+
+
+def _flush_below() -> None:
+    """Write what C holds back, and what was printed to a standard output that a library kept from before."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).fflush(None)
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        sys.__stdout__.flush()  # type: ignore[union-attr]
+
+
+def _leads() -> bool:
+    """Whether this process is the first, or the only one, of its launcher: the others have the same to say."""
+    return int(os.environ.get("WORLD_SIZE", "1")) <= 1 or os.environ.get("RANK", "0") == "0"
+
+
+def _json(data: dict[str, Any]) -> str:
+    """JSON as every reader takes it: what is not a number, or infinite, is null."""
+    return json.dumps(_finite(data), indent=1, default=str, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class _Visible(io.TextIOBase):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-
 from mixlens.cli import again, bench, decide, evals, experiments, providers, runs
-from mixlens.cli.app import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, app, guide, main
+from mixlens.cli.app import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, app, guide, main, script
 
 __all__ = [
     "EXIT_DONE",
@@ -21,6 +19,7 @@ __all__ = [
     "main",
     "providers",
     "runs",
+    "script",
 ]
 
 # The page of the guide about each command, which its --help and its errors link to.
@@ -42,4 +41,4 @@ for _page, _commands in _PAGES.items():
         app[_command].help_epilogue = f"Guide: {guide(_page)}"
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script()

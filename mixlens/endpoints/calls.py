@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import json
-import math
-import re
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 
 from mixlens.endpoints.keys import redacted, redacted_parts
-from mixlens.endpoints.protocols import PATHS, Messages, blocks_text, message_text, name_of, usage_of, without_thinking
+from mixlens.endpoints.protocols import (
+    PATHS,
+    REFUSAL,
+    Messages,
+    blocks_text,
+    message_text,
+    name_of,
+    reason_of,
+    without_thinking,
+)
 from mixlens.endpoints.transport import Client, Fault, Fetched
+from mixlens.endpoints.usage import counts_of
+from mixlens.endpoints.waits import asked_wait
 from mixlens.errors import BadInput, EndpointError
 
 if TYPE_CHECKING:
@@ -22,8 +30,10 @@ if TYPE_CHECKING:
 
 _FOR_NOW = {408, 409, 429}
 _TOO_MANY = 429
-_RESETS = ("x-ratelimit-reset-requests", "x-ratelimit-reset-tokens", "x-ratelimit-reset", "ratelimit-reset")
-_SINCE_1970, _MILLISECONDS = 1e9, 1e11
+# Servers say 429 also where no waiting helps.
+_NO_CREDIT = b"insufficient_quota"
+# From then on a server that asks for no wait is waited for all the same.
+_MANY_LIMITS = 4
 _LONGEST_WAIT_S = 60.0
 # Faults that another try may not have.
 _PASSING = ("connect", "timeout", "cut")
@@ -221,7 +231,12 @@ def _answer(
                 if status not in _FOR_NOW and status < 500:
                     break
                 limited = status == _TOO_MANY
-                wait = _asked_wait(fetched, min(2.0**limits, _LONGEST_WAIT_S) if limited else wait)
+                if limited and _NO_CREDIT in fetched.body:
+                    break
+                wait = min(2.0**limits, _LONGEST_WAIT_S) if limited else wait
+                asked = asked_wait(fetched.headers, fetched.body)
+                if asked is not None and (asked or limits < _MANY_LIMITS):
+                    wait = min(asked, _LONGEST_WAIT_S)
             if limited:
                 limits, waited = limits + 1, waited + wait
                 if waited > endpoint.patience_s:
@@ -262,43 +277,9 @@ def _failed(data: Any) -> bool:
     return bool(data.get("error")) or data.get("status") == "error" or any(broken)
 
 
-def _asked_wait(fetched: Fetched, otherwise: float) -> float:
-    """Return the seconds that a server asks to wait, in any form that servers use, capped; else `otherwise`."""
-    given = {name.lower(): value for name, value in fetched.headers.items()}
-    try:
-        inner = json.loads(fetched.body)["error"]["metadata"]["headers"]  # OpenRouter hands on what a provider said
-        given = {str(name).lower(): str(value) for name, value in inner.items()} | given
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        pass
-    for name, scale in (("retry-after-ms", 1e-3), ("retry-after", 1.0), *((name, 1.0) for name in _RESETS)):
-        seconds = _seconds(given.get(name))
-        if seconds is not None:
-            return min(max(seconds * scale, 0.0), _LONGEST_WAIT_S)
-    return otherwise
-
-
-def _seconds(value: str | None) -> float | None:
-    """Seconds from now of "20", "6m0.5s", a date, or a time since 1970 in seconds or milliseconds."""
-    if not value:
-        return None
-    try:
-        number = float(value)
-    except ValueError:
-        if parts := re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m(?!s))?(?:([\d.]+)s)?(?:([\d.]+)ms)?", value.strip()):
-            return sum(float(p or 0) * s for p, s in zip(parts.groups(), (3600, 60, 1, 1e-3), strict=True))
-        try:
-            return parsedate_to_datetime(value).timestamp() - time.time()
-        except ValueError:
-            return None
-    if not math.isfinite(number):
-        return None
-    since = number / 1000 if number > _MILLISECONDS else number
-    return since - time.time() if since > _SINCE_1970 else number
-
-
 def _completion(data: dict[str, Any], protocol: str, attempts: int, key: str | None) -> Completion:
     """Build a Completion from the JSON of an answer; what it joins may be a key that was in parts."""
-    usage = usage_of(data.get("usage"))
+    usage = counts_of(data)
     common = {
         **{name: usage.get(name) for name in ("input_tokens", "output_tokens", "cached_tokens", "reasoning_tokens")},
         "cost_usd": usage.get("cost_usd"),
@@ -313,12 +294,14 @@ def _completion(data: dict[str, Any], protocol: str, attempts: int, key: str | N
     else:
         choice = data["choices"][0]
         text, reasoning = (choice["text"] or "", "") if "text" in choice else message_text(choice["message"])
-        finish, scores = choice.get("finish_reason"), _scores(choice.get("logprobs"), key)
+        refused = bool((choice.get("message") or {}).get("refusal"))
+        finish = REFUSAL if refused else choice.get("finish_reason")
+        scores = _scores(choice.get("logprobs"), key)
     text = redacted(text + "", key)
     if protocol != "openai-completions":
         text, tagged = without_thinking(text)
         reasoning += tagged
-    return Completion(text=text, finish=name_of(finish), reasoning=redacted(reasoning, key), **scores, **common)
+    return Completion(text=text, finish=reason_of(finish), reasoning=redacted(reasoning, key), **scores, **common)
 
 
 def _scores(given: Any, key: str | None) -> dict[str, Any]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from mixlens.endpoints.limits import MAX_NAME_CHARS
 from mixlens.endpoints.sse import Message
+from mixlens.endpoints.usage import counts_of, usage_of
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -24,11 +26,19 @@ PATHS: dict[WireProtocol, str] = {
 # What asks a server for routing: SGLang's field and vLLM's, which is switched on at its start and needs ids of tokens
 # besides. What a server does not know, it leaves aside.
 ROUTING = {"return_routed_experts": True, "return_token_ids": True}
+REFUSAL = "refusal"
 ROUTED = "routed_experts"  # the field that it comes in, of both
-# Reasons for the end of an answer, as servers name them.
-LENGTH = frozenset({"length", "max_tokens", "max_output_tokens", "MAX_TOKENS"})
-FILTERED = frozenset({"content_filter", "refusal", "safety", "SAFETY", "prohibited_content"})
-_THINK, _THOUGHT = "<think>", "</think>"
+# Reasons for the end of an answer, as servers name them, in lower case.
+_LENGTH = {"length", "max_tokens", "max_output_tokens", "model_length", "model_context_window_exceeded", "limit"}
+_FILTERED = {"content_filter", "content_filtered", "refusal", "safety", "prohibited_content", "recitation"}
+_FILTERED |= {"guardrail_intervened", "blocklist", "spii", "sensitive", "error_toxic"}
+_TOOLS = {"tool_calls", "tool_call", "tool_use", "function_call"}
+_BROKEN = {"error", "abort", "aborted", "cancelled", "network_error", "insufficient_system_resource"}
+# What stands round reasoning within a text; models and their servers differ.
+_TAGS = {f"<{name}>": f"</{name}>" for name in ("think", "thinking", "thought", "reasoning", "seed:think")}
+_TAGS |= {"[THINK]": "[/THINK]", "◁think▷": "◁/think▷", "<|START_THINKING|>": "<|END_THINKING|>"}
+_ANALYSIS, _FINAL = "<|channel|>analysis<|message|>", "<|start|>assistant<|channel|>final<|message|>"
+_BLANKS = re.compile(r"\s*")
 
 COMMENT, ROLE, TOKEN, REASONING, USAGE, DONE, OTHER = "comment", "role", "token", "reasoning", "usage", "done", "other"
 ERROR, MALFORMED = "error", "malformed"
@@ -79,7 +89,7 @@ def decode(message: Message, protocol: str) -> Event:
     if message.comment:
         return Event(message.at_s, COMMENT, message.data)
     data = message.data.strip()
-    if data == "[DONE]":
+    if data.strip('"') == "[DONE]":
         return Event(message.at_s, DONE)
     if not data:
         return Event(message.at_s, COMMENT)
@@ -98,9 +108,13 @@ def decode(message: Message, protocol: str) -> Event:
         kind, text, more = form(data)
     except (AttributeError, KeyError, IndexError, TypeError, RecursionError):
         return Event(message.at_s, MALFORMED, message.data[:200])
-    if more.get("finish") == "error":
-        return Event(message.at_s, ERROR, text or "finish_reason error", **_common(data))
+    if more.get("finish") in _BROKEN:
+        return Event(message.at_s, ERROR, text or f"finish_reason {more['finish']}", **_common(data))
     return Event(message.at_s, kind, text, **(_common(data) | {k: v for k, v in more.items() if v is not None}))
+
+
+# Where servers say what went wrong, besides "error".
+_SAID = ("message", "messege", "detail", "errors", "error_msg")
 
 
 def error_message(body: str) -> str:
@@ -115,7 +129,8 @@ def error_message(body: str) -> str:
 
 def _openai(data: dict[str, Any]) -> tuple[str, str, dict[str, Any]]:
     """Chat chunks (delta), completions (text), and answers that were not streamed (message)."""
-    if "choices" not in data and "usage" not in data:
+    counts = counts_of(data)
+    if not counts and not data.keys() & {"choices", "usage"}:
         return (COMMENT if data.get("type") == "ping" else _refuse()), "", {}
     text, reasoning, finish, role, index = "", "", None, False, None
     choices = data.get("choices") or []
@@ -128,10 +143,11 @@ def _openai(data: dict[str, Any]) -> tuple[str, str, dict[str, Any]]:
         text += shown + (choice.get("text") or "")
         reasoning += thought
         role = role or "role" in delta
-        finish = name_of(choice.get("finish_reason")) or finish
-    usage = usage_of(data.get("usage"))
-    kind = _kind(text, usage, finish, role, reasoning)
-    return kind, text, {**usage, "finish": finish, "reasoning": reasoning, "choice": index}
+        finish = REFUSAL if delta.get("refusal") else reason_of(choice.get("finish_reason"))
+        if choice.get("error"):
+            finish, text = "error", _error_text(choice, "") or text
+    kind = _kind(text, counts, finish, role, reasoning)
+    return kind, text, {**counts, "finish": finish, "reasoning": reasoning, "choice": index}
 
 
 def message_text(message: Mapping[str, Any]) -> tuple[str, str]:
@@ -144,10 +160,9 @@ def message_text(message: Mapping[str, Any]) -> tuple[str, str]:
         thought += own
     else:  # OpenRouter gives both, with the same text
         thought += "".join(one.get("text") or one.get("summary") or "" for one in details)
-    calls = "".join(
-        (call.get("function", {}).get("name") or "") + (call.get("function", {}).get("arguments") or "")
-        for call in message.get("tool_calls") or []
-    )
+    functions = [call.get("function") or {} for call in message.get("tool_calls") or []]
+    functions += [message.get("function_call") or {}]  # the form before tool_calls
+    calls = "".join((one.get("name") or "") + (one.get("arguments") or "") for one in functions)
     return text + (message.get("refusal") or "") + calls, thought
 
 
@@ -167,13 +182,47 @@ def blocks_text(content: Any) -> tuple[str, str]:
 
 
 def without_thinking(text: str) -> tuple[str, str]:
-    """(text, reasoning) of an answer whose reasoning stands between <think> tags; the first may be in the prompt."""
-    start, end = text.find(_THINK), text.find(_THOUGHT)
-    opened = start >= 0 and not text[:start].strip()
-    if not opened and (end < 0 or 0 <= start < end):
-        return text, ""
-    stop = len(text) if end < 0 else end + len(_THOUGHT)
+    """(text, reasoning) of an answer whose reasoning stands between tags; the first may be in the prompt."""
+    stop = 0
+    while (end := _end_of_thought(text, stop)) > stop:
+        stop = end
     return text[stop:], text[:stop]
+
+
+def _end_of_thought(text: str, start: int) -> int:
+    """Where reasoning that begins at `start` ends, its tag included; `start` where none does."""
+    at = _BLANKS.match(text, start).end()  # type: ignore[union-attr]
+    if text.startswith(_ANALYSIS, at):
+        end = text.find(_FINAL, at)
+        return len(text) if end < 0 else end + len(_FINAL)
+    for opening, closing in _TAGS.items():
+        opened = text.startswith(opening, at)
+        end = text.find(closing, at) if opened or start == 0 else -1
+        if opened:
+            return len(text) if end < 0 else end + len(closing)
+        if end >= 0 and opening not in text[:end]:
+            return end + len(closing)
+    return start
+
+
+def reason_of(value: Any) -> str | None:
+    """The reason that is given for the end of an answer; None where there is none, which some servers write out."""
+    return None if value in ("null", "None") else name_of(value)
+
+
+def is_cut(finish: str | None) -> bool:
+    """Whether an answer ended at a limit of length."""
+    return (finish or "").lower() in _LENGTH
+
+
+def is_filtered(finish: str | None) -> bool:
+    """Whether an answer was filtered or refused."""
+    return (finish or "").lower() in _FILTERED
+
+
+def calls_tool(finish: str | None) -> bool:
+    """Whether an answer ended with the call of a tool, which is then its text."""
+    return (finish or "").lower() in _TOOLS
 
 
 def _anthropic(data: dict[str, Any]) -> tuple[str, str, dict[str, Any]]:
@@ -184,11 +233,11 @@ def _anthropic(data: dict[str, Any]) -> tuple[str, str, dict[str, Any]]:
         text, reasoning = blocks_text([data["delta"]])
         return _kind(text, {}, None, False, reasoning), text, {"reasoning": reasoning}
     if kind == "message_delta":
-        usage, finish = usage_of(data.get("usage")), name_of(data["delta"].get("stop_reason"))
+        usage, finish = usage_of(data.get("usage")), reason_of(data["delta"].get("stop_reason"))
         return _kind("", usage, finish, False), "", {**usage, "finish": finish}
     if kind == "message":
         text, reasoning = blocks_text(data["content"])
-        usage, finish = usage_of(data.get("usage")), name_of(data.get("stop_reason"))
+        usage, finish = usage_of(data.get("usage")), reason_of(data.get("stop_reason"))
         return _kind(text, usage, finish, True, reasoning), text, {**usage, "finish": finish, "reasoning": reasoning}
     if kind == "content_block_start":
         text, reasoning = blocks_text([data["content_block"]])
@@ -212,48 +261,6 @@ def _kind(text: str, usage: Mapping[str, Any], finish: str | None, role: bool, r
     return DONE if finish else ROLE if role else OTHER
 
 
-def usage_of(usage: Any) -> dict[str, Any]:
-    """The counts of a usage object, by the names of an Event; None for what it does not say."""
-    if not isinstance(usage, dict):
-        return {}
-    read, written = _count(usage.get("cache_read_input_tokens")), _count(usage.get("cache_creation_input_tokens"))
-    given = _count(usage.get("prompt_tokens"))
-    if given is None and (given := _count(usage.get("input_tokens"))) is not None:
-        given += (read or 0) + (written or 0)  # Anthropic counts them apart
-    cached = [
-        _inner(usage, "prompt_tokens_details", "cached_tokens"),
-        _inner(usage, "input_tokens_details", "cached_tokens"),
-    ]
-    cached += [_count(usage.get("prompt_cache_hit_tokens")), read]
-    thought = [
-        _inner(usage, "completion_tokens_details", "reasoning_tokens"),
-        _inner(usage, "output_tokens_details", "reasoning_tokens"),
-        _count(usage.get("reasoning_tokens")),
-    ]
-    made = _count(usage.get("completion_tokens"))
-    cost = next((usage[name] for name in ("cost", "estimated_cost") if _is_number(usage.get(name))), None)
-    return {
-        "input_tokens": given,
-        "output_tokens": _count(usage.get("output_tokens")) if made is None else made,
-        "cached_tokens": next((n for n in cached if n is not None), None),
-        "reasoning_tokens": next((n for n in thought if n is not None), None),
-        "cost_usd": None if cost is None else float(cost),
-    }
-
-
-def _inner(usage: Mapping[str, Any], part: str, name: str) -> int | None:
-    details = usage.get(part)
-    return _count(details.get(name)) if isinstance(details, dict) else None
-
-
-def _count(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31 else None
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e9
-
-
 def _common(data: Mapping[str, Any]) -> dict[str, Any]:
     return {"provider": name_of(data.get("provider")), "model": name_of(data.get("model"))}
 
@@ -267,8 +274,10 @@ def _error_text(data: Mapping[str, Any], event: str) -> str | None:
     error = data.get("error")
     if not error:
         # ModelsLab answers 200 with {"status": "error", "message": ...}, vLLM 4xx with the message at the top.
-        if data.get("status") == "error" or event == "error":
-            said = next((data[name] for name in ("message", "messege", "detail") if data.get(name)), data)
+        named = next((data[name] for name in _SAID if data.get(name)), None)
+        bare = isinstance(named, str) and not data.keys() & {"choices", "type", "usage"}
+        if data.get("status") == "error" or data.get("object") == "error" or event == "error" or bare:
+            said = named or data
             return said if isinstance(said, str) else json.dumps(said)[:500]
         return None
     if not isinstance(error, dict):

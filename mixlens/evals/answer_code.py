@@ -8,10 +8,17 @@ import json
 import re
 import textwrap
 import warnings
-from collections.abc import Collection, Iterator
-from typing import NamedTuple, TypeGuard
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, NamedTuple, TypeGuard
+
+from mixlens.endpoints.protocols import without_thinking
 
 _FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[ \t]*([^\n`~]*)$")
+# A fence at the end of a line of code, or before one: what is in the way of a line of its own.
+_ENDS = re.compile(r"^(?![ \t]*(?:`{3}|~{3}))(.*[^\s`~])[ \t]*(`{3,}|~{3,})[ \t]*$", re.MULTILINE)
+_BEGINS = re.compile(r"^([^\n`~]*(?:`{3,}|~{3,}))[ \t]*(?=(?:async[ ]+def|def|class|import|from)[ ]|@\w)", re.MULTILINE)
+_SPECIAL = r"(?:<\|[\w ]{1,40}\|>|</?s>|<(?:eos|bos|end_of_turn)>)"
+_SPECIALS = re.compile(rf"\A(?:\s*{_SPECIAL})+|(?:\s*{_SPECIAL})+\s*\Z")
 _ONE_LINE = re.compile(r"(?<![`~])(```|~~~|`)(?:[ \t]*(?:python\w*|py)\b)?([^`\n]+)\1", re.IGNORECASE)
 _TAG = re.compile(
     r"^[ \t]*(?:[\[<]/?(?:python\d?|code|pre|py|begin|done|answer|solution)\b[^\]>\n]*[\]>][ \t]*)+"
@@ -23,9 +30,14 @@ _QUOTE = re.compile(r"^[ \t]*>(?!>)[ \t]?", re.MULTILINE)
 _FUTURE = re.compile(r"^from[ \t]+__future__[ \t]+import[^\n]*\n?", re.MULTILINE)
 _CODE = re.compile(r"(?:async[ ]+def|def|class|import|from|@\w|[A-Za-z_]\w*[ \t]*(?::[^=\n]+)?=)")
 _INPUT = re.compile(r"^[ \t]*(?:In ?\[\d*\]:|\.\.\.:|>>>|\.\.\.)(?: |$)")
-_NUMBER = re.compile(r"^[ \t]*\d+[:.|)]? ?", re.MULTILINE)
+_NUMBER = re.compile(r"^[ \t]*\d+(?:[ \t]*[:.|)])? ?", re.MULTILINE)
 _ADDED = re.compile(r"^\+", re.MULTILINE)
+_JSON = re.compile(r'^\s*"|[{\[]\s*["{\[]')
+_ESCAPE = re.compile(r"\\([nt\"'\\])")
+_LANGUAGE = re.compile(r"\A\s*(?:(?:python\d?|py|copy(?: code)?)[ \t]*\n)+", re.IGNORECASE)
 _INVISIBLE = re.compile("[\u200b\u200c\u200d\u2060\ufeff]")
+_BLANKS = re.compile("[\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000]")
+_QUOTES = str.maketrans({"\u201c": '"', "\u201d": '"', "\u2018": "'", "\u2019": "'"})
 _DEFINITIONS = (ast.Pass, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom)
 _EFFECTS = (ast.Call, ast.Await, ast.Yield, ast.YieldFrom)
 _MOST_CHARACTERS, _MOST_LINES, _MOST_STARTS = 1 << 18, 500, 30
@@ -42,34 +54,56 @@ class Program(NamedTuple):
 def program_in(answer: str, names: Collection[str], prompt: str = "") -> Program:
     """A program that defines `names`: the first of many readings of `answer` that compiles and does.
 
-    Readings that define the names themselves come first: fenced blocks (with those before them that compile), the text
-    without its fences, tags, console prompts or indentation, and the lines of code between words. Then those that go on
-    with `prompt`, whose last function lacks its body. The lines of the prompt before that function (imports, helpers)
-    stand before an answer that repeats it. Where no reading will do it is the answer as it stands, which then fails.
-    Code is looked for and never rewritten: a method of a class is no function, even if it has the name.
+    Readings that lack nothing come first: fenced blocks (with those before them that compile), and the text without its
+    fences, tags, console prompts or indentation. Then the lines of code between words, and what goes on with `prompt`,
+    whose last function lacks its body. A method of a class will do where no function has its name: a line behind the
+    class binds it. The lines of the prompt before that function (imports, helpers) stand before an answer that
+    repeats it. Where no reading will do it is the answer as it stands, which then fails. Reasoning between <think> tags
+    is no part of the answer.
     """
     text = answer.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
     if len(text) > _MOST_CHARACTERS or not names:
         return Program(prompt + text, AS_IT_STANDS)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of escapes and comparisons in code that is no one's here
-        for form, whole in _whole_texts(text):
-            for part, reading in _readings(whole):
-                if (tree := _parsed(reading)) and set(names) <= _defined(tree):
-                    source = _futures_first(f"{_before(prompt, names)}\n{reading}" if prompt else reading)
-                    return Program(source, form + part)
-            for part, reading in _bodies(whole) if prompt else ():
-                if (tree := _parsed(prompt + reading)) and _has_body(tree, names):
-                    return Program(prompt + reading, form + part)
+        for form, source in _programs(list(_whole_texts(text)), names, prompt):
+            return Program(_futures_first(source), form)
     return Program(prompt + text, AS_IT_STANDS)
+
+
+def _programs(texts: Sequence[tuple[str, str]], names: Collection[str], prompt: str) -> Iterator[tuple[str, str]]:
+    """Programs that define the names, the surest first, each with its form."""
+    before = f"{_before(prompt, names)}\n" if prompt else ""
+    for form, whole in texts:
+        for part, reading in _whole_readings(whole):
+            if (tree := _parsed(reading)) and set(names) <= _defined(tree):
+                yield form + part, before + reading
+    for form, whole in texts:
+        for part, reading in _whole_readings(whole):
+            if (tree := _parsed(reading)) and (bound := _methods(tree, names)):
+                yield f"{form}methods of a class, {part}", f"{before}{reading}\n{bound}"
+    for form, whole in texts:
+        for part, reading in _readings_among_words(whole):
+            if (tree := _parsed(reading)) and set(names) <= _defined(tree):
+                yield form + part, before + reading
+            if tree and (bound := _methods(tree, names)):
+                yield f"{form}methods of a class, {part}", f"{before}{reading}\n{bound}"
+        for part, reading in _bodies(whole) if prompt else ():
+            if (tree := _parsed(prompt + reading)) and _has_body(tree, names):
+                yield form + part, prompt + reading
 
 
 def _whole_texts(text: str) -> Iterator[tuple[str, str]]:
     """The text, then what it is when escapes of a page, a quotation, JSON, a listing or a patch are undone."""
+    text = without_thinking(text)[0].strip("\n") or text
+    text = _BEGINS.sub(r"\1\n", _ENDS.sub(r"\1\n\2", _SPECIALS.sub("", text)))
     yield "", text
-    if _INVISIBLE.search(text) or "\u00a0" in text:
-        text = _INVISIBLE.sub("", text).replace("\u00a0", " ")
-        yield "without invisible characters, ", text
+    plain = _BLANKS.sub(" ", _INVISIBLE.sub("", text))
+    if plain != text:
+        yield "without invisible characters, ", plain
+    if plain.translate(_QUOTES) != plain:
+        yield "with typewriter's quotes, ", plain.translate(_QUOTES)
+    text = plain
     if html.unescape(text) != text:
         yield "with HTML unescaped, ", html.unescape(text)
     if _QUOTE.search(text):
@@ -77,22 +111,35 @@ def _whole_texts(text: str) -> Iterator[tuple[str, str]]:
     for value in _json_texts(text):
         yield "in JSON, ", value
     if "\n" not in text.strip() and "\\n" in text:
-        yield "with escaped line ends, ", text.replace("\\n", "\n").replace("\\t", "\t").replace('\\"', '"')
+        yield "with escaped line ends, ", _ESCAPE.sub(lambda m: {"n": "\n", "t": "\t"}.get(m[1], m[1]), text)
     for form, mark in (("numbered lines, ", _NUMBER), ("lines of a patch, ", _ADDED)):
         if mark.search(text):
             yield form, mark.sub("", text)
 
 
 def _json_texts(text: str) -> list[str]:
-    """Texts of an object in JSON that is the answer, or a block of it."""
-    found = []
+    """Texts within JSON that is the answer, a block of it, or stands between words."""
+    found: list[str] = []
     for part in (text, *_blocks(text)[0]):
+        start = next((place.start() for place in _JSON.finditer(part)), None)
+        if start is None:
+            continue
         try:
-            value = json.loads(part, strict=False)
+            value, _ = json.JSONDecoder(strict=False).raw_decode(part, start)
         except (ValueError, RecursionError):
             continue
-        found += [v for v in value.values() if isinstance(v, str)] if isinstance(value, dict) else []
-    return found
+        found += _strings(value)
+    return found[:_MOST_STARTS]
+
+
+def _strings(value: Any) -> list[str]:
+    """Every text in a value of JSON; of a list of lines, as in a notebook's cell, all of them as one."""
+    if isinstance(value, str):
+        return [value]
+    inner = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+    if inner and isinstance(value, list) and all(isinstance(one, str) for one in inner):
+        return ["".join(one if one.endswith("\n") else one + "\n" for one in inner)]
+    return [text for one in inner for text in _strings(one)]
 
 
 def _before(prompt: str, names: Collection[str]) -> str:
@@ -101,7 +148,8 @@ def _before(prompt: str, names: Collection[str]) -> str:
     return re.split(rf"^(?:async[ ]+)?def[ ]+(?:{asked})\b", prompt, maxsplit=1, flags=re.MULTILINE)[0]
 
 
-def _readings(text: str) -> Iterator[tuple[str, str]]:
+def _whole_readings(text: str) -> Iterator[tuple[str, str]]:
+    """Programs that lack nothing of the text or of its blocks."""
     blocks, without = _blocks(text)
     whole = [block for block in blocks[:_MOST_STARTS] if _parsed(block)]
     for i in range(len(whole)):
@@ -112,6 +160,10 @@ def _readings(text: str) -> Iterator[tuple[str, str]]:
         yield "indented", textwrap.dedent(one).strip("\n")
     for block in (*blocks[:_MOST_STARTS], text):
         yield "console", _console(block)
+
+
+def _readings_among_words(text: str) -> Iterator[tuple[str, str]]:
+    blocks, without = _blocks(text)
     for one in (*blocks[:_MOST_STARTS], _TAG.sub("", without)):
         for lines in _lines_of_code(one):
             yield "lines of code among words", lines
@@ -128,6 +180,8 @@ def _bodies(text: str) -> Iterator[tuple[str, str]]:
     for one in (text, first, *blocks, without) if starts_indented else (*blocks, text, first, without):
         yield "body of the prompt", one
         yield "body of the prompt", textwrap.indent(textwrap.dedent(one), "    ")
+        yield "body of the prompt", textwrap.indent(textwrap.dedent(one.expandtabs(4)), "    ")
+        yield "body of the prompt, its first blanks lost", "    " + one.lstrip("\n")
 
 
 def _indented_part(text: str) -> str:
@@ -161,7 +215,7 @@ def _blocks(text: str) -> tuple[list[str], str]:
             others.append(line)
             if fence:
                 blocks[-1].append(line)
-    return [textwrap.dedent("\n".join(block)) for block in blocks], "\n".join(others)
+    return [_LANGUAGE.sub("", textwrap.dedent("\n".join(block))) for block in blocks], "\n".join(others)
 
 
 def _console(text: str) -> str:
@@ -228,6 +282,16 @@ def _has_body(tree: ast.Module, names: Collection[str]) -> bool:
     return all(name in functions and not _is_stub(functions[name]) for name in names)
 
 
+def _methods(tree: ast.Module, names: Collection[str]) -> str:
+    """Lines that bind names to methods of the first class that has them all; "" where there is none."""
+    for made in tree.body:
+        if isinstance(made, ast.ClassDef):
+            own = {statement.name for statement in made.body if _is_function(statement) and not _is_stub(statement)}
+            if set(names) <= own:
+                return "".join(f"{name} = {made.name}().{name}\n" for name in names)
+    return ""
+
+
 def _is_function(statement: ast.stmt) -> TypeGuard[ast.FunctionDef | ast.AsyncFunctionDef]:
     return isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef)
 
@@ -236,6 +300,7 @@ def _is_stub(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
     """Whether a function only says what it would do: words, values and definitions that nothing uses."""
     return all(
         isinstance(statement, _DEFINITIONS)
+        or (isinstance(statement, ast.Raise) and "NotImplemented" in ast.unparse(statement))
         or (isinstance(statement, ast.Expr) and not any(isinstance(n, _EFFECTS) for n in ast.walk(statement)))
         for statement in function.body
     )

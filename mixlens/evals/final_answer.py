@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
+import json
 import re
 from fractions import Fraction
 
+from mixlens.endpoints.protocols import without_thinking
 from mixlens.evals.readings import Found
 
 NOTHING, LAST_LINE = Found("", "none"), "the last line"
 _MINERVA = re.compile(r"[Tt]he final answer is:?\s*((?:(?!\n\n).)+?)\s*\.?\s*I hope it is correct", re.DOTALL)
 # A heading of Markdown may begin so too, also one with a number: "#### 1. The eggs".
-_MARK = re.compile(r"####(?![ \t]*\d+[.):][ \t]+[A-Za-z])[ \t]*(?=[^\w\n]{0,3}[\d\\.])([^\n]*\S)")
+_LEAD = r"(?:[^\w\n]|[A-Z]{1,3}\b\.?|[a-z]\b(?=\s*=)|Rs\.?|(?:a total of|exactly|about|is)\b){0,4}"  # before a number
+_MARK = re.compile(rf"####(?![ \t]*\d+[.):][ \t]+[A-Za-z])[ \t]*(?={_LEAD}[\d\\.])([^\n]*\S)")
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox|answer)\b\s*")
 _TAGS = re.compile(r"<(answer|final_answer|result)>\s*(.*?)\s*</\1>", re.IGNORECASE | re.DOTALL)
+_KEY = re.compile(r"""["'](?:final[_ ]?)?answer["']\s*:\s*("(?:[^"\\\n]|\\.)*"|-?[\d.]+)""", re.IGNORECASE)
+_HTML = re.compile(r"</?(?:b|u|i|p|em|strong|span|div|br)\b[^<>\n]*>", re.IGNORECASE)
 _LEADS = r"(?:[ \t]+[-–—>→]+[ \t]|[ \t]*\n|[^\n.!?:=(]{0,60}?(?:\bis\b|\bequals\b|\bare\b|[:=]))"
-_CUE = re.compile(rf"\banswer\b{_LEADS}|^[ \t]*(?:A|Ans)[ \t]*[:.]", re.IGNORECASE | re.MULTILINE)
+_CUE = re.compile(rf"(?<![^\W_])answer\b{_LEADS}|^[ \t]*(?:A|Ans)[ \t]*[:.]", re.IGNORECASE | re.MULTILINE)
 _CLOSING = re.compile(rf"\b(?:result|solution|total|value|number|sum)\b{_LEADS}", re.IGNORECASE)  # of a last line
+_REVERSED = re.compile(
+    r"(?:^|[.!,:;]\s)(?:(?:so|thus|hence|therefore)\b,?)?([^\n]*?)\s+is (?:the|our|my) (?:final |correct )?answer\b",
+    re.IGNORECASE,
+)
 _BEFORE = re.compile(r"[\s:=*_`#>]*(?:[-•]\s+)?")
 _BOLD = re.compile(r"(?<![\w)*])(\*\*|__|\*)(?=\S)([^\n]+?)(?<=\S)\1(?![\w(*])")
 _MATH = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|(?<!\\)\$(?![\s$])([^$\n]*?[^$\s\\])\$", re.DOTALL)
 _SENTENCE = re.compile(r"[.!?](?=\s+[A-Z(]|\s*$)|\n|,? (?:so|because|since|which|where|I hope)\b")
-_GAP = re.compile(r"(?<=\d)(?:\{,\}|\\,|\\!|,\\!|\\ |[\u00a0\u2009\u202f']|(?<=\d),(?=\d{3}))(?=\d{3}(?!\d))")
-_VALUE = re.compile(r"(?<![\w.])[-+]?(?:\d+(?:\.\d+)?|\.\d+)(?:\s*/\s*\d+(?:\.\d+)?)?")
+_SEPARATOR = r"\{,\}|\\,|\\!|,\\!|\\ |[\u00a0\u2009\u202f\u2019']|(?<=\d),(?=\d{3})|[ ](?=000)"
+_GAP = re.compile(rf"(?<=\d)(?:{_SEPARATOR})(?=\d{{3}}(?!\d))")
+_VALUE = re.compile(r"(?<![\w.])[-+]?(?:\d+(?:\.\d+)?|\.\d+)(?:e[-+]?\d{1,3}\b|\s*/\s*\d+(?:\.\d+)?)?")
+_POWER_OF_TEN = re.compile(r"(?<=\d)\s*(?:\\times|\\cdot|[×·*x])\s*10\s*\^\s*\{?(-?\d{1,3})\}?")
+_POWER_OF_UNIT = re.compile(r"(?<=[A-Za-z}])\^\{?\d\}?")
+_SPACED = re.compile(r"\D{0,4}\d{1,3}(?: \d{3})+\D*")
 _FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))")
 _WORDS = re.compile(r"\\(?:text|mbox|textbf|mathrm|mathbf|textrm)\s*\{([^{}]*)\}")
 _SIGNS = {
@@ -42,9 +55,11 @@ _VULGAR = {"½": "1/2", "⅓": "1/3", "⅔": "2/3", "¼": "1/4", "¾": "3/4", "�
 def final_answer(text: str) -> Found:
     """What a worked answer comes to, as it stands there; NOTHING where it is empty.
 
-    Tried in order: Lewkowycz et al. 2022's sentence, the mark of GSM8K, the last box, the last tag, the last phrase
-    like "the answer is", mathematics of the last line, the last line.
+    Tried in order: Lewkowycz et al. 2022's sentence, the mark of GSM8K, the last box, the last tag, the last key of
+    JSON, the last phrase like "the answer is", mathematics of the last line, the last line. Reasoning between <think>
+    tags is no part of it.
     """
+    text = _HTML.sub("", without_thinking(text)[0] or text)
     if found := _MINERVA.search(text):
         return Found(_bare(found.group(1)), "the final answer is ... I hope it is correct")
     text = _BOLD.sub(r"\2", text)
@@ -54,9 +69,13 @@ def final_answer(text: str) -> Found:
         return Found(_bare(boxed), "box")
     if found := _last(_TAGS, text):
         return Found(_bare(found.group(2)), "tag")
+    if found := _last(_KEY, text):
+        return Found(_bare(_json_value(found.group(1))), "key of JSON")
     lines = [line for line in text.strip().split("\n") if line.strip(" \t*_`#-")]
     if not lines:
         return NOTHING
+    if found := _last(_REVERSED, lines[-1]):
+        return Found(_bare(found.group(1)), "is the answer")
     for cue, part in ((_CUE, text), (_CLOSING, lines[-1])):
         if clauses := [rest for found in cue.finditer(part) if (rest := _clause(part[found.end() :]))]:
             return Found(clauses[-1], "the answer is")
@@ -113,6 +132,16 @@ def _last_box(text: str) -> str | None:
     return unclosed.group(1) if unclosed else rest
 
 
+def _json_value(text: str) -> str:
+    """A value of JSON as text, in which commands of LaTeX may have been left without their second backslash."""
+    if re.search(r"(?<!\\)\\[A-Za-z]{2}", text):
+        return text
+    try:
+        return str(json.loads(text))
+    except ValueError:
+        return text
+
+
 def _clause(text: str) -> str:
     """What a phrase leads to: mathematics that it begins with, else up to the end of the sentence."""
     text = text[_BEFORE.match(text).end() :]  # type: ignore[union-attr]
@@ -136,12 +165,14 @@ def _bare(text: str) -> str:
 
 def _plain(text: str) -> str:
     """A clause with numbers that Python reads."""
-    text = _GAP.sub("", text.replace("−", "-").replace("–", "-"))
+    text = text.replace("−", "-").replace("–", "-")
+    text = _GAP.sub("", text.replace(" ", "") if _SPACED.fullmatch(text) else text)
+    text = _POWER_OF_UNIT.sub("", _POWER_OF_TEN.sub(r"e\1", text))
     text = _WORDS.sub(r" \1 ", text)
     text = _FRACTION.sub(lambda m: f"{m[1] or m[2]}/{m[3] or m[4]}", text)
     for sign, fraction in _VULGAR.items():
         text = text.replace(sign, fraction)
-    return re.sub(r"(-?)\s*\\?[$€£¥]\s*(?=[-\d.])", r"\1", text)
+    return re.sub(r"(-?)\s*\\?[$€£¥₹]\s*(?=[-\d.])", r" \1", text)
 
 
 def _written(number: str) -> str:

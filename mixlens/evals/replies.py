@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from mixlens.endpoints.endpoint import canonical
-from mixlens.endpoints.protocols import FILTERED, LENGTH
+from mixlens.endpoints.protocols import calls_tool, is_cut, is_filtered
 from mixlens.evals.response_cache import Key
 from mixlens.evals.scoring import primary_rows, score_table
 
@@ -34,11 +34,11 @@ def _non_answer(record: Mapping[str, Any], reply: Mapping[str, Any]) -> str | No
     given = record.get("responses")
     if not given or str(given[0]).strip():
         return None
-    if reply.get("finish") in FILTERED:
+    if is_filtered(reply.get("finish")):
         return "filtered"
     if reply.get("reasoning") or reply.get("reasoning_tokens"):
         return "reasoning only"
-    return "length" if reply.get("finish") in LENGTH else "empty"
+    return "length" if is_cut(reply.get("finish")) else "empty"
 
 
 def reply_remarks(records: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> list[str]:
@@ -46,10 +46,11 @@ def reply_remarks(records: Sequence[Mapping[str, Any]], meta: Mapping[str, Any])
     generated = [record for record in records if record.get("responses")]
     n = len(generated)
     found = [*_without_non_answers(records, meta)]
-    cut = sum(record.get("finish") in LENGTH and not record.get("non_answer") for record in generated)
-    filtered = sum(record.get("finish") in FILTERED and not record.get("non_answer") for record in generated)
+    ends = [record.get("finish") for record in generated if not record.get("non_answer")]
+    cut, filtered, called = (sum(map(told, ends)) for told in (is_cut, is_filtered, calls_tool))
     found += [f"Cut at the length limit, and graded as they are: {cut} of {n} answers."] if cut else []
     found += [f"Cut by a filter, and graded as they are: {filtered} of {n} answers."] if filtered else []
+    found += [f"Called a tool, and graded as the text of that call: {called} of {n} answers."] if called else []
     replies = [facts for record in generated for facts in record.get("replies") or []]
     asked = str(meta["model"].get("name", "")) if meta["model"].get("backend") == "endpoint" else ""
     models = Counter(facts["model"] for facts in replies if facts.get("model"))

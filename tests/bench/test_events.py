@@ -150,7 +150,9 @@ def test_what_the_transport_reports_decides_where_the_stream_does_not():
 def test_an_answer_that_is_no_stream_is_one_event():
     reader = StreamReader("openai-chat")
     body = {"choices": [{"message": {"role": "assistant", "content": "all of it"}, "finish_reason": "stop"}]}
-    reader.whole(json.dumps(body), 2.0)
+    reader.feed(json.dumps(body).encode(), 2.0)
+    reader.close(3.0)
+    assert reader.form == "json"
     assert [(event.kind, event.text, event.at_s) for event in reader.events] == [("token", "all of it", 2.0)]
     assert outcome_of(reader.events, status=200) == "ok"
 

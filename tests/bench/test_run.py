@@ -22,7 +22,7 @@ from mixlens.bench.events import read_records
 from mixlens.bench.load_generator import Caps, Level
 from mixlens.bench.prompts import Workload
 from mixlens.bench.record_sink import PARTIAL
-from mixlens.bench.request import Job, Timeouts, retry_after
+from mixlens.bench.request import Job, Timeouts
 from mixlens.bench.run import BenchSettings, benchmark
 from mixlens.endpoints.endpoint import Endpoint
 from mixlens.errors import BadInput
@@ -312,10 +312,3 @@ def test_prompts_have_their_length_and_are_the_caller_s_where_given():
     for wrong in ({"prompt_tokens": 3}, {"output_tokens": 0}, {"prompts": []}, {"prompts": ["a", ""]}):
         with refused(BadInput, *wrong):
             Workload(**wrong)
-
-
-def test_retry_after_is_seconds_or_a_date():
-    assert retry_after("7") == 7.0
-    assert retry_after("Sun, 06 Nov 1994 08:49:37 GMT") == 0.0
-    assert retry_after("soon") is None
-    assert retry_after(None) is None

@@ -7,6 +7,7 @@ import gzip
 import pytest
 from bench_scripts import chunk, sse
 from bench_server import Script, answer, serving
+from bytes_server import JSON, STREAM, whole, writing
 
 import mixlens as ml
 from mixlens.bench.metrics import request_table, shares
@@ -39,6 +40,47 @@ def test_a_compressed_stream_is_read():
     whole = gzip.compress(b"".join(piece for piece in answer(5) if isinstance(piece, bytes)))
     bench = measured([whole], headers={"Content-Encoding": "gzip"})
     assert bench.requests()["output_tokens"].tolist() == [10, 10]
+
+
+EVENTS = b"".join(piece for piece in answer(5) if isinstance(piece, bytes))
+CHUNKED = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in (EVENTS[:99], EVENTS[99:]))
+# {name: (what a server writes, outcome, form)}
+WIRES = {
+    "events under the name of JSON": (whole(JSON, EVENTS), "ok", "stream"),
+    "events without a type": (whole(b"HTTP/1.1 200 OK\r\n", EVENTS), "ok", "stream"),
+    "events under the name of a text": (
+        whole(b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n", EVENTS),
+        "ok",
+        "stream",
+    ),
+    "HTTP/1.0, until it closes": ([STREAM.replace(b"1.1", b"1.0") + b"\r\n", EVENTS], "ok", "stream"),
+    "trailers": ([STREAM + b"Transfer-Encoding: chunked\r\n\r\n", CHUNKED, b"0\r\nX-Sum: 1\r\n\r\n"], "ok", "stream"),
+    "closed within its length": ([STREAM + b"Content-Length: 9999\r\n\r\n", EVENTS[:199]], "truncated", "stream"),
+    "closed behind its last event": ([STREAM + b"Content-Length: 9999\r\n\r\n", EVENTS], "ok", "stream"),
+    "a whole answer under the name of events": (
+        whole(STREAM, b'{"choices": [{"message": {"content": "a"}, "finish_reason": "stop"}]}'),
+        "ok",
+        "json",
+    ),
+    "lines of JSON": (
+        whole(b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\n", b'{"a": 1}\n{"a": 2}\n'),
+        "malformed",
+        "json",
+    ),
+    "compressed and cut": (whole(STREAM + b"Content-Encoding: gzip\r\n", gzip.compress(EVENTS)[:150]), "truncated", ""),
+    "no content": ([b"HTTP/1.1 204 No Content\r\n\r\n"], "empty", "stream"),
+}
+
+
+@pytest.mark.parametrize("name", WIRES)
+def test_an_answer_is_what_its_bytes_are_whatever_its_headers_say(name):
+    pieces, outcome, form = WIRES[name]
+    with writing(lambda: pieces) as (url, _):
+        bench = ml.benchmark(ml.Endpoint(url, model="m"), requests=1, workload=SMALL, settings=QUIET)
+    [record] = bench.records
+    assert (record.outcome, record.form) == (outcome, form or record.form), record.detail
+    if outcome == "ok" and form == "stream":
+        assert bench.requests()["output_tokens"].tolist() == [10]
 
 
 def test_an_answer_that_is_not_streamed_has_no_time_to_a_first_token():

@@ -112,6 +112,29 @@ DRESSES = {
     "blanks without width": lambda b: f"```python\n\u200b{whole(b)}```",
     "text after an unclosed fence": lambda b: f"```python\n{whole(b)}\nThis is what was asked for.",
     "HTML in words": lambda b: f"<p>Here:</p>\n```python\n{whole(b)}```\n<p>if a &lt; b</p>",
+    "code behind the fences' marks": lambda b: f"Here: ```{whole(b).rstrip()}```",
+    "code before the fence's end": lambda b: f"```python\n{whole(b).rstrip()}```",
+    "the word python in a fence": lambda b: f"```\npython\n{whole(b)}```",
+    "a text of JSON": lambda b: json.dumps(whole(b)),
+    "JSON in JSON": lambda b: json.dumps([{"type": "code", "answer": {"text": whole(b)}}]),
+    "JSON among words": lambda b: f"In JSON:\n{json.dumps({'code': whole(b)})}\nDone.",
+    "a fence in JSON": lambda b: json.dumps({"response": f"So:\n```python\n{whole(b)}```"}),
+    "a notebook": lambda b: json.dumps({"cells": [{"cell_type": "code", "source": whole(b).splitlines(True)}]}),
+    "escaped ends of lines and quotes": lambda b: (whole(b) + 'x = "\\n"\n').replace("\\", "\\\\").replace("\n", "\\n"),
+    "a token of the end": lambda b: f"{whole(b)}<|endoftext|>",
+    "a tag of the end": lambda b: f"{whole(b)}</s>",
+    "thought before it": lambda b: f"<think>\n```\ndef spread(xs):\n    return 0\n```\n</think>\n```\n{whole(b)}```",
+    "blanks of Unicode": lambda b: f"```python\n{whole(b)}```".replace("    ", "\u2003" * 4),
+    "quotes of a printer": lambda b: f"```python\n{whole(b)}print(\u201cdone\u201d)\n```",
+    "numbers and bars": lambda b: "\n".join(f"{n:3} | {line}" for n, line in enumerate(whole(b).splitlines(), 1)),
+    "a method": lambda b: f"```python\nclass Solution:\n    def spread(self, xs):\n{indented(b, '    ')}```",
+    "a static method": lambda b: f"class Solution:\n    @staticmethod\n    def spread(xs):\n{indented(b, '    ')}",
+    "the body without its first blanks": lambda b: b.lstrip(),
+    "a signature that raises": lambda b: (
+        f"```\ndef spread(xs):\n    raise NotImplementedError\n```\nso:\n```python\n{whole(b)}```"
+    ),
+    "a directive": lambda b: f".. code-block:: python\n\n{indented(whole(b), '    ')}\nDone.",
+    "Org": lambda b: f"#+BEGIN_SRC python\n{whole(b)}#+END_SRC",
     "under a condition": lambda b: f"```python\nif True:\n{indented(whole(b), '    ')}```",
 }  # fmt: skip
 
@@ -151,9 +174,16 @@ def test_an_answer_without_the_function_is_left_as_it_stands(answer):
     assert program_in(answer, ("spread",)) == (answer, AS_IT_STANDS)
 
 
-def test_an_answer_with_another_function_or_a_method_of_that_name_is_left_as_it_stands():
-    for answer in ("def other(xs):\n    return 0\n", "class Solution:\n    def spread(self, xs):\n        return 0\n"):
+def test_an_answer_with_another_function_is_left_as_it_stands():
+    for answer in ("def other(xs):\n    return 0\n", "class Solution:\n    def other(self, xs):\n        return 0\n"):
         assert program_in(answer, ("spread",)) == (answer, AS_IT_STANDS)
+
+
+def test_a_function_comes_before_a_method_of_its_name():
+    method = "class Solution:\n    def spread(self, xs):\n        return 0\n"
+    assert "Solution()" in program_in(method, ("spread",)).source
+    both = f"```python\n{method}```\nbetter:\n```python\ndef spread(xs):\n    return 1\n```"
+    assert "Solution()" not in program_in(both, ("spread",)).source
 
 
 def test_the_first_block_that_defines_the_function_is_taken():

@@ -60,6 +60,10 @@ DRESSES = {
     "result": "The result is ${x}$.",
     "code": "Answer: `{x}`",
     "quotes": 'Answer: "{x}"',
+    "is the answer": "So {x} is the answer.",
+    "mark and the equation": "#### n = {x}",
+    "an element": "The answer is <b>{x}</b>.",
+    "a quotation": "> **Answer:** {x}",
     "Windows": "The answer is {x}.\r\n",
 }
 NUMBERS = {
@@ -75,9 +79,27 @@ NUMBERS = {
         "\\$18",
         "18\\text{ eggs}",
         "9 \\cdot 2 = 18",
+        "₹18",
+        "Rs. 18",
+        "+18",
+        "18\\text{ cm}^2",
+        "18 m^2",
+        "\\mathbf{18}",
+        "**18**",
     ],
     "-7": ["-7", "−7", "-7.0"],
-    "1200": ["1200", "1,200", "1{,}200", "1\\,200", "1\u202f200", "$1,200.00", "1,200 (that is 30 x 40)"],
+    "1200": [
+        "1200",
+        "1,200",
+        "1{,}200",
+        "1\\,200",
+        "1\u202f200",
+        "1’200",
+        "1.2e3",
+        "1.2 \\times 10^{3}",
+        "$1,200.00",
+        "1,200 (that is 30 x 40)",
+    ],
     "0.5": ["0.5", ".5", "0.50", "\\frac{1}{2}", "1/2", "½"],
 }
 RESULTS = {
@@ -127,6 +149,23 @@ def test_an_answer_without_a_result_has_none(text):
     assert result_of(text) in ("", text.strip("*."))
     assert number_in(final_answer(text)) == ""
     assert final_answer("") == NOTHING
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Therefore, she makes $18 every day.",
+        "In total it is \\$18.00 now.",
+        'Done: {"reasoning": "9 + 8 = 17", "answer": "18", "confidence": 0.9}',
+        '```json\n{\n "final_answer": 18\n}\n```',
+        '{"answer": "\\text{18}"}',
+        "final_answer: 18",
+        "She makes US$18 every day.",
+        "<think>The answer is 99.\n#### 99 $\\boxed{99}$</think>The answer is 18.",
+    ],
+)
+def test_a_number_is_found_in_a_sentence_of_money_in_json_and_behind_thoughts(text):
+    assert number_in(final_answer(text)) == "18"
 
 
 def test_the_last_answer_counts_and_of_an_unmarked_sentence_its_last_number():

@@ -131,6 +131,29 @@ def test_refusals_for_now_and_lost_connections_are_tried_again():
     assert len(calls) == 3
 
 
+def test_a_limit_that_no_wait_lifts_is_not_waited_for_and_no_wait_is_no_endless_loop(monkeypatch):
+    waits: list[float] = []
+    monkeypatch.setattr("mixlens.endpoints.calls.time.sleep", waits.append)
+    out_of_credit = Reply({"error": {"code": "insufficient_quota", "message": "You exceeded your quota"}}, 429)
+    with answering(lambda call: out_of_credit) as (url, calls), refused(EndpointError, "endpoint", 429):
+        Endpoint(url, model="m").complete("Hi")
+    assert len(calls) == 1
+    past = {"Retry-After": "Sun, 06 Nov 1994 08:49:37 GMT"}
+    with answering(lambda call: Reply({}, 429, past)) as (url, calls), refused(EndpointError, "endpoint", 429):
+        Endpoint(url, model="m", patience_s=100.0).complete("Hi")
+    assert waits == [0, 0, 0, 0, 16, 32]
+
+
+@pytest.mark.parametrize("status", [408, 409, 500, 502, 503, 504, 529])
+def test_a_passing_failure_is_tried_as_often_as_was_said(status, monkeypatch):
+    waits: list[float] = []
+    monkeypatch.setattr("mixlens.endpoints.calls.time.sleep", waits.append)
+    failed = Reply({"error": {"type": "overloaded_error", "message": "Overloaded"}}, status, {"Retry-After": "3"})
+    with answering(lambda call: failed) as (url, calls), refused(EndpointError, "endpoint", status):
+        Endpoint(url, model="m", max_tries=3).complete("Hi")
+    assert (len(calls), waits) == (3, [3.0, 3.0])
+
+
 def test_refusals_for_good_are_not_and_the_key_is_not_quoted(monkeypatch):
     monkeypatch.setenv("LOOPBACK_KEY", KEY)
     refusal = Reply({"error": {"message": f"Incorrect key {KEY}"}}, 401)

@@ -1,0 +1,80 @@
+"""How long a server asks to wait before the next request, in any form in which servers say so."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+# Headers with the time until a limit is lifted, the surest first, and the seconds of their unit.
+_HEADERS = {
+    "retry-after-ms": 1e-3,
+    "x-ms-retry-after-ms": 1e-3,
+    "retry-after": 1.0,
+    "x-ratelimit-reset-requests": 1.0,
+    "x-ratelimit-reset-tokens": 1.0,
+    "x-ratelimit-reset": 1.0,
+    "ratelimit-reset": 1.0,
+    "anthropic-ratelimit-requests-reset": 1.0,
+    "anthropic-ratelimit-tokens-reset": 1.0,
+}
+_LIMIT = re.compile(r"\b(?:reset|t)=(\d+)")  # of a header RateLimit, in the forms of two drafts of the IETF
+_SENTENCE = re.compile(r"(?:try again in|retry (?:after|in))\s+((?:[\d.]+\s*(?:h|ms|m|s)[a-z]*\s*)+)", re.IGNORECASE)
+_DELAY = re.compile(r'"retryDelay"\s*:\s*"([\d.]+s)"')
+_PARTS = re.compile(r"(?:(\d+)h)?(?:(\d+)m(?!s))?(?:([\d.]+)s)?(?:([\d.]+)ms)?")
+_SINCE_1970, _MILLISECONDS = 1e9, 1e11
+
+
+def asked_wait(headers: Mapping[str, str], body: bytes = b"") -> float | None:
+    """Seconds until a server wants to be asked again, 0 or more; None where it does not say."""
+    given = {name.lower(): value for name, value in headers.items()}
+    text = body[: 1 << 14].decode("utf-8", "replace")
+    given = _passed_on(text) | given
+    said = [(given[name], scale) for name, scale in _HEADERS.items() if name in given]
+    said += [(found[1], 1.0) for found in [_LIMIT.search(given.get("ratelimit", ""))] if found]
+    said += [(found[1], 1.0) for found in (_DELAY.search(text), _SENTENCE.search(text)) if found]
+    for value, scale in said:
+        if (seconds := _seconds(value)) is not None:
+            return max(seconds * scale, 0.0)
+    return None
+
+
+def _passed_on(text: str) -> dict[str, str]:
+    """Headers of a provider, as OpenRouter hands them on in the body."""
+    try:
+        inner: Any = json.loads(text)["error"]["metadata"]["headers"]
+        return {str(name).lower(): str(value) for name, value in inner.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+def _seconds(value: str) -> float | None:
+    """Seconds from now of "20", "6m0.5s", "6 seconds", a date, or a time since 1970 in seconds or milliseconds."""
+    value = value.strip()
+    try:
+        number = float(value)
+    except ValueError:
+        short = re.sub(r"\s*(h|ms|m|s)[a-z]*\s*", r"\1", value.lower())
+        if value and (parts := _PARTS.fullmatch(short)):
+            return sum(float(p or 0) * s for p, s in zip(parts.groups(), (3600, 60, 1, 1e-3), strict=True))
+        return _until(value)
+    if not math.isfinite(number):
+        return None
+    since = number / 1000 if number > _MILLISECONDS else number
+    return since - time.time() if since > _SINCE_1970 else number
+
+
+def _until(value: str) -> float | None:
+    """Seconds until a date of HTTP or of ISO 8601."""
+    for parse in (parsedate_to_datetime, datetime.fromisoformat):
+        try:
+            date = parse(value)
+        except (ValueError, TypeError):
+            continue
+        return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp() - time.time()
+    return None
