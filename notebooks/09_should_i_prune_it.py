@@ -26,6 +26,10 @@
 #
 # Set `MODEL`, `DOCUMENTS`, `GROUP` and `LIMITS` for your own. Experts are chosen on one part of the documents and
 # judged on the other; a group needs about ten documents there.
+#
+# On 8x7B it takes 94 GB of accelerator memory in bfloat16, or 27 GB in nf4 (computed), and a copy without one expert
+# of eight 79 GB more in bfloat16 (computed). The loss without each of 256 experts takes the forwards of the layers
+# above it. See `docs/8x7b.md`.
 
 # %%
 import tempfile

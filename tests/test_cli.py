@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
@@ -366,3 +367,23 @@ def test_json_is_one_document_whatever_libraries_print(words):
     assert all(noise in done.stderr for noise in ("from Python", "below", "buffers", "child", "kept", "at the end"))
     other = subprocess.run(command, capture_output=True, text=True, env=alone | {"WORLD_SIZE": "2", "RANK": "1"})
     assert other.stdout == ""
+
+
+def test_a_reader_who_leaves_ends_the_help_in_silence():
+    read, write = os.pipe()
+    os.close(read)
+    told = subprocess.run(
+        [sys.executable, "-m", "mixlens", "stats", "--help"], stdout=write, stderr=subprocess.PIPE, check=False
+    )
+    os.close(write)
+    assert (told.returncode, told.stderr) == (cli.EXIT_DONE, b"")
+
+
+def test_a_remark_is_a_sentence(capsys, monkeypatch):
+    def verified(_folder):
+        warnings.warn("These files share an author.", UserWarning, stacklevel=1)
+        return pd.DataFrame({"file": ["a"], "fault": [""]})
+
+    monkeypatch.setattr("mixlens.evals.verify.verify", verified)
+    assert cli.main(["data", "verify", "."]) == cli.EXIT_DONE
+    assert capsys.readouterr().err == "mixlens: These files share an author.\n"

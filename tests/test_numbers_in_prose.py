@@ -111,3 +111,21 @@ def test_false_alarms_are_as_the_page_says():
     for documents, bounds in told.items():
         found = [round(100 * row["alarms"]) for row in short if row["documents"] == documents]
         assert [min(found), max(found)] == list(bounds)
+
+
+def test_what_the_notebooks_cost_on_8x7b():
+    """The page's tables are those of docs/needs.py, as another test holds."""
+    page = "docs/8x7b.md"
+    whole = stated(page, r"\| bfloat16 \| [\d.]+ \| ([\d.]+) \|") + stated(page, r"\| nf4 \| [\d.]+ \| ([\d.]+) \|")
+    told = [path for path in sorted((ROOT / "notebooks").glob("*.py")) if "providers" not in path.name]
+    for path in told:
+        first = " ".join(path.read_text("utf-8").split("# %%\n")[0].replace("\n#", " ").split())
+        found = re.search(r"8x7B .*?(\d+) GB (?:of accelerator memory )?in bfloat16.*?(\d+) GB (?:more|in nf4)", first)
+        assert found, f"{path.name} does not say what it costs"
+        assert [int(number) for number in found.groups()] == [round(number) for number in whole]
+    experts, weights = of_8x7b()
+    pruned = stated("notebooks/09_should_i_prune_it.py", r"without one expert # of eight (\d+) GB more in bfloat16")
+    assert pruned == [round(experts * 2 * 7 / 8 / 1e9)]
+    trained = stated("notebooks/10_is_my_training_collapsing.py", r"gradients are # (\d+) GB more, .* float32 (\d+) GB")
+    assert trained == [round(weights * 2 / 1e9), round(weights * 8 / 1e9)]
+    assert stated("notebooks/08_what_fits_in_my_cache.py", r"experts are (\d+) kB a token") == [32 * 4096 * 2 // 1000]

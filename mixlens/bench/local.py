@@ -369,6 +369,14 @@ def loads_of(
     return loads
 
 
+def check_loads(model: Any, loads: Sequence[Load]) -> None:
+    """Raises BadInput for loads that the model cannot take; its weights need not be there."""
+    for name in dict.fromkeys(load.experts for load in loads):
+        check_experts(model, name)
+    for load in loads:
+        Prompts(model, load.workload)
+
+
 def check_experts(model: Any, name: str | None) -> None:
     """Raises BadInput for an experts implementation that the model cannot have."""
     if name not in (None, "eager") and any(is_unfused(layer.experts) for layer in moe_layers(model)):

@@ -259,6 +259,11 @@ class Limits:
     e2e_token_s : float, optional
         Maximum time to the last token in seconds; None for no limit.
 
+    Raises
+    ------
+    BadInput
+        For a limit that is not above 0.
+
     Examples
     --------
     >>> ml.bench.Limits(ttft_s=2.0).ttft_s
@@ -268,6 +273,15 @@ class Limits:
     ttft_s: float | None = None
     tpot_s: float | None = None
     e2e_token_s: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in self.stated.items():
+            if not value > 0:
+                raise BadInput(
+                    f"Cannot limit {name} to {value:g} seconds: no request takes less. Pass a number above 0.",
+                    argument=name,
+                    value=value,
+                )
 
     @property
     def stated(self) -> dict[str, float]:

@@ -8,6 +8,7 @@ from mixlens.bench import figures
 from mixlens.bench.bench import Bench
 from mixlens.bench.metrics import METRICS
 from mixlens.bench.roofline_figure import roofline
+from mixlens.core.text import interval_of
 from mixlens.errors import BadInput, MissingSignal
 from mixlens.plot.html import bullets, details, escape, frame_table, paragraphs, picture
 
@@ -24,6 +25,13 @@ _PROVENANCE = (
     "counts",
     "versions",
 )
+# What is found of a benchmark: heading of the section, metric, statistic, name, unit, factor, decimals.
+_FOUND = (
+    ("Latency", "ttft_s", "p50", "Median time to the first token", "ms", 1e3, 0),
+    ("Latency", "tpot_s", "p50", "Median time per output token after the first", "ms", 1e3, 1),
+    ("Latency", "e2e_token_s", "p50", "Median time to the last token", "s", 1.0, 2),
+    ("Speed", "system_output_tokens_per_s", "rate", "Output of the whole system", "tokens a second", 1.0, 1),
+)
 
 
 def speed_sections(bench: Bench, _name: str = "") -> dict[str, str]:
@@ -35,6 +43,28 @@ def speed_sections(bench: Bench, _name: str = "") -> dict[str, str]:
         **({"Roofline": _roofline(bench)} if "endpoint" not in bench.meta else {}),
         "Methods and provenance of the benchmark": _provenance(bench),
     }
+
+
+def speed_findings(bench: Bench) -> list[tuple[str, str]]:
+    """Return the medians of latency and the throughput, of the loads where they are least and most, with headings."""
+    table = bench.table()
+    said = []
+    for heading, metric, statistic, name, unit, factor, decimals in _FOUND:
+        chosen = table[(table["metric"] == metric) & (table["statistic"] == statistic)].dropna(subset=["estimate"])
+        rows = sorted(chosen.to_dict("records"), key=lambda row: row["estimate"])
+        if not rows:
+            continue
+        told = [
+            f"{interval_of(row, factor, decimals)} {unit} at {row['level']} (n = {int(row['n']):,} requests)"
+            for row in ([rows[0], rows[-1]] if len(rows) > 1 else rows)
+        ]
+        said.append((heading, f"{name}: {' to '.join(told)}."))
+    measured = [record for record in bench.records if record.phase == "measured"]
+    if failed := len(measured) - bench.succeeded:
+        said.append(
+            ("Requests", f"{failed:,} of {len(measured):,} measured requests failed; they are in no other number.")
+        )
+    return said
 
 
 def _summary(bench: Bench) -> str:

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CycloptsError as error:
         return _fail(BadInput(_usage(error, argv), argument=_named(error)), EXIT_USAGE, argv, as_json=as_json)
     try:
-        with contextlib.redirect_stdout(_Visible(sys.stdout)):
+        with contextlib.redirect_stdout(_Visible(sys.stdout)), _remarks():
             with written_by(_repeatable(argv)), _prints_of_others_on_stderr() if as_json else contextlib.nullcontext():
                 result = command(*bound.args, **bound.kwargs)
             if isinstance(result, Result) and _leads():
@@ -87,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, status, argv, as_json=as_json, message=_by_option(str(error), command))
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    except BrokenPipeError:  # the reader (head, a pager) has seen enough
+    except (BrokenPipeError, _ReaderLeftError):  # the reader (head, a pager) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return EXIT_DONE
 
@@ -175,7 +176,7 @@ def _named(error: CycloptsError) -> str | None:
 def _fail(error: MixlensError, status: int, argv: Sequence[str], *, as_json: bool, message: str | None = None) -> int:
     """Print an error with the address of the page about its command; return the exit status."""
     message = str(error) if message is None else message
-    page = app[argv[0]].help_epilogue if _is_command(argv) else None
+    page = (app[argv[0]] if _is_command(argv) else app).help_epilogue
     if as_json and _leads():
         told = {"error": type(error).__name__, "argument": error.argument, "message": message, "guide": page}
         print(json.dumps(told))
@@ -228,6 +229,26 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+@contextlib.contextmanager
+def _remarks() -> Iterator[None]:
+    """What is remarked on a run is printed as a sentence, without the line of the source that remarks on it."""
+    shown = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if category is UserWarning:
+            print(f"mixlens: {message}", file=_Visible(sys.stderr))
+        else:
+            shown(message, category, *where, **more)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
+
+
+class _ReaderLeftError(Exception):
+    """A broken pipe, under another name: what prints the help ends the process on one."""
+
+
 class _Visible(io.TextIOBase):
     """A terminal that printed text cannot steer: control and direction characters appear as escapes."""
 
@@ -236,11 +257,17 @@ class _Visible(io.TextIOBase):
 
     def write(self, text: str) -> int:
         encoding = getattr(self._terminal, "encoding", None) or "utf-8"
-        self._terminal.write(visible(text).encode(encoding, "backslashreplace").decode(encoding))
+        try:
+            self._terminal.write(visible(text).encode(encoding, "backslashreplace").decode(encoding))
+        except BrokenPipeError as error:
+            raise _ReaderLeftError from error
         return len(text)
 
     def flush(self) -> None:
-        self._terminal.flush()
+        try:
+            self._terminal.flush()
+        except BrokenPipeError as error:
+            raise _ReaderLeftError from error
 
 
 def _listed(data: dict[str, Any]) -> str:

@@ -266,9 +266,9 @@ def _measure_model(
     import torch
 
     from mixlens.bench.configurations import benchmark_configurations
-    from mixlens.bench.local import LocalSettings, check_calls, loads_of
+    from mixlens.bench.local import LocalSettings, check_calls, check_loads, loads_of
     from mixlens.bench.run import benchmark
-    from mixlens.models.load import load
+    from mixlens.models.load import load, skeleton
 
     place = local.device_map
     try:
@@ -291,7 +291,8 @@ def _measure_model(
     )
     fixed = {"requests": requests, "out": out, "workload": workload, "settings": settings, "concurrency": concurrency}
     check_calls(requests, settings)  # before a model is loaded, which may take long
-    loads_of(concurrency, workload, settings)
+    found = loads_of(concurrency, workload, settings)
+    check_loads(skeleton(target), found)  # loading may take long
     combined = [
         {"device_map": place, "dtype": dtype, "quantization": scheme}
         for dtype, scheme in product(local.dtype or [None], local.quantization or [None])

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import App, Parameter
 
 from mixlens.cli.app import Result, app
-from mixlens.cli.options import Loading, Output, Positive
+from mixlens.cli.options import Loading, Output, Positive, Whole
 from mixlens.cli.tables import check_csv, rows_of, written
 from mixlens.core.run_dir import check_out
 from mixlens.endpoints.protocols import WireProtocol
@@ -31,8 +31,8 @@ def evaluate(
     data_revision: Annotated[list[str] | None, Parameter(metavar="NAME=REVISION")] = None,
     limit: Positive | None = None,
     batch_size: Positive = 8,
-    seed: int = 0,
-    shots_seed: int = 1234,
+    seed: Whole = 0,
+    shots_seed: Whole = 1234,
     verify_prompts: bool = False,
     backend: Literal["transformers", "vllm"] = "transformers",
     vllm_args: Annotated[str | None, Parameter(metavar="NAME=VALUE,...")] = None,
@@ -93,6 +93,7 @@ def evaluate(
             "Cannot evaluate: model or tasks are missing. Pass both, as in mixlens eval demo mmlu, or --list.",
             argument="model",
         )
+    _check_server(url, key_env, backend, vllm_args)
     folder = out or f"out/eval-{datetime.now():%Y%m%d-%H%M%S}"
     check_out(folder, "eval")
     check_csv(csv)
@@ -162,6 +163,20 @@ def verify(folder: str, /, *, output: Output = Output()) -> Result:
             value=len(wrong),
         )
     return Result({"folder": folder, "files": rows_of(table)}, table.drop(columns="fault").to_string(index=False))
+
+
+def _check_server(url: str | None, key_env: str | None, backend: str, vllm_args: str | None) -> None:
+    """Raise BadInput for an option of an endpoint or of vLLM where neither is asked."""
+    for option, value, needs, there in (
+        ("--key-env", key_env, "--url", url is not None),
+        ("--vllm-args", vllm_args, "--backend vllm", backend == "vllm"),
+    ):
+        if value is not None and not there:
+            raise BadInput(
+                f"Cannot use {option} {value}: it holds for {needs}. Add {needs}, or leave it out.",
+                argument=option,
+                value=value,
+            )
 
 
 def _revisions(given: Sequence[str]) -> dict[str, str]:

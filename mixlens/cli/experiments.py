@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 from cyclopts import Parameter
 
 from mixlens.cli.app import Result, app
-from mixlens.cli.options import Integers, Loading, NotNegative, Output, Reading, Schemes
+from mixlens.cli.options import Dtype, Integers, Loading, NotNegative, Output, Reading, Schemes
 from mixlens.cli.tables import check_csv, rows_of, statistic, written
 from mixlens.core.run_dir import check_out
 from mixlens.errors import BadInput
+
+if TYPE_CHECKING:
+    from mixlens.evals.log import Log
 
 
 @app.command
@@ -51,11 +55,14 @@ def importance(
     """
     from mixlens.experiments.contributions import expert_outputs
     from mixlens.experiments.importance import SETTINGS, Ablation, measure_importance
+    from mixlens.models.layout import numbered_layers
     from mixlens.stats import expert_importance
 
     check_out(out, "importance")
     check_csv(csv)
     texts, settings = reading.documents(documents, by=by), reading.settings(SETTINGS, output)
+    if layers is not None:
+        numbered_layers(loading.skeleton(model), list(layers), "ablate experts")  # loading may take long
     loaded = loading.load(model, output)
     means = expert_outputs(loaded, texts, settings=settings)["mean"] if how == "mean" else None
     ablation = Ablation(how=how, means=means, layers=None if layers is None else list(layers))
@@ -137,12 +144,14 @@ def topk(
     csv
         File to write the table to instead.
     """
-    from mixlens.experiments.topk import SETTINGS, measure_topk
+    from mixlens.experiments.topk import SETTINGS, checked_ks, measure_topk
     from mixlens.stats import topk_sweep
 
     check_out(out, "topk")
     check_csv(csv)
     texts, settings = reading.documents(documents, by=by), reading.settings(SETTINGS, output)
+    if ks is not None:
+        checked_ks(loading.skeleton(model), list(ks))  # loading may take long
     measured = measure_topk(
         loading.load(model, output), texts, ks=None if ks is None else list(ks), out=out, settings=settings
     )
@@ -247,6 +256,7 @@ def pareto(
     check_out(out, "pareto")
     check_csv(csv)
     evaluations = {scheme: Log.open(run) for scheme, run in map(_score, scores or [])}
+    _check_scores(evaluations)
     found = measure_pareto(
         model,
         reading.documents(documents),
@@ -277,6 +287,21 @@ def audit(model: str, /, *, loading: Loading = Loading(), output: Output = Outpu
 
     found = audit(loading.load(model, output))
     return Result(found.summary(), str(found))
+
+
+def _check_scores(evaluations: Mapping[str, Log]) -> None:
+    """Raise BadInput for an evaluation that says itself that its weights are in no scheme, before any is measured."""
+    from mixlens.stats.pareto import WEIGHTS
+
+    for scheme, log in evaluations.items():
+        label = WEIGHTS["quantization"](log.meta["model"])
+        if label in get_args(Dtype) and label != scheme:
+            raise BadInput(
+                f"Cannot use --scores {scheme}={log.path}: the weights evaluated there are held in {label}. Pass the "
+                f"evaluation of the model in {scheme}.",
+                argument="--scores",
+                value=scheme,
+            )
 
 
 def _score(text: str) -> tuple[str, str]:

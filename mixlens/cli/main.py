@@ -36,6 +36,8 @@ _PAGES = {
     "files": ("info", "again"),
     "tour": ("demo",),
 }
+app.help_epilogue = f"Guide: {guide('README')}"
+app["data"]["verify"].help_epilogue = f"Guide: {guide('evaluate')}"
 for _page, _commands in _PAGES.items():
     for _command in _commands:
         app[_command].help_epilogue = f"Guide: {guide(_page)}"

@@ -15,8 +15,18 @@ if TYPE_CHECKING:
     from mixlens.recording.documents import Documents
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-Positive = Annotated[int, Parameter(validator=validators.Number(gte=1))]
-NotNegative = Annotated[int, Parameter(validator=validators.Number(gte=0))]
+
+
+def _whole(_type: Any, tokens: Sequence[Token]) -> int:
+    text = tokens[0].value
+    if not text.strip().removeprefix("-").isdecimal():  # the library would round 1.5
+        raise ValueError(f"{text!r} is not a whole number.")
+    return int(text)
+
+
+Whole = Annotated[int, Parameter(converter=_whole)]
+Positive = Annotated[int, Parameter(converter=_whole, validator=validators.Number(gte=1))]
+NotNegative = Annotated[int, Parameter(converter=_whole, validator=validators.Number(gte=0))]
 Dollars = Annotated[float, Parameter(validator=validators.Number(gt=0))]
 Seconds = Annotated[float, Parameter(validator=validators.Number(gt=0))]
 
@@ -88,9 +98,9 @@ def _slo(_type: Any, tokens: Sequence[Token]) -> Any:
     text = tokens[0].value
     try:
         given = {_SLO[name.strip()]: float(value) for name, _, value in (one.partition("=") for one in text.split(","))}
+        return Limits(**given)
     except (KeyError, ValueError):
         raise ValueError(f"{text!r} is not a list of limits in seconds such as ttft=0.5,tpot=0.05,e2e=10.") from None
-    return Limits(**given)
 
 
 Slo = Annotated[Any, Parameter(converter=_slo, n_tokens=1, metavar="ttft=S,tpot=S")]
@@ -152,6 +162,12 @@ class Loading:
     device_map: str | None = None
     dtype: Dtype | None = None
     revision: str | None = None
+
+    def skeleton(self, model: str) -> Any:
+        """Return the model without its weights, for what can be told of it before they are loaded."""
+        from mixlens.models.load import skeleton
+
+        return skeleton(model, revision=self.revision, dtype=self.dtype)
 
     def load(self, model: str, output: Output) -> Any:
         from mixlens.models.load import load

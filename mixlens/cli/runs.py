@@ -10,7 +10,7 @@ from mixlens.cli.app import Result, app
 from mixlens.cli.options import Integers, Loading, Output, Reading, Signals
 from mixlens.cli.tables import check_csv, rows_of, statistic
 from mixlens.core.run_dir import check_out
-from mixlens.errors import RunError
+from mixlens.errors import BadInput, RunError
 
 Statistic = Literal[
     "expert_share",
@@ -62,7 +62,13 @@ def record(
     like
         With --dry-run, an earlier recording of the model on this machine, for an estimate of the time.
     """
-
+    if like is not None and not dry_run:
+        raise BadInput(
+            "Cannot use --like: it gives --dry-run the rate of an earlier recording, and this would record. Add "
+            "--dry-run, or leave it out.",
+            argument="--like",
+            value=like,
+        )
     check_out(out, "trace")
     texts = reading.documents(documents)
     from mixlens.recording.corpus import RecordSettings
@@ -82,12 +88,11 @@ def _dry_run(
 
     import torch
 
-    from mixlens.models.load import skeleton
     from mixlens.recording.corpus import default_batch_tokens
     from mixlens.recording.estimate import estimate
     from mixlens.trace.trace import Trace
 
-    made = skeleton(model, revision=loading.revision, dtype=loading.dtype)
+    made = loading.skeleton(model)
     on_cpu = loading.device_map == "cpu" or not torch.accelerator.is_available()
     settings = replace(settings, batch_tokens=settings.batch_tokens or default_batch_tokens(on_cpu=on_cpu))
     found = estimate(made, texts, signals=signals, settings=settings, like=None if like is None else Trace.open(like))
@@ -294,7 +299,9 @@ def demo(*, out: str = "out/demo", output: Output = Output()) -> Result:
     from mixlens.recording.record import record
     from mixlens.reports.report import report
 
-    folder, model = Path(out), load(DEMO, verbose=output.progress)
+    folder = Path(out)
+    check_out(folder / "run", "trace")
+    model = load(DEMO, verbose=output.progress)
     # Named after the weights: a newer demo model gets a run of its own beside the old one.
     run = folder / f"run-{str(describe(model)['router_sha256'])[:8]}"
     trace = record(model, demo_documents(), out=run, settings=replace(RecordSettings(), progress=output.progress))

@@ -30,7 +30,7 @@ class Bootstrap:
     Raises
     ------
     BadInput
-        For a level outside (0, 1) or fewer than 10 replicates.
+        For a level outside (0, 1), fewer than 10 replicates or a negative seed.
 
     Examples
     --------
@@ -56,6 +56,12 @@ class Bootstrap:
                 "level of 0.95.",
                 argument="replicates",
                 value=self.replicates,
+            )
+        if self.seed < 0:
+            raise BadInput(
+                f"Cannot draw with the seed {self.seed}: seeds begin at 0. Pass 0, for example.",
+                argument="seed",
+                value=self.seed,
             )
 
     def reach(self, units: np.ndarray) -> np.ndarray:

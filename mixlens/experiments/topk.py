@@ -88,16 +88,8 @@ def measure_topk(
     >>> measured.sizes["k"]
     2
     """
-    own, count = max(top_k(model).values()), n_experts(model)
-    asked = list(range(1, count + 1)) if ks is None else sorted(set(whole_numbers(ks)))
-    if not asked or not 1 <= asked[0] <= asked[-1] <= count:
-        raise BadInput(
-            f"Cannot route every token to {', '.join(map(str, asked)) or repr(ks)} experts: the model has {count} per "
-            f"layer. Pass numbers from 1 to {count}.",
-            argument="ks",
-            value=ks,
-        )
-    every = sorted({*asked, own})
+    own = max(top_k(model).values())
+    every = sorted({*checked_ks(model, ks), own})
     signals = parse_signals(["logprob"], [layer.index for layer in moe_layers(model)])
     corpus = Corpus.of(model, documents, tokenizer, settings)
 
@@ -110,6 +102,20 @@ def measure_topk(
 
     measured = measure_documents(model, corpus, stats.KIND, measure=measure, about={"ks": every, "own_k": own}, out=out)
     return stats.topk_dataset(measured)
+
+
+def checked_ks(model: nn.Module, ks: int | Iterable[int] | None) -> list[int]:
+    """The numbers of experts to choose, all where none are given. Raises BadInput for those that the model has not."""
+    count = n_experts(model)
+    asked = list(range(1, count + 1)) if ks is None else sorted(set(whole_numbers(ks)))
+    if not asked or not 1 <= asked[0] <= asked[-1] <= count:
+        raise BadInput(
+            f"Cannot route every token to {', '.join(map(str, asked)) or repr(ks)} experts: the model has {count} per "
+            f"layer. Pass numbers from 1 to {count}.",
+            argument="ks",
+            value=ks,
+        )
+    return asked
 
 
 def _at(model: nn.Module, k: int, shard: Shard, signals: Signals, batch_tokens: int) -> dict[str, np.ndarray]:

@@ -75,5 +75,6 @@ def _cell(value: object) -> str:
     if value is pd.NA:
         return f'<td data-v="">{MISSING}</td>'
     if isinstance(value, float | int):
-        return f'<td data-v="">{MISSING}</td>' if value != value else f'<td data-v="{value:.6g}">{value:.6g}</td>'
+        shown = f"{value:,.0f}" if abs(value) >= 1e4 and float(value).is_integer() else f"{value:.6g}"
+        return f'<td data-v="">{MISSING}</td>' if value != value else f'<td data-v="{value:.12g}">{shown}</td>'
     return f"<td>{escape(value)}</td>"

@@ -237,8 +237,8 @@ def _of_pareto(run: Pareto) -> Iterator[_Part]:
             if quantity not in QUANTITIES:
                 continue
             column = Column.of(quantity, settings.get(quantity, _corpus(plan)))
-            counted = quantity == "weight_bytes" or (scheme == original and quantity not in (*_SPEEDS, "perplexity"))
-            low, high = (row["estimate"],) * 2 if counted else (row["ci_low"], row["ci_high"])
+            exact = run.exact(scheme, "bytes" if quantity == "weight_bytes" else quantity)
+            low, high = (row["estimate"],) * 2 if exact else (row["ci_low"], row["ci_high"])
             cell = Cell(column, *_bounded(row["estimate"], low, high), int(row["n"]), _called(run))
             if quantity == "perplexity" and ratio is not None and scheme != original:
                 cell = replace(cell, change=_scaled(row["estimate"] / ratio[0], *ratio))
@@ -307,7 +307,7 @@ def _price(bench: Bench, called: str, hourly: Mapping[str, float]) -> Iterator[C
 def _perplexity(trace: Trace) -> Iterator[Cell]:
     if "logprob" in trace.signals:
         found = next_tokens(trace, trace).sel(measure="perplexity_a")
-        column = Column.of("perplexity", _corpus(trace.meta["settings"]))
+        column = Column.of("perplexity", _corpus(trace.meta.get("settings", {})))
         yield Cell(column, *_of_dataset(found), int(found.n), _called(trace), data=trace)
 
 

@@ -160,8 +160,12 @@ def _rows(source: Any, text: str, split: str | None, limit: int | None) -> Itera
         path = Path(source).expanduser()
         if path.is_dir():
             saved = any((path / name).exists() for name in ("state.json", "dataset_dict.json"))
-            return _of_split(_saved(path), str(path), split) if saved else _folder(path, text, limit)
+            if saved:
+                return _of_split(_saved(path), str(path), split)
+            _refuse_split(split, str(path))
+            return _folder(path, text, limit)
         if path.exists():
+            _refuse_split(split, str(path))
             return _file(path, str(path), text, limit)
         if isinstance(source, str) and _HUB_NAME.fullmatch(source) and not _like_a_file(path):
             return _hub(source, split, limit)
@@ -411,6 +415,15 @@ def _saved(path: Path) -> Any:
     from datasets import load_from_disk
 
     return load_from_disk(str(path))
+
+
+def _refuse_split(split: str | None, name: str) -> None:
+    if split is not None:
+        raise BadInput(
+            f"Cannot read the split {split!r} of {name}: only data sets have splits. Leave it out.",
+            argument="split",
+            value=split,
+        )
 
 
 def _of_split(found: Any, name: str, split: str | None) -> Iterator[Any]:

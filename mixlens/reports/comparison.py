@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import xarray as xr
 
 from mixlens.comparison import Comparison
-from mixlens.core.text import shown
+from mixlens.core.text import interval_of, shown
 from mixlens.live.tokens_pair import diff
 from mixlens.plot import comparison, labels
 from mixlens.plot.bars_and_lines import by_layer
@@ -18,6 +19,7 @@ from mixlens.plot.tables import html_table
 from mixlens.stats.impact import Impact
 from mixlens.stats.pareto import Pareto
 
+_SCHEMES = "Schemes side by side"
 _MOST_TOKENS = 1024  # of the text side by side
 
 
@@ -28,7 +30,6 @@ def comparison_sections(compared: Comparison, _name: str = "") -> dict[str, str]
     html = (
         paragraphs(compared.title())
         + _table(shown(compared.overview()), "How far both runs agree")
-        + bullets(_flips_found(flips))
         + _side_by_side(compared, flips)
         + _figure(comparison.flips_by_layer(flips), "Tokens that choose other experts, by layer.")
     )
@@ -110,13 +111,68 @@ def impact_sections(impact: Impact, _name: str = "") -> dict[str, str]:
     }
 
 
+def impact_findings(impact: Impact) -> list[tuple[str, str]]:
+    """Return what changed in loss and predictions, with the heading of its section."""
+    (a, b), table = impact.names, shown(impact.overview())
+    named = {
+        "loss, second less first": f"Loss of {b} less that of {a}",
+        "of it from other routing": "Of this from changed routing",
+        f"of it from {impact.rest}": f"Of this from {impact.rest}",
+        "KL(first || second)": f"KL divergence of {b} from {a}",
+        "same most probable next token": "Tokens whose most probable successor stays the same",
+    }
+    return [
+        ("Impact on predictions", f"{told}: {table.loc[row, '']} (n = {table.loc[row, 'n']} predicted tokens).")
+        for row, told in named.items()
+    ]
+
+
+def pareto_findings(measured: Pareto) -> list[tuple[str, str]]:
+    """Return the schemes on the front, the largest first, with the heading of their section."""
+    original = measured.schemes[0]
+    size, kl = ({str(row["scheme"]): row for row in _rows(measured, quantity)} for quantity in ("bytes", "kl"))
+    found = [(_SCHEMES, f"{_unharmed(measured)}.")] if _unharmed(measured) else []
+    for scheme in (scheme for scheme in reversed(measured.front()) if scheme != original):
+        held, whole, row = size[scheme]["estimate"], size[original]["estimate"], kl[scheme]
+        sentence = (
+            f"{scheme}, on the front, takes {held / 1e6:,.4g} MB, {held / whole:.0%} of {original}, at a KL divergence "
+            f"of {interval_of(row, 1.0, 4)} nats a token (n = {row['n']:,} tokens)."
+        )
+        found.append((_SCHEMES, sentence))
+    return found
+
+
+def pareto_message(measured: Pareto) -> str:
+    """Return the finding that is the title of a report on schemes; empty if every scheme raised the loss."""
+    return _unharmed(measured).partition(":")[0]
+
+
+def _unharmed(measured: Pareto) -> str:
+    """The smallest scheme whose loss was not told apart from the original's, with how far it may lie from it."""
+    if not (measured.table["quantity"] == "loss_difference").any():
+        return ""
+    original, size = measured.schemes[0], {row["scheme"]: row["estimate"] for row in _rows(measured, "bytes")}
+    alike = [row for row in _rows(measured, "loss_difference") if row["ci_low"] <= 0]
+    if not alike:
+        return ""
+    row = min(alike, key=lambda row: size[row["scheme"]])
+    return (
+        f"{row['scheme']} is the smallest of {len(measured.schemes)} schemes whose loss is not told apart from "
+        f"{original}: difference {interval_of(row, 1.0, 4)} nats a token (n = {row['n']:,} tokens)"
+    )
+
+
+def _rows(measured: Pareto, quantity: str) -> list[dict[Any, Any]]:
+    return measured.of(quantity).reset_index().to_dict("records")
+
+
 def pareto_sections(measured: Pareto, _name: str = "") -> dict[str, str]:
     """Return quality against bytes and against speed, one row per scheme, as HTML, by title."""
     figures = [_figure(comparison.pareto(measured), "Quality against the true bytes of all weights.")]
     if (measured.table["quantity"] == "tpot_s").any():
         figures.append(_figure(comparison.pareto(measured, x="tpot_s"), "Quality against time per output token."))
     return {
-        "Schemes side by side": paragraphs(measured.title())
+        _SCHEMES: paragraphs(measured.title())
         + _table(measured.overview(), "Schemes, each number with its interval")
         + "".join(figures)
         + details("All numbers", frame_table(measured.table, "Every quantity of every scheme"))

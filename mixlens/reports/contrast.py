@@ -8,7 +8,7 @@ import xarray as xr
 
 from mixlens import show
 from mixlens.plot import labels
-from mixlens.plot.html import bullets, details, frame_table, paragraphs, picture
+from mixlens.plot.html import details, frame_table, paragraphs, picture
 from mixlens.plot.messages import message
 from mixlens.plot.tables import tidy
 
@@ -16,7 +16,7 @@ _MOST = 5  # findings
 
 
 def contrast_sections(data: xr.Dataset, name: str) -> dict[str, str]:
-    """Return what differs between two conditions as HTML, by heading: findings, figure and table."""
+    """Return what differs between two conditions as HTML, by heading: figure and table."""
     a, b, of = (str(data.attrs[key]) for key in ("a", "b", "of"))
     frame = tidy(data, also=["p", "q", "survives"]).drop(columns="n")
     told = int(frame["survives"].sum())
@@ -31,7 +31,6 @@ def contrast_sections(data: xr.Dataset, name: str) -> dict[str, str]:
         "least as large; q: p adjusted for the number of cells (Benjamini and Hochberg 1995); a cell survives where q "
         f"is at most {1 - data.attrs['level']:.2g}. Intervals: {data.attrs['level']:.0%}, {data.attrs['interval']}."
     )
-    findings = _findings(data)
     figures = [
         picture(
             show.contrast(part),
@@ -41,7 +40,7 @@ def contrast_sections(data: xr.Dataset, name: str) -> dict[str, str]:
         for chosen, part in _parts(data)
     ]
     table = details(f"All {len(frame):,} cells", frame_table(frame, f"{what}: {a} less {b}"))
-    body = [paragraphs(lead), bullets(findings), *figures, table, paragraphs(how)]
+    body = [paragraphs(lead), *figures, table, paragraphs(how)]
     return {contrast_title(data): "".join(body)}
 
 

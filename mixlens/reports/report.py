@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 import xarray as xr
 
-from mixlens.bench.report import speed_sections
+from mixlens.bench.report import speed_findings, speed_sections
 from mixlens.comparison import Comparison
 from mixlens.core import run_dir
 from mixlens.core.files import write_file
@@ -31,7 +31,15 @@ from mixlens.plot.html import escape, paragraphs
 from mixlens.pricing.report import tradeoff_sections
 from mixlens.registry import open as open_any
 from mixlens.reports.analysis import analyse
-from mixlens.reports.comparison import comparison_findings, comparison_sections, impact_sections, pareto_sections
+from mixlens.reports.comparison import (
+    comparison_findings,
+    comparison_sections,
+    impact_findings,
+    impact_sections,
+    pareto_findings,
+    pareto_message,
+    pareto_sections,
+)
 from mixlens.reports.contrast import contrast_findings, contrast_sections, contrast_title
 from mixlens.reports.contributions import (
     contribution_findings,
@@ -71,22 +79,34 @@ def _contrast(data: xr.Dataset, name: str) -> _Part:
     return _Part(contrast_findings(data), contrast_sections(data, name), contrast_title(data))
 
 
-def _of(sections: Callable[[Any, str], Mapping[str, str]], findings: _Findings = lambda run: []) -> _Draw:
-    return lambda run, name: _Part(findings(run), sections(run, name))
+def _of(
+    sections: Callable[[Any, str], Mapping[str, str]], findings: _Findings, message: Callable[[Any], str] = lambda _: ""
+) -> _Draw:
+    return lambda run, name: _Part(findings(run), sections(run, name), message(run))
 
 
+_SUBJECTS = {
+    "bench": "speed",
+    "eval": "benchmark scores",
+    "eval comparison": "benchmark scores",
+    "importance": "importance of experts",
+    "contributions": "contributions of experts",
+    "topk": "experts per token",
+    "impact": "quantization",
+    "pareto": "quantization schemes",
+}
 # For each kind of run, the function that turns a run and its name into a part of the report.
 _KINDS: Mapping[str, _Draw] = {
     "trace": _trace,
     "importance": _of(importance_sections, importance_findings),
     "contributions": _of(contribution_sections, contribution_findings),
     "topk": _of(topk_sections, topk_findings),
-    "bench": _of(speed_sections),
+    "bench": _of(speed_sections, speed_findings),
     "eval": _of(score_sections, score_findings),
     "eval comparison": _of(score_comparison_sections, score_comparison_findings),
     "comparison": _of(comparison_sections, comparison_findings),
-    "impact": _of(impact_sections),
-    "pareto": _of(pareto_sections),
+    "impact": _of(impact_sections, impact_findings),
+    "pareto": _of(pareto_sections, pareto_findings, pareto_message),
     "contrast": _contrast,
 }
 
@@ -174,9 +194,7 @@ def _whole(opened: list[tuple[str, Any, str]], title: str | None) -> str:
     blocks += tradeoff_sections([run for kind, run, _ in opened if kind in ("bench", "eval")]).items()
     blocks += _comparisons([run for run in opened if run[0] == "trace"])
     models = dict.fromkeys(_model(run) for _, run, _ in opened)
-    subjects = {"bench": "Speed", "eval": "Benchmark scores", "eval comparison": "Benchmark scores"}
-    about = {subjects.get(kind, "Routing") for kind, _, _ in opened}
-    subject = about.pop() if len(about) == 1 else "Routing"
+    subject = ", ".join(dict.fromkeys(_SUBJECTS.get(kind, "routing") for kind, _, _ in opened)).capitalize()
     about_what = f"{subject} of {' and '.join(models)}"
     title = title or (messages[0] if len(messages) == 1 else "") or about_what
     in_turn = [finding for turn in zip_longest(*found) for finding in turn if finding is not None]

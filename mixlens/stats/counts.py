@@ -532,7 +532,7 @@ def described(data: xr.Dataset, trace: Trace, bootstrap: Bootstrap, **attrs: Any
 
 
 def _columns(trace: Trace, by: By, argument: str = "by") -> list[str]:
-    columns = [by] if isinstance(by, str) else list(by or [])
+    columns = [by] if isinstance(by, str) else [] if by is None else list(by)
     there = [str(name) for name in trace.sequences.columns]
     for name in columns:
         if name not in there:

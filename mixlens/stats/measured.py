@@ -82,7 +82,7 @@ def groups_of(
     there = [str(name) for name in measured.coords if measured[name].dims == ("document",)]
     labels: dict[str, np.ndarray] = {}
     group = np.zeros(measured.sizes["document"], np.int64)
-    for name in [by] if isinstance(by, str) else list(by or []):
+    for name in [by] if isinstance(by, str) else [] if by is None else list(by):
         held = name if name in there else f"document_{name}"  # beside a measured quantity of that name
         if held not in there:
             raise BadInput(

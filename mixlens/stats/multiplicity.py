@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
+from mixlens.errors import BadInput
+
 # Dimensions whose labels are questions of their own, so that each label is a family of cells.
 _QUESTIONS = ("measure", "choice", "quantity")
 
@@ -24,6 +26,11 @@ def adjusted(p: np.ndarray) -> np.ndarray:
     numpy.ndarray
         Shape of `p`.
 
+    Raises
+    ------
+    BadInput
+        For what is no number between 0 and 1 or NaN.
+
     Examples
     --------
     >>> ml.stats.adjusted(np.array([0.01, 0.04, 0.03])).tolist()
@@ -31,7 +38,13 @@ def adjusted(p: np.ndarray) -> np.ndarray:
     """
     from scipy.stats import false_discovery_control  # here, since it takes half a second
 
-    q, known = np.full(p.shape, np.nan), np.isfinite(p)
+    try:
+        p = np.asarray(p, float)
+    except (TypeError, ValueError):
+        p = np.array([np.inf])
+    q, known = np.full(p.shape, np.nan), ~np.isnan(p)
+    if not ((p[known] >= 0) & (p[known] <= 1)).all():
+        raise BadInput("Cannot adjust p: some are no numbers between 0 and 1. Pass p of tests.", argument="p")
     if known.any():
         q[known] = false_discovery_control(p[known])
     return q

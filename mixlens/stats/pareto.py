@@ -40,6 +40,8 @@ WEIGHTS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "adapters": lambda model: model.get("adapters") or [],
     "edits": lambda model: model.get("edits") or [],
 }
+_COUNTED = ("bytes", "expert_bits")
+_OF_ORIGINAL = ("perplexity", "ttft_s", "tpot_s")  # what is measured of it; the rest is its distance from itself
 _SMALLER_IS_BETTER = ("bytes", "expert_bits", "perplexity", "loss_difference", "kl", "ttft_s", "tpot_s")
 
 
@@ -82,6 +84,11 @@ class Pareto:
                 value=quantity,
             )
         return rows.set_index("scheme").drop(columns="quantity")
+
+    def exact(self, scheme: str, quantity: str) -> bool:
+        """Whether a number was counted, or is that of the original compared with itself: it has no uncertainty."""
+        itself = scheme == self.schemes[0] and quantity in _OVERVIEW and quantity not in _OF_ORIGINAL
+        return quantity in _COUNTED or itself
 
     def front(self, x: str = "bytes", y: str = "kl") -> list[str]:
         """Schemes that no other one beats in both quantities, by their estimates; smallest x first."""
@@ -146,7 +153,9 @@ class Pareto:
         for name in [*known, *scores]:
             heading, factor, decimals = _OVERVIEW.get(name, (name, 1.0, 3))
             for scheme, row in self.of(name).iterrows():
-                rows[str(scheme)][heading] = interval_of(row, factor, decimals)
+                exact = self.exact(str(scheme), name) and row["estimate"] == row["estimate"]
+                shown = f"{factor * row['estimate']:,.{decimals}f}" if exact else interval_of(row, factor, decimals)
+                rows[str(scheme)][heading] = shown
         table = pd.DataFrame.from_dict(rows, orient="index").fillna("n/a").rename_axis("scheme")
         table["on the front"] = ["yes" if scheme in self.front() else "" for scheme in table.index]
         return table
