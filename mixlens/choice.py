@@ -17,9 +17,11 @@ from mixlens.core.text import MISSING
 from mixlens.errors import BadInput, visible
 from mixlens.pricing.forms import KINDS, QUANTITIES, Cell, Column, Form, Kind, Measured, change, forms_of
 from mixlens.registry import open as open_any
+from mixlens.stats.verdicts import DO, DO_NOT, UNKNOWN
 
 RunOrPath = Measured | str | os.PathLike[str]
-Answer = Literal["meets", "fails", "too uncertain to say", "unmeasured"]
+Answer = Literal["meets", "fails", "too uncertain to say", "unmeasured", "n/a"]
+_OF_VERDICT: dict[str, Answer] = {DO: "meets", DO_NOT: "fails", UNKNOWN: "too uncertain to say"}
 _UNITS = {
     "bytes": {"B": 1, **{f"{p}B": 1000**n for n, p in enumerate("kMGT", 1)}}
     | {f"{p}iB": 1024**n for n, p in enumerate("KMGT", 1)},
@@ -63,7 +65,8 @@ class Decision:
         and change, change_low, change_high from the baseline, paired where both runs read the same. Bounds are infinite
         where a run has too few samples for an interval.
     answers : pandas.DataFrame
-        One row a form, one column a limit: "meets", "fails", "too uncertain to say", or "unmeasured".
+        One row a form, one column a limit: "meets", "fails", "too uncertain to say", or "unmeasured"; and one column
+        for the limits of each judgement: its verdict, "n/a" for forms that it was not about.
     qualifying : list[str]
         The forms that meet every limit.
     frontier : list[str]
@@ -143,7 +146,8 @@ def decide(
     Runs are of one form where the checksum of their weights agrees, or the endpoint. A limit is met where the whole
     95 % interval keeps to it; where the interval straddles the limit it is too uncertain to say. A form that was not
     measured does not meet a limit. Numbers share a column only where they were measured alike: on the same documents or
-    samples, under the same load and on the same machine. A limit holds in every column of its quantity.
+    samples, under the same load and on the same machine. A limit holds in every column of its quantity. A form that a
+    judgement (`decisions.judge`) was about has to meet the limits of the judgement as well.
 
     Of the forms that meet every limit the recommended one is best in what has no limit: quality first, then size,
     speed and price, then in what has one, by the estimates.
@@ -151,9 +155,10 @@ def decide(
     Parameters
     ----------
     runs : Sequence or Mapping
-        Recordings, evaluations, benchmarks, impact and pareto runs, or their folders. A mapping names forms, as in
-        ``{"6 experts": [log, bench], None: pareto}``; a name vouches that a form is an alternative although its model
-        has another name. Runs under None name themselves.
+        Recordings, evaluations, benchmarks, impact and pareto runs and judgements, or their folders. A mapping names
+        forms, as in ``{"6 experts": [log, bench], None: pareto}``; a name vouches that a form is an alternative
+        although its model has another name, and a judgement's is that of the changed model. Runs under None name
+        themselves.
     at_most, at_least : Mapping[str, float or str], optional
         Limits by quantity: weight_bytes, memory_bytes, ttft_s, tpot_s, usd_per_mtok, perplexity, kl, or the name of a
         benchmark. Text may have a unit, "24GB" or "500ms". A sign makes it a change from the baseline: "-1%" is one
@@ -216,10 +221,18 @@ def decide(
 def _decided(
     forms: Sequence[Form], limits: Sequence[Limit], baseline: Form, prefer: Column | None, remarks: Sequence[str]
 ) -> Decision:
-    found = {form.name: [_answer(form, limit, baseline) for limit in limits] for form in forms}
-    answers = pd.DataFrame.from_dict(found, orient="index", columns=[limit.text for limit in limits])
+    judgements = list(dict.fromkeys(text for form in forms for text in form.judged))
+    found = {
+        form.name: [
+            *(_answer(form, limit, baseline) for limit in limits),
+            *(_OF_VERDICT[form.judged[text]] if text in form.judged else MISSING for text in judgements),
+        ]
+        for form in forms
+    }
+    texts = [*(limit.text for limit in limits), *judgements]
+    answers = pd.DataFrame.from_dict(found, orient="index", columns=texts)
     answers.index.name = "form"
-    kept = [form for form in forms if all(answer == "meets" for answer in found[form.name])]
+    kept = [form for form in forms if all(answer in ("meets", MISSING) for answer in found[form.name])]
     columns = _objectives(kept, limits, prefer)
     costs = {form.name: _costs(form, columns) for form in kept}
     order = sorted(kept, key=lambda form: costs[form.name])

@@ -17,6 +17,7 @@ import mixlens as ml
 from mixlens.cli import main as cli
 from mixlens.errors import BadInput
 from mixlens.evals.log import Log
+from mixlens.stats.judgement import Judgement
 from mixlens.stats.pareto import COLUMNS, Pareto
 
 HELD = {"name": "m", "revision": "abc", "audit": {"label": "float32", "bytes": 400}, "weights_checksum": "1a"}
@@ -123,6 +124,28 @@ def test_units_are_of_the_quantity(name, text, number):
 def test_what_nobody_measured_is_refused(limits, named):
     with refused(BadInput, *named):
         ml.decide([pareto()], **limits)
+
+
+def judged(low: float, high: float, limit: float) -> Judgement:
+    rows = [("a", 0.5 * (low + high), low, high, False), ("all documents", 0.0, -0.01, 0.01, True)]
+    table = pd.DataFrame(rows, columns=["group", "estimate", "ci_low", "ci_high", "mean"])
+    table = table.assign(kind="loss", before=1.0, after=1.0, n=40)
+    pruned = HELD | {"audit": {"label": "float32", "bytes": 300}, "weights_checksum": "9f", "experts": 6}
+    meta = {"before": HELD | {"experts": 8}, "after": pruned, "documents": {"input_sha256": "e"}, "level": 0.99}
+    return Judgement(table, {"loss": limit}, meta)
+
+
+@pytest.mark.parametrize(("limit", "answer"), [(0.25, "meets"), (0.15, "too uncertain to say"), (0.05, "fails")])
+def test_a_judgement_disqualifies_the_form_that_it_was_about_and_no_other(limit, answer):
+    form = "float32, 6 of 8 experts"
+    found = ml.decide([pareto(), judged(0.1, 0.2, limit)], prefer="weight_bytes")
+    assert found.answers.iloc[:, -1].to_dict() == {"float32": "meets", "nf4": "n/a", form: answer}
+    assert (form in found.qualifying) == (answer == "meets")
+    assert found.recommended == "nf4"
+    row = found.table.query("quantity == 'worst_loss_change'").set_index("form").loc[form]
+    assert row[["estimate", "ci_low", "ci_high"]].tolist() == pytest.approx([0.15, 0.1, 0.2])
+    alone = ml.decide({"six": judged(0.1, 0.2, limit), None: log(HELD, [1.0] * 40)})
+    assert alone.answers.iloc[:, 0].to_dict() == {"float32": "n/a", "six": answer}
 
 
 # -- what does not belong together

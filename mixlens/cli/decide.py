@@ -39,8 +39,8 @@ def decide(
     Parameters
     ----------
     runs
-        Recordings, evaluations, benchmarks, impact and pareto runs of the forms of one model. A name vouches that a
-        form is an alternative.
+        Recordings, evaluations, benchmarks, impact and pareto runs and judgements of the forms of one model. A name
+        vouches that a form is an alternative.
     max
         Limit such as kl=0.05, weight_bytes=8GB, or as a change from the baseline perplexity=+2%; can be repeated.
     min

@@ -23,7 +23,7 @@ from mixlens.evals.paired import compare_logs
 from mixlens.evals.runner import SETTINGS as EVAL_SETTINGS
 from mixlens.evals.runner import EvalSettings, evaluate
 from mixlens.evals.scoring import tasks_by_protocol
-from mixlens.models.layout import config_of
+from mixlens.models.layout import config_of, n_experts
 from mixlens.models.provenance import describe, identity
 from mixlens.recording.corpus import Corpus, RecordSettings, tokenizer_of
 from mixlens.recording.record import record
@@ -120,11 +120,16 @@ def judge(
     read, texts = None, None
     if documents is not None:
         texts = documents if isinstance(documents, str) else list(documents)
+        if not all(isinstance(one, Mapping) and one.get(by) is not None for one in texts):
+            raise BadInput(
+                f"Cannot judge by {by!r}: some documents have no {by}. Pass by= with a column that all have.",
+                argument="by",
+                value=by,
+            )
         tokenizer = tokenizer_of(before) if tokenizer is None else tokenizer
         read = Corpus.of(before, texts, tokenizer, settings).plan()
     plan = {
-        "before": identity(before),
-        "after": identity(after),
+        **{side: identity(one) | {"experts": n_experts(one)} for side, one in (("before", before), ("after", after))},
         "limits": dict(limits),
         "by": by,
         "level": bootstrap.level,

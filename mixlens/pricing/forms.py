@@ -22,19 +22,23 @@ from mixlens.evals.scoring import primary_rows
 from mixlens.models.quantization.linears import SCHEMES
 from mixlens.pricing.per_mtok import hourly_of, listed, place, rented
 from mixlens.stats.impact import Impact
+from mixlens.stats.judgement import SCORE, TEXT, Judgement
 from mixlens.stats.next_tokens import next_tokens
 from mixlens.stats.pareto import WEIGHTS, Pareto
+from mixlens.stats.verdicts import DO
 from mixlens.trace.trace import Trace
 
 Kind = Literal["quality", "size", "speed", "price"]
 KINDS: tuple[Kind, ...] = ("quality", "size", "speed", "price")
-Measured = Trace | Log | Bench | Impact | Pareto
+Measured = Trace | Log | Bench | Impact | Pareto | Judgement
 # Kind, whether more is better, and unit of what is measured; scores of benchmarks come beside these.
 QUANTITIES: dict[str, tuple[Kind, bool, str]] = {
     "kl": ("quality", False, "nats"),
     "loss_difference": ("quality", False, "nats"),
     "perplexity": ("quality", False, ""),
     "same_top": ("quality", True, "fraction"),
+    "worst_loss_change": ("quality", False, "nats"),
+    "worst_score_change": ("quality", True, "fraction"),
     "weight_bytes": ("size", False, "bytes"),
     "memory_bytes": ("size", False, "bytes"),
     "tpot_s": ("speed", False, "s"),
@@ -90,14 +94,16 @@ class Cell:
 class Form:
     """One way to run the model: the weights it has, or the server that has them.
 
-    held  what its runs say of the model
-    run   the first of them
+    held    what its runs say of the model
+    run     the first of them
+    judged  the verdict of each judgement that it was subject to, by the limits there
     """
 
     name: str
     held: Mapping[str, Any]
     run: str
     cells: dict[Column, Cell] = field(default_factory=dict)
+    judged: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,7 @@ class _Part:
     held: Mapping[str, Any]
     cells: tuple[Cell, ...]
     name: str
+    judged: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def key(self) -> tuple[Any, ...]:
@@ -152,6 +159,7 @@ def forms_of(
             _check_model(part, forms.values())
         if form is None:
             form = forms[part.key] = Form(claimed or part.name, part.held, part.run)
+        form.judged |= part.judged
         for cell in part.cells:
             if cell.column not in form.cells:
                 form.cells[cell.column] = cell
@@ -193,6 +201,8 @@ def _parts(run: Any, name: str | None, hourly: Mapping[str, float]) -> Iterator[
         yield from _of_pareto(run)
     elif isinstance(run, Impact) and name is None:
         yield from _of_impact(run)
+    elif isinstance(run, Judgement):
+        yield from _of_judgement(run, alone=name is not None)
     elif isinstance(run, Log):
         yield _part(run, run.meta["model"], _scores(run))
     elif isinstance(run, Bench):
@@ -208,7 +218,7 @@ def _parts(run: Any, name: str | None, hourly: Mapping[str, float]) -> Iterator[
             + (
                 f"it holds several forms, and was given as {name!r}. Leave out the name."
                 if several
-                else "it is no recording, evaluation, benchmark, impact or pareto run. Pass some of these."
+                else "it is no recording, evaluation, benchmark, impact or pareto run or judgement. Pass some of these."
             ),
             argument="runs",
             value=_called(run),
@@ -261,6 +271,27 @@ def _of_impact(run: Impact) -> Iterator[_Part]:
     )
     yield _part(run, run.meta["model"], [cell("perplexity", "perplexity_a"), *first])
     yield _part(run, run.meta["other"], [perplexity, *(cell(quantity, quantity) for quantity in exact)])
+
+
+def _of_judgement(run: Judgement, *, alone: bool) -> Iterator[_Part]:
+    """The changed model, with what was lost where it lost most, and the original unless the former is meant `alone`."""
+    before, after = ({**run.meta[side], "endpoint": None} for side in ("before", "after"))
+    text = f"judged by {', '.join(f'{kind} within {limit:g}' for kind, limit in sorted(run.limits.items()))}"
+    sides: list[list[Cell]] = [[], []]
+    for kind, quantity in ((TEXT, "worst_loss_change"), (SCORE, "worst_score_change")):
+        rows = run.table[run.table["kind"] == kind]
+        if len(rows):
+            row = rows.to_dict("records")[0]  # the worst
+            read = run.meta["documents"] if kind == TEXT else {"input_sha256": sorted(rows["group"])}
+            column = Column.of(quantity, f"worst of {len(rows)}, {_corpus(read)}")
+            sides[0].append(Cell(column, 0.0, 0.0, 0.0, int(row["n"]), _called(run)))
+            sides[1].append(Cell(column, *_bounded(*_numbers(row)), int(row["n"]), _called(run)))
+    experts = [held.get("experts") for held in (before, after)]
+    if not alone:
+        yield replace(_part(run, before, sides[0]), judged={text: DO})
+    part = _part(run, after, sides[1])
+    name = part.name if experts[0] == experts[1] else f"{part.name}, {experts[1]} of {experts[0]} experts"
+    yield replace(part, name=name, judged={text: run.verdict})
 
 
 def _scores(log: Log) -> Iterator[Cell]:
