@@ -171,7 +171,7 @@ class Session:
         """The routing of the measured requests, and why there is none where it was asked for: times are kept anyway."""
         if self._skeleton is None:
             return None, ""
-        from mixlens.engines.server import trace_of_answers
+        from mixlens.engines.server import answered
 
         kept = sorted(self._sender.routing, key=lambda pair: (pair[0].level, pair[0].index))
         if not kept:
@@ -179,7 +179,7 @@ class Session:
         about = [{"document_id": number, "level": r.level, "index": r.index} for number, (r, _) in enumerate(kept)]
         try:
             answers = [routed_answer(record, message) for record, message in kept]
-            return trace_of_answers(answers, about, self._endpoint, self._skeleton), ""
+            return answered(answers, about, self._endpoint, self._skeleton), ""
         except SourceError as error:
             return None, str(error)
 

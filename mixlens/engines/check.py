@@ -24,7 +24,7 @@ FAULTS = {
     "out_of_range": "ids of experts that the model does not have",
     "shared_experts": "markers of shared experts among the routed ones",
     "physical_ids": "ids of copies made for load balancing, in place of the experts of the model",
-    "layers": "layers without routers counted in, so that layers are offset",
+    "layers": "layers without routers counted in, so that layers are offset; or a layer twice",
     "last_token": "a row for the last token, which no forward read, so that prompt and answer are misaligned",
     "padding": "rows before or after those of the tokens",
 }
@@ -33,6 +33,7 @@ _SENTINELS = (-1, 2**8 - 1, 2**15 - 1, 2**16 - 1, 2**31 - 1)
 # Eight rows in a row with the routing of eight other tokens: never by chance in 23,961 tokens of the bundled model, not
 # even if it had two layers; with a single layer sixteen.
 _WINDOW, _WINDOW_OF_ONE_LAYER = 8, 16
+_REPEATED, _VARIED = 16, 4  # tokens, and different choices among them, for which two layers never agree throughout
 _REMEMBERED = 32_768
 _BY_CHANCE = 1e-3
 _EXPLAINED = 0.9  # share of choices that a fault has to explain
@@ -156,6 +157,7 @@ class Checker:
             raise self._fault("last_token", f"{prompt_rows} rows came for {prompt - start} tokens of the prompt")
         ids = self._whole(ids, prompt + max(generated - 1, 0) - start, corrected)
         self._values(ids)
+        self._repeated(ids)
         if token_ids is None:
             self._rows_without_tokens += len(ids)
         else:
@@ -172,6 +174,8 @@ class Checker:
             unchecked["stale_rows"] = "rows came without token ids"
         elif self._rows_alike:
             unchecked["stale_rows"] = "rows of different tokens are too much alike"
+        for name, fault in (("layers", "another layer"), ("last_token", "the token beside")):
+            unchecked[name] = f"ids of {fault}, all shifted by one, look like others"
         if self.routers.n_physical is None:
             unchecked["physical_ids"] = "ids that are permuted, and not beyond the experts, look like others"
         found = {
@@ -250,7 +254,7 @@ class Checker:
             worst = int(ids[beyond].max())
             most = 2 * known.n_experts if known.n_physical is None else known.n_physical
             copies = (ids >= 0).all() and worst < most
-            copies &= known.n_physical is not None or beyond.mean() >= _REPLICAS
+            copies &= known.n_physical is not None or (beyond.mean() >= _REPLICAS and (ids == 0).any())  # else from 1
             where = f"{_place(beyond, known.layers)}: {worst}, and there are {known.n_experts} experts"
             raise self._fault("physical_ids" if copies else "out_of_range", where)
         ordered = np.sort(ids, axis=-1)
@@ -258,6 +262,14 @@ class Checker:
         if twice.any():
             token, layer = np.argwhere(twice)[0]
             raise self._fault("duplicates", f"{_place(twice, known.layers)}: {ids[token, layer].tolist()}")
+
+    def _repeated(self, ids: np.ndarray) -> None:
+        """A layer that has the ids of the one before it for many tokens, which is never so by chance."""
+        same = (np.sort(ids[:, 1:], -1) == np.sort(ids[:, :-1], -1)).all((0, 2))
+        for at in np.flatnonzero(same) if len(ids) >= _REPEATED else []:
+            if len(np.unique(np.sort(ids[:, at], -1), axis=0)) >= _VARIED:
+                pair = f"{self.routers.layers[at]} and {self.routers.layers[at + 1]}"
+                raise self._fault("layers", f"layers {pair} have the same ids for all of {len(ids)} tokens")
 
     def _stale(self, ids: np.ndarray, tokens: np.ndarray) -> None:
         """Windows of rows that an earlier window has too, though their tokens differ."""

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import numpy as np
-import pandas as pd
 import pyarrow.parquet as pq
 
 from mixlens.core.sealed_json import short
 from mixlens.engines.check import Checker, Routers
 from mixlens.engines.columns import Arrays, Columns, Parquet, Safetensors, known_routers, listed, piece, trace_over
-from mixlens.engines.replies import array_in, decoded, routed
+from mixlens.engines.replies import Routed, array_in, columns_of_answers, decoded, routed, trace_of_answers
 from mixlens.errors import BadInput, SourceError
 from mixlens.models.load import skeleton
-from mixlens.trace.shards import PROMPT, TOKEN_COLUMNS, MemoryPart, pack_weights
-from mixlens.trace.trace import Trace, from_parts
+from mixlens.trace.shards import TOKEN_COLUMNS, pack_weights
+from mixlens.trace.trace import Trace
 
 _WINDOW = 2048
 
@@ -176,20 +176,18 @@ def open_replies(path: str, *, model: Any) -> Trace:
     model : Any
         Name or folder of the model that answered, or a loaded one: servers do not say how many experts it has.
     """
-    routers = Routers.of(skeleton(model) if isinstance(model, str | Path) else model)
-    checker, rows, parts = Checker(routers), [], []
+    checker = Checker(Routers.of(skeleton(model) if isinstance(model, str | Path) else model))
+    found: list[Routed] = []
+    rows, weights = [], []
     for number, answer in _lines(path):
-        found = routed(answer, routers)
-        if found is None:
+        one = routed(answer, checker.routers)
+        if one is None:
             raise SourceError(
                 f"Cannot open {path}: line {number} has no routing. Leave out answers without routed_experts.",
                 argument="routing",
                 value=number,
             )
-        ids = found.checked(checker)
-        weight = answer.get("routed_weights")
-        tokens = None if found.token_ids is None else np.asarray(found.token_ids, np.int64)[: len(ids)]
-        prompt = answer.get("prompt_length", found.prompt)
+        prompt = answer.get("prompt_length", one.prompt)
         name = answer.get("document_id", answer.get("id", number - 1))
         for key, value, kind in (("prompt_length", prompt, int), ("document_id", name, str | int)):
             if not isinstance(value, kind) or isinstance(value, bool):
@@ -199,30 +197,19 @@ def open_replies(path: str, *, model: Any) -> Trace:
                     argument=key,
                     value=number,
                 )
-        parts.append((ids, tokens, prompt, None if weight is None else _weights(weight, ids.shape)))
-        rows.append({"document_id": name, "length": len(ids)})
-    if not parts:
+        found.append(replace(one, prompt=prompt, generated=one.prompt + one.generated - prompt))
+        rows.append({"document_id": name})
+        weights.append(answer.get("routed_weights"))
+    if not found:
         raise SourceError(f"Cannot open {path}: it has no answers. Pass one a line.", argument="path", value=path)
-    lengths = [row["length"] for row in rows]
-    position = np.concatenate([np.arange(n) for n in lengths])
-    arrays: dict[str, np.ndarray] = {
-        "sequence": np.repeat(np.arange(len(parts)), lengths),
-        "position": position,
-        "phase": (position >= np.repeat([prompt for _, _, prompt, _ in parts], lengths)).astype(np.uint8) + PROMPT,
-        "expert_id": np.concatenate([ids for ids, _, _, _ in parts]),
-    }
-    if all(tokens is not None for _, tokens, _, _ in parts):
-        arrays["token_id"] = np.concatenate([tokens for _, tokens, _, _ in parts if tokens is not None])
-    if all(weight is not None for _, _, _, weight in parts):
-        arrays["weight"] = pack_weights(np.concatenate([weight for _, _, _, weight in parts if weight is not None]))
-    meta = {
-        "source": f"answers in {Path(path).name}",
-        "model": {"name": str(getattr(model, "name_or_path", model))},
-        "n_experts": routers.n_experts,
-        "top_k": routers.top_k,
-        "source_check": checker.about(),
-    }
-    return from_parts([MemoryPart(arrays)], pd.DataFrame(rows), meta, list(routers.layers))
+    columns = columns_of_answers(found, checker)
+    if all(weight is not None for weight in weights):
+        ends = np.cumsum(np.bincount(columns["sequence"]))[:-1]
+        of_each = np.split(columns["expert_id"], ends)
+        read = [_weights(weight, ids.shape) for weight, ids in zip(weights, of_each, strict=True)]
+        columns["weight"] = pack_weights(np.concatenate(read))
+    held = {"name": str(getattr(model, "name_or_path", model))}
+    return trace_of_answers(columns, rows, checker, source=f"answers in {Path(path).name}", model=held)
 
 
 def _weights(sent: Any, shape: tuple[int, ...]) -> np.ndarray:

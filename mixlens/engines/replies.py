@@ -15,9 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from mixlens.engines.check import Checker, Routers
 from mixlens.errors import SourceError
+from mixlens.trace.shards import GENERATED, PROMPT, MemoryPart
+from mixlens.trace.trace import Trace, from_parts
 
 _MAGIC = b"\x93NUMPY"
 
@@ -91,6 +94,8 @@ def routed(answer: Mapping[str, Any], routers: Routers, *, prompt_ids: Sequence[
     prompt = len(read) if read is not None else _count(about, "prompt_tokens")
     generated = len(made) if made is not None else _count(about, "completion_tokens")
     start = _count(answer, "routed_experts_prompt_start") if answer.get("routed_experts_prompt_start") else 0
+    if start > prompt:
+        raise _unreadable(f"its rows begin at token {start} of a prompt of {prompt}")
     raw = decoded(sent)
     if not raw.startswith(_MAGIC):
         ids, form = _reshaped(raw, prompt + max(generated - 1, 0) - start, routers), "sglang"
@@ -104,6 +109,49 @@ def routed(answer: Mapping[str, Any], routers: Routers, *, prompt_ids: Sequence[
         prompt_rows, ids = len(of_prompt), np.concatenate([of_prompt, ids])
     tokens = None if read is None or made is None else [*read, *made]
     return Routed(ids, prompt, generated, tokens, prompt_rows, start, form)
+
+
+def columns_of_answers(found: Sequence[Routed], checker: Checker) -> dict[str, np.ndarray]:
+    """The tokens of answers and their checked ids, one sequence each, as columns of a trace [token, ...]."""
+    checked = [one.checked(checker) for one in found]
+    lengths = [len(ids) for ids in checked]
+    position = np.concatenate([one.start + np.arange(n) for one, n in zip(found, lengths, strict=True)])
+    prompt = np.repeat([one.prompt for one in found], lengths)
+    columns = {
+        "sequence": np.repeat(np.arange(len(found)), lengths),
+        "position": position,
+        "phase": np.where(position < prompt, PROMPT, GENERATED).astype(np.uint8),
+        "expert_id": np.concatenate(checked),
+    }
+    if all(one.token_ids is not None for one in found):
+        tokens = [(one.token_ids or [])[one.start : one.start + n] for one, n in zip(found, lengths, strict=True)]
+        columns["token_id"] = np.concatenate([np.asarray(ids, np.int64) for ids in tokens])
+    return columns
+
+
+def trace_of_answers(
+    columns: dict[str, np.ndarray],
+    about: Sequence[Mapping[str, Any]],
+    checker: Checker,
+    *,
+    source: str,
+    model: Mapping[str, Any],
+) -> Trace:
+    """The trace of answers.
+
+    columns  as `columns_of_answers` gives them, and others beside them
+    about    columns of each answer's sequence
+    """
+    routers = checker.routers
+    meta = {
+        "source": source,
+        "model": model,
+        "n_experts": routers.n_experts,
+        "top_k": routers.top_k,
+        "source_check": checker.about(),
+    }
+    frame = pd.DataFrame(list(about)).assign(length=np.bincount(columns["sequence"], minlength=len(about)))
+    return from_parts([MemoryPart(columns)], frame, meta, list(routers.layers))
 
 
 def decoded(sent: Any, argument: str = "shape") -> bytes:
@@ -129,6 +177,12 @@ def _reshaped(raw: bytes, rows: int, routers: Routers) -> np.ndarray:
     """int32 as [row, layer, slot]: all layers or those with routers, and more slots where shared experts are marked."""
     flat = np.frombuffer(raw[: len(raw) // 4 * 4], "<i4")
     widths = list(dict.fromkeys((routers.n_layers, len(routers.layers))))
+    if flat.any() and not (flat % 2**24).any():
+        raise _unreadable("its numbers are in the other byte order")
+    for size in (1, 2, 8):
+        of_size = any(len(raw) == size * rows * width * routers.top_k for width in widths)
+        if of_size and (size < 4 or not flat[1::2].any()):
+            raise _unreadable(f"its numbers have {size} bytes, and those of int32 four")
     shapes = [(width, routers.top_k + shared) for shared in range(3) for width in widths]
     fitting = [shape for shape in shapes if flat.size % (shape[0] * shape[1]) == 0]
     exact = [shape for shape in fitting if flat.size == rows * shape[0] * shape[1]]

@@ -8,19 +8,18 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from mixlens.core.sealed_json import short
 from mixlens.endpoints.calls import Completion
 from mixlens.endpoints.endpoint import Endpoint
 from mixlens.endpoints.transport import Client
 from mixlens.engines.check import Checker, Routers
-from mixlens.engines.replies import Routed, routed
+from mixlens.engines.replies import Routed, columns_of_answers, routed, trace_of_answers
 from mixlens.errors import BadInput, SourceError
 from mixlens.models.load import skeleton
-from mixlens.trace.shards import GENERATED, PROMPT, MemoryPart
+from mixlens.trace.shards import PROMPT, MemoryPart
 from mixlens.trace.signals import Signals
-from mixlens.trace.trace import Trace, from_parts
+from mixlens.trace.trace import Trace
 
 _AT_A_TIME = 8
 _ROUNDED_UP = 1e-3  # the logarithm of a probability that is 1 in fewer bits
@@ -58,7 +57,7 @@ class Server:
         return ServerReader(self.endpoint, Routers.of(self.skeleton), signals)
 
 
-def trace_of_answers(
+def answered(
     answers: Sequence[Mapping[str, Any]], about: Sequence[Mapping[str, Any]], endpoint: Endpoint, model: Any
 ) -> Trace:
     """The routing of answers to any requests, prompts and what was generated, one sequence each.
@@ -79,33 +78,13 @@ def trace_of_answers(
     SourceError
         For routing that is not there, or that cannot be that of its tokens.
     """
-    routers = Routers.of(model)
-    checker, parts, lengths = Checker(routers), [], []
-    for answer in answers:
-        found = routed(answer, routers)
-        if found is None:
-            raise no_routing(endpoint)
-        parts.append((found, ids := found.checked(checker)))
-        lengths.append(len(ids))
-    tokens = [np.asarray(found.token_ids or [], np.int64)[: len(ids)] for found, ids in parts]
-    arrays = {
-        "sequence": np.repeat(np.arange(len(parts)), lengths),
-        "position": np.concatenate([np.arange(n) for n in lengths]),
-        "phase": np.concatenate([np.where(np.arange(len(ids)) < f.prompt, PROMPT, GENERATED) for f, ids in parts]),
-        "expert_id": np.concatenate([ids for _, ids in parts]),
-    }
-    if all(found.token_ids is not None for found, _ in parts):
-        arrays["token_id"] = np.concatenate(tokens)
-    arrays["phase"] = arrays["phase"].astype(np.uint8)
-    meta = {
-        "source": f"a server at {endpoint.host}",
-        "model": {"name": endpoint.model, "endpoint": endpoint.plan()},
-        "n_experts": routers.n_experts,
-        "top_k": routers.top_k,
-        "source_check": checker.about(),
-    }
-    frame = pd.DataFrame(list(about)).assign(length=lengths)
-    return from_parts([MemoryPart(arrays)], frame, meta, list(routers.layers))
+    checker = Checker(Routers.of(model))
+    found = [routed(answer, checker.routers) for answer in answers]
+    if any(one is None for one in found):
+        raise no_routing(endpoint)
+    columns = columns_of_answers([one for one in found if one is not None], checker)
+    held = {"name": endpoint.model, "endpoint": endpoint.plan()}
+    return trace_of_answers(columns, about, checker, source=f"a server at {endpoint.host}", model=held)
 
 
 class ServerReader:

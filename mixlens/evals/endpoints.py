@@ -13,7 +13,7 @@ import pandas as pd
 
 from mixlens.endpoints.calls import Completion
 from mixlens.endpoints.endpoint import Endpoint
-from mixlens.engines.server import architecture_name, trace_of_answers
+from mixlens.engines.server import answered, architecture_name
 from mixlens.errors import BadInput, EndpointError
 from mixlens.evals.generating import check_sampling
 from mixlens.evals.model import Batch, cut, named, tokenizer_of
@@ -168,7 +168,7 @@ class EndpointBackend:
 
         def trace() -> Trace:
             rows, found = zip(*self._answers.values(), strict=True)
-            return trace_of_answers([one.raw for one in found], rows, self.endpoint, self._skeleton)
+            return answered([one.raw for one in found], rows, self.endpoint, self._skeleton)
 
         yield trace
 

@@ -6,17 +6,16 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from mixlens.engines.check import Checker, Routers
-from mixlens.engines.server import columns_of
+from mixlens.engines.replies import Routed, columns_of_answers, trace_of_answers
 from mixlens.engines.vllm_engine import VLLM, Rows, weights_of
 from mixlens.evals.generating import check_sampling
 from mixlens.evals.model import Batch, LocalLM
 from mixlens.evals.response_cache import Reply
 from mixlens.models.layout import moe_layers
-from mixlens.trace.shards import GENERATED, PROMPT, MemoryPart, narrowed, pack_weights
-from mixlens.trace.trace import Trace, from_parts
+from mixlens.trace.shards import narrowed, pack_weights
+from mixlens.trace.trace import Trace
 
 
 class EngineLM(LocalLM):
@@ -72,28 +71,14 @@ class EngineLM(LocalLM):
 
     def trace(self, seen: Sequence[dict[str, Any]]) -> Trace:
         """The routing of the rows that were read, which `seen` names."""
-        layers, read = moe_layers(self.model), self.read
-        routers = Routers.of(self.model)
-        checker = Checker(routers)
-        sequences = [np.asarray(ids, np.int64) for ids, _, _ in read]
-        phases = [np.where(np.arange(len(ids)) < n, PROMPT, GENERATED).astype(np.uint8) for ids, n, _ in read]
-        arrays = columns_of(sequences, 0, phases)
-        arrays["expert_id"] = np.concatenate(
-            [checker.check(rows.ids, prompt=len(ids), generated=0, token_ids=ids) for ids, _, rows in read]
-        )
-        logits = np.concatenate([rows.logits for _, _, rows in read])
-        arrays["router_logits"] = narrowed(logits, np.float16)
+        layers, checker = moe_layers(self.model), Checker(Routers.of(self.model))
+        found = [Routed(rows.ids, n, len(ids) + 1 - n, ids, None, 0, "vllm") for ids, n, rows in self.read]
+        columns = columns_of_answers(found, checker)
+        logits = np.concatenate([rows.logits for _, _, rows in self.read])
+        columns["router_logits"] = narrowed(logits, np.float16)
         if all(layer.rule is not None for layer in layers):
-            arrays["weight"] = pack_weights(weights_of(layers, logits, arrays["expert_id"]))
-        meta = {
-            "source": self.engine.name,
-            "model": self.engine.describe(),
-            "n_experts": routers.n_experts,
-            "top_k": routers.top_k,
-            "source_check": checker.about(),
-        }
-        frame = pd.DataFrame(list(seen)).assign(length=[len(ids) for ids in sequences])
-        return from_parts([MemoryPart(arrays)], frame, meta, list(routers.layers))
+            columns["weight"] = pack_weights(weights_of(layers, logits, columns["expert_id"]))
+        return trace_of_answers(columns, seen, checker, source=self.engine.name, model=self.engine.describe())
 
 
 def _places(ids: tuple[int, ...], continuation: tuple[int, ...]) -> Iterator[tuple[int, int]]:

@@ -1,6 +1,7 @@
 """Answers of real servers, replayed, and of servers that send what is no routing."""
 
 import base64
+import io
 import json
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from helpers.routing_server import FORMS, int32, npy
 
 import mixlens as ml
 from mixlens.engines.check import Checker, Routers
-from mixlens.engines.replies import routed
+from mixlens.engines.replies import columns_of_answers, routed
 from mixlens.engines.server import prompt_logprobs
 
 KEPT = json.loads((Path(__file__).parent / "vllm_0_32_0.json").read_text("utf-8"))
@@ -121,3 +122,76 @@ def test_whatever_stands_in_an_answer_it_is_read_or_refused(kind):
 def test_an_answer_without_counts_is_refused():
     with refused(ml.SourceError, "shape"):
         routed({"choices": [{"routed_experts": npy(IDS)}]}, ROUTERS)
+
+
+ROWS, PROMPT = 40, 30
+RANDOM = np.argsort(np.random.default_rng(0).gumbel(size=(ROWS, 8, 8)), axis=-1)[..., :2]
+
+
+def sent_as_it_is(ids: np.ndarray) -> str:
+    file = io.BytesIO()
+    np.save(file, ids)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def repeated(start: int, stop: int, source: int) -> np.ndarray:
+    ids = RANDOM.copy()
+    ids[start:stop] = ids[source : source + stop - start]
+    return ids
+
+
+def put(where, value: int) -> np.ndarray:
+    ids = RANDOM.copy()
+    ids[where] = value
+    return ids
+
+
+@pytest.mark.parametrize(
+    ("sent", "fault"),
+    [
+        (sent_as_it_is(RANDOM[1:]), "missing_rows"),
+        (sent_as_it_is(RANDOM[PROMPT:]), "missing_rows"),  # the prompt's are not there
+        (sent_as_it_is(np.concatenate([RANDOM, RANDOM[:1] + 0])), "last_token"),
+        (sent_as_it_is(np.concatenate([RANDOM[:16], RANDOM])), "padding"),  # a prefix that was cached, twice
+        (sent_as_it_is(repeated(16, 32, 0)), "stale_rows"),
+        (sent_as_it_is(RANDOM.transpose(1, 0, 2)), "layers"),
+        (sent_as_it_is(RANDOM[:, [0, 1, 2, 2, 4, 5, 6, 7]]), "layers"),
+        (sent_as_it_is(put(np.s_[:, 3], 0)), "layers"),
+        (sent_as_it_is(put(np.s_[:16], 0)), "duplicates"),  # rows of a cached prefix that were never written
+        (sent_as_it_is(put(np.s_[5, 2, 1], -3)), "out_of_range"),
+        (sent_as_it_is(RANDOM + 1), "out_of_range"),  # counted from 1
+        (sent_as_it_is(RANDOM + 8 * np.arange(8)[:, None]), "out_of_range"),  # counted through all layers
+        (sent_as_it_is(put(np.s_[:, 4, 1], -1)), "sentinels"),  # one layer chooses fewer
+        (sent_as_it_is(RANDOM.reshape(ROWS, 16)), "shape"),
+        (sent_as_it_is(RANDOM[None]), "shape"),
+        (sent_as_it_is(RANDOM.astype(np.float32)), "shape"),
+        (sent_as_it_is(RANDOM[..., :1]), "shape"),
+        *((base64.b64encode(RANDOM.astype(kind).tobytes()).decode(), "shape") for kind in (">i4", "<i8", "<i2", "u1")),
+    ],
+)
+def test_siblings_of_known_faults_are_named(sent, fault):
+    choice = {"routed_experts": sent, "prompt_token_ids": [*range(PROMPT)], "token_ids": [*range(ROWS - PROMPT + 1)]}
+    with refused(ml.SourceError, fault):
+        routed({"choices": [choice]}, ROUTERS).checked(Checker(ROUTERS))
+
+
+@pytest.mark.parametrize("about", [{"routed_experts_prompt_start": "x"}, {"routed_experts_prompt_start": 99}])
+def test_rows_that_begin_nowhere_are_refused(about):
+    choice = {"routed_experts": sent_as_it_is(RANDOM), "prompt_token_ids": [*range(PROMPT)], "token_ids": [*range(11)]}
+    with refused(ml.SourceError, "shape"):
+        routed({"choices": [choice], **about}, ROUTERS)
+
+
+def test_rows_that_begin_within_the_prompt_keep_their_tokens_and_positions():
+    tokens = np.arange(ROWS + 1)
+    choice = {
+        "routed_experts": sent_as_it_is(RANDOM[10:]),
+        "prompt_token_ids": tokens[:PROMPT],
+        "token_ids": tokens[PROMPT:],
+    }
+    choice = {name: sent if isinstance(sent, str) else sent.tolist() for name, sent in choice.items()}
+    found = routed({"choices": [choice], "routed_experts_prompt_start": 10}, ROUTERS)
+    columns = columns_of_answers([found], Checker(ROUTERS))
+    assert np.array_equal(columns["position"], np.arange(10, ROWS))
+    assert np.array_equal(columns["token_id"], np.arange(10, ROWS))
+    assert columns["phase"].tolist() == [0] * 20 + [1] * 10
