@@ -15,6 +15,7 @@ DECISIONS = {
     "window": lambda trace, **how: ml.decisions.distinct_experts(trace, window=4, **how),
     "lru": lambda trace, **how: ml.decisions.cache(trace, slots=4, policy="lru", **how),
     "lfu": lambda trace, **how: ml.decisions.cache(trace, slots=4, policy="lfu", **how),
+    "least-stale": lambda trace, **how: ml.decisions.cache(trace, slots=4, policy="least-stale", **how),
     "optimum": lambda trace, **how: ml.decisions.cache(trace, slots=4, policy="optimum", **how),
     "fixed": lambda trace, **how: ml.decisions.cache(trace, slots=4, policy="fixed", **how),
     "every size": lambda trace, **how: ml.decisions.cache(trace, **how),
