@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -102,10 +103,12 @@ def cache(
     sizes = _sizes(trace, slots, policy)
     e, k, n_layers = trace.n_experts, trace.top_k, trace.n_layers
     documents = Documents.of(trace, bootstrap)
-    ids, tokens, judging = trace.read("expert_id").astype(np.int64), documents.tokens, documents.judging
+    tokens, judging, of_token = documents.tokens, documents.judging, documents.of_token
+    # Layers are read one by one: each of them lies together in memory.
+    ids = np.ascontiguousarray(trace.read("expert_id").swapaxes(0, 1), np.int64).swapaxes(0, 1)
 
-    used = np.zeros((len(tokens), n_layers, e))
-    np.add.at(used, (documents.of_token[:, None, None], np.arange(n_layers)[:, None], ids), 1.0)
+    codes = (of_token[:, None] * e + ids[:, i] for i in range(n_layers))
+    used = np.stack([np.bincount(code.ravel(), minlength=len(tokens) * e).reshape(-1, e) for code in codes], axis=1)
     kept, best = (_most_used(used[of].sum(0), sizes) for of in (~judging, slice(None)))
     found, loaded = _replay(trace, ids, documents.first, sizes, policy, kept, model)
     full = cache_replay.filled(ids, documents.first, e, sizes, pooled=policy == "least-stale")
@@ -169,35 +172,41 @@ def _tallied(
     has, of how many choices [4, document, size, layer].
     """
     each = []
-    for layer in range(ids.shape[1]):
-        hits, filled = found[..., layer], full(layer)
-        of_fixed = kept[:, layer][:, ids[:, layer]].sum(-1, dtype=np.int64)
-        tallies = (hits, loaded[..., layer], np.where(filled, hits - of_fixed, 0), filled * ids.shape[2])
-        each.append([documents.sum(values) for values in tallies])
+    for layer, (hits, loads) in enumerate(zip(found, loaded, strict=True)):
+        filled = full(layer)
+        ahead = (hits.astype(np.int16) - _of_set(kept[:, layer], ids[:, layer])) * filled
+        each.append([documents.sum(values) for values in (hits, loads, ahead, filled * np.uint8(ids.shape[2]))])
     return np.stack([np.stack(of_layer) for of_layer in each], axis=-1)
 
 
 def _replay(
     trace: Trace, ids: np.ndarray, first: np.ndarray, sizes: Sequence[int], policy: Policy, kept: np.ndarray, model: Any
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Experts at hand and experts loaded [size, token, layer]."""
+    """Experts at hand and experts loaded [layer, size, token]."""
     e, layers = trace.n_experts, range(trace.n_layers)
     if policy == "prefetch":
         each = [
             cache_replay.prefetched(ids[:, i], ahead, first, e, sizes)
             for i, ahead in enumerate(_predicted(trace, model))
         ]
-        found, loads = (np.stack(parts, axis=-1) for parts in zip(*each, strict=True))
+        found, loads = (np.stack(parts) for parts in zip(*each, strict=True))
         return found, loads
     if policy == "lru":
-        found = np.stack([cache_replay.lru(ids[:, i], first, e, sizes) for i in layers], axis=-1)
+        found = np.stack([cache_replay.lru(ids[:, i], first, e, sizes) for i in layers])
     elif policy == "fixed":
-        found = np.stack([kept[:, i][:, ids[:, i]].sum(-1) for i in layers], axis=-1)
-    elif policy == "least-stale":
-        found = cache_replay.least_stale(ids, first, e, sizes)
+        found = np.stack([_of_set(kept[:, i], ids[:, i]) for i in layers])
     else:
-        found = cache_replay.replayed(ids, first, e, sizes, policy)
+        of_all = cache_replay.least_stale if policy == "least-stale" else partial(cache_replay.replayed, policy=policy)
+        found = np.ascontiguousarray(of_all(ids, first, e, sizes).transpose(2, 0, 1))
     return found, trace.top_k - found
+
+
+def _of_set(kept: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """How many experts of each token [token, slot] are in a set of each size [size, expert]; uint8 [size, token]."""
+    found = np.zeros((len(kept), len(ids)), np.uint8)
+    for chosen in ids.T:
+        found += kept[:, chosen]
+    return found
 
 
 def _predicted(trace: Trace, model: Any) -> list[np.ndarray | None]:

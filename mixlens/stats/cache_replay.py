@@ -29,9 +29,15 @@ def filled(
     ids  [token, layer, slot]
     """
 
+    sequence, token = np.unique(first, return_inverse=True)[1], np.arange(len(ids))
+
     def used_before(layer: int) -> np.ndarray:
-        parts = [(last > 0).sum(0) for _, last in _last_uses(ids[:, layer], first, n_experts)]
-        return np.concatenate(parts).astype(np.uint16)
+        first_use = np.full((int(sequence.max(initial=-1)) + 1) * n_experts, len(ids))
+        code = sequence[:, None] * n_experts + ids[:, layer]
+        first_use[code[::-1].ravel()] = np.repeat(token[::-1], ids.shape[2])  # of several the last one written stays
+        used = np.cumsum(np.bincount(first_use, minlength=len(ids) + 1))[:-1]
+        before = np.append(0, used[:-1])
+        return (before - before[first]).astype(np.uint16)
 
     seen = np.stack([used_before(layer) for layer in range(ids.shape[1])])
     room = np.asarray(sizes)[:, None]
