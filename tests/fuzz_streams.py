@@ -23,6 +23,9 @@ from mixlens.endpoints.compression import Decompressor
 
 SENT = 100.0
 PIECES = ("a", " word", "é", "字", "🙂", "\n", " 7", '"', "\\n", "\u2028", "<b>")
+TAGS = [(f"<{name}>", f"</{name}>") for name in ("think", "thinking", "thought", "reasoning", "seed:think")]
+TAGS += [("[THINK]", "[/THINK]"), ("◁think▷", "◁/think▷"), ("<|START_THINKING|>", "<|END_THINKING|>")]
+TAGS += [("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>")]
 OTHERS = {"br": "brotli", "zstd": "zstandard"}
 
 CODINGS = ("gzip", "deflate", *(coding for coding, module in OTHERS.items() if find_spec(module)))
@@ -87,6 +90,7 @@ class Server:
         self.coding = self.one(*CODINGS) if self.coin(0.2) else ""
         self.named = self.protocol == "anthropic" and self.coin(0.8)  # the SDK reads no others
         self.timing = self.one("replayed", "clumped", "clumped") if self.coin(0.2) else "streamed"
+        self.whole_answer = self.coin(0.04)  # in place of a stream
         self.truth = Truth()
         self.events: list[tuple[bytes, str]] = []
         self.write()
@@ -159,7 +163,12 @@ class Server:
         fault = self.one("error", "cut", "several answers") if self.coin(0.1) else None
         if fault == "several answers" and (self.protocol == "anthropic" or truth.tokens <= self.at_once):
             fault = None
+        fault = None if self.whole_answer else fault
         self.second = fault == "several answers"
+        if self.whole_answer:
+            self.write_whole(hidden)
+            return
+        self.tools = self.protocol == "openai-chat" and self.coin(0.1)  # the answer is the call of a tool
         self.begin()
         if truth.thought and not hidden:
             self.write_reasoning()
@@ -167,7 +176,16 @@ class Server:
         if fault == "error":
             truth.outcome = "error"
             fault = {"error": self.one({"message": "overloaded", "code": 503}, "overloaded", {"type": "overloaded"})}
-            if self.protocol == "modelslab" and self.coin():
+            if self.protocol != "anthropic" and self.coin():
+                gone = {"message": "gone", "code": 502}
+                others = [
+                    {"message": "overloaded"},
+                    {"object": "error", "message": "overloaded"},
+                    {"detail": "overloaded"},
+                ]
+                others += [{"choices": [{"index": 0, "error": gone}]}, {"choices": [{"finish_reason": "abort"}]}]
+                fault = self.one(*others)
+            elif self.protocol == "modelslab" and self.coin():
                 fault = {"status": "error", self.one("message", "messege"): "overloaded"}
             self.send(fault, event=self.one("", "error"))
             return
@@ -203,7 +221,8 @@ class Server:
                 self.noise()
             return
         if form == "tags":
-            tokens = ["<think>", *tokens, "</think>"]
+            opening, closing = self.one(*TAGS)
+            tokens = [opening, *tokens, closing]
             self.truth.thought += 2
             self.truth.reasoning = "".join(tokens)
         for part in tokens:
@@ -241,8 +260,10 @@ class Server:
                 self.send({**self.head, "choices": [{"index": index, "text": text, "finish_reason": None}]}, "answer")
             else:
                 content = self.one(text, [{"type": "text", "text": text}])
+                called = {"tool_calls": [{"index": 0, "function": {"arguments": text}}]}
                 index = int(self.second and len(left) == 0)
-                choice = {"index": index, "delta": {"content": content}, "finish_reason": None}
+                delta = called if self.tools else {"content": content}
+                choice = {"index": index, "delta": delta, "finish_reason": None}
                 self.send({**self.head, "choices": [choice], **usage}, "answer")
             self.noise()
 
@@ -256,21 +277,61 @@ class Server:
             self.send({"type": "message_stop"}, event="message_stop")
             self.tail()
             return
-        usage: dict[str, Any] = {"prompt_tokens": 20, "completion_tokens": total}
-        if truth.cached is not None:
-            usage["prompt_tokens_details"] = {"cached_tokens": truth.cached}
-        if truth.apart:
-            usage["completion_tokens_details"] = {"reasoning_tokens": truth.thought}
+        usage = self.usage()
         body = {"text": ""} if self.protocol == "openai-completions" else {"delta": {}}
         last = {**self.head, "choices": [{"index": 0, **body, "finish_reason": truth.finish}]}
         together = truth.usage and self.coin()
-        self.send({**last, "usage": usage} if together else last)
+        place = self.one("usage", "usage", "choice", "x_groq") if self.chats else "usage"
+        if together and place == "choice":
+            last["choices"][0]["usage"] = usage
+        elif together:
+            last |= {"x_groq": {"usage": usage}} if place == "x_groq" else {"usage": usage}
+        self.send(last)
         if truth.usage and (not together or self.coin(0.2)):
             self.send({**self.head, "choices": self.one([], None), "usage": usage})
         self.noise()
         if self.coin(0.8):
             self.send("[DONE]")
             self.tail()
+
+    def usage(self) -> dict[str, Any]:
+        """The counts at the end, in one of the forms of the protocols of OpenAI."""
+        truth = self.truth
+        total, cached = truth.tokens + truth.thought, truth.cached
+        usage: dict[str, Any] = {"prompt_tokens": 20, "completion_tokens": total}
+        if cached is not None:
+            usage |= self.one(
+                {"prompt_tokens_details": {"cached_tokens": cached}},
+                {"prompt_cache_hit_tokens": cached, "prompt_cache_miss_tokens": 20 - cached},
+                {"cached_tokens": cached, "prompt_tokens_details": None},
+                {"cache_read_input_tokens": cached},
+            )
+        if truth.apart:
+            usage["completion_tokens_details"] = {"reasoning_tokens": truth.thought}
+            if self.coin(0.3):  # as at xAI, whose completion leaves them out
+                usage |= {"completion_tokens": truth.tokens, "total_tokens": 20 + total}
+        return {k: float(v) if isinstance(v, int) else v for k, v in usage.items()} if self.coin(0.1) else usage
+
+    def write_whole(self, hidden: bool) -> None:
+        """A complete answer under the name of a stream."""
+        truth = self.truth
+        truth.text = "".join(self.token() for _ in range(truth.tokens)).lstrip() or "x"
+        truth.reasoning = "" if hidden or not truth.thought else "".join(self.token() for _ in range(truth.thought))
+        if self.protocol == "anthropic":
+            truth.finish = "end_turn"
+            blocks = [{"type": "thinking", "thinking": truth.reasoning}] if truth.reasoning else []
+            usage = {"input_tokens": 20, "output_tokens": truth.tokens + truth.thought}
+            usage |= {} if truth.cached is None else {"cache_read_input_tokens": truth.cached}
+            content = [*blocks, {"type": "text", "text": truth.text}]
+            body = {**self.head, "type": "message", "content": content, "stop_reason": "end_turn", "usage": usage}
+        else:
+            message = {"content": truth.text} | ({"reasoning_content": truth.reasoning} if truth.reasoning else {})
+            inner = {"message": message} if self.chats else {"text": truth.text}
+            body = {**self.head, "choices": [{"index": 0, **inner, "finish_reason": truth.finish}]}
+            body |= {"usage": self.usage()} if truth.usage else {}
+        data = json.dumps(body, ensure_ascii=self.coin(), indent=self.one(None, 1)).encode()
+        self.events.append((self.one(b"", b"\n", b" \r\n") + data, "answer"))
+        self.ends_at = 1
 
     def tail(self) -> None:
         """Keep-alives after the end, as of a connection that stays open."""
@@ -297,7 +358,9 @@ class Server:
                 self.note(at, number, carries)
                 continue
             parts = []
-            tail = len(self.line_end) - 1  # a carriage return ends its line, whatever follows
+            tail = (
+                0 if self.whole_answer else len(self.line_end) - 1
+            )  # a carriage return ends its line, whatever follows
             while self.coin(0.4) and len(whole) > 1 + tail:
                 cut = self.whole(1, len(whole) - 1 - tail)
                 parts.append(whole[:cut])
@@ -324,6 +387,7 @@ class Server:
 
 
 def read(server: Server) -> Record:
+    """The record of what a server wrote."""
     reader = StreamReader(server.protocol)
     at = SENT
     decompressor = Decompressor(server.coding)
@@ -333,7 +397,18 @@ def read(server: Server) -> Record:
     reader.close(at)
     at = at if reader.ended_s is None else reader.ended_s
     outcome = outcome_of(reader.events, status=200)
-    return Record(0, "concurrency 1", "measured", outcome, tuple(reader.events), SENT, at, sent_s=SENT, status=200)
+    return Record(
+        0,
+        "concurrency 1",
+        "measured",
+        outcome,
+        tuple(reader.events),
+        SENT,
+        at,
+        sent_s=SENT,
+        status=200,
+        form=reader.form,
+    )
 
 
 def outcome(seed: int) -> str:
@@ -348,8 +423,8 @@ def outcome(seed: int) -> str:
     streamed = truth.thought if truth.reasoning else 0
     total = truth.tokens + truth.thought if truth.usage else len(truth.shown_at)
     expected: dict[str, Any] = {
-        "ttft_s": truth.shown_at[0] - SENT,
-        "ttft_answer_s": truth.answer_at[0] - SENT,
+        "ttft_s": math.nan if server.whole_answer else truth.shown_at[0] - SENT,
+        "ttft_answer_s": math.nan if server.whole_answer else truth.answer_at[0] - SENT,
         "e2e_token_s": truth.shown_at[-1] - SENT,
         "e2e_stream_s": truth.ended_at - SENT,
         "output_tokens": total,
@@ -363,7 +438,9 @@ def outcome(seed: int) -> str:
         after = truth.tokens - 1 if truth.after_first is None else truth.after_first
     else:
         span, after = truth.answer_at[-1] - truth.answer_at[0], len(truth.answer_at) - 1
-    if len(truth.shown_at) >= 4 and truth.shown_at[-1] == truth.shown_at[0]:
+    if server.whole_answer:
+        span = 0.0
+    elif len(truth.shown_at) >= 4 and truth.shown_at[-1] == truth.shown_at[0]:
         span = 0.0  # replayed
     expected["tpot_s"] = span / after if after > 0 and span > 0 else math.nan
     for name, value in expected.items():

@@ -85,6 +85,8 @@ def by_openai(server: fuzz_streams.Server) -> tuple[str, str]:
             content = choice.text if server.protocol == "openai-completions" else choice.delta.content
             parts = content if isinstance(content, list) else [{"type": "text", "text": content or ""}]
             text += "".join(part["text"] for part in parts if part["type"] == "text")
+            if server.protocol != "openai-completions":
+                text += "".join(call.function.arguments or "" for call in choice.delta.tool_calls or [])
             finish = choice.finish_reason or finish
     return text, finish
 
@@ -116,9 +118,10 @@ def differs(seed: int) -> str | None:
     record = fuzz_streams.read(server)
     if not text and not finish:
         return "refused"  # events without a name, in the anthropic SDK
-    if record.outcome in ("error", "truncated") and not finish:
-        return None  # the SDK does not notice the end that is missing
-    answered = record.reasoning + record.text if "<think>" in text else record.text
+    if record.outcome == "error" or (record.outcome == "truncated" and not finish):
+        return None if record.outcome == server.truth.outcome else record.outcome  # which the SDK does not notice
+    tagged = any(text.startswith(opening) for opening, _ in fuzz_streams.TAGS)
+    answered = record.reasoning + record.text if tagged else record.text
     return None if (record.outcome, answered, record.finish) == ("ok", text, finish) else f"{record.outcome} {finish}"
 
 
