@@ -162,7 +162,8 @@ ml.show.expert_errors(experts)
 
 # %%
 flat = experts.estimate.stack(cell=("layer", "expert"))
-worst = experts.sel(layer=int(flat.layer[int(flat.argmax())]), expert=int(flat.expert[int(flat.argmax())]))
+worst = flat.cell[int(flat.values.argmax())].item()
+worst = experts.sel(layer=worst[0], expert=worst[1])
 print(
     f"The largest error is that of expert {worst.expert.item()} in layer {worst.layer.item()}, "
     f"{float(worst.estimate):.0%} [{float(worst.ci_low):.0%}, {float(worst.ci_high):.0%}] of its output, n = "

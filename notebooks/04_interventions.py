@@ -38,7 +38,7 @@ DOMAIN = "mathematics"
 model = ml.load(MODEL, verbose=False)
 tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
 documents = DOCUMENTS
-settings = ml.RecordSettings(max_length=128, overlong="truncate", shard_tokens=4096, progress=False)
+settings = ml.RecordSettings(max_length=64, overlong="truncate", shard_tokens=4096, progress=False)
 
 # %% [markdown]
 # ## An edit is a context manager

@@ -156,8 +156,10 @@ def measure_pareto(
 
 
 def _finite(value: Any) -> Any:
-    """A number, or None for one that JSON does not know, as a bound at infinity."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """A number as JSON knows it: "inf" for a bound at infinity, None for one that is missing."""
+    if not isinstance(value, float) or math.isfinite(value):
+        return value
+    return None if math.isnan(value) else str(value)
 
 
 @dataclass(frozen=True)

@@ -184,7 +184,8 @@ def survivors(data: xr.Dataset) -> str:
     """Describe what marks a cell, as "survives among 64 cells at a false discovery rate of 5 %"."""
     rate = 100 * (1 - float(data.attrs["level"]))
     cells = int(data.attrs["cells"])
-    return f"survives among {counted(f'{cells:,}', 'cell')} at a false discovery rate of {rate:.3g} %"
+    null = f", against {data.attrs['null']}" if "null" in data.attrs else ""
+    return f"survives among {counted(f'{cells:,}', 'cell')} at a false discovery rate of {rate:.3g} %{null}"
 
 
 def surviving(data: xr.Dataset) -> np.ndarray:

@@ -29,8 +29,8 @@ def named(data: xr.Dataset) -> str:
 
 
 def furthest(data: xr.Dataset) -> xr.Dataset | None:
-    """Return the number furthest from uniform, or the largest if there is no uniform value; None if all are missing."""
-    expected = labels.uniform(data)
+    """Return the number furthest from a null model or uniform, or the largest if there is neither; None without any."""
+    expected = data["expected"] if "expected" in data else labels.uniform(data)
     return at_largest(data, data["estimate"] if expected is None else abs(data["estimate"] - expected))
 
 
@@ -54,7 +54,7 @@ def _cell(say: Callable[[xr.Dataset, dict[str, Any]], str]) -> Callable[[xr.Data
     def said(data: xr.Dataset) -> str:
         cell = furthest_surviving(data)
         if cell is None:
-            return f"{named(data)}: nothing told apart from uniform"
+            return f"{named(data)}: nothing told apart from {data.attrs.get('null', 'uniform')}"
         return say(cell, {str(name): coord.item() for name, coord in cell.coords.items() if coord.ndim == 0})
 
     return said
@@ -97,7 +97,8 @@ def _repetition(data: xr.Dataset) -> str:
     told, of = int(data["survives"].sum()), int(np.isfinite(data["p"]).sum())
     what = "layers" if set(data["estimate"].dims) <= {"layer"} else "numbers"
     choice = str(data["choice"].item())
-    return f"{labels.MEASURES[choice].capitalize()}: apart from chance in {told} of {of} {what}"
+    against = data.attrs.get("null", "chance")
+    return f"{labels.MEASURES[choice].capitalize()}: apart from {against} in {told} of {of} {what}"
 
 
 def _information(data: xr.Dataset) -> str:

@@ -18,12 +18,30 @@ _BY_DOMAIN: dict[str, _Compute] = {
     "domain_specialization": lambda trace: stats.domain_specialization(trace, by="domain"),
     "domain_information": lambda trace: stats.domain_information(trace, by="domain"),
 }
+_MOST_SHUFFLED = 100_000  # tokens; a few seconds
+
+
+def _repetition_beyond_tokens(trace: Trace) -> xr.Dataset:
+    """At the first, the middle and the last layer, which is where published figures stand."""
+    if trace.n_tokens > _MOST_SHUFFLED:
+        raise BadInput(
+            f"Cannot shuffle {trace.n_tokens:,} tokens for a report: it takes minutes. Compute "
+            'ml.stats.null_model(trace, ml.stats.repetition, given="token") by itself.',
+            argument="trace",
+            value=trace.n_tokens,
+        )
+    n = trace.n_layers
+    trace = trace.select(layers=[int(trace.layers[i]) for i in sorted({0, (n - 1) // 2, n - 1})])
+    return stats.null_model(trace, stats.repetition, given="token", permutations=59)
+
+
 _WHOLE: dict[str, _Compute] = {
     "expert_share": stats.expert_share,
     "load_balance": stats.load_balance,
     "routing_entropy": stats.routing_entropy,
     "router_confidence": stats.router_confidence,
     "repetition": stats.repetition,
+    "repetition beyond tokens": _repetition_beyond_tokens,
     "coactivation": stats.coactivation,
     "transitions": stats.transitions,
     "position_profile": stats.position_profile,

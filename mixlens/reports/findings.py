@@ -137,6 +137,20 @@ def _repetition(data: xr.Dataset) -> list[str]:
     return sentences
 
 
+def _beyond_tokens(data: xr.Dataset) -> list[str]:
+    first = data.sel(choice="first")
+    cell = at_largest(first, abs(first["excess"]))
+    if cell is None:
+        return []
+    told, of = int(first["survives"].sum()), int(np.isfinite(first["p"]).sum())
+    return [
+        "Were it for the tokens alone, first choices of consecutive tokens would repeat in "
+        f"{labels.number(float(cell['expected']), cell)} at layer {int(cell['layer'])}: measured is "
+        f"{labels.with_interval(cell)} {_n(cell)}. Layers are told apart from that in {told} of {of}, by "
+        f"{data.attrs['permutations']} shuffles of routing among the occurrences of each token."
+    ]
+
+
 def _entropy(data: xr.Dataset) -> list[str]:
     low, high = smallest(data), largest(data)
     if low is None or high is None:
@@ -202,6 +216,7 @@ _SAY = {
     "domain_specialization": _specialization,
     "domain_information": _information,
     "repetition": _repetition,
+    "repetition beyond tokens": _beyond_tokens,
     "expert_share": _share,
     "load_balance": _balance,
     "routing_entropy": _entropy,

@@ -15,9 +15,9 @@ from mixlens import show, view
 from mixlens.core import run_dir
 from mixlens.engines.check import FAULTS
 from mixlens.plot import labels
-from mixlens.plot.html import bullets, details, escape, paragraphs, picture
+from mixlens.plot.html import bullets, details, escape, frame_table, paragraphs, picture
 from mixlens.plot.messages import furthest, furthest_surviving
-from mixlens.plot.tables import html_table
+from mixlens.plot.tables import html_table, tidy
 from mixlens.reports.analysis import Analysis
 from mixlens.reports.findings import place, said_of
 from mixlens.reports.symbols import symbols_of
@@ -163,6 +163,12 @@ def sequence(analysis: Analysis) -> str:
             parts.append(_figure(show.repetition(by_domain, choice=choice, published=reference), part, text))
         parts.append(_table(by_domain, "Repetition"))
         parts.append(_published(reference))
+    if (data := analysis.found.get("repetition beyond tokens")) is not None:
+        text = "First choices that repeat, beside what token identity alone explains."
+        parts.append(_figure(show.repetition(data), data.sel(choice="first"), text))
+        frame = tidy(data, also=["expected", "excess", "p", "q", "survives"])
+        name = "Repetition beside what tokens explain"
+        parts.append(details(f"Table: {name}", frame_table(frame, f"{name}; expected: mean of the shuffles")))
     if (data := analysis.found.get("position_profile")) is not None:
         text = "Share of assignments by position in the sequence, at the middle layer."
         parts.append(_figure(show.specialization(data), labels.at_layer(data, None), text))
@@ -290,7 +296,7 @@ SECTIONS = {
 _OF_SECTION = {
     "Domains": ("domain_specialization", "domain_information"),
     "Expert share": ("expert_share", "load_balance"),
-    "Along the text": ("repetition",),
+    "Along the text": ("repetition", "repetition beyond tokens"),
     "Router": ("routing_entropy",),
     "Between experts and layers": ("coactivation", "transitions"),
     "Tokens and context": ("vocabulary_specialization", "predictability"),
@@ -328,6 +334,8 @@ def _figure(drawn: Axes | Figure, data: xr.Dataset, text: str) -> str:
 
 
 def _extreme(data: xr.Dataset) -> str:
+    if "expected" in data:
+        return "Furthest from what the shuffles give"
     return "Largest, as measured" if labels.uniform(data) is None else "Furthest from uniform"
 
 

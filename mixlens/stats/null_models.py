@@ -11,7 +11,7 @@ import xarray as xr
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.errors import BadInput
 from mixlens.stats.counts import clustered, require, with_ids
-from mixlens.stats.multiplicity import with_survivors
+from mixlens.stats.multiplicity import p_against, with_survivors
 from mixlens.trace.trace import Trace
 
 if TYPE_CHECKING:
@@ -46,7 +46,8 @@ def null_model(
         the same experts in the layer before, in the same order, one layer after the other: a Markov chain over layers.
 
     What the statistic is beyond that (`excess`) comes from something else, such as context. p is the share of shuffles,
-    the trace among them, that lie at least as far from the mean of the shuffles.
+    the trace among them, that lie at least as far from the mean of the shuffles; or p of the statistic's interval over
+    documents against that mean, where it is larger: what few documents have in common may be their own.
 
     Parameters
     ----------
@@ -106,12 +107,23 @@ def null_model(
     expected = shuffled.mean(0)
     far = np.abs(shuffled - expected) >= np.abs(estimate.to_numpy() - expected) - 1e-12
     p = np.where(np.isfinite(estimate), (1 + far.sum(0)) / (1 + permutations), np.nan)
+    p = np.maximum(p, _p_of_documents(data, expected))
     low, high = np.quantile(shuffled, [(1 - level) / 2, (1 + level) / 2], axis=0)
     numbers = {"expected": expected, "null_low": low, "null_high": high, "excess": estimate.to_numpy() - expected}
     data = data.assign({name: (estimate.dims, values) for name, values in numbers.items()})
     return with_survivors(data, estimate.copy(data=p), level).assign_attrs(
         given=given, null=_GIVEN[given], permutations=permutations
     )
+
+
+def _p_of_documents(data: xr.Dataset, expected: np.ndarray) -> np.ndarray:
+    """p of the interval over documents against the mean of the shuffles; 0 for a statistic that has no intervals."""
+    estimate, units = data["estimate"], data.get("n_effective")
+    if units is None or (data["ci_low"].isnull() & (units >= 2)).all():
+        return np.zeros(estimate.shape)
+    low, high, units = (data[name].broadcast_like(estimate) for name in ("ci_low", "ci_high", "n_effective"))
+    numbers = (each.transpose(*estimate.dims).to_numpy() for each in (estimate, low, high))
+    return p_against(*numbers, expected, units.transpose(*estimate.dims).to_numpy(), float(data.attrs["level"]))
 
 
 def _shuffles(trace: Trace, given: str, permutations: int, seed: int) -> Iterator[Trace]:
