@@ -2,7 +2,8 @@
 
 ``make false-alarms`` writes benchmarks/results/false-alarms.json and prints its rows. A row is a family of cells, such
 as the shares of eight experts in four layers, under data whose documents differ but have no effect: the share of drawn
-families in which any cell survives, and its 95 % interval (Clopper and Pearson). The aim is at most 5 %.
+families in which any cell survives, and its 95 % interval (Clopper and Pearson). The aim is at most 5 %. Options draw
+some of the rows, which take the place of the same rows in the file.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from measuring import header
 from scipy.special import betaincinv
 
 import mixlens as ml
+from mixlens.evals.log import Log
 
 LAYERS = 4
 Random = np.random.Generator
@@ -63,6 +65,37 @@ def changes(rng: Random, n: int, spread: float) -> xr.Dataset:
     return ml.stats.expert_importance(importance(sums, pd.DataFrame(index=range(n))))
 
 
+def subjects(rng: Random, n: int, spread: float) -> xr.Dataset:
+    """57 subjects of n questions each, answered by two equal models whose answers flip seldom or (strong) often."""
+    right = rng.random((57, n)) < rng.beta(4, 2, (57, 1))
+    logs = []
+    for name in "ab":
+        answers = right ^ (rng.random(right.shape) < 0.2 * spread)
+        samples = [
+            {"task": f"mmlu_{task}", "sample_id": i, "doc_hash": f"{task} {i}", "correct": float(answer)}
+            for task, of_task in enumerate(answers)
+            for i, answer in enumerate(of_task)
+        ]
+        tasks = {f"mmlu_{task}": OF_MMLU for task in range(57)}
+        logs.append(Log(samples, {"model": {"name": name}, "tasks": tasks}))
+    return ml.compare(*logs).table.query("task != 'mmlu'").to_xarray()
+
+
+OF_MMLU = {"benchmark": "mmlu", "protocol": "mmlu_5shot", "version": "1", "primary": "acc", "metrics": {}}
+
+
+def few_and_short(rng: Random, n: int, spread: float) -> ml.Trace:
+    return routed(rng, n, spread, domains=4, longer=1 / 6)
+
+
+def against_others(trace: ml.Trace) -> ml.Trace:
+    """With two domains: the second one, and all others."""
+    table = trace.sequences.assign(domain=trace.sequences["domain"] == 1)
+    return ml.Trace.from_arrays(
+        trace.read("expert_id"), n_experts=EXPERTS, tokens={"sequence": trace.read("sequence")}, sequences=table
+    )
+
+
 FAMILIES: dict[str, Family] = {
     "expert_share": lambda rng, n, s: ml.stats.expert_share(routed(rng, n, s)),
     "domain_specialization": lambda rng, n, s: ml.stats.domain_specialization(routed(rng, n, s, domains=2)),
@@ -75,7 +108,13 @@ FAMILIES: dict[str, Family] = {
         routed(rng, n, s, domains=4, longer=8), ml.stats.expert_share, by="domain", a=1
     ),
     "contrast, few and short against many": lambda rng, n, s: ml.stats.contrast(
-        routed(rng, n, s, domains=4, longer=1 / 6), ml.stats.expert_share, by="domain", a=1
+        few_and_short(rng, n, s), ml.stats.expert_share, by="domain", a=1
+    ),
+    "domain_information, few and short against many": lambda rng, n, s: ml.stats.domain_information(
+        against_others(few_and_short(rng, n, s))
+    ),
+    "domain_distance, few and short against many": lambda rng, n, s: ml.stats.domain_distance(
+        against_others(few_and_short(rng, n, s))
     ),
     "contrast of two traces": lambda rng, n, s: ml.stats.contrast(*disturbed(rng, n, s), ml.stats.expert_share),
     "moved": lambda rng, n, s: ml.stats.moved(*disturbed(rng, n, s))[["survives"]].sel(measure="share_change"),
@@ -84,6 +123,7 @@ FAMILIES: dict[str, Family] = {
     "coactivation": lambda rng, n, s: ml.stats.coactivation(routed(rng, n, s)),
     "transitions": lambda rng, n, s: ml.stats.transitions(routed(rng, n, s)),
     "flips": lambda rng, n, s: ml.stats.flips(*disturbed(rng, n, s)),
+    "MMLU subjects": subjects,
 }
 ALIKE = ("repetition", "coactivation", "transitions", "flips")  # which documents that prefer experts do have
 
@@ -108,16 +148,30 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(FAMILIES), help="names of families")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "false-alarms.json")
     options = parser.parse_args()
-    measured_on, rows = header(), []
-    for family in options.only:
-        for clustering, spread in ({"none": 0.0} if family in ALIKE else CLUSTERING).items():
-            for n in options.documents:
+    measured_on = header()
+    before = json.loads(options.out.read_text("utf-8"))["false_alarms"] if options.out.exists() else []
+    rows = {(row["family"], row["clustering"], row["documents"]): row for row in before}
+    for n in options.documents:
+        for family in options.only:
+            for clustering, spread in clusterings(family).items():
                 row = {"family": family, "clustering": clustering, "documents": n, "families": options.families}
-                rows.append(row | alarms(family, n, spread, options.families))
-                print(json.dumps(rows[-1]), flush=True)
-    text = ",\n  ".join(json.dumps(row) for row in rows)
-    about = json.dumps({**measured_on, "level": 0.95}, indent=1)[:-2]
-    options.out.write_text(f'{about},\n "false_alarms": [\n  {text}\n ]\n}}\n', "utf-8")
+                rows[family, clustering, n] = row | alarms(family, n, spread, options.families)
+                print(json.dumps(rows[family, clustering, n]), flush=True)
+                write(options.out, rows, measured_on)
+
+
+def clusterings(family: str) -> dict[str, float]:
+    if family in ALIKE:
+        return {"none": 0.0}
+    return {"none": 0.0, **CLUSTERING} if "few and short" in family else CLUSTERING
+
+
+def write(out: Path, rows: dict[tuple[str, str, int], dict], about: dict) -> None:
+    """The table in order, row by row; what takes long may be stopped."""
+    ordered = [rows[key] for family in FAMILIES for key in sorted(rows, key=lambda key: key[1:]) if key[0] == family]
+    text = ",\n  ".join(map(json.dumps, ordered))
+    head = json.dumps({**about, "level": 0.95}, indent=1)[:-2]
+    out.write_text(f'{head},\n "false_alarms": [\n  {text}\n ]\n}}\n', "utf-8")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeGuard
 
 from mixlens.endpoints.protocols import without_thinking
 
-_FENCE = re.compile(r"^[ \t]*(?:(?:[-*+]|\d{1,2}[.)])[ \t]+)?(`{3,}|~{3,})[ \t]*([^\n`~]*)$")
+_FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[ \t]*([^\n`~]*)$")
 # A fence at the end of a line of code, or before one: what is in the way of a line of its own.
 _ENDS = re.compile(r"^(?![ \t]*(?:`{3}|~{3}))(.*[^\s`~])[ \t]*(`{3,}|~{3,})[ \t]*$", re.MULTILINE)
 _BEGINS = re.compile(r"^([^\n`~]*(?:`{3,}|~{3,}))[ \t]*(?=(?:async[ ]+def|def|class|import|from)[ ]|@\w)", re.MULTILINE)

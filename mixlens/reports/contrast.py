@@ -26,9 +26,10 @@ def contrast_sections(data: xr.Dataset, name: str) -> dict[str, str]:
         f"Difference in {what}, {a} ({data.attrs['n_a']} documents) less {b} ({data.attrs['n_b']} documents); "
         f"{paired}. {told} of {data.attrs['cells']} cells survive control for their number."
     )
+    far = "large" if data.attrs["paired"] else "many standard errors, or p of Welch's t test where larger"
     how = (
         f"p: share of {data.attrs['permutations']:,} permutations of documents between the two with a difference at "
-        "least as large; q: p adjusted for the number of cells (Benjamini and Hochberg 1995); a cell survives where q "
+        f"least as {far}; q: p adjusted for the number of cells (Benjamini and Hochberg 1995); a cell survives where q "
         f"is at most {1 - data.attrs['level']:.2g}. Intervals: {data.attrs['level']:.0%}, {data.attrs['interval']}."
     )
     figures = [

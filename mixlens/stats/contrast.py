@@ -13,13 +13,12 @@ from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.errors import BadInput
 from mixlens.stats.counts import Summed, clustered, described, require, summed_by
 from mixlens.stats.multiplicity import with_survivors
+from mixlens.stats.permutation import PERMUTATIONS, permutations, share_as_far, variances, without_each
 
 if TYPE_CHECKING:
     from mixlens.trace.trace import Trace
 
 Statistic = Callable[..., xr.Dataset]
-_PERMUTATIONS = 1999
-_SEED = 0
 
 
 def contrast(
@@ -36,13 +35,13 @@ def contrast(
     """Compare a statistic between two groups of documents, or between two traces.
 
     The difference is that of group a less that of group b. Its interval adds the jackknife variances of both groups,
-    with t for the smaller one. p is the share of permutations of the documents between the groups with a difference of
-    at least as many standard errors (Janssen 1997), or p of Welch's t test where that is larger: documents of one group
-    may be shorter, or differ more. Where both groups have the same documents, these are paired, and each document's two
-    halves change places. q adjusts p for the number of cells, of each measure by itself where a statistic has several
-    (Benjamini and Hochberg 1995), and `survives` is true where q is at most one less the level: among such cells that
-    share is false at most, in expectation. Where the documents of the smaller group are much shorter than those of the
-    other, p can still be too small (docs/statistics tells by how much).
+    with t for the smaller one. p is the largest of three, since documents of one group may be fewer and shorter, or
+    differ more: the share of permutations of the documents between the groups with a difference of at least as many
+    standard errors (Janssen 1997); that share where no group counts as less variable than documents of such lengths
+    usually are; and p of Welch's t test. Where both groups have the same documents, these are paired, and each
+    document's two halves change places. q adjusts p for the number of cells, of each measure by itself where a
+    statistic has several (Benjamini and Hochberg 1995), and `survives` is true where q is at most one less the level:
+    among such cells that share is false at most, in expectation.
 
     Parameters
     ----------
@@ -121,7 +120,7 @@ def contrast(
     return described(
         data, trace, bootstrap,
         statistic="contrast", of=getattr(statistic, "__name__", str(statistic)), a=str(names[0]), b=str(names[1]),
-        n_a=one.n, n_b=two.n, paired=int(paired), permutations=_PERMUTATIONS,
+        n_a=one.n, n_b=two.n, paired=int(paired), permutations=PERMUTATIONS,
         formula="statistic(a) - statistic(b); p by permutation of documents; q of Benjamini and Hochberg",
         source="Benjamini and Hochberg 1995, J. R. Stat. Soc. B 57, 289", interval="jackknife of both groups with t",
     )  # fmt: skip
@@ -170,19 +169,6 @@ def _same_documents(one: Trace, two: Trace) -> bool:
     return first == second
 
 
-def permutations(n_a: int, n_b: int, paired: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Weights of the pooled documents [permutation, n_a + n_b] in both groups; the first is as it was."""
-    rng = np.random.default_rng(_SEED)
-    in_a = np.zeros((1 + _PERMUTATIONS, n_a + n_b), bool)
-    in_a[0, :n_a] = True
-    if paired:
-        stays = rng.integers(2, size=(_PERMUTATIONS, n_a)).astype(bool)
-        in_a[1:] = np.concatenate([stays, ~stays], axis=1)
-    else:
-        in_a[1:] = rng.permuted(np.broadcast_to(in_a[0], in_a[1:].shape), axis=1)
-    return in_a.astype(float), (~in_a).astype(float)
-
-
 def _of_layers(
     pooled: Summed,
     layers: slice,
@@ -194,16 +180,17 @@ def _of_layers(
     """(difference, lower and upper bound, p) of some layers."""
     n_a, n_b, paired = groups
     difference = pooled.values(layers, weights_a) - pooled.values(layers, weights_b)
-    estimate, far, least = difference[..., 0], np.abs(difference), np.zeros(())
-    if not paired:
-        influence = influence_of(pooled, layers)
-        of_a, of_b = (variance_within(influence, pooled.tokens, weights) for weights in (weights_a, weights_b))
+    estimate, far = difference[..., 0], np.abs(difference)
+    if paired:
+        p = share_as_far(far)
+    else:
+        influence = _influence_of(pooled, layers)
+        of_a, of_b = (variances(influence, pooled.tokens, weights) for weights in (weights_a, weights_b))
         with np.errstate(divide="ignore", invalid="ignore"):
-            far = np.where(far > 1e-12, far / np.sqrt(of_a + of_b), 0)
-        least = _welch(far[..., 0], of_a[..., 0], of_b[..., 0], n_a, n_b)
-    with np.errstate(invalid="ignore"):
-        as_far = (far[..., 1:] >= far[..., :1] * (1 - 1e-9)).sum(-1)
-    p = np.where(np.isfinite(estimate), np.maximum((1 + as_far) / far.shape[-1], least), np.nan)
+            t = np.where(far > 1e-12, far / np.sqrt(of_a + of_b), 0)
+        welch = _welch(t[0, ..., 0], of_a[0, ..., 0], of_b[0, ..., 0], n_a, n_b)
+        p = np.maximum(share_as_far(t).max(0), welch)
+    p = np.where(np.isfinite(estimate), p, np.nan)
     if paired:
         left_out = np.tile(1 - np.eye(n_a), 2)
         whole = pooled.values(layers, left_out * weights_a[0]) - pooled.values(layers, left_out * weights_b[0])
@@ -224,29 +211,11 @@ def _welch(t: np.ndarray, of_a: np.ndarray, of_b: np.ndarray, n_a: int, n_b: int
     return 2 * stdtr(freedom, -t)
 
 
-def influence_of(pooled: Summed, layers: slice) -> np.ndarray:
+def _influence_of(pooled: Summed, layers: slice) -> np.ndarray:
     """What each document adds to the statistic of all of them [layer, ..., document]."""
     n = pooled.n
     values = pooled.values(layers, np.concatenate([np.ones((1, n)), without_each(n, n, 0)]))
     return np.nan_to_num(values[..., :1] - values[..., 1:]) * (1 - pooled.tokens / pooled.tokens.sum())
-
-
-def variance_within(influence: np.ndarray, tokens: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Variance [..., resample] of the statistic of some documents, linear in their influence [..., document].
-
-    weights  [resample, document], 1 for those in the group
-    """
-    n, own = weights.sum(-1), weights @ tokens
-    mean = influence @ weights.T / own
-    squares = influence**2 @ weights.T - 2 * mean * ((influence * tokens) @ weights.T) + mean**2 * (weights @ tokens**2)
-    return np.maximum(squares, 0) * (tokens.sum() / own) ** 2 * n / (n - 1)
-
-
-def without_each(n: int, total: int, start: int) -> np.ndarray:
-    """Weights [left out, total] of the n documents from `start` on, each left out once; all others 0."""
-    weights = np.zeros((n, total))
-    weights[:, start : start + n] = 1 - np.eye(n)
-    return weights
 
 
 def _jackknife_variance(left_out: np.ndarray) -> np.ndarray:

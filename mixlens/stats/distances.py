@@ -11,10 +11,10 @@ import xarray as xr
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.core.names import OF_STATISTICS, beside
 from mixlens.errors import BadInput
-from mixlens.stats.contrast import permutations, without_each
 from mixlens.stats.counts import clustered, described, require
-from mixlens.stats.domains import choices
+from mixlens.stats.domains import choices, influence_of_choices, times_chance
 from mixlens.stats.multiplicity import with_survivors
+from mixlens.stats.permutation import permutations, share_as_far, variances, without_each
 
 if TYPE_CHECKING:
     from mixlens.trace.trace import Trace
@@ -29,8 +29,9 @@ def domain_distance(
     domains that share no expert. Documents that differ make the plain divergence of two samples too large even where
     their domains are the same; the estimate is less that, by the jackknife over the documents of both.
 
-    p is the share of permutations of the documents between the two domains with a plain divergence at least as large.
-    It takes documents of both for alike in length: where a domain has few and much shorter ones, p is too small.
+    p is the share of permutations of the documents between the two domains with a plain divergence at least as many
+    times what the variance within both yields by chance (Pauly, Brunner and Konietschke 2015, J. R. Stat. Soc. B 77,
+    461).
 
     Parameters
     ----------
@@ -120,7 +121,9 @@ def _of_pair(one: np.ndarray, two: np.ndarray, bootstrap: Bootstrap) -> np.ndarr
         variance += (n - 1) * left.var(-1)
     reach = bootstrap.reach(np.array(float(min(n_a, n_b)))) * np.sqrt(variance)
     estimate, low, high = (np.clip(plain - bias + side * reach, 0, 1) for side in (0, -1, 1))
-    p = (1 + (every[:, 1:] >= plain[:, None] - 1e-12).sum(-1)) / every.shape[1]
+    influence, sizes = influence_of_choices(pooled)
+    of_a, of_b = (variances(influence, sizes, weights) for weights in (in_a, in_b))
+    p = share_as_far(times_chance(every, of_a + of_b, pooled)).max(0)
     return np.stack([estimate, plain, low, high, p])
 
 

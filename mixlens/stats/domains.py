@@ -13,6 +13,7 @@ from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.core.intervals import Jackknife, Share, Smooth, leaving_out
 from mixlens.stats.counts import OLMOE, Block, Counts, Reading, clustered, count, described, require, summarise
 from mixlens.stats.multiplicity import with_survivors
+from mixlens.stats.permutation import share_as_far, variances
 from mixlens.stats.structure import mutual_information_bits
 
 if TYPE_CHECKING:
@@ -86,7 +87,8 @@ def domain_information(
         its mean after the domains were dealt out to the documents at random, 1000 times: what documents that
         differ from each other yield by chance. Its bounds hold the middle 95 % (the level) of the 1000 values.
     excess
-        the difference; the measure to read. Its p is the share of permutations with as much information or more.
+        the difference; the measure to read. Its p is the share of permutations whose information is at least as many
+        times what the variance within domains yields by chance (Pauly, Brunner and Konietschke 2015).
 
     The intervals of mutual_information and of excess are for the true mutual information, corrected for the upward bias
     of small samples, and reach to the estimate where that lies beyond. Documents vary within their domain, whose size
@@ -127,11 +129,12 @@ def domain_information(
     estimate, low, high, p = np.full((4, trace.n_layers, 3), np.nan)
     if len(members):
         values = _information(chosen, group)
-        chance = _permuted(chosen, group, bootstrap.seed)
+        every, ratio = _permuted(chosen, group, bootstrap.seed)
+        chance = every[:, 1:]
         plain, baseline = values[:, 0], chance.mean(-1)
         excess = plain - baseline
         estimate = np.stack([plain, baseline, excess], axis=-1)
-        p[:, 2] = (1 + (chance >= plain[:, None] - 1e-12).sum(-1)) / (1 + _PERMUTATIONS)
+        p[:, 2] = share_as_far(ratio).max(0)
         if np.unique(group, return_counts=True)[1].min() > 1:
             within = Jackknife.within(values, counts.tokens[members], group)
             of_plain = Smooth(values, floor=0.0).bounds_of(within, bootstrap.level)
@@ -184,13 +187,39 @@ def _information(chosen: np.ndarray, group: np.ndarray) -> np.ndarray:
     return np.stack(found)
 
 
-def _permuted(chosen: np.ndarray, group: np.ndarray, seed: int) -> np.ndarray:
-    """Mutual information [layer, permutation] with the documents' groups permuted."""
+def _permuted(chosen: np.ndarray, group: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mutual information [layer, 1 + permutation], first of the groups as they are, then with documents permuted.
+
+    And how many times the chance of both kinds of variance it is [2, layer, 1 + permutation].
+    """
     rng = np.random.default_rng([seed, _PERMUTATION_STREAM])
-    groups, flat, found = np.unique(group), chosen.reshape(len(chosen), -1), []
-    for _ in range(_PERMUTATIONS // 10):
-        dealt = np.stack([rng.permutation(group) for _ in range(10)])
+    groups, flat, bits, ratios = np.unique(group), chosen.reshape(len(chosen), -1), [], []
+    influence, sizes = influence_of_choices(chosen)
+    for dealt in np.array_split(rng.permuted(np.tile(group, (1 + _PERMUTATIONS, 1)), axis=1), _PERMUTATIONS // 10):
+        if not bits:
+            dealt[0] = group
         members = (dealt[:, None] == groups[:, None]).astype(np.float64)
-        joint = (members.reshape(-1, len(group)) @ flat).reshape(10, len(groups), *chosen.shape[1:])
-        found.append(mutual_information_bits(joint.transpose(2, 1, 3, 0)))
-    return np.concatenate(found, axis=-1)
+        joint = (members.reshape(-1, len(group)) @ flat).reshape(len(dealt), len(groups), *chosen.shape[1:])
+        bits.append(mutual_information_bits(joint.transpose(2, 1, 3, 0)))
+        share = members @ sizes / sizes.sum()
+        of_groups = variances(influence, sizes, members.reshape(-1, len(group)))
+        of_groups = of_groups.reshape(*of_groups.shape[:-1], len(dealt), len(groups))
+        ratios.append(times_chance(bits[-1], (of_groups * share * (1 - share)).sum(-1), chosen))
+    return np.concatenate(bits, axis=-1), np.concatenate(ratios, axis=-1)
+
+
+def influence_of_choices(chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What each document adds to the share of each expert [layer, expert, document], and its choices in a layer."""
+    sizes = chosen[:, 0].sum(-1)
+    share = chosen.sum(0) / sizes.sum()
+    return ((chosen - share * sizes[:, None, None]) / sizes.sum()).transpose(1, 2, 0), sizes
+
+
+def times_chance(divergence: np.ndarray, variance: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """A divergence [layer, resample] over what shares [2, layer, expert, resample] of that variance yield by chance.
+
+    To second order a divergence is the sum over experts of squared differences over shares.
+    """
+    share = chosen.sum(0)[..., None]
+    chance = np.divide(variance, share, out=np.zeros_like(variance), where=share > 0).sum(-2)
+    return np.divide(divergence, chance, out=np.zeros_like(chance), where=(chance > 0) & (divergence > 1e-12))

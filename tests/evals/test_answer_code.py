@@ -55,7 +55,6 @@ DRESSES = {
     "four backticks": lambda b: f"````python\n{whole(b)}````",
     "longer at its end": lambda b: f"```python\n{whole(b)}`````",
     "in a list": lambda b: f"1. The function:\n\n   ```python\n{indented(whole(b), '   ')}   ```\n\n2. Done.",
-    "behind a bullet": lambda b: f"- ```python\n{indented(whole(b), '  ')}  ```",
     "indented fence, code at the margin": lambda b: f"   ```python\n{whole(b)}   ```",
     "no end": lambda b: f"```python\n{whole(b)}",
     "a stray end": lambda b: f"{whole(b)}```\n",
