@@ -121,9 +121,11 @@ def _p_of_documents(data: xr.Dataset, expected: np.ndarray) -> np.ndarray:
     estimate, units = data["estimate"], data.get("n_effective")
     if units is None or (data["ci_low"].isnull() & (units >= 2)).all():
         return np.zeros(estimate.shape)
-    low, high, units = (data[name].broadcast_like(estimate) for name in ("ci_low", "ci_high", "n_effective"))
-    numbers = (each.transpose(*estimate.dims).to_numpy() for each in (estimate, low, high))
-    return p_against(*numbers, expected, units.transpose(*estimate.dims).to_numpy(), float(data.attrs["level"]))
+    low, high, n = (
+        data[name].broadcast_like(estimate).transpose(*estimate.dims).to_numpy()
+        for name in ("ci_low", "ci_high", "n_effective")
+    )
+    return p_against(estimate.to_numpy(), low, high, expected, n, float(data.attrs["level"]))
 
 
 def _shuffles(trace: Trace, given: str, permutations: int, seed: int) -> Iterator[Trace]:
