@@ -37,7 +37,7 @@ gpu: $(VENV)/.installed-test
 # Kernels on a CPU, in Triton's interpreter; Triton stays out of the environment, which has none without CUDA.
 kernels: $(VENV)/.installed-test
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target out/triton triton==3.6.0
-	TRITON_INTERPRET=1 PYTHONPATH=out/triton $(BIN)/python -m pytest tests/test_decode_kernels.py
+	TRITON_INTERPRET=1 PYTHONPATH=out/triton $(BIN)/python -m pytest tests/models/test_decode_kernels.py
 
 slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile

@@ -24,6 +24,7 @@ def main() -> None:
         "generating": generating,
         "viewing": viewing,
         "decode-steps": decode_steps,
+        "decoding": decoding,
     }
     for path in sorted(RESULTS.glob("*.json")):
         result = json.loads(path.read_text("utf-8"))
@@ -72,6 +73,32 @@ def decode_steps(result: dict[str, Any]) -> Iterator[str]:
         same = "" if without is None else "yes" if r["same_tokens"] else "no"
         shown = f"{min(step) * 1e3:.3f} | {r['tokens_per_s']:.1f} | {r['share_of_the_roof']:.3f}"
         yield f"| {name} | {shown} | {ratio} | {same} | {len(step)} |"
+
+
+def decoding(result: dict[str, Any]) -> Iterator[str]:
+    settings = result["settings"]
+    yield (
+        f"{settings['shape']}, {settings['dtype']}, prompt of {settings['prompt']}, {settings['output']} new tokens; "
+        "bytes are computed from the experts that were chosen, all else is measured.\n"
+    )
+    yield (
+        "| decode | ms a step | recording | tok/s, recording | MB a step (computed) | GB/s of the device | share | "
+        "share, recording | recording, ratio | 95 % interval | first call, s more | same logits | pairs |"
+    )
+    yield "|---|---|---|---|---|---|---|---|---|---|---|---|---|"
+    for name, r in result["results"]["decode"].items():
+        if "skipped" in r:
+            yield f"| {name} | {r['skipped']} |" + " |" * 11
+            continue
+        cost = r["recording"]
+        yield (
+            f"| {name} | {1e3 * r['step_s']:.2f} | {1e3 * r['step_s_recording']:.2f} | "
+            f"{r['tokens_per_s_recording']:.1f} | {r['read_bytes_a_step'] / 1e6:,.0f} | "
+            f"{r['bandwidth_bytes_per_s'] / 1e9:,.1f} | {r['share_of_bandwidth']:.3f} | "
+            f"{r['share_of_bandwidth_recording']:.3f} | {cost['ratio']:.3f} | "
+            f"{cost['ci_low']:.3f} to {cost['ci_high']:.3f} | {r['first_call_beyond_a_later_one_s']:.1f} | "
+            f"{'yes' if r['logits_identical'] else 'no'} | {cost['pairs']} |"
+        )
 
 
 def memory(result: dict[str, Any]) -> Iterator[str]:

@@ -26,6 +26,7 @@ from mixlens.evals.runner import evaluate as evaluate
 from mixlens.explore import Explorer as Explorer
 from mixlens.interventions import edits as edits
 from mixlens.interventions.edits import edit as edit
+from mixlens.models.decoding import compiled_decoding as compiled_decoding
 from mixlens.models.demo import demo_documents as demo_documents
 from mixlens.models.load import load as load
 from mixlens.models.provenance import audit as audit

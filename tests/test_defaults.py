@@ -25,7 +25,7 @@ SETTINGS: dict[Any, dict[str, Any]] = {
     },
     type(ml.bench.BenchSettings().timeouts): {"connect_s": 10.0, "stall_s": 60.0, "total_s": 600.0},
     ml.bench.LocalSettings: {
-        "warmup": 1, "experts": None, "static_cache": False, "compiled": False, "recording": True, "max_seconds": 600.0,
+        "warmup": 1, "experts": None, "static_cache": False, "compiled": None, "recording": True, "max_seconds": 600.0,
         "progress": True,
     },
     ml.bench.Workload: {"prompt_tokens": 256, "output_tokens": 128, "prompts": None, "count_tokens": None, "seed": 0},

@@ -2,7 +2,7 @@ from mixlens.bench.bench import Bench as Bench
 from mixlens.bench.comparison import BenchComparison as BenchComparison
 from mixlens.bench.configurations import benchmark_configurations as benchmark_configurations
 from mixlens.bench.interleaved import benchmark_together as benchmark_together
-from mixlens.bench.local import LocalSettings as LocalSettings
+from mixlens.bench.local_loads import LocalSettings as LocalSettings
 from mixlens.bench.metrics import Limits as Limits
 from mixlens.bench.prompts import Workload as Workload
 from mixlens.bench.run import BenchSettings as BenchSettings

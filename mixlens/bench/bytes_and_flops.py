@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from mixlens.models.layout import (
     top_k,
     unwrapped,
 )
-from mixlens.models.provenance import audit
+from mixlens.models.provenance import Audit, audit
 from mixlens.recording.compiled import CompiledRecorder
 from mixlens.trace.shards import PROMPT
 
@@ -28,13 +29,30 @@ Step = dict[str, Any]
 _PROBED = 3  # tokens of the forward that shows what a cache keeps
 
 
+@dataclass(frozen=True)
+class Audits:
+    """Audits of a model and of the parts that a forward reads in ways of their own."""
+
+    whole: Audit
+    embedding: Audit
+    experts: list[Audit]
+
+    @classmethod
+    def of(cls, model: Any) -> Audits:
+        layers = moe_layers(model)
+        for layer in layers:
+            refuse_without_experts(layer, "count the bytes that a forward reads", inside=True)
+        return cls(audit(model), audit(model.get_input_embeddings()), [audit(layer.experts) for layer in layers])
+
+
 class Work:
     """Counts the bytes and operations of a model's forward passes, from the actual sizes of its tensors."""
 
-    def __init__(self, model: Any) -> None:
-        self.sizes = sizes_of(model)
+    def __init__(self, model: Any, audits: Audits | None = None) -> None:
+        audits = audits or Audits.of(model)
+        self.sizes = sizes_of(model, audits)
         self._value_bytes = model.dtype.itemsize
-        self.weights = weights_of(model)
+        self.weights = weights_of(model, audits)
 
     def cached_bytes(self, tokens: int) -> int:
         """What the cache of one row takes after so many tokens."""
@@ -55,12 +73,11 @@ class Work:
         unknown: list[Step] = [{"experts": None, "read_bytes": None, "flops": n} for n in flops]
         if recorder is None or not complete:
             return unknown
-        trace = recorder.trace()
+        recorded = recorder.columns()
         recorder.clear()
-        expert_id, position = trace.read("expert_id"), trace.read("position")
-        prompt = trace.read("phase") == PROMPT
-        row = trace.read("sequence")
-        step = np.where(prompt, 0, position - np.asarray(lengths)[row] + 1)
+        expert_id, prompt = recorded["expert_id"], recorded["phase"] == PROMPT
+        row = np.unique(recorded["sequence"], return_inverse=True)[1]
+        step = np.where(prompt, 0, recorded["position"] - np.asarray(lengths)[row] + 1)
         order = np.argsort(step, kind="stable")
         parts = np.split(expert_id[order], np.flatnonzero(np.diff(step[order])) + 1)
         found: list[Step] = []
@@ -71,23 +88,21 @@ class Work:
         return found
 
 
-def sizes_of(model: Any) -> Sizes:
+def sizes_of(model: Any, audits: Audits | None = None) -> Sizes:
     """Return the parameters of a loaded model by who reads them, and what its cache keeps, of any family.
 
     Parameters are those of its modules. What the cache keeps is seen in a forward of the same model without weights.
 
     Raises ModelError where experts are not called one by one.
     """
-    layers = moe_layers(model)
-    for layer in layers:
-        refuse_without_experts(layer, "count the bytes that a forward reads", inside=True)
-    whole, embedding = audit(model).weights, audit(model.get_input_embeddings()).weights
-    experts = [audit(layer.experts).weights for layer in layers]
+    audits = audits or Audits.of(model)
+    whole, embedding = audits.whole.weights, audits.embedding.weights
+    experts = [one.weights for one in audits.experts]
     tied = bool(config_of(model).tie_word_embeddings)
     contexts, state = _kept_by(model)
     count = n_experts(model)
     return Sizes(
-        layers=len(layers),
+        layers=len(experts),
         experts=count,
         top_k=max(top_k(model).values()),
         dense=whole - sum(experts) - (0 if tied else embedding),
@@ -135,14 +150,15 @@ def _query_values(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> int:
     return heads * sum(widths) // 2
 
 
-def weights_of(model: Any) -> Weights:
+def weights_of(model: Any, audits: Audits | None = None) -> Weights:
     """Return the bytes of a model's weights as counted by the audit, which uses the shapes of offloaded weights.
 
     Assumes that all experts of a layer have the same size.
     """
-    experts = np.array([audit(layer.experts).bytes for layer in moe_layers(model)])
+    audits = audits or Audits.of(model)
+    experts = np.array([one.bytes for one in audits.experts])
     # A tied embedding table is also the head, and so every forward pass reads it.
     tied = bool(config_of(model).tie_word_embeddings)
-    dense = audit(model).bytes - experts.sum() - (0 if tied else audit(model.get_input_embeddings()).bytes)
+    dense = audits.whole.bytes - experts.sum() - (0 if tied else audits.embedding.bytes)
     count = n_experts(model)
     return Weights(int(dense), np.repeat(experts[:, None] // count, count, axis=1))

@@ -11,17 +11,8 @@ from typing import Any
 import torch
 
 from mixlens.bench.bench import Bench
-from mixlens.bench.local import (
-    Load,
-    LocalSettings,
-    Subject,
-    check_calls,
-    check_experts,
-    failed,
-    finished,
-    loads_of,
-    settings_plan,
-)
+from mixlens.bench.local import Subject, failed, finished
+from mixlens.bench.local_loads import Load, LocalSettings, check_calls, check_experts, loads_of, settings_plan
 from mixlens.bench.prompts import Workload
 from mixlens.bench.record_sink import Kept
 from mixlens.core.run_dir import RunWriter, now

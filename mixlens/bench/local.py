@@ -11,87 +11,32 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
-from itertools import count, product
+from dataclasses import asdict, replace
+from functools import cached_property, partial
+from itertools import count
 from typing import Any
 
 import torch
-from transformers import CompileConfig, GenerationConfig
+from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from mixlens.bench.bench import RESULTS, Bench
-from mixlens.bench.bytes_and_flops import Work
+from mixlens.bench.bytes_and_flops import Audits, Work
 from mixlens.bench.events import Record, records_bytes
 from mixlens.bench.hardware import Device, measure, out_of_memory
-from mixlens.bench.local_tables import in_configuration
+from mixlens.bench.local_loads import Load, LocalSettings, check_calls, check_experts, loads_of, settings_plan
 from mixlens.bench.model_prompts import Prompts
 from mixlens.bench.prompts import Workload
 from mixlens.bench.record_sink import Kept
 from mixlens.core.run_dir import RunWriter, now, versions
 from mixlens.endpoints.protocols import TOKEN, Event
 from mixlens.errors import BadInput, MixlensError, ModelError
+from mixlens.models.decoding import Choice, compile_config, one_graph
 from mixlens.models.layout import moe_layers
 from mixlens.models.provenance import describe, identity
-from mixlens.models.quantization.unfuse import is_unfused
 from mixlens.recording.compiled import CompiledRecorder
 
 PACKAGES = ("mixlens", "torch", "transformers", "accelerate")
-
-
-@dataclass(frozen=True)
-class LocalSettings:
-    """Settings of how a loaded model is benchmarked.
-
-    Parameters
-    ----------
-    warmup : int, optional
-        Calls before each load that are kept and never counted; the first of them is the cold one.
-    experts : str or Sequence[str], optional
-        Experts implementations to measure in turn, as "eager" or "grouped_mm"; None for the model's own.
-    static_cache : bool, optional
-        Keys and values in memory set aside for the longest sequence.
-    compiled : bool, optional
-        Decode through torch.compile as one graph, which needs, and brings, a static cache.
-    recording : bool, optional
-        Routing recorded in every call, from which the bytes that it must read are known.
-    max_seconds : float, optional
-        After which no call starts; None for no cap.
-    progress : bool, optional
-        Whether to show a progress bar.
-
-    Examples
-    --------
-    >>> ml.bench.LocalSettings(warmup=0).recording
-    True
-    """
-
-    warmup: int = 1
-    experts: str | Sequence[str] | None = None
-    static_cache: bool = False
-    compiled: bool = False
-    recording: bool = True
-    max_seconds: float | None = 600.0
-    progress: bool = True
-
-
-@dataclass(frozen=True)
-class Load:
-    """So many rows at a time, of one workload, with one experts implementation (None: the model's own).
-
-    configuration  in which the model was loaded, where there are several
-    """
-
-    rows: int
-    workload: Workload
-    experts: str | None
-    configuration: str = ""
-
-    @property
-    def name(self) -> str:
-        prompt = str(self.workload.prompt_tokens) if self.workload.prompts is None else "given"
-        experts = f", {self.experts}" if self.experts else ""
-        load = f"batch {self.rows}, {prompt} + {self.workload.output_tokens} tokens{experts}"
-        return in_configuration(self.configuration, load)
 
 
 def benchmark_model(
@@ -125,7 +70,7 @@ def benchmark_model(
     loads = loads_of(batch, workload, settings)
     subject = Subject(model, loads, settings, device=device)
     plan = {
-        "model": identity(model),
+        "model": subject.identity,
         "loads": [load.name for load in loads],
         "requests": requests,
         "workloads": [subject.prompts[load.name].plan() for load in loads],
@@ -177,41 +122,50 @@ class Subject:
         self._model, self._loads, self._settings = model, loads, settings
         self.prompts = {load.name: Prompts(model, load.workload) for load in loads}
         self._device, self._keep_failures = device, keep_failures
+        self._numbers = count()
+        self.choices: dict[str, Choice] = {}
+
+    @cached_property
+    def _audits(self) -> Audits:
+        return Audits.of(self._model)
+
+    @cached_property
+    def _described(self) -> dict[str, Any]:
+        return describe(self._model, self._audits.whole)
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What decides the numbers that the model gives, found once, since every weight is read for it."""
+        return identity(self._model, self._described)
 
     def measure(self, requests: int, kept: Kept) -> tuple[dict[str, Any], str | None]:
         """What is to be said of the model and its device, and what stopped the calls, if something did."""
         device = self._device or Device(self._model)
         machine = measure(device, self._model.dtype)
-        caller = _Caller(self._model, device, self._settings)
+        caller = _Caller(self._model, device, self._settings, self._audits)
         stopped = self._run(caller, requests, kept)
         if stopped != "an interrupt":
             with suppress(RuntimeError, MemoryError, ModelError):  # what was measured before stands alone
                 machine = measure(device, self._model.dtype, before=machine)
         told = self.prompts[self._loads[0].name].plan()["ids"]
-        local = {**settings_plan(self._settings), "layers": len(moe_layers(self._model)), "prompts": told}
-        described = describe(self._model)
-        model = described | identity(self._model, described)
-        return {"model": model, "machine": asdict(machine), "local": local}, stopped
+        local = {
+            **settings_plan(self._settings),
+            "layers": len(moe_layers(self._model)),
+            "prompts": told,
+            "decode": {
+                name: {"compiled": choice.compiled, "why": str(choice)} for name, choice in self.choices.items()
+            },
+        }
+        return {"model": self._described | self.identity, "machine": asdict(machine), "local": local}, stopped
 
     def _run(self, caller: _Caller, requests: int, kept: Kept) -> str | None:
         """All calls of all loads; what stopped them, if something did. A load that does not fit is left at once."""
-        settings, numbers = self._settings, count()
         for load in self._loads:
-            prompts = self.prompts[load.name]
-            phases = ["warm-up"] * settings.warmup + ["measured"] * requests
             try:
-                with caller.ready(load, prompts.columns):
-                    for index, phase in enumerate(phases):
-                        if settings.max_seconds is not None and caller.device.elapsed() >= settings.max_seconds:
-                            return f"the cap of {settings.max_seconds:g} seconds"
-                        ids, mask = prompts.batch([next(numbers) for _ in range(load.rows)])
-                        place = index if phase == "warm-up" else index - settings.warmup
-                        record = caller.call(load, ids, mask, place, phase)
-                        kept.keep(record)
-                        if record.outcome == "interrupted":
-                            return "an interrupt"
-                        if record.outcome == "memory":
-                            break
+                self._measure(caller, load, requests, kept)
+            except _Stopped as stopped:
+                if stopped.by is not None:
+                    return stopped.by
             except KeyboardInterrupt:  # between two calls
                 return "an interrupt"
             except Exception as error:
@@ -219,6 +173,68 @@ class Subject:
                     raise
                 kept.keep(failed(load, error))
         return None
+
+    def _measure(self, caller: _Caller, load: Load, requests: int, kept: Kept) -> None:
+        """The calls of one load, decoded as the settings say, or as the first calls show to be faster."""
+        columns, warmup, compiled = self.prompts[load.name].columns, self._settings.warmup, self._settings.compiled
+        calls = partial(self._calls, caller, load, kept)
+        with caller.ready(load, columns, compiled=bool(compiled)):
+            warm = calls("warm-up", warmup)
+            choice = Choice(eager := _step_s(warm), requests * (load.workload.output_tokens - 1) * (eager or 0.0))
+            if compiled is not None or not choice.worth_compiling or load.experts is not None:
+                if compiled is None:
+                    self.choices[load.name] = choice
+                calls("measured", requests)
+                return
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(caller.ready(load, columns, compiled=True))
+                cold, warm = calls("warm-up", 1), calls("warm-up", 1)
+                compile_s = _call_s(cold) - _call_s(warm)
+                choice = replace(choice, compiled_step_s=_step_s(warm), compile_s=compile_s)
+            except (_Stopped, KeyboardInterrupt):
+                raise
+            except Exception as error:  # a compiler may raise anything, and the model decodes without it
+                fault = str(error).strip().split("\n")[0][:300]
+                choice = replace(choice, fault=f"{type(error).__name__}: {fault}")
+            self.choices[load.name] = choice
+            if not choice.compiled:
+                stack.close()
+                stack.enter_context(caller.ready(load, columns, compiled=False))
+            calls("measured", requests)
+
+    def _calls(self, caller: _Caller, load: Load, kept: Kept, phase: str, count: int) -> Record | None:
+        """So many calls of one phase; the last one's record. Raises _Stopped where no other call may follow."""
+        settings, prompts, record = self._settings, self.prompts[load.name], None
+        for index in range(count):
+            if settings.max_seconds is not None and caller.device.elapsed() >= settings.max_seconds:
+                raise _Stopped(f"the cap of {settings.max_seconds:g} seconds")
+            ids, mask = prompts.batch([next(self._numbers) for _ in range(load.rows)])
+            record = caller.call(load, ids, mask, index, phase)
+            kept.keep(record)
+            if record.outcome == "interrupted":
+                raise _Stopped("an interrupt")
+            if record.outcome == "memory":
+                raise _Stopped(None)
+        return record
+
+
+class _Stopped(Exception):
+    """No call of this load may follow; nor of others, for the reason that it gives."""
+
+    def __init__(self, by: str | None) -> None:
+        self.by = by
+
+
+def _call_s(record: Record | None) -> float:
+    return 0.0 if record is None or record.sent_s is None else record.ended_s - record.sent_s
+
+
+def _step_s(record: Record | None) -> float | None:
+    """A decode step of a call; None for a call that failed, or that wrote a single token."""
+    if record is None or record.outcome != "ok" or len(record.events) < 2:
+        return None
+    return (record.events[-1].at_s - record.events[0].at_s) / (len(record.events) - 1)
 
 
 def failed(load: Load, error: Exception) -> Record:
@@ -246,23 +262,23 @@ class _Stamps(BaseStreamer):
 class _Caller:
     """Calls generate, and makes records of it."""
 
-    def __init__(self, model: Any, device: Device, settings: LocalSettings) -> None:
+    def __init__(self, model: Any, device: Device, settings: LocalSettings, audits: Audits) -> None:
         self.model, self.device, self.settings = model, device, settings
-        self._work = Work(model)
+        self._work = Work(model, audits)
         self._recorder: CompiledRecorder | None = None
         self._ended_s: float | None = None
 
     @contextmanager
-    def ready(self, load: Load, columns: int) -> Iterator[None]:
+    def ready(self, load: Load, columns: int, *, compiled: bool) -> Iterator[None]:
         """The model as the load wants it; as it was before, afterwards."""
         with ExitStack() as stack:
             stack.callback(setattr, self.model, "generation_config", self.model.generation_config)
-            self.model.generation_config = self._generation(load)
+            self.model.generation_config = self._generation(load, compiled)
+            if compiled:
+                stack.enter_context(one_graph(self.model))
             if load.experts is not None:
                 stack.callback(self.model.set_experts_implementation, self.model.config._experts_implementation)
                 self.model.set_experts_implementation(load.experts)
-            if self.settings.compiled:  # shapes of another load would make sizes dynamic
-                torch.compiler.reset()
             if self.settings.recording:
                 room = load.rows * (columns + load.workload.output_tokens)
                 self._recorder = stack.enter_context(CompiledRecorder(self.model, tokens=room, signals=()))
@@ -301,20 +317,16 @@ class _Caller:
         record = Record(index, load.name, phase, outcome, tuple(events), sent, ended, sent_s=sent, detail=detail)
         return replace(record, rows=load.rows, **self.device.peak())
 
-    def _generation(self, load: Load) -> GenerationConfig:
-        static = self.settings.static_cache or self.settings.compiled
+    def _generation(self, load: Load, compiled: bool) -> GenerationConfig:
         config = GenerationConfig(
             max_new_tokens=load.workload.output_tokens,
             do_sample=False,
             pad_token_id=0,
-            cache_implementation="static" if static else None,
-            disable_compile=not self.settings.compiled,
+            cache_implementation="static" if self.settings.static_cache or compiled else None,
+            disable_compile=not compiled,
         )
-        if self.settings.compiled:
-            mode = "reduce-overhead" if self.device.main.type == "cuda" else "default"
-            compile_config: Any = CompileConfig(fullgraph=True, dynamic=False, mode=mode)
-            compile_config._compile_all_devices = True
-            config.compile_config = compile_config
+        if compiled:
+            config.compile_config = compile_config()
         return config
 
     def _check_room(self, load: Load, columns: int) -> None:
@@ -323,77 +335,3 @@ class _Caller:
         room = self.device.room()
         if room is not None and needed > room:
             raise MemoryError(f"keys and values of the batch need {needed:,} bytes, and {room:,} are free")
-
-
-def settings_plan(settings: LocalSettings) -> dict[str, Any]:
-    """What decides a measurement, as plain values."""
-    return {name: value for name, value in asdict(settings).items() if name != "progress"}
-
-
-def check_calls(requests: int, settings: LocalSettings) -> None:
-    """Raises BadInput for numbers of calls or seconds that are none."""
-    seconds = settings.max_seconds
-    if (
-        not isinstance(requests, int)
-        or requests < 1
-        or settings.warmup < 0
-        or (seconds is not None and not seconds > 0)
-    ):
-        raise BadInput(
-            f"Cannot benchmark {requests} calls after {settings.warmup} warm-up calls within {seconds} seconds: needs "
-            "at least 1 call, 0 or more warm-up calls and more than 0 seconds. Pass larger numbers.",
-            argument="requests",
-            value=(requests, settings.warmup, seconds),
-        )
-
-
-def loads_of(
-    batch: int | Sequence[int] | None,
-    workload: Workload | Sequence[Workload],
-    settings: LocalSettings,
-    configuration: str = "",
-) -> list[Load]:
-    """Every batch size with every workload and experts implementation. Raises BadInput for what is no load."""
-    rows = [batch] if isinstance(batch, int) else list(batch or [1])
-    workloads = [workload] if isinstance(workload, Workload) else list(workload)
-    experts = [settings.experts] if isinstance(settings.experts, str | None) else list(settings.experts)
-    loads = [Load(*load, configuration) for load in product(rows, workloads, experts)]
-    if not loads or not all(isinstance(n, int) and n >= 1 for n in rows) or len({x.name for x in loads}) < len(loads):
-        raise BadInput(
-            f"Cannot benchmark batches of {batch} rows with {len(workloads)} workloads: a batch size is not a whole "
-            "number from 1, or a load is repeated. Pass whole numbers from 1 and workloads of different lengths, "
-            "each once.",
-            argument="batch",
-            value=rows,
-        )
-    return loads
-
-
-def check_loads(model: Any, loads: Sequence[Load]) -> None:
-    """Raises BadInput for loads that the model cannot take; its weights need not be there."""
-    for name in dict.fromkeys(load.experts for load in loads):
-        check_experts(model, name)
-    for load in loads:
-        Prompts(model, load.workload)
-
-
-def check_experts(model: Any, name: str | None) -> None:
-    """Raises BadInput for an experts implementation that the model cannot have."""
-    if name not in (None, "eager") and any(is_unfused(layer.experts) for layer in moe_layers(model)):
-        raise BadInput(
-            f"Cannot benchmark experts={name!r}: the experts of this model are separate Linears, as quantization "
-            "needs, and only eager computes with them. Leave the name out, or load the model without quantization.",
-            argument="experts",
-            value=name,
-        )
-    try:
-        model.get_correct_experts_implementation(
-            model.config._experts_implementation if name is None else name or "no name"
-        )
-    except (ValueError, ImportError) as error:
-        raise BadInput(
-            f"Cannot benchmark experts={name!r}: {str(error).splitlines()[0]} Pass some of eager, grouped_mm and "
-            "batched_mm.",
-            argument="experts",
-            value=name,
-        ) from error

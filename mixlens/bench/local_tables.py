@@ -21,6 +21,23 @@ TIMES = {"ttft_s": "prefill and the first token", "tpot_s": "a decode step", "e2
 _PEAKS = {"peak_vram_bytes": "peak VRAM [MB]", "peak_rss_bytes": "peak RSS [MB]"}
 
 
+_FLOATS = ("float32", "bfloat16", "float16")
+LOOP = "Experts are separate Linears, called in a Python loop: these are the loop's speeds, not the scheme's."
+
+
+def in_a_loop(model: Mapping[str, Any]) -> bool:
+    """Whether the experts of a described model run one after the other in Python, as quantized ones do uncompiled."""
+    rows = (model.get("audit") or {}).get("rows", [])
+    quantized = any(row["kind"] == "experts" and row["scheme"] not in _FLOATS for row in rows)
+    return quantized and model.get("experts_implementation") == "eager"
+
+
+def compiled_at(level: str, local: Mapping[str, Any]) -> bool:
+    """Whether a load decoded through a compiled graph."""
+    chosen = local.get("decode", {}).get(level)
+    return bool(local.get("compiled")) if chosen is None else chosen["compiled"]
+
+
 def in_configuration(configuration: str, load: str) -> str:
     """What a load is called in a benchmark of several configurations, or of one without a name."""
     return f"{configuration}: {load}" if configuration else load
@@ -153,7 +170,9 @@ def failures(records: Iterable[Record]) -> list[str]:
 
 def _remarks(meta: Mapping[str, Any]) -> list[str]:
     model, local, machine = meta["model"], meta["local"], machine_of(meta)
-    cache = "static cache" if local["static_cache"] or local["compiled"] else "growing cache"
+    chosen = local.get("decode", {})
+    static = local["static_cache"] or local["compiled"] or (chosen and all(one["compiled"] for one in chosen.values()))
+    cache = "static cache" if static else "growing cache"
     experts = "" if local["experts"] else f", experts by {model['experts_implementation']}"
     audit = model.get("audit", {})
     label = audit.get("label", model["dtype"])
@@ -165,11 +184,14 @@ def _remarks(meta: Mapping[str, Any]) -> list[str]:
         for rate, unit, name in rates
     )
     decode = "decode compiled" if local["compiled"] else "decode not compiled"
+    decode = "" if chosen else f", {decode}"
     recorded = "was recorded in every call" if local["recording"] else "was not recorded: no bytes are known"
     offloaded = [remark for remark in audit.get("remarks", []) if "offloaded" in remark]
     return [
         f"{model['name']} in {model['dtype']}{held}{experts}, on {machine.name}, {meta['created']}.",
-        f"{cache[0].upper()}{cache[1:]}, {decode}; prompts: {local['prompts']}.",
+        f"{cache[0].upper()}{cache[1:]}{decode}; prompts: {local['prompts']}.",
+        *[f"{level}: {one['why']}." for level, one in chosen.items()],
+        *([LOOP] if in_a_loop(model) and not static else []),
         f"Measured of the device: {said}. MBU and MFU are shares of these, and their intervals hold both.",
         *[
             f"{remark} They are brought to the device for every forward, by way of less than its bandwidth."

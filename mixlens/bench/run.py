@@ -16,7 +16,7 @@ from mixlens.errors import BadInput
 _WORKLOAD = Workload()
 
 if TYPE_CHECKING:
-    from mixlens.bench.local import LocalSettings
+    from mixlens.bench.local_loads import LocalSettings
 
 
 def benchmark(

@@ -53,11 +53,11 @@ class Local:
     quantization
         Schemes, each measured: "none,nf4"; with parts, divided by semicolons: "none;attention=nf4,experts=hqq2".
     experts
-        eager, grouped_mm, batched_mm, each measured.
+        auto, eager, grouped_mm, batched_mm, each measured.
     static_cache
         Keep keys and values in memory set aside.
     compiled
-        Decode through torch.compile, in a static cache.
+        Decode through one compiled graph, in a static cache; left out, where it is worth the minute that it takes.
     no_recording
         Leave routing out, and with it the bytes read.
     """
@@ -67,7 +67,7 @@ class Local:
     quantization: Schemes = None
     experts: Names | None = None
     static_cache: bool = False
-    compiled: bool = False
+    compiled: bool | None = None
     no_recording: bool = False
 
 
@@ -266,7 +266,7 @@ def _measure_model(
     import torch
 
     from mixlens.bench.configurations import benchmark_configurations
-    from mixlens.bench.local import LocalSettings, check_calls, check_loads, loads_of
+    from mixlens.bench.local_loads import LocalSettings, check_calls, check_loads, loads_of
     from mixlens.bench.run import benchmark
     from mixlens.models.load import load, skeleton
 

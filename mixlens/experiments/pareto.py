@@ -16,7 +16,7 @@ import pyarrow as pa
 import torch
 import xarray as xr
 
-from mixlens.bench.local import LocalSettings
+from mixlens.bench.local_loads import LocalSettings
 from mixlens.bench.prompts import Workload
 from mixlens.bench.run import benchmark
 from mixlens.core.run_dir import META, RunWriter, now, open_run, versions
@@ -208,7 +208,7 @@ class _Sides:
 
     def _speed(self, name: str, loaded: Any, folder: Path) -> list[dict[str, Any]]:
         workload = Workload(self.speed.prompt_tokens, self.speed.output_tokens)
-        settings = LocalSettings(recording=False, progress=False)
+        settings = LocalSettings(compiled=False, recording=False, progress=False)
         bench = benchmark(loaded, requests=self.speed.calls, out=folder, workload=workload, settings=settings)
         table = bench.table()
         median = table[(table["statistic"] == "p50") & table["metric"].isin(["ttft_s", "tpot_s"])]

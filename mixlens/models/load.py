@@ -23,6 +23,7 @@ from transformers.utils import logging
 from mixlens.core.hub import fault_of
 from mixlens.errors import BadInput, ModelError, visible
 from mixlens.models.converted import converted
+from mixlens.models.decoding import AUTO, register
 from mixlens.models.demo import DEMO, demo_path
 from mixlens.models.hub import commit_of, safetensors_of
 from mixlens.models.layout import check_config, config_of, moe_layers, n_experts, top_k
@@ -75,7 +76,9 @@ def load(
     revision : str, optional
         Branch, tag or commit on the Hub.
     experts : str, optional
-        Transformers' experts implementation; None picks the fastest for the device.
+        Transformers' experts implementation; None picks its fastest for the device. "auto" decodes single tokens by a
+        kernel of mixlens' own on CUDA with Triton, and all else as None does. :func:`mixlens.compiled_decoding` is
+        faster still.
     quantization : str or Mapping[str, str], optional
         None for the weights as they are, or a scheme for all but routers and head, or a mapping (above).
     verbose : bool, optional
@@ -495,14 +498,16 @@ def _experts(model: Any, asked: str | None) -> str:
     grouped_mm reads prompts fastest everywhere, and generate itself decodes with batched_mm on an accelerator. Where
     grouped_mm does not run, the loop over experts does.
     """
+    if asked == AUTO:
+        register()
     try:
         return model.get_correct_experts_implementation(asked or "grouped_mm")
     except (ValueError, ImportError) as error:
         if asked is None:
             return "eager"
         raise BadInput(
-            f"Cannot load a model with experts={asked!r}: {_first_line(error)}. Pass one of eager, grouped_mm and "
-            "batched_mm, or leave experts out for the fastest.",
+            f"Cannot load a model with experts={asked!r}: {_first_line(error)}. Pass one of auto, eager, grouped_mm "
+            "and batched_mm, or leave experts out for the fastest of transformers.",
             argument="experts",
             value=asked,
         ) from error

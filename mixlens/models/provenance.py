@@ -22,6 +22,7 @@ from mixlens.models.quantization.unfuse import is_unfused
 
 _BF16 = 2  # bytes
 _ROW = 1024  # words of a checksum's row
+_ROWS = 64  # of a block on a CPU, whose second reading finds it in the cache
 _SLACK = 1.1  # what packing of 3 bits into 32 may waste
 # What a module keeps beside its own weights: other modules, hooks, and the scratch of bitsandbytes' last forward.
 _NOT_WEIGHTS = frozenset({"_modules", "_hf_hook", "module", "grad", "idx", "subB", "CBt", "SBt", "_old_forward"})
@@ -304,9 +305,12 @@ def _escaped(text: str) -> str:
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
-def describe(model: nn.Module) -> dict[str, Any]:
-    """Provenance of a loaded model, as plain JSON values: with its audit, and parameters as it counts them."""
-    config, audited = config_of(model), audit(model).summary()
+def describe(model: nn.Module, audited: Audit | None = None) -> dict[str, Any]:
+    """Provenance of a loaded model, as plain JSON values: with its audit, and parameters as it counts them.
+
+    audited  its audit, where there is one already
+    """
+    config, counted = config_of(model), (audited or audit(model)).summary()
     kept = {key: value for key, value in config.to_dict().items() if key not in _VOLATILE}
     digest = hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
     name = str(getattr(model, "name_or_path", "") or config._name_or_path or type(model).__name__)
@@ -317,12 +321,12 @@ def describe(model: nn.Module) -> dict[str, Any]:
         "config_sha256": digest,
         "router_sha256": _router_fingerprint(model),
         "class": type(model).__name__,
-        "parameters": audited["weights"],
+        "parameters": counted["weights"],
         "dtype": str(getattr(model, "dtype", "")).removeprefix("torch."),
         "experts_implementation": getattr(config, "_experts_implementation", None),
         "attention_implementation": getattr(config, "_attn_implementation", None),
         "devices": devices,
-        "audit": audited,
+        "audit": counted,
     }
 
 
@@ -369,8 +373,12 @@ def _checksum(tensor: torch.Tensor) -> str:
     whole = len(data) // (8 * _ROW) * (8 * _ROW)
     body = data[:whole] if data.data_ptr() % 8 == 0 else data[:whole].clone()
     words = body.view(torch.int64).view(-1, _ROW)
-    total = torch.zeros((), dtype=torch.int64, device=words.device)
-    for sums in (words.sum(0), words.sum(1)):
+    columns, rows = words.new_zeros(_ROW), [words.new_zeros(0)]
+    for block in words.split(_ROWS if words.device.type == "cpu" else max(len(words), 1)):
+        columns += block.sum(0)
+        rows.append(block.sum(1))
+    total = words.new_zeros(())
+    for sums in (columns, torch.cat(rows)):
         total += (sums * (2 * torch.arange(len(sums), device=words.device) + 1)).sum()
     return f"{int(total)} {hashlib.sha256(data[whole:].cpu().numpy().tobytes()).hexdigest()}"
 

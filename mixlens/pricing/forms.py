@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mixlens.bench.bench import Bench
+from mixlens.bench.local_tables import compiled_at, in_a_loop
 from mixlens.core.run_dir import open_run
 from mixlens.endpoints.endpoint import canonical
 from mixlens.endpoints.prices import provider_at
@@ -108,13 +109,14 @@ class Form:
 
 @dataclass(frozen=True)
 class _Part:
-    """What a run says of one form."""
+    """What a run says of one form, and why a part of it is passed over."""
 
     run: str
     held: Mapping[str, Any]
     cells: tuple[Cell, ...]
     name: str
     judged: Mapping[str, str] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
 
     @cached_property
     def key(self) -> tuple[Any, ...]:
@@ -160,6 +162,7 @@ def forms_of(
         if form is None:
             form = forms[part.key] = Form(claimed or part.name, part.held, part.run)
         form.judged |= part.judged
+        remarks += part.remarks
         for cell in part.cells:
             if cell.column not in form.cells:
                 form.cells[cell.column] = cell
@@ -207,7 +210,8 @@ def _parts(run: Any, name: str | None, hourly: Mapping[str, float]) -> Iterator[
         yield _part(run, run.meta["model"], _scores(run))
     elif isinstance(run, Bench):
         for part in run.configurations().values():
-            yield _part(run, part.meta["model"] | _endpoint(part), _speeds(part, _called(run), hourly))
+            made = _part(run, part.meta["model"] | _endpoint(part), _speeds(part, _called(run), hourly))
+            yield replace(made, remarks=_passed_over(made.name, _called(run)) if _any_loop(part) else ())
     elif isinstance(run, Trace):
         settings = run.meta.get("settings", {})
         yield _part(run, settings.get("model", {}) | {"edits": settings.get("edits")}, _perplexity(run))
@@ -243,8 +247,9 @@ def _of_pareto(run: Pareto) -> Iterator[_Part]:
         by_quantity = {row["quantity"]: row for row in rows.to_dict("records")}
         ratio = np.exp(_numbers(by_quantity["loss_difference"])) if "loss_difference" in by_quantity else None
         cells = []
+        loops = in_a_loop(run.meta["schemes"][scheme])
         for quantity, row in by_quantity.items():
-            if quantity not in QUANTITIES:
+            if quantity not in QUANTITIES or (quantity in _SPEEDS and loops):
                 continue
             column = Column.of(quantity, settings.get(quantity, _corpus(plan)))
             exact = run.exact(scheme, "bytes" if quantity == "weight_bytes" else quantity)
@@ -253,7 +258,9 @@ def _of_pareto(run: Pareto) -> Iterator[_Part]:
             if quantity == "perplexity" and ratio is not None and scheme != original:
                 cell = replace(cell, change=_scaled(row["estimate"] / ratio[0], *ratio))
             cells.append(cell)
-        yield _Part(_called(run), run.meta["schemes"][scheme], tuple(cells), scheme)
+        timed = loops and not by_quantity.keys().isdisjoint(_SPEEDS)
+        remarks = _passed_over(scheme, _called(run)) if timed else ()
+        yield _Part(_called(run), run.meta["schemes"][scheme], tuple(cells), scheme, remarks=remarks)
 
 
 def _of_impact(run: Impact) -> Iterator[_Part]:
@@ -312,23 +319,41 @@ def _scores(log: Log) -> Iterator[Cell]:
 
 def _speeds(bench: Bench, called: str, hourly: Mapping[str, float]) -> Iterator[Cell]:
     local = bench.meta.get("local", {})
-    how = [name for name in ("recording", "static_cache", "compiled") if local.get(name)]
-    where = [*how, bench.meta["machine"]["name"]] if "machine" in bench.meta else []
+
+    def where(level: str) -> list[str]:
+        how = [name for name in ("recording", "static_cache") if local.get(name)]
+        how += ["compiled"] if compiled_at(level, local) else []
+        return [*how, bench.meta["machine"]["name"]] if "machine" in bench.meta else []
+
     medians = bench.table().query("statistic == 'p50'")
     for row in medians[medians["metric"].isin(_SPEEDS)].to_dict("records"):
-        column = Column.of(row["metric"], ", ".join([row["level"], *where]))
-        if row["estimate"] == row["estimate"]:
+        column = Column.of(row["metric"], ", ".join([row["level"], *where(row["level"])]))
+        if row["estimate"] == row["estimate"] and not _loops(bench, row["level"]):
             yield Cell(column, *_bounded(row["estimate"], row["ci_low"], row["ci_high"]), int(row["n"]), called)
     for level, peaks in groupby(bench.peak_memory().itertuples(index=False, name=None), key=lambda row: row[0]):
         _, memory, held, n = next(peaks)  # of the device, before that of the process
-        setting = ", ".join([level, memory.removeprefix("peak_").removesuffix("_bytes"), *where])
+        setting = ", ".join([level, memory.removeprefix("peak_").removesuffix("_bytes"), *where(level)])
         yield from _exact("memory_bytes", held, called, setting, n)
     yield from _price(bench, called, hourly)
+
+
+def _any_loop(bench: Bench) -> bool:
+    return any(_loops(bench, record.level) for record in bench.records)
+
+
+def _loops(bench: Bench, level: str) -> bool:
+    return in_a_loop(bench.meta.get("model", {})) and not compiled_at(level, bench.meta.get("local", {}))
+
+
+def _passed_over(name: str, run: str) -> tuple[str, ...]:
+    return (f"Speeds of {name} in {run} do not count: its experts ran in a Python loop, whose speed they are.",)
 
 
 def _price(bench: Bench, called: str, hourly: Mapping[str, float]) -> Iterator[Cell]:
     """What a million tokens of the workload cost: by the hour where its machine has such a price, else as listed."""
     usd_per_hour = hourly.get(place(bench))
+    if usd_per_hour is not None and _any_loop(bench):  # what it costs by the hour follows from its speed
+        return
     price = listed(bench) if usd_per_hour is None else rented(bench, usd_per_hour)
     if price is not None:
         column = Column.of("usd_per_mtok", price.workload)

@@ -109,7 +109,7 @@ class CompiledRecorder(Recorder):
         self._buffers = self._allocated()
         self.paused = self._paused
         with ExitStack() as stack:
-            self._tap = Tap(self.model, self.signals, threads=False)
+            self._tap = Tap(self.model, self.signals, threads=False, into=self._of_a_forward())
             stack.callback(self._tap.close)
             self._tap.now.listening = True
             stack.callback(decoder_of(self.model).register_forward_hook(self._write, with_kwargs=True).remove)
@@ -152,18 +152,36 @@ class CompiledRecorder(Recorder):
             torch._dynamo.mark_static_address(buffer)  # else CUDA graphs are given up, as for any input that changes
         return buffers
 
+    @torch.inference_mode(False)
+    def _of_a_forward(self) -> Raw:
+        """Where compiled layers write what their routers put out, one tensor each, on their own device."""
+        made: Raw = {}
+        for name in ("expert_id", "weight", *(["router_logits"] if self.signals.router_logits else [])):
+            dtype = self._buffers[name].dtype
+            made[name] = {
+                layer.index: torch.zeros(
+                    (self._room, n_experts(self.model) if name == "router_logits" else layer.top_k),
+                    dtype=dtype,
+                    device=layer.router_weight.device,
+                )
+                for layer in moe_layers(self.model)
+            }
+            for rows in made[name].values():
+                torch._dynamo.mark_static_address(rows)
+        return made
+
     # ------------------------------------------------------------------ inside the graph
 
     def _write(self, _module: nn.Module, args: tuple, kwargs: dict[str, Any], _output: Any) -> None:
         """One write for all layers: a kernel or two for each would cost more than all that they copy."""
         assert self._tap is not None
-        raw = self._tap.take()
         ids = args[0] if args else kwargs.get("input_ids")
         read = kwargs["inputs_embeds"] if ids is None else ids
         if not torch.compiler.is_compiling():
             refuse_without_values("A CompiledRecorder", read)
         rows, columns = read.shape[:2]
         count, places = self._buffers["count"], rows * columns
+        raw = self._tap.taken_into(places) if torch.compiler.is_compiling() else self._tap.take()
         device = count.device
         number = torch.arange(places, device=device)
         listening = self._buffers["listening"]

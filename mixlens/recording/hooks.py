@@ -57,10 +57,12 @@ class Tap:
     during backward finds the tap not listening. Hooks are gone after `close`, whatever happened.
 
     threads  whether each thread has a forward of its own; compiled code cannot tell threads apart
+    into     {name: {layer: tensor [n, ...]}}, into whose first rows compiled code copies, for `taken_into`: a region
+             that is compiled once for all layers may write to what it was given, and can keep no reference
     """
 
-    def __init__(self, model: nn.Module, signals: Signals, *, threads: bool = True) -> None:
-        self.signals = signals
+    def __init__(self, model: nn.Module, signals: Signals, *, threads: bool = True, into: Raw | None = None) -> None:
+        self.signals, self._into = signals, into
         self.now: _State = _ThreadState() if threads else _State()
         self._stack = ExitStack()
         self._model = model
@@ -100,6 +102,14 @@ class Tap:
     def take(self) -> Raw:
         """{name: {layer: tensor [T, ...]}} of the forward since the last call; T counts the whole padded batch."""
         raw, self.now.raw = self.now.raw, {}
+        return self._ordered(raw)
+
+    def taken_into(self, places: int) -> Raw:
+        """The same of a compiled forward of so many places."""
+        into = self._into or {}
+        return self._ordered({name: {at: rows[:places] for at, rows in own.items()} for name, own in into.items()})
+
+    def _ordered(self, raw: Raw) -> Raw:
         for index in self._unordered & raw.get("weight", {}).keys():
             order = raw["weight"][index].argsort(dim=-1, descending=True, stable=True)
             for name in ("weight", "expert_id", *EXPERT_SITES):
@@ -141,7 +151,9 @@ class Tap:
         self._stack.callback(handle.remove)
 
     def _keep(self, name: str, index: int, value: torch.Tensor) -> None:
-        if self.now.listening:
+        if self._into is not None and torch.compiler.is_compiling():
+            self._into[name][index][: len(value)].copy_(value.detach())
+        elif self.now.listening:
             self.now.raw.setdefault(name, {})[index] = value.detach()
 
     def _on_gate(self, layer: MoeLayer) -> Callable[..., None]:

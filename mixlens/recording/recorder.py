@@ -133,16 +133,9 @@ class Recorder:
         -------
         Trace
         """
-        self._flush(whole=True)
-        columns = self._joined()
+        columns = self.columns()
         warn_of_left_out(self._left_out)
         warn_of_unscored(self._unscored)
-        if not columns:
-            raise BadInput(
-                "Cannot make a trace: no forward ran inside the Recorder. Call the model inside the with block.",
-                argument="Recorder",
-                value=0,
-            )
         if columns["weight"].shape[-1] == columns["expert_id"].shape[-1]:
             columns["weight"] = shards.pack_weights(columns["weight"])
         order = np.argsort(columns["sequence"], kind="stable")
@@ -174,6 +167,27 @@ class Recorder:
             "unscored": self._unscored,
         }
         return from_parts([part], frame.assign(length=np.bincount(columns["sequence"])), meta, self._layers)
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """Return what was recorded so far by name, one row a token in the order of recording.
+
+        Returns
+        -------
+        dict[str, numpy.ndarray]
+
+        Raises
+        ------
+        BadInput
+            When nothing was recorded.
+        """
+        self._flush(whole=True)
+        if not self._columns:
+            raise BadInput(
+                "Cannot make a trace: no forward ran inside the Recorder. Call the model inside the with block.",
+                argument="Recorder",
+                value=0,
+            )
+        return self._joined()
 
     def _joined(self) -> dict[str, np.ndarray]:
         columns = self._columns

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,14 +17,17 @@ from tiny import tiny_mixtral
 
 import mixlens as ml
 from mixlens import BadInput, RunError, benchmark
-from mixlens.bench import LocalSettings, Workload
+from mixlens.bench import LocalSettings, Workload, bytes_and_flops
 from mixlens.bench import hardware as machine
 from mixlens.bench.bytes_and_flops import Work, sizes_of, weights_of
 from mixlens.bench.events import read_records
 from mixlens.bench.hardware import Device
 from mixlens.bench.local import benchmark_model
+from mixlens.bench.local_tables import LOOP, in_a_loop
 from mixlens.bench.record_sink import PARTIAL
 from mixlens.bench.roofline import Machine, Measured, Sizes
+from mixlens.models import provenance
+from mixlens.pricing.forms import forms_of
 
 QUIET = LocalSettings(progress=False)
 WORK = Workload(16, 5)
@@ -36,15 +41,16 @@ def measured(monkeypatch):
 
 
 class FakeDevice(Device):
-    """Waiting for it takes 10 ms, and every forward of the model 100 ms more for each row and column."""
+    """Waiting for it takes 10 ms, and every forward of the model 100 ms, or as said, for each row and column."""
 
     def __init__(self, model):
         super().__init__(model)
         self.seconds, self.free = 0.0, None
+        self.forward_s, self.speed = 0.1, 1.0
         model.model.register_forward_pre_hook(self._forward, with_kwargs=True)
 
     def _forward(self, _module, _args, kwargs):
-        self.seconds += 0.1 * kwargs["input_ids"].numel()
+        self.seconds += self.forward_s * self.speed * kwargs["input_ids"].numel()
 
     def now(self):
         self.seconds += 0.01
@@ -351,6 +357,16 @@ def test_quantized_weights_count_what_they_hold():
     assert 0.25 < ratio < 0.3  # float32 to 8 bits and scales
     bench = run(small, None, requests=1)
     assert bench.records[-1].events[-1].read_bytes < 0.6 * (before.dense_bytes + before.expert_bytes[:, :4].sum())
+    assert LOOP in bench.remarks()
+    assert not in_a_loop(provenance.describe(plain))
+    [form], remarks = forms_of([(None, bench)])
+    assert {column.kind for column in form.cells} == {"size"}
+    assert len(remarks) == 1
+    bench.meta["local"]["decode"][bench.records[0].level]["compiled"] = True
+    [form], remarks = forms_of([(None, bench)])
+    assert {column.kind for column in form.cells} == {"size", "speed"}
+    assert not remarks
+    assert LOOP not in bench.remarks()
 
 
 @pytest.mark.parametrize(
@@ -382,6 +398,69 @@ def test_neither_a_model_nor_an_endpoint():
         benchmark("demo")
     with refused(BadInput, "rate", 2.0):
         benchmark(tiny_mixtral(), rate=2.0)
+
+
+@pytest.fixture
+def graph(monkeypatch):
+    """A compiled path on the fake clock: a forward takes a tenth, and the first 40 s; or raises."""
+
+    @contextmanager
+    def entered(model):
+        if graph.fault is not None:
+            raise graph.fault
+        graph.device.seconds += 40.0
+        graph.device.speed = graph.speed
+        yield
+        graph.device.speed = 1.0
+
+    graph = SimpleNamespace(fault=None, speed=0.1, device=None)
+    monkeypatch.setattr("mixlens.bench.local.one_graph", entered)
+    monkeypatch.setattr("mixlens.bench.local.compile_config", lambda: None)
+    return graph
+
+
+@pytest.mark.parametrize(
+    ("seconds", "speed", "fault", "compiled", "tpot_s", "calls"),
+    [
+        (0.1, 0.1, None, False, 0.1, 3),  # a second in all, which no compiling makes shorter
+        (20.0, 0.1, None, True, 2.0, 5),
+        (20.0, 1.5, None, False, 20.0, 5),
+        (20.0, 0.1, RuntimeError("no compiler\nand a trace"), False, 20.0, 3),
+    ],
+    ids=["short", "faster", "slower", "cannot be compiled"],
+)
+def test_decode_is_compiled_where_the_clock_says_that_it_pays(graph, seconds, speed, fault, compiled, tpot_s, calls):
+    model = tiny_mixtral(num_hidden_layers=1)
+    device = graph.device = FakeDevice(model)
+    device.forward_s, graph.speed, graph.fault = seconds, speed, fault
+    bench = run(model, device, batch=1, settings=replace(QUIET, max_seconds=None))
+    assert len(bench.records) == calls
+    measured = bench.requests().query("phase == 'measured'")
+    np.testing.assert_allclose(measured["tpot_s"], tpot_s + 0.01)
+    [chosen] = bench.meta["local"]["decode"].values()
+    assert chosen["compiled"] is compiled
+    assert any(chosen["why"] in remark for remark in bench.remarks())
+    assert ("no compiler" in chosen["why"]) == (fault is not None)
+    assert model.generation_config.cache_implementation is None
+
+
+def test_a_model_is_audited_and_summed_up_once(monkeypatch):
+    model = tiny_mixtral(num_hidden_layers=2)
+    counted = {"audits": 0, "checksums": 0}
+
+    def counting(what, function):
+        def called(asked):
+            counted[what] += asked is model
+            return function(asked)
+
+        return called
+
+    audited = counting("audits", provenance.audit)
+    for module in (provenance, bytes_and_flops):
+        monkeypatch.setattr(module, "audit", audited)
+    monkeypatch.setattr(provenance, "weights_checksum", counting("checksums", provenance.weights_checksum))
+    run(model, FakeDevice(model), batch=(1, 2), requests=3)
+    assert counted == {"audits": 1, "checksums": 1}
 
 
 @pytest.mark.slow

@@ -48,9 +48,7 @@ class GroupedLinear(nn.Module):
 
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight [out, in]."""
-        scale, zero = (values.to(dtype)[..., None] for values in (self.scale, self.zero))
-        number = unpack(self.number, self.bits).reshape(self.out_features, scale.shape[1], -1)
-        weight = ((number - zero) * scale).reshape(self.out_features, -1)
+        weight = grouped_weight(self.number, self.scale, self.zero, self.bits, dtype)
         return weight if self.order is None else weight[:, self.order]
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -59,6 +57,15 @@ class GroupedLinear(nn.Module):
     def extra_repr(self) -> str:
         groups = self.scale.shape[1]
         return f"{self.in_features}, {self.out_features}, {self.scheme}, {self.bits} bits, {groups} groups"
+
+
+def grouped_weight(
+    packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """The weight [..., out, in] of packed numbers [..., out, in / 8, bits], scales and zeros [..., out, groups]."""
+    scale, zero = (values.to(dtype)[..., None] for values in (scale, zero))
+    number = unpack(packed, bits).reshape(*scale.shape[:-1], -1)
+    return ((number - zero) * scale).flatten(-2)
 
 
 def pack(number: torch.Tensor, bits: int) -> torch.Tensor:

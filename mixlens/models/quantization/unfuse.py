@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from torch import nn
 from transformers.integrations.moe import use_experts_implementation
 
 from mixlens.models.quantization.linears import dequantized
+from mixlens.models.quantization.stack import Stack
 
 
 class Expert(nn.Module):
@@ -28,9 +31,13 @@ class Expert(nn.Module):
 
     def neurons(self, hidden: torch.Tensor) -> torch.Tensor:
         """[n, I] from hidden states [n, H]."""
-        if self.w1 is None:
-            return self.act_fn(self.w3(hidden))
-        gate, up, family = self.w1(hidden), self.w3(hidden), self._family[0]
+        return self.joined(None if self.w1 is None else self.w1(hidden), self.w3(hidden))
+
+    def joined(self, gate: torch.Tensor | None, up: torch.Tensor) -> torch.Tensor:
+        """Neurons from w1 x and w3 x."""
+        family = self._family[0]
+        if gate is None:
+            return self.act_fn(up)
         if family is None:
             return self.act_fn(gate) * up
         both = torch.cat([gate, up], -1) if family.is_concatenated else torch.stack([gate, up], -1).flatten(-2)
@@ -69,9 +76,45 @@ class UnfusedExperts(nn.ModuleList):
         super().__init__(experts)
         self.num_experts, self.hidden_dim, self.intermediate_dim = count, hidden, inner
         self.gated, self.biased = fused.has_gate, fused.has_bias
+        self._stacks: dict[str, Stack] = {}
 
     def forward(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """[T, H] from hidden states [T, H], chosen experts [T, k] and their weights [T, k]."""
+        return self.loop(hidden, ids, weights)
+
+    @property
+    def is_stacked(self) -> bool:
+        return bool(self._stacks)
+
+    @contextmanager
+    def stacked(self) -> Iterator[None]:
+        """Hold each matrix of all experts in one tensor, for `gathered`, where their scheme has such a form."""
+        names = [name for name in ("w1", "w2", "w3") if name != "w1" or self.gated]
+        made = {name: Stack.of([expert.get_submodule(name) for expert in self]) for name in names}
+        try:
+            if all(made.values()):
+                self._stacks = {name: stack for name, stack in made.items() if stack is not None}
+            yield
+        finally:
+            self._stacks = {}
+            for stack in made.values():
+                if stack is not None:
+                    stack.take_apart()
+
+    def gathered(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """As `loop`, for few tokens in compiled code, where the choice of weights is fused with their product."""
+        (tokens, k), chosen, first = ids.shape, ids.reshape(-1), self[0]
+
+        def product(name: str, x: torch.Tensor) -> torch.Tensor:
+            return self._stacks[name].product(chosen, x)
+
+        x = hidden.repeat_interleave(k, 0)
+        neurons = first.joined(product("w1", x) if self.gated else None, product("w3", x))  # type: ignore[operator]
+        values = product("w2", neurons) * weights.reshape(-1, 1)
+        return values.view(tokens, k, -1).sum(1).to(hidden.dtype)
+
+    def loop(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """One expert after the other, each with its tokens."""
         output = torch.zeros_like(hidden)
         for number in ids.unique().tolist():
             if number == self.num_experts:  # transformers' mark of a slot that no expert takes

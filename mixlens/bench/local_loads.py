@@ -1,0 +1,149 @@
+"""How a loaded model is benchmarked: settings and loads, checked before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from typing import Any
+
+from mixlens.bench.local_tables import in_configuration
+from mixlens.bench.model_prompts import Prompts
+from mixlens.bench.prompts import Workload
+from mixlens.errors import BadInput
+from mixlens.models.decoding import AUTO, register
+from mixlens.models.layout import moe_layers
+from mixlens.models.quantization.unfuse import is_unfused
+
+
+@dataclass(frozen=True)
+class LocalSettings:
+    """Settings of how a loaded model is benchmarked.
+
+    Parameters
+    ----------
+    warmup : int, optional
+        Calls before each load that are kept and never counted; the first of them is the cold one.
+    experts : str or Sequence[str], optional
+        Experts implementations to measure in turn, as "eager" or "grouped_mm"; None for the model's own.
+    static_cache : bool, optional
+        Keys and values in memory set aside for the longest sequence.
+    compiled : bool, optional
+        Decode as within `ml.compiled_decoding`. None compiles where what remains of a load would take longer than a
+        minute otherwise, and keeps what is faster; the remarks of the result say which, with both times.
+    recording : bool, optional
+        Routing recorded in every call, from which the bytes that it must read are known.
+    max_seconds : float, optional
+        After which no call starts; None for no cap.
+    progress : bool, optional
+        Whether to show a progress bar.
+
+    Examples
+    --------
+    >>> ml.bench.LocalSettings(warmup=0).recording
+    True
+    """
+
+    warmup: int = 1
+    experts: str | Sequence[str] | None = None
+    static_cache: bool = False
+    compiled: bool | None = None
+    recording: bool = True
+    max_seconds: float | None = 600.0
+    progress: bool = True
+
+
+@dataclass(frozen=True)
+class Load:
+    """So many rows at a time, of one workload, with one experts implementation (None: the model's own).
+
+    configuration  in which the model was loaded, where there are several
+    """
+
+    rows: int
+    workload: Workload
+    experts: str | None
+    configuration: str = ""
+
+    @property
+    def name(self) -> str:
+        prompt = str(self.workload.prompt_tokens) if self.workload.prompts is None else "given"
+        experts = f", {self.experts}" if self.experts else ""
+        load = f"batch {self.rows}, {prompt} + {self.workload.output_tokens} tokens{experts}"
+        return in_configuration(self.configuration, load)
+
+
+def settings_plan(settings: LocalSettings) -> dict[str, Any]:
+    """What decides a measurement, as plain values."""
+    return {name: value for name, value in asdict(settings).items() if name != "progress"}
+
+
+def check_calls(requests: int, settings: LocalSettings) -> None:
+    """Raises BadInput for numbers of calls or seconds that are none."""
+    seconds = settings.max_seconds
+    if (
+        not isinstance(requests, int)
+        or requests < 1
+        or settings.warmup < 0
+        or (seconds is not None and not seconds > 0)
+    ):
+        raise BadInput(
+            f"Cannot benchmark {requests} calls after {settings.warmup} warm-up calls within {seconds} seconds: needs "
+            "at least 1 call, 0 or more warm-up calls and more than 0 seconds. Pass larger numbers.",
+            argument="requests",
+            value=(requests, settings.warmup, seconds),
+        )
+
+
+def loads_of(
+    batch: int | Sequence[int] | None,
+    workload: Workload | Sequence[Workload],
+    settings: LocalSettings,
+    configuration: str = "",
+) -> list[Load]:
+    """Every batch size with every workload and experts implementation. Raises BadInput for what is no load."""
+    rows = [batch] if isinstance(batch, int) else list(batch or [1])
+    workloads = [workload] if isinstance(workload, Workload) else list(workload)
+    experts = [settings.experts] if isinstance(settings.experts, str | None) else list(settings.experts)
+    loads = [Load(*load, configuration) for load in product(rows, workloads, experts)]
+    if not loads or not all(isinstance(n, int) and n >= 1 for n in rows) or len({x.name for x in loads}) < len(loads):
+        raise BadInput(
+            f"Cannot benchmark batches of {batch} rows with {len(workloads)} workloads: a batch size is not a whole "
+            "number from 1, or a load is repeated. Pass whole numbers from 1 and workloads of different lengths, "
+            "each once.",
+            argument="batch",
+            value=rows,
+        )
+    return loads
+
+
+def check_loads(model: Any, loads: Sequence[Load]) -> None:
+    """Raises BadInput for loads that the model cannot take; its weights need not be there."""
+    for name in dict.fromkeys(load.experts for load in loads):
+        check_experts(model, name)
+    for load in loads:
+        Prompts(model, load.workload)
+
+
+def check_experts(model: Any, name: str | None) -> None:
+    """Raises BadInput for an experts implementation that the model cannot have."""
+    if name not in (None, "eager") and any(is_unfused(layer.experts) for layer in moe_layers(model)):
+        raise BadInput(
+            f"Cannot benchmark experts={name!r}: the experts of this model are separate Linears, as quantization "
+            "needs, and only eager computes with them. Leave the name out, or load the model without quantization.",
+            argument="experts",
+            value=name,
+        )
+    if name == AUTO:
+        register()
+    try:
+        model.get_correct_experts_implementation(
+            model.config._experts_implementation if name is None else name or "no name"
+        )
+    except (ValueError, ImportError) as error:
+        raise BadInput(
+            f"Cannot benchmark experts={name!r}: {str(error).splitlines()[0]} Pass some of auto, eager, "
+            "grouped_mm and batched_mm.",
+            argument="experts",
+            value=name,
+        ) from error
