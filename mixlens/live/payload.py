@@ -21,6 +21,7 @@ from mixlens.trace.trace import Trace
 _DIGITS = str.maketrans("<>&$`", ",./:[")
 ENTROPY_LEVELS, NO_LOGPROB = 31, 65535
 _MOST_PAIRED = 16  # experts whose pairs fit into one byte
+_MOST_WEIGHTS = 3_500_000  # choices of which weights are kept; they take as much again as the choices
 
 
 def pack(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
@@ -39,6 +40,7 @@ def pack(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
 def token_arrays(trace: Trace, sequences: list[int]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Return what the token views need of some sequences, in ascending order: a header, and arrays by layer.
 
+    header["left_out"] says what would make the view too large.
     header["starts"] has the first token of every sequence, followed by the number of tokens; a sequence without tokens
     starts where the next one does.
 
@@ -67,7 +69,11 @@ def token_arrays(trace: Trace, sequences: list[int]) -> tuple[dict[str, Any], di
         arrays |= {"token_id": token_id, "piece": text_index}
         header["pieces"] = pieces
     if "weight" in part.signals:
-        arrays["weight"] = weight_plane(part.read("weight"))
+        choices = part.n_tokens * part.n_layers * part.top_k
+        if choices <= _MOST_WEIGHTS:
+            arrays["weight"] = weight_plane(part.read("weight"))
+        else:
+            header["left_out"] = f"The weights of {choices:,} choices are left out"
     if "logprob" in part.signals:
         steps = np.rint(-100 * part.read("logprob").astype(np.float64)).clip(0, NO_LOGPROB - 1)
         arrays["surprise"] = np.nan_to_num(steps, nan=NO_LOGPROB).astype(np.uint16)

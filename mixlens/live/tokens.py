@@ -72,7 +72,7 @@ def packed_tokens(trace: Trace, numbers: list[int], layer: int, contributions: x
         for name, values in _matched(trace, numbers, contributions).items():
             header["steps"][name], arrays[name] = signed_plane(values)
     header |= {
-        "title": "Experts of every token",
+        "title": ". ".join(["Experts of every token", *([header["left_out"]] if "left_out" in header else [])]),
         "colours": expert_colours(trace.n_experts),
         "labels": [label(trace, n) for n in numbers],
         "domains": [domain(trace, n) for n in numbers],

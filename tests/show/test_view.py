@@ -9,6 +9,7 @@ from unpacking import unpack
 
 from mixlens import view
 from mixlens.errors import BadInput
+from mixlens.live import payload
 from mixlens.live.payload import pack
 from mixlens.trace.trace import Trace
 
@@ -111,6 +112,16 @@ def test_more_than_two_choices_keep_a_plane_each():
     ids = np.array([[[3, 1, 2]], [[0, 2, 3]]])
     arrays = unpack(view.tokens(Trace.from_arrays(ids, n_experts=4)).packed)[1]
     np.testing.assert_array_equal(arrays["expert"], ids.transpose(2, 1, 0))
+
+
+def test_a_view_that_would_be_too_large_leaves_weights_out_and_says_so(trace, monkeypatch):
+    monkeypatch.setattr(payload, "_MOST_WEIGHTS", 60 * trace.n_layers * 2)
+    whole = unpack(view.tokens(trace, [0]).packed)
+    header, arrays = unpack(view.tokens(trace, [0, 1]).packed)
+    assert "weight" in whole[1]
+    assert "left_out" not in whole[0]
+    assert arrays.keys() == whole[1].keys() - {"weight"}
+    assert header["left_out"] in header["title"]
 
 
 def contributions_of(trace) -> xr.Dataset:
