@@ -47,7 +47,8 @@ def open(path: str | os.PathLike[str], *, format: str | None = None, check: bool
     ----------
     path : str or os.PathLike
         The folder; "hf://owner/name" of a run that `push` wrote, with "@revision" for another than its newest commit,
-        whose files are fetched when they are first used; for a format of others its file or folder.
+        or any address that fsspec knows, such as "s3://bucket/run"; their files are fetched when they are first used.
+        For a format of others its file or folder.
     format : str, optional
         "flame" (FLAME-MoE-Traces, also at ``hf://datasets/...``), "vllm" or "sglang" (answers, one a line),
         "routed_experts" (what trainers replay), "npy", "safetensors" or "parquet". None for a run of mixlens.

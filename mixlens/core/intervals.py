@@ -19,9 +19,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
+
+from mixlens.core.quantiles import beta_quantile, t_quantile
 
 # Events added above: one makes bounds exact for events that are all alike. Of documents that are not, the variance is
 # underestimated by those few that miss the largest. With three the bounds of few skewed documents hold, with two those
@@ -38,16 +41,18 @@ Bounds = tuple[np.ndarray, np.ndarray]
 class Jackknife:
     """A quantity, and what leaving out each unit says of it; all [...].
 
-    error    standard error
-    bias     of the estimate
-    freedom  degrees of freedom of the error: at most one less than Kish's effective number of units, and fewer where
-             few units make up most of it, which the kurtosis of their influence tells (Satterthwaite's approximation)
+    error     standard error
+    bias      of the estimate
+    freedom   degrees of freedom of the error: at most one less than Kish's effective number of units, and fewer where
+              few units make up most of it, which the kurtosis of their influence tells (Satterthwaite's approximation)
+    skewness  of the estimate, from that of the units' influence
     """
 
     estimate: np.ndarray
     error: np.ndarray
     bias: np.ndarray
     freedom: np.ndarray
+    skewness: np.ndarray
 
     @classmethod
     def of(cls, values: np.ndarray, sizes: np.ndarray) -> Jackknife:
@@ -56,19 +61,28 @@ class Jackknife:
         sizes  [unit] or [..., unit], how much each unit has to say
         """
         estimate, without = values[..., 0], values[..., 1:]
-        n, effective = without.shape[-1], effective_number(sizes)
-        known = np.isfinite(without)
-        mean = np.where(known, without, 0).sum(-1) / np.maximum(known.sum(-1), 1)
-        squares = np.where(known, without - mean[..., None], 0) ** 2
+        n, effective = np.float64(without.shape[-1]), effective_number(sizes)
+        mean = without.sum(-1) / max(n, 1)
+        known: np.ndarray | float = n
+        if (some := np.isnan(mean) & np.isfinite(estimate)).any():  # a unit without which there is no value
+            there = np.isfinite(without)
+            known = there.sum(-1)
+            mean = np.where(some, np.where(there, without, 0).sum(-1) / np.maximum(known, 1), mean)
+            away = np.where(there, without - mean[..., None], 0)
+        else:
+            away = without - mean[..., None]
+        squares = away * away
         total = squares.sum(-1)
         total = np.where(total <= n * (1e-12 * estimate) ** 2, 0, total)  # rounding is no variation
+        cubes, fourth = (np.einsum("...u,...u->...", squares, other) for other in (away, squares))
         with np.errstate(divide="ignore", invalid="ignore"):
-            excess = np.where(total > 0, n * (squares * squares).sum(-1) / total**2 - 3, 0)
+            excess = np.where(total > 0, n * fourth / total**2 - 3, 0)
             error = np.sqrt(total * effective / (effective - 1)) * (n - 1) / n
             freedom = 2 * n / (np.maximum(excess, 0) + 2 * n / (n - 1))
-        enough = np.isfinite(error) & (known.sum(-1) >= 2)
+            skewness = np.where(total > 0, -cubes / total**1.5, 0)
+        enough = np.isfinite(error) & (known >= 2)
         freedom = np.maximum(np.minimum(freedom, effective - 1), 1)
-        return cls(estimate, np.where(enough, error, np.nan), (n - 1) * (mean - estimate), freedom)
+        return cls(estimate, np.where(enough, error, np.nan), (n - 1) * (mean - estimate), freedom, skewness)
 
     @classmethod
     def within(cls, values: np.ndarray, sizes: np.ndarray, group: np.ndarray) -> Jackknife:
@@ -81,13 +95,12 @@ class Jackknife:
         total = squares.sum(0)
         # Welch and Satterthwaite's
         freedom = np.divide(total**2, (squares**2 / freedom).sum(0), out=freedom.min(0), where=total > 0)
-        return cls(values[..., 0], np.sqrt(total), np.sum([part.bias for part in parts], axis=0), freedom)
+        bias, unknown = np.sum([part.bias for part in parts], axis=0), np.full_like(total, np.nan)
+        return cls(values[..., 0], np.sqrt(total), bias, freedom, unknown)
 
     def reach(self, tail: np.ndarray | float) -> np.ndarray:
         """How far Student's t reaches with this probability beyond it."""
-        from scipy.special import stdtrit  # here, since it takes a quarter of a second
-
-        return self.error * stdtrit(self.freedom, 1 - np.asarray(tail))
+        return self.error * t_quantile(self.freedom, tail)
 
 
 @dataclass(frozen=True)
@@ -103,18 +116,28 @@ class Ratio(ABC):
     how: ClassVar[str]
     fewest: ClassVar[int] = 2
 
+    @cached_property
+    def ratio(self) -> np.ndarray:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return self.top / self.bottom
+
+    @cached_property
+    def jackknife(self) -> Jackknife:
+        return Jackknife.of(self.ratio, _own(self.bottom))
+
     @property
     def values(self) -> np.ndarray:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return _shown(self.through, self.top / self.bottom)
+        return _shown(self.through, self.ratio)
+
+    @property
+    def skewness(self) -> np.ndarray:
+        """Of the estimate [...], before it is shown."""
+        return self.jackknife.skewness
 
     def bounds(self, sizes: np.ndarray, level: float) -> Bounds:
         """Lower and upper bound [...]; every unit counts by its own part of the sum below, whatever its size."""
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ratio = self.top / self.bottom
-        tail = (1 - level) / 2
-        low, high = self._bounds(Jackknife.of(ratio, _own(self.bottom)), tail)
-        return _around(ratio[..., 0], _shown(self.through, low), _shown(self.through, high), self.through)
+        low, high = self._bounds(self.jackknife, (1 - level) / 2)
+        return _around(self.ratio[..., 0], _shown(self.through, low), _shown(self.through, high), self.through)
 
     @abstractmethod
     def _bounds(self, jackknife: Jackknife, tail: float) -> Bounds:
@@ -127,9 +150,9 @@ class Share(Ratio):
     how = "Clopper and Pearson for the effective number of what is counted (Korn and Graubard 1998)"
 
     def _bounds(self, jackknife: Jackknife, tail: float) -> Bounds:
-        return self._at(jackknife, tail, tail)
+        return self._at(tail, tail)
 
-    def effective(self, tail: np.ndarray | float, jackknife: Jackknife | None = None) -> np.ndarray:
+    def effective(self, tail: np.ndarray | float) -> np.ndarray:
         """The number whose binomial variance equals the variance between units.
 
         Where no unit differs, as where none has it, the variance says nothing; then every unit counts once, since what
@@ -137,29 +160,27 @@ class Share(Ratio):
         """
         from scipy.special import ndtri
 
-        own, n = _own(self.bottom), self.bottom[..., 0]
+        jackknife, n = self.jackknife, self.bottom[..., 0]
+        p = jackknife.estimate
         with np.errstate(divide="ignore", invalid="ignore"):
-            jackknife = Jackknife.of(self.top / self.bottom, own) if jackknife is None else jackknife
-            p = jackknife.estimate
             found = p * (1 - p) * (ndtri(tail) / jackknife.reach(tail)) ** 2
-        found = np.where((p > 0) & (p < 1) & (jackknife.error > 0), found, effective_number(own))
+        alike = ~((p > 0) & (p < 1) & (jackknife.error > 0))
+        found = np.where(alike, effective_number(_own(self.bottom)), found)
         return np.maximum(found, np.minimum(1.0, n))
 
-    def _at(self, jackknife: Jackknife, tail_low: np.ndarray | float, tail_high: np.ndarray | float) -> Bounds:
+    def _at(self, tail_low: np.ndarray | float, tail_high: np.ndarray | float) -> Bounds:
         """Bounds that the truth lies beyond with these probabilities.
 
         Clopper and Pearson's for units that differ, those of Jeffreys for tokens that are as good as independent: of
         few events that are single ones the former cover more than they say (Brown, Cai and DasGupta 2001).
         """
-        from scipy.special import betaincinv
-
-        p = jackknife.estimate
+        p = self.jackknife.estimate
         with np.errstate(invalid="ignore"):
-            n_low = self.effective(tail_low, jackknife)
-            n_high = n_low if tail_high is tail_low else self.effective(tail_high, jackknife)
+            n_low = self.effective(tail_low)
+            n_high = n_low if tail_high is tail_low else self.effective(tail_high)
             one_low, one_high = (1 - np.minimum(n / self.bottom[..., 0], 1) / 2 for n in (n_low, n_high))
-            low = betaincinv(p * n_low + 1 - one_low, (1 - p) * n_low + one_low, tail_low)
-            high = betaincinv(p * n_high + one_high, (1 - p) * n_high + 1 - one_high, 1 - np.asarray(tail_high))
+            low = beta_quantile(p * n_low + 1 - one_low, (1 - p) * n_low + one_low, tail_low)
+            high = beta_quantile(p * n_high + one_high, (1 - p) * n_high + 1 - one_high, 1 - tail_high)
         known = np.isfinite(p) & np.isfinite(n_low)
         low, high = np.where(p <= 0, 0.0, low), np.where(p >= 1, 1.0, high)
         return np.where(known, low, np.nan), np.where(known, high, np.nan)
@@ -209,20 +230,17 @@ class Largest(Share):
 
     @property
     def values(self) -> np.ndarray:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return _shown(self.through, (self.top / self.bottom).max(-2))
+        return _shown(self.through, self.ratio.max(-2))
 
     def bounds(self, sizes: np.ndarray, level: float) -> Bounds:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ratio = self.top / self.bottom
-        jackknife, miss = Jackknife.of(ratio, _own(self.bottom)), 1 - level
+        miss = 1 - level
         half = miss / 2
-        low, high = self._at(jackknife, half, half)
+        low, high = self._at(half, half)
         rivals = np.maximum((high >= low.max(-1, keepdims=True)).sum(-1, keepdims=True), 2)
         # Of m rivals each may be below its lower bound; that all are above their upper ones is rare.
         below = _RIVALS * miss / rivals
-        low, high = self._at(jackknife, below, miss - below)
-        largest = ratio[..., 0].max(-1)
+        low, high = self._at(below, miss - below)
+        largest = self.ratio[..., 0].max(-1)
         low, high = _shown(self.through, low.max(-1)), _shown(self.through, high.max(-1))
         return _around(largest, low, high, self.through)
 
@@ -245,6 +263,11 @@ class Smooth:
     @property
     def values(self) -> np.ndarray:
         return _shown(self.through, self.function)
+
+    @property
+    def skewness(self) -> np.ndarray:
+        """Of the estimate [...], before it is shown."""
+        return Jackknife.of(self.function, np.ones(self.function.shape[-1] - 1)).skewness
 
     def bounds(self, sizes: np.ndarray, level: float) -> Bounds:
         """Lower and upper bound [...]; `sizes` [unit] says how much each unit has to say."""

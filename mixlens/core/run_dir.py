@@ -32,6 +32,7 @@ from typing import Any
 
 from mixlens.core.files import REASONS, check_space, disk_errors, sha256_file, shortages, sync
 from mixlens.core.hub import SCHEME, present, snapshot_of
+from mixlens.core.remote import fetched, is_remote, mirror_of
 from mixlens.core.sealed_json import altered, json_bytes, read_json, read_sealed, sealed, short
 from mixlens.errors import MixlensError, RunError, visible
 
@@ -371,7 +372,7 @@ class Run:
         """
         path = self.path / name
         if name not in self._checked:
-            path = present(path)
+            path = fetched(present(path))
             entry = self.meta["files"].get(name)
             fault = f"is not listed in {META}" if entry is None else _fault(path, entry, contents=self.check)
             if fault:
@@ -396,7 +397,7 @@ class Run:
         A file that the run does not list is a fault too.
         """
         files = self.meta["files"]
-        at = {name: present(self.path / name) for name in files}
+        at = {name: fetched(present(self.path / name)) for name in files}
         found = [f"{name} {fault}" for name, entry in files.items() if (fault := _fault(at[name], entry))]
         nested = {(self.path / name).parent for name in files if name.endswith(f"/{META}")}
         if self.meta["format"] == 1:  # which listed no nested runs
@@ -437,9 +438,12 @@ def open_run(path: str | os.PathLike[str], kind: str | None = None, *, check: bo
     """The complete run at `path`. With `check=False` sizes of files are compared, but not checksums.
 
     Raises RunError when there is no run, when it is not finished, of another kind than `kind`, or when its meta.json
-    is not as it was written. A path may be "hf://owner/name", whose files are fetched as they are used.
+    is not as it was written. A path may be "hf://owner/name", or another address that fsspec knows, such as
+    "s3://bucket/run"; its files are fetched as they are used.
     """
-    path = snapshot_of(path) if isinstance(path, str) and path.startswith(SCHEME) else Path(path)
+    if isinstance(path, str) and path.startswith(SCHEME):
+        path = snapshot_of(path)
+    path = mirror_of(path) if isinstance(path, str) and is_remote(path) else Path(path)
     try:
         if present(path / META).exists():
             return Run(path, _checked_meta(path, kind), check)

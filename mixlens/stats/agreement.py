@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import TYPE_CHECKING
 
@@ -79,10 +79,12 @@ def agreement(
         measures[:, 0] = ids[:, 0] == others[:, 0]
         for i, j in product(range(a.top_k), repeat=2):
             measures[:, 1] += ids[:, i] == others[:, j]
+
+        def diverge(tokens: slice, *parts: np.ndarray) -> None:
+            measures[:, 2, tokens] = _jensen_shannon_bits(parts[:3], parts[3:])
+
         if has_logits:
-            pairs = zip(softmax_tiles(block["router_logits"]), softmax_tiles(block["other router_logits"]), strict=True)
-            for (tokens, *p), (_, *q) in pairs:
-                measures[:, 2, tokens] = _jensen_shannon_bits(p, q)
+            softmax_tiles(diverge, block["router_logits"], block["other router_logits"])
         totals["measures"][block.clusters] += block.sums(measures)
 
     def measures(sums: dict[str, np.ndarray]) -> dict[str, Quantity]:
@@ -105,7 +107,7 @@ def agreement(
     )  # fmt: skip
 
 
-def _jensen_shannon_bits(p: list[np.ndarray], q: list[np.ndarray]) -> np.ndarray:
+def _jensen_shannon_bits(p: Sequence[np.ndarray], q: Sequence[np.ndarray]) -> np.ndarray:
     """[layer, token] from z, exp z and Z of both."""
     middle = (p[1] / p[2][:, None] + q[1] / q[2][:, None]) / 2
     logarithm = np.log2(np.maximum(middle, np.finfo(np.float32).tiny))

@@ -20,8 +20,9 @@ import xarray as xr
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.core.intervals import Quantity, effective_number, leaving_out, said, with_bounds
 from mixlens.core.names import OF_STATISTICS, beside
+from mixlens.core.threads import cores, in_threads
 from mixlens.errors import BadInput, MissingSignal
-from mixlens.stats.multiplicity import p_against, skewness, with_survivors
+from mixlens.stats.multiplicity import p_against, with_survivors
 
 if TYPE_CHECKING:
     from mixlens.trace.trace import Trace
@@ -29,10 +30,10 @@ if TYPE_CHECKING:
 By = str | Sequence[str] | None
 Statistic = Callable[[dict[str, np.ndarray]], Mapping[str, Quantity] | Quantity]
 
-# Counts kept (128 MB), documents or bundles of documents a group, and numbers evaluated at a time (8 MB).
-_MOST_AT_A_TIME = 2**26  # counts that a statistic of pairs of experts holds (512 MB)
+# Counts kept (128 MB), documents or bundles of documents a group, and numbers evaluated at a time (2 MB).
+_MOST_AT_A_TIME = 2**27  # counts that a statistic of pairs of experts holds (512 MB)
 _MOST_COUNTS, _FEWEST_BUNDLES, _MOST_BUNDLES = 2**24, 50, 512
-_MOST_VALUES = 2**20
+_MOST_VALUES = 2**18
 
 JIANG = "Jiang et al. 2024, Mixtral of Experts, arXiv 2401.04088"
 OLMOE = "Muennighoff et al. 2024, OLMoE, arXiv 2409.02060"
@@ -98,7 +99,7 @@ class Block:
 
     columns   as `Trace.blocks` gives them, without "sequence"
     sequence  [token]
-    clusters  the distinct clusters at hand
+    clusters  rows of the totals, one for each distinct cluster at hand
     local     [token] index into `clusters`
     """
 
@@ -118,12 +119,31 @@ class Block:
         """Column [token, layer, x] as a contiguous [layer, x, token]: what follows walks through memory in order."""
         return np.ascontiguousarray(self.columns[name][:, layers].transpose(1, 2, 0))
 
+    def each_layer(
+        self, name: str, add: Callable[[int, np.ndarray], None], layers: slice | list[int] = slice(None)
+    ) -> None:
+        """Call `add` with the index and the values [x, token] of every layer, on all cores: each in its own totals."""
+        indices = np.arange(self.columns[name].shape[1])[layers]
+        at_a_time = max(1, -(-len(indices) // cores()))
+
+        def some(start: int) -> None:
+            here = indices[start : start + at_a_time]
+            # One after the other, so that the copies of all do not lie in memory at once.
+            for part in np.array_split(here, -(-len(here) // 8)):
+                for offset, values in enumerate(self.by_layer(name, part.tolist())):
+                    add(start + int(part[0] - here[0]) + offset, values)
+
+        in_threads(some, range(0, len(indices), at_a_time))
+
     def count(self, codes: np.ndarray, size: int, where: np.ndarray | slice = slice(None)) -> np.ndarray:
         """How often each code 0 .. size-1 comes up in each cluster [cluster, size]; codes [..., token of `where`]."""
-        out = np.zeros(len(self.clusters) * size, np.uint32)
-        # Three times as fast as np.bincount, which looks for the smallest and the largest first.
-        np.add.at(out, (self.local[where] * size + codes).ravel(), np.uint32(1))
-        return out.reshape(-1, size)
+        from scipy.sparse import coo_array  # here, since it takes a fifth of a second
+
+        # A sparse matrix adds up in compiled code during which other threads run, as they do not during np.add.at.
+        codes = codes.astype(np.int32, copy=False)
+        rows = np.broadcast_to(self.local[where].astype(np.int32), codes.shape)
+        ones = np.ones(codes.size, np.uint32)
+        return coo_array((ones, (rows.ravel(), codes.ravel())), shape=(len(self.clusters), size)).toarray()
 
     def sums(self, values: np.ndarray) -> np.ndarray:
         """Numbers or booleans [..., token] added up in each cluster [cluster, ...]."""
@@ -143,14 +163,10 @@ class Block:
 
 @dataclass(frozen=True)
 class Reading:
-    """Columns of a trace that a pass reads, block by block."""
+    """Columns of a trace that a pass reads, about so many tokens at a time."""
 
-    trace: Trace
     names: tuple[str, ...]
     tokens: int = 65_536
-
-    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-        return self.trace.blocks(*self.names, tokens=self.tokens)
 
 
 @dataclass(frozen=True)
@@ -164,69 +180,151 @@ class Counts:
     layers: np.ndarray
 
 
+@dataclass(frozen=True)
+class Counting:
+    """What is counted in a pass: `add` puts each block into totals of these shapes, which start at 0."""
+
+    clusters: Clusters
+    shapes: Mapping[str, tuple[int, ...]]
+    add: Callable[[Block, dict[str, np.ndarray]], None]
+    dtype: type[np.generic] = np.float64
+
+    def finished(self, trace: Trace, counted: Counted) -> Counts:
+        clusters = self.clusters
+        of_document = np.zeros(int(clusters.document.max(initial=-1)) + 1)
+        of_document[counted.documents] = 1
+        numbers = np.flatnonzero(clusters.document >= 0)
+        group_of_document = np.zeros(len(of_document), np.int64)
+        group_of_document[clusters.document[numbers]] = clusters.group[clusters.of_sequence[numbers]]
+        seen = reduced(trace, of_document) > 0
+        n_documents = np.bincount(group_of_document[seen], minlength=clusters.n_groups)
+        totals = {name: reduced(trace, array) for name, array in counted.totals.items()}
+        return Counts(clusters, totals, reduced(trace, counted.tokens), n_documents, trace.layers)
+
+
+class Counted:
+    """The counts of some clusters, which grow block by block.
+
+    present    numbers of the clusters [row]
+    totals     [row, ...]
+    tokens     [row]
+    documents  numbers of those that have a token
+    """
+
+    def __init__(self, counting: Counting, present: np.ndarray) -> None:
+        self.present = present
+        self.totals = {name: np.zeros((len(present), *s), counting.dtype) for name, s in counting.shapes.items()}
+        self.tokens = np.zeros(len(present))
+        self.documents = np.empty(0, np.int64)
+
+    def feed(self, counting: Counting, columns: Mapping[str, np.ndarray]) -> None:
+        columns = dict(columns)
+        sequence = columns.pop("sequence")
+        if len(sequence) == 0:
+            return
+        found, local = np.unique(counting.clusters.of_sequence[sequence], return_inverse=True)
+        rows = np.searchsorted(self.present, found)
+        self.tokens[rows] += np.bincount(local)
+        self.documents = np.union1d(self.documents, counting.clusters.document[sequence])
+        counting.add(Block(columns, sequence, rows, local), self.totals)
+
+    def merge(self, other: Counted) -> None:
+        """Add counts of some of the clusters."""
+        rows = np.searchsorted(self.present, other.present)
+        for name, total in self.totals.items():
+            total[rows] = np.add(total[rows], other.totals[name])
+        self.tokens[rows] += other.tokens
+        self.documents = np.union1d(self.documents, other.documents)
+
+
+Countings = Sequence[tuple[Counting, Reading]]
+
+
 def count(
     trace: Trace,
     by: By | Clusters,
     shapes: Mapping[str, tuple[int, ...]],
-    blocks: Iterable[dict[str, np.ndarray]],
+    blocks: Reading | Iterable[dict[str, np.ndarray]],
     add: Callable[[Block, dict[str, np.ndarray]], None],
+    *,
+    dtype: type[np.generic] = np.float64,
 ) -> Counts:
-    """Run once through `blocks`, which have the column "sequence"; `add` puts each block into the totals.
+    """Run once through columns of the trace, or through `blocks`; `add` puts each block into the totals.
 
+    blocks  have the column "sequence", as what is read has
     by      sequence columns to group by, or the clusters themselves
-    shapes  {name: shape without the cluster}, for totals of float64 that start at 0
+    shapes  {name: shape without the cluster}, for totals that start at 0
+    dtype   of the totals; of whole numbers where nothing else is added up
     """
     clusters = by if isinstance(by, Clusters) else Clusters.of(trace, by, shapes)
-    counting = Counting(trace, clusters, shapes, add)
-    if (shared := _shared.get()) is not None and isinstance(blocks, Reading) and not shared.used:
-        return shared.counts_of(counting, blocks)
-    for columns in blocks:
-        counting.feed(columns)
-    return counting.finished()
+    counting = Counting(clusters, shapes, add, dtype)
+    if isinstance(blocks, Reading):
+        if (shared := _shared.get()) is not None and not shared.used:
+            return shared.counts_of(trace, counting, blocks)
+        (counted,) = one_pass(trace, [(counting, blocks)])
+    else:
+        counted = Counted(counting, np.arange(len(clusters.group)))
+        for columns in blocks:
+            counted.feed(counting, columns)
+    return counting.finished(trace, counted)
 
 
-class Counting:
-    """Counts that grow block by block."""
+def one_pass(trace: Trace, countings: Countings) -> list[Counted]:
+    """The counts of several statistics while the trace is read once.
 
-    def __init__(
-        self,
-        trace: Trace,
-        clusters: Clusters,
-        shapes: Mapping[str, tuple[int, ...]],
-        add: Callable[[Block, dict[str, np.ndarray]], None],
-    ) -> None:
-        self._trace, self._clusters, self._add = trace, clusters, add
-        self._shapes = shapes
-        self._totals: dict[str, np.ndarray] = {}
-        self._tokens = np.zeros(len(clusters.group))
-        self._of_document = np.zeros(int(clusters.document.max(initial=-1)) + 1)
+    Those of each shard are added up in the order of the shards, so that it does not matter who counts them; whole
+    numbers may be added up as they come.
+    """
+    whole = [Counted(counting, np.arange(len(counting.clusters.group))) for counting, _ in countings]
+    parts = trace.parts()
+    if trace.executor is not None:
+        for counted in _counted_by(trace.executor, countings, parts):
+            _merge(counted, whole)
+        return whole
+    direct = [len(parts) == 1 or np.issubdtype(counting.dtype, np.integer) for counting, _ in countings]
+    for part in parts:
+        counted = [w if d else _nothing(c, part) for w, d, (c, _) in zip(whole, direct, countings, strict=True)]
+        _feed(part, countings, counted)
+        _merge(counted, whole)
+    return whole
 
-    def feed(self, columns: Mapping[str, np.ndarray]) -> None:
-        columns = dict(columns)
-        sequence = columns.pop("sequence")
-        self._start()
-        if len(sequence) == 0:
-            return
-        present, local = np.unique(self._clusters.of_sequence[sequence], return_inverse=True)
-        self._tokens[present] += np.bincount(local)
-        self._of_document += np.bincount(self._clusters.document[sequence], minlength=len(self._of_document))
-        self._add(Block(columns, sequence, present, local), self._totals)
 
-    def finished(self) -> Counts:
-        self._start()
-        trace, clusters = self._trace, self._clusters
-        totals = {name: reduced(trace, array) for name, array in self._totals.items()}
-        numbers = np.flatnonzero(clusters.document >= 0)
-        group_of_document = np.zeros(len(self._of_document), np.int64)
-        group_of_document[clusters.document[numbers]] = clusters.group[clusters.of_sequence[numbers]]
-        seen = reduced(trace, self._of_document) > 0
-        n_documents = np.bincount(group_of_document[seen], minlength=clusters.n_groups)
-        return Counts(clusters, totals, reduced(trace, self._tokens), n_documents, trace.layers)
+def _counted_by(executor: str, countings: Countings, parts: Sequence[Trace]) -> Iterator[list[Counted]]:
+    """The counts of each part, in order, by a backend of joblib."""
+    import joblib
 
-    def _start(self) -> None:
-        if not self._totals:
-            n = len(self._clusters.group)
-            self._totals = {name: np.zeros((n, *shape)) for name, shape in self._shapes.items()}
+    with joblib.parallel_config(backend=executor):
+        parallel: Any = joblib.Parallel(n_jobs=-1, return_as="generator")
+        yield from parallel(joblib.delayed(_counted)(countings, part) for part in parts)
+
+
+def _counted(countings: Countings, part: Trace) -> list[Counted]:
+    counted = [_nothing(counting, part) for counting, _ in countings]
+    _feed(part, countings, counted)
+    return counted
+
+
+def _nothing(counting: Counting, part: Trace) -> Counted:
+    return Counted(counting, np.unique(counting.clusters.of_sequence[part.sequences.index]))
+
+
+def _merge(parts: Sequence[Counted], whole: Sequence[Counted]) -> None:
+    for total, part in zip(whole, parts, strict=True):
+        if part is not total:
+            total.merge(part)
+
+
+def _feed(part: Trace, countings: Countings, counted: Sequence[Counted]) -> None:
+    """Count the tokens of a part of the trace into what is counted so far."""
+    names = list(dict.fromkeys(name for _, reading in countings for name in reading.names))
+    tokens = min(reading.tokens for _, reading in countings)
+    for columns in part.blocks(*names, tokens=tokens):
+
+        def feed(one: tuple[tuple[Counting, Reading], Counted], columns: dict[str, np.ndarray] = columns) -> None:
+            (counting, reading), into = one
+            into.feed(counting, {name: columns[name] for name in reading.names})
+
+        in_threads(feed, zip(countings, counted, strict=True))
 
 
 class _Postponed(Exception):
@@ -242,21 +340,22 @@ class _Shared:
 
     counting: Counting | None = None
     reading: Reading | None = None
+    counted: Counted | None = None
     used: bool = False
 
-    def counts_of(self, counting: Counting, reading: Reading) -> Counts:
-        if self.counting is None:
+    def counts_of(self, trace: Trace, counting: Counting, reading: Reading) -> Counts:
+        if self.counted is None:
             self.counting, self.reading = counting, reading
             raise _Postponed
-        found, self.counting, self.used = self.counting.finished(), None, True
-        return found
+        counted, self.counted, self.used = self.counted, None, True
+        return counting.finished(trace, counted)
 
 
 _shared: ContextVar[_Shared | None] = ContextVar("shared", default=None)
 
 
-def in_one_pass(computing: Mapping[str, Callable[[], xr.Dataset]]) -> dict[str, xr.Dataset]:
-    """What the functions compute, all counted while the trace is read once.
+def in_one_pass(trace: Trace, computing: Mapping[str, Callable[[], xr.Dataset]]) -> dict[str, xr.Dataset]:
+    """What the functions compute of a trace, all counted while it is read once.
 
     A function whose counts follow from others, and need several passes, computes by itself.
     """
@@ -271,13 +370,10 @@ def in_one_pass(computing: Mapping[str, Callable[[], xr.Dataset]]) -> dict[str, 
             waiting[name] = shared
         finally:
             _shared.reset(token)
-    readings = [shared.reading for shared in waiting.values() if shared.reading is not None]
-    if readings:
-        names = dict.fromkeys(name for reading in readings for name in reading.names)
-        for columns in readings[0].trace.blocks(*names, tokens=min(reading.tokens for reading in readings)):
-            for shared in waiting.values():
-                if shared.counting is not None and shared.reading is not None:
-                    shared.counting.feed({own: columns[own] for own in shared.reading.names})
+    countings = [(s.counting, s.reading) for s in waiting.values() if s.counting is not None and s.reading is not None]
+    if countings:
+        for shared, counted in zip(waiting.values(), one_pass(trace, countings), strict=True):
+            shared.counted = counted
     for name, shared in waiting.items():
         token = _shared.set(shared)
         try:
@@ -285,6 +381,15 @@ def in_one_pass(computing: Mapping[str, Callable[[], xr.Dataset]]) -> dict[str, 
         finally:
             _shared.reset(token)
     return {name: found[name] for name in computing}
+
+
+def add_choices(block: Block, chosen: np.ndarray, slots: int | None = None) -> None:
+    """Add how often each expert is chosen, in the first `slots` or any, to [cluster, layer, expert]."""
+
+    def add(layer: int, ids: np.ndarray) -> None:
+        chosen[block.clusters, layer] += block.count(ids[:slots], chosen.shape[-1])
+
+    block.each_layer("expert_id", add)
 
 
 def layer_by_layer(clusters: Clusters, n_layers: int, cells: int) -> list[slice]:
@@ -357,7 +462,9 @@ def with_ids(trace: Trace, what: str) -> Trace:
 
 def reduced(trace: Trace, array: np.ndarray) -> np.ndarray:
     """An array summed over the processes that share the trace; the array itself where there is one process."""
-    return array if trace.reduce is None else trace.reduce(array)
+    if trace.reduce is None:
+        return array
+    return trace.reduce(array.astype(np.int64) if array.dtype.kind == "u" else array)
 
 
 def summarise(
@@ -368,6 +475,7 @@ def summarise(
     *,
     size: tuple[np.ndarray, tuple[str, ...]] | None = None,
     along: str = "measure",
+    apart: int = 1,
     null: np.ndarray | float | None = None,
 ) -> xr.Dataset:
     """The Dataset of a statistic: estimate, ci_low, ci_high ``[*by, layer, *dims]``, n, n_documents and n_effective.
@@ -380,6 +488,8 @@ def summarise(
     dims       {name: labels} after layer
     size       tokens behind each number as ([cluster, ...], names of those dimensions); tokens of the group if None
     along      name of the last dimension, where there are several quantities
+    apart      so many dimensions, from layer on, whose numbers do not depend on each other: the statistic is computed
+               for some of them at a time, and sees them as one
     null       value without an effect, NaN for no test; broadcasts against [layer, *dims]
     """
     clusters = counts.clusters
@@ -392,19 +502,25 @@ def summarise(
         kept.append(Summed(totals, behind, statistic, labels, clusters.group[seen], counts.tokens[seen]))
     members_of = [np.flatnonzero((clusters.group == g) & seen) for g in range(clusters.n_groups)]
     n = np.stack([sizes[members].sum(0) for members in members_of]) if members_of else sizes[:0]
+    shape = tuple(len(values) for values in labels.values())[:apart]
+    flat = {name: total.reshape(len(total), -1, *total.shape[1 + apart :]) for name, total in counts.totals.items()}
+    values_of_row = sum(math.prod(total.shape[2:]) for total in flat.values())
     parts: list[list[np.ndarray]] = []
     how: Mapping[str, Quantity] | Quantity | None = None
     for members in members_of or [np.empty(0, np.intp)]:
         behind = {} if size_dims else {"n": leaving_out(sizes[members])}
-        step = max(1, _MOST_VALUES // ((1 + len(members)) * _features(counts.totals)))
-        found = []
-        for start in range(0, max(1, len(counts.layers)), step):
-            layers = slice(start, start + step)
-            sums = {name: leaving_out(total[members, layers]) for name, total in counts.totals.items()}
+        step = max(1, _MOST_VALUES // ((1 + len(members)) * values_of_row))
+
+        def some(start: int, members: np.ndarray = members, behind: dict = behind, step: int = step) -> Any:
+            sums = {name: leaving_out(total[members, start : start + step]) for name, total in flat.items()}
             with np.errstate(divide="ignore", invalid="ignore"):
                 how = statistic(sums | behind)
-            found.append(_stacked(how, counts.tokens[members], bootstrap.level, tested=null is not None))
-        parts.append([np.concatenate(arrays) for arrays in zip(*found, strict=True)])
+                return how, _stacked(how, counts.tokens[members], bootstrap.level, tested=null is not None)
+
+        found = in_threads(some, range(0, max(1, math.prod(shape)), step))
+        how = found[0][0]
+        whole = [np.concatenate(arrays) for arrays in zip(*(stacked for _, stacked in found), strict=True)]
+        parts.append([array.reshape(*shape, *array.shape[1:]) for array in whole])
     if isinstance(how, Mapping):
         labels[along] = np.array(list(how))
     grouped = tuple(clusters.by)
@@ -430,7 +546,14 @@ def summarise(
     if null is None:
         return data
     behind = documents.reshape(-1, *(len(labels[name]) if name in size_dims else 1 for name in labels))
-    p = p_against(estimate, low, high, null, behind, bootstrap.level, skew)
+    each = np.broadcast_arrays(estimate, low, high, null, behind, skew)
+
+    def test(place: tuple[int, ...]) -> np.ndarray:
+        of_estimate, of_low, of_high, of_null, of_behind, of_skew = (array[place] for array in each)
+        return p_against(of_estimate, of_low, of_high, of_null, of_behind, bootstrap.level, of_skew)
+
+    tested = in_threads(test, np.ndindex(estimate.shape[:2]))
+    p = np.stack(tested).reshape(estimate.shape) if tested else np.empty_like(estimate)
     return with_survivors(data, data["estimate"].copy(data=named(p, ())[1]), bootstrap.level)
 
 
@@ -442,7 +565,7 @@ def _stacked(
         each = [_stacked(quantity, tokens, level, tested=tested) for quantity in quantities.values()]
         return [np.stack(np.broadcast_arrays(*arrays), axis=-1) for arrays in zip(*each, strict=True)]
     estimate, low, high = with_bounds(quantities, tokens, level)
-    return [estimate, low, high, skewness(quantities.values) if tested else np.zeros_like(estimate)]
+    return [estimate, low, high, quantities.skewness if tested else np.zeros_like(estimate)]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,18 @@ import xarray as xr
 
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.core.intervals import Jackknife, Share, Smooth, leaving_out
-from mixlens.stats.counts import OLMOE, Block, Counts, Reading, clustered, count, described, require, summarise
+from mixlens.stats.counts import (
+    OLMOE,
+    Block,
+    Counts,
+    Reading,
+    add_choices,
+    clustered,
+    count,
+    described,
+    require,
+    summarise,
+)
 from mixlens.stats.multiplicity import with_survivors
 from mixlens.stats.permutation import share_as_far, variances
 from mixlens.stats.structure import mutual_information_bits
@@ -167,11 +178,10 @@ def choices(trace: Trace, by: str | Sequence[str]) -> Counts:
     """How often each document chose each expert, in any slot [document, layer, expert]."""
 
     def add(block: Block, totals: dict[str, np.ndarray]) -> None:
-        for layer, ids in enumerate(block.by_layer("expert_id")):
-            totals["chosen"][block.clusters, layer] += block.count(ids, trace.n_experts)
+        add_choices(block, totals["chosen"])
 
     shapes = {"chosen": (trace.n_layers, trace.n_experts)}
-    return count(trace, by, shapes, Reading(trace, ("sequence", "expert_id")), add)
+    return count(trace, by, shapes, Reading(("sequence", "expert_id")), add)
 
 
 def _information(chosen: np.ndarray, group: np.ndarray) -> np.ndarray:

@@ -98,13 +98,3 @@ def p_against(
     p = 2 * stdtr(freedom, -np.abs(t))
     known = np.isfinite(bound) & (np.not_equal(bound, estimate) | np.equal(estimate, null))
     return np.where(known, np.maximum(p, np.exp2(1 - np.maximum(n, 1))), np.nan)
-
-
-def skewness(values: np.ndarray) -> np.ndarray:
-    """Skewness [...] of an estimate from its values of all documents and without each [..., 1 + document]."""
-    influence = -values[..., 1:]
-    known = np.isfinite(influence)
-    far = np.where(known, influence, 0)
-    far = np.where(known, far - (far.sum(-1) / np.maximum(known.sum(-1), 1))[..., None], 0)
-    squares, cubes = np.einsum("...r,...r->...", far, far), np.einsum("...r,...r,...r->...", far, far, far)
-    return np.divide(cubes, squares**1.5, out=np.zeros_like(cubes), where=squares > 0)

@@ -12,7 +12,18 @@ import xarray as xr
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.core.intervals import Largest, Mean, Quantity, Share, Smooth
 from mixlens.errors import BadInput, MissingSignal
-from mixlens.stats.counts import JIANG, Block, By, Reading, clustered, count, described, require, summarise
+from mixlens.stats.counts import (
+    JIANG,
+    Block,
+    By,
+    Reading,
+    add_choices,
+    clustered,
+    count,
+    described,
+    require,
+    summarise,
+)
 from mixlens.stats.softmax import BLOCK_OF_LOGITS, entropy_bits, second_largest, softmax_tiles
 
 if TYPE_CHECKING:
@@ -67,11 +78,10 @@ def expert_share(
     n_slots = trace.top_k if slot == "any" else 1
 
     def add(block: Block, totals: dict[str, np.ndarray]) -> None:
-        for layer, ids in enumerate(block.by_layer("expert_id")):
-            totals["chosen"][block.clusters, layer] += block.count(ids[:n_slots], trace.n_experts)
+        add_choices(block, totals["chosen"], n_slots)
 
     shapes = {"chosen": (trace.n_layers, trace.n_experts)}
-    counts = count(trace, by, shapes, Reading(trace, ("sequence", "expert_id")), add)
+    counts = count(trace, by, shapes, Reading(("sequence", "expert_id")), add)
     data = summarise(
         counts,
         lambda sums: Share(sums["chosen"], n_slots * sums["n"]),
@@ -136,16 +146,19 @@ def load_balance(
     require(trace, "load_balance", "expert_id", bootstrap=bootstrap)
     has_logits = "router_logits" in trace.signals
     names = ("sequence", "expert_id", *(["router_logits"] if has_logits else []))
+    shape = (trace.n_layers, trace.n_experts)
 
     def add(block: Block, totals: dict[str, np.ndarray]) -> None:
-        for layer, ids in enumerate(block.by_layer("expert_id")):
-            totals["chosen"][block.clusters, layer] += block.count(ids, trace.n_experts)
+        add_choices(block, totals["chosen"])
         if not has_logits:
             totals["probability"] += np.nan
             return
-        probability = np.empty((trace.n_layers, trace.n_experts, block.n_tokens), np.float32)
-        for tokens, _, exponential, total in softmax_tiles(block["router_logits"]):
+        probability = np.empty((*shape, block.n_tokens), np.float32)
+
+        def divide(tokens: slice, _: np.ndarray, exponential: np.ndarray, total: np.ndarray) -> None:
             np.divide(exponential, total[:, None], out=probability[..., tokens])
+
+        softmax_tiles(divide, block["router_logits"])
         totals["probability"][block.clusters] += block.sums(probability)
 
     def measures(sums: dict[str, np.ndarray]) -> dict[str, Quantity]:
@@ -158,9 +171,8 @@ def load_balance(
             "switch_loss": Smooth(trace.n_experts * (chosen * sums["probability"]).sum(-2) / tokens**2, floor=0.0),
         }
 
-    shape = (trace.n_layers, trace.n_experts)
     shapes = {"chosen": shape, "probability": shape}
-    blocks = Reading(trace, tuple(names), BLOCK_OF_LOGITS)
+    blocks = Reading(tuple(names), BLOCK_OF_LOGITS)
     counts = count(trace, by, shapes, blocks, add)
     data = summarise(counts, measures, {}, bootstrap)
     missing = {} if has_logits else {"missing": "switch_loss needs router_logits"}
@@ -213,15 +225,14 @@ def load_entropy(
     require(trace, "load_entropy", "expert_id", bootstrap=bootstrap)
 
     def add(block: Block, totals: dict[str, np.ndarray]) -> None:
-        for layer, ids in enumerate(block.by_layer("expert_id")):
-            totals["chosen"][block.clusters, layer] += block.count(ids, trace.n_experts)
+        add_choices(block, totals["chosen"])
 
     def entropy(sums: dict[str, np.ndarray]) -> Smooth:
         share = sums["chosen"] / sums["chosen"].sum(-2, keepdims=True)
         return Smooth(-(share * np.log2(np.where(share > 0, share, 1))).sum(-2), floor=0.0)
 
     shapes = {"chosen": (trace.n_layers, trace.n_experts)}
-    counts = count(trace, by, shapes, Reading(trace, ("sequence", "expert_id")), add)
+    counts = count(trace, by, shapes, Reading(("sequence", "expert_id")), add)
     data = summarise(counts, entropy, {}, bootstrap)
     most = float(np.log2(trace.n_experts))
     data["ci_high"] = data["ci_high"].clip(max=most)
@@ -269,15 +280,19 @@ def routing_entropy(
     """
     trace = clustered(trace, cluster)
     require(trace, "routing_entropy", "router_logits", bootstrap=bootstrap)
+    n_layers = trace.n_layers
 
     def add(block: Block, totals: dict[str, np.ndarray]) -> None:
-        bits = np.empty((trace.n_layers, block.n_tokens), np.float32)
-        for tokens, *parts in softmax_tiles(block["router_logits"]):
+        bits = np.empty((n_layers, block.n_tokens), np.float32)
+
+        def compute(tokens: slice, *parts: np.ndarray) -> None:
             bits[:, tokens] = entropy_bits(*parts)
+
+        softmax_tiles(compute, block["router_logits"])
         totals["bits"][block.clusters] += block.sums(bits)
 
     shapes = {"bits": (trace.n_layers,)}
-    blocks = Reading(trace, ("sequence", "router_logits"), BLOCK_OF_LOGITS)
+    blocks = Reading(("sequence", "router_logits"), BLOCK_OF_LOGITS)
     counts = count(trace, by, shapes, blocks, add)
     data = summarise(counts, lambda sums: Mean(sums["bits"], sums["n"]), {}, bootstrap)
     return described(
@@ -340,21 +355,24 @@ def router_confidence(
             argument="signals",
             value=("router_logits", "weight"),
         )
-    has_second = "weight" in signals and trace.top_k >= 2
-    shapes = {"measures": (trace.n_layers, 3)}
+    has_second, n_layers = "weight" in signals and trace.top_k >= 2, trace.n_layers
+    shapes = {"measures": (n_layers, 3)}
 
     def add(block: Block, totals: dict[str, np.ndarray]) -> None:
-        measures = np.full((trace.n_layers, 3, block.n_tokens), np.nan, np.float32)
+        measures = np.full((n_layers, 3, block.n_tokens), np.nan, np.float32)
+
+        def compute(tokens: slice, z: np.ndarray, _: np.ndarray, total: np.ndarray) -> None:
+            measures[:, 0, tokens] = 1 / total
+            measures[:, 1, tokens] = (1 - np.exp(second_largest(z))) / total
+
         if "router_logits" in signals:
-            for tokens, z, _, total in softmax_tiles(block["router_logits"]):
-                measures[:, 0, tokens] = 1 / total
-                measures[:, 1, tokens] = (1 - np.exp(second_largest(z))) / total
+            softmax_tiles(compute, block["router_logits"])
         if has_second:
             first, second = block.by_layer("weight")[:, :2].swapaxes(0, 1)
             np.divide(second, first, out=measures[:, 2], where=first > 0)
         totals["measures"][block.clusters] += block.sums(measures)
 
-    blocks = Reading(trace, ("sequence", *signals), BLOCK_OF_LOGITS)
+    blocks = Reading(("sequence", *signals), BLOCK_OF_LOGITS)
     counts = count(trace, by, shapes, blocks, add)
     data = summarise(
         counts,
@@ -430,19 +448,22 @@ def position_profile(
             argument="edges",
             value=starts.tolist(),
         )
-    n_bins = len(starts)
+    n_bins, e = len(starts), trace.n_experts
 
     def add(block: Block, totals: dict[str, np.ndarray]) -> None:
         bins = np.searchsorted(starts, block["position"], side="right") - 1
         inside = np.flatnonzero(bins >= 0)
         totals["tokens"][block.clusters] += block.count(bins[inside], n_bins, inside)
-        offset = bins[inside] * trace.n_experts
-        for layer, ids in enumerate(block.by_layer("expert_id")):
-            found = block.count(offset + ids[:, inside], n_bins * trace.n_experts, inside)
-            totals["chosen"][block.clusters, layer] += found.reshape(-1, n_bins, trace.n_experts)
+        offset = (bins[inside] * e).astype(np.int32)
 
-    shapes = {"chosen": (trace.n_layers, n_bins, trace.n_experts), "tokens": (n_bins,)}
-    counts = count(trace, by, shapes, Reading(trace, ("sequence", "position", "expert_id")), add)
+        def add_layer(layer: int, ids: np.ndarray) -> None:
+            found = block.count(offset + ids[:, inside], n_bins * e, inside)
+            totals["chosen"][block.clusters, layer] += found.reshape(-1, n_bins, e)
+
+        block.each_layer("expert_id", add_layer)
+
+    shapes = {"chosen": (trace.n_layers, n_bins, e), "tokens": (n_bins,)}
+    counts = count(trace, by, shapes, Reading(("sequence", "position", "expert_id")), add)
     data = summarise(
         counts,
         lambda sums: Share(sums["chosen"], sums["chosen"].sum(-2, keepdims=True)),

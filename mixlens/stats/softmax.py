@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import numpy as np
+
+from mixlens.core.threads import in_threads
 
 _TILE = 1024
 
@@ -12,20 +14,28 @@ _TILE = 1024
 BLOCK_OF_LOGITS = 16_384
 
 
-def softmax_tiles(logits: np.ndarray) -> Iterator[tuple[slice, np.ndarray, np.ndarray, np.ndarray]]:
-    """Over logits [token, layer, expert]: (tokens, z, exp z, Z) for about a thousand tokens at a time.
+def softmax_tiles(take: Callable[..., None], *logits: np.ndarray) -> None:
+    """Call ``take(tokens, z, exp z, Z)`` for about a thousand tokens of logits [token, layer, expert] at a time.
+
+    On all cores; of the logits of several models, ``take(tokens, z, exp z, Z, z, exp z, Z ...)``.
 
     z [layer, expert, token] are logits minus their largest, Z [layer, token] the sum of exp z, so that p = exp z / Z.
     Tokens come last, so that every step runs over them in order. Exponents stop at -80 (1e-35): an expert masked
     with -inf has probability 0, without NaN in p log p.
     """
-    for start in range(0, len(logits), _TILE):
+
+    def tile(start: int) -> None:
         tokens = slice(start, start + _TILE)
-        z = np.ascontiguousarray(logits[tokens].transpose(1, 2, 0), np.float32)
-        z -= z.max(1, keepdims=True)
-        np.maximum(z, -80, out=z)
-        exponential = np.exp(z)
-        yield tokens, z, exponential, exponential.sum(1)
+        parts: list[np.ndarray] = []
+        for of_model in logits:
+            z = np.ascontiguousarray(of_model[tokens].transpose(1, 2, 0), np.float32)
+            z -= z.max(1, keepdims=True)
+            np.maximum(z, -80, out=z)
+            exponential = np.exp(z)
+            parts += [z, exponential, exponential.sum(1)]
+        take(tokens, *parts)
+
+    in_threads(tile, range(0, len(logits[0]), _TILE))
 
 
 def entropy_bits(z: np.ndarray, exponential: np.ndarray, total: np.ndarray) -> np.ndarray:

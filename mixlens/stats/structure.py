@@ -12,6 +12,7 @@ import xarray as xr
 
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.core.intervals import Share, Smooth
+from mixlens.core.threads import in_threads
 from mixlens.errors import BadInput
 from mixlens.stats.counts import (
     JIANG,
@@ -76,22 +77,26 @@ def repetition(
     trace = clustered(trace, cluster)
     require(trace, "repetition", "expert_id", "position", bootstrap=bootstrap)
 
+    e, k = trace.n_experts, trace.top_k
+
     def add(block: Block, totals: dict[str, np.ndarray]) -> None:
         follows = block.follows()
         totals["pairs"][block.clusters] += block.sums(follows)
-        repeated = np.zeros((2, block.n_tokens), bool)
-        for layer, ids in enumerate(block.by_layer("expert_id")):
+
+        def add_layer(layer: int, ids: np.ndarray) -> None:
+            repeated = np.zeros((2, block.n_tokens), bool)
             np.equal(ids[0, 1:], ids[0, :-1], out=repeated[0, 1:])
             repeated[1] = repeated[0]
-            for a, b in product(range(trace.top_k), repeat=2):
+            for a, b in product(range(k), repeat=2):
                 repeated[1, 1:] |= ids[a, 1:] == ids[b, :-1]
             repeated &= follows
             totals["repeated"][block.clusters, layer] += block.sums(repeated)
 
-    e, k = trace.n_experts, trace.top_k
+        block.each_layer("expert_id", add_layer)
+
     uniform = [1 / e, 1 - comb(e - k, k) / comb(e, k)]
     shapes = {"repeated": (trace.n_layers, 2), "pairs": ()}
-    blocks = Reading(trace, ("sequence", "position", "expert_id"))
+    blocks = Reading(("sequence", "position", "expert_id"))
     counts = count(trace, by, shapes, blocks, add)
     data = summarise(
         counts,
@@ -157,34 +162,39 @@ def coactivation(
     e, k = trace.n_experts, trace.top_k
 
     first, second = np.triu_indices(k, 1)
-    off_diagonal = np.where(np.eye(e, dtype=bool), np.nan, 1.0)[..., None]
+    others = ~np.eye(e, dtype=bool)
     clusters = Clusters.of(trace, by, {"together": (trace.n_layers, e, e)})
     parts = []
     for layers in layer_by_layer(clusters, trace.n_layers, e * e):
 
         def add(block: Block, totals: dict[str, np.ndarray], layers: slice = layers) -> None:
-            for layer, ids in enumerate(block.by_layer("expert_id", layers)):
+            def add_layer(layer: int, ids: np.ndarray) -> None:
                 # All pairs at once: the counts of a layer are many more than those that one pair of slots adds to.
                 found = block.count(_joint(ids[first], ids[second], e), e * e)
                 totals["together"][block.clusters, layer] += found.reshape(-1, e, e)
 
+            block.each_layer("expert_id", add_layer, layers)
+
         shapes = {"together": (layers.stop - layers.start, e, e)}
-        counts = count(trace, clusters, shapes, Reading(trace, ("sequence", "expert_id")), add)
+        counts = count(trace, clusters, shapes, Reading(("sequence", "expert_id")), add, dtype=np.uint32)
         counts = replace(counts, layers=trace.layers[layers])
         together = counts.totals["together"]
-        for layer in range(together.shape[1]):
-            together[:, layer] += together[:, layer].swapaxes(-1, -2).copy()
+        for of_layer in together.swapaxes(0, 1):
+            of_layer += of_layer.swapaxes(-1, -2).copy()
         parts.append(
             summarise(
                 counts,
-                lambda sums: Share(sums["together"] * off_diagonal, sums["together"].sum(-2, keepdims=True) / (k - 1)),
+                lambda sums: Share(sums["together"], sums["together"].sum(-2, keepdims=True) / (k - 1)),
                 {"expert": range(e), "expert_j": range(e)},
                 bootstrap,
                 size=(together.sum(-1) / (k - 1), ("layer", "expert")),
-                null=(k - 1) / (e - 1),
+                apart=2,
+                null=np.where(others, (k - 1) / (e - 1), np.nan),
             )
         )
     data = joined(parts, bootstrap.level)
+    pairs = xr.DataArray(others, dims=("expert", "expert_j"))
+    data = data.assign({name: data[name].where(pairs) for name in ("estimate", "ci_low", "ci_high")})
     return described(
         data, trace, bootstrap,
         statistic="coactivation", unit="fraction", uniform=(k - 1) / (e - 1), formula="P(j | i) = N_ij / N_i",
@@ -252,12 +262,15 @@ def transitions(
         left = here[layers]
 
         def add(block: Block, totals: dict[str, np.ndarray], left: list[int] = left) -> None:
-            for i, layer in enumerate(left):
-                (before, *_), (after, *_) = block.by_layer("expert_id", [index[layer], index[layer + gap]])
+            def add_layer(i: int) -> None:
+                before, after = (block["expert_id"][:, index[layer], 0] for layer in (left[i], left[i] + gap))
                 found = block.count(_joint(before, after, e), e * e)
                 totals["moves"][block.clusters, i] += found.reshape(-1, e, e)
 
-        counts = count(trace, clusters, {"moves": (len(left), e, e)}, Reading(trace, ("sequence", "expert_id")), add)
+            in_threads(add_layer, range(len(left)))
+
+        shapes = {"moves": (len(left), e, e)}
+        counts = count(trace, clusters, shapes, Reading(("sequence", "expert_id")), add, dtype=np.uint32)
         counts = replace(counts, layers=np.array(left))
         part = summarise(
             counts,
@@ -265,6 +278,7 @@ def transitions(
             {"expert": range(e), "expert_j": range(e)},
             bootstrap,
             size=(counts.totals["moves"].sum(-1), ("layer", "expert")),
+            apart=2,
             null=1 / e,
         )
         information = summarise(
@@ -304,5 +318,5 @@ def _x_log_x(x: np.ndarray) -> np.ndarray:
 
 
 def _joint(i: np.ndarray, j: np.ndarray, n: int) -> np.ndarray:
-    """One code i * n + j; in the narrowest type that holds it, for the pass is bound by memory traffic."""
-    return np.multiply(i, n, dtype=np.uint16 if n <= 256 else np.uint32) + j
+    """One code i * n + j."""
+    return np.multiply(i, n, dtype=np.int32) + j

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -53,6 +54,7 @@ def compute(
     by: By = None,
     cluster: str | None = None,
     bootstrap: Bootstrap = DEFAULT,
+    executor: str | None = None,
 ) -> dict[str, xr.Dataset]:
     """Compute several statistics of a trace in one pass over it.
 
@@ -72,6 +74,9 @@ def compute(
         Column of the sequences, such as "author", whose values vary independently where documents do not.
     bootstrap : Bootstrap, optional
         How intervals are computed.
+    executor : str, optional
+        Backend of joblib that counts the shards of a trace on disk: "loky" for processes of this machine, "dask", or
+        one that was registered, such as "ray" and "spark". The numbers are the same, bit for bit.
 
     Returns
     -------
@@ -81,7 +86,7 @@ def compute(
     Raises
     ------
     BadInput
-        For a name that is none, and as the statistics do.
+        For a name that is none, a backend that joblib does not know, and as the statistics do.
     MissingSignal
         If the trace lacks what one of them needs.
 
@@ -101,5 +106,23 @@ def compute(
             argument="statistics",
             value=statistics,
         )
+    if executor is not None:
+        trace = copy.copy(trace)
+        trace.executor = _known(executor)
     options: dict[str, Any] = {"cluster": cluster, "bootstrap": bootstrap, **({} if by is None else {"by": by})}
-    return in_one_pass({name: partial(_STATISTICS[name], trace, **options) for name in names})
+    return in_one_pass(trace, {name: partial(_STATISTICS[name], trace, **options) for name in names})
+
+
+def _known(executor: str) -> str:
+    import joblib
+
+    try:
+        with joblib.parallel_config(backend=executor):
+            return executor
+    except (ValueError, ImportError, TypeError) as error:
+        raise BadInput(
+            f"Cannot compute with executor={executor!r}: {str(error).strip().rstrip('.')}. Pass the name of a backend "
+            'that joblib knows, such as "loky", and register others first, as ray.util.joblib.register_ray() does.',
+            argument="executor",
+            value=executor,
+        ) from error

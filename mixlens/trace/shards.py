@@ -208,6 +208,10 @@ class DiskPart:
     def _tensors(self) -> Mapping[str, Any]:
         return _Lazy(lambda stem: safe_open(self._path(stem, "safetensors"), framework="numpy"))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without open files, so that a part can be sent to another process."""
+        return {name: value for name, value in vars(self).items() if name != "_tensors"}
+
     def _path(self, stem: str, suffix: str) -> Path:
         return self.run.file(f"{stem}-{self.index:05d}.{suffix}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import html
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -62,6 +63,7 @@ class Trace:
         self.top_k: int = max(self.layer_top_k, default=int(self.meta["top_k"]))
         self.path: Path | None = None
         self.reduce: Callable[[np.ndarray], np.ndarray] | None = None
+        self.executor: str | None = None  # a backend of joblib that counts the shards
         self._vocabulary: pd.Series | None = None
         self.cluster = DOCUMENT  # the column of `sequences` whose values vary independently
 
@@ -449,6 +451,20 @@ class Trace:
         share.path, share._vocabulary, share.reduce = self.path, self._vocabulary, peers.sum
         share.cluster = self.cluster
         return share
+
+    def parts(self) -> list[Trace]:
+        """Return the trace of each shard, in order; the trace itself where it has one."""
+        if len(self._sources) < 2:
+            return [self]
+        parts = []
+        for source in self._sources:
+            part = copy.copy(self)
+            first, last = source.part.first_sequence + source.offset, source.part.last_sequence + source.offset
+            numbers = self.sequences.index
+            part._sources = (source,)
+            part.sequences = part._whole = self.sequences[(numbers >= first) & (numbers <= last)]
+            parts += [part] if len(part.sequences) else []
+        return parts or [self]
 
     def pieces(self, token_ids: Sequence[int] | np.ndarray) -> list[str]:
         """Return the text of single tokens; "#id" where the tokenizer is unknown.
