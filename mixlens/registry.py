@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from mixlens.bench.bench import Bench
 from mixlens.core.run_dir import open_run
+from mixlens.core.size_limits import Oversized
 from mixlens.decisions.training import open_health
 from mixlens.errors import BadInput, RunError, SourceError
 from mixlens.evals.log import Log
@@ -134,7 +135,7 @@ def _open_format(path: str | os.PathLike[str], format: str, known: dict[str, Any
         raise BadInput(f"Cannot open {place}: it is not there. Check the path.", argument="path", value=place)
     try:
         return reader(place, **known)
-    except (OSError, ArrowException, SafetensorError) as error:
+    except (Oversized, OSError, ArrowException, SafetensorError) as error:
         raise SourceError(
             f"Cannot open {place} as {format}: {str(error).strip()[:300]}. Check the file and its format.",
             argument="path",

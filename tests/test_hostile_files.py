@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import tracemalloc
 import warnings
 
 import numpy as np
@@ -38,6 +39,35 @@ def test_a_line_that_is_no_document_is_named(tmp_path, suffix, bad):
     path.write_bytes(gzip.compress(text.encode()) if suffix.endswith("gz") else text.encode())
     with refused(ml.BadInput, "source", 3):
         list(ml.documents(path))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".jsonl.gz", ".json.gz", ".csv.gz", ".txt.gz"])
+def test_what_would_fill_the_memory_is_refused_before_it_does(tmp_path, suffix):
+    path = tmp_path / f"documents{suffix}"
+    start = b'{"text": "' if "json" in suffix else b"text\n"
+    opens = gzip.open if suffix.endswith("gz") else open
+    with opens(path, "wb") as file:
+        file.write(start)
+        for _ in range(96):
+            file.write(b"x" * (1 << 20))
+    tracemalloc.start()
+    with pytest.raises(ml.BadInput):
+        ml.documents(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 300 << 20
+
+
+def test_a_meta_json_that_would_fill_the_memory_is_refused_before_it_does(tmp_path):
+    run = hostile_trace().save(tmp_path / "run").path
+    for content in (b"{" + b" " * (40 << 20) + b"}", b'{"a": [' + b"[]," * 600_000 + b"1]}"):
+        (run / "meta.json").write_bytes(content)
+        tracemalloc.start()
+        with pytest.raises(ml.RunError):
+            ml.open(run)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 300 << 20
 
 
 def test_large_whole_numbers_and_pairs_of_surrogates_stay_what_they_are(tmp_path):

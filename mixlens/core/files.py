@@ -6,7 +6,7 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,6 +25,8 @@ REASONS = {
     errno.ENOMEM: "there is no memory left",
     errno.EIO: "the disk failed",
 }
+# What runs out, rather than being refused for one file.
+SCARCE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
 
 def check_space(path: str | os.PathLike[str], needed: int) -> None:
@@ -101,12 +103,15 @@ def disk_errors(path: Path, needed: int = 0) -> Iterator[None]:
 
 
 @contextmanager
-def shortages(path: Path) -> Iterator[None]:
-    """What runs out while something for `path` is made, as open files for its fonts, is told as when it is written."""
+def shortages(path: Path, errors: Container[int | None] = REASONS) -> Iterator[None]:
+    """What runs out while something for `path` is made, as open files for its fonts, is told as when it is written.
+
+    errors  numbers of the errors that are; others are raised as they are
+    """
     try:
         yield
     except (OSError, MemoryError) as error:
-        if isinstance(error, OSError) and error.errno not in REASONS:
+        if isinstance(error, OSError) and error.errno not in errors:
             raise
         with disk_errors(path):
             raise

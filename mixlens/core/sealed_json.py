@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mixlens.core.size_limits import MOST_CHARS, json_value
 from mixlens.errors import RunError
 
 _NO_SEAL = "0" * 64
@@ -74,9 +75,12 @@ def short(value: object) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     """Raises RunError for what is no JSON object, or one with a key twice."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
             raise altered(path, path.name, "it is not a regular file")
-        value = json.loads(path.read_text("utf-8"))
+        if found.st_size > MOST_CHARS:
+            raise altered(path, path.name, f"it has {found.st_size:,} bytes")
+        value = json_value(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
         raise altered(path, path.name, f"it is not valid JSON ({short(str(error))})") from error
     if not isinstance(value, dict):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Protocol
@@ -14,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors import safe_open
 
+from mixlens.core.size_limits import check_parquet, check_safetensors, json_value
 from mixlens.engines.check import FAULTS, Checker, Routers
 from mixlens.errors import BadInput, SourceError
 from mixlens.trace.arrays import column, layer_numbers
@@ -68,6 +68,7 @@ class Safetensors:
     """The tensors of a file in the format of safetensors."""
 
     def __init__(self, path: str) -> None:
+        check_safetensors(path)
         self._file = safe_open(path, framework="numpy")
         self.about: dict[str, str] = self._file.metadata() or {}
         self.names = frozenset(self._file.keys())
@@ -75,6 +76,13 @@ class Safetensors:
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
         return self._file.get_slice(name)[start:stop]
+
+
+def parquet_file(path: str) -> pq.ParquetFile:
+    """A file of Parquet, here or at an address that fsspec knows."""
+    file = fsspec.core.url_to_fs(path)[0].open(path)
+    check_parquet(file)
+    return pq.ParquetFile(file)
 
 
 class Parquet:
@@ -87,7 +95,7 @@ class Parquet:
 
     def __init__(self, files: Sequence[str], columns: Mapping[str, str], *, rows: int = 1) -> None:
         self._columns, self._rows = dict(columns), rows
-        self._files = [pq.ParquetFile(fsspec.core.url_to_fs(file)[0].open(file)) for file in files]
+        self._files = [parquet_file(file) for file in files]
         groups = [(file, index) for file in self._files for index in range(file.num_row_groups)]
         sizes = [file.metadata.row_group(index).num_rows for file, index in groups]
         self._groups, self._ends = groups, np.cumsum(sizes, dtype=np.int64)
@@ -264,7 +272,7 @@ def known_routers(shape: Sequence[int], n_experts: Any, layers: Any) -> Routers:
 def listed(about: Mapping[str, Any], name: str, kind: type) -> Any:
     """A value of the metadata of a file, which is JSON; None where it has none."""
     try:
-        found = json.loads(about[name]) if name in about else None
+        found = json_value(about[name]) if name in about else None
     except (ValueError, TypeError, RecursionError) as error:
         raise _unfit(f"its metadata {name!r} is no JSON", name) from error
     if found is not None and not isinstance(found, kind):

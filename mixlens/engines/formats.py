@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +9,21 @@ from typing import Any
 
 import fsspec
 import numpy as np
-import pyarrow.parquet as pq
 
-from mixlens.core.sealed_json import short
+from mixlens.core.sealed_json import read_json, short
+from mixlens.core.size_limits import bounded_lines, json_value
 from mixlens.engines.check import Checker, Routers
-from mixlens.engines.columns import Arrays, Columns, Parquet, Safetensors, known_routers, listed, piece, trace_over
+from mixlens.engines.columns import (
+    Arrays,
+    Columns,
+    Parquet,
+    Safetensors,
+    known_routers,
+    listed,
+    parquet_file,
+    piece,
+    trace_over,
+)
 from mixlens.engines.replies import Routed, array_in, columns_of_answers, decoded, routed, trace_of_answers
 from mixlens.errors import BadInput, SourceError
 from mixlens.models.load import skeleton
@@ -87,7 +96,7 @@ def open_npy(path: str, *, n_experts: int | None = None, layers: Any = None, tok
     about: dict[str, str] = {}
     try:
         if place.is_dir() and (place / "about.json").exists():
-            about = dict(json.loads((place / "about.json").read_text("utf-8")))
+            about = read_json(place / "about.json")
         arrays = {name: np.lib.format.open_memmap(one, mode="r") for name, one in files.items()}
     except Exception as error:  # whatever a header makes of NumPy's parser
         raise SourceError(
@@ -106,7 +115,8 @@ def open_parquet(
 
     The long form is that of `Trace.to_parquet`; with lists, expert_id is [layer][slot].
     """
-    schema = pq.ParquetFile(path).schema_arrow
+    table = parquet_file(path)
+    schema = table.schema_arrow
     names = [name for name in schema.names if name in TOKEN_COLUMNS]
     routing = [name for name in schema.names if name in ("expert_id", "weight", "router_logits")]
     held = {k: v for k, v in (schema.metadata or {}).items() if not k.startswith(b"pandas")}
@@ -114,7 +124,7 @@ def open_parquet(
     if "layer" not in schema.names:
         columns: Columns = Parquet([path], {name: name for name in [*names, *routing]})
         return _of_arrays(columns, about, n_experts, layers, tokens_a_sequence, f"parquet {Path(path).name}")
-    batch = next(pq.ParquetFile(path).iter_batches(4096, columns=["layer", "slot"]), None)
+    batch = next(table.iter_batches(4096, columns=["layer", "slot"]), None)
     if batch is None:
         raise SourceError(f"Cannot open {path}: it has no rows. Pass one a token.", argument="tokens", value=path)
     head = batch.to_pandas()
@@ -225,19 +235,20 @@ def _weights(sent: Any, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _lines(path: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    number = 1
     with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                answer = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise SourceError(
-                    f"Cannot open {path}: line {number} is no JSON ({error}). Write one answer a line.",
-                    argument="path",
-                    value=number,
-                ) from error
-            yield number, answer if isinstance(answer, dict) else {}
+        try:
+            for line in bounded_lines(file):
+                if line.strip():
+                    answer = json_value(line.decode("utf-8-sig"))
+                    yield number, answer if isinstance(answer, dict) else {}
+                number += 1
+        except (ValueError, RecursionError) as error:
+            raise SourceError(
+                f"Cannot open {path}: line {number} is no JSON ({short(str(error))}). Write one answer a line.",
+                argument="path",
+                value=number,
+            ) from error
 
 
 FORMATS: dict[str, Callable[..., Trace]] = {

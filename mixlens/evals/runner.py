@@ -9,13 +9,14 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mixlens.core.distributed import processes
+from mixlens.core.files import SCARCE, shortages
 from mixlens.core.run_dir import RunWriter, now, plan_at, versions
 from mixlens.errors import BadInput
 from mixlens.evals.backends import backend_of
@@ -151,7 +152,12 @@ def evaluate(
     >>> len(log.records) == len(log.tasks)
     True
     """
-    job = job_of(tasks, protocol=protocol, data=data, limit=limit, settings=settings)
+    with nullcontext() if out is None else shortages(Path(out), SCARCE):
+        job = job_of(tasks, protocol=protocol, data=data, limit=limit, settings=settings)
+        return _evaluate(model, job, out, settings)
+
+
+def _evaluate(model: Any, job: Job, out: str | os.PathLike[str] | None, settings: EvalSettings) -> Log:
     if isinstance(model, str | os.PathLike):
         from mixlens.evals.subprocess import evaluate_apart
 

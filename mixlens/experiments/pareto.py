@@ -19,6 +19,7 @@ import xarray as xr
 from mixlens.bench.local_loads import LocalSettings
 from mixlens.bench.prompts import Workload
 from mixlens.bench.run import benchmark
+from mixlens.core.files import SCARCE, shortages
 from mixlens.core.run_dir import META, RunWriter, now, open_run, versions
 from mixlens.errors import BadInput
 from mixlens.experiments.impact import SETTINGS, measure_impact
@@ -126,7 +127,8 @@ def measure_pareto(
             value=names,
         )
     documents = Documents(documents, settings.text)
-    original = load(model, verbose=False, **loading)
+    with shortages(Path(out), SCARCE):
+        original = load(model, verbose=False, **loading)
     described = identity(original)
     first = described["audit"]["label"]
     if first in names:

@@ -25,17 +25,20 @@ import pyarrow as pa
 import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
 
+from mixlens.core.size_limits import MOST_CHARS, Oversized, bounded_lines, check_parquet, check_unpacked, json_value
 from mixlens.errors import BadInput
 
 STDIN = "-"
 IDS = ("document_id", "id")
-_JSON, _TABLES, _PACKED = (".json", ".jsonl", ".ndjson"), (".csv", ".tsv", ".tab"), (".gz", ".bz2", ".xz", ".zst")
+_JSON_LINES = (".jsonl", ".ndjson")
+_JSON, _TABLES, _PACKED = (".json", *_JSON_LINES), (".csv", ".tsv", ".tab"), (".gz", ".bz2", ".xz", ".zst")
 _HEADER = 65_536  # characters of a first line that are looked at
+_PIECE = 1 << 20
 _COMPRESSED: dict[bytes, Callable[[BinaryIO], Any]] = {
     b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file),
     b"BZh": bz2.BZ2File,
     b"\xfd7zXZ\x00": lzma.LZMAFile,
-    b"\x28\xb5\x2f\xfd": lambda file: io.BytesIO(_zstandard(file).read()),
+    b"\x28\xb5\x2f\xfd": lambda file: _zstandard(file),
 }
 _NOT_TEXT = {
     b"%PDF": "a PDF file",
@@ -215,7 +218,7 @@ def _opened(file: BinaryIO, name: str, text: str, limit: int | None) -> Iterator
     """Rows of a file, recognised by its contents; a suffix decides where contents allow several readings."""
     suffix = next((end for end in reversed(Path(name.lower()).suffixes) if end not in _PACKED), "")
     if unpack := next((unpack for magic, unpack in _COMPRESSED.items() if _head(file).startswith(magic)), None):
-        file = unpack(file)
+        file = _Unpacked(file, unpack)
     head = _head(file)
     if what := next((what for magic, what in _NOT_TEXT.items() if head.startswith(magic)), None):
         raise BadInput(
@@ -224,6 +227,8 @@ def _opened(file: BinaryIO, name: str, text: str, limit: int | None) -> Iterator
             value=name,
         )
     if head.startswith(b"PAR1"):
+        if not isinstance(file, _Unpacked):  # which Parquet cannot be read from
+            check_parquet(file)
         yield from _batches(pq.ParquetFile(file).iter_batches(1024))
         return
     if head.startswith(b"ARROW1"):
@@ -241,16 +246,42 @@ def _opened(file: BinaryIO, name: str, text: str, limit: int | None) -> Iterator
             value=name,
         )
     with io.TextIOWrapper(file, "utf-8-sig") as lines:
-        separator = _separator(lines.readline(), suffix, text)
+        separator = _separator(lines.readline(_HEADER), suffix, text)
         lines.seek(0)
         if separator is not None:
             yield from _table(lines, separator, text, limit)
         else:
-            yield from _json_or_prose(lines, name, text, suffix in _JSON)
+            yield from _json_or_prose(lines, name, text, suffix)
 
 
-def _zstandard(file: BinaryIO) -> Any:
-    return pa.CompressedInputStream(pa.PythonFile(file, mode="r"), "zstd")
+class _Unpacked(io.BufferedReader):
+    """A compressed file as it unpacks. Raises ValueError for one that unpacks to more than any text does."""
+
+    def __init__(self, packed: BinaryIO, unpack: Callable[[BinaryIO], Any]) -> None:
+        self._packed = packed
+        super().__init__(unpack(packed))
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or size < 0:
+            return b"".join(iter(lambda: self.read(_PIECE), b""))
+        return self._checked(super().read(size))
+
+    def read1(self, size: int = -1) -> bytes:
+        return self._checked(super().read1(size))
+
+    def _checked(self, piece: bytes) -> bytes:
+        check_unpacked(self._packed.tell(), self.tell())
+        return piece
+
+
+def _zstandard(packed: BinaryIO) -> BinaryIO:
+    data, pieces = io.BytesIO(packed.read()), io.BytesIO()  # the stream closes what it reads
+    with pa.CompressedInputStream(pa.PythonFile(data, mode="r"), "zstd") as stream:
+        while piece := stream.read(_PIECE):
+            pieces.write(piece)
+            check_unpacked(data.tell(), pieces.tell())
+    pieces.seek(0)
+    return pieces
 
 
 def _head(file: BinaryIO) -> bytes:
@@ -301,21 +332,24 @@ def _typed(values: list[str | None]) -> list[Any]:
     return list(values)
 
 
-def _json_or_prose(lines: io.TextIOWrapper, name: str, text: str, is_json: bool) -> Iterator[Any]:
-    """JSON Lines where the first line is a whole value and others follow, else one JSON value, else prose.
-
-    is_json  whether the file is named so, and what is not JSON is refused
-    """
-    first = next((line for line in lines if line.strip()), "")
-    value = _json(first) if is_json or first.lstrip()[:1] in "[{" else None
-    second = next((line for line in lines if line.strip()), "") if value is not None else ""
+def _json_or_prose(lines: io.TextIOWrapper, name: str, text: str, suffix: str) -> Iterator[Any]:
+    """JSON Lines where the first line is a whole value and others follow, else one JSON value, else prose."""
+    is_json = suffix in _JSON  # and what is not JSON is refused
+    first, second, value = next((line for line in _beginning(lines) if line.strip()), ""), "", None
+    if len(first) > MOST_CHARS and (suffix in _JSON_LINES or (is_json and first.lstrip()[:1] == "{")):
+        raise _no_json(name, 1, Oversized(f"it is longer than {MOST_CHARS:,} characters"))
+    if len(first) <= MOST_CHARS and (is_json or first.lstrip()[:1] in "[{"):
+        value = _json(first)
+        second = next((line for line in _beginning(lines) if line.strip()), "") if value is not None else ""
     lines.seek(0)
     if value is not None and second and (is_json or second.lstrip()[:1] in "[{"):
         yield from _json_lines(lines, name)
         return
     whole = lines.read()
     try:
-        found = _parsed(whole) if is_json or whole.lstrip()[:1] in ("[", "{") else None
+        # A list of documents may be as large as they are.
+        load = json.loads if whole.lstrip()[:1] == "[" else json_value
+        found = _parsed(whole, load) if is_json or whole.lstrip()[:1] in ("[", "{") else None
     except (ValueError, RecursionError) as error:
         if is_json:
             raise _no_json(name, getattr(error, "lineno", 1), error) from error
@@ -328,14 +362,22 @@ def _json_or_prose(lines: io.TextIOWrapper, name: str, text: str, is_json: bool)
         yield found
 
 
-def _json_lines(lines: Iterable[str], name: str) -> Iterator[Any]:
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            yield _parsed(line)
-        except (ValueError, RecursionError) as error:
-            raise _no_json(name, number, error) from error
+def _beginning(lines: io.TextIOWrapper) -> Iterator[str]:
+    """Lines, of which too long ones come in pieces."""
+    return iter(lambda: lines.readline(MOST_CHARS + 1), "")
+
+
+def _json_lines(lines: io.TextIOWrapper, name: str) -> Iterator[Any]:
+    number = 1
+    try:
+        for line in bounded_lines(lines):
+            if line.strip():
+                yield _parsed(line)
+            number += 1
+    except UnicodeDecodeError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise _no_json(name, number, error) from error
 
 
 def _json(line: str) -> Any:
@@ -345,9 +387,9 @@ def _json(line: str) -> Any:
         return None
 
 
-def _parsed(text: str) -> Any:
+def _parsed(text: str, load: Callable[..., Any] = json_value) -> Any:
     """A value of JSON. Raises ValueError also for NaN and Infinity, which are none, and for a half surrogate."""
-    found = json.loads(text, parse_constant=_refused)
+    found = load(text, parse_constant=_refused)
     if "\\u" in text:
         json.dumps(found, ensure_ascii=False).encode()
     return found
@@ -379,7 +421,15 @@ def _faults(name: str) -> Iterator[None]:
             argument="source",
             value=name,
         ) from error
-    except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException, pd.errors.ParserError) as error:
+    except (
+        Oversized,
+        OSError,
+        EOFError,
+        zlib.error,
+        lzma.LZMAError,
+        pa.ArrowException,
+        pd.errors.ParserError,
+    ) as error:
         raise BadInput(
             f"Cannot read documents from {name}: {str(error).strip()}. Repair the file, or pass another.",
             argument="source",

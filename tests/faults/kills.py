@@ -22,17 +22,21 @@ class Layer:
     """The files under a folder: counts every operation that changes them, and kills the process before one of them.
 
     A write is two operations: half of its bytes, and the rest.
+
+    refusal  number of an error that this operation and all after it raise, instead of the kill
     """
 
-    def __init__(self, folder: Path, fatal: int) -> None:
-        self.folder, self.fatal, self.count = str(folder), fatal, 0
+    def __init__(self, folder: Path, fatal: int, refusal: int | None = None) -> None:
+        self.folder, self.fatal, self.refusal, self.count = str(folder), fatal, refusal, 0
         self._fsync, self._write = os.fsync, Path.write_bytes
         os.fsync, Path.write_bytes = self.fsync, lambda path, data: self.write(path, data)  # type: ignore[assignment]
         sys.addaudithook(self.audit)
 
     def operation(self) -> None:
-        if self.count == self.fatal:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if self.count >= self.fatal:
+            if self.refusal is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise OSError(self.refusal, os.strerror(self.refusal or 0))
         self.count += 1
 
     def audit(self, event: str, arguments: tuple) -> None:

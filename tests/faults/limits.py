@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import os
 import resource
 import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import psutil
-from kills import again, in_child, undisturbed
+from kills import Layer, again, in_child, undisturbed
 from verbs import VERBS
 
 from mixlens.errors import MixlensError
 
 _IN_WORDS, _RAW = 10, 11
+REFUSALS = ("EDQUOT", "EROFS", "ENOSPC", "EIO", "EMFILE", "EFBIG")
 
 
 def _file_size(size: int) -> Callable[[], None]:
@@ -66,6 +70,22 @@ def limited(verb: str, folder: Path, what: str) -> Iterator[tuple[str, str | Non
         shutil.rmtree(out, ignore_errors=True)
 
 
+def refused(verb: str, folder: Path, every: int = 1, start: int = 0) -> Iterator[tuple[str, str | None]]:
+    """(operation from which on the disk refuses all, what was wrong), until the call does not need any of them."""
+    whole = undisturbed(verb, folder)
+    for first in itertools.count(start, every):
+        name = REFUSALS[first // every % len(REFUSALS)]
+        out = folder / "refused"
+        ended, status = in_child(_calling(verb, out, partial(Layer, out, first, getattr(errno, name))))
+        if not ended and not status:
+            return
+        wrong = again(verb, out, whole)
+        if ended or status != _IN_WORDS:
+            wrong = f"ended with signal {ended}" if ended else "raised what is no MixlensError"
+        yield f"{name} from operation {first}", wrong
+        shutil.rmtree(out, ignore_errors=True)
+
+
 def full_disk(verb: str, folder: Path, sizes: tuple[int, ...]) -> Iterator[tuple[str, str | None]]:
     """On file systems in memory with room for a part of the run; nothing where they cannot be mounted."""
     whole = undisturbed(verb, folder)
@@ -86,7 +106,7 @@ def full_disk(verb: str, folder: Path, sizes: tuple[int, ...]) -> Iterator[tuple
             subprocess.run(["umount", str(disk)], check=True)
 
 
-def _calling(verb: str, out: Path, limit: Callable[[], None]) -> Callable[[], int]:
+def _calling(verb: str, out: Path, limit: Callable[[], object]) -> Callable[[], int]:
     def act() -> int:
         limit()
         try:

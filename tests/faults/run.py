@@ -13,7 +13,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from kills import at_every_operation, at_random  # noqa: E402
-from limits import LIMITS, full_disk, limited  # noqa: E402
+from limits import LIMITS, full_disk, limited, refused  # noqa: E402
 from tampering import damages, edits, strays  # noqa: E402
 from verbs import RUNS, VERBS  # noqa: E402
 
@@ -37,6 +37,7 @@ def attempts(verbs: Iterable[str], n_random: int, *, every: int = 1, seed: int =
     for verb in verbs:
         for what in LIMITS:
             yield f"{verb}: {what} limited", partial(limited, verb, what=what)
+        yield f"{verb}: refused by the disk", partial(refused, verb, every=every)
         yield f"{verb}: disk full", partial(full_disk, verb, sizes=DISKS)
 
 
@@ -55,11 +56,12 @@ def main() -> int:
     parser.add_argument("--n", type=int, default=500, help="random kills")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--verbs", nargs="*", default=list(VERBS), choices=list(VERBS))
+    parser.add_argument("--every", type=int, default=1, help="of the operations on the disk")
     parser.add_argument("--only", default="", help="lines of the table that contain this")
     options = parser.parse_args()
     failures: list[str] = []
     print("| fault | tried | held | failed |\n|---|---|---|---|")
-    for line, attempt in attempts(options.verbs, options.n, seed=options.seed):
+    for line, attempt in attempts(options.verbs, options.n, every=options.every, seed=options.seed):
         if options.only in line:
             found = tried(attempt)
             failed = [f"{line}, {which}: {wrong}" for which, wrong in found if wrong]

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from kills import at_every_operation, at_random
-from limits import LIMITS, full_disk, limited
+from limits import LIMITS, full_disk, limited, refused
 from tampering import damages, edits, strays
 from verbs import QUICK, RUNS, VERBS
 
@@ -42,6 +42,10 @@ def test_what_was_done_to_a_finished_run_is_named(tmp_path, tampering):
 @pytest.mark.parametrize("what", LIMITS)
 def test_too_little_of_something_ends_in_words_and_loses_nothing(tmp_path, what):
     held(limited("record", tmp_path, what), least=3)
+
+
+def test_a_disk_that_refuses_from_some_operation_on_ends_in_words_and_loses_nothing(tmp_path):
+    held(refused("topk", tmp_path, 19, 5), least=2)
 
 
 @pytest.mark.slow
