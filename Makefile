@@ -4,13 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint docs browser slow first-hour gpu kernels engines views fuzz faults coverage-of-intervals false-alarms mutants pins clean
+.PHONY: demo test matrix lint docs browser slow first-hour gpu kernels engines views fuzz faults coverage-of-intervals false-alarms mutants pins clean
 
 demo: $(INSTALLED)
 	$(BIN)/mixlens demo --out out/demo
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Oldest and newest Python, torch and transformers, by hand before a release: half an hour on two cores.
+matrix:
+	.ci/matrix
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright && $(BIN)/lint-imports --no-logo

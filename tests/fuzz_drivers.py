@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import tiny_mixtral
+from tiny import CACHE, tiny_mixtral
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -435,9 +435,8 @@ def generate_with_cache(d: Drawn) -> list[Row]:
     ids = torch.cat([decode.ids, more], 1)
     mask = torch.cat([decode.mask, torch.ones_like(more)], 1)
     n = d.whole(1, 4)
-    output = d.model.generate(
-        ids, attention_mask=mask, past_key_values=decode.cache, max_new_tokens=n, do_sample=False, eos_token_id=None
-    )
+    given = {"attention_mask": mask, CACHE: decode.cache}
+    output = d.model.generate(ids, **given, max_new_tokens=n, do_sample=False, eos_token_id=None)
     return [
         Row([*row, *new.tolist(), *answer.tolist()[:-1]], len(row) + 2, start)
         for row, new, answer, start in zip(decode.rows, more, output[:, ids.shape[1] :], starts, strict=True)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
+# What a model calls its cache: transformers 5.24 renamed it, and generate warns of the old name.
+CACHE = "cache" if "cache" in inspect.signature(MixtralForCausalLM.forward).parameters else "past_key_values"
 # 8x7B and 8x22B, scaled down: the same proportions of layers, heads and experts.
 SHAPES = {
     "8x7b": {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 1},
