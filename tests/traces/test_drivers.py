@@ -357,7 +357,7 @@ def test_a_gate_that_was_replaced_inside_the_block_is_named(model):
         model(texts(4)[0][None])
 
 
-@pytest.mark.skipif(CACHE == "cache", reason="peft 0.21 finds no cache by its new name, and prepends its tokens each step")
+@pytest.mark.skipif(CACHE == "cache", reason="peft 0.21 finds no cache by its new name")
 def test_learned_tokens_before_the_prompt_are_prompt(model):
     (row,) = texts(30)
     tuned = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
