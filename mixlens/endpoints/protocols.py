@@ -17,7 +17,7 @@ Messages = Sequence[Mapping[str, Any]]
 WireProtocol = Literal["openai-chat", "openai-completions", "anthropic", "modelslab"]
 
 # Path of each protocol, appended to the endpoint's URL.
-PATHS: dict[WireProtocol, str] = {
+PATHS: dict[str, str] = {
     "openai-chat": "/chat/completions",
     "openai-completions": "/completions",
     "anthropic": "/messages",
