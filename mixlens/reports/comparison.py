@@ -117,7 +117,7 @@ def impact_findings(impact: Impact) -> list[tuple[str, str]]:
     named = {
         "loss, second less first": f"Loss of {b} less that of {a}",
         "of it from other routing": "Of this from changed routing",
-        f"of it from {impact.rest}": f"Of this from {impact.rest}",
+        f"of it from {'other weights' if impact.rest == 'weights' else impact.rest}": f"Of this from {impact.rest}",
         "KL(first || second)": f"KL divergence of {b} from {a}",
         "same most probable next token": "Tokens whose most probable successor stays the same",
     }

@@ -153,7 +153,11 @@ class Pareto:
         for name in [*known, *scores]:
             heading, factor, decimals = _OVERVIEW.get(name, (name, 1.0, 3))
             for scheme, row in self.of(name).iterrows():
-                exact = self.exact(str(scheme), name) and row["estimate"] == row["estimate"]
+                exact = (
+                    self.exact(str(scheme), name)
+                    and row["estimate"] == row["estimate"]
+                    and not row["ci_low"] < row["ci_high"]
+                )
                 shown = f"{factor * row['estimate']:,.{decimals}f}" if exact else interval_of(row, factor, decimals)
                 rows[str(scheme)][heading] = shown
         table = pd.DataFrame.from_dict(rows, orient="index").fillna("n/a").rename_axis("scheme")
