@@ -20,8 +20,9 @@ from mixlens.evals.log import Log
 from mixlens.evals.paired import LogComparison, compare_logs
 from mixlens.registry import open as open_any
 from mixlens.stats.agreement import agreement, same_shape
-from mixlens.stats.counts import By, require
+from mixlens.stats.clusters import By
 from mixlens.stats.flips import flips, flips_by_margin, routers_changed
+from mixlens.stats.inputs import require
 from mixlens.stats.likelihoods import likelihood_gap, routing_split
 from mixlens.stats.next_tokens import next_tokens
 from mixlens.stats.published import two_engines

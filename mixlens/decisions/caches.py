@@ -14,7 +14,8 @@ from mixlens.core.intervals import Difference, Mean, Quantity, Share, leaving_ou
 from mixlens.decisions.verdict import DECISION, Documents, bounded, check_positive, judged
 from mixlens.errors import BadInput, MissingSignal
 from mixlens.stats import cache_replay
-from mixlens.stats.counts import clustered, described, require
+from mixlens.stats.inputs import clustered, require
+from mixlens.stats.summaries import described
 from mixlens.stats.verdicts import DO, UNKNOWN
 
 if TYPE_CHECKING:

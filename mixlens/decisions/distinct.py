@@ -12,8 +12,9 @@ from mixlens.core.bootstrap import Bootstrap
 from mixlens.core.intervals import Smooth, said
 from mixlens.decisions.verdict import DECISION, bounded, check_found, check_positive, check_whole, judged
 from mixlens.errors import BadInput
-from mixlens.stats.counts import clustered, described, require
+from mixlens.stats.inputs import clustered, require
 from mixlens.stats.steps import Steps
+from mixlens.stats.summaries import described
 
 if TYPE_CHECKING:
     from mixlens.trace.trace import Trace

@@ -16,8 +16,9 @@ from mixlens.core.files import write_file
 from mixlens.core.intervals import Difference, Mean, leaving_out, said
 from mixlens.decisions.verdict import DECISION, Documents, bounded, check_found, check_whole, judged
 from mixlens.errors import BadInput
-from mixlens.stats.counts import clustered, described, require
 from mixlens.stats.expert_balance import eplb, every_placement, shares
+from mixlens.stats.inputs import clustered, require
+from mixlens.stats.summaries import described
 
 if TYPE_CHECKING:
     from mixlens.trace.trace import Trace

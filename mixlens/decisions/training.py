@@ -14,9 +14,10 @@ from mixlens.core.bootstrap import Bootstrap
 from mixlens.core.intervals import Smooth, leaving_out
 from mixlens.decisions.verdict import DECISION, bounded
 from mixlens.errors import BadInput
-from mixlens.stats.counts import described, require, summed_by
+from mixlens.stats.inputs import require
 from mixlens.stats.routing import load_entropy
 from mixlens.stats.saturation import checkpoint
+from mixlens.stats.summaries import described, summed_by
 from mixlens.stats.verdicts import fewest_units, level_of_each, of_all, verdict
 from mixlens.trace.checkpoints import open_checkpoints
 from mixlens.trace.trace import Trace

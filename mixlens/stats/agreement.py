@@ -12,8 +12,12 @@ import xarray as xr
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.core.intervals import Mean, Quantity, Share
 from mixlens.errors import BadInput
-from mixlens.stats.counts import OLMOE, Block, By, clustered, count, described, require, summarise
+from mixlens.stats.clusters import By
+from mixlens.stats.counts import Block, count
+from mixlens.stats.inputs import clustered, require
+from mixlens.stats.published import OLMOE
 from mixlens.stats.softmax import BLOCK_OF_LOGITS, entropy_bits, softmax_tiles
+from mixlens.stats.summaries import described, summarise
 
 if TYPE_CHECKING:
     from mixlens.trace.trace import Trace

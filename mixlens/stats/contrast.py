@@ -11,9 +11,10 @@ import xarray as xr
 
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.errors import BadInput
-from mixlens.stats.counts import Summed, clustered, described, require, summed_by
+from mixlens.stats.inputs import clustered, require
 from mixlens.stats.multiplicity import with_survivors
 from mixlens.stats.permutation import PERMUTATIONS, permutations, share_as_far, variances, without_each
+from mixlens.stats.summaries import Summed, described, summed_by
 
 if TYPE_CHECKING:
     from mixlens.trace.trace import Trace

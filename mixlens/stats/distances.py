@@ -11,10 +11,11 @@ import xarray as xr
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.core.names import OF_STATISTICS, beside
 from mixlens.errors import BadInput
-from mixlens.stats.counts import clustered, described, require
 from mixlens.stats.domains import choices, influence_of_choices, times_chance
+from mixlens.stats.inputs import clustered, require
 from mixlens.stats.multiplicity import with_survivors
 from mixlens.stats.permutation import permutations, share_as_far, variances, without_each
+from mixlens.stats.summaries import described
 
 if TYPE_CHECKING:
     from mixlens.trace.trace import Trace

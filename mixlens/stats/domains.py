@@ -11,21 +11,13 @@ import xarray as xr
 
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.core.intervals import Jackknife, Share, Smooth, leaving_out
-from mixlens.stats.counts import (
-    OLMOE,
-    Block,
-    Counts,
-    Reading,
-    add_choices,
-    clustered,
-    count,
-    described,
-    require,
-    summarise,
-)
+from mixlens.stats.counts import Block, Counts, Reading, add_choices, count
+from mixlens.stats.inputs import clustered, require
 from mixlens.stats.multiplicity import with_survivors
 from mixlens.stats.permutation import share_as_far, variances
+from mixlens.stats.published import OLMOE
 from mixlens.stats.structure import mutual_information_bits
+from mixlens.stats.summaries import described, summarise
 
 if TYPE_CHECKING:
     from mixlens.trace.trace import Trace

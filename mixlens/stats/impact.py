@@ -16,7 +16,7 @@ from mixlens.core.intervals import Difference, Mean, Quantity, Share
 from mixlens.core.run_dir import open_run
 from mixlens.core.text import row, shown
 from mixlens.errors import visible
-from mixlens.stats.counts import By
+from mixlens.stats.clusters import By
 from mixlens.stats.measured import Measured, read_measured, summarised
 from mixlens.stats.next_tokens import losses_of
 

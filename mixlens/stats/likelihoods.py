@@ -12,7 +12,10 @@ from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.core.intervals import Difference, Mean, Quantity, Share
 from mixlens.errors import BadInput
 from mixlens.stats.agreement import same_shape, side_by_side
-from mixlens.stats.counts import Block, By, Counts, clustered, count, described, require, summarise
+from mixlens.stats.clusters import By
+from mixlens.stats.counts import Block, Counts, count
+from mixlens.stats.inputs import clustered, require
+from mixlens.stats.summaries import described, summarise
 
 if TYPE_CHECKING:
     from mixlens.trace.trace import Trace

@@ -17,7 +17,9 @@ from mixlens.core.bootstrap import Bootstrap
 from mixlens.core.names import OF_STATISTICS, beside
 from mixlens.core.run_dir import open_run
 from mixlens.errors import BadInput
-from mixlens.stats.counts import By, Clusters, Counts, Statistic, summarise
+from mixlens.stats.clusters import By, Clusters
+from mixlens.stats.counts import Counts
+from mixlens.stats.summaries import Statistic, summarise
 from mixlens.trace.shards import read_vocabulary
 
 VOCABULARY = "vocabulary.parquet"
@@ -131,7 +133,7 @@ def summarised(
     null: np.ndarray | float | None = None,
     cluster: str | None = None,
 ) -> xr.Dataset:
-    """The Dataset of a statistic of sums over documents `names`, as `counts.summarise` makes it.
+    """The Dataset of a statistic of sums over documents `names`, as `summaries.summarise` makes it.
 
     dims     {name: labels} after layer; where the sums have no layer, neither has the Dataset
     tokens   what the numbers rest on [document, ...]; {"n": ...} is among the sums where it is [document]

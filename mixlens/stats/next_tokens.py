@@ -12,7 +12,10 @@ import xarray as xr
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.core.intervals import Difference, Mean, Quantity, Share
 from mixlens.stats.agreement import side_by_side
-from mixlens.stats.counts import Block, By, clustered, count, described, require, summarise
+from mixlens.stats.clusters import By
+from mixlens.stats.counts import Block, count
+from mixlens.stats.inputs import clustered, require
+from mixlens.stats.summaries import described, summarise
 
 if TYPE_CHECKING:
     from mixlens.trace.trace import Trace

@@ -10,7 +10,7 @@ import xarray as xr
 
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.errors import BadInput
-from mixlens.stats.counts import clustered, require, with_ids
+from mixlens.stats.inputs import clustered, require, with_ids
 from mixlens.stats.multiplicity import p_against, with_survivors
 from mixlens.trace.trace import Trace
 

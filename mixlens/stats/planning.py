@@ -10,7 +10,8 @@ import xarray as xr
 
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.errors import BadInput
-from mixlens.stats.counts import By, clustered, require
+from mixlens.stats.clusters import By
+from mixlens.stats.inputs import clustered, require
 
 if TYPE_CHECKING:
     from mixlens.trace.trace import Trace

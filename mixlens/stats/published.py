@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from mixlens.stats.counts import JIANG
+JIANG = "Jiang et al. 2024, Mixtral of Experts, arXiv 2401.04088"
+OLMOE = "Muennighoff et al. 2024, OLMoE, arXiv 2409.02060"
 
 # Percent: first choice at layers 0, 15, 31, then first or second choice at the same layers.
 _TABLE_5 = {

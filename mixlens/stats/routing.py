@@ -12,19 +12,12 @@ import xarray as xr
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.core.intervals import Largest, Mean, Quantity, Share, Smooth
 from mixlens.errors import BadInput, MissingSignal
-from mixlens.stats.counts import (
-    JIANG,
-    Block,
-    By,
-    Reading,
-    add_choices,
-    clustered,
-    count,
-    described,
-    require,
-    summarise,
-)
+from mixlens.stats.clusters import By
+from mixlens.stats.counts import Block, Reading, add_choices, count
+from mixlens.stats.inputs import clustered, require
+from mixlens.stats.published import JIANG
 from mixlens.stats.softmax import BLOCK_OF_LOGITS, entropy_bits, second_largest, softmax_tiles
+from mixlens.stats.summaries import described, summarise
 
 if TYPE_CHECKING:
     from mixlens.trace.trace import Trace

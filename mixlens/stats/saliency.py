@@ -11,8 +11,10 @@ import xarray as xr
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.core.intervals import Mean, Quantity, Share
 from mixlens.errors import BadInput, MissingSignal
-from mixlens.stats.counts import Block, clustered, count, described, require, summarise
+from mixlens.stats.counts import Block, count
 from mixlens.stats.importance import expert_importance
+from mixlens.stats.inputs import clustered, require
+from mixlens.stats.summaries import described, summarise
 
 if TYPE_CHECKING:
     from mixlens.trace.trace import Trace

@@ -10,8 +10,9 @@ import xarray as xr
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.errors import BadInput
 from mixlens.stats.agreement import agreement
-from mixlens.stats.counts import OLMOE, By
+from mixlens.stats.clusters import By
 from mixlens.stats.next_tokens import next_tokens
+from mixlens.stats.published import OLMOE
 from mixlens.stats.routing import expert_share, load_balance, load_entropy, routing_entropy
 
 if TYPE_CHECKING:

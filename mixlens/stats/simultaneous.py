@@ -12,7 +12,9 @@ import xarray as xr
 
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.core.intervals import Share
-from mixlens.stats.counts import By, Summed, clustered, require, summed_by
+from mixlens.stats.clusters import By
+from mixlens.stats.inputs import clustered, require
+from mixlens.stats.summaries import Summed, summed_by
 
 if TYPE_CHECKING:
     from mixlens.trace.trace import Trace

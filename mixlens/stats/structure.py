@@ -14,21 +14,11 @@ from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.core.intervals import Share, Smooth
 from mixlens.core.threads import in_threads
 from mixlens.errors import BadInput
-from mixlens.stats.counts import (
-    JIANG,
-    OLMOE,
-    Block,
-    By,
-    Clusters,
-    Reading,
-    clustered,
-    count,
-    described,
-    joined,
-    layer_by_layer,
-    require,
-    summarise,
-)
+from mixlens.stats.clusters import By, Clusters
+from mixlens.stats.counts import Block, Reading, count
+from mixlens.stats.inputs import clustered, require
+from mixlens.stats.published import JIANG, OLMOE
+from mixlens.stats.summaries import described, joined, layer_by_layer, summarise
 
 if TYPE_CHECKING:
     from mixlens.trace.trace import Trace

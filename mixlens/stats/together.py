@@ -11,8 +11,10 @@ import xarray as xr
 
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.errors import BadInput
-from mixlens.stats.counts import By, in_one_pass, require
+from mixlens.stats.clusters import By
+from mixlens.stats.counts import in_one_pass
 from mixlens.stats.domains import domain_information, domain_specialization
+from mixlens.stats.inputs import require
 from mixlens.stats.routing import (
     expert_share,
     load_balance,

@@ -16,21 +16,12 @@ import xarray as xr
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.core.intervals import Difference, Share
 from mixlens.errors import BadInput
+from mixlens.stats.clusters import By, Clusters
 from mixlens.stats.contexts import BACK_OFF, Features, layer_groups, occurrences, predictions
-from mixlens.stats.counts import (
-    OLMOE,
-    Block,
-    By,
-    Clusters,
-    Counts,
-    clustered,
-    count,
-    described,
-    reduced,
-    require,
-    summarise,
-    with_ids,
-)
+from mixlens.stats.counts import Block, Counts, count, reduced
+from mixlens.stats.inputs import clustered, require, with_ids
+from mixlens.stats.published import OLMOE
+from mixlens.stats.summaries import described, summarise
 from mixlens.trace.shards import id_dtype
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from helpers.refusals import refused
 
 from mixlens import stats
 from mixlens.errors import BadInput
-from mixlens.stats import Bootstrap, counts
+from mixlens.stats import Bootstrap, clusters
 from mixlens.trace.trace import Trace
 
 QUICK = Bootstrap(replicates=20)
@@ -181,7 +181,7 @@ def test_a_great_many_documents_are_drawn_in_bundles(monkeypatch):
     ids = np.stack([rng.choice(4, size=20, p=p) for p in tilt]).reshape(-1, 1, 1)
     trace = Trace.from_arrays(ids, n_experts=4, tokens={"sequence": np.repeat(np.arange(600), 20)})
     each = stats.expert_share(trace)
-    monkeypatch.setattr(counts, "_MOST_BUNDLES", 100)
+    monkeypatch.setattr(clusters, "_MOST_BUNDLES", 100)
     bundled = stats.expert_share(trace)
     np.testing.assert_array_equal(bundled["estimate"], each["estimate"])
     assert bundled["n_documents"] == 600
@@ -191,7 +191,7 @@ def test_a_great_many_documents_are_drawn_in_bundles(monkeypatch):
 
 def test_bundles_hold_equally_many_documents_of_one_group():
     group = np.repeat([0, 1, 2], [95, 3, 50])
-    bundle = counts._bundles(group, most=10)
+    bundle = clusters._bundles(group, most=10)
     for g, sizes in ((0, {9, 10}), (1, {1}), (2, {5})):
         assert set(np.bincount(bundle[group == g])[np.unique(bundle[group == g])]) == sizes
     assert (bundle // 10 == group).all()

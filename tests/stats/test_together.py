@@ -9,7 +9,7 @@ import xarray as xr
 from helpers.refusals import refused
 
 import mixlens as ml
-from mixlens.stats import counts
+from mixlens.stats import summaries
 from mixlens.stats.together import _STATISTICS
 
 
@@ -98,7 +98,7 @@ def test_shards_are_read_where_they_lie(on_disk, monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", ["coactivation", "transitions"])
 def test_layers_a_few_at_a_time_give_the_numbers_of_all_at_once(name, by, monkeypatch):
     whole = getattr(ml.stats, name)(trace_of(), by=by)
-    monkeypatch.setattr(counts, "_MOST_AT_A_TIME", 1)
+    monkeypatch.setattr(summaries, "_MOST_AT_A_TIME", 1)
     reads, blocks = [], ml.Trace.blocks
     monkeypatch.setattr(ml.Trace, "blocks", lambda self, *a, **o: reads.append(a) or blocks(self, *a, **o))
     xr.testing.assert_identical(getattr(ml.stats, name)(trace_of(), by=by), whole)
