@@ -72,7 +72,14 @@ def subjects(rng: Random, n: int, spread: float) -> xr.Dataset:
     for name in "ab":
         answers = right ^ (rng.random(right.shape) < 0.2 * spread)
         samples = [
-            {"task": f"mmlu_{task}", "sample_id": i, "doc_hash": f"{task} {i}", "correct": float(answer)}
+            {
+                "task": f"mmlu_{task}",
+                "sample_id": i,
+                "doc_hash": f"{task} {i}",
+                "correct": float(answer),
+                "metrics": {"acc": float(answer)},
+                **NOT_READ,
+            }  # fmt: skip
             for task, of_task in enumerate(answers)
             for i, answer in enumerate(of_task)
         ]
@@ -81,7 +88,13 @@ def subjects(rng: Random, n: int, spread: float) -> xr.Dataset:
     return ml.compare(*logs).table.query("task != 'mmlu'").to_xarray()
 
 
-OF_MMLU = {"benchmark": "mmlu", "protocol": "mmlu_5shot", "version": "1", "primary": "acc", "metrics": {}}
+OF_MMLU = {
+    "benchmark": "mmlu", "protocol": "mmlu_5shot", "version": "1", "primary": "acc", "chat": False,
+    "metrics": {"acc": {"aggregation": "mean", "higher_is_better": True}},
+}  # fmt: skip
+NOT_READ = dict.fromkeys(("prompt", "target", "response"), "") | dict.fromkeys(
+    ("group", "responses", "choices", "logprobs", "gold")
+)
 
 
 def few_and_short(rng: Random, n: int, spread: float) -> ml.Trace:
