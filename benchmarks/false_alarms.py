@@ -79,7 +79,7 @@ def subjects(rng: Random, n: int, spread: float) -> xr.Dataset:
                 "correct": float(answer),
                 "metrics": {"acc": float(answer)},
                 **NOT_READ,
-            }  # fmt: skip
+            }
             for task, of_task in enumerate(answers)
             for i, answer in enumerate(of_task)
         ]
