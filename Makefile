@@ -44,7 +44,7 @@ kernels: $(VENV)/.installed-test
 	TRITON_INTERPRET=1 PYTHONPATH=out/triton $(BIN)/python -m pytest tests/models/test_decode_kernels.py
 
 slow: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m slow -n 2 --dist worksteal
 
 # An installed wheel outside the repository: what the README says, then forty tasks of a newcomer with data of their own.
 first-hour: $(VENV)/.installed-test
