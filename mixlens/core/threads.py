@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -34,3 +34,16 @@ def in_threads(function: Callable[[_Item], _Result], items: Iterable[_Item]) -> 
 
     with ThreadPoolExecutor(workers) as pool:
         return list(pool.map(work, every))
+
+
+def ahead(items: Iterable[_Item]) -> Iterator[_Item]:
+    """Each item, while the one after it is made in a thread of its own."""
+    if cores() < 2 or getattr(_worker, "busy", False):
+        yield from items
+        return
+    rest, end = iter(items), object()
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(next, rest, end)
+        while (item := following.result()) is not end:
+            following = pool.submit(next, rest, end)
+            yield item  # type: ignore[misc]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mixlens.core.threads import in_threads
 from mixlens.stats.counts import reduced
 from mixlens.trace.shards import id_dtype
 
@@ -96,7 +97,7 @@ class Features:
         majority = by_type.sum(-1, keepdims=True)
         by_type += BACK_OFF * majority / majority.sum(0)
         finest = BACK_OFF * by_type / by_type.sum(0)
-        by_pair += finest[:, :, self.type_of_pair]
+        by_pair += finest.take(self.type_of_pair, axis=2)
         return np.concatenate([_largest(scores).ravel() for scores in (majority, by_type, by_pair)])
 
 
@@ -113,7 +114,7 @@ def predictions(trace: Trace, features: Features, layers: np.ndarray) -> np.ndar
             np.add.at(table[i], first + of_token, np.int32(1))
             np.add.at(table[i], first[has_pair] + of_pair, np.int32(1))
     table = reduced(trace, table).reshape(len(layers), trace.n_experts, -1)
-    return np.stack([features.predict(counts) for counts in table])
+    return np.stack(in_threads(features.predict, table))
 
 
 def occurrences(trace: Trace, group_of_sequence: np.ndarray, n_groups: int) -> np.ndarray:
@@ -156,7 +157,6 @@ def _largest(scores: np.ndarray) -> np.ndarray:
     """Index of the largest along the first axis, the lower one where two are equal; as `id_dtype`."""
     best, top = np.zeros(scores.shape[1:], id_dtype(len(scores))), scores[0].copy()
     for expert in range(1, len(scores)):
-        better = scores[expert] > top
-        best[better] = expert
+        np.maximum(best, (scores[expert] > top) * best.dtype.type(expert), out=best)
         np.maximum(top, scores[expert], out=top)
     return best

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xarray as xr
 
-from mixlens.core.threads import cores, in_threads
+from mixlens.core.threads import ahead, cores, in_threads
 from mixlens.stats.clusters import By, Clusters
 
 if TYPE_CHECKING:
@@ -192,7 +192,7 @@ def count(
         (counted,) = one_pass(trace, [(counting, blocks)])
     else:
         counted = Counted(counting, np.arange(len(clusters.group)))
-        for columns in blocks:
+        for columns in ahead(blocks):
             counted.feed(counting, columns)
     return counting.finished(trace, counted)
 
@@ -246,7 +246,7 @@ def _feed(part: Trace, countings: Countings, counted: Sequence[Counted]) -> None
     """Count the tokens of a part of the trace into what is counted so far."""
     names = list(dict.fromkeys(name for _, reading in countings for name in reading.names))
     tokens = min(reading.tokens for _, reading in countings)
-    for columns in part.blocks(*names, tokens=tokens):
+    for columns in ahead(part.blocks(*names, tokens=tokens)):
 
         def feed(one: tuple[tuple[Counting, Reading], Counted], columns: dict[str, np.ndarray] = columns) -> None:
             (counting, reading), into = one

@@ -95,15 +95,16 @@ def vocabulary_specialization(
         def add(block: Block, totals: dict[str, np.ndarray], layers=layers, best=best, share=share, mean=mean) -> None:
             row = types.rows(block.sequence, block["token_id"])
             known = np.flatnonzero(row >= 0)
-            row, group = row[known], types.group[row[known]]
+            row, group, leverage = row[known], types.group[row[known]], types.leverage[row[known]]
             totals["tokens"][block.clusters] += block.count(np.zeros_like(known), 1, known)[:, 0]
-            value = np.zeros((len(layers), block.n_tokens))
-            for i, ids in enumerate(block.by_layer("expert_id")[layers]):
-                hit = np.zeros(len(known), bool)
-                for of_slot in ids[:, known]:
-                    hit |= of_slot == best[i][row]
-                value[i, known] = mean[i][group] + types.leverage[row] * (hit - share[i][row])
-            totals["share"][block.clusters] += block.sums(value)
+
+            def add_layer(i: int, ids: np.ndarray) -> None:
+                hit = (ids.take(known, axis=1) == best[i].take(row)).any(0)
+                value = np.zeros(block.n_tokens)
+                value[known] = mean[i].take(group) + leverage * (hit - share[i].take(row))
+                totals["share"][block.clusters, i] += block.sums(value)
+
+            block.each_layer("expert_id", add_layer, layers.tolist())
 
         parts.append(count(trace, clusters, {"share": (len(layers),), "tokens": ()}, trace.blocks(*columns), add))
     counts = _joined(parts, "share")
@@ -178,12 +179,12 @@ def predictability(
 
         def add(block: Block, totals: dict[str, np.ndarray], layers=layers, best=best) -> None:
             rows = features.rows({**block.columns, "sequence": block.sequence})
-            correct = np.empty((3, block.n_tokens), bool)
-            for i, layer in enumerate(layers):
-                first = np.ascontiguousarray(block["expert_id"][:, layer, 0])
-                for measure, row in enumerate(rows):
-                    np.equal(best[i][row], first, out=correct[measure])
+
+            def add_layer(i: int, ids: np.ndarray) -> None:
+                correct = np.stack([best[i].take(row) == ids[0] for row in rows])
                 totals["correct"][block.clusters, i] += block.sums(correct)
+
+            block.each_layer("expert_id", add_layer, layers.tolist())
 
         blocks = trace.blocks("sequence", "position", "token_id", "expert_id")
         parts.append(count(trace, clusters, {"correct": (len(layers), 3)}, blocks, add))
