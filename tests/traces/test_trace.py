@@ -13,6 +13,7 @@ from helpers.refusals import refused
 
 from mixlens import BadInput, MissingSignal, RunError, Trace, concat
 from mixlens.trace.detokenize import display_pieces
+from mixlens.trace.shards import widened
 
 LENGTHS = [4, 1, 7, 30, 2]
 SEQUENCES = pd.DataFrame({"document_id": ["a", "b", "b", "c", "d"], "domain": ["x", "y", "y", "x", "y"]})
@@ -71,6 +72,15 @@ def test_weights_come_back_within_half_precision():
     np.testing.assert_allclose(
         Trace.from_arrays(ids, n_experts=8, weight=unnormalised).read("weight"), unnormalised, atol=1e-3
     )
+
+
+def test_every_number_of_half_precision_is_widened_to_itself():
+    half = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    finite = half[np.isfinite(half)]
+    for values in (half, finite, finite[::3], finite[:60_000].reshape(100, 6, 100)[:, ::2, ::-1], finite[:0]):
+        np.testing.assert_array_equal(widened(values, np.float32), values.astype(np.float32), strict=True)
+    zeros = widened(np.array([0.0, -0.0], np.float16), np.float32)
+    assert np.signbit(zeros).tolist() == [False, True]
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 1000])
