@@ -17,10 +17,12 @@ from mixlens.endpoints.protocols import (
     DONE,
     ERROR,
     MALFORMED,
+    OTHER,
     REASONING,
     REFUSAL,
     ROUTED,
     TOKEN,
+    USAGE,
     Event,
     decode,
     without_thinking,
@@ -46,6 +48,8 @@ OUTCOMES = {
 }
 _BOM = b"\xef\xbb\xbf"
 _WHOLE = (b"{", b"[", b"<")
+# Events before one that repeats them all; an answer of fewer may repeat itself.
+_SEVERAL = 3
 # Faults that the transport can report; the events determine all other outcomes.
 FAULTS = ("timeout", "connect", "tls", "malformed", "cut", "oversized")
 
@@ -189,6 +193,7 @@ class StreamReader:
             self._keep(self._parser.close(at_s))
         if self._redact is not None:
             self._mask(self._redact)
+        self._drop_whole()
         _, thought = without_thinking("".join(event.text for event in self.events if event.kind == TOKEN))
         left = len(thought)
         for at, event in enumerate(self.events):
@@ -223,6 +228,14 @@ class StreamReader:
                 raise TooLarge(f"the stream has more than {MAX_EVENTS:,} events, or {MAX_BODY_BYTES:,} characters")
             self.events.append(event)
 
+    def _drop_whole(self) -> None:
+        """Take the text out of a last event that repeats the whole answer, as some gateways end it."""
+        *before, last = [at for at, event in enumerate(self.events) if event.kind == TOKEN] or [0]
+        if len(before) < _SEVERAL or self.events[last].text != "".join(self.events[at].text for at in before):
+            return
+        kind = USAGE if self.events[last].output_tokens else DONE if self.events[last].finish else OTHER
+        self.events[last] = dataclasses.replace(self.events[last], kind=kind, text="")
+
     def _mask(self, key: str) -> None:
         """Mask a key that is split over events: of the answer, of the reasoning, and of all others."""
         for chosen, field in (((TOKEN,), "text"), ((TOKEN, REASONING), "reasoning"), ((COMMENT,), "text")):
@@ -252,13 +265,14 @@ def outcome_of(events: Iterable[Event], *, status: int | None, fault: str | None
         return fault
     if ERROR in kinds:
         return "error"
-    if MALFORMED in kinds:
+    answered = kinds & {TOKEN, REASONING}
+    if MALFORMED in kinds or (not answered and any(event.kind == OTHER and event.text for event in events)):
         return "malformed"
     if fault == "timeout" and not ended:
         return fault
     if not ended and (fault == "cut" or kinds - {COMMENT}):
         return "truncated"
-    return "ok" if kinds & {TOKEN, REASONING} else "empty"
+    return "ok" if answered else "empty"
 
 
 def records_bytes(records: Iterable[Record]) -> bytes:

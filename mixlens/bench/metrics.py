@@ -14,8 +14,17 @@ import xarray as xr
 from mixlens.bench.events import OUTCOMES, Record
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.core.intervals import Mean, leaving_out, quantile_bounds, with_bounds
-from mixlens.endpoints.endpoint import canonical
-from mixlens.endpoints.protocols import REASONING, ROLE, TOKEN, Event, calls_tool, is_cut, is_filtered
+from mixlens.endpoints.endpoint import same_model
+from mixlens.endpoints.protocols import (
+    REASONING,
+    ROLE,
+    TOKEN,
+    Event,
+    calls_tool,
+    is_cut,
+    is_filtered,
+    is_unknown,
+)
 from mixlens.errors import BadInput
 
 # Sources of the number of output tokens, best first.
@@ -41,6 +50,10 @@ STATISTICS = ("mean", "p50", "p90", "p95", "p99")
 QUANTILES = (0.5, 0.9, 0.95, 0.99)
 # With fewer samples the 99th percentile is little more than the maximum.
 P99_SAMPLES = 100
+# Tokens of an event that are several, and events so few that those of the first weigh.
+_SEVERAL_TOKENS, _FEW_EVENTS = 1.5, 8
+# Tokens that an answer may have besides its text: the end of a sequence, marks of a template.
+_BESIDE_TEXT = 8
 # Number of slices of a level's window, for the interval of its throughput.
 _SLICES = 10
 
@@ -76,13 +89,15 @@ def paced(record: Record, count_tokens: CountTokens | None = None) -> tuple[np.n
 
     The stamps are of the answer, whose tokens are all less those of reasoning; of reasoning and answer together where
     reasoning is shown and its tokens are not counted apart, and of reasoning where there is no answer. The first event
-    holds as many tokens as the running count of the server says, else one.
-
+    holds as many tokens as the running count of the server says, else one; of few events with several tokens each, as
+    many as its share of the text. Where the server counts more tokens than its text can have, an event is one token.
     """
     n, source = output_tokens(record, count_tokens)
     answer = [event for event in record.events if event.kind == TOKEN]
     shown = [event for event in record.events if event.reasoning]
     hidden = _last(record.events, "reasoning_tokens")
+    if beyond_text(record, count_tokens):
+        return np.array([event.at_s for event in answer or shown]), float(len(answer or shown) - 1)
     if not answer:
         timed, total = shown, n
     elif isinstance(hidden, int):
@@ -97,8 +112,31 @@ def paced(record: Record, count_tokens: CountTokens | None = None) -> tuple[np.n
     if not timed:
         return stamps, 0.0
     counted = timed[0].output_tokens if source in (USAGE, CHUNK_USAGE) else None
-    before = 1 if counted is None or total <= len(timed) else total - (n - counted)
+    if total <= len(timed):
+        before = 1
+    elif counted is not None:
+        before = total - (n - counted)
+    elif total < _SEVERAL_TOKENS * len(timed) or len(timed) >= _FEW_EVENTS:
+        before = 1
+    else:
+        lengths = [len(event.text) + len(event.reasoning) for event in timed]
+        before = max(1, round(total * lengths[0] / sum(lengths)))
     return stamps, float(max(total - before, 0))
+
+
+def beyond_text(record: Record, count_tokens: CountTokens | None = None) -> bool:
+    """Whether a server counts more tokens than its text has bytes, or twice as many as `count_tokens` finds in it.
+
+    It then thinks, or skips tokens, without saying how many.
+    """
+    n, source = output_tokens(record, count_tokens)
+    if source not in (USAGE, CHUNK_USAGE):
+        return False
+    apart = _last(record.events, "reasoning_tokens") or 0
+    n -= apart if isinstance(apart, int) else 0
+    texts = [record.text, "" if apart else record.reasoning]
+    most = 2 * sum(map(count_tokens, texts)) if count_tokens else len("".join(texts).encode())
+    return any(texts) and n > most + _BESIDE_TEXT
 
 
 def at_once(record: Record) -> bool:
@@ -365,20 +403,35 @@ def shares(records: Iterable[Record], asked: str | None = None) -> list[str]:
         return [f"{what}: {n} of {len(good)} answers."] if n else []
 
     answered = Counter(name for name in table["model"] if isinstance(name, str)) if asked else Counter()
-    others = ", ".join(f"{name} ({n})" for name, n in answered.items() if canonical(name) != canonical(asked or ""))
+    others = ", ".join(f"{name} ({n})" for name, n in answered.items() if not same_model(name, asked or ""))
     given, cached = table["input_tokens"].sum(), table["cached_tokens"].sum()
     hidden = [r for r in good if (_last(r.events, "reasoning_tokens") or 0) != 0 and not r.reasoning]
+    ends = Counter(r.finish for r in good if is_unknown(r.finish))
     return [
         *told(sum(is_cut(r.finish) for r in good), "Cut at the length limit"),
         *told(sum(is_filtered(r.finish) for r in good), "Cut by a filter, or refused"),
         *told(
             sum(calls_tool(r.finish) for r in good), "Called a tool, whose name and arguments are counted as the text"
         ),
+        *(
+            told(ends.total(), f"Ended for a reason that may have cut them ({', '.join(map(str, ends))})")
+            if ends
+            else []
+        ),
         *told(sum(not r.text for r in good), "Reasoning without an answer"),
         *told(len(hidden), "Billed for reasoning that was not shown, which is in no rate"),
         *told(sum(r.form == "json" for r in good), "Not streamed, so that it has no time to a first token"),
         *told(sum(r.form != "json" and at_once(r) for r in good), "Sent at once, so that it has no TPOT"),
         *told(sum(map(clumped, good)), "Sent in clumps, with most gaps near zero: TPOT is that of whoever sends them"),
+        *told(
+            sum(map(beyond_text, good)),
+            "Counted by the server with more tokens than the text can have, so that each event is taken as one token",
+        ),
+        *told(
+            sum(map(_in_chunks, good)),
+            f"Counted with several tokens an event, of which the first is taken as one token, or as its share of the "
+            f"text where there are fewer than {_FEW_EVENTS}; reasoning that is hidden looks the same",
+        ),
         *told(sum(map(_undercounted, good)), "Counted by the server with fewer tokens than events that carry text"),
         *told(sum(map(_repeating, good)), "Every event repeats the text before it, so that the text is too long"),
         *([f"Answered by another model than {asked}: {others}."] if others else []),
@@ -401,6 +454,13 @@ def clumped(record: Record) -> bool:
     """Whether most of the gaps between the chunks of a stream are near zero, as where a proxy buffers it."""
     gaps = np.diff(_stamps(record))
     return len(gaps) >= 8 and not at_once(record) and bool((gaps < 0.1 * gaps.mean()).mean() > 0.5)
+
+
+def _in_chunks(record: Record) -> bool:
+    n, source = output_tokens(record)
+    chunks, running = _stamps(record).size, any(e.output_tokens for e in record.events if e.kind == TOKEN)
+    told = source == USAGE and not running and not at_once(record) and not beyond_text(record)
+    return told and chunks > 1 and n - int(_last(record.events, "reasoning_tokens") or 0) >= _SEVERAL_TOKENS * chunks
 
 
 def _undercounted(record: Record) -> bool:
@@ -465,6 +525,8 @@ def _estimates(values: np.ndarray, owner: np.ndarray, bootstrap: Bootstrap) -> n
 
 def _weighted_stamps(record: Record, count_tokens: CountTokens | None) -> list[tuple[float, float]]:
     stamps, n = _stamps(record), output_tokens(record, count_tokens)[0]
+    if beyond_text(record, count_tokens):
+        n = len(stamps)
     hidden = _last(record.events, "reasoning_tokens")
     if isinstance(hidden, int) and not record.reasoning:  # what is not shown did not arrive
         n = max(n - hidden, 0)

@@ -12,7 +12,7 @@ from typing import Any
 from mixlens.bench.events import OUTCOMES, Record, StreamReader, outcome_of
 from mixlens.endpoints.endpoint import Endpoint
 from mixlens.endpoints.keys import redacted
-from mixlens.endpoints.protocols import error_message
+from mixlens.endpoints.protocols import MALFORMED, OTHER, error_message
 from mixlens.endpoints.transport import Answer, Fault, Timeouts, Transport
 from mixlens.endpoints.waits import asked_wait
 
@@ -117,5 +117,6 @@ class Sender:
 
 
 def _words(reader: StreamReader, outcome: str) -> str:
-    fault = next((event.text for event in reader.events if event.kind == outcome), "")
+    kinds = (outcome, OTHER) if outcome == MALFORMED else (outcome,)
+    fault = next((event.text for event in reader.events if event.kind in kinds and event.text), "")
     return fault or OUTCOMES[outcome]

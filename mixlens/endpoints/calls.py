@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from mixlens.endpoints.protocols import (
     REFUSAL,
     Messages,
     blocks_text,
+    is_broken,
     message_text,
     name_of,
     reason_of,
@@ -31,7 +32,10 @@ if TYPE_CHECKING:
 _FOR_NOW = {408, 409, 429}
 _TOO_MANY = 429
 # Servers say 429 also where no waiting helps.
-_NO_CREDIT = b"insufficient_quota"
+_NO_CREDIT = (b"insufficient_quota", b"billing_hard_limit", b"insufficient_balance", b"exceeded_current_quota")
+# Failures that a server names within an answer of good status, and the status that they stand for.
+_NAMED = {"overloaded_error": 529, "overloaded": 529, "rate_limit_error": _TOO_MANY, "rate_limit_exceeded": _TOO_MANY}
+_NAMED |= {"server_error": 500, "internal_error": 500, "internal_server_error": 500, "api_error": 500}
 # From then on a server that asks for no wait is waited for all the same.
 _MANY_LIMITS = 4
 _LONGEST_WAIT_S = 60.0
@@ -228,10 +232,11 @@ def _answer(
                 status = fetched.status
                 if good is not None:
                     return good, attempt
-                if status not in _FOR_NOW and status < 500:
+                meant = status if status >= 300 else _status_within(fetched.body)
+                if meant not in _FOR_NOW and meant < 500:
                     break
-                limited = status == _TOO_MANY
-                if limited and _NO_CREDIT in fetched.body:
+                limited = meant == _TOO_MANY
+                if limited and any(words in fetched.body for words in _NO_CREDIT):
                     break
                 wait = min(2.0**limits, _LONGEST_WAIT_S) if limited else wait
                 asked = asked_wait(fetched.headers, fetched.body)
@@ -272,9 +277,32 @@ def _failed(data: Any) -> bool:
     """Return whether an answer reports an error, at the top or in a choice, where OpenRouter puts provider errors."""
     if not isinstance(data, dict):
         return False
+    return data.get("status") == "error" or any(True for _ in _faults(data))
+
+
+def _faults(data: dict[str, Any]) -> Iterator[Any]:
+    """Yield the errors of an answer: what the server says of each, or the reason for which a choice was broken off."""
     choices = data["choices"] if isinstance(data.get("choices"), list) else []
-    broken = (c for c in choices if isinstance(c, dict) and (c.get("error") or c.get("finish_reason") == "error"))
-    return bool(data.get("error")) or data.get("status") == "error" or any(broken)
+    for place in (data, *(choice for choice in choices if isinstance(choice, dict))):
+        error = place.get("error")
+        if error and (not isinstance(error, dict) or any(error.values())):
+            yield error
+        elif is_broken(reason_of(place.get("finish_reason"))):
+            yield {"type": "server_error"}
+
+
+def _status_within(body: bytes) -> int:
+    """Return the HTTP status that the error in an answer of good status stands for; 200 where it names none."""
+    try:
+        data = json.loads(body)
+    except (ValueError, RecursionError):
+        return 200
+    for error in _faults(data) if isinstance(data, dict) else ():
+        given = [error.get(name) for name in ("code", "status", "type")] if isinstance(error, dict) else [error]
+        found = [str(_NAMED.get(str(value), value)) for value in given]
+        if (status := next((text for text in found if text.isascii() and text.isdigit()), None)) is not None:
+            return int(status[:4])
+    return 200
 
 
 def _completion(data: dict[str, Any], protocol: str, attempts: int, key: str | None) -> Completion:

@@ -560,6 +560,11 @@ def canonical(model: str) -> str:
     return next(found, model)
 
 
+def same_model(answered: str, asked: str) -> bool:
+    """Return whether two names are of one model; transformers serve adds the revision, as in name@main."""
+    return canonical(asked) in (canonical(answered), canonical(answered.rpartition("@")[0]))
+
+
 def _messages(prompt: Any, protocol: str) -> dict[str, Any]:
     """Return the body fields that hold the conversation."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]

@@ -30,14 +30,23 @@ REFUSAL = "refusal"
 ROUTED = "routed_experts"  # the field that it comes in, of both
 # Reasons for the end of an answer, as servers name them, in lower case.
 _LENGTH = {"length", "max_tokens", "max_output_tokens", "model_length", "model_context_window_exceeded", "limit"}
+_LENGTH |= {"max_length", "max_new_tokens", "token_limit", "error_limit"}
 _FILTERED = {"content_filter", "content_filtered", "refusal", "safety", "prohibited_content", "recitation"}
-_FILTERED |= {"guardrail_intervened", "blocklist", "spii", "sensitive", "error_toxic"}
+_FILTERED |= {"guardrail_intervened", "blocklist", "spii", "sensitive", "error_toxic", "image_safety"}
 _TOOLS = {"tool_calls", "tool_call", "tool_use", "function_call"}
 _BROKEN = {"error", "abort", "aborted", "cancelled", "network_error", "insufficient_system_resource"}
+_BROKEN |= {"canceled", "user_cancel", "timeout", "max_time", "time_limit", "engine_overloaded"}
+_WHOLE = {"stop", "end_turn", "stop_sequence", "eos", "eos_token", "stop_token", "complete", "completed", "end", "done"}
+_WHOLE |= {"finish", "finished"}
 # What stands round reasoning within a text; models and their servers differ.
-_TAGS = {f"<{name}>": f"</{name}>" for name in ("think", "thinking", "thought", "reasoning", "seed:think")}
+_NAMES = ("think", "thinking", "thought", "reasoning", "seed:think", "mm:think", "longcat_think")
+_TAGS = {f"<{name}>": f"</{name}>" for name in _NAMES}
 _TAGS |= {"[THINK]": "[/THINK]", "◁think▷": "◁/think▷", "<|START_THINKING|>": "<|END_THINKING|>"}
+_TAGS |= {"<|begin_of_thought|>": "<|end_of_thought|>", "<|inner_prefix|>": "<|inner_suffix|>"}
+_TAGS |= {"<|channel>thought": "<channel|>", "<unused94>thought": "<unused95>"}
 _ANALYSIS, _FINAL = "<|channel|>analysis<|message|>", "<|start|>assistant<|channel|>final<|message|>"
+# The same from a server that leaves out special tokens.
+_BARE_ANALYSIS, _BARE_FINAL = "analysis", "assistantfinal"
 _BLANKS = re.compile(r"\s*")
 
 COMMENT, ROLE, TOKEN, REASONING, USAGE, DONE, OTHER = "comment", "role", "token", "reasoning", "usage", "done", "other"
@@ -53,7 +62,7 @@ class Event:
     kind           comment (a keep-alive); role (a chunk that opens the answer and carries no token); token (text of the
                    answer or a tool call); reasoning (text of reasoning alone); usage (counts without text); done (the
                    end, by name); error; malformed (no JSON, or not the form that was asked for); other
-    text           of a token, an error or a comment
+    text           of a token, an error or a comment, and of an event whose meaning is not known
     reasoning      text of reasoning, also on a token event that brings both
     provider       who answered, when a router says so
     model          the model that answered, where it is named for the first time or anew
@@ -91,30 +100,33 @@ def decode(message: Message, protocol: str) -> Event:
     data = message.data.strip()
     if data.strip('"') == "[DONE]":
         return Event(message.at_s, DONE)
-    if not data:
+    if not data or message.event.replace("-", "") in _KEEPS_ALIVE:
         return Event(message.at_s, COMMENT)
     try:
-        data = json.loads(message.data)
+        data = json.loads(message.data) or {}
     except (ValueError, RecursionError):
-        return Event(message.at_s, MALFORMED, message.data[:200])
+        return Event(message.at_s, ERROR if message.event == "error" else MALFORMED, message.data[:200])
     if not isinstance(data, dict):
         return Event(message.at_s, MALFORMED, message.data[:200])
     if (fault := _error_text(data, message.event)) is not None:
         return Event(message.at_s, ERROR, fault, **_common(data))
-    if message.event == "ping":
-        return Event(message.at_s, COMMENT)
     form = _FORMS[protocol]
     try:
         kind, text, more = form(data)
     except (AttributeError, KeyError, IndexError, TypeError, RecursionError):
         return Event(message.at_s, MALFORMED, message.data[:200])
-    if more.get("finish") in _BROKEN:
+    if is_broken(more.get("finish")):
         return Event(message.at_s, ERROR, text or f"finish_reason {more['finish']}", **_common(data))
     return Event(message.at_s, kind, text, **(_common(data) | {k: v for k, v in more.items() if v is not None}))
 
 
+# Names of events that say no more than that a connection is open.
+_KEEPS_ALIVE = {"ping", "heartbeat", "keepalive", "keep_alive"}
 # Where servers say what went wrong, besides "error".
-_SAID = ("message", "messege", "detail", "errors", "error_msg")
+_SAID = ("message", "messege", "detail", "errors", "error_msg", "error_message", "msg")
+# Where an answer of another form has its text; what has none of them, and no choices, is a sign of life.
+_ELSEWHERE = {"content", "text", "delta", "message", "token", "tokens", "response", "output", "output_text"}
+_ELSEWHERE |= {"generated_text", "candidates", "completion", "answer", "result", "results", "data", "choice"}
 
 
 def error_message(body: str) -> str:
@@ -131,14 +143,16 @@ def _openai(data: dict[str, Any]) -> tuple[str, str, dict[str, Any]]:
     """Chat chunks (delta), completions (text), and answers that were not streamed (message)."""
     counts = counts_of(data)
     if not counts and not data.keys() & {"choices", "usage"}:
-        return (COMMENT if data.get("type") == "ping" else _refuse()), "", {}
+        return OTHER, _refuse() if data.keys() & _ELSEWHERE else json.dumps(data)[:200] if data else "", {}
     text, reasoning, finish, role, index = "", "", None, False, None
     choices = data.get("choices") or []
+    choices = [choice for choice in choices if choice is not None] if isinstance(choices, list) else _refuse()
     if len(choices) > 1:
         _refuse()
     for choice in choices:
         index = choice.get("index") or None
-        delta = choice.get("delta") or choice.get("message") or {}
+        given = "delta" if choice.get("delta") is not None else "message"  # beside a delta, the whole text so far
+        delta = choice.get(given) or {}
         shown, thought = message_text(delta)
         text += shown + (choice.get("text") or "")
         reasoning += thought
@@ -150,14 +164,18 @@ def _openai(data: dict[str, Any]) -> tuple[str, str, dict[str, Any]]:
     return kind, text, {**counts, "finish": finish, "reasoning": reasoning, "choice": index}
 
 
+# Fields of a message that hold its reasoning; gateways give several, with the same text.
+_REASONING = ("reasoning_content", "reasoning", "thinking", "thinking_blocks", "reasoning_text")
+
+
 def message_text(message: Mapping[str, Any]) -> tuple[str, str]:
     """(text, reasoning) of a message or a delta, in every form in which servers give them."""
     text, thought = blocks_text(message.get("content"))
-    own = message.get("reasoning_content") or message.get("reasoning") or message.get("thinking")
+    own = next((message[name] for name in _REASONING if message.get(name)), "")
     details: Any = message.get("reasoning_details")
     details = details if isinstance(details, list) else []
-    if isinstance(own, str) and own:
-        thought += own
+    if said := own if isinstance(own, str) else "".join(blocks_text(own if isinstance(own, list) else [own])):
+        thought += said
     else:  # OpenRouter gives both, with the same text
         thought += "".join(one.get("text") or one.get("summary") or "" for one in details)
     functions = [call.get("function") or {} for call in message.get("tool_calls") or []]
@@ -177,7 +195,7 @@ def blocks_text(content: Any) -> tuple[str, str]:
             continue
         inner = block.get("thinking") or block.get("reasoning") or ""
         thought += inner if isinstance(inner, str) else "".join(blocks_text(inner))
-        text += block.get("text") or block.get("partial_json") or ""
+        text += block.get("text") or block.get("partial_json") or block.get("content") or ""
     return text, thought
 
 
@@ -195,6 +213,8 @@ def _end_of_thought(text: str, start: int) -> int:
     if text.startswith(_ANALYSIS, at):
         end = text.find(_FINAL, at)
         return len(text) if end < 0 else end + len(_FINAL)
+    if text.startswith(_BARE_ANALYSIS, at) and (end := text.find(_BARE_FINAL, at)) >= 0:
+        return end + len(_BARE_FINAL)
     for opening, closing in _TAGS.items():
         opened = text.startswith(opening, at)
         end = text.find(closing, at) if opened or start == 0 else -1
@@ -207,22 +227,38 @@ def _end_of_thought(text: str, start: int) -> int:
 
 def reason_of(value: Any) -> str | None:
     """The reason that is given for the end of an answer; None where there is none, which some servers write out."""
+    value = value.get("type") if isinstance(value, dict) else value  # SGLang's own form
     return None if value in ("null", "None") else name_of(value)
+
+
+def _plain(finish: str | None) -> str:
+    """A reason as in the sets above: FinishReason.MAX_TOKENS is max_tokens."""
+    return (finish or "").rpartition(".")[2].replace("-", "_").lower()
 
 
 def is_cut(finish: str | None) -> bool:
     """Whether an answer ended at a limit of length."""
-    return (finish or "").lower() in _LENGTH
+    return _plain(finish) in _LENGTH
 
 
 def is_filtered(finish: str | None) -> bool:
     """Whether an answer was filtered or refused."""
-    return (finish or "").lower() in _FILTERED
+    return _plain(finish) in _FILTERED
 
 
 def calls_tool(finish: str | None) -> bool:
     """Whether an answer ended with the call of a tool, which is then its text."""
-    return (finish or "").lower() in _TOOLS
+    return _plain(finish) in _TOOLS
+
+
+def is_broken(finish: str | None) -> bool:
+    """Whether the server broke an answer off."""
+    return _plain(finish) in _BROKEN
+
+
+def is_unknown(finish: str | None) -> bool:
+    """Whether an answer ended for a reason of which it is not known whether the answer is whole, as "repetition"."""
+    return bool(finish) and _plain(finish) not in _WHOLE | _LENGTH | _FILTERED | _TOOLS | _BROKEN
 
 
 def _anthropic(data: dict[str, Any]) -> tuple[str, str, dict[str, Any]]:
@@ -272,7 +308,10 @@ def name_of(value: Any) -> str | None:
 
 def _error_text(data: Mapping[str, Any], event: str) -> str | None:
     error = data.get("error")
-    if not error:
+    answered = data.get("base_resp")  # of MiniMax, beside every answer
+    if not error and isinstance(answered, dict) and answered.get("status_code"):
+        error = {"code": answered["status_code"], "message": answered.get("status_msg")}
+    if not error or (isinstance(error, dict) and not any(error.values())):
         # ModelsLab answers 200 with {"status": "error", "message": ...}, vLLM 4xx with the message at the top.
         named = next((data[name] for name in _SAID if data.get(name)), None)
         bare = isinstance(named, str) and not data.keys() & {"choices", "type", "usage"}

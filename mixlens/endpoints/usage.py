@@ -17,13 +17,19 @@ def counts_of(data: Mapping[str, Any]) -> dict[str, Any]:
     choices = data.get("choices")
     inner = [choice for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
     groq = data.get("x_groq")
-    for place in (data, *inner, groq if isinstance(groq, dict) else {}):
-        if isinstance(place.get("usage"), dict):
-            return usage_of(place["usage"])
-    timings = data.get("timings")
+    places = (data, *inner, groq if isinstance(groq, dict) else {})
+    usage = next((usage_of(place["usage"]) for place in places if isinstance(place.get("usage"), dict)), {})
+    timings = _timings(data.get("timings"), usage.get("input_tokens"))
+    return {**usage, **timings, **{name: value for name, value in usage.items() if value is not None}}
+
+
+def _timings(timings: Any, given: int | None) -> dict[str, Any]:
+    """The counts of llama.cpp's timings, whose prompt leaves out what was cached; `given` tokens were in the prompt."""
     if not isinstance(timings, dict):
         return {}
     cached, read = count(timings.get("cache_n")), count(timings.get("prompt_n"))
+    if cached is None and read is not None and given is not None and given >= read:
+        cached = given - read
     found = {"input_tokens": None if read is None else read + (cached or 0), "cached_tokens": cached}
     return found | {"output_tokens": count(timings.get("predicted_n"))}
 
@@ -61,6 +67,7 @@ def _apart(usage: Mapping[str, Any], given: int | None, made: int, thought: int)
 def _reasoning_counts(usage: Mapping[str, Any]) -> Iterator[int | None]:
     yield _inner(usage, "completion_tokens_details", "reasoning_tokens")
     yield _inner(usage, "output_tokens_details", "reasoning_tokens")
+    yield _inner(usage, "output_tokens_details", "thinking_tokens")
     yield count(usage.get("reasoning_tokens"))
 
 

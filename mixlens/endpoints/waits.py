@@ -19,13 +19,21 @@ _HEADERS = {
     "x-ratelimit-reset-requests": 1.0,
     "x-ratelimit-reset-tokens": 1.0,
     "x-ratelimit-reset": 1.0,
+    "x-ratelimit-timeremaining": 1.0,
+    "ratelimitbysize-reset": 1.0,
     "ratelimit-reset": 1.0,
     "anthropic-ratelimit-requests-reset": 1.0,
     "anthropic-ratelimit-tokens-reset": 1.0,
 }
 _LIMIT = re.compile(r"\b(?:reset|t)=(\d+)")  # of a header RateLimit, in the forms of two drafts of the IETF
-_SENTENCE = re.compile(r"(?:try again in|retry (?:after|in))\s+((?:[\d.]+\s*(?:h|ms|m|s)[a-z]*\s*)+)", re.IGNORECASE)
-_DELAY = re.compile(r'"retryDelay"\s*:\s*"([\d.]+s)"')
+_SENTENCE = re.compile(
+    r"(?:try again in|retry (?:after|in)|wait(?: for)?|resets? in)\s+((?:[\d.]+\s*(?:h|ms|m|s)[a-z]*\s*)+)",
+    re.IGNORECASE,
+)
+_FIELD = re.compile(  # of a body: of Google, of Hugging Face while a model is loaded, and of gateways
+    r'"(?:retryDelay|estimated_time|retry_?after(?:_seconds|_s)?|retry_in|reset_in)"\s*:\s*"?([\d.]+)s?"?\s*[,}\]]',
+    re.IGNORECASE,
+)
 _PARTS = re.compile(r"(?:(\d+)h)?(?:(\d+)m(?!s))?(?:([\d.]+)s)?(?:([\d.]+)ms)?")
 _SINCE_1970, _MILLISECONDS = 1e9, 1e11
 
@@ -37,7 +45,7 @@ def asked_wait(headers: Mapping[str, str], body: bytes = b"") -> float | None:
     given = _passed_on(text) | given
     said = [(given[name], scale) for name, scale in _HEADERS.items() if name in given]
     said += [(found[1], 1.0) for found in [_LIMIT.search(given.get("ratelimit", ""))] if found]
-    said += [(found[1], 1.0) for found in (_DELAY.search(text), _SENTENCE.search(text)) if found]
+    said += [(found[1], 1.0) for found in (_FIELD.search(text), _SENTENCE.search(text)) if found]
     for value, scale in said:
         if (seconds := _seconds(value)) is not None:
             return max(seconds * scale, 0.0)

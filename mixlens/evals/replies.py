@@ -8,8 +8,8 @@ from typing import Any
 
 import pandas as pd
 
-from mixlens.endpoints.endpoint import canonical
-from mixlens.endpoints.protocols import calls_tool, is_cut, is_filtered
+from mixlens.endpoints.endpoint import same_model
+from mixlens.endpoints.protocols import calls_tool, is_cut, is_filtered, is_unknown
 from mixlens.evals.response_cache import Key
 from mixlens.evals.scoring import primary_rows, score_table
 
@@ -51,19 +51,21 @@ def reply_remarks(records: Sequence[Mapping[str, Any]], meta: Mapping[str, Any])
     found += [f"Cut at the length limit, and graded as they are: {cut} of {n} answers."] if cut else []
     found += [f"Cut by a filter, and graded as they are: {filtered} of {n} answers."] if filtered else []
     found += [f"Called a tool, and graded as the text of that call: {called} of {n} answers."] if called else []
+    unknown = Counter(end for end in ends if is_unknown(end))
+    if unknown:
+        reasons = ", ".join(map(str, unknown))
+        found.append(
+            f"Ended for a reason that may have cut them ({reasons}), and graded as they are: {unknown.total()} of {n} "
+            "answers."
+        )
     replies = [facts for record in generated for facts in record.get("replies") or []]
     asked = str(meta["model"].get("name", "")) if meta["model"].get("backend") == "endpoint" else ""
     models = Counter(facts["model"] for facts in replies if facts.get("model"))
-    others = ", ".join(f"{name} ({k})" for name, k in models.items() if asked and not _same_model(name, asked))
+    others = ", ".join(f"{name} ({k})" for name, k in models.items() if asked and not same_model(name, asked))
     found += [f"Answered by another model than {asked}: {others}."] if others else []
     again = sum(facts.get("attempts", 1) > 1 for facts in replies)
     found += [f"Answered after a retry: {again} of {len(replies)} answers."] if again else []
     return found + _lost_blanks(generated, meta)
-
-
-def _same_model(answered: str, asked: str) -> bool:
-    """Whether two names are of one model; transformers serve adds the revision, as in name@main."""
-    return canonical(asked) in (canonical(answered), canonical(answered.rpartition("@")[0]))
 
 
 def _without_non_answers(records: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> list[str]:
@@ -88,17 +90,21 @@ def _without_non_answers(records: Sequence[Mapping[str, Any]], meta: Mapping[str
 
 
 def _lost_blanks(generated: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> list[str]:
-    """Of tasks whose gold answers all begin with blanks: whether no answer of a server begins with as many."""
+    """Of tasks whose gold answers all begin with blanks: whether no answer of a server begins with just as many."""
     if meta["model"].get("backend") != "endpoint":
         return []
     found = []
     for task in dict.fromkeys(record["task"] for record in generated):
         own = [r for r in generated if r["task"] == task and not r.get("non_answer")]
         blanks = [(_blanks(r["target"]), _blanks(str(r["responses"][0]))) for r in own]
-        if len(own) >= _SEVERAL and all(gold > given for gold, given in blanks):
+        if len(own) < _SEVERAL:
+            continue
+        dropped = all(gold > given for gold, given in blanks)
+        if dropped or all(0 < gold == given - 1 for gold, given in blanks):
             found.append(
                 f"None of the {len(own)} answers to {task} begins with the blanks that its gold answers begin with: "
-                "the server seems to drop the first blank of a completion, and the score is then too low."
+                f"the server seems to {'drop the first blank of' if dropped else 'put a blank before'} a completion, "
+                "and the score is then too low."
             )
     return found
 

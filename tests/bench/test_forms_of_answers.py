@@ -76,6 +76,62 @@ TRUE: dict[str, tuple[Any, str, dict[str, Any]]] = {
         "openai-chat",
         {"output_tokens": 3, "input_tokens": 11, "cached_tokens": 7},
     ),
+    "timings of llama.cpp beside the usage": (
+        [*content(*THREE), sse(chunk({}, "stop", usage=USED, timings={"prompt_n": 4, "predicted_n": 3}))],
+        "openai-chat",
+        {"output_tokens": 3, "input_tokens": 11, "cached_tokens": 7},
+    ),
+    "several tokens an event": (
+        [*content("word " * 9, "word " * 9), *end(usage=USED | {"completion_tokens": 18})],
+        "openai-chat",
+        {"output_tokens": 18, "tpot_s": 1 / 9},
+    ),
+    "more tokens than bytes, of which nothing is said": (
+        [*content(*THREE), *end(usage=USED | {"completion_tokens": 403})],
+        "openai-chat",
+        {"output_tokens": 403, "tpot_s": 1.0},
+    ),
+    "a summary of the thinking of Anthropic": (
+        anthropic(
+            {"type": "thinking_delta", "thinking": "Hm"},
+            *TEXT_DELTAS,
+            usage={"output_tokens": 40, "output_tokens_details": {"thinking_tokens": 37}},
+        ),
+        "anthropic",
+        {"output_tokens": 40, "reasoning_tokens": 37, "tpot_s": 1.0},
+    ),
+    # texts twice
+    "the text so far beside every delta": (
+        [sse({"choices": [{"delta": {"content": t}, "message": {"content": "One two"}}]}) for t in THREE]
+        + [sse({"choices": [{"delta": {}, "message": {"content": "One two three"}, "finish_reason": "stop"}]})],
+        "openai-chat",
+        {"text": "One two three", "tpot_s": 1.0},
+    ),
+    **{
+        f"the whole text at the end, as {name}": (
+            [*content(*THREE), sse({"choices": [{name: {"content": "One two three"}, "finish_reason": "stop"}]})],
+            "openai-chat",
+            {"text": "One two three", "tpot_s": 1.0, "output_tokens": 3, "outcome": "ok"},
+        )
+        for name in ("delta", "message")
+    },
+    # signs of life
+    **{
+        f"a sign of life: {name}": (
+            [*content(*THREE), sign, *end(usage=USED)],
+            "openai-chat",
+            {"outcome": "ok", "text": "One two three", "tpot_s": 1.0},
+        )
+        for name, sign in {
+            "a name": b"event: heartbeat\ndata: {}\n\n",
+            "a name and words": b"event: keep-alive\ndata: alive\n\n",
+            "a type": sse({"type": "heartbeat", "at": 1}),
+            "nothing": sse({}),
+            "null": b"data: null\n\n",
+            "a choice of null": sse({"choices": [None]}),
+            "no error": sse({"choices": [], "error": {"code": 0, "message": ""}}),
+        }.items()
+    },
     "usage as floats": (
         [*content(*THREE), *end(usage={"prompt_tokens": 11.0, "completion_tokens": 3.0})],
         "openai-chat",
@@ -168,6 +224,9 @@ TRUE: dict[str, tuple[Any, str, dict[str, Any]]] = {
             ("◁think▷", "◁/think▷"),
             ("<|START_THINKING|>", "<|END_THINKING|>"),
             ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),
+            ("analysis", "assistantfinal"),
+            ("<|begin_of_thought|>", "<|end_of_thought|>"),
+            ("<|channel>thought", "<channel|>"),
         )
     },
     "reasoning whose first tag is in the prompt": (
@@ -194,11 +253,20 @@ TRUE: dict[str, tuple[Any, str, dict[str, Any]]] = {
         "openai-chat",
         {"text": "One", "reasoning": "Hm"},
     ),
-    "reasoning by Ollama's name": (
-        answered({"thinking": "Hm", "content": ""}, {"content": "One"}),
-        "openai-chat",
-        {"text": "One", "reasoning": "Hm"},
-    ),
+    **{
+        f"reasoning as {delta}": (
+            answered({**delta, "content": ""}, {"content": "One"}),
+            "openai-chat",
+            {"text": "One", "reasoning": "Hm", "ttft_s": 1.0, "ttft_answer_s": 2.0},
+        )
+        for delta in (
+            {"thinking": "Hm"},
+            {"reasoning_text": "Hm"},
+            {"reasoning": {"content": "Hm"}},
+            {"reasoning_content": [{"type": "text", "text": "Hm"}]},
+            {"reasoning_content": "Hm", "thinking_blocks": [{"type": "thinking", "thinking": "Hm"}]},
+        )
+    },
     "reasoning signed and redacted": (
         [
             sse({"type": "content_block_start", "content_block": {"type": "redacted_thinking", "data": "xx"}}),
@@ -274,6 +342,9 @@ TRUE: dict[str, tuple[Any, str, dict[str, Any]]] = {
             "a reason": chunk({}, "error"),
             "an abort": chunk({}, "abort"),
             "no resources": chunk({}, "insufficient_system_resource"),
+            "a reason in capitals": chunk({}, "TIMEOUT"),
+            "a code and words": {"code": "1302", "msg": "too many requests"},
+            "MiniMax's form": {"choices": None, "base_resp": {"status_code": 1002, "status_msg": "slow down"}},
         }.items()
     },
     # the wire
@@ -342,6 +413,15 @@ def test_an_answer_is_read_as_it_was_meant(name):
 # {name: (pieces, a word of the remark)}
 REMARKED = {
     "a limit by another name": ([*content(*THREE), *end("MAX_TOKENS")], "length limit"),
+    "a limit of a program": ([*content(*THREE), *end("FinishReason.MAX_TOKENS")], "length limit"),
+    "a limit in an object": ([*content(*THREE), *end({"type": "length", "length": 3})], "length limit"),
+    "a reason of its own": ([*content(*THREE), *end("repetition")], "repetition"),
+    "a turn that goes on": ([*content(*THREE), *end("pause_turn")], "pause_turn"),
+    "several tokens an event": (
+        [*content("word " * 9, "word " * 9), *end(usage=USED | {"completion_tokens": 18})],
+        "several tokens an event",
+    ),
+    "more tokens than bytes": ([*content(*THREE), *end(usage=USED | {"completion_tokens": 403})], "more tokens than"),
     "a context that was full": ([*content(*THREE), *end("model_context_window_exceeded")], "length limit"),
     "a filter": ([*content(*THREE), *end("content_filter")], "filter"),
     "a guardrail": ([*content(*THREE), *end("guardrail_intervened")], "filter"),
@@ -365,7 +445,7 @@ def test_what_a_number_alone_would_hide_is_remarked_on(name):
     record = read(pieces)
     assert record.outcome == "ok"
     assert any(word in remark for remark in shares([record], "m")), shares([record], "m")
-    assert not shares([read([*content(*THREE), *end(usage=USED)])], "m")
+    assert not shares([read([*content(*THREE), *end(usage=USED, model="m@main")])], "m")
 
 
 @pytest.mark.parametrize("text", ["a < b", "I think </b>", "<thinker>", "So <think> is a tag.", ""])
@@ -398,6 +478,11 @@ WAITS = [
     ({}, b'{"error": {"message": "Rate limit reached. Please try again in 7.66s."}}', 7.66),
     ({}, b'{"error": {"message": "Please retry after 6 seconds."}}', 6.0),
     ({}, b'{"error": {"details": [{"retryDelay": "13s"}]}}', 13.0),
+    ({}, b'{"error": "Model m is currently loading", "estimated_time": 20.5}', 20.5),
+    ({}, b'{"message": "slow down", "retry_after": "9"}', 9.0),
+    ({}, b'{"error": {"message": "Too many requests. Please wait 12 seconds."}}', 12.0),
+    ({}, b'{"error": {"message": "Limit resets in 1m5s"}}', 65.0),
+    ({"x-ratelimit-timeremaining": "40"}, b"", 40.0),
     (NEVER, b"", None),
     ({"retry-after": ""}, b"", None),
     ({"retry-after": "nan"}, b"not json", None),

@@ -23,6 +23,7 @@ def truth(known: Known) -> dict[str, float]:
     """Each metric of a request that succeeded, from its stamps and the number of tokens alone."""
     r, first, last = known.record, known.stamps[0], known.stamps[-1]
     several = known.n >= 2 and last > first
+    after = known.n - known.n // len(known.stamps)  # all chunks are of one size
     return {
         "ttft_s": first - r.sent_s,  # not from the start of the connection, not to the role or a comment
         "e2e_token_s": last - r.sent_s,
@@ -31,8 +32,8 @@ def truth(known: Known) -> dict[str, float]:
         "connect_s": NAN if r.connected_s is None else r.connected_s - r.started_s,
         "scheduled_ttft_s": NAN if r.scheduled_s is None else first - r.scheduled_s,
         "scheduled_e2e_s": NAN if r.scheduled_s is None else last - r.scheduled_s,
-        "tpot_s": (last - first) / (known.n - 1) if several else NAN,  # n - 1 intervals, not n
-        "output_tokens_per_s": (known.n - 1) / (last - first) if several else NAN,
+        "tpot_s": (last - first) / after if several else NAN,
+        "output_tokens_per_s": after / (last - first) if several else NAN,
     }
 
 

@@ -179,13 +179,14 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
         ml.evaluate(ml.Endpoint(url, model="m", protocol="openai-completions"), [str(path)], settings=QUIET)
 
 
-def test_a_server_that_drops_the_first_blank_is_told():
+@pytest.mark.parametrize("response", ["   return 1", "return 1", "     return 1"])
+def test_a_server_that_drops_or_adds_a_first_blank_is_told(response):
     records = [
         {
             "task": "code",
             "sample_id": i,
             "target": "    return 1",
-            "responses": ["   return 1"],
+            "responses": [response],
             "metrics": {"pass": 0.0},
         }
         for i in range(6)

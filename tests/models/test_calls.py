@@ -167,15 +167,35 @@ def test_refusals_for_good_are_not_and_the_key_is_not_quoted(monkeypatch):
     assert "[key]" in str(error.value)
 
 
-@pytest.mark.parametrize("sign", [{"finish_reason": "error"}, {"finish_reason": None, "error": {"code": 502}}])
-def test_a_provider_s_failure_inside_a_good_status_is_no_answer(sign):
-    failed = {"choices": [{"message": {"content": ""}, **sign}]}
+@pytest.mark.parametrize(
+    ("failed", "tries"),
+    [
+        ({"choices": [{"message": {"content": "Tw"}, "finish_reason": "error"}]}, 3),
+        ({"choices": [{"message": {"content": "Tw"}, "finish_reason": "abort"}]}, 3),
+        ({"choices": [{"message": {"content": ""}, "error": {"code": 502}}]}, 3),
+        ({"error": {"message": "Overloaded", "type": "overloaded_error"}}, 3),
+        ({"error": {"message": "gone", "code": "503"}}, 3),
+        ({"error": {"message": "no such model", "code": 404}}, 1),
+        ({"error": "no"}, 1),
+    ],
+)
+def test_a_failure_inside_a_good_status_is_no_answer_and_is_tried_again_where_it_may_pass(failed, tries, monkeypatch):
+    monkeypatch.setattr("mixlens.endpoints.calls.time.sleep", lambda seconds: None)
     with (
         answering(lambda call: Reply(failed)) as (url, calls),
         refused(EndpointError, "endpoint", 200),
     ):
-        Endpoint(url, model="m").complete("Hi")
-    assert len(calls) == 1
+        Endpoint(url, model="m", max_tries=3).complete("Hi")
+    assert len(calls) == tries
+
+
+def test_a_rate_limit_inside_a_good_status_is_waited_for(monkeypatch):
+    waits: list[float] = []
+    monkeypatch.setattr("mixlens.endpoints.calls.time.sleep", waits.append)
+    limited = Reply({"error": {"code": 429, "message": "Slow", "metadata": {"headers": {"Retry-After": "7"}}}})
+    with answering(lambda call: limited if call.number < 9 else Reply(CHAT)) as (url, _):
+        assert Endpoint(url, model="m", max_tries=2).complete("Hi").attempts == 10
+    assert waits == [7.0] * 9
 
 
 @pytest.mark.parametrize("padding", [0, 185, 285])  # at the others, a message would end within the key
