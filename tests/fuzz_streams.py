@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from mixlens.bench.events import Record, StreamReader, outcome_of
-from mixlens.bench.metrics import clumped, request_table
+from mixlens.bench.metrics import request_table
+from mixlens.bench.shares import clumped
 from mixlens.endpoints.compression import Decompressor
 
 SENT = 100.0

@@ -56,14 +56,14 @@ def reasoning_is_lost(monkeypatch):
 
 
 def the_last_stamp_is_that_of_the_end(monkeypatch):
-    whole = metrics._stamps
+    whole = metrics.token_stamps
 
     def stamps(record):
         found = whole(record)
         found[-1] = record.ended_s + 1.0
         return found
 
-    monkeypatch.setattr(metrics, "_stamps", stamps)
+    monkeypatch.setattr(metrics, "token_stamps", stamps)
 
 
 @pytest.mark.parametrize(

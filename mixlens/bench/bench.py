@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 import xarray as xr
 
-from mixlens.bench import local_tables, metrics
+from mixlens.bench import local_tables, metrics, shares
 from mixlens.bench.events import Record, read_records, records_bytes
 from mixlens.bench.metrics import CountTokens, Limits
 from mixlens.bench.prompts import workload_words
@@ -451,11 +451,11 @@ class Bench:
         return [
             *where,
             f"Token counts from: {counted}. Intervals: {DEFAULT.level:.0%}.",
-            *(metrics.shares(self.records, self.meta["endpoint"]["model"]) if "endpoint" in self.meta else []),
+            *(shares.shares(self.records, self.meta["endpoint"]["model"]) if "endpoint" in self.meta else []),
             f"Warm-up, in no number: {len(warm)} requests{_first_answer(warm, self.count_tokens)}{ramp}.",
             f"Failures, in no number: {', '.join(told) or 'none'}.",
             *local_tables.failures(self.records),
-            *([_UNFINISHED.format(cut, self.succeeded)] if (cut := metrics.unfinished(self.records)) else []),
+            *([_UNFINISHED.format(cut, self.succeeded)] if (cut := shares.unfinished(self.records)) else []),
             *([f"Stopped early by {self.meta['stopped']}."] if self.meta.get("stopped") else []),
         ]
 

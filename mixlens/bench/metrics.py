@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -14,17 +13,7 @@ import xarray as xr
 from mixlens.bench.events import OUTCOMES, Record
 from mixlens.core.bootstrap import DEFAULT, Bootstrap
 from mixlens.core.intervals import Mean, leaving_out, quantile_bounds, with_bounds
-from mixlens.endpoints.endpoint import same_model
-from mixlens.endpoints.protocols import (
-    REASONING,
-    ROLE,
-    TOKEN,
-    Event,
-    calls_tool,
-    is_cut,
-    is_filtered,
-    is_unknown,
-)
+from mixlens.endpoints.protocols import REASONING, ROLE, TOKEN, Event
 from mixlens.errors import BadInput
 
 # Sources of the number of output tokens, best first.
@@ -51,7 +40,7 @@ QUANTILES = (0.5, 0.9, 0.95, 0.99)
 # With fewer samples the 99th percentile is little more than the maximum.
 P99_SAMPLES = 100
 # Tokens of an event that are several, and events so few that those of the first weigh.
-_SEVERAL_TOKENS, _FEW_EVENTS = 1.5, 8
+SEVERAL_TOKENS, FEW_EVENTS = 1.5, 8
 # Tokens that an answer may have besides its text: the end of a sequence, marks of a template.
 _BESIDE_TEXT = 8
 # Number of slices of a level's window, for the interval of its throughput.
@@ -95,7 +84,7 @@ def paced(record: Record, count_tokens: CountTokens | None = None) -> tuple[np.n
     n, source = output_tokens(record, count_tokens)
     answer = [event for event in record.events if event.kind == TOKEN]
     shown = [event for event in record.events if event.reasoning]
-    hidden = _last(record.events, "reasoning_tokens")
+    hidden = last_of(record.events, "reasoning_tokens")
     if beyond_text(record, count_tokens):
         return np.array([event.at_s for event in answer or shown]), float(len(answer or shown) - 1)
     if not answer:
@@ -116,7 +105,7 @@ def paced(record: Record, count_tokens: CountTokens | None = None) -> tuple[np.n
         before = 1
     elif counted is not None:
         before = total - (n - counted)
-    elif total < _SEVERAL_TOKENS * len(timed) or len(timed) >= _FEW_EVENTS:
+    elif total < SEVERAL_TOKENS * len(timed) or len(timed) >= FEW_EVENTS:
         before = 1
     else:
         lengths = [len(event.text) + len(event.reasoning) for event in timed]
@@ -132,7 +121,7 @@ def beyond_text(record: Record, count_tokens: CountTokens | None = None) -> bool
     n, source = output_tokens(record, count_tokens)
     if source not in (USAGE, CHUNK_USAGE):
         return False
-    apart = _last(record.events, "reasoning_tokens") or 0
+    apart = last_of(record.events, "reasoning_tokens") or 0
     n -= apart if isinstance(apart, int) else 0
     texts = [record.text, "" if apart else record.reasoning]
     most = 2 * sum(map(count_tokens, texts)) if count_tokens else len("".join(texts).encode())
@@ -141,7 +130,7 @@ def beyond_text(record: Record, count_tokens: CountTokens | None = None) -> bool
 
 def at_once(record: Record) -> bool:
     """Whether a stream was replayed: its chunks came faster than any model writes, 0.1 ms each or less."""
-    stamps = _stamps(record)
+    stamps = token_stamps(record)
     return record.form == "json" or (len(stamps) >= 4 and stamps[-1] - stamps[0] < 1e-4 * len(stamps))
 
 
@@ -160,7 +149,7 @@ def request_table(records: Iterable[Record], count_tokens: CountTokens | None = 
 
 def _row(record: Record, count_tokens: CountTokens | None) -> dict[str, object]:
     n, source = output_tokens(record, count_tokens)
-    stamps = _stamps(record)
+    stamps = token_stamps(record)
     row = {
         "level": record.level,
         "index": record.index,
@@ -168,17 +157,17 @@ def _row(record: Record, count_tokens: CountTokens | None) -> dict[str, object]:
         "outcome": record.outcome,
         "status": np.nan if record.status is None else record.status,
         "detail": record.detail,
-        "provider": _last(record.events, "provider"),
-        "input_tokens": _number(_last(record.events, "input_tokens")),
+        "provider": last_of(record.events, "provider"),
+        "input_tokens": _number(last_of(record.events, "input_tokens")),
         "output_tokens": n if stamps.size else np.nan,
-        "cached_tokens": _number(_last(record.events, "cached_tokens")),
-        "reasoning_tokens": _number(_last(record.events, "reasoning_tokens")),
+        "cached_tokens": _number(last_of(record.events, "cached_tokens")),
+        "reasoning_tokens": _number(last_of(record.events, "reasoning_tokens")),
         "finish": record.finish,
-        "model": _last(record.events, "model"),
+        "model": last_of(record.events, "model"),
         "form": record.form,
         "token_source": source if stamps.size else "",
         "chunks": stamps.size,
-        "cost_usd": _number(_last(record.events, "cost_usd")),
+        "cost_usd": _number(last_of(record.events, "cost_usd")),
     }
     if record.outcome != "ok" or record.sent_s is None:
         return row
@@ -385,60 +374,6 @@ def token_sources(records: Iterable[Record], count_tokens: CountTokens | None = 
     return dict(Counter(output_tokens(record, count_tokens)[1] for record in measured))
 
 
-def unfinished(records: Iterable[Record]) -> int:
-    """Count measured successes without a finish reason, if any success has one: the server may have cut them off."""
-    good = [(r.phase, any(event.finish for event in r.events)) for r in records if r.outcome == "ok"]
-    return good.count(("measured", False)) if any(named for _, named in good) else 0
-
-
-def shares(records: Iterable[Record], asked: str | None = None) -> list[str]:
-    """Sentences on every share of measured answers that is not what a number seems to say; none where there is none.
-
-    asked  the model that was asked for
-    """
-    good = [record for record in records if record.phase == "measured" and record.outcome == "ok"]
-    table = request_table(good)
-
-    def told(n: int, what: str) -> list[str]:
-        return [f"{what}: {n} of {len(good)} answers."] if n else []
-
-    answered = Counter(name for name in table["model"] if isinstance(name, str)) if asked else Counter()
-    others = ", ".join(f"{name} ({n})" for name, n in answered.items() if not same_model(name, asked or ""))
-    given, cached = table["input_tokens"].sum(), table["cached_tokens"].sum()
-    hidden = [r for r in good if (_last(r.events, "reasoning_tokens") or 0) != 0 and not r.reasoning]
-    ends = Counter(r.finish for r in good if is_unknown(r.finish))
-    return [
-        *told(sum(is_cut(r.finish) for r in good), "Cut at the length limit"),
-        *told(sum(is_filtered(r.finish) for r in good), "Cut by a filter, or refused"),
-        *told(
-            sum(calls_tool(r.finish) for r in good), "Called a tool, whose name and arguments are counted as the text"
-        ),
-        *(
-            told(ends.total(), f"Ended for a reason that may have cut them ({', '.join(map(str, ends))})")
-            if ends
-            else []
-        ),
-        *told(sum(not r.text for r in good), "Reasoning without an answer"),
-        *told(len(hidden), "Billed for reasoning that was not shown, which is in no rate"),
-        *told(sum(r.form == "json" for r in good), "Not streamed, so that it has no time to a first token"),
-        *told(sum(r.form != "json" and at_once(r) for r in good), "Sent at once, so that it has no TPOT"),
-        *told(sum(map(clumped, good)), "Sent in clumps, with most gaps near zero: TPOT is that of whoever sends them"),
-        *told(
-            sum(map(beyond_text, good)),
-            "Counted by the server with more tokens than the text can have, so that each event is taken as one token",
-        ),
-        *told(
-            sum(map(_in_chunks, good)),
-            f"Counted with several tokens an event, of which the first is taken as one token, or as its share of the "
-            f"text where there are fewer than {_FEW_EVENTS}; reasoning that is hidden looks the same",
-        ),
-        *told(sum(map(_undercounted, good)), "Counted by the server with fewer tokens than events that carry text"),
-        *told(sum(map(_repeating, good)), "Every event repeats the text before it, so that the text is too long"),
-        *([f"Answered by another model than {asked}: {others}."] if others else []),
-        *([f"From the server's prefix cache: {cached / given:.0%} of the input tokens."] if cached else []),
-    ]
-
-
 def cached_frac(records: Iterable[Record]) -> dict[str, float]:
     """Return the share of the input tokens that came from a prefix cache, by level; NaN where none are counted."""
     found = {}
@@ -450,30 +385,6 @@ def cached_frac(records: Iterable[Record]) -> dict[str, float]:
     return found
 
 
-def clumped(record: Record) -> bool:
-    """Whether most of the gaps between the chunks of a stream are near zero, as where a proxy buffers it."""
-    gaps = np.diff(_stamps(record))
-    return len(gaps) >= 8 and not at_once(record) and bool((gaps < 0.1 * gaps.mean()).mean() > 0.5)
-
-
-def _in_chunks(record: Record) -> bool:
-    n, source = output_tokens(record)
-    chunks, running = _stamps(record).size, any(e.output_tokens for e in record.events if e.kind == TOKEN)
-    told = source == USAGE and not running and not at_once(record) and not beyond_text(record)
-    return told and chunks > 1 and n - int(_last(record.events, "reasoning_tokens") or 0) >= _SEVERAL_TOKENS * chunks
-
-
-def _undercounted(record: Record) -> bool:
-    n, source = output_tokens(record)
-    return source in (USAGE, CHUNK_USAGE) and n < _stamps(record).size
-
-
-def _repeating(record: Record) -> bool:
-    """Whether each of several events holds the text of the one before it: the server sends all of it each time."""
-    texts = [event.text for event in record.events if event.kind == TOKEN]
-    return len(texts) >= 4 and all(after != before and after.startswith(before) for before, after in pairwise(texts))
-
-
 def _by_level(records: Iterable[Record]) -> dict[str, list[Record]]:
     groups: dict[str, list[Record]] = {}
     for record in records:
@@ -482,7 +393,8 @@ def _by_level(records: Iterable[Record]) -> dict[str, list[Record]]:
     return groups
 
 
-def _stamps(record: Record) -> np.ndarray:
+def token_stamps(record: Record) -> np.ndarray:
+    """Return the times at which events that carry tokens arrived."""
     return np.array([event.at_s for event in record.events if event.kind in (TOKEN, REASONING)])
 
 
@@ -496,7 +408,7 @@ def _samples(
         return values[owner], owner
     gaps, owner = [np.empty(0)], [np.empty(0, np.int64)]
     for at, record in enumerate(records):
-        stamps = _stamps(record)
+        stamps = token_stamps(record)
         one_each = metric == "inter_chunk_s" or output_tokens(record, count_tokens)[0] == len(stamps)
         counted = output_tokens(record, count_tokens)[1] != CHUNKS or metric == "inter_chunk_s"
         if record.outcome == "ok" and one_each and counted:
@@ -524,10 +436,10 @@ def _estimates(values: np.ndarray, owner: np.ndarray, bootstrap: Bootstrap) -> n
 
 
 def _weighted_stamps(record: Record, count_tokens: CountTokens | None) -> list[tuple[float, float]]:
-    stamps, n = _stamps(record), output_tokens(record, count_tokens)[0]
+    stamps, n = token_stamps(record), output_tokens(record, count_tokens)[0]
     if beyond_text(record, count_tokens):
         n = len(stamps)
-    hidden = _last(record.events, "reasoning_tokens")
+    hidden = last_of(record.events, "reasoning_tokens")
     if isinstance(hidden, int) and not record.reasoning:  # what is not shown did not arrive
         n = max(n - hidden, 0)
     return [(float(stamp), record.rows * n / len(stamps)) for stamp in stamps]
@@ -551,7 +463,8 @@ def _rate(
     return estimate, max(estimate - reach, 0.0), estimate + reach
 
 
-def _last(events: Sequence[Event], name: str) -> object:
+def last_of(events: Sequence[Event], name: str) -> object:
+    """Return the last value that events give of a field; None where none does."""
     return next((value for event in reversed(events) if (value := getattr(event, name)) is not None), None)
 
 

@@ -14,7 +14,8 @@ import pytest
 from bench_scripts import chunk, replay, sse
 
 from mixlens.bench.events import Record, StreamReader, outcome_of
-from mixlens.bench.metrics import request_table, shares
+from mixlens.bench.metrics import request_table
+from mixlens.bench.shares import shares
 from mixlens.endpoints.protocols import without_thinking
 from mixlens.endpoints.waits import asked_wait
 

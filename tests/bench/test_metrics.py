@@ -23,8 +23,8 @@ from mixlens.bench.metrics import (
     summary,
     throughput,
     token_sources,
-    unfinished,
 )
+from mixlens.bench.shares import unfinished
 from mixlens.core.bootstrap import Bootstrap
 from mixlens.errors import BadInput
 

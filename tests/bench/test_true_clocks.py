@@ -10,8 +10,9 @@ from bench_server import Script, answer, serving
 from bytes_server import JSON, STREAM, whole, writing
 
 import mixlens as ml
-from mixlens.bench.metrics import request_table, shares
+from mixlens.bench.metrics import request_table
 from mixlens.bench.session import BenchSettings
+from mixlens.bench.shares import shares
 
 QUIET = BenchSettings(progress=False, warmup=0)
 SMALL = ml.bench.Workload(prompt_tokens=16, output_tokens=8)
