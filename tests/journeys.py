@@ -2,7 +2,7 @@
 
     python tests/journeys.py
 
-Counts code of mixlens only. Depth is the largest number of its frames on the stack at one time.
+Counts code of mixlens only. Depth is the largest number of its frames on the stack of one thread.
 """
 
 from __future__ import annotations
@@ -30,20 +30,22 @@ class Journey:
         self.files: set[str] = set()
         self.functions: set[tuple[str, str, int]] = set()
         self.classes: set[str] = set()
-        self.depth = self.deepest = 0
+        self.of_thread = threading.local()
+        self.deepest = 0
 
     def __call__(self, frame: Any, event: str, _: Any) -> None:
         code = frame.f_code
         if not code.co_filename.startswith(PACKAGE) or event not in ("call", "return"):
             return
-        self.depth += 1 if event == "call" else -1
+        depth = getattr(self.of_thread, "depth", 0) + (1 if event == "call" else -1)
+        self.of_thread.depth = depth
         if event == "return" or code.co_name in ("<module>", "<lambda>", "<genexpr>", "<listcomp>", "<dictcomp>"):
             return
         if frame.f_back is not None and code.co_flags & inspect.CO_NEWLOCALS and code.co_name == "__init__":
             self.classes.add(type(frame.f_locals.get("self")).__name__)
         self.files.add(code.co_filename)
         self.functions.add((code.co_filename, code.co_name, code.co_firstlineno))
-        self.deepest = max(self.deepest, self.depth)
+        self.deepest = max(self.deepest, depth)
 
     def of(self, go: Callable[[], Any]) -> tuple[int, int, int, int]:
         threading.setprofile(self)
