@@ -47,11 +47,12 @@ class Journey:
         self.functions.add((code.co_filename, code.co_name, code.co_firstlineno))
         self.deepest = max(self.deepest, depth)
 
-    def of(self, go: Callable[[], Any]) -> tuple[int, int, int, int]:
+    def of(self, go: Callable[[Path], Any]) -> tuple[int, int, int, int]:
+        go(Path(tempfile.mkdtemp(prefix="mixlens-journeys-")))  # what is imported only now would count as entered
         threading.setprofile(self)
         sys.setprofile(self)
         try:
-            go()
+            go(Path(tempfile.mkdtemp(prefix="mixlens-journeys-")))
         finally:
             sys.setprofile(None)
             threading.setprofile(None)
@@ -60,7 +61,6 @@ class Journey:
 
 def main() -> None:
     mpl.use("agg")
-    folder = Path(tempfile.mkdtemp(prefix="mixlens-journeys-"))
     documents = ml.demo_documents()[:8]
     model = ml.load("demo", verbose=False)
     trace = ml.record(model, documents, signals=["router_logits", "logprob"], settings=QUIET)
@@ -69,20 +69,20 @@ def main() -> None:
     local = ml.bench.LocalSettings(progress=False, warmup=0)
     load = {"requests": 1, "workload": ml.bench.Workload(16, 4), "settings": local}
 
-    def edited() -> None:
+    def edited(_: Path) -> None:
         with ml.edit(model, ml.edits.forbid(3, 5)):
             pass
 
-    journeys: dict[str, Callable[[], Any]] = {
-        "load": lambda: ml.load("demo", verbose=False),
-        "load, nf4": lambda: ml.load("demo", quantization="nf4", verbose=False),
-        "record to a folder": lambda: ml.record(model, documents, out=folder / "run", settings=QUIET),
-        "stats.expert_share": lambda: ml.stats.expert_share(trace),
-        "show.expert_share": lambda: ml.show.expert_share(share),
+    journeys: dict[str, Callable[[Path], Any]] = {
+        "load": lambda _: ml.load("demo", verbose=False),
+        "load, nf4": lambda _: ml.load("demo", quantization="nf4", verbose=False),
+        "record to a folder": lambda folder: ml.record(model, documents, out=folder / "run", settings=QUIET),
+        "stats.expert_share": lambda _: ml.stats.expert_share(trace),
+        "show.expert_share": lambda _: ml.show.expert_share(share),
         "edit, forbid": edited,
-        "evaluate": lambda: ml.evaluate(model, ["demo"], limit=2, settings=quiet),
-        "benchmark": lambda: ml.benchmark(model, **load),
-        "report": lambda: ml.report(trace, folder / "report.html"),
+        "evaluate": lambda _: ml.evaluate(model, ["demo"], limit=2, settings=quiet),
+        "benchmark": lambda _: ml.benchmark(model, **load),
+        "report": lambda folder: ml.report(trace, folder / "report.html"),
     }
     print("| journey | files | functions | depth | classes |\n|---|---|---|---|---|")
     for name, go in journeys.items():
