@@ -229,9 +229,9 @@ class Comparison:
             asked = {
                 f"perplexity of {self.names[0]}": ("perplexity_a", ""),
                 f"perplexity of {self.names[1]}": ("perplexity_b", ""),
-                "loss, second less first": ("loss_difference", "nats a token"),
+                "loss, second less first": ("loss_difference", "nats per token"),
                 "same most probable next token": ("same_top", "fraction"),
-                "KL(first || second), at least": ("kl_at_least", "nats a token"),
+                "KL(first || second), at least": ("kl_at_least", "nats per token"),
             }
             rows |= {name: row(data.sel(measure=measure), unit) for name, (measure, unit) in asked.items()}
         return pd.DataFrame.from_dict(rows, orient="index")
@@ -328,10 +328,10 @@ class EngineComparison(Comparison):
             gap, split = self.likelihoods(), self.split().sel(quantity="k3")
             rows |= {
                 "tokens with twice or half the probability": row(gap.sel(measure="extreme"), "fraction"),
-                "divergence (K3)": row(split.sel(part="total"), "nats a token"),
-                "of it from other experts": row(split.sel(part="ids"), "nats a token"),
-                "of it from their weights": row(split.sel(part="weights"), "nats a token"),
-                "of it from the rest": row(split.sel(part="rest"), "nats a token"),
+                "divergence (K3)": row(split.sel(part="total"), "nats per token"),
+                "of it from other experts": row(split.sel(part="ids"), "nats per token"),
+                "of it from their weights": row(split.sel(part="weights"), "nats per token"),
+                "of it from the rest": row(split.sel(part="rest"), "nats per token"),
             }
         return pd.DataFrame.from_dict(rows, orient="index")
 

@@ -13,14 +13,7 @@ from mixlens.bench.figures import (
 from mixlens.bench.roofline_figure import roofline
 from mixlens.evals.figures import paired_differences, scores
 from mixlens.plot import tables
-from mixlens.plot.bars_and_lines import (
-    by_layer,
-    domain_information,
-    expert_share,
-    expert_share_grid,
-    repetition,
-    routing_entropy,
-)
+from mixlens.plot.bars import expert_share, expert_share_grid
 from mixlens.plot.comparison import expert_errors, flips_by_layer, flips_by_margin, pareto, quality_split
 from mixlens.plot.contrast import contrast
 from mixlens.plot.contributions import (
@@ -31,6 +24,7 @@ from mixlens.plot.contributions import (
     topk_sweep,
 )
 from mixlens.plot.importance import expert_importance, importance_against_share, importance_by_domain
+from mixlens.plot.lines import by_layer, domain_information, repetition, routing_entropy
 from mixlens.plot.matrices import coactivation, facet, share_heatmap, specialization, transitions
 from mixlens.plot.text import text
 from mixlens.pricing.figures import quality_cost_speed

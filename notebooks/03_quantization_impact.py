@@ -126,12 +126,12 @@ mean = split.sel(order="mean")
 share = mean.estimate.sel(part="routing") / mean.estimate.sel(part="total")
 routing = mean.sel(quantity="loss", part="routing")
 print(
-    f"Of the KL divergence of {told('kl', 'total')} nats a token, {told('kl', impact.rest)} comes from {impact.rest} "
+    f"Of the KL divergence of {told('kl', 'total')} nats per token, {told('kl', impact.rest)} comes from {impact.rest} "
     "and "
     f"{told('kl', 'routing')} from other routing ({float(share.sel(quantity='kl')):.0%})."
 )
 print(
-    f"Of the change in loss of {told('loss', 'total')} nats a token, other routing brings {told('loss', 'routing')}: "
+    f"Of the change in loss of {told('loss', 'total')} nats per token, other routing brings {told('loss', 'routing')}: "
     f"{'' if bool(routing.survives) else 'not '}told apart from zero (q = {float(routing.q):.2g})."
 )
 

@@ -129,7 +129,7 @@ print(
 )
 print(
     f"It costs most in layer {strongest}: without expert {best['expert']:.0f} {DOMAIN} loses "
-    f"{best['change in loss']:.3f} [{best['low']:.3f}, {best['high']:.3f}] nats a token; next comes "
+    f"{best['change in loss']:.3f} [{best['low']:.3f}, {best['high']:.3f}] nats per token; next comes "
     f"{runner_up.domain.item()} with {float(runner_up.estimate):.3f} "
     f"[{float(runner_up.ci_low):.3f}, {float(runner_up.ci_high):.3f}]."
 )
@@ -160,7 +160,7 @@ told = ", ".join(
 )
 print(
     f"The loss is least with {least} experts a token; n = {int(sweep.n):,} tokens. Change against the model's own k, "
-    f"in nats a token: {told}."
+    f"in nats per token: {told}."
 )
 
 # %% [markdown]

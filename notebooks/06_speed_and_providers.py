@@ -117,7 +117,7 @@ bench.events().query("level == 'concurrency 1' and phase == 'measured' and index
 # %% [markdown]
 # ## How much load it takes
 #
-# `load_sweep` doubles the concurrency until the power, tokens a second over median seconds, has fallen twice. `knee`
+# `load_sweep` doubles the concurrency until the power, tokens per second over median seconds, has fallen twice. `knee`
 # says which load had the most, and in what share of bootstrap resamples.
 
 # %%

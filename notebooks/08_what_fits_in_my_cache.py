@@ -38,7 +38,7 @@ import mixlens as ml
 
 MODEL = "demo"
 DOCUMENTS = ml.demo_documents()
-LINK = 1e9  # bytes a second
+LINK = 1e9  # bytes per second
 model = ml.load(MODEL, verbose=False)
 settings = ml.RecordSettings(progress=False)
 trace = ml.record(model, DOCUMENTS, signals=["moe_in"], settings=settings)
@@ -103,7 +103,7 @@ pd.DataFrame(
             "from": float(found["ci_low"].item()),
             "to": float(found["ci_high"].item()),
             "loads a token": float(found["loads"].item()),
-            "tokens a second, predicted": round(float(found["tokens_per_s"].item())),
+            "tokens per second, predicted": round(float(found["tokens_per_s"].item())),
             "verdict": found.attrs["verdict"],
         }
         for name, found in caches.items()

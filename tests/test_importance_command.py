@@ -49,7 +49,7 @@ def test_the_command_prints_the_map_of_its_run(run, corpus, capsys, tmp_path):
 
 def test_a_report_of_an_importance_run(run, tmp_path):
     html = ml.report(run, tmp_path / "map.html").read_text("utf-8")
-    for words in ("Importance of experts", "Importance by domain", "never chosen", "nats a token"):
+    for words in ("Importance of experts", "Importance by domain", "never chosen", "nats per token"):
         assert words in html
     with_trace = ml.report([ml.open(run), run], tmp_path / "two.html").read_text("utf-8")
     assert "importance 1: Importance of experts" in with_trace
@@ -90,7 +90,7 @@ def test_a_report_of_contributions_and_of_a_sweep(others, run, tmp_path):
         "contributions: Contribution by domain",
         "contributions: Contribution along a text",
         "topk: Number of experts a token chooses",
-        "nats a token against k = 2",
+        "nats per token against k = 2",
         "map: Importance of experts",
     ):
         assert words in html

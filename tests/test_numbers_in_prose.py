@@ -84,7 +84,7 @@ def test_requests_that_bound_a_95th_percentile():
 
 
 def test_documents_below_which_nothing_is_told_apart():
-    (word,) = re.findall(r"Fewer than (\w+) documents tell no cell", prose("docs/statistics.md"))
+    (word,) = re.findall(r"With fewer than (\w+) documents no cell can survive", prose("docs/statistics.md"))
     least = {"six": 6}[word]
     far = [float(p_against(1.0, 0.999, 1.001, 0.0, n, 0.95, 0.0)) for n in (least - 1, least)]
     assert far[0] > 0.05 > far[1]
@@ -100,8 +100,8 @@ def test_coverage_is_as_the_page_says():
 
 def test_false_alarms_are_as_the_page_says():
     page = "docs/statistics.md"
-    (most,) = stated(page, r"in which nothing is to be found, (\d+) % or fewer")
-    (most_short,) = stated(page, r"and (\d+) % or fewer where five documents of a sixth of the length stand")
+    (most,) = stated(page, r"where there is nothing to find, (\d+) % or fewer")
+    (most_short,) = stated(page, r"five documents of a sixth of the length are compared .* (\d+) % or fewer")
     rows = json.loads((RESULTS / "false-alarms.json").read_text("utf-8"))["false_alarms"]
     short = [row for row in rows if "few and short" in row["family"]]
     assert all(100 * row["alarms"] <= most for row in rows if row["alarms"] is not None and row not in short)

@@ -75,7 +75,7 @@ def test_the_overview_of_an_impact(impact, arrays):
     table = impact.overview()
     np.testing.assert_allclose(table["estimate"], expected)
     assert table["n"].tolist() == [n] * 8
-    assert table["unit"].tolist() == ["", "", *["nats a token"] * 5, "fraction"]
+    assert table["unit"].tolist() == ["", "", *["nats per token"] * 5, "fraction"]
     assert [name.rsplit(" ", 1)[-1] for name in table.index[:2]] == ["one", "two"]
     lines = repr(impact).splitlines()[-8:]
     for line, name, (_, row) in zip(lines, table.index, table.iterrows(), strict=True):
@@ -162,7 +162,7 @@ def test_the_overview_of_a_comparison(pair):
     expected = [shares[0], shares[1], changed.any(1).mean(), math.exp(a), math.exp(b), b - a, math.nan, math.nan]
     np.testing.assert_allclose(table["estimate"], expected, rtol=1e-5)
     assert table["n"].tolist() == [one.n_tokens] * 3 + [known.sum()] * 5
-    assert table["unit"].tolist() == ["fraction"] * 3 + ["", "", "nats a token", "fraction", "nats a token"]
+    assert table["unit"].tolist() == ["fraction"] * 3 + ["", "", "nats per token", "fraction", "nats per token"]
     assert "layer 4" in table.index[1]  # its number, not its place
     lines = repr(found).splitlines()[-8:]
     for line, name, (_, row) in zip(lines[:6], table.index[:6], table.iloc[:6].iterrows(), strict=True):

@@ -66,7 +66,7 @@ class BenchComparison:
         Returns
         -------
         DataFrame
-            load, metric, a, b, b / a, told apart.
+            load, metric, a, b, b / a, different.
         """
         rows = []
         for metric, statistic in _SHOWN:
@@ -81,10 +81,10 @@ class BenchComparison:
                         "a": f"{row['a']:.4g}" if known else "n/a",
                         "b": f"{row['b']:.4g}" if known else "n/a",
                         "b / a": f"{row['ratio']:.2f}{interval}" if known else "n/a",
-                        "told apart": apart if interval and row["level"] not in self.unlike else "n/a",
+                        "different": apart if interval and row["level"] not in self.unlike else "n/a",
                     }
                 )
-        return pd.DataFrame(rows, columns=["load", "metric", "a", "b", "b / a", "told apart"])
+        return pd.DataFrame(rows, columns=["load", "metric", "a", "b", "b / a", "different"])
 
     def __repr__(self) -> str:
         return visible("\n".join([self.overview().to_string(index=False), *self.remarks]))
@@ -301,7 +301,7 @@ def _remarks(a: Bench, b: Bench, paired: bool, bootstrap: Bootstrap) -> tuple[st
     sides = (f"{name}: {bench.remarks()[0]}" for name, bench in (("a", a), ("b", b)))
     return (
         *sides,
-        f"{how}. {bootstrap.level:.0%} intervals over requests; told apart where a ratio survives control for all "
+        f"{how}. {bootstrap.level:.0%} intervals over requests; different where a ratio survives control for all "
         f"rows of the table, at a false discovery rate of {1 - bootstrap.level:.2g}.",
         f"Failures, in no ratio: {failed[0]} of a, {failed[1]} of b.",
     )

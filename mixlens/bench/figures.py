@@ -30,6 +30,7 @@ from mixlens.plot.style import (
     heading,
     in_legend,
     legend_below,
+    name_points,
     paper,
     paper_figure,
     percent,
@@ -48,8 +49,8 @@ _NAMES = {
     "scheduled_e2e_s": "due to last token",
     "connect_s": "opening a connection",
     "headers_s": "time to headers",
-    "output_tokens_per_s": "output tokens a second",
-    "requests_per_s": "requests a second",
+    "output_tokens_per_s": "output tokens per second",
+    "requests_per_s": "requests per second",
 }
 # Marks of the timeline: kind of event, marker, size in points, label.
 _EVENTS = (
@@ -221,7 +222,7 @@ def throughput_latency_curve(
     >>> bench = ml.open("runs/vllm")  # doctest: +SKIP
     >>> ax = ml.show.throughput_latency_curve(bench, statistic="p95")  # doctest: +SKIP
     >>> ax.get_xlabel()  # doctest: +SKIP
-    'output tokens a second, all requests together'
+    'output tokens per second, all requests together'
     """
     given = list(benches) if isinstance(benches, Sequence) else [benches]
     if wrong := [one for one in given if not isinstance(one, Bench)]:
@@ -248,20 +249,20 @@ def throughput_latency_curve(
     factor, unit = _scale(metric, largest)
     short = _short([level for table in tables for level in table["level"]])
     with drawing(ax, COLUMN * 1.25, 2.7 + 0.14 * len(several)) as ax:
+        points: list[tuple[float, float, str]] = []
         for i, ((name, _), table) in enumerate(zip(named, tables, strict=True)):
             colour = series_colours(len(several))[i]
             x, y = table["throughput"], table["latency"] * factor
             ax.plot(x, y, color=colour, marker=MARKERS[i % len(MARKERS)], label=in_legend(name))
             ax.hlines(y, table["throughput_low"], table["throughput_high"], color=colour, lw=0.7)
             ax.vlines(x, table["latency_low"] * factor, table["latency_high"] * factor, color=colour, lw=0.7)
-            for at, level in enumerate(table["level"]):
-                if x[at] == x[at] and y[at] == y[at]:
-                    place = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": relative_size(0.75)}
-                    ax.annotate(printable(short[level]), (x[at], y[at]), color=MUTED, **place)
+            known = x.notna() & y.notna()
+            points += [(x[at], y[at], short[level]) for at, level in table["level"][known].items()]
+        ax.margins(x=0.12)
         ax.set_xlim(left=0)
         ax.set_ylim(bottom=0)
-        ax.margins(x=0.12)
-        ax.set_xlabel("output tokens a second, all requests together")
+        name_points(ax, points, relative_size(0.75))
+        ax.set_xlabel("output tokens per second, all requests together")
         ax.set_ylabel(f"{_NAMES[metric]}, {statistic} [{unit}]")
         if len(several) > 1:
             legend_below(ax, columns=1)

@@ -230,7 +230,7 @@ def summary(
         coords={"level": list(groups), "metric": list(METRICS), "statistic": list(STATISTICS)},
         attrs={
             "statistic": "summary",
-            "unit": "seconds, output_tokens_per_s tokens a second",
+            "unit": "seconds, output_tokens_per_s tokens per second",
             "formula": "; ".join(f"{name}: {what}" for name, what in METRICS.items()),
             "p99": f"NaN below {P99_SAMPLES} samples",
             "source": "recorded by mixlens, token counts from "

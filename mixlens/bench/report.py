@@ -30,7 +30,7 @@ _FOUND = (
     ("Latency", "ttft_s", "p50", "Median time to the first token", "ms", 1e3, 0),
     ("Latency", "tpot_s", "p50", "Median time per output token after the first", "ms", 1e3, 1),
     ("Latency", "e2e_token_s", "p50", "Median time to the last token", "s", 1.0, 2),
-    ("Speed", "system_output_tokens_per_s", "rate", "Output of the whole system", "tokens a second", 1.0, 1),
+    ("Speed", "system_output_tokens_per_s", "rate", "Output of the whole system", "tokens per second", 1.0, 1),
 )
 
 
@@ -74,9 +74,11 @@ def _summary(bench: Bench) -> str:
         bullets(bench.remarks())
         + frame_table(overview, "Latency and throughput by load, medians with 95 % intervals")
         + _figure(
-            figures.throughput_latency_curve, bench, "Output tokens a second of the system against time to first token."
+            figures.throughput_latency_curve,
+            bench,
+            "Output tokens per second of the system against time to first token.",
         )
-        + details("All metrics", frame_table(tidy, "Every metric and statistic, seconds or tokens a second"))
+        + details("All metrics", frame_table(tidy, "Every metric and statistic, seconds or tokens per second"))
     )
 
 
@@ -97,7 +99,7 @@ def _requests(bench: Bench) -> str:
 
 
 def _roofline(bench: Bench) -> str:
-    text = "Operations a second against operations a byte of every load, under what the device was measured to do."
+    text = "Operations a second against operations per byte of every load, under what the device was measured to do."
     return (
         _figure(roofline, bench, text)
         + frame_table(bench.cold_and_warm(), "First call of each load, and the measured ones; mean times in seconds")

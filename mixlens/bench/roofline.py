@@ -186,7 +186,7 @@ class Machine:
     """What a device was measured to do, before and after the loads of a benchmark.
 
     bandwidth_bytes_per_s  bytes read a second
-    matmul_flops_per_s     operations a second of a large matrix product in the model's dtype
+    matmul_flops_per_s     operations per second of a large matrix product in the model's dtype
     """
 
     name: str

@@ -43,7 +43,7 @@ def roofline(bench: Bench, ax: Axes | None = None, *, title: str | None = None) 
     --------
     >>> bench = ml.open("runs/local")  # doctest: +SKIP
     >>> ml.show.roofline(bench).get_ylabel()  # doctest: +SKIP
-    'operations a second'
+    'operations per second'
     """
     parts = bench.configurations()
     machines = {name: machine_of(part.meta) for name, part in parts.items()}
@@ -84,8 +84,8 @@ def roofline(bench: Bench, ax: Axes | None = None, *, title: str | None = None) 
         roofs = {part.meta["model"]["dtype"]: machines[name] for name, part in reversed(parts.items())}
         for style, (dtype, machine) in zip(cycle(("-", "--", ":")), reversed(roofs.items())):
             _roof(ax, x, machine, style, dtype if len(roofs) > 1 else "")
-        ax.set_xlabel("operations a byte that must be read")
-        ax.set_ylabel("operations a second")
+        ax.set_xlabel("operations per byte that must be read")
+        ax.set_ylabel("operations per second")
         calls = max(row["n"] for row in rows.values())
         dtype = f" in {bench.meta['model']['dtype']}" if "dtype" in bench.meta["model"] else ""
         heading(

@@ -93,7 +93,7 @@ def load_sweep(
 def knee(bench: Bench, *, bootstrap: Bootstrap = DEFAULT) -> pd.DataFrame:
     """Find the load of the greatest power, where throughput costs the least latency.
 
-    power = output tokens a second of the system / median end to end seconds (Kleinrock 1979, "Power and deterministic
+    power = output tokens per second of the system / median end to end seconds (Kleinrock 1979, "Power and deterministic
     rules of thumb for probabilistic problems in computer communications"). Below the knee a load doubles throughput for
     little more latency; beyond it latency doubles for little more throughput. `chosen_frac` is the share of bootstrap
     resamples, over requests, in which a load has the greatest power: close to 1 the knee is well told from its

@@ -183,7 +183,7 @@ def bench(
     if remote.sweep:
         table = knee(found)
         data["knee"] = rows_of(table)
-        shown += f"\n\nknee: the load of the greatest power, tokens a second over median seconds\n{table.to_string()}"
+        shown += f"\n\nknee: the load of the greatest power, tokens per second over median seconds\n{table.to_string()}"
     if slo is None:
         return Result(data, shown)
     met = found.goodput(slo)

@@ -44,7 +44,7 @@ def allocate_bits(
     Returns
     -------
     xarray.Dataset
-        ``scheme``, ``estimate`` (loss of the expert in it, nats a token) and ``bytes`` ``[layer, expert]``; attrs
+        ``scheme``, ``estimate`` (loss of the expert in it, nats per token) and ``bytes`` ``[layer, expert]``; attrs
         quantization, for ``ml.load(quantization=)``; single, the best single scheme that fits; predicted_loss;
         verdict, and gain with gain_low and gain_high: loss of the single scheme less that of the mixed one, nats a
         token.
@@ -99,7 +99,7 @@ def allocate_bits(
         {"layer": first.layer.values, "expert": first.expert.values},
     )
     return data.assign_attrs(
-        statistic="allocate_bits", model=first.attrs["model"], unit="nats a token", budget_bytes=float(budget_bytes),
+        statistic="allocate_bits", model=first.attrs["model"], unit="nats per token", budget_bytes=float(budget_bytes),
         quantization=_quantization(data["scheme"].values, first.layer.values), level=bootstrap.level,
         single=names[_single(costs, sizes, budget_bytes)], predicted_loss=float(loss.sum()),
         formula="min sum_e loss_e(s_e) with sum_e bytes(s_e) <= budget",

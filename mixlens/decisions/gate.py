@@ -67,7 +67,7 @@ def judge(
     documents : Iterable[Any], optional
         Held-out documents, as for record.
     limits : Mapping[str, float]
-        How far in any group the "loss" may rise, in nats a token, and the "score" fall, as a fraction:
+        How far in any group the "loss" may rise, in nats per token, and the "score" fall, as a fraction:
         ``{"loss": 0.05, "score": 0.02}``.
     by : str, optional
         Column of the documents that tells groups apart.

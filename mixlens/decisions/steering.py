@@ -67,7 +67,7 @@ def steer(
     held_out : Iterable[Any]
         Other text, which should not get worse.
     limit : float
-        How far the loss of the other text may rise, nats a token.
+        How far the loss of the other text may rise, nats per token.
     doses : Sequence[float], optional
         What is added to router logits.
     experts : int, optional
@@ -82,7 +82,7 @@ def steer(
     Returns
     -------
     xarray.Dataset
-        ``estimate`` (change in loss, nats a token), ci_low, ci_high ``[text, arm, dose]``, paired over documents, of
+        ``estimate`` (change in loss, nats per token), ci_low, ci_high ``[text, arm, dose]``, paired over documents, of
         all of them; n (documents) ``[text]``; chosen ``[layer, expert]``, the sign of the push; attrs verdict, and
         dose, the one that was judged. NaN throughout where no expert differs.
 
@@ -132,7 +132,7 @@ def steer(
     dose, found = _judged(change, whole, limit, bootstrap)
     data = xr.concat(rows, xr.IndexVariable("text", list(TEXTS)))
     return data.assign(n=("text", [len(own.loss) for own in whole]), chosen=pushed).assign_attrs(
-        statistic="steer", unit="nats a token", model=contrast.attrs.get("model", "unknown"),
+        statistic="steer", unit="nats per token", model=contrast.attrs.get("model", "unknown"),
         contrast=f"{contrast.attrs.get('a')} less {contrast.attrs.get('b')}", limit=limit, draws=draws,
         level=bootstrap.level, interval=Difference.how, dose=float("nan") if dose is None else float(doses[dose]),
         verdict=found,

@@ -37,7 +37,7 @@ def health(traces: Mapping[int, Trace], *, limit_bits: float = 0.5, bootstrap: B
     saturation_first, saturation_last
         share of the experts chosen that the first, or the last, checkpoint chooses for the same token.
 
-    Beside them drift, by how much the loss of the probe has changed since the first checkpoint, nats a token, paired.
+    Beside them drift, by how much the loss of the probe has changed since the first checkpoint, nats per token, paired.
 
     The verdict is about going on: "do it" where in no layer load_entropy has fallen by more than `limit_bits` between
     the first and the last checkpoint, "do not" where in one it has, at the end of the interval that speaks against it;

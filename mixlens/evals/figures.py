@@ -216,9 +216,12 @@ def _rows(log: Log, name: str, subjects: bool) -> pd.DataFrame:
     """Return rows in per cent: log, row, score, ci_low, ci_high, n, chance, published, comparable, status."""
     if not subjects:
         table = beside(log)
-        row = table["benchmark"] + "\n" + table["protocol"]
-        of_task = {task: f"{about['benchmark']}\n{about['protocol']}" for task, about in log.meta["tasks"].items()}
-        return table.assign(log=name, row=row, chance=row.map(_chance(log, of_task)))
+        row = [_by_protocol(*pair) for pair in zip(table["benchmark"], table["protocol"], strict=True)]
+        of_task = {
+            task: _by_protocol(about["benchmark"], about["protocol"]) for task, about in log.meta["tasks"].items()
+        }
+        table = table.assign(log=name, row=row)
+        return table.assign(chance=table["row"].map(_chance(log, of_task)))
     primary = {row["metric"] for row in primary_rows(log.scores, log.meta["tasks"])}
     table = log.scores[(log.scores["average"] == "") & log.scores["metric"].isin(primary)].copy()
     table[["score", "ci_low", "ci_high"]] *= 100
@@ -226,6 +229,11 @@ def _rows(log: Log, name: str, subjects: bool) -> pd.DataFrame:
     missing = {"published": float("nan"), "comparable": False, "status": ""}
     chance = table["task"].map(_chance(log, {task: task for task in log.tasks}))
     return table.assign(log=name, row=short, chance=chance, **missing).reset_index(drop=True)
+
+
+def _by_protocol(benchmark: str, protocol: str) -> str:
+    """Name a row, as "mmlu, 5shot"."""
+    return f"{benchmark}, {protocol.removeprefix(f'{benchmark}_')}"
 
 
 def _chance(log: Log, rows: Mapping[str, str]) -> dict[str, float]:

@@ -10,7 +10,7 @@ from mixlens.evals.figures import paired_differences, score_table, scores
 from mixlens.evals.log import Log
 from mixlens.evals.paired import LogComparison
 from mixlens.evals.routing import sample_share
-from mixlens.plot.bars_and_lines import expert_share_grid
+from mixlens.plot.bars import expert_share_grid
 from mixlens.plot.html import bullets, details, escape, paragraphs, picture
 from mixlens.plot.tables import html_table
 

@@ -332,7 +332,7 @@ class ForwardTracker:
         return batch
 
     def _claim(self, generation: Generation | None, batch: Batch) -> None:
-        """A generate has one batch, with those that it calls: another would read its tokens a second time."""
+        """A generate has one batch, with those that it calls: another would read its tokens per second time."""
         while generation is not None:
             if generation.batch not in (None, batch):
                 raise self._refusal(

@@ -11,7 +11,7 @@ from mixlens.errors import BadInput
 from mixlens.live.matrices import also
 from mixlens.live.payload import pack
 from mixlens.live.view import View, extremes, static_form, static_table
-from mixlens.plot import bars_and_lines, comparison
+from mixlens.plot import bars, comparison
 from mixlens.plot import labels as wording
 from mixlens.plot.checks import takes, takes_run
 from mixlens.plot.colours import expert_colours, series_colours
@@ -76,7 +76,7 @@ def expert_share(data: xr.Dataset) -> View:
         "note": wording.note(data, drawn="bars") + ".",
     }
     caption = f"{wording.title(data)} of {data.attrs.get('model', 'a model')}. {header['note']}"
-    static = static_form(bars_and_lines.expert_share(data), caption, extremes(data, header["uniform"]))
+    static = static_form(bars.expert_share(data), caption, extremes(data, header["uniform"]))
     return View(wording.title(data), "dots", static, pack(header, arrays))
 
 

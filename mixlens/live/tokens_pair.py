@@ -11,7 +11,7 @@ from mixlens.errors import BadInput
 from mixlens.live.payload import pack, token_arrays
 from mixlens.live.tokens import domain, first_tokens, label
 from mixlens.live.view import View, static_form, static_table
-from mixlens.plot import bars_and_lines, labels, text
+from mixlens.plot import labels, lines, text
 from mixlens.plot.colours import expert_colours
 from mixlens.stats import agreement
 from mixlens.trace.trace import Trace
@@ -131,9 +131,7 @@ def diff(
     title = f"{names[0]} and {names[1]}"
     same = given.sel(measure=["top1", "overlap"])
     caption = f"How far {names[0]} and {names[1]} route the same tokens alike, by layer. {labels.sample(given)}."
-    return View(
-        title, "diff", static_form(bars_and_lines.by_layer(same), caption, _agreement_table(same)), pack(header, arrays)
-    )
+    return View(title, "diff", static_form(lines.by_layer(same), caption, _agreement_table(same)), pack(header, arrays))
 
 
 def _two_runs(

@@ -1,4 +1,4 @@
-"""Colours: of experts, of everything else that is told apart, and of layers; each readable on white and on dark."""
+"""Colours: of experts, of series, and of layers; each readable on white and on dark."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def expert_colours(n_experts: int) -> list[str]:
 
 
 def series_colours(n: int) -> list[str]:
-    """Return one colour per domain, load, scheme or whatever else a figure tells apart; none is an expert's."""
+    """Return one colour per domain, load, scheme or other series of a figure; none is an expert's."""
     return _palette(SERIES_COLOURS, n)
 
 

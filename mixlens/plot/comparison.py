@@ -9,10 +9,10 @@ from matplotlib.colors import Normalize
 
 from mixlens.errors import BadInput
 from mixlens.plot import labels
-from mixlens.plot.bars_and_lines import by_layer
 from mixlens.plot.checks import takes, takes_run
 from mixlens.plot.colours import series_colours
 from mixlens.plot.heatmap import cells, colour_bar, layers_by_experts, map_height, map_width, numbers
+from mixlens.plot.lines import by_layer
 from mixlens.plot.messages import named
 from mixlens.plot.style import (
     COLUMN,
@@ -32,15 +32,15 @@ from mixlens.stats.pareto import Pareto
 
 _ORDERS = {"weights_first": "routing last", "routing_first": "routing first", "mean": "mean of both"}
 _QUANTITIES = {
-    "loss": "change in loss, nats a token",
-    "kl": "KL divergence, nats a token",
+    "loss": "change in loss, nats per token",
+    "kl": "KL divergence, nats per token",
     "other_top": "tokens with another top prediction",
 }
 _AXES = {
     "bytes": (1e-6, "weights, MB"),
     "expert_bits": (1.0, "bits an expert weight"),
-    "kl": (1.0, "KL divergence, nats a token"),
-    "loss_difference": (1.0, "change in loss, nats a token"),
+    "kl": (1.0, "KL divergence, nats per token"),
+    "loss_difference": (1.0, "change in loss, nats per token"),
     "same_top": (1.0, "same top token, share"),
     "ttft_s": (1e3, "time to first token, ms"),
     "tpot_s": (1e3, "time per output token, ms"),
@@ -178,7 +178,7 @@ def quality_split(
 
     >>> impact = ml.experiments.measure_impact(model, model, documents[:1], settings=short)
     >>> ml.show.quality_split(impact.split(), quantity="kl").get_xlabel()
-    'KL divergence, nats a token'
+    'KL divergence, nats per token'
     """
     if quantity not in _QUANTITIES:
         raise BadInput(

@@ -64,7 +64,7 @@ def contrast(data: xr.Dataset, ax: Axes | None = None, *, title: str | None = No
         pairs = ", paired" if data.attrs["paired"] else ""
         note = (
             f"{data.attrs['a']} ({data.attrs['n_a']} documents) less {data.attrs['b']} ({data.attrs['n_b']}{pairs}); "
-            f"{told} of {data.attrs['cells']} cells survive at a false discovery rate of "
+            f"{told} of {data.attrs['cells']:,} cells survive at a false discovery rate of "
             f"{1 - data.attrs['level']:.2g}; the others are grey"
         )
         parts = (note, scale_note(np.where(survives, estimate, np.nan)), unit)

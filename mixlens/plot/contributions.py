@@ -210,7 +210,7 @@ def topk_sweep(data: xr.Dataset, ax: Axes | None = None, *, title: str | None = 
     >>> short = ml.RecordSettings(max_length=8, overlong="truncate", progress=False)
     >>> measured = ml.experiments.measure_topk(model, documents[:1], ks=(1, 2), settings=short)
     >>> ml.show.topk_sweep(ml.stats.topk_sweep(measured)).get_ylabel()
-    'loss, nats a token'
+    'loss, nats per token'
     """
     series = list(labels.groups(data, "k"))
     with drawing(ax, COLUMN, 2.4 if len(series) == 1 else 2.7 if len(series) < 5 else 3.3) as ax:
@@ -223,7 +223,7 @@ def topk_sweep(data: xr.Dataset, ax: Axes | None = None, *, title: str | None = 
         ax.axvline(int(data.attrs["own_k"]), color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
         ax.set_xticks(data["k"].to_numpy())
         ax.set_xlabel("experts a token chooses, k")
-        ax.set_ylabel("loss, nats a token")
+        ax.set_ylabel("loss, nats per token")
         if len(series) > 1:
             legend_below(ax, 4)
         note = f"{labels.sample(data)}; {labels.over(data, 'whiskers')}; dashed: the model's own k"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from mixlens.plot import labels
 from mixlens.plot.checks import takes
@@ -31,6 +32,7 @@ from mixlens.plot.style import (
     drawing,
     heading,
     legend_below,
+    name_points,
     percent,
     printable,
 )
@@ -161,14 +163,15 @@ def importance_against_share(data: xr.Dataset, ax: Axes | None = None, *, title:
         ax.axhline(0, color=INK, linewidth=0.6)
         ax.axvline(1 / data.sizes["expert"], color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
         ax.xaxis.set_major_formatter(percent)
+        ax.xaxis.set_major_locator(MaxNLocator(5))
         ax.set_xlabel("share of assignments")
         ax.set_ylabel(_label(data))
         if data.sizes["layer"] <= len(MARKERS):
             legend_below(ax, 4)
         if estimate.size <= _FEW_POINTS:
-            for (i, j), value in np.ndenumerate(estimate):
-                ax.annotate(str(data["expert"].to_numpy()[j]), (share[i, j], value), fontsize=SMALLEST, xytext=(2, 2),
-                            textcoords="offset points")  # fmt: skip
+            experts = data["expert"].to_numpy()
+            points = [(float(share[i, j]), float(value), str(experts[j])) for (i, j), value in np.ndenumerate(estimate)]
+            name_points(ax, points, SMALLEST)
         note = f"{labels.sample(data)}; {labels.over(data, 'whiskers')}; dashed: uniform share"
         note = "; ".join(filter(None, [note, scale_note(np.stack([data["ci_low"], data["ci_high"]]))]))
         selected = labels.chosen(data)
@@ -178,7 +181,7 @@ def importance_against_share(data: xr.Dataset, ax: Axes | None = None, *, title:
 
 def _label(data: xr.Dataset) -> str:
     if data.attrs["unit"] == "nats":
-        return "change in loss, nats a token"
+        return "change in loss, nats per token"
     return printable(f"change in {str(data.attrs['metric']).rsplit('.', 1)[-1]}, a token")
 
 

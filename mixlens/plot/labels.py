@@ -202,7 +202,7 @@ def none_survives(data: xr.Dataset, what: str, against: str) -> str:
     """Return the sentence for statistics of which no cell survives, or none could be tested."""
     if not data.attrs["cells"]:
         return f"No {what} is tested against {against}: that takes two documents or more that differ."
-    return f"No {what} is told apart from {against}: none {survivors(data)}."
+    return f"No {what} differs significantly from {against}: none {survivors(data)}."
 
 
 def uniform(data: xr.Dataset) -> xr.DataArray | None:

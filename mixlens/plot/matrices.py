@@ -73,7 +73,7 @@ def share_heatmap(
     """
     data = labels.only(data, "share_heatmap", "layer", "expert")
     with drawing(ax, map_width(data.sizes["expert"]), 0.9 + map_height(data.sizes["layer"])) as ax:
-        _matrix(ax, data.transpose("layer", "expert", ...), "layer", "expert", limit, title)
+        matrix(ax, data.transpose("layer", "expert", ...), "layer", "expert", limit, title)
     return ax
 
 
@@ -123,7 +123,7 @@ def specialization(
         return share_heatmap(data.sel({group: domain}), ax, title=title)
     data = labels.only(labels.at_layer(data, layer), "specialization", group, "expert")
     with drawing(ax, map_width(data.sizes["expert"]), 0.9 + map_height(data.sizes[group])) as ax:
-        _matrix(ax, data.transpose(group, "expert", ...), group, "expert", None, title)
+        matrix(ax, data.transpose(group, "expert", ...), group, "expert", title=title)
     return ax
 
 
@@ -228,7 +228,7 @@ def _expert_by_expert(
     data = labels.only(labels.at_layer(data, layer), name, "expert", "expert_j")
     width = map_width(data.sizes["expert"])
     with drawing(ax, width, 0.88 * width) as ax:
-        _matrix(ax, data.transpose("expert", "expert_j", ...), "expert", "expert_j", limit, title)
+        matrix(ax, data.transpose("expert", "expert_j", ...), "expert", "expert_j", limit, title)
         ax.set_ylabel(rows)
         ax.set_xlabel(columns)
     return ax
@@ -339,7 +339,17 @@ def _small_print(data: xr.Dataset, mark: str) -> str:
     return "; ".join(filter(None, parts))
 
 
-def _matrix(ax: Axes, data: xr.Dataset, row: str, column: str, limit: float | None, title: str | None) -> None:
+def matrix(
+    ax: Axes,
+    data: xr.Dataset,
+    row: str,
+    column: str,
+    limit: float | None = None,
+    title: str | None = None,
+    *,
+    also: str = "",
+) -> None:
+    """Draw shares [row, column] as a map with white at uniform; `also` ends the note."""
     centre, limit = _centre(data), _limit(data) if limit is None else limit
     values = data["estimate"].to_numpy()
     drawn = cells(ax, values, DIVERGING, CenteredNorm(centre, limit))
@@ -358,7 +368,7 @@ def _matrix(ax: Axes, data: xr.Dataset, row: str, column: str, limit: float | No
     mark = "bold" if written else "dot" if values.size <= _MOST_DOTTED else ""
     if mark == "dot":
         dots(ax, survives)
-    heading(ax, title or message(data), _small_print(data, mark))
+    heading(ax, title or message(data), "; ".join(filter(None, [_small_print(data, mark), also])))
 
 
 def _share_bar(drawn: ScalarMappable, beside: Sequence[Axes], data: xr.Dataset) -> None:

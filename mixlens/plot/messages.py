@@ -1,4 +1,4 @@
-"""The message of a figure in one line: what was told apart from chance, and furthest; else the name of the statistic.
+"""The message of a figure in one line: what differs most from chance; else the name of the statistic.
 
 A message speaks only of numbers that survive control for all numbers of their statistic.
 """
@@ -54,7 +54,7 @@ def _cell(say: Callable[[xr.Dataset, dict[str, Any]], str]) -> Callable[[xr.Data
     def said(data: xr.Dataset) -> str:
         cell = furthest_surviving(data)
         if cell is None:
-            return f"{named(data)}: nothing told apart from {data.attrs.get('null', 'uniform')}"
+            return f"{named(data)}: no significant difference from {data.attrs.get('null', 'uniform')}"
         return say(cell, {str(name): coord.item() for name, coord in cell.coords.items() if coord.ndim == 0})
 
     return said
@@ -95,30 +95,35 @@ def _moves(cell: xr.Dataset, at: dict[str, Any]) -> str:
 
 def _repetition(data: xr.Dataset) -> str:
     told, of = int(data["survives"].sum()), int(np.isfinite(data["p"]).sum())
-    what = "layers" if set(data["estimate"].dims) <= {"layer"} else "numbers"
+    what = "layers" if set(data["estimate"].dims) <= {"layer"} else "cells"
     choice = str(data["choice"].item())
     against = data.attrs.get("null", "chance")
-    return f"{labels.MEASURES[choice].capitalize()}: apart from {against} in {told} of {of} {what}"
+    differs = (
+        f"differs from {against} in {told} of {of} {what}" if told else f"no significant difference from {against}"
+    )
+    return f"{labels.MEASURES[choice].capitalize()}: {differs}"
 
 
 def _information(data: xr.Dataset) -> str:
     excess = data.sel(measure="excess") if "measure" in data.dims else data
     told = int((excess["survives"] & (excess["estimate"] > 0)).sum())
-    return f"Experts tell the domain in {told} of {excess.sizes['layer']} layers"
+    return f"Routing depends on the domain in {told} of {excess.sizes['layer']} layers"
 
 
 def _contrast(data: xr.Dataset) -> str:
     a, b, told = data.attrs["a"], data.attrs["b"], int(data["survives"].sum())
-    return f"{a} differs from {b} in {told} of {data['estimate'].size} cells".replace("_", " ")
+    if not told:
+        return f"No significant difference between {a} and {b}".replace("_", " ")
+    return f"{a} differs from {b} in {told} of {data['estimate'].size:,} cells".replace("_", " ")
 
 
 def _importance(data: xr.Dataset) -> str:
     cell, told = furthest_surviving(data.assign(estimate=abs(data["estimate"]))), int(data["survives"].sum())
     of = int(np.isfinite(data["estimate"]).sum())
     if cell is None:
-        return f"{named(data)}: nothing told apart from 0"
+        return f"{named(data)}: no significant effect"
     place = f"expert {cell['expert'].item()} in layer {cell['layer'].item()}"
-    return f"{told} of {of} matter, {place} most"
+    return f"{told} of {of} experts matter, most of all {place}"
 
 
 _SAY: dict[str, Callable[[xr.Dataset], str]] = {

@@ -15,7 +15,7 @@ import matplotlib
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.transforms import ScaledTranslation, blended_transform_factory
+from matplotlib.transforms import Bbox, ScaledTranslation, blended_transform_factory
 
 from mixlens.core.files import write_file
 from mixlens.plot.dark import with_dark
@@ -200,6 +200,30 @@ def legend_below(ax: Axes, columns: int = 2, *, also: float = 0.0) -> None:
         fontsize=SMALLEST,
         columnspacing=1,
     )
+
+
+def name_points(ax: Axes, points: Sequence[tuple[float, float, str]], size: float) -> None:
+    """Write each name beside its point, on the side where it covers the fewest points and names.
+
+    Call it when scales and limits are settled.
+    """
+    places = [(ax.transData.transform((x, y)) * 72 / _dpi(ax)).tolist() for x, y, _ in points]
+    taken = [Bbox.from_bounds(left - 2, bottom - 2, 4, 4) for left, bottom in places]
+    for (x, y, text), (left, bottom) in zip(points, places, strict=True):
+        name = printable(text)
+        width, height = 0.62 * size * len(name), size
+        sides = [(3 + (0 if right else -6 - width), 3 if up else -3 - height) for up in (1, 0) for right in (1, 0)]
+        boxes = [Bbox.from_bounds(left + right, bottom + up, width, height) for right, up in sides]
+        best = min(range(4), key=lambda i: boxes[i].count_overlaps(taken))
+        taken.append(boxes[best])
+        beside = {"xytext": sides[best], "textcoords": "offset points", "va": "bottom"}
+        ax.annotate(name, (x, y), fontsize=size, color=MUTED, **beside)
+
+
+def _dpi(ax: Axes) -> float:
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    return figure.dpi
 
 
 def drop_note(ax: Axes, title: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Iterator
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -15,6 +16,7 @@ from mixlens.trace.trace import Trace
 
 _FAMILY = "DejaVu Sans Mono"
 _SIZE, _ADVANCE, _LINE = 7.0, 0.602, 2.8  # points; width of a character and height of a line, both in sizes
+_MOST_LINES, _HEADING = 8, 0.45  # of a figure of its own; inches above the text
 
 
 def text(
@@ -67,10 +69,12 @@ def text(
         pieces = one.pieces(one.read("token_id")[start:])
     else:
         pieces = [f"t{start + i}" for i in range(len(choices))]
-    with drawing(ax, PAGE, 2.6) as drawn:
+    lines = min(_MOST_LINES, 1 + max((line for line, _ in _places(pieces, _columns(0.98 * PAGE))), default=0))
+    height = lines * _SIZE * _LINE / 72 + 0.01
+    with drawing(ax, PAGE, height + _HEADING) as drawn:
         if ax is None:  # text is set on a grid of characters, which a layout engine must not move
             own_figure(drawn).set_layout_engine("none")
-            drawn.set_position((0.01, 0.01, 0.98, 0.84))
+            drawn.set_position((0.01, 0.0, 0.98, height / (height + _HEADING)))
         drawn.set_axis_off()
         shown = _flow(drawn, pieces, choices, expert_colours(trace.n_experts))
         until = "" if start + shown == start + len(pieces) else f" (tokens {start} to {start + shown - 1})"
@@ -121,24 +125,34 @@ def _flow(ax: Axes, pieces: list[str], choices: np.ndarray, colours: list[str]) 
     figure = ax.get_figure(root=True)
     assert figure is not None
     box = ax.get_position()
-    width, height = figure.get_size_inches() * 72
-    columns = max(8, int(box.width * width / (_SIZE * _ADVANCE)))
-    lines = max(1, int(box.height * height / (_SIZE * _LINE)))
+    width, height = figure.get_size_inches()
+    columns = _columns(box.width * width)
+    lines = max(1, int(box.height * height * 72 / (_SIZE * _LINE)))
     ax.set_xlim(0, columns)
     ax.set_ylim(lines, 0)
-    line = column = 0
-    for i, piece in enumerate(pieces):
-        shown = _visible(piece)
-        cells = min(_cells(shown), columns)
-        if column + cells > columns:
-            line, column = line + 1, 0
+    for i, (piece, (line, column)) in enumerate(zip(pieces, _places(pieces, columns), strict=True)):
         if line >= lines:
             return i
-        _token(ax, column, line, shown[:columns], cells, [(int(e), colours[e]) for e in choices[i]])
+        _token(ax, column, line, _visible(piece)[:columns], [(int(e), colours[e]) for e in choices[i]])
+    return len(pieces)
+
+
+def _columns(inches: float) -> int:
+    """How many characters a line has."""
+    return max(8, int(inches * 72 / (_SIZE * _ADVANCE)))
+
+
+def _places(pieces: list[str], columns: int) -> Iterator[tuple[int, int]]:
+    """Line and column of every token."""
+    line = column = 0
+    for piece in pieces:
+        cells = min(_cells(_visible(piece)), columns)
+        if column + cells > columns:
+            line, column = line + 1, 0
+        yield line, column
         column += cells
         if "\n" in piece:
             line, column = line + 1, 0
-    return len(pieces)
 
 
 def _visible(piece: str) -> str:
@@ -152,7 +166,8 @@ def _cells(shown: str) -> int:
     return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in shown)
 
 
-def _token(ax: Axes, column: int, line: int, shown: str, cells: int, choices: list[tuple[int, str]]) -> None:
+def _token(ax: Axes, column: int, line: int, shown: str, choices: list[tuple[int, str]]) -> None:
+    cells = _cells(shown)
     ax.text(
         column,
         line + 0.42,
@@ -165,10 +180,11 @@ def _token(ax: Axes, column: int, line: int, shown: str, cells: int, choices: li
     left, width = column + 0.06, cells - 0.12
     (first, colour), *others = choices
     ax.add_patch(Rectangle((left, line + 0.52), width, 0.10, facecolor=colour, linewidth=0))
-    for depth, (_, other) in enumerate(others[:3]):
-        ax.add_patch(Rectangle((left, line + 0.645 + 0.06 * depth), width, 0.04, facecolor=other, linewidth=0))
-    if len(str(first)) * SMALLEST * 0.64 > cells * _SIZE * _ADVANCE * 1.1:
-        return  # it would run into that of the next token
+    for _, other in others[:1]:  # more would run into the number
+        ax.add_patch(Rectangle((left, line + 0.645), width, 0.04, facecolor=other, linewidth=0))
+    digits = len(str(first))
+    if digits * SMALLEST * 0.64 + (digits > 1) * 2 > cells * _SIZE * _ADVANCE * 1.1:
+        return  # it would run into that of the next token; two digits in a row are two tokens
     ax.text(
         column + cells / 2,
         line + 0.96,

@@ -105,7 +105,7 @@ def quality_cost_speed(
         legend_below(ax, columns=1)
         left_out = f"; {len(frame) - len(known)} without all three numbers left out" if len(frame) > len(known) else ""
         note = (
-            f"{len(known)} candidates; area: output tokens a second; filled: no other is as good in all three and "
+            f"{len(known)} candidates; area: output tokens per second; filled: no other is as good in all three and "
             "better in one; whiskers: interval of the score"
         )
         heading(ax, title or "Quality, cost and speed", note + left_out)

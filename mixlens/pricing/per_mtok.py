@@ -55,9 +55,9 @@ def listed(bench: Bench) -> Price | None:
 def rented(bench: Bench, usd_per_hour: float) -> Price | None:
     """The price of the workload on a machine that is paid by the hour and never idle, at its cheapest load.
 
-    usd = (dollars an hour / 3600) / (requests a second * tokens of a request, read and written) * 1e6
+    usd = (dollars per hour / 3600) / (requests per second * tokens of a request, read and written) * 1e6
 
-    The bounds are those of the requests a second; infinite where these have none. None where no request succeeded, or
+    The bounds are those of the requests per second; infinite where these have none. None where no request succeeded, or
     tokens were not counted.
     """
     rates = bench.throughput().query("metric == 'requests_per_s'")
@@ -110,7 +110,7 @@ def hourly_of(benches: Iterable[Bench], usd_per_hour: float | Mapping[str, float
             )
         if isinstance(usd, bool) or not isinstance(usd, Real) or not 0 < float(usd) < math.inf:
             raise BadInput(
-                f"Cannot reckon with {usd!r} dollars an hour. Pass a number above 0.",
+                f"Cannot reckon with {usd!r} dollars per hour. Pass a number above 0.",
                 argument="usd_per_hour",
                 value=usd,
             )

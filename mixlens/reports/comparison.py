@@ -13,8 +13,8 @@ from mixlens.comparison import Comparison
 from mixlens.core.text import interval_of, shown
 from mixlens.live.tokens_pair import diff
 from mixlens.plot import comparison, labels
-from mixlens.plot.bars_and_lines import by_layer
 from mixlens.plot.html import bullets, details, escape, frame_table, paragraphs, picture
+from mixlens.plot.lines import by_layer
 from mixlens.plot.tables import html_table
 from mixlens.stats.impact import Impact
 from mixlens.stats.pareto import Pareto
@@ -103,7 +103,7 @@ def impact_sections(impact: Impact, _name: str = "") -> dict[str, str]:
             _figure(comparison.quality_split(split, quantity=quantity), f"{name}, divided.")
             for quantity, name in (("loss", "Change in loss"), ("kl", "KL divergence"))
         )
-        + details("Table", html_table(split.sel(quantity="loss"), "Change in loss, nats a token")),
+        + details("Table", html_table(split.sel(quantity="loss"), "Change in loss, nats per token")),
         "Errors of experts": _figure(comparison.expert_errors(experts), "Relative error of every expert's output.")
         + details("Table", html_table(experts, "Relative error of every expert's output")),
         "Methods and provenance of the impact": bullets([str(data.attrs["formula"]) for data in (split, experts)])
@@ -136,7 +136,7 @@ def pareto_findings(measured: Pareto) -> list[tuple[str, str]]:
         held, whole, row = size[scheme]["estimate"], size[original]["estimate"], kl[scheme]
         sentence = (
             f"{scheme}, on the front, takes {held / 1e6:,.4g} MB, {held / whole:.0%} of {original}, at a KL divergence "
-            f"of {interval_of(row, 1.0, 4)} nats a token (n = {row['n']:,} tokens)."
+            f"of {interval_of(row, 1.0, 4)} nats per token (n = {row['n']:,} tokens)."
         )
         found.append((_SCHEMES, sentence))
     return found
@@ -148,7 +148,7 @@ def pareto_message(measured: Pareto) -> str:
 
 
 def _unharmed(measured: Pareto) -> str:
-    """The smallest scheme whose loss was not told apart from the original's, with how far it may lie from it."""
+    """The smallest scheme whose loss does not differ significantly from the original's, and by how much it may."""
     if not (measured.table["quantity"] == "loss_difference").any():
         return ""
     original, size = measured.schemes[0], {row["scheme"]: row["estimate"] for row in _rows(measured, "bytes")}
@@ -157,8 +157,8 @@ def _unharmed(measured: Pareto) -> str:
         return ""
     row = min(alike, key=lambda row: size[row["scheme"]])
     return (
-        f"{row['scheme']} is the smallest of {len(measured.schemes)} schemes whose loss is not told apart from "
-        f"{original}: difference {interval_of(row, 1.0, 4)} nats a token (n = {row['n']:,} tokens)"
+        f"{row['scheme']} is the smallest of {len(measured.schemes)} schemes whose loss does not differ "
+        f"significantly from {original}: difference {interval_of(row, 1.0, 4)} nats per token (n = {row['n']:,} tokens)"
     )
 
 

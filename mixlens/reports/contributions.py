@@ -105,7 +105,7 @@ def _changes(data: xr.Dataset, own: int) -> list[str]:
             cell = data.sel(k=k)
             low, high = float(cell["change_low"]), float(cell["change_high"])
             interval = f" [{low:+.3f}, {high:+.3f}]" if np.isfinite(low) else ""
-            lines.append(f"k = {k}: {float(cell['change']):+.3f}{interval} nats a token against k = {own}")
+            lines.append(f"k = {k}: {float(cell['change']):+.3f}{interval} nats per token against k = {own}")
     return lines
 
 

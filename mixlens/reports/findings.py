@@ -26,7 +26,7 @@ def said_of(analysis: Analysis, statistic: str) -> list[str]:
 
 
 def headline(analysis: Analysis) -> str:
-    """Return the most informative message of what was told apart from chance; empty if nothing was."""
+    """Return the most informative message of what differs significantly from chance; empty if nothing was."""
     for statistic in _SAY:
         data = analysis.found.get(statistic)
         if data is not None and "survives" in data and bool(data["survives"].any()) and statistic in _HEADLINES:
@@ -58,26 +58,25 @@ def compared(data: xr.Dataset) -> str:
     assert uniform is not None  # or there were no p
     above = data["survives"] & (data["estimate"] > uniform)
     total, n_above, n_below = (int(x.sum()) for x in (np.isfinite(data["p"]), above, data["survives"] & ~above))
-    rest = total - n_above - n_below
-    return f"told apart from that in {n_above + n_below} of {total} (above {n_above}, below {n_below}; not in {rest})"
+    return f"differ significantly from that in {n_above + n_below} of {total} ({n_above} above, {n_below} below)"
 
 
 def _n(cell: xr.Dataset) -> str:
     return f"({labels.sample(cell)})"
 
 
-def _told_apart(data: xr.Dataset, what: str, say: Callable[[xr.Dataset], str]) -> list[str]:
-    """`say` of the number furthest from uniform among those told apart from it, and how many they are."""
+def _significant(data: xr.Dataset, what: str, say: Callable[[xr.Dataset], str]) -> list[str]:
+    """`say` of the number furthest from uniform among those that differ significantly from it, and how many do."""
     cell = furthest_surviving(data)
     if not np.isfinite(data["estimate"]).any():
         return []
     if cell is None:
         return [labels.none_survives(data, what, "uniform routing")]
     n = int(data["survives"].sum())
-    which = "This is the only cell" if n == 1 else f"This is the furthest of {n:,} cells"
+    which = "This is the only cell that differs" if n == 1 else f"This is the furthest of {n:,} cells that differ"
     return [
-        f"{say(cell)}, where uniform routing gives {labels.uniform_text(data)} {_n(cell)}. {which} told apart from "
-        f"uniform: {'it' if n == 1 else 'each'} {labels.survivors(data)}."
+        f"{say(cell)}, where uniform routing gives {labels.uniform_text(data)} {_n(cell)}. {which} significantly "
+        f"from uniform: {'it' if n == 1 else 'each'} {labels.survivors(data)}."
     ]
 
 
@@ -85,7 +84,7 @@ def _share(data: xr.Dataset) -> list[str]:
     def say(cell: xr.Dataset) -> str:
         return f"Expert share furthest from uniform: {place(cell)}, {labels.with_interval(cell)} of assignments"
 
-    return _told_apart(data, "expert share", say)
+    return _significant(data, "expert share", say)
 
 
 def _balance(data: xr.Dataset) -> list[str]:
@@ -104,7 +103,7 @@ def _specialization(data: xr.Dataset) -> list[str]:
     def say(cell: xr.Dataset) -> str:
         return f"Most specialised: {place(cell)}, chosen by {labels.with_interval(cell)} of the domain's tokens"
 
-    return _told_apart(data, "expert's share of a domain", say)
+    return _significant(data, "expert's share of a domain", say)
 
 
 def _information(data: xr.Dataset) -> list[str]:
@@ -114,10 +113,13 @@ def _information(data: xr.Dataset) -> list[str]:
         return []
     sure = int(excess["survives"].sum())
     if not sure:
-        return [f"In no layer do experts tell the domain better than permuted labels: none {labels.survivors(data)}."]
+        return [
+            f"In no layer do experts say more about the domain than permuted labels do: none {labels.survivors(data)}."
+        ]
     return [
         f"Expert and domain share the most information at layer {int(cell['layer'])}: {labels.with_interval(cell)} "
-        f"above permuted domain labels {_n(cell)}. {sure} of {excess.sizes['layer']} layers are told apart from those."
+        f"above permuted domain labels {_n(cell)}. {sure} of {excess.sizes['layer']} layers differ "
+        "significantly from those."
     ]
 
 
@@ -131,7 +133,7 @@ def _repetition(data: xr.Dataset) -> list[str]:
             continue
         chance = labels.number(float(expected), part)
         sentences.append(
-            f"{name} of consecutive tokens repeat in {chance} by chance. Layers are {compared(part)}. Layer "
+            f"{name} of consecutive tokens repeat in {chance} by chance. Layers {compared(part)}. Layer "
             f"{int(cell['layer'])} is furthest from it: {labels.with_interval(cell)} {_n(cell)}."
         )
     return sentences
@@ -144,9 +146,9 @@ def _beyond_tokens(data: xr.Dataset) -> list[str]:
         return []
     told, of = int(first["survives"].sum()), int(np.isfinite(first["p"]).sum())
     return [
-        "Were it for the tokens alone, first choices of consecutive tokens would repeat in "
-        f"{labels.number(float(cell['expected']), cell)} at layer {int(cell['layer'])}: measured is "
-        f"{labels.with_interval(cell)} {_n(cell)}. Layers are told apart from that in {told} of {of}, by "
+        "If routing depended on the token alone, first choices of consecutive tokens would repeat in "
+        f"{labels.number(float(cell['expected']), cell)} at layer {int(cell['layer'])}; the measured share is "
+        f"{labels.with_interval(cell)} {_n(cell)}. {told} of {of} layers differ significantly from that, by "
         f"{data.attrs['permutations']} shuffles of routing among the occurrences of each token."
     ]
 
@@ -169,7 +171,7 @@ def _coactivation(data: xr.Dataset) -> list[str]:
             f"{int(cell['expert'])} also choose expert {int(cell['expert_j'])} in {labels.with_interval(cell)}"
         )
 
-    return _told_apart(data, "pair of experts", say)
+    return _significant(data, "pair of experts", say)
 
 
 def _transitions(data: xr.Dataset) -> list[str]:

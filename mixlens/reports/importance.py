@@ -75,7 +75,7 @@ def cells_apart(data: xr.Dataset, unit: str) -> list[str]:
     if not named:
         return [labels.none_survives(data, "number", "0")]
     return [
-        f"{int(survives.sum()):,} numbers are told apart from 0: each {labels.survivors(data)}. The largest:",
+        f"{int(survives.sum()):,} numbers differ significantly from 0: each {labels.survivors(data)}. The largest:",
         *(_named(cell, unit) for cell in named),
     ]
 

@@ -253,8 +253,8 @@ def methods(analysis: Analysis) -> str:
 def _how(data: xr.Dataset) -> str:
     return (
         f"Intervals: {labels.level(data)}s over documents, since the tokens of one document are not independent. A "
-        "number is told apart from its value under uniform routing, and bold, only if it survives control for all "
-        "numbers of its statistic (Benjamini and Hochberg, false discovery rate "
+        "number is bold, and called different from its value under uniform routing, only if it survives control for "
+        "all numbers of its statistic (Benjamini and Hochberg, false discovery rate "
         f"{100 * (1 - data.attrs['level']):.3g} %)."
     )
 
@@ -314,7 +314,7 @@ def trace_sections(analysis: Analysis) -> dict[str, str]:
 
 
 def trace_findings(analysis: Analysis) -> list[tuple[str, str]]:
-    """Return one sentence a statistic with the heading of its section, first those that are told apart from chance."""
+    """Return a sentence per statistic with the heading of its section, significant differences from chance first."""
     said = [
         (heading, sentence, statistic)
         for heading, statistics in _OF_SECTION.items()

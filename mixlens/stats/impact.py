@@ -105,9 +105,9 @@ class Impact:
         how the kernels of quantized layers round.
 
         loss
-            loss, nats a token.
+            loss, nats per token.
         kl
-            KL(p_a || p) of each condition's predictions, nats a token.
+            KL(p_a || p) of each condition's predictions, nats per token.
         other_top
             share of tokens with another most probable next token.
 
@@ -216,13 +216,13 @@ class Impact:
         rows = {
             f"perplexity of {a}": row(quality.sel(measure="perplexity_a"), ""),
             f"perplexity of {b}": row(quality.sel(measure="perplexity_b"), ""),
-            "loss, second less first": row(quality.sel(measure="loss_difference"), "nats a token"),
+            "loss, second less first": row(quality.sel(measure="loss_difference"), "nats per token"),
             f"of it from {'other weights' if self.rest == 'weights' else self.rest}": row(
-                split.sel(part=self.rest), "nats a token"
+                split.sel(part=self.rest), "nats per token"
             ),
-            "of it from other routing": row(split.sel(part="routing"), "nats a token"),
-            "of it from arithmetic alone": row(split.sel(part="arithmetic"), "nats a token"),
-            "KL(first || second)": row(quality.sel(measure="kl"), "nats a token"),
+            "of it from other routing": row(split.sel(part="routing"), "nats per token"),
+            "of it from arithmetic alone": row(split.sel(part="arithmetic"), "nats per token"),
+            "KL(first || second)": row(quality.sel(measure="kl"), "nats per token"),
             "same most probable next token": row(quality.sel(measure="same_top"), "fraction"),
         }
         return pd.DataFrame.from_dict(rows, orient="index")

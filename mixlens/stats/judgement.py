@@ -22,7 +22,7 @@ KIND, TABLE = "judgement", "table.parquet"
 # Kinds of rows, each with its unit and the sign that makes a change a gain.
 TEXT, SCORE = "loss", "score"
 _GAIN = {TEXT: -1.0, SCORE: 1.0}
-_UNIT = {TEXT: "nats a token", SCORE: "of the score"}
+_UNIT = {TEXT: "nats per token", SCORE: "of the score"}
 PUBLISHED = (
     "Published experience, by other protocols: Mixtral 8x7B without 2 of its 8 experts lost about 2.9 points on "
     "average, without 4 about 7.1 (Lu et al. 2024, arXiv 2402.14800); with the 5 % least used experts of "
@@ -43,7 +43,7 @@ class Judgement:
         "score"), group, before, after, estimate (after less before: a loss that rises is worse, a score that falls),
         ci_low, ci_high (which hold for all rows at once; NaN for too few), n (documents or questions), mean.
     limits : Mapping[str, float]
-        How far a "loss" (nats a token) may rise, and a "score" fall, in any group.
+        How far a "loss" (nats per token) may rise, and a "score" fall, in any group.
     meta : dict[str, Any]
         Both models, settings, versions, and level of the intervals together.
     path : Path, optional
@@ -164,7 +164,7 @@ def check_limits(limits: Mapping[str, float], kinds: Iterable[str]) -> None:
         if not isinstance(limit, int | float) or not limit >= 0:
             raise BadInput(
                 f"Cannot judge a {kind} without a limit: limits has {dict(limits)}. Pass how far it may "
-                f'{"rise, in nats a token" if kind == TEXT else "fall, as a fraction"}: limits={{"{kind}": 0.02}}.',
+                f'{"rise, in nats per token" if kind == TEXT else "fall, as a fraction"}: limits={{"{kind}": 0.02}}.',
                 argument="limits",
                 value=limit,
             )

@@ -139,7 +139,7 @@ def routing_split(
     Returns
     -------
     xarray.Dataset
-        ``estimate``, ci_low, ci_high ``[*by, quantity (loss, k3), part]``, nats a token; n (tokens) ``[*by]``.
+        ``estimate``, ci_low, ci_high ``[*by, quantity (loss, k3), part]``, nats per token; n (tokens) ``[*by]``.
 
     Raises
     ------

@@ -38,7 +38,7 @@ def saliency(
     reap
         mean norm after its weight, sum_t w_te ||f_e(x_t)|| / sum_t 1[e in S_t] (Lasby et al. 2025, eq. 9).
     loss
-        rise of the loss without the expert, nats a token, where `importance` has measured it; else NaN.
+        rise of the loss without the expert, nats per token, where `importance` has measured it; else NaN.
 
     Weights are recorded in half precision; norms too, unless the Site says float32. `experiments.expert_outputs` has
     norm and reap (weighted_norm) without rounding, and without intervals.
@@ -121,7 +121,7 @@ def saliency(
         combine_attrs="override",
     )
     return described(
-        data, trace, bootstrap, statistic="saliency", unit="fraction; norm; norm; nats a token", source=REAP,
+        data, trace, bootstrap, statistic="saliency", unit="fraction; norm; norm; nats per token", source=REAP,
         formula="sum 1[e in S_t] / (k N); mean ||f_e||; mean w_te ||f_e||, over tokens that choose e; loss without e",
     )  # fmt: skip
 

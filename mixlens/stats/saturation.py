@@ -101,7 +101,7 @@ def checkpoint(trace: Trace, first: Trace, last: Trace, bootstrap: Bootstrap = D
 
     estimate, ci_low, ci_high [measure, layer]: load_entropy and routing_entropy (bits), max_over_mean, dead (experts
     that no token chooses, without an interval), saturation_first and saturation_last; drift, drift_low, drift_high: how
-    the loss has changed since the first, nats a token.
+    the loss has changed since the first, nats per token.
     """
     unused = (expert_share(trace)["estimate"] == 0).sum("expert").astype(float)
     cells = {

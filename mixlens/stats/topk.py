@@ -41,7 +41,7 @@ def topk_sweep(
     Returns
     -------
     xarray.Dataset
-        ``estimate``, ci_low, ci_high, loss in nats a token ``[*by, k]``; change, change_low, change_high ``[*by,
+        ``estimate``, ci_low, ci_high, loss in nats per token ``[*by, k]``; change, change_low, change_high ``[*by,
         k]``; share ``[*by, k, layer, expert]``, of assignments; first_weight ``[*by, k, layer]``, mean weight of the
         strongest expert; n (predicted tokens), n_documents ``[*by]``.
 

@@ -45,7 +45,7 @@ def log(right: int, name: str = "mistralai/Mixtral-8x7B-Instruct-v0.1", *, n: in
 
 
 def speeds(name: str = SMALL, url: str = OPENROUTER, loads: dict | None = None, **model) -> Bench:
-    """31.1 tokens a second at concurrency 1; half of it at concurrency 4."""
+    """31.1 tokens per second at concurrency 1; half of it at concurrency 4."""
     loads = loads or {"concurrency 1": [1.0, 1.0], "concurrency 4": [2.0, 2.0]}
     return bench(loads, model={"name": name} | model, endpoint={"url": url, "model": name})
 

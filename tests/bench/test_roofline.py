@@ -39,7 +39,7 @@ def test_a_token_of_8x7b_reads_12_75_of_46_70_billion_parameters():
     assert sizes.total == 46_702_792_704
     assert round(sizes.read_a_token / 1e9, 3) == 12.749
     assert Sizes.of(EIGHT_22B).total == 140_630_071_296
-    assert round(4.3e12 / (2 * sizes.read_a_token), 1) == 168.6  # tokens a second at batch 1 and 4.3 TB/s, in bf16
+    assert round(4.3e12 / (2 * sizes.read_a_token), 1) == 168.6  # tokens per second at batch 1 and 4.3 TB/s, in bf16
 
 
 def test_the_sizes_are_those_of_the_modules():

@@ -118,7 +118,7 @@ def cached(tokens: int):
 def test_runs_of_unlike_shares_of_cached_tokens_are_not_told_apart():
     cold, warm = measured(cached(0), requests=4), measured(cached(18), requests=4)
     compared = ml.compare(cold, warm)
-    assert set(compared.overview()["told apart"]) == {"n/a"}
+    assert set(compared.overview()["different"]) == {"n/a"}
     assert any("90%" in remark for remark in warm.remarks())
     assert not ml.compare(cold, cold).unlike
 

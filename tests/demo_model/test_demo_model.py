@@ -265,5 +265,5 @@ def test_training_goes_on_from_shipped_weights(monkeypatch, small_corpus, tmp_pa
     begun = MixtralForCausalLM.from_pretrained(PACKAGE).state_dict()
     after = run_training(monkeypatch, small_corpus, tmp_path, "--init", PACKAGE, "--steps", 1)
     loss = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["loss"]
-    assert loss < 6  # nats a token; an untrained model has log(4096) = 8.3
+    assert loss < 6  # nats per token; an untrained model has log(4096) = 8.3
     assert not torch.equal(begun["lm_head.weight"], after["lm_head.weight"])

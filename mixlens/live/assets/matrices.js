@@ -27,7 +27,8 @@ export function matrix(frame, data) {
   const { picks, panels, row, column, arrays } = data;
   const state = { picked: picks.map((pick) => pick.start), panel: 0, row: 0, column: 0 };
   const area = row.values.length * column.values.length;
-  const wide = column.values.length > 16 && !data.digits ? 14 : 27, tall = row.values.length > 12 ? 15 : 20;
+  const wide = column.values.length > 64 ? 7 : column.values.length > 16 && !data.digits ? 14 : 27;
+  const tall = row.values.length > 64 ? 7 : row.values.length > 32 ? 10 : row.values.length > 12 ? 15 : 20;
   const every = ({ values }) => Math.ceil(values.length / (values.length > 32 ? 32 : 16)); // of so many rows or columns one is named
   const offset = (panel = state.panel) =>
     picks.reduce((at, pick, i) => at * pick.values.length + state.picked[i], 0) * panels.length * area + panel * area;
@@ -49,12 +50,12 @@ export function matrix(frame, data) {
   });
   const readout = element("div", { class: "readout", "aria-live": "polite" });
   const grids = panels.map((name, panel) => gridOf(name, panel));
-  const wanted = element("input", { type: "number", min: column.values[0], max: column.values.at(-1), "aria-label": `go to ${column.label}` });
+  const wanted = element("input", { type: "number", min: column.values[0], max: column.values.at(-1), "aria-label": "go to expert" });
   wanted.addEventListener("change", () => {
     const found = column.values.indexOf(Number(wanted.value));
-    if (found >= 0) go(state.panel, state.row, found);
+    if (found >= 0) reach(state.panel, state.row, found);
   });
-  const searched = column.values.length > 32 ? [element("label", {}, [`go to ${column.label} `, wanted])] : [];
+  const searched = column.values.length > 32 ? [element("label", {}, ["go to expert ", wanted])] : [];
   frame.append(
     element("div", { class: "controls" }, [...controls, ...searched]),
     element("div", { class: "grids", tabindex: 0, role: "group", "aria-label": `${data.title}. Arrow keys move from cell to cell.` },
@@ -136,13 +137,19 @@ export function matrix(frame, data) {
     });
   }
 
+  /** Go there by keyboard, where the cell may have been scrolled away. */
+  function reach(panel, i, j) {
+    go(panel, i, j);
+    grids[state.panel].cursor.scrollIntoView({ block: "nearest", inline: "nearest" });
+  }
+
   const grid = frame.querySelector(".grids");
   grid.addEventListener("click", (/** @type {any} */ event) => { if (event.target.place) go(...event.target.place); });
   grid.addEventListener("keydown", (event) => {
     const step = { ArrowUp: [0, -1, 0], ArrowDown: [0, 1, 0], ArrowLeft: [0, 0, -1], ArrowRight: [0, 0, 1], PageUp: [-1, 0, 0], PageDown: [1, 0, 0] }[event.key];
     if (!step) return;
     event.preventDefault();
-    go(state.panel + step[0], state.row + step[1], state.column + step[2]);
+    reach(state.panel + step[0], state.row + step[1], state.column + step[2]);
   });
   picks.forEach((pick, i) => controls[i].show(pick.start));
   paint();

@@ -1,4 +1,4 @@
-"""Bars and lines: expert share by domain, and statistics that change from layer to layer.
+"""Lines: statistics that change from layer to layer.
 
 Every function takes a statistic's Dataset and `ax`, draws on it or on new Axes in paper style, and returns the Axes.
 """
@@ -10,15 +10,14 @@ from collections.abc import Sequence
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
-from matplotlib.container import BarContainer
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from mixlens.errors import BadInput
 from mixlens.plot import labels as wording
 from mixlens.plot.checks import takes
-from mixlens.plot.colours import SERIES_COLOURS, expert_colours, series_colours
-from mixlens.plot.heatmap import cell_size
+from mixlens.plot.colours import SERIES_COLOURS, series_colours
+from mixlens.plot.heatmap import cell_size, map_height
+from mixlens.plot.matrices import matrix
 from mixlens.plot.messages import message, named
 from mixlens.plot.style import (
     COLUMN,
@@ -27,178 +26,17 @@ from mixlens.plot.style import (
     MUTED,
     PAGE,
     SMALLEST,
-    add_axes,
     drawing,
-    drop_note,
     heading,
     in_legend,
     legend_below,
-    paper,
-    paper_figure,
     percent,
     printable,
     relative_size,
 )
 
 _FEW = 4  # lines whose legend fits below the axes; more are named at their ends
-_MOST_EXPERTS = 16  # in a figure of bars
-
-
-@takes("stats.expert_share", "estimate", "expert")
-def expert_share(
-    data: xr.Dataset, ax: Axes | None = None, *, layer: int | None = None, x: str = "expert", title: str | None = None
-) -> Axes:
-    """Draw how often each expert of a layer is chosen, by group (Jiang et al. 2024, Fig. 7).
-
-    Parameters
-    ----------
-    data : xarray.Dataset
-        From `stats.expert_share`, ``[*by, layer, expert]``.
-    ax : matplotlib.axes.Axes, optional
-        Axes to draw on. By default a new figure in paper style.
-    layer : int, optional
-        Layer number. By default the middle layer.
-    x : {"expert", "domain"}, optional
-        "expert" draws a cluster of bars for each expert, one bar per domain; "domain" a cluster for each domain.
-    title : str, optional
-        Title. By default the message, where one was computed, or what is drawn.
-
-    Returns
-    -------
-    matplotlib.axes.Axes
-
-    Raises
-    ------
-    BadInput
-        If `data` is not such a Dataset, does not have `layer`, or `x` is unknown.
-
-    Examples
-    --------
-    >>> share = ml.stats.expert_share(trace, by="domain")
-    >>> ml.show.expert_share(share, layer=3).get_xlabel()
-    'expert'
-    """
-    data = wording.at_layer(data, layer)
-    shown, left_out = _widest(data)
-    rows = list(wording.groups(shown, "expert"))
-    with drawing(ax, PAGE if len(rows) > 1 else COLUMN, 2.3) as ax:
-        _clustered_bars(shown, rows, ax, x)
-        note = wording.note(data, drawn="whiskers")
-        heading(ax, title or message(data), f"{note}; {left_out}" if left_out else note)
-        if len(rows) > 1:
-            _legend(ax)
-    return ax
-
-
-@takes("stats.expert_share", "estimate", "layer", "expert")
-def expert_share_grid(
-    data: xr.Dataset,
-    *,
-    layers: Sequence[int] | None = None,
-    x: str = "expert",
-    width: float = PAGE,
-    title: str | None = None,
-) -> Figure:
-    """Draw `expert_share` at several layers, one above the other, as in Figure 7 of the Mixtral paper.
-
-    Parameters
-    ----------
-    data : xarray.Dataset
-        From `stats.expert_share`, ``[*by, layer, expert]``.
-    layers : sequence of int, optional
-        Layer numbers. By default the first, middle and last layer, as in the paper: 0, 15 and 31 of 32.
-    x : {"expert", "domain"}, optional
-        As in `expert_share`.
-    width : float, optional
-        Width of the figure in inches. By default the full width of a two-column paper.
-    title : str, optional
-        Title. By default the message, where one was computed, or what is drawn.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-
-    Raises
-    ------
-    BadInput
-        If `data` is not such a Dataset, or `x` is unknown.
-
-    Examples
-    --------
-    >>> figure = ml.show.expert_share_grid(ml.stats.expert_share(trace, by="domain"), layers=[0, 7])
-    >>> len(figure.axes)
-    2
-    """
-    present = data["layer"].to_numpy()
-    layers = list(dict.fromkeys(present[[0, (len(present) - 1) // 2, -1]])) if layers is None else list(layers)
-    drawn = data.sel(layer=layers)  # with a single document there is no interval
-    top = 1.12 * float(drawn["ci_high"].fillna(drawn["estimate"]).max())
-    with paper():
-        figure = paper_figure(width, 0.6 + 1.7 * len(layers))
-        axes = [add_axes(figure, len(layers), 1, i + 1) for i in range(len(layers))]
-        for ax, layer in zip(axes, layers, strict=True):
-            expert_share(data, ax, layer=int(layer), x=x, title=title or named(data.sel(layer=layer)))
-            ax.set_ylim(0, top if np.isfinite(top) else 1)
-            if legend := ax.get_legend():
-                legend.remove()
-            if ax is not axes[0]:
-                drop_note(ax, f"layer {layer}")
-            if ax is not axes[-1]:
-                ax.set_xlabel("")
-        handles, labels = axes[0].get_legend_handles_labels()
-        if len(labels) > 1:
-            figure.legend(handles, labels, loc="outside lower center", ncols=6)
-    return figure
-
-
-def _widest(data: xr.Dataset) -> tuple[xr.Dataset, str]:
-    """Return the experts that a figure of bars has room for, and a note on the others."""
-    count = data.sizes["expert"]
-    if count <= _MOST_EXPERTS:
-        return data, ""
-    middle = wording.uniform(data)
-    others = [dim for dim in data["estimate"].dims if dim != "expert"]
-    far = abs(data["estimate"] - (0 if middle is None else middle)).max(others)
-    order = np.sort(np.argsort(-far.fillna(0).to_numpy(), kind="stable")[:_MOST_EXPERTS])
-    return data.isel(expert=order), f"the {_MOST_EXPERTS} of {count} experts that are furthest from uniform"
-
-
-def _clustered_bars(data: xr.Dataset, rows: list[tuple[str, xr.Dataset]], ax: Axes, x: str) -> None:
-    experts = data["expert"].to_numpy()
-    groups = [name for name, _ in rows]
-    table = np.stack([np.stack([part[v].to_numpy() for v in ("estimate", "ci_low", "ci_high")]) for _, part in rows])
-    if x == "expert":  # table is [group, value, expert]; bars of one colour are one group
-        clusters, bars = [str(e) for e in experts], groups
-        colours = series_colours(len(groups)) if len(groups) > 1 else [MUTED]
-    elif x == "domain":
-        table = table.transpose(2, 1, 0)
-        clusters, bars, colours = groups, [f"expert {e}" for e in experts], expert_colours(len(experts))
-    else:
-        raise BadInput(
-            f'Cannot draw expert shares with x={x!r}. Pass x="expert" or x="domain".',
-            argument="x",
-            value=x,
-        )
-    width = 0.84 / len(bars)
-    for i, (name, (estimate, low, high)) in enumerate(zip(bars, table, strict=True)):
-        at = np.arange(len(clusters)) + (i - (len(bars) - 1) / 2) * width
-        _bars(ax, at, estimate, (low, high), width=width, color=colours[i], label=in_legend(name))
-    ax.set_xticks(range(len(clusters)), [printable(c) for c in clusters])
-    if x == "domain" and len(clusters) > 6:
-        ax.tick_params(axis="x", rotation=30)
-    ax.set_xlabel("expert" if x == "expert" else "")
-    ax.set_xlim(-0.6, len(clusters) - 0.4)
-    ax.tick_params(axis="x", length=0)
-    _value_axis(ax, data)
-    _uniform_lines(ax, data)
-
-
-def _bars(
-    ax: Axes, at: np.ndarray, estimate: np.ndarray, interval: tuple[np.ndarray, np.ndarray], **style
-) -> BarContainer:
-    bars = ax.bar(at, estimate, linewidth=0, **style)
-    ax.vlines(at, *interval, color=INK, linewidth=0.6, zorder=3)
-    return bars
+_MOST_LINES = len(SERIES_COLOURS)  # of a repetition; more are a map
 
 
 @takes("stats.load_balance or another statistic by layer", "estimate", "layer")
@@ -243,8 +81,8 @@ def by_layer(data: xr.Dataset, ax: Axes | None = None, *, title: str | None = No
     with drawing(ax, *_size(len(series))) as ax:
         _lines(ax, series)
         _layer_axis(ax, data)
-        _value_axis(ax, data)
-        _uniform_lines(ax, data, series)
+        value_axis(ax, data)
+        uniform_lines(ax, data, series)
         _name_lines(ax, series)
         heading(ax, title or named(data), wording.note(data, drawn="whiskers"))
     return ax
@@ -301,8 +139,8 @@ def routing_entropy(data: xr.Dataset, ax: Axes | None = None, *, title: str | No
         ax.fill_between(part["layer"], part["ci_low"], part["ci_high"], color=SERIES_COLOURS[0], alpha=0.3, lw=0)
         ax.plot(part["layer"], part["estimate"], color=SERIES_COLOURS[0], marker="o")
         _layer_axis(ax, data)
-        _value_axis(ax, data)
-        _uniform_lines(ax, data)
+        value_axis(ax, data)
+        uniform_lines(ax, data)
         ax.set_ylim(bottom=0)
         heading(ax, title or named(data), wording.note(data, drawn="band"))
     return ax
@@ -319,6 +157,8 @@ def repetition(
 ) -> Axes:
     """Draw the share of consecutive tokens whose choice repeats, by layer (Jiang et al. 2024, Table 5).
 
+    Up to eight groups are lines; more are the rows of a map.
+
     Parameters
     ----------
     data : xarray.Dataset
@@ -328,7 +168,7 @@ def repetition(
     choice : {"first", "either"}, optional
         Whether the first choice repeats, or either the first or the second one.
     published : xarray.Dataset, optional
-        `stats.table5()`: another model's numbers, drawn at the same relative depth.
+        `stats.table5()`: another model's numbers, drawn at the same relative depth; in the note of a map.
     title : str, optional
         Title. By default the message, where one was computed, or what is drawn.
 
@@ -349,18 +189,46 @@ def repetition(
     'layer'
     """
     data = data.sel(choice=choice)
+    published = None if published is None else published.sel(choice=choice)
     shown = [(name or "this trace", part) for name, part in wording.groups(data, "layer")]
+    if len(shown) > _MOST_LINES:
+        return _repetition_map(data, shown, ax, published, title)
     width, height = _size(len(shown) + (published is not None))
     with drawing(ax, width, height if published is None else height + 0.4) as ax:  # the note is longer
         _lines(ax, shown)
         note = wording.note(data, drawn="whiskers")
         if published is not None:
-            note += "; " + _published_points(ax, published.sel(choice=choice), data["layer"].to_numpy())
+            note += "; " + _published_points(ax, published, data["layer"].to_numpy())
         _layer_axis(ax, data)
-        _value_axis(ax, data)
-        _uniform_lines(ax, data)
+        value_axis(ax, data)
+        uniform_lines(ax, data)
         _name_lines(ax, shown)
         heading(ax, title or message(data), note)
+    return ax
+
+
+def _repetition_map(
+    data: xr.Dataset,
+    rows: list[tuple[str, xr.Dataset]],
+    ax: Axes | None,
+    published: xr.Dataset | None,
+    title: str | None,
+) -> Axes:
+    """Draw a row for every group, where lines could not be followed."""
+    groups = [name for name in data["estimate"].dims if name != "layer"]
+    row = str(groups[0]) if len(groups) == 1 else "group"
+    named = xr.concat([part.drop_vars(groups) for _, part in rows], row).assign_coords(
+        {row: [name for name, _ in rows]}
+    )
+    also = ""
+    if published is not None:
+        spans = (
+            f"{100 * of.min():.0f} to {100 * of.max():.0f} %" for of in published["estimate"].transpose("layer", ...)
+        )
+        also = f"Mixtral-8x7B in layers 0, 15 and 31: {', '.join(spans)} (Jiang et al. 2024, Table 5)"
+    with drawing(ax, PAGE, 1.1 + map_height(len(rows))) as ax:
+        matrix(ax, named, row, "layer", title=title, also=also)
+        ax.set_ylabel("")
     return ax
 
 
@@ -409,15 +277,15 @@ def domain_information(data: xr.Dataset, ax: Axes | None = None, *, title: str |
     with drawing(ax, *_size(2)) as ax:
         _lines(ax, list(wording.groups(data.sel(measure=["mutual_information", "permuted"]), "layer")))
         _layer_axis(ax, data)
-        _value_axis(ax, data)
+        value_axis(ax, data)
         ax.set_ylim(bottom=0)
-        _legend(ax)
+        legend(ax)
         note = f"{wording.sample(data)}; {wording.over(data, 'whiskers')}"
         heading(ax, title or message(data), note + "; chance: domain labels permuted over documents")
     return ax
 
 
-def _uniform_lines(ax: Axes, data: xr.Dataset, series: Sequence[tuple[str, xr.Dataset]] = ()) -> None:
+def uniform_lines(ax: Axes, data: xr.Dataset, series: Sequence[tuple[str, xr.Dataset]] = ()) -> None:
     """Draw dashed lines at the uniform levels.
 
     Where the lines of `series` have different levels, each level has the colour of its line.
@@ -433,7 +301,7 @@ def _uniform_lines(ax: Axes, data: xr.Dataset, series: Sequence[tuple[str, xr.Da
             ax.axhline(float(own), color=colour, **style)
 
 
-def _value_axis(ax: Axes, data: xr.Dataset) -> None:
+def value_axis(ax: Axes, data: xr.Dataset) -> None:
     if wording.is_fraction(data):
         ax.yaxis.set_major_formatter(percent)
         of = wording.denominator(data)
@@ -453,7 +321,7 @@ def _name_lines(ax: Axes, series: Sequence[tuple[str, xr.Dataset]]) -> None:
     """Name several lines: in a legend if they are few, else at their ends, as far apart as their names are high."""
     if len(ax.get_legend_handles_labels()[1]) <= _FEW:
         if len(ax.get_legend_handles_labels()[1]) > 1:
-            _legend(ax)
+            legend(ax)
         return
     ends = [(float(part["estimate"].to_numpy()[-1]), name, colour)
             for (name, part), colour in zip(series, series_colours(len(series)), strict=True)]  # fmt: skip
@@ -481,7 +349,7 @@ def _spread(wanted: list[float], apart: float, low: float) -> list[float]:
     return [max(place - over, low + i * apart) for i, place in enumerate(places)]
 
 
-def _legend(ax: Axes) -> None:
+def legend(ax: Axes) -> None:
     """Place the legend below the axes, so that it covers nothing, or beside them when it has many entries."""
     if len(ax.get_legend_handles_labels()[1]) <= _FEW:
         return legend_below(ax, columns=1)
