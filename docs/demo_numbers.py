@@ -17,8 +17,8 @@ SHORT = ml.RecordSettings(progress=False, max_length=64, overlong="truncate")
 
 def measured(cell: xr.Dataset, decimals: int, unit: str, *, factor: float = 1.0) -> str:
     """An estimate with its interval."""
-    numbers = (float(cell[name]) for name in ("estimate", "ci_low", "ci_high"))
-    return f"{interval(*numbers, decimals, factor=factor)}{unit}"
+    estimate, low, high = (float(cell[name]) for name in ("estimate", "ci_low", "ci_high"))
+    return f"{interval(estimate, low, high, decimals, factor=factor)}{unit}"
 
 
 def rows(folder: Path) -> Iterator[tuple[str, str, str, str]]:

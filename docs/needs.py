@@ -15,9 +15,9 @@ _BITS = {"float32": 32.0, "bfloat16": 16.0, **{name: scheme.bits_with_scales for
 _CONTEXT = 4096
 _SIGNALS = (
     ("ids and weights", []),
-    ("and log-probabilities, router logits", ["logprob", "router_logits"]),
-    ("and the 64 most probable next tokens", ["logprob", "router_logits", "top_logprobs"]),
-    ("and the outputs of one layer", ["logprob", "router_logits", Site("moe_out", layers=(16,))]),
+    ("plus log-probabilities and router logits", ["logprob", "router_logits"]),
+    ("plus the 64 most probable next tokens", ["logprob", "router_logits", "top_logprobs"]),
+    ("plus the outputs of one layer", ["logprob", "router_logits", Site("moe_out", layers=(16,))]),
 )
 
 
@@ -35,14 +35,14 @@ def tables() -> str:
     cached = 2 * config.num_hidden_layers * config.num_key_value_heads * head * _CONTEXT
     embeddings = config.vocab_size * config.hidden_size  # of which a token reads one row
     active = counts["experts"] * config.num_experts_per_tok / config.num_local_experts + counts["attention"]
-    rows = ["| scheme | weights [GB] | and keys and values of 4,096 tokens [GB] | read for a token [GB] |"]
+    rows = ["| scheme | weights [GB] | with keys and values of 4,096 tokens [GB] | read per token [GB] |"]
     rows += ["|---|---|---|---|"]
     for scheme in _SCHEMES:
         bits = _BITS[scheme]
         other = 4 if scheme == "float32" else 2
         held, read = quantized * bits / 8 + rest * other, active * bits / 8 + (rest - embeddings) * other
         rows.append(f"| {scheme} | {held / 1e9:.1f} | {(held + cached * other) / 1e9:.1f} | {read / 1e9:.1f} |")
-    rows += ["", "| recorded | bytes a token | a million tokens [GB] |", "|---|---|---|"]
+    rows += ["", "| recorded | bytes per token | million tokens [GB] |", "|---|---|---|"]
     layers = range(config.num_hidden_layers)
     for what, signals in _SIGNALS:
         size = bytes_of_token(model, parse_signals(signals, list(layers)))
