@@ -19,10 +19,11 @@
 # The question: can one of eight experts go in every layer, or two, if no kind of text may lose more than 0.05 nats a
 # token?
 #
-# **The answer for the bundled model: no.** Without the expert of each layer that REAP ranks lowest, the loss on held-out
-# text rises by 0.11 nats per token, and by at least 0.06; without two experts, prose alone loses at least 0.08. Choosing
-# by the measured loss instead of REAP is no better on text that it was not measured on, and neither is replacing experts
-# by their mean outputs. If you allow 0.3 nats, one expert of eight can go: then the worst group is within the limit.
+# **The answer for the bundled model: no.** Without the expert of each layer that REAP ranks lowest, the loss on
+# held-out text rises by 0.11 nats per token, and by at least 0.06; without two experts, prose alone loses at least
+# 0.08. Choosing by the measured loss instead of REAP is no better on text that it was not measured on, and neither is
+# replacing experts by their mean outputs. If you allow 0.3 nats, one expert of eight can go: then the worst group is
+# within the limit.
 #
 # Set `MODEL`, `DOCUMENTS`, `GROUP` and `LIMITS` for your own. Experts are chosen on one part of the documents and
 # judged on the other; a group needs about ten documents there.
