@@ -12,13 +12,13 @@ from typing import Any
 import pandas as pd
 
 from mixlens.endpoints.calls import Completion
-from mixlens.endpoints.endpoint import Endpoint
+from mixlens.endpoints.endpoint import Endpoint, same_model
 from mixlens.engines.server import answered, architecture_name
 from mixlens.errors import BadInput, EndpointError
 from mixlens.evals.generating import check_sampling
 from mixlens.evals.model import Batch, cut, named, tokenizer_of
 from mixlens.evals.questions import Said, ask_all
-from mixlens.evals.response_cache import Reply, ResponseCache
+from mixlens.evals.response_cache import ABOVE_ZERO, Reply, ResponseCache, Scored
 from mixlens.models.load import skeleton
 from mixlens.recording.corpus import vocabulary_of
 from mixlens.trace.trace import Trace
@@ -234,7 +234,9 @@ class EndpointBackend:
                 value=(len(given), len(logprobs)),
             )
         greedy = all(logprob >= max(others.values(), default=0.0) for logprob, others in zip(given, best, strict=True))
-        return (sum(given), greedy), found
+        about = {} if same_model(found.model or self.endpoint.model, self.endpoint.model) else {"model": found.model}
+        about |= {"attempts": found.attempts} if found.attempts > 1 else {}
+        return Scored((sum(given), greedy), **about), found
 
     def _echo(self, text: str) -> Completion:
         """A text with its log-probabilities, and one token more."""
@@ -245,6 +247,14 @@ class EndpointBackend:
                 f"Cannot read the log-probabilities of a prompt from {self.endpoint.host}: its answer does not echo "
                 "the prompt with them. Use a server that does.",
                 argument="logprobs",
+            )
+        given = [logprob for logprob in found.logprobs or () if logprob is not None]
+        if given and (max(given) > ABOVE_ZERO or not any(given)):
+            raise EndpointError(
+                f"Cannot score {text[-40:]!r}: {self.endpoint.host} gives its tokens {max(given):g} and less: no "
+                "log-probability is above 0, nor are all of them 0. Use another server.",
+                argument="logprobs",
+                value=max(given),
             )
         return found
 

@@ -58,13 +58,13 @@ def reply_remarks(records: Sequence[Mapping[str, Any]], meta: Mapping[str, Any])
             f"Ended for a reason that may have cut them ({reasons}), and graded as they are: {unknown.total()} of {n} "
             "answers."
         )
-    replies = [facts for record in generated for facts in record.get("replies") or []]
+    replies = [facts for record in records for facts in record.get("replies") or []]
     asked = str(meta["model"].get("name", "")) if meta["model"].get("backend") == "endpoint" else ""
     models = Counter(facts["model"] for facts in replies if facts.get("model"))
     others = ", ".join(f"{name} ({k})" for name, k in models.items() if asked and not same_model(name, asked))
     found += [f"Answered by another model than {asked}: {others}."] if others else []
     again = sum(facts.get("attempts", 1) > 1 for facts in replies)
-    found += [f"Answered after a retry: {again} of {len(replies)} answers."] if again else []
+    found += [f"Answered after a retry: {again} answers."] if again else []
     return found + _lost_blanks(generated, meta)
 
 

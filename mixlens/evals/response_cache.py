@@ -18,6 +18,8 @@ from mixlens.endpoints.calls import Completion
 # Task, number of the document, number of its request (a choice), which of its repeated answers.
 Key = tuple[str, int, int, int]
 PARTIAL = f"{UNFINISHED}/answers.jsonl"
+# Rounding lifts a log-probability no further above zero than this.
+ABOVE_ZERO = 1e-2
 
 
 class Reply(str):
@@ -32,6 +34,20 @@ class Reply(str):
         reply = super().__new__(cls, text)
         reply.about = {name: value for name, value in about.items() if value not in (None, "")}
         return reply
+
+
+class Scored(tuple):
+    """A log-probability and whether it is of the likeliest tokens, with what is remarkable about the answer.
+
+    about  model where another one than asked answered, attempts where there were several
+    """
+
+    about: Mapping[str, Any]
+
+    def __new__(cls, score: tuple[float, bool], **about: Any) -> Scored:
+        scored = super().__new__(cls, score)
+        scored.about = about
+        return scored
 
 
 class Answers:
@@ -64,7 +80,7 @@ class Answers:
     def add(self, batch: str, keys: Sequence[Key], answers: Sequence[Any]) -> None:
         """Keep the answers of one batch, on disk first."""
         listed = [
-            [*key, _writable(answer), *([_plain(answer.about)] if isinstance(answer, Reply) else [])]
+            [*key, _writable(answer), *([_plain(about)] if (about := getattr(answer, "about", None)) else [])]
             for key, answer in zip(keys, answers, strict=True)
         ]
         if self.path is not None:

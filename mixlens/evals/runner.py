@@ -28,7 +28,7 @@ from mixlens.evals.preflight import check, check_template
 from mixlens.evals.progress import Progress, reporting
 from mixlens.evals.protocols import check_tasks
 from mixlens.evals.replies import with_replies
-from mixlens.evals.response_cache import PARTIAL, Answers
+from mixlens.evals.response_cache import ABOVE_ZERO, PARTIAL, Answers
 from mixlens.evals.routing import SampleRecorder
 from mixlens.evals.stock import STOCK_SHOTS_SEED, stock_remarks
 from mixlens.evals.verify import verified_sums
@@ -345,12 +345,12 @@ def _ask(
 
 
 def _check_finite(kind: str, requests: Sequence[Any], given: Sequence[Any]) -> None:
-    """Raises BadInput for log-probabilities that are no numbers, whoever gave them: they would be compared as if."""
+    """Raises BadInput for log-probabilities that are none, whoever gave them: they would be compared as if."""
     if kind == "generate_until":
         return
     for request, answer in zip(requests, given, strict=True):
         value = answer[0] if isinstance(answer, tuple | list) else answer
-        if not math.isfinite(float(value)):
+        if not math.isfinite(float(value)) or value > ABOVE_ZERO:
             raise BadInput(
                 f"Cannot score {request.task_name}: the log-probability of {str(request.args[-1])[:40]!r} for document "
                 f"{request.doc_id} is {value}. The weights or the server are broken; answers so far are kept in out=.",

@@ -143,8 +143,22 @@ def test_fields_that_extra_removes_are_not_sent(task):
     assert not {"temperature", "stop"} & {name for call in calls for name in call.body}
 
 
-@pytest.mark.parametrize("value", ["NaN", "-Infinity"])
-def test_log_probabilities_that_are_no_numbers_are_refused(value, tmp_path):
+def scoring(call, worst: str = "-1.5", others: str = "-1.0", **more) -> Reply:
+    """An echo of the prompt, where the word green has another log-probability than all others."""
+    words = call.body["prompt"].split(" ")
+    tokens = ["<s>", words[0], *(f" {word}" for word in words[1:]), " x"]
+    given = [worst if "green" in token else others for token in tokens[1:]]
+    logprobs = json.dumps({"tokens": tokens, "token_logprobs": "GIVEN", "top_logprobs": "TOP"})
+    logprobs = logprobs.replace('"GIVEN"', f"[null, {', '.join(given)}]")
+    logprobs = logprobs.replace('"TOP"', json.dumps([None, *[{"a": -1.0}] * len(given)]))
+    choice = {"text": call.body["prompt"] + " x", "finish_reason": "length", "logprobs": "LOGPROBS"}
+    usage = {"prompt_tokens": len(tokens) - 1, "completion_tokens": 1}
+    body = json.dumps({"choices": [choice], "usage": usage, **more})
+    return Reply(body.replace('"LOGPROBS"', logprobs).encode())
+
+
+@pytest.fixture
+def choices(tmp_path):
     data, path = tmp_path / "rows.jsonl", tmp_path / "choice.yaml"
     data.write_text(json.dumps({"q": "The sky is", "a": 0}) + "\n")
     path.write_text(
@@ -160,23 +174,27 @@ doc_to_target: a
 metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """
     )
+    return str(path)
 
-    def reply(call):
-        words = call.body["prompt"].split(" ")
-        tokens = ["<s>", words[0], *(f" {word}" for word in words[1:]), " x"]
-        worst = value if "green" in words else "-1.0"
-        logprobs = ["null", *["-1.0"] * (len(tokens) - 3), worst, "-1.0"]
-        top = ["null", *['{"a": -1.0}'] * (len(tokens) - 1)]
-        text = json.dumps({"tokens": tokens})[1:-1]
-        body = (
-            f'{{"choices": [{{"text": {json.dumps(call.body["prompt"] + " x")}, "finish_reason": "length", "logprobs": '
-            f'{{{text}, "token_logprobs": [{", ".join(logprobs)}], "top_logprobs": [{", ".join(top)}]}}}}], '
-            f'"usage": {{"prompt_tokens": {len(tokens) - 1}, "completion_tokens": 1}}}}'
-        )
-        return Reply(body.encode())
 
-    with answering(reply) as (url, _), refused(BadInput, "logprobs"):
-        ml.evaluate(ml.Endpoint(url, model="m", protocol="openai-completions"), [str(path)], settings=QUIET)
+@pytest.mark.parametrize(
+    ("worst", "others", "kind"),
+    [
+        ("NaN", "-1.0", BadInput), ("-Infinity", "-1.0", BadInput), ("0.4", "-1.0", EndpointError),
+        ("0.4", "0.9", BadInput), ("0.0", "0.0", BadInput),
+    ],
+)  # fmt: skip
+def test_log_probabilities_that_are_none_are_refused(worst, others, kind, choices):
+    with answering(lambda call: scoring(call, worst, others)) as (url, _), refused(kind, "logprobs"):
+        ml.evaluate(ml.Endpoint(url, model="m", protocol="openai-completions"), [choices], settings=QUIET)
+
+
+def test_another_model_that_scores_is_told(choices):
+    for name, told in (("m", False), ("smaller", True)):
+        with answering(lambda call, name=name: scoring(call, model=name)) as (url, _):
+            endpoint = ml.Endpoint(url, model="m", protocol="openai-completions")
+            log = ml.evaluate(endpoint, [choices], settings=QUIET)
+        assert any("another model" in remark and "smaller" in remark for remark in log.remarks()) is told
 
 
 @pytest.mark.parametrize("response", ["   return 1", "return 1", "     return 1"])
