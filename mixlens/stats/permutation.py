@@ -43,12 +43,21 @@ def variances(influence: np.ndarray, tokens: np.ndarray, weights: np.ndarray) ->
     weights    [resample, document], 1 for those in the group
     """
     n, own, squares = weights.sum(-1), weights @ tokens, weights @ tokens**2
-    mean = influence @ weights.T / own
-    within = influence**2 @ weights.T - 2 * mean * ((influence * tokens) @ weights.T) + mean**2 * squares
     alone, together = _of_length(influence, tokens)
-    usual = alone[..., None] * own + together[..., None] * squares
-    within = np.where(n > 1, np.maximum(within, 0) * n / np.maximum(n - 1, 1), usual)
-    return np.stack([within, np.maximum(within, usual)]) * (tokens.sum() / own) ** 2
+    usual = alone[..., None] * own
+    usual += together[..., None] * squares
+    # sum (influence - mean tokens)^2; in place, since these arrays are large.
+    mean = influence @ (weights.T / own)
+    within = mean * squares
+    within -= (2 * influence * tokens) @ weights.T
+    within *= mean
+    within += influence**2 @ weights.T
+    np.maximum(within, 0, out=within)
+    within *= n / np.maximum(n - 1, 1)
+    np.copyto(within, usual, where=n <= 1)
+    both = np.stack([within, np.maximum(within, usual, out=usual)])
+    both *= (tokens.sum() / own) ** 2
+    return both
 
 
 def _of_length(influence: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -180,6 +180,7 @@ def coactivation(
                 size=(together.sum(-1) / (k - 1), ("layer", "expert")),
                 apart=2,
                 null=np.where(others, (k - 1) / (e - 1), np.nan),
+                adjust=False,
             )
         )
     data = joined(parts, bootstrap.level)
@@ -270,6 +271,7 @@ def transitions(
             size=(counts.totals["moves"].sum(-1), ("layer", "expert")),
             apart=2,
             null=1 / e,
+            adjust=False,
         )
         information = summarise(
             counts,

@@ -38,6 +38,7 @@ def summarise(
     along: str = "measure",
     apart: int = 1,
     null: np.ndarray | float | None = None,
+    adjust: bool = True,
 ) -> xr.Dataset:
     """The Dataset of a statistic: estimate, ci_low, ci_high ``[*by, layer, *dims]``, n, n_documents and n_effective.
 
@@ -52,6 +53,7 @@ def summarise(
     apart      so many dimensions, from layer on, whose numbers do not depend on each other: the statistic is computed
                for some of them at a time, and sees them as one
     null       value without an effect, NaN for no test; broadcasts against [layer, *dims]
+    adjust     False for some layers of a statistic, which `joined` adjusts with the others
     """
     clusters = counts.clusters
     sizes, size_dims = (counts.tokens, ()) if size is None else size
@@ -107,15 +109,17 @@ def summarise(
     if null is None:
         return data
     behind = documents.reshape(-1, *(len(labels[name]) if name in size_dims else 1 for name in labels))
-    each = np.broadcast_arrays(estimate, low, high, null, behind, skew)
+    behind = np.broadcast_to(behind, (*estimate.shape[:2], *behind.shape[2:]))  # no further: a quantile is slow
+    nulls = np.broadcast_to(null, estimate.shape[1:])
 
     def test(place: tuple[int, ...]) -> np.ndarray:
-        of_estimate, of_low, of_high, of_null, of_behind, of_skew = (array[place] for array in each)
-        return p_against(of_estimate, of_low, of_high, of_null, of_behind, bootstrap.level, of_skew)
+        numbers = (array[place] for array in (estimate, low, high))
+        return p_against(*numbers, nulls[place[1]], behind[place], bootstrap.level, skew[place])
 
     tested = in_threads(test, np.ndindex(estimate.shape[:2]))
     p = np.stack(tested).reshape(estimate.shape) if tested else np.empty_like(estimate)
-    return with_survivors(data, data["estimate"].copy(data=named(p, ())[1]), bootstrap.level)
+    tests = data["estimate"].copy(data=named(p, ())[1])
+    return with_survivors(data, tests, bootstrap.level) if adjust else data.assign(p=tests)
 
 
 def _stacked(
@@ -215,14 +219,9 @@ def layer_by_layer(clusters: Clusters, n_layers: int, cells: int) -> list[slice]
 
 
 def joined(parts: Sequence[xr.Dataset], level: float) -> xr.Dataset:
-    """Some layers of a statistic after the other; cells are tested as one family."""
-    if len(parts) == 1:
-        return parts[0]
-    untested = [part.drop_vars(("q", "survives"), errors="ignore") for part in parts]
-    data = xr.concat(
-        untested, "layer", data_vars="minimal", coords="minimal", compat="override", combine_attrs="override"
-    )
-    return with_survivors(data.drop_vars("p"), data["p"], level) if "p" in data else data
+    """Layers of a statistic, concatenated and tested as one family of cells."""
+    data = xr.concat(parts, "layer", data_vars="minimal", coords="minimal", compat="override", combine_attrs="override")
+    return with_survivors(data, data["p"], level)
 
 
 def described(data: xr.Dataset, trace: Trace, bootstrap: Bootstrap, **attrs: Any) -> xr.Dataset:
