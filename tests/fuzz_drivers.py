@@ -169,6 +169,7 @@ def packed(d: Drawn) -> list[Row]:
         d.model(ids, position_ids=positions)  # attention reaches over the seams
         d.compare["must_refuse"] = True
     elif how == 1:
+        d.compare["must_refuse"] = min(lengths) == 1  # or padding that attends to itself
         block = torch.block_diag(*(torch.ones(n, n).tril() for n in lengths)).bool()[None, None]
         if d.coin() or d.model.config._attn_implementation == "eager":
             floats = torch.zeros(block.shape).masked_fill(~block, torch.finfo(torch.float32).min)
@@ -309,6 +310,47 @@ def filled_before(d: Drawn) -> list[Row]:
     for _ in range(d.whole(1, 4)):
         decode.step()
     return decode.expected(starts)
+
+
+def from_a_prefix(d: Drawn) -> list[Row]:
+    """Rows that go on from one prefix, whose cache is repeated, copied or cut to some of its rows."""
+    cache = DynamicCache(config=d.model.config)
+    prefix = Decode(d, d.rows(d.whole(1, 3)), cache)
+    prefix.placed |= len(prefix.rows) > 1
+    prefix.prefill()
+    picked = sorted(d.rng.integers(0, len(prefix.rows), d.whole(1, 4)).tolist())
+    decode = copy.copy(prefix)
+    decode.cache, decode.bare = copy.deepcopy(cache) if d.coin() else cache, False
+    if decode.cache is cache and len(picked) == len(prefix.rows) and picked != list(range(len(picked))):
+        d.compare["must_refuse"] = True  # as many rows as before, and others
+    decode.cache.batch_select_indices(torch.tensor(picked))
+    decode.rows = [list(prefix.rows[row]) for row in picked]
+    decode.prompts, decode.mask = [prefix.prompts[row] for row in picked], prefix.mask[picked]
+    goes_on = decode.cache is cache and picked == list(range(len(prefix.rows)))
+    if goes_on:
+        decode.cache = cache = copy.deepcopy(cache)  # its keys were replaced by themselves
+    starts = [len(row) for row in decode.rows]
+    for _ in range(d.whole(1, 3)):
+        decode.step()
+    return [*prefix.expected(), *decode.expected(starts)]
+
+
+def masked_whole(d: Drawn) -> list[Row]:
+    """A mask of four dimensions under which padding is left out, or something else than the past is seen."""
+    rows = d.rows(low=3)
+    ids, mask = padded(rows, d.one("left", "right"))
+    width = ids.shape[1]
+    allowed = torch.ones(width, width).tril().bool()[None, None] & mask[:, None, None].bool()
+    if d.whole(0, 9) == 0:
+        d.compare["must_refuse"] = True
+        row = d.whole(0, len(rows) - 1)
+        *_, before, last = mask[row].nonzero()[:, 0].tolist()
+        allowed[row, 0, last, before] = False
+        if d.coin():  # as many as before: one that is ahead, or padding
+            allowed[row, 0, before, last] = True
+    floats = torch.zeros(allowed.shape).masked_fill(~allowed, d.one(-1e4, -1e9, torch.finfo(torch.float32).min))
+    d.model(ids, attention_mask=floats, position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=d.coin())
+    return [Row(row, len(row)) for row in rows]
 
 
 def cropped(d: Drawn) -> list[Row]:
@@ -554,6 +596,8 @@ WAYS: dict[Callable[[Drawn], list[Row]], int] = {
     interleaved: 4,
     threads: 1,
     filled_before: 3,
+    from_a_prefix: 2,
+    masked_whole: 2,
     cropped: 1,
     generate: 14,
     generate_from_embeddings: 1,
@@ -565,6 +609,10 @@ WAYS: dict[Callable[[Drawn], list[Row]], int] = {
     compiled: 1,
     edited: 4,
 }
+
+
+# To compiled code threads are one, as are a cache and its copy; packed documents are told by the mask of layers.
+NOT_COMPILED = (threads, from_a_prefix, packed, quantized_cache, training, transformed, continuous, compiled)
 
 
 # ---------------------------------------------------------------------- the oracle
@@ -652,16 +700,20 @@ def drawn(seed: int) -> tuple[Callable[[Drawn], list[Row]], Drawn]:
 
 
 def outcome(seed: int) -> str:
-    """Gives "equal", "refused: why", or "wrong: what"."""
+    """Gives "equal", "refused: why", "refused, as it must be: why", or "wrong: what"."""
     way, d = drawn(seed)
     torch.manual_seed(seed)
     signals = d.one(("logprob",), ("router_logits", "logprob", "top_logprobs"))
+    recorder: ml.Recorder = ml.Recorder(d.model, signals=signals)
+    if way not in NOT_COMPILED and np.random.default_rng((seed, 1)).integers(6) == 0:
+        recorder, d.name = ml.CompiledRecorder(d.model, tokens=1000), f"{d.name}, CompiledRecorder"
     try:
-        with torch.no_grad(), ml.Recorder(d.model, signals=signals) as recorder:
+        with torch.no_grad(), recorder:
             expected = way(d)
         trace = recorder.trace()
     except BadInput as error:
-        return f"refused: {d.name}: {error.argument} {error.value}"[:100]
+        how = "refused, as it must be" if d.compare.get("must_refuse") else "refused"
+        return f"{how}: {d.name}: {error.argument} {error.value}"[:100]
     except Exception:
         return f"wrong: {d.name}: {traceback.format_exc().splitlines()[-1]}"
     finally:
@@ -675,7 +727,7 @@ def outcome(seed: int) -> str:
 def _difference(d: Drawn, trace: ml.Trace, expected: list[Row]) -> str:
     expected = [(number, row) for number, row in enumerate(expected) if len(row.tokens) > row.start]
     columns = {name: trace.read(name) for name in ("sequence", "token_id", "position", "phase", "expert_id", "weight")}
-    logprob = trace.read("logprob")
+    logprob = trace.read("logprob") if "logprob" in trace.signals else np.full(trace.n_tokens, np.nan)
     numbers = np.unique(columns["sequence"])
     if len(numbers) != len(expected):
         return f"wrong: {d.name}: {len(numbers)} sequences for {len(expected)}"

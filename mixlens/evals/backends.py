@@ -90,8 +90,8 @@ class LocalBackend:
 
     def identity(self) -> dict[str, Any]:
         """What tells this model from another: a run of one is never taken for a run of the other."""
-        told = ("name", "revision", "class", "dtype", "config_sha256", "router_sha256")
-        kept = (*told, "weights_checksum", "adapters", "audit", "quantization", "edits")
+        told = ("name", "revision", "class", "dtype", "config_sha256", "router_sha256", "attention_implementation")
+        kept = (*told, "weights_checksum", "adapters", "modules_sha256", "hooks", "audit", "quantization", "edits")
         model = {key: value for key, value in identity(self.model, self.describe()).items() if key in kept}
         return {**model, "tokenizer_sha256": tokenizer_sha256(self.lm.tokenizer)}
 

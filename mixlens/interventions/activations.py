@@ -17,7 +17,7 @@ from mixlens.errors import BadInput
 from mixlens.interventions.places import Placed
 from mixlens.interventions.routing import Layers, Rows
 from mixlens.interventions.where import EVERYWHERE, Where
-from mixlens.models.layout import MoeLayer, expert_down
+from mixlens.models.layout import MoeLayer, expert_down, is_part
 
 PATCHED_EXPERTS = ("expert_out", "expert_neurons")
 _REPLACED = "_mixlens_replaced"
@@ -71,6 +71,8 @@ def hook_experts(layer: MoeLayer, edits: list[Any]) -> list[Any]:
     """
 
     def before(module: nn.Module, args: tuple) -> tuple:
+        if not is_part(module, layer.experts):
+            return args
         hidden, ids, weights, *rest = args
         replaced = Replaced(torch.zeros_like(ids, dtype=torch.bool), weights)
         for active in edits:
@@ -83,7 +85,8 @@ def hook_experts(layer: MoeLayer, edits: list[Any]) -> list[Any]:
         return hidden, ids, weights.masked_fill(replaced.hit, 0), *rest
 
     def after(module: nn.Module, _args: tuple, output: torch.Tensor) -> torch.Tensor:
-        return vars(module).pop(_REPLACED).added(output)
+        replaced = vars(module).pop(_REPLACED, None)
+        return output if replaced is None else replaced.added(output)
 
     return [
         layer.experts.register_forward_pre_hook(before, prepend=True),
@@ -100,18 +103,22 @@ def hook_site(layer: MoeLayer, site: str, edits: list[Any]) -> Any:
             flat = active.edit.put(flat, active.rows_on(flat.device), active.index)
         return flat.reshape(value.shape)
 
-    def of_output(_module: nn.Module, _args: Any, output: Any) -> Any:
+    def of_output(module: nn.Module, _args: Any, output: Any) -> Any:
+        if not is_part(module, place):
+            return output
         return (patched(output[0]), *output[1:]) if isinstance(output, tuple) else patched(output)
 
-    def of_input(_module: nn.Module, args: tuple, kwargs: dict) -> tuple:
+    def of_input(module: nn.Module, args: tuple, kwargs: dict) -> tuple:
+        if not is_part(module, place):
+            return args, kwargs
         if args:
             return (patched(args[0]), *args[1:]), kwargs
         return args, kwargs | {"hidden_states": patched(kwargs["hidden_states"])}
 
-    module, is_input = _place(layer, site)
+    place, is_input = _place(layer, site)
     if is_input:
-        return module.register_forward_pre_hook(of_input, with_kwargs=True, prepend=True)
-    return module.register_forward_hook(of_output, prepend=True)
+        return place.register_forward_pre_hook(of_input, with_kwargs=True, prepend=True)
+    return place.register_forward_hook(of_output, prepend=True)
 
 
 def see_site(layer: MoeLayer, site: str, keep: Callable[[torch.Tensor], None]) -> Any:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,13 +12,16 @@ import torch
 from torch import nn
 
 from mixlens.errors import BadInput, RecordingError
+from mixlens.interventions.caches import Caches
 from mixlens.interventions.generation import Generation, watch_generate
-from mixlens.interventions.places import Batch, Call, Placed, Places, attended
+from mixlens.interventions.masks import check_mask, seen_by
+from mixlens.interventions.places import Batch, Call, Placed, Places
 from mixlens.interventions.transforms import refuse_without_values
 from mixlens.models.layout import cache_in, config_of, decoder_of
 
 _ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
 _KNOWN = {*_ARGUMENTS, "cache"}
+_SEAMS = "cu_seq_lens_q"  # where documents begin in a row, for attention that reads them off it
 
 
 class _Thread(threading.local):
@@ -59,10 +61,11 @@ class ForwardTracker:
         self.lengths = None if lengths is None else np.asarray(lengths, np.int64)
         self.places = Places(who)
         self._before, self._after, self._ending, self._withdrawn = before, after, ending, withdrawn
+        self._decoder: Any = None
         self._handles: list[Any] = []
         self._first: Any = None
         self._leave: Callable[[], None] | None = None
-        self._batches: weakref.WeakKeyDictionary[Any, Batch] = weakref.WeakKeyDictionary()
+        self._caches = Caches(self.places.refusal)
         self._thread = _Thread()
         self._entered = threading.get_ident()
         self._unheard: RecordingError | None = None
@@ -76,6 +79,11 @@ class ForwardTracker:
         return self.places.place(call)
 
     @property
+    def following(self) -> bool:
+        """Whether this thread is inside a forward."""
+        return self._thread.call is not None
+
+    @property
     def running(self) -> Generation | None:
         """The call of generate that this thread is in."""
         return self._thread.generation
@@ -83,11 +91,11 @@ class ForwardTracker:
     def open(self, *, forwards: bool = True) -> None:
         """Begin to follow. With `forwards=False` only generate is: `follow` is called with every forward."""
         self._entered = threading.get_ident()
+        self._decoder = decoder_of(self.model)
         if forwards:
-            decoder = decoder_of(self.model)
             self._handles = [
-                decoder.register_forward_pre_hook(self._on_forward, with_kwargs=True, prepend=True),
-                decoder.register_forward_hook(self._on_output),
+                self._decoder.register_forward_pre_hook(self._on_forward, with_kwargs=True, prepend=True),
+                self._decoder.register_forward_hook(self._on_output),
             ]
             self.hook_first()
         self._leave = watch_generate(self.model, self)
@@ -110,10 +118,10 @@ class ForwardTracker:
         if self._first is not None:
             self._first.remove()
             self._first = None
-        self._batches.clear()
+        self._caches.clear()
         self._thread = _Thread()
 
-    def check(self) -> None:
+    def check_threads(self) -> None:
         """Raises what was refused in another thread, whose caller may not have passed it on."""
         if self._unheard is not None:
             raise self._unheard
@@ -121,7 +129,7 @@ class ForwardTracker:
     def restart(self) -> None:
         """Count sequences from 0 again; the next forward begins sequences of its own."""
         self.places.n_sequences = 0
-        self._batches.clear()
+        self._caches.clear()
 
     # ------------------------------------------------------------------ generate
 
@@ -161,16 +169,35 @@ class ForwardTracker:
 
     # ------------------------------------------------------------------ one forward
 
-    def _on_forward(self, _module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def __deepcopy__(self, _memo: dict[int, Any]) -> ForwardTracker:
+        return self  # hooks of a copied model come here too, and are passed over
+
+    def passes_over(self, module: nn.Module) -> bool:
+        """Whether a hook runs in a copy of the model, which nobody follows.
+
+        Raises RecordingError for one that nn.DataParallel made.
+        """
+        if getattr(module, "_is_replica", False):
+            raise self._refusal(
+                "a model that is spread over devices with nn.DataParallel, whose parts run in no fixed order. Use one "
+                "process for each device, or device_map",
+                "model",
+                "nn.DataParallel",
+            )
+        return module is not self._decoder
+
+    def _on_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         thread = self._thread
+        if self.passes_over(module):
+            return
         if thread.call is not None:  # the forward before this one failed half-way
             thread.call.batch.failed = True
             thread.call = None
-        given = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
         with self._heard():
-            thread.call = self._follow_given(given)
+            thread.call = self._follow_given(by_name(args, kwargs))
 
-    def _follow_given(self, given: dict[str, Any]) -> Call:
+    def check(self, given: Mapping[str, Any], shape: tuple[int, int], past: int) -> None:
+        """Raises RecordingError for what a forward was given and nobody can say what it does with."""
         unknown = [name for name, value in given.items() if name not in _KNOWN and _may_hold_keys(value)]
         if unknown:
             raise self._refusal(
@@ -178,44 +205,43 @@ class ForwardTracker:
                 "Continuous batching does so; generate one batch at a time instead",
                 ", ".join(unknown),
             )
+        if not shape[1]:
+            raise self._refusal("a forward of no tokens", "input_ids")
+        check_mask(given.get("attention_mask"), shape, past, self._attention, self._refusal)
+        positions = given.get("position_ids")
+        if positions is not None and (positions.ndim != 2 or len(positions) not in (1, shape[0])):
+            raise self._refusal(
+                f"a forward with position_ids of shape {list(positions.shape)}. Pass [rows, columns]", "position_ids"
+            )
+
+    def _follow_given(self, given: dict[str, Any]) -> Call:
         ids, cache = given.get("input_ids"), cache_in(given)
         read: torch.Tensor = given["inputs_embeds"] if ids is None else ids
         refuse_without_values(self.who, read)
         rows, columns = read.shape[:2]
-        past = int(cache.get_seq_length()) if cache is not None else 0
-        mask, positions = given.get("attention_mask"), given.get("position_ids")
-        full = mask if isinstance(mask, torch.Tensor) and mask.ndim == 4 else None
-        four = full is not None
-        if mask is not None and not four and not (isinstance(mask, torch.Tensor) and mask.ndim == 2):
-            raise self._refusal(
-                f"a forward with a {type(mask).__name__} as attention mask. Pass a tensor [rows, columns] of 0 and 1",
-                "attention_mask",
-            )
-        if mask is not None and not four and mask.shape[1] < past + columns:
-            raise self._refusal(
-                f"a forward of {columns} tokens after {past} in the cache with an attention mask of {mask.shape[1]} "
-                "columns. Pass a mask of all of them",
-                "attention_mask",
-            )
-        call = self.follow(ids, None if four else mask, (rows, columns), past, cache, told=four, embeds=read)
-        call.positions = positions if isinstance(positions, torch.Tensor) else None
-        if call.positions is not None and call.positions.ndim != 2:
-            raise self._refusal(
-                f"a forward with position_ids of {call.positions.ndim} dimensions. Pass [rows, columns]",
-                "position_ids",
-            )
-        if full is not None and full.dtype == torch.bool and config_of(self.model)._attn_implementation == "eager":
-            raise self._refusal(
-                "a forward with a boolean attention mask under eager attention, which adds it to the scores and masks "
-                "nothing. Pass 0 where a token may look and the smallest number where it may not",
-                "attention_mask",
-            )
-        if full is not None:
-            call.attended = attended(full, past, columns, self._refusal)
-        call.isolated = (
-            mask is None and cache is None and str(config_of(self.model)._attn_implementation).startswith("flash")
-        )
+        past = self._length(cache)
+        mask: torch.Tensor | None = given.get("attention_mask")
+        positions = given.get("position_ids")
+        self.check(given, (rows, columns), past)
+        full = mask is not None and mask.ndim == 4
+        call = self.follow(ids, None if full else mask, (rows, columns), past, cache, told=full, embeds=read)
+        call.positions = positions
+        if mask is not None and full:
+            call.seen, call.masked_by_caller = seen_by(mask, past, columns), True
+        call.isolated = mask is None and cache is None and self._attention.startswith("flash")
+        call.seams = given.get(_SEAMS)
         return call
+
+    def _length(self, cache: Any) -> int:
+        """How many columns a cache holds."""
+        if cache is not None and not hasattr(cache, "get_seq_length"):
+            raise self._refusal(
+                f"a cache of type {type(cache).__name__}, which does not say how many tokens it holds. Continuous "
+                "batching has such a cache; generate one batch at a time instead",
+                "past_key_values",
+                type(cache).__name__,
+            )
+        return 0 if cache is None else int(cache.get_seq_length())
 
     def _on_first_layer(self, _module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Only here is the mask known that attention uses."""
@@ -224,10 +250,10 @@ class ForwardTracker:
             return
         call.begun = True
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-        packed = call.positions is not None and not call.start and call.mask is None and call.attended is None
+        packed = call.positions is not None and not call.start and not call.told
         with self._heard():
             if packed and isinstance(mask, torch.Tensor) and mask.ndim == 4:
-                call.attended = attended(mask, 0, call.shape[1], self._refusal)
+                call.seen = seen_by(mask, 0, call.shape[1])
             self._before(call)
 
     @contextmanager
@@ -262,12 +288,10 @@ class ForwardTracker:
         """
         rows, columns = shape
         generation = self._thread.generation
-        batch = batch if cache is None else self._continued(rows, past, cache)
+        batch = batch if cache is None else self._caches.continued(cache, rows, past, masked=mask is not None or told)
         going_on = batch is not None
         if batch is None:
             batch = Batch(rows, columns=past)
-            batch.position = np.full(rows, -1 if past else 0)
-            batch.sequence, batch.place = np.full(rows, -1), np.full(rows, -1)
         self._claim(generation, batch)
         if cache is not None and generation is not None and generation.ended:
             step = generation.read
@@ -283,7 +307,7 @@ class ForwardTracker:
         elif self.strict and rows > 1 and not going_on:
             self._check_told(ids if ids is not None else embeds, mask, told, generation)
         if cache is not None:
-            self._batches[cache] = batch
+            self._caches.note(cache, batch)
         call = Call(batch, ids, mask, (rows, columns), batch.columns, going_on, generation, step)
         batch.columns += columns
         return call
@@ -306,30 +330,6 @@ class ForwardTracker:
                 argument="attention_mask",
                 value=rows,
             )
-
-    def _continued(self, rows: int, past: int, cache: Any) -> Batch | None:
-        batch = self._batches.get(cache)
-        if batch is None or past == 0 or rows != batch.rows:
-            return None
-        if batch.failed:
-            raise self._refusal(
-                "a cache after a forward that failed: part of its layers have read more than others. Start a new cache",
-                "past_key_values",
-            )
-        if past < batch.columns and not any(
-            part[:, max(0, len(part[0]) - back) :].any() for part, back in _removed(batch, past)
-        ):
-            batch.columns = past  # nothing but padding was taken back
-            return batch
-        replaced = batch.keys is not None and batch.keys() is not _keys_of(cache)
-        if past != batch.columns or replaced:
-            raise self._refusal(
-                f"a cache of {batch.columns} tokens that now holds {past}, or other rows: tokens were taken back, "
-                "added or reordered outside. Start a new cache, or record the two parts separately",
-                "past_key_values",
-                past,
-            )
-        return batch
 
     def _claim(self, generation: Generation | None, batch: Batch) -> None:
         """A generate has one batch, with those that it calls: another would read its tokens per second time."""
@@ -354,23 +354,32 @@ class ForwardTracker:
             )
         return torch.arange(columns)[None] < torch.as_tensor(self.lengths)[:, None]
 
-    def _on_output(self, _module: nn.Module, _args: Any, output: Any) -> None:
+    def _on_output(self, module: nn.Module, _args: Any, output: Any) -> None:
+        if self.passes_over(module):
+            return
         call, self._thread.call = self._thread.call, None
         if call is None:  # following began inside a forward
             return
         parts = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else (output,)
         cache = next((part for part in parts if hasattr(part, "get_seq_length")), None)
         if cache is not None:
-            self._batches[cache] = call.batch
-            keys = _keys_of(cache)
-            call.batch.keys = None if keys is None else weakref.ref(keys)
+            self._caches.note(cache, call.batch, read=True)
         call.hidden = next((part for part in parts if isinstance(part, torch.Tensor)), None)
         if self._after is not None:
             with self._heard():
                 self._after(call, output)
 
+    @property
+    def _attention(self) -> str:
+        return str(config_of(self.model)._attn_implementation)
+
     def _refusal(self, what: str, value: object, found: object = None) -> RecordingError:
         return self.places.refusal(what, value, found)
+
+
+def by_name(args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a decoder was given, those without a name included."""
+    return {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}
 
 
 def _may_hold_keys(value: Any) -> bool:
@@ -378,19 +387,3 @@ def _may_hold_keys(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return any(isinstance(part, torch.Tensor) for part in value)
     return callable(getattr(value, "update", None))
-
-
-def _keys_of(cache: Any) -> torch.Tensor | None:
-    layers = getattr(cache, "layers", None)
-    keys = getattr(layers[0], "keys", None) if layers else None
-    return keys if isinstance(keys, torch.Tensor) else None
-
-
-def _removed(batch: Batch, past: int) -> Iterator[tuple[np.ndarray, int]]:
-    """The parts of what a batch has read that reach beyond `past`, each with how many of its columns do."""
-    end = batch.columns
-    for part in reversed(batch.valid):
-        if end <= past:
-            return
-        yield part, min(part.shape[1], end - past)
-        end -= part.shape[1]

@@ -96,6 +96,21 @@ class _Watched(StoppingCriteriaList):
         return ended
 
 
+class _InPlaceOf:
+    """Runs in place of a method of one model; a copy of the model has its own method in its place."""
+
+    def __init__(self, model: Any, name: str, run: Callable[..., Any]) -> None:
+        self._model, self._name, self._run = model, name, run
+        functools.update_wrapper(self, getattr(model, name))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = memo.get(id(self._model))
+        return self if copied is None else getattr(type(copied), self._name).__get__(copied)
+
+
 class _GenerateWatch:
     """Replaces `generate` of one model, as long as anybody follows it."""
 
@@ -106,29 +121,37 @@ class _GenerateWatch:
         self.generate: Callable[..., Any] = model.generate
         self.criteria: Callable[..., Any] | None = getattr(model, "_get_stopping_criteria", None)
 
+    def __deepcopy__(self, _memo: dict[int, Any]) -> None:
+        """Nobody watches a copy of the model."""
+
     def install(self) -> None:
-        @functools.wraps(self.generate)
-        def generate(*args: Any, **kwargs: Any) -> Any:
-            with ExitStack() as stack:
-                for follower in tuple(self.followers):
-                    stack.enter_context(follower.generation(kwargs))
-                return self.generate(*args, **kwargs)
-
-        def criteria(*args: Any, **kwargs: Any) -> Any:
-            assert self.criteria is not None
-            config = kwargs.get("generation_config", args[0] if args else None)
-            running = []
-            for follower in tuple(self.followers):
-                if (generation := follower.running) is not None:
-                    generation.resolve(config, follower.who)
-                    running.append(generation)
-            watched = _Watched(self.criteria(*args, **kwargs))
-            watched.generations = tuple(running)
-            return watched
-
-        self.model.generate = generate
+        self.model.generate = _InPlaceOf(self.model, "generate", self._generate)
         if self.criteria is not None:
-            self.model._get_stopping_criteria = criteria
+            self.model._get_stopping_criteria = _InPlaceOf(self.model, "_get_stopping_criteria", self._criteria)
+
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as stack:
+            for follower in tuple(self.followers):
+                stack.enter_context(follower.generation(kwargs))
+            return self.generate(*args, **kwargs)
+
+    def _criteria(self, *args: Any, **kwargs: Any) -> Any:
+        assert self.criteria is not None
+        config = kwargs.get("generation_config", args[0] if args else None)
+        running = []
+        for follower in tuple(self.followers):
+            if (generation := follower.running) is None:
+                raise RecordingError(
+                    f"{follower.who} cannot follow a generate that was taken from the model before the block, or from "
+                    "its class. Call model.generate inside the block.",
+                    argument="generate",
+                    value="taken before",
+                )
+            generation.resolve(config, follower.who)
+            running.append(generation)
+        watched = _Watched(self.criteria(*args, **kwargs))
+        watched.generations = tuple(running)
+        return watched
 
     def remove(self) -> None:
         for name, value in self.own.items():

@@ -19,11 +19,12 @@ from mixlens.interventions.forward_tracker import ForwardTracker
 from mixlens.interventions.places import Call
 from mixlens.interventions.replay import Replay, check_experts, possible_layers
 from mixlens.interventions.routing import Forbid, Force, Reroute, Rescale, Routing, TopK
-from mixlens.interventions.transforms import refuse_batched
+from mixlens.interventions.transforms import recomputing, refuse_batched
 from mixlens.interventions.where import Where
 from mixlens.models.layout import (
     MoeLayer,
     config_of,
+    is_part,
     moe_layers,
     n_experts,
     refuse_sharded,
@@ -49,6 +50,7 @@ class Active:
         self.fired: Counter[int] = Counter()  # of the module in it that the edit hooks
         self.index: np.ndarray | None = None  # [T], for edits that bring something for every token
         self._locator = edit.locator() if isinstance(edit, Replay | Patch) else edit.where
+        self.tracker: ForwardTracker | None = None
         self._rows: dict[torch.device | None, torch.Tensor] = {}
 
     @property
@@ -66,6 +68,13 @@ class Active:
         if self.everywhere:
             self.matched = True
             return None
+        if self.tracker is None or not (self.tracker.following or recomputing()):
+            raise RecordingError(
+                f"{self.edit!r} cannot tell its tokens: a layer ran outside a forward of the decoder, or in one that "
+                "had begun before. Call the model itself inside the block.",
+                argument="where",
+                value=self.edit,
+            )
         if device not in self._rows:
             self._rows[device] = self._rows[None].to(device)
         return self._rows[device]
@@ -109,6 +118,9 @@ class Editing:
         self.active = [one for one in self.active if not any(one is gone for gone in edits)]
         self._install()
 
+    def __deepcopy__(self, _memo: dict[int, Any]) -> None:
+        """A copy of the model has no edits round it."""
+
     def _install(self) -> None:
         for handle in self._handles:
             handle.remove()
@@ -122,6 +134,8 @@ class Editing:
         elif not following and self._tracker is not None:
             self._tracker.close()
             self._tracker = None
+        for one in self.active:
+            one.tracker = self._tracker
         for layer in self.layers:
             stages: dict[str, list[Active]] = {}
             for one in self.active:
@@ -184,7 +198,7 @@ def editing_of(model: nn.Module) -> Editing:
     model = unwrapped(model)
     if not hasattr(model, "__dict__"):
         moe_layers(model)  # which says that this is no model
-    if _ATTRIBUTE not in vars(model):
+    if vars(model).get(_ATTRIBUTE) is None:
         setattr(model, _ATTRIBUTE, Editing(model))
     return vars(model)[_ATTRIBUTE]
 
@@ -263,8 +277,10 @@ def _hook_gate(layer: MoeLayer, edits: list[Active]) -> Any:
     assert rule is not None
     checked = False
 
-    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+    def hook(module: nn.Module, _args: Any, output: Any) -> Any:
         nonlocal checked
+        if not is_part(module, layer.gate):
+            return output
         logits, weights, ids = layer.read(output)
         refuse_batched("An edit", logits)
         if not checked and not rule.agrees(logits, weights, ids):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import threading
-import weakref
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +11,7 @@ import torch
 
 from mixlens.errors import RecordingError
 from mixlens.interventions.generation import Generation
+from mixlens.interventions.masks import Seen, seen_by_columns
 
 
 @dataclass(eq=False)
@@ -20,23 +19,26 @@ class Batch:
     """Rows of one key-value cache, or of one forward without a cache.
 
     columns   how far the cache had grown after the last forward, padding and what came before included
-    keys      the cache's first keys after the last forward: whoever reorders or crops a cache replaces them
-    position  int64 [rows], the place of each row's next token
-    sequence  int64 [rows], the sequence that each row continues; -1 before its first token
-    place     int64 [rows], the position id of each row's last token; -1 where it is not known
+    position  int64 [rows], the place of each row's next token; -1 before its first, as are
+    sequence  int64 [rows], the sequence that each row continues,
+    place     int64 [rows], the position id of each row's last token, and
+    began     int64 [rows], the column of the cache in which the sequence begins
     valid     what the columns held, [rows, columns] of every forward, False for padding
     waiting   logits after each row's last token, until the next token is known
     """
 
     rows: int
     columns: int = 0
-    keys: weakref.ref[torch.Tensor] | None = None
-    position: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    sequence: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    place: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    position: np.ndarray = field(init=False)
+    sequence: np.ndarray = field(init=False)
+    place: np.ndarray = field(init=False)
+    began: np.ndarray = field(init=False)
     valid: list[np.ndarray] = field(default_factory=list)
     waiting: torch.Tensor | None = None
     failed: bool = False
+
+    def __post_init__(self) -> None:
+        self.position, self.sequence, self.place, self.began = np.full((4, self.rows), -1)
 
 
 @dataclass(eq=False)
@@ -46,7 +48,10 @@ class Call:
     start      columns in the cache before this forward
     step       number, among the columns a generate has sampled, of this forward's first; None for a prompt
     positions  position ids [rows or 1, columns], if they were given
-    attended   of a four-dimensional mask, what `attended` reads off it
+    seen       what a four-dimensional mask says,
+    masked_by_caller  and whether it was given, rather than made from position ids
+    isolated   whether attention itself keeps apart what position ids begin anew, or what begins at
+    seams      these columns
     """
 
     batch: Batch
@@ -58,8 +63,10 @@ class Call:
     generation: Generation | None = None
     step: int | None = None
     positions: torch.Tensor | None = None
-    attended: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+    seen: Seen | None = None
     isolated: bool = False
+    masked_by_caller: bool = False
+    seams: torch.Tensor | None = None
     begun: bool = False
     raw: Any = None
     packed: bool = False
@@ -67,6 +74,11 @@ class Call:
     head_input: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     placed: Placed | None = None
+
+    @property
+    def told(self) -> bool:
+        """Whether a mask says what is padding."""
+        return self.mask is not None or self.seen is not None
 
 
 @dataclass(frozen=True)
@@ -109,160 +121,121 @@ class Places:
     def _place(self, call: Call) -> Placed:
         batch, (rows, columns) = call.batch, call.shape
         ids = np.full((rows, columns), -1) if call.ids is None else call.ids.cpu().numpy()
-        valid = self._valid(call)
+        at = call.start + np.arange(columns)
+        seen = Seen(*(np.broadcast_to(part, (rows, columns)) for part in _seen(call, at)))
+        valid = seen.own.astype(bool)
         generated = np.full(columns, call.step is not None)
         if call.generation is None and call.start > 0 and columns == 1:
             generated[:] = True  # somebody's own loop
         if call.step is not None and call.generation is not None:
             valid &= ~call.generation.padding(call.step, ids)
-        self._check_history(call, valid)
-        opening = self._openings(call, valid)
-        sequence, position = self._number(batch, valid, opening)
-        batch.valid.append(valid)
-        return Placed(batch, ids, valid, position, sequence, generated, rows == 1 or self._told(call))
-
-    def _told(self, call: Call) -> bool:
-        return call.mask is not None or call.attended is not None
-
-    def _valid(self, call: Call) -> np.ndarray:
-        rows, columns = call.shape
-        if call.attended is not None:
-            own = call.attended[0].cpu().numpy()
-            return np.array(np.broadcast_to(own, (rows, columns)))
-        if call.mask is None:
-            return np.ones((rows, columns), bool)
-        own = call.mask if call.mask.shape[1] == columns else call.mask[:, call.start : call.start + columns]
-        return own.cpu().numpy().astype(bool)
-
-    def _check_history(self, call: Call, valid: np.ndarray) -> None:
-        """Rows see of their past what was recorded of it, and a past that is not known is counted."""
-        batch = call.batch
-        before = None
-        if call.start and call.mask is not None and call.mask.shape[1] >= call.start + call.shape[1]:
-            before = call.mask[:, : call.start].cpu().numpy().astype(bool)
-        unknown = batch.position < 0
-        if unknown.any():
-            counted = np.full(batch.rows, call.start) if before is None else before.sum(1)
-            batch.position = np.where(unknown, counted, batch.position)
-            return
-        if (
-            not batch.valid
-            or call.step is not None
-            or call.attended is not None
-            or (before is None and call.start and call.mask is not None)
-        ):
-            return
-        batch.valid = [np.concatenate(batch.valid, 1)]
-        past = batch.valid[0]
-        seen = np.ones_like(past) if before is None else before[:, call.start - past.shape[1] :]
-        if not np.array_equal(past, seen[:, : past.shape[1]]):
+        self._begin(batch, seen, valid)
+        opening = self._openings(call, seen, valid, at)
+        sequence, position, began = self._number(batch, valid, opening, at)
+        as_recorded = (seen.first == began) & (seen.last == at) & (seen.count == position + 1)
+        if not call.isolated and not as_recorded[valid].all():
             raise self.refusal(
-                "a forward whose attention mask differs, in the columns read before, from the mask that they were read "
-                "with. Pass the mask of all columns with every forward",
+                "a forward in which tokens do not attend to exactly the tokens before them in their document, and to "
+                "themselves. Pass a mask that is causal in every document and leaves out the same columns each time",
                 "attention_mask",
             )
+        batch.valid.append(valid)
+        return Placed(batch, ids, valid, position, sequence, generated, rows == 1 or call.told)
 
-    def _openings(self, call: Call, valid: np.ndarray) -> np.ndarray | None:
-        """bool [rows, columns], where a further sequence begins inside a row; None where none does."""
-        apart = None
-        if call.attended is not None:
-            _, first, count = (part.cpu().numpy() for part in call.attended)
-            rows, columns = call.shape
-            first, count = (np.broadcast_to(part, (rows, columns)) for part in (first, count))
-            at = call.start + np.arange(columns)
-            apart = valid & (first == at)
-            if not call.start:
-                began = np.maximum.accumulate(np.where(apart, at, -1), 1)
-                within = valid.cumsum(1) - np.take_along_axis(valid.cumsum(1), np.maximum(began, 0), 1) + 1
-                if not np.array_equal(first[valid], began[valid]) or not np.array_equal(count[valid], within[valid]):
-                    raise self.refusal(
-                        "a forward whose attention mask is not causal within each document. Pass a mask under which "
-                        "every token attends to all those before it in its document, and to itself",
-                        "attention_mask",
-                    )
-        opening = self._check_positions(call, valid, apart)
-        return opening if apart is None else apart
+    def _begin(self, batch: Batch, seen: Seen, valid: np.ndarray) -> None:
+        """Rows whose first token this is: what they attend to before it was read before anybody followed."""
+        if not batch.valid:
+            batch.sequence = self.n_sequences + np.arange(batch.rows)
+        row = np.flatnonzero((batch.position < 0) & valid.any(1))
+        column = valid[row].argmax(1)
+        batch.position[row] = seen.count[row, column] - 1
+        batch.began[row] = seen.first[row, column]
 
-    def _check_positions(self, call: Call, valid: np.ndarray, apart: np.ndarray | None) -> np.ndarray | None:
-        batch, columns = call.batch, call.shape[1]
-        given = call.start + np.arange(columns) if call.positions is None else call.positions.cpu().numpy()
-        places = np.broadcast_to(given, valid.shape)
-        opening = np.zeros_like(valid)
+    def _openings(self, call: Call, seen: Seen, valid: np.ndarray, at: np.ndarray) -> np.ndarray:
+        """bool [rows, columns], where a further sequence begins inside a row."""
+        apart = valid & (seen.first == at) & (at > call.batch.began[:, None])
+        places = np.broadcast_to(at if call.positions is None else call.positions.cpu().numpy(), valid.shape)
+        again = np.zeros_like(valid)
         for row in range(len(places)):
-            at = np.flatnonzero(valid[row])
-            if not len(at):
-                continue
-            own = places[row, at]
-            last = batch.place[row]
-            if last >= 0 and not (apart is not None and apart[row, at[0]]):
-                begins = own[0] == last + 1
-            else:
-                begins = own[0] in (batch.position[row], call.start + at[0], 0 if not call.start else -1)
-            steps = np.diff(own) == 1
-            again = (own[1:] == 0) & ~steps
-            if not begins or not (steps | again).all():
+            column = np.flatnonzero(valid[row])
+            if len(column):
+                again[row, column[1:]] = self._check_positions(call, row, places[row, column], column[0], apart)
+        if call.isolated:
+            if call.seams is not None and not np.array_equal(np.flatnonzero(again), call.seams.cpu().numpy()[1:-1]):
                 raise self.refusal(
-                    f"position_ids that neither the cache nor the tokens before explain, in row {row}. Continuous "
-                    "batching reads tokens in this way; generate one batch at a time instead",
+                    "a row of documents whose position_ids start again elsewhere than cu_seq_lens_q says. Pass those "
+                    "of one collator",
                     "position_ids",
                 )
-            opening[row, at[1:][again]] = True
-            batch.place[row] = own[-1]
-        if not opening.any():
-            return None
-        if not call.isolated and (apart is None or not np.array_equal(opening, apart & (valid.cumsum(1) > 1))):
+            return again
+        if (again & ~apart).any():
             raise self.refusal(
                 "a row in which position_ids start again while attention reaches over the seam: the documents in it "
                 "see one another. Pass use_cache=False and no attention mask, so that transformers keeps them apart",
                 "position_ids",
             )
-        return opening
+        starts = valid & (seen.first == at)
+        alone = starts & np.append(starts[:, 1:] | ~valid[:, 1:], np.ones((len(valid), 1), bool), 1)
+        if call.masked_by_caller and alone[apart.any(1)].any():
+            raise self.refusal(
+                "a mask under which a token attends to itself alone, and none attends to it: a document of one token, "
+                "or padding. Let padding attend to nothing, and leave out such documents",
+                "attention_mask",
+            )
+        return apart
 
-    def _number(self, batch: Batch, valid: np.ndarray, opening: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        """(sequence, position), both [rows, columns]; moves the batch on."""
-        rows, columns = valid.shape
-        counted = valid.cumsum(1)
-        new = not batch.valid
-        within = None if opening is None else opening & ((counted > 1) | (batch.position > 0)[:, None])
-        if within is None or not within.any():
-            if new:
-                batch.sequence = self.n_sequences + np.arange(rows)
-                self.n_sequences += rows
-            position = batch.position[:, None] + counted - 1
-            batch.position = batch.position + counted[:, -1] if columns else batch.position
-            return np.broadcast_to(batch.sequence[:, None], valid.shape), position
-        sequence, position = np.zeros(valid.shape, np.int64), np.zeros(valid.shape, np.int64)
-        for row in range(rows):
-            starts = np.flatnonzero(within[row])
-            if new:
-                batch.sequence[row] = self.n_sequences
-                self.n_sequences += 1
-            numbers = np.append(batch.sequence[row], self.n_sequences + np.arange(len(starts)))
-            self.n_sequences += len(starts)
-            segment = np.searchsorted(starts, np.arange(columns), side="right")
-            base = np.append(-batch.position[row], counted[row, starts] - 1)
-            sequence[row], position[row] = numbers[segment], counted[row] - 1 - base[segment]
-            batch.sequence[row], batch.position[row] = sequence[row, -1], position[row, -1] + 1
-        return sequence, position
+    def _check_positions(self, call: Call, row: int, own: np.ndarray, first: int, apart: np.ndarray) -> np.ndarray:
+        """bool [n - 1], where the position ids of a row's n tokens start again."""
+        batch = call.batch
+        if batch.place[row] >= 0 and not apart[row, first]:
+            begins = own[0] == batch.place[row] + 1
+        else:
+            begins = own[0] in (batch.position[row], call.start + first, 0 if not call.start else -1)
+        on = np.diff(own) == 1
+        again = (own[1:] == 0) & ~on
+        if not begins or not (on | again).all():
+            raise self.refusal(
+                f"position_ids that neither the cache nor the tokens before explain, in row {row}. Continuous "
+                "batching reads tokens in this way; generate one batch at a time instead",
+                "position_ids",
+            )
+        batch.place[row] = own[-1]
+        return again
+
+    def _number(
+        self, batch: Batch, valid: np.ndarray, opening: np.ndarray, at: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(sequence, position, column in which the sequence began), all [rows, columns]; moves the batch on."""
+        further = opening.sum(1)
+        earlier = further.cumsum() - further  # in the rows above
+        if not batch.valid:
+            batch.sequence = batch.sequence + earlier
+            following, self.n_sequences = batch.sequence, self.n_sequences + batch.rows
+        else:
+            following = self.n_sequences + earlier - 1
+        self.n_sequences += int(further.sum())
+        segment, counted = opening.cumsum(1), valid.cumsum(1)
+        before = np.maximum.accumulate(np.where(opening, counted - 1, 0), 1)
+        sequence = np.where(segment, following[:, None] + segment, batch.sequence[:, None])
+        position = counted - 1 + np.where(segment, -before, batch.position[:, None])
+        began = np.where(segment, np.maximum.accumulate(np.where(opening, at, -1), 1), batch.began[:, None])
+        if valid.shape[1]:
+            heard = valid.any(1)
+            batch.sequence, batch.began = sequence[:, -1], began[:, -1]
+            batch.position = np.where(heard, position[:, -1] + 1, batch.position)
+        return sequence, position, began
 
     def refusal(self, what: str, value: object, found: object = None) -> RecordingError:
         argument, value = (value, found) if found is not None else (value, value)
         return RecordingError(f"{self.who} cannot follow {what}.", argument=str(argument), value=value)
 
 
-def attended(
-    mask: torch.Tensor, past: int, columns: int, refusal: Callable[..., RecordingError]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of a mask [rows, heads, columns, keys]: whether each column attends to itself, the first key that it attends to,
-    and how many; all [rows, columns]."""
-    known = mask.dtype == torch.bool or mask.is_floating_point()
-    if mask.shape[-1] < past + columns or mask.shape[-2] != columns or not known:
-        raise refusal(
-            f"a forward of {columns} tokens after {past} in the cache with an attention mask of shape "
-            f"{list(mask.shape)} and type {mask.dtype}. Pass a mask of all of them, boolean or of floats",
-            "attention_mask",
-        )
-    allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    allowed = allowed[:, 0]
-    at = torch.arange(columns, device=mask.device)
-    return allowed[:, at, past + at], allowed.to(torch.uint8).argmax(-1), allowed.sum(-1)
+def _seen(call: Call, at: np.ndarray) -> Seen:
+    """What the columns `at` of the cache attend to, by the mask of a forward."""
+    if call.mask is not None:
+        seen = seen_by_columns(call.mask.cpu(), call.start, call.shape[1])
+    elif call.seen is not None:
+        seen = call.seen
+    else:
+        return Seen(np.array(True), np.array(0), at, at + 1)
+    return Seen(*(part.cpu().numpy() for part in seen))

@@ -29,3 +29,8 @@ def refuse_batched(who: str, logits: torch.Tensor) -> None:
     """Raises RecordingError for router logits of vmap; other transformations of torch.func pass through edits."""
     if _functorch.is_batchedtensor(logits):
         refuse_without_values(who, logits)
+
+
+def recomputing() -> bool:
+    """Whether a backward runs, in which checkpointed layers run a second time."""
+    return torch._C._current_graph_task_id() != -1

@@ -130,6 +130,11 @@ def unwrapped(model: Any) -> Any:
         model = inner
 
 
+def is_part(module: nn.Module, own: nn.Module) -> bool:
+    """Whether a module that runs a hook is the one that it was given, or nn.DataParallel's of it, and no copy."""
+    return module is own or getattr(module, "_is_replica", False)
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether processes hold parts of one tensor: tensor, expert or fully sharded parallel."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())

@@ -8,7 +8,7 @@ import shutil
 import sys
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
+from transformers.utils.quantization_config import Mxfp4Config
 
 from mixlens.core.hub import fault_of
 from mixlens.errors import BadInput, ModelError, visible
@@ -34,7 +35,10 @@ from mixlens.models.quantization.gptq_awq import packed_format
 
 # How a checkpoint that is quantized already is read, by its quant_method.
 _FORMATS = {"gptq": packed_format, "awq": packed_format, "compressed-tensors": compressed_format}
-_LEFT_TO_TRANSFORMERS = "fp8"  # by blocks, experts included
+# Those that transformers reads, experts included, and of which families: fp8 by blocks, mxfp4 made whole again.
+_LEFT_TO_TRANSFORMERS = {"fp8": None, "mxfp4": ("gpt_oss",)}
+# Names of tensors that belong to packed or scaled weights.
+_SCALES = ("scale", "scales", "scale_inv", "qweight", "qzeros", "zero_point", "packed", "blocks")
 
 
 def load(
@@ -162,6 +166,8 @@ def _load_plain(source: _Source, device_map: str | Mapping[str, Any] | None, dty
         "use_safetensors": True,
         "trust_remote_code": False,
     }
+    if _method(source.config) == "mxfp4":
+        options["quantization_config"] = Mxfp4Config(dequantize=True)
     temporary = None
     if device_map not in (None, "cpu"):  # only then can layers go to disk
         options["offload_folder"] = temporary = tempfile.mkdtemp(prefix="mixlens-offload-")
@@ -177,6 +183,7 @@ def _load_plain(source: _Source, device_map: str | Mapping[str, Any] | None, dty
     loaded, info = read
     if temporary is not None:
         weakref.finalize(loaded, shutil.rmtree, temporary, ignore_errors=True)
+    _refuse_unlabelled(source, info["unexpected_keys"])
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
             f"Cannot load {source.asked}: its checkpoint lacks {len(missing)} weights ({', '.join(missing[:3])} ...), "
@@ -206,6 +213,8 @@ def _load_quantized(
         if source.config.model_type != "mixtral":
             return _load_converted(source, device_map, dtype, cast(Any, quantization), verbose)
         checkpoint = _find(source)
+        if held is None:
+            _refuse_unlabelled(source, checkpoint.tensors)
         packed = None
         if held is not None:
             packed = _FORMATS[held](source.asked, dict(source.config.quantization_config), list(checkpoint.tensors))
@@ -258,14 +267,27 @@ def _method(config: Any) -> str | None:
 
 def _check_method(source: _Source) -> None:
     """Raises ModelError for a checkpoint whose experts nobody here would read as they are stored."""
-    method = _method(source.config)
-    if method not in (None, _LEFT_TO_TRANSFORMERS, *_FORMATS):
+    method, family = _method(source.config), source.config.model_type
+    families = _LEFT_TO_TRANSFORMERS.get(str(method), ())
+    if method not in (None, *_FORMATS) and families is not None and family not in families:
         raise ModelError(
-            f"Cannot load {source.asked}: its config.json says that it is quantized by {method}. mixlens reads "
-            f"checkpoints quantized by {', '.join(_FORMATS)} and {_LEFT_TO_TRANSFORMERS}: get one of these, or load "
-            'the original with quantization="nf4" or another scheme.',
+            f"Cannot load {source.asked}: its config.json says that it is quantized by {method}, and it is a {family} "
+            f"model. mixlens reads checkpoints quantized by {', '.join(_FORMATS)} and fp8, and gpt_oss in mxfp4: get "
+            'one of these, or load the original with quantization="nf4" or another scheme.',
             argument="quantization",
             value=method,
+        )
+
+
+def _refuse_unlabelled(source: _Source, names: Iterable[str]) -> None:
+    """Raises ModelError for packed or scaled weights of which config.json says nothing: they mean other numbers."""
+    if _method(source.config) is None and (found := sorted(n for n in names if n.endswith(_SCALES))):
+        raise ModelError(
+            f"Cannot load {source.asked}: its files hold quantized weights ({', '.join(found[:3])} ...), and its "
+            "config.json has no quantization_config. Get the checkpoint in a form whose config.json says how it is "
+            "quantized, or load the original with quantization=.",
+            argument="quantization",
+            value=found[:3],
         )
 
 

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from mixlens.errors import BadInput, visible
 from mixlens.models.demo import DEMO, demo_path
-from mixlens.models.layout import KINDS, config_of, kind_of, moe_layers, refuse_pipeline
+from mixlens.models.layout import KINDS, config_of, is_sharded, kind_of, moe_layers, refuse_pipeline
 from mixlens.models.quantization.linears import SCHEMES, scheme_of
 from mixlens.models.quantization.unfuse import is_unfused
 
@@ -26,6 +26,9 @@ _ROWS = 64  # of a block on a CPU, whose second reading finds it in the cache
 _SLACK = 1.1  # what packing of 3 bits into 32 may waste
 # What a module keeps beside its own weights: other modules, hooks, and the scratch of bitsandbytes' last forward.
 _NOT_WEIGHTS = frozenset({"_modules", "_hf_hook", "module", "grad", "idx", "subB", "CBt", "SBt", "_old_forward"})
+
+_STATE = ("training", "gradient_checkpointing")  # switches of modules that decide no number of a forward
+_LIBRARIES = ("mixlens", "torch", "transformers", "accelerate", "peft", "torchao", "bitsandbytes", "hqq", "functools")
 
 # In a config, what transformers writes on saving, and what is about the run rather than the model.
 _VOLATILE = (
@@ -334,7 +337,13 @@ def identity(model: Any, described: Mapping[str, Any] | None = None) -> dict[str
     """What decides the numbers that a model gives: a run resumes on other devices, and under the same weights only."""
     described = describe(model) if described is None else described
     kept = {key: value for key, value in described.items() if key not in ("devices", "class")}
-    return {**kept, "weights_checksum": weights_checksum(model), "adapters": _adapters(model)}
+    return {
+        **kept,
+        "weights_checksum": weights_checksum(model),
+        "adapters": _adapters(model),
+        "modules_sha256": None if is_sharded(model) else _modules_sha256(model),
+        "hooks": _hooks(model),
+    }
 
 
 @torch.no_grad()
@@ -381,6 +390,37 @@ def _checksum(tensor: torch.Tensor) -> str:
     for sums in (columns, torch.cat(rows)):
         total += (sums * (2 * torch.arange(len(sums), device=words.device) + 1)).sum()
     return f"{int(total)} {hashlib.sha256(data[whole:].cpu().numpy().tobytes()).hexdigest()}"
+
+
+def _modules_sha256(model: nn.Module) -> str:
+    """Of what decides a forward beside its weights: the kinds of modules, their numbers and switches, and buffers.
+
+    Buffers count to four digits, in which devices agree on what a model computes when it is made.
+    """
+    digest = hashlib.sha256()
+    for name, module in model.named_modules():
+        kind = type(module)
+        own = {} if not kind.__module__.startswith("transformers.models.") else vars(module)
+        numbers = {key: value for key, value in own.items() if isinstance(value, int | float) and key not in _STATE}
+        buffers = {} if _logical_weights(module) else dict(module.named_buffers(recurse=False))
+        values = {key: [f"{x:.4g}" for x in value.flatten().tolist()] for key, value in buffers.items()}
+        digest.update(json.dumps([name, kind.__name__, numbers, values], sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def _hooks(model: nn.Module) -> list[str]:
+    """Names of the hooks and forwards that the caller has put on modules."""
+    found = []
+    for name, module in model.named_modules():
+        hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+        if not hasattr(module, "_hf_hook"):  # accelerate's
+            hooks += [vars(module)["forward"]] if "forward" in vars(module) else []
+        for hook in hooks:
+            hook = getattr(hook, "func", hook)
+            place = str(getattr(hook, "__module__", None) or type(hook).__module__)
+            if place.split(".")[0] not in _LIBRARIES:
+                found.append(f"{name}: {place}.{getattr(hook, '__qualname__', type(hook).__qualname__)}")
+    return found
 
 
 def _adapters(model: nn.Module) -> list[str]:

@@ -10,16 +10,19 @@ import torch
 from torch import nn
 
 from mixlens.errors import BadInput, RecordingError
-from mixlens.interventions.forward_tracker import ForwardTracker
+from mixlens.interventions.forward_tracker import ForwardTracker, by_name
+from mixlens.interventions.masks import Seen, seen_by, seen_by_columns
 from mixlens.interventions.places import Batch, Call
 from mixlens.interventions.transforms import refuse_without_values
 from mixlens.models.layout import cache_in, decoder_of, input_device, moe_layers, n_experts, top_k
+from mixlens.models.provenance import describe
 from mixlens.recording.hooks import Raw, Tap, widened
 from mixlens.recording.recorder import Recorder
 from mixlens.trace.signals import Site
 
-# What is written beside the routing of a token: its id, forward, row, column in the cache, and what the mask says.
-_PLACE = ("token_id", "forward", "row", "column", "mask")
+# What is written beside the routing of a token: its id, forward, row, column in the cache, position id, and what the
+# mask says.
+_PLACE = ("token_id", "forward", "row", "column", "position", *Seen._fields)
 _NO_MASK = 2
 _MARK = 4  # numbers of a key
 _NOT_ROUTING = ("place", "mark", "count", "listening")
@@ -81,7 +84,7 @@ class CompiledRecorder(Recorder):
                 value=tokens if tokens < 1 else _named(self.signals.plan()),
             )
         self._tracker = ForwardTracker(
-            model,
+            self.model,
             "A CompiledRecorder",
             before=lambda call: None,
             lengths=lengths,
@@ -106,13 +109,14 @@ class CompiledRecorder(Recorder):
 
     def __enter__(self) -> CompiledRecorder:
         torch.compiler.reset()
-        self._buffers = self._allocated()
+        self._buffers, self._about = self._allocated(), describe(self.model)
         self.paused = self._paused
         with ExitStack() as stack:
             self._tap = Tap(self.model, self.signals, threads=False, into=self._of_a_forward())
             stack.callback(self._tap.close)
-            self._tap.now.listening = True
-            stack.callback(decoder_of(self.model).register_forward_hook(self._write, with_kwargs=True).remove)
+            decoder = decoder_of(self.model)
+            stack.callback(decoder.register_forward_pre_hook(self._listen).remove)
+            stack.callback(decoder.register_forward_hook(self._write, with_kwargs=True).remove)
             self._tracker.open(forwards=False)
             stack.callback(self._tracker.close)
             self._stack = stack.pop_all()
@@ -172,16 +176,36 @@ class CompiledRecorder(Recorder):
 
     # ------------------------------------------------------------------ inside the graph
 
-    def _write(self, _module: nn.Module, args: tuple, kwargs: dict[str, Any], _output: Any) -> None:
+    def _listen(self, module: nn.Module, _args: Any) -> None:
+        assert self._tap is not None
+        compiled = torch.compiler.is_compiling()
+        if compiled:
+            self._tap.now.listening = True
+        elif not self._tracker.passes_over(module):
+            self._tap.check_strays()
+            self._tap.begin(decoding=False)
+        self._tap.now.compiled = compiled
+
+    def _write(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], _output: Any) -> None:
         """One write for all layers: a kernel or two for each would cost more than all that they copy."""
         assert self._tap is not None
-        ids = args[0] if args else kwargs.get("input_ids")
-        read = kwargs["inputs_embeds"] if ids is None else ids
+        if self._tracker.passes_over(module):
+            return
+        self._tap.now.listening = False
+        given = by_name(args, kwargs)
+        ids, cache = given.get("input_ids"), cache_in(given)
+        read = given["inputs_embeds"] if ids is None else ids
+        rows, columns = read.shape[:2]
+        past = 0 if cache is None else cache.get_seq_length() - columns
         if not torch.compiler.is_compiling():
             refuse_without_values("A CompiledRecorder", read)
-        rows, columns = read.shape[:2]
+            self._tracker.check(given, (rows, columns), int(past))
         count, places = self._buffers["count"], rows * columns
-        raw = self._tap.taken_into(places) if torch.compiler.is_compiling() else self._tap.take()
+        compiled = self._tap.now.compiled
+        raw = self._tap.taken_into(places) if compiled else self._tap.take()
+        self._tap.check(raw, places)
+        if (found := [raw["expert_id"][layer].shape[-1] for layer in self._layers]) != self._slots:
+            raise self._another_top_k(max(found), max(self._slots))
         device = count.device
         number = torch.arange(places, device=device)
         listening = self._buffers["listening"]
@@ -190,24 +214,20 @@ class CompiledRecorder(Recorder):
             layers = layers if name == "router_logits" else widened(layers, max(self._slots), 0)
             stacked = torch.stack([layers[index].to(device) for index in sorted(layers)], 1)
             self._buffers[name].index_copy_(0, where, stacked.to(self._buffers[name].dtype))
-        cache = cache_in(kwargs)
-        past = 0 if cache is None else cache.get_seq_length() - columns
         if cache is not None:
             # Keys of late layers depend on all that a row has read, so that they tell caches apart.
             keys = _last_keys(cache)[:, 0, :, :_MARK]
             ends = (torch.arange(2, device=keys.device) * columns + past - 1).clamp(min=0, max=keys.shape[1] - 1)
             marks = keys.index_select(1, ends).float().flatten(1).to(device)
             self._buffers["mark"].index_copy_(0, where, marks[number // columns])
-        column = number % columns + past
-        mask = kwargs.get("attention_mask")
-        told = torch.full_like(number, _NO_MASK)
-        if isinstance(mask, torch.Tensor) and mask.ndim == 2:
-            told = mask.to(device)[number // columns, column].long()
-        elif isinstance(mask, torch.Tensor) and mask.ndim == 4:
-            own = mask.expand(rows, -1, -1, -1).to(device)[number // columns, 0, number % columns, column]
-            told = (own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2).long()
-        token = torch.full_like(number, -1) if ids is None else ids.reshape(-1).to(device)
-        place = [token, count[1].expand(places), number // columns, column, told]
+        mask, positions = given.get("attention_mask"), given.get("position_ids")
+        token, position = (torch.tensor(-1) if part is None else part for part in (ids, positions))
+        seen = Seen(*torch.tensor([_NO_MASK, 0, 0, 0]))
+        if mask is not None:
+            seen = (seen_by if mask.ndim == 4 else seen_by_columns)(mask, past, columns)
+        row = torch.arange(rows, device=device)[:, None]
+        placed = (token, count[1], row, past + torch.arange(columns, device=device), position, *seen)
+        place = [part.to(device).long().expand(rows, columns).reshape(-1) for part in placed]
         self._buffers["place"].index_copy_(0, where, torch.stack(place, 1))
         self._buffers["count"].add_(torch.where(torch.arange(2, device=device) == 0, places, 1) * listening)
 
@@ -230,11 +250,12 @@ class CompiledRecorder(Recorder):
                 argument="tokens",
                 value=n,
             )
-        place = dict(zip(_PLACE, self._buffers["place"][:n].cpu().unbind(1), strict=True))
-        routing = {name: buffer[:n].cpu() for name, buffer in self._buffers.items() if name not in _NOT_ROUTING}
+        read_now = {name: buffer[:n].to("cpu", copy=True) for name, buffer in self._buffers.items()}
+        place = dict(zip(_PLACE, read_now["place"].unbind(1), strict=True))
+        mark, routing = read_now["mark"], {name: read_now[name] for name in read_now if name not in _NOT_ROUTING}
         self._buffers["count"].zero_()
         _, sizes = place["forward"].unique_consecutive(return_counts=True)
-        mark, generation = self._buffers["mark"][:n].cpu(), self._tracker.running
+        generation = self._tracker.running
         start = 0
         shapes = []
         for size in sizes.tolist():
@@ -251,9 +272,14 @@ class CompiledRecorder(Recorder):
             step = read - prompt if generation is not None and read >= prompt else None
             read += shape[1]
             past, marks = int(place["column"][part][0]), mark[part].reshape(*shape, 2, _MARK)[:, 0]
-            mask = None if place["mask"][part][0] == _NO_MASK else place["mask"][part].reshape(shape)
-            ids = None if place["token_id"][part][0] < 0 else place["token_id"][part].reshape(shape)
+            told = {name: place[name][part].reshape(shape) for name in ("token_id", "position", *Seen._fields)}
+            ids, position = (None if told[name][0, 0] < 0 else told[name] for name in ("token_id", "position"))
+            mask = None if told["own"][0, 0] == _NO_MASK else told["own"]
             call = self._tracker.follow(ids, mask, shape, past, step=step, batch=self._continued(past, marks[:, 0]))
+            call.positions = position
+            if mask is not None:
+                call.mask, call.masked_by_caller = None, generation is None
+                call.seen = Seen(*(told[name] for name in Seen._fields))
             self._marks[call.batch] = marks[:, 1]
             call.raw = self._by_layer(routing, part)
             if self._tap is not None:
@@ -291,9 +317,18 @@ class CompiledRecorder(Recorder):
 
 def _last_keys(cache: Any) -> torch.Tensor:
     """[row, head, token, width] of the last layer that keeps all tokens; of the last with a window where none does."""
-    with_keys = [layer for layer in cache.layers if isinstance(getattr(layer, "keys", None), torch.Tensor)]
+    with_keys = [
+        layer for layer in getattr(cache, "layers", ()) if isinstance(getattr(layer, "keys", None), torch.Tensor)
+    ]
     attending = [layer for layer in with_keys if layer.keys.numel()]
     whole = [layer for layer in attending if getattr(layer, "sliding_window", None) is None]
+    if not attending:
+        raise RecordingError(
+            f"A CompiledRecorder cannot follow a cache of type {type(cache).__name__}, whose keys it does not find. "
+            "Use a Recorder, or a dynamic or static cache.",
+            argument="past_key_values",
+            value=type(cache).__name__,
+        )
     return (whole or attending)[-1].keys
 
 

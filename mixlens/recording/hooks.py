@@ -15,9 +15,10 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
-from mixlens.errors import BadInput, ModelError, visible
+from mixlens.errors import BadInput, ModelError, RecordingError, visible
 from mixlens.interventions.activations import Replaced, replaced_in, see_site
 from mixlens.interventions.hooks import weights_are_given
+from mixlens.interventions.transforms import recomputing
 from mixlens.models.layout import (
     MoeLayer,
     config_of,
@@ -43,6 +44,7 @@ class _State:
     def __init__(self) -> None:
         self.listening = False
         self.decoding = False
+        self.compiled = False
         self.raw: Raw = {}
 
 
@@ -57,8 +59,8 @@ class Tap:
     during backward finds the tap not listening. Hooks are gone after `close`, whatever happened.
 
     threads  whether each thread has a forward of its own; compiled code cannot tell threads apart
-    into     {name: {layer: tensor [n, ...]}}, into whose first rows compiled code copies, for `taken_into`: a region
-             that is compiled once for all layers may write to what it was given, and can keep no reference
+    into     {name: {layer: tensor [n, ...]}}, into whose first rows a compiled forward copies, for `taken_into`: a
+             region that is compiled once for all layers may write to what it was given, and can keep no reference
     """
 
     def __init__(self, model: nn.Module, signals: Signals, *, threads: bool = True, into: Raw | None = None) -> None:
@@ -70,7 +72,11 @@ class Tap:
         self.n_experts = n_experts(model)
         self._normed = all(isinstance(layer.gate, MixtralTopKRouter) for layer in layers)
         self._unordered = {layer.index for layer in layers if not layer.family.ordered}
+        self._wanted = {"expert_id": [layer.index for layer in layers]}
+        self._wanted |= {site.name: list(site.layers or ()) for site in signals.sites}
         self._watching = threads
+        self._handles: list[Any] = []
+        self._strays: dict[int, set[int]] = {}  # layers that ran outside a forward, by thread
         self._seen: dict[int, tuple[torch.Tensor, ...]] = {}
         if expert_sites := [site.name for site in signals.sites if site.name in EXPERT_SITES]:
             refuse_sharded(model, f"record {', '.join(expert_sites)}")
@@ -119,6 +125,46 @@ class Tap:
                     raw[name][index] = values.gather(1, at)
         return raw
 
+    def check(self, raw: Raw, tokens: int) -> None:
+        """Raises RecordingError unless every hook that `raw` is of has seen so many tokens, once."""
+        for name, layers in self._wanted.items():
+            found = raw.get(name, {})
+            if missing := sorted(set(layers) - set(found)):
+                raise RecordingError(
+                    f"Cannot record {name} in layers {missing}: their modules ran without their hooks, or not at all. "
+                    "They were replaced, or run by code that was compiled before; enter the Recorder after that.",
+                    argument=name,
+                    value=missing,
+                )
+            partly = {layer for layer in layers if not found[layer].numel()}
+            if name == "expert_id":
+                partly |= {layer for layer in layers if len(found[layer]) != tokens}
+            if partly:
+                raise RecordingError(
+                    f"Cannot record {name} in layers {sorted(partly)}: their modules ran on a part of the tokens, or "
+                    "several times in one forward. Let every layer read all tokens at once.",
+                    argument=name,
+                    value=sorted(partly),
+                )
+
+    def check_strays(self) -> None:
+        """Raises RecordingError where layers ran, and no forward of the decoder called them."""
+        strays = {layer for thread in list(self._strays) for layer in self._strays.pop(thread, ())}
+        if strays:
+            raise RecordingError(
+                f"Cannot record what layers {sorted(strays)} read outside a forward: their own forward was called, or "
+                "that of the decoder as decoder.forward(). Call the model or its decoder itself inside the block.",
+                argument="layers",
+                value=sorted(strays),
+            )
+
+    def begin(self, *, decoding: bool) -> None:
+        """Listen to a forward, after all hooks that may change what the modules put out."""
+        self.now.raw = {}  # of a forward that failed half-way
+        for handle in self._handles:
+            handle.hooks_dict_ref().move_to_end(handle.id)
+        self.now.listening, self.now.decoding = True, decoding
+
     @property
     def sums_to_one(self) -> bool:
         """Whether the weights of a token's experts do, with the edits now in force: then the last need not be kept."""
@@ -148,20 +194,28 @@ class Tap:
         self.now.raw = {}
 
     def _hook(self, handle: Any) -> None:
+        self._handles.append(handle)
         self._stack.callback(handle.remove)
 
     def _keep(self, name: str, index: int, value: torch.Tensor) -> None:
-        if self._into is not None and torch.compiler.is_compiling():
+        if self._into is not None and self.now.compiled:
             self._into[name][index][: len(value)].copy_(value.detach())
         elif self.now.listening:
-            self.now.raw.setdefault(name, {})[index] = value.detach()
+            layers = self.now.raw.setdefault(name, {})
+            layers[index] = value[:0] if index in layers else value.detach()  # `check` refuses the former
 
     def _on_gate(self, layer: MoeLayer) -> Callable[..., None]:
         index = layer.index
 
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+        def hook(module: nn.Module, _args: Any, output: Any) -> None:
+            if module is not layer.gate:  # of a copy of the model
+                return
+            if not self.now.listening:
+                if not recomputing():
+                    self._strays.setdefault(threading.get_ident(), set()).add(index)
+                return
             logits, weights, ids = layer.read(output)
-            if self._watching and index not in self._seen and self.now.listening:
+            if self._watching and index not in self._seen:
                 self._seen[index] = (logits.detach(), weights.detach(), ids)
             self._keep("expert_id", index, ids)
             self._keep("weight", index, weights)

@@ -105,8 +105,7 @@ class Reader:
         decoder, device, cache = decoder_of(self.model), input_device(self.model), None
         for offset in range(0, longest, self.batch_tokens):
             ids = padded[:, offset : offset + self.batch_tokens]
-            self._tap.take()
-            self._tap.now.listening = True
+            self._tap.begin(decoding=False)
             try:
                 output = decoder(
                     input_ids=torch.from_numpy(ids).to(device),
@@ -115,8 +114,9 @@ class Reader:
                 )
             finally:
                 self._tap.now.listening = False
-            cache = getattr(output, CACHE)
-            yield offset, ids, self._tap.take(), output.last_hidden_state.flatten(0, 1)
+            cache, raw = getattr(output, CACHE), self._tap.take()
+            self._tap.check(raw, ids.size)
+            yield offset, ids, raw, output.last_hidden_state.flatten(0, 1)
 
     def _score(
         self,

@@ -96,6 +96,7 @@ class Recorder:
         self._columns: dict[str, list[np.ndarray]] = {}
         self._sites: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
         self._n_recorded = 0
+        self._about: dict[str, Any] = {}  # the model as it was entered; a later cast is none of these tokens' matter
         self._edits: dict[str, None] = {}
         self._choices: list[int] = []  # experts that a token of each layer chooses
         self._left_out: list[LeftOut] = []
@@ -103,9 +104,13 @@ class Recorder:
 
     # ------------------------------------------------------------------ in and out
 
+    def __deepcopy__(self, _memo: dict[int, Any]) -> Recorder:
+        return self  # the hooks of a copied model lead to it, and it passes over that model
+
     def __enter__(self) -> Recorder:
         with ExitStack() as stack:
             stack.enter_context(eagerly())
+            self._about = describe(self.model)
             self._tap = Tap(self.model, self.signals)
             stack.callback(self._tap.close)
             self._tracker.open()
@@ -119,7 +124,9 @@ class Recorder:
         self._stack.close()
         if exception[0] is None:
             self._flush(whole=True)
-            self._tracker.check()
+            self._tracker.check_threads()
+            if self._tap is not None:
+                self._tap.check_strays()
 
     def trace(self, sequences: pd.DataFrame | None = None) -> Trace:
         """Return what was recorded so far.
@@ -157,7 +164,7 @@ class Recorder:
         meta = {
             "source": "recorder",
             "created": now(),
-            "model": describe(self.model),
+            "model": self._about,
             "versions": versions(*PACKAGES),
             "settings": {"signals": self.signals.plan(), **({"edits": list(self._edits)} if self._edits else {})},
             "n_experts": n_experts(self.model),
@@ -228,13 +235,13 @@ class Recorder:
         assert self._tap is not None
         self._edits |= dict.fromkeys(edits_of(self.model))
         call.packed = self._tap.sums_to_one  # now, since its tokens may be sorted out after an edit has ended
-        self._tap.take()  # of a forward that failed half-way
+        self._tap.check_strays()
         if call.ids is None or call.ids.device.type == "cpu":  # elsewhere this would wait for the device
             call.placed = self._tracker.place(call)
-        self._tap.now.listening, self._tap.now.decoding = True, call.generation is not None and call.going_on
+        self._tap.begin(decoding=call.generation is not None and call.going_on)
 
-    def _on_logits(self, _module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-        call = self._latest.pop(threading.get_ident(), None)
+    def _on_logits(self, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+        call = self._latest.pop(threading.get_ident(), None) if module is self.model.lm_head else None
         if call is not None:
             call.head_input, call.logits = args[0].detach() if args else None, output.detach()
 
@@ -242,7 +249,12 @@ class Recorder:
         assert self._tap is not None
         self._tap.now.listening = False
         call.raw = self._tap.take()
-        self._check_fired(call)
+        try:
+            self._tap.check(call.raw, call.shape[0] * call.shape[1])
+            self._check_choices(call)
+        except RecordingError:
+            call.batch.failed = True
+            raise
         with self._lock:
             # Before this call is added: the logits of this thread's call before have arrived by now, or never will.
             self._latest.pop(threading.get_ident(), None)
@@ -252,30 +264,20 @@ class Recorder:
                 self._latest[threading.get_ident()] = call
             self._pending.append(call)
 
-    def _check_fired(self, call: Call) -> None:
-        """Raises RecordingError for a module that ran without its hook, and for another top-k than before."""
-        wanted = {"expert_id": self._layers} | {site.name: site.layers or () for site in self.signals.sites}
-        for name, layers in wanted.items():
-            missing = sorted(set(layers) - set(call.raw.get(name, {})))
-            if missing:
-                call.batch.failed = True
-                raise RecordingError(
-                    f"A Recorder did not see {name} in layers {missing}: their modules ran without their hooks, or not "
-                    "at all. They were replaced, or run by code that was compiled before; enter the Recorder after "
-                    "that.",
-                    argument=name,
-                    value=missing,
-                )
+    def _check_choices(self, call: Call) -> None:
+        """Raises RecordingError for another top-k than before."""
         choices = [call.raw["expert_id"][layer].shape[-1] for layer in self._layers]
         self._choices = self._choices or choices
         if choices != self._choices:
-            call.batch.failed = True
-            raise RecordingError(
-                f"A Recorder saw a forward whose tokens choose {max(choices)} experts, after others that chose "
-                f"{max(self._choices)}. Record forwards of different top-k in Recorders of their own.",
-                argument="top_k",
-                value=max(choices),
-            )
+            raise self._another_top_k(max(choices), max(self._choices))
+
+    def _another_top_k(self, found: int, before: int) -> RecordingError:
+        return RecordingError(
+            f"A {type(self).__name__} saw a forward whose tokens choose {found} experts, after others that chose "
+            f"{before}. Record forwards of different top-k in Recorders of their own.",
+            argument="top_k",
+            value=found,
+        )
 
     # ------------------------------------------------------------------ sorting tokens out
 

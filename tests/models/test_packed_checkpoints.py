@@ -10,6 +10,7 @@ import torch
 from helpers.refusals import refused
 from safetensors.torch import load_file, save_file
 from tiny import tiny_mixtral
+from transformers import GptOssConfig, GptOssForCausalLM
 
 import mixlens as ml
 from mixlens.errors import ModelError
@@ -289,3 +290,46 @@ def test_bits_of_a_module_that_the_config_does_not_say_are_refused():
     form = packed_format("x", {"quant_method": "gptq", "bits": 8, "checkpoint_format": "gptq_v2"}, list(tensors))
     with refused(ModelError, "linear"):
         form.read("linear", tensors.__getitem__)
+
+
+FP4 = (0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6)
+
+
+@torch.no_grad()
+def test_gpt_oss_in_mxfp4_is_the_model_it_means(tmp_path):
+    """Two numbers of four bits a byte, the first in the lower half; every 32 share a power of two."""
+    rng = np.random.default_rng(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 32, "head_dim": 16, "vocab_size": 128, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    torch.manual_seed(0)
+    meant = GptOssForCausalLM(GptOssConfig(**sizes, **heads, pad_token_id=0)).eval()
+    meant.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for key in [key for key in tensors if key.endswith("_proj") and ".experts." in key]:
+        experts, inputs, rows = tensors.pop(key).shape
+        code = rng.integers(0, 16, (experts, rows, inputs // 32, 32))
+        scale = rng.integers(120, 126, (experts, rows, inputs // 32))
+        weight = (np.array(FP4)[code] * 2.0 ** (scale[..., None] - 127)).reshape(experts, rows, inputs)
+        module, _, name = key.rpartition(".")
+        getattr(meant.get_submodule(module), name).data = torch.tensor(weight, dtype=torch.float32).mT.contiguous()
+        tensors[f"{key}_blocks"] = torch.from_numpy((code[..., ::2] | code[..., 1::2] << 4).astype(np.uint8))
+        tensors[f"{key}_scales"] = torch.from_numpy(scale.astype(np.uint8))
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    relabel(tmp_path, {"quant_method": "mxfp4"})
+    model = ml.load(tmp_path, device_map="cpu", verbose=False, dtype="float32", experts="eager")
+    meant.set_experts_implementation("eager")
+    assert ml.audit(model).label in ("float32", "experts bfloat16, attention float32")
+    torch.testing.assert_close(model(IDS).logits.float(), meant(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("quantization", [None, "int8wo"])
+@pytest.mark.parametrize("parts", ["weight_scale", "weight_scale_inv", "qweight"])
+def test_scales_of_which_the_config_says_nothing_are_refused(tmp_path, quantization, parts):
+    tiny_mixtral().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    key = "model.layers.1.self_attn.q_proj"
+    tensors[f"{key}.weight"] = tensors[f"{key}.weight"].to(torch.float8_e4m3fn)
+    tensors[f"{key}.{parts}"] = torch.full((1,), 0.5)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with refused(ModelError, "quantization", [f"{key}.{parts}"]):
+        ml.load(tmp_path, device_map="cpu", quantization=quantization, verbose=False)

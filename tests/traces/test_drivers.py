@@ -245,13 +245,6 @@ def test_documents_packed_into_a_row_are_sequences_of_their_own(model, how):
     assert np.isnan(trace.read("logprob")[[0, 5, 22]]).all()
 
 
-def test_a_packed_row_whose_documents_see_one_another_is_refused(model):
-    rows = texts(5, 9)
-    places = torch.cat([torch.arange(len(row)) for row in rows])[None]
-    with torch.no_grad(), refused(RecordingError, "position_ids"), ml.Recorder(model):
-        model(torch.cat(rows)[None], position_ids=places)
-
-
 def test_a_mask_that_forgets_the_padding_it_began_with_is_refused(model):
     batch, cache = left_padded(texts(3, 6)), DynamicCache(config=model.config)
     with torch.no_grad(), refused(RecordingError, "attention_mask"), ml.Recorder(model):
@@ -389,28 +382,6 @@ def test_adapters_on_experts_and_routers_are_recorded_as_the_merged_model(model,
     np.testing.assert_allclose(
         found.activations("expert_out").values, expected.activations("expert_out").values, atol=1e-4
     )
-
-
-def test_a_folder_recorded_under_one_adapter_is_not_taken_for_another(model, tmp_path):
-    def lora():
-        return LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj"], task_type="CAUSAL_LM")
-
-    adapted = get_peft_model(model, lora(), adapter_name="legal")
-    adapted.add_adapter("medical", lora())
-    adapted.set_adapter("legal")
-    ml.record(adapted, ["some text"], tokenizer=Letters(), settings=QUIET, out=tmp_path / "run")
-    adapted.set_adapter("medical")
-    with refused(ml.errors.RunError, "out"):
-        ml.record(adapted, ["some text"], tokenizer=Letters(), settings=QUIET, out=tmp_path / "run")
-
-
-def test_a_folder_recorded_with_other_weights_is_not_taken_for_this_models(model, tmp_path):
-    ml.record(model, ["some text"], tokenizer=Letters(), settings=QUIET, out=tmp_path / "run")
-    with torch.no_grad():
-        rows = model.model.layers[1].self_attn.q_proj.weight
-        rows[0], rows[1] = rows[1].clone(), rows[0].clone()
-    with refused(ml.errors.RunError, "out"):
-        ml.record(model, ["some text"], tokenizer=Letters(), settings=QUIET, out=tmp_path / "run")
 
 
 def test_routing_by_another_rule_is_recorded():
