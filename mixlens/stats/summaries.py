@@ -113,8 +113,8 @@ def summarise(
     nulls = np.broadcast_to(null, estimate.shape[1:])
 
     def test(place: tuple[int, ...]) -> np.ndarray:
-        numbers = (array[place] for array in (estimate, low, high))
-        return p_against(*numbers, nulls[place[1]], behind[place], bootstrap.level, skew[place])
+        interval, units = (low[place], high[place]), behind[place]
+        return p_against(estimate[place], *interval, nulls[place[1]], units, bootstrap.level, skew[place])
 
     tested = in_threads(test, np.ndindex(estimate.shape[:2]))
     p = np.stack(tested).reshape(estimate.shape) if tested else np.empty_like(estimate)
