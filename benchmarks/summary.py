@@ -20,6 +20,8 @@ def main() -> None:
         "recording": recording,
         "memory": memory,
         "computing": computing,
+        "caching": caching,
+        "watching": watching,
         "importing": importing,
         "generating": generating,
         "viewing": viewing,
@@ -121,6 +123,25 @@ def computing(result: dict[str, Any]) -> Iterator[str]:
     for name, times in result["results"]["pandas_on_small"].items():
         same = "yes" if times["same"] else "no"
         yield f"| {name} | {times['mixlens_s']:.2f} | {times['pandas_s']:.2f} | {same} |"
+
+
+def caching(result: dict[str, Any]) -> Iterator[str]:
+    settings = result["settings"]
+    yield "{tokens:,} tokens, {layers} layers, top-{top_k} of {experts}, {sizes} sizes at once.\n".format(**settings)
+    yield "| policy | s | processor, s | peak, MiB |\n|---|---|---|---|"
+    for name, r in result["results"].items():
+        yield f"| {name} | {r['s']:.1f} | {r['cpu_s']:.1f} | {r['peak_bytes'] / 2**20:,.0f} |"
+
+
+def watching(result: dict[str, Any]) -> Iterator[str]:
+    r, probe, every = result["check_against_training_step"], result["probe"], result["every"]
+    call = result["call_without_a_check_s"]
+    of = f"a probe of {probe['documents']} x {probe['columns']} tokens, every {every} steps"
+    yield f"A check of {of}; {call * 1e6:.1f} µs at a step without one.\n"
+    yield "| a check against a training step | 95 % interval | step, s | pairs | of the training time |"
+    yield "|---|---|---|---|---|"
+    interval = f"{r['ci_low']:.3f} to {r['ci_high']:.3f}"
+    yield f"| {r['ratio']:.3f} | {interval} | {r['bare_s']:.2f} | {r['pairs']} | {r['ratio'] / every:.2%} |"
 
 
 def importing(result: dict[str, Any]) -> Iterator[str]:

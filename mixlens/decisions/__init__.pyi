@@ -1,5 +1,6 @@
 from mixlens.decisions.bits import allocate_bits as allocate_bits
 from mixlens.decisions.caches import cache as cache
+from mixlens.decisions.caches import save_fixed_set as save_fixed_set
 from mixlens.decisions.checkpoint import save as save
 from mixlens.decisions.distinct import decode_time as decode_time
 from mixlens.decisions.distinct import distinct_experts as distinct_experts

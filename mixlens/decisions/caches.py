@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import xarray as xr
 
 from mixlens.core.bootstrap import Bootstrap
+from mixlens.core.files import write_file
 from mixlens.core.intervals import Difference, Mean, Quantity, Share, leaving_out, said
-from mixlens.decisions.verdict import DECISION, Documents, bounded, check_positive, judged
+from mixlens.decisions.verdict import DECISION, Documents, bounded, check_found, check_positive, judged
 from mixlens.errors import BadInput, MissingSignal
 from mixlens.stats import cache_replay
 from mixlens.stats.inputs import clustered, require
@@ -159,6 +163,60 @@ def cache(
         judged_on=int(judging.sum()), interval=said(per_slots | {"by_layer": by_layer}), **about,
         **({"predicted": "tokens_per_s"} if "tokens_per_s" in data else {}),
     )  # fmt: skip
+
+
+def save_fixed_set(found: xr.Dataset, path: str | os.PathLike[str], *, slots: int) -> Path:
+    """Write the fixed set as the activation counts by which KTransformers chooses the experts that stay on the GPU.
+
+    The set's experts count 1 and all others 0, so that KTransformers, which keeps the highest counts of all layers
+    together, keeps the set that was judged: ``sglang.launch_server --kt-expert-placement-strategy frequency
+    --init-expert-location PATH --kt-num-gpu-experts SLOTS``. The trace has to have all layers with experts.
+
+    Parameters
+    ----------
+    found : xarray.Dataset
+        From `cache`.
+    path : str or os.PathLike
+        The file, ending in .pt, as KTransformers asks.
+    slots : int
+        Experts of a layer.
+
+    Returns
+    -------
+    pathlib.Path
+
+    Raises
+    ------
+    BadInput
+        If `found` is no cache or has no such size, or for another ending.
+
+    Examples
+    --------
+    >>> found = ml.decisions.cache(trace, policy="fixed")
+    >>> ml.decisions.save_fixed_set(found, tmp / "on_gpu.pt", slots=4).name
+    'on_gpu.pt'
+    """
+    import torch
+
+    check_found(found, "cache")
+    if slots not in (known := found["slots"].values.tolist()):
+        raise BadInput(
+            f"Cannot save a fixed set of {slots!r} experts: the result has {known}. Pass one of these.",
+            argument="slots",
+            value=slots,
+        )
+    if Path(path).suffix != ".pt":
+        raise BadInput(
+            f"Cannot save a fixed set as {Path(path).name}: KTransformers reads counts from .pt alone. Name it so.",
+            argument="path",
+            value=str(path),
+        )
+    layers = found["layer"].values.tolist()
+    counts = torch.zeros(1, max(layers) + 1, found.sizes["expert"], dtype=torch.int32)
+    counts[0, layers] = torch.from_numpy(found["kept"].sel(slots=slots).values.astype(np.int32))
+    content = io.BytesIO()
+    torch.save({"logical_count": counts}, content)
+    return write_file(path, content.getvalue())
 
 
 def _tallied(

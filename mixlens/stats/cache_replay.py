@@ -28,38 +28,27 @@ def filled(
 
     ids  [token, layer, slot]
     """
-
-    sequence, token = np.unique(first, return_inverse=True)[1], np.arange(len(ids))
-
-    def used_before(layer: int) -> np.ndarray:
-        first_use = np.full((int(sequence.max(initial=-1)) + 1) * n_experts, len(ids))
-        code = sequence[:, None] * n_experts + ids[:, layer]
-        first_use[code[::-1].ravel()] = np.repeat(token[::-1], ids.shape[2])  # of several the last one written stays
-        used = np.cumsum(np.bincount(first_use, minlength=len(ids) + 1))[:-1]
-        before = np.append(0, used[:-1])
-        return (before - before[first]).astype(np.uint16)
-
-    seen = np.stack([used_before(layer) for layer in range(ids.shape[1])])
-    room = np.asarray(sizes)[:, None]
+    seen, room = _used_before(ids, first, n_experts), np.asarray(sizes)[:, None]
     if pooled:
         whole = seen.sum(0, dtype=np.int64) >= room * len(seen)
         return lambda layer: whole
     return lambda layer: seen[layer] >= room
 
 
-def lru(ids: np.ndarray, first: np.ndarray, n_experts: int, sizes: Sequence[int]) -> np.ndarray:
+def lru(ids: np.ndarray, first: np.ndarray, n_experts: int, sizes: Sequence[int] | np.ndarray) -> np.ndarray:
     """The least recently used leaves. One pass serves all sizes: an expert is held by those above its stack distance,
-    the number of experts used since it was (Mattson et al. 1970).
+    the number of experts used since it was (Mattson et al. 1970). Sizes may differ by sequence [size, token].
     """
     found = np.zeros((len(sizes), len(ids)), np.uint8)
+    room = np.broadcast_to(np.asarray(sizes).reshape(len(sizes), -1), found.shape)
     for part, last in _last_uses(ids, first, n_experts):
         for chosen in ids[part].T:
             own = last[chosen, np.arange(len(chosen))]
             distance = np.where(own > 0, 0, n_experts).astype(np.int32)
             for other in last:
                 distance += other > own
-            for row, size in zip(found, sizes, strict=True):
-                row[part] += distance < size
+            for row, size in zip(found, room, strict=True):
+                row[part] += distance < size[part]
     return found
 
 
@@ -121,35 +110,38 @@ def least_stale(ids: np.ndarray, first: np.ndarray, n_experts: int, sizes: Seque
     """One pool of size x layers for all layers, whose order is known: what leaves is first an expert that this token
     did not use, of those one of the layer whose turn comes last, and of those the least recently used.
 
-    After Least-Stale (Hoang et al. 2026, arXiv:2602.03921).
+    After Least-Stale (Hoang et al. 2026, arXiv:2602.03921). The turn of the layer at hand comes last, and it holds as
+    many experts as a token uses, so that what leaves is always its own: a layer keeps the places that it had when the
+    pool was full, and is an lru of that size.
     """
-    n_layers = ids.shape[1]
-    found = np.zeros((len(sizes), len(ids), n_layers), np.uint8)
-    room = np.asarray(sizes)[:, None] * n_layers
-    layer = np.repeat(np.arange(n_layers), n_experts)
-    for starts, lengths in _together(first, len(sizes) * n_layers * n_experts):
-        held = np.zeros((len(sizes), len(starts), n_layers * n_experts), bool)
-        last = np.zeros(held.shape[1:], np.int64)
-        for step, active in enumerate(_active(lengths)):
-            tokens = starts[:active] + step
-            rows = np.arange(len(tokens))[:, None]
-            for here in range(n_layers):
-                chosen = ids[tokens, here] + here * n_experts
-                found[:, tokens, here] = held[:, rows, chosen].sum(-1)
-                held[:, rows, chosen] = True
-                last[rows, chosen] = step + 1
-                over = held[:, : len(tokens)].sum(-1) - room
-                if not (over > 0).any():
-                    continue
-                used = last[: len(tokens)]
-                turn = (layer - here - 1) % n_layers
-                leaves = (used <= step) * 2 * n_layers * (step + 2) + turn * (step + 2) + step + 1 - used
-                leaves[rows, chosen] = -1
-                while (leaving := over > 0).any():
-                    victim = np.where(held[:, : len(tokens)], leaves, -2).argmax(-1)
-                    held[(*np.nonzero(leaving), victim[leaving])] = False
-                    over -= leaving
-    return found
+    n_layers, k = ids.shape[1:]
+    seen = _used_before(ids, first, n_experts)
+    pool = seen.sum(0, dtype=np.int64)
+    starts, sequence = np.unique(first, return_inverse=True)
+    places = np.zeros((len(sizes), n_layers, len(starts)), np.int64)
+    for of_size, size in zip(places, sizes, strict=True):
+        last = starts + np.add.reduceat(pool < size * n_layers, starts, dtype=np.int64) - 1  # finds room in the pool
+        after = np.minimum(last + 1, len(ids) - 1)
+        new = np.where(first[after] == first[last], seen[:, after] - seen[:, last], k).astype(np.int64)
+        room = size * n_layers - pool[last] - (np.cumsum(new, axis=0) - new)
+        of_size[:] = np.minimum(seen[:, last] + np.clip(room, 0, new), n_experts)
+    each = [lru(ids[:, i], first, n_experts, places[:, i][:, sequence]) for i in range(n_layers)]
+    return np.stack(each, axis=-1)
+
+
+def _used_before(ids: np.ndarray, first: np.ndarray, n_experts: int) -> np.ndarray:
+    """How many experts of a layer the sequence used before each token, uint16 [layer, token]."""
+    sequence, token = np.unique(first, return_inverse=True)[1], np.arange(len(ids))
+
+    def of_layer(layer: int) -> np.ndarray:
+        first_use = np.full((int(sequence.max(initial=-1)) + 1) * n_experts, len(ids))
+        code = sequence[:, None] * n_experts + ids[:, layer]
+        first_use[code[::-1].ravel()] = np.repeat(token[::-1], ids.shape[2])  # of several the last one written stays
+        used = np.cumsum(np.bincount(first_use, minlength=len(ids) + 1))[:-1]
+        before = np.append(0, used[:-1])
+        return (before - before[first]).astype(np.uint16)
+
+    return np.stack([of_layer(layer) for layer in range(ids.shape[1])])
 
 
 def _last_uses(ids: np.ndarray, first: np.ndarray, n_experts: int) -> Iterator[tuple[slice, np.ndarray]]:

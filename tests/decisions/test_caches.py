@@ -6,6 +6,7 @@ from functools import cache as remembered
 
 import numpy as np
 import pytest
+import torch
 from helpers.traces import made, made_traces
 from hypothesis import given
 from hypothesis import strategies as st
@@ -115,22 +116,26 @@ def test_a_long_sequence_is_read_in_parts(monkeypatch):
     assert best.equals(ml.decisions.cache(case.trace, policy="optimum"))
 
 
-def test_lru_and_lfu_equal_libcachesim():
+def test_lru_lfu_and_the_optimum_equal_libcachesim():
     simulator = pytest.importorskip("libcachesim", reason="libcachesim is not installed")
     case = made([1500], layers=(0,), top_k=1)
     stream = case.expert_id[:, 0, 0].tolist()
-    for policy, theirs in {"lru": simulator.LRU, "lfu": simulator.LFU}.items():
+    after = [stream.index(e, at + 1) if e in stream[at + 1 :] else 2**62 for at, e in enumerate(stream)]
+    for policy, theirs in {"lru": simulator.LRU, "lfu": simulator.LFU, "optimum": simulator.Belady}.items():
         for size in range(1, 9):
             cached = theirs(cache_size=size)
-            requests = (simulator.Request(obj_id=e + 1, obj_size=1) for e in stream)
+            requests = (
+                simulator.Request(obj_id=e + 1, obj_size=1, next_access_vtime=then)
+                for e, then in zip(stream, after, strict=True)
+            )
             assert hits_of(ml.decisions.cache(case.trace, slots=size, policy=policy), case) == [
                 sum(bool(cached.get(request)) for request in requests)
             ]
 
 
-def test_least_stale_equals_a_pool_of_pairs():
-    case = made([40, 25], layers=(0, 1, 2), seed=3)
-    size, n_layers = 4, len(case.layers)
+@given(st.integers(0, 2**16), st.integers(2, 8), st.integers(1, 3), st.integers(1, 4))
+def test_least_stale_equals_a_pool_of_pairs(seed, size, top_k, n_layers):
+    case = made([20, 1, 13], layers=range(n_layers), top_k=min(top_k, size), seed=seed)
     hits = 0
     for number in range(len(case.sequences)):
         pool, used = set(), {}
@@ -139,11 +144,11 @@ def test_least_stale_equals_a_pool_of_pairs():
                 asked = {(here, e) for e in experts}
                 hits += len(asked & pool)
                 pool |= asked
-                used |= dict.fromkeys(asked, at)
+                used |= {(here, e): (at, slot) for slot, e in enumerate(experts)}
                 while len(pool) > size * n_layers:
                     pool.remove(max(
                         pool - asked,
-                        key=lambda one: (used[one] < at, (one[0] - here - 1) % n_layers, -used[one], -one[0], -one[1]),
+                        key=lambda one: (used[one][0] < at, (one[0] - here - 1) % n_layers, *(-n for n in used[one])),
                     ))  # fmt: skip
     assert hits_of(ml.decisions.cache(case.trace, slots=size, policy="least-stale"), case) == [hits]
 
@@ -182,6 +187,24 @@ def test_the_gain_counts_tokens_that_find_the_cache_filled():
                 held = [*(one for one in held if one != e), e]
             held = held[-4:]
     assert found.attrs["gain"] == pytest.approx(ahead / counted)
+
+
+def test_the_experts_with_the_highest_counts_that_are_saved_are_the_fixed_set(tmp_path):
+    case = made([30] * 8, layers=(1, 3), documents=[f"d{i}" for i in range(8)], seed=5)
+    found = ml.decisions.cache(case.trace, policy="fixed")
+    saved = ml.decisions.save_fixed_set(found, tmp_path / "on_gpu.pt", slots=3)
+    counts = torch.load(saved, weights_only=True)["logical_count"].sum(0)  # as KTransformers reads them
+    on_gpu = torch.zeros(4 * 8, dtype=torch.bool)
+    on_gpu[counts.flatten().topk(2 * 3).indices] = True
+    assert np.array_equal(on_gpu.reshape(4, 8)[[1, 3]], found["kept"].sel(slots=3))
+    for asked, argument in (
+        ((found, "set.json", 3), "path"),
+        ((found, "set.pt", 9), "slots"),
+        ((3, "set.pt", 3), "found"),
+    ):
+        with pytest.raises(ml.BadInput) as refused:
+            ml.decisions.save_fixed_set(asked[0], tmp_path / asked[1], slots=asked[2])
+        assert refused.value.argument == argument
 
 
 def test_bytes_and_tokens_per_second_follow_from_loads():
