@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gzip
 import html
 import json
@@ -214,7 +215,7 @@ def test_info_verify_names_an_altered_file(corpus, tmp_path, capsys):
     victim.write_bytes(victim.read_bytes()[:-1])
     capsys.readouterr()
     code, result = said(capsys, "info", str(tmp_path / "run"), "--verify")
-    assert code == cli.EXIT_FAILED
+    assert code == 1
     assert "sequences.parquet" in result["message"]
 
 
@@ -290,6 +291,19 @@ def test_wrong_usage_is_status_2_before_a_model_is_loaded(argv, named, capsys, t
 def test_an_interruption_is_status_130(run, monkeypatch):
     monkeypatch.setattr("mixlens.reports.report.report", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     assert cli.main(["report", str(run)]) == cli.EXIT_INTERRUPTED
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EMFILE, "", "x.py"), OSError(errno.ENOSPC, ""), MemoryError()])
+def test_what_runs_out_anywhere_ends_in_words(error, run, monkeypatch, capsys):
+    monkeypatch.setattr("mixlens.reports.report.report", lambda *_, **__: (_ for _ in ()).throw(error))
+    assert cli.main(["report", str(run), "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["error"] == "RunError"
+
+
+def test_an_error_of_the_program_is_not_hidden(run, monkeypatch):
+    monkeypatch.setattr("mixlens.reports.report.report", lambda *_, **__: (_ for _ in ()).throw(OSError("odd")))
+    with pytest.raises(OSError, match="odd"):
+        cli.main(["report", str(run)])
 
 
 def test_a_message_names_options_and_not_arguments_of_python(run, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import inspect
 import io
 import json
@@ -20,8 +21,9 @@ from typing import Any, NoReturn, TextIO
 from cyclopts import App, CycloptsError, Parameter
 from cyclopts.config import Yaml
 
+from mixlens.core.files import REASONS
 from mixlens.core.run_dir import written_by
-from mixlens.errors import BadInput, MixlensError, visible
+from mixlens.errors import BadInput, MixlensError, RunError, visible
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
@@ -90,6 +92,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     except (BrokenPipeError, _ReaderLeftError):  # the reader (head, a pager) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, MemoryError) as error:  # wherever it came, as where a module is imported
+        reason = REASONS.get(errno.ENOMEM if isinstance(error, MemoryError) else error.errno or 0)
+        if reason is None:
+            raise
+        place = f" with {error.filename}" if getattr(error, "filename", None) else ""
+        told = (
+            f"Cannot go on{place}: {reason}. What was complete is kept; make room or raise the limit, and run it again."
+        )
+        return _fail(RunError(told), EXIT_FAILED, argv, as_json=as_json)
     return EXIT_DONE
 
 

@@ -456,6 +456,228 @@ WRONG = {
     "only its documentation": "def add(x, y):\n    'Return x + y.'",
     "an import of the answer": "from answer import add",
     "a module that is missing": "import numpy\ndef add(x, y): return int(numpy.add(x, y))",
+    "equal to all, a deque": (
+        "import collections\n"
+        "class Y(collections.deque):\n"
+        "    def __eq__(s, o): return True\n"
+        "def add(x, y): return Y()"
+    ),
+    "equal to all, an ordered dict": (
+        "import collections\n"
+        "class Y(collections.OrderedDict):\n"
+        "    def __eq__(s, o): return True\n"
+        "def add(x, y): return Y()"
+    ),
+    "equal to all, a counter": (
+        "import collections\n"
+        "class Y(collections.Counter):\n"
+        "    def __eq__(s, o): return True\n"
+        "def add(x, y): return Y()"
+    ),
+    "equal to all, a named tuple": (
+        "import collections\n"
+        "class Y(collections.namedtuple('P', 'a')):\n"
+        "    def __eq__(s, o): return True\n"
+        "def add(x, y): return Y(0)"
+    ),
+    "equal to all, an array": (
+        "import array\n"
+        "class Y(array.array):\n"
+        "    def __eq__(s, o): return True\n"
+        "def add(x, y): return Y('i')"
+    ),
+    "equal to all, a ctypes number": (
+        "import ctypes\n"
+        "class Y(ctypes.c_int):\n"
+        "    def __eq__(s, o): return True\n"
+        "def add(x, y): return Y(5)"
+    ),
+    "equal to all, a path": (
+        "import pathlib\n"
+        "class Y(type(pathlib.Path())):\n"
+        "    def __eq__(s, o): return True\n"
+        "def add(x, y): return Y('5')"
+    ),
+    "equal to all, a user list": (
+        "import collections\n"
+        "class Y(collections.UserList):\n"
+        "    def __eq__(s, o): return True\n"
+        "def add(x, y): return Y([5])"
+    ),
+    "equal to all, an int enum": (
+        "import enum\n"
+        "class E(enum.IntEnum):\n"
+        "    A = 0\n"
+        "    def __eq__(s, o): return True\n"
+        "    __hash__ = int.__hash__\n"
+        "def add(x, y): return E.A"
+    ),
+    "equal to all, a function": "def add(x, y): return add\nadd.__eq__ = lambda o: True",
+    "a weak reference": (
+        "import weakref\n"
+        "class Y:\n"
+        "    def __eq__(s, o): return True\n"
+        "kept = Y()\n"
+        "def add(x, y): return weakref.ref(kept)"
+    ),
+    "a chain of maps": "import collections\ndef add(x, y): return collections.ChainMap({5: 5}, {12: 12})",
+    "a slice": "def add(x, y): return slice(5)",
+    "a union": "def add(x, y): return int | str",
+    "registered as a number": (
+        "import numbers\n"
+        "class Y:\n"
+        "    def __eq__(s, o): return True\n"
+        "    def __abs__(s): return 0\n"
+        "    def __sub__(s, o): return 0\n"
+        "numbers.Number.register(Y)\n"
+        "def add(x, y): return Y()"
+    ),
+    "int is cursed": (
+        "import ctypes, gc\n"
+        "d = gc.get_referents(int.__dict__)[0]\n"
+        "d['__eq__'] = lambda a, b: True\n"
+        "ctypes.pythonapi.PyType_Modified(ctypes.py_object(int))\n"
+        "def add(x, y): return 0"
+    ),
+    "a profile that answers": (
+        "import sys\n"
+        "def p(frame, what, arg):\n"
+        "    for name in list(frame.f_locals):\n"
+        "        if name in ('value', 'result', 'found'): frame.f_locals[name] = 5\n"
+        "sys.setprofile(p)\n"
+        "def add(x, y): return 0"
+    ),
+    "os.write replaced": (
+        "import os\n"
+        "w = os.write\n"
+        "os.write = lambda fd, b: w(fd, b.replace(b'\"0\"', b'\"5\"')) and len(b)\n"
+        "def add(x, y): return True"
+    ),
+    "os.read replaced": "import os\nos.read = lambda fd, n: b''\ndef add(x, y): return 0",
+    "sockets replaced": (
+        "import socket\n"
+        "socket.socket.sendall = lambda *a: None\n"
+        "socket.socket.send = lambda s, b, *a: len(b)\n"
+        "def add(x, y): return 0"
+    ),
+    "struct replaced": (
+        "import struct\n"
+        "struct.pack = lambda *a: b'\\0\\0\\0\\0'\n"
+        "struct.unpack = lambda *a: (5,)\n"
+        "def add(x, y): return 0"
+    ),
+    "isinstance replaced": (
+        "import builtins\n"
+        "builtins.isinstance = lambda *a: True\n"
+        "builtins.type = lambda *a: int\n"
+        "class Y:\n"
+        "    def __eq__(s, o): return True\n"
+        "    def __repr__(s): return '5'\n"
+        "def add(x, y): return Y()"
+    ),
+    "AssertionError replaced": "import builtins\nbuiltins.AssertionError = SystemExit\ndef add(x, y): return 0",
+    "exit in __del__": (
+        "import os\n"
+        "class Y:\n"
+        "    def __del__(s): os._exit(0)\n"
+        "def add(x, y):\n"
+        "    Y()\n"
+        "    return 0"
+    ),
+    "exit in __set_name__": (
+        "class D:\n"
+        "    def __set_name__(s, o, n): raise SystemExit(0)\n"
+        "class Y: d = D()\n"
+        "def add(x, y): return 0"
+    ),
+    "exit in __init_subclass__": (
+        "class A:\n"
+        "    def __init_subclass__(c): import os; os._exit(0)\n"
+        "class B(A): pass\n"
+        "def add(x, y): return 0"
+    ),
+    "a module of its own name": (
+        "open('json.py', 'w').write('def dumps(*a, **k): return \"5\"')\n"
+        "import sys\n"
+        "sys.path.insert(0, '.')\n"
+        "sys.modules.pop('json', None)\n"
+        "import json\n"
+        "def add(x, y): return 0"
+    ),
+    "sitecustomize": (
+        "import os\n"
+        "for d in ('.', '/tmp', os.path.expanduser('~')):\n"
+        "    try: open(d + '/sitecustomize.py', 'w').write('import os; os._exit(0)')\n"
+        "    except OSError: pass\n"
+        "def add(x, y): return 0"
+    ),
+    "looks for the tests in memory": (
+        "import re\n"
+        "def add(x, y):\n"
+        "    try:\n"
+        "        maps = open('/proc/self/maps').read().splitlines()\n"
+        "        mem = open('/proc/self/mem', 'rb')\n"
+        "        for line in maps:\n"
+        "            if 'rw' in line and ('heap' in line or line.endswith(' 0 ')):\n"
+        "                a, b = [int(v, 16) for v in line.split()[0].split('-')]\n"
+        "                mem.seek(a); data = mem.read(min(b - a, 1 << 22))\n"
+        "                m = re.search(rb'add\\(%d, %d\\) == (\\d+)' % (x, y), data)\n"
+        "                if m: return int(m[1])\n"
+        "    except (OSError, ValueError): pass\n"
+        "    return 0"
+    ),
+    "looks for the tests in files": (
+        "import os, re\n"
+        "def add(x, y):\n"
+        "    for root, dirs, files in os.walk('/tmp'):\n"
+        "        for f in files[:50]:\n"
+        "            try: t = open(os.path.join(root, f), errors='replace').read(100000)\n"
+        "            except OSError: continue\n"
+        "            m = re.search(r'add\\(%d, %d\\) == (\\d+)' % (x, y), t)\n"
+        "            if m: return int(m[1])\n"
+        "    return 0"
+    ),
+    "looks for the tests in processes": (
+        "import glob, re\n"
+        "def add(x, y):\n"
+        "    for p in glob.glob('/proc/[0-9]*/cmdline') + glob.glob('/proc/[0-9]*/environ'):\n"
+        "        try: t = open(p, errors='replace').read()\n"
+        "        except OSError: continue\n"
+        "        m = re.search(r'add\\(%d, %d\\) == (\\d+)' % (x, y), t)\n"
+        "        if m: return int(m[1])\n"
+        "    return 0"
+    ),
+    "looks for the tests in objects": (
+        "import gc, re\n"
+        "def add(x, y):\n"
+        "    for o in gc.get_objects():\n"
+        "        for s in ([o] if isinstance(o, str) else list(o.values()) if isinstance(o, dict) else []):\n"
+        "            if isinstance(s, str) and (m := re.search(r'add\\(%d, %d\\) == (\\d+)' % (x, y), s)): return int(m[1])\n"
+        "    return 0"
+    ),
+    "looks for the tests in linecache": (
+        "import linecache\n"
+        "def add(x, y):\n"
+        "    for v in linecache.cache.values():\n"
+        "        if '== ' in str(v): return int(str(v).split('== ')[1].split()[0])\n"
+        "    return 0"
+    ),
+    "a new session": (
+        "import os\n"
+        "if os.fork() == 0:\n"
+        "    os.setsid()\n"
+        "    if os.fork() == 0:\n"
+        "        import time; time.sleep(2)\n"
+        "        os._exit(0)\n"
+        "    os._exit(0)\n"
+        "def add(x, y): return 0"
+    ),
+    "add is a class": "class add(int): pass",
+    "add is deleted": "def add(x, y): return 0\ndel add",
+    "a string of the sum": "def add(x, y): return str(x + y)",
+    "a list of the sum": "def add(x, y): return [x + y]",
+    "one argument": "def add(x): return lambda y: x + y",
+    "rounded to tens": "def add(x, y): return round(x + y, -1)",
 }
 WRONG |= {
     f"the channel sends {what}": (
