@@ -150,6 +150,8 @@ COMMANDS = [
     ("stats good.jsonl expert_share", "RunError", "path"),
     ("contrast run expert_share --by topic --a x", "BadInput", "by"),
     ("contrast run expert_share --by domain --a z", "BadInput", "by"),
+    ("contrast run expert_share --by domain --a x --out no/such.html", "BadInput", "path"),
+    ("report run --by condition --out r.html", "BadInput", "by"),
     ("again run", "RunError", "run"),
     ("decide nowhere", "RunError", "path"),
     ("decide run", "BadInput", "runs"),

@@ -173,7 +173,7 @@ def contrast(
     name
         The statistic.
     by
-        Column of the documents that tells the conditions apart.
+        Column of the documents that holds the condition.
     a
         Value of the first condition.
     b
@@ -188,9 +188,12 @@ def contrast(
         HTML file for figure, table and methods.
     """
     from mixlens import stats
+    from mixlens.reports.report import check_path, report
     from mixlens.trace.trace import Trace
 
     check_csv(csv)
+    if out is not None:
+        check_path(out)
     trace = Trace.open(run)
     if layers:
         trace = trace.select(layers=list(layers))
@@ -198,8 +201,6 @@ def contrast(
     first, second = values.get(a, a), None if b is None else values.get(b, b)
     found = stats.contrast(trace, getattr(stats, name), by=by, a=first, b=second, cluster=cluster)
     if out is not None:
-        from mixlens.reports.report import report
-
         report(found, out)
     return statistic(found, csv=csv)
 
@@ -211,6 +212,7 @@ def report(
     *,
     out: str = "report.html",
     names: list[str] | None = None,
+    by: str | None = None,
     output: Output = Output(),
 ) -> Result:
     """Write one HTML file about one run or several.
@@ -223,10 +225,12 @@ def report(
         File to write.
     names
         A name for each run, in place of its folder's.
+    by
+        Column of the documents to group recordings by; domain by default, or else a column with few values.
     """
     from mixlens.reports.report import report
 
-    return Result({"report": str(report(runs if len(runs) > 1 else runs[0], out, names=names))})
+    return Result({"report": str(report(runs if len(runs) > 1 else runs[0], out, names=names, by=by))})
 
 
 @app.command

@@ -107,7 +107,7 @@ def _repetition(data: xr.Dataset) -> str:
 def _information(data: xr.Dataset) -> str:
     excess = data.sel(measure="excess") if "measure" in data.dims else data
     told = int((excess["survives"] & (excess["estimate"] > 0)).sum())
-    return f"Routing depends on the domain in {told} of {excess.sizes['layer']} layers"
+    return f"Routing depends on the {data.attrs.get('group', 'domain')} in {told} of {excess.sizes['layer']} layers"
 
 
 def _contrast(data: xr.Dataset) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import xarray as xr
 
@@ -12,12 +13,13 @@ from mixlens.errors import BadInput, MissingSignal
 from mixlens.trace.trace import Trace
 
 _Compute = Callable[[Trace], xr.Dataset]
-_BY_DOMAIN: dict[str, _Compute] = {
-    "expert_share by domain": lambda trace: stats.expert_share(trace, by="domain"),
-    "repetition by domain": lambda trace: stats.repetition(trace, by="domain"),
-    "domain_specialization": lambda trace: stats.domain_specialization(trace, by="domain"),
-    "domain_information": lambda trace: stats.domain_information(trace, by="domain"),
+_BY_GROUP: dict[str, Callable[..., xr.Dataset]] = {
+    "expert_share by group": stats.expert_share,
+    "repetition by group": stats.repetition,
+    "domain_specialization": stats.domain_specialization,
+    "domain_information": stats.domain_information,
 }
+_MOST_GROUPS = 20  # values of a column that is taken for groups unasked
 _MOST_SHUFFLED = 100_000  # tokens; a few seconds
 
 
@@ -58,35 +60,54 @@ class Analysis:
     trace: Trace
     found: dict[str, xr.Dataset]
     missing: dict[str, str]
-
-    @property
-    def has_domains(self) -> bool:
-        return has_domains(self.trace)
+    by: str | None = None  # column of the groups
 
     @property
     def n_documents(self) -> int:
         return int(self.trace.sequences["document_id"].nunique())
 
 
-def analyse(trace: Trace, name: str) -> Analysis:
-    """Compute every statistic once; list those whose signal is missing, with the reason."""
+def analyse(trace: Trace, name: str, by: str | None = None) -> Analysis:
+    """Compute every statistic once, some by the groups of column `by`; list those that cannot be, with the reason.
+
+    Without `by`, the groups are domains, or else the first column whose few values several documents share.
+    """
+    if by is not None and not _has_groups(trace, by):
+        raise BadInput(
+            f"Cannot group the report by {by!r}: it takes a column of the documents with at least two values and none "
+            f"missing. The columns are {', '.join(map(str, trace.sequences.columns))}.",
+            argument="by",
+            value=by,
+        )
+    by = by or _groups_of(trace)
     found, missing = {}, {}
-    for statistic, compute in {**(_BY_DOMAIN if has_domains(trace) else {}), **_WHOLE}.items():
+    grouped = {} if by is None else {statistic: partial(compute, by=by) for statistic, compute in _BY_GROUP.items()}
+    for statistic, compute in {**grouped, **_WHOLE}.items():
         try:
             found[statistic] = compute(trace)
+            if statistic in grouped:
+                found[statistic].attrs["group"] = by
         except (MissingSignal, BadInput) as error:
             missing[statistic] = str(error)
         else:
             if lacking := found[statistic].attrs.get("missing"):
                 missing[f"part of {statistic}"] = f"{lacking}."
-    if not has_domains(trace):
-        missing["statistics by domain"] = (
-            "They need a column `domain` in the sequences, with at least two values and none missing. "
+    if by is None:
+        missing["statistics by group"] = (
+            "They need a column of the documents with at least two values and none missing, such as `domain`. "
             f"The columns are {', '.join(map(str, trace.sequences.columns))}."
         )
-    return Analysis(name, trace, found, missing)
+    return Analysis(name, trace, found, missing, by)
 
 
-def has_domains(trace: Trace) -> bool:
-    column = trace.sequences.get("domain")
+def _groups_of(trace: Trace) -> str | None:
+    if _has_groups(trace, "domain"):
+        return "domain"
+    columns = [str(name) for name in trace.sequences if name not in ("document_id", "length")]
+    most = min(_MOST_GROUPS, len(trace.sequences) // 2)
+    return next((c for c in columns if _has_groups(trace, c) and trace.sequences[c].nunique() <= most), None)
+
+
+def _has_groups(trace: Trace, name: str) -> bool:
+    column = trace.sequences.get(name)
     return column is not None and bool(column.notna().all()) and column.nunique() > 1

@@ -29,7 +29,7 @@ def comparison_sections(compared: Comparison, _name: str = "") -> dict[str, str]
     missing = compared.missing()
     html = (
         paragraphs(compared.title())
-        + _table(shown(compared.overview()), "How far both runs agree")
+        + _table(_overview(compared), "How far both runs agree")
         + _side_by_side(compared, flips)
         + _figure(comparison.flips_by_layer(flips), "Tokens that choose other experts, by layer.")
     )
@@ -80,6 +80,10 @@ def _side_by_side(compared: Comparison, flips: xr.Dataset) -> str:
     ).fragment(load=False)
 
 
+def _overview(run: Comparison | Impact) -> pd.DataFrame:
+    return shown(run.overview()).rename(columns={"": "value [95 % interval]"}).rename_axis("measure")
+
+
 def _table(frame: pd.DataFrame, caption: str) -> str:
     return frame_table(frame.reset_index(), caption)
 
@@ -96,7 +100,7 @@ def impact_sections(impact: Impact, _name: str = "") -> dict[str, str]:
     provenance = {name: impact.meta.get(name) for name in ("created", "model", "other", "versions", "force_weights")}
     return {
         "Impact on predictions": paragraphs(impact.title())
-        + _table(shown(impact.overview()), "What both models predict")
+        + _table(_overview(impact), "What both models predict")
         + _figure(by_layer(impact.routing()), "How far both route the same tokens alike."),
         f"Changed routing and {impact.rest}": paragraphs(text)
         + "".join(

@@ -61,6 +61,10 @@ def compared(data: xr.Dataset) -> str:
     return f"differ significantly from that in {n_above + n_below} of {total} ({n_above} above, {n_below} below)"
 
 
+def _grouped_by(data: xr.Dataset) -> str:
+    return str(data.attrs.get("group", "domain"))
+
+
 def _n(cell: xr.Dataset) -> str:
     return f"({labels.sample(cell)})"
 
@@ -101,9 +105,10 @@ def _balance(data: xr.Dataset) -> list[str]:
 
 def _specialization(data: xr.Dataset) -> list[str]:
     def say(cell: xr.Dataset) -> str:
-        return f"Most specialised: {place(cell)}, chosen by {labels.with_interval(cell)} of the domain's tokens"
+        chosen = f"chosen by {labels.with_interval(cell)} of the {_grouped_by(data)}'s tokens"
+        return f"Most specialised: {place(cell)}, {chosen}"
 
-    return _significant(data, "expert's share of a domain", say)
+    return _significant(data, f"expert's share of a {_grouped_by(data)}", say)
 
 
 def _information(data: xr.Dataset) -> list[str]:
@@ -113,13 +118,12 @@ def _information(data: xr.Dataset) -> list[str]:
         return []
     sure = int(excess["survives"].sum())
     if not sure:
-        return [
-            f"In no layer do experts say more about the domain than permuted labels do: none {labels.survivors(data)}."
-        ]
+        what = f"say more about the {_grouped_by(data)} than permuted labels do"
+        return [f"In no layer do experts {what}: none {labels.survivors(data)}."]
     return [
-        f"Expert and domain share the most information at layer {int(cell['layer'])}: {labels.with_interval(cell)} "
-        f"above permuted domain labels {_n(cell)}. {sure} of {excess.sizes['layer']} layers differ "
-        "significantly from those."
+        f"Expert and {_grouped_by(data)} share the most information at layer {int(cell['layer'])}: "
+        f"{labels.with_interval(cell)} above permuted labels {_n(cell)}. {sure} of {excess.sizes['layer']} layers "
+        "differ significantly from those."
     ]
 
 

@@ -70,8 +70,8 @@ _Draw = Callable[[Any, str], _Part]
 _Findings = Callable[[Any], list[tuple[str, str]]]
 
 
-def _trace(trace: Trace, name: str) -> _Part:
-    analysis = analyse(trace, name)
+def _trace(trace: Trace, name: str, by: str | None = None) -> _Part:
+    analysis = analyse(trace, name, by)
     return _Part(trace_findings(analysis), trace_sections(analysis), headline(analysis))
 
 
@@ -117,6 +117,7 @@ def report(
     *,
     title: str | None = None,
     names: Sequence[str] | None = None,
+    by: str | None = None,
 ) -> Path:
     """Write one HTML file with summary, figures, live text, tables, methods and provenance of `runs`.
 
@@ -133,6 +134,9 @@ def report(
         Heading. By default the message of a single run, where one was computed; else its subject and model.
     names : sequence of str, optional
         A name for each run. By default those of their folders.
+    by : str, optional
+        Column of the documents by which statistics of traces are grouped. By default `domain`, or else the first column
+        with at most 20 values that documents share.
 
     Returns
     -------
@@ -141,8 +145,8 @@ def report(
     Raises
     ------
     BadInput
-        If there are no runs, `names` are not as many as runs, a run is of another kind or has no tokens, or `path` is
-        not a file in an existing folder.
+        If there are no runs, `names` are not as many as runs, a trace cannot be grouped by `by`, a run is of another
+        kind or has no tokens, or `path` is not a file in an existing folder.
     RunError
         If a run cannot be opened, or the file cannot be written; one that was there is then kept.
 
@@ -160,13 +164,7 @@ def report(
             argument="runs",
             value=0,
         )
-    if Path(path).is_dir() or not Path(path).parent.is_dir():
-        raise BadInput(
-            f"Cannot write a report to {path}: it is a folder, or its folder does not exist. "
-            "Pass the path of a file in an existing folder.",
-            argument="path",
-            value=str(path),
-        )
+    check_path(path)
     if names is not None and (isinstance(names, str) or len(names) != len(given)):
         raise BadInput(
             f"Cannot name {len(given)} runs {names!r}: each takes one name. Pass a list of {len(given)} names.",
@@ -176,18 +174,29 @@ def report(
     called = [None] * len(given) if names is None else [str(name) for name in names]
 
     def whole() -> str:
-        return _whole([_open(run, i, name) for i, (run, name) in enumerate(zip(given, called, strict=True))], title)
+        return _whole([_open(run, i, name) for i, (run, name) in enumerate(zip(given, called, strict=True))], title, by)
 
     return write_file(path, whole)
 
 
-def _whole(opened: list[tuple[str, Any, str]], title: str | None) -> str:
+def check_path(path: str | os.PathLike[str]) -> None:
+    """Raise BadInput if no report can be written there."""
+    if Path(path).is_dir() or not Path(path).parent.is_dir():
+        raise BadInput(
+            f"Cannot write a report to {path}: it is a folder, or its folder does not exist. "
+            "Pass the path of a file in an existing folder.",
+            argument="path",
+            value=str(path),
+        )
+
+
+def _whole(opened: list[tuple[str, Any, str]], title: str | None, by: str | None) -> str:
     blocks: list[tuple[str, str]] = []
     found: list[list[tuple[str, str]]] = []
     messages = []
     for kind, run, name in opened:
         prefix = f"{name}: " if len(opened) > 1 else ""
-        part = _KINDS[kind](run, name)
+        part = _trace(run, name, by) if kind == "trace" else _KINDS[kind](run, name)
         blocks += [(prefix + heading, html) for heading, html in part.sections.items()]
         found.append([(prefix + heading, prefix + sentence) for heading, sentence in part.findings])
         messages.append(part.message)

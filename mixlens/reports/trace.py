@@ -15,6 +15,7 @@ from mixlens import show, view
 from mixlens.core import run_dir
 from mixlens.engines.check import FAULTS
 from mixlens.plot import labels
+from mixlens.plot.heatmap import group_of
 from mixlens.plot.html import bullets, details, escape, frame_table, paragraphs, picture
 from mixlens.plot.messages import furthest, furthest_surviving
 from mixlens.plot.tables import html_table, tidy
@@ -37,7 +38,7 @@ def summary(analysis: Analysis) -> str:
         "tokens": f"{trace.n_tokens:,}",
         "sequences": f"{len(trace.sequences):,}",
         "documents": f"{analysis.n_documents:,}",
-        "domains": f"{trace.sequences['domain'].nunique():,}" if "domain" in trace.sequences else "none given",
+        **({} if analysis.by is None else {f"values of {analysis.by}": f"{trace.sequences[analysis.by].nunique():,}"}),
         "layers": f"{trace.n_layers}",
         "experts": f"{trace.n_experts}, top {trace.top_k}",
     }
@@ -62,12 +63,12 @@ def _source(meta: Mapping[str, Any]) -> str:
 
 
 def _few_documents(analysis: Analysis) -> str:
-    by_domain = analysis.found.get("expert_share by domain")
-    data = analysis.found.get("expert_share") if by_domain is None else by_domain
-    fewest = analysis.n_documents if by_domain is None else int(by_domain["n_documents"].min())
-    whose = "Intervals" if by_domain is None else "Intervals by domain"
+    grouped = analysis.found.get("expert_share by group")
+    data = analysis.found.get("expert_share") if grouped is None else grouped
+    fewest = analysis.n_documents if grouped is None else int(grouped["n_documents"].min())
+    whose = "Intervals" if grouped is None else f"Intervals by {analysis.by}"
     if fewest == 1:
-        return f"{whose} need at least two documents; where there is one, none is given."
+        return f"{whose} need at least two documents; where there is only one, none is given."
     if data is None:
         return ""
     rough = f"{whose} rest on as few as {fewest} documents: take them as rough." if fewest < _FEW_DOCUMENTS else ""
@@ -100,19 +101,20 @@ def _too_wide(data: xr.Dataset) -> str:
 
 def shares(analysis: Analysis) -> str:
     parts = []
-    whole, by_domain = analysis.found.get("expert_share"), analysis.found.get("expert_share by domain")
-    if by_domain is not None:
-        text = "Share of assignments by domain at three layers, as in Figure 7 of the Mixtral paper."
-        parts.append(_figure(show.expert_share_grid(by_domain), by_domain, text))
+    whole, grouped = analysis.found.get("expert_share"), analysis.found.get("expert_share by group")
+    if grouped is not None:
+        text = f"Share of assignments by {analysis.by} at three layers, as in Figure 7 of the Mixtral paper."
+        parts.append(_figure(show.expert_share_grid(grouped), grouped, text))
     if whole is not None:
-        parts.append(_figure(show.share_heatmap(whole), whole, "Share of assignments, all domains together."))
-        if by_domain is None:
+        parts.append(_figure(show.share_heatmap(whole), whole, "Share of assignments, all documents together."))
+        if grouped is None:
             parts.append(_figure(show.expert_share_grid(whole), whole, "Share of assignments at three layers."))
         parts.append(_table(whole, "Expert share"))
-    if by_domain is not None:
-        facets = show.facet(show.share_heatmap, by_domain, "domain")
-        parts.append(_figure(facets, by_domain, "Share of assignments in every layer, one panel a domain."))
-        parts.append(_table(by_domain, "Expert share by domain"))
+    if grouped is not None:
+        assert analysis.by is not None
+        facets = show.facet(show.share_heatmap, grouped, group_of(grouped))
+        parts.append(_figure(facets, grouped, f"Share of assignments in every layer, one panel per {analysis.by}."))
+        parts.append(_table(grouped, f"Expert share by {analysis.by}"))
     if (balance := analysis.found.get("load_balance")) is not None:
         for measure in ("cv", "switch_loss"):
             part = balance.sel(measure=measure)
@@ -122,19 +124,23 @@ def shares(analysis: Analysis) -> str:
     return _figures_first(parts)
 
 
-def domains(analysis: Analysis) -> str:
+def groups(analysis: Analysis) -> str:
     parts = []
     if (data := analysis.found.get("domain_specialization")) is not None:
         cell = furthest(data)
         layer = None if cell is None else int(cell["layer"])
-        text = "Share of each domain's tokens that choose an expert, at the layer that is furthest from uniform."
+        text = (
+            f"Share of each {analysis.by}'s tokens that choose an expert, at the layer that is furthest from uniform."
+        )
         parts.append(_figure(show.specialization(data, layer=layer), data.sel(layer=layer), text))
         parts.append(_table(data, "Domain specialization"))
     if (data := analysis.found.get("domain_information")) is not None:
-        text = "How much a token's experts say about its domain, beside the same with domains permuted over documents."
+        text = (
+            f"How much a token's experts say about its {analysis.by}, and the same with labels permuted over documents."
+        )
         parts += [
             _figure(show.domain_information(data), data, text),
-            _table(data, "Information between expert and domain"),
+            _table(data, f"Information between expert and {analysis.by}"),
         ]
     return _figures_first(parts)
 
@@ -155,13 +161,13 @@ def router(analysis: Analysis) -> str:
 def sequence(analysis: Analysis) -> str:
     parts = []
     reference = table5()
-    by_domain = analysis.found.get("repetition by domain", analysis.found.get("repetition"))
-    if by_domain is not None:
+    grouped = analysis.found.get("repetition by group", analysis.found.get("repetition"))
+    if grouped is not None:
         for choice in ("first", "either"):
-            part = by_domain.sel(choice=choice)
+            part = grouped.sel(choice=choice)
             text = f"{labels.label(choice).capitalize()} in consecutive tokens of a sequence."
-            parts.append(_figure(show.repetition(by_domain, choice=choice, published=reference), part, text))
-        parts.append(_table(by_domain, "Repetition"))
+            parts.append(_figure(show.repetition(grouped, choice=choice, published=reference), part, text))
+        parts.append(_table(grouped, "Repetition"))
         parts.append(_published(reference))
     if (data := analysis.found.get("repetition beyond tokens")) is not None:
         text = "First choices that repeat, beside what token identity alone explains."
@@ -210,15 +216,15 @@ def vocabulary(analysis: Analysis) -> str:
 
 
 def text(analysis: Analysis) -> str:
-    """Return the live token view of one sequence per domain, or of the first sequences if there are no domains."""
+    """Return the live token view of one sequence per group, or of the first sequences if there are no groups."""
     frame = analysis.trace.sequences
     frame = frame[frame["length"] > 0]
-    chosen = frame.drop_duplicates("domain") if analysis.has_domains else frame
+    chosen = frame if analysis.by is None else frame.drop_duplicates(analysis.by)
     numbers = [int(n) for n in chosen.index[:_MOST_SEQUENCES]]
     if not numbers:
         return ""
     shown = analysis.trace.select(positions=(0, _MOST_TOKENS))
-    which = "the first sequence of each domain" if analysis.has_domains else "the first sequences"
+    which = "the first sequences" if analysis.by is None else f"the first sequence of each {analysis.by}"
     cut = f", at most the first {_MOST_TOKENS:,} tokens of each" if frame["length"].max() > _MOST_TOKENS else ""
     return paragraphs(f"Shown: {which}{cut}.") + view.tokens(shown, numbers).fragment(load=False)
 
@@ -281,7 +287,7 @@ SECTIONS = {
     "What was recorded": summary,
     "Text": text,
     "Expert share": shares,
-    "Domains": domains,
+    "Groups": groups,
     "Along the text": sequence,
     "Router": router,
     "Between experts and layers": together,
@@ -294,7 +300,7 @@ SECTIONS = {
 
 # The statistics that each section speaks of.
 _OF_SECTION = {
-    "Domains": ("domain_specialization", "domain_information"),
+    "Groups": ("domain_specialization", "domain_information"),
     "Expert share": ("expert_share", "load_balance"),
     "Along the text": ("repetition", "repetition beyond tokens"),
     "Router": ("routing_entropy",),

@@ -26,7 +26,7 @@ HOSTILE = [
 WORDS = ["▁the", "▁router", "▁chooses", "▁an", "▁expert", ",", "▁and", "▁token", "s", ".", "▁layer", "▁of"]
 
 
-def make_trace(domains=DOMAINS, documents=6, tokens=60, layers=N_LAYERS, seed=0) -> Trace:
+def make_trace(domains=DOMAINS, documents=6, tokens=60, layers=N_LAYERS, seed=0, column="domain") -> Trace:
     rng = np.random.default_rng(seed)
     n_sequences = len(domains) * documents
     n = n_sequences * tokens
@@ -53,7 +53,7 @@ def make_trace(domains=DOMAINS, documents=6, tokens=60, layers=N_LAYERS, seed=0)
         sequences=pd.DataFrame(
             {
                 "document_id": [f"{domains[i // documents]}-{i}" for i in range(n_sequences)],
-                "domain": [domains[i // documents] for i in range(n_sequences)],
+                column: [domains[i // documents] for i in range(n_sequences)],
             }
         ),
         meta={"model": {"name": "sample"}, "settings": {"dtype": "float32"}, "versions": {"numpy": np.__version__}},

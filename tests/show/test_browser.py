@@ -69,6 +69,11 @@ def report_file(trace, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def comparison_file(trace, tmp_path_factory) -> Path:
+    return report(ml.compare(trace, trace), tmp_path_factory.mktemp("browser") / "comparison.html")
+
+
+@pytest.fixture(scope="module")
 def view_file(trace, tmp_path_factory) -> Path:
     return view.tokens(trace, [0, 7], layer=0).save(tmp_path_factory.mktemp("browser") / "view.html")
 
@@ -112,7 +117,7 @@ def test_headings_are_not_hidden_by_the_bar(visit, report_file):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("file", ["report_file", "view_file"])
+@pytest.mark.parametrize("file", ["report_file", "comparison_file", "view_file"])
 def test_axe_finds_nothing_serious(chromium, request, file, scheme):
     if not AXE.exists():
         pytest.skip(f"{AXE} is not there; npm install")

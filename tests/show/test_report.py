@@ -4,6 +4,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import xarray as xr
 from helpers.refusals import refused
 from show_samples import HOSTILE, make_trace
 
@@ -50,7 +51,7 @@ def test_every_section_is_there(page):
         "What was recorded",
         "Text",
         "Expert share",
-        "Domains",
+        "Groups",
         "Along the text",
         "Router",
         "Methods",
@@ -89,6 +90,19 @@ def test_findings_are_the_numbers_of_the_statistics():
         f"{100 * float(cell['estimate']):.1f} % [{100 * float(cell['ci_low']):.1f}, {100 * float(cell['ci_high']):.1f}]"
     )
     assert any(sentence.startswith(expected) for sentence in findings(analyse(trace, "sample")))
+
+
+def test_groups_are_of_the_column_that_is_there_or_named(tmp_path):
+    trace, renamed = (make_trace(documents=4, tokens=30, column=name) for name in ("domain", "condition"))
+    found = analyse(renamed, "made")
+    assert found.by == analyse(renamed, "made", "condition").by == "condition"
+    xr.testing.assert_equal(
+        found.found["expert_share by group"].rename(condition="domain"), stats.expert_share(trace, by="domain")
+    )
+    page = report(renamed, tmp_path / "r.html").read_text("utf-8")
+    assert "Expert share by condition" in page
+    with refused(BadInput, "by"):
+        report(renamed, tmp_path / "other.html", by="domain")
 
 
 def test_nothing_is_loaded(page):
@@ -132,7 +146,7 @@ def test_what_cannot_be_computed_is_named_with_its_reason(tmp_path, trace):
     missing = unescape(page.split("<h2>Not computed</h2>")[1].split("</section>")[0])
     assert "routing_entropy needs router_logits" in missing
     assert "vocabulary_specialization needs token_id" in missing
-    assert "statistics by domain" in missing
+    assert "statistics by group" in missing
     assert "switch_loss needs router_logits" in missing
     assert "<h2>Expert share</h2>" in page
 
@@ -211,7 +225,7 @@ def test_every_symbol_of_a_formula_is_defined(trace):
 
 def test_runs_have_the_names_that_they_are_given(tmp_path, trace):
     page = report([trace, trace], tmp_path / "two.html", names=["before", "<b>after</b>"]).read_text("utf-8")
-    assert "<h2>before: Domains</h2>" in page
-    assert "<h2>&lt;b&gt;after&lt;/b&gt;: Domains</h2>" in page
+    assert "<h2>before: Groups</h2>" in page
+    assert "<h2>&lt;b&gt;after&lt;/b&gt;: Groups</h2>" in page
     with refused(BadInput, "names", ["one"]):
         report([trace, trace], tmp_path / "two.html", names=["one"])
