@@ -52,9 +52,9 @@ share = ml.stats.expert_share(trace, by="domain")
 ml.show.expert_share_grid(share)
 
 # %% [markdown]
-# Which measured share is furthest above uniform, and where? The largest of hundreds is flattered by being picked;
-# notebook 02 asks which differ. And in general: how much does an expert's choice say about the domain, in bits, and how
-# much of that would shuffled labels say as well?
+# Which measured share is furthest above uniform, and where? The largest of hundreds looks larger than it is because it
+# was picked; notebook 02 asks which shares differ. More generally, how many bits does the choice of an expert reveal
+# about the domain, and how many would shuffled labels reveal?
 
 # %%
 cells = share.stack(cell=("domain", "layer", "expert"))
@@ -83,14 +83,14 @@ print(
 # %% [markdown]
 # ## Do consecutive tokens go to the same expert?
 #
-# Table 5 of the paper asks this of Mixtral-8x7B. The answer for this model, with intervals, in the same form, in per
-# cent of consecutive tokens with the same first choice:
+# Table 5 of the paper asks this of Mixtral-8x7B. Here is the answer for this model in the same form, with intervals:
+# the percentage of consecutive tokens with the same first choice.
 
 # %%
 repetition = ml.stats.repetition(trace, by="domain").sel(choice="first")
 ends = repetition.isel(layer=[0, -1])
 table = (100 * ends[["estimate", "ci_low", "ci_high"]]).to_dataframe().drop(columns="choice").round(1).unstack("layer")
-table["n"] = repetition["n"].to_series()
+table["n", ""] = repetition["n"].to_series()
 table
 
 # %%
@@ -98,8 +98,8 @@ whole = ml.stats.repetition(trace).sel(choice="first")
 uniform = float(whole.attrs["uniform"][0])
 over = int((whole["survives"] & (whole["estimate"] > uniform)).sum())
 print(
-    f"Uniform routing gives {uniform:.1%}; of all documents together, {over} of {whole.sizes['layer']} layers are told "
-    f"apart above it. The {int(repetition['n_documents'].min())} documents of a domain are too few to tell one apart."
+    f"Uniform routing gives {uniform:.1%}; of all documents together, {over} of {whole.sizes['layer']} layers are "
+    f"significantly above it. The {int(repetition['n_documents'].min())} documents of a domain are too few for that."
 )
 
 # %% [markdown]
@@ -115,5 +115,5 @@ ml.view.tokens(trace, sequence=document, layer=layer)
 # %% [markdown]
 # ## Hand it on
 #
-# `ml.report(trace, "report.html")` writes all of this, and more, into one file that opens offline. With
-# `ml.record(..., out="runs/pile")` the trace is kept on disk, and a run that was stopped goes on where it stopped.
+# `ml.report(trace, "report.html")` writes all of this, and more, into one file that opens offline. With `ml.record(...,
+# out="runs/pile")` the trace is kept on disk, and a run that was stopped resumes where it stopped.

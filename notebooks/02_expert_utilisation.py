@@ -18,8 +18,8 @@
 #
 # The paper ([arXiv 2401.04088](https://arxiv.org/abs/2401.04088)) asks three questions of Mixtral-8x7B on the Pile: is
 # any expert chosen more often in one domain than in another (Figure 7), what does routing look like token by token
-# (Figure 8), and do consecutive tokens go to the same expert (Table 5)? It gives no intervals. Here are the same three
-# questions with intervals over documents, on any Mixtral and any documents.
+# (Figure 8), and do consecutive tokens go to the same expert (Table 5)? It gives no intervals. This notebook asks the
+# same three questions with intervals over documents, for any Mixtral and any documents.
 #
 # Set `MODEL` to `"mistralai/Mixtral-8x7B-v0.1"` and `DOCUMENTS` to a `datasets.Dataset` with columns `text` and
 # `domain` to ask them of the real one.
@@ -52,7 +52,7 @@ share = ml.stats.expert_share(trace, by="domain")
 ml.show.expert_share_grid(share, layers=LAYERS)
 
 # %% [markdown]
-# The same, live, for every layer and domain at once: choose a cell, and the view below it follows.
+# The same as a live view, for every layer and domain at once: select a cell, and the view below follows.
 
 # %%
 ml.view.share_heatmap(share)
@@ -61,8 +61,8 @@ ml.view.share_heatmap(share)
 ml.view.expert_share(share)
 
 # %% [markdown]
-# **Is the difference between domains more than chance?** How many bits does a choice of expert tell about the domain,
-# and how many would it tell if the domains were dealt out to the documents at random?
+# **Is the difference between domains more than chance?** How many bits does the choice of an expert reveal about the
+# domain, and how many would it reveal if domains were assigned to documents at random?
 
 # %%
 information = ml.stats.domain_information(trace)
@@ -78,33 +78,33 @@ print(
 )
 
 # %% [markdown]
-# **In which cells?** Hundreds are looked at, so a cell counts only if it survives control for their number. With the
-# five documents of a domain that come with mixlens no share can be told apart from uniform routing by itself, however
-# far from it: five documents cannot give a p below 2^-4. Twenty of each could. What can be asked of few documents is
-# whether one domain differs from all others together, since those are many:
+# **In which cells?** There are hundreds of cells, so one counts only if it survives control for their number. With the
+# five documents per domain that come with mixlens, no single share can differ significantly from uniform routing,
+# however far it is from it: five documents cannot give a p below 2^-4. Twenty per domain could. A few documents can
+# show whether one domain differs from all others together, since those are many:
 
 # %%
 named = set(trace.sequences["domain"])
 DOMAIN = next((name for name in ("mathematics", "DM Mathematics") if name in named), sorted(named)[0])
 contrast = ml.stats.contrast(trace, ml.stats.expert_share, by="domain", a=DOMAIN)
 print(
-    f"{int(share['survives'].sum())} of {share.attrs['cells']} shares by domain are told apart from uniform routing "
-    f"({int(share['n_documents'].min())} documents a domain). {int(contrast['survives'].sum())} of "
+    f"{int(share['survives'].sum())} of {share.attrs['cells']} shares by domain differ significantly from uniform "
+    f"routing ({int(share['n_documents'].min())} documents per domain). {int(contrast['survives'].sum())} of "
     f"{contrast.attrs['cells']} shares differ between {DOMAIN} and the other domains."
 )
 ml.show.contrast(contrast)
 
 # %% [markdown]
-# Of Mixtral-8x7B the paper says that it sees no obvious pattern by topic, DM Mathematics aside. What the lines
-# above say of this model is the answer with its uncertainty; a small model that was trained on few domains need not
-# agree with a large one. The paper's figure has no table beside it, so there are no numbers of it to compare with.
+# The paper sees no obvious pattern by topic in Mixtral-8x7B, except for DM Mathematics. The lines above give the answer
+# for this model, with its uncertainty; a small model trained on few domains need not agree with a large one. The paper
+# publishes no table for its figure, so there are no numbers to compare with.
 
 # %% [markdown]
 # ## Figure 8: what does routing look like along a text?
 #
 # Each token is underlined by its experts: thick the first choice, thin the second. The paper shows code, mathematics
-# and a story, and sees that indentation in code goes to the same experts, above all in the first and the last layer.
-# Move the layer; pick an expert, and step through the tokens where it is strongest; colour by surprise or by the
+# and a story, and observes that indentation in code goes to the same experts, above all in the first and the last
+# layer. Move the layer; pick an expert, and step through the tokens where it is strongest; colour by surprise or by the
 # router's entropy.
 
 # %%
@@ -121,8 +121,9 @@ ml.view.tokens(trace, examples, layer=LAYERS[0])
 ml.view.strip(trace, examples[0])
 
 # %% [markdown]
-# **Is that so of indentation here?** Of the tokens that are white space alone, and of all tokens of the same domain:
-# the expert that is their first choice most often, and how often. It is picked on the tokens that it is counted on.
+# **Does indentation behave that way here?** The table shows which expert is most often the first choice of tokens that
+# consist of white space, and of all tokens of the same domain, and how often. Each expert is picked on the same tokens
+# on which it is counted.
 
 # %%
 code = trace.select(where={"domain": wanted[0]})
@@ -139,8 +140,8 @@ for name, part in {"white space": code.select(tokens=blank), "all tokens": code}
 pd.DataFrame(rows).T.rename_axis([wanted[0], "layer"])
 
 # %% [markdown]
-# The same of every token type that occurs at least ten times, wherever: the share of its occurrences that choose its
-# best expert, first or second. Uniform routing would give 25 %, and somewhat more for rare types.
+# The same for every token type that occurs at least ten times: the share of its occurrences that choose its most
+# frequent expert, first or second. Uniform routing would give 25 %, and somewhat more for rare types.
 
 # %%
 ml.show.by_layer(ml.stats.vocabulary_specialization(trace))
@@ -159,8 +160,8 @@ ml.show.repetition(repetition, choice="first", published=ml.stats.table5())
 ml.show.repetition(repetition, choice="either", published=ml.stats.table5())
 
 # %% [markdown]
-# The numbers, and the paper's beside them where it has the domain. They are of the same layers in a model of 32 layers,
-# else of the first, the middle and the last layer of another model, and then no replication.
+# The numbers, next to the paper's for the domains that it has. In a model of 32 layers they are for the same layers. In
+# any other model they are for its first, middle and last layer, and are not a replication.
 
 # %%
 PILE = {
@@ -215,14 +216,14 @@ for choice, level in levels.items():
     told = ", ".join(f"layer {layer}: {100 * float(mean.sel(layer=layer)):.1f} %" for layer in LAYERS)
     print(
         f"{choice}: uniform routing gives {100 * level:.1f} %; of all documents together, {int(above.sum())} of "
-        f"{above.size} layers are told apart above it. Mean over domains: {told}."
+        f"{above.size} layers are significantly above it. Mean over domains: {told}."
     )
 
 # %% [markdown]
 # ## Is it the token, or the context?
 #
-# Repetition follows from the text where a token's identity decides its expert. How well is the first choice of a token
-# in a held-out document predicted from the token alone, and what does the token before it add?
+# Where a token's identity decides its expert, repetition follows from the text. How well does the token alone predict
+# the first choice in held-out documents, and what does the previous token add?
 
 # %%
 predictability = ml.stats.predictability(trace)

@@ -18,11 +18,11 @@
 #
 # A quantized mixture of experts can lose quality in two ways. Its weights are rounded, so every expert computes
 # something slightly different. And because hidden states are then slightly different, routers send tokens to other
-# experts. Which of the two is it? Here the two are separated by running each model with the routing of the other.
+# experts. Which of the two is it? This notebook separates them by running each model with the routing of the other.
 #
 # Everything runs offline on the small trained Mixtral that comes with mixlens. For another model change the next cell,
-# such as `MODEL = "mistralai/Mixtral-8x7B-v0.1"`, `SCHEME = "nf4"` and documents of your own. Two models are held at a
-# time: 93 GB of 8x7B in bfloat16, and what the scheme takes. Layers that fit on no accelerator go to memory, then to
+# such as `MODEL = "mistralai/Mixtral-8x7B-v0.1"`, `SCHEME = "nf4"` and documents of your own. Two models are in memory
+# at a time: the original and one that is quantized. Layers that do not fit on an accelerator go to main memory, then to
 # disk.
 #
 # On 8x7B the original and one scheme are in memory together: 94 GB in bfloat16 and, for nf4, 27 GB more (computed), and
@@ -59,8 +59,8 @@ ml.audit(quantized)
 # %% [markdown]
 # ## What the two models do with the same tokens
 #
-# The original and the quantized model read the same documents. Where do tokens choose other experts, and how does that
-# build up with depth?
+# The original and the quantized model read the same documents. Where do tokens choose different experts, and how does
+# that accumulate with depth?
 
 # %%
 signals = ["router_logits", "logprob", "top_logprobs"]
@@ -101,8 +101,9 @@ print(
 #
 # Four readings of the same tokens: each model with its own routing, and each with the experts that the other chose,
 # forced in every layer. Going from the original to the quantized model with the routing last, or with the routing
-# first, divides the change in two ways; their mean is the Shapley value of each part. What is not routing is rounded
-# weights, and the arithmetic of another kind of layer. Intervals are of paired differences over the same documents.
+# first, divides the change in two ways; their mean is the Shapley value of each part. Everything that is not routing
+# comes from rounded weights and from the arithmetic of another kind of layer. Intervals are of paired differences over
+# the same documents.
 
 # %%
 impact = ml.experiments.measure_impact(original, quantized, DOCUMENTS, settings=SETTINGS)
@@ -131,12 +132,13 @@ print(
     f"{told('kl', 'routing')} from other routing ({float(share.sel(quantity='kl')):.0%})."
 )
 print(
-    f"Of the change in loss of {told('loss', 'total')} nats per token, other routing brings {told('loss', 'routing')}: "
-    f"{'' if bool(routing.survives) else 'not '}told apart from zero (q = {float(routing.q):.2g})."
+    f"Of the change in loss of {told('loss', 'total')} nats per token, other routing causes {told('loss', 'routing')}, "
+    f"which {'differs' if bool(routing.survives) else 'does not differ'} significantly from zero "
+    f"(q = {float(routing.q):.2g})."
 )
 
 # %% [markdown]
-# By domain, with the one or two documents that there are of each, which bound nothing:
+# By domain; there are only one or two documents of each, so no interval can be given:
 
 # %%
 by_domain = impact.split(by="domain").sel(quantity="kl", order="mean")
@@ -153,8 +155,8 @@ pd.DataFrame(
 # %% [markdown]
 # ## Which experts suffer most?
 #
-# Every expert of both models is given the input that it had in the original. The map is the relative error of what it
-# puts out.
+# Every expert of both models gets the input that it had in the original model. The map shows the relative error of its
+# output.
 
 # %%
 experts = impact.experts()
@@ -173,8 +175,8 @@ print(
 # %% [markdown]
 # ## What is a bit worth?
 #
-# Several schemes side by side, in one run that goes on where it was stopped: quality against the true bytes, and the
-# speed on this machine. A scheme stands on the dashed line where no other has both fewer bytes and less divergence.
+# This compares several schemes in one resumable run: quality against true bytes, and speed on this machine. A scheme is
+# on the dashed line if no other has both fewer bytes and less divergence.
 
 # %%
 if original.dtype != torch.bfloat16:
@@ -192,8 +194,8 @@ ml.show.pareto(front)
 # %% [markdown]
 # ## Is the split the same for every scheme?
 #
-# The pareto run measured the split too, and keeps it: the part of the divergence that changed routing brings, from the
-# mildest scheme to the harshest.
+# The pareto run also measured the split: the part of the divergence that comes from changed routing, from the mildest
+# scheme to the harshest.
 
 # %%
 kl, by_routing = front.of("kl"), front.of("kl_from_routing")

@@ -16,13 +16,13 @@
 # %% [markdown]
 # # Interventions: which experts matter, and for what?
 #
-# Utilization says where tokens go, not what an expert is for. Here experts are taken out, and the loss says what that
-# costs. Everything runs offline on the small trained Mixtral that comes with mixlens; set `MODEL`, `DOCUMENTS` and
-# `DOMAIN` for another. A map of all experts takes a forward of the layers above each: 256 of them for 8x7B, so keep
-# documents few and short there, or take some layers, `ml.experiments.Ablation(layers=[...])`.
+# Utilisation shows where tokens go, not what an expert is for. This notebook removes experts and measures the loss that
+# this costs. Everything runs offline on the small trained Mixtral that comes with mixlens; set `MODEL`, `DOCUMENTS` and
+# `DOMAIN` for another. A map of all experts takes a forward pass of the layers above each of them, 256 passes for 8x7B.
+# Keep documents few and short there, or map some layers only, with `ml.experiments.Ablation(layers=[...])`.
 #
-# On 8x7B it takes 94 GB of accelerator memory in bfloat16, or 27 GB in nf4 (computed). Every expert that
-# is taken out costs one more pass over all documents. See `docs/8x7b.md`.
+# On 8x7B it takes 94 GB of accelerator memory in bfloat16, or 27 GB in nf4 (computed). Every expert that is removed
+# costs one more pass over all documents. See `docs/8x7b.md`.
 
 # %%
 import numpy as np
@@ -43,8 +43,8 @@ settings = ml.RecordSettings(max_length=64, overlong="truncate", shard_tokens=40
 # %% [markdown]
 # ## An edit is a context manager
 #
-# Round anybody's forward or generate. A Recorder, inside or outside, sees what the model then used: the forbidden
-# expert is gone, and the weights of those chosen in its place sum to one.
+# It goes around any forward or generate. A Recorder, inside or outside, sees what the edited model used: the forbidden
+# expert is gone, and the weights of the experts chosen instead sum to one.
 
 # %%
 inputs = tokenizer(documents[0]["text"][:400], return_tensors="pt").to(model.device)
@@ -66,11 +66,11 @@ pd.DataFrame(
 # %% [markdown]
 # ## A map of all experts, by domain
 #
-# Each expert of each layer in turn is never chosen; the number is the change in loss on the same tokens. Hidden states
-# below the edited layer are kept, so that the map costs a fraction of one forward for every expert. A few experts cost
-# far more than the rest, so colours are linear near zero and logarithmic beyond, as the figure says. Dots mark changes
-# that survive control for the number of cells. Five documents of a domain can give none, all 60 together can: first
-# the map of all, then that by domain, to look at.
+# Each expert of each layer in turn is forbidden; the number is the change in loss on the same tokens. Hidden states
+# below the edited layer are kept, so each expert costs only a fraction of a forward pass. A few experts cost far more
+# than the rest, so the colours are linear near zero and logarithmic beyond. Dots mark changes that survive control for
+# the number of cells. The five documents of a domain are too few for any to survive, but all 60 together are enough:
+# first comes the map over all documents, then the one by domain, for exploration.
 
 # %%
 measured = ml.experiments.measure_importance(model, documents, settings=settings)
@@ -85,8 +85,8 @@ ml.show.importance_by_domain(importance)
 # ## The expert that a domain over-uses: does it matter most to that domain?
 #
 # `DOMAIN` is mathematics unless you chose another. In every layer, the expert whose share in it exceeds its mean share
-# in the other domains most. It is picked by use alone, never by importance, and all layers are shown. `rank` is the
-# place of the domain among all by the loss that the expert's absence costs: 1 says that it matters most to `DOMAIN`.
+# in the other domains most. It is picked by use alone, never by importance, and all layers are shown. `rank` orders the
+# domains by the loss that the expert's absence costs them: rank 1 means that it matters most to `DOMAIN`.
 
 # %%
 others = importance.drop_sel(domain=DOMAIN)
@@ -114,7 +114,7 @@ favourites = pd.DataFrame(rows).set_index("layer")
 favourites.round(3)
 
 # %% [markdown]
-# What the table says, in words made from its numbers:
+# A summary computed from the table:
 
 # %%
 first = favourites["rank"] == 1
@@ -125,7 +125,7 @@ runner_up = elsewhere.isel(domain=int(elsewhere.estimate.values.argmax()))
 print(
     f"In {first.sum()} of {len(favourites)} layers the expert that {DOMAIN} over-uses is measured to matter most to "
     f"{DOMAIN}; with {int(importance.n_documents.sel(domain=DOMAIN))} documents of it, in "
-    f"{(first & favourites['survives']).sum()} of them the change is told apart from none."
+    f"{(first & favourites['survives']).sum()} of them the change is significant."
 )
 print(
     f"It costs most in layer {strongest}: without expert {best['expert']:.0f} {DOMAIN} loses "
@@ -136,7 +136,7 @@ print(
 
 # %% [markdown]
 # Use and importance need not go together. A point far to the right and near zero is an expert that the domain uses
-# much and can spare.
+# often but can do without.
 
 # %%
 ml.show.importance_against_share(importance.sel(domain=DOMAIN))
@@ -144,7 +144,7 @@ ml.show.importance_against_share(importance.sel(domain=DOMAIN))
 # %% [markdown]
 # ## How many experts does a token need?
 #
-# Mixtral is trained with two. The same documents with each token choosing one to eight:
+# Mixtral is trained with two. Here each token of the same documents chooses one to eight:
 
 # %%
 sweep = ml.stats.topk_sweep(ml.experiments.measure_topk(model, documents, settings=settings))
@@ -164,7 +164,7 @@ print(
 )
 
 # %% [markdown]
-# The weights of those chosen are renormalised for every k; how much of the weight stays with the strongest:
+# The weights of the chosen experts are renormalised for every k. How much weight does the strongest keep?
 
 # %%
 ml.show.topk_routing(sweep)
@@ -173,8 +173,8 @@ ml.show.topk_routing(sweep)
 # ## What experts contribute
 #
 # Importance asks what the model does without an expert. Direct logit attribution asks what a chosen expert itself adds
-# to the logit of the token that came next, through the last norm and the unembedding, without what later layers make
-# of it. Means over the tokens that chose the expert, and then the same along one text.
+# to the logit of the token that came next, through the last norm and the unembedding, without what later layers make of
+# it. The figures show means over the tokens that chose the expert, then the contributions along one text.
 
 # %%
 contributions = ml.experiments.measure_contributions(model, documents, settings=settings)
@@ -185,8 +185,8 @@ ml.show.expert_contribution(contribution)
 ml.show.contributions(contributions, sequence=0, positions=(0, 48))
 
 # %% [markdown]
-# Do the two agree? Rank correlation over all experts between what an expert adds and what its absence costs, with an
-# interval from a bootstrap over experts:
+# Do the two agree? The rank correlation over all experts between what an expert adds and what its absence costs, with
+# an interval from a bootstrap over experts:
 
 # %%
 pairs = pd.DataFrame({"added": contribution.estimate.values.ravel(), "cost": whole.estimate.values.ravel()}).dropna()
@@ -198,9 +198,9 @@ print(f"Spearman's rho {correlation:.2f} [{low:.2f}, {high:.2f}], n = {len(pairs
 # %% [markdown]
 # ## Patching
 #
-# Activations of one run put into another: here the residual stream of a French sentence, layer by layer, at the last
-# position of a German one. How far does that carry the prediction? After the last layer it must be all the way. One
-# pair of sentences shows how it is done, and is no finding.
+# Patching puts activations of one run into another: here the residual stream of a French sentence, layer by layer, at
+# the last position of a German one. How much of the prediction does it carry over? After the last layer, all of it. One
+# pair of sentences shows how it is done; it is not a finding.
 
 # %%
 french, german = (

@@ -16,11 +16,12 @@
 # %% [markdown]
 # # Does a model score worse with one expert a token, or is that noise? Benchmark scores that can be compared
 #
-# A score without its protocol is no number. Here a model is evaluated by protocol, its score gets an interval and every
-# sample behind it, and two runs are compared sample by sample. Everything runs offline on the small trained Mixtral
-# that comes with mixlens, and on a benchmark of six small tasks that it can pass. For another model set `MODEL` and
-# `PUBLISHED` to `"mistralai/Mixtral-8x7B-v0.1"`, `TASKS` to benchmarks such as `["mmlu", "gsm8k"]`, and `PROTOCOL` to
-# `"mixtral-paper"`; `LIMIT` takes the first questions of each.
+# A score without its protocol cannot be compared. This notebook evaluates a model by protocol, with an interval for
+# every score and every sample stored, and compares two runs sample by sample. Everything runs offline on the small
+# trained Mixtral that comes with mixlens, and on a benchmark of six small tasks that it can pass. For another model set
+# `MODEL` and `PUBLISHED` to `"mistralai/Mixtral-8x7B-v0.1"`, `TASKS` to benchmarks such as `["mmlu", "gsm8k"]`, and
+# `PROTOCOL` to `"mixtral-paper"`; `LIMIT` takes the first questions of each task, 30 here so that the notebook runs in
+# a minute; `None` takes all.
 #
 # On 8x7B it takes 94 GB of accelerator memory in bfloat16, or 27 GB in nf4 (computed), and the forwards
 # of every question with its shots. See `docs/8x7b.md`.
@@ -33,16 +34,16 @@ from mixlens.evals.protocols import suites
 from mixlens.evals.published import beside, references
 from mixlens.evals.routing import sample_share
 
-MODEL, TASKS, PROTOCOL, LIMIT = "demo", "demo", None, None
-PUBLISHED = "mistralai/Mixtral-8x7B-v0.1"  # whose published scores stand beside
+MODEL, TASKS, PROTOCOL, LIMIT = "demo", "demo", None, 30
+PUBLISHED = "mistralai/Mixtral-8x7B-v0.1"  # whose published scores are compared
 model = ml.load(MODEL, verbose=False)
 settings = ml.evals.EvalSettings(progress=False, routing=True)
 
 # %% [markdown]
 # ## Why the protocol matters
 #
-# Two published scores of ARC-Challenge for the same weights. Sources stand beside every figure, and where they
-# disagree both are shown.
+# Here are two published scores of ARC-Challenge for the same weights. Every figure comes with its source, and where
+# sources disagree both are shown.
 
 # %%
 references(PUBLISHED, benchmark="arc_challenge")[["protocol", "score", "n", "source", "page"]]
@@ -57,9 +58,10 @@ pd.Series(suites()["mixtral-paper"], name="protocol in mixtral-paper").to_frame(
 # ## Evaluate
 #
 # Before the model is asked, a preflight checks that prompts begin with one BOS and fit, that decoding gives back what
-# was encoded, and that the graders pass gold answers. With `out=` a stopped evaluation goes on where it stopped; the
-# folder opens again with `ml.open`, and holds lm-eval's own JSON beside the samples. Given a name in place of a model,
-# as in `ml.evaluate("mistralai/Mixtral-8x7B-v0.1", "mmlu_5shot", out=...)`, its own process loads and evaluates it.
+# was encoded, and that the graders pass gold answers. With `out=`, a stopped evaluation resumes where it stopped. The
+# folder opens again with `ml.open`, and holds lm-eval's own JSON as well as the samples. If you pass a name instead of
+# a model, as in `ml.evaluate("mistralai/Mixtral-8x7B-v0.1", "mmlu_5shot", out=...)`, the model is loaded and evaluated
+# in a process of its own.
 
 # %%
 log = ml.evaluate(model, TASKS, protocol=PROTOCOL, limit=LIMIT, settings=settings, out="runs/two-experts")
@@ -77,9 +79,8 @@ log.samples[["task", "sample_id", "prompt", "target", "response", "correct"]].gr
 # %% [markdown]
 # ## Beside published scores
 #
-# A published score is comparable only where its source states the parts of the protocol (shots, split, metric, number
-# of questions) and each is the same. Where it is not, or where nobody has published any, the table
-# says why.
+# A published score is comparable only if its source states every part of the protocol (shots, split, metric, number of
+# questions) and all of them agree. If they do not, or if nothing has been published, the table says why.
 
 # %%
 beside(log, model=PUBLISHED)[["benchmark", "protocol", "score", "comparable", "why_not"]].round(1)
@@ -87,8 +88,9 @@ beside(log, model=PUBLISHED)[["benchmark", "protocol", "score", "comparable", "w
 # %% [markdown]
 # ## Is the difference noise?
 #
-# The same questions with one expert less for every token. The two runs are joined by sample: what flipped, the exact
-# McNemar test, and a paired interval of the difference. One sentence says whether the data can tell the two apart.
+# Evaluate the same questions with one expert fewer for every token. The two runs are joined by sample, which gives the
+# answers that flipped, the exact McNemar test, and a paired interval of the difference. One sentence says whether the
+# data distinguish the two runs.
 
 # %%
 with ml.edit(model, ml.edits.top_k(1)):
@@ -105,7 +107,8 @@ compared.flips[["task", "sample_id", "change", "prompt", "target"]].head(6)
 # %% [markdown]
 # ## Which experts the questions use
 #
-# Recorded while the model answered, and joined by sample. Shots that samples share would be counted once, apart.
+# Routing was recorded while the model answered, and is joined by sample. Shots that samples share would be counted
+# once, separately.
 
 # %%
 ml.show.expert_share(sample_share(log, by="group").isel(layer=[-1]))

@@ -16,10 +16,11 @@
 # %% [markdown]
 # # Speed and providers
 #
-# How fast an endpoint answers, how much load it takes, what it does with each parameter, and what a workload costs.
-# Everything here runs against a server inside this notebook, whose truth is known: it sends an empty role chunk at
-# once, thinks for 60 ms, then sends a chunk every 8 ms, and works on three requests at a time. Replace `endpoint` by
-# `ml.Endpoint.openrouter(providers=["deepinfra"])`, with OPENROUTER_API_KEY set, to measure a real one.
+# How fast does an endpoint answer, how much load can it take, what does it do with each parameter, and what does a
+# workload cost? Everything here runs against a server inside this notebook whose true timing is known: it sends an
+# empty role chunk at once, thinks for 60 ms, then sends a chunk every 8 ms, and works on three requests at a time.
+# Replace `endpoint` by `ml.Endpoint.openrouter(providers=["deepinfra"])`, with OPENROUTER_API_KEY set, to measure a
+# real one.
 #
 # It needs no accelerator; against a real provider it costs what the provider charges for the tokens, which
 # `max_dollars` caps.
@@ -93,8 +94,8 @@ quiet = ml.bench.BenchSettings(progress=False)
 # %% [markdown]
 # ## One benchmark
 #
-# Every stream event is stamped before it is parsed, and every number is computed from these records. Time to first
-# token ends at the first event that carries a token: the role chunk is none.
+# Every stream event is time-stamped before it is parsed, and every number is computed from these records. Time to first
+# token ends at the first event that carries a token, which the role chunk does not.
 
 # %%
 bench = ml.benchmark(endpoint, concurrency=(1, 3, 6), requests=24, workload=work, settings=quiet)
@@ -105,8 +106,8 @@ bench.overview()
 ml.show.latency_cdfs(bench)
 
 # %% [markdown]
-# The timeline shows why six at a time wait: a line without dots is a request that the server has answered with a role
-# chunk and not begun.
+# The timeline shows why six at a time have to wait: a line without dots is a request that the server has answered with
+# a role chunk but not started.
 
 # %%
 ml.show.token_timeline(bench, level="concurrency 6", most=18)
@@ -117,8 +118,8 @@ bench.events().query("level == 'concurrency 1' and phase == 'measured' and index
 # %% [markdown]
 # ## How much load it takes
 #
-# `load_sweep` doubles the concurrency until the power, tokens per second over median seconds, has fallen twice. `knee`
-# says which load had the most, and in what share of bootstrap resamples.
+# `load_sweep` doubles the concurrency until the power, tokens per second divided by the median seconds, has fallen
+# twice. `knee` returns the load with the most power, and the share of bootstrap resamples in which it has the most.
 
 # %%
 swept = ml.bench.load_sweep(endpoint, most=16, requests=24, workload=work, settings=quiet)
@@ -138,8 +139,8 @@ print(
 # %% [markdown]
 # ## Two endpoints, in turns
 #
-# Measured one after the other, whatever drifts between them looks like a difference. `benchmark_together` lets them
-# take turns on the same prompts, and `compare` pairs the requests.
+# If two endpoints are measured one after the other, any drift between the measurements looks like a difference.
+# `benchmark_together` lets them take turns on the same prompts, and `compare` pairs the requests.
 
 # %%
 both = ml.bench.benchmark_together(
@@ -156,8 +157,8 @@ print(f"b is built to be 1.5 times as slow; measured: {ttft.ratio:.2f} [{ttft.ci
 # %% [markdown]
 # ## What it does with each parameter
 #
-# That a server accepts a parameter proves nothing. Each is sent where it must change something that shows; this server
-# knows `stop`, `stream` and nothing else.
+# That a server accepts a parameter proves nothing. Each parameter is sent in a request where it must have a visible
+# effect; this server honours `stop` and `stream` only.
 
 # %%
 probed = ml.bench.probe(endpoint)
@@ -183,9 +184,9 @@ costs = cost(1000, 500, requests=100_000, months=3, growth=0.1, model=endpoint.m
 costs.pivot_table(index=["provider", "usd_per_request"], columns="month", values="usd").round(2)
 
 # %% [markdown]
-# Quality, cost and speed in one picture: MMLU (5-shot) of the base models as published, in the Mixtral paper for 8x7B
-# and in Mistral's announcement for 8x22B; speeds as pages said; prices of the workload above from the snapshot. A
-# candidate without all three numbers is left out, and the picture says so.
+# This figure combines quality, cost and speed: MMLU (5-shot) of the base models as published, in the Mixtral paper for
+# 8x7B and in Mistral's announcement for 8x22B; speeds as published; and prices of the workload above from the snapshot.
+# Candidates without all three numbers are left out, as the figure states.
 
 # %%
 nan = float("nan")
@@ -205,10 +206,10 @@ published = [
 ml.show.quality_cost_speed(published, score="MMLU, 5-shot [%]")
 
 # %% [markdown]
-# With an evaluation and a benchmark of the same model nothing is typed by hand: `ml.show.quality_cost_speed([log,
-# bench])` takes the score with its interval, the speed of every load, and the price that the snapshot has for the
-# address; `candidates` gives the same as a table. Here the bundled model on the benchmark `demo`: nobody sells it, so
-# it has no price, and would be left out of the picture.
+# With an evaluation and a benchmark of the same model, you need not type any numbers: `ml.show.quality_cost_speed([log,
+# bench])` takes the score with its interval, the speed of every load, and the price in the snapshot for the address;
+# `candidates` gives the same as a table. Below is the bundled model on the benchmark `demo`. Nobody sells it, so it has
+# no price and would be left out of the figure.
 
 # %%
 model = ml.load("demo", verbose=False)
@@ -223,7 +224,7 @@ local = ml.benchmark(
 frontier(candidates([log, local])).drop(columns=["source"]).round(2)
 
 # %% [markdown]
-# A score of one model beside the speed of another is refused by name.
+# Combining the score of one model with the speed of another is refused by name.
 
 # %%
 try:
@@ -232,5 +233,5 @@ except ml.BadInput as error:
     print(error)
 
 # %% [markdown]
-# A benchmark is a run: `out=` keeps every request, `ml.open` and `ml.report` read it, and a cap in seconds or dollars
-# ends it early with what was measured on disk. Keys come from the environment and are written nowhere.
+# A benchmark is a run: `out=` keeps every request, and `ml.open` and `ml.report` read it. A cap in seconds or dollars
+# ends it early and keeps what was measured on disk. Keys are read from the environment and never written anywhere.

@@ -16,8 +16,8 @@
 # %% [markdown]
 # # Your own model: record it in your own loop, keep the trace, and take it elsewhere
 #
-# You have a Mixtral of your own (fine-tuned, quantized, half trained) and code that runs it. How do you get its routing
-# without giving that code up, and how do you read the result with other tools?
+# You have a Mixtral of your own (fine-tuned, quantized, partly trained) and code that runs it. How do you get its
+# routing without changing that code, and how do you read the result with other tools?
 #
 # Set `MODEL` to a folder or a name on the Hub; everything below works on the model object that you already hold.
 #
@@ -43,8 +43,8 @@ type(model)
 # %% [markdown]
 # ## Round your own forward
 #
-# A `Recorder` listens to every forward inside its `with`, and changes not a bit of the output. A batch of several rows
-# needs its attention mask, so that padding is never counted.
+# A `Recorder` listens to every forward inside its `with` block and leaves the output bit for bit the same. A batch of
+# several rows needs its attention mask, so that padding is never counted.
 
 # %%
 texts = ["def area(radius):\n    return 3.14159 * radius ** 2", "The theorem follows from the lemma."]
@@ -63,7 +63,7 @@ assert mine.n_tokens == int(batch["attention_mask"].sum())
 # %% [markdown]
 # ## Round your own generate
 #
-# Prompt and answer are told apart by `phase`. The last token has no routing, since no forward saw it.
+# `phase` separates prompt and answer. The last token has no routing, since no forward read it.
 
 # %%
 prompt = tokenizer("Once upon a time", return_tensors="pt").to(model.device)
@@ -81,8 +81,8 @@ assert generated.n_tokens == answer.shape[1] - 1
 # %% [markdown]
 # ## A corpus into a run directory
 #
-# With `out=` a recording goes to disk shard by shard, and a run that was stopped goes on where it stopped. Columns of
-# the documents come along and can be grouped by.
+# With `out=`, a recording goes to disk shard by shard, and a run that was stopped resumes where it stopped. Columns of
+# the documents are kept, and statistics can be grouped by them.
 
 # %%
 documents = ml.demo_documents()[:24]
@@ -117,8 +117,8 @@ joined.groupby("domain")["logprob"].mean().rename("mean log-probability (nat)").
 # %% [markdown]
 # ## Other forms
 #
-# A long table for SQL, an xarray Dataset for arrays, and back: routing that somebody else recorded, a server for
-# example, becomes a trace with `Trace.from_arrays`, and every statistic and view takes it.
+# A trace converts to a long table for SQL or an xarray Dataset, and back. Routing that something else recorded, such as
+# a server, becomes a trace with `Trace.from_arrays`, which every statistic and view accepts.
 
 # %%
 trace.to_parquet("long.parquet")
@@ -134,7 +134,7 @@ print(data.sizes)
 # %% [markdown]
 # ## Hand it on
 #
-# A view, a figure, a table, or all of it as one file. Each opens without a kernel and without a network.
+# Share a view, a figure, a table, or everything as one file. Each opens without a kernel and without a network.
 
 # %%
 share = ml.stats.expert_share(trace, by="domain")

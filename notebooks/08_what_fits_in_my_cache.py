@@ -16,16 +16,17 @@
 # %% [markdown]
 # # What fits in my cache?
 #
-# The question: fast memory holds half of the experts of every layer, and the others come over a link. Which four of
-# eight should it hold, and how fast can the model decode then?
+# The question: fast memory holds half of the experts of every layer, and the others are loaded over a link. Which four
+# of eight should it hold, and how fast can the model decode then?
 #
-# **The answer for the bundled model:** do not choose four experts by how often they are used. On the text that they
-# are counted on they hold 55 % of the choices; on other documents they cannot be shown to hold more than any four.
-# Keep those used last, or used most since they were loaded: they hold 77 and 79 % of the choices, with half of the
-# loads of a cache for two. No policy that loads on demand can hold more than 85 %. Loading ahead finds 90 %, but
-# moves a third more, so that it is slower where the link is the limit. Rates are predicted from bytes; none was run.
+# **The answer for the bundled model:** do not choose four experts by how often they are used. On the text on which they
+# are counted, they cover 55 % of the choices; on other documents, there is no evidence that they cover more than any
+# other four. Instead, keep the experts that were used last, or used most since they were loaded: they cover 77 and 79 %
+# of the choices, with half the loads of a cache for two. No policy that loads on demand can cover more than 85 %.
+# Loading ahead covers 90 %, but moves a third more bytes, so it is slower where the link is the limit. Rates are
+# predicted from bytes; none was measured.
 #
-# Set `MODEL`, `DOCUMENTS` and `LINK` for your own. The text has to be like that to come.
+# Set `MODEL`, `DOCUMENTS` and `LINK` for your own. Use text like that which the model will generate.
 #
 # On 8x7B it takes 94 GB of accelerator memory in bfloat16, or 27 GB in nf4 (computed), and one forward
 # of every document. The inputs of all layers' experts are 262 kB a token on disk (computed), so that a few thousand
@@ -47,8 +48,8 @@ trace
 # %% [markdown]
 # ## Is there anything to keep?
 #
-# Four consecutive tokens of random routing would read 5.47 of 8 experts in every layer. Those of this text read
-# fewer, so that what was used is likely to be used again. Four tokens of four documents have little in common.
+# With random routing, four consecutive tokens would read 5.47 of 8 experts in every layer. In this text they read
+# fewer, so an expert that was used is likely to be used again. Four tokens from four documents have little in common.
 
 # %%
 rows = {}
@@ -68,7 +69,7 @@ pd.DataFrame(rows).T
 # %% [markdown]
 # ## The four experts used most
 #
-# They are fitted on one half of the documents. `in_sample` fits and judges them on all documents, which flatters
+# They are chosen on one half of the documents. `in_sample` chooses and judges them on all documents, which flatters
 # them.
 
 # %%
@@ -111,8 +112,8 @@ pd.DataFrame(
 ).T
 
 # %% [markdown]
-# `prefetch` finds more than the optimum, since it loads before it is asked. It also loads in vain, so that over a
-# link that is always busy it is slower than `lru`: it helps where computing takes longer than loading.
+# `prefetch` covers more than the optimum because it loads experts before they are needed. Some of these loads are in
+# vain, so it is slower than `lru` over a link that is always busy; it helps where computing takes longer than loading.
 #
 # ## How many slots does it take?
 
@@ -131,8 +132,8 @@ caches["lru"][["by_layer", "by_layer_low", "by_layer_high"]].isel(slots=0, drop=
 # %% [markdown]
 # ## And if the experts are on several devices?
 #
-# A step is as slow as its busiest device. On four devices DeepSeek's balancer looks better than experts in order, and
-# with four copies better than copies placed by chance, but by so little that other documents may turn it round.
+# A step is as slow as its busiest device. On four devices, DeepSeek's balancer looks better than experts in order and,
+# with four copies, better than copies placed at random, but by so little that other documents may reverse it.
 
 # %%
 pd.DataFrame(

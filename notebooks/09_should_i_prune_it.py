@@ -61,7 +61,7 @@ pd.Series([document["group"] for document in judging]).value_counts()
 # ## Which experts matter least?
 #
 # One recording says how often each expert is chosen, and how much it puts out, with its weight (REAP) and without.
-# Measuring what the loss is without each expert takes longer, and is what the others stand in for.
+# Measuring the loss without each expert takes longer; the other scores are substitutes for it.
 
 # %%
 trace = ml.record(model, choosing, signals=["expert_norm"], settings=settings)
@@ -98,7 +98,7 @@ pd.DataFrame(
 )
 
 # %% [markdown]
-# What is allowed decides, and is asked without measuring again:
+# The verdict depends on what you allow, which you can change without measuring again:
 
 # %%
 {limit: judged["reap, 7 of 8"].within({"loss": limit}).verdict for limit in (0.02, 0.05, 0.1, 0.2, 0.3)}
@@ -106,8 +106,8 @@ pd.DataFrame(
 # %% [markdown]
 # ## Would their mean output do in their place?
 #
-# With `means=` a removed expert puts out its mean, and routing stays as it was. That computes here, and is no
-# checkpoint of the family.
+# With `means=`, a removed expert outputs its mean and routing stays as it was. Such a model runs here, but cannot be
+# saved as a checkpoint of the family.
 
 # %%
 means = ml.experiments.expert_outputs(model, choosing, settings=settings)["mean"]
@@ -118,8 +118,8 @@ ml.decisions.judge(model, stand_ins, documents=judging, limits=LIMITS, by="group
 # %% [markdown]
 # ## A checkpoint, all the same
 #
-# `save` writes what plain transformers and `ml.load` read, with a card that says what was lost; here into a folder that
-# goes with the notebook.
+# `save` writes a checkpoint that plain transformers and `ml.load` read, with a card that says what was lost; here into
+# a folder that is deleted with the notebook.
 
 # %%
 with tempfile.TemporaryDirectory() as folder:

@@ -19,9 +19,9 @@
 # The question: while a mixture of experts is fine-tuned, do its routers go on using all experts?
 #
 # **The answer for two short runs on the bundled model:** with the auxiliary loss turned off, layer 1 collapses within
-# 30 steps: its load entropy falls by 1.15 of 3 bits, and by 0.98 at the least, so that the verdict on going on is "do
-# not". With it on no layer is shown to lose more than half a bit, and not all are shown to keep it: "not enough
-# evidence".
+# 30 steps: its load entropy falls by 1.15 of 3 bits, and by at least 0.98, so the verdict on continuing is "do not".
+# With the auxiliary loss on, there is no evidence that any layer loses more than half a bit, but not enough evidence
+# that none does: "not enough evidence".
 #
 # In your own loop call `watch.step()` after `optimizer.step()`; with transformers' Trainer pass
 # `callbacks=[watch.callback()]`.
@@ -55,9 +55,10 @@ len(probe), len(rows)
 # %% [markdown]
 # ## Two runs that differ in the auxiliary loss
 #
-# The auxiliary loss is that of each layer, averaged over layers. The one of transformers pools the layers, and cannot
-# see layers that collapse onto different experts. So that half a minute is enough, the routers learn at 100 times the
-# rate of the other weights; at an equal rate they stayed balanced over 60 steps with an auxiliary loss and without.
+# The auxiliary loss is computed for each layer and averaged over layers. The one in transformers pools the layers, and
+# cannot see layers that collapse onto different experts. To keep the runs to half a minute, the routers learn at 100
+# times the rate of the other weights; at equal rates they stayed balanced over 60 steps with and without an auxiliary
+# loss.
 
 
 # %%
