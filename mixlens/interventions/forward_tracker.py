@@ -14,7 +14,7 @@ from torch import nn
 from mixlens.errors import BadInput, RecordingError
 from mixlens.interventions.caches import Caches
 from mixlens.interventions.generation import Generation, watch_generate
-from mixlens.interventions.masks import check_mask, seen_by
+from mixlens.interventions.masks import check_mask, seen_by, without_window
 from mixlens.interventions.places import Batch, Call, Placed, Places
 from mixlens.interventions.transforms import refuse_without_values
 from mixlens.models.layout import cache_in, config_of, decoder_of
@@ -99,6 +99,15 @@ class ForwardTracker:
             ]
             self.hook_first()
         self._leave = watch_generate(self.model, self)
+
+    def refuse_open(self) -> None:
+        """Raises BadInput while forwards are followed."""
+        if self._leave is not None:
+            raise BadInput(
+                f"{self.who} cannot be entered while it records. Make another for a block within its own.",
+                argument="Recorder",
+                value=self.who,
+            )
 
     def hook_first(self) -> None:
         """Look at the first layer's input before any other hook, which may rely on what `before` does."""
@@ -253,7 +262,7 @@ class ForwardTracker:
         packed = call.positions is not None and not call.start and not call.told
         with self._heard():
             if packed and isinstance(mask, torch.Tensor) and mask.ndim == 4:
-                call.seen = seen_by(mask, 0, call.shape[1])
+                call.seen = without_window(seen_by(mask, 0, call.shape[1]), call.shape[1])
             self._before(call)
 
     @contextmanager

@@ -38,6 +38,19 @@ def seen_by(mask: torch.Tensor, past: int, columns: int) -> Seen:
     return Seen(one[:, at, past + at], bits.argmax(-1), last, count)
 
 
+def without_window(seen: Seen, columns: int) -> Seen:
+    """The same as if a layer that looks back a number of columns only looked back to where the document begins.
+
+    For masks that were made from position ids, without padding.
+    """
+    at = torch.arange(columns, device=seen.first.device)
+    begins = torch.where(seen.first == at, at, 0).cummax(1).values
+    cut = (seen.count == seen.count.max()) & (seen.count == at - seen.first + 1)
+    return seen._replace(
+        first=torch.where(cut, begins, seen.first), count=torch.where(cut, at - begins + 1, seen.count)
+    )
+
+
 def seen_by_columns(mask: torch.Tensor, past: int, columns: int) -> Seen:
     """What a mask [rows, keys] says, on its device."""
     mask = mask.bool()

@@ -108,6 +108,7 @@ class CompiledRecorder(Recorder):
             self._buffers["listening"].fill_(not self._paused)
 
     def __enter__(self) -> CompiledRecorder:
+        self._tracker.refuse_open()
         torch.compiler.reset()
         self._buffers, self._about = self._allocated(), describe(self.model)
         self.paused = self._paused

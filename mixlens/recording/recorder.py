@@ -108,6 +108,7 @@ class Recorder:
         return self  # the hooks of a copied model lead to it, and it passes over that model
 
     def __enter__(self) -> Recorder:
+        self._tracker.refuse_open()
         with ExitStack() as stack:
             stack.enter_context(eagerly())
             self._about = describe(self.model)

@@ -138,6 +138,19 @@ def test_a_document_goes_on_after_others_in_its_row(model):
     assert_recorded(model, recorder, [rows[0], [*rows[1], 5]])
 
 
+@pytest.mark.parametrize("drive", ["packed", "generate"])
+def test_a_window_of_attention_begins_no_document(drive):
+    model, rows = tiny_mixtral(num_hidden_layers=2, sliding_window=4), texts(9, 3, 6)
+    with torch.no_grad(), ml.Recorder(model) as recorder:
+        if drive == "packed":
+            at = torch.tensor([[*range(9), *range(3), *range(6)]])
+            model(torch.tensor([[*rows[0], *rows[1], *rows[2]]]), position_ids=at, use_cache=False)
+        else:
+            rows = model.generate(torch.tensor(rows[:1]), max_new_tokens=6, do_sample=False, eos_token_id=None)
+            rows = rows[:, :-1].tolist()
+    assert_recorded(model, recorder, rows)
+
+
 # ---------------------------------------------------------------------- caches
 
 

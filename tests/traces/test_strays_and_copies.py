@@ -12,7 +12,7 @@ from tiny import tiny_mixtral
 from transformers import DynamicCache
 
 import mixlens as ml
-from mixlens.errors import RecordingError
+from mixlens.errors import BadInput, RecordingError
 
 IDS = torch.tensor([[9, 8, 11, 40, 5, 17]])
 
@@ -115,6 +115,17 @@ def test_a_copy_made_inside_the_block_is_another_model(model, recorder):
     with recorder(copied) as recording, ml.edit(copied, *edits):
         copied(input_ids=IDS)
     assert recording.trace().n_tokens == 6
+
+
+@pytest.mark.parametrize("recorder", [ml.Recorder, lambda model: ml.CompiledRecorder(model, tokens=40)])
+@torch.no_grad()
+def test_a_recorder_is_entered_once_at_a_time(model, recorder):
+    with recorder(model) as recording:
+        with refused(BadInput, "Recorder"), recording:
+            pass
+        model(input_ids=IDS)
+    assert recording.trace().n_tokens == 6
+    assert not model.model.layers[0].mlp.gate._forward_hooks
 
 
 def test_parts_of_data_parallel_are_refused(model):
