@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         reason = REASONS.get(errno.ENOMEM if isinstance(error, MemoryError) else error.errno or 0)
         if reason is None:
             raise
-        place = f" with {error.filename}" if getattr(error, "filename", None) else ""
+        place = f" with {error.filename}" if isinstance(error, OSError) and error.filename else ""
         told = (
             f"Cannot go on{place}: {reason}. What was complete is kept; make room or raise the limit, and run it again."
         )
