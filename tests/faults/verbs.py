@@ -58,6 +58,12 @@ def impact(out: Path) -> None:
     ml.experiments.measure_impact(model(), model(), DOCUMENTS, tokenizer=Letters(), out=out, settings=READING)
 
 
+def judge(out: Path) -> None:
+    documents = [{**one, "text": f"{one['text']} {i}"} for i in range(4) for one in DOCUMENTS]
+    said: Any = {"limits": {"loss": 0.1}, "tokenizer": Letters(), "settings": READING}
+    ml.decisions.judge(model(), model(), documents=documents, out=out, **said)
+
+
 def benchmark(out: Path) -> None:
     ml.benchmark(model(), requests=2, workload=ml.bench.Workload(16, 2), out=out, settings=TIMING)
 
@@ -98,6 +104,7 @@ VERBS: Mapping[str, Callable[[Path], None]] = {
     "topk": topk,
     "contributions": contributions,
     "impact": impact,
+    "judge": judge,
     "benchmark": benchmark,
     "figure": figure,
     "report": report,
