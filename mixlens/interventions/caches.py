@@ -15,30 +15,36 @@ from mixlens.interventions.places import Batch
 
 
 @dataclass(frozen=True)
-class _Keys:
-    """The first keys of a cache, and how often they were written to: one that is reordered or cropped has others."""
+class _Contents:
+    """The keys and values of a cache, and how often they were written to: what is reordered or cropped has others."""
 
-    tensor: weakref.ref[torch.Tensor]
-    writes: int
+    tensors: list[weakref.ref[torch.Tensor]]
+    writes: list[int]
 
     @classmethod
-    def of(cls, cache: Any) -> _Keys | None:
-        layers = getattr(cache, "layers", None)
-        keys = getattr(layers[0], "keys", None) if layers else None
-        if not isinstance(keys, torch.Tensor):
+    def of(cls, cache: Any) -> _Contents | None:
+        parts = [getattr(layer, name, None) for layer in getattr(cache, "layers", ()) for name in ("keys", "values")]
+        found = [part for part in parts if isinstance(part, torch.Tensor)]
+        if not found:
             return None
-        return cls(weakref.ref(keys), 0 if keys.is_inference() else keys._version)
+        # Tensors made in inference mode do not count what is written to them.
+        writes = [0 if part.is_inference() else part._version for part in found]
+        return cls([weakref.ref(part) for part in found], writes)
 
-    def are(self, cache: Any) -> bool:
-        found = _Keys.of(cache)
-        return found is not None and found.tensor() is self.tensor() and found.writes == self.writes
+    def are_in(self, cache: Any) -> bool:
+        found = _Contents.of(cache)
+        return (
+            found is not None
+            and found.writes == self.writes
+            and all(one() is other() for one, other in zip(found.tensors, self.tensors, strict=True))
+        )
 
 
 @dataclass
 class _Held:
     cache: weakref.ref[Any]
     batch: Batch
-    keys: _Keys | None = None
+    contents: _Contents | None = None
 
 
 class Caches:
@@ -52,7 +58,7 @@ class Caches:
         self._held.clear()
 
     def note(self, cache: Any, batch: Batch, *, read: bool = False) -> None:
-        """`batch` is what this cache holds; `read`: with the keys that a forward has left in it."""
+        """`batch` is what this cache holds; `read`: with the keys and values that a forward has left in it."""
         number = id(cache)
         held = self._held.get(number)
         if held is None or held.batch is not batch:
@@ -67,7 +73,7 @@ class Caches:
                 ) from None
             self._held[number] = held
         if read:
-            held.keys = _Keys.of(cache)
+            held.contents = _Contents.of(cache)
 
     def continued(self, cache: Any, rows: int, past: int, *, masked: bool) -> Batch | None:
         """The rows that a forward continues; None where it begins, or where what the cache holds was read elsewhere.
@@ -97,7 +103,7 @@ class Caches:
         ):
             batch.columns = past  # nothing but padding was taken back
             return batch
-        if past != batch.columns or (held.keys is not None and not held.keys.are(cache)):
+        if past != batch.columns or (held.contents is not None and not held.contents.are_in(cache)):
             raise self._refusal(
                 f"a cache of {batch.columns} tokens that now holds {past}, or other rows: tokens were taken back, "
                 "added or reordered outside. Start a new cache, or record the two parts separately",

@@ -215,6 +215,7 @@ def rewritten(cache):
 
 CHANGES = {
     "written to": (rewritten, 2, "past_key_values"),
+    "values of one layer written to": (lambda cache: cache.layers[1].values.zero_(), 2, "past_key_values"),
     "rows in another order": (lambda cache: cache.batch_select_indices(torch.tensor([1, 0])), 2, "past_key_values"),
     "a padded row picked, without its mask": (
         lambda cache: cache.batch_select_indices(torch.tensor([1])),
