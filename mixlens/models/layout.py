@@ -93,7 +93,23 @@ class MoeLayer:
             flat = torch.empty_like(order), torch.empty_like(weights)
             ids, spread = (part.scatter(0, order, own) for part, own in zip(flat, (experts, weights), strict=True))
             return logits, spread.view(len(logits), -1), ids.view(len(logits), -1)
+        self._check_form(output)
         return output[0], output[1], output[2]
+
+    def _check_form(self, output: Any) -> None:
+        """Raise ModelError unless the router returned logits [T, E], weights [T, k] and ids [T, k], in this order."""
+        if isinstance(output, tuple | list) and len(output) >= 3:
+            logits, weights, ids = output[:3]
+            tensors = all(isinstance(part, torch.Tensor) and part.ndim == 2 for part in (logits, weights, ids))
+            if tensors and weights.is_floating_point() and not ids.is_floating_point() and weights.shape == ids.shape:
+                return
+        raise ModelError(
+            f"Cannot read the router of layer {self.index}: {type(self.gate).__name__} did not return logits, weights "
+            "and ids of experts, in this order, as it does in the transformers that mixlens knows. Update transformers "
+            "(docs/compatibility.md lists the versions that were tested).",
+            argument="model",
+            value=type(self.gate).__name__,
+        )
 
     def write(self, output: Any, logits: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> Any:
         """What the router would have returned, had it decided so."""

@@ -116,7 +116,7 @@ class Tap:
         return self._ordered({name: {at: rows[:places] for at, rows in own.items()} for name, own in into.items()})
 
     def _ordered(self, raw: Raw) -> Raw:
-        for index in self._unordered & raw.get("weight", {}).keys():
+        for index in [index for index in self._unordered if index in raw.get("weight", {})]:
             order = raw["weight"][index].argsort(dim=-1, descending=True, stable=True)
             for name in ("weight", "expert_id", *EXPERT_SITES):
                 if index in raw.get(name, {}):

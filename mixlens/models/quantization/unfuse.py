@@ -84,7 +84,7 @@ class UnfusedExperts(nn.ModuleList):
 
     @property
     def is_stacked(self) -> bool:
-        return bool(self._stacks)
+        return len(self._stacks) > 0
 
     @contextmanager
     def stacked(self) -> Iterator[None]:
