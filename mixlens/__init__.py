@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 _get, __dir__, __all__ = exports(__name__, __file__)
 
-# Names before 0.1, by where they are now; they work for one release.
+# Names used before 0.1 and where they are now. They keep working for one release.
 _MOVED = {
     **dict.fromkeys(("Bench", "BenchSettings", "Limits", "LocalSettings", "Workload", "knee", "load_sweep"), "bench"),
     **dict.fromkeys(("benchmark_configurations", "benchmark_together", "probe"), "bench"),

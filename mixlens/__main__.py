@@ -1,4 +1,4 @@
-"""`python -m mixlens`, where the command itself is not on the path."""
+"""Entry point of ``python -m mixlens``."""
 
 from mixlens.cli.main import script
 

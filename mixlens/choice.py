@@ -1,4 +1,4 @@
-"""decide: which form of a model to take, from the runs that measured its forms."""
+"""Choose a form of a model (scheme, pruning or provider) from the runs that measured it."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ _VALUE = re.compile(r"\s*([+-]?)\s*(\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+)\s*([A-Za-z
 
 @dataclass(frozen=True)
 class Limit:
-    """What a form has to keep to in every column of a quantity.
+    """Bound that a form must satisfy in every column of a quantity.
 
-    value   in the unit of the quantity; of a change, how far from the baseline
+    value   in the unit of the quantity; for a change, the distance from the baseline
     change  None for a bound on the quantity itself; "difference", or "ratio" to the baseline
     """
 
@@ -54,7 +54,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class Decision:
-    """The forms of a model side by side, which of them keep to all limits, and which one to take.
+    """Comparison of the forms of a model under limits, with a recommendation.
 
     Parameters
     ----------
@@ -62,26 +62,26 @@ class Decision:
         Name of the model.
     table : pandas.DataFrame
         One row for each form and measured column: form, quantity, setting, estimate, ci_low, ci_high, unit, n, run;
-        and change, change_low, change_high from the baseline, paired where both runs read the same. Bounds are infinite
-        where a run has too few samples for an interval.
+        and change, change_low, change_high from the baseline, paired where both runs read the same input. Bounds are
+        infinite where a run has too few samples for an interval.
     answers : pandas.DataFrame
-        One row a form, one column a limit: "meets", "fails", "too uncertain to say", or "unmeasured"; and one column
-        for the limits of each judgement: its verdict, "n/a" for forms that it was not about.
+        One row per form, one column per limit: "meets", "fails", "too uncertain to say", or "unmeasured"; and one
+        column per judgement with its verdict, "n/a" for forms that it does not cover.
     qualifying : list[str]
-        The forms that meet every limit.
+        Forms that meet every limit.
     frontier : list[str]
-        Those of them that no other qualifying form beats in `objectives`: at least as good in all, and better in one.
+        Qualifying forms that no other one dominates in `objectives` (at least as good in all and better in one).
     objectives : list[str]
-        One column for each of quality, size, speed and price that all qualifying forms were measured in, in the order
-        that decides.
+        One column each for quality, size, speed and price, if all qualifying forms were measured in it, in order of
+        priority.
     recommended : str or None
         The qualifying form that is best in the first objective, then in the next.
     reason : str
-        Why, in a sentence.
+        Why, in one sentence.
     remarks : list[str]
-        What was passed over, and which numbers are uncertain.
+        Runs and columns that were left out, and numbers that are uncertain.
     shown : pandas.DataFrame
-        The forms as text.
+        Forms as text.
 
     Examples
     --------
@@ -108,14 +108,14 @@ class Decision:
         Returns
         -------
         pandas.DataFrame
-            One row a form: every column with its interval and its change from the baseline, what it says to the limits,
-            and whether it is on the frontier or recommended; "n/a" where it was not measured.
+            One row per form: every column with its interval and its change from the baseline, its answer to each limit,
+            and whether it is recommended or on the frontier; "n/a" where it was not measured.
         """
         places = [self._place(form) for form in self.shown.index]
         return pd.concat([self.shown, self.answers.add_prefix("limit: ")], axis=1).assign(**{"": places})
 
     def title(self) -> str:
-        """Return the decision in a sentence."""
+        """Return the decision as one sentence."""
         return f"{self.model}: {self.reason}"
 
     def _place(self, form: str) -> str:
@@ -141,36 +141,36 @@ def decide(
     baseline: str | None = None,
     usd_per_hour: float | Mapping[str, float] | None = None,
 ) -> Decision:
-    """Decide which form of a model to take: schemes, prunings or providers, by limits and what runs measured.
+    """Choose a form of a model (scheme, pruning or provider) by limits on measured quantities.
 
-    Runs are of one form where the checksum of their weights agrees, or the endpoint. A limit is met where the whole
-    95 % interval keeps to it; where the interval straddles the limit it is too uncertain to say. A form that was not
-    measured does not meet a limit. Numbers share a column only where they were measured alike: on the same documents or
-    samples, under the same load and on the same machine. A limit holds in every column of its quantity. A form that a
-    judgement (`decisions.judge`) was about has to meet the limits of the judgement as well.
+    Runs belong to one form if their weights have the same checksum, or if they use the same endpoint. A form meets a
+    limit if the whole 95 % interval satisfies it; if the interval straddles the limit, the answer is "too uncertain to
+    say". An unmeasured form does not meet a limit. Numbers share a column only if they were measured alike: on the same
+    documents or samples, or under the same load on the same machine. A limit applies to every column of its quantity.
+    Forms that a judgement (`decisions.judge`) covers must meet its limits too.
 
-    Of the forms that meet every limit the recommended one is best in what has no limit: quality first, then size,
-    speed and price, then in what has one, by the estimates.
+    Among the forms that meet every limit, the recommended one has the best estimates in the quantities without a limit
+    (quality first, then size, speed and price), then in those with one.
 
     Parameters
     ----------
     runs : Sequence or Mapping
         Recordings, evaluations, benchmarks, impact and pareto runs and judgements, or their folders. A mapping names
-        forms, as in ``{"6 experts": [log, bench], None: pareto}``; a name vouches that a form is an alternative
-        although its model has another name, and a judgement's is that of the changed model. Runs under None name
-        themselves.
+        forms, as in ``{"6 experts": [log, bench], None: pareto}``. Naming a form declares it an alternative even if its
+        model has another name; the name of a judgement is that of the changed model. Runs under None keep their own
+        names.
     at_most, at_least : Mapping[str, float or str], optional
         Limits by quantity: weight_bytes, memory_bytes, ttft_s, tpot_s, usd_per_mtok, perplexity, kl, or the name of a
         benchmark. Text may have a unit, "24GB" or "500ms". A sign makes it a change from the baseline: "-1%" is one
         percentage point for a score, and one per cent of the baseline for other quantities.
     prefer : str, optional
-        Quantity that decides between the forms that qualify.
+        Quantity that ranks the qualifying forms first.
     baseline : str, optional
-        Form that changes are measured from; the first one of the runs by default.
+        Form that changes are measured from; by default the first one of the runs.
     usd_per_hour : float or Mapping[str, float], optional
-        What the machine of a benchmark costs an hour, all its GPUs together, in dollars: then usd_per_mtok is what a
-        million tokens of the workload cost at the throughput that was measured, at the cheapest load and never idle.
-        A mapping from the name of the machine or the address of the server where there are several.
+        Hourly cost in dollars of the machine of a benchmark, all its GPUs together. usd_per_mtok is then the cost of a
+        million tokens of the workload at the measured throughput, at the cheapest load and with no idle time. Pass a
+        mapping from the name of the machine or the address of the server if there are several.
 
     Returns
     -------
@@ -179,8 +179,8 @@ def decide(
     Raises
     ------
     BadInput
-        For runs of several models or revisions, for a name given to other weights, for runs that do not tell their
-        weights, and for limits on what no run measured.
+        If the runs belong to several models or revisions, a name is used for different weights, a run does not identify
+        its weights, or no run measured a limited quantity.
     RunError
         If a run cannot be opened.
 
@@ -198,7 +198,7 @@ def decide(
     claims = [(name, _opened(run)) for name, some in given.items() for run in _several(some)]
     if not claims:
         raise BadInput(
-            "Cannot decide: there are no runs. Pass evaluations, benchmarks or pareto runs.", argument="runs"
+            "Cannot decide: no runs were given. Pass evaluations, benchmarks or pareto runs.", argument="runs"
         )
     forms, remarks = forms_of(claims, usd_per_hour)
     names = [form.name for form in forms]
@@ -252,7 +252,7 @@ def _decided(
 
 
 def _labels(forms: Sequence[Form]) -> dict[Column, str]:
-    """The quantity of each column, with its setting where it was measured in several."""
+    """Label each column by its quantity, with the setting if the quantity was measured in several."""
     columns = list(dict.fromkeys(column for form in forms for column in form.cells))
     quantities = [column.quantity for column in columns]
     several = {quantity for quantity in quantities if quantities.count(quantity) > 1}
@@ -262,7 +262,7 @@ def _labels(forms: Sequence[Form]) -> dict[Column, str]:
 def _reason(
     order: Sequence[Form], columns: Sequence[Column], answers: pd.DataFrame, labels: Mapping[Column, str]
 ) -> str:
-    """Why the first form is taken, or why none is."""
+    """Explain why the first form is recommended, or why none is."""
     if not order:
         counts = {answer: int((answers == answer).any(axis=1).sum()) for answer in _NOT_MET}
         told = ", ".join(f"{n} {words}" for answer, words in _NOT_MET.items() if (n := counts[answer]))
@@ -274,7 +274,7 @@ def _reason(
     of = f"of the {len(order)} of {len(answers)} forms that meet every limit"
     of = of if limited else f"of {len(order)} forms, without any limit,"
     if not columns:
-        return f"Take {best.name}: {of} it comes first, since no number is known of all."
+        return f"Take {best.name}: {of} it comes first, since no number is known for all of them."
     column = next((c for c in columns if best.cells[c].estimate != order[1].cells[c].estimate), columns[0])
     how = "highest" if column.more_is_better else "lowest"
     numbers = f"{_number(best, column)}; next {order[1].name} with {_number(order[1], column)}"
@@ -288,7 +288,7 @@ def _remarks(
     baseline: Form,
     labels: Mapping[Column, str],
 ) -> Iterator[str]:
-    """How to read the table, which forms more data could admit, and which cannot be told from the recommended one."""
+    """Explain the table, list the forms that more data could admit, and those tied with the recommended one."""
     yield f"In parentheses: change from {baseline.name}, paired where both runs read the same."
     for answer, words in (("too uncertain to say", "More samples would tell"), ("unmeasured", "Measure it")):
         for text in answers.columns:
@@ -300,8 +300,8 @@ def _remarks(
         alike = [name for name, cell in others.items() if cell.low <= best.high and best.low <= cell.high]
         if alike and best.low < best.high:
             yield (
-                f"Intervals of {labels[columns[0]]} overlap for {order[0].name} and {', '.join(alike)}: the choice "
-                "between them is by the estimate."
+                f"Intervals of {labels[columns[0]]} overlap for {order[0].name} and {', '.join(alike)}: the choice is "
+                "by the estimate."
             )
 
 
@@ -319,7 +319,7 @@ def _opened(run: Any) -> Any:
 
 
 def _columns(name: str, forms: Sequence[Form], argument: str) -> tuple[Column, ...]:
-    """The columns that a name means: a quantity, a protocol, or a quantity with its setting."""
+    """Return the columns that match a quantity, a protocol, or a quantity with its setting."""
     known = list(dict.fromkeys(column for form in forms for column in form.cells))
     found = [
         column
@@ -346,20 +346,20 @@ def _limit(name: str, given: float | str, forms: Sequence[Form], at_most: bool) 
     else:
         value, how = _read(name, given, columns[0], argument)
     if math.isnan(value):
-        raise BadInput(f"Cannot limit {name} to {given}: it is no number.", argument=argument, value=given)
+        raise BadInput(f"Cannot limit {name} to {given}: it is not a number.", argument=argument, value=given)
     text += "" if how is None else " from the baseline"
     return Limit(text, columns, at_most, value, how)
 
 
 def _read(name: str, given: str, column: Column, argument: str) -> tuple[float, Literal["difference", "ratio"] | None]:
-    """The value of a limit written as text, in the unit of its column, and what it is a change of."""
+    """Parse a limit written as text: its value in the unit of the column, and the kind of change."""
     match, units = _VALUE.fullmatch(given), _UNITS.get(column.unit, {})
     sign, number, unit = match.groups() if match else ("", "", given)
     ratio = unit == "%" and bool(sign) and "%" not in units
     if match is None or not (unit in units or unit == "" or ratio):
         known = ", ".join(units) or "none"
         raise BadInput(
-            f"Cannot limit {name} to {given!r}: it is no number with a unit of {name}, which are {known}. Write it as "
+            f"Cannot limit {name} to {given!r}: it is not a number with a unit of {name} ({known}). Write it as "
             "24GB, 500ms, 70%, or with a sign as a change from the baseline, -1%.",
             argument=argument,
             value=given,
@@ -369,7 +369,7 @@ def _read(name: str, given: str, column: Column, argument: str) -> tuple[float, 
 
 
 def _answer(form: Form, limit: Limit, baseline: Form) -> Answer:
-    """Whether a form keeps to a limit in all its columns; the worst of what they say."""
+    """Return the worst answer of a form to a limit over all columns of the limit."""
     answers: list[Answer] = []
     for column in limit.columns:
         cell, base = form.cells.get(column), baseline.cells.get(column)
@@ -390,7 +390,7 @@ def _answer(form: Form, limit: Limit, baseline: Form) -> Answer:
 
 
 def _objectives(forms: Sequence[Form], limits: Sequence[Limit], prefer: Column | None) -> list[Column]:
-    """A column of each kind in which every form has a number, in the order in which they decide."""
+    """Return one column of each kind in which every form has a number, in order of priority."""
     limited = [column for limit in limits for column in limit.columns]
     known = [column for column in dict.fromkeys(c for form in forms for c in form.cells) if _all_have(forms, column)]
     found: dict[Kind, Column] = {}
@@ -403,7 +403,7 @@ def _objectives(forms: Sequence[Form], limits: Sequence[Limit], prefer: Column |
 
 
 def _rank(limited: Sequence[Column]) -> Callable[[Column], tuple[bool, int]]:
-    """Of one kind a limited column comes first, then scores of benchmarks, then the rest as they are listed."""
+    """Sort key for columns of one kind: limited ones first, then benchmark scores, then the order of QUANTITIES."""
     names = list(QUANTITIES)
     return lambda column: (
         column not in limited,
@@ -416,7 +416,7 @@ def _all_have(forms: Sequence[Form], column: Column) -> bool:
 
 
 def _costs(form: Form, columns: Sequence[Column]) -> tuple[float, ...]:
-    """Estimates turned so that less is better."""
+    """Return the estimates with signs chosen so that less is better."""
     return tuple(
         -form.cells[column].estimate if column.more_is_better else form.cells[column].estimate for column in columns
     )
@@ -453,7 +453,7 @@ def _changed(cell: Cell, baseline: Form) -> tuple[float, float, float]:
 
 
 def _cell_text(form: Form, column: Column, baseline: Form) -> str:
-    """The number, and in parentheses how far a measured quality lies from the baseline."""
+    """Format the number and, for a quality, its change from the baseline in parentheses."""
     if column not in form.cells:
         return MISSING
     text, base = _number(form, column), baseline.cells.get(column)

@@ -1,4 +1,4 @@
-"""compare: what differs between two runs of one kind."""
+"""Compare two runs of one kind."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def compare(
     sample: int | None = None,
     bootstrap: Bootstrap = DEFAULT,
 ) -> Comparison | LogComparison | BenchComparison:
-    """Compare two runs of one kind, with paired intervals; or a trace with what a model here makes of its tokens.
+    """Compare two runs of one kind with paired intervals, or a trace with a model that rereads its tokens.
 
-    Two traces of the same tokens give a Comparison of routing and predictions; two evaluations of the same samples
-    what mixlens.evals.paired.compare_logs does, two benchmarks what mixlens.bench.comparison.compare_benches does. A
+    Two traces of the same tokens give a Comparison of routing and predictions, two evaluations of the same samples the
+    result of mixlens.evals.paired.compare_logs, and two benchmarks that of mixlens.bench.comparison.compare_benches. A
     trace and a loaded model give an EngineComparison, which also splits the gap between them into routing and the rest.
 
     Parameters
@@ -53,11 +53,11 @@ def compare(
     run_a : Trace or Log or Bench or str or os.PathLike
         Object or path of a run directory.
     run_b : Trace or Log or Bench or str or os.PathLike or torch.nn.Module
-        The same; beside a trace, also a model that reads its tokens again.
+        The same; with a trace, also a model that rereads its tokens.
     sample : int, optional
-        How many documents a model reads again at most; None for 64.
+        Most documents that the model rereads; None for 64.
     bootstrap : Bootstrap, optional
-        How intervals are computed.
+        Settings of the intervals.
 
     Returns
     -------
@@ -66,8 +66,8 @@ def compare(
     Raises
     ------
     BadInput
-        For runs of different kinds, and for traces whose tokens, tokenizers or layers differ, naming the first
-        difference.
+        If the runs are of different kinds, or the tokens, tokenizers or layers of the traces differ; the message names
+        the first difference.
     RunError
         If a run cannot be opened.
 
@@ -106,21 +106,21 @@ def compare(
 class Comparison:
     """Compare two traces of the same tokens: routing, where it diverges, and predictions.
 
-    Every statistic is computed when first asked for, and kept.
+    Each statistic is computed on first use and cached.
 
     Parameters
     ----------
     a, b : Trace
         The traces.
     names : tuple[str, str], optional
-        What they are called in tables.
+        Names of the traces in tables.
     bootstrap : Bootstrap, optional
         How intervals over documents are computed.
 
     Raises
     ------
     BadInput
-        Where layers, experts, tokenizers or tokens differ, naming the first difference.
+        If layers, experts, tokenizers or tokens differ; the message names the first difference.
 
     Examples
     --------
@@ -140,11 +140,11 @@ class Comparison:
         self.a, self.b, self.bootstrap = a, b, bootstrap
         self.names = _names(a, b) if names is None else names
         self._kept: dict[Any, xr.Dataset] = {}
-        self.flips()  # goes through both: different tokens are found here
+        self.flips()  # reads both traces, and so detects different tokens
 
     @property
     def meta(self) -> dict[str, Any]:
-        """Return where both traces come from."""
+        """Return the metadata of both traces."""
         return {"model": {"name": " and ".join(self.names)}, "a": self.a.meta, "b": self.b.meta}
 
     def agreement(self, *, by: By = None) -> xr.Dataset:
@@ -153,7 +153,7 @@ class Comparison:
         Parameters
         ----------
         by : By, optional
-            Column, or columns, of the sequences to group by.
+            Column or columns of the sequences to group by.
         """
         return self._keep(agreement, by)
 
@@ -163,7 +163,7 @@ class Comparison:
         Parameters
         ----------
         by : By, optional
-            Column, or columns, of the sequences to group by.
+            Column or columns of the sequences to group by.
         """
         return self._keep(flips, by)
 
@@ -173,7 +173,7 @@ class Comparison:
         Parameters
         ----------
         by : By, optional
-            Column, or columns, of the sequences to group by.
+            Column or columns of the sequences to group by.
         """
         return self._keep(flips_by_margin, by)
 
@@ -183,7 +183,7 @@ class Comparison:
         Parameters
         ----------
         by : By, optional
-            Column, or columns, of the sequences to group by.
+            Column or columns of the sequences to group by.
         """
         return self._keep(next_tokens, by)
 
@@ -194,7 +194,7 @@ class Comparison:
         return self._kept[key]
 
     def missing(self) -> dict[str, str]:
-        """Return the statistics that the traces lack signals for, with the reason."""
+        """Return the statistics that cannot be computed for lack of signals, with the reason."""
         found = {}
         for name in ("agreement", "flips_by_margin", "next_tokens"):
             try:
@@ -212,7 +212,7 @@ class Comparison:
         Returns
         -------
         DataFrame
-            Estimate, ci_low, ci_high, unit, n (tokens); NaN for what the traces lack signals for.
+            Estimate, ci_low, ci_high, unit, n (tokens); NaN where the traces lack signals.
         """
         changed = self.flips().estimate.sel(measure="changed")
         worst = changed.layer.values[int(changed.argmax("layer"))]
@@ -237,7 +237,7 @@ class Comparison:
         return pd.DataFrame.from_dict(rows, orient="index")
 
     def title(self) -> str:
-        """Return what is compared, and on how many tokens and documents."""
+        """Return a title with both names and the numbers of tokens and documents."""
         n = self.flips()
         return (
             f"{self.names[0]} and {self.names[1]}: {int(n.n):,} tokens of {int(n.n_documents):,} documents; "
@@ -253,12 +253,12 @@ class Comparison:
 
 
 class EngineComparison(Comparison):
-    """Compare a trace with the same tokens read again by a model here: the first is the trace, the second the model.
+    """Compare a trace with a model that rereads its tokens; `a` is the trace, `b` the model.
 
     Parameters
     ----------
     found : Rerun
-        The sample and what the model made of it.
+        Sample of the trace, and the model's reading of it.
     bootstrap : Bootstrap, optional
         How intervals over documents are computed.
 
@@ -279,7 +279,7 @@ class EngineComparison(Comparison):
 
     @cached_property
     def fault(self) -> tuple[str, str] | None:
-        """Return the fault of the source that explains the difference, with words for it; None where none does."""
+        """Return the name and description of a known fault that explains the difference; None if none does."""
         a, b = self.a, self.b
         return explained(a.read("expert_id"), b.read("expert_id"), a.read("position"))
 
@@ -289,17 +289,17 @@ class EngineComparison(Comparison):
         Parameters
         ----------
         by : By, optional
-            Column, or columns, of the sequences to group by.
+            Column or columns of the sequences to group by.
         """
         return self._keep(likelihood_gap, by)
 
     def split(self, *, by: By = None) -> xr.Dataset:
-        """Compute :func:`mixlens.stats.routing_split`: how much of the gap is routing, ``[*by, quantity, part]``.
+        """Compute :func:`mixlens.stats.routing_split`, the share of the gap due to routing, ``[*by, quantity, part]``.
 
         Parameters
         ----------
         by : By, optional
-            Column, or columns, of the sequences to group by.
+            Column or columns of the sequences to group by.
 
         Raises
         ------
@@ -336,7 +336,7 @@ class EngineComparison(Comparison):
         return pd.DataFrame.from_dict(rows, orient="index")
 
     def title(self) -> str:
-        """Return what is compared, on how many tokens and documents, and what is wrong, if it is known."""
+        """Return a title with names, counts, the known fault if any, and published figures for scale."""
         fault = "" if self.fault is None else f" The routing of {self.names[0]} is off: {self.fault[1]}."
         published = two_engines()
         routers, tokens = (f"{float(published.estimate.sel(measure=name)):.0%}" for name in ("routers", "tokens"))
@@ -355,7 +355,7 @@ def _kind(run: Any) -> str:
 
 
 def _names(a: Trace, b: Trace) -> tuple[str, str]:
-    """Folder names where the runs have any, else those of the models; told apart where they are the same."""
+    """Return the folder names of the runs, or else the model names; equal names are numbered."""
     models = [trace.meta.get("model", {}) for trace in (a, b)]
     named = [str(model.get("name", "") if isinstance(model, dict) else model).rsplit("/", 1)[-1] for model in models]
     found = [trace.path.name if trace.path is not None else name for trace, name in zip((a, b), named, strict=True)]

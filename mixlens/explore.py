@@ -1,4 +1,4 @@
-"""Explorer: type a prompt, watch its routing while text is generated, record and evaluate, all in one notebook cell."""
+"""Explorer: a notebook cell to prompt a model, watch its routing, record and evaluate."""
 
 from __future__ import annotations
 
@@ -40,23 +40,23 @@ _CELLS = "<style>.mixlens-scores td, .mixlens-scores th {padding: 2px 10px; text
 
 
 class _Stopped(Exception):
-    """Raised inside a forward after the stop button was pressed."""
+    """Raised inside a forward pass after the stop button was pressed."""
 
 
 class Explorer(ipywidgets.VBox):
     """Notebook widgets for a loaded model: prompt, live routing, recording and evaluation, with a stop button.
 
-    Work runs in a thread, so the notebook stays responsive and "stop" takes effect at the next forward. Results so far
-    are kept: tokens and documents in `trace`, and an evaluation resumes where it stopped if it is started again next.
+    Work runs in a thread, so the notebook stays responsive and "stop" takes effect at the next forward pass. Partial
+    results are kept: tokens and documents in `trace`; an evaluation resumes if it is started again next.
 
     Parameters
     ----------
     model : torch.nn.Module
         From `load`, or any Mixtral of transformers.
     documents : iterable, optional
-        As in `record`. "record" reads them, all domains in turn, and each domain offers one as a prompt.
+        As in `record`. "record" reads them, alternating between domains, and each domain offers one as a prompt.
     tokenizer : optional
-        By default the tokenizer that belongs to the model.
+        Tokenizer of the model by default.
     data : str or pathlib.Path, optional
         Folder with benchmarks in their original formats, as in `evaluate`. By default they are loaded from the Hub.
 
@@ -140,7 +140,7 @@ class Explorer(ipywidgets.VBox):
         return list(dict.fromkeys(str(d["domain"]) for d in self.documents if "domain" in d))
 
     def _choose_domain(self, change: Mapping[str, Any]) -> None:
-        """Put the start of a document of the domain into the prompt, and move the maps to the domain."""
+        """Put the start of a document of the domain into the prompt, and select the domain in the maps."""
         if change["new"] == _OWN:
             return
         first = next(d for d in self.documents if str(d.get("domain")) == change["new"])
@@ -212,7 +212,7 @@ class Explorer(ipywidgets.VBox):
 
     @contextmanager
     def _stoppable(self, forwards: int | None = None):
-        """Make forwards of the model raise after "stop" was pressed; `forwards` of them fill the progress bar."""
+        """Make forward passes of the model raise after "stop" was pressed; `forwards` of them fill the progress bar."""
         self.progress.value = 0
 
         def heed(*_: Any) -> None:
@@ -226,7 +226,7 @@ class Explorer(ipywidgets.VBox):
         finally:
             handle.remove()
 
-    # ------------------------------------------------------------------ what it does
+    # ------------------------------------------------------------------ actions
 
     def _generate(self) -> str:
         inputs = self.tokenizer(self.prompt.value, return_tensors="pt").to(input_device(self.model))
@@ -251,7 +251,7 @@ class Explorer(ipywidgets.VBox):
             return f"{ended} {max(recorder.n_tokens - n_prompt, 0)} recorded tokens after {n_prompt} of the prompt."
 
     def _stream(self, recorder: Recorder, n_new: int) -> None:
-        """Show every fourth token, and fewer as the text grows, because each update shows all tokens."""
+        """Show every fourth token, and fewer as the text grows, because each update redraws all tokens."""
         if n_new % max(_SHOWN_EVERY, 1 << max(n_new.bit_length() - 4, 0)) == 0:
             self._show_tokens(recorder)
 
@@ -306,7 +306,7 @@ class Explorer(ipywidgets.VBox):
 
 
 def _in_turn(documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Order documents by turns: the first of every domain, then the second of each, and so on."""
+    """Order documents round-robin by domain: the first of every domain, then the second of each, and so on."""
     seen: Counter[Any] = Counter()
 
     def turn(document: Mapping[str, Any]) -> int:
@@ -317,7 +317,7 @@ def _in_turn(documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _put(box: ipywidgets.Box, packed: Mapping[str, str]) -> None:
-    """Show views in a box, by kind; a view already there takes the new data and keeps its layer and expert."""
+    """Show views in a box, by kind; a view that exists takes the new data and keeps its layer and expert."""
     there = {shown.kind: shown for shown in box.children}
     for kind in packed.keys() & there.keys():
         there[kind].packed = packed[kind]

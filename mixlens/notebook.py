@@ -104,7 +104,7 @@ def _register_with_marimo() -> None:
 
 
 def _samples_shown(log: Log) -> int:
-    """Return how many first samples to show: at least one, and recorded prompts of at most 10,000 tokens."""
+    """Return the number of samples to show: at least one, and recorded prompts of at most 10,000 tokens."""
     from mixlens.evals.routing import samples_of
 
     if log.routing is None:

@@ -1,4 +1,4 @@
-"""open: the object that a run directory holds, whatever its kind."""
+"""Open a run directory of any kind, or routing in a foreign format."""
 
 from __future__ import annotations
 
@@ -42,23 +42,24 @@ _KINDS: dict[str, Callable[..., Any]] = {
 
 
 def open(path: str | os.PathLike[str], *, format: str | None = None, check: bool = True, **known: Any) -> Run:
-    """Open the run in a folder, whatever its kind, or routing in a format of others; large arrays are read lazily.
+    """Open a run of any kind, or routing in a foreign format; large arrays are read lazily.
 
     Parameters
     ----------
     path : str or os.PathLike
-        The folder; "hf://owner/name" of a run that `push` wrote, with "@revision" for another than its newest commit,
-        or any address that fsspec knows, such as "s3://bucket/run"; their files are fetched when they are first used.
-        For a format of others its file or folder.
+        The folder; "hf://owner/name" for a run uploaded by `push`, with "@revision" for a revision other than the
+        newest commit; or any address that fsspec knows, such as "s3://bucket/run". Remote files are fetched when they
+        are first used. For a foreign format, its file or folder.
     format : str, optional
-        "flame" (FLAME-MoE-Traces, also at ``hf://datasets/...``), "vllm" or "sglang" (answers, one a line),
-        "routed_experts" (what trainers replay), "npy", "safetensors" or "parquet". None for a run of mixlens.
+        "flame" (FLAME-MoE-Traces, also at ``hf://datasets/...``), "vllm" or "sglang" (answers, one per line),
+        "routed_experts" (the input of trainers that replay routing), "npy", "safetensors" or "parquet". None for a run
+        of mixlens.
     check : bool, optional
-        Compare every file with its checksum when it is first read; False compares sizes only.
+        Verify the checksum of each file when it is first read; False verifies sizes only.
     **known : Any
-        What the format does not say: ``model`` of answers; ``n_experts``, ``layers`` and ``tokens_a_sequence`` of
-        arrays; ``iteration`` and ``tokens_a_sequence`` of FLAME-MoE. ``Trace.meta["not_known"]`` lists what is left.
-        Where documents are not known, no interval is given, except with ``cluster="window"``.
+        Facts that the format leaves out: ``model`` for answers; ``n_experts``, ``layers`` and ``tokens_a_sequence`` for
+        arrays; ``iteration`` and ``tokens_a_sequence`` for FLAME-MoE. ``Trace.meta["not_known"]`` lists what remains
+        unknown. If documents are not known, there are no intervals, except with ``cluster="window"``.
 
     Returns
     -------
@@ -67,11 +68,11 @@ def open(path: str | os.PathLike[str], *, format: str | None = None, check: bool
     Raises
     ------
     RunError
-        If there is no run, when it is not finished, or is of a kind that this version does not know.
+        If there is no run, it is not finished, or this version does not know its kind.
     BadInput
-        For what is no path, an unknown format, or an argument that it does not take.
+        If `path` is not a path, the format is unknown, or an argument does not apply to it.
     SourceError
-        For a file that is no routing; `argument` names the fault.
+        If a file does not hold routing; `argument` names the fault.
 
     Examples
     --------
@@ -89,8 +90,8 @@ def open(path: str | os.PathLike[str], *, format: str | None = None, check: bool
         return _open_format(path, format, known)
     if known:
         raise BadInput(
-            f"Cannot open {path} with {', '.join(known)}: a run of mixlens says it all. Leave them out, or name the "
-            "format.",
+            f"Cannot open {path} with {', '.join(known)}: runs of mixlens need no such arguments. Leave them out, or "
+            "pass format=.",
             argument=next(iter(known)),
             value=str(path),
         )
@@ -110,8 +111,8 @@ def _open_format(path: str | os.PathLike[str], format: str, known: dict[str, Any
 
     if format not in FORMATS:
         raise BadInput(
-            f"Cannot open {path} as {format!r}: formats are {', '.join(FORMATS)}. Pass one of them, or make arrays of "
-            "it for ml.Trace.from_arrays.",
+            f"Cannot open {path} as {format!r}: the formats are {', '.join(FORMATS)}. Pass one of them, or convert "
+            "it to arrays for ml.Trace.from_arrays.",
             argument="format",
             value=format,
         )
@@ -119,7 +120,7 @@ def _open_format(path: str | os.PathLike[str], format: str, known: dict[str, Any
     takes = [name for name in inspect.signature(reader).parameters if name != "path"]
     if unknown := [name for name in known if name not in takes]:
         raise BadInput(
-            f"Cannot open {path} as {format} with {unknown[0]}=: it takes {', '.join(takes)}.",
+            f"Cannot open {path} as {format} with {unknown[0]}=: this format takes {', '.join(takes)}.",
             argument=unknown[0],
             value=format,
         )
@@ -132,7 +133,7 @@ def _open_format(path: str | os.PathLike[str], format: str, known: dict[str, Any
         )
     place = os.fspath(path)
     if "://" not in place and not os.path.exists(place):
-        raise BadInput(f"Cannot open {place}: it is not there. Check the path.", argument="path", value=place)
+        raise BadInput(f"Cannot open {place}: it does not exist. Check the path.", argument="path", value=place)
     try:
         return reader(place, **known)
     except (Oversized, OSError, ArrowException, SafetensorError) as error:

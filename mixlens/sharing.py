@@ -1,4 +1,4 @@
-"""push: a run as a data set on the Hub, with a card; `open("hf://owner/name")` reads it again."""
+"""Upload runs to the Hub as data sets with a card; `open("hf://owner/name")` reads them."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ _CARD, _FIGURE, _LM_EVAL = "README.md", "figure.png", "lm_eval"
 
 
 def push(run: Any, name: str, *, private: bool = True, revision: str | None = None) -> str:
-    """Upload a run to the Hub as a data set with a card: what it is, how it was made, checksums and a figure.
+    """Upload a run to the Hub as a data set with a card that describes it.
 
-    Every file is compared with its checksum first. All files arrive in one commit, which replaces an earlier run and
-    card of the repository. An evaluation comes with files as lm-eval writes them. Log in first: ``hf auth login``.
+    The card holds a figure, checksums and the settings. Every file is verified first. All files arrive in one commit,
+    which replaces an earlier run and card of the repository. An evaluation is accompanied by files in lm-eval's format.
+    Log in first: ``hf auth login``.
 
     Parameters
     ----------
     run : Trace, Log, Bench, other run, str or os.PathLike
-        A run that was written to a folder, or the folder.
+        A run on disk, or its folder.
     name : str
-        "owner/name" of the repository; made where there is none.
+        "owner/name" of the repository, which is created if missing.
     private : bool, optional
-        Who may read a repository that is made: you alone, or everybody. A run is not pushed to a repository that
-        everybody may read unless this is False.
+        Create the repository private. A run is pushed to a public repository only if this is False.
     revision : str, optional
         Branch to push to; main by default.
 
@@ -53,7 +53,7 @@ def push(run: Any, name: str, *, private: bool = True, revision: str | None = No
     Raises
     ------
     BadInput
-        For a run in memory, and for a public repository without ``private=False``.
+        If the run is in memory, or the repository is public without ``private=False``.
     RunError
         If a file of the run is damaged, or the Hub refuses.
 
@@ -103,11 +103,11 @@ def push(run: Any, name: str, *, private: bool = True, revision: str | None = No
 
 
 def _make(api: HfApi, name: str, private: bool) -> None:
-    """Make the repository where there is none. Raises BadInput where everybody may read it and should not."""
+    """Create the repository if missing. Raises BadInput if it is public but `private` is set."""
     api.create_repo(name, repo_type="dataset", private=private, exist_ok=True)
     if private and not api.dataset_info(name).private:
         raise BadInput(
-            f"Cannot push to {name} in private: everybody may read that repository. Pass private=False if the run "
+            f"Cannot push to {name} privately: the repository is public. Pass private=False if the run "
             "may be public, or another name.",
             argument="private",
             value=name,
@@ -115,7 +115,7 @@ def _make(api: HfApi, name: str, private: bool) -> None:
 
 
 def _files(run: Run) -> Iterator[Any]:
-    """Every file of a run and of the runs inside it."""
+    """Yield every file of a run and of its nested runs."""
     yield run.path / META
     for name in run.meta["files"]:
         if name.endswith(f"/{META}"):
@@ -125,7 +125,7 @@ def _files(run: Run) -> Iterator[Any]:
 
 
 def _beside(run: Run, name: str) -> dict[str, bytes]:
-    """The card, a figure, and lm-eval's own files of an evaluation, by place in the repository."""
+    """Return the card, a figure, and lm-eval's files of an evaluation, by path in the repository."""
     opened = open_any(run.path)
     figure = _drawn(opened)
     found = {} if figure is None else {_FIGURE: figure}
@@ -135,7 +135,7 @@ def _beside(run: Run, name: str) -> dict[str, bytes]:
 
 
 def lm_eval_files(log: Log) -> dict[str, bytes]:
-    """The results and the samples of every task by file name, as lm-eval writes them."""
+    """Return results and samples of every task in lm-eval's format, by file name."""
     run = open_run(str(log.path))
     results = json.loads(run.file(LM_EVAL_RESULTS).read_text("utf-8"))
     stamp = str(log.meta["created"]).replace(":", "-")
@@ -150,7 +150,7 @@ def lm_eval_files(log: Log) -> dict[str, bytes]:
 
 
 def _sample(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A line of lm-eval's samples: every request with its arguments and answers."""
+    """Convert a record to a line of lm-eval's samples, with every request, its arguments and answers."""
     choices, logprobs = record["choices"], record["logprobs"]
     if choices is None or logprobs is None:
         asked, answers, kept = [[record["prompt"]]], [record["responses"]], [record["response"]]
@@ -182,7 +182,7 @@ def _drawn(run: Any) -> bytes | None:
 
 
 def _card(run: Run, name: str, figure: bool) -> str:
-    """The page that the Hub shows: all that others need to read the run and to know how it came about."""
+    """Return the page that the Hub shows: all facts needed to read and reproduce the run."""
     meta = run.meta
     model = meta.get("model", {})
     versions = ", ".join(f"{package} {version}" for package, version in meta.get("versions", {}).items())
@@ -230,6 +230,6 @@ run = ml.open("{SCHEME}{name}")
 
 
 def _cell(value: Any) -> str:
-    """A text from a run as part of a page: it marks nothing up and ends no row of a table."""
+    """Escape a text for a cell of a Markdown table."""
     text = visible(str(value)).replace("\n", " ")
     return "".join(f"\\{c}" if c in "\\`*_{}[]<>#|!" else c for c in text)

@@ -68,7 +68,7 @@ __all__ = [
     "view",
 ]
 
-# Names before 0.1, by those of now; they work for one release.
+# Names used before 0.1, by current name. They keep working for one release.
 _MOVED = {
     "contribution": "expert_contribution",
     "entropy": "routing_entropy",

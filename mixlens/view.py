@@ -1,4 +1,4 @@
-"""Live views: each takes what a statistic or a recording gave, and returns a View, one output of a notebook."""
+"""Live views: each takes a statistic or a recording and returns a View, one output of a notebook."""
 
 from mixlens.bench.live import latency
 from mixlens.evals.live import samples

@@ -172,7 +172,7 @@ class Measured:
 
         Runs of one burst follow each other too closely to show how a device drifts, which its bursts do.
         """
-        from scipy.special import stdtrit  # here, since it takes a quarter of a second
+        from scipy.special import stdtrit  # imported here: takes a quarter of a second
 
         rates = np.concatenate([np.asarray(burst, float) for burst in bursts])
         n, mean, means = len(rates), float(rates.mean()), [float(np.mean(burst)) for burst in bursts]

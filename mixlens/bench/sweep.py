@@ -104,7 +104,7 @@ def knee(bench: Bench, *, bootstrap: Bootstrap = DEFAULT) -> pd.DataFrame:
     bench : Bench
         The benchmark.
     bootstrap : Bootstrap, optional
-        How intervals are computed.
+        Settings of the intervals.
 
     Returns
     -------

@@ -1,1 +1,1 @@
-"""What everything stands on: run directories, the bootstrap, processes, text of numbers."""
+"""Foundations shared by all packages: run directories, intervals, distributed processes and number formats."""

@@ -1,4 +1,4 @@
-"""Settings of intervals, and draws of documents or requests where an interval needs them."""
+"""Settings of intervals and resampling."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from mixlens.errors import BadInput
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """Settings of intervals, which take documents and not tokens for the independent units.
+    """Settings of intervals, whose independent units are documents (or requests), not tokens.
 
-    Each Dataset names its method in ``attrs["interval"]``; the method fits the kind of quantity. Statistics of
-    documents leave out each document in turn and draw nothing; ratios between benchmarks, and the knee of a sweep over
-    loads, draw requests anew. One document has no interval. An interval always holds its estimate.
+    Each Dataset names its method in ``attrs["interval"]``; the method suits the kind of quantity. Statistics of
+    documents use a jackknife and draw nothing; ratios between benchmarks, and the knee of a sweep over loads, resample
+    requests. A single document has no interval. An interval always contains its estimate.
 
     Parameters
     ----------
     level : float, optional
-        Coverage aimed at.
+        Nominal coverage.
     replicates : int, optional
-        Number of samples, where requests are drawn.
+        Number of bootstrap samples, where requests are resampled.
     seed : int, optional
-        Of whatever is drawn or permuted; the same seed gives the same interval.
+        Seed of resampling and permutation; the same seed gives the same interval.
 
     Raises
     ------
     BadInput
-        For a level outside (0, 1), fewer than 10 replicates or a negative seed.
+        If the level is outside (0, 1), there are fewer than 10 replicates, or the seed is negative.
 
     Examples
     --------
@@ -65,30 +65,30 @@ class Bootstrap:
             )
 
     def reach(self, units: np.ndarray) -> np.ndarray:
-        """Return the standard errors that an interval of so many units spans: sqrt(n / (n - 1)) t(n - 1).
+        """Return the half-width of an interval in standard errors, sqrt(n / (n - 1)) t(n - 1).
 
         Parameters
         ----------
         units : numpy.ndarray
-            Numbers of documents or requests, at least two.
+            Number n of documents or requests, at least two.
         """
-        from scipy.special import stdtrit  # here, since it takes a quarter of a second
+        from scipy.special import stdtrit  # imported here: takes a quarter of a second
 
         return np.sqrt(units / (units - 1)) * stdtrit(units - 1, (1 + self.level) / 2)
 
     def draw(self, n: int, stream: int = 0) -> np.ndarray:
-        """Return how often each of `n` units is drawn in every replicate [replicate, n], n draws a replicate.
+        """Return bootstrap weights [replicate, n]: the number of times each unit is drawn, n draws per replicate.
 
         Parameters
         ----------
         n : int
             Number of units.
         stream : int, optional
-            Keeps the draws of different groups independent.
+            Makes the draws of different groups independent.
         """
         drawn = np.random.default_rng([self.seed, stream]).integers(n, size=(self.replicates, n))
         weights = np.zeros(self.replicates * n)
-        # Ten times as fast as multinomial.
+        # Ten times as fast as numpy's multinomial.
         np.add.at(weights, (drawn + n * np.arange(self.replicates)[:, None]).ravel(), np.float64(1))
         return weights.reshape(self.replicates, n)
 

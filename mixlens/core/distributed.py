@@ -1,4 +1,4 @@
-"""One process or many, as accelerate launched them."""
+"""The processes started by accelerate or torchrun."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among its peers. `sum` adds an array up over all of them."""
+    """This process and its peers. `sum` adds an array over all of them."""
 
     rank: int
     world: int
@@ -24,14 +24,14 @@ class Processes:
 
 
 def processes() -> Processes:
-    """The processes of `accelerate launch` or torchrun; a single one where there was no launcher."""
+    """Return the processes of `accelerate launch` or torchrun, or a single one without a launcher."""
     if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
         return Processes(0, 1, lambda: None, lambda array: array)
     import torch
     from accelerate import PartialState
     from accelerate.utils import reduce
 
-    state = PartialState(cpu=not torch.accelerator.is_available())  # else it takes processes without a GPU for one
+    state = PartialState(cpu=not torch.accelerator.is_available())  # else processes without a GPU count as one
 
     def total(array: np.ndarray) -> np.ndarray:
         tensor = torch.from_numpy(np.ascontiguousarray(array)).to(state.device)

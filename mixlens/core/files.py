@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, and what a disk refuses, in words."""
+"""Atomic file writes, and readable errors for full or unwritable disks."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ REASONS = {
     errno.ENOMEM: "there is no memory left",
     errno.EIO: "the disk failed",
 }
-# What runs out, rather than being refused for one file.
+# Errors that mean a resource is exhausted, rather than that one file is refused.
 SCARCE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
 
 def check_space(path: str | os.PathLike[str], needed: int) -> None:
-    """Raise RunError where `needed` bytes cannot be written to the disk of `path`."""
+    """Raise RunError if the disk of `path` has less than `needed` bytes free."""
     if needed > (free := _free(Path(path))):
         raise _refused(Path(path), REASONS[errno.ENOSPC], needed, free)
 
 
 def write_file(path: str | os.PathLike[str], content: bytes | str | Callable[[], bytes | str]) -> Path:
-    """Write a file for a user, whole or not at all: one that was there is kept until the new one is on disk.
+    """Write a file atomically: an existing file is kept until the new one is on disk.
 
-    content  what the file holds, or what makes it
+      content  bytes or text, or a function that returns them
 
-    Raises RunError where it cannot be written, or made for want of memory or open files.
+    Raises RunError if the file cannot be written, or its content cannot be made for lack of memory or open files.
     """
     with shortages(Path(path)):
         data = content() if callable(content) else content
@@ -52,7 +52,7 @@ def write_file(path: str | os.PathLike[str], content: bytes | str | Callable[[],
 
 @contextmanager
 def written_whole(path: str | os.PathLike[str], needed: int = 0) -> Iterator[Path]:
-    """A path beside `path` to write to, which becomes `path` when the block ends, and is gone if it fails."""
+    """Yield a temporary path that replaces `path` when the block ends, and is deleted if it fails."""
     path = Path(path)
     if path.exists() and not path.is_file():  # a pipe, or the terminal
         with disk_errors(path, needed):
@@ -104,9 +104,9 @@ def disk_errors(path: Path, needed: int = 0) -> Iterator[None]:
 
 @contextmanager
 def shortages(path: Path, errors: Container[int | None] = REASONS) -> Iterator[None]:
-    """What runs out while something for `path` is made, as open files for its fonts, is told as when it is written.
+    """Report resources that run out while content for `path` is made as RunError, as when writing.
 
-    errors  numbers of the errors that are; others are raised as they are
+    errors  error numbers to report; others propagate unchanged
     """
     try:
         yield
@@ -123,14 +123,14 @@ def sha256_file(path: Path) -> str:
 
 
 def sync(paths: Iterable[Path]) -> None:
-    """Have files, or the names in a folder, on disk. All at once: a journal then takes them together."""
+    """Flush files, or the entries of a folder, to disk; all at once, so that a journal commits them together."""
 
     def to_disk(path: Path) -> None:
         file = os.open(path, os.O_RDONLY)
         try:
             os.fsync(file)
         except OSError as error:
-            if error.errno != errno.EINVAL:  # which some file systems say of folders
+            if error.errno != errno.EINVAL:  # some file systems cannot sync folders
                 raise
         finally:
             os.close(file)

@@ -1,4 +1,4 @@
-"""Runs on the Hub, read file by file as they are needed, and what an error of the Hub's client means to the caller."""
+"""Runs on the Hub, fetched file by file, and readable errors of the Hub's client."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 from mixlens.errors import BadInput, RunError
 
 SCHEME = "hf://"
-FOLDER = "run"  # of a repository, beside its card
-# Where the Hub's client keeps the files of a commit of a data set.
+FOLDER = "run"  # in a repository, beside its card
+# Path of a file of a data set in the cache of the Hub's client.
 _SNAPSHOT = re.compile(r"datasets--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})/(.+)$")
 _NAME = "Give owner and name as the Hub has them, as in mistralai/Mixtral-8x7B-v0.1"
-_OUT_OF_REACH = ("the Hub cannot be reached, and it is not cached", "Check the network, or give a local folder.")
-# By name of the client's exception: what was found, and what to do.
+_OUT_OF_REACH = ("the Hub cannot be reached, and there is no cached copy", "Check the network, or give a local folder.")
+# Cause and remedy by name of the client's exception.
 FAULTS = {
     "GatedRepoError": ("access to it is restricted", "Ask for access on its page there, then log in: hf auth login."),
     "RepositoryNotFoundError": (
@@ -25,9 +25,9 @@ FAULTS = {
         "it has no such revision",
         "Give one of its branches, tags or commits, or none for main.",
     ),
-    "HFValidationError": ("that is no name of a repository", f"{_NAME}, or a folder that is here."),
+    "HFValidationError": ("this is not a valid repository name", f"{_NAME}, or a local folder."),
     "OfflineModeIsEnabled": (
-        "the Hub is switched off (HF_HUB_OFFLINE), and it is not cached",
+        "the Hub is switched off (HF_HUB_OFFLINE), and there is no cached copy",
         "Fetch it once with HF_HUB_OFFLINE unset, or give a local folder.",
     ),
     **dict.fromkeys(("ConnectError", "ReadError", "RemoteProtocolError", "ConnectionError"), _OUT_OF_REACH),
@@ -36,15 +36,15 @@ FAULTS = {
 
 
 def fault_of(error: BaseException) -> tuple[str, str] | None:
-    """What stood in the way of reading from the Hub (a clause), and what to do (a sentence); None for other errors."""
+    """Return the cause (a clause) and remedy (a sentence) for an error of the Hub; None for other errors."""
     cause: BaseException | None = error
     while cause is not None:
         if type(cause).__name__ in FAULTS:
             return FAULTS[type(cause).__name__]
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
-            return "the disk that it is kept on is full", "Make room there, or point HF_HOME at a larger disk."
+            return "the disk of the cache is full", "Free space there, or point HF_HOME at a larger disk."
         if isinstance(cause, OSError) and cause.errno in (errno.EACCES, errno.EROFS):
-            return "the folder that it is kept in cannot be written", "Point HF_HOME at a folder of your own."
+            return "the cache folder is not writable", "Point HF_HOME at a folder of your own."
         status = getattr(getattr(cause, "response", None), "status_code", None)
         if status in (401, 403):
             return f"access was refused ({status})", "Log in with a token that may read it: hf auth login."
@@ -55,14 +55,14 @@ def fault_of(error: BaseException) -> tuple[str, str] | None:
 
 
 def snapshot_of(address: str) -> Path:
-    """Return the folder of the run at "hf://owner/name" or "hf://owner/name@revision", with its meta.json alone.
+    """Return the local folder of a run at "hf://owner/name[@revision]", holding only its meta.json so far.
 
     Other files are fetched when `present` asks for them.
 
     Raises
     ------
     BadInput
-        For an address without owner and name.
+        If the address has no owner or name.
     RunError
         If the repository cannot be read or holds no run.
     """
@@ -71,7 +71,7 @@ def snapshot_of(address: str) -> Path:
     name, _, revision = address.removeprefix(SCHEME).strip("/").partition("@")
     if name.count("/") != 1:
         raise BadInput(
-            f"Cannot open {address}: it has no owner and name. Write it as hf://owner/name.",
+            f"Cannot open {address}: it lacks an owner or a name. Write it as hf://owner/name.",
             argument="path",
             value=address,
         )
@@ -84,7 +84,7 @@ def snapshot_of(address: str) -> Path:
 
 
 def present(path: Path) -> Path:
-    """Return the path, after its file was fetched where it belongs to a run on the Hub and is not here yet."""
+    """Return the path, after fetching its file if it belongs to a run on the Hub and is not cached yet."""
     match = None if path.exists() else _SNAPSHOT.search(path.as_posix())
     if match is not None:
         from huggingface_hub import hf_hub_download
@@ -105,5 +105,5 @@ def _unreadable(what: str, error: Exception) -> RunError:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, or its kind, without a full stop."""
+    """Return the first line of an error, or its type, without a full stop."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -1,16 +1,15 @@
-"""Intervals, one way for each kind of quantity; what is independent of each other is documents, not tokens.
+"""Confidence intervals by kind of quantity. Documents, not tokens, are the independent units.
 
-A quantity comes with the sums of all documents and the sums without each of them. Leaving each document out once (the
-jackknife) says how far the quantity moves with the documents, which is its standard error, and how it is biased. The
-kind of quantity says what follows from that:
+A quantity comes with its sums over all documents and over all but each one. The jackknife gives its standard error and
+bias; the kind of quantity decides how the interval follows from them:
 
 ========== ============================================== ===========================================================
-Share      a proportion                                   Clopper and Pearson's bounds for the effective number of what
-                                                          is counted (Korn and Graubard 1998)
-Mean       a mean of what is never negative               bounds of a gamma distribution (Fay and Feuer 1997)
+Share      a proportion                                   Clopper-Pearson bounds for the effective sample size
+                                                          (Korn and Graubard 1998)
+Mean       a mean of a nonnegative quantity               bounds of a gamma distribution (Fay and Feuer 1997)
 Difference a mean of either sign                          Student's t
-Smooth     another function of sums, perhaps biased       Student's t, less the jackknife's estimate of the bias
-Largest    the largest of several proportions             from the bounds of those that may be the largest
+Smooth     another smooth function of sums, maybe biased  Student's t, minus the jackknife's estimate of the bias
+Largest    the largest of several proportions             bounds of the shares that may be the largest
 ========== ============================================== ===========================================================
 """
 
@@ -26,11 +25,11 @@ import numpy as np
 
 from mixlens.core.quantiles import beta_quantile, t_quantile
 
-# Events added above: one makes bounds exact for events that are all alike. Of documents that are not, the variance is
-# underestimated by those few that miss the largest. With three the bounds of few skewed documents hold, with two those
-# of 20 and more (see the benchmark).
+# Events added to an upper bound. One makes it exact for equal events. For documents of unequal size, the variance is
+# underestimated if the sample misses the few largest: three events give coverage for few skewed documents, two for 20
+# or more (see the benchmark).
 _SKEWED, _SKEWED_FEW, _FEW = 2.0, 3.0, 20
-# Rivals for the largest share are seldom all alike, and then the bounds of the lesser ones are missed by none.
+# Rivals for the largest share are seldom equal, and then the lower bounds of the smaller ones hold anyway.
 _RIVALS = 1.35
 
 Through = Callable[[np.ndarray], np.ndarray]
@@ -39,12 +38,12 @@ Bounds = tuple[np.ndarray, np.ndarray]
 
 @dataclass(frozen=True)
 class Jackknife:
-    """A quantity, and what leaving out each unit says of it; all [...].
+    """Jackknife estimates of a quantity; all arrays [...].
 
     error     standard error
     bias      of the estimate
-    freedom   degrees of freedom of the error: at most one less than Kish's effective number of units, and fewer where
-              few units make up most of it, which the kurtosis of their influence tells (Satterthwaite's approximation)
+    freedom   degrees of freedom of the error: at most Kish's effective number of units minus one, and fewer where few
+              units dominate it, according to the kurtosis of their influence (Satterthwaite's approximation)
     skewness  of the estimate, from that of the units' influence
     """
 
@@ -56,15 +55,15 @@ class Jackknife:
 
     @classmethod
     def of(cls, values: np.ndarray, sizes: np.ndarray) -> Jackknife:
-        """From a quantity of all units and without each [..., 1 + unit]; NaN where fewer than two units have a size.
+        """Compute from a quantity over all units and without each [..., 1 + unit].
 
-        sizes  [unit] or [..., unit], how much each unit has to say
+        sizes  [unit] or [..., unit], weight of each unit; the results are NaN if fewer than two have any
         """
         estimate, without = values[..., 0], values[..., 1:]
         n, effective = np.float64(without.shape[-1]), effective_number(sizes)
         mean = without.sum(-1) / max(n, 1)
         known: np.ndarray | float = n
-        if (some := np.isnan(mean) & np.isfinite(estimate)).any():  # a unit without which there is no value
+        if (some := np.isnan(mean) & np.isfinite(estimate)).any():  # undefined without one of the units
             there = np.isfinite(without)
             known = there.sum(-1)
             mean = np.where(some, np.where(there, without, 0).sum(-1) / np.maximum(known, 1), mean)
@@ -73,7 +72,7 @@ class Jackknife:
             away = without - mean[..., None]
         squares = away * away
         total = squares.sum(-1)
-        total = np.where(total <= n * (1e-12 * estimate) ** 2, 0, total)  # rounding is no variation
+        total = np.where(total <= n * (1e-12 * estimate) ** 2, 0, total)  # rounding error, not variation
         cubes, fourth = (np.einsum("...u,...u->...", squares, other) for other in (away, squares))
         with np.errstate(divide="ignore", invalid="ignore"):
             excess = np.where(total > 0, n * fourth / total**2 - 3, 0)
@@ -86,28 +85,28 @@ class Jackknife:
 
     @classmethod
     def within(cls, values: np.ndarray, sizes: np.ndarray, group: np.ndarray) -> Jackknife:
-        """As `of`, for units drawn within their group [unit]: errors of the groups add up; NaN where one is alone."""
+        """As `of`, stratified by `group` [unit]: squared errors of groups add up; NaN if one has a single unit."""
         parts = [
             cls.of(np.concatenate([values[..., :1], values[..., 1:][..., group == one]], -1), sizes[..., group == one])
             for one in np.unique(group)
         ]
         squares, freedom = (np.stack(each) for each in zip(*((p.error**2, p.freedom) for p in parts), strict=True))
         total = squares.sum(0)
-        # Welch and Satterthwaite's
+        # Welch-Satterthwaite
         freedom = np.divide(total**2, (squares**2 / freedom).sum(0), out=freedom.min(0), where=total > 0)
         bias, unknown = np.sum([part.bias for part in parts], axis=0), np.full_like(total, np.nan)
         return cls(values[..., 0], np.sqrt(total), bias, freedom, unknown)
 
     def reach(self, tail: np.ndarray | float) -> np.ndarray:
-        """How far Student's t reaches with this probability beyond it."""
+        """Return the distance of the Student's t bound with this tail probability from the estimate."""
         return self.error * t_quantile(self.freedom, tail)
 
 
 @dataclass(frozen=True)
 class Ratio(ABC):
-    """A sum over another sum, both [..., 1 + unit]: of all units, and without each.
+    """A ratio of two sums, both [..., 1 + unit], over all units and without each.
 
-    through  increasing function that estimate and bounds are shown through
+    through  increasing transformation applied to the estimate and the bounds
     """
 
     top: np.ndarray
@@ -131,32 +130,32 @@ class Ratio(ABC):
 
     @property
     def skewness(self) -> np.ndarray:
-        """Of the estimate [...], before it is shown."""
+        """Return the skewness of the estimate [...], before the transformation."""
         return self.jackknife.skewness
 
     def bounds(self, sizes: np.ndarray, level: float) -> Bounds:
-        """Lower and upper bound [...]; every unit counts by its own part of the sum below, whatever its size."""
+        """Return lower and upper bounds [...]; units are weighted by the denominator, not by `sizes`."""
         low, high = self._bounds(self.jackknife, (1 - level) / 2)
         return _around(self.ratio[..., 0], _shown(self.through, low), _shown(self.through, high), self.through)
 
     @abstractmethod
     def _bounds(self, jackknife: Jackknife, tail: float) -> Bounds:
-        """Lower and upper bound [...] that the truth lies beyond with this probability each."""
+        """Return lower and upper bounds [...] with this probability in each tail."""
 
 
 class Share(Ratio):
-    """A proportion: the part `top` of what `bottom` counts."""
+    """A proportion: `top` out of the count `bottom`."""
 
-    how = "Clopper and Pearson for the effective number of what is counted (Korn and Graubard 1998)"
+    how = "Clopper-Pearson for the effective sample size (Korn and Graubard 1998)"
 
     def _bounds(self, jackknife: Jackknife, tail: float) -> Bounds:
         return self._at(tail, tail)
 
     def effective(self, tail: np.ndarray | float) -> np.ndarray:
-        """The number whose binomial variance equals the variance between units.
+        """Return the effective sample size, at which the binomial variance equals the variance between units.
 
-        Where no unit differs, as where none has it, the variance says nothing; then every unit counts once, since what
-        few units have is often had by none of those at hand.
+        If all units agree, for example because none has any events, the variance is uninformative, and each unit counts
+        once: an event confined to few units is often absent from a sample.
         """
         from scipy.special import ndtri
 
@@ -169,10 +168,10 @@ class Share(Ratio):
         return np.maximum(found, np.minimum(1.0, n))
 
     def _at(self, tail_low: np.ndarray | float, tail_high: np.ndarray | float) -> Bounds:
-        """Bounds that the truth lies beyond with these probabilities.
+        """Return bounds with these tail probabilities.
 
-        Clopper and Pearson's for units that differ, those of Jeffreys for tokens that are as good as independent: of
-        few events that are single ones the former cover more than they say (Brown, Cai and DasGupta 2001).
+        Clopper-Pearson bounds for units that differ, Jeffreys bounds for nearly independent tokens, where the former
+        are too conservative for few events (Brown, Cai and DasGupta 2001).
         """
         p = self.jackknife.estimate
         with np.errstate(invalid="ignore"):
@@ -187,7 +186,7 @@ class Share(Ratio):
 
 
 class Mean(Ratio):
-    """A mean of what is never negative."""
+    """A mean of a nonnegative quantity."""
 
     how = "gamma distribution with the variance between documents (Fay and Feuer 1997)"
 
@@ -199,11 +198,13 @@ class Mean(Ratio):
 class Difference(Ratio):
     """A mean that may have either sign."""
 
-    how = "Student's t, wider where documents are skewed (positive and negative part apart, Zou and Donner 2008)"
+    how = "Student's t, wider where documents are skewed (bounds of positive and negative part, Zou and Donner 2008)"
 
     def _bounds(self, jackknife: Jackknife, tail: float) -> Bounds:
-        """Student's t covers too little of what few documents make up. So the mean is also taken for the difference of
-        its positive and its negative part, and the distances to their bounds are added like correlated errors.
+        """Widen Student's t, which covers too little if few documents dominate the mean.
+
+        The mean is also the difference of its positive and its negative part; the distances to their bounds are
+        combined like correlated errors.
         """
         reach, own = jackknife.reach(tail), np.moveaxis(_own(self.top), -1, 0)
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -224,9 +225,9 @@ class Difference(Ratio):
 
 
 class Largest(Share):
-    """The largest of several proportions, which lie along the last axis but one."""
+    """The largest of several proportions along the second-last axis."""
 
-    how = "from the bounds of the shares that may be the largest, at a level that their number divides (Bonferroni)"
+    how = "from the bounds of the shares that may be the largest, with Bonferroni's correction for their number"
 
     @property
     def values(self) -> np.ndarray:
@@ -237,7 +238,7 @@ class Largest(Share):
         half = miss / 2
         low, high = self._at(half, half)
         rivals = np.maximum((high >= low.max(-1, keepdims=True)).sum(-1, keepdims=True), 2)
-        # Of m rivals each may be below its lower bound; that all are above their upper ones is rare.
+        # Each of m rivals may lie below its lower bound; that all lie above their upper bounds is rare.
         below = _RIVALS * miss / rivals
         low, high = self._at(below, miss - below)
         largest = self.ratio[..., 0].max(-1)
@@ -247,10 +248,10 @@ class Largest(Share):
 
 @dataclass(frozen=True)
 class Smooth:
-    """Another function of sums [..., 1 + unit] that changes little with each unit.
+    """A smooth function of sums [..., 1 + unit], over all units and without each.
 
     floor    its smallest possible value
-    fewest   units below which its intervals would cover too little
+    fewest   number of units below which intervals would cover too little
     through  as for Ratio
     """
 
@@ -266,11 +267,11 @@ class Smooth:
 
     @property
     def skewness(self) -> np.ndarray:
-        """Of the estimate [...], before it is shown."""
+        """Return the skewness of the estimate [...], before the transformation."""
         return Jackknife.of(self.function, np.ones(self.function.shape[-1] - 1)).skewness
 
     def bounds(self, sizes: np.ndarray, level: float) -> Bounds:
-        """Lower and upper bound [...]; `sizes` [unit] says how much each unit has to say."""
+        """Return lower and upper bounds [...]; `sizes` [unit] weights the units."""
         return self.bounds_of(Jackknife.of(self.function, sizes), level)
 
     def bounds_of(self, jackknife: Jackknife, level: float) -> Bounds:
@@ -283,7 +284,7 @@ Quantity = Ratio | Smooth
 
 
 def with_bounds(quantity: Quantity, sizes: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Estimate, lower and upper bound [...] from units of these sizes [unit]; NaN where they are too few."""
+    """Return estimate, lower and upper bounds [...] from units of these sizes [unit]; NaN bounds for too few units."""
     estimate = quantity.values[..., 0]
     if len(sizes) < quantity.fewest:
         return estimate, np.full(estimate.shape, np.nan), np.full(estimate.shape, np.nan)
@@ -292,7 +293,7 @@ def with_bounds(quantity: Quantity, sizes: np.ndarray, level: float) -> tuple[np
 
 
 def said(quantities: Mapping[str, Quantity | type[Ratio]] | Quantity | type[Ratio]) -> str:
-    """How the intervals of a quantity, or of several by name, are made."""
+    """Describe the interval method of a quantity, or of several by name."""
     if not isinstance(quantities, Mapping):
         few = f"; none of fewer than {quantities.fewest} documents" if quantities.fewest > 2 else ""
         return quantities.how + few
@@ -303,15 +304,15 @@ def said(quantities: Mapping[str, Quantity | type[Ratio]] | Quantity | type[Rati
 
 
 def effective_number(sizes: np.ndarray) -> np.ndarray:
-    """Kish's effective number of units, (sum n_d)^2 / sum n_d^2, from their sizes [..., unit]; NaN below two units."""
+    """Return Kish's effective number of units, (sum n)^2 / sum n^2, for sizes [..., unit]; NaN below two units."""
     total, squares = sizes.sum(-1), (sizes * sizes).sum(-1)
     several = (sizes > 0).sum(-1) >= 2
     effective = np.where(several, total * total / np.where(squares > 0, squares, 1), np.nan)
-    return np.maximum(effective, 1.01)  # one giant beside dwarfs
+    return np.maximum(effective, 1.01)  # one unit holds almost everything
 
 
 def leaving_out(counts: np.ndarray) -> np.ndarray:
-    """Counts of each unit [unit, ...] summed over all of them, and without each [..., 1 + unit]."""
+    """Return counts of units [unit, ...] summed over all units and over all but each [..., 1 + unit]."""
     total = counts.sum(0, dtype=np.float64)
     out = np.empty((*counts.shape[1:], 1 + len(counts)))
     out[..., 0] = total
@@ -320,12 +321,11 @@ def leaving_out(counts: np.ndarray) -> np.ndarray:
 
 
 def quantile_bounds(ordered: np.ndarray, q: float, level: float, unit: np.ndarray | None = None) -> tuple[float, float]:
-    """Bounds of a quantile by order statistics (David and Nagaraja 2003, section 7.1), from sorted values from 0.
+    """Return bounds of a quantile by order statistics (David and Nagaraja 2003, section 7.1), from sorted values >= 0.
 
-    The number of values below the quantile is binomial. Where there are too few values to bound it from above, as
-    ten are for a 95th percentile, the bound is infinite, and the one below may be missed as often as both together;
-    from below it is 0. Values of one `unit` are not independent: they count for as many as have the same variance of
-    the share below the quantile (Woodruff 1952).
+    The number of values below the quantile is binomial. With too few values for an upper bound, such as ten for a 95th
+    percentile, the bound is infinite and the lower one takes both tails; without a lower bound it is 0. Values of one
+    `unit` are dependent and count as their effective number for the share below the quantile (Woodruff 1952).
     """
     from scipy.special import bdtr
 
@@ -341,27 +341,27 @@ def quantile_bounds(ordered: np.ndarray, q: float, level: float, unit: np.ndarra
 
 
 def _effective_below(below: np.ndarray, unit: np.ndarray, level: float) -> int:
-    """Effective number of values of which some are `below` [value], in units [value]."""
+    """Return the effective number of values, given which are `below` [value] and their units [value]."""
     share = Share(leaving_out(np.bincount(unit, below)), leaving_out(np.bincount(unit).astype(float)))
     return max(1, int(share.effective((1 - level) / 2)))
 
 
 def _gamma_bounds(jackknife: Jackknife, tail: float, more: np.ndarray | float) -> Bounds:
-    """Those of so many events, each counted alike, that they have the relative variance of the mean; `more` above."""
+    """Return gamma bounds for the number of equal events with this relative variance; `more` are added above."""
     from scipy.special import gammaincinv, ndtri
 
     mean = jackknife.estimate
     with np.errstate(divide="ignore", invalid="ignore"):
         events = (mean * ndtri(tail) / jackknife.reach(tail)) ** 2
         low, high = gammaincinv(events, tail) * mean / events, gammaincinv(events + more, 1 - tail) * mean / events
-    # So many events that the inverse gives up are as good as certain.
+    # The inverse fails for so many events, which are as good as certain.
     varies = (jackknife.error > 0) & (events < 1e8)
     alike = np.where(np.isfinite(jackknife.error), mean, np.nan)
     return np.where(varies, low, alike), np.where(varies, high, alike)
 
 
 def _own(sums: np.ndarray) -> np.ndarray:
-    """What each unit has of sums of all units and without each [..., 1 + unit]."""
+    """Return the value of each unit from sums over all units and without each [..., 1 + unit]."""
     return sums[..., :1] - sums[..., 1:]
 
 
@@ -371,6 +371,6 @@ def _shown(through: Through | None, values: np.ndarray) -> np.ndarray:
 
 
 def _around(estimate: np.ndarray, low: np.ndarray, high: np.ndarray, through: Through | None) -> Bounds:
-    """The bounds, moved where they do not hold the estimate; NaN where there is none."""
+    """Extend the bounds to contain the estimate; NaN where it is undefined."""
     shown = _shown(through, estimate)
     return np.minimum(low, shown), np.maximum(high, shown)

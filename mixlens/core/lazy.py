@@ -1,7 +1,7 @@
-"""Packages whose public names are imported when they are first used.
+"""Lazy imports of the public names of packages.
 
-The stub beside a package's __init__.py lists the names, for type checkers and for this. lazy_loader does the same, but
-only for names from inside the package.
+The stub next to a package's __init__.py lists the names, for type checkers and at run time. lazy_loader does the same,
+but only for names from within the package.
 """
 
 from __future__ import annotations

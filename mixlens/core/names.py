@@ -1,4 +1,4 @@
-"""Names of the caller's columns beside mixlens's own: theirs are free, and give way only where one table needs both."""
+"""Names of the caller's columns, which are renamed only if they collide with one of mixlens in the same table."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ OF_STATISTICS = frozenset({
 
 
 def beside(column: str, own: Collection[str]) -> str:
-    """Return the name of a column in a table that has `own` names.
+    """Return a name for a caller's column in a table that already has the names `own`.
 
     Parameters
     ----------
     column : str
-        As the caller named it.
+        Name given by the caller.
     own : Collection[str]
-        Names that are taken.
+        Names already in use.
 
     Examples
     --------

@@ -1,7 +1,7 @@
-"""Runs on object stores and other remote places, read file by file through fsspec as they are needed.
+"""Runs in object stores and other remote places, fetched file by file through fsspec.
 
-A file is copied to the user's cache when it is first used, since safetensors and Parquet are read by memory map. Every
-process that reads a run, on whatever machine, fetches what it reads itself.
+A file is copied to the user's cache when it is first used, because safetensors and Parquet are memory-mapped. Each
+process fetches the files that it reads, on whatever machine it runs.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ _MIRROR = "mixlens-remote"
 
 
 def is_remote(path: object) -> bool:
-    """Whether a path is the address of a remote place, such as "s3://bucket/run"."""
+    """Return True if the path is a remote address, such as "s3://bucket/run"."""
     return isinstance(path, str) and "://" in path
 
 
 def mirror_of(address: str) -> Path:
-    """The folder that keeps files of the run at `address`, with its meta.json alone; `fetched` gets the others.
+    """Return the local mirror of the run at `address`, holding only its meta.json; `fetched` gets the other files.
 
-    Raises RunError where the address cannot be read or holds no run.
+    Raises RunError if the address cannot be read or holds no run.
     """
     address = address.rstrip("/")
     meta = _read(f"{address}/meta.json")
@@ -36,7 +36,7 @@ def mirror_of(address: str) -> Path:
 
 
 def fetched(path: Path) -> Path:
-    """The path, after its file was fetched where it belongs to a remote run and is not here yet."""
+    """Return the path, after fetching its file if it belongs to a remote run and is not cached yet."""
     if _MIRROR in path.parts and not path.exists():
         address, _, *names = path.parts[path.parts.index(_MIRROR) + 1 :]
         _keep(path, _read("/".join([unquote(address), *names])))
@@ -49,18 +49,18 @@ def _read(address: str) -> bytes:
     try:
         with fsspec.open(address, "rb") as file:
             return file.read()  # pyright: ignore[reportAttributeAccessIssue]
-    except Exception as error:  # of whatever client the scheme has
+    except Exception as error:  # clients of schemes raise errors of their own
         detail = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise RunError(
-            f"Cannot read {address}: {detail}. Check the address and your access to it; some schemes need a client of "
-            "their own, as s3:// needs s3fs.",
+            f"Cannot read {address}: {detail}. Check the address and your access to it; some schemes need an extra "
+            "client, such as s3fs for s3://.",
             argument="path",
             value=address,
         ) from error
 
 
 def _keep(path: Path, content: bytes) -> None:
-    """Write a file whole, whoever else fetches it at the same time."""
+    """Write a file atomically, even if other processes fetch it at the same time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         file.write(content)

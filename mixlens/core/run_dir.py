@@ -1,10 +1,9 @@
-"""The run directory: complete or not there, written by one process at a time, every byte accounted for.
+"""Run directories: either complete or absent, written by one process at a time, with every byte checksummed.
 
-`plan.json` is written first (settings, hash of the input), then shards, then `meta.json` last, which lists every file
-with its size and checksum, and carries a checksum of itself. Everything that a finished run does not keep lies in the
-folder `unfinished`, which goes when the run is complete: files that are being written, the records of committed
-shards, and the lock. A directory without `meta.json` is a half-done run that the same plan resumes.
-Knows no model and no torch.
+`plan.json` (settings, hash of the input) is written first, then shards, and last `meta.json`, which lists every file
+with its size and checksum and carries a checksum of itself. The folder `unfinished` holds everything that a finished
+run does not keep (partial files, records of committed shards, the lock) and is deleted on completion. A directory
+without `meta.json` is an interrupted run, which the same plan resumes. This module knows no model and no torch.
 """
 
 from __future__ import annotations
@@ -43,16 +42,17 @@ except ImportError:  # Windows: a run directory is not locked there
 
 PLAN, META = "plan.json", "meta.json"
 UNFINISHED = "unfinished"
-# 1: shard records and partial files beside the others, meta.json without a checksum. Such runs open; none is resumed.
+# Format 1 kept shard records and partial files beside the others, and meta.json without a checksum. Such runs can be
+# opened but not resumed.
 _FORMAT = 2
-# The command that the next run is written by, so that it can be repeated; None where Python code writes it.
+# Command line that writes the next run, kept so that it can be repeated; None if Python code writes it.
 _command: ContextVar[Mapping[str, Any] | None] = ContextVar("command", default=None)
-# A file that is to be written: its bytes, or what makes them when their turn comes.
+# Content of a file: its bytes, or a function that makes them when they are written.
 Content = bytes | memoryview | Callable[[], bytes | memoryview]
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Installed versions of `packages`, with Python's own; what is not installed is left out."""
+    """Return the installed versions of `packages` and of Python; missing packages are left out."""
     found = {name: _version(name) for name in packages}
     return {"python": platform.python_version(), **{name: at for name, at in found.items() if at is not None}}
 
@@ -71,7 +71,7 @@ def now() -> str:
 
 @contextmanager
 def written_by(command: Mapping[str, Any] | None) -> Iterator[None]:
-    """Keep `command`, plain JSON values, in the meta.json of the first run that is written in the block."""
+    """Record `command`, plain JSON values, in the meta.json of the first run that is written in the block."""
     token = _command.set(command)
     try:
         yield
@@ -80,20 +80,19 @@ def written_by(command: Mapping[str, Any] | None) -> Iterator[None]:
 
 
 class RunWriter:
-    """Writes one run directory, shard by shard, so that a killed run resumes where it stopped.
+    """Writer of one run directory, shard by shard; a killed run resumes where it stopped.
 
-    A context manager: the directory is locked from the start to the end of the block, or of the process. Where the
-    block ends for want of disk, memory or permission, that becomes a RunError, since what was committed is kept.
+    A context manager: the directory is locked until the end of the block or of the process. If the block fails for lack
+    of disk space, memory or permission, that becomes a RunError; committed shards are kept.
 
-    path    the directory; made when it is not there
-    kind    "trace", "eval", "bench" or another of mixlens.registry
-    plan    everything that decides the bytes of the run, as plain JSON values; a directory that holds another plan
-            is refused
-    leader  False in all but one of several processes: the leader alone locks, and writes plan.json and meta.json
+      path    the directory; created if missing
+      kind    "trace", "eval", "bench" or another of mixlens.registry
+      plan    everything that decides the bytes of the run, as plain JSON values; a directory with another plan is
+              refused
+      leader  True in one of several processes, which alone takes the lock and writes plan.json and meta.json
 
-    `work` is the folder for what a finished run does not keep, `complete` says that the whole run is there.
-    Raises RunError when the directory holds another run, anything that is not a run, or when another process writes
-    to it.
+    `work` is the folder for files that a finished run does not keep; `complete` is True if the whole run exists. Raises
+    RunError if the directory holds another run or other files, or another process is writing to it.
     """
 
     def __init__(
@@ -108,7 +107,7 @@ class RunWriter:
         self._made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         self._began = False
         self._command = _command.get()
-        _command.set(None)  # runs inside this one are parts of it
+        _command.set(None)  # nested runs are parts of this one
         with disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self._check_plan()
@@ -121,7 +120,7 @@ class RunWriter:
                 if self._began:
                     with self._publishing():
                         self._stage(PLAN, json_bytes(self.plan))
-        if leader and self.complete and self.work.exists():  # its process was stopped before it had cleared up
+        if leader and self.complete and self.work.exists():  # its process was stopped before cleaning up
             with suppress(RunError, OSError):
                 self._lock = self._lock or _Lock(self.work, self.path)
                 self.close(clear=True)
@@ -138,7 +137,7 @@ class RunWriter:
                 raise error
 
     def close(self, *, clear: bool = False) -> None:
-        """Unlock the directory; with `clear`, without what a finished run does not keep."""
+        """Unlock the directory; with `clear`, first delete files that a finished run does not keep."""
         if clear:
             shutil.rmtree(self.work, ignore_errors=True)
         if self._lock is not None:
@@ -147,13 +146,13 @@ class RunWriter:
 
     @property
     def done(self) -> dict[int, dict[str, Any]]:
-        """Committed shards by index, each {"files": {name: {"sha256", "bytes"}}, **counts}."""
+        """Return the committed shards by index, each {"files": {name: {"sha256", "bytes"}}, **counts}."""
         return {int(p.stem.split("-")[1]): read_sealed(p) for p in sorted(self.work.glob("shard-*.json"))}
 
     def _abandon(self) -> None:
-        """Remove what this writer began while nothing is kept in it: a start that failed leaves nothing behind.
+        """Remove what this writer created if nothing was committed, so that a failed start leaves nothing behind.
 
-        A folder that is not empty stays, and so does the plan of a run that holds other runs.
+        A folder with other files stays, and so does the plan of a run that holds other runs.
         """
         if self._began:
             with suppress(OSError):
@@ -166,7 +165,7 @@ class RunWriter:
                         folder.rmdir()
 
     def has(self, index: int) -> bool:
-        """Whether a shard is committed, and its files are as they were written; else it has to be made again."""
+        """Return True if a shard is committed and its files are intact; otherwise it is made again."""
         record = self._record(index)
         if not record.exists():
             return False
@@ -193,11 +192,11 @@ class RunWriter:
     ) -> None:
         """Write every file, then the record that makes the shard count.
 
-        Nothing is visible under its own name before it is whole and on disk.
+        Files appear under their own names only when complete and on disk.
 
-        interim  files whose content goes into the last files of the run: they are kept in `work` until it is complete
+          interim  files whose content goes into the last files of the run; kept in `work` until it is complete
 
-        Raises RunError when the disk is full or unwritable; the shards committed before stay.
+        Raises RunError if the disk is full or not writable; committed shards stay.
         """
         kept = {**files, **{f"{UNFINISHED}/{name}": data for name, data in (interim or {}).items()}}
         with disk_errors(self.path), self._publishing():
@@ -205,9 +204,9 @@ class RunWriter:
             self._stage(f"{UNFINISHED}/{self._record(index).name}", sealed(record))
 
     def finish(self, meta: Mapping[str, Any], files: Mapping[str, Content], *, runs: Iterable[Path] = ()) -> None:
-        """Write the last files and `meta.json`; after this the run is complete.
+        """Write the last files and `meta.json`, which completes the run.
 
-        runs  folders in this one that hold a complete run each
+        runs  folders of complete runs inside this one
         """
         with disk_errors(self.path), self._publishing(PLAN):
             shards = self.done
@@ -230,7 +229,7 @@ class RunWriter:
 
     @contextmanager
     def _publishing(self, *also: str) -> Iterator[None]:
-        """Give the files that the block stages their names, in order, when all of them, and `also`, are on disk."""
+        """Rename the files staged in the block, in order, once all of them and `also` are on disk."""
         try:
             self.work.mkdir(exist_ok=True)
             yield
@@ -244,7 +243,7 @@ class RunWriter:
             self._staged = {}
 
     def _stage(self, name: str, content: Content) -> dict[str, Any]:
-        """Write a file of this run, not yet under its name; gives its entry."""
+        """Write a file under a temporary name, and return its entry."""
         data = content() if callable(content) else content
         with disk_errors(self.path, len(data)):
             check_space(self.path, len(data))
@@ -262,7 +261,7 @@ class RunWriter:
         found = read_json(self.path / PLAN)
         different = {k for k in self.plan.keys() | found.keys() if self.plan.get(k) != found.get(k)}
         if (self.path / META).exists():
-            different.discard("format")  # a complete run of an earlier version is this run
+            different.discard("format")  # a complete run of an earlier version counts as the same
         if different:
             raise RunError(
                 f"Cannot write a run to {self.path}: the folder holds another run: "
@@ -278,7 +277,7 @@ def _differences(found: dict, asked: dict, keys: list[str]) -> str:
         text = json.dumps(value)
         return text if len(text) <= 60 else text[:57] + "..."
 
-    if "kind" in keys:  # then nothing else is the same either
+    if "kind" in keys:  # then everything else differs too
         keys = ["kind"]
     pairs: list[tuple[str, Any, Any]] = []
     for key in keys:
@@ -288,13 +287,13 @@ def _differences(found: dict, asked: dict, keys: list[str]) -> str:
             pairs += [(f"{key}.{name}", one.get(name), other.get(name)) for name in inner]
         else:
             pairs.append((key, one, other))
-    return "; ".join(f"{name} is {show(one)}, asked {show(other)}" for name, one, other in pairs[:3])
+    return "; ".join(f"{name} is {show(one)}, requested {show(other)}" for name, one, other in pairs[:3])
 
 
 class _Lock:
-    """The right to write to a run, held by the kernel for this process, and let go of when the process ends.
+    """Exclusive right to write to a run, a kernel lock that is released when the process ends.
 
-    Raises RunError, naming the process that holds it.
+    Raises RunError with the name of the process that holds it.
     """
 
     NAME = "lock"
@@ -305,13 +304,13 @@ class _Lock:
             work.mkdir(exist_ok=True)
             try:
                 self._file = path.open("a+", encoding="utf-8")
-            except FileNotFoundError:  # the process that had it has just cleared up
+            except FileNotFoundError:  # its holder has just cleaned up
                 continue
             if not self._taken():
                 holder = _holder(path)
                 self._file.close()
                 raise RunError(
-                    f"Cannot write a run to {run}: {holder} is writing to it. Run the same command again when it has "
+                    f"Cannot write a run to {run}: {holder} is writing to it. Run the same command again after it has "
                     "ended, or choose another folder.",
                     argument="out",
                     value=holder,
@@ -319,7 +318,7 @@ class _Lock:
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(self._file.fileno()), path.stat()):
                     break
-            self._file.close()  # the lock of a folder that is no longer there
+            self._file.close()  # the lock belonged to a deleted folder
         self._file.truncate(0)
         self._file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": now()}))
         self._file.flush()
@@ -350,7 +349,7 @@ def _holder(path: Path) -> str:
 
 @dataclass
 class Run:
-    """A complete run on disk. `file(name)` checks a file against its checksum the first time it is used."""
+    """A complete run on disk. `file(name)` verifies a file's checksum on first use."""
 
     path: Path
     meta: dict[str, Any]
@@ -366,9 +365,9 @@ class Run:
         return read_json(self.file(PLAN))
 
     def file(self, name: str) -> Path:
-        """Path of a file of this run.
+        """Return the path of a file of this run.
 
-        Raises RunError, naming the file, when it is missing, truncated, altered, or not one of the run's.
+        Raises RunError with the name of the file if it is missing, truncated, altered, or not part of the run.
         """
         path = self.path / name
         if name not in self._checked:
@@ -386,13 +385,13 @@ class Run:
         return path
 
     def nested(self, name: str) -> Path | None:
-        """The folder of a run that is part of this one; None where there is none. Raises RunError as `file` does."""
+        """Return the folder of a nested run, or None if there is none. Raises RunError as `file` does."""
         if f"{name}/{META}" in self.meta["files"]:
             return self.file(f"{name}/{META}").parent
         return self.path / name if self.meta["format"] == 1 and (self.path / name / META).exists() else None
 
     def verify(self) -> list[str]:
-        """Faults of this run and the runs in it, each as "name: what is wrong"; empty when all is as it was written.
+        """Return the faults of this run and its nested runs, each as "name: fault"; empty if all is intact.
 
         A file that the run does not list is a fault too.
         """
@@ -400,7 +399,7 @@ class Run:
         at = {name: fetched(present(self.path / name)) for name in files}
         found = [f"{name} {fault}" for name, entry in files.items() if (fault := _fault(at[name], entry))]
         nested = {(self.path / name).parent for name in files if name.endswith(f"/{META}")}
-        if self.meta["format"] == 1:  # which listed no nested runs
+        if self.meta["format"] == 1:  # format 1 did not list nested runs
             nested = {meta.parent for meta in self.path.glob(f"*/**/{META}")}
         for folder in sorted(nested):
             inside = folder.relative_to(self.path).as_posix()
@@ -408,7 +407,7 @@ class Run:
                 found += _faults_inside(folder, inside)
         known = {self.path / META, *(self.path / name for name in files)}
         found += [
-            f"{one.relative_to(self.path).as_posix()} is no part of the run" for one in _strays(self, known, nested)
+            f"{one.relative_to(self.path).as_posix()} is not part of the run" for one in _strays(self, known, nested)
         ]
         return found
 
@@ -421,7 +420,7 @@ def _faults_inside(folder: Path, name: str) -> list[str]:
 
 
 def _strays(run: Run, known: set[Path], nested: set[Path]) -> Iterator[Path]:
-    """What lies in the folder of a run, is listed nowhere, and leads to nothing that is."""
+    """Yield files and folders in a run's folder that are not listed and contain nothing listed."""
     leading = {parent for path in known | nested for parent in path.parents}
     folders = [run.path]
     while folders:
@@ -435,11 +434,11 @@ def _strays(run: Run, known: set[Path], nested: set[Path]) -> Iterator[Path]:
 
 
 def open_run(path: str | os.PathLike[str], kind: str | None = None, *, check: bool = True) -> Run:
-    """The complete run at `path`. With `check=False` sizes of files are compared, but not checksums.
+    """Return the complete run at `path`. With `check=False`, sizes of files are verified but not checksums.
 
-    Raises RunError when there is no run, when it is not finished, of another kind than `kind`, or when its meta.json
-    is not as it was written. A path may be "hf://owner/name", or another address that fsspec knows, such as
-    "s3://bucket/run"; its files are fetched as they are used.
+    Raises RunError if there is no run, it is not finished, it is not of `kind`, or its meta.json was altered. A path
+    may be "hf://owner/name", or another address that fsspec knows, such as "s3://bucket/run"; its files are fetched as
+    they are used.
     """
     if isinstance(path, str) and path.startswith(SCHEME):
         path = snapshot_of(path)
@@ -451,12 +450,12 @@ def open_run(path: str | os.PathLike[str], kind: str | None = None, *, check: bo
             found = plan_at(path).get("kind", "run")
             n = len(list((path / UNFINISHED).glob("shard-*.json")))
             raise RunError(
-                f"Cannot open the run at {path}: it is a {found} that was stopped after {n} complete shards. Run the "
+                f"Cannot open the run at {path}: the {found} was stopped after {n} complete shards. Run the "
                 "same command with the same folder again to resume it.",
                 argument="shards",
                 value=n,
             )
-        what = "is not there" if not path.exists() else f"holds no {PLAN} and no {META}"
+        what = "does not exist" if not path.exists() else f"holds no {PLAN} and no {META}"
     except OSError as error:
         what = f"cannot be read ({REASONS.get(error.errno or 0, error)})"
     raise RunError(
@@ -467,9 +466,9 @@ def open_run(path: str | os.PathLike[str], kind: str | None = None, *, check: bo
 
 
 def check_out(path: str | os.PathLike[str], kind: str) -> None:
-    """Raise RunError unless a run of this kind can be begun or continued at `path`. Writes nothing.
+    """Raise RunError unless a run of this kind can be started or continued at `path`. Writes nothing.
 
-    Whether a run there has the same plan is known once the model is loaded, and asked then.
+    Whether a run there has the same plan is checked later, once the model is loaded.
     """
     path = Path(path)
     there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
@@ -487,7 +486,7 @@ def check_out(path: str | os.PathLike[str], kind: str) -> None:
         found = plan_at(path).get("kind", kind) if (path / PLAN).exists() else _refuse_strangers(path)
         if found not in (None, kind):
             raise RunError(
-                f"Cannot write a run of kind {kind} to {path}: the folder holds one of kind {found}. Choose another "
+                f"Cannot write a run of kind {kind} to {path}: the folder holds a run of kind {found}. Choose another "
                 "folder.",
                 argument="out",
                 value=found,
@@ -495,7 +494,7 @@ def check_out(path: str | os.PathLike[str], kind: str) -> None:
 
 
 def _refuse_strangers(path: Path) -> None:
-    """Raise RunError for a folder that holds anything that is no run."""
+    """Raise RunError if a folder without a run holds other files."""
     if strangers := sorted(p.name for p in path.iterdir() if p.name != UNFINISHED):
         raise RunError(
             f"Cannot write a run to {path}: the folder is not empty and holds no run of mixlens "
@@ -506,7 +505,7 @@ def _refuse_strangers(path: Path) -> None:
 
 
 def plan_at(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The plan of the run at `path`, finished or not; empty where there is none."""
+    """Return the plan of the run at `path`, finished or not; empty if there is none."""
     plan = Path(path) / PLAN
     return read_json(plan) if plan.exists() else {}
 

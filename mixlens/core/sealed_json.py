@@ -1,4 +1,4 @@
-"""JSON files that carry a checksum of every value and of themselves, so that an edit is seen, and named."""
+"""JSON files with a checksum of every value and of the whole file, so that edits are detected and located."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ _NO_SEAL = "0" * 64
 
 def json_bytes(value: Mapping[str, Any]) -> bytes:
     text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
-    return (text + "\n").encode("utf-8", "backslashreplace")  # which is how JSON escapes a lone surrogate
+    return (text + "\n").encode("utf-8", "backslashreplace")  # as JSON escapes a lone surrogate
 
 
 def sealed(value: Mapping[str, Any]) -> bytes:
-    """`value` as JSON, with a short checksum of each of its values, and at the end one of every byte of it."""
-    value = json.loads(json.dumps(value))  # tuples and keys as they will be read
+    """Return `value` as JSON with a short checksum of each value and, at the end, one of all bytes."""
+    value = json.loads(json.dumps(value))  # tuples and keys as they will be read back
     data = json_bytes({**value, "checksums": _checksums(value), "sha256": _NO_SEAL})
     head, _, tail = data.rpartition(_NO_SEAL.encode())
     return head + hashlib.sha256(data).hexdigest().encode() + tail
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """What was sealed in `path`. Raises RunError, naming the key, for what is not as it was written."""
+    """Return the sealed value in `path`. Raises RunError with the key if anything was altered."""
     value = read_json(path)
     seal, checksums = value.pop("sha256", None), value.pop("checksums", None)
     if seal is None and checksums is None and value.get("format") == 1:
@@ -42,7 +42,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
             what = "is missing" if key not in found else "was added" if key not in checksums else "was changed"
             raise altered(path, key, f"{short(key)} {what}")
     if not isinstance(seal, str) or len(seal) != len(_NO_SEAL):
-        raise altered(path, "sha256", "sha256 is no checksum")
+        raise altered(path, "sha256", "sha256 is not a checksum")
     head, _, tail = path.read_bytes().rpartition(seal.encode())
     if hashlib.sha256(head + _NO_SEAL.encode() + tail).hexdigest() != seal:
         raise altered(path, "sha256", "it does not match its sha256")
@@ -50,7 +50,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
 
 
 def _checksums(value: Mapping[str, Any]) -> dict[str, str]:
-    """A short checksum of every value, and of those in an object within."""
+    """Return a short checksum of every value, and of each value of nested objects."""
     inner: dict[str, Any] = {}
     for key, one in value.items():
         deep = isinstance(one, dict) and one
@@ -60,7 +60,7 @@ def _checksums(value: Mapping[str, Any]) -> dict[str, str]:
 
 def altered(path: Path, key: str, what: str) -> RunError:
     return RunError(
-        f"Cannot read {path.name} of the run {path.parent}: it is not as mixlens wrote it: {what}. Restore it from a "
+        f"Cannot read {path.name} of the run {path.parent}: it was altered: {what}. Restore it from a "
         "copy, or record again into a new folder.",
         argument=key,
         value=str(path),
@@ -73,7 +73,7 @@ def short(value: object) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises RunError for what is no JSON object, or one with a key twice."""
+    """Read a JSON object. Raises RunError for anything else, or for duplicate keys."""
     try:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):

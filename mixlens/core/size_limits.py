@@ -1,6 +1,6 @@
-"""What a piece of a file may amount to before it is read: one that is refused must not fill the memory.
+"""Limits on the size of untrusted files, checked before they are read, so that none can fill the memory.
 
-A value of JSON takes up to a hundred bytes in memory, and the footer of a Parquet file twenty times its size.
+A JSON value takes up to a hundred bytes in memory, and the footer of a Parquet file twenty times its size.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from typing import IO, Any, AnyStr, BinaryIO
 MOST_CHARS = 32 << 20
 _MOST_VALUES = 1_000_000
 _MOST_HEADER_BYTES = 8 << 20
-# Whatever compresses better than text does, from a size on.
+# Compression ratio beyond that of any text, checked above a size.
 _MOST_RATIO, _UNSUSPICIOUS_BYTES = 100, 64 << 20
 _VALUES = re.compile(r'"(?:[^"\\]|\\.)*"|[\[{,]', re.DOTALL)
 
 
 class Oversized(ValueError):
-    """Something is larger than anything honest; the message says by what."""
+    """A file or value exceeds a size limit; the message says which one."""
 
 
 def json_value(text: str, *, parse_constant: Callable[[str], Any] | None = None) -> Any:
-    """A value of JSON. Raises Oversized for one that is too large, else as json.loads."""
+    """Parse JSON. Raises Oversized if it is too large, otherwise errors as json.loads."""
     if len(text) > MOST_CHARS:
         raise Oversized(f"it is longer than {MOST_CHARS:,} characters")
     if sum(map(text.count, "[{,")) > _MOST_VALUES and _values(text) > _MOST_VALUES:
@@ -33,12 +33,12 @@ def json_value(text: str, *, parse_constant: Callable[[str], Any] | None = None)
 
 
 def _values(text: str) -> int:
-    """How many values there are at most, not counting what stands within strings."""
+    """Return an upper bound on the number of values, ignoring the contents of strings."""
     return sum(not found[0].startswith('"') for found in _VALUES.finditer(text))
 
 
 def bounded_lines(file: IO[AnyStr]) -> Iterator[AnyStr]:
-    """The lines of a file. Raises Oversized for one longer than MOST_CHARS."""
+    """Yield the lines of a file. Raises Oversized for a line longer than MOST_CHARS."""
     while line := file.readline(MOST_CHARS + 1):
         if len(line) > MOST_CHARS:
             raise Oversized(f"it is longer than {MOST_CHARS:,} characters")
@@ -46,13 +46,13 @@ def bounded_lines(file: IO[AnyStr]) -> Iterator[AnyStr]:
 
 
 def check_safetensors(path: str | PathLike[str]) -> None:
-    """Raise Oversized for a file in the format of safetensors with a header beyond any honest one."""
+    """Raise Oversized if the header of a safetensors file is implausibly large."""
     with open(path, "rb") as file:
         _check_header(int.from_bytes(file.read(8), "little"))
 
 
 def check_parquet(file: BinaryIO) -> None:
-    """Raise Oversized for a Parquet file with metadata beyond any honest ones."""
+    """Raise Oversized if the metadata of a Parquet file are implausibly large."""
     file.seek(0, 2)
     file.seek(max(file.tell() - 8, 0))
     _check_header(int.from_bytes(file.read(4), "little"))
@@ -60,11 +60,11 @@ def check_parquet(file: BinaryIO) -> None:
 
 
 def check_unpacked(packed_bytes: int, unpacked_bytes: int) -> None:
-    """Raise Oversized for what has grown beyond what any text does."""
+    """Raise Oversized if decompressed data have outgrown the compression ratio of any text."""
     if unpacked_bytes > _UNSUSPICIOUS_BYTES and unpacked_bytes > _MOST_RATIO * packed_bytes:
-        raise Oversized(f"{packed_bytes:,} compressed bytes are more than {unpacked_bytes:,}, as no text's are")
+        raise Oversized(f"{packed_bytes:,} compressed bytes expand to over {unpacked_bytes:,}, more than any text does")
 
 
 def _check_header(size: int) -> None:
     if size > _MOST_HEADER_BYTES:
-        raise Oversized(f"its header has {size:,} bytes, and at most {_MOST_HEADER_BYTES:,} are read")
+        raise Oversized(f"its header has {size:,} bytes, above the limit of {_MOST_HEADER_BYTES:,}")

@@ -1,4 +1,4 @@
-"""Numbers as text: an estimate with its interval, and tables of the main numbers."""
+"""Numbers as text: estimates with intervals, and tables of main numbers."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import pandas as pd
 import xarray as xr
 
-MISSING = "n/a"  # where a number has no value
-NO_INTERVAL = "no interval"  # where a number has a value, and too little to bound it by
+MISSING = "n/a"  # shown for an undefined number
+NO_INTERVAL = "no interval"  # shown for a number with too little data for bounds
 
 
 def interval(estimate: float, low: float, high: float, decimals: int, *, factor: float = 1.0) -> str:
@@ -27,12 +27,12 @@ def interval_of(row: Mapping[Any, Any] | pd.Series, factor: float, decimals: int
 
 
 def row(cell: xr.Dataset, unit: str) -> dict[str, Any]:
-    """estimate, ci_low, ci_high, unit and n of a Dataset without dimensions."""
+    """Return estimate, ci_low, ci_high, unit and n of a Dataset without dimensions."""
     return {name: float(cell[name]) for name in ("estimate", "ci_low", "ci_high")} | {"unit": unit, "n": int(cell.n)}
 
 
 def shown(overview: pd.DataFrame) -> pd.DataFrame:
-    """An overview as text: estimate with unit and interval, and n; shares in per cent."""
+    """Format an overview as text: estimate with unit and interval, and n; fractions in per cent."""
 
     def text(row: pd.Series) -> str:
         if row.estimate != row.estimate:
@@ -46,6 +46,6 @@ def shown(overview: pd.DataFrame) -> pd.DataFrame:
 
 
 def numbered(numbers: Sequence[int]) -> str:
-    """Numbers as a range where they are one: "0 to 31", "1, 3, 5"."""
+    """Format numbers, as a range if contiguous: "0 to 31", "1, 3, 5"."""
     contiguous = len(numbers) > 2 and numbers[-1] - numbers[0] == len(numbers) - 1
     return f"{numbers[0]} to {numbers[-1]}" if contiguous else ", ".join(map(str, numbers))

@@ -1,4 +1,4 @@
-"""Work on arrays shared out over the cores of this process: numpy and scipy let threads compute at the same time."""
+"""Thread pools for array work; numpy and scipy release the GIL."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import TypeVar
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
-_MOST = 8  # each holds arrays of its own
+_MOST = 8  # each thread holds its own arrays
 _worker = threading.local()
 
 
 def cores() -> int:
-    """Cores that this process may use: those it is bound to, or fewer where OMP_NUM_THREADS says so."""
+    """Return the number of cores available to this process: its affinity, capped by OMP_NUM_THREADS."""
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     asked = os.environ.get("OMP_NUM_THREADS", "")
     return max(1, min(bound, int(asked) if asked.isdecimal() else bound, _MOST))
 
 
 def in_threads(function: Callable[[_Item], _Result], items: Iterable[_Item]) -> list[_Result]:
-    """`function` of each item, in order, computed on all cores; one after the other within such a thread."""
+    """Map `function` over items on all cores, in order; sequentially when called from such a thread."""
     every = list(items)
     workers = min(cores(), len(every))
     if workers < 2 or getattr(_worker, "busy", False):
@@ -37,7 +37,7 @@ def in_threads(function: Callable[[_Item], _Result], items: Iterable[_Item]) -> 
 
 
 def ahead(items: Iterable[_Item]) -> Iterator[_Item]:
-    """Each item, while the one after it is made in a thread of its own."""
+    """Yield items while a thread prepares the next one."""
     if cores() < 2 or getattr(_worker, "busy", False):
         yield from items
         return

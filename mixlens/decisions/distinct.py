@@ -50,9 +50,9 @@ def distinct_experts(
     window : int, optional
         Consecutive tokens of each sequence.
     cluster : str, optional
-        Column of the sequences, such as "author", whose values vary independently where documents do not.
+        Column of the sequences to cluster by, such as "author", if documents are not independent.
     bootstrap : Bootstrap, optional
-        How intervals are computed.
+        Settings of the intervals.
 
     Returns
     -------

@@ -51,7 +51,7 @@ def health(traces: Mapping[int, Trace], *, limit_bits: float = 0.5, bootstrap: B
     limit_bits : float, optional
         How far the entropy of the load may fall in any layer.
     bootstrap : Bootstrap, optional
-        How intervals are computed.
+        Settings of the intervals.
 
     Returns
     -------

@@ -68,7 +68,7 @@ class Log:
         path : str or os.PathLike
             The folder.
         check : bool, optional
-            Compare every file with its checksum when it is first read; False compares sizes only.
+            Verify the checksum of each file when it is first read; False verifies sizes only.
         """
         run = open_run(path, "eval", check=check)
         with run.file(RESULTS).open(encoding="utf-8") as file:

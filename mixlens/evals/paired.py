@@ -169,7 +169,7 @@ def mcnemar(only_a: int, only_b: int) -> float:
 
     min(1, 2 P(X <= min(b, c))) with X binomial (b + c, 1/2): McNemar 1947 in its exact form.
     """
-    from scipy.special import bdtr  # here, since it takes a quarter of a second
+    from scipy.special import bdtr  # imported here: takes a quarter of a second
 
     n, least = only_a + only_b, min(only_a, only_b)
     if n == 0:
@@ -183,7 +183,7 @@ def paired_difference(a: np.ndarray, b: np.ndarray, task: np.ndarray, level: flo
     Of right and wrong answers that of Bonett and Price (2012): Wald's after one sample more was gained and one lost, so
     that two models of the same answers are not equal for certain. Of other scores Student's t.
     """
-    from scipy.special import stdtrit  # here, since it takes a quarter of a second
+    from scipy.special import stdtrit  # imported here: takes a quarter of a second
 
     difference, n = b - a, len(a)
     names, number = np.unique(task, return_inverse=True)

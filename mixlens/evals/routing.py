@@ -112,7 +112,7 @@ def sample_share(
     cluster : str, optional
         Column of the samples, such as "group", whose values vary independently where samples do not.
     bootstrap : Bootstrap, optional
-        How intervals are computed.
+        Settings of the intervals.
 
     Returns
     -------
@@ -147,7 +147,7 @@ def flipped_routing(
     cluster : str, optional
         Column of the samples, such as "group", whose values vary independently where samples do not.
     bootstrap : Bootstrap, optional
-        How intervals are computed.
+        Settings of the intervals.
 
     Returns
     -------

@@ -121,7 +121,7 @@ def tasks_by_protocol(tasks: Mapping[str, Mapping[str, Any]]) -> dict[tuple[str,
 
 
 def _mean(columns: list[np.ndarray], *, macro: bool = False) -> dict[str, Any]:
-    from scipy.special import stdtrit  # here, since it takes a quarter of a second
+    from scipy.special import stdtrit  # imported here: takes a quarter of a second
 
     scored = [column[np.isfinite(column)] for column in columns]
     n, unscored = sum(map(len, scored)), sum(map(len, columns)) - sum(map(len, scored))

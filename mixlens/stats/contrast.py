@@ -59,7 +59,7 @@ def contrast(
     b : Any, optional
         Value in the second group; None for all others.
     cluster : str, optional
-        Column of the sequences, such as "author", whose values vary independently where documents do not.
+        Column of the sequences to cluster by, such as "author", if documents are not independent.
     bootstrap : Bootstrap, optional
         Level of the intervals.
 
@@ -205,7 +205,7 @@ def _of_layers(
 
 def _welch(t: np.ndarray, of_a: np.ndarray, of_b: np.ndarray, n_a: int, n_b: int) -> np.ndarray:
     """p of Welch's test, from the variance of both groups."""
-    from scipy.special import stdtr  # here, since it takes a quarter of a second
+    from scipy.special import stdtr  # imported here: takes a quarter of a second
 
     spread = of_a**2 / (n_a - 1) + of_b**2 / (n_b - 1)
     freedom = np.divide((of_a + of_b) ** 2, spread, out=np.ones_like(spread), where=spread > 0)

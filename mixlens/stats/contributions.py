@@ -41,11 +41,11 @@ def expert_contribution(
         "logit", what its weighted output adds to the logit of the token that came next, less the mean logit; or
         "norm", the Euclidean norm of its weighted output.
     by : str or Sequence[str], optional
-        Column, or columns, of the sequences to group by.
+        Column or columns of the sequences to group by.
     cluster : str, optional
-        Column of the sequences, such as "author", whose values vary independently where documents do not.
+        Column of the sequences to cluster by, such as "author", if documents are not independent.
     bootstrap : Bootstrap, optional
-        How intervals are computed.
+        Settings of the intervals.
 
     Returns
     -------

@@ -65,7 +65,7 @@ class Block:
 
     def count(self, codes: np.ndarray, size: int, where: np.ndarray | slice = slice(None)) -> np.ndarray:
         """How often each code 0 .. size-1 comes up in each cluster [cluster, size]; codes [..., token of `where`]."""
-        from scipy.sparse import coo_array  # here, since it takes a fifth of a second
+        from scipy.sparse import coo_array  # imported here: takes a fifth of a second
 
         # A sparse matrix adds up in compiled code during which other threads run, as they do not during np.add.at.
         codes = codes.astype(np.int32, copy=False)

@@ -41,7 +41,7 @@ def domain_distance(
     by : str, optional
         Column of the sequences with two values or more.
     cluster : str, optional
-        Column of the sequences, such as "author", whose values vary independently where documents do not.
+        Column of the sequences to cluster by, such as "author", if documents are not independent.
     bootstrap : Bootstrap, optional
         Level of the intervals.
 

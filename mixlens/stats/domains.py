@@ -41,11 +41,11 @@ def domain_specialization(
     trace : Trace
         The recording. Needs ``expert_id``, uint8 or uint16 [token, layer, slot]; the column `by` of the sequences.
     by : str or Sequence[str], optional
-        Column, or columns, of the sequences to group by.
+        Column or columns of the sequences to group by.
     cluster : str, optional
-        Column of the sequences, such as "author", whose values vary independently where documents do not.
+        Column of the sequences to cluster by, such as "author", if documents are not independent.
     bootstrap : Bootstrap, optional
-        How intervals are computed.
+        Settings of the intervals.
 
     Returns
     -------
@@ -56,7 +56,7 @@ def domain_specialization(
     Raises
     ------
     BadInput
-        For an unknown column in `by`.
+        If `by` names an unknown column.
 
     Examples
     --------
@@ -102,11 +102,11 @@ def domain_information(
     trace : Trace
         The recording. Needs ``expert_id``, uint8 or uint16 [token, layer, slot]; the column `by` of the sequences.
     by : str or Sequence[str], optional
-        Column, or columns, of the sequences to group by.
+        Column or columns of the sequences to group by.
     cluster : str, optional
-        Column of the sequences, such as "author", whose values vary independently where documents do not.
+        Column of the sequences to cluster by, such as "author", if documents are not independent.
     bootstrap : Bootstrap, optional
-        How intervals are computed.
+        Settings of the intervals.
 
     Returns
     -------
@@ -117,7 +117,7 @@ def domain_information(
     Raises
     ------
     BadInput
-        For an unknown column in `by`.
+        If `by` names an unknown column.
 
     Examples
     --------

@@ -77,7 +77,7 @@ class Impact:
         Raises
         ------
         BadInput
-            For an unknown column in `by` or `cluster`.
+            If `by` or `cluster` names an unknown column.
 
         """
 
@@ -121,7 +121,7 @@ class Impact:
         Raises
         ------
         BadInput
-            For an unknown column in `by` or `cluster`.
+            If `by` or `cluster` names an unknown column.
 
         """
 
@@ -188,7 +188,7 @@ class Impact:
         Raises
         ------
         BadInput
-            For an unknown column in `by` or `cluster`.
+            If `by` or `cluster` names an unknown column.
 
         """
 

@@ -32,11 +32,11 @@ def expert_importance(
     measured : xarray.Dataset
         The result of the measurement. Needs ``measured``, as measure_importance or open gives it.
     by : str or Sequence[str], optional
-        Column, or columns, of the sequences to group by.
+        Column or columns of the sequences to group by.
     cluster : str, optional
-        Column of the sequences, such as "author", whose values vary independently where documents do not.
+        Column of the sequences to cluster by, such as "author", if documents are not independent.
     bootstrap : Bootstrap, optional
-        How intervals are computed.
+        Settings of the intervals.
 
     Returns
     -------

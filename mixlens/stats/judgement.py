@@ -66,7 +66,7 @@ class Judgement:
         path : str or os.PathLike
             The folder.
         check : bool, optional
-            Compare every file with its checksum when it is first read; False compares sizes only.
+            Verify the checksum of each file when it is first read; False verifies sizes only.
         """
         run = open_run(path, KIND, check=check)
         return cls(pq.read_table(run.file(TABLE)).to_pandas(), run.meta["limits"], run.meta, Path(path))

@@ -47,11 +47,11 @@ def likelihood_gap(
     b : Trace
         The second trace, of the same tokens.
     by : By, optional
-        Column, or columns, of the sequences to group by.
+        Column or columns of the sequences to group by.
     cluster : str, optional
-        Column of the sequences, such as "author", whose values vary independently where documents do not.
+        Column of the sequences to cluster by, such as "author", if documents are not independent.
     bootstrap : Bootstrap, optional
-        How intervals are computed.
+        Settings of the intervals.
 
     Returns
     -------
@@ -61,7 +61,7 @@ def likelihood_gap(
     Raises
     ------
     BadInput
-        Where layers, experts or tokens differ, naming the first sequence and position that do.
+        If layers, experts or tokens differ; the message names the first difference.
 
     Examples
     --------
@@ -130,11 +130,11 @@ def routing_split(
     b_with_ids, b_with_weights : Trace
         The second run again, with the experts of the first, and with their weights as well.
     by : By, optional
-        Column, or columns, of the sequences to group by.
+        Column or columns of the sequences to group by.
     cluster : str, optional
-        Column of the sequences, such as "author", whose values vary independently where documents do not.
+        Column of the sequences to cluster by, such as "author", if documents are not independent.
     bootstrap : Bootstrap, optional
-        How intervals are computed.
+        Settings of the intervals.
 
     Returns
     -------

@@ -39,11 +39,11 @@ def moved(
     b : Trace
         The second trace, of the same tokens.
     by : By, optional
-        Column, or columns, of the sequences to group by.
+        Column or columns of the sequences to group by.
     cluster : str, optional
-        Column of the sequences, such as "author", whose values vary independently where documents do not.
+        Column of the sequences to cluster by, such as "author", if documents are not independent.
     bootstrap : Bootstrap, optional
-        How intervals are computed.
+        Settings of the intervals.
 
     Returns
     -------
@@ -54,8 +54,7 @@ def moved(
     Raises
     ------
     BadInput
-        Where layers, experts or tokens differ, naming the first sequence and position that do; or for an unknown
-        column in `by`.
+        If layers, experts or tokens differ (the message names the first difference), or `by` names an unknown column.
 
     Examples
     --------

@@ -60,7 +60,7 @@ def null_model(
     permutations : int, optional
         Number of shuffles; the least p is one over one more.
     cluster : str, optional
-        Column of the sequences, such as "author", whose values vary independently where documents do not.
+        Column of the sequences to cluster by, such as "author", if documents are not independent.
     bootstrap : Bootstrap, optional
         How intervals are computed; its seed is also that of the shuffles.
 

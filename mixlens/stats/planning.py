@@ -44,7 +44,7 @@ def plan(
     by : By, optional
         Column, or columns, of the sequences to group by; documents are then those of each group.
     cluster : str, optional
-        Column of the sequences, such as "author", whose values vary independently where documents do not.
+        Column of the sequences to cluster by, such as "author", if documents are not independent.
     bootstrap : Bootstrap, optional
         Level of the intervals.
 

@@ -36,13 +36,13 @@ def expert_share(
     trace : Trace
         The recording. Needs ``expert_id``, uint8 or uint16 [token, layer, slot].
     by : By, optional
-        Column, or columns, of the sequences to group by.
+        Column or columns of the sequences to group by.
     slot : str, optional
         "any" counts all chosen experts, "first" the first alone.
     cluster : str, optional
-        Column of the sequences, such as "author", whose values vary independently where documents do not.
+        Column of the sequences to cluster by, such as "author", if documents are not independent.
     bootstrap : Bootstrap, optional
-        How intervals are computed.
+        Settings of the intervals.
 
     Returns
     -------
@@ -114,11 +114,11 @@ def load_balance(
         The recording. Needs ``expert_id``, uint8 or uint16 [token, layer, slot]; for switch_loss router_logits,
         float [token, layer, expert].
     by : By, optional
-        Column, or columns, of the sequences to group by.
+        Column or columns of the sequences to group by.
     cluster : str, optional
-        Column of the sequences, such as "author", whose values vary independently where documents do not.
+        Column of the sequences to cluster by, such as "author", if documents are not independent.
     bootstrap : Bootstrap, optional
-        How intervals are computed.
+        Settings of the intervals.
 
     Returns
     -------
@@ -128,7 +128,7 @@ def load_balance(
     Raises
     ------
     BadInput
-        For an unknown column in `by`.
+        If `by` names an unknown column.
 
     Examples
     --------
@@ -193,11 +193,11 @@ def load_entropy(
     trace : Trace
         The recording. Needs ``expert_id``, uint8 or uint16 [token, layer, slot].
     by : By, optional
-        Column, or columns, of the sequences to group by.
+        Column or columns of the sequences to group by.
     cluster : str, optional
-        Column of the sequences, such as "author", whose values vary independently where documents do not.
+        Column of the sequences to cluster by, such as "author", if documents are not independent.
     bootstrap : Bootstrap, optional
-        How intervals are computed.
+        Settings of the intervals.
 
     Returns
     -------
@@ -207,7 +207,7 @@ def load_entropy(
     Raises
     ------
     BadInput
-        For an unknown column in `by`.
+        If `by` names an unknown column.
 
     Examples
     --------
@@ -248,11 +248,11 @@ def routing_entropy(
     trace : Trace
         The recording. Needs ``router_logits``, float [token, layer, expert].
     by : By, optional
-        Column, or columns, of the sequences to group by.
+        Column or columns of the sequences to group by.
     cluster : str, optional
-        Column of the sequences, such as "author", whose values vary independently where documents do not.
+        Column of the sequences to cluster by, such as "author", if documents are not independent.
     bootstrap : Bootstrap, optional
-        How intervals are computed.
+        Settings of the intervals.
 
     Returns
     -------
@@ -264,7 +264,7 @@ def routing_entropy(
     MissingSignal
         If the trace has no router logits.
     BadInput
-        For an unknown column in `by`.
+        If `by` names an unknown column.
 
     Examples
     --------
@@ -315,11 +315,11 @@ def router_confidence(
         The recording. Needs ``router_logits``, float [token, layer, expert] for p1, p1_minus_p2; weight [token,
         layer, slot] for w2_over_w1.
     by : By, optional
-        Column, or columns, of the sequences to group by.
+        Column or columns of the sequences to group by.
     cluster : str, optional
-        Column of the sequences, such as "author", whose values vary independently where documents do not.
+        Column of the sequences to cluster by, such as "author", if documents are not independent.
     bootstrap : Bootstrap, optional
-        How intervals are computed.
+        Settings of the intervals.
 
     Returns
     -------
@@ -331,7 +331,7 @@ def router_confidence(
     MissingSignal
         If the trace has neither.
     BadInput
-        For an unknown column in `by`.
+        If `by` names an unknown column.
 
     Examples
     --------
@@ -405,13 +405,13 @@ def position_profile(
     trace : Trace
         The recording. Needs ``expert_id``, uint8 or uint16 [token, layer, slot]; position.
     by : By, optional
-        Column, or columns, of the sequences to group by.
+        Column or columns of the sequences to group by.
     edges : Sequence[int], optional
         First positions of the bins, ascending; None for 0, 1, 2, 4, 8 ... up to the longest sequence.
     cluster : str, optional
-        Column of the sequences, such as "author", whose values vary independently where documents do not.
+        Column of the sequences to cluster by, such as "author", if documents are not independent.
     bootstrap : Bootstrap, optional
-        How intervals are computed.
+        Settings of the intervals.
 
     Returns
     -------

@@ -51,9 +51,9 @@ def saliency(
     importance : xarray.Dataset, optional
         What experiments.measure_importance gives.
     cluster : str, optional
-        Column of the sequences, such as "author", whose values vary independently where documents do not.
+        Column of the sequences to cluster by, such as "author", if documents are not independent.
     bootstrap : Bootstrap, optional
-        How intervals are computed.
+        Settings of the intervals.
 
     Returns
     -------

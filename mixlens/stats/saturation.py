@@ -45,11 +45,11 @@ def saturation(
         Recordings in the order of training, by step or name. Each needs ``expert_id``, uint8 or uint16 [token, layer,
         slot].
     by : By, optional
-        Column, or columns, of the sequences to group by.
+        Column or columns of the sequences to group by.
     cluster : str, optional
-        Column of the sequences, such as "author", whose values vary independently where documents do not.
+        Column of the sequences to cluster by, such as "author", if documents are not independent.
     bootstrap : Bootstrap, optional
-        How intervals are computed.
+        Settings of the intervals.
 
     Returns
     -------

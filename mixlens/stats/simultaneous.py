@@ -43,7 +43,7 @@ def simultaneous(
     by : By, optional
         Column, or columns, of the sequences to group by; all groups are held at once.
     cluster : str, optional
-        Column of the sequences, such as "author", whose values vary independently where documents do not.
+        Column of the sequences to cluster by, such as "author", if documents are not independent.
     bootstrap : Bootstrap, optional
         Level and draws.
 

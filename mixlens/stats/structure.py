@@ -42,11 +42,11 @@ def repetition(
     trace : Trace
         The recording. Needs ``expert_id``, uint8 or uint16 [token, layer, slot]; position.
     by : By, optional
-        Column, or columns, of the sequences to group by.
+        Column or columns of the sequences to group by.
     cluster : str, optional
-        Column of the sequences, such as "author", whose values vary independently where documents do not.
+        Column of the sequences to cluster by, such as "author", if documents are not independent.
     bootstrap : Bootstrap, optional
-        How intervals are computed.
+        Settings of the intervals.
 
     Returns
     -------
@@ -57,7 +57,7 @@ def repetition(
     Raises
     ------
     BadInput
-        For an unknown column in `by`.
+        If `by` names an unknown column.
 
     Examples
     --------
@@ -117,11 +117,11 @@ def coactivation(
     trace : Trace
         The recording. Needs ``expert_id``, uint8 or uint16 [token, layer, slot].
     by : By, optional
-        Column, or columns, of the sequences to group by.
+        Column or columns of the sequences to group by.
     cluster : str, optional
-        Column of the sequences, such as "author", whose values vary independently where documents do not.
+        Column of the sequences to cluster by, such as "author", if documents are not independent.
     bootstrap : Bootstrap, optional
-        How intervals are computed.
+        Settings of the intervals.
 
     Returns
     -------
@@ -209,13 +209,13 @@ def transitions(
     trace : Trace
         The recording. Needs ``expert_id``, uint8 or uint16 [token, layer, slot].
     by : By, optional
-        Column, or columns, of the sequences to group by.
+        Column or columns of the sequences to group by.
     gap : int, optional
         Layers between.
     cluster : str, optional
-        Column of the sequences, such as "author", whose values vary independently where documents do not.
+        Column of the sequences to cluster by, such as "author", if documents are not independent.
     bootstrap : Bootstrap, optional
-        How intervals are computed.
+        Settings of the intervals.
 
     Returns
     -------

@@ -73,9 +73,9 @@ def compute(
     by : By, optional
         Column, or columns, of the sequences to group by; those of domains are by "domain" unless it says otherwise.
     cluster : str, optional
-        Column of the sequences, such as "author", whose values vary independently where documents do not.
+        Column of the sequences to cluster by, such as "author", if documents are not independent.
     bootstrap : Bootstrap, optional
-        How intervals are computed.
+        Settings of the intervals.
     executor : str, optional
         Backend of joblib that counts the shards of a trace on disk: "loky" for processes of this machine, "dask", or
         one that was registered, such as "ray" and "spark". The numbers are the same, bit for bit.

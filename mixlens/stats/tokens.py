@@ -48,13 +48,13 @@ def vocabulary_specialization(
     trace : Trace
         The recording. Needs ``expert_id``, uint8 or uint16 [token, layer, slot]; token_id.
     by : By, optional
-        Column, or columns, of the sequences to group by.
+        Column or columns of the sequences to group by.
     min_count : int, optional
         Types that occur less often are left out.
     cluster : str, optional
-        Column of the sequences, such as "author", whose values vary independently where documents do not.
+        Column of the sequences to cluster by, such as "author", if documents are not independent.
     bootstrap : Bootstrap, optional
-        How intervals are computed.
+        Settings of the intervals.
 
     Returns
     -------
@@ -143,11 +143,11 @@ def predictability(
     trace : Trace
         The recording. Needs ``expert_id``, uint8 or uint16 [token, layer, slot]; token_id, position.
     by : By, optional
-        Column, or columns, of the sequences to group by.
+        Column or columns of the sequences to group by.
     cluster : str, optional
-        Column of the sequences, such as "author", whose values vary independently where documents do not.
+        Column of the sequences to cluster by, such as "author", if documents are not independent.
     bootstrap : Bootstrap, optional
-        How intervals are computed.
+        Settings of the intervals.
 
     Returns
     -------

@@ -1,1 +1,1 @@
-"""Recorded routing and activations: the data model, its files, and selections of it."""
+"""Data model of recorded routing and activations, its files, and selections."""

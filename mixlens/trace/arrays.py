@@ -1,4 +1,4 @@
-"""Somebody else's arrays, checked and brought into the form of a trace."""
+"""Validate foreign arrays and convert them to a trace."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def part_of_arrays(
     tokens: Mapping[Any, Any] | pd.DataFrame,
     sequences: pd.DataFrame | None,
 ) -> tuple[shards.MemoryPart, pd.DataFrame]:
-    """The part and the sequence table of `Trace.from_arrays`, whose docstring has the shapes and errors."""
+    """Build the part and the sequence table for `Trace.from_arrays`, whose docstring has the shapes and errors."""
     ids = np.asarray(expert_id)
     if ids.ndim != 3 or not np.issubdtype(ids.dtype, np.integer):
         raise BadInput(
@@ -29,7 +29,7 @@ def part_of_arrays(
             argument="expert_id",
             value=ids.shape,
         )
-    lacking = (ids == -1).all(0) & (len(ids) > 0)  # slots that a layer does not have
+    lacking = (ids == -1).all(0) & (len(ids) > 0)  # slots absent from a layer
     known = ids[:, ~lacking]
     if known.size and not (0 <= known.min() and known.max() < n_experts <= shards.MOST_EXPERTS):
         raise BadInput(
@@ -66,7 +66,7 @@ def part_of_arrays(
     sequence = arrays.setdefault("sequence", np.zeros(n, np.int64))
     if n and (sequence[0] != 0 or not np.isin(np.diff(sequence), (0, 1)).all()):
         raise BadInput(
-            "Cannot make a trace: the sequence numbers of the tokens do not run 0, 1, 2 ... in order. Sort the "
+            "Cannot make a trace: the sequence numbers of the tokens are not 0, 1, 2 ... in order. Sort the "
             "tokens by sequence and number the sequences from 0.",
             argument="sequence",
         )
@@ -103,7 +103,7 @@ def part_of_arrays(
 
 
 def layer_numbers(layers: Sequence[int] | None, n_layers: int) -> np.ndarray:
-    """The numbers of the layers of `Trace.from_arrays`."""
+    """Return the layer numbers for `Trace.from_arrays`."""
     numbers = np.asarray(
         range(n_layers) if layers is None else list(layers) if isinstance(layers, Iterable) else layers
     )
@@ -119,7 +119,7 @@ def layer_numbers(layers: Sequence[int] | None, n_layers: int) -> np.ndarray:
 
 
 def column(name: str, values: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """Values of a column of a trace but the ids, in the type that it has there. BadInput for what it cannot hold."""
+    """Convert a column other than the ids to its dtype. Raises BadInput for values that do not fit."""
     dtype = (shards.TOKEN_COLUMNS | shards.ROUTING | shards.NEXT_TOKEN)[name]
     if np.issubdtype(dtype, np.integer):
         return _whole(name, values, shape).astype(dtype)
@@ -128,10 +128,10 @@ def column(name: str, values: Any, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _numbers(name: str, values: Any, shape: tuple[int, ...], *, least: float, missing: bool = False) -> np.ndarray:
-    """Numbers from `least` to below infinity; NaN only where values may be missing."""
+    """Return numbers from `least` to below infinity; NaN only if values may be missing."""
     array = _shaped(name, values, shape)
     if array.dtype.kind not in "fiub":
-        raise _unfit(name, array.dtype, "is no number")
+        raise _unfit(name, array.dtype, "is not a number")
     inside = (array >= least) & (array < np.inf)
     if not (good := inside | np.isnan(array) if missing else inside).all():
         place = tuple(int(index) for index in np.argwhere(~good)[0])
@@ -140,7 +140,7 @@ def _numbers(name: str, values: Any, shape: tuple[int, ...], *, least: float, mi
 
 
 def _whole(name: str, values: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """Whole numbers from 0 that 64 bits hold."""
+    """Return nonnegative integers that fit into 64 bits."""
     array = _numbers(name, values, shape, least=0)
     most = 2**53 if array.dtype.kind == "f" else 2**63 - 1  # floats beyond it are rounded already
     wrong = (array > (shards.GENERATED if name == "phase" else most)) | (array != np.floor(array))
@@ -151,8 +151,7 @@ def _whole(name: str, values: Any, shape: tuple[int, ...]) -> np.ndarray:
 
 def _unfit(name: str, value: Any, why: str) -> BadInput:
     return BadInput(
-        f"Cannot make a trace with this {name}: {value} {why}. Leave such tokens out, or correct them where they come "
-        "from.",
+        f"Cannot make a trace with this {name}: {value} {why}. Leave such tokens out, or correct them at their source.",
         argument=name,
         value=value.item() if isinstance(value, np.generic) else str(value),
     )

@@ -1,4 +1,4 @@
-"""Checkpoints: a run directory of recordings of one text, each made at a step of training."""
+"""Run directories with recordings of one text at several training steps."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ KIND = "training"
 
 
 def open_checkpoints(path: str | os.PathLike[str], *, check: bool = True) -> dict[int, Trace]:
-    """The recordings in a folder by their step.
+    """Return the recordings in a folder by training step.
 
-    Raises RunError when the run is not there, unfinished, altered, or of another kind.
+    Raises RunError if the run is missing, unfinished, altered, or of another kind.
     """
     run = open_run(path, KIND, check=check)
     return {step: Trace.open(run.path / folder_of(step), check=check) for step in run.meta["steps"]}

@@ -1,14 +1,14 @@
-"""Columns of the documents that stand above them, such as the author: what documents may have in common."""
+"""Columns that group documents, such as the author, and so may make them dependent."""
 
 from __future__ import annotations
 
 import pandas as pd
 
-_GROUPS = "domain"  # compared with each other by design, and so no sample of all domains
+_GROUPS = "domain"  # chosen by design, not sampled from all domains
 
 
 def columns_above(sequences: pd.DataFrame) -> list[str]:
-    """Columns of text or whole numbers with several values, each in one document throughout and most in several."""
+    """Return columns of text or integers that group documents: constant within each, and shared by several."""
     documents = sequences.drop(columns=["length", _GROUPS], errors="ignore").groupby("document_id", sort=False)
     found = []
     for name in sequences.columns.difference(["document_id", "length", _GROUPS], sort=False):
@@ -23,7 +23,7 @@ def columns_above(sequences: pd.DataFrame) -> list[str]:
 
 
 def remark_on_clusters(sequences: pd.DataFrame) -> str:
-    """Say which columns documents share, if any: intervals take documents for independent unless told otherwise."""
+    """Describe the columns that documents share, if any; by default intervals assume independent documents."""
     if not (names := columns_above(sequences)):
         return ""
     counts = [f"{name} ({sequences[name].nunique():,} values)" for name in names]

@@ -1,4 +1,4 @@
-"""A trace in other forms: run directory, long table, xarray."""
+"""Convert traces to run directories, long tables and xarray."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def shard_counts(part: shards.MemoryPart) -> dict[str, int]:
 
 
 def run_meta(trace: Trace, counts: list[dict[str, int]], provenance: dict[str, Any]) -> dict[str, Any]:
-    """What `meta.json` says of a trace, beside the file list."""
+    """Return the contents of `meta.json` for a trace, except the file list."""
     return {
         "versions": versions(*_DATA_PACKAGES),
         **provenance,
@@ -89,12 +89,12 @@ def finish(writer: RunWriter, frame: pd.DataFrame, vocabulary: pd.Series | None,
     writer.finish(meta, files)
 
 
-# Names of a long table beside the caller's columns.
+# Columns of a long table, apart from the caller's.
 _LONG = {*shards.TOKEN_COLUMNS, "text", "layer", "slot", "expert_id", "weight"}
 
 
 def long_tables(trace: Trace) -> Iterator[pd.DataFrame]:
-    """One row for every token, layer and slot, block by block, with the token's columns, text and document repeated."""
+    """Yield tables with one row per token, layer and slot, repeating the columns, text and document of the token."""
     token_names = [name for name in trace.signals if name in shards.TOKEN_COLUMNS]
     routing = [name for name in trace.signals if name in ("expert_id", "weight")]
     columns = _columns(trace, _LONG)
@@ -115,7 +115,7 @@ def long_tables(trace: Trace) -> Iterator[pd.DataFrame]:
 
 
 def _columns(trace: Trace, own: Collection[str]) -> dict[str, pd.Series]:
-    """The caller's columns of the sequences, by names that a table with `own` names has room for."""
+    """Return the caller's columns of the sequences, renamed where they collide with `own`."""
     return {beside(str(c), own): trace.sequences[c] for c in trace.sequences if c != "length"}
 
 
@@ -124,13 +124,13 @@ def to_parquet(trace: Trace, path: Path, about: Mapping[str, str] | None = None)
     tables = long_tables(trace)
     if (first := next(tables, None)) is None:
         raise BadInput(
-            f"Cannot write an empty trace to {path}. Select something that has tokens.",
+            f"Cannot write an empty trace to {path}. Select tokens to write.",
             argument="trace",
             value=0,
         )
     schema = pa.Schema.from_pandas(first, preserve_index=False).remove_metadata()
     for name, values in _columns(trace, _LONG).items():
-        # The type of the whole column: a block may hold nothing but missing values.
+        # Use the type of the whole column, because a block may hold only missing values.
         whole = pa.Schema.from_pandas(values.rename(name).to_frame(), preserve_index=False).field(name)
         schema = schema.set(schema.get_field_index(name), whole)
     schema = schema.with_metadata(about) if about else schema

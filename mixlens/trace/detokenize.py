@@ -1,4 +1,4 @@
-"""The text of single tokens, from a SentencePiece-style vocabulary."""
+"""Text of single tokens from a SentencePiece-style vocabulary."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 def display_pieces(token_ids: Sequence[int] | np.ndarray, vocabulary: pd.Series | None) -> list[str]:
-    """Text of each token; a run of byte tokens shows its character at the run's last byte.
+    """Return the text of each token; a run of byte tokens shows its character at the last byte.
 
-    Bytes that form no valid UTF-8 show as ⟨E2⟩. Without a vocabulary a token shows as "#id".
+    Bytes that are not valid UTF-8 are shown as ⟨E2⟩, and tokens without a vocabulary as "#id".
     """
     if vocabulary is None:
         return [f"#{int(i)}" for i in token_ids]

@@ -1,4 +1,4 @@
-"""A trace in files that others read: arrays in safetensors or NumPy's format, a table, or the form of servers."""
+"""Export a trace to other formats: safetensors, NumPy, Parquet, or the routed experts of servers."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def export(trace: Trace, path: Path, format: str) -> Path:
         )
     if not trace.n_tokens or len(set(trace.layer_top_k)) > 1:
         raise BadInput(
-            f"Cannot export this trace to {path}: it has no tokens, or layers that choose different numbers of "
-            "experts. Select something that has tokens, of layers that choose as many.",
+            f"Cannot export this trace to {path}: it has no tokens, or its layers choose different numbers of "
+            "experts. Select tokens, and layers that choose the same number.",
             argument="trace",
             value=trace.n_tokens,
         )
@@ -39,7 +39,7 @@ def export(trace: Trace, path: Path, format: str) -> Path:
 
 
 def _about(trace: Trace) -> dict[str, str]:
-    """What the arrays do not say, each as JSON."""
+    """Return the metadata that the arrays lack, each as JSON."""
     numbers = list(dict.fromkeys(trace.read("sequence").tolist()))
     told: dict[str, Any] = {
         "n_experts": trace.n_experts,
@@ -73,7 +73,7 @@ def _parquet(trace: Trace, path: Path) -> None:
 
 
 def _routed_experts(trace: Trace, path: Path) -> None:
-    """One sequence a line: token ids, and the experts (and weights) of each as an array in base64."""
+    """Write one sequence per line: token ids, and the experts (and weights) of each token as a base64 array."""
     names = ["sequence", "position", "phase", "expert_id"]
     names += [name for name in ("token_id", "weight") if name in trace.signals]
     documents = trace.sequences["document_id"]

@@ -1,4 +1,4 @@
-"""Which tokens and layers of a part are seen: the selection behind `Trace.select`, applied block by block."""
+"""Selections of tokens and layers behind `Trace.select`, applied block by block."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from mixlens.trace.shards import Part
 
 @dataclass(frozen=True)
 class Source:
-    """A part of the trace's tokens, seen through what was selected of it."""
+    """A part of a trace with its selection of tokens and layers."""
 
     part: Part
     offset: int = 0  # added to the part's own sequence numbers
     layer_index: tuple[int, ...] | None = None
-    slots: int | None = None  # of the layers at hand; None for all
+    slots: int | None = None  # slots of the selected layers; None for all
     phase: int | None = None
     tokens: tuple[int, ...] | None = None
     positions: tuple[int, int] | None = None
@@ -32,7 +32,7 @@ class Source:
         return self.phase is None and self.tokens is None and self.positions is None
 
     def narrowed(self, phase: int | None, tokens: Sequence[int] | None, positions: tuple[int, int] | None) -> Source:
-        """Seen through these conditions as well; None stands for no condition."""
+        """Return the source with further conditions; None means no condition."""
         seen = self
         if phase is not None:
             seen = replace(seen, phase=phase) if seen.phase in (None, phase) else replace(seen, tokens=())
@@ -47,7 +47,7 @@ class Source:
 
 
 def spans(sequence: np.ndarray, tokens: int) -> Iterator[tuple[int, int]]:
-    """Slices of about `tokens` tokens that end where a sequence ends."""
+    """Yield slices of about `tokens` tokens that end at the end of a sequence."""
     ends = np.append(np.flatnonzero(np.diff(sequence)) + 1, len(sequence))
     start = 0
     while start < len(sequence):
@@ -58,7 +58,7 @@ def spans(sequence: np.ndarray, tokens: int) -> Iterator[tuple[int, int]]:
 
 
 def keep_tokens(source: Source, sequence: np.ndarray, selected: np.ndarray, start: int, stop: int) -> np.ndarray | None:
-    """Which tokens of a span are selected; None stands for all of them."""
+    """Return a mask of the selected tokens of a span; None if all are selected."""
     number = sequence + source.offset
     chosen = selected[np.minimum(number, len(selected) - 1)] & (number < len(selected))
     met = conditions(source, start, stop)
@@ -91,11 +91,11 @@ def column(source: Source, name: str, start: int, stop: int, keep: np.ndarray | 
 
 
 def row_mask(sequences: pd.DataFrame, where: Mapping[str, Any] | pd.Series, whole: pd.DataFrame) -> np.ndarray:
-    """Which sequences are selected. A value must occur in the `whole` trace, of which `sequences` may be a part."""
+    """Return a mask of the selected sequences. A value must occur in `whole`, of which `sequences` may be a part."""
     if isinstance(where, pd.Series):
         if not pd.api.types.is_bool_dtype(where) or not sequences.index.isin(where.index).all():
             raise BadInput(
-                "Cannot select sequences by this Series: it is not a boolean for every sequence. Make it from "
+                "Cannot select sequences by this Series: it does not hold a boolean for every sequence. Make it from "
                 'trace.sequences, as in trace.sequences["length"] > 100.',
                 argument="where",
                 value=str(where.dtype),
@@ -103,7 +103,7 @@ def row_mask(sequences: pd.DataFrame, where: Mapping[str, Any] | pd.Series, whol
         return where.reindex(sequences.index).fillna(False).to_numpy(bool)
     if not isinstance(where, Mapping):
         raise BadInput(
-            f"Cannot select sequences by a {type(where).__name__}: it names no column. Pass {{column: value}}, such "
+            f"Cannot select sequences by a {type(where).__name__}: it names no columns. Pass {{column: value}}, such "
             'as {"domain": "github"}, or a boolean Series over trace.sequences.',
             argument="where",
             value=type(where).__name__,
@@ -131,7 +131,7 @@ def row_mask(sequences: pd.DataFrame, where: Mapping[str, Any] | pd.Series, whol
 
 
 def _known(column: pd.Series, asked: Any) -> str:
-    """The values of a column, the one nearest to what was asked first; of many only that one, or some."""
+    """List the values of a column, closest match first; only some if there are many."""
     known = [str(value) for value in column.dropna().unique()]
     near = difflib.get_close_matches(str(asked), known, n=1)
     shown = ", ".join([*near, *(value for value in known if value not in near)][:8])

@@ -1,7 +1,7 @@
-"""The trace files of one shard: what is on disk, byte for byte, and how it is read back.
+"""Shard files of a trace: their format on disk, and how they are read back.
 
-A Part is a fixed slice of a trace's tokens. MemoryPart holds arrays, DiskPart reads shard files lazily. Both answer
-`read(name, start, stop)` in the same dtypes, so that a saved trace and the one it was saved from are equal.
+A Part is a fixed slice of a trace's tokens. MemoryPart holds arrays, DiskPart reads shard files lazily. Both return the
+same dtypes from `read(name, start, stop)`, so a saved trace equals the original.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ TOKEN_COLUMNS = {
     "phase": np.uint8,
     "logprob": np.float32,
 }
-ROUTING = {"expert_id": np.unsignedinteger, "weight": np.float32, "router_logits": np.float32}  # ids as `id_dtype`
+ROUTING = {"expert_id": np.unsignedinteger, "weight": np.float32, "router_logits": np.float32}  # ids have `id_dtype`
 NEXT_TOKEN = {"top_id": np.int64, "top_logprob": np.float32, "tail_logprob": np.float32}
 PROMPT, GENERATED = 0, 1
 MOST_EXPERTS = 2**15  # ids stay below the largest number of 16 bits, signed or not
 
-# Half precision holds a weight to 2**-11 and a router logit to 2**-11 of itself: below the rounding of bf16 models.
+# Half precision rounds weights and router logits to a relative 2**-11, finer than bf16 models.
 _ON_DISK = {
     "sequence": np.int32,
     "position": np.int32,
@@ -58,27 +58,27 @@ class Part(Protocol):
 
 
 def id_dtype(n_experts: int, *, ragged: bool = False) -> type[np.unsignedinteger]:
-    """The type that ids are kept in: 8 bits up to 256 experts, then 16.
+    """Return the dtype of expert ids: 8 bits up to 256 experts, then 16.
 
-    ragged  whether layers choose different numbers of experts, which takes one id more, `no_expert`
+    ragged  True if layers choose different numbers of experts, which needs the extra id `no_expert`
     """
     return np.uint8 if n_experts + ragged <= 256 else np.uint16
 
 
 def no_expert(dtype: Any) -> int:
-    """The id in a slot that a layer does not have, because others choose more experts."""
+    """Return the id in a slot that a layer lacks because other layers choose more experts."""
     return int(np.iinfo(dtype).max)
 
 
 def choices_of(expert_id: np.ndarray, n_experts: int) -> dict[str, Any]:
-    """What the meta of a trace says of the slots of ids [token, layer, slot]; layer_top_k only where layers differ."""
+    """Return the metadata of slots of ids [token, layer, slot]; layer_top_k only if layers differ."""
     top_k, missing = expert_id.shape[-1], no_expert(expert_id.dtype)
     each = (expert_id[:1] != missing).sum(-1).reshape(-1).tolist() if missing >= n_experts else []
     return {"top_k": top_k, **({"layer_top_k": each} if any(k != top_k for k in each) else {})}
 
 
 def narrowed(array: np.ndarray, dtype: Any) -> np.ndarray:
-    """The array in this type, where the type can hold all of it; else as it is."""
+    """Cast the array to this dtype if it can hold all values; otherwise return it unchanged."""
     finite = array[np.isfinite(array)] if array.dtype.kind == "f" else array
     most = np.finfo(dtype).max if np.dtype(dtype).kind == "f" else np.iinfo(dtype).max
     fits = finite.size == 0 or (finite.max() <= most and finite.min() >= -most)
@@ -86,10 +86,10 @@ def narrowed(array: np.ndarray, dtype: Any) -> np.ndarray:
 
 
 def widened(array: np.ndarray, dtype: Any) -> np.ndarray:
-    """The array in this type.
+    """Cast the array to this dtype.
 
-    From half to single precision by bits, four times as fast as numpy does: sign and digits move to their places, and
-    a multiplication mends the exponent, of subnormal numbers too.
+    Half precision is widened to single by bit operations, four times as fast as numpy: sign and digits are shifted into
+    place, and a multiplication corrects the exponent, also for subnormal numbers.
     """
     if array.dtype != np.float16 or dtype != np.float32:
         return array.astype(dtype, copy=False)
@@ -97,23 +97,23 @@ def widened(array: np.ndarray, dtype: Any) -> np.ndarray:
     if ((half & 0x7C00) == 0x7C00).any():  # NaN or infinite
         return array.astype(np.float32)
     bits = half.astype(np.int32) << 13
-    bits &= ~0x70000000  # what the sign has filled
+    bits &= ~0x70000000  # clear copies of the sign bit
     number = bits.view(np.float32)
     number *= np.float32(2.0**112)  # exponents of half precision begin 112 lower
     return number
 
 
 def pack_weights(weight: np.ndarray) -> np.ndarray:
-    """[T, L, k] in half precision, without the last slot, which is one minus the rest.
+    """Return weights [T, L, k] in half precision without the last slot, which is one minus the others.
 
-    Weights that do not sum to one (routing edited by hand) keep every slot.
+    Weights that do not sum to one, as in edited routing, keep every slot.
     """
     normalised = weight.size == 0 or np.abs(weight.sum(-1, dtype=np.float32) - 1).max() < 1e-3
     return narrowed(weight[..., :-1] if normalised else weight, np.float16)
 
 
 def unpack_weights(packed: np.ndarray, top_k: int) -> np.ndarray:
-    """[T, L, k] float32 from what `pack_weights` kept."""
+    """Return weights [T, L, k] as float32 from the result of `pack_weights`."""
     weight = widened(packed, np.float32)
     if weight.shape[-1] == top_k:
         return weight
@@ -121,9 +121,9 @@ def unpack_weights(packed: np.ndarray, top_k: int) -> np.ndarray:
 
 
 class MemoryPart:
-    """Columns in memory. `arrays` has expert_id and any of the token, routing and next-token columns; `weight` packed.
+    """Columns in memory. `arrays` has expert_id and any token, routing and next-token columns; `weight` is packed.
 
-    activations   {site: (row int64 [n], value [n, layer, ...], layer numbers)}; row counts within this part
+    activations   {site: (row int64 [n], value [n, layer, ...], layer numbers)}; rows are counted within this part
     """
 
     def __init__(self, arrays: Mapping[str, np.ndarray], activations: Mapping[str, Any] | None = None) -> None:
@@ -135,7 +135,7 @@ class MemoryPart:
         self.left_out: list[tuple[int, int, int]] = []
 
     def without(self, bad_layer: np.ndarray) -> MemoryPart:
-        """The part without the tokens whose `bad_layer` is not -1; `left_out` has sequence, position and layer."""
+        """Drop tokens whose `bad_layer` is not -1; `left_out` of the result has their sequence, position and layer."""
         good = bad_layer < 0
         if good.all():
             return self
@@ -168,7 +168,7 @@ class MemoryPart:
         return row, value
 
     def files(self, index: int) -> dict[str, Callable[[], bytes | memoryview]]:
-        """The files of this part as shard `index`, by name, each made when it is called."""
+        """Return functions that make the files of this part as shard `index`, by file name."""
 
         def group(columns: Mapping[str, Any]) -> dict[str, np.ndarray]:
             present = {name: self.arrays[name] for name in columns if name in self.arrays}
@@ -192,7 +192,7 @@ class MemoryPart:
 
 
 class DiskPart:
-    """One shard of a complete run, read when asked, each file checked against its checksum first."""
+    """One shard of a complete run, read lazily; each file's checksum is verified first."""
 
     def __init__(self, run: Run, index: int, top_k: int) -> None:
         self.run, self.index, self.top_k = run, index, top_k
@@ -225,7 +225,7 @@ class DiskPart:
         return _Lazy(lambda stem: safe_open(self._path(stem, "safetensors"), framework="numpy"))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without open files, so that a part can be sent to another process."""
+        """Omit open files, so that a part can be sent to another process."""
         return {name: value for name, value in vars(self).items() if name != "_tensors"}
 
     def _path(self, stem: str, suffix: str) -> Path:
@@ -248,7 +248,7 @@ def parquet_bytes(table: pa.Table) -> memoryview:
 
 
 def sequence_bytes(frame: pd.DataFrame) -> memoryview:
-    """A sequence table as Parquet, its index as the column `sequence`."""
+    """Return a sequence table as Parquet, with its index as the column `sequence`."""
     return parquet_bytes(pa.Table.from_pandas(frame.rename_axis("sequence").reset_index(), preserve_index=False))
 
 

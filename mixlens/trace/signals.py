@@ -1,4 +1,4 @@
-"""What can be recorded, by name."""
+"""Signals and activation sites that can be recorded."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from mixlens.errors import BadInput
 SITES = {
     "resid_pre": "residual stream before the layer [token, hidden]",
     "resid_post": "residual stream after the layer [token, hidden]",
-    "attn_out": "output of attention, before it is added [token, hidden]",
+    "attn_out": "output of attention, before the residual addition [token, hidden]",
     "moe_in": "input of the router and the experts, after the norm [token, hidden]",
-    "moe_out": "output of the experts, before it is added [token, hidden]",
+    "moe_out": "output of the experts, before the residual addition [token, hidden]",
     "shared_out": "output of the shared experts, before their gate [token, hidden]",
     "shared_gate": "logit whose sigmoid multiplies the shared experts [token, 1]",
     "expert_out": "output of each chosen expert, before its weight [token, slot, hidden]",
     "expert_norm": "Euclidean norm of each chosen expert's output [token, slot]",
     "expert_neurons": "neurons inside each chosen expert, before down_proj [token, slot, neuron]",
 }
-SHARED_SITES = ("shared_out", "shared_gate")  # of layers with shared experts alone
+SHARED_SITES = ("shared_out", "shared_gate")  # only in layers with shared experts
 EXPERT_SITES = ("expert_out", "expert_norm", "expert_neurons")
 OPTIONS = ("router_logits", "logprob", "top_logprobs")
 TOKENS = ("all", "last", "prompt", "generated")
@@ -32,7 +32,7 @@ TOP = 64
 
 @dataclass(frozen=True)
 class Site:
-    """Activations to record at one place of every layer.
+    """Activation site to record in every layer or some layers.
 
     Parameters
     ----------
@@ -59,7 +59,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Signals:
-    """What one recording keeps beside expert ids and weights."""
+    """Signals that a recording keeps besides expert ids and weights."""
 
     router_logits: bool
     logprob: bool
@@ -77,7 +77,7 @@ class Signals:
 
 
 def parse_signals(signals: Iterable[str | Site], layers: Sequence[int]) -> Signals:
-    """Signals from names and Sites, every Site with its layers among `layers`, those with experts, spelled out.
+    """Parse names and Sites into Signals. Each Site gets explicit layers out of `layers`, those with experts.
 
     Raises BadInput for an unknown name, layer, dtype or token selection.
     """

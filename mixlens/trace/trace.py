@@ -1,4 +1,4 @@
-"""Trace: what every expert did, token by token, in memory or on disk."""
+"""Trace: the routing of every token, in memory or on disk."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ PHASES = {"prompt": PROMPT, "generated": GENERATED}
 class Trace:
     """The routing of a corpus: one flat token axis in input order, without padding.
 
-    Made by `record`, `Recorder.trace()`, `open`, or `Trace.from_arrays`.
+    Created by `record`, `Recorder.trace()`, `open`, or `Trace.from_arrays`.
 
     Parameters
     ----------
     sequences : pandas.DataFrame
-        DataFrame, one row a sequence; index = sequence number; columns document_id, length, and the caller's.
+        One row per sequence; index = sequence number; columns document_id, length, and the caller's.
     meta : Mapping[str, Any]
-        Where it comes from: model, settings, versions, counts.
+        Provenance: model, settings, versions, counts.
     layers : Any
-        Int [layer], numbers of the layers at hand.
+        Int [layer], layer numbers.
     signals
-        Names of the columns that `blocks` and `read` can give.
+        Names of the columns that `blocks` and `read` return.
 
     Examples
     --------
@@ -63,11 +63,11 @@ class Trace:
         self.top_k: int = max(self.layer_top_k, default=int(self.meta["top_k"]))
         self.path: Path | None = None
         self.reduce: Callable[[np.ndarray], np.ndarray] | None = None
-        self.executor: str | None = None  # a backend of joblib that counts the shards
+        self.executor: str | None = None  # joblib backend that processes the shards
         self._vocabulary: pd.Series | None = None
-        self.cluster = DOCUMENT  # the column of `sequences` whose values vary independently
+        self.cluster = DOCUMENT  # column of `sequences` with independent values
 
-    # ------------------------------------------------------------------ making
+    # ------------------------------------------------------------------ creation
 
     @classmethod
     def from_arrays(
@@ -82,7 +82,7 @@ class Trace:
         sequences: pd.DataFrame | None = None,
         meta: Mapping[str, Any] | None = None,
     ) -> Trace:
-        """Make a trace from routing that was recorded elsewhere.
+        """Create a trace from routing recorded elsewhere.
 
         Parameters
         ----------
@@ -90,18 +90,18 @@ class Trace:
             Integers [token, layer, slot], the strongest expert in slot 0; -1 in the last slots of layers that choose
             fewer experts than others.
         n_experts : int
-            Experts a layer.
+            Number of experts per layer.
         layers : Sequence[int], optional
-            Numbers of the layers in the model, ascending, where the arrays have only some of them; None for 0, 1, 2 ...
+            Layer numbers in the model, ascending, if the arrays hold only some layers; None for 0, 1, 2 ...
         weight : Any, optional
-            Floats from 0 [token, layer, slot]; kept in half precision.
+            Nonnegative floats [token, layer, slot]; kept in half precision.
         router_logits : Any, optional
-            Floats [token, layer, expert], -inf for an expert that may not be chosen; kept in half precision, or in
-            single where one is beyond its range.
+            Floats [token, layer, expert], -inf for a masked expert; kept in half precision, or in single if one is out
+            of its range.
         tokens : Mapping[str, Any] or pandas.DataFrame, optional
-            DataFrame or dict of arrays [token]: sequence, position, token_id, phase, logprob, each optional.
+            Arrays [token]: sequence, position, token_id, phase, logprob, each optional.
         sequences : pandas.DataFrame, optional
-            DataFrame, one row a sequence in order: document_id and any other columns.
+            One row per sequence, in order: document_id and any other columns.
         meta : Mapping[str, Any], optional
             Provenance, such as {"model": {"name": ...}}.
 
@@ -112,8 +112,8 @@ class Trace:
         Raises
         ------
         BadInput
-            If shapes, ids, layers or sequences do not fit together, a token chooses an expert twice, or a number is
-            NaN, infinite, negative or fractional where it cannot be.
+            If shapes, ids, layers or sequences are inconsistent, a token chooses an expert twice, or a number is
+            invalid (NaN, infinite, negative or fractional).
 
         Examples
         --------
@@ -137,12 +137,12 @@ class Trace:
         path : str or os.PathLike
             The folder.
         check : bool, optional
-            Compare every file with its checksum when it is first read; False compares sizes only.
+            Verify the checksum of each file when it is first read; False verifies sizes only.
 
         Raises
         ------
         RunError
-            If the run is not there, unfinished, or when a file that is read was altered.
+            If the run is missing or unfinished, or a file was altered.
 
         Examples
         --------
@@ -203,22 +203,22 @@ class Trace:
 
     @property
     def sites(self) -> dict[str, tuple[int, ...]]:
-        """Return the layer numbers of each recorded activation site."""
+        """Layer numbers of each recorded activation site."""
         found = [dict(source.part.sites) for source in self._sources]
         return {site: layers for site, layers in (found[0] if found else {}).items() if all(site in f for f in found)}
 
     @property
     def vocabulary(self) -> pd.Series | None:
-        """Return raw tokenizer pieces by token id ("▁the", "<0x0A>"), where the tokenizer is known."""
+        """Raw tokenizer pieces by token id ("▁the", "<0x0A>"); None if the tokenizer is unknown."""
         return self._vocabulary
 
     def require(self, what: str, *names: str) -> None:
-        """Raise MissingSignal, naming the operation `what`, unless the trace has every signal in `names`.
+        """Raise MissingSignal unless the trace has every signal in `names`.
 
         Parameters
         ----------
         what : str
-            Name of the operation, for the message.
+            Name of the operation for the message.
         names : str
             Names of columns.
 
@@ -232,8 +232,8 @@ class Trace:
             layers = self.layers[np.asarray(self.layer_top_k) == self.top_k].tolist()
             raise BadInput(
                 f"Cannot compute {what} over all layers: they choose {sorted(set(self.layer_top_k))} experts a token, "
-                "and numbers of layers that choose different numbers do not compare. Select layers that choose as "
-                f"many, such as trace.select(layers={layers}).",
+                "and so their numbers are not comparable. Select layers that choose the same "
+                f"number, such as trace.select(layers={layers}).",
                 argument="layers",
                 value=sorted(set(self.layer_top_k)),
             )
@@ -251,11 +251,11 @@ class Trace:
     # ------------------------------------------------------------------ reading
 
     def blocks(self, *names: str, tokens: int = 65_536) -> Iterator[dict[str, np.ndarray]]:
-        """Iterate over columns, a few whole sequences at a time, in input order.
+        """Iterate over columns in blocks of whole sequences, in input order.
 
         sequence, position, token_id  int64 [token]     expert_id      uint8   [token, layer, slot], uint16 above 256
         phase (0 prompt, 1 generated) uint8 [token]     weight         float32 [token, layer, slot]
-        A layer that chooses fewer experts than others has the largest id of the type, and weight 0, in the slots left.
+        Unused slots, in layers that choose fewer experts than others, hold the largest id of the dtype and weight 0.
         logprob  float32 [token], log p(this token | earlier ones); NaN for the first of a sequence
         router_logits  float32 [token, layer, expert]
         top_id, top_logprob [token, 64] and tail_logprob [token]: the next-token distribution after this token
@@ -263,7 +263,7 @@ class Trace:
         Parameters
         ----------
         tokens : int, optional
-            About how many tokens a block has; a sequence is never split.
+            Approximate number of tokens per block; a sequence is never split.
         names : str
             Names of columns.
 
@@ -315,7 +315,7 @@ class Trace:
     def activations(self, site: str) -> xr.DataArray:
         """Return recorded activations of a site [token, layer, ...], with coordinates sequence, position and layer.
 
-        Only the tokens that were selected when recording have a row.
+        Only the tokens that were selected during recording have a row.
 
         Parameters
         ----------
@@ -370,7 +370,7 @@ class Trace:
         tokens: Sequence[int] | None = None,
         positions: tuple[int, int] | None = None,
     ) -> Trace:
-        """Return a view of part of the trace; nothing is read yet. Selecting from a view keeps what both keep.
+        """Return a lazy view of part of the trace. Selections of a view are combined.
 
         Parameters
         ----------
@@ -392,7 +392,7 @@ class Trace:
         Raises
         ------
         BadInput
-            For a column, value, layer or phase that is not there.
+            If a column, value, layer or phase does not exist.
 
         Examples
         --------
@@ -439,10 +439,10 @@ class Trace:
         return view
 
     def local(self) -> Trace:
-        """Return this process's share of the shards, for statistics that are summed over all processes.
+        """Return this process's share of the shards, for statistics summed over all processes.
 
-        Every process of `accelerate launch` calls the same statistic on its share, and each gets the result of the
-        whole trace. In a single process it is the trace itself.
+        Every process of `accelerate launch` calls the same statistic on its share and gets the result for the whole
+        trace. In a single process, this is the trace itself.
         """
         peers = processes()
         if peers.world == 1:
@@ -453,7 +453,7 @@ class Trace:
         return share
 
     def parts(self) -> list[Trace]:
-        """Return the trace of each shard, in order; the trace itself where it has one."""
+        """Return the trace of each shard, in order."""
         if len(self._sources) < 2:
             return [self]
         parts = []
@@ -467,7 +467,7 @@ class Trace:
         return parts or [self]
 
     def pieces(self, token_ids: Sequence[int] | np.ndarray) -> list[str]:
-        """Return the text of single tokens; "#id" where the tokenizer is unknown.
+        """Return the text of single tokens, or "#id" if the tokenizer is unknown.
 
         Parameters
         ----------
@@ -481,7 +481,7 @@ class Trace:
         """
         return display_pieces(token_ids, self._vocabulary)
 
-    # ------------------------------------------------------------------ other forms
+    # ------------------------------------------------------------------ conversion
 
     def to_xarray(self) -> xr.Dataset:
         """Return every signal in memory, with dimensions token, layer, slot and expert.
@@ -496,12 +496,12 @@ class Trace:
         return to_xarray(self)
 
     def to_pandas(self) -> pd.DataFrame:
-        """Return a long table in memory: one row for every token, layer and slot.
+        """Return a long table in memory, with one row per token, layer and slot.
 
         Returns
         -------
         pandas.DataFrame
-            sequence, position, token_id, phase, logprob as far as recorded; text of the token, layer, slot, expert_id,
+            sequence, position, token_id, phase, logprob (if recorded); text of the token, layer, slot, expert_id,
             weight; document_id and the caller's columns of the sequence.
 
         Examples
@@ -519,7 +519,7 @@ class Trace:
         Parameters
         ----------
         path : str or os.PathLike
-            The folder.
+            The file.
 
         Examples
         --------
@@ -531,32 +531,31 @@ class Trace:
         return to_parquet(self, Path(path))
 
     def export(self, path: str | os.PathLike[str], *, format: str) -> Path:
-        """Write the trace in a form that others read without mixlens.
+        """Write the trace in a format that can be read without mixlens.
 
         safetensors
-            Every signal as a tensor; in the metadata, each as JSON: n_experts, layers, document_id of every sequence.
+            Every signal as a tensor; the metadata hold n_experts, layers and the document_id of every sequence as JSON.
         npy
-            A folder with a .npy file for every signal, and about.json with the same.
+            A folder with a .npy file for every signal, and about.json with the same metadata.
         parquet
-            The long table of `to_parquet`, with the same in the metadata of its schema.
+            The long table of `to_parquet`, with the same metadata in its schema.
         routed_experts
-            One sequence a line of JSON: prompt_token_ids, and [token, layer, slot] in "routed_experts" and
-            "routed_weights" as arrays in NumPy's format, in base64. Servers return this form, and trainers that replay
-            routing (R3) read it.
+            One JSON line per sequence: prompt_token_ids, and "routed_experts" and "routed_weights" [token, layer, slot]
+            as NumPy files in base64. Servers return this format, and trainers that replay routing (R3) read it.
 
         `mixlens.open(path, format=)` reads each back.
 
         Parameters
         ----------
         path : str or os.PathLike
-            The file, for "npy" the folder.
+            The file; for "npy" the folder.
         format : {"safetensors", "npy", "parquet", "routed_experts"}
-            The form.
+            Output format.
 
         Raises
         ------
         BadInput
-            For another format, and for a trace without tokens or with layers that choose different numbers of experts.
+            If the format is unknown, the trace has no tokens, or its layers choose different numbers of experts.
 
         Examples
         --------
@@ -581,7 +580,7 @@ class Trace:
 
 
 def from_parts(parts: Sequence[Part], frame: pd.DataFrame, meta: Mapping[str, Any], layers: Any) -> Trace:
-    """A trace over `parts`; `frame` needs `length`, and `document_id` is the row number where it is missing."""
+    """Build a trace over `parts`; `frame` needs `length`, and `document_id` defaults to the row number."""
     if "document_id" not in frame:
         frame = frame.assign(document_id=np.arange(len(frame)))
     front = ["document_id", "length"]
@@ -590,7 +589,7 @@ def from_parts(parts: Sequence[Part], frame: pd.DataFrame, meta: Mapping[str, An
 
 
 def concat(traces: Sequence[Trace]) -> Trace:
-    """Concatenate traces, in order, as views; sequences are renumbered, documents keep their ids.
+    """Concatenate traces in order, as views; sequences are renumbered, documents keep their ids.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Whether two runs have the same tokens: their vocabularies compared."""
+"""Compare the vocabularies of two runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from mixlens.errors import BadInput
 
 
 def same_tokenizer(a: pd.Series | None, b: pd.Series | None) -> None:
-    """Raises BadInput where two vocabularies, pieces by token id, differ; None stands for one that is not known."""
+    """Raise BadInput if two vocabularies (pieces by token id) differ; None stands for an unknown one."""
     if a is None or b is None:
         return
     first, second = a.align(b)
