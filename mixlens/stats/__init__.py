@@ -1,4 +1,4 @@
-"""Routing statistics: plain arrays compute, xarray labels, and every number has an interval and its n."""
+"""Routing statistics with intervals and sample sizes, computed on plain arrays and labelled with xarray."""
 
 from mixlens.core.bootstrap import Bootstrap
 from mixlens.stats.agreement import agreement

@@ -1,4 +1,4 @@
-"""Whether two runs over the same tokens route them alike."""
+"""Agreement of the routing of two runs on the same tokens."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
 def agreement(
     a: Trace, b: Trace, *, by: By = None, cluster: str | None = None, bootstrap: Bootstrap = DEFAULT
 ) -> xr.Dataset:
-    """Measure how alike two traces of the same tokens are routed: means over tokens of three measures.
+    """Measure the agreement in routing of two traces of the same tokens, as means over tokens.
 
     top1
-        the strongest expert is the same; independent uniform routing gives 1/E.
+        the strongest expert is the same; 1/E for independent uniform routing.
     overlap
-        ``|S and S'| / k``; independent uniform routing gives k/E. With checkpoints of one training run this is router
+        ``|S and S'| / k``; k/E for independent uniform routing. Between checkpoints of one training run, this is router
         saturation (Muennighoff et al. 2024, eq. 5).
     jensen_shannon
-        divergence of the router's distributions, H((p + q) / 2) - (H(p) + H(q)) / 2, in bits, 0 to 1; NaN unless
-        both traces have router_logits, which attrs["missing"] then says.
+        divergence of the router distributions, H((p + q) / 2) - (H(p) + H(q)) / 2, in bits, 0 to 1; NaN, with a note in
+        attrs["missing"], unless both traces have router_logits.
 
     Parameters
     ----------
@@ -111,7 +111,7 @@ def agreement(
 
 
 def _jensen_shannon_bits(p: Sequence[np.ndarray], q: Sequence[np.ndarray]) -> np.ndarray:
-    """[layer, token] from z, exp z and Z of both."""
+    """Compute the divergence [layer, token] from z, exp z and Z of both models."""
     middle = (p[1] / p[2][:, None] + q[1] / q[2][:, None]) / 2
     logarithm = np.log2(np.maximum(middle, np.finfo(np.float32).tiny))
     divergence = -(middle * logarithm).sum(1) - (entropy_bits(*p) + entropy_bits(*q)) / 2
@@ -136,7 +136,7 @@ def same_shape(a: Trace, b: Trace) -> None:
 def side_by_side(
     a: Trace, b: Trace, names: tuple[str, ...], of_the_first: tuple[str, ...] = ()
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Columns of both traces for the same tokens, and some of `a` alone; those of `b` are called "other ..."."""
+    """Yield columns of both traces for the same tokens, those of `b` as "other ...", and some columns of `a` only."""
     keys = ("sequence", "position", *(["token_id"] if "token_id" in a.signals and "token_id" in b.signals else []))
     left = a.blocks(*keys, *names, *of_the_first, tokens=BLOCK_OF_LOGITS)
     right = b.blocks(*keys, *names, tokens=BLOCK_OF_LOGITS)
@@ -168,7 +168,7 @@ def side_by_side(
 def _rest(
     block: dict[str, np.ndarray], n: int, following: Iterator[dict[str, np.ndarray]]
 ) -> dict[str, np.ndarray] | None:
-    """What is left of a block after n tokens, or the next one that has any; None at the end."""
+    """Return the rest of a block after n tokens, or the next nonempty block; None at the end."""
     rest: dict[str, np.ndarray] | None = {name: values[n:] for name, values in block.items()}
     while rest is not None and len(rest["sequence"]) == 0:
         rest = next(following, None)

@@ -1,13 +1,13 @@
-"""Which experts a cache holds when a token asks for them, replayed over the tokens of a trace.
+"""Replay of expert caches over the tokens of a trace.
 
-Every sequence begins with an empty cache. The experts of a token are looked up together, loaded together, and none of
-them makes room for another; they count as used in the order of their slots. All functions take
+Every sequence begins with an empty cache. The experts of a token are looked up and loaded together, and do not evict
+each other; they count as used in the order of their slots. All functions take
 
 ids    integers [token, slot] of one layer, or [token, layer, slot]
 first  [token] place of the first token of its sequence
 sizes  numbers of experts that a cache holds, each at least the number of slots
 
-and return how many experts of each token were there, uint8 [size, token] or [size, token, layer].
+and return the number of cache hits of each token, uint8 [size, token] or [size, token, layer].
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Literal
 
 import numpy as np
 
-_GONE = np.iinfo(np.int64).max  # the key of an expert that is not in the cache, or may not leave it
-_MOST = 2**23  # numbers held at a time
+_GONE = np.iinfo(np.int64).max  # key of an expert that is not cached or must stay
+_MOST = 2**23  # numbers in memory at a time
 
 
 def filled(
     ids: np.ndarray, first: np.ndarray, n_experts: int, sizes: Sequence[int], *, pooled: bool
 ) -> Callable[[int], np.ndarray]:
-    """Whether a token of a layer finds the cache filled [size, token]; one pool of all layers fills as a whole.
+    """Return whether the cache is full when a token arrives [size, token], by layer index; a pool fills as a whole.
 
     ids  [token, layer, slot]
     """
@@ -68,9 +68,9 @@ def prefetched(
 def replayed(
     ids: np.ndarray, first: np.ndarray, n_experts: int, sizes: Sequence[int], policy: Literal["lfu", "optimum"]
 ) -> np.ndarray:
-    """The expert with the smallest key leaves, step by step, for all sequences, layers and sizes at once.
+    """Count hits with eviction of the expert with the smallest key, for all sequences, layers and sizes at once.
 
-    lfu      uses since it was loaded, and of equals the one used longest ago
+    lfu      uses since it was loaded; ties go to the one used longest ago
     optimum  the one needed last, which no policy beats (Belady 1966)
     """
     n_layers, k = ids.shape[1:]
@@ -107,8 +107,7 @@ def replayed(
 
 
 def least_stale(ids: np.ndarray, first: np.ndarray, n_experts: int, sizes: Sequence[int]) -> np.ndarray:
-    """One pool of size x layers for all layers, whose order is known: what leaves is first an expert that this token
-    did not use, of those one of the layer whose turn comes last, and of those the least recently used.
+    """Count hits in one pool of size x layers that uses the known order of layers.
 
     After Least-Stale (Hoang et al. 2026, arXiv:2602.03921). The turn of the layer at hand comes last, and it holds as
     many experts as a token uses, so that what leaves is always its own: a layer keeps the places that it had when the
@@ -162,7 +161,7 @@ def _last_uses(ids: np.ndarray, first: np.ndarray, n_experts: int) -> Iterator[t
 
 
 def _next_uses(ids: np.ndarray, first: np.ndarray, n_experts: int) -> np.ndarray:
-    """[token, layer, slot] the token of the same sequence that uses the expert next; beyond all where none does."""
+    """Return the next token in the sequence that uses the expert [token, layer, slot]; the number of tokens if none."""
     n, n_layers, k = ids.shape
     found = np.full((n_layers, n * k), n, np.int64)
     for layer, out in enumerate(found):
@@ -174,7 +173,7 @@ def _next_uses(ids: np.ndarray, first: np.ndarray, n_experts: int) -> np.ndarray
 
 
 def _together(first: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """First tokens and lengths of sequences, the longest first, as many at a time as fit with `size` numbers each."""
+    """Yield first tokens and lengths of sequences, longest first, in batches that fit with `size` numbers each."""
     starts, lengths = np.unique(first, return_counts=True)
     order = np.argsort(-lengths, kind="stable")
     step = max(1, _MOST // size)
@@ -183,5 +182,5 @@ def _together(first: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, np.nda
 
 
 def _active(lengths: np.ndarray) -> list[int]:
-    """[step] how many sequences, the longest first, have a token at it."""
+    """Return the number of sequences, longest first, that have a token at each step [step]."""
     return (len(lengths) - np.searchsorted(lengths[::-1], np.arange(lengths[0]), side="right")).tolist()

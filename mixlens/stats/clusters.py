@@ -1,4 +1,4 @@
-"""Clusters: the documents of each group, which intervals take as what varies independently."""
+"""Clusters of documents, the independent units of intervals."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ if TYPE_CHECKING:
 
 By = str | Sequence[str] | None
 
-# Counts kept (128 MB), and documents or bundles of documents a group.
+# Limits of counts in memory (128 MB), and of documents or bundles of documents per group.
 _MOST_COUNTS, _FEWEST_BUNDLES, _MOST_BUNDLES = 2**24, 50, 512
 
 
 @dataclass(frozen=True)
 class Clusters:
-    """What the bootstrap draws: the documents of each group.
+    """Independent units of a statistic: the documents of each group.
 
-    by           {sequence column, beside the names of statistics: its labels}, the dimensions of the groups
-    of_sequence  [sequence number] cluster of each sequence
-    group        [cluster] group, counted over the product of the labels
-    document     [sequence number] document within its group, for counting documents
+      by           {sequence column, renamed if it collides with a statistic: its labels}, the dimensions of the groups
+      of_sequence  [sequence number] cluster of each sequence
+      group        [cluster] group, counted over the product of the labels
+      document     [sequence number] document within its group, for counting documents
 
-    A cluster is a document. Where there are more documents than counts fit in memory, or more than 512 a group,
-    documents are put together at random into bundles of equal number; bundles are as independent as documents are.
+    A cluster is a document. With more documents than fit in memory, or more than 512 per group, documents are combined
+    at random into bundles of equal size, which are as independent as documents.
     """
 
     by: Mapping[str, np.ndarray]
@@ -42,9 +42,9 @@ class Clusters:
 
     @classmethod
     def of(cls, trace: Trace, by: By, shapes: Mapping[str, tuple[int, ...]]) -> Clusters:
-        """Clusters for counts of these shapes, grouped by sequence columns.
+        """Return clusters for counts of these shapes, grouped by sequence columns.
 
-        Raises BadInput for a column that is not there, has missing values, or has the name of a dimension.
+        Raises BadInput for a column that does not exist, has missing values, or has the name of a dimension.
         """
         columns = group_columns(trace, by)
         group, labels = np.zeros(len(trace.sequences), np.int64), {}
@@ -105,7 +105,7 @@ def group_columns(trace: Trace, by: By, argument: str = "by") -> list[str]:
 
 
 def _bundles(group: np.ndarray, most: int) -> np.ndarray:
-    """[document] bundle within its group, at most `most` a group, chosen at random; as one number over all groups."""
+    """Return bundle numbers [document], at most `most` per group, assigned at random within groups."""
     shuffled = np.random.default_rng(0).permutation(len(group))
     order = shuffled[np.argsort(group[shuffled], kind="stable")]
     first = np.searchsorted(group[order], group[order])
@@ -115,7 +115,7 @@ def _bundles(group: np.ndarray, most: int) -> np.ndarray:
 
 
 def _scatter(numbers: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """[sequence number] value, -1 for numbers that are not there."""
+    """Return values by sequence number, -1 for absent numbers."""
     out = np.full(int(numbers.max(initial=-1)) + 1, -1, np.int64)
     out[numbers] = values
     return out

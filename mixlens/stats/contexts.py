@@ -1,4 +1,4 @@
-"""Predicting the first choice from the text: tables of tokens and of pairs of tokens, and what they predict."""
+"""Predict the first choice from tables of tokens and token pairs."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ if TYPE_CHECKING:
 
 _TABLE_BYTES = 2**29
 
-# Pairs of tokens are hashed into buckets; the most frequent are kept, the others back off to the token.
+# Token pairs are hashed into buckets. The most frequent buckets are kept; other pairs back off to the token.
 _BUCKET_BITS, _MOST_PAIRS = 24, 2**17
 
-# Weight of the coarser distribution in the finer one, in observations.
+# Weight of the coarser distribution within the finer one, in observations.
 BACK_OFF = 4.0
 
 
 @dataclass(frozen=True)
 class Features:
-    """What a token is predicted from.
+    """Features of a token that predict its first choice.
 
-    type_of_token   [token id] number of the token type, -1 for one that does not occur
-    pair_of_bucket  [bucket] number of the pair of tokens hashed there, -1 for one that is not kept
-    type_of_pair    [pair] type of its second token
-    n_folds         folds of the documents
-    fold            [sequence number]
+      type_of_token   [token id] index of the token type, -1 if it does not occur
+      pair_of_bucket  [bucket] index of the token pair hashed there, -1 if it is not kept
+      type_of_pair    [pair] type of its second token
+      n_folds         number of folds of the documents
+      fold            [sequence number]
 
-    The predictions for one layer are one array: first n_folds of the majority, then [fold, type], then [fold, pair].
+    The predictions for one layer are one array: n_folds rows for the majority, then [fold, type], then [fold, pair].
     """
 
     type_of_token: np.ndarray
@@ -57,7 +57,7 @@ class Features:
             kept = np.sort(kept[np.argpartition(-found[kept], _MOST_PAIRS)[:_MOST_PAIRS]])
         pair_of_bucket = np.full(len(found), -1, np.int32)
         pair_of_bucket[kept] = np.arange(len(kept))
-        # The mean type, so that processes can add up: two tokens in one bucket are rare, and then any type will do.
+        # The mean type, so that processes can sum: collisions within a bucket are rare, and then any type will do.
         types = np.zeros(len(kept))
         for columns in trace.blocks("sequence", "position", "token_id"):
             second, bucket = _pairs(columns)
@@ -102,9 +102,9 @@ class Features:
 
 
 def predictions(trace: Trace, features: Features, layers: np.ndarray) -> np.ndarray:
-    """Expert predicted for every row of the features [layer, row], learnt from the first choices at `layers`."""
+    """Predict an expert for every row of the features [layer, row] from the first choices at `layers`."""
     table = np.zeros((len(layers), trace.n_experts * features.n_rows), np.int32)
-    # np.add.at is fifty times faster where the added one has the type of the table.
+    # np.add.at is fifty times faster if the summand has the dtype of the table.
     for columns in trace.blocks("sequence", "position", "token_id", "expert_id"):
         _, of_token, of_pair = features.rows(columns)
         has_pair = np.flatnonzero(of_pair != of_token)
@@ -118,7 +118,7 @@ def predictions(trace: Trace, features: Features, layers: np.ndarray) -> np.ndar
 
 
 def occurrences(trace: Trace, group_of_sequence: np.ndarray, n_groups: int) -> np.ndarray:
-    """How often each token id occurs in each group of sequences [group, token id]."""
+    """Count each token id in each group of sequences [group, token id]."""
     found = np.zeros((n_groups, 1), np.int64)
     for columns in trace.blocks("sequence", "token_id"):
         token_id, group = columns["token_id"], group_of_sequence[columns["sequence"]]
@@ -126,26 +126,26 @@ def occurrences(trace: Trace, group_of_sequence: np.ndarray, n_groups: int) -> n
             continue
         found = _widened(found, max(found.shape[1], int(token_id.max()) + 1))
         found += np.bincount(group * found.shape[1] + token_id, minlength=found.size).reshape(found.shape)
-    # Processes agree on a width: each marks the power of two that holds its ids, and the largest mark wins.
+    # Processes agree on a width: each marks the power of two that covers its ids, and the largest mark wins.
     marks = np.zeros(64, np.int64)
     marks[(found.shape[1] - 1).bit_length()] = 1
     return reduced(trace, _widened(found, 2 ** int(np.flatnonzero(reduced(trace, marks)).max())))
 
 
 def layer_groups(trace: Trace, bytes_a_layer: int) -> Iterator[np.ndarray]:
-    """Indices of layers, as many at a time as tables of `bytes_a_layer` fit into half a gigabyte."""
+    """Yield indices of layers in batches whose tables of `bytes_a_layer` fit into half a gigabyte."""
     at_once = max(1, _TABLE_BYTES // max(1, bytes_a_layer))
     for start in range(0, trace.n_layers, at_once):
         yield np.arange(start, min(start + at_once, trace.n_layers))
 
 
 def _pairs(columns: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens that directly follow another in their sequence, and the bucket of each such pair."""
+    """Return the tokens that directly follow another one in their sequence, and the bucket of each such pair."""
     follows = (np.diff(columns["sequence"]) == 0) & (np.diff(columns["position"]) == 1)
     second = np.flatnonzero(follows) + 1
     token_id = columns["token_id"].astype(np.uint64)
     pair = (token_id[second - 1] << np.uint64(32)) | token_id[second]
-    # Multiplicative hashing with 2**64 over the golden ratio; the upper bits are the well mixed ones.
+    # Multiplicative hashing with 2**64 over the golden ratio; the upper bits are well mixed.
     return second, ((pair * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(64 - _BUCKET_BITS)).astype(np.int64)
 
 
@@ -154,7 +154,7 @@ def _widened(counts: np.ndarray, width: int) -> np.ndarray:
 
 
 def _largest(scores: np.ndarray) -> np.ndarray:
-    """Index of the largest along the first axis, the lower one where two are equal; as `id_dtype`."""
+    """Return the argmax along the first axis, the lower index for ties, as `id_dtype`."""
     best, top = np.zeros(scores.shape[1:], id_dtype(len(scores))), scores[0].copy()
     for expert in range(1, len(scores)):
         np.maximum(best, (scores[expert] > top) * best.dtype.type(expert), out=best)

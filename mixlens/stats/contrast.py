@@ -1,4 +1,4 @@
-"""Contrasts: a statistic under one condition against another, tested by permutation and adjusted for many cells."""
+"""Contrasts of a statistic between two conditions, tested by permutation and adjusted for multiple cells."""
 
 from __future__ import annotations
 
@@ -35,27 +35,26 @@ def contrast(
 ) -> xr.Dataset:
     """Compare a statistic between two groups of documents, or between two traces.
 
-    The difference is that of group a less that of group b. Its interval adds the jackknife variances of both groups,
-    with t for the smaller one. p is the largest of three, since documents of one group may be fewer and shorter, or
-    differ more: the share of permutations of the documents between the groups with a difference of at least as many
-    standard errors (Janssen 1997); that share where no group counts as less variable than documents of such lengths
-    usually are; and p of Welch's t test. Where both groups have the same documents, these are paired, and each
-    document's two halves change places. q adjusts p for the number of cells, of each measure by itself where a
-    statistic has several (Benjamini and Hochberg 1995), and `survives` is true where q is at most one less the level:
-    among such cells that share is false at most, in expectation.
+    The difference is group a minus group b. Its interval adds the jackknife variances of both groups, with t for the
+    smaller one. p is the largest of three values, because documents of one group may be fewer, shorter or more
+    variable: the share of permutations of documents between the groups whose difference is at least as many standard
+    errors (Janssen 1997); the same share if no group counts as less variable than documents of such lengths usually
+    are; and p of Welch's t test. If both groups have the same documents, they are paired, and a permutation swaps the
+    two halves of documents. q adjusts p for the number of cells, separately for each measure (Benjamini and Hochberg
+    1995). `survives` is true if q is at most one minus the level, which bounds the expected share of false findings.
 
     Parameters
     ----------
     trace : Trace
-        The recording, or the first of two.
+        Recording, or the first of two.
     other : Trace or Callable
-        The second recording; or the statistic, where one recording holds both groups.
+        The second recording; or the statistic, if one recording holds both groups.
     statistic : Callable, optional
         Function of `ml.stats` that takes a trace, such as ``ml.stats.expert_share``.
     by : str or pandas.Series, optional
-        Column of the sequences that tells the groups apart; or booleans, one a sequence.
+        Column of the sequences that defines the groups; or one boolean per sequence.
     a : Any, optional
-        Value of the column in the first group. None for the values that are true.
+        Value of the column in the first group. None for the true values.
     b : Any, optional
         Value in the second group; None for all others.
     cluster : str, optional
@@ -71,7 +70,7 @@ def contrast(
     Raises
     ------
     BadInput
-        For a group without documents, an unknown column, or a statistic that is no sum over documents.
+        If a group has no documents, the column is unknown, or the statistic is not a function of sums over documents.
 
     Examples
     --------
@@ -144,7 +143,7 @@ def _groups(trace: Trace, by: str | pd.Series | None, a: Any, b: Any) -> tuple[T
         second = ~first
     else:
         raise BadInput(
-            "Cannot contrast a trace with itself: nothing tells two groups apart. Pass by= with a column of the "
+            "Cannot contrast a trace with itself: there are no groups. Pass by= with a column of the "
             "sequences or booleans, one a sequence.",
             argument="by",
             value=None,
@@ -152,7 +151,7 @@ def _groups(trace: Trace, by: str | pd.Series | None, a: Any, b: Any) -> tuple[T
     for name, chosen in zip(_names(by, a, b), (first, second), strict=True):
         if not chosen.any():
             raise BadInput(
-                f"Cannot contrast {name}: no sequence belongs to it. Pass a value that the column has.",
+                f"Cannot contrast {name}: the group has no sequences. Pass a value of the column.",
                 argument="by",
                 value=name,
             )
@@ -178,7 +177,7 @@ def _of_layers(
     groups: tuple[int, int, bool],
     bootstrap: Bootstrap,
 ) -> tuple[np.ndarray, ...]:
-    """(difference, lower and upper bound, p) of some layers."""
+    """Return difference, lower and upper bound, and p of some layers."""
     n_a, n_b, paired = groups
     difference = pooled.values(layers, weights_a) - pooled.values(layers, weights_b)
     estimate, far = difference[..., 0], np.abs(difference)
@@ -204,7 +203,7 @@ def _of_layers(
 
 
 def _welch(t: np.ndarray, of_a: np.ndarray, of_b: np.ndarray, n_a: int, n_b: int) -> np.ndarray:
-    """p of Welch's test, from the variance of both groups."""
+    """Return p of Welch's test from the variances of both groups."""
     from scipy.special import stdtr  # imported here: takes a quarter of a second
 
     spread = of_a**2 / (n_a - 1) + of_b**2 / (n_b - 1)
@@ -213,7 +212,7 @@ def _welch(t: np.ndarray, of_a: np.ndarray, of_b: np.ndarray, n_a: int, n_b: int
 
 
 def _influence_of(pooled: Summed, layers: slice) -> np.ndarray:
-    """What each document adds to the statistic of all of them [layer, ..., document]."""
+    """Return the influence of each document on the statistic [layer, ..., document]."""
     n = pooled.n
     values = pooled.values(layers, np.concatenate([np.ones((1, n)), without_each(n, n, 0)]))
     return np.nan_to_num(values[..., :1] - values[..., 1:]) * (1 - pooled.tokens / pooled.tokens.sum())

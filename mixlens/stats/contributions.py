@@ -1,4 +1,4 @@
-"""What experts contribute: sizes of their weighted outputs, and what they add to the logit of the next token."""
+"""Contributions of experts: norms of their weighted outputs, and their effect on the logit of the next token."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def expert_contribution(
     cluster: str | None = None,
     bootstrap: Bootstrap = DEFAULT,
 ) -> xr.Dataset:
-    """Summarise what an expert contributes to the tokens that choose it.
+    """Summarise the contribution of each expert to the tokens that choose it.
 
-    sum_t c_te / n_e, over the n_e tokens that chose the expert; for logits those whose next token is known.
+    sum_t c_te / n_e, over the n_e tokens that chose the expert; for logits, only those whose next token is known.
 
     Parameters
     ----------
@@ -51,14 +51,15 @@ def expert_contribution(
     -------
     xarray.Dataset
         ``estimate`` (logits, or the unit of the hidden states), ci_low, ci_high, n (tokens that chose the expert),
-        n_effective ``[*by, layer, expert]``, NaN where nobody chose the expert; for logits p, q, survives of the same
-        shape, tested against 0 and adjusted for all of these cells; max_abs, the largest absolute value it put out
-        before its weight, ``[*by, layer, expert]``, for super_experts; n_documents ``[*by]``.
+        n_effective ``[*by, layer, expert]``, NaN if no token chose the expert; for logits also p, q, survives of the
+        same shape, tested against 0 and adjusted for all cells; max_abs, the largest absolute value of its output
+        before weighting, ``[*by, layer, expert]``, for super_experts; n_documents ``[*by]``.
 
     Raises
     ------
     BadInput
-        For another measure, an unknown column in `by` or `cluster`, and anything else than contributions.
+        If the measure is unknown, `by` or `cluster` names an unknown column, or the argument does not hold
+        contributions.
 
     Examples
     --------
@@ -104,15 +105,15 @@ def expert_contribution(
 
 
 def open_contributions(path: str | os.PathLike[str], *, check: bool = True) -> xr.Dataset:
-    """The contributions along every text that a run holds, as measure_contributions gives them, in memory.
+    """Return the contributions of a run as measure_contributions does, in memory.
 
-    Raises RunError when the run is not there, unfinished or altered, BadInput when it is of another kind.
+    Raises RunError if the run is missing, unfinished or altered, BadInput if it is of another kind.
     """
     return contributions_dataset(read_measured(path, KIND, check=check))
 
 
 def contributions_dataset(measured: Measured) -> xr.Dataset:
-    """logit, norm, peak, expert_id, weight [token, layer, slot], with where every token stands as coordinates."""
+    """Return logit, norm, peak, expert_id, weight [token, layer, slot], with token coordinates."""
     arrays, meta = dict(measured.arrays), measured.meta
     number = np.repeat(np.arange(len(measured.documents)), arrays.pop("length"))
     position, token_id = arrays.pop("position").astype(np.int64), arrays.pop("token_id").astype(np.int64)
@@ -139,7 +140,7 @@ def contributions_dataset(measured: Measured) -> xr.Dataset:
 
 
 def _by_document(data: xr.Dataset, measure: str) -> xr.Dataset:
-    """sum, chosen (tokens), peak (largest absolute value put out) [document, layer, expert]; length [document]."""
+    """Return sum, chosen (tokens), peak (largest absolute output) [document, layer, expert]; length [document]."""
     number, ids = pd.factorize(data.document_id.values)
     count, layers, experts = len(ids), data.sizes["layer"], int(data.attrs["n_experts"])
     sums, n, peak = np.zeros((3, count * experts, layers))

@@ -1,7 +1,7 @@
-"""One pass over a trace, which counts what every document has.
+"""Counts per document, made in one pass over a trace.
 
-Every statistic is a function of counts that are summed over documents. A pass keeps the counts of each document, so
-that intervals can sum them again with other weights: one matrix product, and the trace is never read twice.
+Every statistic is a function of counts summed over documents. Because a pass keeps the counts of each document,
+intervals can sum them again with other weights: one matrix product, without reading the trace twice.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 class Block:
     """Columns of a few whole sequences.
 
-    columns   as `Trace.blocks` gives them, without "sequence"
+    columns   as returned by `Trace.blocks`, without "sequence"
     sequence  [token]
-    clusters  rows of the totals, one for each distinct cluster at hand
+    clusters  rows of the totals, one for each distinct cluster in the block
     local     [token] index into `clusters`
     """
 
@@ -44,7 +44,7 @@ class Block:
         return len(self.local)
 
     def by_layer(self, name: str, layers: slice | list[int] = slice(None)) -> np.ndarray:
-        """Column [token, layer, x] as a contiguous [layer, x, token]: what follows walks through memory in order."""
+        """Return a column [token, layer, x] as a contiguous [layer, x, token], for sequential memory access."""
         return np.ascontiguousarray(self.columns[name][:, layers].transpose(1, 2, 0))
 
     def each_layer(
@@ -56,7 +56,7 @@ class Block:
 
         def some(start: int) -> None:
             here = indices[start : start + at_a_time]
-            # One after the other, so that the copies of all do not lie in memory at once.
+            # One after the other, so that the copies of all layers are not in memory at once.
             for part in np.array_split(here, -(-len(here) // 8)):
                 for offset, values in enumerate(self.by_layer(name, part.tolist())):
                     add(start + int(part[0] - here[0]) + offset, values)
@@ -64,17 +64,17 @@ class Block:
         in_threads(some, range(0, len(indices), at_a_time))
 
     def count(self, codes: np.ndarray, size: int, where: np.ndarray | slice = slice(None)) -> np.ndarray:
-        """How often each code 0 .. size-1 comes up in each cluster [cluster, size]; codes [..., token of `where`]."""
+        """Count each code 0 .. size-1 in each cluster [cluster, size]; codes [..., token of `where`]."""
         from scipy.sparse import coo_array  # imported here: takes a fifth of a second
 
-        # A sparse matrix adds up in compiled code during which other threads run, as they do not during np.add.at.
+        # A sparse matrix adds in compiled code that releases the GIL, unlike np.add.at.
         codes = codes.astype(np.int32, copy=False)
         rows = np.broadcast_to(self.local[where].astype(np.int32), codes.shape)
         ones = np.ones(codes.size, np.uint32)
         return coo_array((ones, (rows.ravel(), codes.ravel())), shape=(len(self.clusters), size)).toarray()
 
     def sums(self, values: np.ndarray) -> np.ndarray:
-        """Numbers or booleans [..., token] added up in each cluster [cluster, ...]."""
+        """Sum numbers or booleans [..., token] within each cluster [cluster, ...]."""
         values = values.view(np.uint8) if values.dtype == bool else values
         starts = np.flatnonzero(np.diff(self.local, prepend=-1))
         of_run = np.add.reduceat(values, starts, axis=-1, dtype=np.float64)
@@ -83,7 +83,7 @@ class Block:
         return out
 
     def follows(self) -> np.ndarray:
-        """[token] whether the token comes directly after the one before it, in one sequence; needs "position"."""
+        """Mask [token] of tokens directly after the previous one in the same sequence; needs "position"."""
         out = np.zeros(self.n_tokens, bool)
         out[1:] = (np.diff(self.sequence) == 0) & (np.diff(self["position"]) == 1)
         return out
@@ -91,7 +91,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Reading:
-    """Columns of a trace that a pass reads, about so many tokens at a time."""
+    """Columns of a trace that a pass reads, and the approximate number of tokens per block."""
 
     names: tuple[str, ...]
     tokens: int = 65_536
@@ -110,7 +110,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Counting:
-    """What is counted in a pass: `add` puts each block into totals of these shapes, which start at 0."""
+    """Specification of counts: `add` adds each block to totals of these shapes, which start at 0."""
 
     clusters: Clusters
     shapes: Mapping[str, tuple[int, ...]]
@@ -131,12 +131,12 @@ class Counting:
 
 
 class Counted:
-    """The counts of some clusters, which grow block by block.
+    """Counts of some clusters, filled block by block.
 
     present    numbers of the clusters [row]
     totals     [row, ...]
     tokens     [row]
-    documents  numbers of those that have a token
+    documents  numbers of documents with at least one token
     """
 
     def __init__(self, counting: Counting, present: np.ndarray) -> None:
@@ -157,7 +157,7 @@ class Counted:
         counting.add(Block(columns, sequence, rows, local), self.totals)
 
     def merge(self, other: Counted) -> None:
-        """Add counts of some of the clusters."""
+        """Add counts of a subset of the clusters."""
         rows = np.searchsorted(self.present, other.present)
         for name, total in self.totals.items():
             total[rows] = np.add(total[rows], other.totals[name])
@@ -177,12 +177,12 @@ def count(
     *,
     dtype: type[np.generic] = np.float64,
 ) -> Counts:
-    """Run once through columns of the trace, or through `blocks`; `add` puts each block into the totals.
+    """Read columns of the trace once, or iterate over `blocks`; `add` adds each block to the totals.
 
-    blocks  have the column "sequence", as what is read has
+    blocks  have the column "sequence", as reading does
     by      sequence columns to group by, or the clusters themselves
-    shapes  {name: shape without the cluster}, for totals that start at 0
-    dtype   of the totals; of whole numbers where nothing else is added up
+    shapes  {name: shape without the cluster}, of totals that start at 0
+    dtype   of the totals; integer if only integers are added
     """
     clusters = by if isinstance(by, Clusters) else Clusters.of(trace, by, shapes)
     counting = Counting(clusters, shapes, add, dtype)
@@ -198,10 +198,10 @@ def count(
 
 
 def one_pass(trace: Trace, countings: Countings) -> list[Counted]:
-    """The counts of several statistics while the trace is read once.
+    """Count several statistics in one pass over the trace.
 
-    Those of each shard are added up in the order of the shards, so that it does not matter who counts them; whole
-    numbers may be added up as they come.
+    Floats are added shard by shard, in order, so that the result does not depend on the workers; integers are added
+    directly.
     """
     whole = [Counted(counting, np.arange(len(counting.clusters.group))) for counting, _ in countings]
     parts = trace.parts()
@@ -218,7 +218,7 @@ def one_pass(trace: Trace, countings: Countings) -> list[Counted]:
 
 
 def _counted_by(executor: str, countings: Countings, parts: Sequence[Trace]) -> Iterator[list[Counted]]:
-    """The counts of each part, in order, by a backend of joblib."""
+    """Yield the counts of each part, in order, using a joblib backend."""
     import joblib
 
     with joblib.parallel_config(backend=executor):
@@ -243,7 +243,7 @@ def _merge(parts: Sequence[Counted], whole: Sequence[Counted]) -> None:
 
 
 def _feed(part: Trace, countings: Countings, counted: Sequence[Counted]) -> None:
-    """Count the tokens of a part of the trace into what is counted so far."""
+    """Add the tokens of a part of the trace to the counts."""
     names = list(dict.fromkeys(name for _, reading in countings for name in reading.names))
     tokens = min(reading.tokens for _, reading in countings)
     for columns in ahead(part.blocks(*names, tokens=tokens)):
@@ -256,14 +256,14 @@ def _feed(part: Trace, countings: Countings, counted: Sequence[Counted]) -> None
 
 
 class _Postponed(Exception):
-    """A statistic has said what it counts, and waits for the pass."""
+    """Raised when a statistic has declared its counts and waits for the shared pass."""
 
 
 @dataclass
 class _Shared:
-    """A statistic's part of one pass: it is called once to learn what it counts, and again with the counts.
+    """State of a statistic in a shared pass: called once to learn its counts, and again to compute with them.
 
-    used  whether it has had its counts; what it counts beyond them, it counts by itself
+    used  True once the counts were used; further counts make passes of their own
     """
 
     counting: Counting | None = None
@@ -283,9 +283,9 @@ _shared: ContextVar[_Shared | None] = ContextVar("shared", default=None)
 
 
 def in_one_pass(trace: Trace, computing: Mapping[str, Callable[[], xr.Dataset]]) -> dict[str, xr.Dataset]:
-    """What the functions compute of a trace, all counted while it is read once.
+    """Evaluate functions of a trace, with all their counts made in one pass.
 
-    A function whose counts follow from others, and need several passes, computes by itself.
+    A function that needs several passes computes on its own.
     """
     found: dict[str, xr.Dataset] = {}
     waiting: dict[str, _Shared] = {}
@@ -312,7 +312,7 @@ def in_one_pass(trace: Trace, computing: Mapping[str, Callable[[], xr.Dataset]])
 
 
 def add_choices(block: Block, chosen: np.ndarray, slots: int | None = None) -> None:
-    """Add how often each expert is chosen, in the first `slots` or any, to [cluster, layer, expert]."""
+    """Add the number of choices of each expert, in the first `slots` or any, to [cluster, layer, expert]."""
 
     def add(layer: int, ids: np.ndarray) -> None:
         chosen[block.clusters, layer] += block.count(ids[:slots], chosen.shape[-1])
@@ -321,7 +321,7 @@ def add_choices(block: Block, chosen: np.ndarray, slots: int | None = None) -> N
 
 
 def reduced(trace: Trace, array: np.ndarray) -> np.ndarray:
-    """An array summed over the processes that share the trace; the array itself where there is one process."""
+    """Sum an array over the processes that share the trace; no-op for one process."""
     if trace.reduce is None:
         return array
     return trace.reduce(array.astype(np.int64) if array.dtype.kind == "u" else array)

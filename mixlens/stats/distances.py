@@ -1,4 +1,4 @@
-"""How far the routing of every two domains lies apart."""
+"""Distances between the routing of domains."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ if TYPE_CHECKING:
 def domain_distance(
     trace: Trace, *, by: str = "domain", cluster: str | None = None, bootstrap: Bootstrap = DEFAULT
 ) -> xr.Dataset:
-    """Compute the Jensen-Shannon divergence between the expert shares of every two domains, layer by layer.
+    """Compute the Jensen-Shannon divergence between the expert shares of each pair of domains, per layer.
 
-    H((f + g) / 2) - (H(f) + H(g)) / 2 in bits, f and g the shares of the experts in both domains: 0 for the same, 1 for
-    domains that share no expert. Documents that differ make the plain divergence of two samples too large even where
-    their domains are the same; the estimate is less that, by the jackknife over the documents of both.
+    H((f + g) / 2) - (H(f) + H(g)) / 2 in bits, with f and g the expert shares in both domains: 0 for equal shares, 1
+    for disjoint experts. Variation between documents biases the plain divergence upwards even for equal domains; the
+    estimate subtracts this bias, by the jackknife over the documents of both.
 
-    p is the share of permutations of the documents between the two domains with a plain divergence at least as many
-    times what the variance within both yields by chance (Pauly, Brunner and Konietschke 2015, J. R. Stat. Soc. B 77,
-    461).
+    p is the share of permutations of documents between the two domains whose plain divergence, relative to its
+    expectation from the variance within domains, is at least as large (Pauly, Brunner and Konietschke 2015, J. R. Stat.
+    Soc. B 77, 461).
 
     Parameters
     ----------
     trace : Trace
         The recording. Needs ``expert_id``, uint8 or uint16 [token, layer, slot]; the column `by` of the sequences.
     by : str, optional
-        Column of the sequences with two values or more.
+        Column of the sequences with at least two values.
     cluster : str, optional
         Column of the sequences to cluster by, such as "author", if documents are not independent.
     bootstrap : Bootstrap, optional
@@ -49,12 +49,12 @@ def domain_distance(
     -------
     xarray.Dataset
         ``estimate`` (bits, 0 on the diagonal), plain, ci_low, ci_high, p, q (over all pairs and layers), survives
-        ``[layer, by, by_other]``; n (documents) ``[by]``; no interval and no p where a domain has one document.
+        ``[layer, by, by_other]``; n (documents) ``[by]``; no interval and no p if a domain has only one document.
 
     Raises
     ------
     BadInput
-        For an unknown column in `by`, or one with a single value.
+        If `by` names an unknown column, or one with a single value.
 
     Examples
     --------
@@ -68,7 +68,7 @@ def domain_distance(
     names, layers, seen = counts.clusters.by[column], counts.layers, counts.tokens > 0
     if len(names) < 2:
         raise BadInput(
-            f"Cannot compute distances between the values of {by!r}: it has {len(names)}. Pass a column with two "
+            f"Cannot compute distances between the values of {by!r}: there are {len(names)}. Pass a column with two "
             "values or more.",
             argument="by",
             value=by,
@@ -82,7 +82,7 @@ def domain_distance(
     keys = ("estimate", "plain", "ci_low", "ci_high")
     data = xr.Dataset({key: (tuple(coords), each) for key, each in zip(keys, numbers[:4], strict=True)}, coords)
     data["n"] = column, np.bincount(group, minlength=len(names))
-    # A pair is one cell of the family, though the table has it on both sides of the diagonal.
+    # A pair counts as one cell of the family, although the table has it on both sides of the diagonal.
     once = np.where(np.triu(np.ones((len(names), len(names)), bool), 1), numbers[4], np.nan)
     data = with_survivors(data, xr.DataArray(once, coords, tuple(coords)), bootstrap.level)
     for name in ("p", "q", "survives"):
@@ -97,12 +97,12 @@ def domain_distance(
 
 
 def _of_pair(one: np.ndarray, two: np.ndarray, bootstrap: Bootstrap) -> np.ndarray:
-    """[estimate, plain, ci_low, ci_high, p] [layer] of two domains' choices [document, layer, expert]."""
+    """Return [estimate, plain, ci_low, ci_high, p] [layer] from two domains' choices [document, layer, expert]."""
     n_a, n_b = len(one), len(two)
     pooled = np.concatenate([one, two]).astype(float)
 
     def divergence(weights_a: np.ndarray, weights_b: np.ndarray) -> np.ndarray:
-        """Of both sides' documents with these weights [resample, document]: [layer, resample]."""
+        """Return the divergence [layer, resample] for weights [resample, document] of both sides."""
         f, g = (np.tensordot(weights, pooled, 1) for weights in (weights_a, weights_b))
         f, g = f / f.sum(-1, keepdims=True), g / g.sum(-1, keepdims=True)
         return (_entropy((f + g) / 2) - (_entropy(f) + _entropy(g)) / 2).T
@@ -129,5 +129,5 @@ def _of_pair(one: np.ndarray, two: np.ndarray, bootstrap: Bootstrap) -> np.ndarr
 
 
 def _entropy(share: np.ndarray) -> np.ndarray:
-    """Bits over the last axis."""
+    """Entropy in bits over the last axis."""
     return -(share * np.log2(np.where(share > 0, share, 1))).sum(-1)

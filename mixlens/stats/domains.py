@@ -1,4 +1,4 @@
-"""What experts have to do with domains."""
+"""Relations between experts and domains."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 
 _PERMUTATIONS = 1000
 
-# Keeps the draws of the permutations apart from those of any group's bootstrap.
+# Separates the permutations from the bootstrap draws of any group.
 _PERMUTATION_STREAM = 2**31
 
 
 def domain_specialization(
     trace: Trace, *, by: str | Sequence[str] = "domain", cluster: str | None = None, bootstrap: Bootstrap = DEFAULT
 ) -> xr.Dataset:
-    """Compute the share of a domain's tokens that choose each expert.
+    """Compute the share of each domain's tokens that choose each expert.
 
-    N_eD / N_D; uniform routing gives k/E (Muennighoff et al. 2024, eq. 7). Sums to k over experts: k times
+    N_eD / N_D; k/E for uniform routing (Muennighoff et al. 2024, eq. 7). Sums to k over experts: k times
     `expert_share`.
 
     Parameters
@@ -82,20 +82,20 @@ def domain_specialization(
 def domain_information(
     trace: Trace, *, by: str | Sequence[str] = "domain", cluster: str | None = None, bootstrap: Bootstrap = DEFAULT
 ) -> xr.Dataset:
-    """Compute how many bits a choice of expert reveals about the domain, in three measures.
+    """Compute the information, in bits, that a choice of expert carries about the domain.
 
     mutual_information
         sum_eD p(e, D) log2 (p(e, D) / (p(e) p(D))), p from the counts of all k slots.
     permuted
-        its mean after the domains were dealt out to the documents at random, 1000 times: what documents that
-        differ from each other yield by chance. Its bounds hold the middle 95 % (the level) of the 1000 values.
+        its mean over 1000 random permutations of the domains of documents: the information due to chance. Its bounds
+        hold the middle 95 % (the level) of the 1000 values.
     excess
-        the difference; the measure to read. Its p is the share of permutations whose information is at least as many
-        times what the variance within domains yields by chance (Pauly, Brunner and Konietschke 2015).
+        the difference, the measure to read. Its p is the share of permutations whose information, relative to its
+        expectation from the variance within domains, is at least as large (Pauly, Brunner and Konietschke 2015).
 
-    The intervals of mutual_information and of excess are for the true mutual information, corrected for the upward bias
-    of small samples, and reach to the estimate where that lies beyond. Documents vary within their domain, whose size
-    is part of the question and not of the uncertainty; degrees of freedom are those of Welch and Satterthwaite.
+    The intervals of mutual_information and excess are for the true mutual information, corrected for the upward bias of
+    small samples, and extended to the estimate if necessary. Documents vary within their domain, whose size is taken as
+    given; degrees of freedom follow Welch and Satterthwaite.
 
     Parameters
     ----------
@@ -112,7 +112,7 @@ def domain_information(
     -------
     xarray.Dataset
         ``estimate`` (bits), ci_low, ci_high [layer, measure]; p, q (over layers), survives of excess, else NaN; n
-        (tokens), n_documents; intervals are NaN where a domain has one document only.
+        (tokens), n_documents; intervals are NaN if a domain has only one document.
 
     Raises
     ------
@@ -161,13 +161,13 @@ def domain_information(
         data, trace, bootstrap,
         statistic="domain_information", unit="bits", uniform=0.0, by=list(counts.clusters.by),
         permutations=_PERMUTATIONS, seed=bootstrap.seed, interval=Smooth.how,
-        formula="I(e; D) = sum_eD p(e, D) log2(p(e, D) / (p(e) p(D))), less its mean under "
+        formula="I(e; D) = sum_eD p(e, D) log2(p(e, D) / (p(e) p(D))), minus its mean under "
         "domains permuted over documents", source="Shannon 1948",
     )  # fmt: skip
 
 
 def choices(trace: Trace, by: str | Sequence[str]) -> Counts:
-    """How often each document chose each expert, in any slot [document, layer, expert]."""
+    """Count the choices of each expert by each document, in any slot [document, layer, expert]."""
 
     def add(block: Block, totals: dict[str, np.ndarray]) -> None:
         add_choices(block, totals["chosen"])
@@ -177,9 +177,9 @@ def choices(trace: Trace, by: str | Sequence[str]) -> Counts:
 
 
 def _information(chosen: np.ndarray, group: np.ndarray) -> np.ndarray:
-    """Mutual information [layer, 1 + document] of expert and group from choices [document, layer, expert].
+    """Return the mutual information of expert and group [layer, 1 + document] from choices [document, layer, expert].
 
-    Of all documents, and without each.
+    The first entry is over all documents, the others without each.
     """
     groups = np.unique(group)
     found = []
@@ -190,9 +190,9 @@ def _information(chosen: np.ndarray, group: np.ndarray) -> np.ndarray:
 
 
 def _permuted(chosen: np.ndarray, group: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mutual information [layer, 1 + permutation], first of the groups as they are, then with documents permuted.
+    """Return the mutual information [layer, 1 + permutation], of the actual groups first, then of permuted documents.
 
-    And how many times the chance of both kinds of variance it is [2, layer, 1 + permutation].
+    Also returns its ratio to chance, for both kinds of variance [2, layer, 1 + permutation].
     """
     rng = np.random.default_rng([seed, _PERMUTATION_STREAM])
     groups, flat, bits, ratios = np.unique(group), chosen.reshape(len(chosen), -1), [], []
@@ -211,7 +211,7 @@ def _permuted(chosen: np.ndarray, group: np.ndarray, seed: int) -> tuple[np.ndar
 
 
 def influence_of_choices(chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What each document adds to the share of each expert [layer, expert, document], and its choices in a layer."""
+    """Return the influence of each document on the share of each expert [layer, expert, document], and its choices."""
     sizes = chosen[:, 0].sum(-1)
     share = chosen.sum(0) / sizes.sum()
     return ((chosen - share * sizes[:, None, None]) / sizes.sum()).transpose(1, 2, 0), sizes

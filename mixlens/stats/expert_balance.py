@@ -1,4 +1,4 @@
-"""Experts shared out among devices: by DeepSeek's load balancer, in every way there is, and the part of each device."""
+"""Placements of experts on devices: DeepSeek's load balancer, and enumeration of all placements."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from math import comb, prod
 
 import numpy as np
 
-_MOST_PLACEMENTS = 5000  # of a layer's experts, tried one by one
+_MOST_PLACEMENTS = 5000  # enumerated placements of the experts of a layer
 
 
 def eplb(load: np.ndarray, ranks: int, redundant: int, nodes: int = 1, groups: int = 1) -> np.ndarray:
-    """The expert of each place, device by device [expert + copy], from the load of each expert of a layer [expert]."""
+    """Return the expert of each slot [expert + copy], device by device, by DeepSeek's EPLB from loads [expert]."""
     if groups % nodes:
         nodes = groups = 1
     size = len(load) // groups
@@ -47,14 +47,14 @@ def _packed(load: np.ndarray, packs: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def shares(physical: np.ndarray, n_experts: int, devices: int) -> np.ndarray:
-    """Which part of each expert's tokens each device has [expert, device], from the expert of each place."""
+    """Return the share of each expert's tokens on each device [expert, device], from the expert of each slot."""
     found = np.zeros((n_experts, devices))
     np.add.at(found, (physical, np.arange(len(physical)) * devices // len(physical)), 1.0)
     return found / found.sum(-1, keepdims=True)
 
 
 def every_placement(n_experts: int, ranks: int) -> Iterator[np.ndarray]:
-    """Which device has each expert [expert, device], all ways to share them out; none where there are too many."""
+    """Yield every placement of experts on devices [expert, device]; nothing if there are too many."""
     size = n_experts // ranks
     ways = prod(comb(size * (i + 1) - 1, size - 1) for i in range(ranks))
     if ways > _MOST_PLACEMENTS:

@@ -1,4 +1,4 @@
-"""Where two runs over the same tokens choose other experts: first flips, how they build up, and at what margins."""
+"""Flips: tokens for which two runs choose different experts, by layer and by margin."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from mixlens.stats.summaries import described, summarise
 if TYPE_CHECKING:
     from mixlens.trace.trace import Trace
 
-# Upper edges of the margins, in logits. Fixed, so that figures of different models can be laid side by side.
+# Upper edges of the margin bins, in logits. Fixed, so that figures of different models are comparable.
 MARGINS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, np.inf)
 
 
 def flips(
     a: Trace, b: Trace, *, by: By = None, cluster: str | None = None, bootstrap: Bootstrap = DEFAULT
 ) -> xr.Dataset:
-    """Compute the share of tokens whose set of experts differs between two traces, layer by layer.
+    """Compute the share of tokens whose set of experts differs between two traces, per layer.
 
-    With C_l = 1 where the sets S_l and S'_l of a token differ,
+    With C_l = 1 if the sets S_l and S'_l of a token differ,
     changed        P(C_l)
     first_flip     P(C_l and no C_m for m < l), where the first flip happens; sums to 1 - P(never)
     so_far         P(C_m for some m <= l), how flips build up with depth
     after_flip     P(C_l | some C_m, m < l), among tokens that have flipped before
     without_flip   P(C_l | no C_m, m < l), among tokens that have not
-    more_after     after_flip less without_flip, tested against 0
+    more_after     after_flip minus without_flip, tested against 0
 
-    "Before" means the layers that the traces have.
+    "Before" refers to the layers of the traces.
 
     Parameters
     ----------
@@ -55,8 +55,8 @@ def flips(
     Returns
     -------
     xarray.Dataset
-        ``estimate`` (fraction), ci_low, ci_high ``[*by, layer, measure]``; NaN where no token meets the condition; p,
-        q, survives of more_after, else NaN; n (tokens) ``[*by]``.
+        ``estimate`` (fraction), ci_low, ci_high ``[*by, layer, measure]``; NaN if no token meets the condition; p, q,
+        survives of more_after, else NaN; n (tokens) ``[*by]``.
 
     Raises
     ------
@@ -107,7 +107,7 @@ def flips(
 def routers_changed(
     a: Trace, b: Trace, *, by: By = None, cluster: str | None = None, bootstrap: Bootstrap = DEFAULT
 ) -> xr.Dataset:
-    """Compute the share of choices, of all tokens at all layers, whose set of experts differs between two traces.
+    """Compute the share of choices, over all tokens and layers, whose set of experts differs between two traces.
 
     Parameters, errors and result are those of `flips`, without layer and measure.
     """
@@ -137,22 +137,22 @@ def flips_by_margin(
     cluster: str | None = None,
     bootstrap: Bootstrap = DEFAULT,
 ) -> xr.Dataset:
-    """Compute how often the experts of a token differ, by the router's margin in the first run.
+    """Compute the share of tokens whose experts differ, by the margin of the router in the first run.
 
-    The margin is the router logit of the weakest of the k strongest experts less that of the best expert left out. A
-    flip at a small margin is a tie that rounding decides; one at a large margin is a router that reads something else.
+    The margin is the router logit of the weakest of the k strongest experts minus that of the best excluded expert. A
+    flip at a small margin is a tie broken by rounding; one at a large margin means that the router's input differs.
 
     Parameters
     ----------
     a : Trace
-        The first trace. Needs ``expert_id``, uint8 or uint16 [token, layer, slot] in both router_logits  [token, layer,
+        The first trace. Needs ``expert_id``, uint8 or uint16 [token, layer, slot] in both, router_logits [token, layer,
         expert] in the first.
     b : Trace
         The second trace, of the same tokens.
     by : By, optional
         Column or columns of the sequences to group by.
     pooled : bool, optional
-        All layers together; else layer by layer.
+        Pool all layers; otherwise per layer.
     cluster : str, optional
         Column of the sequences to cluster by, such as "author", if documents are not independent.
     bootstrap : Bootstrap, optional
@@ -161,13 +161,13 @@ def flips_by_margin(
     Returns
     -------
     xarray.Dataset
-        ``estimate`` (fraction), ci_low, ci_high ``[*by, (layer,) margin]``, the coordinates margin and margin_from
-        the upper and lower ends in logits; n (choices in the bin) of the same shape.
+        ``estimate`` (fraction), ci_low, ci_high ``[*by, (layer,) margin]``; the coordinates margin and margin_from are
+        the upper and lower bin edges in logits; n (choices in the bin) of the same shape.
 
     Raises
     ------
     BadInput
-        As flips; and where every expert is chosen, so that there is no margin.
+        As flips; or if every expert is chosen, so that there is no margin.
 
     Examples
     --------
@@ -221,6 +221,6 @@ def flips_by_margin(
 
 
 def _differ(block: Block) -> np.ndarray:
-    """bool [layer, token], whether the two sets of experts differ."""
+    """Mask [layer, token] of tokens whose sets of experts differ."""
     ids, others = np.sort(block.by_layer("expert_id"), axis=1), np.sort(block.by_layer("other expert_id"), axis=1)
     return (ids != others).any(axis=1)

@@ -1,4 +1,4 @@
-"""Impact: what became of a model when its weights were changed, from sums over every document."""
+"""Impact of changed weights on a model, computed from sums per document."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from mixlens.stats.measured import Measured, read_measured, summarised
 from mixlens.stats.next_tokens import losses_of
 
 KIND = "impact"
-# Weights of one model, and whose experts are chosen: its own, or those that the other chose for the same tokens. The
-# last is the first model in the dtype of the second; NaN where it was not measured.
+# Whose weights, and whose experts: the model's own, or those that the other model chose for the same tokens. The last
+# is the first model in the dtype of the second, NaN if not measured.
 CONDITIONS = ("a", "b", "b_routed_as_a", "a_routed_as_b", "a_cast")
 MATRICES = ("w1", "w2", "w3")
 
 
 class Impact:
-    """A model `a` and a changed copy `b` on the same tokens, measured by measure_impact.
+    """A model `a` and a changed copy `b` on the same tokens, as measured by measure_impact.
 
-    Methods take by=, a column of the documents to group by, and cluster=, one such as "author", whose values vary
-    independently where documents do not.
+    Methods take by=, a column of the documents to group by, and cluster=, a column such as "author" to cluster by if
+    documents are not independent.
 
     sums   Dataset of sums over each document: loss, kl, same_top [document, condition]; same_first, shared
            [document, layer]; error, size (squared norms), chosen [document, layer, expert]; tokens (predicted), length
@@ -48,13 +48,13 @@ class Impact:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, check: bool = True) -> Impact:
-        """The run at `path`. Raises RunError when there is none, it is not finished, or it is of another kind."""
+        """Open the run at `path`. Raises RunError if it is missing, unfinished, or of another kind."""
         folder = open_run(path, KIND, check=check).path
         return cls(read_measured(folder, KIND, check=check), path=folder)
 
     @property
     def names(self) -> tuple[str, str]:
-        """What the two models are called in tables: by how their weights are held, else by their names."""
+        """Names of the two models in tables: how their weights are stored, or else their names."""
         described = [self.meta["model"], self.meta["other"]]
         held = [str(one.get("audit", {}).get("label", "")) for one in described]
         called = [str(one["name"]).rsplit("/", 1)[-1] for one in described]
@@ -64,7 +64,7 @@ class Impact:
         return "first", "second"
 
     def quality(self, *, by: By = None, cluster: str | None = None, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
-        """How the two predict the same tokens; measures as stats.next_tokens, with the divergence exact.
+        """Compare the predictions of both models on the same tokens, as stats.next_tokens with the exact divergence.
 
         kl
             mean KL(p_a || p_b) over the whole vocabulary, nats.
@@ -93,23 +93,23 @@ class Impact:
         )  # fmt: skip
 
     def split(self, *, by: By = None, cluster: str | None = None, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
-        """How much of the change comes from the experts being chosen otherwise, and how much from everything else.
+        """Split the change into the part due to changed choices of experts and the rest.
 
-        With v(w, r) what is measured under the weights of w and the routing of r,
+        With v(w, r) measured under the weights of w and the routing of r,
         weights_first   the rest v(b, a) - v(a, a), then routing v(b, b) - v(b, a)
         routing_first   routing v(a, b) - v(a, a), then the rest v(b, b) - v(a, b)
         mean            of the two orders (the Shapley value of both parts)
-        In each order rest + routing = total = v(b, b) - v(a, a), exactly. The rest is called "weights" where both
-        models compute in the same dtype with the same kinds of layers, else "everything else"; arithmetic, v of a cast
-        to the dtype of b less v(a, a), is what the dtype alone changes. It is 0 for equal dtypes, and does not hold
-        how the kernels of quantized layers round.
+        In each order rest + routing = total = v(b, b) - v(a, a), exactly. The rest is called "weights" if both models
+        compute in the same dtype with the same kinds of layers, else "everything else". Arithmetic, v of a cast to the
+        dtype of b minus v(a, a), is the effect of the dtype alone; it is 0 for equal dtypes and excludes the rounding
+        of quantized kernels.
 
         loss
             loss, nats per token.
         kl
             KL(p_a || p) of each condition's predictions, nats per token.
         other_top
-            share of tokens with another most probable next token.
+            share of tokens with a different most probable next token.
 
         Returns
         -------
@@ -147,13 +147,13 @@ class Impact:
 
     @property
     def rest(self) -> str:
-        """What is changed beside routing: the weights, where nothing else is, or everything else."""
+        """Name of the part of the change that is not routing: the weights, or everything else."""
         return "weights" if self.meta.get("same_arithmetic", False) else "everything else"
 
     def routing(
         self, *, by: By = None, pooled: bool = False, cluster: str | None = None, bootstrap: Bootstrap = DEFAULT
     ) -> xr.Dataset:
-        """Agreement of the two models' own routing: top1 and overlap as stats.agreement ``[*by, layer, measure]``.
+        """Compute the agreement of both models' routing: top1 and overlap as stats.agreement ``[*by, layer, measure]``.
 
         pooled  the mean over layers ``[*by, measure]``
         """
@@ -171,19 +171,19 @@ class Impact:
         )
 
     def experts(self, *, by: By = None, cluster: str | None = None, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
-        """How far every expert's weights and outputs moved.
+        """Measure the change in weights and outputs of every expert.
 
         estimate
-            sqrt(sum ||f_b(x) - f_a(x)||^2 / sum ||f_a(x)||^2) over the tokens that chose the expert in a, both
-            given the input that it had there.
+            sqrt(sum ||f_b(x) - f_a(x)||^2 / sum ||f_a(x)||^2) over the tokens that chose the expert in a, with the
+            inputs from a for both.
         weight_error
-            ||W_b - W_a|| / ||W_a|| (Frobenius) of each matrix, as the model computes with it.
+            ||W_b - W_a|| / ||W_a|| (Frobenius) of each matrix, as used in computation.
 
         Returns
         -------
         xarray.Dataset
-            ``estimate``, ci_low, ci_high, n (tokens that chose it) ``[*by, layer, expert]``; NaN where none did;
-            weight_error [layer, expert, matrix], NaN where weights were offloaded.
+            ``estimate``, ci_low, ci_high, n (tokens that chose it) ``[*by, layer, expert]``; NaN if none did;
+            weight_error [layer, expert, matrix], NaN if weights were offloaded.
 
         Raises
         ------
@@ -210,7 +210,7 @@ class Impact:
         return data.assign_attrs({**attrs, "level": bootstrap.level, **names, "source": "measured by mixlens"})
 
     def overview(self) -> pd.DataFrame:
-        """The main numbers, one a row: estimate, ci_low, ci_high, unit, n (tokens)."""
+        """Return the main numbers, one per row: estimate, ci_low, ci_high, unit, n (tokens)."""
         quality, split = self.quality(), self.split().sel(quantity="loss", order="mean")
         a, b = self.names
         rows = {
@@ -228,7 +228,7 @@ class Impact:
         return pd.DataFrame.from_dict(rows, orient="index")
 
     def title(self) -> str:
-        """What is compared, and on what."""
+        """Return a title with the names and counts."""
         tokens, documents = int(self.sums.tokens.sum()), self.sums.sizes["document"]
         read = f"{tokens:,} predicted tokens of {documents:,} documents"
         return f"{self.names[0]} and {self.names[1]}: {read}; 95% intervals of paired differences, over documents"
@@ -248,7 +248,7 @@ def _dataset(measured: Measured) -> xr.Dataset:
         **dict.fromkeys(("tokens", "length"), ("document",)),
     }
     arrays = measured.arrays
-    missing = [(0, 0), (0, len(CONDITIONS) - arrays["loss"].shape[1])]  # of runs from before arithmetic was measured
+    missing = [(0, 0), (0, len(CONDITIONS) - arrays["loss"].shape[1])]  # older runs did not measure arithmetic
     arrays = arrays | {n: np.pad(arrays[n], missing, constant_values=np.nan) for n in ("loss", "kl", "same_top")}
     data: dict[str, Any] = {name: (along, arrays[name]) for name, along in dims.items()}
     data["weight_error"] = (("layer", "expert", "matrix"), arrays["weight_error"][0])

@@ -1,4 +1,4 @@
-"""What experts matter for: the change in loss without each of them, from sums over every document."""
+"""Importance of experts: the change in loss without each one, computed from sums per document."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def expert_importance(
     cluster: str | None = None,
     bootstrap: Bootstrap = DEFAULT,
 ) -> xr.Dataset:
-    """Compute how much worse tokens are predicted when an expert is removed from a layer.
+    """Compute the change in loss when an expert is removed from a layer.
 
     sum_d (v_d without the expert - v_d) / sum_d n_d, v_d the loss (or metric) of document d summed over its n_d
     predicted tokens. Both runs read the same tokens, so the interval is that of the paired difference.
@@ -30,7 +30,7 @@ def expert_importance(
     Parameters
     ----------
     measured : xarray.Dataset
-        The result of the measurement. Needs ``measured``, as measure_importance or open gives it.
+        Result of measure_importance, or of open for its run.
     by : str or Sequence[str], optional
         Column or columns of the sequences to group by.
     cluster : str, optional
@@ -42,14 +42,14 @@ def expert_importance(
     -------
     xarray.Dataset
         ``estimate`` (nats per token, or the unit of the metric), ci_low, ci_high, p, q, survives ``[*by, layer,
-        expert]``, tested against no change and adjusted for all of these cells; share ``[*by, layer, expert]``, the
-        expert share on the same tokens; value ``[*by]``, of the whole model; n (predicted tokens), n_documents,
-        n_effective ``[*by]``.
+        expert]``, tested against no change and adjusted for all cells; share ``[*by, layer, expert]``, the expert share
+        on the same tokens; value ``[*by]`` of the whole model; n (predicted tokens), n_documents, n_effective
+        ``[*by]``.
 
     Raises
     ------
     BadInput
-        For an unknown column in `by` or `cluster`, and anything else than such sums.
+        If `by` or `cluster` names an unknown column, or `measured` is not the result of measure_importance.
 
     Examples
     --------
@@ -90,15 +90,15 @@ def expert_importance(
 
 
 def open_importance(path: str | os.PathLike[str], *, check: bool = True) -> xr.Dataset:
-    """The sums over documents that an importance run holds; `expert_importance` makes the map of them.
+    """Return the sums per document of an importance run; `expert_importance` turns them into a map.
 
-    Raises RunError when the run is not there, unfinished, altered, or of another kind.
+    Raises RunError if the run is missing, unfinished, altered, or of another kind.
     """
     return importance_dataset(read_measured(path, KIND, check=check))
 
 
 def importance_dataset(measured: Measured) -> xr.Dataset:
-    """Sums over documents: change, chosen [document, layer, expert]; value, tokens, length [document]."""
+    """Return sums per document: change, chosen [document, layer, expert]; value, tokens, length [document]."""
     meta, inner = measured.meta, ("document", "layer", "expert")
     data = {name: (inner[: array.ndim], array) for name, array in measured.arrays.items()}
     coords = {"layer": meta["layers"], "expert": np.arange(meta["n_experts"])}

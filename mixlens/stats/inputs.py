@@ -1,4 +1,4 @@
-"""What a statistic asks of its trace: signals, clusters and ids of tokens."""
+"""Check the inputs of statistics: signals, clusters and token ids."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def require(trace: Any, what: str, *signals: str, bootstrap: Any = DEFAULT) -> None:
-    """Raises BadInput unless statistic `what` got a trace and a Bootstrap, MissingSignal where the trace lacks one."""
+    """Raise BadInput unless given a trace and a Bootstrap, MissingSignal if the trace lacks a signal."""
     if not callable(getattr(trace, "require", None)):
         raise BadInput(
             f"Cannot compute {what}: expected a trace, got {type(trace).__name__}. Pass what ml.record, a Recorder or "
@@ -36,9 +36,9 @@ def require(trace: Any, what: str, *signals: str, bootstrap: Any = DEFAULT) -> N
 
 
 def clustered(trace: Trace, cluster: str | None) -> Trace:
-    """The trace with a column of its sequences in the place of documents, as what varies independently.
+    """Return a view of the trace in which a column of its sequences replaces documents as the independent unit.
 
-    Raises BadInput for a column that is not there, or has missing values.
+    Raises BadInput for a column that does not exist or has missing values.
     """
     if cluster is None or not isinstance(getattr(trace, "sequences", None), pd.DataFrame):
         return trace
@@ -49,14 +49,14 @@ def clustered(trace: Trace, cluster: str | None) -> Trace:
 
 
 def with_ids(trace: Trace, what: str) -> Trace:
-    """The tokens that have an id; a model that was given embeddings read others.
+    """Return the tokens that have an id; a model given embeddings read others without.
 
-    Raises MissingSignal where none has.
+    Raises MissingSignal if none has.
     """
     known = np.unique(np.concatenate([[-1], *(np.unique(block["token_id"]) for block in trace.blocks("token_id"))]))
     if trace.n_tokens and len(known) == 1 and trace.reduce is None:
         raise MissingSignal(
-            f"Cannot compute {what}: no token of this trace has an id, since the model was given embeddings. Record a "
+            f"Cannot compute {what}: its tokens have no ids, because the model was given embeddings. Record a "
             "forward of token ids.",
             argument="token_id",
         )

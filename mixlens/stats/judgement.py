@@ -1,4 +1,4 @@
-"""Judgement: what a changed model lost on held-out text and benchmarks, the worst first, against the user's limits."""
+"""Judgement of a changed model: its losses on held-out text and benchmarks against the user's limits, worst first."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mixlens.errors import BadInput, visible
 from mixlens.stats.verdicts import DO, fewest_units, level_of_each, of_all, verdict
 
 KIND, TABLE = "judgement", "table.parquet"
-# Kinds of rows, each with its unit and the sign that makes a change a gain.
+# Kinds of rows, with unit and the sign that turns a change into a gain.
 TEXT, SCORE = "loss", "score"
 _GAIN = {TEXT: -1.0, SCORE: 1.0}
 _UNIT = {TEXT: "nats per token", SCORE: "of the score"}
@@ -28,13 +28,13 @@ PUBLISHED = (
     "average, without 4 about 7.1 (Lu et al. 2024, arXiv 2402.14800); with the 5 % least used experts of "
     "Qwen3.5-35B-A3B set to zero, perplexity on WikiText-2 rose from 6.6 to 86.9 "
     "(baa.ai/articles/44-expert-pruning-destructive, March 2026). "
-    "What was cheap elsewhere says little here."
+    "A small loss there does not imply a small loss here."
 )
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """Two models on the same held-out text and questions, as `judge` compared them.
+    """Two models on the same held-out text and questions, as compared by `judge`.
 
     Parameters
     ----------
@@ -45,9 +45,9 @@ class Judgement:
     limits : Mapping[str, float]
         How far a "loss" (nats per token) may rise, and a "score" fall, in any group.
     meta : dict[str, Any]
-        Both models, settings, versions, and level of the intervals together.
+        Both models, settings, versions, and the simultaneous level of the intervals.
     path : Path, optional
-        Of the run directory; None in memory.
+        The run directory; None in memory.
     """
 
     table: pd.DataFrame
@@ -59,7 +59,7 @@ class Judgement:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, check: bool = True) -> Judgement:
-        """Open the judgement in a folder. Raises RunError where there is none, or a run of another kind.
+        """Open the judgement in a folder. Raises RunError if there is none, or a run of another kind.
 
         Parameters
         ----------
@@ -72,7 +72,7 @@ class Judgement:
         return cls(pq.read_table(run.file(TABLE)).to_pandas(), run.meta["limits"], run.meta, Path(path))
 
     def within(self, limits: Mapping[str, float]) -> Judgement:
-        """Return the same measurement against other limits.
+        """Return the same measurement judged by other limits.
 
         Parameters
         ----------
@@ -84,7 +84,7 @@ class Judgement:
 
     @property
     def verdicts(self) -> list[str]:
-        """Of every row of the table: whether what is lost there is within the limit."""
+        """Verdict of each row of the table: whether its loss is within the limit."""
         found = []
         for row in self.table.to_dict("records"):
             gain = sorted(_GAIN[row["kind"]] * row[name] for name in ("ci_low", "ci_high"))
@@ -93,7 +93,7 @@ class Judgement:
 
     @property
     def verdict(self) -> str:
-        """ "do it" where every row is within its limit, "do not" where one is beyond it, else "not enough evidence"."""
+        """ "do it" if every row is within its limit, "do not" if one exceeds it, else "not enough evidence"."""
         return of_all(self.verdicts)
 
     @property
@@ -106,7 +106,7 @@ class Judgement:
 
     @property
     def reason(self) -> str:
-        """The row that decides, in a sentence."""
+        """The decisive row, in one sentence."""
         decides = self.verdict
         rows = zip(self.table.to_dict("records"), self.verdicts, strict=True)
         row = next((row for row, found in rows if found == decides), None)
@@ -137,14 +137,14 @@ class Judgement:
         return pd.DataFrame(rows)
 
     def remarks(self) -> list[str]:
-        """Return what belongs to the table: how it was measured, and published experience."""
+        """Return notes on the table: how it was measured, and published experience."""
         before, after = (self.meta[side].get("name", "") for side in ("before", "after"))
         level, rows = self.meta["level"], len(self.table)
         return [
             f"Before: {before}; after: {after}. Changes on the same tokens and questions, the worst group first; "
             f"{level:.0%} intervals that hold for all {rows} rows at once (Bonferroni). A row of fewer than "
-            f"{fewest_units(level_of_each(level, rows))} documents or questions has no interval: all of so "
-            "few may change in one direction by chance.",
+            f"{fewest_units(level_of_each(level, rows))} documents or questions has no interval: so "
+            "few may all change in one direction by chance.",
             PUBLISHED,
         ]
 
@@ -158,7 +158,7 @@ class Judgement:
 
 
 def check_limits(limits: Mapping[str, float], kinds: Iterable[str]) -> None:
-    """Raises BadInput where a kind has no limit."""
+    """Raise BadInput if a kind has no limit."""
     for kind in kinds:
         limit = limits.get(kind)
         if not isinstance(limit, int | float) or not limit >= 0:

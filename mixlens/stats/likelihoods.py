@@ -1,4 +1,4 @@
-"""How far two engines lie apart in the probability of the same tokens, and how much of it is routing."""
+"""Differences between two engines in the probability of the same tokens, and the part due to routing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mixlens.stats.summaries import described, summarise
 if TYPE_CHECKING:
     from mixlens.trace.trace import Trace
 
-EXTREME = 2.0  # a token is extreme where one run gives it more than this times the probability of the other
+EXTREME = 2.0  # ratio of probabilities above which a token is extreme
 _K3 = "Schulman 2020, Approximating KL Divergence"
 _PARTS = ("ids", "weights", "rest", "total")
 
@@ -28,15 +28,15 @@ _PARTS = ("ids", "weights", "rest", "total")
 def likelihood_gap(
     a: Trace, b: Trace, *, by: By = None, cluster: str | None = None, bootstrap: Bootstrap = DEFAULT
 ) -> xr.Dataset:
-    """Measure how far two runs lie apart in the probability of the same tokens.
+    """Measure the difference between two runs in the probability of the same tokens.
 
-    With p and q the probabilities that the first and the second run give a token,
+    With p and q the probabilities of a token in the first and the second run,
 
     log_ratio
         mean of log p - log q, nats.
     k3
-        mean of q / p - 1 - log(q / p), nats: at least 0, and an unbiased estimate of KL(p || q) where the first run
-        drew the tokens.
+        mean of q / p - 1 - log(q / p), nats: nonnegative, and an unbiased estimate of KL(p || q) if the first run
+        sampled the tokens.
     extreme
         share of tokens with p / q or q / p above 2.
 
@@ -107,28 +107,28 @@ def routing_split(
     cluster: str | None = None,
     bootstrap: Bootstrap = DEFAULT,
 ) -> xr.Dataset:
-    """Split the gap between two runs into what their routing causes and the rest.
+    """Split the gap between two runs into the part caused by routing and the rest.
 
-    With v(r) what is measured of the second run under routing r,
+    With v(r) measured on the second run under routing r,
 
     ids
-        what is gained by giving it the experts of the first: v(own) - v(ids).
+        the gain from giving it the experts of the first run: v(own) - v(ids).
     weights
-        and by giving it their weights as well: v(ids) - v(ids and weights).
+        the further gain from also giving it the weights: v(ids) - v(ids and weights).
     rest
-        what is left: v(ids and weights).
+        the remainder: v(ids and weights).
     total
-        the gap, v(own), which is their sum.
+        the gap v(own), which is the sum of the three.
 
-    Here v is the loss of the second run less that of the first, or the K3 estimate of the divergence between them
-    (`likelihood_gap`). A part may be below 0, where the experts of the first run take the second further away.
+    Here v is the loss of the second run minus that of the first, or the K3 estimate of the divergence between them
+    (`likelihood_gap`). A part is negative if the experts of the first run move the second further away.
 
     Parameters
     ----------
     a, b : Trace
         The two runs. Need ``logprob``, float32 [token], as the others do.
     b_with_ids, b_with_weights : Trace
-        The second run again, with the experts of the first, and with their weights as well.
+        The second run repeated with the experts of the first, and with their weights as well.
     by : By, optional
         Column or columns of the sequences to group by.
     cluster : str, optional
@@ -192,7 +192,7 @@ def routing_split(
 
 
 def k3(log_ratio: np.ndarray) -> np.ndarray:
-    """r - 1 - log r with r = q / p, from log p - log q."""
+    """Return r - 1 - log r for r = q / p, from log p - log q."""
     return np.expm1(-log_ratio) + log_ratio
 
 

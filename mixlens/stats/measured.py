@@ -1,4 +1,4 @@
-"""What measurements over documents share: the run they are kept in, groups of documents, statistics of their sums."""
+"""Shared code of measurements over documents: reading runs, grouping documents, statistics of sums."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ VOCABULARY = "vocabulary.parquet"
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured: arrays along documents or tokens, the documents' columns, and how it came about."""
+    """A measurement: arrays over documents or tokens, the columns of the documents, and metadata."""
 
     arrays: dict[str, np.ndarray]
     documents: pd.DataFrame
@@ -35,22 +35,22 @@ class Measured:
     vocabulary: pd.Series | None = None
 
     def columns(self, own: Collection[str]) -> dict[str, np.ndarray]:
-        """The documents' columns [document], by their names beside those that a Dataset has for itself."""
+        """Return the documents' columns [document], renamed if they collide with `own`."""
         return {beside(str(name), own): self.documents[name].to_numpy(object) for name in self.documents}
 
     def along_documents(
         self, data: Mapping[str, tuple[Any, Any]], coords: Mapping[str, Any], attrs: Mapping[str, Any]
     ) -> xr.Dataset:
-        """A Dataset of sums over documents, with the documents' columns as coordinates."""
+        """Return sums over documents as a Dataset, with the documents' columns as coordinates."""
         own = {*data, *coords, "document"}
         columns = {name: ("document", values) for name, values in self.columns(own).items()}
         return xr.Dataset(data, {**columns, **coords}, attrs)
 
 
 def read_measured(path: str | os.PathLike[str], kind: str, *, check: bool = True) -> Measured:
-    """The run of this kind at `path`, in memory.
+    """Read the run of this kind at `path` into memory.
 
-    Raises RunError when the run is not there, unfinished, altered, or of another kind.
+    Raises RunError if the run is missing, unfinished, altered, or of another kind.
     """
     run = open_run(path, kind, check=check)
     names = sorted(name for name in run.meta["files"] if name.startswith(f"{kind}-"))
@@ -63,7 +63,7 @@ def read_measured(path: str | os.PathLike[str], kind: str, *, check: bool = True
 
 
 def check_kind(measured: Any, kind: str, made_by: str) -> None:
-    """Raises BadInput unless `measured` is what `made_by` gives."""
+    """Raise BadInput unless `measured` is the result of `made_by`."""
     found = measured.attrs.get("kind") if isinstance(measured, xr.Dataset) else None
     if found != kind:
         raise BadInput(
@@ -77,15 +77,15 @@ def check_kind(measured: Any, kind: str, made_by: str) -> None:
 def groups_of(
     measured: xr.Dataset, by: str | Sequence[str] | None, argument: str = "by"
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """({column: its labels}, group of each document, counted over the product of the labels).
+    """Return ({column: its labels}, group of each document, counted over the product of the labels).
 
-    Raises BadInput for a column that is not there, or that some documents lack.
+    Raises BadInput for a column that does not exist or that some documents lack.
     """
     there = [str(name) for name in measured.coords if measured[name].dims == ("document",)]
     labels: dict[str, np.ndarray] = {}
     group = np.zeros(measured.sizes["document"], np.int64)
     for name in [by] if isinstance(by, str) else [] if by is None else list(by):
-        held = name if name in there else f"document_{name}"  # beside a measured quantity of that name
+        held = name if name in there else f"document_{name}"  # renamed because a measured quantity has this name
         if held not in there:
             raise BadInput(
                 f"Cannot group by {name!r}: the documents have the columns {', '.join(there)}. Pass one of them, or "
@@ -107,7 +107,7 @@ def groups_of(
 
 
 def _units(measured: xr.Dataset, group: np.ndarray, cluster: str | None) -> tuple[np.ndarray, np.ndarray]:
-    """Group of each unit, and unit of each document: documents of one group that are of one cluster."""
+    """Return the group of each unit and the unit of each document: documents of one group and cluster."""
     if cluster is None:
         return group, np.arange(len(group))
     _, of_cluster = groups_of(measured, cluster, "cluster")
@@ -116,7 +116,7 @@ def _units(measured: xr.Dataset, group: np.ndarray, cluster: str | None) -> tupl
 
 
 def predicted_alone(measured: xr.Dataset) -> xr.Dataset:
-    """The sums with documents counted as read only where they have predicted tokens: shares are of the same ones."""
+    """Count the length of documents only if they have predicted tokens, so that shares use the same documents."""
     return measured.assign(length=measured.length.where(measured.tokens > 0, 0))
 
 
@@ -133,11 +133,11 @@ def summarised(
     null: np.ndarray | float | None = None,
     cluster: str | None = None,
 ) -> xr.Dataset:
-    """The Dataset of a statistic of sums over documents `names`, as `summaries.summarise` makes it.
+    """Return a statistic of the sums `names` over documents as a Dataset, like `summaries.summarise`.
 
-    dims     {name: labels} after layer; where the sums have no layer, neither has the Dataset
-    tokens   what the numbers rest on [document, ...]; {"n": ...} is among the sums where it is [document]
-    cluster  column of the documents whose values vary independently, in the place of documents
+    dims     {name: labels} after layer; without a layer in the sums, the Dataset has none
+    tokens   sample sizes [document, ...]; the sums include {"n": ...} if it is [document]
+    cluster  column of the documents that replaces documents as the independent unit
     """
     labels, group = groups_of(sums, by if by is None or isinstance(by, str) else list(by))
     group, unit = _units(sums, group, cluster)

@@ -1,4 +1,4 @@
-"""Which experts moved between two runs over the same tokens."""
+"""Experts that gained or lost tokens between two runs on the same tokens."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 def moved(
     a: Trace, b: Trace, *, by: By = None, cluster: str | None = None, bootstrap: Bootstrap = DEFAULT
 ) -> xr.Dataset:
-    """Trace each expert from run a to run b of the same tokens, such as base and Instruct, or two checkpoints.
+    """Compare each expert between runs a and b of the same tokens, such as base and Instruct, or two checkpoints.
 
     share_change
-        (N_e(b) - N_e(a)) / (k N), the change of its share.
+        (N_e(b) - N_e(a)) / (k N), the change of the expert's share.
     kept
-        N_e(a and b) / N_e(a), the part of its tokens that still choose it; NaN where none did. Independent
-        uniform routing gives k/E.
+        N_e(a and b) / N_e(a), the share of its tokens that still choose it; NaN if none did. k/E for independent
+        uniform routing.
 
-    Tokens are paired, and a document counts with both of its routings.
+    Tokens are paired, and each document counts with both of its routings.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Many cells at once: p against a value without effect, adjusted for the number of cells, and which cells survive."""
+"""Multiple testing: p values against a null, adjusted for the number of cells."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import xarray as xr
 
 from mixlens.errors import BadInput
 
-# Dimensions whose labels are questions of their own, so that each label is a family of cells.
+# Dimensions whose labels are separate questions, so that each label is a family of cells of its own.
 _QUESTIONS = ("measure", "choice", "quantity")
 
 
 def adjusted(p: np.ndarray) -> np.ndarray:
     """Compute q of Benjamini and Hochberg (1995) for p of any shape.
 
-    min over i >= rank of p_(i) m / i, over the m values that are no NaN.
+    min over i >= rank of p_(i) m / i, over the m values that are not NaN.
 
     Parameters
     ----------
     p : numpy.ndarray
-        Values between 0 and 1; NaN stays NaN and counts for nothing.
+        Values between 0 and 1; NaN stays NaN and is ignored.
 
     Returns
     -------
@@ -29,7 +29,7 @@ def adjusted(p: np.ndarray) -> np.ndarray:
     Raises
     ------
     BadInput
-        For what is no number between 0 and 1 or NaN.
+        If a value is neither between 0 and 1 nor NaN.
 
     Examples
     --------
@@ -52,7 +52,7 @@ def adjusted(p: np.ndarray) -> np.ndarray:
 
 
 def with_survivors(data: xr.Dataset, p: xr.DataArray, level: float) -> xr.Dataset:
-    """`data` with p, q, survives, and attrs["cells"] (of one measure): all cells of a measure are one family."""
+    """Return `data` with p, q, survives and attrs["cells"] (per measure); the cells of a measure form one family."""
     question = next((dim for dim in p.dims if dim in _QUESTIONS), None)
     families = [p] if question is None else [p.sel({question: [label]}) for label in p[question].to_numpy()]
     q = [family.copy(data=adjusted(family.to_numpy())) for family in families]
@@ -71,20 +71,20 @@ def p_against(
     level: float,
     skewness: np.ndarray | float | None = None,
 ) -> np.ndarray:
-    """Compute p of numbers with an interval against `null`, their value without an effect.
+    """Compute p values of estimates with intervals against `null`, the value without an effect.
 
-    The largest of three, since each alone is too small somewhere:
+    The largest of three, because each alone can be too small:
 
-    - one less the level at which the interval would reach the null, its bounds moved as those of t with n - 1 degrees
-      of freedom do, so that p < 0.05 exactly where a 95 % interval excludes the null (Altman and Bland 2011,
-      doi:10.1136/bmj.d2304);
+    - one minus the level at which the interval would reach the null, its bounds scaled like those of t with n - 1
+    degrees of freedom, so that p < 0.05 exactly if a 95 % interval excludes the null (Altman and Bland 2011,
+    doi:10.1136/bmj.d2304);
     - the same with Hall's transformation for the `skewness` of the estimate (Hall 1992, J. R. Stat. Soc. B 54, 221),
-      taken one standard error, sqrt(6) / n, against the finding: documents that lie far from the null for want of the
-      largest values look less skewed than they are;
-    - 2^(1 - n), the least that a test which flips the signs of n units can give.
+    shifted by one standard error, sqrt(6) / n, against the finding: samples that are far from the null because they
+    miss the largest values look less skewed than they are;
+    - 2^(1 - n), the smallest p of a test that flips the signs of n units.
 
-    NaN without an interval or a null, and where units do not differ at all, which says nothing of how they might. `n`
-    is the effective number of independent units, such as documents; `skewness` is that of the estimate, where known.
+    NaN without an interval or a null, and if the units do not differ at all, which says nothing about their variance.
+    `n` is the effective number of independent units, such as documents; `skewness` is that of the estimate, if known.
     """
     from scipy.special import stdtr, stdtrit
 

@@ -1,4 +1,4 @@
-"""What two runs over the same tokens say of the next token: losses, and how far their predictions lie apart."""
+"""Next-token predictions of two runs on the same tokens: losses and divergence."""
 
 from __future__ import annotations
 
@@ -27,32 +27,31 @@ _ROWS = 1024  # tokens at a time: 4 MB of pairs of stored tokens
 def next_tokens(
     a: Trace, b: Trace, *, by: By = None, cluster: str | None = None, bootstrap: Bootstrap = DEFAULT
 ) -> xr.Dataset:
-    """Compare how two runs predict the same tokens: means over predicted tokens with paired intervals.
+    """Compare the predictions of two runs on the same tokens: means over predicted tokens with paired intervals.
 
     loss_a, loss_b
         -mean log p(token | earlier ones), nats.
     loss_difference
-        loss_b - loss_a, of the same tokens, nats.
+        loss_b - loss_a on the same tokens, nats.
     perplexity_a, _b
         exp of the losses.
     perplexity_ratio
         exp(loss_difference).
     same_top
-        share of tokens for which both hold the same next token for the most probable.
+        share of tokens for which both runs have the same most probable next token.
     kl_at_least
-        lower bound of the mean ``KL(p_a || p_b)``, nats: the tokens that both runs have among their stored top ones,
-        and all others as a single outcome. By the data-processing inequality joining outcomes never makes the
-        divergence larger; measure_impact gives the exact one.
+        lower bound of the mean ``KL(p_a || p_b)``, nats: computed from the tokens that both runs store among their top
+        ones, with all others merged into one outcome. Merging never increases the divergence (data-processing
+        inequality); measure_impact gives the exact value.
 
-    A document counts with the values of both runs, whose layers and experts may differ. All measures are over the same
-    tokens: those with one before them in their sequence.
+    A document counts with the values of both runs, whose layers and experts may differ. All measures use the same
+    tokens: those with a predecessor in their sequence.
 
     Parameters
     ----------
     a : Trace
-        The first trace. Needs ``logprob``, float32 [token] in both; top_id, top_logprob [token, 64] and
-        tail_logprob [token] in both for same_top and kl_at_least, which are NaN without them, as attrs["missing"]
-        then says.
+        The first trace. Needs ``logprob``, float32 [token] in both; top_id, top_logprob [token, 64] and tail_logprob
+        [token] in both for same_top and kl_at_least, which are otherwise NaN, with a note in attrs["missing"].
     b : Trace
         The second trace, of the same tokens.
     by : By, optional
@@ -70,7 +69,7 @@ def next_tokens(
     Raises
     ------
     BadInput
-        Where tokens differ, naming the first sequence and position that do; or for an unknown column in `by`.
+        If tokens differ (the message names the first difference), or `by` names an unknown column.
 
     Examples
     --------
@@ -119,7 +118,7 @@ def next_tokens(
 
 
 def losses_of(a: np.ndarray, b: np.ndarray, n: np.ndarray) -> dict[str, Quantity]:
-    """Losses and perplexities of two runs from sums of their losses over n tokens."""
+    """Return losses and perplexities of two runs from sums of their losses over n tokens."""
     return {
         "loss_a": Mean(a, n),
         "loss_b": Mean(b, n),
@@ -131,7 +130,7 @@ def losses_of(a: np.ndarray, b: np.ndarray, n: np.ndarray) -> dict[str, Quantity
 
 
 def _apart(block: Block, rows: np.ndarray) -> np.ndarray:
-    """[2, row]: whether the most probable next token is the same, and the lower bound of the divergence."""
+    """Return [2, row]: whether the most probable next tokens agree, and the lower bound of the divergence."""
     columns = {name: block[name][rows] for name in (*_TOP, *(f"other {name}" for name in _TOP))}
     found = np.zeros((2, len(rows)))
     found[0] = columns["top_id"][:, 0] == columns["other top_id"][:, 0]
@@ -140,9 +139,10 @@ def _apart(block: Block, rows: np.ndarray) -> np.ndarray:
 
 
 def coarse_divergence(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> np.ndarray:
-    """KL(p_a || p_b) [row] in nats over {tokens both know, all others}; a and b are (ids, log p [row, n], log tail).
+    """Return KL(p_a || p_b) [row] in nats over {tokens known to both, all others}.
 
-    What a run has beside the shared tokens goes to its tail: the tail stays a sum of positive numbers.
+    a and b are (ids, log p [row, n], log tail). The unshared tokens of a run are added to its tail, so that the tail
+    remains a sum of positive numbers.
     """
     out = np.empty(len(a[0]))
     for start in range(0, len(out), _ROWS):
@@ -160,6 +160,6 @@ def coarse_divergence(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> np.nd
 
 
 def _joined(logp: np.ndarray, shared: np.ndarray, tail: np.ndarray) -> np.ndarray:
-    """log of the probability [row] of everything that is not shared."""
+    """Return the log probability [row] of everything that is not shared."""
     others = np.where(shared, -np.inf, logp)
     return np.logaddexp.reduce(np.concatenate([others, tail[:, None].astype(np.float64)], axis=1), axis=1)

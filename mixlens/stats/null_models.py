@@ -1,4 +1,4 @@
-"""Null models: a statistic where routing depends on the token, on its position or on the layer before alone."""
+"""Null models, in which routing depends only on the token, its position or the previous layer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _GIVEN = {
     "token": "routing by token identity alone",
     "position": "routing by position alone",
-    "layer": "routing by the experts of the layer before alone",
+    "layer": "routing by the experts of the previous layer only",
 }
 _ROUTED = ("expert_id", "weight", "router_logits")
 
@@ -34,20 +34,20 @@ def null_model(
     cluster: str | None = None,
     bootstrap: Bootstrap = DEFAULT,
 ) -> xr.Dataset:
-    """Compare a statistic with its values where routing depends on one thing alone.
+    """Compare a statistic with its values if routing depended on only one thing.
 
-    The tokens of the trace keep their text, and their routing is shuffled among those with
+    The text stays, and the routing of tokens is shuffled among tokens with
 
     token
         the same token id, so that only a token's identity matters;
     position
         the same position in their sequence;
     layer
-        the same experts in the layer before, in the same order, one layer after the other: a Markov chain over layers.
+        the same experts in the previous layer, in the same order, layer by layer: a Markov chain over layers.
 
-    What the statistic is beyond that (`excess`) comes from something else, such as context. p is the share of shuffles,
-    the trace among them, that lie at least as far from the mean of the shuffles; or p of the statistic's interval over
-    documents against that mean, where it is larger: what few documents have in common may be their own.
+    The difference (`excess`) is due to something else, such as context. p is the share of shuffles, including the trace
+    itself, that are at least as far from the mean of the shuffles; or p of the statistic's interval over documents
+    against that mean, if larger, because a pattern shared by few documents may be specific to them.
 
     Parameters
     ----------
@@ -58,7 +58,7 @@ def null_model(
     given : {"token", "position", "layer"}, optional
         What routing depends on.
     permutations : int, optional
-        Number of shuffles; the least p is one over one more.
+        Number of shuffles n; the smallest p is 1 / (n + 1).
     cluster : str, optional
         Column of the sequences to cluster by, such as "author", if documents are not independent.
     bootstrap : Bootstrap, optional
@@ -67,14 +67,14 @@ def null_model(
     Returns
     -------
     xarray.Dataset
-        What the statistic returns; expected (mean of the shuffles), null_low and null_high (their middle 95 %, the
-        level), excess (estimate less expected), and p, q, survives against this null, of the shape of the estimate.
-        Figures by layer draw expected as a dotted line.
+        Result of the statistic; expected (mean of the shuffles), null_low and null_high (their middle 95 %, the level),
+        excess (estimate minus expected), and p, q, survives against this null, of the shape of the estimate. Figures by
+        layer draw expected as a dotted line.
 
     Raises
     ------
     BadInput
-        For another `given`, or fewer than 19 shuffles.
+        If `given` is unknown, or there are fewer than 19 shuffles.
     MissingSignal
         If no token has an id, for "token".
 
@@ -117,7 +117,7 @@ def null_model(
 
 
 def _p_of_documents(data: xr.Dataset, expected: np.ndarray) -> np.ndarray:
-    """p of the interval over documents against the mean of the shuffles; 0 for a statistic that has no intervals."""
+    """Return p of the interval over documents against the mean of the shuffles; 0 without intervals."""
     estimate, units = data["estimate"], data.get("n_effective")
     if units is None or (data["ci_low"].isnull() & (units >= 2)).all():
         return np.zeros(estimate.shape)
@@ -150,7 +150,7 @@ _KEY = {"token": "token_id", "position": "position"}
 
 
 def _within(keys: np.ndarray, rng: np.random.Generator, n_layers: int) -> Iterator[np.ndarray]:
-    """Token each token takes its routing from [token, layer]: another one with the same key, the same in all layers."""
+    """Yield source tokens of the routing [token, layer]: a random token with the same key, the same for all layers."""
     into = np.argsort(keys, kind="stable")
     while True:
         source = np.empty(len(keys), np.int64)
@@ -159,7 +159,7 @@ def _within(keys: np.ndarray, rng: np.random.Generator, n_layers: int) -> Iterat
 
 
 def _markov(ids: np.ndarray, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Token each token takes its routing from [token, layer]: one with the experts that it now has a layer before."""
+    """Yield source tokens of the routing [token, layer]: a random one whose previous layer has the current experts."""
     chosen = [np.unique(ids[:, layer], axis=0, return_inverse=True)[1].reshape(-1) for layer in range(ids.shape[1])]
     while True:
         source = np.tile(np.arange(len(ids))[:, None], (1, ids.shape[1]))

@@ -1,4 +1,4 @@
-"""What sizes of expert outputs tell."""
+"""Statistics of the sizes of expert outputs."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ SUPER_EXPERTS = "Su et al. 2025, Unveiling Super Experts in Mixture-of-Experts L
 
 
 def super_experts(outputs: xr.Dataset) -> xr.Dataset:
-    """Find experts whose down projection outputs numbers far larger than those of the others.
+    """Find experts whose down projection outputs far larger values than those of other experts.
 
-    max_abs > P99.5 of all experts and max_abs > max / 10 (Su et al. 2025). The largest of all always passes both
-    tests, so read `over_median` beside it: without a super expert it is near 1.
+    max_abs > P99.5 of all experts and max_abs > max / 10 (Su et al. 2025). The largest of all always passes both tests,
+    so check `over_median`: without a super expert it is near 1.
 
     Parameters
     ----------
     outputs : xarray.Dataset
-        The result of expert_outputs. Needs ``outputs``, max_abs [layer, expert], as expert_outputs gives it.
+        Result of expert_outputs, with max_abs [layer, expert].
 
     Raises
     ------
     BadInput
-        For anything that lacks max_abs Returns Dataset is_super, max_abs, over_median (max_abs over the median
-        expert's) [layer, expert].
+        If max_abs is missing. Returns Dataset is_super, max_abs, over_median (max_abs relative to the median expert)
+        [layer, expert].
 
     Examples
     --------
@@ -45,7 +45,7 @@ def super_experts(outputs: xr.Dataset) -> xr.Dataset:
     limit = max(float(np.percentile(known, 99.5)), float(known.max()) / 10) if len(known) else np.nan
     median = float(np.median(known)) if len(known) else np.nan
     return xr.Dataset(
-        # At P99.5 itself stands the largest when all are equal: then none is above.
+        # If all are equal, the largest equals P99.5, and no expert is above it.
         {"is_super": largest > limit, "max_abs": largest, "over_median": largest / median},
         attrs={
             "statistic": "super_experts",

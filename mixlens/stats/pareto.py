@@ -1,4 +1,4 @@
-"""Pareto: several ways of holding one model's weights, with the quality, the bytes and the speed of each."""
+"""Pareto: several quantization schemes of one model, with quality, size and speed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _OVERVIEW = {
     "ttft_s": ("TTFT [ms]", 1e3, 1),
     "tpot_s": ("TPOT [ms]", 1e3, 2),
 }
-# What tells held weights apart, as a run's description of its model has it.
+# Properties that distinguish stored weights, in a run's description of its model.
 WEIGHTS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "model": lambda model: model.get("name"),
     "revision": lambda model: model.get("revision"),
@@ -41,12 +41,12 @@ WEIGHTS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "edits": lambda model: model.get("edits") or [],
 }
 _COUNTED = ("bytes", "expert_bits")
-_OF_ORIGINAL = ("perplexity", "ttft_s", "tpot_s")  # what is measured of it; the rest is its distance from itself
+_OF_ORIGINAL = ("perplexity", "ttft_s", "tpot_s")  # measured on the original; the rest compares with it
 _SMALLER_IS_BETTER = ("bytes", "expert_bits", "perplexity", "loss_difference", "kl", "ttft_s", "tpot_s")
 
 
 class Pareto:
-    """Schemes of one model side by side, measured by mixlens.pareto.
+    """Schemes of one model side by side, as measured by mixlens.pareto.
 
     table   one row a scheme and quantity: estimate, ci_low, ci_high, unit, n; no interval for what is counted
     meta    model, the model of each scheme, documents, versions, and the machine of the speeds, "" where none was
@@ -61,17 +61,17 @@ class Pareto:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, check: bool = True) -> Pareto:
-        """The run at `path`. Raises RunError when there is none, it is not finished, or it is of another kind."""
+        """Open the run at `path`. Raises RunError if it is missing, unfinished, or of another kind."""
         run = open_run(path, KIND, check=check)
         return cls(pq.read_table(run.file(TABLE)).to_pandas(), run.meta, path=run.path)
 
     @property
     def schemes(self) -> list[str]:
-        """In the order they were given, the original first."""
+        """Schemes in the order given, the original first."""
         return list(self.table["scheme"].unique())
 
     def of(self, quantity: str) -> pd.DataFrame:
-        """estimate, ci_low, ci_high, unit and n of one quantity by scheme.
+        """Return estimate, ci_low, ci_high, unit and n of one quantity by scheme.
 
         Raises BadInput for a quantity that was not measured.
         """
@@ -86,12 +86,12 @@ class Pareto:
         return rows.set_index("scheme").drop(columns="quantity")
 
     def exact(self, scheme: str, quantity: str) -> bool:
-        """Whether a number was counted, or is that of the original compared with itself: it has no uncertainty."""
+        """Return True for numbers without uncertainty: counts, and the original compared with itself."""
         itself = scheme == self.schemes[0] and quantity in _OVERVIEW and quantity not in _OF_ORIGINAL
         return quantity in _COUNTED or itself
 
     def front(self, x: str = "bytes", y: str = "kl") -> list[str]:
-        """Schemes that no other one beats in both quantities, by their estimates; smallest x first."""
+        """Return the schemes that no other one beats in both quantities, by their estimates; smallest x first."""
         points = pd.DataFrame({"x": _cost(self, x), "y": _cost(self, y)}).dropna().sort_values(["x", "y"])
         best, found = np.inf, []
         for scheme, point in points.iterrows():
@@ -101,9 +101,9 @@ class Pareto:
         return found
 
     def with_scores(self, logs: Mapping[str, Any]) -> Pareto:
-        """The same with benchmark scores, from {scheme: Log}.
+        """Return a copy with benchmark scores from {scheme: Log}.
 
-        Raises BadInput for a scheme that was not measured, and for an evaluation of other weights than the scheme's.
+        Raises BadInput for a scheme that was not measured, or an evaluation of different weights.
         """
         unknown = sorted(set(logs) - set(self.schemes))
         if unknown:
@@ -132,13 +132,13 @@ class Pareto:
         return Pareto(pd.concat([self.table, added], ignore_index=True), self.meta, path=self.path)
 
     def _check_same(self, scheme: str, evaluated: Mapping[str, Any]) -> None:
-        """Raise BadInput unless an evaluation is of the very weights that were measured as `scheme`."""
+        """Raise BadInput unless an evaluation used the same weights as `scheme`."""
         measured = self.meta.get("schemes", {}).get(scheme, {})
         for what, said in WEIGHTS.items():
             one, other = said(measured), said(evaluated)
             if one != other or (what == "checksum of the weights" and not one):
                 raise BadInput(
-                    f"Cannot add scores to {scheme}: the evaluation is of other weights: {what} is "
+                    f"Cannot add scores to {scheme}: the evaluation used other weights: {what} is "
                     f"{other or 'unknown'}, and {one or 'unknown'} where {scheme} was measured. Evaluate the model as "
                     "it was loaded here, with the same revision and quantization.",
                     argument="logs",
@@ -146,7 +146,7 @@ class Pareto:
                 )
 
     def overview(self) -> pd.DataFrame:
-        """One row a scheme, as text with intervals; n/a for what has no value."""
+        """Return one row per scheme, as text with intervals; n/a for missing values."""
         known = [name for name in _OVERVIEW if (self.table["quantity"] == name).any()]
         scores = [name for name in self.table["quantity"].unique() if name not in _OVERVIEW]
         rows = {scheme: {} for scheme in self.schemes}
@@ -165,7 +165,7 @@ class Pareto:
         return table
 
     def title(self) -> str:
-        """What was measured, and on what."""
+        """Return a title with the model, counts and machine."""
         n = int(self.of("kl")["n"].max())
         machine = self.meta.get("machine", "")
         return (
@@ -182,11 +182,11 @@ class Pareto:
 
 
 def _score_name(row: Mapping[str, Any]) -> str:
-    """A name of its own for every score: averages are of a protocol, the others of a task."""
+    """Return a unique name for a score: averages are named by protocol, others by task."""
     return f"{row['protocol']} {row['metric']} {row['average']}" if row["average"] else f"{row['task']} {row['metric']}"
 
 
 def _cost(pareto: Pareto, quantity: str) -> pd.Series:
-    """Estimates by scheme, turned so that less is better."""
+    """Return estimates by scheme, with signs chosen so that less is better."""
     estimate = pareto.of(quantity)["estimate"].astype(float)
     return estimate if quantity in _SMALLER_IS_BETTER else -estimate

@@ -1,9 +1,9 @@
-"""Tests that permute documents between groups, in which they may be fewer, shorter or more variable than elsewhere.
+"""Permutation tests between groups of documents that may differ in number, length or variance.
 
-A difference of groups of short documents is large by chance. Permuted groups have documents of all lengths, so that
-plain differences do not compare; those in standard errors do, since these come from the documents of each group
-(Janssen 1997). Few documents may happen to vary little; so a difference has to stand out as well where every group
-varies at least as documents of such lengths usually do.
+Groups of short documents differ strongly by chance. Permuted groups mix all lengths, so plain differences are not
+comparable; differences in standard errors are, because these come from the documents of each group (Janssen 1997).
+Since few documents may vary little by chance, a difference must also stand out if every group varies at least as much
+as documents of such lengths usually do.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _SEED = 0
 
 
 def permutations(n_a: int, n_b: int, paired: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Weights of the pooled documents [permutation, n_a + n_b] in both groups; the first is as it was."""
+    """Return weights of the pooled documents [permutation, n_a + n_b] in both groups; the first row is the original."""
     rng = np.random.default_rng(_SEED)
     in_a = np.zeros((1 + PERMUTATIONS, n_a + n_b), bool)
     in_a[0, :n_a] = True
@@ -28,19 +28,19 @@ def permutations(n_a: int, n_b: int, paired: bool) -> tuple[np.ndarray, np.ndarr
 
 
 def share_as_far(far: np.ndarray) -> np.ndarray:
-    """p [...]: the share of permutations [..., permutation], the first of them what was seen, that lie as far out."""
+    """Return p [...]: the share of permutations [..., permutation] as extreme as the first, the observed one."""
     with np.errstate(invalid="ignore"):
         return (far >= far[..., :1] * (1 - 1e-9)).mean(-1)
 
 
 def variances(influence: np.ndarray, tokens: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Variance of the statistic of a group, linear in the influence of its documents [..., document].
+    """Return variances of a group's statistic, linear in the influence of its documents [..., document].
 
-    Two of them [2, ..., resample]: as its own documents vary, and at least as documents of their lengths usually do. A
-    single document varies as usual.
+    Two of them [2, ..., resample]: by the variation of its own documents, and at least by the usual variation of
+    documents of their lengths, which a single document always gets.
 
-    influence  what each document adds to the statistic of all of them
-    weights    [resample, document], 1 for those in the group
+      influence  of each document on the statistic over all documents
+      weights    [resample, document], 1 for documents in the group
     """
     n, own, squares = weights.sum(-1), weights @ tokens, weights @ tokens**2
     alone, together = _of_length(influence, tokens)
@@ -61,9 +61,9 @@ def variances(influence: np.ndarray, tokens: np.ndarray, weights: np.ndarray) ->
 
 
 def _of_length(influence: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(a, b) [...], so that n tokens have a squared influence of a n + b n^2: they vary alone, and with their document.
+    """Fit (a, b) [...] so that n tokens have a squared influence of a n + b n^2: independent and shared variation.
 
-    Least squares for the squared influence of a token, neither below 0.
+    Least squares for the squared influence per token, with both terms nonnegative.
     """
     n, from_mean = len(tokens), tokens - tokens.mean()
     of_token = influence**2 / tokens * n / max(n - 1, 1)
@@ -73,7 +73,7 @@ def _of_length(influence: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, n
 
 
 def without_each(n: int, total: int, start: int) -> np.ndarray:
-    """Weights [left out, total] of the n documents from `start` on, each left out once; all others 0."""
+    """Return weights [left out, total] of n documents from `start` on, leaving out each once; all others 0."""
     weights = np.zeros((n, total))
     weights[:, start : start + n] = 1 - np.eye(n)
     return weights

@@ -1,4 +1,4 @@
-"""Planning: how many documents an interval or a contrast takes, from the variance seen in those at hand."""
+"""Planning: the number of documents needed for an interval or a contrast, given the observed variance."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mixlens.stats.inputs import clustered, require
 if TYPE_CHECKING:
     from mixlens.trace.trace import Trace
 
-_MOST = 10_000_000  # documents, beyond which a plan is none
+_MOST = 10_000_000  # documents; larger plans are not useful
 
 
 def plan(
@@ -28,19 +28,19 @@ def plan(
     cluster: str | None = None,
     bootstrap: Bootstrap = DEFAULT,
 ) -> xr.Dataset:
-    """Compute how many documents like those at hand give intervals of a half-width.
+    """Compute the number of documents needed for intervals of a given half-width.
 
-    The least n with t(n - 1) s / sqrt(n) at most the half-width, s the standard deviation between documents that the
-    interval of the statistic at hand tells. It is itself uncertain: with ten documents at hand n is off by half.
+    The smallest n with t(n - 1) s / sqrt(n) at most the half-width, with s the standard deviation between documents
+    implied by the present interval. n is itself uncertain: estimated from ten documents, it is off by half.
 
     Parameters
     ----------
     trace : Trace
-        A recording of two documents or more of the kind to be planned for.
+        Recording of at least two documents of the planned kind.
     statistic : Callable
         Function of `ml.stats` that takes a trace, such as ``ml.stats.expert_share``.
     half_width : float
-        Half of the interval to reach, in the unit of the statistic.
+        Half-width of the interval to reach, in the unit of the statistic.
     by : By, optional
         Column, or columns, of the sequences to group by; documents are then those of each group.
     cluster : str, optional
@@ -51,13 +51,13 @@ def plan(
     Returns
     -------
     xarray.Dataset
-        documents, tokens (of as many documents) and now (the half-width at hand), of the shape of the estimate; NaN
-        where there is no interval; attrs documents and tokens, those of the cell that takes most.
+        documents, tokens (in as many documents) and now (the present half-width), of the shape of the estimate; NaN
+        without an interval; attrs documents and tokens, those of the most demanding cell.
 
     Raises
     ------
     BadInput
-        For a half-width that is no positive number, or a statistic without intervals of its documents.
+        If the half-width is not a positive number, or the statistic has no intervals over documents.
 
     Examples
     --------
@@ -72,16 +72,16 @@ def plan(
 
 
 def planned(data: xr.Dataset, half_width: float) -> xr.Dataset:
-    """`plan` from a statistic that is computed already."""
+    """Plan from a statistic that is already computed."""
     if not half_width > 0:
         raise BadInput(
-            f"Cannot plan for a half-width of {half_width}: it is no positive number. Pass 0.01, for example.",
+            f"Cannot plan for a half-width of {half_width}: it is not a positive number. Pass 0.01, for example.",
             argument="half_width",
             value=half_width,
         )
     if "n_effective" not in data:
         raise BadInput(
-            f"Cannot plan {data.attrs.get('statistic', 'this')}: it tells no number of documents behind its intervals. "
+            f"Cannot plan {data.attrs.get('statistic', 'this')}: it does not report the number of documents. "
             "Pass a statistic such as ml.stats.expert_share.",
             argument="statistic",
             value=data.attrs.get("statistic"),
@@ -99,20 +99,21 @@ def planned(data: xr.Dataset, half_width: float) -> xr.Dataset:
 
 
 def power(found: xr.Dataset, *, documents: int, difference: float | None = None) -> xr.Dataset:
-    """Compute how likely a contrast with more documents would tell a difference apart.
+    """Compute the probability that a contrast with more documents detects a difference.
 
-    The probability under the noncentral t that a two-sided p is below the rate over the number of cells (Bonferroni,
-    which Benjamini and Hochberg's adjustment never falls below), with the variance that the contrast at hand shows.
+    The probability under the noncentral t that a two-sided p is below the rate divided by the number of cells
+    (Bonferroni, which is at least as strict as Benjamini and Hochberg's adjustment), with the variance of the given
+    contrast.
 
     Parameters
     ----------
     found : xarray.Dataset
-        From `stats.contrast`.
+        Result of `stats.contrast`.
     documents : int
-        Documents in each group.
+        Number of documents in each group.
     difference : float, optional
-        True difference to look for, in every cell. None for the differences measured, which are flattered where they
-        were picked for being large.
+        True difference to detect, in every cell. None for the measured differences, which are inflated if they were
+        selected for being large.
 
     Returns
     -------
@@ -122,7 +123,7 @@ def power(found: xr.Dataset, *, documents: int, difference: float | None = None)
     Raises
     ------
     BadInput
-        If `found` is no contrast, or for fewer than two documents.
+        If `found` is not a contrast, or there are fewer than two documents.
 
     Examples
     --------
@@ -162,7 +163,7 @@ def power(found: xr.Dataset, *, documents: int, difference: float | None = None)
 
 
 def _least(now: np.ndarray, n: np.ndarray, half_width: float, level: float) -> np.ndarray:
-    """The least number of documents that brings intervals of n documents from the half-width `now` to another."""
+    """Return the smallest number of documents that shrinks intervals of n documents from `now` to `half_width`."""
     from scipy.special import stdtrit
 
     tail = (1 + level) / 2

@@ -1,4 +1,4 @@
-"""Partial pooling: estimates of small groups, drawn towards the mean of all groups as far as they are uncertain."""
+"""Partial pooling: shrink estimates of small groups towards the mean of all groups."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from mixlens.errors import BadInput
 def partial_pooling(data: xr.Dataset, *, over: str = "domain") -> xr.Dataset:
     """Shrink the estimates of small groups towards the mean of the groups (empirical Bayes, Morris 1983).
 
-    A group's estimate y_g has the variance v_g of its interval. The variance tau^2 between groups is that of the
-    estimates beyond what the v_g explain (DerSimonian and Laird 1986). Then the share B_g = v_g / (v_g + tau^2) of
-    y_g's distance from the mean is taken away: a group of two documents moves far, one of hundreds hardly. Of many
-    small groups the shrunk estimates are nearer to the truth together, and the most extreme one is no longer flattered;
-    a single group that truly is far out is drawn in too far.
+    A group's estimate y_g has the variance v_g of its interval. The variance tau^2 between groups is the variance of
+    the estimates beyond that explained by the v_g (DerSimonian and Laird 1986). The distance of y_g from the mean
+    shrinks by the share B_g = v_g / (v_g + tau^2): a group of two documents moves far, one of hundreds hardly. Over
+    many small groups, the shrunk estimates are closer to the truth, and the most extreme one is no longer inflated; a
+    single group that truly is an outlier is shrunk too much.
 
     Parameters
     ----------
     data : xarray.Dataset
-        A statistic computed with ``by=``, with estimate, ci_low, ci_high and n_effective.
+        Statistic computed with ``by=``, with estimate, ci_low, ci_high and n_effective.
     over : str, optional
         Dimension of the groups.
 
     Returns
     -------
     xarray.Dataset
-        ``estimate``, ci_low, ci_high after shrinkage; unpooled, the estimate before it; shrinkage (B_g, 0 to 1), of the
+        ``estimate``, ci_low, ci_high after shrinkage; unpooled, the original estimate; shrinkage (B_g, 0 to 1), of the
         shape of the estimate; mean and between (tau) of that shape without the groups. Groups without an interval keep
         their unpooled estimate, with shrinkage NaN.
 
     Raises
     ------
     BadInput
-        If `data` has no such dimension or intervals, or fewer than three groups.
+        If `data` lacks the dimension or intervals, or has fewer than three groups.
 
     Examples
     --------

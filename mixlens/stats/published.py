@@ -1,4 +1,4 @@
-"""Published routing figures of Mixtral, as Datasets that stand beside a trace's own."""
+"""Published routing figures of Mixtral, as Datasets comparable with a trace's own."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _TABLE_5 = {
 
 
 def table5() -> xr.Dataset:
-    """Return how often consecutive tokens repeat their expert in Mixtral-8x7B, as its paper reports it.
+    """Return the published rate at which consecutive tokens repeat their expert in Mixtral-8x7B.
 
     The counterpart of `repetition`: share of consecutive tokens with the same first choice ("first"), or with an
     expert in common among the first and second ("either"), in text of the Pile (Jiang et al. 2024, Table 5). The paper
@@ -54,10 +54,10 @@ def table5() -> xr.Dataset:
 
 
 def two_engines() -> xr.Dataset:
-    """Return how far two engines were found to route the same tokens apart, as published.
+    """Return the published rate at which two engines route the same tokens differently.
 
-    About 10 % of routers, and about 94 % of tokens in at least one layer, choose other experts in one engine than in
-    the other (arXiv 2510.11370). Numbers of tokens and intervals are not given there.
+    About 10 % of router decisions, and about 94 % of tokens in at least one layer, differ between two engines (arXiv
+    2510.11370), which gives no numbers of tokens and no intervals.
 
     Returns
     -------

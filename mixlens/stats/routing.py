@@ -1,4 +1,4 @@
-"""Who is chosen how often, and how sure the router is."""
+"""Expert shares, load balance, and confidence of the router."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 def expert_share(
     trace: Trace, *, by: By = None, slot: str = "any", cluster: str | None = None, bootstrap: Bootstrap = DEFAULT
 ) -> xr.Dataset:
-    """Compute the share of the choices that fall on each expert.
+    """Compute each expert's share of the choices.
 
-    sum over tokens of 1[e in S] / (k N); with slot="first" the share of tokens whose strongest expert is e. Uniform
-    routing gives 1/E (Jiang et al. 2024, Fig. 7).
+    sum over tokens of 1[e in S] / (k N); with slot="first", the share of tokens whose strongest expert is e. 1/E for
+    uniform routing (Jiang et al. 2024, Fig. 7).
 
     Parameters
     ----------
@@ -38,7 +38,7 @@ def expert_share(
     by : By, optional
         Column or columns of the sequences to group by.
     slot : str, optional
-        "any" counts all chosen experts, "first" the first alone.
+        "any" counts all chosen experts, "first" only the strongest.
     cluster : str, optional
         Column of the sequences to cluster by, such as "author", if documents are not independent.
     bootstrap : Bootstrap, optional
@@ -53,7 +53,7 @@ def expert_share(
     Raises
     ------
     BadInput
-        For an unknown column in `by`, or a slot that is not "any" or "first".
+        If `by` names an unknown column, or slot is not "any" or "first".
 
     Examples
     --------
@@ -101,12 +101,12 @@ def load_balance(
         tokens of the busiest expert over the mean; balanced 1.
     switch_loss
         E * sum_e f_e P_e, with f_e the share of tokens that choose e (they sum to k) and P_e the mean router
-        probability; balanced k, collapsed onto k experts at most E (Fedus et al. 2021, eq. 4, per layer). NaN
-        without router_logits, which attrs["missing"] then says.
+        probability; balanced k, collapsed onto k experts at most E (Fedus et al. 2021, eq. 4, per layer). NaN, with a
+        note in attrs["missing"], without router_logits.
 
-    All three are biased upwards in small samples; the estimate is the plain one, the interval is for the true value,
-    and reaches up to the estimate where that lies above it. The interval of cv is that of its square, which behaves
-    better near balance; that of max_over_mean comes from the bounds of the shares that may be the largest.
+    All three are biased upwards in small samples. The estimate is the plain one; the interval is for the true value,
+    and is extended to the estimate if necessary. The interval of cv is that of its square, which behaves better near
+    balance; that of max_over_mean comes from the bounds of the shares that may be the largest.
 
     Parameters
     ----------
@@ -180,13 +180,13 @@ def load_balance(
 def load_entropy(
     trace: Trace, *, by: By = None, cluster: str | None = None, bootstrap: Bootstrap = DEFAULT
 ) -> xr.Dataset:
-    """Compute the entropy of how the choices are spread over the experts of each layer, in bits.
+    """Compute the entropy of the expert shares in each layer, in bits.
 
-    -sum_e f_e log2 f_e, f the expert share. log2(E) where all experts are used alike, 0 where one takes everything. The
-    entropy of the mean choice, where `routing_entropy` is the mean entropy of single choices.
+    -sum_e f_e log2 f_e, with f the expert share. log2(E) for equal shares, 0 if one expert takes everything. This is
+    the entropy of the mean choice; `routing_entropy` is the mean entropy of single choices.
 
-    Few documents use fewer experts alike than many do, so the plain entropy is too small; the estimate is the plain
-    one, the interval is corrected for it and reaches at most log2(E).
+    The plain entropy is too small for few documents. The estimate is the plain one; the interval is corrected for the
+    bias and reaches at most log2(E).
 
     Parameters
     ----------
@@ -241,7 +241,7 @@ def routing_entropy(
 ) -> xr.Dataset:
     """Compute the mean entropy of the router's distribution over experts, in bits.
 
-    mean over tokens of -sum_e p_e log2 p_e, p = softmax(router_logits). At most log2(E), reached by uniform routing.
+    mean over tokens of -sum_e p_e log2 p_e, p = softmax(router_logits). At most log2(E), for uniform routing.
 
     Parameters
     ----------
@@ -298,16 +298,16 @@ def routing_entropy(
 def router_confidence(
     trace: Trace, *, by: By = None, cluster: str | None = None, bootstrap: Bootstrap = DEFAULT
 ) -> xr.Dataset:
-    """Measure how strongly the router prefers its first expert: means over tokens of three measures.
+    """Measure how strongly the router prefers its first expert, as means over tokens.
 
     p1
-        probability of the likeliest expert under softmax(router_logits).
+        probability of the most probable expert under softmax(router_logits).
     p1_minus_p2
         its lead over the second.
     w2_over_w1
         weight of the second chosen expert over that of the first.
 
-    What the trace has no signal for is NaN, and attrs["missing"] says so.
+    Measures whose signal is missing are NaN, with a note in attrs["missing"].
 
     Parameters
     ----------
@@ -329,7 +329,7 @@ def router_confidence(
     Raises
     ------
     MissingSignal
-        If the trace has neither.
+        If the trace has neither signal.
     BadInput
         If `by` names an unknown column.
 
@@ -397,8 +397,8 @@ def position_profile(
 ) -> xr.Dataset:
     """Compute the expert share as a function of the position in the sequence.
 
-    sum over tokens of the bin of 1[e in S] / (k N_bin); bin i holds the positions edges[i] <= p < edges[i + 1], and
-    the last one everything from its edge on.
+    sum over tokens of the bin of 1[e in S] / (k N_bin); bin i holds the positions edges[i] <= p < edges[i + 1], and the
+    last one all from its edge on.
 
     Parameters
     ----------
@@ -423,7 +423,7 @@ def position_profile(
     Raises
     ------
     BadInput
-        For edges that do not ascend from 0 or more, or an unknown column in `by`.
+        If edges do not ascend from 0 or more, or `by` names an unknown column.
 
     Examples
     --------
@@ -436,7 +436,7 @@ def position_profile(
     starts = np.array([0, *(2**i for i in range(max(1, longest - 1).bit_length()))] if edges is None else list(edges))
     if len(starts) == 0 or starts.dtype.kind not in "iu" or starts[0] < 0 or (np.diff(starts) <= 0).any():
         raise BadInput(
-            f"Cannot compute position_profile with edges {starts.tolist()}: they do not ascend from 0 or more. Pass "
+            f"Cannot compute position_profile with edges {starts.tolist()}: they must ascend from 0 or more. Pass "
             "the first position of every bin, such as edges=(0, 1, 16, 256).",
             argument="edges",
             value=starts.tolist(),

@@ -1,4 +1,4 @@
-"""Saliency: which experts matter, by what one recording tells of them."""
+"""Saliency: measures of the importance of experts from a single recording."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ def saliency(
     cluster: str | None = None,
     bootstrap: Bootstrap = DEFAULT,
 ) -> xr.Dataset:
-    """Compute how much each expert matters, by four measures that pruning goes by.
+    """Compute the importance of each expert by four measures used for pruning.
 
     frequency
         share of choices, sum_t 1[e in S_t] / (k N).
     norm
-        mean Euclidean norm of what the expert puts out, over the tokens that choose it.
+        mean Euclidean norm of the expert's output, over the tokens that choose it.
     reap
         mean norm after its weight, sum_t w_te ||f_e(x_t)|| / sum_t 1[e in S_t] (Lasby et al. 2025, eq. 9).
     loss
         rise of the loss without the expert, nats per token, where `importance` has measured it; else NaN.
 
-    Weights are recorded in half precision; norms too, unless the Site says float32. `experiments.expert_outputs` has
-    norm and reap (weighted_norm) without rounding, and without intervals.
+    Weights are recorded in half precision, and so are norms unless the Site says float32. `experiments.expert_outputs`
+    computes norm and reap (weighted_norm) without rounding, and without intervals.
 
     Parameters
     ----------
@@ -49,7 +49,7 @@ def saliency(
         The recording. Needs ``expert_id`` and weight [token, layer, slot], and the site expert_norm, recorded with
         ``signals=["expert_norm"]``.
     importance : xarray.Dataset, optional
-        What experiments.measure_importance gives.
+        Result of experiments.measure_importance.
     cluster : str, optional
         Column of the sequences to cluster by, such as "author", if documents are not independent.
     bootstrap : Bootstrap, optional
@@ -59,14 +59,14 @@ def saliency(
     -------
     xarray.Dataset
         ``estimate``, ci_low, ci_high ``[layer, expert, measure]``; n (tokens that chose it) ``[layer, expert]``; NaN
-        where no token chose an expert.
+        for experts that no token chose.
 
     Raises
     ------
     MissingSignal
         If the trace has no norms.
     BadInput
-        For an importance of other layers or experts.
+        If the importance covers other layers or experts.
 
     Examples
     --------
@@ -79,7 +79,7 @@ def saliency(
     norms = trace.activations("expert_norm")
     if norms.sizes["token"] != trace.n_tokens or norms.layer.values.tolist() != trace.layers.tolist():
         raise MissingSignal(
-            "Cannot compute saliency: the norms were recorded for some of the tokens or layers alone. Record with "
+            "Cannot compute saliency: the norms were recorded for only some of the tokens or layers. Record with "
             'signals=["expert_norm"], or select the layers that have it.',
             argument="expert_norm",
             value=(norms.sizes["token"], norms.layer.values.tolist()),
@@ -127,7 +127,7 @@ def saliency(
 
 
 def _losses(importance: xr.Dataset | None, like: xr.Dataset, bootstrap: Bootstrap) -> xr.Dataset:
-    """estimate, ci_low, ci_high [layer, expert] of what was measured; NaN where nothing was."""
+    """Return the measured estimate, ci_low, ci_high [layer, expert]; NaN without a measurement."""
     names = ["estimate", "ci_low", "ci_high"]
     if importance is None:
         nothing = like["estimate"].isel(measure=0, drop=True) * np.nan
@@ -145,15 +145,15 @@ def _losses(importance: xr.Dataset | None, like: xr.Dataset, bootstrap: Bootstra
 
 
 def strongest(scores: xr.DataArray, keep: int) -> xr.DataArray:
-    """Tell the experts of each layer with the highest scores, for prune.
+    """Select the experts with the highest scores in each layer, for prune.
 
     Parameters
     ----------
     scores : xarray.DataArray
-        [layer, expert], such as ``saliency(trace)["estimate"].sel(measure="reap")``. NaN is the lowest; of equal scores
-        that of the smaller number counts.
+        [layer, expert], such as ``saliency(trace)["estimate"].sel(measure="reap")``. NaN ranks lowest; ties go to the
+        smaller expert number.
     keep : int
-        Experts that stay in each layer.
+        Number of experts to keep in each layer.
 
     Returns
     -------
@@ -163,7 +163,7 @@ def strongest(scores: xr.DataArray, keep: int) -> xr.DataArray:
     Raises
     ------
     BadInput
-        For other dimensions, and a number that the layers do not have.
+        If the dimensions differ, or `keep` exceeds the number of experts.
 
     Examples
     --------
@@ -180,7 +180,7 @@ def strongest(scores: xr.DataArray, keep: int) -> xr.DataArray:
         )
     if not isinstance(keep, int | np.integer) or not 1 <= keep <= scores.sizes["expert"]:
         raise BadInput(
-            f"Cannot keep {keep} of {scores.sizes['expert']} experts a layer. Pass a number from 1 to that.",
+            f"Cannot keep {keep} of {scores.sizes['expert']} experts per layer. Pass a number within that range.",
             argument="keep",
             value=keep,
         )

@@ -1,4 +1,4 @@
-"""Saturation: how early in training the choices of a router are those that it ends with."""
+"""Saturation: agreement of a router's choices during training with its final ones."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def saturation(
     """Compute router saturation over checkpoints of one training run, recorded on the same tokens.
 
     mean over tokens of ``|E(t) and E(T)| / k``: the share of the experts chosen at checkpoint t that the last
-    checkpoint T chooses for the same token (Muennighoff et al. 2024, OLMoE, eq. 5), in the row "last". The row "first"
-    has the same against the first checkpoint: how much of the routing that training began with is left. With the
-    measure top1 beside it, the strongest expert alone. A checkpoint agrees with itself exactly.
+    checkpoint T also chooses for the same token (Muennighoff et al. 2024, OLMoE, eq. 5), in the row "last". The row
+    "first" compares with the first checkpoint. The measure top1 does the same for the strongest expert only. A
+    checkpoint agrees with itself exactly.
 
     Parameters
     ----------
@@ -61,7 +61,7 @@ def saturation(
     Raises
     ------
     BadInput
-        For fewer than two checkpoints, and where their layers, experts or tokens differ.
+        If there are fewer than two checkpoints, or their layers, experts or tokens differ.
 
     Examples
     --------
@@ -103,7 +103,7 @@ def _against(trace: Trace, end: Trace, by: By, cluster: str | None, bootstrap: B
 
 
 def checkpoint(trace: Trace, first: Trace, last: Trace, bootstrap: Bootstrap = DEFAULT) -> xr.Dataset:
-    """What one checkpoint shows of a training run that began with `first`, and is at `last` by now.
+    """Summarise a checkpoint of a training run between its `first` and its latest recording, `last`.
 
     estimate, ci_low, ci_high [measure, layer]: load_entropy and routing_entropy (bits), max_over_mean, dead (experts
     that no token chooses, without an interval), saturation_first and saturation_last; drift, drift_low, drift_high: how

@@ -1,4 +1,4 @@
-"""Intervals that hold for all cells of a statistic at once."""
+"""Simultaneous intervals over all cells of a statistic."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def simultaneous(
     cluster: str | None = None,
     bootstrap: Bootstrap = DEFAULT,
 ) -> xr.Dataset:
-    """Compute a statistic with intervals that hold the truth in all cells at once, in 95 of 100 recordings.
+    """Compute a statistic with simultaneous intervals: in 95 % of recordings, all cells contain the truth.
 
-    Of each draw of the bootstrap the largest distance of any cell from its estimate is taken, in standard errors of
-    the cell (max-t, Westfall and Young 1993). The 95th percentile of these is what the intervals of the statistic are
-    widened to reach, on the scale of t with the cell's own degrees of freedom.
+    Each bootstrap draw gives the largest distance of any cell from its estimate, in standard errors of the cell (max-t,
+    Westfall and Young 1993). The intervals are widened to the 95th percentile of these, on the scale of t with the
+    cell's own degrees of freedom.
 
     Parameters
     ----------
@@ -45,18 +45,18 @@ def simultaneous(
     cluster : str, optional
         Column of the sequences to cluster by, such as "author", if documents are not independent.
     bootstrap : Bootstrap, optional
-        Level and draws.
+        Level and number of draws.
 
     Returns
     -------
     xarray.Dataset
-        What the statistic returns, with wider ci_low, ci_high; attrs reach (of the widest, in standard errors) and
-        simultaneous (how many cells).
+        Result of the statistic with wider ci_low, ci_high; attrs reach (of the widest, in standard errors) and
+        simultaneous (number of cells).
 
     Raises
     ------
     BadInput
-        For an unknown column in `by`, or a statistic that is no sum over documents.
+        If `by` names an unknown column, or the statistic is not a function of sums over documents.
 
     Examples
     --------
@@ -85,7 +85,7 @@ def simultaneous(
 
 
 def _furthest(summed: Summed, bootstrap: Bootstrap, stream: int) -> np.ndarray:
-    """[replicate] the largest distance of any cell from its mean, in standard deviations of the cell."""
+    """Return the largest distance of any cell from its mean [replicate], in standard deviations of the cell."""
     draws = bootstrap.draw(summed.n, stream)
     furthest = np.zeros(len(draws))
     for layers in summed.chunks():

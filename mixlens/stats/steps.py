@@ -1,4 +1,4 @@
-"""Steps of decoding: which windows of tokens are read together, and how many experts all batches of them read."""
+"""Decoding steps: windows of tokens read together, and the experts that batches of them use."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Steps:
-    """The windows of a trace by the step at which a batch of its sequences reads them.
+    """Windows of a trace, by the step at which a batch of its sequences reads them.
 
-    kept     [token of the trace] whether it lies in a window of a step that a batch fills
-    window   [token that is kept] its window
+    kept     [token of the trace] mask of tokens in a window of a step with a full batch
+    window   [kept token] its window
     step     [window]
-    unit     [window] document, or what else varies independently
-    sizes    [unit] windows of each
-    batch    sequences of a step
+    unit     [window] document, or another independent unit
+    sizes    [unit] number of windows
+    batch    sequences per step
     """
 
     kept: np.ndarray
@@ -62,9 +62,9 @@ class Steps:
         return cls(kept, renumbered, step[filled], unit, np.bincount(unit).astype(float), batch)
 
     def read(self, ids: np.ndarray, n_experts: int, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """Distinct experts of a step, and of `n` random tokens, of all units and without each [1 + unit].
+        """Return distinct experts of a step, and of `n` random tokens, over all units and without each [1 + unit].
 
-        ids  [token that is kept, slot] of one layer
+        ids  [kept token, slot] of one layer
         """
         reads = np.zeros((len(self.step), n_experts), bool)
         reads[self.window[:, None], ids] = True
@@ -76,12 +76,12 @@ class Steps:
         readers = np.zeros((self.step.max() + 1, n_experts), np.int64)
         np.add.at(readers, step, own)
         rows = np.bincount(self.step)
-        # Only the steps that a unit reaches change without it.
+        # Leaving out a unit changes only the steps that it reaches.
         whole = self._of_step(rows, readers)
         without = self._of_step(rows[step] - own_rows, readers[step] - own)
         less, fewer = (np.bincount(unit, before[step] - after) for before, after in zip(whole, without, strict=True))
         total, weight = (part.sum() for part in whole)
-        with np.errstate(divide="ignore", invalid="ignore"):  # without a unit that every batch needs there is none
+        with np.errstate(divide="ignore", invalid="ignore"):  # no batch exists without an indispensable unit
             read = np.append(total, total - less) / np.append(weight, weight - fewer)
         chosen = np.zeros((len(self.sizes), n_experts))
         of_token = self.unit[self.window]

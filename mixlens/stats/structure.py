@@ -1,4 +1,4 @@
-"""How choices hang together: along the text, within a token, and from layer to layer."""
+"""Structure of choices: along the text, within a token, and between layers."""
 
 from __future__ import annotations
 
@@ -27,15 +27,14 @@ if TYPE_CHECKING:
 def repetition(
     trace: Trace, *, by: By = None, cluster: str | None = None, bootstrap: Bootstrap = DEFAULT
 ) -> xr.Dataset:
-    """Compute how often consecutive tokens go to the same expert.
+    """Compute how often consecutive tokens choose the same expert.
 
     first
-        share of consecutive pairs of tokens whose strongest expert is the same; uniform 1/E.
+        share of consecutive pairs of tokens with the same strongest expert; uniform 1/E.
     either
         share of pairs that have an expert in common among their k; uniform 1 - C(E-k, k) / C(E, k).
 
-    A pair lies in one sequence and is never counted across a gap (Jiang et al. 2024, Table 5, "first" and "first or
-    second choice").
+    Pairs lie within one sequence, without gaps (Jiang et al. 2024, Table 5, "first" and "first or second choice").
 
     Parameters
     ----------
@@ -107,7 +106,7 @@ def repetition(
 def coactivation(
     trace: Trace, *, by: By = None, cluster: str | None = None, bootstrap: Bootstrap = DEFAULT
 ) -> xr.Dataset:
-    """Compute how often a token that chose expert i also chose expert j.
+    """Compute the probability that a token that chose expert i also chose expert j.
 
     P(j | i) = n(i and j) / n(i), over all unordered pairs of slots (Muennighoff et al. 2024, eq. 6). Each row sums to
     k - 1; uniform routing gives (k - 1) / (E - 1).
@@ -133,7 +132,7 @@ def coactivation(
     Raises
     ------
     BadInput
-        For a trace with one expert a token, or an unknown column in `by`.
+        If the trace has one expert per token, or `by` names an unknown column.
 
     Examples
     --------
@@ -159,7 +158,7 @@ def coactivation(
 
         def add(block: Block, totals: dict[str, np.ndarray], layers: slice = layers) -> None:
             def add_layer(layer: int, ids: np.ndarray) -> None:
-                # All pairs at once: the counts of a layer are many more than those that one pair of slots adds to.
+                # Count all pairs of slots at once: the counts of a layer far outnumber the additions of one pair.
                 found = block.count(_joint(ids[first], ids[second], e), e * e)
                 totals["together"][block.clusters, layer] += found.reshape(-1, e, e)
 
@@ -196,13 +195,13 @@ def coactivation(
 def transitions(
     trace: Trace, *, by: By = None, gap: int = 1, cluster: str | None = None, bootstrap: Bootstrap = DEFAULT
 ) -> xr.Dataset:
-    """Compute which expert tokens choose first `gap` layers later, given their first choice here.
+    """Compute the transition probabilities of first choices between layers `gap` apart.
 
     P(first choice at layer l + gap = j | first choice at l = i) = n(i, j) / n(i), and the mutual information of the
     two choices, sum_ij p_ij log2 (p_ij / (p_i p_j)), 0 for independent layers and at most log2(E).
 
-    The mutual information is the plain one of the counts, which is biased upwards in small samples. Its interval is
-    for the true value: it is corrected for the bias, and reaches up to the estimate where that lies above it.
+    The estimate of the mutual information is the plain one, biased upwards in small samples. Its interval is for the
+    true value: it is corrected for the bias, and extended to the estimate if necessary.
 
     Parameters
     ----------
@@ -211,7 +210,7 @@ def transitions(
     by : By, optional
         Column or columns of the sequences to group by.
     gap : int, optional
-        Layers between.
+        Distance in layers.
     cluster : str, optional
         Column of the sequences to cluster by, such as "author", if documents are not independent.
     bootstrap : Bootstrap, optional
@@ -222,12 +221,12 @@ def transitions(
     xarray.Dataset
         ``estimate`` (fraction), ci_low, ci_high, and p, q, survives against uniform routing ``[*by, layer, expert,
         expert_j]``; n (tokens whose first choice is i) ``[*by, layer, expert]``; mi_bits, mi_ci_low, mi_ci_high
-        ``[*by, layer]``; layer is the one left from; NaN where expert i was never chosen first.
+        ``[*by, layer]``; layer is the one left; NaN if expert i was never chosen first.
 
     Raises
     ------
     BadInput
-        Where no two layers of the trace lie `gap` apart, or for an unknown column in `by`.
+        If no two layers of the trace are `gap` apart, or `by` names an unknown column.
 
     Examples
     --------
@@ -294,9 +293,9 @@ def transitions(
 
 
 def mutual_information_bits(joint: np.ndarray) -> np.ndarray:
-    """Mutual information of two choices from their joint counts [..., i, j, resample], in bits [..., resample].
+    """Return the mutual information of two choices from joint counts [..., i, j, resample], in bits [..., resample].
 
-    H(i) + H(j) - H(i, j), which needs no products of the margins. NaN where all counts are 0.
+    H(i) + H(j) - H(i, j), which needs no products of the margins. NaN if all counts are 0.
     """
     total = joint.sum((-3, -2))
     rows, columns = joint.sum(-2), joint.sum(-3)
@@ -310,5 +309,5 @@ def _x_log_x(x: np.ndarray) -> np.ndarray:
 
 
 def _joint(i: np.ndarray, j: np.ndarray, n: int) -> np.ndarray:
-    """One code i * n + j."""
+    """Return the joint code i * n + j."""
     return np.multiply(i, n, dtype=np.int32) + j

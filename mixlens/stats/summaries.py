@@ -1,4 +1,4 @@
-"""From counts of documents to the Dataset of a statistic: estimates, intervals and tests."""
+"""Turn counts per document into the Dataset of a statistic: estimates, intervals and tests."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Statistic = Callable[[dict[str, np.ndarray]], Mapping[str, Quantity] | Quantity]
 
-_MOST_AT_A_TIME = 2**27  # counts that a statistic of pairs of experts holds (512 MB)
+_MOST_AT_A_TIME = 2**27  # counts in memory for statistics of pairs of experts (512 MB)
 _MOST_VALUES = 2**18  # numbers evaluated at a time (2 MB)
 
 
@@ -40,9 +40,10 @@ def summarise(
     null: np.ndarray | float | None = None,
     adjust: bool = True,
 ) -> xr.Dataset:
-    """The Dataset of a statistic: estimate, ci_low, ci_high ``[*by, layer, *dims]``, n, n_documents and n_effective.
+    """Return the Dataset of a statistic: estimate, ci_low, ci_high ``[*by, layer, *dims]``, n, n_documents,
+    n_effective.
 
-    With a null also p, q, survives: every cell tested against it, and adjusted for the number of cells.
+    With a null also p, q, survives: every cell is tested against it, with adjustment for the number of cells.
 
     statistic  from {name: sums [layer, ..., resample]} to a quantity [layer, *dims, resample], which knows how its
                intervals are made, or to several by name; where `size` has no dimensions, {"n": [resample]} is among
@@ -125,7 +126,7 @@ def summarise(
 def _stacked(
     quantities: Mapping[str, Quantity] | Quantity, tokens: np.ndarray, level: float, *, tested: bool
 ) -> list[np.ndarray]:
-    """Estimate, lower and upper bound, skewness (0 unless tested) [...]; several quantities lie along a last axis."""
+    """Return estimate, lower and upper bound, skewness (0 unless tested) [...]; quantities along the last axis."""
     if isinstance(quantities, Mapping):
         each = [_stacked(quantity, tokens, level, tested=tested) for quantity in quantities.values()]
         return [np.stack(np.broadcast_arrays(*arrays), axis=-1) for arrays in zip(*each, strict=True)]
@@ -135,10 +136,10 @@ def _stacked(
 
 @dataclass(frozen=True)
 class Summed:
-    """A statistic before its documents are summed up: their counts, and the function of the sums.
+    """A statistic before summation: the counts of its documents, and the function of their sums.
 
     labels     {dimension: labels}, layer first
-    sizes      tokens behind the numbers [document], where the function of the sums needs them
+    sizes      sample sizes [document], if the function of the sums needs them
     group      group of each document
     tokens     of each document
     """
@@ -155,27 +156,27 @@ class Summed:
         return len(next(iter(self.totals.values())))
 
     def with_all_of(self, other: Summed) -> Summed:
-        """The documents of both, those of `other` behind."""
+        """Return the documents of both, those of `other` last."""
         totals = {name: np.concatenate([total, other.totals[name]]) for name, total in self.totals.items()}
         sizes = None if self.sizes is None or other.sizes is None else np.concatenate([self.sizes, other.sizes])
         group, tokens = (np.concatenate([getattr(one, n) for one in (self, other)]) for n in ("group", "tokens"))
         return Summed(totals, sizes, self.statistic, self.labels, group, tokens)
 
     def only(self, group: int) -> Summed:
-        """The documents of one group."""
+        """Return the documents of one group."""
         here = self.group == group
         totals = {name: total[here] for name, total in self.totals.items()}
         sizes = None if self.sizes is None else self.sizes[here]
         return Summed(totals, sizes, self.statistic, self.labels, self.group[here], self.tokens[here])
 
     def chunks(self) -> Iterator[slice]:
-        """Layers, as many at a time as fit into memory with some thousand sums of each count."""
+        """Yield slices of layers that fit into memory with some thousand sums of each count."""
         step = max(1, _MOST_VALUES * 4 // (2048 * _features(self.totals)))
         for start in range(0, len(self.labels["layer"]), step):
             yield slice(start, start + step)
 
     def values(self, layers: slice, weights: np.ndarray) -> np.ndarray:
-        """The statistic [layer, ..., resample] of documents with these weights [resample, document]."""
+        """Return the statistic [layer, ..., resample] of documents with weights [resample, document]."""
         sums = {name: np.tensordot(total[:, layers], weights, (0, 1)) for name, total in self.totals.items()}
         behind = {} if self.sizes is None else {"n": weights @ self.sizes}
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -189,7 +190,7 @@ _summed: ContextVar[list[Summed] | None] = ContextVar("summed", default=None)
 
 
 def summed_by(statistic: Callable[..., xr.Dataset], trace: Trace) -> Summed:
-    """What `statistic` sums up over the documents of a trace.
+    """Return the sums over documents that `statistic` computes from a trace.
 
     Raises BadInput for a function that does not sum over documents.
     """
@@ -201,7 +202,7 @@ def summed_by(statistic: Callable[..., xr.Dataset], trace: Trace) -> Summed:
         _summed.reset(token)
     if not found:
         raise BadInput(
-            f"Cannot contrast {getattr(statistic, '__name__', statistic)}: it is no function of sums over documents. "
+            f"Cannot contrast {getattr(statistic, '__name__', statistic)}: it does not sum over documents. "
             "Pass one such as ml.stats.expert_share, routing_entropy, load_balance or repetition.",
             argument="statistic",
             value=getattr(statistic, "__name__", str(statistic)),
@@ -210,9 +211,9 @@ def summed_by(statistic: Callable[..., xr.Dataset], trace: Trace) -> Summed:
 
 
 def layer_by_layer(clusters: Clusters, n_layers: int, cells: int) -> list[slice]:
-    """Layers, as many at a time as their counts of so many cells a cluster and layer fit into memory.
+    """Return slices of layers whose counts fit into memory, given `cells` per cluster and layer.
 
-    All of them where a caller wants the counts themselves.
+    A single slice if a caller wants the counts themselves.
     """
     most = n_layers if _summed.get() is not None else max(1, _MOST_AT_A_TIME // (max(1, len(clusters.group)) * cells))
     return [slice(start, min(start + most, n_layers)) for start in range(0, n_layers, most)]
@@ -225,7 +226,7 @@ def joined(parts: Sequence[xr.Dataset], level: float) -> xr.Dataset:
 
 
 def described(data: xr.Dataset, trace: Trace, bootstrap: Bootstrap, **attrs: Any) -> xr.Dataset:
-    """The Dataset with its attributes: those given, the model, and how the intervals were made."""
+    """Add attributes to a Dataset: those given, the model, and the settings of the intervals."""
     model = trace.meta.get("model")
     name = model.get("name") if isinstance(model, Mapping) else model
     about = {"level": bootstrap.level, "model": name or "unknown", "top_k": trace.top_k}

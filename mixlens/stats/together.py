@@ -1,4 +1,4 @@
-"""Several statistics of one trace, counted while it is read once."""
+"""Several statistics of a trace, computed in one pass."""
 
 from __future__ import annotations
 
@@ -60,9 +60,8 @@ def compute(
 ) -> dict[str, xr.Dataset]:
     """Compute several statistics of a trace in one pass over it.
 
-    The results are those of the functions of the same names, bit for bit. The trace is read once for all of them, which
-    counts where it lies on disk or on the network. ``predictability`` and ``vocabulary_specialization``, which need
-    several passes, make their own.
+    The results equal those of the functions of the same names, bit for bit. Reading the trace only once matters on disk
+    or over a network. ``predictability`` and ``vocabulary_specialization`` need several passes and make their own.
 
     Parameters
     ----------
@@ -71,26 +70,26 @@ def compute(
     statistics : Sequence[str]
         Names of functions of `ml.stats` that take a trace and `by`, such as "expert_share" and "coactivation".
     by : By, optional
-        Column, or columns, of the sequences to group by; those of domains are by "domain" unless it says otherwise.
+        Column or columns of the sequences to group by; statistics of domains use "domain" by default.
     cluster : str, optional
         Column of the sequences to cluster by, such as "author", if documents are not independent.
     bootstrap : Bootstrap, optional
         Settings of the intervals.
     executor : str, optional
-        Backend of joblib that counts the shards of a trace on disk: "loky" for processes of this machine, "dask", or
-        one that was registered, such as "ray" and "spark". The numbers are the same, bit for bit.
+        joblib backend that processes the shards of a trace on disk: "loky" for local processes, "dask", or a registered
+        one such as "ray" and "spark". The numbers are the same, bit for bit.
 
     Returns
     -------
     dict[str, xarray.Dataset]
-        By name, in the order of `statistics`.
+        Results by name, in the order of `statistics`.
 
     Raises
     ------
     BadInput
-        For a name that is none, a backend that joblib does not know, and as the statistics do.
+        If a name or a joblib backend is unknown, or as the statistics do.
     MissingSignal
-        If the trace lacks what one of them needs.
+        If the trace lacks a signal that one of them needs.
 
     Examples
     --------

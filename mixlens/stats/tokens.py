@@ -1,6 +1,6 @@
-"""How much of routing the token itself explains, and how much its context.
+"""Share of routing explained by the token itself, and by its context.
 
-Both statistics need tables by token type, too large to keep for each document. They read the trace several times, as
+Both statistics need tables by token type, too large to keep per document. They read the trace several times, for as
 many layers at once as fit into half a gigabyte.
 """
 
@@ -39,9 +39,9 @@ def vocabulary_specialization(
     any slot (Muennighoff et al. 2024, eq. 8). The maximum is biased upwards for rare types: compare only numbers with
     the same min_count and about the same number of tokens.
 
-    The interval is for the mean over other samples of as many documents, and shares the upward bias: it is no interval
-    for infinitely many. It takes the types and the best expert of each as given, in the linear approximation of the
-    mean, since the counts of every type cannot be kept for every document.
+    The interval is for the mean over other samples with as many documents, and shares the upward bias; it does not
+    cover the value for infinitely many. It takes the types and the best expert of each as given, in a linear
+    approximation of the mean, because the counts of every type cannot be kept for every document.
 
     Parameters
     ----------
@@ -50,7 +50,7 @@ def vocabulary_specialization(
     by : By, optional
         Column or columns of the sequences to group by.
     min_count : int, optional
-        Types that occur less often are left out.
+        Least number of occurrences of a type.
     cluster : str, optional
         Column of the sequences to cluster by, such as "author", if documents are not independent.
     bootstrap : Bootstrap, optional
@@ -60,14 +60,14 @@ def vocabulary_specialization(
     -------
     xarray.Dataset
         ``estimate`` (fraction), ci_low, ci_high ``[*by, layer]``; n (tokens of the types counted) and n_types
-        ``[*by]``; NaN where no type is frequent enough.
+        ``[*by]``; NaN if no type is frequent enough.
 
     Raises
     ------
     MissingSignal
         If the trace has no token ids.
     BadInput
-        For a min_count below 1 or an unknown column in `by`.
+        If min_count is below 1, or `by` names an unknown column.
 
     Examples
     --------
@@ -122,17 +122,17 @@ def vocabulary_specialization(
 def predictability(
     trace: Trace, *, by: By = None, cluster: str | None = None, bootstrap: Bootstrap = DEFAULT
 ) -> xr.Dataset:
-    """Measure how well the first choice follows from the text: accuracy on held-out documents.
+    """Measure how well the text predicts the first choice, as accuracy on held-out documents.
 
     majority
         always the most frequent expert: chance.
     token
-        the expert most frequent for the token's identity.
+        the most frequent expert for the token id.
     token_and_previous
-        the expert most frequent for the token and the one before it: what context adds, at least.
+        the most frequent expert for the token and its predecessor: a lower bound on the effect of context.
 
-    Documents are dealt into 5 folds; each is predicted from the others. There is no interval: other documents would
-    train other predictors, which a single recording cannot tell the effect of.
+    Documents are assigned to 5 folds; each is predicted from the others. There is no interval: other documents would
+    train other predictors, an effect that a single recording cannot measure.
 
     Each distribution is smoothed with the coarser one, worth 4 observations: p(e | x) is proportional to
     N_xe + 4 p(e), p(e | x, previous) to N_yxe + 4 p(e | x). Pairs of tokens are hashed into 2**24 buckets, of which the
@@ -153,14 +153,14 @@ def predictability(
     -------
     xarray.Dataset
         ``estimate`` (fraction), ci_low, ci_high (NaN) ``[*by, layer, measure]``; n (tokens) ``[*by]``; the predictors
-        are learnt from the whole trace, whatever `by` is.
+        are trained on the whole trace, whatever `by` is.
 
     Raises
     ------
     MissingSignal
         If the trace has no token ids.
     BadInput
-        For fewer than two documents or an unknown column in `by`.
+        If there are fewer than two documents, or `by` names an unknown column.
 
     Examples
     --------
@@ -194,8 +194,8 @@ def predictability(
         {"measure": ["majority", "token", "token_and_previous"]},
         bootstrap,
     )
-    # Documents that are predicted train the predictors of others: from one recording no interval covers what it says
-    # (Bates, Hastie and Tibshirani 2023), and jackknives of 84 to 93 % are none (see the benchmark).
+    # Predicted documents also train the predictors of others: no interval from one recording has the nominal coverage
+    # (Bates, Hastie and Tibshirani 2023), and jackknives cover only 84 to 93 % (see the benchmark).
     data = data.assign({name: data[name] * np.nan for name in ("ci_low", "ci_high")})
     why = "predictors that other documents would train differ"
     return described(
@@ -207,7 +207,7 @@ def predictability(
 
 
 class _Types:
-    """The token types of each group that occur at least min_count times, one row each.
+    """Token types of each group that occur at least min_count times, one row each.
 
     n           [row] occurrences
     group       [row]
@@ -229,11 +229,11 @@ class _Types:
         return cls(group_of_sequence, occurrences(trace, group_of_sequence, clusters.n_groups), min_count)
 
     def rows(self, sequence: np.ndarray, token_id: np.ndarray) -> np.ndarray:
-        """[token] row of each token's type, -1 where it is too rare."""
+        """Return the row of each token's type [token], -1 if it is too rare."""
         return self.row_of[self.group_of_sequence[sequence], token_id]
 
     def best(self, trace: Trace, layers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The expert that each type chooses most [layer, row], and the share of its occurrences that do."""
+        """Return the most chosen expert of each type [layer, row], and the share of its occurrences."""
         n_rows = len(self.n)
         table = np.zeros((len(layers), trace.n_experts * n_rows), np.int32)
         for columns in trace.blocks("sequence", "token_id", "expert_id"):
@@ -246,14 +246,14 @@ class _Types:
         return table.argmax(1).astype(id_dtype(trace.n_experts)), table.max(1) / self.n
 
     def mean(self, share: np.ndarray) -> np.ndarray:
-        """Mean over types of shares [layer, row], for each group [layer, group]."""
+        """Return the mean over types of shares [layer, row] for each group [layer, group]."""
         n_groups = len(self.n_of_group)
         sums = np.stack([np.bincount(self.group, weights=row, minlength=n_groups) for row in share])
         return sums / np.maximum(self.n_of_group, 1)
 
 
 def _folds(trace: Trace, n_numbers: int, seed: int) -> tuple[np.ndarray, int]:
-    """Fold of each sequence number, documents with tokens dealt out at random, and the number of folds."""
+    """Return the fold of each sequence number, assigned at random by document, and the number of folds."""
     tokens = np.zeros(n_numbers, np.int64)
     for columns in trace.blocks("sequence"):
         tokens += np.bincount(columns["sequence"], minlength=n_numbers)
@@ -273,6 +273,6 @@ def _folds(trace: Trace, n_numbers: int, seed: int) -> tuple[np.ndarray, int]:
 
 
 def _joined(parts: list[Counts], name: str) -> Counts:
-    """Counts of groups of layers, one total of which is put together along the layers."""
+    """Join counts of groups of layers, concatenating one total along the layers."""
     total = np.concatenate([part.totals[name] for part in parts], axis=1)
     return replace(parts[0], totals={name: total})

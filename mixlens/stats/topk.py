@@ -1,4 +1,4 @@
-"""Loss and routing at every number of experts, from sums over every document."""
+"""Loss and routing by the number of experts per token, computed from sums per document."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def topk_sweep(
     cluster: str | None = None,
     bootstrap: Bootstrap = DEFAULT,
 ) -> xr.Dataset:
-    """Compute the loss when every token chooses k experts, and its change against the model's own k.
+    """Compute the loss with k experts per token, and its change from the model's own k.
 
-    sum_d v_dk / sum_d n_d, v_dk the loss of document d summed over its n_d predicted tokens; the change is that of
-    v_dk - v_d,own, and its interval that of the paired difference.
+    sum_d v_dk / sum_d n_d, with v_dk the loss of document d summed over its n_d predicted tokens; the change is that of
+    v_dk - v_d,own, with the interval of the paired difference.
 
     Parameters
     ----------
     measured : xarray.Dataset
-        The result of the measurement. Needs ``measured``, as measure_topk or open gives it.
+        Result of measure_topk, or of open for its run.
     by : str or Sequence[str], optional
         Column or columns of the sequences to group by.
     cluster : str, optional
@@ -48,7 +48,7 @@ def topk_sweep(
     Raises
     ------
     BadInput
-        For an unknown column in `by` or `cluster`, and anything else than such sums.
+        If `by` or `cluster` names an unknown column, or `measured` is not the result of measure_topk.
 
     Examples
     --------
@@ -103,16 +103,18 @@ def topk_sweep(
 
 
 def open_topk(path: str | os.PathLike[str], *, check: bool = True) -> xr.Dataset:
-    """The sums over documents that a sweep over k holds; `topk_sweep` makes the curve of them.
+    """Return the sums per document of a sweep over k; `topk_sweep` turns them into a curve.
 
-    Raises RunError when the run is not there, unfinished or altered, BadInput when it is of another kind.
+    Raises RunError if the run is missing, unfinished or altered, BadInput if it is of another kind.
     """
     return topk_dataset(read_measured(path, KIND, check=check))
 
 
 def topk_dataset(measured: Measured) -> xr.Dataset:
-    """Sums over documents: loss [document, k], first_weight [document, k, layer], chosen [document, k, layer, expert];
-    tokens (predicted), length [document].
+    """Return sums per document as a Dataset.
+
+    loss [document, k], first_weight [document, k, layer], chosen [document, k, layer, expert]; tokens (predicted),
+    length [document].
     """
     meta, inner = measured.meta, ("document", "k", "layer", "expert")
     data = {name: (inner[: array.ndim], array) for name, array in measured.arrays.items()}

@@ -1,4 +1,4 @@
-"""Verdicts: do it, do not, or not enough evidence, from the interval of a gain."""
+"""Verdicts from the interval of a gain: do it, do not, or not enough evidence."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ DO, DO_NOT, UNKNOWN = "do it", "do not", "not enough evidence"
 
 
 def verdict(low: float, high: float, *, needed: float = 0.0) -> str:
-    """Return "do it" where the whole interval of a gain lies above what is needed, "do not" where it lies below.
+    """Return "do it" if the whole interval of a gain is above `needed`, "do not" if it is below.
 
-    NaN for bounds, where there are too few documents for an interval, is not enough evidence.
+    NaN bounds, for too few documents, mean not enough evidence.
 
     Examples
     --------
@@ -23,19 +23,19 @@ def verdict(low: float, high: float, *, needed: float = 0.0) -> str:
 
 
 def of_all(verdicts: Iterable[str]) -> str:
-    """What follows from several claims: "do it" where all hold, "do not" where one is refuted."""
+    """Combine verdicts: "do it" if all hold, "do not" if one is refuted."""
     found = [*verdicts]
     return DO_NOT if DO_NOT in found else DO if found and UNKNOWN not in found else UNKNOWN
 
 
 def level_of_each(level: float, claims: int) -> float:
-    """The level of so many intervals that hold at once as often as one of `level` does (Bonferroni)."""
+    """Return the level of each of several intervals that together have the given level (Bonferroni)."""
     return 1 - (1 - level) / claims
 
 
 def fewest_units(level: float) -> int:
-    """Return the fewest documents of which an interval of this level may be taken for evidence.
+    """Return the smallest number of documents for an interval of this level to count as evidence.
 
-    Of n documents whose differences are as often above zero as below, all lie on one side with probability 2^(1 - n).
+    If differences are equally likely to be positive and negative, all n share a sign with probability 2^(1 - n).
     """
     return math.ceil(1 - math.log2(1 - level))

@@ -1,4 +1,4 @@
-"""How weights and routing go together."""
+"""Relations between weights and routing."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from mixlens.errors import BadInput
 def similarity_and_coactivation(
     similarity: xr.DataArray, coactivation: xr.Dataset, *, permutations: int = 2000, seed: int = 0
 ) -> xr.Dataset:
-    """Correlate the similarity of experts with how often they are chosen together, tested by permuting experts.
+    """Correlate the similarity of experts with their coactivation, tested by permuting experts.
 
-    Pearson's r over all pairs i < j between their similarity and (P(j|i) + P(i|j)) / 2. Pairs that share an expert are
-    not independent, so the null distribution relabels whole experts of one of the two matrices (Mantel 1967).
+    Pearson's r over all pairs i < j between similarity and (P(j|i) + P(i|j)) / 2. Pairs that share an expert are not
+    independent, so the null distribution relabels the experts of one of the two matrices (Mantel 1967).
 
     Parameters
     ----------
     similarity : xarray.DataArray
         [layer, expert, expert_j], such as measure_similarity(model).router_cosine.
     coactivation : xarray.Dataset
-        From stats.coactivation, with layer, expert and expert_j.
+        Result of stats.coactivation, with layer, expert and expert_j.
     permutations : int, optional
         Number of permutations of the experts.
     seed : int, optional
-        Of the permutations.
+        Seed of the permutations.
 
     Returns
     -------
@@ -35,7 +35,7 @@ def similarity_and_coactivation(
     Raises
     ------
     BadInput
-        Where layers or experts differ, and for anything else.
+        If layers or experts differ, or an argument has another type.
     """
     if not isinstance(similarity, xr.DataArray) or not isinstance(coactivation, xr.Dataset):
         raise BadInput(
@@ -93,7 +93,7 @@ def similarity_and_coactivation(
 
 
 def _pearson(rows: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Correlation of each row [n, pairs] with `other` [pairs], over the pairs that both have."""
+    """Return the correlation of each row [n, pairs] with `other` [pairs], over the pairs known in both."""
     known = np.isfinite(other)
     rows, other = rows[:, known], other[known]
     rows, other = rows - rows.mean(1, keepdims=True), other - other.mean()
