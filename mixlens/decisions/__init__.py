@@ -1,6 +1,6 @@
-"""From routing to a decision: what a step reads, what fits in a cache, where an expert belongs, and which can go.
+"""Decisions based on routing: reads per step, caching, placement, pruning and bit allocation.
 
-Every function ends with a verdict in ``attrs["verdict"]``, judged on documents that nothing was fitted on.
+Every function returns a verdict in ``attrs["verdict"]``, judged on documents that were not used for fitting.
 """
 
 from mixlens.core.lazy import exports

@@ -1,4 +1,4 @@
-"""allocate_bits: which experts to hold in how many bits, within a budget, by what each was measured to cost."""
+"""allocate_bits: choose a bit width for every expert within a budget, from measured costs."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ WHOLE = "none"
 def allocate_bits(
     importance: Mapping[str, xr.Dataset], *, budget_bytes: float, bootstrap: Bootstrap = DECISION
 ) -> xr.Dataset:
-    """Choose a quantization scheme for every expert, with the least loss that a budget of bytes allows.
+    """Choose a quantization scheme for every expert that minimises the loss within a budget of bytes.
 
-    The sum over experts of what each costs by itself is as small as any choice within the budget makes it: a knapsack
-    with a class an expert, solved exactly. Costs of experts together are not their sum, so that the loss of the whole
-    is predicted: load the model in the mixed scheme, and `judge` it.
+    The sum over experts of their individual costs is minimised exactly, as a multiple-choice knapsack with one class
+    per expert. Joint costs are not additive, so the loss of the whole model is only predicted: load the model in the
+    mixed scheme, and `judge` it.
 
-    The verdict compares the mixed scheme with the best single one that fits. Both are chosen on one half of the
-    documents and judged on the other, and the other way round; the scheme that is returned is chosen on all.
+    The verdict compares the mixed scheme with the best uniform one that fits. Both are chosen on one half of the
+    documents and judged on the other, in both directions; the returned scheme is chosen on all documents.
 
     Parameters
     ----------
@@ -108,7 +108,7 @@ def allocate_bits(
 
 
 def _measured(importance: Mapping[str, xr.Dataset]) -> tuple[list[str], np.ndarray, list[int], np.ndarray]:
-    """(schemes; loss [scheme, document, expert of all layers]; bytes of an expert in each; tokens [document])."""
+    """Return (schemes; loss [scheme, document, expert of all layers]; bytes per expert in each; tokens [document])."""
     if not isinstance(importance, Mapping) or not importance:
         raise BadInput(
             "Cannot allocate bits without measurements. Pass a mapping from schemes to what measure_importance found, "
@@ -148,9 +148,9 @@ def _measured(importance: Mapping[str, xr.Dataset]) -> tuple[list[str], np.ndarr
 
 
 def allocated(costs: np.ndarray, sizes: list[int], budget: float) -> np.ndarray:
-    """The scheme of each expert [expert] with the least sum of costs [scheme, expert], within a budget of bytes.
+    """Return the scheme of each expert that minimises the sum of costs [scheme, expert] within a budget of bytes.
 
-    An integer program, solved by HiGHS to optimality.
+    An integer program, solved to optimality by HiGHS.
     """
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_array, kron
@@ -170,13 +170,13 @@ def allocated(costs: np.ndarray, sizes: list[int], budget: float) -> np.ndarray:
 
 
 def _single(costs: np.ndarray, sizes: list[int], budget: float) -> int:
-    """The scheme that costs least of those in which all experts fit the budget."""
+    """Return the cheapest scheme in which all experts fit the budget."""
     total = np.where(np.array(sizes) * costs.shape[1] <= budget, costs.sum(1), np.inf)
     return int(total.argmin())
 
 
 def _quantization(scheme: np.ndarray, layers: np.ndarray) -> dict[str, Any]:
-    """The most common scheme for all experts, then those that have another, by patterns of load."""
+    """Return the most common scheme for all experts, then the exceptions, as patterns for load."""
     common = Counter(scheme.ravel().tolist()).most_common(1)[0][0]
     others = {
         f"*.layers.{layer}.mlp.experts.{expert}.*": scheme[row, expert]

@@ -1,4 +1,4 @@
-"""Caches: which experts are at hand when a token asks for them, by policy and size, and what the others cost."""
+"""Expert caches: hit rates by policy and size, and the cost of misses."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ def cache(
     cluster: str | None = None,
     bootstrap: Bootstrap = DECISION,
 ) -> xr.Dataset:
-    """Compute how often a cache of so many experts a layer holds the experts that tokens choose.
+    """Compute the hit rate of a cache that holds a number of experts per layer.
 
-    Every sequence begins with an empty cache. The experts of a token are looked up and loaded together, and none of
-    them makes room for another. Policies:
+    Every sequence begins with an empty cache. The experts of a token are looked up and loaded together, and do not
+    evict each other. Policies:
 
-    - lru: the expert used longest ago leaves
-    - lfu: the one used least often since it was loaded leaves, of equals the one used longest ago
-    - fixed: the most frequent experts of one half of the documents stay, and are at hand from the start
+    - lru: evict the least recently used expert
+    - lfu: evict the expert used least often since it was loaded, and among ties the least recently used
+    - fixed: the most frequent experts of one half of the documents, loaded from the start
     - least-stale: one pool of slots x layers; an expert that the token at hand did not use leaves first, of those one
       of the layer whose turn comes last, then the least recently used (after Hoang et al. 2026, arXiv:2602.03921)
     - prefetch: lru, and while a layer computes the next layer's experts are loaded that its router would choose for
       this layer's input (Eliseev and Mazur 2023, arXiv:2312.17238)
-    - optimum: the expert needed last leaves: no policy that loads what is asked for has more hits (Belady 1966)
+    - optimum: evict the expert needed last: no policy that loads on demand has more hits (Belady 1966)
 
     The verdict says whether the policy has more hits than the fixed set ("do it") or fewer ("do not"), on average over
     the sizes, on the half of the documents that nothing was fitted on. The fixed set is judged against any set of its
@@ -227,8 +227,8 @@ def _tallied(
     full: Callable[[int], np.ndarray],
     kept: np.ndarray,
 ) -> np.ndarray:
-    """Hits and loads of each document, and of tokens that find the cache filled how many more hits than the fixed set
-    has, of how many choices [4, document, size, layer].
+    """Return hits, loads, extra hits and choices [4, document, size, layer] of each document.
+    Extra hits are those over the fixed set, of tokens that find a full cache.
     """
     each = []
     for layer, (hits, loads) in enumerate(zip(found, loaded, strict=True)):
@@ -241,7 +241,7 @@ def _tallied(
 def _replay(
     trace: Trace, ids: np.ndarray, first: np.ndarray, sizes: Sequence[int], policy: Policy, kept: np.ndarray, model: Any
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Experts at hand and experts loaded [layer, size, token]."""
+    """Return cached experts and loaded experts [layer, size, token]."""
     e, layers = trace.n_experts, range(trace.n_layers)
     if policy == "prefetch":
         each = [
@@ -261,7 +261,7 @@ def _replay(
 
 
 def _of_set(kept: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """How many experts of each token [token, slot] are in a set of each size [size, expert]; uint8 [size, token]."""
+    """Count the experts of each token [token, slot] in a set of each size [size, expert]; uint8 [size, token]."""
     found = np.zeros((len(kept), len(ids)), np.uint8)
     for chosen in ids.T:
         found += kept[:, chosen]
@@ -269,7 +269,7 @@ def _of_set(kept: np.ndarray, ids: np.ndarray) -> np.ndarray:
 
 
 def _predicted(trace: Trace, model: Any) -> list[np.ndarray | None]:
-    """For each layer the experts [token, slot] that its router chooses for the input of the layer before; else None."""
+    """Return the experts that each layer's router chooses for the previous layer's input [token, slot]; else None."""
     import torch
 
     from mixlens.models.layout import moe_layers
@@ -299,13 +299,13 @@ def _predicted(trace: Trace, model: Any) -> list[np.ndarray | None]:
 
 
 def _most_used(used: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
-    """Which experts are among the most used [size, layer, expert], from how often each was used [layer, expert]."""
+    """Mask the most used experts [size, layer, expert], given uses [layer, expert]."""
     rank = np.argsort(np.argsort(-used, axis=-1, kind="stable"), axis=-1, kind="stable")
     return rank < np.asarray(sizes)[:, None, None]
 
 
 def _bytes(trace: Trace, model: Any, expert_bytes: float | None) -> np.ndarray | float | None:
-    """Bytes of one expert, of each layer where a model tells."""
+    """Return the bytes of one expert, per layer if the model is given."""
     if expert_bytes is not None or model is None:
         return expert_bytes
     from mixlens.models.layout import moe_layers
@@ -316,7 +316,7 @@ def _bytes(trace: Trace, model: Any, expert_bytes: float | None) -> np.ndarray |
 
 
 def _sizes(trace: Trace, slots: int | Sequence[int] | None, policy: str) -> list[int]:
-    """The numbers of experts asked for. Raises BadInput for those that cannot be, and for an unknown policy."""
+    """Return the requested cache sizes. Raises BadInput for impossible ones and for an unknown policy."""
     if policy not in get_args(Policy):
         raise BadInput(
             f"Cannot replay the cache policy {policy!r}: policies are {', '.join(get_args(Policy))}. Pass one of them.",

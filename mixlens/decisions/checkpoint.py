@@ -1,4 +1,4 @@
-"""save: a model as a checkpoint that plain transformers loads, with a card that says how it was made."""
+"""Save a model as a checkpoint that plain transformers loads, with a card that describes its origin."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from mixlens.stats.judgement import Judgement
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str], *, judgement: Judgement | None = None) -> Path:
-    """Save a model as safetensors under the names that the Hub has for its family, with its tokenizer and a card.
+    """Save a model as safetensors under the Hub's names for its family, with its tokenizer and a card.
 
-    ``AutoModelForCausalLM.from_pretrained(folder)`` and ``ml.load(folder, quantization=...)`` then give the same
-    model. The folder is complete or it is not there.
+    ``AutoModelForCausalLM.from_pretrained(folder)`` and ``ml.load(folder, quantization=...)`` then return the same
+    model. The folder is written atomically.
 
     Parameters
     ----------
@@ -70,7 +70,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, judgement: Judgeme
     path = Path(folder)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise RunError(
-            f"Cannot save a model to {path}: something is there already. Choose a new folder.",
+            f"Cannot save a model to {path}: the folder is not empty. Choose a new folder.",
             argument="folder",
             value=str(path),
         )

@@ -1,4 +1,4 @@
-"""Distinct experts: how many experts a step reads, for a batch of sequences or a window of consecutive tokens."""
+"""Distinct experts: the number of experts a step reads, for a batch of sequences or a window of tokens."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def distinct_experts(
     cluster: str | None = None,
     bootstrap: Bootstrap = DECISION,
 ) -> xr.Dataset:
-    """Compute how many experts of a layer one step reads.
+    """Compute the number of experts of a layer that one step reads.
 
     A step takes the next `window` tokens of each of `batch` sequences: one token of each when a batch decodes, several
     of one in speculative decoding, a chunk of one in prefill. The estimate is the mean over all batches that the
@@ -94,7 +94,7 @@ def decode_time(
     cluster: str | None = None,
     bootstrap: Bootstrap = DECISION,
 ) -> xr.Dataset:
-    """Predict the bytes that a step of decoding reads, and from them its time or its share of the bandwidth.
+    """Predict the bytes read by a decoding step, and from them its time or its share of the bandwidth.
 
     read_bytes = all weights but the embedding table and the experts + bytes of the distinct experts of each layer +
     keys and values of `context` tokens of each sequence, as a benchmark counts those of its own forwards. The time is
@@ -159,10 +159,11 @@ def decode_time(
 
 
 def tensor_overrides(found: xr.Dataset, *, on_gpu: int) -> str:
-    """Return llama.cpp's ``--override-tensor`` that keeps the experts of some layers on the GPU, others on the CPU.
+    """Return llama.cpp's ``--override-tensor`` that keeps the experts of some layers on the GPU, the others on the CPU.
 
-    GGUF files hold the experts of a layer in one tensor, so that layers can be placed and single experts cannot. Those
-    whose steps read most experts stay on the GPU; a single sequence reads as many in each, and the first layers stay.
+    GGUF files store the experts of a layer in one tensor, so layers can be placed but single experts cannot. The layers
+    whose steps read most experts stay on the GPU; for a single sequence, all read the same number, and the first layers
+    stay.
 
     Parameters
     ----------
@@ -179,7 +180,7 @@ def tensor_overrides(found: xr.Dataset, *, on_gpu: int) -> str:
     Raises
     ------
     BadInput
-        If `found` is no count of distinct experts, or for layers that are not there.
+        If `found` is not a count of distinct experts, or layers do not exist.
 
     Examples
     --------
@@ -201,7 +202,7 @@ def tensor_overrides(found: xr.Dataset, *, on_gpu: int) -> str:
 
 @dataclass(frozen=True)
 class _Counted:
-    """Experts that a step and that random tokens read [layer, 1 + unit], of all units and without each."""
+    """Return experts read by a step and by random tokens [layer, 1 + unit], over all units and without each."""
 
     trace: Trace
     steps: Steps

@@ -1,4 +1,4 @@
-"""judge: a model and a changed one on held-out text and benchmarks, against the user's limits."""
+"""judge: compare a changed model with the original on held-out text and benchmarks, against the user's limits."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ def judge(
     settings: RecordSettings = SETTINGS,
     evaluation: EvalSettings = EVAL_SETTINGS,
 ) -> Judgement:
-    """Judge a changed model by the worst that happened to it, on text and questions that nothing was fitted on.
+    """Judge a changed model by its worst result on text and questions that were not used for fitting.
 
-    Both models read the same documents and answer the same questions. The verdict is "do it" where in every group of
-    documents and in every subject what is lost is within the user's limits, at the end of the interval that is worse;
-    "do not" where in one of them it is beyond them at the end that is better; else "not enough evidence". The intervals
-    hold for all rows at once. Documents by which experts were chosen must not be among those of the gate.
+    Both models read the same documents and answer the same questions. The verdict is "do it" if in every group of
+    documents and every subject even the worse end of the interval is within the user's limits; "do not" if in one of
+    them even the better end exceeds them; else "not enough evidence". The intervals hold for all rows at once.
+    Documents used to choose experts must not be among those of the gate.
 
     Parameters
     ----------
@@ -105,7 +105,7 @@ def judge(
     kinds = [kind for kind, wanted in ((TEXT, documents is not None), (SCORE, logs or tasks)) if wanted]
     if not kinds:
         raise BadInput(
-            "Cannot judge a model on nothing. Pass held-out documents=, benchmarks as suites=, or both.",
+            "Cannot judge a model: no data was given. Pass held-out documents=, benchmarks as suites=, or both.",
             argument="documents",
             value=None,
         )
@@ -160,7 +160,7 @@ def judge(
 
 
 def table_of(pair: tuple[Trace, Trace] | None, logs: Sequence[Log], by: str, bootstrap: Bootstrap) -> pd.DataFrame:
-    """All rows of a judgement, the worst of each kind first, with intervals that hold at once."""
+    """Return all rows of a judgement, the worst of each kind first, with simultaneous intervals."""
     parts = []
     if pair is not None:
         groups = pair[0].sequences[by].nunique() if by in pair[0].sequences else 0  # next_tokens refuses it

@@ -1,4 +1,4 @@
-"""Placement: on which device each expert belongs, judged by the busiest device of a step on held-out documents."""
+"""Placement of experts on devices, judged by the busiest device per step on held-out documents."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def placement(
     cluster: str | None = None,
     bootstrap: Bootstrap = DECISION,
 ) -> xr.Dataset:
-    """Compute how much busier than the mean the busiest device of a step is, for several placements of the experts.
+    """Compute the load of the busiest device of a step relative to the mean, for several placements.
 
-    A step is so many consecutive tokens of a sequence, or what is left of it, and takes as long as its busiest device:
-    the estimate is sum of max load / sum of mean load over steps and layers, 1 where all devices always have as much to
-    do. An expert with several copies has its tokens shared between them. Placements:
+    A step is a number of consecutive tokens of a sequence, or its remainder, and takes as long as its busiest device:
+    the estimate is sum of max load / sum of mean load over steps and layers, 1 for perfect balance. The tokens of an
+    expert with several copies are shared between them. Placements:
 
-    - contiguous: the experts of a layer in order, as many on each device; no copies
-    - packed: the most loaded expert first, each to the least loaded device that has room; no copies
+    - contiguous: the experts of a layer in order, the same number on each device; no copies
+    - packed: experts by decreasing load, each to the least loaded device with room; no copies
     - uninformed: copies and places as `eplb` chooses from as many tokens that go to experts by chance; only with copies
     - eplb: DeepSeek's Expert Parallelism Load Balancer: the expert with the largest load per copy gets the next copy,
       and copies are packed; where `nodes` divides `groups`, groups to nodes first, then within nodes
@@ -58,15 +58,15 @@ def placement(
     ranks : int
         Devices that share the experts of a layer; divides experts and copies together.
     redundant : int, optional
-        Copies of experts beside the one that each has.
+        Extra copies of experts.
     step : int, optional
         Tokens of a step.
     nodes : int, optional
-        Machines that the devices stand in, as many in each.
+        Number of machines with the same number of devices each.
     groups : int, optional
         Groups of experts that a router chooses among, such as 8 of DeepSeek-V3; 1 for a Mixtral.
     hidden_bytes : float, optional
-        Bytes of a token's hidden state, for what travels between nodes.
+        Bytes of a token's hidden state, for the traffic between nodes.
     cluster, bootstrap
         As for `distinct_experts`; the seed also draws the halves.
 
@@ -147,7 +147,7 @@ def placement(
 def save_placement(
     found: xr.Dataset, path: str | os.PathLike[str], *, engine: Literal["sglang", "vllm-ascend"] = "sglang"
 ) -> Path:
-    """Write the eplb placement as the JSON that an engine loads when it starts.
+    """Write the eplb placement as JSON for an engine to load at startup.
 
     Parameters
     ----------
@@ -167,7 +167,7 @@ def save_placement(
     Raises
     ------
     BadInput
-        If `found` is no placement, or for an unknown engine.
+        If `found` is not a placement, or the engine is unknown.
 
     Examples
     --------
@@ -200,7 +200,7 @@ def save_placement(
 def _placements(
     load: np.ndarray, ranks: int, redundant: int, nodes: int, groups: int, seed: int
 ) -> dict[str, np.ndarray]:
-    """The expert of each place [layer, place], device by device, of each placement."""
+    """Return the expert of each slot [layer, slot], device by device, of each placement."""
 
     def each(of: np.ndarray, copies: int, *hierarchy: int) -> np.ndarray:
         return np.stack([eplb(row, ranks, copies, *hierarchy) for row in of])
@@ -216,7 +216,7 @@ def _placements(
 
 
 def _between_nodes(ids: np.ndarray, physical: np.ndarray, n_experts: int, nodes: int) -> tuple[float, float]:
-    """Other nodes that a token is sent to, and moves of its first choice between nodes, both added up over layers."""
+    """Return the number of other nodes a token is sent to, and moves of its first choice between nodes, over layers."""
     remote = moves = 0.0
     before: np.ndarray | None = None
     for layer, row in enumerate(physical):
@@ -230,7 +230,7 @@ def _between_nodes(ids: np.ndarray, physical: np.ndarray, n_experts: int, nodes:
 
 
 def _check(n_experts: int, ranks: int, redundant: int, step: int, nodes: int, groups: int) -> None:
-    """Raises BadInput for numbers that do not divide what they share."""
+    """Raise BadInput for numbers that do not divide evenly."""
     check_whole("a placement", ranks=ranks, step=step, nodes=nodes, groups=groups)
     check_whole("a placement", 0, redundant=redundant)
     for name, value, whole, of, shared in (

@@ -1,4 +1,4 @@
-"""prune: a model without some of its experts, or with their mean output in their place."""
+"""prune: remove experts from a model, or replace them by their mean output."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ RECORD = "mixlens_pruned"
 
 
 def prune(model: nn.Module, keep: Mapping[int, Iterable[int]] | xr.DataArray, *, means: Any = None) -> Any:
-    """Make a model that has some of the experts alone.
+    """Make a model with only some of the experts.
 
-    Experts that are not kept are removed with their rows of the router, so that tokens choose the next best; weights
-    that do not change are shared with `model`, which stays as it was. With `means` the router stays whole, and what
-    is removed puts out its mean: such a model computes here, and no checkpoint of its family can hold it.
+    Other experts are removed with their rows of the router, so that tokens choose the next best; unchanged weights are
+    shared with `model`, which is not modified. With `means`, the router stays whole, and removed experts output their
+    mean; such a model cannot be saved as a checkpoint of its family.
 
     Parameters
     ----------
@@ -84,7 +84,7 @@ def prune(model: nn.Module, keep: Mapping[int, Iterable[int]] | xr.DataArray, *,
 
 
 class WithMeans(nn.Module):
-    """Experts of which some are gone, and put out their mean; called with the numbers that the router knows."""
+    """Experts of which some are replaced by their mean output; called with the original expert numbers."""
 
     place: torch.Tensor
     means: torch.Tensor
@@ -98,7 +98,7 @@ class WithMeans(nn.Module):
         self.register_buffer("means", means)
 
     def forward(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """[T, H] from hidden states [T, H], chosen experts [T, k] and their weights [T, k]."""
+        """Return outputs [T, H] for hidden states [T, H], chosen experts [T, k] and their weights [T, k]."""
         place = self.place[ids]
         gone = place < 0
         output = self.kept(hidden, place.clamp(min=0), weights.masked_fill(gone, 0))
@@ -107,10 +107,10 @@ class WithMeans(nn.Module):
 
 
 def refuse_edited(model: nn.Module, what: str) -> None:
-    """Raises ModelError for a model under edits, which are no part of its weights."""
+    """Raise ModelError for a model under edits, which are not part of its weights."""
     if active := edits_of(model):
         raise ModelError(
-            f"Cannot {what} a model under edits ({', '.join(active)}): they are no part of its weights. Do it outside "
+            f"Cannot {what} a model under edits ({', '.join(active)}): they are not part of its weights. Do it outside "
             "the edit.",
             argument="model",
             value=active,
@@ -118,7 +118,7 @@ def refuse_edited(model: nn.Module, what: str) -> None:
 
 
 def _kept(layers: list[MoeLayer], keep: Any, count: int, *, whole: bool) -> dict[int, list[int]]:
-    """{layer: experts that stay, ascending} of every layer; `whole` ones may be left out."""
+    """Return {layer: kept experts, ascending} for every layer; with `whole`, `keep` may omit layers."""
 
     def refused(why: str, value: Any) -> BadInput:
         return BadInput(f"Cannot prune: {why}.", argument="keep", value=value)
@@ -128,7 +128,7 @@ def _kept(layers: list[MoeLayer], keep: Any, count: int, *, whole: bool) -> dict
     if not isinstance(keep, Mapping):
         shown = "{0: [0, 1, 4, 5, 6, 7], ...}, or booleans [layer, expert] as ml.decisions.strongest gives them"
         raise refused(
-            f"a {type(keep).__name__} is no mapping from layers to experts. Pass {shown}", type(keep).__name__
+            f"a {type(keep).__name__} is not a mapping from layers to experts. Pass {shown}", type(keep).__name__
         )
     known = {layer.index: layer.top_k for layer in layers}
     asked = {layer: sorted(set(whole_numbers(experts))) for layer, experts in keep.items()}
@@ -153,7 +153,7 @@ def _kept(layers: list[MoeLayer], keep: Any, count: int, *, whole: bool) -> dict
 
 
 def _means_of(means: Any, layer: int, kept: list[int], model: Any) -> torch.Tensor:
-    """[expert, hidden] of one layer. Raises BadInput where a removed expert has none."""
+    """Return the means [expert, hidden] of one layer. Raises BadInput if a removed expert has none."""
     shape = n_experts(model), int(config_of(model).hidden_size)
     gone = sorted(set(range(shape[0])) - set(kept))
     known = isinstance(means, xr.DataArray) and set(means.dims) == {"layer", "expert", "hidden"}
@@ -171,7 +171,7 @@ def _means_of(means: Any, layer: int, kept: list[int], model: Any) -> torch.Tens
 
 
 def _record(model: Any, kept: dict[int, list[int]], place: str) -> dict[str, Any]:
-    """What a pruned model says of itself; experts by the numbers of the model that it was first made from."""
+    """Return the record of a pruned model; experts have the numbers of the original model."""
     earlier = getattr(model.config, RECORD, None)
     named = {str(layer): own for layer, own in kept.items()}
     if earlier is not None:

@@ -1,4 +1,4 @@
-"""steer: push the experts that differ between two sets of documents, and verify what that does."""
+"""steer: push the experts that differ between two sets of documents, and verify the effect."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def steer(
     bootstrap: Bootstrap = DECISION,
     settings: RecordSettings = SETTINGS,
 ) -> xr.Dataset:
-    """Push the experts that differ between two sets of documents, and see what it does to behaviour and to other text.
+    """Push the experts that differ between two sets of documents, and measure the effect on behaviour and other text.
 
     Of the cells that survive the contrast, the `experts` with the largest differences are pushed: a dose is added to
     their router logits where the first set uses them more, and subtracted where it uses them less (edits.add). The same
@@ -61,9 +61,9 @@ def steer(
     model : torch.nn.Module
         A loaded model.
     contrast : xarray.Dataset
-        What ``stats.contrast(trace, stats.expert_share, ...)`` gives, by documents of which none is used here.
+        Result of ``stats.contrast(trace, stats.expert_share, ...)``, from documents that are not used here.
     behaviour : Iterable[Any]
-        Documents of the first set, as for record: text that shows the behaviour asked for.
+        Documents of the first set, as for record: text that shows the desired behaviour.
     held_out : Iterable[Any]
         Other text, which should not get worse.
     limit : float
@@ -141,7 +141,7 @@ def steer(
 
 @dataclass(frozen=True)
 class _Losses:
-    """Loss and predicted tokens of each document, and whether it judges [document]."""
+    """Return loss and predicted tokens of each document, and whether it is a judging one [document]."""
 
     trace: Trace
     loss: np.ndarray
@@ -171,14 +171,14 @@ def _check(contrast: xr.Dataset, doses: Sequence[float], model: nn.Module) -> No
 
 
 def _chosen(contrast: xr.Dataset, experts: int) -> dict[Place, float]:
-    """{(layer, expert): sign} of the surviving cells with the largest differences."""
+    """Return {(layer, expert): sign} of the surviving cells with the largest differences."""
     cells = contrast["estimate"].where(contrast["survives"]).stack(place=("layer", "expert")).dropna("place")
     order = np.argsort(-np.abs(cells.values), kind="stable")[:experts]
     return {tuple(map(int, cells.place.values[i])): float(np.sign(cells.values[i])) for i in order}  # type: ignore[misc]
 
 
 def _matched(chosen: dict[Place, float], share: xr.DataArray, rng: np.random.Generator) -> dict[Place, float]:
-    """For every expert another of its layer that is used about as often, drawn at random; none twice."""
+    """Draw for every expert a distinct random one of the same layer with similar use."""
     found: dict[Place, float] = {}
     for (layer, expert), sign in chosen.items():
         own = share.sel(layer=layer).values
@@ -194,14 +194,14 @@ def _edits(places: dict[Place, float], dose: float) -> list[Edit]:
 
 
 def _mean(change: np.ndarray, tokens: np.ndarray) -> Difference:
-    """Change a token [arm, dose] from changes summed over documents [arm, dose, document]."""
+    """Return the change per token [arm, dose] from changes summed over documents [arm, dose, document]."""
     return Difference(leaving_out(np.moveaxis(change, -1, 0)), leaving_out(tokens))
 
 
 def _judged(
     change: Sequence[np.ndarray], whole: Sequence[_Losses], limit: float, bootstrap: Bootstrap
 ) -> tuple[int | None, str]:
-    """(the dose that is best on one half, what the other half says of it)."""
+    """Return the dose that is best on one half, and its result on the other half."""
     if np.isnan(change[0]).all() or min((~of.judging).sum() for of in whole) < 1:
         return None, UNKNOWN
     behaviour, other = (

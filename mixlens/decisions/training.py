@@ -1,4 +1,4 @@
-"""health: what a series of recordings of one text tells of a training run, and whether its routing collapses."""
+"""health: follow routing over a training run, and detect whether it collapses."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from mixlens.trace.trace import Trace
 
 
 def health(traces: Mapping[int, Trace], *, limit_bits: float = 0.5, bootstrap: Bootstrap = DECISION) -> xr.Dataset:
-    """Follow routing over a training run by recordings of the same text, the probe.
+    """Follow routing over a training run by recordings of one probe text.
 
     load_entropy
-        how evenly experts are used, in bits; 0 where one takes everything (see stats.load_entropy).
+        entropy of the expert shares, in bits; 0 if one expert takes everything (see stats.load_entropy).
     max_over_mean
         tokens of the busiest expert over the mean.
     routing_entropy
@@ -91,7 +91,7 @@ def health(traces: Mapping[int, Trace], *, limit_bits: float = 0.5, bootstrap: B
 
 
 def _change(first: Trace, last: Trace, bootstrap: Bootstrap) -> dict[str, Any]:
-    """Change of load_entropy [layer] and its paired bounds, which hold for all layers at once."""
+    """Return the change of load_entropy [layer] and its paired bounds, simultaneous over layers."""
     sides = [summed_by(load_entropy, trace) for trace in (first, last)]
     values: list[Any] = [side.statistic({"chosen": leaving_out(side.totals["chosen"])}).values for side in sides]
     each = replace(bootstrap, level=level_of_each(bootstrap.level, first.n_layers))
@@ -103,5 +103,5 @@ def _change(first: Trace, last: Trace, bootstrap: Bootstrap) -> dict[str, Any]:
 
 
 def open_health(path: str | os.PathLike[str], *, check: bool = True) -> xr.Dataset:
-    """The health of the training run that a Watch followed into a folder; raises RunError as open_checkpoints."""
+    """Return the health of a training run that a Watch followed into a folder. Raises RunError as open_checkpoints."""
     return health(open_checkpoints(path, check=check))

@@ -1,4 +1,4 @@
-"""What decisions share: the documents that judge, the verdict of a gain, variables with bounds, checks of arguments."""
+"""Shared code of decisions: judging documents, verdicts of gains, variables with bounds, argument checks."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _BOUNDS = ("ci_low", "ci_high")
 
 
 def judged(gain: Quantity, sizes: np.ndarray, bootstrap: Bootstrap) -> dict[str, Any]:
-    """The attributes verdict, gain, gain_low, gain_high and gain_interval of a gain without dimensions.
+    """Return the attributes verdict, gain, gain_low, gain_high and gain_interval of a gain without dimensions.
 
-    sizes  [unit] how much each document has to say
+    sizes  [unit] weight of each document
     """
     estimate, low, high = (float(value) for value in with_bounds(gain, sizes, bootstrap.level))
     numbers = {"gain": estimate, "gain_low": low, "gain_high": high}
@@ -38,7 +38,7 @@ def judged(gain: Quantity, sizes: np.ndarray, bootstrap: Bootstrap) -> dict[str,
 def bounded(
     name: str, dims: tuple[str, ...], quantity: Quantity, sizes: np.ndarray, bootstrap: Bootstrap
 ) -> dict[str, Any]:
-    """Variables of a Dataset: a quantity and its bounds, name_low and name_high, or those of an estimate."""
+    """Return the variables of a quantity and its bounds, name_low and name_high, or of an estimate."""
     names = (name, *(_BOUNDS if name == "estimate" else (f"{name}_low", f"{name}_high")))
     found = with_bounds(quantity, sizes, bootstrap.level)
     return {own: (dims[: values.ndim], values) for own, values in zip(names, found, strict=True)}
@@ -46,39 +46,39 @@ def bounded(
 
 @contextmanager
 def groups_compared() -> Iterator[None]:
-    """Recordings within do not remark that documents have a column in common: its groups are compared by design."""
+    """Suppress the remark that documents share a column: its groups are compared by design."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Several documents have the same", UserWarning)
         yield
 
 
 def check_positive(what: str, **numbers: float | None) -> None:
-    """Raises BadInput for a number that is not above 0; None is none."""
+    """Raise BadInput for a number that is not positive; None is ignored."""
     for name, value in numbers.items():
         if value is not None and not value > 0:
             raise BadInput(
-                f"Cannot compute {what} with {name}={value!r}: it is no number above 0. Pass one.",
+                f"Cannot compute {what} with {name}={value!r}: it must be above 0.",
                 argument=name,
                 value=value,
             )
 
 
 def check_whole(what: str, least: int = 1, **numbers: int) -> None:
-    """Raises BadInput for a number that is not whole, or below the least."""
+    """Raise BadInput for a number that is not an integer of at least `least`."""
     for name, value in numbers.items():
         if not isinstance(value, int | np.integer) or value < least:
             raise BadInput(
-                f"Cannot compute {what} with {name}={value!r}: it is no whole number from {least}. Pass one.",
+                f"Cannot compute {what} with {name}={value!r}: it must be an integer of at least {least}.",
                 argument=name,
                 value=value,
             )
 
 
 def check_found(found: Any, statistic: str, argument: str = "found") -> None:
-    """Raises BadInput for anything else than what a function of this package returned."""
+    """Raise BadInput for anything but a result of the given statistic."""
     if not isinstance(found, xr.Dataset) or found.attrs.get("statistic") != statistic:
         raise BadInput(
-            f"Cannot use a {type(found).__name__} as what {statistic} returns. Pass that.",
+            f"Cannot use a {type(found).__name__} in place of the result of {statistic}. Pass that result.",
             argument=argument,
             value=type(found).__name__,
         )
@@ -86,7 +86,7 @@ def check_found(found: Any, statistic: str, argument: str = "found") -> None:
 
 @dataclass(frozen=True)
 class Documents:
-    """The sequences of a trace, the documents (or clusters) that they belong to, and the half that judges.
+    """Sequences of a trace, their documents (or clusters), and the half of them that judges.
 
     first    [token] place of the first token of its sequence
     starts   [sequence] its first token
@@ -117,16 +117,16 @@ class Documents:
 
     @property
     def tokens(self) -> np.ndarray:
-        """[document]"""
+        """Number of tokens [document]."""
         return self.sum(np.ones((1, len(self.first))))[:, 0]
 
     def sum(self, values: np.ndarray) -> np.ndarray:
-        """Numbers [..., token] added up in each document [document, ...]."""
+        """Sum numbers [..., token] within each document [document, ...]."""
         out = np.zeros((len(self.judging), *values.shape[:-1]))
         np.add.at(out, self.unit, np.moveaxis(np.add.reduceat(values, self.starts, axis=-1, dtype=np.float64), -1, 0))
         return out
 
     @property
     def of_token(self) -> np.ndarray:
-        """[token] its document"""
+        """Document of each token [token]."""
         return self.unit[np.searchsorted(self.starts, self.first)]

@@ -1,4 +1,4 @@
-"""Ablator: what every token costs with each expert taken out in turn, computing only what the ablation changes."""
+"""Ablator: the cost of each token with each expert removed in turn, recomputing only what changes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What chosen experts put out: sizes, means, super experts, and what each adds to the logit of the next token."""
+"""Outputs of chosen experts: norms, means, super experts, and contributions to the logit of the next token."""
 
 from __future__ import annotations
 
@@ -114,12 +114,12 @@ def measure_contributions(
     tokenizer: Any = None,
     settings: RecordSettings = SETTINGS,
 ) -> xr.Dataset:
-    """Measure what every chosen expert adds to the logit of the next token: direct logit attribution.
+    """Measure the contribution of every chosen expert to the logit of the next token (direct logit attribution).
 
-    w o . (s * (u_next - mean_v u_v)): the expert's weighted output w o, through the last norm held at its scale s at
-    this token, onto the unembedding row of the next token less the mean row. Summed over all experts, all attention
-    layers and the embedding, this is the next token's logit less the mean logit. Effects through later layers are not
-    in it.
+    w o . (s * (u_next - mean_v u_v)): the expert's weighted output w o, projected through the last norm, with its scale
+    s at this token fixed, onto the unembedding row of the next token minus the mean row. Summed over all experts, all
+    attention layers and the embedding, this is the next token's logit minus the mean logit. Effects through later
+    layers are not included.
 
     Parameters
     ----------
@@ -128,7 +128,7 @@ def measure_contributions(
     documents : Iterable[Any]
         Strings, mappings with a text column, or a datasets.Dataset.
     out : str or os.PathLike, optional
-        Run directory; None keeps the result in memory alone. A run that was stopped goes on where it stopped.
+        Run directory; None keeps the result in memory. An interrupted run resumes.
         Under `accelerate launch` every process then reads its share of the shards, and each returns the whole.
     tokenizer : Any, optional
         None for the one that belongs to the model.
@@ -179,7 +179,7 @@ def measure_contributions(
 
 @torch.inference_mode()
 def _contributions(model: nn.Module, shard: Shard, signals: Signals, batch_tokens: int) -> dict[str, np.ndarray]:
-    """Arrays along the tokens of a shard, and the length of every document."""
+    """Return arrays over the tokens of a shard, and the length of every document."""
     sequences, lengths = [piece.ids for piece in shard.pieces], lengths_of(shard)
     position = np.concatenate([np.arange(length) for length in lengths])
     token_id = np.concatenate(sequences)

@@ -1,4 +1,4 @@
-"""measure_impact: a model and a changed copy of it side by side, with each other's routing put in as well."""
+"""measure_impact: compare a model with a changed copy, also with exchanged routing."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ def measure_impact(
     tokenizer: Any = None,
     settings: RecordSettings = SETTINGS,
 ) -> Impact:
-    """Measure what changed weights do to predictions, to routing and to every expert, and which causes which.
+    """Measure the effect of changed weights on predictions, routing and every expert, and split it by cause.
 
     Every document is read four times: by each model with its own routing, and by each with the experts that the other
-    chose for the same tokens, in every layer. So the change in quality is split into what comes from changed routing
-    and everything else, which is called weights only where both compute in the same dtype with the same kinds of
-    layers. Where the dtypes differ, the documents are read a fifth time, by a copy of the first model in the dtype of
-    the second, which takes memory: what changes then is arithmetic alone. No copy is made of a first model that is
-    quantized or lies on several devices.
+    chose for the same tokens in every layer. This splits the change in quality into changed routing and everything
+    else, which is called weights only if both models compute in the same dtype with the same kinds of layers. If the
+    dtypes differ, a copy of the first model in the dtype of the second, which takes memory, reads the documents a fifth
+    time to measure the effect of arithmetic alone. A first model that is quantized or split across devices is not
+    copied.
 
     Parameters
     ----------
@@ -73,7 +73,7 @@ def measure_impact(
     documents : Iterable[Any]
         As for record.
     out : str or os.PathLike, optional
-        Run directory; None keeps the result in memory. A run that was stopped goes on where it stopped.
+        Run directory; None keeps the result in memory. An interrupted run resumes.
     force_weights : bool, optional
         Under the other's routing also use the other's router weights (kept in half precision); else the running
         model weighs the experts it is given.
@@ -120,7 +120,7 @@ def measure_impact(
 
 @dataclass(frozen=True)
 class _Pass:
-    """What a model made of some tokens: last states [token, H], experts [token, layer, slot] and their weights."""
+    """Outputs of a model for some tokens: last states [token, H], experts [token, layer, slot] and their weights."""
 
     states: torch.Tensor
     ids: np.ndarray
@@ -129,7 +129,7 @@ class _Pass:
 
 @dataclass(frozen=True)
 class _Batch:
-    """Sequences that are read together, as one flat token axis.
+    """Sequences read together, as one flat token axis.
 
     sequence   [token] number within the batch
     token_id   [token]
@@ -161,14 +161,14 @@ class _Pair:
 
     @torch.no_grad()  # torchao's weights cannot be detached in inference mode
     def measure(self, shard: Shard) -> dict[str, np.ndarray]:
-        """Sums over every document of a shard, as Impact has them."""
+        """Return sums per document of a shard, as in Impact."""
         sequences, lengths = [piece.ids for piece in shard.pieces], lengths_of(shard)
         totals = self._zeros(len(sequences))
         for rows in batches(lengths, self.batch_tokens):
             for name, values in self._measure_batch(_Batch.of([sequences[row] for row in rows])).items():
                 totals[name][rows] = values
         summed = {name: sum_documents(shard, values) for name, values in totals.items()}
-        # It belongs to no document, and is measured once: with the first shard, and kept along with it.
+        # The weight error belongs to no document, so it is measured and stored once, with the first shard.
         errors = self._weight_errors() if shard.index == 0 else np.empty((0, len(self.layers), self.n_experts, 3))
         return summed | {"length": sum_documents(shard, lengths), "weight_error": errors}
 
@@ -182,7 +182,7 @@ class _Pair:
         }
 
     def _measure_batch(self, batch: _Batch) -> dict[str, np.ndarray]:
-        """Sums over every sequence of the batch."""
+        """Return sums per sequence of the batch."""
         sums = self._zeros(len(batch.sequences))
         a = self._read(self.a, batch, outputs=sums)
         b = self._read(self.b, batch)
@@ -202,7 +202,7 @@ class _Pair:
         return sums
 
     def _read(self, model: Any, batch: _Batch, outputs: dict[str, np.ndarray] | None = None) -> _Pass:
-        """The batch through a model as it is now; errors of expert outputs are added to the sums `outputs`."""
+        """Run the batch through a model in its current state; add errors of expert outputs to the sums `outputs`."""
         order, states, ids, weights = [], [], [], []
         signals = parse_signals([] if outputs is None else ["moe_in"], [layer.index for layer, _ in self.layers])
         with Reader(model, signals, self.batch_tokens) as reader:
@@ -223,7 +223,7 @@ class _Pair:
         return replay(trace, weights=self.force_weights)
 
     def _predictions(self, states: list[torch.Tensor | None], following: np.ndarray) -> dict[str, np.ndarray]:
-        """loss, kl, same_top [predicted token, condition]; no more than a few rows of logits at a time."""
+        """Return loss, kl, same_top [predicted token, condition], computing few rows of logits at a time."""
         predicts = torch.from_numpy(np.flatnonzero(following >= 0))
         target = torch.from_numpy(following)[predicts]
         found = {name: np.full((len(predicts), len(CONDITIONS)), np.nan) for name in ("loss", "kl", "same_top")}
@@ -247,11 +247,11 @@ class _Pair:
     def _add_output_errors(
         self, raw: Raw, picked: torch.Tensor, sequence: np.ndarray, sums: dict[str, np.ndarray]
     ) -> None:
-        """Squared errors and sizes of what every chosen expert puts out, in both models given its input in a."""
+        """Add squared errors and sizes of the outputs of every chosen expert, in both models, for its input in a."""
         for row, (layer, other) in enumerate(self.layers):
             hidden, chosen = raw["moe_in"][layer.index].flatten(0, -2), raw["expert_id"][layer.index]
             hidden, chosen = hidden[picked.to(hidden.device)], chosen[picked.to(chosen.device)]
-            # accelerate keeps an offloaded layer's weights on the meta device, and says where they will compute.
+            # accelerate keeps an offloaded layer's weights on the meta device and records its compute device.
             hook = getattr(other.experts, "_hf_hook", None)
             there = getattr(hook, "execution_device", None)
             there = other.router_weight.device if there is None else there
@@ -266,7 +266,7 @@ class _Pair:
                 np.add.at(sums["chosen"][:, row], (sequence, expert), 1)
 
     def _weight_errors(self) -> np.ndarray:
-        """[1, layer, expert, matrix]: ||W_b - W_a|| / ||W_a||; NaN in layers whose weights are offloaded."""
+        """Return ||W_b - W_a|| / ||W_a|| [1, layer, expert, matrix]; NaN in layers with offloaded weights."""
         found = np.full((1, len(self.layers), self.n_experts, len(MATRICES)), np.nan)
         for row, (layer, other) in enumerate(self.layers):
             try:
@@ -281,19 +281,19 @@ class _Pair:
 
 
 def _computes(model: Any) -> tuple[Any, ...]:
-    """What decides how a model rounds: dtype, way to compute experts, and kinds of layers."""
+    """Return the properties that decide how a model rounds: dtype, expert and attention kernels, kinds of layers."""
     ways = (getattr(model.config, f"_{of}_implementation", None) for of in ("experts", "attn"))
     return (model.dtype, *ways, sorted({type(module).__qualname__ for module in model.modules()}))
 
 
 def _cast(model: Any, dtype: torch.dtype) -> Any:
-    """A copy of the model in another dtype; None where its weights are packed or lie on several devices."""
+    """Return a copy of the model in another dtype; None if its weights are packed or on several devices."""
     plain = all(p.dtype == model.dtype for p in model.parameters())
     return copy.deepcopy(model).to(dtype) if plain and len({p.device for p in model.parameters()}) == 1 else None
 
 
 def _same_shape(model_a: Any, model_b: Any) -> None:
-    """Raises BadInput unless the two differ in nothing but weights."""
+    """Raise BadInput unless the two models differ only in weights."""
     for what, of_a, of_b in (
         ("layers", len(moe_layers(model_a)), len(moe_layers(model_b))),
         ("experts a layer", n_experts(model_a), n_experts(model_b)),
@@ -312,7 +312,7 @@ def _same_shape(model_a: Any, model_b: Any) -> None:
 
 
 def _vocabulary_of(model: nn.Module) -> pd.Series | None:
-    """Pieces of the tokenizer that belongs to a model; None where it has none."""
+    """Return the pieces of the model's tokenizer; None if it has none."""
     try:
         return vocabulary_of(tokenizer_of(model))
     except BadInput:

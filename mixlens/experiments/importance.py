@@ -1,4 +1,4 @@
-"""Which experts matter, and for what: maps over every layer and expert, from documents to intervals."""
+"""Importance of experts: maps over every layer and expert, from documents to intervals."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ SETTINGS = RecordSettings(shard_tokens=4096)
 
 @dataclass(frozen=True)
 class Ablation:
-    """What is done to each expert in turn, and what is measured.
+    """Ablation applied to each expert in turn, and the metric measured.
 
     Parameters
     ----------
     how : str, optional
         "reroute" (never chosen), "zero", or "mean" with `means`, as edits.ablate; or a quantization scheme such as
-        "hqq2", as load takes it: then each expert in turn is held in it, for decisions.allocate_bits.
+        "hqq2", as in load, applied to each expert in turn, for decisions.allocate_bits.
     means : Any, optional
         Xarray [layer, expert, hidden], as expert_outputs(...)["mean"].
     metric : Metric, optional
@@ -81,9 +81,9 @@ def expert_importance(
     tokenizer: Any = None,
     settings: RecordSettings = SETTINGS,
 ) -> xr.Dataset:
-    """Change in loss without each expert of each layer, with paired intervals over documents.
+    """Measure the change in loss without each expert of each layer, with paired intervals over documents.
 
-    The map of stats.expert_importance over what measure_importance measures; arguments and errors are theirs.
+    Combines measure_importance and stats.expert_importance, whose arguments and errors it shares.
     """
     measured = measure_importance(model, documents, out=out, ablation=ablation, tokenizer=tokenizer, settings=settings)
     return stats.expert_importance(measured, by=by)
@@ -105,7 +105,7 @@ def measure_importance(
     model : torch.nn.Module
         A loaded model.
     documents : Iterable[Any]
-        As for record; a sequence longer than settings.batch_tokens is read in chunks.
+        As for record; sequences longer than settings.batch_tokens are read in chunks.
     out : str or os.PathLike, optional
         Run directory; None keeps the result in memory. A run that was stopped goes on where it stopped. Under
         `accelerate launch` every process then measures its share of the shards, and each returns the whole.
@@ -159,7 +159,7 @@ def measure_importance(
 
 
 def _bytes(ablator: Ablator) -> dict[str, int]:
-    """What an expert takes in a scheme, and as it is; nothing where experts are ablated."""
+    """Return the bytes of an expert in the scheme and in the original; empty for ablations."""
     if ablator.scheme is None:
         return {}
     weights = [matrix[0] for matrix in expert_weights(next(iter(ablator.moe_layers.values())))]
@@ -168,7 +168,7 @@ def _bytes(ablator: Ablator) -> dict[str, int]:
 
 
 def _digest_of(metric: Metric) -> str | None:
-    """What tells a metric from others of its name; None where that is more than its own code."""
+    """Return a digest of a metric's code; None if its result depends on more than that."""
     if not isinstance(metric, FunctionType):
         return None
     code = metric.__code__

@@ -1,4 +1,4 @@
-"""pareto: one model in several schemes, with the quality, the true bytes and the speed of each, in one run."""
+"""measure_pareto: quality, size and speed of one model in several quantization schemes, in one run."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Speed:
-    """Settings of how speed is measured: calls of generate, each of one prompt; 0 calls for no speed.
+    """Settings of speed measurements: calls of generate, each with one prompt; 0 calls skip them.
 
     Parameters
     ----------
     calls : int, optional
         Timed calls.
     prompt_tokens : int, optional
-        Tokens of a prompt.
+        Tokens per prompt.
     output_tokens : int, optional
         Tokens that are generated.
 
@@ -74,7 +74,7 @@ def measure_pareto(
     speed: Speed = Speed(),
     settings: RecordSettings = SETTINGS,
 ) -> Pareto:
-    """Measure quality, bytes and speed of a model in several quantization schemes and without any.
+    """Measure quality, bytes and speed of a model in several quantization schemes and unquantized.
 
     The original stays loaded beside one scheme at a time.
 
@@ -158,7 +158,7 @@ def measure_pareto(
 
 
 def _finite(value: Any) -> Any:
-    """A number as JSON knows it: "inf" for a bound at infinity, None for one that is missing."""
+    """Convert a number for JSON: "inf" for an infinite bound, None if it is missing."""
     if not isinstance(value, float) or math.isfinite(value):
         return value
     return None if math.isnan(value) else str(value)
@@ -166,7 +166,7 @@ def _finite(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Sides:
-    """The original, and what it takes to measure another scheme beside it."""
+    """The original model, and the settings to measure schemes against it."""
 
     original: Any
     model: str | os.PathLike[str]
@@ -177,9 +177,9 @@ class _Sides:
     writer: RunWriter
 
     def measure(self, index: int, name: str, scheme: Scheme | None) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """Rows of the table, and the model they are of: one scheme, or the original.
+        """Return rows of the table and the description of the model, for one scheme or the original.
 
-        The original's quality comes with the first of the others.
+        The original's quality comes with the first scheme.
         """
         folder = self.writer.path / f"{index:02d}-{''.join(c if c.isalnum() else '-' for c in name)}"
         folder.mkdir(exist_ok=True)
@@ -235,7 +235,7 @@ def _quality(name: str, found: Impact) -> list[dict[str, Any]]:
 
 
 def _quality_of_original(original: Any, found: Impact) -> list[dict[str, Any]]:
-    """Its perplexity, and what is exact: it agrees with itself."""
+    """Return its perplexity, and the values that are exact because it is compared with itself."""
     name, cell = audit(original).label, found.quality().sel(measure="perplexity_a")
     exact = {"loss_difference": 0.0, "kl": 0.0, "kl_from_routing": 0.0, "same_top": 1.0, "overlap": 1.0}
     n = {"n": int(cell.n)}

@@ -1,4 +1,4 @@
-"""A trace from anywhere, and the same tokens read again by a model here: as it routes, and routed as the trace says."""
+"""Rerun the tokens of any trace on a local model, with its own routing and with that of the trace."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from mixlens.trace.trace import Trace, from_parts
 
 @dataclass(frozen=True)
 class Rerun:
-    """A sample of a trace, and what a model makes of the same tokens.
+    """A sample of a trace, and a local model's reading of the same tokens.
 
     theirs        the sample
     here          the model's own routing and probabilities
@@ -96,7 +96,7 @@ def rerun(trace: Trace, model: nn.Module, *, sample: int = 64, seed: int = 0) ->
 
 
 def _in_memory(trace: Trace, sample: int, seed: int) -> Trace:
-    """Documents of a trace, its sequences numbered from 0."""
+    """Return documents of a trace in memory, with sequences numbered from 0."""
     trace.require("compare", "expert_id", "token_id", "position")
     if not isinstance(sample, int) or sample < 1:
         raise BadInput(

@@ -1,4 +1,4 @@
-"""How alike the experts of a layer are, as weights: what tells upcycled models from those trained from scratch."""
+"""Similarity of the weights of experts, which tells upcycled models from those trained from scratch."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def measure_similarity(
 ) -> xr.Dataset:
     """Compute cosines between the experts of each layer, and between their router vectors.
 
-    A neuron is its row of w1, its row of w3 and its column of w2, put together. Two experts that were copied from one
-    feed-forward layer and trained apart have alike neurons in the same places; experts trained from scratch have
+    A neuron is the concatenation of its row of w1, its row of w3 and its column of w2. Experts copied from one
+    feed-forward layer and then trained have similar neurons in the same positions; experts trained from scratch have
     cosines near 0 in every matrix, whatever the order of their neurons.
 
     Parameters
@@ -51,7 +51,7 @@ def measure_similarity(
     BadInput
         For unknown layers.
     ModelError
-        Where weights are held in a layout that is not known.
+        If weights have an unknown layout.
 
     Examples
     --------
@@ -89,7 +89,7 @@ def measure_similarity(
 
 
 def _cosines(vectors: torch.Tensor) -> np.ndarray:
-    """[E, E] of E tensors, each taken as one vector; converted piece by piece, never all at once."""
+    """Return the cosines [E, E] of E tensors, each taken as one vector, converted piece by piece to save memory."""
     flat = vectors.reshape(len(vectors), -1)
     products = torch.zeros(len(flat), len(flat), dtype=torch.float64)
     for start in range(0, flat.shape[1], _CHUNK):
@@ -116,13 +116,13 @@ def _matched(w1: torch.Tensor, w2: torch.Tensor, w3: torch.Tensor) -> dict[str, 
 
 
 def _sum_of_squares(expert: int, matrices: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Of the rows of all matrices [expert, row, column] together: [row]."""
+    """Return the sum of squares [row] over the rows of all matrices [expert, row, column]."""
     return torch.stack([matrix[expert].float().pow(2).sum(-1) for matrix in matrices]).sum(0)
 
 
 @contextmanager
 def _at_hand(*modules: nn.Module) -> Iterator[None]:
-    """Weights that accelerate offloads, fused or in Linears of their own, are here inside."""
+    """Load weights that accelerate offloads, fused or in separate Linears, within the block."""
     with ExitStack() as stack:
         for module in modules:
             for part in module.modules():

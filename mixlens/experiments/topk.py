@@ -1,4 +1,4 @@
-"""Loss and routing when every token chooses k experts, for each k: from documents to intervals."""
+"""Loss and routing with every number of experts per token, from documents to intervals."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def topk_sweep(
     tokenizer: Any = None,
     settings: RecordSettings = SETTINGS,
 ) -> xr.Dataset:
-    """Loss at every k, and its change against the model's own k, on the same tokens.
+    """Measure the loss at every k, and its change from the model's own k, on the same tokens.
 
-    The numbers of stats.topk_sweep over what measure_topk measures; arguments and errors are theirs.
+    Combines measure_topk and stats.topk_sweep, whose arguments and errors it shares.
     """
     measured = measure_topk(model, documents, ks=ks, out=out, tokenizer=tokenizer, settings=settings)
     return stats.topk_sweep(measured, by=by)
@@ -105,7 +105,7 @@ def measure_topk(
 
 
 def checked_ks(model: nn.Module, ks: int | Iterable[int] | None) -> list[int]:
-    """The numbers of experts to choose, all where none are given. Raises BadInput for those that the model has not."""
+    """Return the numbers of experts to choose, by default all. Raises BadInput for numbers out of range."""
     count = n_experts(model)
     asked = list(range(1, count + 1)) if ks is None else sorted(set(whole_numbers(ks)))
     if not asked or not 1 <= asked[0] <= asked[-1] <= count:
@@ -119,7 +119,7 @@ def checked_ks(model: nn.Module, ks: int | Iterable[int] | None) -> list[int]:
 
 
 def _at(model: nn.Module, k: int, shard: Shard, signals: Signals, batch_tokens: int) -> dict[str, np.ndarray]:
-    """loss [sequence], first_weight [sequence, layer] and chosen [sequence, layer, expert] at one k."""
+    """Return loss [sequence], first_weight [sequence, layer] and chosen [sequence, layer, expert] at one k."""
     with edit(model, choose(k)), Reader(model, signals, batch_tokens) as reader:
         part = reader.read([piece.ids for piece in shard.pieces])
     refuse_left_out(f"measure every document with {k} experts a token", part.left_out)
@@ -128,7 +128,7 @@ def _at(model: nn.Module, k: int, shard: Shard, signals: Signals, batch_tokens: 
     count, (layers, experts) = len(shard.pieces), (ids.shape[1], n_experts(model))
     loss, first = np.zeros(count), np.zeros((count, layers))
     np.add.at(loss, sequence, np.where(arrays["position"] == 0, 0.0, -arrays["logprob"].astype(np.float64)))
-    strongest = weight[:, :, 0] if weight.shape[2] else np.ones(ids.shape[:2])  # the last weight is not kept
+    strongest = weight[:, :, 0] if weight.shape[2] else np.ones(ids.shape[:2])  # the last weight is not stored
     np.add.at(first, sequence, strongest.astype(np.float64))
     chosen = np.zeros((count * experts, layers), np.int64)
     for layer in range(layers):

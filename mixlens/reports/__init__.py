@@ -1,1 +1,1 @@
-"""Reports: one HTML file on one run or several."""
+"""Reports: one HTML file about one or several runs."""

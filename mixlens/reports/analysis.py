@@ -1,4 +1,4 @@
-"""All statistics of one trace that its signals allow, as the basis of a report."""
+"""Compute all statistics of a trace that its signals allow, for a report."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _MOST_SHUFFLED = 100_000  # tokens; a few seconds
 
 
 def _repetition_beyond_tokens(trace: Trace) -> xr.Dataset:
-    """At the first, the middle and the last layer, which is where published figures stand."""
+    """Test repetition at the first, middle and last layer, those of the published figures."""
     if trace.n_tokens > _MOST_SHUFFLED:
         raise BadInput(
-            f"Cannot shuffle {trace.n_tokens:,} tokens for a report: it takes minutes. Compute "
-            'ml.stats.null_model(trace, ml.stats.repetition, given="token") by itself.',
+            f"Cannot shuffle {trace.n_tokens:,} tokens for a report: this takes minutes. Compute "
+            'ml.stats.null_model(trace, ml.stats.repetition, given="token") separately.',
             argument="trace",
             value=trace.n_tokens,
         )
@@ -54,7 +54,7 @@ _WHOLE: dict[str, _Compute] = {
 
 @dataclass(frozen=True)
 class Analysis:
-    """The statistics of a trace by name, and the error messages that explain why others are missing."""
+    """The statistics of a trace by name, and error messages that explain missing ones."""
 
     name: str
     trace: Trace

@@ -1,4 +1,4 @@
-"""The sections of a report on two traces of the same tokens, on the impact of quantization, and on schemes."""
+"""Report sections on two traces of the same tokens, on the impact of quantization, and on schemes."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _flips_found(flips: xr.Dataset) -> list[str]:
 
 
 def _side_by_side(compared: Comparison, flips: xr.Dataset) -> str:
-    """The live text of the sequence and layer with most changes, opened at the first of them."""
+    """Return the live text of the sequence and layer with most changes, opened at the first change."""
     layer = int(flips.layer[int(flips.estimate.sel(measure="changed").argmax("layer"))])
     a, b = (trace.select(layers=[layer]) for trace in (compared.a, compared.b))
     changed = (a.read("expert_id")[:, 0, 0] != b.read("expert_id")[:, 0, 0]).astype(int)

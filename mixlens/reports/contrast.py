@@ -1,4 +1,4 @@
-"""The section of a report on a contrast of two conditions."""
+"""Report section on a contrast of two conditions."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _findings(data: xr.Dataset) -> list[str]:
 
 
 def _parts(data: xr.Dataset) -> list[tuple[str, xr.Dataset]]:
-    """What one figure can show: all of it, or each measure by itself."""
+    """Split a contrast into figures: all of it, or each measure separately."""
     others = [str(dim) for dim in data["estimate"].dims if dim != "layer"]
     if "measure" in others:
         return [(f"{labels.label(m)}. ", data.sel(measure=m)) for m in data["measure"].values if len(others) < 3]

@@ -1,4 +1,4 @@
-"""The sections of a report on contributions and on a sweep over k."""
+"""Report sections on contributions and on a sweep over k."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mixlens.stats.outputs import super_experts
 from mixlens.stats.topk import topk_sweep
 
 _TOKENS = 64  # of the text that is drawn
-_FAR = 10  # times the median: a largest number far above the others
+_FAR = 10  # times the median, above which an expert stands out
 
 
 def contribution_sections(contributions: xr.Dataset, name: str) -> dict[str, str]:

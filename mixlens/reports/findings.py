@@ -1,4 +1,4 @@
-"""Findings of a report as sentences: each number with its interval, its n, and its value under chance."""
+"""Findings of a report as sentences, each number with its interval, n, and chance value."""
 
 from __future__ import annotations
 

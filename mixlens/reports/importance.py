@@ -1,4 +1,4 @@
-"""The sections of a report on the importance of experts."""
+"""Report sections on the importance of experts."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def importance_findings(measured: xr.Dataset) -> list[tuple[str, str]]:
 
 
 def has_domains(measured: xr.Dataset) -> bool:
-    """Whether every document has a domain, and there are several."""
+    """Return True if every document has a domain, and there are several."""
     domain = measured.coords.get("domain")
     return domain is not None and all(value is not None for value in domain.values) and len(set(domain.values)) > 1
 
@@ -67,7 +67,7 @@ def _by_domain(data: xr.Dataset) -> str:
 
 
 def cells_apart(data: xr.Dataset, unit: str) -> list[str]:
-    """Describe the numbers furthest from 0 among those that survive control for how many there are."""
+    """Describe the numbers furthest from 0 among those that survive adjustment for multiple testing."""
     flat = data.stack(cell=data["estimate"].dims)
     survives = flat["survives"]
     order = np.argsort(-np.abs(flat["estimate"].where(survives).fillna(0).to_numpy()), kind="stable")

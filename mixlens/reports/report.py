@@ -1,4 +1,4 @@
-"""Reports: one self-contained HTML file on one run or several, written without network access."""
+"""Reports: one self-contained HTML file about one or several runs, written without network access."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ RunOrPath = Trace | xr.Dataset | str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class _Part:
-    """What a report says of one run: findings as (heading, sentence), sections as HTML by heading, and its message."""
+    """Report content of one run: findings as (heading, sentence), sections as HTML by heading, and its main message."""
 
     findings: list[tuple[str, str]]
     sections: Mapping[str, str]
@@ -234,7 +234,7 @@ def _open(run: RunOrPath, number: int, called: str | None) -> tuple[str, Any, st
 
 
 def _with_short_labels(run: Any) -> Any:
-    """The run with labels of documents that can be read: a figure draws each of them, many times over."""
+    """Shorten labels of documents to a readable length, because a figure draws each of them many times."""
     if isinstance(run, Trace):
         short = {str(name): _short_labels(column) for name, column in run.sequences.items()}
         run = copy(run)
@@ -266,7 +266,7 @@ def _name(run: Any, number: int, kind: str) -> str:
 
 
 def _comparisons(opened: list[tuple[str, Trace, str]]) -> list[tuple[str, str]]:
-    """Compare the first trace with each other one of the same text."""
+    """Compare the first trace with every other one of the same text."""
     if not opened:
         return []
     (_, first, first_name), *others = opened

@@ -1,4 +1,4 @@
-"""What the symbols of formulas mean: a methods section defines each that its formulas use."""
+"""Meanings of symbols in formulas, for the methods section."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ _WORD = re.compile(r"[A-Za-z]+\d?")
 
 
 def symbols_of(formulas: Iterable[str]) -> dict[str, str]:
-    """Return the symbols that occur in `formulas`, with what they mean."""
+    """Return the symbols that occur in `formulas`, with their meanings."""
     used = {part for formula in formulas for word in _WORD.findall(formula) for part in (word, *_indexed(word))}
     return {symbol: meaning for symbol, meaning in SYMBOLS.items() if symbol in used}
 
 
 def _indexed(word: str) -> Iterable[str]:
-    """The letters of an index such as "ij" or "eD", each a symbol."""
+    """Yield the letters of an index such as "ij" or "eD", each a symbol."""
     return word if len(word) == 2 and word not in ("sd", "cv", "JS") else ()

@@ -1,4 +1,4 @@
-"""The sections of a report on a trace: functions from an Analysis to HTML, empty if there is nothing to show."""
+"""Report sections on a trace: functions from an Analysis to HTML, empty if there is nothing to show."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from mixlens.trace.clusters import remark_on_clusters
 
 _MOST_SEQUENCES, _MOST_TOKENS = 12, 1024  # in the live text
 _FEW_DOCUMENTS = 20
-_UNEVEN = 0.5  # effective documents over documents, below which it is told
+_UNEVEN = 0.5  # effective documents over documents, below which a note is shown
 
 
 def summary(analysis: Analysis) -> str:
@@ -48,7 +48,7 @@ def summary(analysis: Analysis) -> str:
 
 
 def _source(meta: Mapping[str, Any]) -> str:
-    """Say where routing comes from and how it was checked, if it is not of a model in this process."""
+    """Describe the source of routing and its checks, unless it is a model in this process."""
     check = meta.get("source_check")
     if check is None:
         return ""
@@ -76,7 +76,7 @@ def _few_documents(analysis: Analysis) -> str:
 
 
 def _long_documents(data: xr.Dataset) -> str:
-    """Say it where a few documents have most of the tokens."""
+    """Return a note if a few documents have most of the tokens."""
     share = float((data["n_effective"] / data["n_documents"]).min())
     if not share < _UNEVEN:
         return ""
@@ -85,7 +85,7 @@ def _long_documents(data: xr.Dataset) -> str:
 
 
 def _too_wide(data: xr.Dataset) -> str:
-    """Say it where half of the intervals of shares reach further than half of uniform, and what would help."""
+    """Return a note with a remedy if half of the intervals of shares are wider than half of the uniform share."""
     uniform = float(data.attrs["uniform"])
     plan = planned(data, uniform / 5)
     half = float(plan["now"].median())
@@ -310,7 +310,7 @@ _OF_SECTION = {
 
 
 def trace_sections(analysis: Analysis) -> dict[str, str]:
-    """Return all sections as HTML, by heading, each with what was found first."""
+    """Return all sections as HTML by heading, each beginning with its findings."""
     sections = {}
     for heading, part in SECTIONS.items():
         found = [sentence for statistic in _OF_SECTION.get(heading, ()) for sentence in said_of(analysis, statistic)]
@@ -363,7 +363,7 @@ def _published(reference: xr.Dataset) -> str:
 
 
 def _mutual_information(data: xr.Dataset) -> xr.Dataset:
-    """Return the mutual information that comes with transitions as a statistic of its own."""
+    """Return the mutual information included with transitions as a separate statistic."""
     mutual = data[["n_documents"]].assign(
         estimate=data["mi_bits"], ci_low=data["mi_ci_low"], ci_high=data["mi_ci_high"], n=data["n"].sum("expert")
     )

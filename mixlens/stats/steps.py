@@ -91,7 +91,7 @@ class Steps:
         return read, (1 - (1 - share) ** n).sum(0)
 
     def _of_step(self, rows: np.ndarray, readers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Distinct experts of all batches of a step, added up, and how many batches; both over those of all rows."""
+        """Return distinct experts summed over all batches of a step, and the number of batches, relative to all."""
         number = np.arange(int(np.bincount(self.step).max()) + 1)
         with np.errstate(divide="ignore"):
             ways = np.sum([np.log(np.maximum(number - i, 0)) for i in range(self.batch)], axis=0)
