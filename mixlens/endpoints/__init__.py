@@ -1,1 +1,1 @@
-"""Models behind a URL: how they are asked, what they stream, what they cost and which parameters they heed."""
+"""Models behind a URL: requests, streams, prices, and the parameters they support."""

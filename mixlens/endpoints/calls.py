@@ -1,4 +1,4 @@
-"""Calls of an endpoint that are retried and not timed: completions, lists of models, counts of tokens."""
+"""Untimed calls of an endpoint, with retries: completions, lists of models, counts of tokens."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _FOR_NOW = {408, 409, 429}
 _TOO_MANY = 429
 # Servers say 429 also where no waiting helps.
 _NO_CREDIT = (b"insufficient_quota", b"billing_hard_limit", b"insufficient_balance", b"exceeded_current_quota")
-# Failures that a server names within an answer of good status, and the status that they stand for.
+# Failures that a server reports within a 2xx answer, and the equivalent status.
 _NAMED = {"overloaded_error": 529, "overloaded": 529, "rate_limit_error": _TOO_MANY, "rate_limit_exceeded": _TOO_MANY}
 _NAMED |= {"server_error": 500, "internal_error": 500, "internal_server_error": 500, "api_error": 500}
 # From then on a server that asks for no wait is waited for all the same.
@@ -281,7 +281,7 @@ def _failed(data: Any) -> bool:
 
 
 def _faults(data: dict[str, Any]) -> Iterator[Any]:
-    """Yield the errors of an answer: what the server says of each, or the reason for which a choice was broken off."""
+    """Yield the errors of an answer: the server's messages, or the reasons why a choice was aborted."""
     choices = data["choices"] if isinstance(data.get("choices"), list) else []
     for place in (data, *(choice for choice in choices if isinstance(choice, dict))):
         error = place.get("error")
@@ -292,7 +292,7 @@ def _faults(data: dict[str, Any]) -> Iterator[Any]:
 
 
 def _status_within(body: bytes) -> int:
-    """Return the HTTP status that the error in an answer of good status stands for; 200 where it names none."""
+    """Return the HTTP status equivalent to the error in a 2xx answer; 200 if it names none."""
     try:
         data = json.loads(body)
     except (ValueError, RecursionError):
@@ -306,7 +306,7 @@ def _status_within(body: bytes) -> int:
 
 
 def _completion(data: dict[str, Any], protocol: str, attempts: int, key: str | None) -> Completion:
-    """Build a Completion from the JSON of an answer; what it joins may be a key that was in parts."""
+    """Build a Completion from the JSON of an answer; joined parts are checked for the key."""
     usage = counts_of(data)
     common = {
         **{name: usage.get(name) for name in ("input_tokens", "output_tokens", "cached_tokens", "reasoning_tokens")},

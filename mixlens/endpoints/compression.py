@@ -1,6 +1,6 @@
-"""Compressed answers, decompressed in pieces of bounded size: gzip, deflate, br and zstd, at most two of them in turn.
+"""Decompress answers in pieces of bounded size: gzip, deflate, br and zstd, at most two nested.
 
-httpx decompresses whatever arrived at once, and 64 kB of a brotli or zstd bomb are gigabytes.
+httpx decompresses whatever arrived at once, and 64 kB of a brotli or zstd bomb expand to gigabytes.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ Step = Callable[[bytes], Iterator[bytes]]
 
 
 class Decompressor:
-    """Undoes the codings of a Content-Encoding header; `feed` yields pieces of at most 2 MiB.
+    """Decoder of a Content-Encoding header; `feed` yields pieces of at most 2 MiB.
 
-    Raises ValueError for a coding that is unknown, not installed or nested too deep, and for bytes that are not of it;
-    TooLarge when more than MAX_STREAM_BYTES pass a step.
+    Raises ValueError for a coding that is unknown, not installed or nested too deep, and for invalid data; TooLarge if
+    more than MAX_STREAM_BYTES pass a step.
     """
 
     def __init__(self, header: str) -> None:
@@ -64,7 +64,7 @@ def _counted(step: Step) -> Step:
 
 
 def _zlib(window: int) -> Step:
-    """Inflate. Members follow one another; what else follows the first is ignored."""
+    """Inflate members that follow one another; other trailing data are ignored."""
     current, ended = zlib.decompressobj(window), False
 
     def step(piece: bytes) -> Iterator[bytes]:
@@ -91,7 +91,7 @@ def _gzip() -> Step:
 
 
 def _deflate() -> Step:
-    """Servers disagree whether it has zlib's header, which two bytes tell."""
+    """Inflate with or without zlib's header, detected from two bytes, because servers differ."""
     head, inner = b"", None
 
     def step(piece: bytes) -> Iterator[bytes]:

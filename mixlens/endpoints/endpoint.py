@@ -1,4 +1,4 @@
-"""Endpoint: a model behind a URL, and the requests that its protocol needs."""
+"""Endpoint: a model behind a URL, with the requests of its protocol."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ class Endpoint:
 
     @property
     def is_local(self) -> bool:
-        """Whether the server runs on this machine."""
+        """True if the server runs on this machine."""
         try:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
@@ -242,8 +242,8 @@ class Endpoint:
         if not re.fullmatch(r"[!-~]{8,}", key):
             raise BadInput(
                 f"Cannot send a request to {self.host}: the value of {self.key_env} cannot be a key, because it is "
-                "shorter than 8 characters or contains blanks or non-ASCII characters. Set the variable to the key "
-                "alone.",
+                "shorter than 8 characters or contains blanks or non-ASCII characters. Set the variable to the "
+                "key only.",
                 argument="key_env",
                 value=self.key_env,
             )

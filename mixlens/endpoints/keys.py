@@ -1,4 +1,4 @@
-"""API keys: where a field seems to hold one, and how one is taken out of what a server says, however it is written."""
+"""API keys: detect them in the wrong place, and redact them from server output in any encoding."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _LOGGERS = ("httpx", *(f"httpcore.{part}" for part in ("connection", "http11", "
 
 
 def is_variable(name: object) -> bool:
-    """Whether something can be the name of an environment variable, and is not a key in the place of one."""
+    """Return True if `name` can be the name of an environment variable, and is not a key itself."""
     if not isinstance(name, str) or _KEY_LIKE.fullmatch(name):
         return False
     return name in os.environ or bool(_VARIABLE.fullmatch(name))
@@ -56,7 +56,7 @@ def redacted(text: str, key: str | None) -> str:
 
 
 def redacted_parts(parts: Sequence[str], key: str | None) -> list[str]:
-    """Replace the key by "[key]" in texts that follow one another, also where it begins in one and ends in another."""
+    """Replace the key by "[key]" in consecutive texts, also across their boundaries."""
     whole = "".join(parts)
     if key is None or not _may_hold(whole, key):
         return list(parts)
@@ -98,13 +98,13 @@ class KeyFilter(logging.Filter):
 
 
 def _may_hold(text: str, key: str) -> bool:
-    """Whether it is worth to look closely: `in` is a hundred times as fast as the pattern."""
+    """Return False quickly if the text cannot contain the key: `in` is a hundred times as fast as the pattern."""
     return len(text) >= len(key) and (any(form in text for form in _forms(key)) or bool(_ESCAPES.search(text)))
 
 
 @lru_cache(maxsize=8)
 def _forms(key: str) -> tuple[str, ...]:
-    """The key as it is, in hexadecimal, and in both alphabets of base64 at each of the three places it may begin at."""
+    """Return the key verbatim, in hexadecimal, and in both base64 alphabets at each of three offsets."""
     raw = key.encode()
     coded = [b64encode(bytes(before) + raw).decode()[-(-8 * before // 6) :] for before in range(3)]
     coded = [text[: 8 * (before + len(raw)) // 6 - -(-8 * before // 6)] for before, text in enumerate(coded)]
@@ -121,7 +121,7 @@ def _pattern(key: str) -> re.Pattern[str]:
 
 
 def _spelled(char: str) -> str:
-    """A pattern of a character in any of its escapes, also escaped again; bounded, so that no text takes long."""
+    """Return a bounded pattern for a character in any of its escapes, also escaped twice."""
     code = "".join(f"[{digit}{digit.upper()}]" if digit.isalpha() else digit for digit in f"{ord(char):02x}")
     bare = re.escape(char) if char.isalnum() else rf"\\{{0,8}}{re.escape(char)}"
     escaped = rf"\\{{1,8}}(?:u00|u\{{0{{0,6}}|x){code}\}}?"

@@ -1,7 +1,7 @@
-"""What an answer of a server may amount to, whoever reads it: a hostile one must not fill the memory.
+"""Limits on answers of a server, so that a hostile one cannot fill the memory.
 
-A JSON document becomes up to thirty times as large in memory, and a text four times, so that an answer at these limits
-takes less than 300 MB.
+A JSON document grows up to thirty times in memory, and a text four times, so an answer at these limits takes less than
+300 MB.
 """
 
 from __future__ import annotations

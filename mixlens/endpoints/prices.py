@@ -1,4 +1,4 @@
-"""What providers charge for Mixtral, as their pages said on a date, and what a workload costs with each."""
+"""Published prices of Mixtral providers at a date, and the cost of a workload with each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mixlens.errors import BadInput
 _MOST_MONTHS = 1_200
 # Whose prices hold at which host.
 _HOSTS = {"openrouter.ai": "OpenRouter", "api.deepinfra.com": "DeepInfra", "modelslab.com": "ModelsLab"}
-# What a page or a list says of a provider's model; NaN and "" for what it does not say.
+# Columns of a statement about a provider's model; NaN and "" for missing facts.
 STATEMENT = (
     "provider",
     "model",
@@ -37,12 +37,12 @@ WORDS = ("provider", "model", "quantization", "parameters", "source", "as_of", "
 
 
 def prices(model: str | None = None) -> pd.DataFrame:
-    """Return the statements of a snapshot about prices, speeds and contexts, contradictions side by side.
+    """Return the statements of a snapshot about prices, speeds and contexts, including contradictions.
 
     Parameters
     ----------
     model : str, optional
-        Any of its names; None for all models.
+        Any of the model's names; None for all models.
 
     Returns
     -------
@@ -76,7 +76,7 @@ def prices(model: str | None = None) -> pd.DataFrame:
 
 
 def statements(rows: Sequence[Mapping[Any, Any]]) -> pd.DataFrame:
-    """Rows of statements as a frame with the columns STATEMENT."""
+    """Return rows of statements as a frame with the columns STATEMENT."""
     frame = pd.DataFrame(rows, columns=list(STATEMENT))
     numbers = [name for name in STATEMENT if name not in WORDS]
     frame[numbers] = frame[numbers].astype(float)
@@ -155,7 +155,7 @@ def cost(
 
 
 def provider_at(url: str) -> str:
-    """Whose prices hold at an address: the provider's name, or the host where it is none that the snapshot has."""
+    """Return the provider whose prices apply at an address, or the host if the snapshot does not know it."""
     host = urlsplit(url).hostname or ""
     return _HOSTS.get(host, host)
 

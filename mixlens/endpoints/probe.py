@@ -1,4 +1,4 @@
-"""probe: which parameters of the OpenAI-compatible form a server honours, ignores or rejects, told by their effect."""
+"""probe: test by effect which parameters of the OpenAI API a server honours, ignores or rejects."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _NO_ANSWER = 599
 
 @dataclass(frozen=True)
 class Exchange:
-    """One request of a probe and what came back: fields without the key, and at most 4,000 characters of the answer."""
+    """One request of a probe and its answer: fields without the key, and at most 4,000 characters of the answer."""
 
     parameter: str
     fields: dict[str, Any]
@@ -40,7 +40,7 @@ class Exchange:
 
     @property
     def data(self) -> dict[str, Any]:
-        """The answer's JSON object; {} when it is none."""
+        """Return the JSON object of the answer; {} if it is not one."""
         try:
             found = json.loads(self.answer)
         except (ValueError, RecursionError):
@@ -59,7 +59,7 @@ class Exchange:
 
     @property
     def refused(self) -> bool:
-        """Whether the server said that it does not take this request: 400, 404, 405, 415, 422, 501, or an error."""
+        """Return True if the server rejected the request: 400, 404, 405, 415, 422, 501, or an error."""
         failed = bool(self.data.get("error")) or self.data.get("status") == "error"
         return self.status in (400, 404, 405, 415, 422, 501) or (self.status < 300 and failed)
 
@@ -71,10 +71,10 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Probe:
-    """What a server does with each parameter, and the exchanges that show it.
+    """Verdicts on a server's parameters, with the exchanges that support them.
 
-    table      one row a parameter: parameter, verdict, evidence, requests
-    exchanges  every request, and the answer to it
+    table      one row per parameter: parameter, verdict, evidence, requests
+    exchanges  every request with its answer
     meta       endpoint and date
     """
 
@@ -95,7 +95,7 @@ class Probe:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Probe:
-        """What `save` wrote. Raises BadInput when the file is missing or something else."""
+        """Open a saved probe. Raises BadInput if the file is missing or something else."""
         try:
             meta, *lines = [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
             rows = [line for line in lines if "verdict" in line]
@@ -130,12 +130,12 @@ def probe(
 ) -> Probe:
     """Test which parameters a server honours, ignores or rejects.
 
-    Each is sent where it must change something that shows: a seed must make random answers repeat, a stop string must
-    end the answer, a penalty must change a greedy one. Accepting a parameter proves nothing. About thirty short
-    requests, none tried again.
+    Each is sent where it must have a visible effect: a seed must make random answers repeat, a stop string must end the
+    answer, a penalty must change a greedy one. Acceptance alone proves nothing. About thirty short requests, without
+    retries.
 
-    "undetermined" is a verdict too: when the server is not repeatable at temperature 0, when nothing is random that
-    could be made to repeat, or when it refuses for another reason (401, 402, 403, 429, 5xx).
+    "undetermined" is a verdict too: if the server is not repeatable at temperature 0, no answer is random enough to
+    test repetition, or it refuses for another reason (401, 402, 403, 429, 5xx).
 
     Parameters
     ----------
@@ -203,7 +203,7 @@ def probe(
 
 
 def _check_writable(path: Path) -> None:
-    """Before anything is sent: what was found would be lost."""
+    """Check before anything is sent, because results would be lost."""
     if path.is_dir() or not path.parent.is_dir():
         raise BadInput(
             f"Cannot write a probe to {path}: it is a folder, or its folder does not exist. Pass a file in an "
@@ -221,7 +221,7 @@ def _asker(
     def ask(parameter: str, prompt: str, fields: Mapping[str, Any]) -> Exchange:
         headers, body = endpoint.request(prompt, max_tokens=max_tokens, key=key, stream=False)
         body = {name: value for name, value in (body | dict(fields)).items() if value is not None}
-        # A connection of its own: one that a server drops after a failure would look like a refusal.
+        # A separate connection: one dropped after a failure would look like a refusal.
         headers |= {"Content-Type": "application/json", "Connection": "close"}
         try:
             found = client.fetch("POST", endpoint.address, headers, json.dumps(body).encode())
@@ -236,7 +236,7 @@ def _asker(
 
 
 def _without(key: str | None, answer: str) -> str:
-    """As much of an answer as is kept, without the key; nothing of a stream whose events spell it together."""
+    """Return the stored part of an answer without the key; nothing of a stream whose events contain it in parts."""
     texts = [decode(message, "openai-chat").text for message in SSEParser().feed(answer.encode(), 0.0)]
     if redacted_parts(texts, key) != [redacted(text, key) for text in texts]:
         return "[a stream that spells the key]"

@@ -1,4 +1,4 @@
-"""What each parameter must change, and what its change or the lack of it shows."""
+"""Expected effect of each parameter, and conclusions from its presence or absence."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ _TOOL = {
 # Enough draws that random answers of a dozen tokens are hardly all the same.
 _DRAWS = 3
 
-# Sends a prompt with fields of the body, and gives an Exchange.
+# Sends a prompt with fields of the body, and returns an Exchange.
 Ask = Callable[[str, Mapping[str, Any]], Any]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A name, and the evidence in words."""
+    """A verdict, with its evidence in words."""
 
     name: str
     evidence: str
 
 
 class _Refused(Exception):
-    """The server would not answer; carries the verdict."""
+    """The server refused to answer; carries the verdict."""
 
     def __init__(self, verdict: Verdict) -> None:
         self.verdict = verdict
 
 
 def _asked(ask: Ask, prompt: str, fields: Mapping[str, Any]) -> Any:
-    """The exchange; raises _Refused where it is no answer."""
+    """Return the exchange; raises _Refused if it has no answer."""
     found = ask(prompt, fields)
     if found.refused:
         raise _Refused(Verdict(REJECTED, f"status {found.status}: {_short(found.answer)}"))
@@ -173,7 +173,7 @@ def _draws(ask: Ask, fields: Mapping[str, Any]) -> list[str]:
 
 
 def _is_object(text: str) -> bool:
-    """Whether a text is a JSON object, or as much of one as the limit of tokens let through."""
+    """Return True if a text is a JSON object, or a prefix of one cut by the token limit."""
     text = text.strip().removeprefix("```json").removesuffix("```").strip()
     try:
         return isinstance(json.loads(text), dict)

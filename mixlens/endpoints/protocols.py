@@ -1,4 +1,4 @@
-"""What a stream message means: OpenAI chat and completions, Anthropic Messages, ModelsLab, into one kind of event."""
+"""Decode stream messages of OpenAI chat and completions, Anthropic Messages and ModelsLab into one kind of event."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _BROKEN = {"error", "abort", "aborted", "cancelled", "network_error", "insuffici
 _BROKEN |= {"canceled", "user_cancel", "timeout", "max_time", "time_limit", "engine_overloaded"}
 _WHOLE = {"stop", "end_turn", "stop_sequence", "eos", "eos_token", "stop_token", "complete", "completed", "end", "done"}
 _WHOLE |= {"finish", "finished"}
-# What stands round reasoning within a text; models and their servers differ.
+# Delimiters of reasoning within a text, which differ between models and servers.
 _NAMES = ("think", "thinking", "thought", "reasoning", "seed:think", "mm:think", "longcat_think")
 _TAGS = {f"<{name}>": f"</{name}>" for name in _NAMES}
 _TAGS |= {"[THINK]": "[/THINK]", "◁think▷": "◁/think▷", "<|START_THINKING|>": "<|END_THINKING|>"}
@@ -94,7 +94,7 @@ class Event:
 
 
 def decode(message: Message, protocol: str) -> Event:
-    """The event that a message of a stream in `protocol` is; nothing that a server sends makes it raise."""
+    """Decode a stream message in `protocol`; never raises, whatever the server sends."""
     if message.comment:
         return Event(message.at_s, COMMENT, message.data)
     data = message.data.strip()
@@ -124,13 +124,13 @@ def decode(message: Message, protocol: str) -> Event:
 _KEEPS_ALIVE = {"ping", "heartbeat", "keepalive", "keep_alive"}
 # Where servers say what went wrong, besides "error".
 _SAID = ("message", "messege", "detail", "errors", "error_msg", "error_message", "msg")
-# Where an answer of another form has its text; what has none of them, and no choices, is a sign of life.
+# Fields with the text of answers in other forms; a message without these and without choices is a keep-alive.
 _ELSEWHERE = {"content", "text", "delta", "message", "token", "tokens", "response", "output", "output_text"}
 _ELSEWHERE |= {"generated_text", "candidates", "completion", "answer", "result", "results", "data", "choice"}
 
 
 def error_message(body: str) -> str:
-    """What the body of a failed answer says, in at most 500 characters."""
+    """Return the error message in the body of a failed answer, in at most 500 characters."""
     try:
         data = json.loads(body)
     except (ValueError, RecursionError):
@@ -140,7 +140,7 @@ def error_message(body: str) -> str:
 
 
 def _openai(data: dict[str, Any]) -> tuple[str, str, dict[str, Any]]:
-    """Chat chunks (delta), completions (text), and answers that were not streamed (message)."""
+    """Decode chat chunks (delta), completions (text), and unstreamed answers (message)."""
     counts = counts_of(data)
     if not counts and not data.keys() & {"choices", "usage"}:
         return OTHER, _refuse() if data.keys() & _ELSEWHERE else json.dumps(data)[:200] if data else "", {}
@@ -151,7 +151,7 @@ def _openai(data: dict[str, Any]) -> tuple[str, str, dict[str, Any]]:
         _refuse()
     for choice in choices:
         index = choice.get("index") or None
-        given = "delta" if choice.get("delta") is not None else "message"  # beside a delta, the whole text so far
+        given = "delta" if choice.get("delta") is not None else "message"  # along with a delta: the whole text so far
         delta = choice.get(given) or {}
         shown, thought = message_text(delta)
         text += shown + (choice.get("text") or "")
@@ -169,7 +169,7 @@ _REASONING = ("reasoning_content", "reasoning", "thinking", "thinking_blocks", "
 
 
 def message_text(message: Mapping[str, Any]) -> tuple[str, str]:
-    """(text, reasoning) of a message or a delta, in every form in which servers give them."""
+    """Return (text, reasoning) of a message or a delta, in all forms used by servers."""
     text, thought = blocks_text(message.get("content"))
     own = next((message[name] for name in _REASONING if message.get(name)), "")
     details: Any = message.get("reasoning_details")
@@ -185,7 +185,7 @@ def message_text(message: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def blocks_text(content: Any) -> tuple[str, str]:
-    """(text, reasoning) of a content, which is a text, a list of blocks, or nothing."""
+    """Return (text, reasoning) of a content: a text, a list of blocks, or nothing."""
     if not isinstance(content, list):
         return content or "", ""
     text = thought = ""
@@ -200,7 +200,7 @@ def blocks_text(content: Any) -> tuple[str, str]:
 
 
 def without_thinking(text: str) -> tuple[str, str]:
-    """(text, reasoning) of an answer whose reasoning stands between tags; the first may be in the prompt."""
+    """Return (text, reasoning) of an answer with reasoning between tags; the opening one may be in the prompt."""
     stop = 0
     while (end := _end_of_thought(text, stop)) > stop:
         stop = end
@@ -208,7 +208,7 @@ def without_thinking(text: str) -> tuple[str, str]:
 
 
 def _end_of_thought(text: str, start: int) -> int:
-    """Where reasoning that begins at `start` ends, its tag included; `start` where none does."""
+    """Return the end of reasoning that begins at `start`, including its tag; `start` if there is none."""
     at = _BLANKS.match(text, start).end()  # type: ignore[union-attr]
     if text.startswith(_ANALYSIS, at):
         end = text.find(_FINAL, at)
@@ -226,38 +226,38 @@ def _end_of_thought(text: str, start: int) -> int:
 
 
 def reason_of(value: Any) -> str | None:
-    """The reason that is given for the end of an answer; None where there is none, which some servers write out."""
+    """Return the finish reason of an answer; None if there is none, which some servers spell out."""
     value = value.get("type") if isinstance(value, dict) else value  # SGLang's own form
     return None if value in ("null", "None") else name_of(value)
 
 
 def _plain(finish: str | None) -> str:
-    """A reason as in the sets above: FinishReason.MAX_TOKENS is max_tokens."""
+    """Normalise a reason: FinishReason.MAX_TOKENS is max_tokens."""
     return (finish or "").rpartition(".")[2].replace("-", "_").lower()
 
 
 def is_cut(finish: str | None) -> bool:
-    """Whether an answer ended at a limit of length."""
+    """Return True if an answer ended at a length limit."""
     return _plain(finish) in _LENGTH
 
 
 def is_filtered(finish: str | None) -> bool:
-    """Whether an answer was filtered or refused."""
+    """Return True if an answer was filtered or refused."""
     return _plain(finish) in _FILTERED
 
 
 def calls_tool(finish: str | None) -> bool:
-    """Whether an answer ended with the call of a tool, which is then its text."""
+    """Return True if an answer ended with a tool call, which is then its text."""
     return _plain(finish) in _TOOLS
 
 
 def is_broken(finish: str | None) -> bool:
-    """Whether the server broke an answer off."""
+    """Return True if the server aborted an answer."""
     return _plain(finish) in _BROKEN
 
 
 def is_unknown(finish: str | None) -> bool:
-    """Whether an answer ended for a reason of which it is not known whether the answer is whole, as "repetition"."""
+    """Return True if the finish reason does not tell whether the answer is complete, such as "repetition"."""
     return bool(finish) and _plain(finish) not in _WHOLE | _LENGTH | _FILTERED | _TOOLS | _BROKEN
 
 
@@ -302,7 +302,7 @@ def _common(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def name_of(value: Any) -> str | None:
-    """A name that a server gives, of bounded length; None where it gives none."""
+    """Return a name given by a server, of bounded length; None if there is none."""
     return value[:MAX_NAME_CHARS] if isinstance(value, str) and value else None
 
 

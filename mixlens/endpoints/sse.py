@@ -1,4 +1,4 @@
-"""Server-sent events out of bytes that may be split anywhere, each with the time its last byte arrived."""
+"""Parse server-sent events from bytes split anywhere, with the arrival time of each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LINE_BYTES = 64
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One comment or one event of a stream.
+    """A comment or an event of a stream.
 
     at_s     seconds, when the byte that completed it arrived
     comment  True for a comment line, which carries no data
@@ -31,9 +31,9 @@ class Message:
 class SSEParser:
     """Incremental parser of an event stream (WHATWG HTML, section 9.2).
 
-    Lines end in CR, LF or CRLF, wherever the bytes were split; a CR ends its line at once, so that no event waits for
-    a line feed that may never come. `feed` gives the messages that a piece of the stream completes; what was
-    never completed gives none.
+    Lines end in CR, LF or CRLF, wherever the bytes were split; a CR ends its line at once, so that no event waits for a
+    line feed that may never come. `feed` returns the messages completed by a piece of the stream; incomplete ones are
+    dropped.
     """
 
     def __init__(self) -> None:
@@ -45,9 +45,9 @@ class SSEParser:
         self._first = True
 
     def feed(self, piece: bytes, at_s: float) -> list[Message]:
-        """Messages completed by `piece`, which arrived at `at_s`.
+        """Return messages completed by `piece`, which arrived at `at_s`.
 
-        Raises TooLarge when an event grows beyond MAX_BODY_BYTES.
+        Raises TooLarge if an event exceeds MAX_BODY_BYTES.
         """
         if not piece:
             return []
@@ -65,7 +65,7 @@ class SSEParser:
         return messages
 
     def close(self, at_s: float) -> list[Message]:
-        """The event that lacks nothing but its blank line, when the stream has ended: some servers leave it out."""
+        """Return an event that lacks only its blank line at the end of the stream, which some servers omit."""
         if self._line or not self._data:
             return []
         return self._end_of(b"", at_s)

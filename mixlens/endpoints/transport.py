@@ -1,4 +1,4 @@
-"""Requests over httpx, with a deadline and limits on every answer: streamed by a benchmark, or whole for all others."""
+"""HTTP requests with deadlines and size limits on every answer: streamed for benchmarks, whole for other calls."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mixlens.errors import BadInput
 if TYPE_CHECKING:
     from mixlens.endpoints.endpoint import Endpoint
 
-# Of what a refusal says.
+# Limit on the text of a refusal.
 _MAX_REFUSAL_BYTES = 1 << 16
 _HEADERS_TOO_LARGE = 431
 
@@ -31,7 +31,7 @@ Trace = Callable[[str, Any], Coroutine[Any, Any, None]]
 
 @dataclass(frozen=True)
 class Timeouts:
-    """Timeouts in seconds: opening a connection, between two bytes, and a whole request."""
+    """Timeouts in seconds: for connecting, between two bytes, and for a whole request."""
 
     connect_s: float = 10.0
     stall_s: float = 60.0
@@ -39,7 +39,7 @@ class Timeouts:
 
 
 class Fault(Exception):
-    """A request without a whole answer.
+    """A request without a complete answer.
 
     kind    "connect", "timeout", "tls", "malformed" (no HTTP), "cut" (within an answer) or "oversized"
     detail  the failure in words, which may quote the server
@@ -63,7 +63,7 @@ class Answer:
 
     @property
     def redirection(self) -> str:
-        """Where a redirection leads, in words, else "". None is followed: it might take the key along."""
+        """Describe the target of a redirection, else "". None is followed, because it might receive the key."""
         if not 300 <= self.status < 400:
             return ""
         if "location" not in self.headers:
@@ -79,7 +79,7 @@ class Answer:
                 received += len(raw)
                 for number, piece in enumerate(decompressor.feed(raw)):
                     if number:
-                        await asyncio.sleep(0)  # the deadline holds within a bomb, too
+                        await asyncio.sleep(0)  # the deadline applies within a bomb, too
                     given += len(piece)
                     yield piece
                 if max(received, given) > MAX_STREAM_BYTES:
@@ -106,7 +106,7 @@ class Answer:
 class Transport:
     """Connections to one endpoint, within one event loop.
 
-    Raises BadInput for a proxy or certificates of the environment that cannot be used.
+    Raises BadInput if a proxy or certificates of the environment cannot be used.
     """
 
     def __init__(self, endpoint: Endpoint, timeouts: Timeouts) -> None:
@@ -119,7 +119,7 @@ class Transport:
                 headers={"Accept-Encoding": "identity"},  # compression delays events
                 timeout=httpx.Timeout(timeouts.stall_s, connect=timeouts.connect_s, pool=None),
                 limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
-                trust_env=not endpoint.is_local,  # no proxy stands before this machine
+                trust_env=not endpoint.is_local,  # no proxy for this machine
                 verify=certificates,
             )
         except (ImportError, ValueError, httpx.InvalidURL) as error:
@@ -136,7 +136,7 @@ class Transport:
     async def send(
         self, method: str, address: str, headers: Mapping[str, str], content: bytes | None, trace: Trace | None = None
     ) -> AsyncIterator[Answer]:
-        """Send a request and give its answer, which ends with the context. Raises Fault."""
+        """Send a request and yield its answer, which ends with the context. Raises Fault."""
         extensions = {} if trace is None else {"trace": trace}
         request = self._client.build_request(method, address, headers=headers, content=content, extensions=extensions)
         try:
@@ -181,7 +181,7 @@ class Transport:
 
 @dataclass(frozen=True)
 class Fetched:
-    """An answer that was read whole."""
+    """An answer that was read completely."""
 
     status: int
     headers: Mapping[str, str]
@@ -191,12 +191,12 @@ class Fetched:
 
 
 class Client:
-    """Connections to one endpoint that threads share, for calls that are not timed.
+    """Connections to one endpoint, shared between threads, for untimed calls.
 
-    They live in an event loop of their own, since a blocking read cannot be given a deadline. Use it as a context, or
-    close it; one that is forgotten closes itself.
+    They live in a separate event loop, because a blocking read cannot have a deadline. Use it as a context, or close
+    it; a forgotten one closes itself.
 
-    Raises BadInput for a proxy or certificates of the environment that cannot be used.
+    Raises BadInput if a proxy or certificates of the environment cannot be used.
     """
 
     def __init__(self, endpoint: Endpoint) -> None:
@@ -240,7 +240,7 @@ def _serve(loop: asyncio.AbstractEventLoop, transport: Transport) -> None:
 
 
 def _certificates(endpoint: Endpoint) -> ssl.SSLContext:
-    """Whom to trust: those of SSL_CERT_FILE or SSL_CERT_DIR, else certifi's."""
+    """Return the trusted certificates: those of SSL_CERT_FILE or SSL_CERT_DIR, else certifi's."""
     try:
         return httpx.create_ssl_context()
     except OSError as error:

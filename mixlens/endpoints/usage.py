@@ -1,4 +1,4 @@
-"""Counts of tokens that a server gives with an answer, in whatever form, by the names of an Event."""
+"""Token counts in answers of servers, in any form, by the names of an Event."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _ANTHROPIC_CACHED = ("cache_read_input_tokens", "cache_creation_input_tokens")
 
 
 def counts_of(data: Mapping[str, Any]) -> dict[str, Any]:
-    """The counts of a message: of its usage, wherever that is, or of llama.cpp's timings.
+    """Return the counts of a message, from its usage object or llama.cpp's timings.
 
     Moonshot puts the usage within a choice, Groq below x_groq.
     """
@@ -24,7 +24,7 @@ def counts_of(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _timings(timings: Any, given: int | None) -> dict[str, Any]:
-    """The counts of llama.cpp's timings, whose prompt leaves out what was cached; `given` tokens were in the prompt."""
+    """Return the counts of llama.cpp's timings, which exclude cached tokens; the prompt has `given` tokens."""
     if not isinstance(timings, dict):
         return {}
     cached, read = count(timings.get("cache_n")), count(timings.get("prompt_n"))
@@ -35,7 +35,7 @@ def _timings(timings: Any, given: int | None) -> dict[str, Any]:
 
 
 def usage_of(usage: Any) -> dict[str, Any]:
-    """The counts of a usage object, by the names of an Event; None for what it does not say."""
+    """Return the counts of a usage object, by the names of an Event; None for missing ones."""
     if not isinstance(usage, dict):
         return {}
     read, written = (count(usage.get(name)) for name in _ANTHROPIC_CACHED)
@@ -59,7 +59,7 @@ def usage_of(usage: Any) -> dict[str, Any]:
 
 
 def _apart(usage: Mapping[str, Any], given: int | None, made: int, thought: int) -> bool:
-    """Whether tokens of reasoning are not among those of the completion, as at xAI, which the total shows."""
+    """Return True if reasoning tokens are counted separately from the completion, as at xAI, according to the total."""
     total = count(usage.get("total_tokens"))
     return total is not None and given is not None and total == given + made + thought
 
@@ -81,7 +81,7 @@ def _inner(usage: Mapping[str, Any], part: str, name: str) -> int | None:
 
 
 def count(value: Any) -> int | None:
-    """A number of tokens, which gateways in JavaScript may write as 12.0; None for what is none."""
+    """Return a token count, which JavaScript gateways may write as 12.0; None if it is not one."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31 else None

@@ -1,4 +1,4 @@
-"""How long a server asks to wait before the next request, in any form in which servers say so."""
+"""Requested waiting times of servers, in any form."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _SINCE_1970, _MILLISECONDS = 1e9, 1e11
 
 
 def asked_wait(headers: Mapping[str, str], body: bytes = b"") -> float | None:
-    """Seconds until a server wants to be asked again, 0 or more; None where it does not say."""
+    """Return the seconds until a server accepts the next request, 0 or more; None if it does not say."""
     given = {name.lower(): value for name, value in headers.items()}
     text = body[: 1 << 14].decode("utf-8", "replace")
     given = _passed_on(text) | given
@@ -53,7 +53,7 @@ def asked_wait(headers: Mapping[str, str], body: bytes = b"") -> float | None:
 
 
 def _passed_on(text: str) -> dict[str, str]:
-    """Headers of a provider, as OpenRouter hands them on in the body."""
+    """Return headers of a provider, as forwarded by OpenRouter in the body."""
     try:
         inner: Any = json.loads(text)["error"]["metadata"]["headers"]
         return {str(name).lower(): str(value) for name, value in inner.items()}
@@ -62,7 +62,7 @@ def _passed_on(text: str) -> dict[str, str]:
 
 
 def _seconds(value: str) -> float | None:
-    """Seconds from now of "20", "6m0.5s", "6 seconds", a date, or a time since 1970 in seconds or milliseconds."""
+    """Return seconds from now of "20", "6m0.5s", "6 seconds", a date, or a Unix time in seconds or milliseconds."""
     value = value.strip()
     try:
         number = float(value)
@@ -78,7 +78,7 @@ def _seconds(value: str) -> float | None:
 
 
 def _until(value: str) -> float | None:
-    """Seconds until a date of HTTP or of ISO 8601."""
+    """Return the seconds until a date in HTTP or ISO 8601 format."""
     for parse in (parsedate_to_datetime, datetime.fromisoformat):
         try:
             date = parse(value)

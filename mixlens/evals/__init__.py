@@ -1,4 +1,4 @@
-"""Benchmark scores on lm-eval: the runner, its protocols and checks, the log of every sample, published references."""
+"""Benchmark scores with lm-eval: runner, protocols, checks, logs of every sample, published references."""
 
 from mixlens.core.lazy import exports
 

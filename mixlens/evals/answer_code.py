@@ -1,4 +1,4 @@
-"""The program in an answer, whatever the answer wraps it in: fences, words, tags, a console, or the prompt again."""
+"""Extract the program from an answer, whether wrapped in fences, prose, tags, a console or the prompt."""
 
 from __future__ import annotations
 
@@ -52,14 +52,13 @@ class Program(NamedTuple):
 
 
 def program_in(answer: str, names: Collection[str], prompt: str = "") -> Program:
-    """A program that defines `names`: the first of many readings of `answer` that compiles and does.
+    """Return a program that defines `names`: the first reading of `answer` that compiles and defines them.
 
-    Readings that lack nothing come first: fenced blocks (with those before them that compile), and the text without its
-    fences, tags, console prompts or indentation. Then the lines of code between words, and what goes on with `prompt`,
-    whose last function lacks its body. A method of a class will do where no function has its name: a line behind the
-    class binds it. The lines of the prompt before that function (imports, helpers) stand before an answer that
-    repeats it. Where no reading will do it is the answer as it stands, which then fails. Reasoning between <think> tags
-    is no part of the answer.
+    Complete readings come first: fenced blocks (with preceding ones that compile), and the text without fences, tags,
+    console prompts or indentation. Then the lines of code within prose, and continuations of `prompt`, whose last
+    function lacks its body. If no function has the name, a method of a class is accepted and bound by an extra line. If
+    the answer repeats the function of the prompt, the lines before it (imports, helpers) are prepended. If no reading
+    works, the answer is returned unchanged, and fails. Reasoning between <think> tags is ignored.
     """
     text = answer.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
     if len(text) > _MOST_CHARACTERS or not names:
@@ -72,7 +71,7 @@ def program_in(answer: str, names: Collection[str], prompt: str = "") -> Program
 
 
 def _programs(texts: Sequence[tuple[str, str]], names: Collection[str], prompt: str) -> Iterator[tuple[str, str]]:
-    """Programs that define the names, the surest first, each with its form."""
+    """Yield programs that define the names, the most certain first, each with its form."""
     before = f"{_before(prompt, names)}\n" if prompt else ""
     for form, whole in texts:
         for part, reading in _whole_readings(whole):
@@ -94,7 +93,7 @@ def _programs(texts: Sequence[tuple[str, str]], names: Collection[str], prompt: 
 
 
 def _whole_texts(text: str) -> Iterator[tuple[str, str]]:
-    """The text, then what it is when escapes of a page, a quotation, JSON, a listing or a patch are undone."""
+    """Yield the text, then versions with HTML escapes, quotation, JSON, a listing or a patch undone."""
     text = without_thinking(text)[0].strip("\n") or text
     text = _BEGINS.sub(r"\1\n", _ENDS.sub(r"\1\n\2", _SPECIALS.sub("", text)))
     yield "", text
@@ -118,7 +117,7 @@ def _whole_texts(text: str) -> Iterator[tuple[str, str]]:
 
 
 def _json_texts(text: str) -> list[str]:
-    """Texts within JSON that is the answer, a block of it, or stands between words."""
+    """Return texts in JSON that is the whole answer, a block of it, or embedded in prose."""
     found: list[str] = []
     for part in (text, *_blocks(text)[0]):
         start = next((place.start() for place in _JSON.finditer(part)), None)
@@ -133,7 +132,7 @@ def _json_texts(text: str) -> list[str]:
 
 
 def _strings(value: Any) -> list[str]:
-    """Every text in a value of JSON; of a list of lines, as in a notebook's cell, all of them as one."""
+    """Return every text in a JSON value; a list of lines, as in a notebook's cell, is joined."""
     if isinstance(value, str):
         return [value]
     inner = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
@@ -143,13 +142,13 @@ def _strings(value: Any) -> list[str]:
 
 
 def _before(prompt: str, names: Collection[str]) -> str:
-    """The lines of a prompt before the function that it asks for."""
+    """Return the lines of a prompt before the requested function."""
     asked = "|".join(map(re.escape, names))
     return re.split(rf"^(?:async[ ]+)?def[ ]+(?:{asked})\b", prompt, maxsplit=1, flags=re.MULTILINE)[0]
 
 
 def _whole_readings(text: str) -> Iterator[tuple[str, str]]:
-    """Programs that lack nothing of the text or of its blocks."""
+    """Yield complete programs in the text or its blocks."""
     blocks, without = _blocks(text)
     whole = [block for block in blocks[:_MOST_STARTS] if _parsed(block)]
     for i in range(len(whole)):
@@ -185,7 +184,7 @@ def _bodies(text: str) -> Iterator[tuple[str, str]]:
 
 
 def _indented_part(text: str) -> str:
-    """Indented lines behind an empty one, as Markdown shows code; not those that belong to a class or a function."""
+    """Return indented lines after an empty one, a Markdown code block, unless they belong to a class or function."""
     shown: list[str] = []
     within, before = True, ""
     for line in text.split("\n"):
@@ -200,7 +199,7 @@ def _indented_part(text: str) -> str:
 
 
 def _blocks(text: str) -> tuple[list[str], str]:
-    """What stands between fences, each with its own indentation taken away; and the text without lines of fences."""
+    """Return the dedented contents of fences, and the text without fence lines."""
     blocks: list[list[str]] = []
     others: list[str] = []
     fence = ""
@@ -219,12 +218,12 @@ def _blocks(text: str) -> tuple[list[str], str]:
 
 
 def _console(text: str) -> str:
-    """What was typed at the prompt of Python or IPython."""
+    """Return the input typed at a Python or IPython prompt."""
     return "\n".join(line[found.end() :] for line in text.split("\n") if (found := _INPUT.match(line)))
 
 
 def _lines_of_code(text: str) -> Iterator[str]:
-    """Runs of lines that compile, from each line that begins as code does, as long as can be."""
+    """Yield the longest runs of lines that compile, from each line that begins like code."""
     lines = text.split("\n")[:_MOST_LINES]
     starts = [i for i, line in enumerate(lines) if _CODE.match(line)]
     for start in starts[:_MOST_STARTS]:
@@ -260,7 +259,7 @@ def _parsed(program: str) -> ast.Module | None:
 
 
 def _defined(tree: ast.Module | None) -> set[str]:
-    """Names that the statements of a module bind, also under if, try and with; a function without a body binds none."""
+    """Return the names bound by a module, also under if, try and with; functions without a body bind none."""
     found: set[str] = set()
     waiting: list[ast.stmt] = list(tree.body) if tree else []
     for statement in waiting:
@@ -277,13 +276,13 @@ def _defined(tree: ast.Module | None) -> set[str]:
 
 
 def _has_body(tree: ast.Module, names: Collection[str]) -> bool:
-    """Whether the functions of these names do more than state what they would do."""
+    """Return True if the functions of these names have real bodies."""
     functions = {s.name: s for s in tree.body if _is_function(s)}
     return all(name in functions and not _is_stub(functions[name]) for name in names)
 
 
 def _methods(tree: ast.Module, names: Collection[str]) -> str:
-    """Lines that bind names to methods of the first class that has them all; "" where there is none."""
+    """Return lines that bind names to methods of the first class that has them all; "" if there is none."""
     for made in tree.body:
         if isinstance(made, ast.ClassDef):
             own = {statement.name for statement in made.body if _is_function(statement) and not _is_stub(statement)}
@@ -297,7 +296,7 @@ def _is_function(statement: ast.stmt) -> TypeGuard[ast.FunctionDef | ast.AsyncFu
 
 
 def _is_stub(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    """Whether a function only says what it would do: words, values and definitions that nothing uses."""
+    """Return True if a function is a stub: only docstrings, values and unused definitions."""
     return all(
         isinstance(statement, _DEFINITIONS)
         or (isinstance(statement, ast.Raise) and "NotImplemented" in ast.unparse(statement))

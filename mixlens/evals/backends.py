@@ -1,4 +1,4 @@
-"""What answers the requests of an evaluation: a local model, or any model object of lm-eval's."""
+"""Backends that answer the requests of an evaluation: a local model, or any model object of lm-eval."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from mixlens.recording.corpus import vocabulary_of
 from mixlens.recording.recorder import Recorder
 from mixlens.trace.trace import Trace
 
-# Requests of a backend that batches by itself, that are asked for and kept together.
+# Requests sent and stored together, for backends that do their own batching.
 _SLICE = 256
 # What tells one model object of lm-eval's from another.
 _TOLD = ("revision", "dtype", "quantization", "tokenizer_revision", "add_bos_token", "max_length")
 
 
 def backend_of(model: Any, settings: Any) -> Any:
-    """The backend for a model. Raises BadInput for what is none."""
+    """Return the backend for a model. Raises BadInput for unsupported objects."""
     from lm_eval.api.model import LM
     from lm_eval.models.huggingface import HFLM
 
@@ -77,7 +77,7 @@ class LocalBackend:
 
     @contextmanager
     def recording(self) -> Iterator[Callable[[], Trace]]:
-        """Keep the routing of the forwards inside, which the block's value gives once it has ended."""
+        """Record the routing of the forward passes in the block; the block's value returns it afterwards."""
         before = len(self.lm.seen)
         with Recorder(self.model) as recorder:
             yield lambda: recorder.trace(pd.DataFrame(self.lm.seen[before:]))
@@ -99,7 +99,7 @@ class LocalBackend:
         self.lm.tokenizer.save_pretrained(folder)
 
     def gold_answer(self, prompt: str, text: str, until: list[str]) -> tuple[str, str]:
-        """An answer's text after it was token ids that the model might have generated, and as it should be."""
+        """Return an answer's text after a round trip through token ids, and the expected text."""
         lead = len(self.lm.tok_encode(prompt))
         ids = [*self.lm.tok_encode(prompt + text)[lead:], *sorted(self.lm.stop_ids)[:1]]
         return self.lm.finish(ids, until), cut(text, until)
@@ -135,7 +135,7 @@ class EngineBackend(LocalBackend):
 
 @dataclass
 class LmEvalBackend:
-    """A model object of lm-eval's, such as VLLM; it encodes, batches and decodes by itself."""
+    """A model object of lm-eval, such as VLLM, which does its own encoding, batching and decoding."""
 
     lm: Any
 
@@ -147,7 +147,7 @@ class LmEvalBackend:
         return self.describe() | {name: str(found[name]) for name in _TOLD if found[name] is not None}
 
     def _given(self) -> dict[str, Any]:
-        """What the model was made with, where the object kept it, as VLLM does."""
+        """Return the arguments of the model, if the object kept them, as VLLM does."""
         given = getattr(self.lm, "model_args", None)
         return given if isinstance(given, dict) else {}
 
@@ -165,7 +165,7 @@ class LmEvalBackend:
         self.lm.tokenizer.save_pretrained(folder)
 
     def findings(self, requests: Sequence[Any]) -> list[dict[str, Any]]:
-        """What questions with known outcome show of it, where it is a model with a tokenizer."""
+        """Return the results of probe questions, if the object is a model with a tokenizer."""
         if getattr(self.lm, "tokenizer", None) is None:
             return []
         return ask_all(self._ask, requests, {"continue", "stop"}, lambda _: None)

@@ -1,7 +1,7 @@
-"""Grading of code that a model wrote: programs of HumanEval and MBPP, run in the sandbox, several at a time.
+"""Grade code written by a model: programs of HumanEval and MBPP, run in parallel sandboxes.
 
-Task files name these functions: a `custom` filter runs every answer of a task at once, so that the sandboxes share the
-cores, and `passed` reads what came out.
+Task files name these functions: a `custom` filter runs all answers of a task at once, so that the sandboxes share the
+cores, and `passed` reads the results.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from mixlens.evals.answer_code import Program, program_in
 from mixlens.evals.readings import Graded
 from mixlens.evals.sandbox import Check, CodeResult, Limits, run_checks
 
-# The slowest of MBPP's own solutions (task 123) needs 3 s of a processor of its own.
+# The slowest of MBPP's own solutions (task 123) needs 3 s of processor time.
 LIMITS = Limits(seconds=30.0)
 
 
 def humaneval(answers: Sequence[Sequence[str]], documents: Iterable[Mapping[str, Any]]) -> list[list[Graded]]:
-    """1.0 where prompt and answer pass the problem's check, else 0.0; of a base model, which continues the prompt."""
+    """Grade 1.0 if prompt and answer pass the problem's check, else 0.0, for base models that continue the prompt."""
     return _run(answers, documents, lambda a, d: _check(Program(d["prompt"] + a, "continues the prompt"), d))
 
 
 def humaneval_chat(answers: Sequence[Sequence[str]], documents: Iterable[Mapping[str, Any]]) -> list[list[Graded]]:
-    """As `humaneval`, of an instruct model: the code in its answer, whether it repeats the function or only goes on."""
+    """Like `humaneval`, for instruct models, whose code may repeat the function or only continue it."""
     return _run(answers, documents, lambda a, d: _check(program_in(a, (d["entry_point"],), d["prompt"]), d))
 
 
 def mbpp(answers: Sequence[Sequence[str]], documents: Iterable[Mapping[str, Any]]) -> list[list[Graded]]:
-    """1.0 where the answer, alone, passes every test of the problem, behind what the tests need set up."""
+    """Grade 1.0 if the answer alone passes every test of the problem, after the setup that the tests need."""
 
     def check(answer: str, document: Mapping[str, Any]) -> tuple[Check, str]:
         tests = "\n".join([document["test_setup_code"], *document["test_list"]])
@@ -45,20 +45,20 @@ def mbpp(answers: Sequence[Sequence[str]], documents: Iterable[Mapping[str, Any]
 
 
 def passed(references: Sequence[Any], predictions: Sequence[Any], **_: Any) -> float:
-    """pass@1 of one problem: the fraction of its answers that passed (Chen et al. 2021, with k = 1)."""
+    """Return pass@1 of one problem: the fraction of its answers that passed (Chen et al. 2021, with k = 1)."""
     outcomes = [outcome for one in predictions for outcome in (one if isinstance(one, list | tuple) else [one])]
     return sum(map(float, outcomes)) / len(outcomes)
 
 
 def names_tested(tests: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What tests use of an answer: names that they neither define nor find in Python; and modules that they use.
+    """Return the names that tests need from an answer, undefined in them and in Python, and the modules that they use.
 
-    An answer may also be named as a built-in function (MBPP's task 126 asks for `sum`): where the tests use no other
+    An answer may also have the name of a built-in function (MBPP's task 126 asks for `sum`): if the tests use no other
     name, the built-in functions that they call are the answer's.
     """
     try:
         table = symtable.symtable(tests, "<tests>", "exec")
-    except SyntaxError:  # told by the tests themselves, when they are run
+    except SyntaxError:  # raised again when the tests run
         return (), ()
     own = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_assigned() or symbol.is_imported()}
     own |= {symbol.get_name() for symbol in table.get_symbols() if symbol.is_namespace()}
@@ -75,7 +75,7 @@ def _globals_of(table: symtable.SymbolTable) -> set[str]:
 
 
 def _check(program: Program, document: Mapping[str, Any]) -> tuple[Check, str]:
-    """HumanEval's: the tests may use functions that the prompt holds whole, and so have them on their own side."""
+    """Return HumanEval's check. Its tests may use functions defined in the prompt, so they get their own copies."""
     name = document["entry_point"]
     tests = f"{document['test']}\ncheck({name})\n"
     return Check(program.source, tests, (name,), helpers=f"{document['prompt']}\n    pass\n"), program.form

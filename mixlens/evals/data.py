@@ -1,8 +1,8 @@
 """Benchmark data: from the Hub at a recorded revision, or from a local folder in the original formats.
 
-The functions named after benchmarks are what task files call (`custom_dataset`); each gives splits of one subject.
-`root` is the local folder, None for the Hub, and `revisions` the commits there, by repository. Nothing of it is shipped
-with mixlens.
+The functions named after benchmarks are called by task files (`custom_dataset`); each returns the splits of one
+subject. `root` is the local folder, None for the Hub, and `revisions` the commits there, by repository. mixlens ships
+none of the data.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _FORMATS = ("json", "csv", "parquet", "arrow", "text", "pandas", "xml")
 
 
 def mmlu(subject: str, root: str | None = None, revisions: Revisions = None, **_: Any) -> Splits:
-    """Questions of one subject: question, choices, answer (index), subject. Splits dev, validation, test."""
+    """Return questions of one subject: question, choices, answer (index), subject. Splits dev, validation, test."""
     if root is None:
         return splits_of("mmlu", subject, revisions)
     files = {"dev": "dev", "validation": "val", "test": "test"}
@@ -46,23 +46,23 @@ def _mmlu_rows(path: Path, subject: str) -> Iterable[dict[str, Any]]:
 
 
 def humaneval(root: str | None = None, revisions: Revisions = None, **_: Any) -> Splits:
-    """Problems: task_id, prompt, entry_point, canonical_solution, test. Split test."""
+    """Return problems: task_id, prompt, entry_point, canonical_solution, test. Split test."""
     if root is None:
         return splits_of("humaneval", "openai_humaneval", revisions)
     return {"test": _dataset(_json_lines(Path(root) / "humaneval" / "HumanEval.jsonl.gz"))}
 
 
 def gsm8k(root: str | None = None, revisions: Revisions = None, **_: Any) -> Splits:
-    """Problems: question, answer (worked, the number behind ####). Splits train, test."""
+    """Return problems: question, answer (worked, the number after ####). Splits train, test."""
     if root is None:
         return splits_of("gsm8k", "main", revisions)
     return {name: _dataset(_json_lines(Path(root) / "gsm8k" / f"{name}.jsonl")) for name in ("train", "test")}
 
 
 def mbpp(subset: str = "full", root: str | None = None, revisions: Revisions = None, **_: Any) -> Splits:
-    """Problems: task_id, text, code, test_list, test_setup_code. Splits prompt, test (ids 11 to 510).
+    """Return problems: task_id, text, code, test_list, test_setup_code. Splits prompt, test (ids 11 to 510).
 
-    The prompt split begins at id 2: the examples that prompts are made of are 2, 3 and 4 (Austin et al. 2021).
+    The prompt split begins at id 2: prompts use the examples 2, 3 and 4 (Austin et al. 2021).
 
     subset  "full", or "sanitized" for the hand-verified problems
     """
@@ -99,9 +99,9 @@ def _mbpp_row(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def math(subject: str, root: str | None = None, revisions: Revisions = None, **_: Any) -> Splits:
-    """Problems of one subject: problem, level, type, solution with a boxed answer. Splits train, test.
+    """Return problems of one subject: problem, level, type, solution with a boxed answer. Splits train, test.
 
-    A local folder has math/{train,test}/SUBJECT/*.json, one problem a file, as released by Hendrycks et al. 2021.
+    A local folder has math/{train,test}/SUBJECT/*.json, one problem per file, as released by Hendrycks et al. 2021.
     """
     if root is None:
         return splits_of("math", subject, revisions)
@@ -118,7 +118,7 @@ def _one_a_file(folder: Path) -> Iterable[dict[str, Any]]:
 
 
 def arc(subset: str, root: str | None = None, revisions: Revisions = None, **_: Any) -> Splits:
-    """Questions: question, choices {text, label}, answerKey. Splits train, validation, test.
+    """Return questions: question, choices {text, label}, answerKey. Splits train, validation, test.
 
     subset  "ARC-Challenge" or "ARC-Easy"; a local folder has arc/SUBSET/SUBSET-{Train,Dev,Test}.jsonl, as released
     """
@@ -140,7 +140,7 @@ def _arc_row(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def hellaswag(root: str | None = None, revisions: Revisions = None, **_: Any) -> Splits:
-    """Beginnings: activity_label, ctx_a, ctx_b, endings, label. Splits train, validation.
+    """Return beginnings: activity_label, ctx_a, ctx_b, endings, label. Splits train, validation.
 
     A local folder has hellaswag/hellaswag_{train,val}.jsonl, as released.
     """
@@ -158,9 +158,9 @@ def _hellaswag_row(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def translated(hub: str, language: str, root: str | None = None, revisions: Revisions = None, **_: Any) -> Splits:
-    """One language as on the Hub; there is no original format to read.
+    """Return one language as on the Hub; there is no original format to read.
 
-    hub  m_arc, m_hellaswag or m_mmlu; lm-eval gives it from the task file's metadata
+    hub  m_arc, m_hellaswag or m_mmlu; lm-eval passes it from the task file's metadata
     """
     if root is not None:
         raise BadInput(
@@ -173,7 +173,7 @@ def translated(hub: str, language: str, root: str | None = None, revisions: Revi
 
 
 def source_of(benchmark: str | None, task: Any, sums: Mapping[str, str]) -> dict[str, Any]:
-    """Where the documents of a task of lm-eval are from.
+    """Return the origin of the documents of an lm-eval task.
 
     benchmark
         key of HUB; None for a task that is not mixlens's, or has items of its own.
@@ -202,7 +202,7 @@ def source_of(benchmark: str | None, task: Any, sums: Mapping[str, str]) -> dict
 
 
 def _loaded_revision(splits: Any) -> str | None:
-    """The commit that `datasets` read from the Hub, which it names its cache after."""
+    """Return the commit that `datasets` read from the Hub, which is part of the name of its cache."""
     files = [file["filename"] for split in dict(splits or {}).values() for file in getattr(split, "cache_files", ())]
     found = {part for file in files for part in Path(file).parts if re.fullmatch("[0-9a-f]{40}", part)}
     return found.pop() if len(found) == 1 else None

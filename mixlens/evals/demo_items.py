@@ -1,6 +1,6 @@
-"""A benchmark that the demo model can pass: small multiple-choice tasks, written for this project.
+"""A benchmark for the demo model: small multiple-choice tasks, written for this project.
 
-`python -m mixlens.evals.demo_items` writes demo_items.jsonl anew from demo_text.json, the same bytes every time.
+`python -m mixlens.evals.demo_items` regenerates demo_items.jsonl from demo_text.json, deterministically.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ Item = tuple[str, str, list[str]]  # question, right choice, wrong choices
 
 
 def load(subject: str, **_: Any) -> dict[str, datasets.Dataset]:
-    """Items of one subject: question, choices, answer (index of the right choice). Split test."""
+    """Return items of one subject: question, choices, answer (index of the right choice). Split test."""
     rows = [json.loads(line) for line in ITEMS.read_text("utf-8").splitlines()]
     return {"test": datasets.Dataset.from_list([row for row in rows if row["subject"] == subject])}
 
 
 def items() -> Iterator[dict[str, Any]]:
-    """Every item, choices shuffled; the place of the right one is drawn evenly."""
+    """Yield every item with shuffled choices; the position of the right one is uniform."""
     text = json.loads(_TEXT.read_text("utf-8"))
     for subject, make in SUBJECTS.items():
         draw = random.Random(subject)
@@ -40,14 +40,14 @@ def items() -> Iterator[dict[str, Any]]:
 
 
 def languages(text: dict[str, Any], draw: random.Random) -> Iterator[Item]:
-    """A sentence goes on in its own language; the wrong choices say the same in four others."""
+    """Continue a sentence in its own language; the wrong choices say the same in four others."""
     for parallel in text["languages"]:
         for language, (start, end) in parallel.items():
             yield start, end, [other for name, (_, other) in parallel.items() if name != language]
 
 
 def registers(text: dict[str, Any], draw: random.Random) -> Iterator[Item]:
-    """A novel, an abstract, LaTeX, code or exercises go on in their own manner."""
+    """Continue a novel, an abstract, LaTeX, code or exercises in the same style."""
     by_register = text["registers"]
     for register, pairs in by_register.items():
         for start, end in pairs:
@@ -55,14 +55,14 @@ def registers(text: dict[str, Any], draw: random.Random) -> Iterator[Item]:
 
 
 def phrases(text: dict[str, Any], draw: random.Random) -> Iterator[Item]:
-    """The last word of a fixed expression, among last words of other ones."""
+    """Complete a fixed expression; the wrong choices complete others."""
     ends = sorted({end for _, end in text["phrases"]})
     for start, end in text["phrases"]:
         yield start, end, draw.sample([other for other in ends if other != end], 3)
 
 
 def agreement(text: dict[str, Any], draw: random.Random) -> Iterator[Item]:
-    """One or several: the verb that goes with the noun."""
+    """Choose the verb form that agrees with the noun."""
     nouns, verbs = text["nouns"], text["verbs"]
     cases = [(start, noun, verb) for start in text["articles"] for noun in nouns for verb in verbs]
     for number, (start, (one, several), (singular, plural)) in enumerate(draw.sample(cases, 60)):
@@ -72,7 +72,7 @@ def agreement(text: dict[str, Any], draw: random.Random) -> Iterator[Item]:
 
 
 def brackets(text: dict[str, Any], draw: random.Random) -> Iterator[Item]:
-    """Two brackets to close, in the right order."""
+    """Close two brackets in the right order."""
     functions = ["len", "print", "max", "list", "sum", "str", "int", "sorted"]
     things = ["items", "values", "names", "args", "data", "rows", "keys", "lines"]
     for _ in range(60):
@@ -87,7 +87,7 @@ def brackets(text: dict[str, Any], draw: random.Random) -> Iterator[Item]:
 
 
 def arithmetic(text: dict[str, Any], draw: random.Random) -> Iterator[Item]:
-    """A linear equation, as schoolbooks have them."""
+    """Solve a linear equation of a schoolbook."""
     for _ in range(60):
         factor, solution, added = draw.randint(2, 9), draw.randint(2, 9), draw.randint(1, 30)
         unknown = draw.choice("xyzkmt")

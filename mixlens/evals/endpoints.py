@@ -1,4 +1,4 @@
-"""Evaluations over an ml.Endpoint: generated answers, and log-likelihoods where a server scores what it is given."""
+"""Evaluations over an ml.Endpoint: generated answers, and log-likelihoods if a server scores given text."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from mixlens.models.load import skeleton
 from mixlens.recording.corpus import vocabulary_of
 from mixlens.trace.trace import Trace
 
-# OpenAI-compatible servers take this many stop strings; the others are applied to what comes back.
+# Limit of stop strings on OpenAI-compatible servers; further ones are applied to the answer.
 _MOST_STOPS = 4
 _PROBE = "The capital of France is Paris."
 
 
 class EndpointBackend:
-    """A model behind a URL, asked `batch_size` requests at a time. It encodes prompts, and puts BOS, by itself.
+    """A model behind a URL, with `batch_size` concurrent requests. The server encodes prompts and adds BOS.
 
-    A chat endpoint gets each prompt as one user message, or the messages of a protocol that has them.
+    A chat endpoint receives each prompt as one user message, or the messages of a protocol that defines them.
     """
 
     def __init__(self, endpoint: Endpoint, settings: Any) -> None:
@@ -39,12 +39,12 @@ class EndpointBackend:
         self._client = endpoint.connect()
         if settings.routing and not endpoint.routing:
             raise BadInput(
-                f"Cannot record the routing of the samples: {endpoint.host} is not asked for it. Pass "
+                f"Cannot record the routing of the samples: {endpoint.host} does not request it. Pass "
                 "ml.Endpoint(..., routing=True) of a server that returns routing, or leave routing out.",
                 argument="routing",
                 value=endpoint.routing,
             )
-        # Answers that are kept have no routing.
+        # Cached answers have no routing.
         self.cache = ResponseCache(settings.cache if not settings.routing else False, endpoint.plan())
         self._answers: dict[int, tuple[dict[str, Any], Completion]] = {}
 
@@ -56,19 +56,19 @@ class EndpointBackend:
 
     @property
     def completes(self) -> bool:
-        """Whether it continues a text, rather than answers a message."""
+        """Return True if it continues a text, rather than answers a message."""
         return self.endpoint.protocol == "openai-completions"
 
     @staticmethod
     def chat_template(history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Messages as they are, since the server applies its own template."""
+        """Return the messages unchanged, because the server applies its own template."""
         return json.dumps(history, ensure_ascii=False)
 
     def save_tokenizer(self, folder: str) -> None:
-        """It has none here; `chat_template` needs none."""
+        """Do nothing: there is no local tokenizer, and `chat_template` needs none."""
 
     def findings(self, requests: Sequence[Any]) -> list[dict[str, Any]]:
-        """What questions with known outcome show of the server, before it is asked these generative requests."""
+        """Return the results of probe questions to the server, asked before these generative requests."""
         can = {"continue"} if self.completes else set()
         can |= set() if self.endpoint.protocol.startswith("anthropic") else {"stop", "seed"}
         return ask_all(self._ask, requests, can, self._n_tokens)
@@ -80,7 +80,7 @@ class EndpointBackend:
         return Said(found.text, found.output_tokens, found.input_tokens)
 
     def _n_tokens(self, prompt: str) -> int | None:
-        """Tokens of a prompt by the tokenizer of the settings, with one BOS, or in its chat template."""
+        """Count the tokens of a prompt with the tokenizer of the settings, including one BOS or the chat template."""
         if self.settings.tokenizer is None:
             return None
         tokenizer = tokenizer_of(None, self.settings.tokenizer)
@@ -95,7 +95,7 @@ class EndpointBackend:
         return len(tokenizer.encode(text, add_special_tokens=False))
 
     def check_scores(self, task: str, generative: str | None) -> None:
-        """Raise BadInput unless the server gives log-probabilities of a text that it is given."""
+        """Raise BadInput unless the server returns log-probabilities of given text."""
         instead = f"Use the generative protocol {generative}" if generative else "Use a generative task, such as gsm8k"
         if not self.completes:
             raise BadInput(
@@ -161,9 +161,9 @@ class EndpointBackend:
 
     @contextmanager
     def recording(self) -> Iterator[Callable[[], Trace]]:
-        """Keep the routing of the answers inside, one sequence each, which the block's value gives once it has ended.
+        """Record the routing of the answers in the block, one sequence each; the block's value returns it afterwards.
 
-        Where log-probabilities are asked for, the whole text was the prompt.
+        For requests for log-probabilities, the whole text was the prompt.
         """
 
         def trace() -> Trace:
@@ -207,20 +207,21 @@ class EndpointBackend:
         return reply, found
 
     def _message(self, prompt: str) -> Any:
-        """A text, or the messages that `chat_template` wrote."""
+        """Return a text, or the messages written by `chat_template`."""
         if self.completes or not prompt.startswith('[{"role"'):
             return prompt
         return json.loads(prompt)
 
     def _length(self, context: str) -> int:
-        """Tokens that the server lists for a context, special ones included."""
+        """Return the number of tokens that the server lists for a context, including special ones."""
         return _n_listed(self._echo(context)) if context else _n_before(self._echo(_PROBE))
 
     def _score(self, context: str, continuation: str, lead: int) -> tuple[tuple[float, bool], Completion]:
-        """Log-probability of what stands behind the first `lead` tokens, and whether each token is the likeliest.
+        """Return the log-probability of the text after the first `lead` tokens, and whether each token is the most
+        likely.
 
-        Tokens are counted, as lm-eval counts them. Offsets into the text would be simpler, but vLLM's count BOS and
-        leave out blanks.
+        Tokens are counted, as in lm-eval. Offsets into the text would be simpler, but those of vLLM count BOS and omit
+        blanks.
         """
         found = self._echo(context + continuation)
         logprobs = (found.logprobs or ())[lead : _n_listed(found)]
@@ -239,7 +240,7 @@ class EndpointBackend:
         return Scored((sum(given), greedy), **about), found
 
     def _echo(self, text: str) -> Completion:
-        """A text with its log-probabilities, and one token more."""
+        """Return a text with its log-probabilities, and one more token."""
         found = self._complete(text, 0, max_tokens=1, echo=True, logprobs=1, temperature=0)
         listed = found.tokens and found.logprobs and found.top_logprobs
         if not listed or not found.text.startswith(text[:8]):
@@ -266,11 +267,11 @@ class EndpointBackend:
 
 
 def _n_listed(found: Completion) -> int:
-    """Tokens of the prompt in an answer that echoes it: all but the one that was generated."""
+    """Count the tokens of the prompt in an answer that echoes it: all but the generated one."""
     return len(found.tokens or ()) - (1 if found.output_tokens is None else found.output_tokens)
 
 
 def _n_before(found: Completion) -> int:
-    """Tokens that are listed before the text of an echo of _PROBE."""
+    """Count the tokens listed before the text in an echo of _PROBE."""
     texts = (token.strip() for token in found.tokens or ())
     return next((n for n, text in enumerate(texts) if text and _PROBE.startswith(text)), 0)

@@ -1,4 +1,4 @@
-"""Evaluations by an engine in this process: what a loaded model is asked, with the engine's own forwards."""
+"""Evaluations by an engine in this process, with the requests of a local model and the engine's forward passes."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from mixlens.trace.trace import Trace
 
 
 class EngineLM(LocalLM):
-    """A LocalLM whose forwards are those of an engine, which keeps prefixes by itself.
+    """A LocalLM that uses an engine, with the engine's own prefix cache.
 
-    read  (tokens, of them the prompt's, routing) of every row, in the order of `seen`
+    read  (tokens, those of the prompt, routing) of every row, in the order of `seen`
     """
 
     def __init__(self, engine: VLLM, tokenizer: Any, **options: Any) -> None:
@@ -70,7 +70,7 @@ class EngineLM(LocalLM):
         return answers
 
     def trace(self, seen: Sequence[dict[str, Any]]) -> Trace:
-        """The routing of the rows that were read, which `seen` names."""
+        """Return the routing of the rows that were read, as named by `seen`."""
         layers, checker = moe_layers(self.model), Checker(Routers.of(self.model))
         found = [Routed(rows.ids, n, len(ids) + 1 - n, ids, None, 0, "vllm") for ids, n, rows in self.read]
         columns = columns_of_answers(found, checker)
@@ -82,6 +82,6 @@ class EngineLM(LocalLM):
 
 
 def _places(ids: tuple[int, ...], continuation: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """(place, id) of the tokens of a continuation, the last of which stands behind `ids`."""
+    """Return (position, id) of the tokens of a continuation that ends after `ids`."""
     begin = len(ids) + 1 - len(continuation)
     return zip(range(begin, len(ids) + 1), continuation, strict=True)

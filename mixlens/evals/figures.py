@@ -1,6 +1,6 @@
 """Figures and tables of evaluations: scores against published ones, and paired differences.
 
-Scores are drawn in per cent with their 95 % intervals. A published score is drawn beside one only if protocol, metric,
+Scores are drawn in per cent with their 95 % intervals. A published score is drawn next to one only if protocol, metric,
 average and number of questions are equal; all others are in the table, with the reason.
 """
 
@@ -42,7 +42,7 @@ def scores(
     Parameters
     ----------
     logs : Log or mapping of str to Log
-        One evaluation, or several by the name to show.
+        One evaluation, or several by display name.
     ax : matplotlib.axes.Axes, optional
         Axes to draw on. By default a new figure in paper style.
     subjects : bool, optional
@@ -109,12 +109,12 @@ def scores(
 def paired_differences(compared: LogComparison, ax: Axes | None = None, *, title: str | None = None) -> Axes:
     """Draw a forest plot of paired differences, second minus first.
 
-    A point is filled if the difference survives control for the number of benchmarks, or of tasks within a benchmark.
+    A point is filled if the difference survives adjustment for the number of benchmarks, or of tasks within one.
 
     Parameters
     ----------
     compared : LogComparison
-        From `compare` of two evaluations of the same samples.
+        Result of `compare` for two evaluations of the same samples.
     ax : matplotlib.axes.Axes, optional
         Axes to draw on. By default a new figure in paper style.
     title : str, optional
@@ -127,7 +127,7 @@ def paired_differences(compared: LogComparison, ax: Axes | None = None, *, title
     Raises
     ------
     BadInput
-        If `compared` is no comparison of evaluations.
+        If `compared` is not a comparison of evaluations.
 
     Examples
     --------
@@ -168,12 +168,12 @@ def paired_differences(compared: LogComparison, ax: Axes | None = None, *, title
 
 @takes_run("evaluate", "scores", "samples")
 def score_table(log: Log) -> pd.DataFrame:
-    """Format the scores of an evaluation as a table for a page or a paper.
+    """Format the scores of an evaluation as a table for a web page or a paper.
 
     Parameters
     ----------
     log : Log
-        From `evaluate`.
+        Result of `evaluate`.
 
     Returns
     -------
@@ -184,7 +184,7 @@ def score_table(log: Log) -> pd.DataFrame:
     Raises
     ------
     BadInput
-        If `log` is no evaluation.
+        If `log` is not an evaluation.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""The final answer in worked text, whatever marks it: ####, a box, "the answer is", tags, type, or its place alone."""
+"""Extract the final answer of worked text: marked by ####, a box, "the answer is", tags, type, or its position."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ _VULGAR = {"½": "1/2", "⅓": "1/3", "⅔": "2/3", "¼": "1/4", "¾": "3/4", "�
 
 
 def final_answer(text: str) -> Found:
-    """What a worked answer comes to, as it stands there; NOTHING where it is empty.
+    """Return the final answer of worked text, verbatim; NOTHING if it is empty.
 
-    Tried in order: Lewkowycz et al. 2022's sentence, the mark of GSM8K, the last box, the last tag, the last key of
-    JSON, the last phrase like "the answer is", mathematics of the last line, the last line. Reasoning between <think>
-    tags is no part of it.
+    Tried in order: the sentence of Lewkowycz et al. 2022, the mark of GSM8K, the last box, the last tag, the last JSON
+    key, the last phrase like "the answer is", mathematics in the last line, the last line. Reasoning between <think>
+    tags is ignored.
     """
     text = _HTML.sub("", without_thinking(text)[0] or text)
     if found := _MINERVA.search(text):
@@ -86,10 +86,10 @@ def final_answer(text: str) -> Found:
 
 
 def number_in(found: Found) -> str:
-    """The number that a final answer states, without units, currency, separators or zeros behind it; "" for none.
+    """Return the number in a final answer, without units, currency, separators or trailing zeros; "" if there is none.
 
-    Of an equation it is the side that is one number. Else it is the first number, or of a last line that nothing marks
-    the last.
+    For an equation, it is the side that is a single number. Otherwise it is the first number, or the last one of an
+    unmarked last line.
     """
     text = _plain(found)
     outside = re.sub(r"\([^()]*\)", " ", text)
@@ -104,7 +104,7 @@ def number_in(found: Found) -> str:
 
 
 def as_latex(result: str) -> str:
-    """A result with signs of Unicode as LaTeX has them, thousands without separators, and dollars and per cent bare."""
+    """Convert a result to LaTeX: Unicode signs replaced, without thousands separators, dollar and per cent signs."""
     for sign, latex in _SIGNS.items():
         result = result.replace(sign, latex)
     for sign, fraction in _VULGAR.items():
@@ -118,7 +118,7 @@ def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
 
 
 def _last_box(text: str) -> str | None:
-    """Content of the last box, whose braces may be nested, missing, or never closed."""
+    """Return the content of the last box, whose braces may be nested, missing, or unclosed."""
     found = _last(_BOX, text)
     if found is None:
         return None
@@ -133,7 +133,7 @@ def _last_box(text: str) -> str | None:
 
 
 def _json_value(text: str) -> str:
-    """A value of JSON as text, in which commands of LaTeX may have been left without their second backslash."""
+    """Return a JSON value as text; LaTeX commands in it may lack their second backslash."""
     if re.search(r"(?<!\\)\\[A-Za-z]{2}", text):
         return text
     try:
@@ -143,7 +143,7 @@ def _json_value(text: str) -> str:
 
 
 def _clause(text: str) -> str:
-    """What a phrase leads to: mathematics that it begins with, else up to the end of the sentence."""
+    """Return the clause after a phrase: mathematics at its start, or the text up to the end of the sentence."""
     text = text[_BEFORE.match(text).end() :]  # type: ignore[union-attr]
     if (found := _MATH.search(text)) and _SENTENCE.split(text[: found.start()])[0] == text[: found.start()]:
         return _bare(found.group(0))
@@ -151,7 +151,7 @@ def _clause(text: str) -> str:
 
 
 def _bare(text: str) -> str:
-    """Text without what stands around it: mathematics, bold type, quotes, brackets that close nothing, a full stop."""
+    """Strip mathematics signs, bold type, quotes, unmatched brackets and a full stop from a text."""
     before = None
     while before != text:
         before, text = text, text.strip().rstrip(".,;:!").strip("#*_`\"“”'").strip()
@@ -164,7 +164,7 @@ def _bare(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """A clause with numbers that Python reads."""
+    """Rewrite the numbers of a clause so that Python can parse them."""
     text = text.replace("−", "-").replace("–", "-")
     text = _GAP.sub("", text.replace(" ", "") if _SPACED.fullmatch(text) else text)
     text = _POWER_OF_UNIT.sub("", _POWER_OF_TEN.sub(r"e\1", text))
@@ -176,7 +176,7 @@ def _plain(text: str) -> str:
 
 
 def _written(number: str) -> str:
-    """A number in the shortest form: whole, else with a point if that is exact, else as a fraction."""
+    """Return a number in the shortest form: integer, decimal if exact, or fraction."""
     top, _, bottom = number.replace(" ", "").partition("/")
     try:
         value = Fraction(top) / Fraction(bottom or "1")

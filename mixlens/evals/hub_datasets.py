@@ -1,4 +1,4 @@
-"""Benchmarks on the Hub: the repository of each, the commit that an evaluation reads it at, and its splits there."""
+"""Benchmarks on the Hub: repository, commit and splits of each."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ HUB = {
 
 
 def commits_of(benchmarks: Collection[str], asked: Mapping[str, str], kept: Mapping[str, str]) -> dict[str, str]:
-    """The commit of the repository of every benchmark.
+    """Return the commit of the repository of every benchmark.
 
-    asked   branches, tags or commits, by repository
-    kept    commits of repositories that nothing is asked of; the others are read at main's
+    asked   requested branches, tags or commits, by repository
+    kept    commits for repositories without a request; the others are read at main
 
-    Raises  BadInput  for a repository that none of the benchmarks is read from, or that the Hub does not give
+    Raises BadInput for a repository that no benchmark uses, or that the Hub does not have.
     """
     repositories = sorted({HUB[benchmark] for benchmark in benchmarks})
     if strangers := sorted(set(asked) - set(repositories)):
@@ -49,11 +49,11 @@ def commits_of(benchmarks: Collection[str], asked: Mapping[str, str], kept: Mapp
 
 
 def splits_of(benchmark: str, subset: str, revisions: Mapping[str, str] | None) -> dict[str, datasets.Dataset]:
-    """Splits of one subset, by name; nobody is asked for what is cached at the commit.
+    """Return the splits of one subset by name, from the cache if it holds the commit.
 
-    revisions  commits by repository, as commits_of gives them; None, as in lm-eval without mixlens, is main
+    revisions  commits by repository, as from commits_of; None, as in lm-eval without mixlens, is main
 
-    Raises BadInput where neither the cache nor the Hub has them.
+    Raises BadInput if neither the cache nor the Hub has them.
     """
     repository = HUB[benchmark]
     commit = (revisions or {}).get(repository) or _commit(repository, None)
@@ -79,7 +79,7 @@ def splits_of(benchmark: str, subset: str, revisions: Mapping[str, str] | None) 
 def _commit(repository: str, revision: str | None) -> str:
     try:
         return commit_of(repository, revision, kind="dataset")
-    except Exception as error:  # the client has a class of its own for every way of not getting there
+    except Exception as error:  # the client raises many classes of errors
         raise _not_given(repository, error) from error
 
 

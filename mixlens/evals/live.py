@@ -1,4 +1,4 @@
-"""The live view of an evaluation: its samples, with the routing of each prompt."""
+"""Live view of the samples of an evaluation, with the routing of each prompt."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def samples(log: Log, trace: Trace | None = None, *, most: int = _MOST_SAMPLES) 
     Raises
     ------
     BadInput
-        If `log` is no evaluation or has no samples, or the trace lacks the columns.
+        If `log` is not an evaluation or has no samples, or the trace lacks the columns.
 
     Examples
     --------

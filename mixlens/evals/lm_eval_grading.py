@@ -1,7 +1,7 @@
-"""Grading: lm-eval's own filters and metrics over answers that are there already.
+"""Grade stored answers with lm-eval's own filters and metrics.
 
-Graders of MATH need the main thread (they stop themselves by a signal, and answer False elsewhere), so off the main
-thread this module runs in a process of its own: `python -m mixlens.evals.lm_eval_grading FOLDER`.
+Graders of MATH need the main thread (they time out by a signal, and return False elsewhere), so off the main thread
+this module runs in a separate process: `python -m mixlens.evals.lm_eval_grading FOLDER`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from mixlens.evals.response_cache import Answers, Key
 
 @dataclass(frozen=True)
 class Job:
-    """What is asked, as plain values: enough to build the same tasks and requests again in another process.
+    """Plain description of an evaluation, from which another process can build the same tasks and requests.
 
     tasks, protocol  as given to evaluate
     root     local folder of benchmark data, None for the Hub
@@ -50,15 +50,15 @@ class Job:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Job:
-        """From its values as JSON gives them back."""
+        """Build a job from its values as read from JSON."""
         return cls(**{**values, "tasks": tuple(values["tasks"])})
 
     def at_commits(self, kept: Mapping[str, str]) -> Job:
-        """The job with the commit of every data set that its protocols read from the Hub, so that none is read at two.
+        """Return the job with a fixed commit for every data set that its protocols read from the Hub.
 
-        kept  commits of a run that this job goes on with; a revision that was asked for goes before
+        kept  commits of a run to resume; requested revisions take precedence
 
-        Raises BadInput for revisions of what no protocol reads, and where the Hub does not give them.
+        Raises BadInput for revisions that no protocol reads, or that the Hub does not have.
         """
         protocols, _ = resolve(self.tasks, self.protocol)
         hubs = {str(p.about["hub"]) for p in protocols if p.about.get("hub")} if self.root is None else set()
@@ -67,7 +67,7 @@ class Job:
 
 @dataclass
 class Loaded:
-    """lm-eval's tasks of a job, with the protocol of each; None for a task of lm-eval's own."""
+    """The lm-eval tasks of a job, with the protocol of each; None for tasks of lm-eval itself."""
 
     tasks: dict[str, Any] = field(default_factory=dict)
     protocols: dict[str, Protocol | None] = field(default_factory=dict)
@@ -77,7 +77,7 @@ class Loaded:
         return bool(protocol is not None and protocol.about.get("chat"))
 
     def add(self, tasks: Mapping[str, Any], protocol: Protocol | None) -> None:
-        """Take tasks in, once each. Raises BadInput for another task of a name that is there already."""
+        """Add tasks, once each. Raises BadInput for different tasks of the same name."""
         for name, task in tasks.items():
             if name not in self.tasks:
                 self.tasks[name], self.protocols[name] = task, protocol
@@ -90,7 +90,7 @@ class Loaded:
                 )
 
     def build(self, job: Job, chat_template: Any = None) -> list[Any]:
-        """Every request of every task, each as often as its answer is repeated."""
+        """Return every request of every task, repeated as often as the task asks."""
         requests = []
         for name, task in self.tasks.items():
             chat = self.chat(name)
@@ -107,7 +107,7 @@ class Loaded:
 
 
 def load_tasks(job: Job) -> Loaded:
-    """The tasks of a job, with their data. Raises BadInput for an unknown task and for data that is not there."""
+    """Load the tasks of a job with their data. Raises BadInput for an unknown task or missing data."""
     from lm_eval.tasks import TaskManager
 
     protocols, others = resolve(job.tasks, job.protocol)
@@ -126,7 +126,7 @@ def load_tasks(job: Job) -> Loaded:
 
 
 def _add_lm_eval_tasks(loaded: Loaded, names: Sequence[str], metadata: Any) -> None:
-    """Tasks of lm-eval by name, and task files. It parses all of its 14,000 files (20 s) for groups and tags alone."""
+    """Add lm-eval tasks and task files by name. Only groups and tags make it parse all of its 14,000 files (20 s)."""
     from lm_eval.tasks import TaskManager
 
     files = {name: name for name in names if is_task_file(name)}
@@ -162,7 +162,7 @@ def _load(manager: Any, name: str, configs: list[Any]) -> dict[str, Any]:
 
 
 def grade(job: Job, loaded: Loaded, answers: Mapping[Key, Any], chat_template: Any = None) -> dict[str, Any]:
-    """{"samples": records as in Log, "results": lm-eval's own}, graded on a main thread."""
+    """Return {"samples": records as in Log, "results": lm-eval's own}, graded on a main thread."""
     if threading.current_thread() is threading.main_thread():
         return _grade(job, loaded, answers, chat_template)
     with tempfile.TemporaryDirectory(prefix="mixlens-grade-") as folder:
@@ -200,7 +200,7 @@ def _grade(job: Job, loaded: Loaded, answers: Mapping[Key, Any], chat_template: 
                 bootstrap_iters=1000,
                 apply_chat_template=chat,
                 fewshot_as_multiturn=chat,
-                confirm_run_unsafe_code=True,  # load_tasks takes our protocols alone, which run code in the sandbox
+                confirm_run_unsafe_code=True,  # load_tasks takes only our protocols, which run code in the sandbox
             )
         for name, task in tasks.items():
             samples += _records(name, task, found["samples"][name])
@@ -216,7 +216,7 @@ def _replay(answers: Mapping[Key, Any], chat_template: Any) -> Any:
     from mixlens.evals.model import repeats_of
 
     class Replay(LM):
-        """Gives every request the answer that it has."""
+        """A model that returns the stored answer for every request."""
 
         @property
         def tokenizer_name(self) -> str:
@@ -239,7 +239,7 @@ def key_of(request: Any, repeat: int) -> Key:
 
 
 def _records(name: str, task: Any, samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One record a document, from lm-eval's one a document and filter."""
+    """Convert lm-eval's one record per document and filter to one per document."""
     filters = list(dict.fromkeys(sample["filter"] for sample in samples))
     records: dict[int, dict[str, Any]] = {}
     for sample in samples:
@@ -285,7 +285,7 @@ def _record(name: str, task: Any, sample: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _number(value: Any) -> float | None:
-    """A metric of one sample as a number; None where it is none (lm-eval keeps pairs for perplexities and F1)."""
+    """Return a metric of one sample as a number; None if it is not one (pairs, for perplexities and F1)."""
     if isinstance(value, bool | int | float | np.number) and np.isfinite(value):
         return float(value)
     return None

@@ -1,4 +1,4 @@
-"""Log: a finished evaluation, from memory or from its run directory; every score is computed from its samples."""
+"""Log: a finished evaluation, in memory or on disk, with scores computed from its samples."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RESULTS, LM_EVAL_RESULTS, ROUTING = "results.jsonl", "lm_eval_results.json", "ro
 
 
 class Log:
-    """Every sample of an evaluation, and the scores.
+    """Samples and scores of an evaluation.
 
     Parameters
     ----------
@@ -80,19 +80,19 @@ class Log:
 
     @cached_property
     def samples(self) -> pd.DataFrame:
-        """One row a sample: the fields of a record, and a column for every metric; NaN where it was not scored."""
+        """One row per sample: the fields of a record, and a column for every metric; NaN if it was not scored."""
         frame = pd.DataFrame([{k: v for k, v in r.items() if k != "metrics"} | r["metrics"] for r in self.records])
         numeric = [name for name in [*self.metrics, "correct"] if name in frame]
         return frame.astype(dict.fromkeys(numeric, float)) if numeric else frame
 
     @cached_property
     def scores(self) -> pd.DataFrame:
-        """One row a task and metric with its 95 % interval, then micro and macro, as scoring.score_table."""
+        """One row per task and metric with its 95 % interval, then micro and macro averages, as scoring.score_table."""
         return score_table(self.samples, self.meta["tasks"])
 
     @cached_property
     def near_ties(self) -> pd.DataFrame:
-        """Samples whose answer rounding decides: task, sample_id, first, second, gap, as scoring.near_ties."""
+        """Samples decided by rounding: task, sample_id, first, second, gap, as scoring.near_ties."""
         by_length = {name for name, task in self.meta["tasks"].items() if task["primary"] == "acc_norm"}
         return near_ties(self.samples, by_length)
 
@@ -138,7 +138,7 @@ class Log:
         return f"<div class='mixlens-log'>{self._shown().to_html(border=0, index=False)}{said}</div>"
 
     def _shown(self) -> pd.DataFrame:
-        """Scores as text; of a benchmark of several tasks its averages alone."""
+        """Scores as text; only averages for benchmarks of several tasks."""
         of_protocol = self.scores.groupby(["benchmark", "protocol"])["task"]
         several = {key for key, n in of_protocol.nunique().items() if n > 1}
         rows = []

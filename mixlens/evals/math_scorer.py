@@ -1,4 +1,4 @@
-"""Grading of worked answers: MATH and GSM8K in any form, and majority votes that leave out answers without a result."""
+"""Grade worked answers: MATH and GSM8K in any form, and majority votes over answers with a result."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _WORD = re.compile(r"(?<!\\)\b[A-Za-z]{2,}\b")
 
 
 def grade(document: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """Whether an answer to a MATH problem is right, by three graders.
+    """Grade an answer to a MATH problem by three graders.
 
     math_equal   the result in any form (see final_answer), equal to the gold one after Lewkowycz et al. 2022's
                  normalisation, by sympy, or by math_verify
@@ -33,12 +33,12 @@ def grade(document: Mapping[str, Any], results: Sequence[str]) -> dict[str, floa
 
 
 def read(answers: Sequence[Sequence[str]], documents: Iterable[Mapping[str, Any]]) -> list[list[Found]]:
-    """Every answer as it stands, with the form of its final answer."""
+    """Return every answer unchanged, with the form of its final answer."""
     return [[Found(text, result_of(text).form) for text in given] for given in answers]
 
 
 def result_of(text: str) -> Found:
-    """The result of an answer to a MATH problem; of words that nothing marks it is their number, if there is one."""
+    """Return the result of an answer to a MATH problem; for unmarked prose, its number, if there is one."""
     found = final_answer(text)
     if found.form == LAST_LINE and _WORD.search(found):
         return Found(number_in(found), found.form)
@@ -46,7 +46,7 @@ def result_of(text: str) -> Found:
 
 
 def equal(result: str, gold: str) -> bool:
-    """Whether two results mean the same."""
+    """Return True if two results are equivalent."""
     from lm_eval.tasks.minerva_math.utils import is_equiv
     from math_verify import parse, verify
 
@@ -59,18 +59,18 @@ def equal(result: str, gold: str) -> bool:
 
 
 def math_majority(answers: Sequence[Sequence[str]], documents: Iterable[Mapping[str, Any]]) -> list[Found]:
-    """Of each document's answers one whose result most of them share; the first of equals."""
+    """Return an answer of each document with the most frequent result; the first one for ties."""
     voted = [_majority(given, lambda text: _normal(as_latex(result_of(text)))) for given in answers]
     return [Found(text, result_of(text).form) for text in voted]
 
 
 def gsm8k(answers: Sequence[Sequence[str]], documents: Iterable[Mapping[str, Any]]) -> list[list[Found]]:
-    """The number that every answer comes to, in whatever form; "" where it has none."""
+    """Return the number in every answer, in whatever form; "" if it has none."""
     return [[_number(text) for text in given] for given in answers]
 
 
 def gsm8k_majority(answers: Sequence[Sequence[str]], documents: Iterable[Mapping[str, Any]]) -> list[Found]:
-    """The number that most answers of a document come to; "" where none has one."""
+    """Return the most frequent number among the answers of a document; "" if none has one."""
     return [_number(_majority(given, _number)) for given in answers]
 
 

@@ -1,4 +1,4 @@
-"""lm-eval's view of a local model: one BOS, masks for padding, decoding that keeps its first space, no truncation."""
+"""lm-eval's interface to a local model: one BOS, padding masks, exact decoding, no truncation."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from mixlens.models.layout import CACHE
 
 # lm-eval's decorator hides the class from type checkers.
 _Base: Any = HFLM
-# A prefix shorter than this is not worth a forward of its own.
+# Shorter prefixes are not worth a separate forward pass.
 _SHORTEST_PREFIX = 48
 
 
 @dataclass(frozen=True)
 class Row:
-    """Tokens that one row of a forward reads, and what is read off it.
+    """Tokens of one row of a forward pass, and the outputs read from it.
 
-    asked  (number of the request, tokens whose log-probability after the row's context is asked for)
+    asked  (number of the request, tokens whose log-probability after the row's context is requested)
     """
 
     ids: tuple[int, ...]
@@ -40,9 +40,9 @@ class Row:
 
 @dataclass
 class Batch:
-    """Rows of one forward, or prompts of one generate; a fixed part of all requests, whoever computes it.
+    """Rows of one forward pass, or prompts of one generate call; fixed by the requests alone.
 
-    prefix  tokens that all rows begin with, read once and kept as a key-value cache; () for none
+    prefix  tokens shared by all rows, read once and kept as a key-value cache; () for none
     """
 
     requests: list[int]
@@ -89,7 +89,7 @@ class LocalLM(_Base):
     # ------------------------------------------------------------------ text and tokens
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Token ids with exactly one BOS, which a chat template may have written already."""
+        """Return token ids with exactly one BOS, which a chat template may have written already."""
         ids = self.tokenizer.encode(string, add_special_tokens=False)
         bos = self.tokenizer.bos_token_id
         if add_special_tokens is False or bos is None:
@@ -97,10 +97,10 @@ class LocalLM(_Base):
         return ids if ids[:1] == [bos] else [bos, *ids]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of generated tokens as it stands behind a prompt.
+        """Return the text of generated tokens as it appears after a prompt.
 
-        A continuation decoded alone loses its first space with SentencePiece tokenizers, so it is decoded behind a
-        newline, which is cut off again.
+        SentencePiece tokenizers drop the first space of a continuation decoded alone, so it is decoded after a newline,
+        which is then removed.
         """
         options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
         text = self.tokenizer.decode([self._newline, *ids], **options)
@@ -110,23 +110,23 @@ class LocalLM(_Base):
         return self.decode([tokens] if isinstance(tokens, int) else list(tokens))
 
     def finish(self, ids: Sequence[int], until: Sequence[str]) -> str:
-        """What an answer of these token ids is graded as: up to its end of sequence, up to its first stop string."""
+        """Return the graded text of an answer: up to its end of sequence, and up to its first stop string."""
         ends = self.stop_ids
         length = next((place for place, token in enumerate(ids) if token in ends), len(ids))
         return cut(self.decode(ids[:length]), until)
 
     @property
     def stop_ids(self) -> frozenset[int]:
-        """Ids that end an answer: the tokenizer's, and those of the model's generation config."""
+        """Ids that end an answer, from the tokenizer and the model's generation config."""
         config = getattr(self.model, "generation_config", None)
         listed = getattr(config, "eos_token_id", None)
         listed = [] if listed is None else [listed] if isinstance(listed, int) else list(listed)
         return frozenset({*listed, self.tokenizer.eos_token_id} - {None})
 
-    # ------------------------------------------------------------------ what is asked, in fixed batches
+    # ------------------------------------------------------------------ requests in fixed batches
 
     def encode_request(self, request: Any) -> tuple[list[int], list[int]]:
-        """Context and continuation of a log-likelihood request, or prompt and nothing of a generative one."""
+        """Return context and continuation of a log-likelihood request, or prompt and nothing of a generative one."""
         if request.request_type != "loglikelihood":
             return self.tok_encode(request.args[0]), []
         context, continuation = request.args[0], request.args[1]
@@ -135,7 +135,7 @@ class LocalLM(_Base):
         return [self.prefix_token_id], self.tok_encode(continuation, add_special_tokens=False)
 
     def batches(self, kind: str, requests: Sequence[Any]) -> list[Batch]:
-        """All requests of one kind in batches that depend on nothing but the requests."""
+        """Return all requests of one kind in batches that depend only on the requests."""
         if kind == "loglikelihood_rolling":
             return [Batch([number]) for number in range(len(requests))]
         if kind == "generate_until":
@@ -182,9 +182,9 @@ class LocalLM(_Base):
         return batches
 
     def answer(self, kind: str, requests: Sequence[Any], batch: Batch, repeats: Sequence[int]) -> list[Any]:
-        """Answers to the requests of a batch, in the batch's order.
+        """Return answers to the requests of a batch, in the batch's order.
 
-        repeats  of every request, which of its repeated answers this is; decides the noise of a sampled one
+        repeats  index of each request among its repeated answers; decides the noise of a sampled one
         """
         if kind == "loglikelihood_rolling":
             return [self._rolling(requests[number]) for number in batch.requests]
@@ -197,7 +197,7 @@ class LocalLM(_Base):
 
     @torch.inference_mode()
     def _scored(self, batch: Batch, requests: Sequence[Any] | None = None) -> dict[int, tuple[float, bool]]:
-        """Log-probability of every continuation of a batch, and whether greedy decoding would have given it."""
+        """Return the log-probability of every continuation of a batch, and whether it is the greedy one."""
         cache, n_prefix = self._cached(batch, requests), len(batch.prefix)
         rests = [row.ids[n_prefix:] for row in batch.rows]
         ids, mask = self._left_padded(rests)
@@ -232,7 +232,7 @@ class LocalLM(_Base):
         return found
 
     def _cached(self, batch: Batch, requests: Sequence[Any] | None) -> Any:
-        """A key-value cache of the batch's prefix for as many rows as it has; None without a prefix."""
+        """Return a key-value cache of the batch's prefix for all its rows; None without a prefix."""
         if not batch.prefix:
             return None
         if self._prefix[0] != batch.prefix:
@@ -247,7 +247,7 @@ class LocalLM(_Base):
         return cache
 
     def _rolling(self, request: Any) -> float:
-        """Log-probability of a whole text, read window by window of what the model reads at once."""
+        """Return the log-probability of a whole text, read in windows of the model's context."""
         windows = map(
             make_disjoint_window,
             get_rolling_token_windows(
@@ -273,11 +273,11 @@ class LocalLM(_Base):
         ]
 
     def ended(self, ids: Sequence[int], until: Sequence[str], most: int) -> bool:
-        """Whether an answer came to its end by itself, and not to the limit of its length."""
+        """Return True if an answer ended by itself, rather than at its length limit."""
         return len(ids) < most or bool(self.stop_ids & set(ids)) or any(s in self.decode(ids) for s in until if s)
 
     def _left_padded(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids and mask [rows, columns]; every row ends in the last column."""
+        """Return token ids and mask [rows, columns]; every row ends in the last column."""
         columns = max(map(len, rows))
         ids = torch.zeros(len(rows), columns, dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -319,7 +319,7 @@ class LocalLM(_Base):
 
 
 def named(request: Any, repeat: int, *, scored: bool) -> dict[str, Any]:
-    """What a recorded row is called by: its sample, and its choice where its answer is `scored`."""
+    """Return the name of a recorded row: its sample, and its choice if its answer is `scored`."""
     choice = request.idx if scored else -1
     return {
         "role": "sample",
@@ -331,13 +331,13 @@ def named(request: Any, repeat: int, *, scored: bool) -> dict[str, Any]:
 
 
 def cut(text: str, until: Sequence[str]) -> str:
-    """A text up to the first of the stop strings in it."""
+    """Cut a text at the first stop string."""
     places = [place for stop in until if stop and (place := text.find(stop)) >= 0]
     return text[: min(places)] if places else text
 
 
 def repeats_of(requests: Sequence[Any]) -> list[int]:
-    """Of every request, how many times the same one came before it."""
+    """Return for every request the number of identical earlier ones."""
     counts: dict[int, int] = {}
     repeats = []
     for request in requests:
@@ -347,9 +347,9 @@ def repeats_of(requests: Sequence[Any]) -> list[int]:
 
 
 def tokenizer_of(model: Any, tokenizer: Any = None) -> Any:
-    """The tokenizer given, or of the name given, else the one that lies beside the model's weights.
+    """Return the given tokenizer, or that of the given name, or else the one stored with the model's weights.
 
-    Raises BadInput when there is none.
+    Raises BadInput if there is none.
     """
     from transformers import AutoTokenizer
 
@@ -380,7 +380,7 @@ def _seed(seed: int, prompt: str, repeat: int) -> int:
 
 
 def chat_template_of(folder: str) -> Any:
-    """apply_chat_template of the tokenizer in a folder, as lm-eval calls it."""
+    """Return apply_chat_template of the tokenizer in a folder, with lm-eval's signature."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

@@ -1,4 +1,4 @@
-"""compare_logs: two evaluations of the same samples, and whether their difference is more than chance."""
+"""compare_logs: compare two evaluations of the same samples, with tests against chance."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ _DISAGREE = {
 
 
 def compare_logs(log_a: Log, log_b: Log, *, bootstrap: Bootstrap = DEFAULT) -> LogComparison:
-    """Two evaluations of the same samples, joined by task and sample.
+    """Compare two evaluations of the same samples, joined by task and sample.
 
-    Tasks that one log alone has are named, not compared. A sample that either could not score is left out, and counted.
+    Tasks in only one log are named, not compared. Samples that either could not score are left out and counted.
 
-    Raises BadInput when a benchmark was asked by different protocols or versions of them, or in one log behind a
-    chat template; when no task is in both; and when a sample's document differs.
+    Raises BadInput if a benchmark used different protocols or versions, or a chat template in only one log; if no task
+    is in both; or if a sample's document differs.
     """
     common = _common_tasks(log_a.meta["tasks"], log_b.meta["tasks"])
     joined = _joined(log_a.samples, log_b.samples, common)
@@ -61,12 +61,12 @@ def compare_logs(log_a: Log, log_b: Log, *, bootstrap: Bootstrap = DEFAULT) -> L
 
 @dataclass
 class LogComparison:
-    """Two evaluations compared sample by sample.
+    """Sample-by-sample comparison of two evaluations.
 
     Parameters
     ----------
     names : tuple[str, str]
-        What they are called.
+        Names of the evaluations.
     table : pandas.DataFrame
         One row a benchmark, and one a task where a benchmark has several: score_a, score_b, difference (b less a)
         with its interval, p_value of the exact McNemar test (of the interval, for a metric that
@@ -79,7 +79,7 @@ class LogComparison:
     joined : pandas.DataFrame
         Every sample that both have.
     alone : list[str]
-        Tasks that one log alone has.
+        Tasks in only one log.
     """
 
     log_a: Log
@@ -99,7 +99,7 @@ class LogComparison:
         return {"model": {"name": " and ".join(self.names)}, "a": self.log_a.meta, "b": self.log_b.meta}
 
     def verdicts(self) -> list[str]:
-        """Return one sentence for every row of the table: what the data shows."""
+        """Return one sentence per row of the table with its conclusion."""
         return [self._verdict(row) for row in self.table.to_dict("records")]
 
     def remarks(self) -> list[str]:
@@ -149,11 +149,11 @@ class LogComparison:
 
 
 def _with_survivors(table: pd.DataFrame, bootstrap: Bootstrap) -> pd.DataFrame:
-    """The table with q and survives: the benchmarks are one family of tests, the tasks of each benchmark another.
+    """Return the table with q and survives: benchmarks form one family of tests, the tasks of each benchmark another.
 
-    Where McNemar's test and the interval disagree the test leads: its false alarms are at most 5 % at every number of
-    flips, at the price of missing more (Fagerland, Lydersen and Laake 2013, doi:10.1186/1471-2288-13-91), while an
-    interval holds its level on average over how often answers flip.
+    If McNemar's test and the interval disagree, the test decides: its false alarms are at most 5 % for any number of
+    flips, at the price of lower power (Fagerland, Lydersen and Laake 2013, doi:10.1186/1471-2288-13-91), while an
+    interval has its level only on average over rates of flips.
     """
     table["q"] = table.groupby("family")["p_value"].transform(lambda p: adjusted(p.to_numpy(float)))
     table["survives"] = table["q"] <= 1 - bootstrap.level
@@ -165,7 +165,7 @@ def _leaves_out_0(row: Mapping[Any, Any]) -> bool:
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
-    """Two-sided p value that discordant pairs fall so unevenly by chance; 1.0 without any.
+    """Return the two-sided p value of an imbalance of discordant pairs; 1.0 without any.
 
     min(1, 2 P(X <= min(b, c))) with X binomial (b + c, 1/2): McNemar 1947 in its exact form.
     """
@@ -178,10 +178,10 @@ def mcnemar(only_a: int, only_b: int) -> float:
 
 
 def paired_difference(a: np.ndarray, b: np.ndarray, task: np.ndarray, level: float) -> tuple[float, float, float]:
-    """Mean of b less a over samples, with its interval; samples vary within their task, whose number is fixed.
+    """Return the mean of b minus a with its interval; samples vary within a fixed set of tasks.
 
-    Of right and wrong answers that of Bonett and Price (2012): Wald's after one sample more was gained and one lost, so
-    that two models of the same answers are not equal for certain. Of other scores Student's t.
+    For right and wrong answers, the interval of Bonett and Price (2012): Wald's after adding one gained and one lost
+    sample, so that models with equal answers still have uncertainty. For other scores, Student's t.
     """
     from scipy.special import stdtrit  # imported here: takes a quarter of a second
 
@@ -251,7 +251,7 @@ def _common_tasks(a: Mapping[str, Mapping[str, Any]], b: Mapping[str, Mapping[st
 
 
 def _joined(a: pd.DataFrame, b: pd.DataFrame, tasks: list[str]) -> pd.DataFrame:
-    """Samples of either log by task and number; the columns of each with _a and _b."""
+    """Join samples of both logs by task and number, with the suffixes _a and _b."""
     key = ["task", "sample_id"]
     kept = [*key, "doc_hash", *_SHOWN, *_OF_EACH]
     sides = [frame[frame["task"].isin(tasks)].reindex(columns=kept) for frame in (a, b)]
@@ -288,7 +288,7 @@ def _flips(joined: pd.DataFrame) -> pd.DataFrame:
 
 
 def _chance(row: Mapping[Any, Any]) -> str:
-    """p, and q where it is another."""
+    """Format p, and q if it differs."""
     p = _probability("p", row["p_value"])
     return p if row["q"] == row["p_value"] else f"{p}, {_probability('q', row['q'])}"
 
@@ -298,7 +298,7 @@ def _probability(name: str, value: float) -> str:
 
 
 def _names(a: Log, b: Log) -> tuple[str, str]:
-    """Names of the folders, else of the models; told apart where they are the same."""
+    """Return names of the folders, or else of the models; equal names are numbered."""
     first, second = (
         log.path.name if log.path is not None else str(log.meta["model"]["name"]).rsplit("/", 1)[-1] for log in (a, b)
     )

@@ -1,4 +1,4 @@
-"""Checks before an evaluation starts; each refuses with the reason, so that no score comes out wrong in silence."""
+"""Checks before an evaluation starts, each of which refuses with a reason rather than give a wrong score."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mixlens.evals.generating import check_sampling
 from mixlens.evals.lm_eval_grading import Job, Loaded, grade, key_of
 from mixlens.evals.model import Batch, cut, repeats_of
 
-# Documents of every task whose gold answers are graded before the model is asked.
+# Documents of every task whose gold answers are graded before the model runs.
 _GOLD_DOCUMENTS = 4
 # A data set may hold a question twice; a task whose shots are its documents has more than this share.
 _LEAKS = 0.01
@@ -20,12 +20,12 @@ _LEAKS = 0.01
 def check(
     backend: Any, job: Job, loaded: Loaded, work: Mapping[str, tuple[Sequence[Any], Sequence[Batch]]]
 ) -> list[dict[str, Any]]:
-    """Refuse what would give wrong scores in silence, and say what questions to a server showed (see questions).
+    """Refuse evaluations that would give wrong scores, and return findings of probe questions to a server.
 
     work  by kind of request: the requests, and the batches that a backend made of them
 
-    Raises BadInput where a prompt has no BOS or two, prompt and answer do not fit, decoding does not give back what
-    was encoded, a grader does not pass gold answers, or a server cannot score; SandboxError where code cannot be run.
+    Raises BadInput if a prompt has no BOS or two, prompt and answer do not fit, decoding does not invert encoding, a
+    grader fails gold answers, or a server cannot score; SandboxError if code cannot be run.
     """
     for kind, (requests, batches) in work.items():
         _check_backend(backend, loaded, kind, requests)
@@ -44,14 +44,14 @@ def check(
 
 
 def check_template(backend: Any, tasks: Sequence[str]) -> None:
-    """Raises BadInput where the chat template that these tasks need is missing or fails."""
+    """Raise BadInput if the chat template that these tasks need is missing or fails."""
     try:
         written = backend.chat_template([{"role": "user", "content": "Hi"}])
-    except Exception as error:  # of transformers, of jinja, and of any model object of lm-eval's
+    except Exception as error:  # transformers, jinja and lm-eval raise errors of their own
         said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")
         raise BadInput(
             f"Cannot evaluate {tasks[0]}: its chat template cannot be applied: {said}. Use an instruct model, give "
-            "its tokenizer by EvalSettings(tokenizer=...), or choose a protocol without a template.",
+            "its tokenizer in EvalSettings(tokenizer=...), or choose a protocol without a template.",
             argument="chat_template",
             value=list(tasks),
         ) from error
@@ -65,7 +65,7 @@ def check_template(backend: Any, tasks: Sequence[str]) -> None:
 
 
 def _check_findings(findings: list[dict[str, Any]], backend: Any, loaded: Loaded, requests: Sequence[Any]) -> None:
-    """Raises BadInput for what no local model is evaluated with either: cut prompts, another BOS, lost blanks."""
+    """Raise BadInput for findings that invalidate scores: cut prompts, another BOS, lost blanks."""
     wrong = {one["question"]: one["found"] for one in findings if one["holds"] is False}
     tasks = dict.fromkeys(request.task_name for request in requests)
     continued = [task for task in tasks if (p := loaded.protocols[task]) is not None and p.about.get("continues")]
@@ -89,7 +89,7 @@ def _check_findings(findings: list[dict[str, Any]], backend: Any, loaded: Loaded
 
 
 def _check_shots(loaded: Loaded, work: Mapping[str, tuple[Sequence[Any], Sequence[Batch]]]) -> None:
-    """Raises BadInput where prompts hold their own question with its gold answer, as one of their shots."""
+    """Raise BadInput if prompts include their own question with its gold answer as a shot."""
     held: dict[str, int] = {}
     total: dict[str, int] = {}
     for requests, _ in work.values():
@@ -111,7 +111,7 @@ def _check_shots(loaded: Loaded, work: Mapping[str, tuple[Sequence[Any], Sequenc
 
 
 def _shots_are_evaluated(task: Any) -> bool:
-    """Whether lm-eval draws the shots of a task from the split that it evaluates."""
+    """Return True if lm-eval draws the shots of a task from the split that it evaluates."""
     config = task.config
     if isinstance(config.fewshot_config, dict) and config.fewshot_config.get("samples") is not None:
         return False
@@ -130,7 +130,7 @@ def _holds_its_gold(task: Any, request: Any) -> bool:
 
 
 def _check_backend(backend: Any, loaded: Loaded, kind: str, requests: Sequence[Any]) -> None:
-    """What an endpoint can do with these tasks."""
+    """Check that an endpoint supports these tasks."""
     from mixlens.evals.endpoints import EndpointBackend
 
     if not isinstance(backend, EndpointBackend):
@@ -165,7 +165,7 @@ def _check_rows(lm: Any, kind: str, requests: Sequence[Any], batches: Sequence[B
 
 
 def _check_requests(lm: Any, kind: str, requests: Sequence[Any]) -> None:
-    """As _check_rows for a model object of lm-eval's, where it shows how it encodes a text."""
+    """Apply _check_rows to a model object of lm-eval, if it shows how it encodes a text."""
     if getattr(lm, "tokenizer", None) is None or not hasattr(lm, "tok_encode") or kind == "loglikelihood_rolling":
         return
     for request in requests:
@@ -176,7 +176,7 @@ def _check_requests(lm: Any, kind: str, requests: Sequence[Any]) -> None:
 
 
 def _check_prompt(lm: Any, request: Any, ids: Sequence[int], new: int) -> None:
-    """One BOS, and room for the prompt with `new` tokens behind it."""
+    """Check for one BOS, and for room for `new` tokens after the prompt."""
     bos = getattr(lm.tokenizer, "bos_token_id", None)
     if bos is not None and (ids[0] != bos or list(ids[1:2]) == [bos]):
         found = "none" if ids[0] != bos else "two"
@@ -200,7 +200,7 @@ def _check_prompt(lm: Any, request: Any, ids: Sequence[int], new: int) -> None:
 def _check_gold(
     backend: Any, job: Job, loaded: Loaded, work: Mapping[str, tuple[Sequence[Any], Sequence[Batch]]]
 ) -> None:
-    """Gold answers, as token ids through the decoding that answers go through, must be graded as right."""
+    """Check that gold answers, encoded and decoded like answers of the model, are graded as right."""
     ours = {name: task for name, task in loaded.tasks.items() if loaded.protocols[name] is not None}
     limit = min(_GOLD_DOCUMENTS, job.limit or _GOLD_DOCUMENTS)
     answers = {}
@@ -226,7 +226,7 @@ def _check_gold(
 
 
 def gold_of(backend: Any, task: Any, kind: str, request: Any) -> Any:
-    """The answer of a model that is always right."""
+    """Return the answer of a perfect model."""
     if kind != "generate_until":
         gold = task.doc_to_target(request.doc)
         choices = task.doc_to_choice(request.doc)

@@ -1,4 +1,4 @@
-"""How far an evaluation is: a bar on stderr, or the caller's own function."""
+"""Progress of an evaluation: a bar on stderr, or the caller's function."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ Progress = Callable[[int, int], None]
 
 @contextmanager
 def reporting(progress: bool | Progress) -> Iterator[Progress]:
-    """What to call with (done, total), at the start and after every batch; whatever it raises ends the evaluation.
+    """Yield a function of (done, total), called at the start and after every batch; its exceptions end the evaluation.
 
-    progress  True for a bar, which stands there from the first call on; False for nothing; or the function itself
+    progress  True for a bar, shown from the first call on; False for nothing; or the function itself
     """
     if callable(progress):
         yield progress

@@ -20,7 +20,7 @@ _TASK = re.compile(r"""^["']?task["']?:[ \t]*["']?([^\s"'\[{#]+)["']?[ \t]*$""",
 
 
 def tasks_folder() -> Path:
-    """The folder of task files: beside the sources, or inside the installed package."""
+    """Return the folder of task files: next to the sources, or inside the installed package."""
     package = Path(__file__).parent.parent
     installed = package / "_tasks"
     return installed if installed.exists() else package.parent / "evals"
@@ -28,7 +28,7 @@ def tasks_folder() -> Path:
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a benchmark is asked and graded: one task file.
+    """A task file, which defines how a benchmark is asked and graded.
 
     name       of the file, such as "mmlu_5shot"
     subjects   of a benchmark that has several tasks; those chosen, in the file's order
@@ -46,11 +46,11 @@ class Protocol:
 
     @property
     def about(self) -> dict[str, Any]:
-        """benchmark, title, primary metric, hub (key of data.HUB), chat (whether the chat template is applied)."""
+        """benchmark, title, primary metric, hub (key of data.HUB), chat (True if the chat template is applied)."""
         return self.config["metadata"]
 
     def task_configs(self) -> list[dict[str, Any]]:
-        """lm-eval's configuration of every task of this protocol; a benchmark of several is one task a subject."""
+        """Return lm-eval's configuration of every task of this protocol, one per subject if there are several."""
         if "group" not in self.config:
             return [dict(self.config)]
         shared = {key: value for key, value in self.config.items() if key not in _GROUP_KEYS}
@@ -62,7 +62,7 @@ class Protocol:
 
 
 def protocol_names() -> list[str]:
-    """Names of all protocols that mixlens has a task file for."""
+    """Return the names of all protocols that have a task file in mixlens."""
     return sorted(path.stem for path in tasks_folder().glob("*.yaml") if not path.stem.startswith("_"))
 
 
@@ -78,7 +78,7 @@ def suites() -> dict[str, dict[str, str]]:
 
 
 def resolve(tasks: Sequence[str], protocol: str | None = None) -> tuple[list[Protocol], list[str]]:
-    """The protocols that `tasks` name, and the names that may be lm-eval's own tasks.
+    """Return the protocols named by `tasks`, and the names that may be lm-eval's own tasks.
 
     tasks     names of benchmarks ("mmlu"), protocols ("mmlu_5shot"), one subject of a protocol ("mmlu_5shot::anatomy"),
               suites ("mixtral-paper": everything in it), tasks of lm-eval, or task files of your own ("my.yaml")
@@ -111,7 +111,7 @@ def resolve(tasks: Sequence[str], protocol: str | None = None) -> tuple[list[Pro
 
 
 def is_task_file(name: str) -> bool:
-    """Whether this is a task file in lm-eval's format."""
+    """Return True for a task file in lm-eval's format."""
     return name.endswith((".yaml", ".yml")) and Path(name).is_file()
 
 
@@ -127,7 +127,7 @@ def check_tasks(tasks: Sequence[str], protocol: str | None = None) -> None:
 
 
 def lm_eval_task_files() -> dict[str, str]:
-    """Files of lm-eval's own tasks by name, read as text; groups and tags are left out."""
+    """Return the files of lm-eval's own tasks by name, read as text; groups and tags are left out."""
     texts = ((path, text) for path, text in _lm_eval_texts() if path.suffix)  # those without one are included by others
     return {named[1]: str(path) for path, text in texts if (named := _TASK.search(text))}
 
@@ -141,7 +141,7 @@ def _lm_eval_texts() -> tuple[tuple[Path, str], ...]:
 
 
 def unknown_task(name: str, lm_eval_names: Sequence[str]) -> BadInput:
-    """The error for a task that nobody knows, with names near it."""
+    """Return the error for an unknown task, with similar names."""
     known = sorted({*protocol_names(), *map(_benchmark, protocol_names()), *suites(), *lm_eval_names})
     return BadInput(
         f"Cannot find the task {name!r}: neither mixlens nor lm-eval has it{near(name, known)}. List the protocols "
@@ -188,7 +188,7 @@ def _pick(benchmark: str, members: list[str], protocol: str | None, known: dict[
 
 
 def _benchmark(name: str) -> str:
-    """The benchmark of a protocol's name, which is in its file; read as text, since importing lm-eval takes seconds."""
+    """Return the benchmark of a protocol, read from its file as text, because importing lm-eval takes seconds."""
     for line in (tasks_folder() / f"{name}.yaml").read_text("utf-8").splitlines():
         if line.startswith("  benchmark:"):
             return line.split(":", 1)[1].strip()
@@ -196,6 +196,6 @@ def _benchmark(name: str) -> str:
 
 
 def near(name: str, known: Sequence[str]) -> str:
-    """Names like this one, as words in brackets; nothing where there are none."""
+    """Return similar names in parentheses; empty if there are none."""
     found = get_close_matches(name, known, n=3, cutoff=0.5)
     return f" (near: {', '.join(found)})" if found else ""

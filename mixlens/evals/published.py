@@ -1,4 +1,4 @@
-"""Published scores, with their sources, and a score beside them where the protocols are equal."""
+"""Published scores with their sources, compared with a score if the protocols are equal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COLUMNS = [
     "model", "quantization", "benchmark", "protocol", "shots", "split", "metric", "scorer", "average", "score", "n",
     "source", "page", "status", "note",
 ]  # fmt: skip
-# What makes a protocol, beside the name that it has here; of the last two most sources say nothing.
+# Properties that define a protocol, besides its name; most sources omit the last two.
 _PARTS = ("protocol", "shots", "split", "metric", "n", "scorer", "average")
 _SELDOM_STATED = ("scorer", "average")
 BESIDE = [
@@ -26,7 +26,7 @@ BESIDE = [
 
 
 def references(model: str | None = None, *, benchmark: str | None = None) -> pd.DataFrame:
-    """Return published scores in percent (perplexities as they are), with conflicting sources side by side.
+    """Return published scores in per cent (perplexities unchanged), with conflicting sources side by side.
 
     Parameters
     ----------
@@ -72,12 +72,12 @@ def references(model: str | None = None, *, benchmark: str | None = None) -> pd.
 
 
 def beside(log: Log, *, model: str | None = None) -> pd.DataFrame:
-    """Set every score beside the published ones; `comparable` only where the protocols are equal, else the reason.
+    """Join every score with published ones; `comparable` only if the protocols are equal, else the reason.
 
-    A published score is comparable when its source states protocol, shots, split, metric and number of questions, and
-    all of them are those of the log; nothing was left out by a limit; and no chat endpoint put its template around the
-    prompts. The program that graded and, for a benchmark of several tasks, their average must not differ either; where
-    the source does not state them, as papers seldom do, `note` says so. What differs, and what is not known, is named.
+    A published score is comparable if its source states protocol, shots, split, metric and number of questions, and all
+    equal those of the log; no limit left out questions; and no chat endpoint added its template. The grading program
+    and, for a benchmark of several tasks, the average must not differ either; if the source omits them, as papers often
+    do, `note` says so. Differences and unknowns are named.
 
     Parameters
     ----------
@@ -116,7 +116,7 @@ def beside(log: Log, *, model: str | None = None) -> pd.DataFrame:
 
 
 def _as_stated(log: Log, score: dict[str, Any], entry: dict[Any, Any]) -> dict[str, Any]:
-    """The log's score by the metric and in the average that a source states, where the log has it."""
+    """Return the log's score by the metric and average that a source states, if the log has it."""
     wanted = {key: entry[key] if isinstance(entry[key], str) else score[key] for key in ("metric", "average")}
     if all(score[key] == value for key, value in wanted.items()):
         return {}
@@ -139,7 +139,7 @@ def _compared(log: Log, row: dict[str, Any], entry: dict[str, Any]) -> dict[str,
     about = next(task for task in log.meta["tasks"].values() if task["protocol"] == row["protocol"])
     ours = {part: about.get(part) for part in _PARTS} | {part: row[part] for part in ("protocol", "metric", "n")}
     ours["average"] = row["average"]
-    # An average is a part only where there are several tasks to average over.
+    # An average matters only for several tasks.
     skipped = {"average": not row["average"], "n": limit is not None}
     ours = {part: mine for part, mine in ours.items() if not skipped.get(part)}
     known = {part: (entry[part], mine) for part, mine in ours.items() if _stated(entry[part]) and _stated(mine)}
@@ -170,5 +170,5 @@ def _shown(value: Any) -> str:
 
 
 def _plain(name: str) -> str:
-    """A name without owner, folder and case: Mixtral-8x7B-v0.1 for any place it lies in."""
+    """Return a name without owner, folder and case: Mixtral-8x7B-v0.1 for any location."""
     return name.rstrip("/").rsplit("/", 1)[-1].lower()

@@ -1,7 +1,7 @@
-"""A handful of questions with known outcome, put to a server before an evaluation; what came out is told with scores.
+"""Probe questions with known outcome, put to a server before an evaluation; the findings accompany the scores.
 
-They are made of a prompt of the evaluation itself, and need no knowledge of the model: what it says to a prompt decides
-what it has to say when less of it, or more of the prompt, is given.
+They are derived from a prompt of the evaluation and need no knowledge of the model: its answer to a prompt determines
+the answers to a shorter request or a longer prompt.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _AROUND = 64
 
 @dataclass(frozen=True)
 class Said:
-    """An answer to a question: its text, and the counts of tokens that came with it, None where none did."""
+    """An answer to a question: its text, and the token counts that came with it, or None."""
 
     text: str
     output_tokens: int | None = None
@@ -32,7 +32,7 @@ class Said:
 
 
 class Ask(Protocol):
-    """How a backend is asked; `again` tells questions apart that are otherwise the same."""
+    """Signature of questions to a backend; `again` distinguishes otherwise equal questions."""
 
     def __call__(
         self, prompt: Any, max_tokens: int, *, stop: str = "", seed: int | None = None, again: str = ""
@@ -41,7 +41,7 @@ class Ask(Protocol):
 
 @dataclass(frozen=True)
 class Finding:
-    """What a question showed.
+    """The finding of a question.
 
     question  what was looked at, such as "max_tokens"
     holds     whether it is as it should be; None where that cannot be told
@@ -56,7 +56,7 @@ class Finding:
 def ask_all(
     ask: Ask, requests: Sequence[Any], can: Collection[str], n_tokens: Callable[[str], int | None]
 ) -> list[dict[str, Any]]:
-    """Findings on max_tokens, stop strings, repeated answers, seeds, first blanks and tokens of prompts, as dicts.
+    """Return findings on max_tokens, stop strings, repeated answers, seeds, first blanks and prompt tokens, as dicts.
 
     can        of "continue" (prompts are continued, as texts, rather than answered, as messages), "stop" (stop strings
                are sent) and "seed" (seeds are), those that hold
@@ -185,7 +185,7 @@ def _cut(ask: Ask, prompt: str) -> Finding:
 
 
 def finding_remarks(findings: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """One sentence on what was looked at, and one on each finding that is not as it should be."""
+    """Yield one sentence on what was checked, and one on each negative finding."""
     if good := [one["question"] for one in findings if one["holds"]]:
         yield f"Preflight, as it should be: {', '.join(good)}."
     if unknown := [f"{one['question']} ({one['found'].rstrip('.')})" for one in findings if one["holds"] is None]:

@@ -1,4 +1,4 @@
-"""What a grader read off an answer: the form in which it found what it grades, and how that ended."""
+"""Readings of graders: the form in which the graded part of an answer was found, and its outcome."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _TOLD = {
 
 
 class Graded(float):
-    """1.0 where the program of an answer passed, else 0.0, with the form in which it was found and how it ended."""
+    """Score 1.0 if the program of an answer passed, else 0.0, with its form and outcome."""
 
     form: str
     outcome: str
@@ -28,7 +28,7 @@ class Graded(float):
 
 
 class Found(str):
-    """Text that was found in an answer, with the form that marked it; "" and "none" where none was found."""
+    """Text found in an answer, with the form that marked it; "" and "none" if nothing was found."""
 
     form: str
 
@@ -39,7 +39,7 @@ class Found(str):
 
 
 def readings_of(filtered: Any) -> list[dict[str, str]]:
-    """By answer, what the filters of a task have read off it."""
+    """Return by answer the readings of the filters of a task."""
     return [
         {"form": one.form} | ({"outcome": one.outcome} if isinstance(one, Graded) else {"found": str(one)})
         for one in _leaves(filtered)
@@ -56,7 +56,7 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 
 def reading_remarks(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Sentences on programs that ended at a limit, and on the forms in which answers were found."""
+    """Return sentences on programs stopped at a limit, and on the forms of answers."""
     readings = [one for record in records for one in record.get("readings") or []]
     ended = Counter(one.get("outcome") for one in readings)
     programs = sum("outcome" in one for one in readings)

@@ -1,4 +1,4 @@
-"""What came beside the text of generated answers: why they ended, who answered, and which are no answers."""
+"""Metadata of generated answers: finish reasons, answering models, and non-answers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SEVERAL = 5
 
 
 def with_replies(records: list[dict[str, Any]], about: Mapping[Key, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The records with `finish`, `non_answer` and `replies`; None where nothing is known."""
+    """Add `finish`, `non_answer` and `replies` to the records; None if unknown."""
     of_sample: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
     for (task, document, _, _), facts in sorted(about.items()):
         of_sample.setdefault((task, document), []).append(facts)
@@ -42,7 +42,7 @@ def _non_answer(record: Mapping[str, Any], reply: Mapping[str, Any]) -> str | No
 
 
 def reply_remarks(records: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> list[str]:
-    """Sentences on every share of answers that a score alone would hide."""
+    """Return sentences on shares of answers that a score alone would hide."""
     generated = [record for record in records if record.get("responses")]
     n = len(generated)
     found = [*_without_non_answers(records, meta)]
@@ -69,7 +69,7 @@ def reply_remarks(records: Sequence[Mapping[str, Any]], meta: Mapping[str, Any])
 
 
 def _without_non_answers(records: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> list[str]:
-    """Scores with and without the answers that are none, where there are such."""
+    """Return scores with and without non-answers, if there are any."""
     empty = Counter(record["non_answer"] for record in records if record.get("non_answer"))
     if not empty:
         return []
@@ -90,7 +90,7 @@ def _without_non_answers(records: Sequence[Mapping[str, Any]], meta: Mapping[str
 
 
 def _lost_blanks(generated: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> list[str]:
-    """Of tasks whose gold answers all begin with blanks: whether no answer of a server begins with just as many."""
+    """Return tasks whose gold answers all begin with blanks, if no answer of the server does."""
     if meta["model"].get("backend") != "endpoint":
         return []
     found = []

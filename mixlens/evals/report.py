@@ -1,4 +1,4 @@
-"""The sections of a report on an evaluation, and on two evaluations of the same samples."""
+"""Report sections on an evaluation, and on two evaluations of the same samples."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def frame_table(table: pd.DataFrame, caption: str) -> str:
 
 
 def _samples(samples: pd.DataFrame) -> str:
-    """Show equally many samples of every task, wrong ones first."""
+    """Show the same number of samples of every task, wrong ones first."""
     each = max(1, _MOST_SAMPLES // max(1, samples["task"].nunique()))
     shown = samples.sort_values("correct", kind="stable").groupby("task", sort=False).head(each)
     columns = ["task", "sample_id", "prompt", "target", "response", "correct"]

@@ -1,4 +1,4 @@
-"""Answers as they come: in memory, in a file that a killed evaluation goes on from, and those of servers by content."""
+"""Stores of answers: in memory, in a file for resuming, and a cache of server answers by content."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ ABOVE_ZERO = 1e-2
 
 
 class Reply(str):
-    """A generated answer, with what came beside its text.
+    """A generated answer with its metadata.
 
-    about  finish, model, reasoning and token counts, as far as they are known
+    about  finish, model, reasoning and token counts, if known
     """
 
     about: Mapping[str, Any]
@@ -51,9 +51,9 @@ class Scored(tuple):
 
 
 class Answers:
-    """What the model answered, by request; one line of the file is one batch, which counts once it is whole.
+    """Answers of the model, by request; a line of the file is one batch, valid once complete.
 
-    path  file of the run directory; None keeps them in memory
+    path  file of the run directory; None stores them in memory
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -78,7 +78,7 @@ class Answers:
         os.truncate(path, whole)
 
     def add(self, batch: str, keys: Sequence[Key], answers: Sequence[Any]) -> None:
-        """Keep the answers of one batch, on disk first."""
+        """Store the answers of one batch, on disk first."""
         listed = [
             [*key, _writable(answer), *([_plain(about)] if (about := getattr(answer, "about", None)) else [])]
             for key, answer in zip(keys, answers, strict=True)
@@ -98,16 +98,16 @@ class Answers:
 
 
 class ResponseCache:
-    """Answers of one server on disk, by the content of the request, so that no interrupted evaluation loses one.
+    """Disk cache of the answers of one server, by content of the request, which survives interrupted evaluations.
 
     Parameters
     ----------
     place : bool or str or os.PathLike
         Folder; False for none; True for "answers" in MIXLENS_CACHE, else for "mixlens/answers" in the user's cache.
     server : Mapping[str, Any]
-        What tells the server and its model from others, without keys.
+        Identity of the server and its model, without keys.
 
-    `reused` counts answers that came from disk, `since` is the date of the oldest, `problem` says why none is kept.
+    `reused` counts answers from disk, `since` is the date of the oldest, `problem` says why nothing is stored.
     """
 
     def __init__(self, place: bool | str | os.PathLike[str], server: Mapping[str, Any]) -> None:
@@ -134,7 +134,7 @@ class ResponseCache:
                 continue
 
     def answer(self, request: Any, ask: Callable[[], Completion]) -> Completion:
-        """The answer to a request, from disk or by `ask`, whose answer is then on disk before it is given."""
+        """Return the answer to a request, from disk or by `ask`; new answers are stored before they are returned."""
         name = _sha256(request)
         if (kept := self._kept.get(name)) is not None:
             with self._lock:
@@ -157,12 +157,12 @@ class ResponseCache:
                 self._path, self.problem = None, f"{type(error).__name__}: {error.strerror}"
 
     def about(self) -> dict[str, Any]:
-        """What of it belongs to the scores."""
+        """Return the part of the cache's state that belongs with the scores."""
         return {"reused": self.reused, "since": self.since or None, "problem": self.problem or None}
 
 
 def cache_remarks(about: Mapping[str, Any]) -> list[str]:
-    """Sentences on answers that were not asked for this time, and on answers that could not be kept."""
+    """Return sentences on reused answers, and on answers that could not be stored."""
     found = []
     if about.get("reused"):
         found.append(
@@ -194,7 +194,7 @@ def _sha256(value: Any) -> str:
 
 
 def _writable(answer: Any) -> Any:
-    """A text without lone surrogates, which a server's JSON may hold and no file in UTF-8 can."""
+    """Replace lone surrogates, which a server's JSON may contain and UTF-8 files cannot."""
     return answer.encode("utf-8", "replace").decode("utf-8") if isinstance(answer, str) else answer
 
 

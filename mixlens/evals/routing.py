@@ -1,4 +1,4 @@
-"""Routing of an evaluation's own samples: recorded batch by batch while the model answers, and joined by sample."""
+"""Routing of an evaluation's samples, recorded batch by batch and joined by sample."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from mixlens.trace.trace import Trace, concat
 
 
 class SampleRecorder:
-    """Records the routing of a model while it answers, a batch at a time, so that a resumed run has all of it.
+    """Recorder of a model's routing during an evaluation, batch by batch, so that a resumed run is complete.
 
-    backend  whose `recording` keeps the routing of what is answered in a block, one sequence for every row that is read
+    backend  whose `recording` records the routing of answers in a block, one sequence for every row
     writer   of the evaluation's run; None keeps the routing in memory
 
-    Raises BadInput for a backend whose routing is out of reach; ModelError where the model has no experts.
+    Raises BadInput for a backend without access to routing; ModelError if the model has no experts.
     """
 
     def __init__(self, backend: Any, writer: RunWriter | None) -> None:
@@ -41,7 +41,7 @@ class SampleRecorder:
         self._parts: dict[str, Trace] = {}
 
     def answer(self, name: str, ask: Callable[[], list[Any]]) -> list[Any]:
-        """What `ask` gives, with its routing kept under the batch's name."""
+        """Return the answers of `ask`, and store their routing under the batch's name."""
         with self.backend.recording() as recorded:
             answers = ask()
         trace = recorded()
@@ -52,7 +52,7 @@ class SampleRecorder:
         return answers
 
     def finish(self, names: Sequence[str], records: Sequence[dict[str, Any]], tasks: dict[str, Any]) -> Trace:
-        """All batches in order as one trace, its sequences joined with their samples; saved when there is a folder."""
+        """Return all batches in order as one trace, joined with their samples; saved if there is a folder."""
         parts = [self._parts.get(name) or Trace.open(self._place(name)) for name in names]
         whole = concat(parts)
         whole._vocabulary = self.backend.vocabulary()
@@ -76,7 +76,7 @@ class SampleRecorder:
 def with_samples(
     sequences: pd.DataFrame, records: Sequence[dict[str, Any]], tasks: dict[str, dict[str, Any]]
 ) -> pd.DataFrame:
-    """Sequences with what became of their sample.
+    """Add the outcome of their samples to sequences.
 
     Adds  benchmark; group (subject or language); outcome ("right", "wrong", "partly", "unscored", "shots");
           document_id, one for all rows of a sample, which the bootstrap resamples; and counted, True for the one row
@@ -180,7 +180,7 @@ def flipped_routing(
 
 
 def samples_of(log: Log) -> Trace:
-    """The rows of an evaluation's trace that stand for a sample, one each. Raises MissingSignal without routing."""
+    """Return one row per sample of an evaluation's trace. Raises MissingSignal without routing."""
     if not isinstance(log, Log):
         raise BadInput(
             f"Cannot read the routing of a {type(log).__name__}: expected an evaluation. Pass the result of "

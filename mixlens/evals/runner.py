@@ -1,4 +1,4 @@
-"""evaluate: benchmarks by protocol, on lm-eval, into a run directory that resumes."""
+"""evaluate: run benchmarks by protocol with lm-eval, into a resumable run directory."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ _PACKAGES = ("mixlens", "lm_eval", "torch", "transformers", "datasets", "math-ve
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """Settings of how an evaluation runs.
+    """Settings of an evaluation.
 
     Parameters
     ----------
     batch_size : int, optional
         Rows of a forward.
     max_length : int, optional
-        Tokens that a prompt and its answer may have together; None is the model's context.
+        Most tokens in a prompt and its answer; None is the model's context.
     max_new_tokens : int, optional
         Of an answer, where a task does not say.
     seed : int, optional
@@ -107,10 +107,9 @@ def evaluate(
     limit: int | None = None,
     settings: EvalSettings = SETTINGS,
 ) -> Log:
-    """Score a model on benchmarks, keeping every sample and the protocol of each score.
+    """Score a model on benchmarks, and record every sample and the protocol of each score.
 
-    Checks before anything is asked (preflight): one BOS, decoding gives back what was encoded, prompts and answers fit,
-    graders pass on gold answers.
+    Checks before the run: one BOS, decoding inverts encoding, prompts and answers fit, and graders accept gold answers.
 
     Parameters
     ----------
@@ -173,7 +172,7 @@ def _evaluate(model: Any, job: Job, out: str | os.PathLike[str] | None, settings
 
 
 def run(model_of: Callable[[], Any], job: Job, out: str | os.PathLike[str] | None, settings: EvalSettings) -> Log:
-    """evaluate in this process; `model_of` loads the model, once tasks and data are there."""
+    """Evaluate in this process; `model_of` loads the model, once tasks and data are available."""
     with ExitStack() as stack:
         job = job.at_commits({} if out is None else plan_at(out).get("data", {}))
         loaded = load_tasks(job)
@@ -229,7 +228,7 @@ def job_of(
     limit: int | None,
     settings: EvalSettings,
 ) -> Job:
-    """What is asked, as plain values. Raises BadInput where that is nothing, and in every process but a single one."""
+    """Return a plain description of the evaluation. Raises BadInput if it is empty, or with several processes."""
     if not isinstance(settings, EvalSettings):
         raise BadInput(
             f"Cannot evaluate with settings of type {type(settings).__name__}: expected EvalSettings. Pass "
@@ -276,13 +275,13 @@ def job_of(
 
 
 def _with_tokenizer(job: Job, backend: Any, folder: str) -> Job:
-    """The job with a copy of the tokenizer, for a process of its own that has to apply the chat template."""
+    """Return the job with a copy of the tokenizer, for a process that applies the chat template."""
     backend.save_tokenizer(folder)
     return Job(**{**job.__dict__, "tokenizer": folder})
 
 
 def _print_first(requests: Sequence[Any]) -> None:
-    """The first prompt of every task, as it is sent, between two lines that are no part of it."""
+    """Print the first prompt of every task verbatim, between two separator lines."""
     for request in {request.task_name: request for request in reversed(requests)}.values():
         shown = "".join(
             c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in request.args[0]
@@ -291,7 +290,7 @@ def _print_first(requests: Sequence[Any]) -> None:
 
 
 def _plan(job: Job, loaded: Loaded, requests: Sequence[Any], backend: Any, settings: EvalSettings) -> dict[str, Any]:
-    """Everything that decides the answers: a folder with another plan is refused, so that models cannot be mixed up."""
+    """Return everything that decides the answers; a folder with another plan is refused, so models cannot be mixed."""
     digest = hashlib.sha256()
     for request in requests:
         asked = [request.task_name, request.doc_id, request.idx, request.args, request.doc]
@@ -313,7 +312,7 @@ def _plan(job: Job, loaded: Loaded, requests: Sequence[Any], backend: Any, setti
 
 
 def _work(backend: Any, requests: Sequence[Any]) -> dict[str, tuple[list[Any], list[Batch]]]:
-    """Requests by kind, with the fixed batches that the backend makes of them."""
+    """Group requests by kind, with the fixed batches of the backend."""
     kinds: dict[str, list[Any]] = {}
     for request in requests:
         kinds.setdefault(request.request_type, []).append(request)
@@ -327,7 +326,7 @@ def _ask(
     recorder: SampleRecorder | None,
     progress: bool | Progress,
 ) -> None:
-    """Every batch; those that are answered already are left out."""
+    """Ask every batch that has no answer yet."""
     total = sum(len(requests) for requests, _ in work.values())
     with reporting(progress) as report:
         report(len(answers.by_key), total)
@@ -380,7 +379,7 @@ def _about_tasks(
     records: Sequence[dict[str, Any]],
     results: dict[str, Any],
 ) -> dict[str, Any]:
-    """Of every task: benchmark, protocol, metrics and how they are averaged, and where its data is from."""
+    """Describe every task: benchmark, protocol, metrics and their averages, and the origin of its data."""
     metrics: dict[str, list[str]] = {name: [] for name in loaded.tasks}
     for record in records:
         metrics[record["task"]] += [m for m in record["metrics"] if m not in metrics[record["task"]]]
@@ -407,7 +406,7 @@ def _about_tasks(
 
 
 def _scorer(task: Any) -> str:
-    """Who grades: lm-eval's own metrics, or functions that the task file names."""
+    """Return the grader: lm-eval's own metrics, or the module of functions named in the task file."""
     functions = [task.config.process_results, *(each["metric"] for each in task.config.metric_list or [])]
     own = {function.__module__.partition(".")[0] for function in functions if callable(function)} - {"lm_eval"}
     return ", ".join(sorted(own)) or "lm-evaluation-harness"

@@ -1,7 +1,7 @@
-"""Code that a model wrote, run with no network, no files and no way to outlive its time, and judged from outside.
+"""Run code written by a model without network, files or time beyond its limit, and judge it from outside.
 
-run_code   a program, and how it ended
-run_check  an answer in one process and its tests in another, so that the answer can neither read nor write the verdict
+run_code   a program, and its outcome
+run_check  an answer in one process and its tests in another, so that the answer cannot access the verdict
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _NAMESPACES = ("--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts
 
 @dataclass(frozen=True)
 class Limits:
-    """What a program may use.
+    """Resource limits of a program.
 
     seconds         wall-clock time from its first line; the same again of processor time for each process
     memory_bytes    address space of each process, and resident memory of all of them together with their files
@@ -62,7 +62,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class CodeResult:
-    """How a program, or the check of an answer, ended.
+    """Outcome of a program, or of the check of an answer.
 
     outcome  "completed": its last line was reached; "raised": an exception, named in `error`; "exited": it ended
              before its last line (exit(), a signal); "timeout", "memory", "output": stopped at that limit; "not plain":
@@ -97,16 +97,16 @@ class Check:
 
 
 def run_code(program: str, *, limits: Limits = Limits(), unsafe_without_sandbox: bool = False) -> CodeResult:
-    """Run `program`, Python source, in a sandbox of its own.
+    """Run `program`, Python source, in a separate sandbox.
 
-    It has no network, an empty environment, a scratch folder in memory, the system's libraries read-only and the
-    standard library alone. Nothing it starts outlives it: it has a process namespace of its own, which ends with it.
-    An early exit() is not a pass. A program written to forge its own report could; `run_check` judges from outside.
+    It has no network, an empty environment, a scratch folder in memory, the system's libraries read-only and only the
+    standard library. Nothing outlives it, because its process namespace ends with it. An early exit() does not pass. A
+    program written to forge its own report could pass; `run_check` judges from outside.
 
     unsafe_without_sandbox  run it where bubblewrap cannot be used, with limits on each process but with the network
                             and every file of this user. For code that you have read.
 
-    Raises SandboxError when there is no sandbox on this machine.
+    Raises SandboxError if there is no sandbox on this machine.
     """
     with _Program(program, limits, unsafe_without_sandbox) as running:
         running.watch.follow()
@@ -116,11 +116,11 @@ def run_code(program: str, *, limits: Limits = Limits(), unsafe_without_sandbox:
 def run_check(check: Check, *, limits: Limits = Limits(), unsafe_without_sandbox: bool = False) -> CodeResult:
     """Run the tests in one sandbox and the answer in another; calls, arguments and results cross as plain data.
 
-    Numbers, strings and containers are rebuilt on the side of the tests as values of Python's own types, so that what
-    the answer does to comparisons, built-in functions or modules stays on its side, and expected values on the other. A
-    result of another type can be called, iterated, measured and asked for attributes, but never compared.
+    Numbers, strings and containers are rebuilt on the side of the tests as values of Python's own types, so the answer
+    cannot affect comparisons, built-in functions or modules there, nor see expected values. Results of other types can
+    be called, iterated, measured and asked for attributes, but never compared.
 
-    `limits` holds for either process. stdout and stderr are those of the answer. Raises as run_code.
+    `limits` applies to each process. stdout and stderr are those of the answer. Raises as run_code.
     """
     ours, theirs = socket.socketpair()
     plan = {"answer": check.answer, "tests": check.tests, "names": check.names, "helpers": check.helpers}
@@ -139,7 +139,7 @@ def run_check(check: Check, *, limits: Limits = Limits(), unsafe_without_sandbox
     verdict, answer = judge.result(), judged.result()
     outcome, error = verdict.outcome, verdict.error
     name, _, text = error.partition(": ")
-    stopped = answer.outcome if answer.outcome in _STOPPED else ""  # what it says of itself is not believed
+    stopped = answer.outcome if answer.outcome in _STOPPED else ""  # its own report is not trusted
     if name == "NotPlain":
         outcome, error = "not plain", text
     elif name == "TooMuch":
@@ -152,7 +152,7 @@ def run_check(check: Check, *, limits: Limits = Limits(), unsafe_without_sandbox
 
 
 def run_checks(checks: Sequence[Check], *, limits: Limits = Limits(), workers: int | None = None) -> list[CodeResult]:
-    """run_check for each, `workers` at a time; None for one a core."""
+    """Run run_check on each, `workers` at a time; None for one per core."""
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
         run = [pool.submit(run_check, check, limits=limits) for check in checks]
         try:
@@ -162,12 +162,12 @@ def run_checks(checks: Sequence[Check], *, limits: Limits = Limits(), workers: i
 
 
 def check_sandbox() -> None:
-    """Raises SandboxError when model-written code cannot be run on this machine."""
+    """Raise SandboxError if model-written code cannot be run on this machine."""
     run_code("pass")
 
 
 class _Program:
-    """A program of ours or of a model in a sandbox, from its start to the end of all that it started."""
+    """A program in a sandbox, from its start to the end of everything it started."""
 
     def __init__(
         self, program: str, limits: Limits, unsafe_without_sandbox: bool, channel: socket.socket | None = None
@@ -177,7 +177,7 @@ class _Program:
         self.folder = tempfile.TemporaryDirectory() if unsafe_without_sandbox else None
         passed = [] if channel is None else [channel.fileno()]
         plan = {**asdict(limits), "token": self.token, "uid": bound, "channel": passed}
-        if unsafe_without_sandbox:  # outside a namespace of its own a limit counts all that this user runs
+        if unsafe_without_sandbox:  # without a namespace, a limit counts all processes of the user
             plan["processes"] += _threads_of_this_user()
         report, report_end = os.pipe()
         with tempfile.TemporaryFile() as source, tempfile.TemporaryFile() as calls:
@@ -216,7 +216,7 @@ class _Program:
             self.folder.cleanup()
 
     def follow_to_its_end(self) -> None:
-        """Until it has ended; then what it started is killed, so that nobody waits for an answer any more."""
+        """Wait for the end, then kill everything it started, so that no caller waits for an answer."""
         try:
             self.watch.follow()
         finally:
@@ -234,7 +234,7 @@ def _refused_calls() -> bytes:
 
 
 def _bubblewrap(limits: Limits, refused_calls: int) -> list[str]:
-    """The command before python's: everything unshared, nothing writable but the scratch folder."""
+    """Return the command before python's: everything unshared, only the scratch folder writable."""
     found = shutil.which("bwrap")
     if found is None:
         raise _no_sandbox("bubblewrap (bwrap) is not installed")
@@ -244,7 +244,7 @@ def _bubblewrap(limits: Limits, refused_calls: int) -> list[str]:
         above = [str(folder) for folder in reversed(Path(home).parents)][1:]  # else closed to all but root
         mounts += [part for folder in above for part in ("--perms", "0755", "--dir", folder)]
         mounts += ["--ro-bind", home, home]
-    # A limit on processes does not hold for root, so root gives its rights up inside, where it has another user's id.
+    # A limit on processes does not apply to root, so root drops its rights inside, under another user's id.
     rights = (
         ["--unshare-user", "--disable-userns"]
         if os.getuid()
@@ -264,7 +264,7 @@ def _bubblewrap(limits: Limits, refused_calls: int) -> list[str]:
 
 @dataclass
 class _Watch:
-    """Reads what a running program prints and reports, and stops it at a limit."""
+    """Read the output and reports of a running program, and stop it at a limit."""
 
     process: subprocess.Popen[bytes]
     report_fd: int
@@ -277,7 +277,7 @@ class _Watch:
     )
 
     def follow(self) -> None:
-        """Until the program has ended, or was stopped for one of the limits."""
+        """Read until the program has ended or was stopped at a limit."""
         assert self.process.stdout is not None
         assert self.process.stderr is not None
         begun = time.monotonic()
@@ -299,7 +299,7 @@ class _Watch:
             self.seconds = time.monotonic() - (self.started or begun)
 
     def kill(self) -> None:
-        """Kill whatever is left; the process namespace goes with its first process."""
+        """Kill whatever is left; the process namespace ends with its first process."""
         for kill in (lambda: os.killpg(self.process.pid, signal.SIGKILL), self.process.kill):
             try:
                 kill()
@@ -325,7 +325,7 @@ class _Watch:
         return bool(chunk)
 
     def _rest(self, streams: list[selectors.SelectorKey]) -> None:
-        """What stands in the pipes of an ended program; never waits, since a stray process could hold them open."""
+        """Read the rest of the pipes of an ended program; never wait, because a stray process could hold them open."""
         for key in streams:
             os.set_blocking(key.fd, False)
             try:
@@ -343,7 +343,7 @@ class _Watch:
 
 
 def _held_bytes(pid: int) -> int:
-    """Memory of a sandbox: what is resident in its processes, and its files, which are in memory too."""
+    """Return the memory of a sandbox: resident memory of its processes, and its files, which are in memory."""
     try:
         family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
     except psutil.NoSuchProcess:
@@ -359,7 +359,7 @@ def _held_bytes(pid: int) -> int:
 
 
 def _files_bytes(folder: Path) -> int:
-    """Memory of a folder that is a file system in memory, with what the kernel keeps of each file."""
+    """Return the memory of an in-memory folder, including the kernel's overhead per file."""
     if not folder.is_mount():
         return 0
     found = os.statvfs(folder)

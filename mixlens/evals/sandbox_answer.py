@@ -1,6 +1,6 @@
-"""The judged: a process that holds the code a model wrote, and does to it what the judge asks over a channel.
+"""The answer's process, which holds model-written code and executes requests of the judge over a channel.
 
-Its text runs behind sandbox_plain.py, inside the sandbox. It knows neither the tests nor what they expect.
+Its source runs after sandbox_plain.py, inside the sandbox. It knows neither the tests nor the expected results.
 """
 
 # ruff: noqa: F821
@@ -11,7 +11,7 @@ import socket
 import sys
 
 namespace = {"__name__": "answer", "__builtins__": __builtins__}  # whose examples under __main__ are not run
-held: dict = {}  # objects without a plain form, by number; the judge has their numbers alone
+held: dict = {}  # objects without a plain form, by number; the judge has only the numbers
 
 
 def hold(value):

@@ -1,6 +1,6 @@
-"""The first lines inside the sandbox: give rights up, set limits, run the program, say how it ended.
+"""The first code inside the sandbox: drop rights, set limits, run the program, report its outcome.
 
-Its text is passed to `python -c`; it imports nothing of mixlens, since nothing of mixlens is there.
+Its source is passed to `python -c`; it imports nothing of mixlens, which is not available there.
 """
 
 import json

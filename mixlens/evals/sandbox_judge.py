@@ -1,7 +1,7 @@
-"""The judge: a process that runs the tests of an answer that lies in another process, and so alone decides.
+"""The judge: a process that runs the tests of an answer in another process, and alone decides.
 
-Its text runs behind sandbox_plain.py, inside a sandbox of its own, with PLAN and CHANNEL set in front of it. What the
-tests call is asked of the other process; what they compare are values of Python's own types, made here.
+Its source runs after sandbox_plain.py, inside a separate sandbox, preceded by PLAN and CHANNEL. Calls of the tests go
+to the other process; values that they compare are of Python's own types, created here.
 """
 
 # ruff: noqa: F821
@@ -91,9 +91,9 @@ def main(plan):
 
 
 def raised(name, text):
-    """An exception of the same name, if Python has one; the tests may expect it.
+    """Return an exception of the same name, if Python has one; the tests may expect it.
 
-    One that ends a loop would end the loops of the tests before they are through, as in all(map(f, cases)).
+    Exceptions that end loops would end those of the tests early, as in all(map(f, cases)).
     """
     if name in ("StopIteration", "StopAsyncIteration"):
         return RuntimeError(f"{name}: {text}")

@@ -1,7 +1,7 @@
-"""Values that cross between the judge and the judged, as JSON: numbers, strings, containers and Python's own types.
+"""Values exchanged between judge and answer, as JSON: numbers, strings, containers and Python's own types.
 
-Its text runs in front of sandbox_answer.py and of sandbox_judge.py, inside the sandbox. Whoever reads gets values of
-Python's own types, whatever the other side has sent.
+Its source runs before sandbox_answer.py and sandbox_judge.py, inside the sandbox. The reader gets values of Python's
+own types, whatever the other side sent.
 """
 
 import builtins
@@ -27,12 +27,12 @@ _MOST_BYTES = 1 << 24
 
 
 class Crossing:
-    """A question and its reply: the values in them for JSON, and back as values of Python's own types.
+    """Encoder of a question and its reply: their values to JSON, and back to values of Python's own types.
 
-    Containers that can be changed are numbered on both sides in the order in which they cross, so that one which
-    occurs twice stays one, and one that the call has changed is changed where it came from.
+    Mutable containers are numbered on both sides in order of transfer, so that aliases stay aliases, and changes made
+    by the call appear in the original.
 
-    pack_other, unpack_other  for what has no plain form
+    pack_other, unpack_other  for values without a plain form
     """
 
     def __init__(self, pack_other: Any, unpack_other: Any) -> None:
@@ -41,7 +41,7 @@ class Crossing:
         self.numbers: dict = {}  # of containers, by id
 
     def packed(self, value: Any) -> Any:
-        """The value for JSON. A value of a subclass goes as one of its base."""
+        """Encode a value for JSON. Values of subclasses are sent as their base."""
         if value is None or value is True or value is False:
             return value
         if isinstance(value, int):  # in base 16, which has no limit of digits
@@ -66,7 +66,7 @@ class Crossing:
         return self.pack_other(value)
 
     def content(self, container: Any) -> Any:
-        """What is in a container, for JSON."""
+        """Return the content of a container for JSON."""
         if isinstance(container, bytearray):
             return bytearray.hex(container)
         if isinstance(container, dict):
@@ -75,7 +75,7 @@ class Crossing:
         return [self.packed(item) for item in kind.__iter__(container)]
 
     def unpacked(self, data: Any) -> Any:
-        """The value that `packed` had, of Python's own types."""
+        """Decode a value encoded by `packed`, as Python's own types."""
         if data is None or type(data) in (bool, str):
             return data
         ((kind, content),) = data.items()
@@ -105,7 +105,7 @@ class Crossing:
         return self.unpack_other(kind, content)
 
     def fill(self, container: Any, content: Any) -> None:
-        """Put in a container what `content` gave of it."""
+        """Fill a container with the result of `content`."""
         if isinstance(container, bytearray):
             items: Any = bytes.fromhex(content)
         elif isinstance(container, dict):
@@ -121,7 +121,7 @@ class Crossing:
 
 
 class Channel:
-    """Messages, one line of JSON each, over a socket."""
+    """Messages over a socket, one line of JSON each."""
 
     def __init__(self, socket: Any) -> None:
         self.socket = socket

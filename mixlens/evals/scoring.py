@@ -1,4 +1,4 @@
-"""Scores from samples: means with intervals, micro and macro averages. Plain tables in, plain tables out."""
+"""Scores from samples: means with intervals, micro and macro averages, on plain tables."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NEAR = 1e-4
 
 
 def score_table(samples: pd.DataFrame, tasks: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
-    """One row for every task and metric, then the benchmark's micro and macro average over its tasks, by protocol.
+    """Return a row per task and metric, then micro and macro averages of each benchmark by protocol.
 
     samples
         one row a sample: task, and a column for every metric, NaN where a sample could not be scored.
@@ -62,10 +62,10 @@ def score_table(samples: pd.DataFrame, tasks: Mapping[str, Mapping[str, Any]]) -
 
 
 def near_ties(samples: pd.DataFrame, by_length: Collection[str] = ()) -> pd.DataFrame:
-    """Samples whose two likeliest choices are less than 1e-4 apart: rounding, and so the batch, decides between them.
+    """Return samples whose two most likely choices differ by less than 1e-4, so that rounding and batching decide.
 
     samples
-        one row a sample: task, sample_id, choices and their logprobs (None where it has none).
+        one row per sample: task, sample_id, choices and their logprobs (None if it has none).
     by_length
         tasks that compare log-probabilities a character, as acc_norm does; their gaps are times the shorter
         choice, in which a rounding error of either weighs most.
@@ -92,7 +92,7 @@ def near_ties(samples: pd.DataFrame, by_length: Collection[str] = ()) -> pd.Data
 
 
 def primary_rows(scores: pd.DataFrame, tasks: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The row that stands for each protocol of a benchmark: its primary metric, micro where it has several tasks."""
+    """Return the main row of each protocol of a benchmark: its primary metric, micro average for several tasks."""
     rows = []
     for (benchmark, protocol), members in tasks_by_protocol(tasks).items():
         primary, average = tasks[members[0]]["primary"], "micro" if len(members) > 1 else ""
@@ -103,7 +103,7 @@ def primary_rows(scores: pd.DataFrame, tasks: Mapping[str, Mapping[str, Any]]) -
 
 
 def wilson(successes: float, n: int, level: float = _LEVEL) -> tuple[float, float]:
-    """Wilson's score interval of a fraction (Wilson 1927); NaN without samples."""
+    """Return Wilson's score interval of a fraction (Wilson 1927); NaN without samples."""
     if n == 0:
         return np.nan, np.nan
     z, p = NormalDist().inv_cdf((1 + level) / 2), successes / n
@@ -113,7 +113,7 @@ def wilson(successes: float, n: int, level: float = _LEVEL) -> tuple[float, floa
 
 
 def tasks_by_protocol(tasks: Mapping[str, Mapping[str, Any]]) -> dict[tuple[str, str], list[str]]:
-    """Names of tasks by benchmark and protocol: what may be averaged, since other protocols measure other things."""
+    """Group tasks by benchmark and protocol; only these may be averaged, since protocols measure different things."""
     members: dict[tuple[str, str], list[str]] = {}
     for name, about in tasks.items():
         members.setdefault((about["benchmark"], about["protocol"]), []).append(name)
@@ -134,7 +134,7 @@ def _mean(columns: list[np.ndarray], *, macro: bool = False) -> dict[str, Any]:
         return {"score": score, "ci_low": low, "ci_high": high, "interval": "Wilson", **counts}
     if n == len(scored):
         return {"score": score, "ci_low": np.nan, "ci_high": np.nan, "interval": "", **counts}
-    # Every task has its own mean; those of several are weighed alike.
+    # Every task has its own mean; tasks are weighted equally.
     within = sum(((column - column.mean()) ** 2).sum() / len(column) ** 2 for column in scored)
     half = stdtrit(n - len(scored), (1 + _LEVEL) / 2) * np.sqrt(within * n / (n - len(scored))) / len(scored)
     fractions = all(((column >= 0) & (column <= 1)).all() for column in scored)
@@ -143,7 +143,7 @@ def _mean(columns: list[np.ndarray], *, macro: bool = False) -> dict[str, Any]:
 
 
 def _own(column: np.ndarray, how: Mapping[str, Any]) -> dict[str, Any]:
-    """lm-eval's aggregate, such as a perplexity or an F1, which no mean over samples gives."""
+    """Return lm-eval's aggregate, such as a perplexity or an F1, which is not a mean over samples."""
     score, error = how.get("score"), how.get("stderr")
     score = np.nan if score is None else float(score)
     half = NormalDist().inv_cdf((1 + _LEVEL) / 2) * (np.nan if error is None else float(error))

@@ -1,4 +1,4 @@
-"""The system calls that a sandbox refuses, as a filter of the Linux kernel (seccomp, classic BPF)."""
+"""Filter of system calls that the sandbox refuses (Linux seccomp, classic BPF)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _EPERM, _ENOSYS = 1, 38
 
 
 def seccomp_filter() -> bytes | None:
-    """The filter for this machine's processor, as bubblewrap reads it; None where the numbers are not known."""
+    """Return the filter for this processor in bubblewrap's format; None for an unknown architecture."""
     if platform.machine() not in _ARCHITECTURES:
         return None
     which, architecture = _ARCHITECTURES[platform.machine()]

@@ -1,4 +1,4 @@
-"""What a task is beside lm-eval's own of the same name: where prompts and shots differ from those of stock lm-eval."""
+"""Differences between mixlens' tasks and lm-eval's tasks of the same name, in prompts and shots."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _DEFAULTS = {"target_delimiter": " ", "fewshot_delimiter": "\n\n", "description"
 def stock_remarks(
     names: Sequence[str], tasks: Mapping[str, Any], chosen: Mapping[str, Protocol | None], seed: int
 ) -> list[str]:
-    """Sentences on names that lm-eval knows otherwise, and on shots that it would draw otherwise.
+    """Return sentences on names that lm-eval defines otherwise, and on shots that it would draw otherwise.
 
     names   as they were asked for
     tasks   lm-eval's tasks that are evaluated, by name; chosen  the protocol of each, None for one of lm-eval's own
@@ -43,7 +43,7 @@ def stock_remarks(
 
 
 def _draws(task: Any) -> bool:
-    """Whether a task chooses its shots at random."""
+    """Return True if a task draws its shots at random."""
     config = task.config.fewshot_config
     sampler = config.get("sampler", "default") if isinstance(config, dict) else "default"
     return bool(task.get_config("num_fewshot")) and sampler != "first_n"
@@ -78,7 +78,7 @@ def _config(file: Path) -> dict[str, Any]:
 
 
 def _differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """Keys that decide prompts and answers, and differ; those of shots only where there are shots."""
+    """Return the keys that decide prompts and answers and differ; those of shots only if there are shots."""
     shots = any(config.get("num_fewshot") for config in (ours, theirs))
     return [key for key in _ALWAYS + _WITH_SHOTS * shots if _value(ours, key) != _value(theirs, key)]
 

@@ -1,9 +1,8 @@
-"""An evaluation in a process of its own, of a model that is given by name.
+"""Evaluate a model, given by name, in a separate process.
 
-The caller writes one line of JSON to the other's stdin and keeps it open; back come lines of JSON: {"progress": [done,
-total]}, at the end {"error": [class, text, what it names]} or {"done": true}. Where its stdin ends, the caller has gone
-or wants no more, and the evaluation ends as by Ctrl-C. Nothing is pickled, and what was answered is in the run
-directory.
+The caller writes one line of JSON to the process's stdin and keeps it open. Lines of JSON come back: {"progress":
+[done, total]}, at the end {"error": [class, text, what it names]} or {"done": true}. When its stdin closes, the process
+stops as on Ctrl-C. Nothing is pickled, and answers are stored in the run directory.
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ from mixlens import errors
 from mixlens.errors import BadInput, RunError
 
 _LOADING = ("device_map", "dtype", "revision", "experts", "quantization")
-# For a process that was told to end to leave the forward that it is in.
+# Time for a process to leave its forward pass after it was told to end.
 _GRACE_S = 10.0
 
 
 def evaluate_apart(model: str, job: Any, out: str | os.PathLike[str] | None, settings: Any) -> Any:
-    """runner.run of the model of this name, in another process.
+    """Run runner.run in another process, for the model of this name.
 
     Returns
     -------
@@ -87,7 +86,7 @@ def _asked(model: str, job: Any, place: str, settings: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON has no word for, as the other process takes it."""
+    """Convert a value that JSON lacks to a form that the other process accepts."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, Mapping):
@@ -105,7 +104,7 @@ def _plain(value: Any) -> Any:
 
 
 def _follow(asked: str, progress: Any, *, shown: bool) -> dict[str, Any]:
-    """The last word of the other process. However this ends, that process has ended too."""
+    """Return the last message of the other process, which has ended whatever happens here."""
     from mixlens.evals.progress import reporting
 
     process = subprocess.Popen(
@@ -140,7 +139,7 @@ def _follow(asked: str, progress: Any, *, shown: bool) -> dict[str, Any]:
 
 
 def _listen(stream: Any, said: bytearray, shown: bool) -> None:
-    """What the other process says, on to this one's stderr where it is shown; the end of it is kept."""
+    """Copy the other process's stderr to this one's if `shown`, and store its end."""
     text = codecs.getincrementaldecoder("utf-8")("replace")  # a part may end inside a character
     with stream:
         while part := stream.read1(65_536):

@@ -1,4 +1,4 @@
-"""Whether a folder of benchmark data holds what it should: row counts, and checksums where they were seen."""
+"""Verify a folder of benchmark data by row counts and known checksums."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mixlens.evals.protocols import tasks_folder
 
 
 def verify(folder: Path) -> pd.DataFrame:
-    """Every known file of the benchmarks in `folder`, with what is wrong with it.
+    """Return every known file of the benchmarks in `folder`, with its faults.
 
     Rows are counted and checksums compared with evals/data.json, and with a SHA256SUMS beside the files. A benchmark
     without a folder here is left out.
@@ -44,11 +44,11 @@ def verify(folder: Path) -> pd.DataFrame:
 
 
 def verified_sums(folder: Path, benchmarks: Collection[str]) -> dict[str, dict[str, str]]:
-    """sha256 of the files of these benchmarks, by benchmark and pattern; missing ones are not needed.
+    """Return sha256 of the files of these benchmarks, by benchmark and pattern; missing files are skipped.
 
-    One of a pattern that fits several files is that of the lines that sha256sum would print of them.
+    A pattern with several files gets the checksum of their lines in sha256sum's format.
 
-    Raises BadInput where files are others than they should be.
+    Raises BadInput if files differ from the known ones.
     """
     known = json.loads((tasks_folder() / "data.json").read_text("utf-8"))
     rows = {name: _verified(folder / name, name, known[name]) for name in known if name in benchmarks}
@@ -64,7 +64,7 @@ def verified_sums(folder: Path, benchmarks: Collection[str]) -> dict[str, dict[s
 
 
 def _verified(folder: Path, name: str, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row for each group of files that belong together, such as the 57 of MMLU's test split."""
+    """Return one row for each group of related files, such as the 57 of MMLU's test split."""
     sums = _listed_sums(folder)
     rows = []
     for group in groups:

@@ -1,4 +1,4 @@
-"""The process in which `subprocess` evaluates a model: what to do comes as one line of JSON on stdin."""
+"""The process in which `subprocess` evaluates a model; its task is one line of JSON on stdin."""
 
 from __future__ import annotations
 
