@@ -25,7 +25,7 @@ from mixlens.errors import visible
 from mixlens.trace.trace import Trace
 
 RESULTS = "results.jsonl"
-ROUTING = "routing"  # the folder of what the server returned of it
+ROUTING = "routing"  # folder of the routing returned by the server
 # Columns of the overview: heading, metric, statistic, factor, decimals.
 _OVERVIEW = (
     ("TTFT p50 [ms]", "ttft_s", "p50", 1e3, 0),

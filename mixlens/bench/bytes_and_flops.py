@@ -26,12 +26,12 @@ from mixlens.recording.compiled import CompiledRecorder
 from mixlens.trace.shards import PROMPT
 
 Step = dict[str, Any]
-_PROBED = 3  # tokens of the forward that shows what a cache keeps
+_PROBED = 3  # tokens of the forward pass that measures the cache
 
 
 @dataclass(frozen=True)
 class Audits:
-    """Audits of a model and of the parts that a forward reads in ways of their own."""
+    """Audits of a model and of the parts that a forward pass reads in special ways."""
 
     whole: Audit
     embedding: Audit
@@ -55,7 +55,7 @@ class Work:
         self.weights = weights_of(model, audits)
 
     def cached_bytes(self, tokens: int) -> int:
-        """What the cache of one row takes after so many tokens."""
+        """Return the bytes of one row's cache after a number of tokens."""
         return self.sizes.kept(tokens) * self._value_bytes
 
     def of_call(
@@ -89,11 +89,11 @@ class Work:
 
 
 def sizes_of(model: Any, audits: Audits | None = None) -> Sizes:
-    """Return the parameters of a loaded model by who reads them, and what its cache keeps, of any family.
+    """Return the parameters of a loaded model of any family by who reads them, and the size of its cache.
 
-    Parameters are those of its modules. What the cache keeps is seen in a forward of the same model without weights.
+    Parameters are those of its modules. The cache is measured in a forward pass of the same model without weights.
 
-    Raises ModelError where experts are not called one by one.
+    Raises ModelError if experts are not called one by one.
     """
     audits = audits or Audits.of(model)
     whole, embedding = audits.whole.weights, audits.embedding.weights
@@ -115,7 +115,7 @@ def sizes_of(model: Any, audits: Audits | None = None) -> Sizes:
 
 
 def _kept_by(model: Any) -> tuple[list[Context], int]:
-    """What each layer that attends keeps of a token, and the values of all states, as a cache shows them."""
+    """Return the values that each attention layer caches per token, and the values of all states."""
     with torch.device("meta"), torch.no_grad():
         bare = type(unwrapped(model))(copy.deepcopy(unwrapped(model).config)).eval()
         for layer in moe_layers(bare):
@@ -143,7 +143,7 @@ def _tensors_of(values: dict[str, Any]) -> Iterator[torch.Tensor]:
 
 
 def _query_values(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> int:
-    """Heads times the mean width of keys and values as they are attended to; latent attention expands what it keeps."""
+    """Return heads times the mean width of keys and values in attention; latent attention expands its cache."""
     attention = next((m for m in layer.modules() if hasattr(m, "num_key_value_groups")), layer)
     heads = getattr(attention, "num_heads", None) or keys.shape[1] * getattr(attention, "num_key_value_groups", 1)
     widths = getattr(attention, "qk_head_dim", keys.shape[-1]), getattr(attention, "v_head_dim", values.shape[-1])

@@ -44,7 +44,7 @@ class BenchComparison:
     remarks : tuple[str, ...]
         Remarks that qualify the numbers.
     unlike : tuple[str, ...], optional
-        Loads at which the shares of cached input tokens differ, so that a ratio is no difference of speed.
+        Loads whose shares of cached input tokens differ, so that the ratio is not a difference of speed.
 
     Examples
     --------

@@ -61,7 +61,7 @@ def throughput_latency(
     -------
     DataFrame
         level, throughput, throughput_low, throughput_high, latency, latency_low, latency_high, n (successes), failed;
-        one row per load, NaN where it has no value.
+        one row per load, NaN where a metric has no value.
 
     Raises
     ------

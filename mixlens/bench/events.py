@@ -145,8 +145,8 @@ class StreamReader:
         self._model: str | None = None
         self._choices: set[int | None] = set()
         self._refused = False  # some servers name another reason for the end of a refusal
-        self._chars = 0  # of what the events keep
-        self._body: bytearray | None = bytearray()  # of an answer that is no stream, or has not begun
+        self._chars = 0  # total text of the events
+        self._body: bytearray | None = bytearray()  # of an answer that is not a stream, or has not begun
         self._body_s, self._begun = 0.0, False
         self.done_s: float | None = None  # time of the event that ends the answer by name
         self.routing: str | None = None  # the message that brought routing, as JSON
@@ -160,7 +160,7 @@ class StreamReader:
 
     @property
     def form(self) -> str:
-        """Return "json" for an answer that begins as JSON or a page does, whatever its header says; else "stream"."""
+        """Return "json" for an answer that begins like JSON or HTML, whatever its header says; else "stream"."""
         return "json" if self._body is not None and self._begun else "stream"
 
     def feed(self, piece: bytes, at_s: float) -> None:
@@ -184,7 +184,7 @@ class StreamReader:
     def close(self, at_s: float, *, cut: bool = False) -> None:
         """Parse the rest of the answer after its end, mask the key, and tell reasoning between tags from text.
 
-        cut  whether the end came before its time: half an answer that is no stream is then no event
+        cut  True if the stream ended early: half of an unstreamed answer is then no event
         """
         with suppress(TooLarge):  # an answer beyond the limits was refused before
             body = bytes(self._body or b"").decode("utf-8-sig", "replace") if self.form == "json" else ""
@@ -229,7 +229,7 @@ class StreamReader:
             self.events.append(event)
 
     def _drop_whole(self) -> None:
-        """Take the text out of a last event that repeats the whole answer, as some gateways end it."""
+        """Remove the text of a last event that repeats the whole answer, as some gateways send."""
         *before, last = [at for at, event in enumerate(self.events) if event.kind == TOKEN] or [0]
         if len(before) < _SEVERAL or self.events[last].text != "".join(self.events[at].text for at in before):
             return
@@ -276,7 +276,7 @@ def outcome_of(events: Iterable[Event], *, status: int | None, fault: str | None
 
 
 def records_bytes(records: Iterable[Record]) -> bytes:
-    """Records as JSON Lines."""
+    """Serialize records as JSON Lines."""
     return "".join(record.to_json() + "\n" for record in records).encode()
 
 

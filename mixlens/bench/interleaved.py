@@ -36,8 +36,8 @@ def benchmark_together(
     At each load every endpoint has four turns with a quarter of its requests each. Only one endpoint is measured at a
     time, and the order rotates from turn to turn. The clock of an endpoint pauses while others are measured. If one
     endpoint reaches a cap, all stop, so that requests remain paired. `ml.compare` pairs the requests with the same
-    number, whose prompts have the same length. Generated prompts differ between endpoints, since two addresses may
-    share one prefix cache.
+    number, whose prompts have the same length. Generated prompts differ between endpoints, because two addresses may
+    share a prefix cache.
 
     Parameters
     ----------

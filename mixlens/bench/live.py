@@ -25,12 +25,12 @@ _METRICS = {
 def latency(bench: Bench | Mapping[str, Bench]) -> View:
     """Show the share of requests against their latency: one curve per load, or per load of each named benchmark.
 
-    Failed requests are in no curve, since the time to a failure is no latency; the view states their number.
+    Failed requests are in no curve, because the time to a failure is not a latency; the view states their number.
 
     Parameters
     ----------
     bench : Bench or mapping of str to Bench
-        One benchmark, or several by the name to show.
+        One benchmark, or several by display name.
 
     Returns
     -------

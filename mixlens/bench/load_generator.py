@@ -139,7 +139,7 @@ class Driver:
             await self._closed(jobs, level.concurrency or 1, ramp_s=median(took) if took else 0.0)
 
     async def _closed(self, jobs: list[Job], slots: int, *, ramp_s: float = 0.0) -> None:
-        """Keep `slots` requests on their way, the first of which start evenly over `ramp_s`."""
+        """Keep `slots` requests in flight; the first ones start evenly over `ramp_s`."""
         waiting = iter(jobs)
 
         async def worker(after_s: float) -> None:

@@ -1,9 +1,9 @@
-"""What ml.benchmark does with a loaded model: generate, timed token by token where it runs.
+"""Benchmark a loaded model: time generate token by token on its own device.
 
-Every call of generate is a record as of a request to an endpoint, with `rows` for its batch: sent when generate begins,
-a token event when the device has finished a step, so that time to first token is the prefill and time per output token
-is the decode. Answers have full length: nothing ends one early. The first warm-up call of a load is its cold one, with
-compilation if that was asked for.
+Every call of generate is recorded like a request to an endpoint, with `rows` for its batch: sent when generate begins,
+with a token event when the device has finished a step, so that time to first token is the prefill and time per output
+token is the decode. Answers have full length: nothing ends one early. The first warm-up call of a load is its cold one,
+including compilation if requested.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ def benchmark_model(
     settings: Any = None,
     device: Device | None = None,
 ) -> Bench:
-    """How fast a loaded model generates; `mixlens.benchmark` calls this.
+    """Benchmark the generation of a loaded model; implements `mixlens.benchmark`.
 
-    batch     rows of a batch, one or several
-    requests  measured calls of generate of each load
-    device    clock and memory; made for the model when it is not given
+    batch     rows of a batch, one or several values
+    requests  measured calls of generate per load
+    device    clock and memory; created for the model by default
 
-    Raises BadInput for loads that cannot be, prompts and answers longer than the context, unknown experts
-    implementations; ModelError when it is no mixture of experts; RunError as for an endpoint.
+    Raises BadInput for impossible loads, prompts and answers longer than the context, unknown experts implementations;
+    ModelError if the model is not a mixture of experts; RunError as for an endpoint.
     """
     settings = LocalSettings() if settings is None else settings
     if not isinstance(settings, LocalSettings) or not hasattr(model, "generate"):
@@ -86,7 +86,7 @@ def benchmark_model(
 
 
 def finished(kept: Kept, writer: RunWriter | None, meta: dict[str, Any]) -> Bench:
-    """The Bench of all that was kept, complete on disk where there is a run directory; raises an interrupt again."""
+    """Return a Bench of the records, complete on disk if there is a run directory; re-raises an interrupt."""
     meta |= {
         "counts": {"requests": len(kept.records), "succeeded": sum(r.outcome == "ok" for r in kept.records)},
         "versions": versions(*PACKAGES),
@@ -99,13 +99,13 @@ def finished(kept: Kept, writer: RunWriter | None, meta: dict[str, Any]) -> Benc
 
 
 class Subject:
-    """A loaded model that is to be measured under some loads.
+    """A loaded model to be measured under some loads.
 
-    device         clock and memory; made for the model when it is not given
-    keep_failures  what a load raises becomes a record, and the next load is measured
+    device         clock and memory; created for the model by default
+    keep_failures  turn the exception of a load into a record, and go on to the next load
 
-    Raises BadInput for experts implementations that the model cannot have, and prompts and answers longer than its
-    context; ModelError when it is no mixture of experts.
+    Raises BadInput for experts implementations that the model does not support, and prompts and answers longer than its
+    context; ModelError if it is not a mixture of experts.
     """
 
     def __init__(
@@ -135,11 +135,11 @@ class Subject:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What decides the numbers that the model gives, found once, since every weight is read for it."""
+        """Return the identity of the model that decides the numbers, computed once, because it reads every weight."""
         return identity(self._model, self._described)
 
     def measure(self, requests: int, kept: Kept) -> tuple[dict[str, Any], str | None]:
-        """What is to be said of the model and its device, and what stopped the calls, if something did."""
+        """Return metadata on the model and its device, and the reason why calls stopped early, if they did."""
         device = self._device or Device(self._model)
         machine = measure(device, self._model.dtype)
         caller = _Caller(self._model, device, self._settings, self._audits)
@@ -159,7 +159,7 @@ class Subject:
         return {"model": self._described | self.identity, "machine": asdict(machine), "local": local}, stopped
 
     def _run(self, caller: _Caller, requests: int, kept: Kept) -> str | None:
-        """All calls of all loads; what stopped them, if something did. A load that does not fit is left at once."""
+        """Run all calls of all loads; return why they stopped, if they did. Loads that do not fit are skipped."""
         for load in self._loads:
             try:
                 self._measure(caller, load, requests, kept)
@@ -175,7 +175,7 @@ class Subject:
         return None
 
     def _measure(self, caller: _Caller, load: Load, requests: int, kept: Kept) -> None:
-        """The calls of one load, decoded as the settings say, or as the first calls show to be faster."""
+        """Run the calls of one load, decoded as set, or in the way that the first calls show to be faster."""
         columns, warmup, compiled = self.prompts[load.name].columns, self._settings.warmup, self._settings.compiled
         calls = partial(self._calls, caller, load, kept)
         with caller.ready(load, columns, compiled=bool(compiled)):
@@ -204,7 +204,7 @@ class Subject:
             calls("measured", requests)
 
     def _calls(self, caller: _Caller, load: Load, kept: Kept, phase: str, count: int) -> Record | None:
-        """So many calls of one phase; the last one's record. Raises _Stopped where no other call may follow."""
+        """Run `count` calls of one phase and return the last record. Raises _Stopped if no other call may follow."""
         settings, prompts, record = self._settings, self.prompts[load.name], None
         for index in range(count):
             if settings.max_seconds is not None and caller.device.elapsed() >= settings.max_seconds:
@@ -220,7 +220,7 @@ class Subject:
 
 
 class _Stopped(Exception):
-    """No call of this load may follow; nor of others, for the reason that it gives."""
+    """No further call of this load may follow; the reason says whether other loads may."""
 
     def __init__(self, by: str | None) -> None:
         self.by = by
@@ -231,20 +231,20 @@ def _call_s(record: Record | None) -> float:
 
 
 def _step_s(record: Record | None) -> float | None:
-    """A decode step of a call; None for a call that failed, or that wrote a single token."""
+    """Return the decode step of a call in seconds; None if it failed or wrote a single token."""
     if record is None or record.outcome != "ok" or len(record.events) < 2:
         return None
     return (record.events[-1].at_s - record.events[0].at_s) / (len(record.events) - 1)
 
 
 def failed(load: Load, error: Exception) -> Record:
-    """The record of a load that could not be measured, with the reason."""
+    """Return the record of a load that could not be measured, with the reason."""
     said = str(error).strip() if isinstance(error, MixlensError) else f"{type(error).__name__}: {error}".strip()
     return Record(0, load.name, "measured", "failed", (), 0.0, 0.0, detail=said[:500], rows=load.rows)
 
 
 class _Stamps(BaseStreamer):
-    """When generate had each token of the batch on the host; the prompt, which comes first, is passed over."""
+    """Time stamps of each token of the batch on the host, except the prompt, which comes first."""
 
     def __init__(self, device: Device) -> None:
         self._device, self._prompt = device, True
@@ -260,7 +260,7 @@ class _Stamps(BaseStreamer):
 
 
 class _Caller:
-    """Calls generate, and makes records of it."""
+    """Calls generate, and turns calls into records."""
 
     def __init__(self, model: Any, device: Device, settings: LocalSettings, audits: Audits) -> None:
         self.model, self.device, self.settings = model, device, settings
@@ -270,7 +270,7 @@ class _Caller:
 
     @contextmanager
     def ready(self, load: Load, columns: int, *, compiled: bool) -> Iterator[None]:
-        """The model as the load wants it; as it was before, afterwards."""
+        """Configure the model for a load, and restore it afterwards."""
         with ExitStack() as stack:
             stack.callback(setattr, self.model, "generation_config", self.model.generation_config)
             self.model.generation_config = self._generation(load, compiled)
@@ -288,7 +288,7 @@ class _Caller:
                 self._recorder = None
 
     def call(self, load: Load, ids: torch.Tensor, mask: torch.Tensor, index: int, phase: str) -> Record:
-        """The record of one call of generate, however it ends."""
+        """Return the record of one call of generate, however it ends."""
         outcome, detail, stamps = "ok", "", _Stamps(self.device)
         ids, mask = ids.to(self.device.main), mask.to(self.device.main)
         self.device.reset_peak()
@@ -330,7 +330,7 @@ class _Caller:
         return config
 
     def _check_room(self, load: Load, columns: int) -> None:
-        """On a CPU the system would kill the process, so that the run were lost."""
+        """Raise if memory is short: on a CPU the system would kill the process, and the run would be lost."""
         needed = load.rows * self._work.cached_bytes(columns + load.workload.output_tokens)
         room = self.device.room()
         if room is not None and needed > room:

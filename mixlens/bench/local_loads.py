@@ -1,4 +1,4 @@
-"""How a loaded model is benchmarked: settings and loads, checked before anything runs."""
+"""Settings and loads for benchmarks of a loaded model, checked before anything runs."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from mixlens.models.quantization.unfuse import is_unfused
 
 @dataclass(frozen=True)
 class LocalSettings:
-    """Settings of how a loaded model is benchmarked.
+    """Settings for the benchmark of a loaded model.
 
     Parameters
     ----------
     warmup : int, optional
-        Calls before each load that are kept and never counted; the first of them is the cold one.
+        Calls before each load that are recorded but not counted; the first of them is the cold one.
     experts : str or Sequence[str], optional
-        Experts implementations to measure in turn, as "eager" or "grouped_mm"; None for the model's own.
+        Experts implementations to measure in turn, such as "eager" or "grouped_mm"; None for the model's own.
     static_cache : bool, optional
         Keys and values in memory set aside for the longest sequence.
     compiled : bool, optional
@@ -55,9 +55,9 @@ class LocalSettings:
 
 @dataclass(frozen=True)
 class Load:
-    """So many rows at a time, of one workload, with one experts implementation (None: the model's own).
+    """A load: rows of one workload, with one experts implementation (None: the model's own).
 
-    configuration  in which the model was loaded, where there are several
+    configuration  in which the model was loaded, if there are several
     """
 
     rows: int
@@ -74,12 +74,12 @@ class Load:
 
 
 def settings_plan(settings: LocalSettings) -> dict[str, Any]:
-    """What decides a measurement, as plain values."""
+    """Return everything that decides a measurement, as plain values."""
     return {name: value for name, value in asdict(settings).items() if name != "progress"}
 
 
 def check_calls(requests: int, settings: LocalSettings) -> None:
-    """Raises BadInput for numbers of calls or seconds that are none."""
+    """Raise BadInput for invalid numbers of calls or seconds."""
     seconds = settings.max_seconds
     if (
         not isinstance(requests, int)
@@ -101,7 +101,7 @@ def loads_of(
     settings: LocalSettings,
     configuration: str = "",
 ) -> list[Load]:
-    """Every batch size with every workload and experts implementation. Raises BadInput for what is no load."""
+    """Combine every batch size with every workload and experts implementation. Raises BadInput for invalid loads."""
     rows = [batch] if isinstance(batch, int) else list(batch or [1])
     workloads = [workload] if isinstance(workload, Workload) else list(workload)
     experts = [settings.experts] if isinstance(settings.experts, str | None) else list(settings.experts)
@@ -118,7 +118,7 @@ def loads_of(
 
 
 def check_loads(model: Any, loads: Sequence[Load]) -> None:
-    """Raises BadInput for loads that the model cannot take; its weights need not be there."""
+    """Raise BadInput for loads that the model cannot run; needs no weights."""
     for name in dict.fromkeys(load.experts for load in loads):
         check_experts(model, name)
     for load in loads:
@@ -126,7 +126,7 @@ def check_loads(model: Any, loads: Sequence[Load]) -> None:
 
 
 def check_experts(model: Any, name: str | None) -> None:
-    """Raises BadInput for an experts implementation that the model cannot have."""
+    """Raise BadInput for an experts implementation that the model does not support."""
     if name not in (None, "eager") and any(is_unfused(layer.experts) for layer in moe_layers(model)):
         raise BadInput(
             f"Cannot benchmark experts={name!r}: the experts of this model are separate Linears, as quantization "

@@ -1,4 +1,4 @@
-"""What records of a model on this machine say beside what all records say: cold and warm, memory, the roofline."""
+"""Tables of benchmarks of local models: cold and warm calls, memory, the roofline."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ LOOP = "Experts are separate Linears, called in a Python loop: these are the loo
 
 
 def in_a_loop(model: Mapping[str, Any]) -> bool:
-    """Whether the experts of a described model run one after the other in Python, as quantized ones do uncompiled."""
+    """Return True if experts run one after the other in Python, as quantized ones do without compilation."""
     rows = (model.get("audit") or {}).get("rows", [])
     quantized = any(row["kind"] == "experts" and row["scheme"] not in _FLOATS for row in rows)
     return quantized and model.get("experts_implementation") == "eager"
 
 
 def compiled_at(level: str, local: Mapping[str, Any]) -> bool:
-    """Whether a load decoded through a compiled graph."""
+    """Return True if a load decoded through a compiled graph."""
     chosen = local.get("decode", {}).get(level)
     return bool(local.get("compiled")) if chosen is None else chosen["compiled"]
 
 
 def in_configuration(configuration: str, load: str) -> str:
-    """What a load is called in a benchmark of several configurations, or of one without a name."""
+    """Return the name of a load in a benchmark of several configurations, or of one without a name."""
     return f"{configuration}: {load}" if configuration else load
 
 
 def parts(records: Sequence[Record], meta: Mapping[str, Any]) -> dict[str, tuple[list[Record], dict[str, Any]]]:
-    """Records and meta of each configuration that ran, as if it had been measured by itself."""
+    """Split records and meta by configuration, as if each had been measured alone."""
     if "configurations" not in meta:
         return {"": (list(records), dict(meta))}
     rest = {name: value for name, value in meta.items() if name != "configurations"}
@@ -78,7 +78,7 @@ def rooflines(records: Sequence[Record], meta: Mapping[str, Any], *, bootstrap: 
 
 
 def cold_and_warm(records: Iterable[Record], *, bootstrap: Bootstrap = DEFAULT) -> pd.DataFrame:
-    """Times of the first call of a load, with whatever is made or compiled in it, and of the measured calls.
+    """Compare the first call of each load, including one-time work such as compilation, with the measured calls.
 
     Returns
     -------
@@ -102,7 +102,7 @@ def cold_and_warm(records: Iterable[Record], *, bootstrap: Bootstrap = DEFAULT) 
 
 
 def peak_memory(records: Iterable[Record]) -> pd.DataFrame:
-    """Most memory that a call of each load held: level, memory (peak_vram_bytes, peak_rss_bytes), bytes, n (calls)."""
+    """Return peak memory by load: level, memory (peak_vram_bytes, peak_rss_bytes), bytes, n (calls)."""
     found: dict[tuple[str, str], list[int]] = {}
     for record in records:
         for name in _PEAKS:
@@ -113,7 +113,7 @@ def peak_memory(records: Iterable[Record]) -> pd.DataFrame:
 
 
 def machine_of(meta: Mapping[str, Any]) -> Machine:
-    """The device that a benchmark ran on. Raises MissingSignal for an endpoint, of whose device nothing is known."""
+    """Return the device of a benchmark. Raises MissingSignal for an endpoint, whose device is unknown."""
     if "machine" not in meta:
         raise MissingSignal(
             "Cannot compute a roofline: the device behind an endpoint is unknown. Benchmark a loaded model, as in "
@@ -124,7 +124,7 @@ def machine_of(meta: Mapping[str, Any]) -> Machine:
 
 
 def columns(records: Sequence[Record], meta: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """What an overview says beside the rest, by level and heading; n/a for no value. Nothing of an endpoint."""
+    """Return extra columns of an overview by level and heading; n/a for missing values. Empty for an endpoint."""
     told: dict[str, dict[str, str]] = {}
     try:
         table = rooflines(records, meta).to_dict("records")
@@ -149,7 +149,7 @@ def columns(records: Sequence[Record], meta: Mapping[str, Any]) -> dict[str, dic
 
 
 def remarks(meta: Mapping[str, Any]) -> list[str]:
-    """Where, how and against what a model was measured, in each configuration."""
+    """Describe where and how a model was measured, and against which limits, by configuration."""
     if "configurations" not in meta:
         return _remarks(meta)
     rest = {name: value for name, value in meta.items() if name != "configurations"}
@@ -160,7 +160,7 @@ def remarks(meta: Mapping[str, Any]) -> list[str]:
 
 
 def failures(records: Iterable[Record]) -> list[str]:
-    """What could not be measured on this machine, and why."""
+    """Return sentences on loads that could not be measured, with the reason."""
     by_reason: dict[str, list[str]] = {}
     for record in records:
         if record.outcome == "failed":

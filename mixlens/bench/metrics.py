@@ -74,12 +74,12 @@ def output_tokens(record: Record, count_tokens: CountTokens | None = None) -> tu
 
 
 def paced(record: Record, count_tokens: CountTokens | None = None) -> tuple[np.ndarray, float]:
-    """Return the stamps that a pace is measured between, and the number of tokens that came after the first of them.
+    """Return the time stamps used for a pace, and the number of tokens after the first of them.
 
-    The stamps are of the answer, whose tokens are all less those of reasoning; of reasoning and answer together where
-    reasoning is shown and its tokens are not counted apart, and of reasoning where there is no answer. The first event
-    holds as many tokens as the running count of the server says, else one; of few events with several tokens each, as
-    many as its share of the text. Where the server counts more tokens than its text can have, an event is one token.
+    The stamps are those of the answer, excluding reasoning tokens; of reasoning and answer together if reasoning is
+    shown and not counted separately; and of reasoning if there is no answer. The first event holds as many tokens as
+    the server's running count, else one; if few events hold several tokens each, as many as its share of the text. If
+    the server counts more tokens than its text can have, an event is one token.
     """
     n, source = output_tokens(record, count_tokens)
     answer = [event for event in record.events if event.kind == TOKEN]
@@ -114,9 +114,9 @@ def paced(record: Record, count_tokens: CountTokens | None = None) -> tuple[np.n
 
 
 def beyond_text(record: Record, count_tokens: CountTokens | None = None) -> bool:
-    """Whether a server counts more tokens than its text has bytes, or twice as many as `count_tokens` finds in it.
+    """Return True if a server counts more tokens than its text has bytes, or twice as many as `count_tokens`.
 
-    It then thinks, or skips tokens, without saying how many.
+    It then reasons, or skips tokens, without reporting the number.
     """
     n, source = output_tokens(record, count_tokens)
     if source not in (USAGE, CHUNK_USAGE):
@@ -129,7 +129,7 @@ def beyond_text(record: Record, count_tokens: CountTokens | None = None) -> bool
 
 
 def at_once(record: Record) -> bool:
-    """Whether a stream was replayed: its chunks came faster than any model writes, 0.1 ms each or less."""
+    """Return True if a stream was replayed: its chunks came faster than any model writes, within 0.1 ms each."""
     stamps = token_stamps(record)
     return record.form == "json" or (len(stamps) >= 4 and stamps[-1] - stamps[0] < 1e-4 * len(stamps))
 

@@ -17,7 +17,7 @@ PARTIAL = f"{UNFINISHED}/results.jsonl"
 class Kept:
     """Collects records in memory, appends each to a file, and advances the progress bar.
 
-    A benchmark that was killed is measured from its start: one half of it cannot be compared with the other.
+    A killed benchmark is measured again from its start, because its halves are not comparable.
     """
 
     def __init__(self, writer: RunWriter | None, total: int, *, show: bool) -> None:

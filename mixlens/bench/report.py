@@ -1,4 +1,4 @@
-"""The sections of a report on a benchmark."""
+"""Report sections on a benchmark."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ class Sender:
             record["retry_after_s"] = asked_wait(answer.headers, body)
 
     async def _read_stream(self, answer: Answer, reader: StreamReader) -> None:
-        """Feed a stream to its end, which is its last event: some servers keep the connection open after it."""
+        """Read a stream until its last event: some servers keep the connection open after it."""
         with suppress(TimeoutError):
             async with asyncio.timeout(None) as until:
                 async for piece in answer.pieces():

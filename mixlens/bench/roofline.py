@@ -1,4 +1,4 @@
-"""Roofline: the bytes a forward must read and the operations it must do, against what the device was measured to do."""
+"""Roofline: bytes read and operations done by forward passes, relative to measured limits of the device."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ METRICS = {
 
 @dataclass(frozen=True)
 class Context:
-    """What one layer keeps of the tokens before, and what attending to one of them costs.
+    """Cache of one layer, and the cost of attending to a cached token.
 
-    cached    values that it keeps of a token
+    cached    cached values per token
     attended  values of a query, heads times the mean width of keys and values: what one attended token costs, in pairs
               of multiplication and addition, twice (scores and sum)
-    window    how many tokens it keeps; None for all
+    window    number of cached tokens; None for all
     """
 
     cached: int
@@ -50,7 +50,7 @@ class Context:
         return tokens if self.window is None else min(tokens, self.window)
 
     def reached(self, tokens: int, past: int) -> int:
-        """Tokens that so many new ones attend to, after `past` others: each to those before it and itself."""
+        """Return the tokens that `tokens` new ones attend to, after `past` others: all before each and itself."""
         growing = tokens if self.window is None else min(max(self.window - past, 0), tokens)
         return growing * past + growing * (growing + 1) // 2 + (tokens - growing) * self.kept(past + tokens)
 
@@ -79,7 +79,7 @@ class Sizes:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Sizes:
-        """Of a Mixtral, from config.json's content alone; `sizes_of` knows every loaded model's."""
+        """Build from the config.json of a Mixtral; `sizes_of` supports every loaded model."""
         layers, hidden, inner = (config[k] for k in ("num_hidden_layers", "hidden_size", "intermediate_size"))
         heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
         width = config.get("head_dim") or hidden // heads
@@ -104,15 +104,15 @@ class Sizes:
 
     @property
     def read_a_token(self) -> int:
-        """Parameters that one token must read, the embedding table apart."""
+        """Parameters that one token must read, without the embedding table."""
         return self.dense + self.layers * self.top_k * self.expert
 
     def kept(self, tokens: int) -> int:
-        """Values that the cache of one row holds after so many tokens."""
+        """Return the cached values of one row after a number of tokens."""
         return self.state + sum(one.cached * one.kept(tokens) for one in self.contexts)
 
     def flops(self, lengths: Sequence[int], past: int = 0) -> int:
-        """Operations of a forward of rows with so many new tokens each, after `past` tokens in the cache.
+        """Return the operations of a forward pass of rows with these numbers of new tokens, after `past` cached tokens.
 
         2 for each parameter of a matrix and token, 4 for each value of a query and attended token, and 4 for each
         value of a state and token (it is updated and read); the head is asked for each row's last token alone.
@@ -125,7 +125,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Weights:
-    """Bytes as they lie in memory: from the tensors of a model, or from a config and bytes a parameter.
+    """Weights in bytes as stored, from the tensors of a model, or from a config and bytes per parameter.
 
     dense_bytes   read by every forward; see Sizes.dense
     expert_bytes  [layer, expert]
@@ -136,14 +136,14 @@ class Weights:
 
     @classmethod
     def of(cls, sizes: Sizes, bytes_a_parameter: float = 2) -> Weights:
-        """All parameters alike, as in bfloat16 (2 bytes)."""
+        """Build with the same size for all parameters, such as 2 bytes for bfloat16."""
         experts = np.full((sizes.layers, sizes.experts), round(sizes.expert * bytes_a_parameter))
         return cls(round(sizes.dense * bytes_a_parameter), experts)
 
     def read(self, expert_id: np.ndarray) -> tuple[int, int]:
-        """Bytes of the weights that one forward must read, and how many experts of all layers these are.
+        """Return the bytes of the weights that one forward pass must read, and the number of its distinct experts.
 
-        expert_id  [token, layer, slot] of all tokens of the forward
+        expert_id  [token, layer, slot] of all tokens of the forward pass
 
         Every chosen expert is read once, however many tokens chose it.
         """
@@ -154,9 +154,9 @@ class Weights:
 
 @dataclass(frozen=True)
 class Measured:
-    """A rate of a device: the mean of n runs with its 95 % interval, what was run, and the rates of all runs.
+    """A rate of a device: the mean of n runs with its 95 % interval, the method, and the rates of all runs.
 
-    bursts  runs one after the other belong to one burst; a benchmark has one before its loads and one after them
+    bursts  runs in direct succession; a benchmark has one burst before its loads and one after them
     """
 
     estimate: float
@@ -168,9 +168,9 @@ class Measured:
 
     @classmethod
     def of(cls, bursts: Sequence[Sequence[float]], how: str) -> Measured:
-        """The mean of all runs, and t(n - 1) * s / sqrt(n) to both sides, widened to hold the mean of every burst.
+        """Return the mean of all runs +- t(n - 1) * s / sqrt(n), widened to contain the mean of every burst.
 
-        Runs of one burst follow each other too closely to show how a device drifts, which its bursts do.
+        Runs within a burst are too close in time to show drift, which the bursts show.
         """
         from scipy.special import stdtrit  # imported here: takes a quarter of a second
 
@@ -183,7 +183,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a device was measured to do, before and after the loads of a benchmark.
+    """Measured limits of a device, before and after the loads of a benchmark.
 
     bandwidth_bytes_per_s  bytes read a second
     matmul_flops_per_s     operations per second of a large matrix product in the model's dtype
@@ -195,7 +195,7 @@ class Machine:
 
     @classmethod
     def of(cls, plain: Mapping[str, Any]) -> Machine:
-        """From the JSON values of `dataclasses.asdict`."""
+        """Build from the JSON values of `dataclasses.asdict`."""
         rates = {key: Measured(**plain[key]) for key in ("bandwidth_bytes_per_s", "matmul_flops_per_s")}
         return cls(plain["name"], **rates)
 
@@ -203,11 +203,11 @@ class Machine:
 def roofline(
     records: Iterable[Record], machine: Machine, *, layers: int, bootstrap: Bootstrap = DEFAULT
 ) -> pd.DataFrame:
-    """How near to what the device can do every load came, prefill and decode apart: METRICS over measured calls.
+    """Compare every load with the limits of the device, separately for prefill and decode: METRICS over measured calls.
 
-    Sums over calls are divided, as in sum of bytes / sum of seconds; intervals come from leaving out each call in turn,
-    on logarithms (the jackknife, with t). Those of mbu_frac, mfu_frac and roof_tokens_per_s carry the interval of the
-    device's rate too, by the method of variance estimates recovery on logarithms (Zou and Donner 2008): for m = r / b
+    Sums over calls are divided, as in sum of bytes / sum of seconds; intervals come from a jackknife over calls on the
+    logarithmic scale, with t. Those of mbu_frac, mfu_frac and roof_tokens_per_s include the interval of the device's
+    rate, by the method of variance estimates recovery on logarithms (Zou and Donner 2008): for m = r / b
     with r in [r-, r+] and b in [b-, b+] the bounds are m / exp(sqrt(ln(r / r-)^2 + ln(b+ / b)^2)) and
     m * exp(sqrt(ln(r+ / r)^2 + ln(b / b-)^2)).
 
@@ -215,7 +215,7 @@ def roofline(
     -------
     xarray.Dataset
         DataFrame level, phase, metric, estimate, ci_low, ci_high, n (calls); NaN where routing was not recorded
-        Raises MissingSignal when no record knows what its forwards read, as with those of an endpoint.
+        Raises MissingSignal if no record has the reads of its forward passes, as for an endpoint.
 
     """
     groups: dict[str, list[np.ndarray]] = {}
@@ -243,7 +243,7 @@ _SECONDS, _FORWARDS, _TOKENS, _EXPERTS, _BYTES, _FLOPS = range(6)
 
 
 def _sums(record: Record) -> np.ndarray:
-    """[phase, 6] of a call: seconds, forwards, tokens, experts of all layers, bytes and operations."""
+    """Return [phase, 6] of a call: seconds, forward passes, tokens, experts of all layers, bytes and operations."""
     events = [event for event in record.events if event.kind == TOKEN]
     stamps = [event.at_s for event in events]
     assert record.sent_s is not None
@@ -264,7 +264,7 @@ def _work(events: Sequence[Event]) -> list[float]:
 def _with_interval(
     sums: np.ndarray, machine: Machine, layers: int, bootstrap: Bootstrap
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Estimate, lower and upper bound of METRICS from the sums of every call [call, 6]."""
+    """Return estimate, lower and upper bound of METRICS from the sums of every call [call, 6]."""
     with np.errstate(divide="ignore"):
         on_logs = Smooth(np.log(_metrics(leaving_out(sums), machine, layers)), through=np.exp)
     estimate, low, high = with_bounds(on_logs, np.ones(len(sums)), bootstrap.level)
@@ -274,7 +274,7 @@ def _with_interval(
 def _with_device(
     estimate: np.ndarray, low: np.ndarray, high: np.ndarray, machine: Machine
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Bounds of METRICS, which for shares of a rate of the device, and for what it allows, carry that rate's own."""
+    """Return bounds of METRICS; those relative to a rate of the device include the uncertainty of that rate."""
     at = {name: i for i, name in enumerate(METRICS)}
     bandwidth, product = machine.bandwidth_bytes_per_s, machine.matmul_flops_per_s
     ridge = product.estimate / bandwidth.estimate
@@ -297,7 +297,7 @@ def _with_device(
 
 
 def _metrics(totals: np.ndarray, machine: Machine, layers: int) -> np.ndarray:
-    """METRICS [metric, replicate] of sums over calls [6, replicate]."""
+    """Return METRICS [metric, replicate] from sums over calls [6, replicate]."""
     seconds, forwards, tokens, experts, read, flops = totals
     bandwidth, peak = machine.bandwidth_bytes_per_s.estimate, machine.matmul_flops_per_s.estimate
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -1,4 +1,4 @@
-"""The roofline: what loads of a model achieved, below what its device was measured to allow."""
+"""Roofline figure: the achieved performance of loads below the measured limits of the device."""
 
 from __future__ import annotations
 

@@ -168,7 +168,7 @@ class Session:
         return bench
 
     def _routing(self) -> tuple[Trace | None, str]:
-        """The routing of the measured requests, and why there is none where it was asked for: times are kept anyway."""
+        """Return the routing of the measured requests, or the reason why it is missing; times are stored anyway."""
         if self._skeleton is None:
             return None, ""
         from mixlens.engines.server import answered
@@ -185,7 +185,7 @@ class Session:
 
 
 def _skeleton_of(endpoint: Endpoint) -> Any:
-    """The served model without its weights; found before anything is measured. torch takes seconds to import."""
+    """Return the served model without weights, before anything is measured. torch takes seconds to import."""
     from mixlens.engines.server import architecture_name
     from mixlens.models.load import skeleton
 
@@ -193,7 +193,7 @@ def _skeleton_of(endpoint: Endpoint) -> Any:
 
 
 def routed_answer(record: Record, message: str) -> dict[str, Any]:
-    """The message that brought routing, as of an answer that came whole: of a stream, tokens are those counted last."""
+    """Return the message with routing as an unstreamed answer; for a stream, with the last token counts."""
     answer = json.loads(message)
     if record.form == "json":
         return answer

@@ -1,4 +1,4 @@
-"""What a number of a benchmark alone would hide of the answers behind it: sentences with the share of each."""
+"""Remarks on answers that a benchmark's numbers hide: sentences with the share of each."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def unfinished(records: Iterable[Record]) -> int:
 
 
 def shares(records: Iterable[Record], asked: str | None = None) -> list[str]:
-    """Sentences on every share of measured answers that is not what a number seems to say; none where there is none.
+    """Return sentences on shares of measured answers that differ from what the numbers suggest; empty if none do.
 
-    asked  the model that was asked for
+    asked  the requested model
     """
     good = [record for record in records if record.phase == "measured" and record.outcome == "ok"]
     table = request_table(good)
@@ -80,7 +80,7 @@ def shares(records: Iterable[Record], asked: str | None = None) -> list[str]:
 
 
 def clumped(record: Record) -> bool:
-    """Whether most of the gaps between the chunks of a stream are near zero, as where a proxy buffers it."""
+    """Return True if most of the gaps between chunks are near zero, as when a proxy buffers the stream."""
     gaps = np.diff(token_stamps(record))
     return len(gaps) >= 8 and not at_once(record) and bool((gaps < 0.1 * gaps.mean()).mean() > 0.5)
 
@@ -100,6 +100,6 @@ def _undercounted(record: Record) -> bool:
 
 
 def _repeating(record: Record) -> bool:
-    """Whether each of several events holds the text of the one before it: the server sends all of it each time."""
+    """Return True if each event repeats the text of the one before: the server sends the whole text each time."""
     texts = [event.text for event in record.events if event.kind == TOKEN]
     return len(texts) >= 4 and all(after != before and after.startswith(before) for before, after in pairwise(texts))

@@ -1,4 +1,4 @@
-"""find_knee: how much load an endpoint takes before more load brings only waiting."""
+"""find_knee: find the load of an endpoint beyond which more load only adds waiting."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mixlens.endpoints.endpoint import Endpoint
 from mixlens.endpoints.protocols import TOKEN
 from mixlens.errors import BadInput
 
-# The sweep ends when the power has fallen at so many loads in a row: one fall may be noise.
+# The sweep ends when the power has fallen at this many loads in a row, because one fall may be noise.
 _FALLS = 2
 _WORKLOAD, _SETTINGS = Workload(), BenchSettings()
 
@@ -91,7 +91,7 @@ def load_sweep(
 
 
 def knee(bench: Bench, *, bootstrap: Bootstrap = DEFAULT) -> pd.DataFrame:
-    """Find the load of the greatest power, where throughput costs the least latency.
+    """Find the load with the greatest power, where throughput costs the least latency.
 
     power = output tokens per second of the system / median end to end seconds (Kleinrock 1979, "Power and deterministic
     rules of thumb for probabilistic problems in computer communications"). Below the knee a load doubles throughput for
@@ -139,9 +139,9 @@ def knee(bench: Bench, *, bootstrap: Bootstrap = DEFAULT) -> pd.DataFrame:
 def _resampled_power(
     times: np.ndarray, tokens: np.ndarray, rate: float, bootstrap: Bootstrap, stream: int
 ) -> np.ndarray:
-    """The power when requests are drawn anew: their median time, and the rate in proportion to their tokens.
+    """Return the power of resampled requests: their median time, and the rate in proportion to their tokens.
 
-    In a closed loop so many places each deliver tokens a request over seconds a request.
+    In a closed loop, each slot delivers the tokens of a request in the seconds of a request.
     """
     n = len(times)
     if not n:

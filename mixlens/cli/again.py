@@ -15,16 +15,16 @@ from mixlens.cli.options import Output
 from mixlens.core.run_dir import META, open_run, written_by
 from mixlens.errors import RunError
 
-# Options that name what a command writes: a repetition writes to its own folder alone.
+# Options that name the output of a command: a repetition writes only to its own folder.
 _PLACES = ("out", "csv")
 
 
 @app.command
 def again(run: str, /, *, out: str | None = None, output: Output = Output()) -> Result:
-    """Repeat the command that wrote a run, and say which files became the same.
+    """Repeat the command that wrote a run, and list the files that are identical.
 
-    Relative paths are those of the folder that the command was started in: start again from there. The repetition
-    reads what the command names, and writes to its own folder alone. Repeat only runs whose author you trust.
+    Relative paths refer to the folder in which the command was started, so repeat it there. The repetition reads the
+    inputs of the command and writes only to its own folder. Repeat only runs whose author you trust.
 
     Parameters
     ----------
@@ -71,7 +71,7 @@ def _without_places(words: Sequence[str]) -> list[str]:
 
 
 def _beside(result: Result, first: Mapping[str, Any], folder: str) -> Result:
-    """The result, with which files of the repetition have the bytes of the first run's."""
+    """Add to the result which files of the repetition equal those of the first run."""
     if not (Path(folder) / META).exists():
         return result
     files, other = first["files"], open_run(folder, check=False).meta["files"]

@@ -1,4 +1,4 @@
-"""The application: how a command is found, run, printed and ended."""
+"""The command-line application: finding, running, printing and ending commands."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ app.register_install_completion_command(help="Install completion for bash, zsh o
 
 
 def guide(page: str) -> str:
-    """The address of a page of the guide: in the installed package, or beside the sources."""
+    """Return the address of a page of the guide, in the installed package or next to the sources."""
     package = Path(__file__).parent.parent
     installed = package / "_docs"
     return (installed if installed.exists() else package.parent / "docs").joinpath(f"{page}.md").absolute().as_uri()
@@ -54,7 +54,7 @@ def guide(page: str) -> str:
 
 @dataclass(frozen=True)
 class Result:
-    """What a command found: `data` for --json, and `text` for a person; without text the data is listed.
+    """The result of a command: `data` for --json, and `text` for a person; without text the data are listed.
 
     status  exit status: EXIT_FAILED where what was found is not what was asked for
     """
@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def script() -> NoReturn:
-    """The command `mixlens`: what libraries print while Python ends is no part of its output."""
+    """Entry point of `mixlens`; output of libraries at exit does not count as its output."""
     status = main()
     with contextlib.suppress(OSError, ValueError, AttributeError):
         sys.stdout.flush()
@@ -137,7 +137,7 @@ def _configured(argv: Sequence[str]) -> tuple[Yaml, ...]:
 
 
 def _repeatable(argv: Sequence[str]) -> dict[str, Any] | None:
-    """The command as a run keeps it: its words, and the options of its file; None where a word may hold a secret."""
+    """Return the command for storage in a run: its words and its option file; None if a word may be a secret."""
     from mixlens.endpoints.keys import secret_fields
 
     words = [word for word in argv if word not in ("--json", "--quiet")]
@@ -152,7 +152,7 @@ def _repeatable(argv: Sequence[str]) -> dict[str, Any] | None:
 
 
 def _usage(error: CycloptsError, argv: Sequence[str]) -> str:
-    """The message of a parsing error on one line, and where to find the usage."""
+    """Return a parsing error as one line, with a pointer to the usage."""
     names = argv[:1] if _is_command(argv) else []
     return f"{' '.join(str(error).split())} See {' '.join(['mixlens', *names, '--help'])}."
 
@@ -177,7 +177,7 @@ def _options(command: Callable[..., Any]) -> list[str]:
 
 
 def _named(error: CycloptsError) -> str | None:
-    """The option or operand that a parsing error is about."""
+    """Return the option or operand that caused a parsing error."""
     if (argument := getattr(error, "argument", None)) is not None:
         return argument.name
     token = getattr(error, "token", None)
@@ -201,7 +201,7 @@ def _is_command(argv: Sequence[str]) -> bool:
 
 @contextlib.contextmanager
 def _prints_of_others_on_stderr() -> Iterator[None]:
-    """What libraries print meanwhile, from Python, below it or in its buffers, goes to standard error."""
+    """Redirect output of libraries, from Python, native code or buffers, to standard error."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         with contextlib.suppress(OSError, ValueError, AttributeError):  # there may be no file below
@@ -215,7 +215,7 @@ def _prints_of_others_on_stderr() -> Iterator[None]:
 
 
 def _flush_below() -> None:
-    """Write what C holds back, and what was printed to a standard output that a library kept from before."""
+    """Flush buffers of C, and of a standard output that a library stored earlier."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).fflush(None)
     with contextlib.suppress(OSError, ValueError, AttributeError):
@@ -223,12 +223,12 @@ def _flush_below() -> None:
 
 
 def _leads() -> bool:
-    """Whether this process is the first, or the only one, of its launcher: the others have the same to say."""
+    """Return True for the first, or only, process of a launcher; only it prints."""
     return int(os.environ.get("WORLD_SIZE", "1")) <= 1 or os.environ.get("RANK", "0") == "0"
 
 
 def _json(data: dict[str, Any]) -> str:
-    """JSON as every reader takes it: what is not a number, or infinite, is null."""
+    """Return standard JSON: NaN and infinity become null."""
     return json.dumps(_finite(data), indent=1, default=str, allow_nan=False)
 
 
@@ -242,7 +242,7 @@ def _finite(value: Any) -> Any:
 
 @contextlib.contextmanager
 def _remarks() -> Iterator[None]:
-    """What is remarked on a run is printed as a sentence, without the line of the source that remarks on it."""
+    """Print warnings about a run as sentences, without the source line."""
     shown = warnings.showwarning
 
     def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
@@ -257,11 +257,11 @@ def _remarks() -> Iterator[None]:
 
 
 class _ReaderLeftError(Exception):
-    """A broken pipe, under another name: what prints the help ends the process on one."""
+    """A broken pipe under another name, because the help printer ends the process on the original."""
 
 
 class _Visible(io.TextIOBase):
-    """A terminal that printed text cannot steer: control and direction characters appear as escapes."""
+    """A terminal that printed text cannot control: control and direction characters appear as escapes."""
 
     def __init__(self, terminal: TextIO) -> None:
         self._terminal = terminal

@@ -1,4 +1,4 @@
-"""The command bench: how fast an endpoint answers, or a model generates on this machine."""
+"""The command bench: speed of an endpoint, or of a model on this machine."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _REMOTE = Group("For an endpoint")
 @Parameter(name="*", group=_LOCAL)
 @dataclass(frozen=True)
 class Local:
-    """How a model is loaded and measured on this machine.
+    """Loading and measuring a model on this machine.
 
     Parameters
     ----------
@@ -74,7 +74,7 @@ class Local:
 @Parameter(name="*", group=_REMOTE)
 @dataclass(frozen=True)
 class Remote(Server):
-    """How an endpoint is loaded and paid.
+    """Requests to an endpoint and their price.
 
     Parameters
     ----------

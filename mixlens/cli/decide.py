@@ -32,9 +32,9 @@ def decide(
     csv: str | None = None,
     output: Output = Output(),
 ) -> Result:
-    """Decide which form of a model to take: schemes, prunings or providers.
+    """Choose a form of a model: schemes, prunings or providers.
 
-    The exit status is 0 where a form meets every limit, and 1 where none does.
+    The exit status is 0 if a form meets every limit, and 1 if none does.
 
     Parameters
     ----------
@@ -105,7 +105,7 @@ def _limits(option: str, given: Sequence[str]) -> dict[str, str]:
 
 
 def _hourly(given: Sequence[str]) -> float | dict[str, float] | None:
-    """One price for all, or one for each machine that is named. Raises BadInput for what is no price."""
+    """Return one price for all machines, or one per machine. Raises BadInput for anything but a price."""
     pairs = [one.rpartition("=") for one in given]
     try:
         prices = {name: float(usd) for name, _, usd in pairs}

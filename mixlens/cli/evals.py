@@ -166,7 +166,7 @@ def verify(folder: str, /, *, output: Output = Output()) -> Result:
 
 
 def _check_server(url: str | None, key_env: str | None, backend: str, vllm_args: str | None) -> None:
-    """Raise BadInput for an option of an endpoint or of vLLM where neither is asked."""
+    """Raise BadInput for an option of an endpoint or of vLLM without either."""
     for option, value, needs, there in (
         ("--key-env", key_env, "--url", url is not None),
         ("--vllm-args", vllm_args, "--backend vllm", backend == "vllm"),
@@ -198,7 +198,7 @@ def _endpoint(url: str, model: str, protocol: str, key_env: str | None) -> Any:
 
 
 def _vllm(model: str, loading: Loading, vllm_args: str | None) -> Any:
-    """Start lm-eval's own vLLM model, which may raise anything from far inside."""
+    """Start lm-eval's own vLLM model, which may raise any exception."""
     from mixlens.models.demo import DEMO, demo_path
 
     cannot = f"Cannot evaluate {model} with vLLM"

@@ -290,7 +290,7 @@ def audit(model: str, /, *, loading: Loading = Loading(), output: Output = Outpu
 
 
 def _check_scores(evaluations: Mapping[str, Log]) -> None:
-    """Raise BadInput for an evaluation that says itself that its weights are in no scheme, before any is measured."""
+    """Raise BadInput for an evaluation of unquantized weights, before anything is measured."""
     from mixlens.stats.pareto import WEIGHTS
 
     for scheme, log in evaluations.items():

@@ -1,4 +1,4 @@
-"""The command line: every command, and where it begins."""
+"""The command line: all commands and the entry point."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options that several commands share, each declared once, and the types of their values."""
+"""Options shared by several commands, each declared once, and the types of their values."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ Schemes = Annotated[
 @Parameter(name="*")
 @dataclass(frozen=True)
 class Output:
-    """How a command reports.
+    """Output of a command.
 
     Parameters
     ----------
@@ -144,7 +144,7 @@ class Output:
 @Parameter(name="*")
 @dataclass(frozen=True)
 class Loading:
-    """How a model is loaded.
+    """Loading of a model.
 
     Parameters
     ----------
@@ -164,7 +164,7 @@ class Loading:
     revision: str | None = None
 
     def skeleton(self, model: str) -> Any:
-        """Return the model without its weights, for what can be told of it before they are loaded."""
+        """Return the model without its weights, for checks before they are loaded."""
         from mixlens.models.load import skeleton
 
         return skeleton(model, revision=self.revision, dtype=self.dtype)
@@ -178,7 +178,7 @@ class Loading:
 @Parameter(name="*")
 @dataclass(frozen=True)
 class Reading:
-    """How documents are read.
+    """Reading of documents.
 
     Parameters
     ----------
@@ -236,7 +236,7 @@ class Reading:
 @Parameter(name="*")
 @dataclass(frozen=True)
 class Server:
-    """How an endpoint is asked.
+    """Requests to an endpoint.
 
     Parameters
     ----------

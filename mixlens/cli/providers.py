@@ -162,7 +162,7 @@ def _named(text: str) -> tuple[str, str]:
 
 
 def _provider_text(table: Any) -> str:
-    """Numbers of every row in columns, without empty columns; then who published them, and when."""
+    """Format the numbers of every row in columns without empty ones; then who published them, and when."""
     from mixlens.core.text import interval
 
     shown = table[["provider", "kind", "load"]].copy()
@@ -197,7 +197,7 @@ def _provider_text(table: Any) -> str:
 
 
 def _cost_text(table: Any) -> str:
-    """Dollars of every month, one line a statement of a price; then who stated it, and when."""
+    """Format dollars per month, one line per statement of a price; then who stated it, and when."""
     first = table[table["month"] == 1]
     shown = first[["provider", "model"]].assign(**{"$/request": first["usd_per_request"].map("{:.5f}".format)})
     months = {f"month {month}": part["usd"].to_numpy() for month, part in table.groupby("month")}

@@ -306,7 +306,7 @@ def demo(*, out: str = "out/demo", output: Output = Output()) -> Result:
     folder = Path(out)
     check_out(folder / "run", "trace")
     model = load(DEMO, verbose=output.progress)
-    # Named after the weights: a newer demo model gets a run of its own beside the old one.
+    # Named after the weights: a newer demo model gets a separate run.
     run = folder / f"run-{str(describe(model)['router_sha256'])[:8]}"
     trace = record(model, demo_documents(), out=run, settings=replace(RecordSettings(), progress=output.progress))
     path = report(trace, folder / "report.html")

@@ -1,4 +1,4 @@
-"""How commands print and write tables."""
+"""Printing and writing of tables by commands."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def rows_of(frame: Any) -> list[dict[str, Any]]:
 
 
 def statistic(data: xr.Dataset, *, csv: str | None, also: Sequence[str] = ()) -> Result:
-    """Return a statistic, with the variables `also` and what its test found, or write it to a CSV file."""
+    """Return a statistic, with the variables `also` and its test results, or write it to a CSV file."""
     from mixlens.plot.tables import tidy
 
     frame = tidy(data, also=(*also, *(name for name in ("p", "q", "survives") if name in data)))
@@ -35,7 +35,7 @@ def statistic(data: xr.Dataset, *, csv: str | None, also: Sequence[str] = ()) ->
 
 
 def check_csv(path: str | None) -> None:
-    """Raise BadInput for a file that cannot be written, before what it should hold is computed."""
+    """Raise BadInput for an unwritable file, before its content is computed."""
     if path is not None and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
         raise BadInput(
             f"Cannot write the table to {path}: it is no file in an existing folder. Pass --csv one that is.",
@@ -55,7 +55,7 @@ def written(frame: pd.DataFrame, path: str) -> Result:
 
 
 def _no_formula(cell: Any) -> Any:
-    """A text that a spreadsheet would compute, with an apostrophe before it, which the spreadsheet then hides."""
+    """Prefix a text that a spreadsheet would evaluate with an apostrophe, which the spreadsheet hides."""
     if not isinstance(cell, str):
         return cell
     cell = cell.replace("\r\n", "\n").replace("\r", "\n")  # else it begins a row, which no quotes hold together

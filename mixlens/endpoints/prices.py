@@ -161,7 +161,7 @@ def provider_at(url: str) -> str:
 
 
 def price_at(endpoint: Endpoint) -> tuple[float, float] | None:
-    """Dollars per million tokens in and out at an endpoint: the dearest statement of the snapshot, None without one."""
+    """Return dollars per million tokens in and out at an endpoint, by the most expensive statement, or None."""
     provider = provider_at(endpoint.url)
     table = prices()
     known = table[(table["provider"] == provider) & (table["model"] == canonical(endpoint.model))]

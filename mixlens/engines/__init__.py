@@ -1,4 +1,4 @@
-"""Routing from elsewhere: engines, servers and files, checked before it is believed."""
+"""Routing from engines, servers and files, validated before use."""
 
 from mixlens.core.lazy import exports
 

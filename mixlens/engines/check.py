@@ -1,8 +1,7 @@
-"""What an engine, a server or a file says of routing, checked before it is believed.
+"""Validation of routing from an engine, a server or a file.
 
-Ten faults that real engines have had are looked for. What can be put right without guessing (padding at the ends,
-layers without routers, slots of shared experts, a row for the last token) is, and is noted; the rest is refused by
-name.
+Ten known faults of real engines are tested. Faults that can be corrected without guessing (padding at the ends, layers
+without routers, slots of shared experts, a row for the last token) are corrected and noted; others are refused by name.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ _REPLICAS = 0.01  # from this share of ids on, those beyond the experts are copi
 
 @dataclass(frozen=True)
 class Routers:
-    """What is known of a model's routers.
+    """Known properties of a model's routers.
 
     Parameters
     ----------
@@ -192,7 +191,7 @@ class Checker:
     # ------------------------------------------------------------------ one fault each
 
     def _layers(self, ids: np.ndarray, corrected: dict[str, int]) -> np.ndarray:
-        """Without the layers that have no router, which must be empty, as the others must not."""
+        """Remove layers without a router, which must be empty, unlike the others."""
         known, width = self.routers, ids.shape[1]
         wanted = np.asarray(known.layers)
         if width not in (len(wanted), known.n_layers):
@@ -211,7 +210,7 @@ class Checker:
         return routed
 
     def _slots(self, ids: np.ndarray, corrected: dict[str, int]) -> np.ndarray:
-        """Without the last slots, where they hold shared experts."""
+        """Remove the last slots if they hold shared experts."""
         experts, k = self.routers.n_experts, self.routers.top_k
         extra = ids.shape[2] - k
         if extra < 0:
@@ -230,7 +229,7 @@ class Checker:
         return kept
 
     def _whole(self, ids: np.ndarray, wanted: int, corrected: dict[str, int]) -> np.ndarray:
-        """One row for every token, without empty ones before or after them."""
+        """Remove empty rows before and after the tokens, leaving one row per token."""
         extra = len(ids) - wanted
         if extra < 0:
             raise self._fault("missing_rows", f"{len(ids)} rows came for {wanted} tokens")
@@ -264,7 +263,7 @@ class Checker:
             raise self._fault("duplicates", f"{_place(twice, known.layers)}: {ids[token, layer].tolist()}")
 
     def _repeated(self, ids: np.ndarray) -> None:
-        """A layer that has the ids of the one before it for many tokens, which is never so by chance."""
+        """Refuse a layer with the ids of the previous one for many tokens, which never happens by chance."""
         same = (np.sort(ids[:, 1:], -1) == np.sort(ids[:, :-1], -1)).all((0, 2))
         for at in np.flatnonzero(same) if len(ids) >= _REPEATED else []:
             if len(np.unique(np.sort(ids[:, at], -1), axis=0)) >= _VARIED:
@@ -272,7 +271,7 @@ class Checker:
                 raise self._fault("layers", f"layers {pair} have the same ids for all of {len(ids)} tokens")
 
     def _stale(self, ids: np.ndarray, tokens: np.ndarray) -> None:
-        """Windows of rows that an earlier window has too, though their tokens differ."""
+        """Refuse windows of rows that repeat an earlier window with other tokens."""
         n, window = len(ids) - self._window + 1, self._window
         if n < 1:
             return
@@ -291,7 +290,7 @@ class Checker:
         read = np.lib.stride_tricks.sliding_window_view(tokens, window)
         every, of = np.concatenate([self._hashes, hashes]), np.concatenate([self._tokens, read])
         order = np.argsort(every, kind="stable")
-        # Each window beside the one before it with the same rows.
+        # Pair each window with the previous one with the same rows.
         same = np.flatnonzero(every[order[1:]] == every[order[:-1]])
         earlier, later = order[same], order[same + 1]
         other = (of[earlier] != of[later]).sum(1) >= window * 3 // 4
@@ -321,7 +320,7 @@ _REMEDIES: Mapping[str, str] = {
 
 
 def combined(checks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Several checks as `Trace.meta["source_check"]` has them: what any of them corrected or could not check."""
+    """Combine several checks for `Trace.meta["source_check"]`: everything corrected or not checkable."""
     corrected: dict[str, int] = {}
     for check in checks:
         for name, n in check["corrected"].items():
@@ -336,12 +335,12 @@ def combined(checks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _empty(ids: np.ndarray) -> np.ndarray:
-    """bool [row, layer]: the same number everywhere, as of a layer that never writes."""
+    """Mask [row, layer] of rows with the same number everywhere, as in a layer that never writes."""
     return (ids == ids[:1, :, :1]).all(-1)
 
 
 def _unwritten(ids: np.ndarray, n_experts: int) -> np.ndarray:
-    """bool [row, layer]: sentinels alone, or one number in all slots, as no choice of several experts has."""
+    """Mask [row, layer] of rows that hold only sentinels, or one number in all slots, which no real choice does."""
     sentinel = (np.isin(ids, _SENTINELS) & ((ids < 0) | (ids >= n_experts))).all(-1)
     return np.asarray(sentinel | (ids == ids[..., :1]).all(-1) if ids.shape[-1] > 1 else sentinel)
 
@@ -352,9 +351,9 @@ def _place(found: np.ndarray, layers: tuple[int, ...]) -> str:
 
 
 def explained(ids: np.ndarray, others: np.ndarray, position: np.ndarray) -> tuple[str, str] | None:
-    """The fault that explains why routing differs from that of a model here, and how; None where none does.
+    """Return the fault that explains a difference in routing from a local model, with its description; else None.
 
-    Faults that no ids show by themselves: experts under other numbers, layers or tokens that are shifted.
+    Covers faults that ids alone do not show: renumbered experts, shifted layers or tokens.
 
     Parameters
     ----------
@@ -384,7 +383,7 @@ def explained(ids: np.ndarray, others: np.ndarray, position: np.ndarray) -> tupl
 
 
 def _alike(ids: np.ndarray, others: np.ndarray) -> float:
-    """Share of tokens and layers that choose the same set."""
+    """Return the share of tokens and layers with the same set of experts."""
     return float((np.sort(ids, -1) == np.sort(others, -1)).all(-1).mean())
 
 
@@ -393,7 +392,7 @@ def _shifted(ids: np.ndarray, by: int, axis: int) -> np.ndarray:
 
 
 def _renamed(ids: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """The ids of one layer [token, slot], each expert under the number of the one that is chosen with it most often."""
+    """Renumber the ids of one layer [token, slot] by the experts most often chosen with them."""
     n = int(max(ids.max(), others.max())) + 1
     together = np.zeros((n, n), np.int64)
     np.add.at(together, (ids[:, :, None], others[:, None, :]), 1)

@@ -1,4 +1,4 @@
-"""Columns of routing that lie in files of others, read in pieces, and the trace over them."""
+"""Columns of routing in foreign files, read in pieces, and traces over them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Arrays:
 
 
 def _length(shapes: Sequence[Sequence[int]]) -> int:
-    """Of the token axis of arrays that all have one."""
+    """Return the common length of the token axis of arrays."""
     lengths = {shape[0] if len(shape) else None for shape in shapes} or {0}
     if len(lengths) > 1 or None in lengths:
         raise _unfit(f"its arrays have the shapes {sorted(map(tuple, shapes))}", "tokens")
@@ -57,7 +57,7 @@ def _length(shapes: Sequence[Sequence[int]]) -> int:
 
 
 def piece(columns: Columns, name: str, start: int, stop: int) -> np.ndarray:
-    """Part of a column. Raises SourceError for whatever keeps its file from being read."""
+    """Return part of a column. Raises SourceError if its file cannot be read."""
     try:
         return columns.read(name, start, stop)
     except Exception as error:
@@ -65,7 +65,7 @@ def piece(columns: Columns, name: str, start: int, stop: int) -> np.ndarray:
 
 
 class Safetensors:
-    """The tensors of a file in the format of safetensors."""
+    """Tensors of a safetensors file."""
 
     def __init__(self, path: str) -> None:
         check_safetensors(path)
@@ -79,18 +79,18 @@ class Safetensors:
 
 
 def parquet_file(path: str) -> pq.ParquetFile:
-    """A file of Parquet, here or at an address that fsspec knows."""
+    """Open a Parquet file, local or at an address that fsspec knows."""
     file = fsspec.core.url_to_fs(path)[0].open(path)
     check_parquet(file)
     return pq.ParquetFile(file)
 
 
 class Parquet:
-    """Columns of Parquet files, one after the other, wherever they lie; lists become the axes after the first.
+    """Columns of consecutive Parquet files; lists become the axes after the first.
 
     files    paths, or addresses that fsspec knows
     columns  {name here: name in the files}
-    rows     how many rows there are a token, where each has one for every layer and slot
+    rows     rows per token, if each has one for every layer and slot
     """
 
     def __init__(self, files: Sequence[str], columns: Mapping[str, str], *, rows: int = 1) -> None:
@@ -114,7 +114,7 @@ class Parquet:
         return np.concatenate(found) if found else self._group(name, 0)[:0]
 
     def _group(self, name: str, index: int) -> np.ndarray:
-        """One row group of a column, the last of which is kept."""
+        """Return one row group of a column, caching the last one."""
         if self._kept.get(name, (-1, None))[0] != index:
             file, number = self._groups[index]
             column = file.read_row_group(number, columns=[self._columns[name]]).column(0).combine_chunks()
@@ -134,7 +134,7 @@ def _array(column: Any) -> np.ndarray:
 
 
 class ColumnsPart:
-    """A slice of columns, as a part of a trace. `routing` has the ids; layers may each have columns of their own."""
+    """A slice of columns as a part of a trace. `routing` has the ids; layers may have separate columns."""
 
     def __init__(
         self,
@@ -194,7 +194,7 @@ def trace_over(
     tokens_a_sequence: int,
     document_id: Sequence[Any] | None = None,
 ) -> Trace:
-    """A trace over columns that stay where they lie.
+    """Build a trace over columns that stay in their files.
 
     Parameters
     ----------
@@ -256,7 +256,7 @@ def trace_over(
 
 
 def known_routers(shape: Sequence[int], n_experts: Any, layers: Any) -> Routers:
-    """What a file and its reader know of the model; `layers` are the numbers of those in the file."""
+    """Return what a file and its reader know about the routers; `layers` are those in the file."""
     if len(shape) != 3:
         raise _unfit(f"its ids have the shape {tuple(shape)}", "expert_id")
     if not isinstance(n_experts, int) or isinstance(n_experts, bool) or n_experts < 1:
@@ -270,7 +270,7 @@ def known_routers(shape: Sequence[int], n_experts: Any, layers: Any) -> Routers:
 
 
 def listed(about: Mapping[str, Any], name: str, kind: type) -> Any:
-    """A value of the metadata of a file, which is JSON; None where it has none."""
+    """Return a JSON value from the metadata of a file; None if it is missing."""
     try:
         found = json_value(about[name]) if name in about else None
     except (ValueError, TypeError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""Files of others as traces: one function a format, and what each knows and does not know."""
+"""Foreign files as traces: one function per format, and the facts that each provides."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def open_flame(path: str, *, iteration: int | None = None, tokens_a_sequence: in
 
 
 def _numbered(paths: Iterable[str]) -> dict[int, str]:
-    """Paths by the number at the end of their names, in its order."""
+    """Sort paths by the number at the end of their names."""
     found = {Path(path).stem.rpartition("_")[2]: path for path in paths}
     return {int(number): found[number] for number in sorted(filter(str.isdecimal, found), key=int)}
 
@@ -84,7 +84,7 @@ def _numbered(paths: Iterable[str]) -> dict[int, str]:
 def open_safetensors(
     path: str, *, n_experts: int | None = None, layers: Any = None, tokens_a_sequence: int = _WINDOW
 ) -> Trace:
-    """Open expert_id [token, layer, slot] of a file, with the columns of a trace that stand beside it."""
+    """Open expert_id [token, layer, slot] of a file, with other columns of a trace."""
     columns = Safetensors(path)
     return _of_arrays(columns, columns.about, n_experts, layers, tokens_a_sequence, f"safetensors {Path(path).name}")
 
@@ -174,10 +174,10 @@ def _of_arrays(
 
 
 def open_replies(path: str, *, model: Any) -> Trace:
-    """Open answers of vLLM or SGLang, one JSON object a line, as `replies.routed` reads them.
+    """Open answers of vLLM or SGLang, one JSON object per line, as `replies.routed` reads them.
 
-    That is also the form in which routing goes to trainers that replay it (R3): ids by position, with
-    "routed_weights" beside them where there are any.
+    Routing is also passed to trainers that replay it (R3) in this format: ids by position, with optional
+    "routed_weights".
 
     Parameters
     ----------

@@ -27,14 +27,14 @@ _MAGIC = b"\x93NUMPY"
 
 @dataclass(frozen=True)
 class Routed:
-    """The routing of one answer, as it came.
+    """The unvalidated routing of one answer.
 
     ids            integers [row, layer, slot]
     prompt         tokens of the prompt
     generated      tokens of the answer
-    token_ids      of both, None where the server does not tell them
-    prompt_rows    rows that came as the prompt's, None where all came as one
-    start          tokens at the beginning that were not asked for
+    token_ids      of both, None if the server omits them
+    prompt_rows    rows sent as the prompt's, None if all came together
+    start          leading tokens that were not requested
     form           "vllm" or "sglang"
     """
 
@@ -47,7 +47,7 @@ class Routed:
     form: str
 
     def checked(self, checker: Checker) -> np.ndarray:
-        """The ids of every token that a forward read, as `Checker.check` gives them."""
+        """Return the validated ids of every token that was read, as from `Checker.check`."""
         return checker.check(
             self.ids,
             prompt=self.prompt,
@@ -112,7 +112,7 @@ def routed(answer: Mapping[str, Any], routers: Routers, *, prompt_ids: Sequence[
 
 
 def columns_of_answers(found: Sequence[Routed], checker: Checker) -> dict[str, np.ndarray]:
-    """The tokens of answers and their checked ids, one sequence each, as columns of a trace [token, ...]."""
+    """Return the tokens of answers and their checked ids, one sequence each, as columns of a trace [token, ...]."""
     checked = [one.checked(checker) for one in found]
     lengths = [len(ids) for ids in checked]
     position = np.concatenate([one.start + np.arange(n) for one, n in zip(found, lengths, strict=True)])
@@ -137,7 +137,7 @@ def trace_of_answers(
     source: str,
     model: Mapping[str, Any],
 ) -> Trace:
-    """The trace of answers.
+    """Build a trace of answers.
 
     columns  as `columns_of_answers` gives them, and others beside them
     about    columns of each answer's sequence
@@ -155,7 +155,7 @@ def trace_of_answers(
 
 
 def decoded(sent: Any, argument: str = "shape") -> bytes:
-    """The bytes of base64."""
+    """Decode base64."""
     try:
         return base64.b64decode(sent, validate=True)
     except (binascii.Error, ValueError, TypeError) as error:
@@ -163,7 +163,7 @@ def decoded(sent: Any, argument: str = "shape") -> bytes:
 
 
 def array_in(raw: bytes, kinds: str, argument: str = "shape") -> np.ndarray:
-    """An array in NumPy's format, whose numbers are of one of `kinds`."""
+    """Parse an array in NumPy's format, with a dtype of one of `kinds`."""
     try:
         found = np.lib.format.read_array(io.BytesIO(raw), allow_pickle=False)
     except Exception as error:  # whatever a header makes of NumPy's parser
@@ -174,7 +174,7 @@ def array_in(raw: bytes, kinds: str, argument: str = "shape") -> np.ndarray:
 
 
 def _reshaped(raw: bytes, rows: int, routers: Routers) -> np.ndarray:
-    """int32 as [row, layer, slot]: all layers or those with routers, and more slots where shared experts are marked."""
+    """Reshape int32 to [row, layer, slot]: all layers or those with routers, and extra slots for shared experts."""
     flat = np.frombuffer(raw[: len(raw) // 4 * 4], "<i4")
     widths = list(dict.fromkeys((routers.n_layers, len(routers.layers))))
     if flat.any() and not (flat % 2**24).any():
@@ -199,13 +199,13 @@ def _count(about: Mapping[str, Any], name: str) -> int:
 
 
 def _ids(*given: Any) -> list[int] | None:
-    """The first list of token ids that is given; None for none."""
+    """Return the first list of token ids; None if there is none."""
     ids = next((ids for ids in given if ids is not None), None)
     if ids is None:
         return None
     whole = isinstance(ids, list) and all(isinstance(token, int) and not isinstance(token, bool) for token in ids)
     if not whole or not all(0 <= token < 2**31 for token in ids):
-        raise _unreadable("its token ids are no list of whole numbers below 2^31")
+        raise _unreadable("its token ids are not a list of integers below 2^31")
     return ids
 
 

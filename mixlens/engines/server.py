@@ -1,4 +1,4 @@
-"""Documents through a server that returns routing, into a trace of expert ids."""
+"""Record routing through a server, as a trace of expert ids."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _ROUNDED_UP = 1e-3  # the logarithm of a probability that is 1 in fewer bits
 
 
 class Server:
-    """A server as a source of routing. It reads token ids, and generates one token more, which has no routing."""
+    """A server as a source of routing. It reads token ids, and generates one more token, which has no routing."""
 
     signals = frozenset({"logprob"})
 
@@ -60,7 +60,7 @@ class Server:
 def answered(
     answers: Sequence[Mapping[str, Any]], about: Sequence[Mapping[str, Any]], endpoint: Endpoint, model: Any
 ) -> Trace:
-    """The routing of answers to any requests, prompts and what was generated, one sequence each.
+    """Return the routing of answers to any requests, prompts and generated tokens, one sequence each.
 
     Parameters
     ----------
@@ -88,7 +88,7 @@ def answered(
 
 
 class ServerReader:
-    """Reads sequences by sending them; the ids that come back are checked, request by request, in order."""
+    """Reads sequences by sending them; the returned ids are checked, request by request, in order."""
 
     rule = "unchecked"
 
@@ -145,7 +145,7 @@ class ServerReader:
 
 
 def architecture_name(endpoint: Endpoint, tokenizer: Any) -> str:
-    """Where the config of the served model is: beside the tokenizer, else where the server says, else by its name."""
+    """Return the location of the served model's config: with the tokenizer, as listed by the server, or by its name."""
     if given := str(getattr(tokenizer, "name_or_path", "") or ""):
         return given
     listed = next((one for one in endpoint.models() if one.get("id") == endpoint.model), {})
@@ -155,7 +155,7 @@ def architecture_name(endpoint: Endpoint, tokenizer: Any) -> str:
 def columns_of(
     sequences: Sequence[np.ndarray], first_sequence: int, phases: Sequence[np.ndarray | None] | None
 ) -> dict[str, np.ndarray]:
-    """The columns of tokens that do not depend on what the model did: sequence, position, token_id, phase."""
+    """Return the columns of tokens known in advance: sequence, position, token_id, phase."""
     lengths = np.array([len(ids) for ids in sequences])
     starts = np.cumsum(lengths) - lengths
     given = phases or [None] * len(sequences)
@@ -179,7 +179,7 @@ def no_routing(endpoint: Endpoint) -> SourceError:
 
 
 def prompt_logprobs(answer: Mapping[str, Any], ids: np.ndarray) -> np.ndarray | None:
-    """Of every token given those before it, as vLLM returns them; NaN for the first. None where there are none."""
+    """Return vLLM's log-probability of every token given its predecessors, NaN for the first; None if missing."""
     listed = answer["choices"][0].get("prompt_logprobs", answer.get("prompt_logprobs"))
     if not isinstance(listed, list) or len(listed) != len(ids):
         return None

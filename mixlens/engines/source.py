@@ -1,4 +1,4 @@
-"""What routes elsewhere, and how its documents are read: an Endpoint, or an engine in this process."""
+"""Sources of routing outside this process's models: an Endpoint, or an engine."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ class SourceReader(Protocol):
         self, sequences: list[np.ndarray], first_sequence: int = 0, phases: Sequence[np.ndarray | None] | None = None
     ) -> MemoryPart: ...
     def check(self) -> dict[str, Any]:
-        """What was checked since this was last asked."""
+        """Return the checks since the last call."""
         ...
 
 
 class Source(Protocol):
     """A model that runs elsewhere.
 
-    skeleton  the same model of transformers, without weights
-    name      what a trace of it is from, such as "vllm 0.32.0"
-    signals   what it can tell beside expert ids
+    skeleton  the same transformers model without weights
+    name      the source name in traces, such as "vllm 0.32.0"
+    signals   available besides expert ids
     """
 
     @property
@@ -51,14 +51,14 @@ class Source(Protocol):
 
 
 def source_of(target: Any, tokenizer: Any = None) -> Source | None:
-    """The source that a target is; None where it is none, as a loaded model."""
+    """Return the source for a target; None for other objects, such as a loaded model."""
     if isinstance(target, Endpoint):
         return Server(target, tokenizer)
     return target if isinstance(target, VLLM) else None
 
 
 def signals_of(source: Source, asked: Iterable[str | Site], layers: Sequence[int]) -> Signals:
-    """The signals to record: what is asked by name has to be there, of the default what is.
+    """Return the signals to record: requested ones must be available, defaults are used if they are.
 
     Raises
     ------

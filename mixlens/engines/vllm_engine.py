@@ -1,4 +1,4 @@
-"""vLLM in this process, with the routing of every token that it reads or generates."""
+"""vLLM in this process, recording the routing of every token that it reads or generates."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _WORKER = "mixlens.engines.vllm_worker.RecordingWorker"
 _DESCRIBED = ("name", "revision", "config_sha256", "class")
 # What was not tried, or is known to give rows that belong to no token.
 _ALONE = ("pipeline_parallel_size", "data_parallel_size")
-_REMEMBERED_BYTES = 2**29  # of routing, for what the prefix cache spares
+_REMEMBERED_BYTES = 2**29  # of routing, for tokens served by the prefix cache
 
 
 def vllm(model: str, **engine_args: Any) -> VLLM:
@@ -61,7 +61,7 @@ def vllm(model: str, **engine_args: Any) -> VLLM:
 
 @dataclass(frozen=True)
 class Rows:
-    """Routing of one request: every token that a forward read, in order.
+    """Routing of one request: every token that was read, in order.
 
     ids      [token, layer, slot]
     logits   float32 [token, layer, expert]
@@ -136,7 +136,7 @@ class VLLM:
         return EngineReader(self, signals)
 
     def generate(self, prompts: Sequence[Sequence[int]], params: Any) -> tuple[list[Any], list[Rows]]:
-        """Generate after prompts of token ids, with the routing of each prompt and of its answer but its last token.
+        """Generate from prompts of token ids, with the routing of each prompt and of its answer except the last token.
 
         Parameters
         ----------
@@ -157,7 +157,7 @@ class VLLM:
         for output in outputs:
             tokens = np.asarray([*output.prompt_token_ids, *output.outputs[0].token_ids[:-1]], np.int64)
             rows.append(self._rows(parts.pop(output.request_id, []), tokens))
-        # What vLLM's cache spared it, and is no longer remembered here, is read again.
+        # Tokens served by vLLM's cache whose routing is no longer stored are read again.
         lost = [number for number, one in enumerate(rows) if one is None]
         if lost:
             again = [[*outputs[n].prompt_token_ids, *outputs[n].outputs[0].token_ids[:-1]] for n in lost]
@@ -181,11 +181,11 @@ class VLLM:
         return self.llm.generate(asked, params, use_tqdm=False)
 
     def _take(self) -> dict[str, list[Any]]:
-        """Parts of each request, by the name that it has outside: vLLM adds a dash and eight characters inside."""
+        """Return the parts of each request by its outer name: vLLM appends a dash and eight characters inside."""
         return {name.rpartition("-")[0]: parts for name, parts in self.llm.collective_rpc("mixlens_take")[0].items()}
 
     def _rows(self, parts: list[Any], tokens: np.ndarray) -> Rows | None:
-        """The routing of a request, each token once; None where its beginning is not known."""
+        """Return the routing of a request, each token once; None if its beginning is unknown."""
         routers = self._routers
         ids = np.full((len(tokens), len(routers.layers), routers.top_k), -1, np.int32)
         logits = np.zeros((len(tokens), len(routers.layers), routers.n_experts), np.float32)
@@ -206,7 +206,7 @@ class VLLM:
 
 
 class EngineReader:
-    """Reads sequences through the engine, as `recording.reader.Reader` does through a model of transformers."""
+    """Reads sequences through the engine, like `recording.reader.Reader` for transformers models."""
 
     def __init__(self, engine: VLLM, signals: Signals) -> None:
         self.engine, self.signals = engine, signals
@@ -229,7 +229,7 @@ class EngineReader:
     def read(
         self, sequences: list[np.ndarray], first_sequence: int = 0, phases: Sequence[np.ndarray | None] | None = None
     ) -> MemoryPart:
-        # Asked for log-probabilities, vLLM reads a prompt whole, whatever its cache holds.
+        # If log-probabilities are requested, vLLM reads a prompt whole, whatever its cache holds.
         scored = {"prompt_logprobs": 0} if self.signals.logprob else {}
         params = self.engine.params(max_tokens=1, temperature=0, detokenize=False, **scored)
         outputs, rows = self.engine.generate([ids.tolist() for ids in sequences], params)
@@ -251,7 +251,7 @@ class EngineReader:
 
 
 class Prefixes:
-    """Routing of sequences that were read, to be found by the tokens that they begin with, block by block."""
+    """Store of routing of sequences, looked up by their leading tokens, block by block."""
 
     def __init__(self, block: int) -> None:
         self._block = block
@@ -272,7 +272,7 @@ class Prefixes:
                     del self._places[name]
 
     def find(self, tokens: np.ndarray, n: int) -> Rows | None:
-        """The routing of the first n tokens, of a sequence that begins with them; None where there is none."""
+        """Return the routing of the first n tokens of a sequence; None if it is not stored."""
         names = self._names(tokens[: -(-n // self._block) * self._block])
         number = self._places.get(names[-1]) if names and len(names) * self._block >= n else None
         if number is None:
@@ -280,7 +280,7 @@ class Prefixes:
         return self._sequences[number][1].first(n)
 
     def _names(self, tokens: np.ndarray) -> list[bytes]:
-        """A name for the tokens up to the end of every whole block."""
+        """Return a name for the tokens up to the end of every complete block."""
         digest, names = hashlib.blake2b(digest_size=16), []
         for end in range(self._block, len(tokens) + 1, self._block):
             digest.update(np.ascontiguousarray(tokens[end - self._block : end], np.int64).tobytes())
@@ -289,7 +289,7 @@ class Prefixes:
 
 
 def weights_of(layers: Sequence[Any], logits: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """Weights [token, layer, slot] that the family's rule gives to the chosen experts."""
+    """Return the weights [token, layer, slot] that the family's rule gives to the chosen experts."""
     found = [
         layer.rule.weights(torch.from_numpy(logits[:, at]), torch.from_numpy(ids[:, at].astype(np.int64)))
         for at, layer in enumerate(layers)

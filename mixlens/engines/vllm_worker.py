@@ -1,7 +1,7 @@
-"""A worker of vLLM that keeps the routing of every token. vLLM imports it by its name, in the processes of its workers.
+"""A vLLM worker that records the routing of every token. vLLM imports it by name in its worker processes.
 
-Taps are bound when the weights are loaded, that is before anything is compiled or captured as a graph, and write to
-buffers of a fixed size alone, so that compiled code and graphs record too.
+Taps are bound when the weights are loaded, before anything is compiled or captured as a graph, and write only to
+buffers of fixed size, so that compiled code and graphs record too.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ else:
 
 
 class RecordingWorker(Worker):
-    """Records expert ids and router logits of every layer, and of which request and position each row was."""
+    """Records expert ids and router logits of every layer, with the request and position of each row."""
 
     def load_model(self, **options: Any) -> None:
         super().load_model(**options)
@@ -42,7 +42,7 @@ class RecordingWorker(Worker):
         return output
 
     def _keep(self, n: int, scheduled: dict[str, int]) -> None:
-        """The rows of this step, which lie in the order of the runner's batch."""
+        """Store the rows of this step, in the order of the runner's batch."""
         ids, logits = self._ids[:n].cpu(), self._logits[:n].cpu()
         if (ids < 0).any():
             raise RuntimeError("mixlens cannot record this model: a layer routed where its router was not asked")
@@ -62,7 +62,7 @@ class RecordingWorker(Worker):
             row += count
 
     def mixlens_take(self) -> dict[str, list[tuple[int, int, bytes, bytes]]]:
-        """What was recorded since this was last asked: of each request (first position, rows, ids, logits)."""
+        """Return the records since the last call, by request: (first position, rows, ids, logits)."""
         taken, self._parts = self._parts, {}
         return taken
 

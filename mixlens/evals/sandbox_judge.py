@@ -38,7 +38,7 @@ def main(plan):
         return value
 
     class Object:
-        """Something of the judged that has no plain form. It can be used, but never compared: its word is not proof."""
+        """An object of the answer without a plain form. It can be used but never compared, as it is untrusted."""
 
         def __init__(self, target, name):
             vars(self).update(_target=target, _name=name)

@@ -21,7 +21,7 @@ from mixlens.trace.trace import Trace
 _DIGITS = str.maketrans("<>&$`", ",./:[")
 ENTROPY_LEVELS, NO_LOGPROB = 31, 65535
 _MOST_PAIRED = 16  # experts whose pairs fit into one byte
-_MOST_WEIGHTS = 3_500_000  # choices of which weights are kept; they take as much again as the choices
+_MOST_WEIGHTS = 3_500_000  # above this number of choices, weights are dropped; they take as much space as the choices
 
 
 def pack(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:

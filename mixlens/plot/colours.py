@@ -10,7 +10,7 @@ from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgb
 EXPERT_COLOURS = ("#747aba", "#db7d00", "#ad4831", "#7962e5", "#82605e", "#c83500", "#8c9667", "#0b9aa1")
 SERIES_COLOURS = ("#0080c4", "#cf7c51", "#10765f", "#b15a97", "#7f6d17", "#009dc4", "#dd6f8e", "#85643e")
 GROUND, DARK_GROUND = "#ffffff", "#17171b"
-_BLACK = "#010101"  # matplotlib leaves out the fill of what is black, which then stays black on a dark page
+_BLACK = "#010101"  # matplotlib omits a black fill, which would then stay black on a dark page
 _DARKEST, _LIGHTEST = 0.135, 0.29  # luminance of palettes
 _LAYERS = LinearSegmentedColormap.from_list("layers", ["#009dc4", "#7962e5", "#c83500"])
 _GOLDEN = 0.618034
@@ -39,7 +39,7 @@ def _palette(first: tuple[str, ...], n: int) -> list[str]:
 
 
 def _shade(colour: str, again: int, place: int) -> str:
-    """The colour of a palette the first time, then lighter and darker ones."""
+    """Return the colour of a palette first, then lighter and darker variants."""
     depth = (again * _GOLDEN + 0.05 * place) % 1
     return at_luminance(colour, _DARKEST + (_LIGHTEST - _DARKEST) * depth) if again else colour
 

@@ -1,4 +1,4 @@
-"""Figures of two runs over the same tokens: where routing flips, and where a loss of quality comes from."""
+"""Figures of two runs on the same tokens: where routing flips, and the causes of a loss of quality."""
 
 from __future__ import annotations
 

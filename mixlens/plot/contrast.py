@@ -1,4 +1,4 @@
-"""Figure of a contrast: where one condition differs from another, and grey where nothing tells them apart."""
+"""Figure of a contrast: differences between two conditions, with insignificant cells in grey."""
 
 from __future__ import annotations
 

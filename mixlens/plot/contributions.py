@@ -1,4 +1,4 @@
-"""Figures of what experts contribute, as heat maps and along a text, and of what more or fewer experts change."""
+"""Figures of expert contributions, as heat maps and along a text, and of the number of experts."""
 
 from __future__ import annotations
 

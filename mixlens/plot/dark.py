@@ -1,4 +1,4 @@
-"""Pictures on a dark page: every colour with the reciprocal luminance, so that contrasts stay as they are in light."""
+"""Pictures for dark pages: every colour gets the reciprocal luminance, so contrasts are preserved."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Heat maps: cells, the numbers in them, their axes and scales.
 
-Where a few largest values would hide all others, colours are linear near zero and logarithmic beyond.
+If a few large values would hide all others, colours are linear near zero and logarithmic beyond.
 """
 
 from __future__ import annotations

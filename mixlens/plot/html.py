@@ -1,4 +1,4 @@
-"""Pieces of a page: figures, tables, and escaping. Every text that is not ours goes through `escape`."""
+"""Parts of an HTML page: figures, tables, and escaping. All external text goes through `escape`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def escape(text: object) -> str:
 
 
 def picture(drawn: Axes | Figure, alt: str, caption: str) -> str:
-    """A figure as an SVG picture with text as paths."""
+    """Return a figure as an SVG picture with text as paths."""
     figure = drawn.get_figure(root=True) if isinstance(drawn, Axes) else drawn
     assert isinstance(figure, PaperFigure)
     source = base64.b64encode(figure.svg()).decode("ascii")
@@ -33,7 +33,7 @@ def picture(drawn: Axes | Figure, alt: str, caption: str) -> str:
 
 
 def reading(figure: Figure) -> str:
-    """How to read what is drawn: maps by their colours, points by the lines through them."""
+    """Explain how to read a figure: maps by colour, points by the lines through them."""
     maps = [mesh for ax in figure.axes for mesh in ax.collections if isinstance(mesh, QuadMesh)]
     said = []
     if any(mesh.get_cmap().name == DIVERGING for mesh in maps):
@@ -59,7 +59,7 @@ def bullets(texts: list[str]) -> str:
 
 
 def frame_table(frame: pd.DataFrame, caption: str) -> str:
-    """A sortable table whose every cell is escaped; n/a for what has no value."""
+    """Return a sortable table with escaped cells; n/a for missing values."""
     head = "".join(f'<th scope="col"><button type="button">{escape(name)}</button></th>' for name in frame.columns)
     rows = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in frame.itertuples(index=False, name=None))
     return (

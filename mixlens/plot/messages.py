@@ -1,6 +1,6 @@
 """The message of a figure in one line: what differs most from chance; else the name of the statistic.
 
-A message speaks only of numbers that survive control for all numbers of their statistic.
+A message mentions only numbers that survive adjustment for all numbers of their statistic.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def at_largest(data: xr.Dataset, score: xr.DataArray) -> xr.Dataset | None:
 
 
 def _cell(say: Callable[[xr.Dataset, dict[str, Any]], str]) -> Callable[[xr.Dataset], str]:
-    """The message about the cell furthest from uniform; `say` is given it and the labels of its place."""
+    """Return the message about the cell furthest from uniform; `say` receives it and the labels of its place."""
 
     def said(data: xr.Dataset) -> str:
         cell = furthest_surviving(data)

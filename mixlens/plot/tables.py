@@ -20,7 +20,7 @@ _VALUES = ("estimate", "ci_low", "ci_high", "n", "n_documents")
 
 
 def tidy(data: xr.Dataset, *, also: Sequence[str] = ()) -> pd.DataFrame:
-    """One row a number: a column for every dimension, then estimate, ci_low, ci_high, n, n_documents and those `also`.
+    """Return one row per number: a column per dimension, then estimate, ci_low, ci_high, n, n_documents and `also`.
 
     Values have the unit of the statistic; shares are fractions, not per cent.
     """
@@ -38,9 +38,9 @@ def _single(values: xr.Dataset) -> pd.DataFrame:
 
 
 def wide(data: xr.Dataset) -> pd.DataFrame:
-    """One row for every combination of all dimensions but the last, which goes across; cells are (estimate, low, high).
+    """Return one row per combination of all dimensions but the last, the columns; cells are (estimate, low, high).
 
-    Layers never go across. n and documents stand in columns of their own, as a range where they differ in the row.
+    Layers are never columns. n and documents have their own columns, as a range if they differ within the row.
     """
     data = _laid_out(data)
     *down, across = [str(d) for d in data["estimate"].dims]
@@ -76,9 +76,9 @@ def _laid_out(data: xr.Dataset) -> xr.Dataset:
 
 
 def html_table(data: xr.Dataset, caption: str = "") -> str:
-    """A sortable table: estimate over its interval in every cell; shares in per cent.
+    """Return a sortable table with the estimate over its interval in every cell; fractions in per cent.
 
-    A column sorts when its heading is pressed, numbers as numbers, missing ones last.
+    Clicking a heading sorts by its column, numerically where possible, with missing values last.
     """
     frame, parts = wide(data), _parts(data)
     text = f"{caption or labels.title(data)}. {unit_note(data)}"
@@ -98,7 +98,7 @@ def html_table(data: xr.Dataset, caption: str = "") -> str:
 
 
 def unit_note(data: xr.Dataset) -> str:
-    """What a cell says: its unit, its interval, and the value under uniform routing."""
+    """Describe a cell: its unit, its interval, and the value under uniform routing."""
     scale = f"Per cent {labels.denominator(data)}".rstrip() if labels.is_fraction(data) else labels.unit(data)
     interval = labels.over(data) if "ci_low" in data else ""
     parts = [scale.capitalize(), interval, labels.uniform_note(data)]
@@ -106,7 +106,7 @@ def unit_note(data: xr.Dataset) -> str:
 
 
 def _parts(data: xr.Dataset) -> list[xr.Dataset]:
-    """For every column of the wide table the Dataset that knows its unit."""
+    """Return for every column of the wide table the Dataset with its unit."""
     data = _laid_out(data)
     *down, across = data["estimate"].dims
     counts = [name for name in _COUNTS if name in data]
@@ -127,25 +127,25 @@ def _cell(value: object, data: xr.Dataset) -> str:
 
 
 def to_markdown(data: xr.Dataset) -> str:
-    """The wide table in Markdown, cells as "12.3 [11.9, 12.8]"."""
+    """Return the wide table in Markdown, with cells such as "12.3 [11.9, 12.8]"."""
     header, rows = _texts(data)
     return f"{markdown_lines(header, rows)}\n\n{unit_note(data)}\n"
 
 
-# Whatever Markdown or GitHub gives a meaning to within a cell; an underscore within a word, and "[" alone, have none.
+# Characters with a meaning in a Markdown or GitHub cell; underscores within words and a lone "[" have none.
 _MARKUP = re.compile(r"[\\|`*<>~$]|(?<![^\W_])_|_(?![^\W_])|&(?=#?\w+;)|(?<=\])[(\[]|!(?=\[)")
 _UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def markdown_lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Rows of a Markdown table, in whose cells every text is read as it is."""
+    """Return rows of a Markdown table whose texts are displayed literally."""
     lines = [[_MARKUP.sub(r"\\\g<0>", _one_line(cell, "□")) for cell in line] for line in (header, *rows)]
     lines.insert(1, ["---"] * len(header))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _one_line(text: str, unseen: str) -> str:
-    """`text` without breaks; what steers a terminal or the direction of reading is `unseen`."""
+    """Return `text` without line breaks; control and direction characters become `unseen`."""
     return _UNSEEN.sub(unseen, re.sub(r"\s*[\t\n\v\f\r\x85\u2028\u2029]\s*", " ", text))
 
 
@@ -154,13 +154,13 @@ LATEX |= {"^": r"\textasciicircum{}", "–": "--"}
 
 
 def latex_line(cells: Sequence[str]) -> str:
-    """A row of a tabular. At its beginning [ and * would be taken for an option of the command before."""
+    """Return a row of a tabular; leading [ and * are protected, because a command before would take them as options."""
     row = " & ".join("".join(LATEX.get(c, c) for c in _one_line(cell, "?")) for cell in cells)
     return ("{}" if row.startswith(("[", "*")) else "") + row + r" \\"
 
 
 def to_latex(data: xr.Dataset) -> str:
-    """The wide table as a LaTeX tabular with booktabs rules."""
+    """Return the wide table as a LaTeX tabular with booktabs rules."""
     header, rows = _texts(data)
     lines = [latex_line(line) for line in (header, *rows)]
     columns = "l" + "r" * (len(header) - 1)

@@ -1,4 +1,4 @@
-"""Forms of one model, such as schemes, prunings and providers, and what each run measured of which form."""
+"""Forms of one model, such as schemes, prunings and providers, and the measurements of each."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from mixlens.trace.trace import Trace
 Kind = Literal["quality", "size", "speed", "price"]
 KINDS: tuple[Kind, ...] = ("quality", "size", "speed", "price")
 Measured = Trace | Log | Bench | Impact | Pareto | Judgement
-# Kind, whether more is better, and unit of what is measured; scores of benchmarks come beside these.
+# Kind, direction and unit of measured quantities, besides scores of benchmarks.
 QUANTITIES: dict[str, tuple[Kind, bool, str]] = {
     "kl": ("quality", False, "nats"),
     "loss_difference": ("quality", False, "nats"),
@@ -54,9 +54,9 @@ _PRECISIONS = {*SCHEMES, "float32", "bfloat16", "float16"}
 
 @dataclass(frozen=True)
 class Column:
-    """A quantity, and under which circumstances it was measured: only what was measured alike shares a column.
+    """A quantity under given circumstances; only values measured alike share a column.
 
-    setting  corpus, protocol and samples, or load and machine; "" for what depends on nothing
+    setting  corpus, protocol and samples, or load and machine; "" if it depends on nothing
     """
 
     quantity: str
@@ -72,9 +72,9 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """What one run measured of one form.
+    """A measurement of one form by one run.
 
-    low, high  the interval; minus and plus infinity where there is none
+    low, high  the interval; minus and plus infinity if there is none
     n          samples, tokens, calls or statements of a price
     run        where it comes from
     data       the evaluation or the trace, with which a paired difference can be computed
@@ -93,7 +93,7 @@ class Cell:
 
 @dataclass
 class Form:
-    """One way to run the model: the weights it has, or the server that has them.
+    """One way to run the model: its weights, or the server that holds them.
 
     held    what its runs say of the model
     run     the first of them
@@ -109,7 +109,7 @@ class Form:
 
 @dataclass(frozen=True)
 class _Part:
-    """What a run says of one form, and why a part of it is passed over."""
+    """The measurements of one form in a run, and the reason why part of it is left out."""
 
     run: str
     held: Mapping[str, Any]
@@ -120,7 +120,7 @@ class _Part:
 
     @cached_property
     def key(self) -> tuple[Any, ...]:
-        """What tells its form from every other. Raises BadInput where the run does not say which weights it is of."""
+        """Identity of the form. Raises BadInput if the run does not identify its weights."""
         if endpoint := self.held.get("endpoint"):
             return endpoint["url"], endpoint["model"], str(endpoint.get("extra") or {})
         if not self.held.get("weights_checksum"):
@@ -136,17 +136,17 @@ class _Part:
 def forms_of(
     claims: Sequence[tuple[str | None, Measured]], usd_per_hour: float | Mapping[str, float] | None = None
 ) -> tuple[list[Form], list[str]]:
-    """Gather what runs measured by the form of the model they are of, and remarks on what was passed over.
+    """Group measurements by form of the model, with remarks on what was left out.
 
-    Two runs are of one form where the checksum of their weights, their adapters and edits agree; at an endpoint where
-    address, model and provider do.
+    Two runs belong to one form if checksum of weights, adapters and edits agree; at an endpoint, if address, model and
+    provider do.
 
     claims  runs, each with the name of its form, or None where its weights tell. A name vouches that the form is an
             alternative, whatever the model is called there; it is refused where the weights are those of another form.
     usd_per_hour  of the machines of benchmarks, as in hourly_of
 
-    Raises BadInput for runs of several models or revisions, for those that do not tell their weights, and for names
-    that contradict the weights.
+    Raises BadInput for runs of several models or revisions, runs that do not identify their weights, and names that
+    contradict the weights.
     """
     benches = [part for _, run in claims if isinstance(run, Bench) for part in run.configurations().values()]
     hourly = hourly_of(benches, usd_per_hour)
@@ -281,7 +281,7 @@ def _of_impact(run: Impact) -> Iterator[_Part]:
 
 
 def _of_judgement(run: Judgement, *, alone: bool) -> Iterator[_Part]:
-    """The changed model, with what was lost where it lost most, and the original unless the former is meant `alone`."""
+    """Yield the changed model, with its largest losses, and the original unless `alone`."""
     before, after = ({**run.meta[side], "endpoint": None} for side in ("before", "after"))
     text = f"judged by {', '.join(f'{kind} within {limit:g}' for kind, limit in sorted(run.limits.items()))}"
     sides: list[list[Cell]] = [[], []]
@@ -302,7 +302,7 @@ def _of_judgement(run: Judgement, *, alone: bool) -> Iterator[_Part]:
 
 
 def _scores(log: Log) -> Iterator[Cell]:
-    """The primary metric of every benchmark and protocol; a column for each set of samples."""
+    """Yield the primary metric of every benchmark and protocol, in one column per set of samples."""
     by_task = {str(task): frame for task, frame in log.samples.groupby("task")}
     for row in primary_rows(log.scores, log.meta["tasks"]):
         members = [name for name, about in log.meta["tasks"].items() if about["protocol"] == row["protocol"]]
@@ -350,7 +350,7 @@ def _passed_over(name: str, run: str) -> tuple[str, ...]:
 
 
 def _price(bench: Bench, called: str, hourly: Mapping[str, float]) -> Iterator[Cell]:
-    """What a million tokens of the workload cost: by the hour where its machine has such a price, else as listed."""
+    """Yield the price of a million tokens: by the hour if the machine has such a price, else as listed."""
     usd_per_hour = hourly.get(place(bench))
     if usd_per_hour is not None and _any_loop(bench):  # what it costs by the hour follows from its speed
         return
@@ -373,15 +373,15 @@ def _exact(quantity: str, value: float | None, run: str, setting: str = "", n: i
 
 
 def _corpus(plan: Mapping[str, Any]) -> str:
-    """Documents, and how they were read."""
+    """Describe documents, and how they were read."""
     told = [plan.get(name) for name in ("input_sha256", "tokenizer_sha256", "max_length", "overlong")]
     return f"{plan.get('documents')} documents {sha256(str(told).encode()).hexdigest()[:6]}"
 
 
 def _check_model(part: _Part, forms: Iterable[Form]) -> None:
-    """Raise BadInput where a form is of another model or revision than those before it, or of almost the same weights.
+    """Raise BadInput if a form has another model or revision than earlier ones, or almost the same weights.
 
-    Forms that agree in all but the checksum are one form to whoever measured them.
+    Forms that agree in all but the checksum count as one form.
     """
     for form in forms:
         at_server = "endpoint" in part.held or "endpoint" in form.held
@@ -400,7 +400,7 @@ def _check_model(part: _Part, forms: Iterable[Form]) -> None:
 
 
 def _check_claim(claimed: str, part: _Part, form: Form | None, forms: Iterable[Form]) -> None:
-    """Raise BadInput where a run is given for a form, and its weights are those of another."""
+    """Raise BadInput if a run is claimed for a form but has the weights of another."""
     called = next((one for one in forms if one.name == claimed), None)
     if called is not None and called is not form:
         differs = [what for what in WEIGHTS if _said(what, called.held) != _said(what, part.held)]
@@ -432,7 +432,7 @@ def _said(what: str, held: Mapping[str, Any]) -> Any:
 
 
 def _told_apart(forms: Iterable[Form]) -> Iterator[Form]:
-    """The forms, those of one name with what tells their weights apart."""
+    """Yield the forms, adding the differences of their weights to equal names."""
     known = list(forms)
     names = [form.name for form in known]
     for form in known:
@@ -472,10 +472,10 @@ def _of_dataset(cell: Any) -> tuple[float, float, float]:
 
 
 def _bounded(estimate: float, low: float, high: float) -> tuple[float, float, float]:
-    """With infinity for a bound that is not known."""
+    """Replace unknown bounds by infinity."""
     return float(estimate), -np.inf if low != low else float(low), np.inf if high != high else float(high)
 
 
 def _scaled(base: float, ratio: float, low: float, high: float) -> tuple[float, float, float]:
-    """What a ratio to a baseline makes in units of the baseline."""
+    """Convert a ratio to a baseline into units of the baseline."""
     return _bounded(base * (ratio - 1), base * (low - 1), base * (high - 1))

@@ -1,4 +1,4 @@
-"""What a million tokens of a benchmark's workload cost: by a provider's price list, or by the hour of a machine."""
+"""Cost per million tokens of a benchmark's workload, by price list or by the hour of a machine."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from mixlens.errors import BadInput
 
 @dataclass(frozen=True)
 class Price:
-    """Dollars per million tokens, read and written, of a workload.
+    """Dollars per million tokens of a workload, input and output together.
 
-    n       statements of the price, or requests that were timed
+    n       statements of the price, or timed requests
     source  of the price
     """
 
@@ -32,9 +32,10 @@ class Price:
 
 
 def listed(bench: Bench) -> Price | None:
-    """The price of the workload by the snapshot, from the cheapest statement to the dearest, which is the estimate.
+    """Return the price of the workload by the snapshot, from the cheapest to the most expensive statement, the
+    estimate.
 
-    None for a model on this machine, a prompt of unknown length, and a provider that the snapshot does not have.
+    None for a model on this machine, a prompt of unknown length, or a provider that the snapshot does not have.
     """
     workload = bench.meta.get("workload") or {}
     read, written = workload.get("prompt_tokens"), workload.get("output_tokens")
@@ -53,7 +54,7 @@ def listed(bench: Bench) -> Price | None:
 
 
 def rented(bench: Bench, usd_per_hour: float) -> Price | None:
-    """The price of the workload on a machine that is paid by the hour and never idle, at its cheapest load.
+    """Return the price of the workload on a machine rented by the hour and never idle, at its cheapest load.
 
     usd = (dollars per hour / 3600) / (requests per second * tokens of a request, read and written) * 1e6
 
@@ -81,10 +82,10 @@ def rented(bench: Bench, usd_per_hour: float) -> Price | None:
 
 
 def hourly_of(benches: Iterable[Bench], usd_per_hour: float | Mapping[str, float] | None) -> dict[str, float]:
-    """Dollars an hour by the name of a machine or the address of a server.
+    """Return dollars per hour by name of a machine or address of a server.
 
-    A number alone is of the one machine that models were loaded on, or of the server on this machine. Raises BadInput
-    where it would be of several or of none, and for names that no benchmark has.
+    A single number applies to the one machine that models were loaded on, or to the local server. Raises BadInput if
+    that is ambiguous, and for names that no benchmark has.
     """
     if usd_per_hour is None:
         return {}
@@ -118,7 +119,7 @@ def hourly_of(benches: Iterable[Bench], usd_per_hour: float | Mapping[str, float
 
 
 def place(bench: Bench) -> str:
-    """Where a benchmark was measured: the name of the machine, or the address of the server."""
+    """Return the place of a benchmark: the name of the machine, or the address of the server."""
     server, machine = bench.meta.get("endpoint", {}), bench.meta.get("machine", {})
     return str(server.get("url") or machine.get("name") or "")
 

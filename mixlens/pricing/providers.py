@@ -1,4 +1,4 @@
-"""Providers side by side: what their listing says now, what their pages said, and what was measured here."""
+"""Compare providers: current listings, published statements, and local measurements."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mixlens.endpoints.probe import Probe
 from mixlens.errors import BadInput, EndpointError
 
 OPENROUTER = "https://openrouter.ai/api/v1"
-# What stands beside a statement, by the column that it stands after.
+# Columns inserted next to a statement, by the column that they follow.
 _BESIDE = {
     "model": ("kind", "load"),
     "output_tokens_per_s": ("output_tokens_per_s_low", "output_tokens_per_s_high"),
@@ -34,7 +34,7 @@ _STATED = ("input_usd_per_mtok", "output_usd_per_mtok", "context_tokens", "outpu
 
 
 def listed_prices(model: str, *, url: str = OPENROUTER) -> pd.DataFrame:
-    """Return OpenRouter's public list: one row per provider that serves the model. Needs no key.
+    """Return OpenRouter's public list, one row per provider of the model. Needs no key.
 
     Prices come as strings of dollars per token, and are given per million; a discount that the list names is in the
     note and not taken off. Its latency and throughput are left out: it gives none without a key, and its units are
@@ -102,7 +102,7 @@ def _listed(row: Mapping[str, Any], model: str, date: str) -> dict[str, Any]:
 
 
 def _dollars(value: Any) -> float:
-    """A price per token, which comes as a string; NaN for what is none, and for -1, which means that it varies."""
+    """Convert a price per token from a string; NaN for anything else, and for -1, which means that it varies."""
     try:
         price = float(value)
     except (TypeError, ValueError):
@@ -203,7 +203,7 @@ def _measured(name: str, bench: Bench, probe: Probe | None) -> list[dict[str, An
 
 
 def _charged(requests: pd.DataFrame, price: Sequence[float] | None) -> tuple[dict[str, float], list[str]]:
-    """What requests that succeeded cost per million tokens, as usage says and at a price; and what to say beside it."""
+    """Return the cost of successful requests per million tokens, by usage and by price, with remarks."""
     good = requests[requests["outcome"] == "ok"].dropna(subset=["input_tokens", "output_tokens"])
     billed = good.dropna(subset=["cost_usd"])
     read, written = (good[name].sum() for name in ("input_tokens", "output_tokens"))

@@ -1,4 +1,4 @@
-"""The section of a report that compares quality, cost and speed."""
+"""Report section that compares quality, cost and speed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Quality, cost and speed of models as they are served: from evaluations and benchmarks, or given by hand."""
+"""Quality, cost and speed of served models, from evaluations and benchmarks or given by hand."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Candidate:
     Parameters
     ----------
     name : str
-        What it is called in the picture.
+        Name shown in the figure.
     score : tuple[float, float, float]
         With its interval (estimate, low, high), of one benchmark and protocol; higher is better.
     usd_per_mtok : float
@@ -193,7 +193,7 @@ def frontier(given: Sequence[Candidate]) -> pd.DataFrame:
 
 
 def _log_of(bench: Bench, logs: Sequence[Log], names: Mapping[str, str]) -> Log:
-    """The one evaluation of the model that was benchmarked."""
+    """Return the evaluation of the benchmarked model."""
     why = [_difference(log, bench, names) for log in logs]
     found = [log for log, reason in zip(logs, why, strict=True) if not reason]
     if len(found) == 1:
@@ -214,7 +214,7 @@ def _log_of(bench: Bench, logs: Sequence[Log], names: Mapping[str, str]) -> Log:
 
 
 def _difference(log: Log, bench: Bench, names: Mapping[str, str]) -> str:
-    """Why an evaluation is not of the model that was benchmarked; "" where it is."""
+    """Explain why an evaluation does not belong to the benchmarked model; "" if it does."""
     one, other = log.meta["model"], bench.meta["model"]
     if one.get("edits"):
         return f"{_called(log)} was evaluated with edits"
@@ -235,7 +235,7 @@ def _held(model: Mapping[str, Any]) -> str | None:
 
 
 def _scores(logs: Sequence[Log], asked: str | None) -> list[dict[str, Any]]:
-    """The row of each evaluation that all of them have, with "what" it is in words."""
+    """Return the common score of each evaluation, with its description as "what"."""
     by_log = []
     for log in logs:
         limit = log.meta["settings"].get("limit")
@@ -284,7 +284,7 @@ def _scores(logs: Sequence[Log], asked: str | None) -> list[dict[str, Any]]:
 def _candidates(
     bench: Bench, score: Mapping[str, Any], names: Mapping[str, str], priced: tuple[tuple[int, int], pd.DataFrame]
 ) -> list[Candidate]:
-    """One for each load and each statement of a price."""
+    """Return one candidate for each load and each statement of a price."""
     (read, written), table = priced
     model, where, rows = _model(bench, names), "this machine", pd.DataFrame()
     if "endpoint" in bench.meta:

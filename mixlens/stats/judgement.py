@@ -28,7 +28,7 @@ PUBLISHED = (
     "average, without 4 about 7.1 (Lu et al. 2024, arXiv 2402.14800); with the 5 % least used experts of "
     "Qwen3.5-35B-A3B set to zero, perplexity on WikiText-2 rose from 6.6 to 86.9 "
     "(baa.ai/articles/44-expert-pruning-destructive, March 2026). "
-    "A small loss there does not imply a small loss here."
+    "What was cheap elsewhere says little here."
 )
 
 
@@ -143,8 +143,8 @@ class Judgement:
         return [
             f"Before: {before}; after: {after}. Changes on the same tokens and questions, the worst group first; "
             f"{level:.0%} intervals that hold for all {rows} rows at once (Bonferroni). A row of fewer than "
-            f"{fewest_units(level_of_each(level, rows))} documents or questions has no interval: so "
-            "few may all change in one direction by chance.",
+            f"{fewest_units(level_of_each(level, rows))} documents or questions has no interval: all of so "
+            "few may change in one direction by chance.",
             PUBLISHED,
         ]
 
