@@ -1,4 +1,4 @@
-"""The command again."""
+"""The command `again`, which repeats the command that wrote a run."""
 
 from __future__ import annotations
 
@@ -15,30 +15,31 @@ from mixlens.cli.options import Output
 from mixlens.core.run_dir import META, open_run, written_by
 from mixlens.errors import RunError
 
-# Options that name the output of a command: a repetition writes only to its own folder.
+# Options that name output files: a repetition writes only to its own folder.
 _PLACES = ("out", "csv")
 
 
 @app.command
 def again(run: str, /, *, out: str | None = None, output: Output = Output()) -> Result:
-    """Repeat the command that wrote a run, and list the files that are identical.
+    """Repeat the command that wrote a run and report which files are identical.
 
-    Relative paths refer to the folder in which the command was started, so repeat it there. The repetition reads the
-    inputs of the command and writes only to its own folder. Repeat only runs whose author you trust.
+    Run it from the folder in which the original command was started, because relative paths refer to that folder. The
+    repetition reads the inputs of the original command and writes only to its own folder. Repeat only runs whose author
+    you trust.
 
     Parameters
     ----------
     run
         Run directory.
     out
-        Run directory of the repetition; RUN-again where left out.
+        Run directory of the repetition. By default RUN-again.
     """
     first = open_run(run, check=False)
     command = first.meta.get("command")
     if command is None:
         raise RunError(
-            f"Cannot repeat {run}: it does not hold the command that wrote it, as runs written from Python, or by a "
-            "command with a key in it. Repeat it where it was written.",
+            f"Cannot repeat {run}: it does not contain the command that wrote it, because it was written from Python, "
+            "or the command contained a key. Run the original code or command again.",
             argument="run",
             value=run,
         )
@@ -71,7 +72,7 @@ def _without_places(words: Sequence[str]) -> list[str]:
 
 
 def _beside(result: Result, first: Mapping[str, Any], folder: str) -> Result:
-    """Add to the result which files of the repetition equal those of the first run."""
+    """Add to the result which files of the repetition are byte for byte those of the first run."""
     if not (Path(folder) / META).exists():
         return result
     files, other = first["files"], open_run(folder, check=False).meta["files"]

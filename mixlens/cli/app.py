@@ -1,4 +1,4 @@
-"""The command-line application: finding, running, printing and ending commands."""
+"""The application: parsing, running and printing of commands, and their exit statuses."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ app.register_install_completion_command(help="Install completion for bash, zsh o
 
 
 def guide(page: str) -> str:
-    """Return the address of a page of the guide, in the installed package or next to the sources."""
+    """Return the address of a page of the guide, in the installed package or beside the sources."""
     package = Path(__file__).parent.parent
     installed = package / "_docs"
     return (installed if installed.exists() else package.parent / "docs").joinpath(f"{page}.md").absolute().as_uri()
@@ -54,9 +54,9 @@ def guide(page: str) -> str:
 
 @dataclass(frozen=True)
 class Result:
-    """The result of a command: `data` for --json, and `text` for a person; without text the data are listed.
+    """Result of a command: `data` for --json and `text` for people; without text the data is listed.
 
-    status  exit status: EXIT_FAILED where what was found is not what was asked for
+    status  exit status: EXIT_FAILED if a requirement of the user is not met
     """
 
     data: dict[str, Any]
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, status, argv, as_json=as_json, message=_by_option(str(error), command))
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    except (BrokenPipeError, _ReaderLeftError):  # the reader (head, a pager) has seen enough
+    except (BrokenPipeError, _ReaderLeftError):  # the reader (head, a pager) has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, MemoryError) as error:  # wherever it came, as where a module is imported
         reason = REASONS.get(errno.ENOMEM if isinstance(error, MemoryError) else error.errno or 0)
@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def script() -> NoReturn:
-    """Entry point of `mixlens`; output of libraries at exit does not count as its output."""
+    """Run the command `mixlens`; text that libraries print while Python exits goes to standard error."""
     status = main()
     with contextlib.suppress(OSError, ValueError, AttributeError):
         sys.stdout.flush()
@@ -114,9 +114,9 @@ def script() -> NoReturn:
 
 
 def _configured(argv: Sequence[str]) -> tuple[Yaml, ...]:
-    """Return the file of --config, whose keys are options; those on the command line come first.
+    """Return the options in the file of --config; options on the command line take precedence.
 
-    Raises BadInput for a file that cannot be read.
+    Raises BadInput if the file cannot be read.
     """
     named = [after for word, after in zip(argv, [*argv[1:], ""], strict=True) if word == "--config"]
     named += [word.partition("=")[2] for word in argv if word.startswith("--config=")]
@@ -126,18 +126,18 @@ def _configured(argv: Sequence[str]) -> tuple[Yaml, ...]:
     try:
         if isinstance(file.config, dict):
             return (file,)
-        why = "it holds no options"
-    except Exception as error:  # of the YAML library, which cyclopts passes on, or of the file
+        why = "it contains no options"
+    except Exception as error:  # from the YAML library, through cyclopts, or from reading the file
         why = " ".join(str(error).split())
     raise BadInput(
-        f"Cannot read the options in {named[-1]}: {why}. Write one option a line, as in max-length: 512.",
+        f"Cannot read the options in {named[-1]}: {why}. Write one option per line, as in max-length: 512.",
         argument="--config",
         value=named[-1],
     )
 
 
 def _repeatable(argv: Sequence[str]) -> dict[str, Any] | None:
-    """Return the command for storage in a run: its words and its option file; None if a word may be a secret."""
+    """Return the command as stored in a run: its words and the options of its file; None if it may contain a secret."""
     from mixlens.endpoints.keys import secret_fields
 
     words = [word for word in argv if word not in ("--json", "--quiet")]
@@ -152,13 +152,13 @@ def _repeatable(argv: Sequence[str]) -> dict[str, Any] | None:
 
 
 def _usage(error: CycloptsError, argv: Sequence[str]) -> str:
-    """Return a parsing error as one line, with a pointer to the usage."""
+    """Return the message of a parsing error on one line, with a pointer to the help."""
     names = argv[:1] if _is_command(argv) else []
     return f"{' '.join(str(error).split())} See {' '.join(['mixlens', *names, '--help'])}."
 
 
 def _by_option(text: str, command: Callable[..., Any]) -> str:
-    """Write the arguments of Python that a message names as the options of the command."""
+    """Replace the Python arguments in a message by the corresponding options of the command."""
     for name in _options(command):
         option = f"--{name.replace('_', '-')}"
         text = re.sub(rf"(?<![\w.\-]){name}=(?=[\s.,;:)]|$)", option, text)
@@ -185,7 +185,7 @@ def _named(error: CycloptsError) -> str | None:
 
 
 def _fail(error: MixlensError, status: int, argv: Sequence[str], *, as_json: bool, message: str | None = None) -> int:
-    """Print an error with the address of the page about its command; return the exit status."""
+    """Print an error with the address of the guide page for its command; return the exit status."""
     message = str(error) if message is None else message
     page = (app[argv[0]] if _is_command(argv) else app).help_epilogue
     if as_json and _leads():
@@ -201,10 +201,10 @@ def _is_command(argv: Sequence[str]) -> bool:
 
 @contextlib.contextmanager
 def _prints_of_others_on_stderr() -> Iterator[None]:
-    """Redirect output of libraries, from Python, native code or buffers, to standard error."""
+    """Redirect to standard error what libraries print, whether from Python, from C or from buffers."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # there may be no file below
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # stdout may not be a real file
             if sys.__stdout__ is not None and sys.__stdout__.fileno() == 1:
                 kept = os.dup(1)
                 stack.callback(os.close, kept)
@@ -215,7 +215,7 @@ def _prints_of_others_on_stderr() -> Iterator[None]:
 
 
 def _flush_below() -> None:
-    """Flush buffers of C, and of a standard output that a library stored earlier."""
+    """Flush the buffers of C and of the original standard output, to which a library may have kept a reference."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).fflush(None)
     with contextlib.suppress(OSError, ValueError, AttributeError):
@@ -223,12 +223,12 @@ def _flush_below() -> None:
 
 
 def _leads() -> bool:
-    """Return True for the first, or only, process of a launcher; only it prints."""
+    """Check whether this process prints: the only one, or rank 0 of its launcher, as all ranks have the same result."""
     return int(os.environ.get("WORLD_SIZE", "1")) <= 1 or os.environ.get("RANK", "0") == "0"
 
 
 def _json(data: dict[str, Any]) -> str:
-    """Return standard JSON: NaN and infinity become null."""
+    """Return standard JSON, in which NaN and infinity are null."""
     return json.dumps(_finite(data), indent=1, default=str, allow_nan=False)
 
 
@@ -242,7 +242,7 @@ def _finite(value: Any) -> Any:
 
 @contextlib.contextmanager
 def _remarks() -> Iterator[None]:
-    """Print warnings about a run as sentences, without the source line."""
+    """Print a UserWarning as a sentence, without the source line that issued it."""
     shown = warnings.showwarning
 
     def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
@@ -257,11 +257,11 @@ def _remarks() -> Iterator[None]:
 
 
 class _ReaderLeftError(Exception):
-    """A broken pipe under another name, because the help printer ends the process on the original."""
+    """A broken pipe, under another name because the help printer exits the process on BrokenPipeError."""
 
 
 class _Visible(io.TextIOBase):
-    """A terminal that printed text cannot control: control and direction characters appear as escapes."""
+    """A stream that escapes control and direction characters, so that printed text cannot control the terminal."""
 
     def __init__(self, terminal: TextIO) -> None:
         self._terminal = terminal

@@ -1,4 +1,4 @@
-"""The command bench: speed of an endpoint, or of a model on this machine."""
+"""The command `bench`, which measures the speed of an endpoint or of a model on this machine."""
 
 from __future__ import annotations
 
@@ -34,32 +34,34 @@ if TYPE_CHECKING:
     from mixlens.bench.prompts import Workload
 
 _SPREAD = ("auto", "balanced", "balanced_low_0", "sequential", "disk")
-_MET = 0.95  # share of requests that an objective is for
-_LOCAL = Group("For a model that is measured on this machine")
+_MET = 0.95  # share of requests that must meet the limits
+_LOCAL = Group("For a model measured on this machine")
 _REMOTE = Group("For an endpoint")
 
 
 @Parameter(name="*", group=_LOCAL)
 @dataclass(frozen=True)
 class Local:
-    """Loading and measuring a model on this machine.
+    """Options for loading and measuring a model on this machine.
 
     Parameters
     ----------
     device_map
-        As in mixlens.load, such as auto, cpu or cuda:0.
+        Device map as in mixlens.load, such as auto, cpu or cuda:0.
     dtype
-        float32, bfloat16 or float16, each measured.
+        One or more of float32, bfloat16 and float16; each is measured.
     quantization
-        Schemes, each measured: "none,nf4"; with parts, divided by semicolons: "none;attention=nf4,experts=hqq2".
+        Schemes, each measured: "none,nf4". Separate schemes for parts of the model by semicolons:
+        "none;attention=nf4,experts=hqq2".
     experts
-        auto, eager, grouped_mm, batched_mm, each measured.
+        One or more of auto, eager, grouped_mm and batched_mm; each is measured.
     static_cache
-        Keep keys and values in memory set aside.
+        Keep keys and values in a preallocated cache.
     compiled
-        Decode through one compiled graph, in a static cache; left out, where it is worth the minute that it takes.
+        Decode through one compiled graph in a static cache. By default only where it saves more than the minute that
+        compiling takes.
     no_recording
-        Leave routing out, and with it the bytes read.
+        Do not record routing, and thus not the bytes read.
     """
 
     device_map: str | None = None
@@ -74,26 +76,26 @@ class Local:
 @Parameter(name="*", group=_REMOTE)
 @dataclass(frozen=True)
 class Remote(Server):
-    """Requests to an endpoint and their price.
+    """Options for the load and the cost of an endpoint.
 
     Parameters
     ----------
     model
-        Name that the server knows the model by; may be left out for openrouter, deepinfra and modelslab.
+        Name of the model on the server. Optional for openrouter, deepinfra and modelslab.
     protocol
-        openai-chat where left out.
+        Protocol of the endpoint. By default openai-chat.
     key_env
-        Environment variable that holds the key.
+        Environment variable with the key.
     provider
-        Of openrouter: only this provider may answer.
+        For openrouter: only this provider may answer.
     sweep
-        Concurrencies 1, 2, 4 ... up to N, until more brings only waiting.
+        Measure concurrencies 1, 2, 4 ... up to N, until more concurrency only adds waiting.
     rate
-        Requests a second, whether or not the earlier ones are done.
+        Requests per second, sent whether or not earlier ones have finished.
     max_dollars
-        Spend no more.
+        Stop before more than this is spent.
     price
-        Dollars per million input and output tokens; the snapshot's where left out.
+        Dollars per million input and output tokens. By default those of the bundled price list.
     """
 
     sweep: Positive | None = None
@@ -123,37 +125,37 @@ def bench(
     local: Local = Local(),
     output: Output = Output(),
 ) -> Result:
-    """Measure how fast an endpoint answers, or a model generates on this machine.
+    """Measure the speed of an endpoint, or of a model on this machine.
 
     Parameters
     ----------
     target
-        URL such as http://127.0.0.1:8000/v1, or openrouter, deepinfra, modelslab; or a model to load: a Hub id, a
+        URL such as http://127.0.0.1:8000/v1, or openrouter, deepinfra or modelslab; or a model to load: a Hub id, a
         folder, or "demo".
     concurrency
-        Requests at a time, 1 where left out.
+        Numbers of concurrent requests. By default 1.
     arrivals
-        How requests at a rate arrive.
+        Distribution of arrival times for --rate.
     requests
-        Measured requests a load.
+        Measured requests per load.
     warmup
-        Requests before, for each at a time.
+        Unmeasured requests to send first, per concurrent request.
     prompt_tokens
-        Tokens of a prompt.
+        Tokens per prompt.
     output_tokens
-        Tokens of an answer, at most.
+        Maximum tokens per answer.
     prompts
-        Text file, one prompt a line, or JSON Lines.
+        Text file with one prompt per line, or JSON Lines.
     text
         Text column of JSON Lines.
     max_seconds
-        Start nothing after this many seconds.
+        Start no request after this many seconds.
     slo
-        Limits in seconds: exit status 1 where fewer than 95 % of the requests of a load meet them all.
+        Limits in seconds. The exit status is 1 if fewer than 95 % of the requests of a load meet all limits.
     csv
-        File to write the table to as well.
+        Also write the table to this file.
     out
-        Run directory; out/bench-DATE-TIME where left out.
+        Run directory. By default out/bench-DATE-TIME.
     """
     from mixlens.bench.prompts import Workload, read_prompts
     from mixlens.bench.sweep import knee
@@ -204,18 +206,18 @@ def _given(options: Any) -> list[str]:
 
 
 def _check(target: str, local: Local, remote: Remote, concurrency: tuple[int, ...] | None) -> None:
-    """Raise BadInput for options that do not go together."""
+    """Raise BadInput for options that cannot be combined."""
     if _is_address(target):
         if given := _given(local):
             raise BadInput(
-                f"Cannot measure {target} with {', '.join(given)}: that holds for a model loaded on this machine. "
+                f"Cannot measure {target} with {', '.join(given)}: this applies only to a model on this machine. "
                 "Leave it out, or pass a Hub id or a folder.",
                 argument=given[0],
             )
     elif given := _given(remote):
         raise BadInput(
-            f"Cannot load and measure {target!r} with {', '.join(given)}: that holds for an endpoint. Leave it out, or "
-            "pass an address that begins with http.",
+            f"Cannot load and measure {target!r} with {', '.join(given)}: this applies only to an endpoint. Leave it "
+            "out, or pass an address that begins with http.",
             argument=given[0],
         )
     if remote.sweep is not None and (concurrency or remote.rate):
@@ -262,7 +264,7 @@ def _measure_model(
     out: str,
     workload: Workload,
 ) -> Bench:
-    """Measure a model in one configuration, or in all combinations of dtypes and schemes."""
+    """Measure a model in every combination of the given dtypes and schemes."""
     import torch
 
     from mixlens.bench.configurations import benchmark_configurations
@@ -290,9 +292,9 @@ def _measure_model(
         progress=output.progress,
     )
     fixed = {"requests": requests, "out": out, "workload": workload, "settings": settings, "concurrency": concurrency}
-    check_calls(requests, settings)  # before a model is loaded, which may take long
+    check_calls(requests, settings)  # checked first, because loading may take long
     found = loads_of(concurrency, workload, settings)
-    check_loads(skeleton(target), found)  # loading may take long
+    check_loads(skeleton(target), found)
     combined = [
         {"device_map": place, "dtype": dtype, "quantization": scheme}
         for dtype, scheme in product(local.dtype or [None], local.quantization or [None])

@@ -1,4 +1,4 @@
-"""The command decide."""
+"""The command `decide`, which chooses a form of a model."""
 
 from __future__ import annotations
 
@@ -32,34 +32,34 @@ def decide(
     csv: str | None = None,
     output: Output = Output(),
 ) -> Result:
-    """Choose a form of a model: schemes, prunings or providers.
+    """Decide which form of a model to use: quantization scheme, pruning or provider.
 
     The exit status is 0 if a form meets every limit, and 1 if none does.
 
     Parameters
     ----------
     runs
-        Recordings, evaluations, benchmarks, impact and pareto runs and judgements of the forms of one model. A name
-        vouches that a form is an alternative.
+        Recordings, evaluations, benchmarks, impact runs, pareto runs and judgements of the forms of one model. By
+        naming a run you assert that its form is an alternative.
     max
-        Limit such as kl=0.05, weight_bytes=8GB, or as a change from the baseline perplexity=+2%; can be repeated.
+        Upper limit such as kl=0.05 or weight_bytes=8GB, or relative to the baseline as in perplexity=+2%. Repeatable.
     min
-        Limit such as mmlu=70%, or as a change from the baseline mmlu=-1%, a percentage point; can be repeated.
+        Lower limit such as mmlu=70%, or relative to the baseline as in mmlu=-1%, one percentage point. Repeatable.
     max_memory
-        Peak memory of a benchmark, such as 24GB.
+        Maximum peak memory of a benchmark, such as 24GB.
     max_ttft
-        Median time to the first token, such as 0.5 or 500ms.
+        Maximum median time to the first token, such as 0.5 or 500ms.
     max_price
-        Dollars per million tokens of the workload of a benchmark.
+        Maximum price in dollars per million tokens of a benchmark's workload.
     usd_per_hour
-        Price of the machine of a benchmark, all its GPUs together, such as 2.5: what its tokens cost follows from their
-        measured throughput. MACHINE=2.5, by name or address, where there are several; can be repeated.
+        Hourly price in dollars of a benchmark's machine with all its GPUs, such as 2.5. The price per token follows
+        from the measured throughput. For several machines write MACHINE=2.5, by name or address. Repeatable.
     prefer
         Quantity that decides between the forms that qualify.
     baseline
-        Form that changes are measured from; the first where left out.
+        Form that relative limits refer to. By default the first.
     csv
-        File to write the table to as well.
+        Also write the table to this file.
     """
     from mixlens.choice import decide
 
@@ -97,7 +97,7 @@ def _limits(option: str, given: Sequence[str]) -> dict[str, str]:
     pairs = [one.rpartition("=") for one in given]
     if wrong := [one for one, (name, _, value) in zip(given, pairs, strict=True) if not (name and value)]:
         raise BadInput(
-            f"Cannot use {option} {wrong[0]}: it names no quantity or no value. Write it as in {option} kl=0.05.",
+            f"Cannot use {option} {wrong[0]}: the quantity or the value is missing. Write it as in {option} kl=0.05.",
             argument=option,
             value=wrong[0],
         )
@@ -105,7 +105,7 @@ def _limits(option: str, given: Sequence[str]) -> dict[str, str]:
 
 
 def _hourly(given: Sequence[str]) -> float | dict[str, float] | None:
-    """Return one price for all machines, or one per machine. Raises BadInput for anything but a price."""
+    """Return one price for all machines or one per named machine. Raises BadInput for anything but a price."""
     pairs = [one.rpartition("=") for one in given]
     try:
         prices = {name: float(usd) for name, _, usd in pairs}
@@ -113,8 +113,8 @@ def _hourly(given: Sequence[str]) -> float | dict[str, float] | None:
         prices = {}
     if len(prices) < len(given) or ("" in prices and len(prices) > 1):
         raise BadInput(
-            f"Cannot use --usd-per-hour {' '.join(given)}: it is not one price, nor one for each machine. Write it as "
-            "in --usd-per-hour 2.5, or --usd-per-hour NAME=2.5 --usd-per-hour OTHER=4.",
+            f"Cannot use --usd-per-hour {' '.join(given)}: expected one price, or one for each machine. Write it as in "
+            "--usd-per-hour 2.5, or --usd-per-hour NAME=2.5 --usd-per-hour OTHER=4.",
             argument="--usd-per-hour",
             value=list(given),
         )

@@ -1,4 +1,4 @@
-"""The commands eval and data."""
+"""The commands `eval` and `data`."""
 
 from __future__ import annotations
 
@@ -43,46 +43,46 @@ def evaluate(
     loading: Loading = Loading(),
     output: Output = Output(),
 ) -> Result:
-    """Score a model on benchmarks, by protocol.
+    """Score a model on benchmarks under fixed protocols.
 
     Parameters
     ----------
     model
-        Hub id, folder, "demo", or the name that --url knows it by.
+        Hub id, folder, "demo", or the name of the model at --url.
     tasks
         Benchmarks, protocols, suites, or tasks of lm-eval.
     list
-        List the protocols and suites, and end.
+        List the protocols and suites, and exit.
     protocol
-        Suite or protocol that decides how a benchmark is run.
+        Suite or protocol that defines how a benchmark is run.
     out
-        Run directory; a run that was stopped there resumes. out/eval-DATE-TIME where left out.
+        Run directory. An interrupted run there is resumed. By default out/eval-DATE-TIME.
     data
-        Folder with benchmarks in their original formats; the Hub where left out.
+        Folder with benchmarks in their original formats. By default they are loaded from the Hub.
     data_revision
         Branch, tag or commit of a data set on the Hub.
     limit
         Only the first N documents of every task.
     batch_size
-        Rows of a forward.
+        Rows per forward pass.
     seed
-        Of sampled answers.
+        Seed of sampled answers.
     shots_seed
-        Of shots that a task draws; 1234 draws those of lm-eval.
+        Seed of few-shot examples that a task draws; 1234 gives those of lm-eval.
     verify_prompts
-        Show the first prompt of every task whole before anything is asked.
+        Show the full first prompt of every task before the first request.
     backend
-        What runs the model.
+        Library that runs the model.
     vllm_args
-        For --backend vllm, as in tensor_parallel_size=2.
+        Arguments for --backend vllm, as in tensor_parallel_size=2.
     url
         Address of an endpoint, such as http://127.0.0.1:8000/v1.
     url_protocol
-        Of the endpoint.
+        Protocol of the endpoint.
     key_env
-        Environment variable that holds the endpoint's key.
+        Environment variable with the key of the endpoint.
     csv
-        File to write the scores to as well.
+        Also write the scores to this file.
     """
     from mixlens.evals.protocols import check_tasks, protocol_names, suites
 
@@ -157,8 +157,8 @@ def verify(folder: str, /, *, output: Output = Output()) -> Result:
     if len(wrong):
         faults = "; ".join(f"{row.file}: {row.fault}" for row in wrong.itertuples())
         raise RunError(
-            f"The benchmark data in {folder} is damaged: {len(wrong)} of {len(table)} files are at fault: {faults}. "
-            "Get the files again from where they were released.",
+            f"The benchmark data in {folder} is damaged: {len(wrong)} of {len(table)} files are faulty: {faults}. "
+            "Download the files again from their source.",
             argument="data",
             value=len(wrong),
         )
@@ -166,14 +166,14 @@ def verify(folder: str, /, *, output: Output = Output()) -> Result:
 
 
 def _check_server(url: str | None, key_env: str | None, backend: str, vllm_args: str | None) -> None:
-    """Raise BadInput for an option of an endpoint or of vLLM without either."""
+    """Raise BadInput for an option of an endpoint or of vLLM without --url or --backend vllm."""
     for option, value, needs, there in (
         ("--key-env", key_env, "--url", url is not None),
         ("--vllm-args", vllm_args, "--backend vllm", backend == "vllm"),
     ):
         if value is not None and not there:
             raise BadInput(
-                f"Cannot use {option} {value}: it holds for {needs}. Add {needs}, or leave it out.",
+                f"Cannot use {option} {value}: it applies only with {needs}. Add {needs}, or leave it out.",
                 argument=option,
                 value=value,
             )
@@ -183,7 +183,7 @@ def _revisions(given: Sequence[str]) -> dict[str, str]:
     pairs = [one.partition("=") for one in given]
     if wrong := [one for one, (name, _, revision) in zip(given, pairs, strict=True) if not (name and revision)]:
         raise BadInput(
-            f"Cannot use --data-revision {wrong[0]}: it names no data set or no revision. Write it as in "
+            f"Cannot use --data-revision {wrong[0]}: the data set or the revision is missing. Write it as in "
             "--data-revision openai/gsm8k=main.",
             argument="--data-revision",
             value=wrong[0],
@@ -198,7 +198,7 @@ def _endpoint(url: str, model: str, protocol: str, key_env: str | None) -> Any:
 
 
 def _vllm(model: str, loading: Loading, vllm_args: str | None) -> Any:
-    """Start lm-eval's own vLLM model, which may raise any exception."""
+    """Start lm-eval's vLLM model, turning any exception of vLLM into a ModelError."""
     from mixlens.models.demo import DEMO, demo_path
 
     cannot = f"Cannot evaluate {model} with vLLM"
@@ -224,7 +224,7 @@ def _vllm(model: str, loading: Loading, vllm_args: str | None) -> Any:
     except Exception as error:
         raise ModelError(
             f"{cannot}: it did not start ({type(error).__name__}: {str(error).strip()[:300]}). See its output above, "
-            "and pass what it needs by --vllm-args.",
+            "and pass the arguments that it needs with --vllm-args.",
             argument="--backend",
             value="vllm",
         ) from error

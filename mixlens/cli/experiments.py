@@ -1,4 +1,4 @@
-"""The commands importance, contributions, topk, impact, pareto and audit."""
+"""The commands `importance`, `contributions`, `topk`, `impact`, `pareto` and `audit`."""
 
 from __future__ import annotations
 
@@ -33,25 +33,25 @@ def importance(
     loading: Loading = Loading(),
     output: Output = Output(),
 ) -> Result:
-    """Measure the loss without each expert of each layer.
+    """Measure the loss with each expert of each layer ablated.
 
     Parameters
     ----------
     model
         Hub id, folder, or "demo".
     documents
-        Files of JSON, JSON Lines, CSV, TSV, Parquet, Arrow or text; folders; - for standard input; or owner/name on the
+        Files of JSON, JSON Lines, CSV, TSV, Parquet, Arrow or text, folders, - for standard input, or owner/name on the
         Hub.
     out
-        Run directory; a run that was stopped there resumes.
+        Run directory. An interrupted run there is resumed.
     how
-        Never choose the expert, set its output to zero, or set it to its mean over the same documents.
+        Reroute tokens to other experts, set the output of the expert to zero, or to its mean over the same documents.
     layers
         Only these layers.
     by
         Column of the documents to group by, such as domain.
     csv
-        File to write the table to instead.
+        Write the table to this file instead of printing it.
     """
     from mixlens.experiments.contributions import expert_outputs
     from mixlens.experiments.importance import SETTINGS, Ablation, measure_importance
@@ -91,16 +91,16 @@ def contributions(
     model
         Hub id, folder, or "demo".
     documents
-        Files of JSON, JSON Lines, CSV, TSV, Parquet, Arrow or text; folders; - for standard input; or owner/name on the
+        Files of JSON, JSON Lines, CSV, TSV, Parquet, Arrow or text, folders, - for standard input, or owner/name on the
         Hub.
     out
-        Run directory; a run that was stopped there resumes.
+        Run directory. An interrupted run there is resumed.
     measure
-        Which of the two the table shows; the run has both.
+        Measure shown in the table; the run contains both.
     by
         Column of the documents to group by, such as domain.
     csv
-        File to write the table to instead.
+        Write the table to this file instead of printing it.
     """
     from mixlens.experiments.contributions import SETTINGS, measure_contributions
     from mixlens.stats import expert_contribution
@@ -126,23 +126,23 @@ def topk(
     loading: Loading = Loading(),
     output: Output = Output(),
 ) -> Result:
-    """Measure the loss when every token chooses k experts, for each k.
+    """Measure the loss as a function of the number k of experts per token.
 
     Parameters
     ----------
     model
         Hub id, folder, or "demo".
     documents
-        Files of JSON, JSON Lines, CSV, TSV, Parquet, Arrow or text; folders; - for standard input; or owner/name on the
+        Files of JSON, JSON Lines, CSV, TSV, Parquet, Arrow or text, folders, - for standard input, or owner/name on the
         Hub.
     out
-        Run directory; a run that was stopped there resumes.
+        Run directory. An interrupted run there is resumed.
     ks
-        Only these numbers of experts; 1 to all where left out.
+        Values of k. By default 1 to the number of experts.
     by
         Column of the documents to group by, such as domain.
     csv
-        File to write the table to instead.
+        Write the table to this file instead of printing it.
     """
     from mixlens.experiments.topk import SETTINGS, checked_ks, measure_topk
     from mixlens.stats import topk_sweep
@@ -171,21 +171,21 @@ def impact(
     loading: Loading = Loading(),
     output: Output = Output(),
 ) -> Result:
-    """Measure what quantization does to predictions, routing and every expert.
+    """Measure the effect of quantization on predictions, routing and every expert.
 
     Parameters
     ----------
     model
         Hub id, folder, or "demo".
     documents
-        Files of JSON, JSON Lines, CSV, TSV, Parquet, Arrow or text; folders; - for standard input; or owner/name on the
+        Files of JSON, JSON Lines, CSV, TSV, Parquet, Arrow or text, folders, - for standard input, or owner/name on the
         Hub.
     out
-        Run directory; a run that was stopped there resumes.
+        Run directory. An interrupted run there is resumed.
     by
         Column of the documents to group by, such as domain.
     force_weights
-        Under the other model's routing also use its router weights.
+        When the routing of the other model is forced, also force its router weights.
     """
     from mixlens.experiments.impact import SETTINGS, measure_impact
     from mixlens.plot.tables import tidy
@@ -223,33 +223,34 @@ def pareto(
     loading: Loading = Loading(),
     output: Output = Output(),
 ) -> Result:
-    """Measure quality, bytes and speed of a model in several quantization schemes.
+    """Measure quality, size and speed of a model in several quantization schemes.
 
     Parameters
     ----------
     model
         Hub id, folder, or "demo".
     documents
-        Files of JSON, JSON Lines, CSV, TSV, Parquet, Arrow or text; folders; - for standard input; or owner/name on the
+        Files of JSON, JSON Lines, CSV, TSV, Parquet, Arrow or text, folders, - for standard input, or owner/name on the
         Hub.
     out
         Run directory.
     schemes
-        Such as "nf4,hqq3,bfloat16"; with parts, divided by semicolons: "nf4;attention=nf4,experts=hqq2".
+        Schemes such as "nf4,hqq3,bfloat16". Separate schemes for parts of the model by semicolons:
+        "nf4;attention=nf4,experts=hqq2".
     calls
-        Timed calls a scheme, 0 for none.
+        Timed calls per scheme; 0 for none.
     scores
-        Evaluation of a scheme; can be repeated.
+        Evaluation run of a scheme. Repeatable.
     csv
-        File to write the table to as well.
+        Also write the table to this file.
     """
     from mixlens.evals.log import Log
     from mixlens.experiments.pareto import SETTINGS, Speed, measure_pareto
 
     if loading.quantization is not None:
         raise BadInput(
-            "Cannot combine --quantization with --schemes: the original is loaded without one. Add the scheme to "
-            "--schemes.",
+            "Cannot combine --quantization with --schemes: the original is loaded without quantization. Add the scheme "
+            "to --schemes.",
             argument="--quantization",
             value=loading.quantization,
         )
@@ -276,7 +277,7 @@ def pareto(
 
 @app.command
 def audit(model: str, /, *, loading: Loading = Loading(), output: Output = Output()) -> Result:
-    """Count the bytes that each kind of weight takes.
+    """Report the bytes of each kind of weight.
 
     Parameters
     ----------
@@ -290,15 +291,15 @@ def audit(model: str, /, *, loading: Loading = Loading(), output: Output = Outpu
 
 
 def _check_scores(evaluations: Mapping[str, Log]) -> None:
-    """Raise BadInput for an evaluation of unquantized weights, before anything is measured."""
+    """Raise BadInput for an evaluation of unquantized weights under the name of another scheme."""
     from mixlens.stats.pareto import WEIGHTS
 
     for scheme, log in evaluations.items():
         label = WEIGHTS["quantization"](log.meta["model"])
         if label in get_args(Dtype) and label != scheme:
             raise BadInput(
-                f"Cannot use --scores {scheme}={log.path}: the weights evaluated there are held in {label}. Pass the "
-                f"evaluation of the model in {scheme}.",
+                f"Cannot use --scores {scheme}={log.path}: this run evaluated weights in {label}. Pass the evaluation "
+                f"of the model in {scheme}.",
                 argument="--scores",
                 value=scheme,
             )
@@ -308,7 +309,7 @@ def _score(text: str) -> tuple[str, str]:
     scheme, _, run = text.rpartition("=")
     if not scheme:
         raise BadInput(
-            f"Cannot use --scores {text}: it names no scheme. Write it as nf4=runs/eval-nf4.",
+            f"Cannot use --scores {text}: the scheme is missing. Write it as in nf4=runs/eval-nf4.",
             argument="--scores",
             value=text,
         )

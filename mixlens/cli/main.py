@@ -1,4 +1,4 @@
-"""The command line: all commands and the entry point."""
+"""Entry point of the command line, with every command."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = [
     "script",
 ]
 
-# The page of the guide about each command, which its --help and its errors link to.
+# Guide page for each command, linked from its --help and its errors.
 _PAGES = {
     "load": ("audit",),
     "record": ("record",),

@@ -1,4 +1,4 @@
-"""Options shared by several commands, each declared once, and the types of their values."""
+"""Options shared by several commands, and the types of their values."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 def _whole(_type: Any, tokens: Sequence[Token]) -> int:
     text = tokens[0].value
-    if not text.strip().removeprefix("-").isdecimal():  # the library would round 1.5
+    if not text.strip().removeprefix("-").isdecimal():  # cyclopts would round 1.5
         raise ValueError(f"{text!r} is not a whole number.")
     return int(text)
 
@@ -51,7 +51,7 @@ def _signals(_type: Any, tokens: Sequence[Token]) -> tuple[str, ...]:
 
     names = _names(_type, tokens)
     try:
-        parse_signals(names, layers=[0])  # names only; layers are those of the model
+        parse_signals(names, layers=[0])  # checks the names only; layers are not known before loading
     except BadInput as error:
         raise ValueError(str(error)) from error
     return names
@@ -65,9 +65,9 @@ def _dtypes(_type: Any, tokens: Sequence[Token]) -> tuple[str, ...]:
 
 
 def quantization_of(text: str) -> str | dict[str, str]:
-    """Return what `load` takes, from "nf4" or "attention=nf4,experts=hqq2".
+    """Parse the quantization argument of `load` from text such as "nf4" or "attention=nf4,experts=hqq2".
 
-    Raises ValueError for a scheme that does not exist.
+    Raises ValueError for an unknown scheme.
     """
     from mixlens.errors import BadInput
     from mixlens.models.quantization.schemes import parse_scheme
@@ -82,7 +82,7 @@ def quantization_of(text: str) -> str | dict[str, str]:
 
 
 def schemes_of(text: str) -> list[str | dict[str, str] | None]:
-    """Return several schemes or dtypes: divided by semicolons, or by commas where no parts are named."""
+    """Parse several schemes or dtypes, separated by semicolons, or by commas if no scheme names parts of the model."""
     divided = text.split(";") if ";" in text or "=" in text else text.split(",")
     named = [scheme.strip() for scheme in divided if scheme.strip()]
     plain: dict[str, str | None] = {"none": None, **{dtype: dtype for dtype in get_args(Dtype)}}
@@ -120,16 +120,16 @@ Schemes = Annotated[
 @Parameter(name="*")
 @dataclass(frozen=True)
 class Output:
-    """Output of a command.
+    """Options for the output of a command.
 
     Parameters
     ----------
     json
         Print the result as JSON.
     quiet
-        Print the result only: no progress, no remarks on loading.
+        Print only the result, without progress and loading messages.
     config
-        YAML file of options, by the same names; those on the command line come first.
+        YAML file with options under the same names. Options on the command line take precedence.
     """
 
     json: bool = False
@@ -144,16 +144,16 @@ class Output:
 @Parameter(name="*")
 @dataclass(frozen=True)
 class Loading:
-    """Loading of a model.
+    """Options for loading a model.
 
     Parameters
     ----------
     quantization
-        Such as nf4, int8, hqq2-g16; or by part: "attention=nf4,experts=hqq2,*.layers.0.*=none".
+        Scheme such as nf4, int8 or hqq2-g16, or one per part: "attention=nf4,experts=hqq2,*.layers.0.*=none".
     device_map
-        As in accelerate, such as "auto" or "cpu".
+        Device map as in accelerate, such as "auto" or "cpu".
     dtype
-        Of weights that are not quantized.
+        Dtype of weights that are not quantized.
     revision
         Branch, tag or commit on the Hub.
     """
@@ -164,7 +164,7 @@ class Loading:
     revision: str | None = None
 
     def skeleton(self, model: str) -> Any:
-        """Return the model without its weights, for checks before they are loaded."""
+        """Return the model without its weights, for checks that need not load them."""
         from mixlens.models.load import skeleton
 
         return skeleton(model, revision=self.revision, dtype=self.dtype)
@@ -178,24 +178,24 @@ class Loading:
 @Parameter(name="*")
 @dataclass(frozen=True)
 class Reading:
-    """Reading of documents.
+    """Options for reading documents.
 
     Parameters
     ----------
     text
-        Column of the text, or of a chat as messages with role and content.
+        Column with the text, or with a chat as messages with role and content.
     columns
-        Columns to keep beside the text and the id; all where left out.
+        Columns to keep besides the text and the id. By default all.
     split
         Split of a data set that has several.
     limit
         Only the first N documents of every source.
     max_length
-        Tokens a sequence; the context of the model where left out.
+        Maximum tokens per sequence. By default the context length of the model.
     overlong
-        What to do with longer documents.
+        Treatment of longer documents.
     batch_tokens
-        Tokens a forward.
+        Tokens per forward pass.
     """
 
     text: str = "text"
@@ -211,10 +211,9 @@ class Reading:
         return replace(base, **how, progress=output.progress)
 
     def documents(self, sources: Sequence[str], *, by: str | None = None) -> Documents:
-        """Return the documents of all sources, checked.
+        """Return the checked documents of all sources.
 
-        Raises BadInput for a source that cannot be read, for documents that cannot be recorded, and where they lack
-        the column `by`.
+        Raises BadInput if a source cannot be read, if documents cannot be recorded, or if they lack the column `by`.
         """
         from mixlens.recording.documents import Documents
         from mixlens.recording.sources import documents
@@ -226,7 +225,7 @@ class Reading:
 
             raise BadInput(
                 f"Cannot group by {by!r}: the documents have the columns {', '.join(checked.columns) or '(none)'}. "
-                "Pass --by one of them.",
+                "Pass one of them as --by.",
                 argument="--by",
                 value=by,
             )
@@ -236,18 +235,18 @@ class Reading:
 @Parameter(name="*")
 @dataclass(frozen=True)
 class Server:
-    """Requests to an endpoint.
+    """Options for requests to an endpoint.
 
     Parameters
     ----------
     model
-        Name that the server knows the model by; may be left out for openrouter, deepinfra and modelslab.
+        Name of the model on the server. Optional for openrouter, deepinfra and modelslab.
     protocol
-        openai-chat where left out.
+        Protocol of the endpoint. By default openai-chat.
     key_env
-        Environment variable that holds the key.
+        Environment variable with the key.
     provider
-        Of openrouter: only this provider may answer.
+        For openrouter: only this provider may answer.
     """
 
     model: str | None = None
@@ -258,7 +257,7 @@ class Server:
     def endpoint(self, url: str) -> Any:
         """Return the Endpoint at `url`, which may be the name of a preset.
 
-        Raises BadInput where the model is not named, or a provider for another address than OpenRouter's.
+        Raises BadInput if no model is given, or if a provider is given for an address other than OpenRouter's.
         """
         from mixlens.endpoints.endpoint import PRESETS, Endpoint
         from mixlens.errors import BadInput
@@ -277,6 +276,6 @@ class Server:
             return PRESETS[url](**fields, **pinned)
         if self.model is None:
             raise BadInput(
-                f"Cannot ask {url}: no model is named. Pass --model NAME, as the server knows it.", argument="--model"
+                f"Cannot use {url}: no model is given. Pass its name on the server as --model.", argument="--model"
             )
         return Endpoint(url, **fields)

@@ -1,4 +1,4 @@
-"""The commands probe, models, providers and cost."""
+"""The commands `probe`, `models`, `providers` and `cost`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def probe(
     Parameters
     ----------
     url
-        Such as http://127.0.0.1:8000/v1, or openrouter, deepinfra, modelslab.
+        URL such as http://127.0.0.1:8000/v1, or openrouter, deepinfra or modelslab.
     parameters
         Only these parameters.
     out
@@ -47,7 +47,7 @@ def models(url: str, /, *, server: Server = Server(), output: Output = Output())
     Parameters
     ----------
     url
-        Such as http://127.0.0.1:8000/v1, or openrouter, deepinfra, modelslab.
+        URL such as http://127.0.0.1:8000/v1, or openrouter, deepinfra or modelslab.
     """
     found = replace(server, model=server.model or "-").endpoint(url).models()
     return Result({"models": found}, "\n".join(str(model["id"]) for model in found))
@@ -64,20 +64,20 @@ def providers(
     csv: str | None = None,
     output: Output = Output(),
 ) -> Result:
-    """Compare providers: speed, price and context, by source and date.
+    """Compare speed, price and context of providers, with source and date.
 
     Parameters
     ----------
     runs
-        Runs of mixlens bench, by provider.
+        Runs of mixlens bench, one per provider.
     model
-        The model that they serve.
+        Model that they serve.
     probe
-        File of mixlens probe, by provider; can be repeated.
+        File of mixlens probe for a provider. Repeatable.
     live
-        Also read OpenRouter's public list now.
+        Also read the current public list of OpenRouter.
     csv
-        File to write the table to instead.
+        Write the table to this file instead of printing it.
     """
     from mixlens.bench.bench import Bench
     from mixlens.endpoints.probe import Probe
@@ -87,7 +87,7 @@ def providers(
     probes = {name: Probe.open(path) for name, path in map(_named, probe or [])}
     if unknown := [name for name in probes if name not in measured]:
         raise BadInput(
-            f"Cannot show the probe of {unknown[0]!r}: no run has that name. Pass {unknown[0]}=RUN too.",
+            f"Cannot show the probe of {unknown[0]!r}: no run has this name. Also pass {unknown[0]}=RUN.",
             argument="runs",
             value=unknown[0],
         )
@@ -109,31 +109,31 @@ def cost(
     live: bool = False,
     output: Output = Output(),
 ) -> Result:
-    """Calculate what a workload costs with each provider.
+    """Calculate the cost of a workload with each provider.
 
     Parameters
     ----------
     input_tokens
-        Input tokens of one request.
+        Input tokens per request.
     output_tokens
-        Output tokens of one request.
+        Output tokens per request.
     requests
-        Requests a month.
+        Requests per month.
     months
         Number of months.
     growth
-        Growth of the requests from month to month, 0.1 for a tenth.
+        Monthly growth of the requests; 0.1 is 10 %.
     model
         Only this model.
     live
-        Read the prices from OpenRouter's public list now; needs --model.
+        Read the prices from the current public list of OpenRouter; requires --model.
     """
     from mixlens.endpoints.prices import cost
     from mixlens.pricing.providers import listed_prices
 
     if live and model is None:
         raise BadInput(
-            "Cannot read today's prices: they are listed by model, and none is named. Pass --model NAME.",
+            "Cannot read current prices: they are listed by model, and none is given. Pass --model NAME.",
             argument="--model",
         )
     table = cost(
@@ -154,7 +154,7 @@ def _named(text: str) -> tuple[str, str]:
     name, _, path = text.partition("=")
     if not (name and path):
         raise BadInput(
-            f"Cannot show {text!r}: it does not name a provider. Write NAME=RUN, or for a probe NAME=FILE.",
+            f"Cannot show {text!r}: it does not name a provider. Write NAME=RUN, or NAME=FILE for a probe.",
             argument="runs",
             value=text,
         )
@@ -162,7 +162,7 @@ def _named(text: str) -> tuple[str, str]:
 
 
 def _provider_text(table: Any) -> str:
-    """Format the numbers of every row in columns without empty ones; then who published them, and when."""
+    """Format the numbers as columns, without empty ones, followed by their sources and dates."""
     from mixlens.core.text import interval
 
     shown = table[["provider", "kind", "load"]].copy()
@@ -197,7 +197,7 @@ def _provider_text(table: Any) -> str:
 
 
 def _cost_text(table: Any) -> str:
-    """Format dollars per month, one line per statement of a price; then who stated it, and when."""
+    """Format the dollars per month, one line per published price, followed by their sources and dates."""
     first = table[table["month"] == 1]
     shown = first[["provider", "model"]].assign(**{"$/request": first["usd_per_request"].map("{:.5f}".format)})
     months = {f"month {month}": part["usd"].to_numpy() for month, part in table.groupby("month")}

@@ -1,4 +1,4 @@
-"""The commands record, stats, contrast, report, info, compare and demo."""
+"""The commands `record`, `stats`, `contrast`, `report`, `info`, `compare` and `demo`."""
 
 from __future__ import annotations
 
@@ -51,21 +51,21 @@ def record(
     model
         Hub id, folder, or "demo".
     documents
-        Files of JSON, JSON Lines, CSV, TSV, Parquet, Arrow or text; folders; - for standard input; or owner/name on the
+        Files of JSON, JSON Lines, CSV, TSV, Parquet, Arrow or text, folders, - for standard input, or owner/name on the
         Hub.
     out
-        Run directory; a run that was stopped there resumes.
+        Run directory. An interrupted run there is resumed.
     signals
         router_logits, logprob, top_logprobs, or sites such as moe_out.
     dry_run
-        Load no weights and write nothing: print tokens, batches, bytes on disk and of weights.
+        Load no weights and write nothing; print numbers of tokens and batches, and the bytes on disk and of weights.
     like
-        With --dry-run, an earlier recording of the model on this machine, for an estimate of the time.
+        With --dry-run: an earlier recording of the model on this machine, to estimate the time from.
     """
     if like is not None and not dry_run:
         raise BadInput(
-            "Cannot use --like: it gives --dry-run the rate of an earlier recording, and this would record. Add "
-            "--dry-run, or leave it out.",
+            "Cannot use --like: it applies only with --dry-run, which estimates the time from an earlier recording. "
+            "Add --dry-run, or leave it out.",
             argument="--like",
             value=like,
         )
@@ -100,8 +100,8 @@ def _dry_run(
     found["free_bytes"] = shutil.disk_usage(there).free
     if found["disk_bytes"] > found["free_bytes"]:
         raise RunError(
-            f"Cannot record into {out}: the run takes up to {found['disk_bytes']:,} bytes, and {found['free_bytes']:,} "
-            "are free there. Choose another disk, or fewer signals.",
+            f"Cannot record into {out}: the run takes up to {found['disk_bytes']:,} bytes, but only "
+            f"{found['free_bytes']:,} are free. Choose another disk, or fewer signals.",
             argument="out",
             value=found["disk_bytes"],
         )
@@ -122,22 +122,22 @@ def stats(
     csv: str | None = None,
     output: Output = Output(),
 ) -> Result:
-    """Print a statistic of a run, with intervals and n.
+    """Print a statistic of a run with intervals and n.
 
     Parameters
     ----------
     run
         Run directory.
     name
-        The statistic.
+        Name of the statistic.
     by
         Column of the sequences to group by, such as domain.
     cluster
-        Column whose values vary independently where documents do not, such as author.
+        Column whose values are independent if documents are not, such as author.
     layers
         Only these layers.
     csv
-        File to write the table to instead.
+        Write the table to this file instead of printing it.
     """
     from mixlens import stats
     from mixlens.trace.trace import Trace
@@ -164,26 +164,26 @@ def contrast(
     out: str | None = None,
     output: Output = Output(),
 ) -> Result:
-    """Test where a statistic differs between two conditions, adjusted for the number of cells.
+    """Test where a statistic differs between two conditions, corrected for multiple comparisons.
 
     Parameters
     ----------
     run
         Run directory.
     name
-        The statistic.
+        Name of the statistic.
     by
-        Column of the documents that holds the condition.
+        Column of the documents that defines the conditions.
     a
         Value of the first condition.
     b
-        Value of the second; all other documents where left out.
+        Value of the second condition. By default all other documents.
     cluster
-        Column whose values vary independently where documents do not, such as author.
+        Column whose values are independent if documents are not, such as author.
     layers
         Only these layers.
     csv
-        File to write the table to instead.
+        Write the table to this file instead of printing it.
     out
         HTML file for figure, table and methods.
     """
@@ -215,7 +215,7 @@ def report(
     by: str | None = None,
     output: Output = Output(),
 ) -> Result:
-    """Write one HTML file about one run or several.
+    """Write an HTML report about one or more runs.
 
     Parameters
     ----------
@@ -224,9 +224,9 @@ def report(
     out
         File to write.
     names
-        A name for each run, in place of its folder's.
+        A name for each run, instead of the name of its folder.
     by
-        Column of the documents to group recordings by; domain by default, or else a column with few values.
+        Column of the documents to group recordings by. By default domain, or else a column with few values.
     """
     from mixlens.reports.report import report
 
@@ -235,12 +235,12 @@ def report(
 
 @app.command
 def info(run: str | None = None, /, *, verify: bool = False, output: Output = Output()) -> Result:
-    """Describe a run, or what is installed.
+    """Describe a run, or the installed versions.
 
     Parameters
     ----------
     run
-        Run directory; versions and devices where left out.
+        Run directory. By default versions and devices are shown.
     verify
         Check every file of the run against its checksum.
     """
@@ -255,7 +255,7 @@ def info(run: str | None = None, /, *, verify: bool = False, output: Output = Ou
     opened = open_run(run)
     if verify and (faults := opened.verify()):
         raise RunError(
-            f"The run {run} is damaged: {len(faults)} of its {len(opened.meta['files'])} files are at fault: "
+            f"The run {run} is damaged: {len(faults)} of its {len(opened.meta['files'])} files are faulty: "
             f"{'; '.join(faults)}. Restore them from a copy, or record again into a new folder.",
             argument="path",
             value=len(faults),
@@ -267,14 +267,14 @@ def info(run: str | None = None, /, *, verify: bool = False, output: Output = Ou
 
 @app.command
 def compare(a: str, b: str, /, *, output: Output = Output()) -> Result:
-    """Compare two runs of one kind.
+    """Compare two runs of the same kind.
 
     Parameters
     ----------
     a
         Run directory.
     b
-        Run directory of the same tokens, samples or load.
+        Run directory with the same tokens, samples or load.
     """
     from mixlens.comparison import Comparison, compare
 
@@ -289,7 +289,7 @@ def compare(a: str, b: str, /, *, output: Output = Output()) -> Result:
 
 @app.command
 def demo(*, out: str = "out/demo", output: Output = Output()) -> Result:
-    """Record the bundled model on the bundled samples, and write a report.
+    """Record the bundled model on the bundled samples and write a report.
 
     Parameters
     ----------
@@ -306,7 +306,7 @@ def demo(*, out: str = "out/demo", output: Output = Output()) -> Result:
     folder = Path(out)
     check_out(folder / "run", "trace")
     model = load(DEMO, verbose=output.progress)
-    # Named after the weights: a newer demo model gets a separate run.
+    # Named after the weights, so that a newer demo model does not collide with an older run.
     run = folder / f"run-{str(describe(model)['router_sha256'])[:8]}"
     trace = record(model, demo_documents(), out=run, settings=replace(RecordSettings(), progress=output.progress))
     path = report(trace, folder / "report.html")

@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 def rows_of(frame: Any) -> list[dict[str, Any]]:
-    """Return the rows of a frame as plain values; NaN as None."""
+    """Return the rows of a frame as plain values, NaN as None."""
     return json.loads(frame.to_json(orient="records", double_precision=15))
 
 
 def statistic(data: xr.Dataset, *, csv: str | None, also: Sequence[str] = ()) -> Result:
-    """Return a statistic, with the variables `also` and its test results, or write it to a CSV file."""
+    """Return a statistic with the variables `also` and its test results, or write it to a CSV file."""
     from mixlens.plot.tables import tidy
 
     frame = tidy(data, also=(*also, *(name for name in ("p", "q", "survives") if name in data)))
@@ -35,19 +35,19 @@ def statistic(data: xr.Dataset, *, csv: str | None, also: Sequence[str] = ()) ->
 
 
 def check_csv(path: str | None) -> None:
-    """Raise BadInput for an unwritable file, before its content is computed."""
+    """Raise BadInput if the CSV file cannot be written; called before the table is computed."""
     if path is not None and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
         raise BadInput(
-            f"Cannot write the table to {path}: it is no file in an existing folder. Pass --csv one that is.",
+            f"Cannot write the table to {path}: it is not a file in an existing folder. Pass another path as --csv.",
             argument="--csv",
             value=path,
         )
 
 
 def written(frame: pd.DataFrame, path: str) -> Result:
-    """Write a frame as CSV, in which no cell is a formula.
+    """Write a frame as CSV in which no cell is read as a formula.
 
-    Raises BadInput for a path that can be no file, RunError where the file cannot be written.
+    Raises BadInput if the path cannot be a file, and RunError if the file cannot be written.
     """
     check_csv(path)
     write_file(path, frame.rename(columns=_no_formula).map(_no_formula).to_csv(index=False))
@@ -55,8 +55,8 @@ def written(frame: pd.DataFrame, path: str) -> Result:
 
 
 def _no_formula(cell: Any) -> Any:
-    """Prefix a text that a spreadsheet would evaluate with an apostrophe, which the spreadsheet hides."""
+    """Prefix text that a spreadsheet would evaluate with an apostrophe, which spreadsheets hide."""
     if not isinstance(cell, str):
         return cell
-    cell = cell.replace("\r\n", "\n").replace("\r", "\n")  # else it begins a row, which no quotes hold together
+    cell = cell.replace("\r\n", "\n").replace("\r", "\n")  # readers start a row at \r, even within quotes
     return f"'{cell}" if cell.startswith(("=", "+", "-", "@", "\t", "\n")) else cell
