@@ -1,4 +1,4 @@
-"""A self-contained page: it loads nothing, its tables sort and its views are live."""
+"""A self-contained HTML page with sortable tables and live views."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from mixlens.trace.trace import Trace
 _DIGITS = str.maketrans("<>&$`", ",./:[")
 ENTROPY_LEVELS, NO_LOGPROB = 31, 65535
 _MOST_PAIRED = 16  # experts whose pairs fit into one byte
-_MOST_WEIGHTS = 3_500_000  # above this number of choices, weights are dropped; they take as much space as the choices
+_MOST_WEIGHTS = 3_500_000  # choices up to which weights are included; they take as many bytes as the choices
 
 
 def pack(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
@@ -38,9 +38,9 @@ def pack(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
 
 
 def token_arrays(trace: Trace, sequences: list[int]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Return what the token views need of some sequences, in ascending order: a header, and arrays by layer.
+    """Return header and arrays of the token views for some sequences, given in ascending order.
 
-    header["left_out"] says what would make the view too large.
+    header["left_out"] describes data omitted because the view would be too large.
     header["starts"] has the first token of every sequence, followed by the number of tokens; a sequence without tokens
     starts where the next one does.
 

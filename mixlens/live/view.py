@@ -1,4 +1,4 @@
-"""View: one text/html output that is a picture where scripts may not run, and live where they may."""
+"""View: a text/html output that is live where scripts may run, and a static picture elsewhere."""
 
 from __future__ import annotations
 

@@ -145,7 +145,7 @@ def expert_share_grid(
 
 
 def _widest(data: xr.Dataset) -> tuple[xr.Dataset, str]:
-    """Return the experts that a figure of bars has room for, and a note on the others."""
+    """Return the experts that fit into a bar figure, and a note on the selection."""
     count = data.sizes["expert"]
     if count <= _MOST_EXPERTS:
         return data, ""
@@ -175,7 +175,7 @@ def _clustered_bars(data: xr.Dataset, rows: list[tuple[str, xr.Dataset]], ax: Ax
     width = 0.84 / len(bars)
     for i, (name, (estimate, low, high)) in enumerate(zip(bars, table, strict=True)):
         at = np.arange(len(clusters)) + (i - (len(bars) - 1) / 2) * width
-        hatch = "/" * 6 * (i // len(SERIES_COLOURS))  # where colours come again
+        hatch = "/" * 6 * (i // len(SERIES_COLOURS))  # distinguishes series of the same colour
         style = {"color": colours[i], "hatch": hatch, "edgecolor": "white", "label": in_legend(name)}
         _bars(ax, at, estimate, (low, high), width=width, **style)
     ax.set_xticks(range(len(clusters)), [printable(c) for c in clusters])

@@ -16,7 +16,7 @@ Draw = TypeVar("Draw", bound=Callable[..., Any])
 def takes(given_by: str, *needed: str) -> Callable[[Draw], Draw]:
     """Declare which Dataset a drawing function takes as its first argument.
 
-    The function then raises BadInput for anything that is no Dataset, or lacks one of `needed`.
+    The function then raises BadInput unless it is given a Dataset with everything in `needed`.
 
     Parameters
     ----------

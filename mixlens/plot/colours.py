@@ -1,16 +1,16 @@
-"""Colours: of experts, of series, and of layers; each readable on white and on dark."""
+"""Colours of experts, series and layers, readable on white and on dark backgrounds."""
 
 from __future__ import annotations
 
 from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgb
 
-# Two palettes that share no colour, so that a colour means an expert or something else, never both. Luminances lie
-# between those that have a contrast of 3 with white and with the dark ground. Each palette was searched for the largest
-# least distance (CIE 1976) between its colours, also as seen with protanopia and deuteranopia.
+# The palettes share no colour, so that the colour of an expert never means anything else. Every colour has a contrast
+# of at least 3 with white and with the dark background. Each palette maximises the smallest distance (CIE 1976) between
+# its colours, also as seen with protanopia and deuteranopia.
 EXPERT_COLOURS = ("#747aba", "#db7d00", "#ad4831", "#7962e5", "#82605e", "#c83500", "#8c9667", "#0b9aa1")
 SERIES_COLOURS = ("#0080c4", "#cf7c51", "#10765f", "#b15a97", "#7f6d17", "#009dc4", "#dd6f8e", "#85643e")
 GROUND, DARK_GROUND = "#ffffff", "#17171b"
-_BLACK = "#010101"  # matplotlib omits a black fill, which would then stay black on a dark page
+_BLACK = "#010101"  # matplotlib omits the fill attribute for pure black, which then stays black on a dark page
 _DARKEST, _LIGHTEST = 0.135, 0.29  # luminance of palettes
 _LAYERS = LinearSegmentedColormap.from_list("layers", ["#009dc4", "#7962e5", "#c83500"])
 _GOLDEN = 0.618034
@@ -39,7 +39,7 @@ def _palette(first: tuple[str, ...], n: int) -> list[str]:
 
 
 def _shade(colour: str, again: int, place: int) -> str:
-    """Return the colour of a palette first, then lighter and darker variants."""
+    """Return the palette colour on its first use, then lighter and darker shades of it."""
     depth = (again * _GOLDEN + 0.05 * place) % 1
     return at_luminance(colour, _DARKEST + (_LIGHTEST - _DARKEST) * depth) if again else colour
 

@@ -1,4 +1,4 @@
-"""Figures of two runs on the same tokens: where routing flips, and the causes of a loss of quality."""
+"""Figures of two runs over the same tokens: routing flips and sources of a quality loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figure of a contrast: differences between two conditions, with insignificant cells in grey."""
+"""Figure of a contrast between two conditions; cells without a significant difference are grey."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _WORDS = {"expert_share": "expert share", "routing_entropy": "routing entropy [b
 
 @takes("stats.contrast", "estimate", "layer", "survives", "q")
 def contrast(data: xr.Dataset, ax: Axes | None = None, *, title: str | None = None) -> Axes:
-    """Draw the difference between two groups in every cell that survives the control for their number.
+    """Draw the difference between two groups in every cell that survives correction for multiple comparisons.
 
     Parameters
     ----------
@@ -46,8 +46,8 @@ def contrast(data: xr.Dataset, ax: Axes | None = None, *, title: str | None = No
     others = [str(dim) for dim in data["estimate"].dims if dim != "layer"]
     if len(others) > 1:
         raise BadInput(
-            f"Cannot draw a contrast over {', '.join(others)}: a figure has one of them beside the layer. Select one, "
-            f"as in data.sel({others[-1]}=...).",
+            f"Cannot draw a contrast over {', '.join(others)}: a figure shows one of them besides the layer. Select "
+            f"a value of the other, as in data.sel({others[-1]}=...).",
             argument="data",
             value=others,
         )

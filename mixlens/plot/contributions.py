@@ -1,4 +1,4 @@
-"""Figures of expert contributions, as heat maps and along a text, and of the number of experts."""
+"""Figures of expert contributions, as heat maps and along a text, and of the effect of more or fewer experts."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _TITLES = {"logit": "Contribution to the logit", "norm": "Size of the contributi
 
 @takes("stats.expert_contribution", "estimate", "layer", "expert", "measure")
 def expert_contribution(data: xr.Dataset, ax: Axes | None = None, *, title: str | None = None) -> Axes:
-    """Draw what each expert contributes to the tokens that choose it; a dot marks what differs from 0.
+    """Draw the contribution of each expert to the tokens that choose it; a dot marks values that differ from 0.
 
     Parameters
     ----------
@@ -81,7 +81,7 @@ def expert_contribution(data: xr.Dataset, ax: Axes | None = None, *, title: str 
 
 @takes("stats.expert_contribution", "estimate", "layer", "expert", "measure")
 def contribution_by_domain(data: xr.Dataset, ax: Axes | None = None, *, title: str | None = None) -> Axes:
-    """Draw what experts contribute in every domain: one row per domain, one column per expert, layers side by side.
+    """Draw expert contributions in every domain: one row per domain, one column per expert, layers side by side.
 
     Parameters
     ----------
@@ -125,7 +125,7 @@ def contributions(
     positions: tuple[int, int] = (0, 64),
     title: str | None = None,
 ) -> Axes:
-    """Draw what the chosen experts of each layer add to the logit of the next token, along a text.
+    """Draw the contribution of each layer's chosen experts to the next-token logit, along a text.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Pictures for dark pages: every colour gets the reciprocal luminance, so contrasts are preserved."""
+"""SVG pictures for dark pages: luminances are inverted so that contrasts stay the same as on light pages."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ _RULES = """<style>.dark { display: none }
 _COLOUR = re.compile(r"(fill|stroke): (#[0-9a-f]{6})")
 _IMAGE = re.compile(r'<image ([^>]*?)xlink:href="data:image/png;base64,\s*([^"]*)"([^>]*)/>', re.DOTALL)
 _PRODUCT = (1 + 0.05) * (0 + 0.05)  # black becomes white
-_KEPT = {*expert_colours(512), *series_colours(64)}  # read on both grounds as they are
+_KEPT = {*expert_colours(512), *series_colours(64)}  # readable on both backgrounds without change
 
 
 @cache
 def in_dark(colour: str) -> str:
-    """Return what `colour` becomes on a dark page: white black, black white, palettes themselves."""
+    """Return the colour on a dark page: white and black are swapped, palette colours stay the same."""
     if colour in _KEPT:
         return colour
     return at_luminance(colour, _PRODUCT / (luminance(colour) + 0.05) - 0.05)
 
 
 def with_dark(svg: bytes) -> bytes:
-    """Return an SVG picture of matplotlib's that follows the page's colour scheme."""
+    """Return an SVG picture from matplotlib that follows the colour scheme of the page."""
     head, body = svg.decode("utf-8").split("<defs>", 1)
     body = _COLOUR.sub(lambda found: f"{found[0]}; --{found[1]}: {in_dark(found[2])}", body)
     body = _IMAGE.sub(_both, body)

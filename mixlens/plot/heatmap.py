@@ -1,6 +1,6 @@
-"""Heat maps: cells, the numbers in them, their axes and scales.
+"""Cells, numbers, axes and colour scales of heat maps.
 
-If a few large values would hide all others, colours are linear near zero and logarithmic beyond.
+If a few large values would hide all others, the scale is linear near zero and logarithmic beyond.
 """
 
 from __future__ import annotations
@@ -64,12 +64,12 @@ def signed_axis(ax: Axes, values: np.ndarray) -> None:
 
 
 def map_width(columns: int) -> float:
-    """Return the width in inches of a map of so many columns."""
+    """Return the width in inches of a map with this number of columns."""
     return COLUMN if columns <= _MANY else PAGE
 
 
 def map_height(rows: int) -> float:
-    """Return the height in inches of a map of so many rows, without its heading."""
+    """Return the height in inches of a map with this number of rows, without its heading."""
     return 0.16 * max(rows, 8) if rows <= _MANY else 0.16 * _MANY + 0.06 * (rows - _MANY)
 
 
@@ -111,7 +111,7 @@ def numbers(ax: Axes, drawn: QuadMesh, shown: np.ndarray, bold: np.ndarray | Non
 
 
 def cell_size(ax: Axes, rows: int, columns: int) -> tuple[float, float]:
-    """Return about the width and height of a cell in points, before the layout is known."""
+    """Estimate the width and height of a cell in points, before the layout is known."""
     figure = ax.get_figure(root=True)
     assert figure is not None
     box, (width, height) = ax.get_position(), figure.get_size_inches() * 72 * 0.8
@@ -139,7 +139,7 @@ def colour_bar(
     shown: Callable[[float, int | None], str] | None = None,
     ticks: Sequence[float] | None = None,
 ) -> Axes:
-    """Draw the scale of `drawn` at the right of axes, with `ticks` at most, each as `shown`."""
+    """Draw the scale of `drawn` to the right of the axes, with only the given `ticks`, formatted by `shown`."""
     figure = beside[0].get_figure(root=True)
     assert figure is not None
     bar = figure.colorbar(drawn, ax=list(beside), fraction=0.06, pad=0.02, aspect=25)

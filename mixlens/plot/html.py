@@ -1,4 +1,4 @@
-"""Parts of an HTML page: figures, tables, and escaping. All external text goes through `escape`."""
+"""Figures, tables and other elements of an HTML page. All external text passes through `escape`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def picture(drawn: Axes | Figure, alt: str, caption: str) -> str:
 
 
 def reading(figure: Figure) -> str:
-    """Explain how to read a figure: maps by colour, points by the lines through them."""
+    """Return sentences on how to read the figure: colours of maps, and intervals of points and bars."""
     maps = [mesh for ax in figure.axes for mesh in ax.collections if isinstance(mesh, QuadMesh)]
     said = []
     if any(mesh.get_cmap().name == DIVERGING for mesh in maps):
@@ -59,7 +59,7 @@ def bullets(texts: list[str]) -> str:
 
 
 def frame_table(frame: pd.DataFrame, caption: str) -> str:
-    """Return a sortable table with escaped cells; n/a for missing values."""
+    """Return a sortable table with every cell escaped and missing values as n/a."""
     head = "".join(f'<th scope="col"><button type="button">{escape(name)}</button></th>' for name in frame.columns)
     rows = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in frame.itertuples(index=False, name=None))
     return (

@@ -37,7 +37,7 @@ from mixlens.plot.style import (
     printable,
 )
 
-_FEW_POINTS = 40  # up to so many points are labelled
+_FEW_POINTS = 40  # maximum number of points to label
 
 
 @takes("stats.expert_importance", "estimate", "layer", "expert", "metric")

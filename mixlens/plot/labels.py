@@ -1,4 +1,4 @@
-"""Wording of a number: its title, its n, its interval, its denominator and its value under uniform routing."""
+"""Titles, units, sample sizes, intervals and other text that describes the numbers of a statistic."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def sample(data: xr.Dataset) -> str:
 
 
 def independent(data: xr.Dataset) -> str:
-    """Return what intervals take for independent: "document", or "author cluster"."""
+    """Return the unit that intervals treat as independent: "document", or "author cluster"."""
     return f"{data.attrs['cluster']} cluster" if "cluster" in data.attrs else "document"
 
 
@@ -171,7 +171,7 @@ def level(data: xr.Dataset) -> str:
 
 
 def over(data: xr.Dataset, drawn: str = "") -> str:
-    """Describe the intervals, as "whiskers: 95 % interval over documents", and say what has none, and why."""
+    """Describe the intervals, as "whiskers: 95 % interval over documents", and why some values have none."""
     text = f"{drawn}: {level(data)} over {independent(data)}s".removeprefix(": ")
     lacking = np.isfinite(data["estimate"].to_numpy()) & ~np.isfinite(data["ci_low"].to_numpy())
     if not lacking.any():
@@ -181,7 +181,7 @@ def over(data: xr.Dataset, drawn: str = "") -> str:
 
 
 def survivors(data: xr.Dataset) -> str:
-    """Describe what marks a cell, as "survives among 64 cells at a false discovery rate of 5 %"."""
+    """Describe the test behind a mark, as "survives among 64 cells at a false discovery rate of 5 %"."""
     rate = 100 * (1 - float(data.attrs["level"]))
     cells = int(data.attrs["cells"])
     null = f", against {data.attrs['null']}" if "null" in data.attrs else ""
@@ -199,7 +199,7 @@ def marked(data: xr.Dataset, mark: str, what: str = "") -> str:
 
 
 def none_survives(data: xr.Dataset, what: str, against: str) -> str:
-    """Return the sentence for statistics of which no cell survives, or none could be tested."""
+    """Return the sentence for a statistic without surviving or without testable cells."""
     if not data.attrs["cells"]:
         return f"No {what} is tested against {against}: that takes two documents or more that differ."
     return f"No {what} differs significantly from {against}: none {survivors(data)}."
@@ -250,7 +250,7 @@ def label(value: object, dim: str = "measure") -> str:
 
 
 def chosen(data: xr.Dataset) -> str:
-    """Return what was selected before drawing, as "domain github, layer 3"; empty if nothing was."""
+    """Return the selection made before drawing, as "domain github, layer 3"; empty if there is none."""
     names = [n for n, c in data.coords.items() if c.ndim == 0 and n not in ("slot",)]
     return ", ".join(label(data[n].item(), str(n)) if n in OURS else f"{n} {data[n].item()}" for n in names)
 

@@ -35,7 +35,7 @@ from mixlens.plot.style import (
     relative_size,
 )
 
-_FEW = 4  # lines whose legend fits below the axes; more are named at their ends
+_FEW = 4  # maximum number of lines with a legend below the axes; more are labelled at their ends
 _MOST_LINES = len(SERIES_COLOURS)  # of a repetition; more are a map
 
 
@@ -214,7 +214,7 @@ def _repetition_map(
     published: xr.Dataset | None,
     title: str | None,
 ) -> Axes:
-    """Draw a row for every group, where lines could not be followed."""
+    """Draw one row per group, for more groups than lines can show."""
     groups = [name for name in data["estimate"].dims if name != "layer"]
     row = str(groups[0]) if len(groups) == 1 else "group"
     named = xr.concat([part.drop_vars(groups) for _, part in rows], row).assign_coords(
@@ -318,7 +318,7 @@ def _layer_axis(ax: Axes, data: xr.Dataset) -> None:
 
 
 def _name_lines(ax: Axes, series: Sequence[tuple[str, xr.Dataset]]) -> None:
-    """Name several lines: in a legend if they are few, else at their ends, as far apart as their names are high."""
+    """Label the lines in a legend if they are few, else at their ends without overlap."""
     if len(ax.get_legend_handles_labels()[1]) <= _FEW:
         if len(ax.get_legend_handles_labels()[1]) > 1:
             legend(ax)
@@ -341,7 +341,7 @@ def _name_lines(ax: Axes, series: Sequence[tuple[str, xr.Dataset]]) -> None:
 
 
 def _spread(wanted: list[float], apart: float, low: float) -> list[float]:
-    """Return ascending places at least `apart` from each other, as near to those `wanted` as one pass each way gets."""
+    """Return ascending positions at least `apart` from each other, near the `wanted` ones."""
     places: list[float] = []
     for want in wanted:
         places.append(max(want, places[-1] + apart if places else low))

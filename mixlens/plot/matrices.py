@@ -34,7 +34,7 @@ from mixlens.plot.style import (
     printable,
 )
 
-_FEW_LINES = 16  # of a panel, each of which has room for numbers
+_FEW_LINES = 16  # maximum rows of a panel whose cells have room for numbers
 _MOST_DOTTED = 2000  # cells; in a larger map dots would hide the colours
 
 
@@ -324,7 +324,7 @@ _ON_ONE_SCALE = (share_heatmap, coactivation, transitions)
 
 
 def _limit(data: xr.Dataset) -> float:
-    """Return the largest distance from the centre, but at least a fifth of it, so that noise does not look vivid."""
+    """Return the largest distance from the centre, at least a fifth of the centre so that noise does not look vivid."""
     distance = float(np.abs(data["estimate"] - _centre(data)).max())
     return max(distance if np.isfinite(distance) else 0.0, abs(_centre(data)) / 5, 1e-9)
 

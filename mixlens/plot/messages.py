@@ -1,6 +1,6 @@
-"""The message of a figure in one line: what differs most from chance; else the name of the statistic.
+"""One-line messages for figure titles: the largest difference from chance, or the name of the statistic.
 
-A message mentions only numbers that survive adjustment for all numbers of their statistic.
+Messages mention only numbers that survive correction for all numbers of their statistic.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def message(data: xr.Dataset) -> str:
 
 
 def named(data: xr.Dataset) -> str:
-    """Return the name of the statistic and what was selected of it, as "Expert share, layer 3"."""
+    """Return the name of the statistic and the selection, as "Expert share, layer 3"."""
     selected = labels.chosen(data)
     return f"{labels.title(data)}, {selected}" if selected else labels.title(data)
 
@@ -35,7 +35,7 @@ def furthest(data: xr.Dataset) -> xr.Dataset | None:
 
 
 def furthest_surviving(data: xr.Dataset) -> xr.Dataset | None:
-    """Return the number furthest from uniform of those that survive; None if none does."""
+    """Return the surviving number furthest from uniform; None if none survives."""
     return furthest(data.assign(estimate=data["estimate"].where(data["survives"])))
 
 
@@ -49,7 +49,7 @@ def at_largest(data: xr.Dataset, score: xr.DataArray) -> xr.Dataset | None:
 
 
 def _cell(say: Callable[[xr.Dataset, dict[str, Any]], str]) -> Callable[[xr.Dataset], str]:
-    """Return the message about the cell furthest from uniform; `say` receives it and the labels of its place."""
+    """Return a message about the cell furthest from uniform, made by `say` from the cell and its coordinates."""
 
     def said(data: xr.Dataset) -> str:
         cell = furthest_surviving(data)
@@ -61,7 +61,7 @@ def _cell(say: Callable[[xr.Dataset, dict[str, Any]], str]) -> Callable[[xr.Data
 
 
 def _group(at: dict[str, Any]) -> str:
-    """The label of the one place that is neither a layer nor an expert; empty if there is none."""
+    """Return the label of the coordinate that is neither layer nor expert; empty if there is none."""
     known = ("layer", "expert", "expert_j", "slot", *labels.OURS)
     return next((f"{name.replace('_bin', '')} {value}" for name, value in at.items() if name not in known), "")
 

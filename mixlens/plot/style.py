@@ -1,4 +1,4 @@
-"""Style of figures: expert colours, type sizes fit for papers, and Axes made without pyplot."""
+"""Style of figures: type sizes for papers, and Axes created without pyplot."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def paper() -> Any:
 def add_axes(figure: Figure, rows: int = 1, columns: int = 1, index: int = 1) -> PaperAxes:
     ax = figure.add_subplot(rows, columns, index, axes_class=PaperAxes)
     assert isinstance(ax, PaperAxes)
-    # Ticks are made when first drawn, with the rc of that moment; sizes set here persist.
+    # Ticks are created at the first draw with the rc of that moment; sizes set here persist.
     ax.tick_params(labelsize=PAPER["xtick.labelsize"], width=0.6, length=2.5)
     return ax
 
@@ -133,7 +133,7 @@ def drawing(ax: Axes | None, width: float = COLUMN, height: float = 2.4) -> Iter
 
 
 def relative_size(factor: float) -> float:
-    """Return a size in points relative to the style's, and legible in print."""
+    """Return a font size in points relative to the style, at least the smallest legible in print."""
     return max(SMALLEST, matplotlib.rcParams["font.size"] * factor)
 
 
@@ -179,9 +179,9 @@ def note_of(ax: Axes) -> str:
 
 
 def legend_below(ax: Axes, columns: int = 2, *, also: float = 0.0) -> None:
-    """Put a legend below the axis label, from the left edge of the axes, in as many columns as there is room for.
+    """Put a legend below the axis label, from the left edge of the axes, in as many columns as fit.
 
-    `also` is the height in points of what else is below the axes, such as long tick labels.
+    `also` is the height in points of other elements below the axes, such as long tick labels.
     """
     figure = ax.get_figure(root=True)
     assert figure is not None
@@ -205,7 +205,7 @@ def legend_below(ax: Axes, columns: int = 2, *, also: float = 0.0) -> None:
 def name_points(ax: Axes, points: Sequence[tuple[float, float, str]], size: float) -> None:
     """Write each name beside its point, on the side where it covers the fewest points and names.
 
-    Call it when scales and limits are settled.
+    Call it after scales and limits are set.
     """
     places = [(ax.transData.transform((x, y)) * 72 / _dpi(ax)).tolist() for x, y, _ in points]
     taken = [Bbox.from_bounds(left - 2, bottom - 2, 4, 4) for left, bottom in places]

@@ -1,4 +1,4 @@
-"""Tables of a statistic: tidy for pandas, wide and sortable for a page, Markdown and LaTeX for a paper."""
+"""Tables of a statistic: tidy for pandas, sortable HTML, Markdown and LaTeX."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ _VALUES = ("estimate", "ci_low", "ci_high", "n", "n_documents")
 
 
 def tidy(data: xr.Dataset, *, also: Sequence[str] = ()) -> pd.DataFrame:
-    """Return one row per number: a column per dimension, then estimate, ci_low, ci_high, n, n_documents and `also`.
+    """Return one row per number.
 
-    Values have the unit of the statistic; shares are fractions, not per cent.
+    The columns are the dimensions, then estimate, ci_low, ci_high, n, n_documents and the variables `also`. Values have
+    the unit of the statistic; shares are fractions, not per cent.
     """
     check(data, "A table", "stats.expert_share, or another statistic,", "estimate")
     order = [str(d) for d in data["estimate"].dims]
@@ -38,9 +39,9 @@ def _single(values: xr.Dataset) -> pd.DataFrame:
 
 
 def wide(data: xr.Dataset) -> pd.DataFrame:
-    """Return one row per combination of all dimensions but the last, the columns; cells are (estimate, low, high).
+    """Return one row per combination of all dimensions but the last, whose values are columns of (estimate, low, high).
 
-    Layers are never columns. n and documents have their own columns, as a range if they differ within the row.
+    Layers are always rows. n and documents have their own columns, with a range if they differ within the row.
     """
     data = _laid_out(data)
     *down, across = [str(d) for d in data["estimate"].dims]
@@ -76,9 +77,9 @@ def _laid_out(data: xr.Dataset) -> xr.Dataset:
 
 
 def html_table(data: xr.Dataset, caption: str = "") -> str:
-    """Return a sortable table with the estimate over its interval in every cell; fractions in per cent.
+    """Return a sortable table with the estimate above its interval in every cell; shares are in per cent.
 
-    Clicking a heading sorts by its column, numerically where possible, with missing values last.
+    Clicking a heading sorts by its column, numerically and with missing values last.
     """
     frame, parts = wide(data), _parts(data)
     text = f"{caption or labels.title(data)}. {unit_note(data)}"
@@ -132,20 +133,20 @@ def to_markdown(data: xr.Dataset) -> str:
     return f"{markdown_lines(header, rows)}\n\n{unit_note(data)}\n"
 
 
-# Characters with a meaning in a Markdown or GitHub cell; underscores within words and a lone "[" have none.
+# Characters with a meaning in Markdown or on GitHub within a cell. An underscore within a word and "[" alone have none.
 _MARKUP = re.compile(r"[\\|`*<>~$]|(?<![^\W_])_|_(?![^\W_])|&(?=#?\w+;)|(?<=\])[(\[]|!(?=\[)")
 _UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def markdown_lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return rows of a Markdown table whose texts are displayed literally."""
+    """Return a Markdown table whose cells show every text literally."""
     lines = [[_MARKUP.sub(r"\\\g<0>", _one_line(cell, "□")) for cell in line] for line in (header, *rows)]
     lines.insert(1, ["---"] * len(header))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _one_line(text: str, unseen: str) -> str:
-    """Return `text` without line breaks; control and direction characters become `unseen`."""
+    """Return `text` on one line, with control and direction characters replaced by `unseen`."""
     return _UNSEEN.sub(unseen, re.sub(r"\s*[\t\n\v\f\r\x85\u2028\u2029]\s*", " ", text))
 
 
@@ -154,7 +155,7 @@ LATEX |= {"^": r"\textasciicircum{}", "–": "--"}
 
 
 def latex_line(cells: Sequence[str]) -> str:
-    """Return a row of a tabular; leading [ and * are protected, because a command before would take them as options."""
+    r"""Return a row of a tabular. A leading [ or * is protected, because LaTeX would read it as an argument of \\."""
     row = " & ".join("".join(LATEX.get(c, c) for c in _one_line(cell, "?")) for cell in cells)
     return ("{}" if row.startswith(("[", "*")) else "") + row + r" \\"
 

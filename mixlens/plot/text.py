@@ -15,8 +15,8 @@ from mixlens.plot.style import MUTED, PAGE, SMALLEST, drawing, families, heading
 from mixlens.trace.trace import Trace
 
 _FAMILY = "DejaVu Sans Mono"
-_SIZE, _ADVANCE, _LINE = 7.0, 0.602, 2.8  # points; width of a character and height of a line, both in sizes
-_MOST_LINES, _HEADING = 8, 0.45  # of a figure of its own; inches above the text
+_SIZE, _ADVANCE, _LINE = 7.0, 0.602, 2.8  # font size in points; character width and line height in font sizes
+_MOST_LINES, _HEADING = 8, 0.45  # lines of a new figure; inches above the text
 
 
 def text(
@@ -72,7 +72,7 @@ def text(
     lines = min(_MOST_LINES, 1 + max((line for line, _ in _places(pieces, _columns(0.98 * PAGE))), default=0))
     height = lines * _SIZE * _LINE / 72 + 0.01
     with drawing(ax, PAGE, height + _HEADING) as drawn:
-        if ax is None:  # text is set on a grid of characters, which a layout engine must not move
+        if ax is None:  # a layout engine would shift the character grid
             own_figure(drawn).set_layout_engine("none")
             drawn.set_position((0.01, 0.0, 0.98, height / (height + _HEADING)))
         drawn.set_axis_off()
@@ -121,7 +121,7 @@ def layer_number(trace: Trace, layer: int | None) -> int:
 
 
 def _flow(ax: Axes, pieces: list[str], choices: np.ndarray, colours: list[str]) -> int:
-    """Set the tokens line by line until the axes are full, and return how many fitted."""
+    """Draw the tokens line by line until the axes are full, and return the number drawn."""
     figure = ax.get_figure(root=True)
     assert figure is not None
     box = ax.get_position()
@@ -138,12 +138,12 @@ def _flow(ax: Axes, pieces: list[str], choices: np.ndarray, colours: list[str]) 
 
 
 def _columns(inches: float) -> int:
-    """How many characters a line has."""
+    """Return the number of characters per line."""
     return max(8, int(inches * 72 / (_SIZE * _ADVANCE)))
 
 
 def _places(pieces: list[str], columns: int) -> Iterator[tuple[int, int]]:
-    """Line and column of every token."""
+    """Yield the line and column of every token."""
     line = column = 0
     for piece in pieces:
         cells = min(_cells(_visible(piece)), columns)
@@ -180,11 +180,11 @@ def _token(ax: Axes, column: int, line: int, shown: str, choices: list[tuple[int
     left, width = column + 0.06, cells - 0.12
     (first, colour), *others = choices
     ax.add_patch(Rectangle((left, line + 0.52), width, 0.10, facecolor=colour, linewidth=0))
-    for _, other in others[:1]:  # more would run into the number
+    for _, other in others[:1]:  # more would overlap the number
         ax.add_patch(Rectangle((left, line + 0.645), width, 0.04, facecolor=other, linewidth=0))
     digits = len(str(first))
     if digits * SMALLEST * 0.64 + (digits > 1) * 2 > cells * _SIZE * _ADVANCE * 1.1:
-        return  # it would run into that of the next token; two digits in a row are two tokens
+        return  # the number would touch that of the next token, and the two would read as one
     ax.text(
         column + cells / 2,
         line + 0.96,
