@@ -1,4 +1,4 @@
-"""Untimed calls of an endpoint, with retries: completions, lists of models, counts of tokens."""
+"""Untimed calls of an endpoint, with retries: completions, lists of models and token counts."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ if TYPE_CHECKING:
 
 _FOR_NOW = {408, 409, 429}
 _TOO_MANY = 429
-# Servers say 429 also where no waiting helps.
+# Some servers also send 429 for failures that waiting does not resolve.
 _NO_CREDIT = (b"insufficient_quota", b"billing_hard_limit", b"insufficient_balance", b"exceeded_current_quota")
-# Failures that a server reports within a 2xx answer, and the equivalent status.
+# Errors that servers report in an answer with a success status, and the equivalent HTTP status.
 _NAMED = {"overloaded_error": 529, "overloaded": 529, "rate_limit_error": _TOO_MANY, "rate_limit_exceeded": _TOO_MANY}
 _NAMED |= {"server_error": 500, "internal_error": 500, "internal_server_error": 500, "api_error": 500}
-# From then on a server that asks for no wait is waited for all the same.
+# After this many rate limits, a requested wait of 0 s is ignored.
 _MANY_LIMITS = 4
 _LONGEST_WAIT_S = 60.0
-# Faults that another try may not have.
+# Faults that a retry may resolve.
 _PASSING = ("connect", "timeout", "cut")
 _COLUMNS = {"tokens": str, "logprobs": int | float | None, "top_logprobs": dict, "offsets": int}
 
@@ -281,7 +281,7 @@ def _failed(data: Any) -> bool:
 
 
 def _faults(data: dict[str, Any]) -> Iterator[Any]:
-    """Yield the errors of an answer: the server's messages, or the reasons why a choice was aborted."""
+    """Yield the errors of an answer: those that the server reports, and one for every choice that broke off."""
     choices = data["choices"] if isinstance(data.get("choices"), list) else []
     for place in (data, *(choice for choice in choices if isinstance(choice, dict))):
         error = place.get("error")
@@ -292,7 +292,7 @@ def _faults(data: dict[str, Any]) -> Iterator[Any]:
 
 
 def _status_within(body: bytes) -> int:
-    """Return the HTTP status equivalent to the error in a 2xx answer; 200 if it names none."""
+    """Return the HTTP status equivalent to the error in an answer with a success status; 200 without an error."""
     try:
         data = json.loads(body)
     except (ValueError, RecursionError):
@@ -306,7 +306,7 @@ def _status_within(body: bytes) -> int:
 
 
 def _completion(data: dict[str, Any], protocol: str, attempts: int, key: str | None) -> Completion:
-    """Build a Completion from the JSON of an answer; joined parts are checked for the key."""
+    """Build a Completion from the JSON of an answer; joined text is redacted again, as the key may have been split."""
     usage = counts_of(data)
     common = {
         **{name: usage.get(name) for name in ("input_tokens", "output_tokens", "cached_tokens", "reasoning_tokens")},
@@ -335,7 +335,7 @@ def _completion(data: dict[str, Any], protocol: str, attempts: int, key: str | N
 def _scores(given: Any, key: str | None) -> dict[str, Any]:
     """Return tokens and log-probabilities of a choice from the chat or the completions form; None where absent.
 
-    Raises TypeError for columns of another type.
+    Raises TypeError for columns of the wrong type.
     """
     if not given:
         return dict.fromkeys(_COLUMNS)

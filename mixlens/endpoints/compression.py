@@ -1,6 +1,6 @@
-"""Decompress answers in pieces of bounded size: gzip, deflate, br and zstd, at most two nested.
+"""Decompression of answers in pieces of bounded size: gzip, deflate, br and zstd, at most two of them nested.
 
-httpx decompresses whatever arrived at once, and 64 kB of a brotli or zstd bomb expand to gigabytes.
+httpx decompresses each received chunk at once, and 64 kB of a brotli or zstd bomb expand to gigabytes.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from mixlens.endpoints.limits import MAX_STREAM_BYTES, TooLarge
 
 _PIECE_BYTES = 1 << 16
 _MOST_CODINGS = 2
-# A zstd block of 4 bytes holds up to 128 KiB, and zstandard has no limit on what it returns.
+# A zstd block of 4 bytes expands to up to 128 KiB, and zstandard does not limit its output.
 _ZSTD_SLICE_BYTES = 64
-_ZSTD_WINDOW_BYTES = 8 << 20  # the most that an HTTP content coding may ask for (RFC 9659)
+_ZSTD_WINDOW_BYTES = 8 << 20  # maximum for an HTTP content coding (RFC 9659)
 
 Step = Callable[[bytes], Iterator[bytes]]
 
 
 class Decompressor:
-    """Decoder of a Content-Encoding header; `feed` yields pieces of at most 2 MiB.
+    """Decompressor for the codings of a Content-Encoding header; `feed` yields pieces of at most 2 MiB.
 
-    Raises ValueError for a coding that is unknown, not installed or nested too deep, and for invalid data; TooLarge if
-    more than MAX_STREAM_BYTES pass a step.
+    Raises ValueError if a coding is unknown, not installed or nested too deeply, or if the data is invalid; TooLarge if
+    any step produces more than MAX_STREAM_BYTES.
     """
 
     def __init__(self, header: str) -> None:
@@ -32,12 +32,12 @@ class Decompressor:
         if len(codings) > _MOST_CODINGS:
             raise ValueError(f"the answer is compressed {len(codings)} times")
         if unknown := [name for name in codings if name.lower() not in _CODINGS]:
-            # As it was sent, and whole: a key in it is masked later.
+            # Quoted unchanged and in full, so that a key in it can be masked later.
             raise ValueError(f"the answer is compressed as {unknown[0]!r}, although identity was asked for")
         self._steps = [_counted(_CODINGS[name.lower()]()) for name in reversed(codings)]
 
     def feed(self, piece: bytes) -> Iterator[bytes]:
-        """Yield what a piece of the answer decompresses to."""
+        """Yield the decompressed content of a piece of the answer."""
         pieces = iter([piece])
         for step in self._steps:
             pieces = _through(step, pieces)
@@ -64,7 +64,7 @@ def _counted(step: Step) -> Step:
 
 
 def _zlib(window: int) -> Step:
-    """Inflate members that follow one another; other trailing data are ignored."""
+    """Return a step that inflates consecutive members and ignores any other data after the first."""
     current, ended = zlib.decompressobj(window), False
 
     def step(piece: bytes) -> Iterator[bytes]:
@@ -91,7 +91,7 @@ def _gzip() -> Step:
 
 
 def _deflate() -> Step:
-    """Inflate with or without zlib's header, detected from two bytes, because servers differ."""
+    """Return a step for deflate with or without a zlib header, which servers may omit."""
     head, inner = b"", None
 
     def step(piece: bytes) -> Iterator[bytes]:

@@ -1,4 +1,4 @@
-"""Endpoint: a model behind a URL, with the requests of its protocol."""
+"""Endpoint: a model behind a URL, and the requests of its protocol."""
 
 from __future__ import annotations
 
@@ -61,16 +61,16 @@ class Endpoint:
     context : int, optional
         Context length in tokens, if known.
     routing : bool, optional
-        Ask for the experts of every token, which vLLM and SGLang return when they are started with
+        Request the experts of every token, which vLLM and SGLang return if started with
         ``--enable-return-routed-experts`` (protocols "openai-chat" and "openai-completions").
     max_tries : int, optional
-        How often a call that is not timed is sent in all, after temporary failures (408, 409, 5xx), lost connections
-        and timeouts.
+        Maximum number of times that an untimed call is sent. Temporary failures (408, 409, 5xx), lost connections and
+        timeouts are retried.
     patience_s : float, optional
-        Seconds that such a call waits in all for a rate limit (429) to pass: as long as the server asks for, else 1,
-        2, 4 ... and at most 60 seconds at a time.
+        Maximum total seconds that an untimed call waits for rate limits (429) to pass. Each wait is as long as the
+        server requests, else 1, 2, 4 ... seconds, and at most 60 seconds.
     deadline_s : float, optional
-        Seconds that one answer to such a call may take in all. A benchmark has its own, `BenchSettings(timeouts=)`.
+        Maximum seconds for the answer to an untimed call. Benchmarks use `BenchSettings(timeouts=)` instead.
 
     Raises
     ------
@@ -120,8 +120,8 @@ class Endpoint:
             )
         if not isinstance(self.model, str) or not self.model:
             raise BadInput(
-                f"Cannot use the endpoint at {host} with model={self.model!r}: a request must name a model. Pass one "
-                "of the names that `mixlens models URL` lists.",
+                f"Cannot use the endpoint at {host} with model={self.model!r}: a model name is required. Pass one "
+                "of the names listed by `mixlens models URL`.",
                 argument="model",
                 value=self.model,
             )
@@ -133,21 +133,21 @@ class Endpoint:
             )
         if self.routing and not self.protocol.startswith("openai"):
             raise BadInput(
-                f"Cannot ask {host} for routing by the protocol {self.protocol}: servers return it in OpenAI's "
-                'formats. Pass protocol="openai-completions" or "openai-chat".',
+                f"Cannot request routing from {host} with the protocol {self.protocol}: servers return it only in "
+                'OpenAI\'s formats. Pass protocol="openai-completions" or "openai-chat".',
                 argument="routing",
                 value=self.protocol,
             )
         if not (isinstance(self.max_tries, int) and self.max_tries >= 1 and self.patience_s >= 0):
             raise BadInput(
                 f"Cannot use the endpoint at {host} with max_tries={self.max_tries} and patience_s={self.patience_s}. "
-                "Pass a whole number from 1 and a number of seconds from 0.",
+                "Pass a whole number of at least 1 and a number of seconds of at least 0.",
                 argument="max_tries" if not (isinstance(self.max_tries, int) and self.max_tries >= 1) else "patience_s",
                 value=(self.max_tries, self.patience_s),
             )
         if not (isinstance(self.deadline_s, int | float) and self.deadline_s > 0):
             raise BadInput(
-                f"Cannot use the endpoint at {host} with deadline_s={self.deadline_s}. Pass seconds above 0.",
+                f"Cannot use the endpoint at {host} with deadline_s={self.deadline_s}. Pass a number above 0.",
                 argument="deadline_s",
                 value=self.deadline_s,
             )
@@ -358,13 +358,13 @@ class Endpoint:
         echo : bool, optional
             Start the answer with the prompt, with log-probabilities of its tokens too ("openai-completions").
         retries : int, optional
-            How often to retry after a temporary failure, a lost connection or a timeout; None for the endpoint's
-            `max_tries` less one. Waiting for a rate limit to pass is bounded by the endpoint's `patience_s` instead.
+            Number of retries after a temporary failure, a lost connection or a timeout. By default `max_tries` minus
+            one. Rate limits are not counted; `patience_s` bounds the time spent waiting for them.
         client : Client, optional
-            From `connect`, so that many calls share connections. By default every call opens its own.
+            Client from `connect`, so that many calls share connections. By default every call opens its own.
         **fields : Any
             Additional fields of the body, such as temperature=0 or stop=["\n"]. They override the endpoint's `extra`,
-            except where that removes a field.
+            except fields that `extra` removes.
 
         Returns
         -------
@@ -561,7 +561,7 @@ def canonical(model: str) -> str:
 
 
 def same_model(answered: str, asked: str) -> bool:
-    """Return whether two names are of one model; transformers serve adds the revision, as in name@main."""
+    """Check whether two names refer to the same model; transformers serve appends the revision, as in name@main."""
     return canonical(asked) in (canonical(answered), canonical(answered.rpartition("@")[0]))
 
 

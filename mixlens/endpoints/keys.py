@@ -1,4 +1,4 @@
-"""API keys: detect them in the wrong place, and redact them from server output in any encoding."""
+"""Detection of API keys in fields, and redaction of a key from server output in any encoding."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _SECRET = re.compile(
 )
 # Values that look like a secret under any name.
 _KEY_LIKE = re.compile(r"\s*(?:(?i:bearer|basic)\s+\S{8,}|(?:sk-|hf_)[\w-]{16,})\s*")
-# Words of one case with few digits behind them, as in AZURE_OPENAI_API_KEY_2; no key is written like that.
+# Words in one case followed by few digits, as in AZURE_OPENAI_API_KEY_2. No key looks like this.
 _VARIABLE = re.compile(r"_*(?:[A-Z]{1,20}|[a-z]{1,20})\d{0,3}(?:_+(?:(?:[A-Z]{1,20}|[a-z]{1,20})\d{0,3}|\d{1,3}))*_*")
 _ESCAPES = re.compile(r"%[0-9a-fA-F]{2}|&(?:amp;){0,4}#|\\")
-# What httpx and its parts log quotes the server: its headers, and the words after its status.
+# The logs of httpx and its dependencies quote the server's headers and status line.
 _LOGGERS = ("httpx", *(f"httpcore.{part}" for part in ("connection", "http11", "http2", "proxy", "socks")))
 
 
 def is_variable(name: object) -> bool:
-    """Return True if `name` can be the name of an environment variable, and is not a key itself."""
+    """Check whether `name` can be the name of an environment variable rather than a key passed by mistake."""
     if not isinstance(name, str) or _KEY_LIKE.fullmatch(name):
         return False
     return name in os.environ or bool(_VARIABLE.fullmatch(name))
@@ -56,7 +56,7 @@ def redacted(text: str, key: str | None) -> str:
 
 
 def redacted_parts(parts: Sequence[str], key: str | None) -> list[str]:
-    """Replace the key by "[key]" in consecutive texts, also across their boundaries."""
+    """Replace the key by "[key]" in consecutive texts, including occurrences that span several of them."""
     whole = "".join(parts)
     if key is None or not _may_hold(whole, key):
         return list(parts)
@@ -77,12 +77,12 @@ def redacted_parts(parts: Sequence[str], key: str | None) -> list[str]:
 
 
 class KeyFilter(logging.Filter):
-    """Masks the key in what httpx logs, as long as it is attached."""
+    """Logging filter that masks the key in the logs of httpx while attached."""
 
     def __init__(self, key: str) -> None:
         super().__init__()
         self._key = key
-        _pattern(key)  # compiled before anything is timed
+        _pattern(key)  # compile before any timing starts
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg, record.args = redacted(record.getMessage(), self._key), ()
@@ -98,13 +98,13 @@ class KeyFilter(logging.Filter):
 
 
 def _may_hold(text: str, key: str) -> bool:
-    """Return False quickly if the text cannot contain the key: `in` is a hundred times as fast as the pattern."""
+    """Check quickly whether the text may contain the key: `in` is a hundred times as fast as the pattern."""
     return len(text) >= len(key) and (any(form in text for form in _forms(key)) or bool(_ESCAPES.search(text)))
 
 
 @lru_cache(maxsize=8)
 def _forms(key: str) -> tuple[str, ...]:
-    """Return the key verbatim, in hexadecimal, and in both base64 alphabets at each of three offsets."""
+    """Return the key in plain text, in hexadecimal, and in both base64 alphabets at each of the three alignments."""
     raw = key.encode()
     coded = [b64encode(bytes(before) + raw).decode()[-(-8 * before // 6) :] for before in range(3)]
     coded = [text[: 8 * (before + len(raw)) // 6 - -(-8 * before // 6)] for before, text in enumerate(coded)]
@@ -121,7 +121,7 @@ def _pattern(key: str) -> re.Pattern[str]:
 
 
 def _spelled(char: str) -> str:
-    """Return a bounded pattern for a character in any of its escapes, also escaped twice."""
+    """Return a pattern for a character in all its escapes, also nested; repetitions are bounded to limit the time."""
     code = "".join(f"[{digit}{digit.upper()}]" if digit.isalpha() else digit for digit in f"{ord(char):02x}")
     bare = re.escape(char) if char.isalnum() else rf"\\{{0,8}}{re.escape(char)}"
     escaped = rf"\\{{1,8}}(?:u00|u\{{0{{0,6}}|x){code}\}}?"

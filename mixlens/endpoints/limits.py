@@ -1,20 +1,20 @@
-"""Limits on answers of a server, so that a hostile one cannot fill the memory.
+"""Size limits on answers of servers, so that a hostile server cannot exhaust memory.
 
-A JSON document grows up to thirty times in memory, and a text four times, so an answer at these limits takes less than
-300 MB.
+Parsed JSON takes up to thirty times the memory of its text, and decoded text four times that of its bytes. An answer at
+these limits takes less than 300 MB.
 """
 
 from __future__ import annotations
 
-# Of an answer that comes whole, of one event of a stream, and of the text that a stream amounts to.
+# Limit on an unstreamed answer, on one event of a stream, and on the total text of a stream.
 MAX_BODY_BYTES = 8 << 20
-# Of a stream, both as received and decompressed.
+# Limit on a stream, both as received and decompressed.
 MAX_STREAM_BYTES = 256 << 20
 MAX_EVENTS = 250_000
-# Of a model's, a provider's and a reason's name.
+# Limit on the name of a model, a provider or a finish reason.
 MAX_NAME_CHARS = 200
-# Headers are limited to 100 KiB by h11, which httpx reads them with.
+# h11, which httpx uses, limits headers to 100 KiB.
 
 
 class TooLarge(Exception):
-    """An answer exceeded a limit; the message says which."""
+    """Raised when an answer exceeds a limit, which the message names."""

@@ -1,4 +1,4 @@
-"""Published prices of Mixtral providers at a date, and the cost of a workload with each."""
+"""Published prices of providers of Mixtral, with date and source, and the cost of a workload with each."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from mixlens.endpoints.endpoint import Endpoint, canonical
 from mixlens.errors import BadInput
 
 _MOST_MONTHS = 1_200
-# Whose prices hold at which host.
+# Provider whose prices apply at each host.
 _HOSTS = {"openrouter.ai": "OpenRouter", "api.deepinfra.com": "DeepInfra", "modelslab.com": "ModelsLab"}
-# Columns of a statement about a provider's model; NaN and "" for missing facts.
+# Columns of statements by a page or list about a provider's model; missing values are NaN and "".
 STATEMENT = (
     "provider",
     "model",
@@ -37,22 +37,25 @@ WORDS = ("provider", "model", "quantization", "parameters", "source", "as_of", "
 
 
 def prices(model: str | None = None) -> pd.DataFrame:
-    """Return the statements of a snapshot about prices, speeds and contexts, including contradictions.
+    """Return published prices, speeds and context lengths from the bundled snapshot.
+
+    Contradicting statements about the same model are listed side by side.
 
     Parameters
     ----------
     model : str, optional
-        Any of the model's names; None for all models.
+        Any name of a model. By default all models.
 
     Returns
     -------
     DataFrame
-        STATEMENT; NaN or "" where a page says nothing; attrs["date"] is the date of the snapshot.
+        One row per statement with the columns STATEMENT; missing values are NaN or "". attrs["date"] is the date of the
+        snapshot.
 
     Raises
     ------
     BadInput
-        For a model that the snapshot does not have.
+        If the snapshot does not contain the model.
 
     Examples
     --------
@@ -67,7 +70,7 @@ def prices(model: str | None = None) -> pd.DataFrame:
         if frame.empty:
             raise BadInput(
                 f"Cannot find prices of {model!r}: the snapshot of {snapshot['date']} has {' and '.join(known)}. Pass "
-                "one of these, or leave the model out for all.",
+                "one of these, or leave out the model to list all.",
                 argument="model",
                 value=model,
             )
@@ -94,36 +97,37 @@ def cost(
     growth: float = 0.0,
     table: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
-    """Compute what a workload costs with every provider, month by month.
+    """Compute the monthly cost of a workload with every provider.
 
-    usd = requests * ((1 + growth) ** (month - 1)) * (tokens in * price in + tokens out * price out, or price a call)
+    usd = requests * (1 + growth) ** (month - 1) * (input tokens * input price + output tokens * output price), or with
+    the price per call in place of the last factor.
 
     Parameters
     ----------
     input_tokens, output_tokens : float
-        Of one request.
+        Tokens of one request.
     requests : float, optional
-        In the first month.
+        Requests in the first month.
     model : str, optional
-        A loaded model.
+        Any name of a model. By default all models.
     months : int, optional
-        How many months.
+        Number of months.
     growth : float, optional
-        Of the requests from month to month, 0.1 for a tenth more.
+        Monthly growth of the requests; 0.1 is 10 %.
     table : pandas.DataFrame, optional
-        Prices to reckon with, as from providers.listed_prices, or by hand with any of the columns STATEMENT; None
-        for the snapshot.
+        Prices with any of the columns STATEMENT, such as those of `listed_prices`. By default the snapshot.
 
     Returns
     -------
     DataFrame
-        Provider, model, month, requests, usd_per_request, usd, source, as_of; one row a statement of a price and
-        month; attrs["date"].
+        One row per published price and month, with provider, model, month, requests, usd_per_request, usd, source and
+        as_of. attrs["date"] is the date of the prices.
 
     Raises
     ------
     BadInput
-        For numbers below 0, no month or over 1,200, or a model that the snapshot does not have.
+        If a number is negative or infinite, `months` is below 1 or above 1,200, or the snapshot does not contain the
+        model.
 
     Examples
     --------
@@ -136,8 +140,8 @@ def cost(
     if not (np.isfinite([*numbers, last]).all() and (numbers >= 0).all() and months <= _MOST_MONTHS):
         raise BadInput(
             f"Cannot compute the cost of {requests:g} requests of {input_tokens:g} input and {output_tokens:g} output "
-            f"tokens over {months} months growing by {growth:g}: a number is negative or infinite, or there is no "
-            f"month. Pass tokens and requests from 0, months from 1 to {_MOST_MONTHS:,}, growth from -1.",
+            f"tokens over {months} months growing by {growth:g}: a number is out of range. Pass tokens and requests of "
+            f"at least 0, months from 1 to {_MOST_MONTHS:,} and growth of at least -1.",
             argument="cost",
             value=(input_tokens, output_tokens, requests, months, growth),
         )
@@ -155,13 +159,13 @@ def cost(
 
 
 def provider_at(url: str) -> str:
-    """Return the provider whose prices apply at an address, or the host if the snapshot does not know it."""
+    """Return the provider whose prices apply at an address; the host if the snapshot has no such provider."""
     host = urlsplit(url).hostname or ""
     return _HOSTS.get(host, host)
 
 
 def price_at(endpoint: Endpoint) -> tuple[float, float] | None:
-    """Return dollars per million tokens in and out at an endpoint, by the most expensive statement, or None."""
+    """Return the highest published dollars per million input and output tokens at an endpoint; None if unknown."""
     provider = provider_at(endpoint.url)
     table = prices()
     known = table[(table["provider"] == provider) & (table["model"] == canonical(endpoint.model))]

@@ -1,4 +1,4 @@
-"""probe: test by effect which parameters of the OpenAI API a server honours, ignores or rejects."""
+"""Probe of the parameters that an OpenAI-compatible server honours, ignores or rejects, judged by their effect."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _NO_ANSWER = 599
 
 @dataclass(frozen=True)
 class Exchange:
-    """One request of a probe and its answer: fields without the key, and at most 4,000 characters of the answer."""
+    """Request and answer of a probe: fields without the key, and at most 4,000 characters of the answer."""
 
     parameter: str
     fields: dict[str, Any]
@@ -40,7 +40,7 @@ class Exchange:
 
     @property
     def data(self) -> dict[str, Any]:
-        """Return the JSON object of the answer; {} if it is not one."""
+        """JSON object of the answer; {} if it is not an object."""
         try:
             found = json.loads(self.answer)
         except (ValueError, RecursionError):
@@ -59,7 +59,7 @@ class Exchange:
 
     @property
     def refused(self) -> bool:
-        """Return True if the server rejected the request: 400, 404, 405, 415, 422, 501, or an error."""
+        """Whether the server rejected the request, by status 400, 404, 405, 415, 422 or 501 or by an error."""
         failed = bool(self.data.get("error")) or self.data.get("status") == "error"
         return self.status in (400, 404, 405, 415, 422, 501) or (self.status < 300 and failed)
 
@@ -71,7 +71,7 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Probe:
-    """Verdicts on a server's parameters, with the exchanges that support them.
+    """Verdicts on the parameters of a server, with the exchanges as evidence.
 
     table      one row per parameter: parameter, verdict, evidence, requests
     exchanges  every request with its answer
@@ -95,7 +95,7 @@ class Probe:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Probe:
-        """Open a saved probe. Raises BadInput if the file is missing or something else."""
+        """Read a file written by `save`. Raises BadInput if it is missing or has another format."""
         try:
             meta, *lines = [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
             rows = [line for line in lines if "verdict" in line]
@@ -103,8 +103,8 @@ class Probe:
             return cls(pd.DataFrame(rows, columns=list(_TABLE)), exchanges, meta)
         except (OSError, ValueError, TypeError) as error:
             raise BadInput(
-                f"Cannot read a probe from {path} ({type(error).__name__}: {error}). Pass the file that probe(out=) "
-                "or mixlens probe --out wrote.",
+                f"Cannot read a probe from {path} ({type(error).__name__}: {error}). Pass a file written by "
+                "probe(out=) or mixlens probe --out.",
                 argument="path",
                 value=str(path),
             ) from error
@@ -130,23 +130,23 @@ def probe(
 ) -> Probe:
     """Test which parameters a server honours, ignores or rejects.
 
-    Each is sent where it must have a visible effect: a seed must make random answers repeat, a stop string must end the
-    answer, a penalty must change a greedy one. Acceptance alone proves nothing. About thirty short requests, without
-    retries.
+    A server may accept a parameter without using it, so each parameter is sent in a request where it must have a
+    visible effect: a seed must make random answers repeat, a stop string must end the answer, a penalty must change a
+    greedy answer. The probe sends about thirty short requests, without retries.
 
-    "undetermined" is a verdict too: if the server is not repeatable at temperature 0, no answer is random enough to
-    test repetition, or it refuses for another reason (401, 402, 403, 429, 5xx).
+    The verdict is "undetermined" if answers at temperature 0 are not repeatable, if answers are not random, so that a
+    seed has nothing to change, or if the server fails for another reason (401, 402, 403, 429, 5xx).
 
     Parameters
     ----------
     endpoint : Endpoint
-        The server and its model.
+        Server and model.
     parameters : Sequence[str], optional
-        Of PARAMETERS.
+        Parameters to test. By default all of PARAMETERS.
     max_tokens : int, optional
-        Of an answer; longer answers show weak effects better, and cost more.
+        Maximum tokens per answer. Longer answers show weak effects better but cost more.
     out : str or os.PathLike, optional
-        File of JSON Lines for the verdicts and all exchanges.
+        JSON Lines file for the verdicts and all exchanges.
 
     Returns
     -------
@@ -155,7 +155,7 @@ def probe(
     Raises
     ------
     BadInput
-        For another protocol or an unknown parameter.
+        If the protocol is not "openai-chat" or "modelslab", a parameter is unknown, or `out` cannot be a file.
     EndpointError
         If the server does not answer the plain request.
 
@@ -165,7 +165,7 @@ def probe(
     """
     if endpoint.protocol not in ("openai-chat", "modelslab"):
         raise BadInput(
-            f"Cannot probe the parameters of {endpoint.host} over {endpoint.protocol}. Make the endpoint with "
+            f"Cannot probe the parameters of {endpoint.host} over {endpoint.protocol}. Create the endpoint with "
             'protocol="openai-chat".',
             argument="protocol",
             value=endpoint.protocol,
@@ -203,7 +203,7 @@ def probe(
 
 
 def _check_writable(path: Path) -> None:
-    """Check before anything is sent, because results would be lost."""
+    """Raise BadInput if the results cannot be written; called before the first request."""
     if path.is_dir() or not path.parent.is_dir():
         raise BadInput(
             f"Cannot write a probe to {path}: it is a folder, or its folder does not exist. Pass a file in an "
@@ -221,7 +221,7 @@ def _asker(
     def ask(parameter: str, prompt: str, fields: Mapping[str, Any]) -> Exchange:
         headers, body = endpoint.request(prompt, max_tokens=max_tokens, key=key, stream=False)
         body = {name: value for name, value in (body | dict(fields)).items() if value is not None}
-        # A separate connection: one dropped after a failure would look like a refusal.
+        # A new connection per request, because one dropped by the server after a failure would look like a refusal.
         headers |= {"Content-Type": "application/json", "Connection": "close"}
         try:
             found = client.fetch("POST", endpoint.address, headers, json.dumps(body).encode())
@@ -236,7 +236,7 @@ def _asker(
 
 
 def _without(key: str | None, answer: str) -> str:
-    """Return the stored part of an answer without the key; nothing of a stream whose events contain it in parts."""
+    """Return the answer shortened and without the key; a stream whose events together spell the key is omitted."""
     texts = [decode(message, "openai-chat").text for message in SSEParser().feed(answer.encode(), 0.0)]
     if redacted_parts(texts, key) != [redacted(text, key) for text in texts]:
         return "[a stream that spells the key]"

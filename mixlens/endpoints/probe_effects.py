@@ -1,4 +1,4 @@
-"""Expected effect of each parameter, and conclusions from its presence or absence."""
+"""Effects that each parameter must have, and the verdicts that follow from them."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ _TOOL = {
         "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
     },
 }
-# Enough draws that random answers of a dozen tokens are hardly all the same.
+# Enough draws that random answers of a dozen tokens are very unlikely to be all the same.
 _DRAWS = 3
 
-# Sends a prompt with fields of the body, and returns an Exchange.
+# Sends a prompt with additional fields of the body and returns an Exchange.
 Ask = Callable[[str, Mapping[str, Any]], Any]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A verdict, with its evidence in words."""
+    """Verdict on a parameter, with a sentence of evidence."""
 
     name: str
     evidence: str
 
 
 class _Refused(Exception):
-    """The server refused to answer; carries the verdict."""
+    """Raised with the verdict when the server does not answer."""
 
     def __init__(self, verdict: Verdict) -> None:
         self.verdict = verdict
 
 
 def _asked(ask: Ask, prompt: str, fields: Mapping[str, Any]) -> Any:
-    """Return the exchange; raises _Refused if it has no answer."""
+    """Return the exchange; raise _Refused if the server did not answer."""
     found = ask(prompt, fields)
     if found.refused:
         raise _Refused(Verdict(REJECTED, f"status {found.status}: {_short(found.answer)}"))
@@ -108,7 +108,7 @@ def _max_completion_tokens(ask: Ask) -> Verdict:
     found = _asked(ask, _STORY, {**_COLD, "max_tokens": None, "max_completion_tokens": 4})
     n = found.count("completion_tokens")
     n = len(found.text.split()) if n is None else n
-    return Verdict(HONOURED if n <= 4 else IGNORED, f"at most 4 asked for, {n} given")
+    return Verdict(HONOURED if n <= 4 else IGNORED, f"at most 4 requested, {n} returned")
 
 
 def _stream(ask: Ask) -> Verdict:
@@ -161,11 +161,11 @@ def _tool_choice(ask: Ask) -> Verdict:
     named = {"type": "function", "function": {"name": "current_weather"}}
     forced = _asked(ask, _COUNT, {**_COLD, "tools": [_TOOL], "tool_choice": named})
     if not forced.message.get("tool_calls"):
-        return Verdict(IGNORED, f"the tool was to be called, and is not: {_short(forced.text)!r}")
+        return Verdict(IGNORED, f"the required tool is not called: {_short(forced.text)!r}")
     never = _asked(ask, _WEATHER, {**_COLD, "tools": [_TOOL], "tool_choice": "none"})
     if never.message.get("tool_calls"):
-        return Verdict(IGNORED, "no tool was to be called, and one is")
-    return Verdict(HONOURED, "the named tool is called where nothing asks for it, and none with none")
+        return Verdict(IGNORED, 'a tool is called despite "none"')
+    return Verdict(HONOURED, 'the named tool is called for an unrelated prompt, and no tool with "none"')
 
 
 def _draws(ask: Ask, fields: Mapping[str, Any]) -> list[str]:
@@ -173,7 +173,7 @@ def _draws(ask: Ask, fields: Mapping[str, Any]) -> list[str]:
 
 
 def _is_object(text: str) -> bool:
-    """Return True if a text is a JSON object, or a prefix of one cut by the token limit."""
+    """Check whether a text is a JSON object, possibly cut off by the token limit."""
     text = text.strip().removeprefix("```json").removesuffix("```").strip()
     try:
         return isinstance(json.loads(text), dict)

@@ -1,4 +1,4 @@
-"""Decode stream messages of OpenAI chat and completions, Anthropic Messages and ModelsLab into one kind of event."""
+"""Decoding of stream messages of OpenAI chat and completions, Anthropic Messages and ModelsLab into Events."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ PATHS: dict[str, str] = {
     "anthropic": "/messages",
     "modelslab": "/chat/completions",
 }
-# What asks a server for routing: SGLang's field and vLLM's, which is switched on at its start and needs ids of tokens
-# besides. What a server does not know, it leaves aside.
+# Fields that request routing from SGLang and vLLM. vLLM also needs a flag at startup, and the token ids. Servers ignore
+# unknown fields.
 ROUTING = {"return_routed_experts": True, "return_token_ids": True}
 REFUSAL = "refusal"
-ROUTED = "routed_experts"  # the field that it comes in, of both
-# Reasons for the end of an answer, as servers name them, in lower case.
+ROUTED = "routed_experts"  # field of the answer that contains routing, on both servers
+# Finish reasons of servers, in lower case.
 _LENGTH = {"length", "max_tokens", "max_output_tokens", "model_length", "model_context_window_exceeded", "limit"}
 _LENGTH |= {"max_length", "max_new_tokens", "token_limit", "error_limit"}
 _FILTERED = {"content_filter", "content_filtered", "refusal", "safety", "prohibited_content", "recitation"}
@@ -38,14 +38,14 @@ _BROKEN = {"error", "abort", "aborted", "cancelled", "network_error", "insuffici
 _BROKEN |= {"canceled", "user_cancel", "timeout", "max_time", "time_limit", "engine_overloaded"}
 _WHOLE = {"stop", "end_turn", "stop_sequence", "eos", "eos_token", "stop_token", "complete", "completed", "end", "done"}
 _WHOLE |= {"finish", "finished"}
-# Delimiters of reasoning within a text, which differ between models and servers.
+# Tags around reasoning within a text, which differ between models and servers.
 _NAMES = ("think", "thinking", "thought", "reasoning", "seed:think", "mm:think", "longcat_think")
 _TAGS = {f"<{name}>": f"</{name}>" for name in _NAMES}
 _TAGS |= {"[THINK]": "[/THINK]", "◁think▷": "◁/think▷", "<|START_THINKING|>": "<|END_THINKING|>"}
 _TAGS |= {"<|begin_of_thought|>": "<|end_of_thought|>", "<|inner_prefix|>": "<|inner_suffix|>"}
 _TAGS |= {"<|channel>thought": "<channel|>", "<unused94>thought": "<unused95>"}
 _ANALYSIS, _FINAL = "<|channel|>analysis<|message|>", "<|start|>assistant<|channel|>final<|message|>"
-# The same from a server that leaves out special tokens.
+# The same tags from a server that omits special tokens.
 _BARE_ANALYSIS, _BARE_FINAL = "analysis", "assistantfinal"
 _BLANKS = re.compile(r"\s*")
 
@@ -56,23 +56,23 @@ KINDS = (COMMENT, ROLE, TOKEN, REASONING, USAGE, DONE, OTHER, ERROR, MALFORMED)
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One message of a stream, stamped before it was parsed.
+    """One message of a stream, time-stamped before parsing.
 
-    at_s           seconds on the run's clock, when its last byte arrived
-    kind           comment (a keep-alive); role (a chunk that opens the answer and carries no token); token (text of the
-                   answer or a tool call); reasoning (text of reasoning alone); usage (counts without text); done (the
-                   end, by name); error; malformed (no JSON, or not the form that was asked for); other
-    text           of a token, an error or a comment, and of an event whose meaning is not known
-    reasoning      text of reasoning, also on a token event that brings both
-    provider       who answered, when a router says so
-    model          the model that answered, where it is named for the first time or anew
-    finish         the reason given for the end; also on a token or usage event that brings it along
-    choice         which of several answers to the request this is; None for the first
-    input_tokens, output_tokens, cost_usd    the server's own count so far, on whichever event it rides
-    cached_tokens  of the input tokens, those that the server had in its prefix cache
-    reasoning_tokens  of the output tokens, those that are reasoning, shown or hidden
-    experts, read_bytes, flops   of the forward on this machine that made the token: distinct experts of all layers,
-                   bytes that it must read, and operations
+    at_s           arrival of its last byte, in seconds on the clock of the run
+    kind           comment (a keep-alive); role (a chunk that opens the answer without a token); token (text of the
+                   answer or of a tool call); reasoning (only reasoning text); usage (counts without text); done (end of
+                   the stream); error; malformed (not JSON, or not the requested format); other
+    text           text of a token, an error, a comment or an unknown event
+    reasoning      reasoning text, also on a token event with both
+    provider       provider that answered, if a router reports it
+    model          model that answered, if this message names it
+    finish         finish reason, also on a token or usage event with one
+    choice         index of the answer if the request has several; None for the first
+    input_tokens, output_tokens, cost_usd    counts so far as reported by the server, on any event
+    cached_tokens  input tokens from the prefix cache of the server
+    reasoning_tokens  output tokens that are reasoning, shown or hidden
+    experts, read_bytes, flops   for a forward on this machine: distinct experts of all layers, bytes that it must read,
+                   and operations
     """
 
     at_s: float
@@ -94,7 +94,7 @@ class Event:
 
 
 def decode(message: Message, protocol: str) -> Event:
-    """Decode a stream message in `protocol`; never raises, whatever the server sends."""
+    """Decode a stream message of `protocol` into an Event, without raising for any input."""
     if message.comment:
         return Event(message.at_s, COMMENT, message.data)
     data = message.data.strip()
@@ -120,11 +120,11 @@ def decode(message: Message, protocol: str) -> Event:
     return Event(message.at_s, kind, text, **(_common(data) | {k: v for k, v in more.items() if v is not None}))
 
 
-# Names of events that say no more than that a connection is open.
+# Events that only keep the connection open.
 _KEEPS_ALIVE = {"ping", "heartbeat", "keepalive", "keep_alive"}
-# Where servers say what went wrong, besides "error".
+# Fields in which servers describe errors, besides "error".
 _SAID = ("message", "messege", "detail", "errors", "error_msg", "error_message", "msg")
-# Fields with the text of answers in other forms; a message without these and without choices is a keep-alive.
+# Text fields of answers in other formats. A message with none of them and no choices is a keep-alive.
 _ELSEWHERE = {"content", "text", "delta", "message", "token", "tokens", "response", "output", "output_text"}
 _ELSEWHERE |= {"generated_text", "candidates", "completion", "answer", "result", "results", "data", "choice"}
 
@@ -140,7 +140,7 @@ def error_message(body: str) -> str:
 
 
 def _openai(data: dict[str, Any]) -> tuple[str, str, dict[str, Any]]:
-    """Decode chat chunks (delta), completions (text), and unstreamed answers (message)."""
+    """Decode chat chunks (delta), completions (text) and unstreamed answers (message)."""
     counts = counts_of(data)
     if not counts and not data.keys() & {"choices", "usage"}:
         return OTHER, _refuse() if data.keys() & _ELSEWHERE else json.dumps(data)[:200] if data else "", {}
@@ -164,19 +164,19 @@ def _openai(data: dict[str, Any]) -> tuple[str, str, dict[str, Any]]:
     return kind, text, {**counts, "finish": finish, "reasoning": reasoning, "choice": index}
 
 
-# Fields of a message that hold its reasoning; gateways give several, with the same text.
+# Fields of a message with its reasoning. Gateways send several with the same text.
 _REASONING = ("reasoning_content", "reasoning", "thinking", "thinking_blocks", "reasoning_text")
 
 
 def message_text(message: Mapping[str, Any]) -> tuple[str, str]:
-    """Return (text, reasoning) of a message or a delta, in all forms used by servers."""
+    """Return (text, reasoning) of a message or a delta in any of the formats used by servers."""
     text, thought = blocks_text(message.get("content"))
     own = next((message[name] for name in _REASONING if message.get(name)), "")
     details: Any = message.get("reasoning_details")
     details = details if isinstance(details, list) else []
     if said := own if isinstance(own, str) else "".join(blocks_text(own if isinstance(own, list) else [own])):
         thought += said
-    else:  # OpenRouter gives both, with the same text
+    else:  # OpenRouter sends both with the same text
         thought += "".join(one.get("text") or one.get("summary") or "" for one in details)
     functions = [call.get("function") or {} for call in message.get("tool_calls") or []]
     functions += [message.get("function_call") or {}]  # the form before tool_calls
@@ -185,7 +185,7 @@ def message_text(message: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def blocks_text(content: Any) -> tuple[str, str]:
-    """Return (text, reasoning) of a content: a text, a list of blocks, or nothing."""
+    """Return (text, reasoning) of a content, which is a text, a list of blocks, or None."""
     if not isinstance(content, list):
         return content or "", ""
     text = thought = ""
@@ -200,7 +200,7 @@ def blocks_text(content: Any) -> tuple[str, str]:
 
 
 def without_thinking(text: str) -> tuple[str, str]:
-    """Return (text, reasoning) of an answer with reasoning between tags; the opening one may be in the prompt."""
+    """Split an answer with tagged reasoning into (text, reasoning); the opening tag may be in the prompt."""
     stop = 0
     while (end := _end_of_thought(text, stop)) > stop:
         stop = end
@@ -208,7 +208,7 @@ def without_thinking(text: str) -> tuple[str, str]:
 
 
 def _end_of_thought(text: str, start: int) -> int:
-    """Return the end of reasoning that begins at `start`, including its tag; `start` if there is none."""
+    """Return the end of the reasoning that begins at `start`, including its tag; `start` if there is none."""
     at = _BLANKS.match(text, start).end()  # type: ignore[union-attr]
     if text.startswith(_ANALYSIS, at):
         end = text.find(_FINAL, at)
@@ -226,38 +226,38 @@ def _end_of_thought(text: str, start: int) -> int:
 
 
 def reason_of(value: Any) -> str | None:
-    """Return the finish reason of an answer; None if there is none, which some servers spell out."""
+    """Return the finish reason of an answer; None if absent or spelled out as "null" or "None"."""
     value = value.get("type") if isinstance(value, dict) else value  # SGLang's own form
     return None if value in ("null", "None") else name_of(value)
 
 
 def _plain(finish: str | None) -> str:
-    """Normalise a reason: FinishReason.MAX_TOKENS is max_tokens."""
+    """Normalise a finish reason for the sets above: FinishReason.MAX_TOKENS becomes max_tokens."""
     return (finish or "").rpartition(".")[2].replace("-", "_").lower()
 
 
 def is_cut(finish: str | None) -> bool:
-    """Return True if an answer ended at a length limit."""
+    """Check whether an answer ended at a length limit."""
     return _plain(finish) in _LENGTH
 
 
 def is_filtered(finish: str | None) -> bool:
-    """Return True if an answer was filtered or refused."""
+    """Check whether an answer was filtered or refused."""
     return _plain(finish) in _FILTERED
 
 
 def calls_tool(finish: str | None) -> bool:
-    """Return True if an answer ended with a tool call, which is then its text."""
+    """Check whether an answer ended with a tool call, which is then its text."""
     return _plain(finish) in _TOOLS
 
 
 def is_broken(finish: str | None) -> bool:
-    """Return True if the server aborted an answer."""
+    """Check whether the server broke off the answer."""
     return _plain(finish) in _BROKEN
 
 
 def is_unknown(finish: str | None) -> bool:
-    """Return True if the finish reason does not tell whether the answer is complete, such as "repetition"."""
+    """Check whether the finish reason is unknown, as "repetition", so that the answer may be incomplete."""
     return bool(finish) and _plain(finish) not in _WHOLE | _LENGTH | _FILTERED | _TOOLS | _BROKEN
 
 
@@ -302,7 +302,7 @@ def _common(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def name_of(value: Any) -> str | None:
-    """Return a name given by a server, of bounded length; None if there is none."""
+    """Return a name reported by a server, cut to a maximum length; None if absent."""
     return value[:MAX_NAME_CHARS] if isinstance(value, str) and value else None
 
 

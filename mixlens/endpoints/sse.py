@@ -1,4 +1,4 @@
-"""Parse server-sent events from bytes split anywhere, with the arrival time of each."""
+"""Parser of server-sent events, each stamped with the arrival time of its last byte."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from dataclasses import dataclass
 from mixlens.endpoints.limits import MAX_BODY_BYTES, TooLarge
 
 _LINE_END = re.compile(rb"\r\n|\r|\n")
-# What a line takes besides its text.
+# Memory overhead of a line.
 _LINE_BYTES = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """A comment or an event of a stream.
+    """One comment or event of a stream.
 
-    at_s     seconds, when the byte that completed it arrived
-    comment  True for a comment line, which carries no data
-    event    the event's name, "" when it has none
-    data     its data lines joined by newlines; the text of a comment
+    at_s     arrival time in seconds of the byte that completed it
+    comment  True for a comment line
+    event    name of the event, "" if it has none
+    data     data lines joined by newlines, or the text of a comment
     """
 
     at_s: float
@@ -31,9 +31,9 @@ class Message:
 class SSEParser:
     """Incremental parser of an event stream (WHATWG HTML, section 9.2).
 
-    Lines end in CR, LF or CRLF, wherever the bytes were split; a CR ends its line at once, so that no event waits for a
-    line feed that may never come. `feed` returns the messages completed by a piece of the stream; incomplete ones are
-    dropped.
+    Bytes may be split anywhere. Lines end in CR, LF or CRLF; a CR ends its line at once, so that no event waits for a
+    line feed that may never come. `feed` returns the messages that a piece of the stream completes; incomplete messages
+    are dropped.
     """
 
     def __init__(self) -> None:
@@ -45,9 +45,9 @@ class SSEParser:
         self._first = True
 
     def feed(self, piece: bytes, at_s: float) -> list[Message]:
-        """Return messages completed by `piece`, which arrived at `at_s`.
+        """Return the messages completed by `piece`, which arrived at `at_s`.
 
-        Raises TooLarge if an event exceeds MAX_BODY_BYTES.
+        Raises TooLarge if an event grows beyond MAX_BODY_BYTES.
         """
         if not piece:
             return []
@@ -65,7 +65,7 @@ class SSEParser:
         return messages
 
     def close(self, at_s: float) -> list[Message]:
-        """Return an event that lacks only its blank line at the end of the stream, which some servers omit."""
+        """Return the last event of an ended stream if only its blank line is missing, which some servers omit."""
         if self._line or not self._data:
             return []
         return self._end_of(b"", at_s)

@@ -1,4 +1,4 @@
-"""HTTP requests with deadlines and size limits on every answer: streamed for benchmarks, whole for other calls."""
+"""Requests over httpx with a deadline and size limits: streamed for benchmarks, and whole for other calls."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mixlens.errors import BadInput
 if TYPE_CHECKING:
     from mixlens.endpoints.endpoint import Endpoint
 
-# Limit on the text of a refusal.
+# Limit on the body of an answer with an error status.
 _MAX_REFUSAL_BYTES = 1 << 16
 _HEADERS_TOO_LARGE = 431
 
@@ -31,7 +31,7 @@ Trace = Callable[[str, Any], Coroutine[Any, Any, None]]
 
 @dataclass(frozen=True)
 class Timeouts:
-    """Timeouts in seconds: for connecting, between two bytes, and for a whole request."""
+    """Timeouts in seconds for opening a connection, between two bytes, and for a whole request."""
 
     connect_s: float = 10.0
     stall_s: float = 60.0
@@ -39,10 +39,10 @@ class Timeouts:
 
 
 class Fault(Exception):
-    """A request without a complete answer.
+    """Raised for a request without a complete answer.
 
-    kind    "connect", "timeout", "tls", "malformed" (no HTTP), "cut" (within an answer) or "oversized"
-    detail  the failure in words, which may quote the server
+    kind    "connect", "timeout", "tls", "malformed" (not HTTP), "cut" (within an answer) or "oversized"
+    detail  description of the failure, which may quote the server
     """
 
     def __init__(self, kind: str, detail: str) -> None:
@@ -51,7 +51,7 @@ class Fault(Exception):
 
 
 class Answer:
-    """Status and headers of an answer, whose body is read once, in pieces or whole."""
+    """Status and headers of an answer. The body can be read once, in pieces or whole."""
 
     def __init__(self, response: httpx.Response, fault: Callable[[Exception], Fault]) -> None:
         self._response, self._fault = response, fault
@@ -63,7 +63,7 @@ class Answer:
 
     @property
     def redirection(self) -> str:
-        """Describe the target of a redirection, else "". None is followed, because it might receive the key."""
+        """Description of a redirect, else "". Redirects are not followed, as they could leak the key."""
         if not 300 <= self.status < 400:
             return ""
         if "location" not in self.headers:
@@ -79,7 +79,7 @@ class Answer:
                 received += len(raw)
                 for number, piece in enumerate(decompressor.feed(raw)):
                     if number:
-                        await asyncio.sleep(0)  # the deadline applies within a bomb, too
+                        await asyncio.sleep(0)  # lets the deadline interrupt a decompression bomb
                     given += len(piece)
                     yield piece
                 if max(received, given) > MAX_STREAM_BYTES:
@@ -87,12 +87,12 @@ class Answer:
             return
         except TooLarge:
             raise
-        except Exception as error:  # whatever a server makes httpx and its parts raise
+        except Exception as error:  # a server can make httpx and its dependencies raise anything
             fault = self._fault(error)
         raise fault
 
     async def body(self) -> bytes:
-        """Read the whole body, of a refusal only the beginning. Raises Fault or TooLarge."""
+        """Read the body, only its beginning for an error status. Raises Fault or TooLarge."""
         whole = bytearray()
         async for piece in self.pieces():
             whole += piece
@@ -104,9 +104,9 @@ class Answer:
 
 
 class Transport:
-    """Connections to one endpoint, within one event loop.
+    """Connections to one endpoint within one event loop.
 
-    Raises BadInput if a proxy or certificates of the environment cannot be used.
+    Raises BadInput if the proxy or the certificates set in the environment cannot be used.
     """
 
     def __init__(self, endpoint: Endpoint, timeouts: Timeouts) -> None:
@@ -119,7 +119,7 @@ class Transport:
                 headers={"Accept-Encoding": "identity"},  # compression delays events
                 timeout=httpx.Timeout(timeouts.stall_s, connect=timeouts.connect_s, pool=None),
                 limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
-                trust_env=not endpoint.is_local,  # no proxy for this machine
+                trust_env=not endpoint.is_local,  # local servers are reached without a proxy
                 verify=certificates,
             )
         except (ImportError, ValueError, httpx.InvalidURL) as error:
@@ -136,7 +136,7 @@ class Transport:
     async def send(
         self, method: str, address: str, headers: Mapping[str, str], content: bytes | None, trace: Trace | None = None
     ) -> AsyncIterator[Answer]:
-        """Send a request and yield its answer, which ends with the context. Raises Fault."""
+        """Send a request and yield its answer, which is closed with the context. Raises Fault."""
         extensions = {} if trace is None else {"trace": trace}
         request = self._client.build_request(method, address, headers=headers, content=content, extensions=extensions)
         try:
@@ -156,7 +156,7 @@ class Transport:
     async def _open(self, request: httpx.Request) -> httpx.Response:
         try:
             return await self._client.send(request, stream=True)
-        except Exception as error:  # whatever a server or a proxy makes httpx and its parts raise
+        except Exception as error:  # a server or proxy can make httpx and its dependencies raise anything
             fault = self._fault(error, answered=False)
         raise fault  # not within the handler: a chained traceback would quote the server
 
@@ -181,7 +181,7 @@ class Transport:
 
 @dataclass(frozen=True)
 class Fetched:
-    """An answer that was read completely."""
+    """An answer read in full."""
 
     status: int
     headers: Mapping[str, str]
@@ -191,12 +191,12 @@ class Fetched:
 
 
 class Client:
-    """Connections to one endpoint, shared between threads, for untimed calls.
+    """Connections to one endpoint for untimed calls, shared by threads.
 
-    They live in a separate event loop, because a blocking read cannot have a deadline. Use it as a context, or close
-    it; a forgotten one closes itself.
+    The connections run in an event loop on a separate thread, because a blocking read cannot have a deadline. Use the
+    client as a context manager or close it; otherwise it closes when garbage-collected.
 
-    Raises BadInput if a proxy or certificates of the environment cannot be used.
+    Raises BadInput if the proxy or the certificates set in the environment cannot be used.
     """
 
     def __init__(self, endpoint: Endpoint) -> None:
@@ -240,13 +240,13 @@ def _serve(loop: asyncio.AbstractEventLoop, transport: Transport) -> None:
 
 
 def _certificates(endpoint: Endpoint) -> ssl.SSLContext:
-    """Return the trusted certificates: those of SSL_CERT_FILE or SSL_CERT_DIR, else certifi's."""
+    """Return a context that trusts the certificates of SSL_CERT_FILE or SSL_CERT_DIR, else those of certifi."""
     try:
         return httpx.create_ssl_context()
     except OSError as error:
         raise BadInput(
             f"Cannot reach {endpoint.host}: SSL_CERT_FILE or SSL_CERT_DIR cannot be read ({error}). "
-            "Set the variable to a file of certificates in PEM form, or unset it.",
+            "Set the variable to a file of certificates in PEM format, or unset it.",
             argument="SSL_CERT_FILE",
             value=os.environ.get("SSL_CERT_FILE"),
         ) from error

@@ -1,4 +1,4 @@
-"""Token counts in answers of servers, in any form, by the names of an Event."""
+"""Token counts in the answers of servers, converted to the field names of an Event."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ _ANTHROPIC_CACHED = ("cache_read_input_tokens", "cache_creation_input_tokens")
 
 
 def counts_of(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the counts of a message, from its usage object or llama.cpp's timings.
+    """Return the counts of a message from its usage, or from the timings of llama.cpp.
 
-    Moonshot puts the usage within a choice, Groq below x_groq.
+    Moonshot puts the usage into a choice, Groq under x_groq.
     """
     choices = data.get("choices")
     inner = [choice for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
@@ -24,7 +24,7 @@ def counts_of(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _timings(timings: Any, given: int | None) -> dict[str, Any]:
-    """Return the counts of llama.cpp's timings, which exclude cached tokens; the prompt has `given` tokens."""
+    """Return the counts of llama.cpp's timings, whose prompt count excludes cached tokens; the prompt has `given`."""
     if not isinstance(timings, dict):
         return {}
     cached, read = count(timings.get("cache_n")), count(timings.get("prompt_n"))
@@ -35,13 +35,13 @@ def _timings(timings: Any, given: int | None) -> dict[str, Any]:
 
 
 def usage_of(usage: Any) -> dict[str, Any]:
-    """Return the counts of a usage object, by the names of an Event; None for missing ones."""
+    """Return the counts of a usage object by the field names of an Event; None for missing ones."""
     if not isinstance(usage, dict):
         return {}
     read, written = (count(usage.get(name)) for name in _ANTHROPIC_CACHED)
     given = count(usage.get("prompt_tokens"))
     if given is None and (given := count(usage.get("input_tokens"))) is not None:
-        given += (read or 0) + (written or 0)  # Anthropic counts them apart
+        given += (read or 0) + (written or 0)  # Anthropic does not include them in input_tokens
     details = (_inner(usage, part, "cached_tokens") for part in ("prompt_tokens_details", "input_tokens_details"))
     made = count(usage.get("completion_tokens"))
     made = count(usage.get("output_tokens")) if made is None else made
@@ -59,7 +59,7 @@ def usage_of(usage: Any) -> dict[str, Any]:
 
 
 def _apart(usage: Mapping[str, Any], given: int | None, made: int, thought: int) -> bool:
-    """Return True if reasoning tokens are counted separately from the completion, as at xAI, according to the total."""
+    """Check by the total whether reasoning tokens are not included in completion tokens, as at xAI."""
     total = count(usage.get("total_tokens"))
     return total is not None and given is not None and total == given + made + thought
 
@@ -81,7 +81,7 @@ def _inner(usage: Mapping[str, Any], part: str, name: str) -> int | None:
 
 
 def count(value: Any) -> int | None:
-    """Return a token count, which JavaScript gateways may write as 12.0; None if it is not one."""
+    """Return a token count, which JavaScript gateways may write as 12.0; None if the value is not a count."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31 else None

@@ -1,4 +1,4 @@
-"""Requested waiting times of servers, in any form."""
+"""Waiting times that servers request before the next request, in headers or in the body."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-# Headers with the time until a limit is lifted, the surest first, and the seconds of their unit.
+# Headers with the time until a limit is lifted, the most reliable first, and their unit in seconds.
 _HEADERS = {
     "retry-after-ms": 1e-3,
     "x-ms-retry-after-ms": 1e-3,
@@ -25,12 +25,12 @@ _HEADERS = {
     "anthropic-ratelimit-requests-reset": 1.0,
     "anthropic-ratelimit-tokens-reset": 1.0,
 }
-_LIMIT = re.compile(r"\b(?:reset|t)=(\d+)")  # of a header RateLimit, in the forms of two drafts of the IETF
+_LIMIT = re.compile(r"\b(?:reset|t)=(\d+)")  # in a RateLimit header, as in two IETF drafts
 _SENTENCE = re.compile(
     r"(?:try again in|retry (?:after|in)|wait(?: for)?|resets? in)\s+((?:[\d.]+\s*(?:h|ms|m|s)[a-z]*\s*)+)",
     re.IGNORECASE,
 )
-_FIELD = re.compile(  # of a body: of Google, of Hugging Face while a model is loaded, and of gateways
+_FIELD = re.compile(  # in the body, from Google, from Hugging Face while a model loads, and from gateways
     r'"(?:retryDelay|estimated_time|retry_?after(?:_seconds|_s)?|retry_in|reset_in)"\s*:\s*"?([\d.]+)s?"?\s*[,}\]]',
     re.IGNORECASE,
 )
@@ -39,7 +39,7 @@ _SINCE_1970, _MILLISECONDS = 1e9, 1e11
 
 
 def asked_wait(headers: Mapping[str, str], body: bytes = b"") -> float | None:
-    """Return the seconds until a server accepts the next request, 0 or more; None if it does not say."""
+    """Return the seconds that a server asks to wait, at least 0; None if it does not say."""
     given = {name.lower(): value for name, value in headers.items()}
     text = body[: 1 << 14].decode("utf-8", "replace")
     given = _passed_on(text) | given
@@ -53,7 +53,7 @@ def asked_wait(headers: Mapping[str, str], body: bytes = b"") -> float | None:
 
 
 def _passed_on(text: str) -> dict[str, str]:
-    """Return headers of a provider, as forwarded by OpenRouter in the body."""
+    """Return the provider's headers, which OpenRouter forwards in the body."""
     try:
         inner: Any = json.loads(text)["error"]["metadata"]["headers"]
         return {str(name).lower(): str(value) for name, value in inner.items()}
@@ -62,7 +62,7 @@ def _passed_on(text: str) -> dict[str, str]:
 
 
 def _seconds(value: str) -> float | None:
-    """Return seconds from now of "20", "6m0.5s", "6 seconds", a date, or a Unix time in seconds or milliseconds."""
+    """Parse "20", "6m0.5s", "6 seconds", a date, or a Unix time in seconds or milliseconds into seconds from now."""
     value = value.strip()
     try:
         number = float(value)
@@ -78,7 +78,7 @@ def _seconds(value: str) -> float | None:
 
 
 def _until(value: str) -> float | None:
-    """Return the seconds until a date in HTTP or ISO 8601 format."""
+    """Return the seconds until an HTTP or ISO 8601 date."""
     for parse in (parsedate_to_datetime, datetime.fromisoformat):
         try:
             date = parse(value)
