@@ -1,4 +1,4 @@
-"""Benchmark scores with lm-eval: runner, protocols, checks, logs of every sample, published references."""
+"""Benchmark evaluation on lm-eval: runner, protocols, checks, logs of every sample, and published scores."""
 
 from mixlens.core.lazy import exports
 

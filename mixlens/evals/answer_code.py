@@ -1,4 +1,4 @@
-"""Extract the program from an answer, whether wrapped in fences, prose, tags, a console or the prompt."""
+"""Extraction of the program from an answer with fences, prose, tags, console prompts or a copy of the prompt."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeGuard
 from mixlens.endpoints.protocols import without_thinking
 
 _FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[ \t]*([^\n`~]*)$")
-# A fence at the end of a line of code, or before one: what is in the way of a line of its own.
+# A fence on the same line as code, after or before it.
 _ENDS = re.compile(r"^(?![ \t]*(?:`{3}|~{3}))(.*[^\s`~])[ \t]*(`{3,}|~{3,})[ \t]*$", re.MULTILINE)
 _BEGINS = re.compile(r"^([^\n`~]*(?:`{3,}|~{3,}))[ \t]*(?=(?:async[ ]+def|def|class|import|from)[ ]|@\w)", re.MULTILINE)
 _SPECIAL = r"(?:<\|[\w ]{1,40}\|>|</?s>|<(?:eos|bos|end_of_turn)>)"
@@ -45,33 +45,34 @@ AS_IT_STANDS = "as it stands"
 
 
 class Program(NamedTuple):
-    """A program, and the form in which it was found in an answer."""
+    """A program and the form in which it was found in an answer."""
 
     source: str
     form: str
 
 
 def program_in(answer: str, names: Collection[str], prompt: str = "") -> Program:
-    """Return a program that defines `names`: the first reading of `answer` that compiles and defines them.
+    """Return the first reading of `answer` that compiles and defines `names`.
 
-    Complete readings come first: fenced blocks (with preceding ones that compile), and the text without fences, tags,
-    console prompts or indentation. Then the lines of code within prose, and continuations of `prompt`, whose last
-    function lacks its body. If no function has the name, a method of a class is accepted and bound by an extra line. If
-    the answer repeats the function of the prompt, the lines before it (imports, helpers) are prepended. If no reading
-    works, the answer is returned unchanged, and fails. Reasoning between <think> tags is ignored.
+    Complete readings are tried first: fenced blocks (with preceding ones that compile), and the text without fences,
+    tags, console prompts or indentation. Then come lines of code between prose, and continuations of `prompt`, whose
+    last function lacks its body. A method of a class is accepted if no function has its name; a line after the class
+    binds it. If an answer repeats the function, the lines of the prompt before it (imports, helpers) are put before the
+    answer. If no reading qualifies, the answer is returned unchanged, and will fail. Reasoning between <think> tags is
+    ignored.
     """
     text = answer.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
     if len(text) > _MOST_CHARACTERS or not names:
         return Program(prompt + text, AS_IT_STANDS)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of escapes and comparisons in code that is no one's here
+        warnings.simplefilter("ignore")  # about escapes and comparisons in the model's code
         for form, source in _programs(list(_whole_texts(text)), names, prompt):
             return Program(_futures_first(source), form)
     return Program(prompt + text, AS_IT_STANDS)
 
 
 def _programs(texts: Sequence[tuple[str, str]], names: Collection[str], prompt: str) -> Iterator[tuple[str, str]]:
-    """Yield programs that define the names, the most certain first, each with its form."""
+    """Yield programs that define the names, the most reliable first, each with its form."""
     before = f"{_before(prompt, names)}\n" if prompt else ""
     for form, whole in texts:
         for part, reading in _whole_readings(whole):
@@ -93,7 +94,7 @@ def _programs(texts: Sequence[tuple[str, str]], names: Collection[str], prompt: 
 
 
 def _whole_texts(text: str) -> Iterator[tuple[str, str]]:
-    """Yield the text, then versions with HTML escapes, quotation, JSON, a listing or a patch undone."""
+    """Yield the text, then its contents if it is escaped HTML, a quotation, JSON, a numbered listing or a patch."""
     text = without_thinking(text)[0].strip("\n") or text
     text = _BEGINS.sub(r"\1\n", _ENDS.sub(r"\1\n\2", _SPECIALS.sub("", text)))
     yield "", text
@@ -117,7 +118,7 @@ def _whole_texts(text: str) -> Iterator[tuple[str, str]]:
 
 
 def _json_texts(text: str) -> list[str]:
-    """Return texts in JSON that is the whole answer, a block of it, or embedded in prose."""
+    """Return the texts in JSON that is the answer, a block of it, or surrounded by prose."""
     found: list[str] = []
     for part in (text, *_blocks(text)[0]):
         start = next((place.start() for place in _JSON.finditer(part)), None)
@@ -132,7 +133,7 @@ def _json_texts(text: str) -> list[str]:
 
 
 def _strings(value: Any) -> list[str]:
-    """Return every text in a JSON value; a list of lines, as in a notebook's cell, is joined."""
+    """Return every text in a JSON value; a list of lines, as in a notebook cell, is joined to one text."""
     if isinstance(value, str):
         return [value]
     inner = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
@@ -148,7 +149,7 @@ def _before(prompt: str, names: Collection[str]) -> str:
 
 
 def _whole_readings(text: str) -> Iterator[tuple[str, str]]:
-    """Yield complete programs in the text or its blocks."""
+    """Yield readings of the entire text or of entire blocks."""
     blocks, without = _blocks(text)
     whole = [block for block in blocks[:_MOST_STARTS] if _parsed(block)]
     for i in range(len(whole)):
@@ -184,7 +185,7 @@ def _bodies(text: str) -> Iterator[tuple[str, str]]:
 
 
 def _indented_part(text: str) -> str:
-    """Return indented lines after an empty one, a Markdown code block, unless they belong to a class or function."""
+    """Return indented lines after an empty one, as in Markdown code, except those of a class or a function."""
     shown: list[str] = []
     within, before = True, ""
     for line in text.split("\n"):
@@ -199,7 +200,7 @@ def _indented_part(text: str) -> str:
 
 
 def _blocks(text: str) -> tuple[list[str], str]:
-    """Return the dedented contents of fences, and the text without fence lines."""
+    """Return the dedented contents of all fenced blocks, and the text without the fence lines."""
     blocks: list[list[str]] = []
     others: list[str] = []
     fence = ""
@@ -218,12 +219,12 @@ def _blocks(text: str) -> tuple[list[str], str]:
 
 
 def _console(text: str) -> str:
-    """Return the input typed at a Python or IPython prompt."""
+    """Return the input lines of a Python or IPython session."""
     return "\n".join(line[found.end() :] for line in text.split("\n") if (found := _INPUT.match(line)))
 
 
 def _lines_of_code(text: str) -> Iterator[str]:
-    """Yield the longest runs of lines that compile, from each line that begins like code."""
+    """Yield, for each line that looks like code, the longest run of lines from there that compiles."""
     lines = text.split("\n")[:_MOST_LINES]
     starts = [i for i, line in enumerate(lines) if _CODE.match(line)]
     for start in starts[:_MOST_STARTS]:
@@ -259,7 +260,7 @@ def _parsed(program: str) -> ast.Module | None:
 
 
 def _defined(tree: ast.Module | None) -> set[str]:
-    """Return the names bound by a module, also under if, try and with; functions without a body bind none."""
+    """Return names bound by a module, also under if, try and with, except functions without a body."""
     found: set[str] = set()
     waiting: list[ast.stmt] = list(tree.body) if tree else []
     for statement in waiting:
@@ -276,13 +277,13 @@ def _defined(tree: ast.Module | None) -> set[str]:
 
 
 def _has_body(tree: ast.Module, names: Collection[str]) -> bool:
-    """Return True if the functions of these names have real bodies."""
+    """Check whether the functions of these names are implemented."""
     functions = {s.name: s for s in tree.body if _is_function(s)}
     return all(name in functions and not _is_stub(functions[name]) for name in names)
 
 
 def _methods(tree: ast.Module, names: Collection[str]) -> str:
-    """Return lines that bind names to methods of the first class that has them all; "" if there is none."""
+    """Return lines that bind names to methods of the first class with all of them; "" if there is none."""
     for made in tree.body:
         if isinstance(made, ast.ClassDef):
             own = {statement.name for statement in made.body if _is_function(statement) and not _is_stub(statement)}
@@ -296,7 +297,7 @@ def _is_function(statement: ast.stmt) -> TypeGuard[ast.FunctionDef | ast.AsyncFu
 
 
 def _is_stub(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    """Return True if a function is a stub: only docstrings, values and unused definitions."""
+    """Check whether a function has no effect: only strings, values and unused definitions."""
     return all(
         isinstance(statement, _DEFINITIONS)
         or (isinstance(statement, ast.Raise) and "NotImplemented" in ast.unparse(statement))

@@ -1,4 +1,4 @@
-"""Backends that answer the requests of an evaluation: a local model, or any model object of lm-eval."""
+"""Backends that answer the requests of an evaluation: local models, engines, and model objects of lm-eval."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from mixlens.recording.corpus import vocabulary_of
 from mixlens.recording.recorder import Recorder
 from mixlens.trace.trace import Trace
 
-# Requests sent and stored together, for backends that do their own batching.
+# Requests sent and saved together for a backend that batches internally.
 _SLICE = 256
-# What tells one model object of lm-eval's from another.
+# Attributes that identify a model object of lm-eval.
 _TOLD = ("revision", "dtype", "quantization", "tokenizer_revision", "add_bos_token", "max_length")
 
 
 def backend_of(model: Any, settings: Any) -> Any:
-    """Return the backend for a model. Raises BadInput for unsupported objects."""
+    """Return the backend for a model. Raises BadInput for any other object."""
     from lm_eval.api.model import LM
     from lm_eval.models.huggingface import HFLM
 
@@ -40,7 +40,7 @@ def backend_of(model: Any, settings: Any) -> Any:
     if isinstance(model, HFLM):
         raise BadInput(
             f"Cannot evaluate lm-eval's {type(model).__name__}: it truncates long prompts silently, and a "
-            "transformers model does not need it. Pass the model itself, and its tokenizer by "
+            "transformers model does not need it. Pass the model itself, and its tokenizer as "
             "EvalSettings(tokenizer=...).",
             argument="model",
             value=type(model).__name__,
@@ -77,7 +77,7 @@ class LocalBackend:
 
     @contextmanager
     def recording(self) -> Iterator[Callable[[], Trace]]:
-        """Record the routing of the forward passes in the block; the block's value returns it afterwards."""
+        """Record the routing of the forwards in the block; call the yielded function for it after the block."""
         before = len(self.lm.seen)
         with Recorder(self.model) as recorder:
             yield lambda: recorder.trace(pd.DataFrame(self.lm.seen[before:]))
@@ -89,7 +89,7 @@ class LocalBackend:
         return {**describe(self.model), "edits": edits_of(self.model), "backend": "transformers"}
 
     def identity(self) -> dict[str, Any]:
-        """What tells this model from another: a run of one is never taken for a run of the other."""
+        """Return the values that identify this model, so that runs of different models are never mixed up."""
         told = ("name", "revision", "class", "dtype", "config_sha256", "router_sha256", "attention_implementation")
         kept = (*told, "weights_checksum", "adapters", "modules_sha256", "hooks", "audit", "quantization", "edits")
         model = {key: value for key, value in identity(self.model, self.describe()).items() if key in kept}
@@ -99,7 +99,7 @@ class LocalBackend:
         self.lm.tokenizer.save_pretrained(folder)
 
     def gold_answer(self, prompt: str, text: str, until: list[str]) -> tuple[str, str]:
-        """Return an answer's text after a round trip through token ids, and the expected text."""
+        """Return the text of an answer after a round trip through token ids, and the expected text."""
         lead = len(self.lm.tok_encode(prompt))
         ids = [*self.lm.tok_encode(prompt + text)[lead:], *sorted(self.lm.stop_ids)[:1]]
         return self.lm.finish(ids, until), cut(text, until)
@@ -135,7 +135,7 @@ class EngineBackend(LocalBackend):
 
 @dataclass
 class LmEvalBackend:
-    """A model object of lm-eval, such as VLLM, which does its own encoding, batching and decoding."""
+    """A model object of lm-eval, such as VLLM, which encodes, batches and decodes internally."""
 
     lm: Any
 
@@ -147,7 +147,7 @@ class LmEvalBackend:
         return self.describe() | {name: str(found[name]) for name in _TOLD if found[name] is not None}
 
     def _given(self) -> dict[str, Any]:
-        """Return the arguments of the model, if the object kept them, as VLLM does."""
+        """Return the constructor arguments of the model if it keeps them, as VLLM does."""
         given = getattr(self.lm, "model_args", None)
         return given if isinstance(given, dict) else {}
 
@@ -165,7 +165,7 @@ class LmEvalBackend:
         self.lm.tokenizer.save_pretrained(folder)
 
     def findings(self, requests: Sequence[Any]) -> list[dict[str, Any]]:
-        """Return the results of probe questions, if the object is a model with a tokenizer."""
+        """Return findings of the preflight questions if the model has a tokenizer."""
         if getattr(self.lm, "tokenizer", None) is None:
             return []
         return ask_all(self._ask, requests, {"continue", "stop"}, lambda _: None)

@@ -1,7 +1,7 @@
-"""Grade code written by a model: programs of HumanEval and MBPP, run in parallel sandboxes.
+"""Grading of model-written programs for HumanEval and MBPP, run in parallel sandboxes.
 
-Task files name these functions: a `custom` filter runs all answers of a task at once, so that the sandboxes share the
-cores, and `passed` reads the results.
+Task files refer to these functions: a `custom` filter runs all answers of a task at once, so that the sandboxes share
+the cores, and `passed` reads the results.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from mixlens.evals.answer_code import Program, program_in
 from mixlens.evals.readings import Graded
 from mixlens.evals.sandbox import Check, CodeResult, Limits, run_checks
 
-# The slowest of MBPP's own solutions (task 123) needs 3 s of processor time.
+# The slowest reference solution of MBPP (task 123) needs 3 s on an idle core.
 LIMITS = Limits(seconds=30.0)
 
 
 def humaneval(answers: Sequence[Sequence[str]], documents: Iterable[Mapping[str, Any]]) -> list[list[Graded]]:
-    """Grade 1.0 if prompt and answer pass the problem's check, else 0.0, for base models that continue the prompt."""
+    """Grade the answers of a base model, which continue the prompt: 1.0 if both together pass the check, else 0.0."""
     return _run(answers, documents, lambda a, d: _check(Program(d["prompt"] + a, "continues the prompt"), d))
 
 
 def humaneval_chat(answers: Sequence[Sequence[str]], documents: Iterable[Mapping[str, Any]]) -> list[list[Graded]]:
-    """Like `humaneval`, for instruct models, whose code may repeat the function or only continue it."""
+    """Grade the answers of an instruct model, whose code repeats the function or continues it: 1.0 or 0.0."""
     return _run(answers, documents, lambda a, d: _check(program_in(a, (d["entry_point"],), d["prompt"]), d))
 
 
 def mbpp(answers: Sequence[Sequence[str]], documents: Iterable[Mapping[str, Any]]) -> list[list[Graded]]:
-    """Grade 1.0 if the answer alone passes every test of the problem, after the setup that the tests need."""
+    """Grade the answers on their own: 1.0 if every test of the problem passes after its setup code, else 0.0."""
 
     def check(answer: str, document: Mapping[str, Any]) -> tuple[Check, str]:
         tests = "\n".join([document["test_setup_code"], *document["test_list"]])
@@ -51,14 +51,15 @@ def passed(references: Sequence[Any], predictions: Sequence[Any], **_: Any) -> f
 
 
 def names_tested(tests: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the names that tests need from an answer, undefined in them and in Python, and the modules that they use.
+    """Return the names that tests take from an answer, and the modules that they use.
 
-    An answer may also have the name of a built-in function (MBPP's task 126 asks for `sum`): if the tests use no other
-    name, the built-in functions that they call are the answer's.
+    These are the names that tests neither define nor find in Python. An answer may have the name of a built-in function
+    (`sum` in MBPP's task 126): if tests use no other names, the built-in functions that they call are those of the
+    answer.
     """
     try:
         table = symtable.symtable(tests, "<tests>", "exec")
-    except SyntaxError:  # raised again when the tests run
+    except SyntaxError:  # reported when the tests run
         return (), ()
     own = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_assigned() or symbol.is_imported()}
     own |= {symbol.get_name() for symbol in table.get_symbols() if symbol.is_namespace()}
@@ -75,7 +76,7 @@ def _globals_of(table: symtable.SymbolTable) -> set[str]:
 
 
 def _check(program: Program, document: Mapping[str, Any]) -> tuple[Check, str]:
-    """Return HumanEval's check. Its tests may use functions defined in the prompt, so they get their own copies."""
+    """Return the check of HumanEval, whose tests may use complete functions of the prompt, here as helpers."""
     name = document["entry_point"]
     tests = f"{document['test']}\ncheck({name})\n"
     return Check(program.source, tests, (name,), helpers=f"{document['prompt']}\n    pass\n"), program.form

@@ -1,6 +1,6 @@
-"""Benchmark data: from the Hub at a recorded revision, or from a local folder in the original formats.
+"""Readers for benchmark data, from the Hub at a recorded revision or from a local folder in the original formats.
 
-The functions named after benchmarks are called by task files (`custom_dataset`); each returns the splits of one
+Task files call the functions named after benchmarks (`custom_dataset`), each of which returns the splits of one
 subject. `root` is the local folder, None for the Hub, and `revisions` the commits there, by repository. mixlens ships
 none of the data.
 """
@@ -23,7 +23,7 @@ from mixlens.evals.hub_datasets import HUB, splits_of
 
 Splits = dict[str, datasets.Dataset]
 Revisions = Mapping[str, str] | None
-# What `datasets` calls files that are not on the Hub.
+# Names of `datasets` for local file formats.
 _FORMATS = ("json", "csv", "parquet", "arrow", "text", "pandas", "xml")
 
 
@@ -39,7 +39,7 @@ def mmlu(subject: str, root: str | None = None, revisions: Revisions = None, **_
 
 
 def _mmlu_rows(path: Path, subject: str) -> Iterable[dict[str, Any]]:
-    # csv, not pandas: "None" and "NA" are answers, which pandas reads as missing.
+    # csv rather than pandas, which would read the answers "None" and "NA" as missing.
     with _open(path) as file:
         for question, *choices, answer in csv.reader(file):
             yield {"question": question, "choices": choices, "answer": "ABCD".index(answer), "subject": subject}
@@ -53,7 +53,7 @@ def humaneval(root: str | None = None, revisions: Revisions = None, **_: Any) ->
 
 
 def gsm8k(root: str | None = None, revisions: Revisions = None, **_: Any) -> Splits:
-    """Return problems: question, answer (worked, the number after ####). Splits train, test."""
+    """Return problems: question, answer (worked, with the number after ####). Splits train, test."""
     if root is None:
         return splits_of("gsm8k", "main", revisions)
     return {name: _dataset(_json_lines(Path(root) / "gsm8k" / f"{name}.jsonl")) for name in ("train", "test")}
@@ -62,7 +62,7 @@ def gsm8k(root: str | None = None, revisions: Revisions = None, **_: Any) -> Spl
 def mbpp(subset: str = "full", root: str | None = None, revisions: Revisions = None, **_: Any) -> Splits:
     """Return problems: task_id, text, code, test_list, test_setup_code. Splits prompt, test (ids 11 to 510).
 
-    The prompt split begins at id 2: prompts use the examples 2, 3 and 4 (Austin et al. 2021).
+    The prompt split begins at id 2, because prompts use the examples 2, 3 and 4 (Austin et al. 2021).
 
     subset  "full", or "sanitized" for the hand-verified problems
     """
@@ -140,7 +140,7 @@ def _arc_row(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def hellaswag(root: str | None = None, revisions: Revisions = None, **_: Any) -> Splits:
-    """Return beginnings: activity_label, ctx_a, ctx_b, endings, label. Splits train, validation.
+    """Return contexts: activity_label, ctx_a, ctx_b, endings, label. Splits train, validation.
 
     A local folder has hellaswag/hellaswag_{train,val}.jsonl, as released.
     """
@@ -158,14 +158,14 @@ def _hellaswag_row(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def translated(hub: str, language: str, root: str | None = None, revisions: Revisions = None, **_: Any) -> Splits:
-    """Return one language as on the Hub; there is no original format to read.
+    """Return one language of a translated benchmark from the Hub, its only source.
 
-    hub  m_arc, m_hellaswag or m_mmlu; lm-eval passes it from the task file's metadata
+    hub  m_arc, m_hellaswag or m_mmlu, passed by lm-eval from the metadata of the task file
     """
     if root is not None:
         raise BadInput(
-            f"Cannot read {hub} in {language} from {root}: only the Hub has the translated benchmarks. Leave data= "
-            "out for these tasks.",
+            f"Cannot read {hub} in {language} from {root}: only the Hub has the translated benchmarks. Leave out data= "
+            "for these tasks.",
             argument="data",
             value=language,
         )
@@ -173,19 +173,22 @@ def translated(hub: str, language: str, root: str | None = None, revisions: Revi
 
 
 def source_of(benchmark: str | None, task: Any, sums: Mapping[str, str]) -> dict[str, Any]:
-    """Return the origin of the documents of an lm-eval task.
+    """Describe the source of the documents of an lm-eval task.
 
-    benchmark
-        key of HUB; None for a task that is not mixlens's, or has items of its own.
-    sums
-        sha256 by name of the local files that the benchmark was read from.
+    Parameters
+    ----------
+    benchmark : str or None
+        Key of HUB; None for a task that is not from mixlens, or has its own items.
+    task : Any
+        Task of lm-eval.
+    sums : Mapping[str, str]
+        sha256, by name, of the local files that the benchmark was read from.
 
     Returns
     -------
-    xarray.Dataset
-        From ("mixlens", "folder", "files", "Hub"), repository, revision (commit on the Hub; None where it is not
-        known), and for local files sha256, by name.
-
+    dict[str, Any]
+        from ("mixlens", "folder", "files" or "Hub"), repository, revision (commit on the Hub, None if unknown), and for
+        local files sha256 by name.
     """
     found = {"repository": benchmark, "revision": None}
     path, given = task.get_config("dataset_path"), task.get_config("dataset_kwargs") or {}
@@ -202,7 +205,7 @@ def source_of(benchmark: str | None, task: Any, sums: Mapping[str, str]) -> dict
 
 
 def _loaded_revision(splits: Any) -> str | None:
-    """Return the commit that `datasets` read from the Hub, which is part of the name of its cache."""
+    """Return the commit that `datasets` read from the Hub, taken from the name of its cache."""
     files = [file["filename"] for split in dict(splits or {}).values() for file in getattr(split, "cache_files", ())]
     found = {part for file in files for part in Path(file).parts if re.fullmatch("[0-9a-f]{40}", part)}
     return found.pop() if len(found) == 1 else None
@@ -233,8 +236,8 @@ def _open(path: Path) -> Any:
 
 def _missing(path: Path) -> BadInput:
     return BadInput(
-        f"Cannot read benchmark data: {path} does not exist. Pass data= the folder that holds the benchmarks in their "
-        "original formats (mixlens data verify DIR lists what is missing), or leave it out to load from the Hub.",
+        f"Cannot read benchmark data: {path} does not exist. Pass as data= the folder with the benchmarks in their "
+        "original formats (mixlens data verify DIR lists missing files), or leave it out to load from the Hub.",
         argument="data",
         value=str(path),
     )

@@ -1,6 +1,6 @@
-"""A benchmark for the demo model: small multiple-choice tasks, written for this project.
+"""A small multiple-choice benchmark, written for this project, that the demo model can pass.
 
-`python -m mixlens.evals.demo_items` regenerates demo_items.jsonl from demo_text.json, deterministically.
+`python -m mixlens.evals.demo_items` rewrites demo_items.jsonl from demo_text.json reproducibly.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ Item = tuple[str, str, list[str]]  # question, right choice, wrong choices
 
 
 def load(subject: str, **_: Any) -> dict[str, datasets.Dataset]:
-    """Return items of one subject: question, choices, answer (index of the right choice). Split test."""
+    """Return the items of one subject: question, choices, answer (index of the right choice). Split test."""
     rows = [json.loads(line) for line in ITEMS.read_text("utf-8").splitlines()]
     return {"test": datasets.Dataset.from_list([row for row in rows if row["subject"] == subject])}
 
 
 def items() -> Iterator[dict[str, Any]]:
-    """Yield every item with shuffled choices; the position of the right one is uniform."""
+    """Yield every item with shuffled choices; the positions of the right choice are evenly distributed."""
     text = json.loads(_TEXT.read_text("utf-8"))
     for subject, make in SUBJECTS.items():
         draw = random.Random(subject)
@@ -40,14 +40,14 @@ def items() -> Iterator[dict[str, Any]]:
 
 
 def languages(text: dict[str, Any], draw: random.Random) -> Iterator[Item]:
-    """Continue a sentence in its own language; the wrong choices say the same in four others."""
+    """Yield beginnings of sentences; the wrong choices are the continuation in four other languages."""
     for parallel in text["languages"]:
         for language, (start, end) in parallel.items():
             yield start, end, [other for name, (_, other) in parallel.items() if name != language]
 
 
 def registers(text: dict[str, Any], draw: random.Random) -> Iterator[Item]:
-    """Continue a novel, an abstract, LaTeX, code or exercises in the same style."""
+    """Yield beginnings of a novel, an abstract, LaTeX, code or exercises, to be continued in the same style."""
     by_register = text["registers"]
     for register, pairs in by_register.items():
         for start, end in pairs:
@@ -55,14 +55,14 @@ def registers(text: dict[str, Any], draw: random.Random) -> Iterator[Item]:
 
 
 def phrases(text: dict[str, Any], draw: random.Random) -> Iterator[Item]:
-    """Complete a fixed expression; the wrong choices complete others."""
+    """Yield fixed expressions without their last word; the wrong choices are last words of others."""
     ends = sorted({end for _, end in text["phrases"]})
     for start, end in text["phrases"]:
         yield start, end, draw.sample([other for other in ends if other != end], 3)
 
 
 def agreement(text: dict[str, Any], draw: random.Random) -> Iterator[Item]:
-    """Choose the verb form that agrees with the noun."""
+    """Yield nouns in singular or plural, to be followed by the matching verb."""
     nouns, verbs = text["nouns"], text["verbs"]
     cases = [(start, noun, verb) for start in text["articles"] for noun in nouns for verb in verbs]
     for number, (start, (one, several), (singular, plural)) in enumerate(draw.sample(cases, 60)):
@@ -72,7 +72,7 @@ def agreement(text: dict[str, Any], draw: random.Random) -> Iterator[Item]:
 
 
 def brackets(text: dict[str, Any], draw: random.Random) -> Iterator[Item]:
-    """Close two brackets in the right order."""
+    """Yield texts with two open brackets, to be closed in the right order."""
     functions = ["len", "print", "max", "list", "sum", "str", "int", "sorted"]
     things = ["items", "values", "names", "args", "data", "rows", "keys", "lines"]
     for _ in range(60):
@@ -87,7 +87,7 @@ def brackets(text: dict[str, Any], draw: random.Random) -> Iterator[Item]:
 
 
 def arithmetic(text: dict[str, Any], draw: random.Random) -> Iterator[Item]:
-    """Solve a linear equation of a schoolbook."""
+    """Yield linear equations as in schoolbooks."""
     for _ in range(60):
         factor, solution, added = draw.randint(2, 9), draw.randint(2, 9), draw.randint(1, 30)
         unknown = draw.choice("xyzkmt")

@@ -1,4 +1,4 @@
-"""Evaluations over an ml.Endpoint: generated answers, and log-likelihoods if a server scores given text."""
+"""Evaluations over an ml.Endpoint: generated answers, and log-likelihoods if the server scores prompts."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from mixlens.models.load import skeleton
 from mixlens.recording.corpus import vocabulary_of
 from mixlens.trace.trace import Trace
 
-# Limit of stop strings on OpenAI-compatible servers; further ones are applied to the answer.
+# OpenAI-compatible servers accept this many stop strings; the rest are applied to the answer.
 _MOST_STOPS = 4
 _PROBE = "The capital of France is Paris."
 
 
 class EndpointBackend:
-    """A model behind a URL, with `batch_size` concurrent requests. The server encodes prompts and adds BOS.
+    """A model behind a URL with `batch_size` concurrent requests. The server encodes prompts and adds BOS.
 
-    A chat endpoint receives each prompt as one user message, or the messages of a protocol that defines them.
+    A chat endpoint receives each prompt as one user message, or as the messages of the protocol if it has any.
     """
 
     def __init__(self, endpoint: Endpoint, settings: Any) -> None:
@@ -39,8 +39,8 @@ class EndpointBackend:
         self._client = endpoint.connect()
         if settings.routing and not endpoint.routing:
             raise BadInput(
-                f"Cannot record the routing of the samples: {endpoint.host} does not request it. Pass "
-                "ml.Endpoint(..., routing=True) of a server that returns routing, or leave routing out.",
+                f"Cannot record the routing of the samples: the endpoint at {endpoint.host} does not request it. Pass "
+                "ml.Endpoint(..., routing=True) of a server that returns routing, or leave out routing.",
                 argument="routing",
                 value=endpoint.routing,
             )
@@ -56,19 +56,19 @@ class EndpointBackend:
 
     @property
     def completes(self) -> bool:
-        """Return True if it continues a text, rather than answers a message."""
+        """Whether the model continues a text rather than answering a message."""
         return self.endpoint.protocol == "openai-completions"
 
     @staticmethod
     def chat_template(history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Return the messages unchanged, because the server applies its own template."""
+        """Return the messages as JSON, since the server applies its own template."""
         return json.dumps(history, ensure_ascii=False)
 
     def save_tokenizer(self, folder: str) -> None:
         """Do nothing: there is no local tokenizer, and `chat_template` needs none."""
 
     def findings(self, requests: Sequence[Any]) -> list[dict[str, Any]]:
-        """Return the results of probe questions to the server, asked before these generative requests."""
+        """Return findings of the preflight questions to the server, asked before these generative requests."""
         can = {"continue"} if self.completes else set()
         can |= set() if self.endpoint.protocol.startswith("anthropic") else {"stop", "seed"}
         return ask_all(self._ask, requests, can, self._n_tokens)
@@ -80,7 +80,7 @@ class EndpointBackend:
         return Said(found.text, found.output_tokens, found.input_tokens)
 
     def _n_tokens(self, prompt: str) -> int | None:
-        """Count the tokens of a prompt with the tokenizer of the settings, including one BOS or the chat template."""
+        """Count the tokens of a prompt with the tokenizer of the settings, with one BOS or in its chat template."""
         if self.settings.tokenizer is None:
             return None
         tokenizer = tokenizer_of(None, self.settings.tokenizer)
@@ -95,7 +95,7 @@ class EndpointBackend:
         return len(tokenizer.encode(text, add_special_tokens=False))
 
     def check_scores(self, task: str, generative: str | None) -> None:
-        """Raise BadInput unless the server returns log-probabilities of given text."""
+        """Raise BadInput unless the server returns log-probabilities of a given text."""
         instead = f"Use the generative protocol {generative}" if generative else "Use a generative task, such as gsm8k"
         if not self.completes:
             raise BadInput(
@@ -109,23 +109,23 @@ class EndpointBackend:
             found = self._echo(_PROBE)
         except (EndpointError, BadInput) as error:
             raise BadInput(
-                f"Cannot evaluate {task} at {self.endpoint.host}: it needs log-probabilities of given answers, and a "
-                f"prompt did not come back with its own. {instead}, or a server that echoes prompts with them. "
-                f"The server's failure: {error}",
+                f"Cannot evaluate {task} at {self.endpoint.host}: it needs log-probabilities of given answers, but the "
+                f"server did not echo a prompt with them. {instead}, or a server that does. The server's failure: "
+                f"{error}",
                 argument="logprobs",
                 value=task,
             ) from error
         given = self.settings.tokenizer
         if given is not None and tokenizer_of(None, given).bos_token_id is None:
             return
-        unlisted = (found.input_tokens or _n_listed(found)) - _n_listed(found)  # llama.cpp counts BOS, and lists none
+        unlisted = (found.input_tokens or _n_listed(found)) - _n_listed(found)  # llama.cpp counts BOS but omits it
         specials = _n_before(found) + unlisted
         if specials != 1:
             raise BadInput(
                 f"Cannot evaluate {task} at {self.endpoint.host}: it needs one beginning-of-sequence token before a "
-                f"prompt, and the server puts {specials or 'none'} (the echo of {_PROBE!r} begins with "
+                f"prompt, but the server adds {specials or 'none'} (the echo of {_PROBE!r} begins with "
                 f"{list(found.tokens or ())[:3]}). Let the server add special tokens once, or pass "
-                "EvalSettings(tokenizer=...) of a model that has no such token.",
+                "EvalSettings(tokenizer=...) if the model has no such token.",
                 argument="bos",
                 value=specials,
             )
@@ -161,9 +161,9 @@ class EndpointBackend:
 
     @contextmanager
     def recording(self) -> Iterator[Callable[[], Trace]]:
-        """Record the routing of the answers in the block, one sequence each; the block's value returns it afterwards.
+        """Record the routing of the answers in the block, one sequence each; call the yielded function afterwards.
 
-        For requests for log-probabilities, the whole text was the prompt.
+        For log-probabilities, the entire text is the prompt.
         """
 
         def trace() -> Trace:
@@ -207,7 +207,7 @@ class EndpointBackend:
         return reply, found
 
     def _message(self, prompt: str) -> Any:
-        """Return a text, or the messages written by `chat_template`."""
+        """Return the prompt as text, or as the messages written by `chat_template`."""
         if self.completes or not prompt.startswith('[{"role"'):
             return prompt
         return json.loads(prompt)
@@ -217,11 +217,9 @@ class EndpointBackend:
         return _n_listed(self._echo(context)) if context else _n_before(self._echo(_PROBE))
 
     def _score(self, context: str, continuation: str, lead: int) -> tuple[tuple[float, bool], Completion]:
-        """Return the log-probability of the text after the first `lead` tokens, and whether each token is the most
-        likely.
+        """Return the log-probability of the tokens after the first `lead`, and whether each is the most likely one.
 
-        Tokens are counted, as in lm-eval. Offsets into the text would be simpler, but those of vLLM count BOS and omit
-        blanks.
+        Tokens are counted as in lm-eval. Text offsets would be simpler, but those of vLLM include BOS and omit spaces.
         """
         found = self._echo(context + continuation)
         logprobs = (found.logprobs or ())[lead : _n_listed(found)]
@@ -240,20 +238,20 @@ class EndpointBackend:
         return Scored((sum(given), greedy), **about), found
 
     def _echo(self, text: str) -> Completion:
-        """Return a text with its log-probabilities, and one more token."""
+        """Request a text with its log-probabilities, and one more token."""
         found = self._complete(text, 0, max_tokens=1, echo=True, logprobs=1, temperature=0)
         listed = found.tokens and found.logprobs and found.top_logprobs
         if not listed or not found.text.startswith(text[:8]):
             raise EndpointError(
-                f"Cannot read the log-probabilities of a prompt from {self.endpoint.host}: its answer does not echo "
+                f"Cannot read the log-probabilities of a prompt from {self.endpoint.host}: the answer does not echo "
                 "the prompt with them. Use a server that does.",
                 argument="logprobs",
             )
         given = [logprob for logprob in found.logprobs or () if logprob is not None]
         if given and (max(given) > ABOVE_ZERO or not any(given)):
             raise EndpointError(
-                f"Cannot score {text[-40:]!r}: {self.endpoint.host} gives its tokens {max(given):g} and less: no "
-                "log-probability is above 0, nor are all of them 0. Use another server.",
+                f"Cannot score {text[-40:]!r}: the largest value that {self.endpoint.host} returned is "
+                f"{max(given):g}, but log-probabilities are never above 0, nor all of them 0. Use another server.",
                 argument="logprobs",
                 value=max(given),
             )
@@ -267,11 +265,11 @@ class EndpointBackend:
 
 
 def _n_listed(found: Completion) -> int:
-    """Count the tokens of the prompt in an answer that echoes it: all but the generated one."""
+    """Return the number of prompt tokens in an echoed answer: all but the generated ones."""
     return len(found.tokens or ()) - (1 if found.output_tokens is None else found.output_tokens)
 
 
 def _n_before(found: Completion) -> int:
-    """Count the tokens listed before the text in an echo of _PROBE."""
+    """Return the number of tokens listed before the text in an echo of _PROBE."""
     texts = (token.strip() for token in found.tokens or ())
     return next((n for n, text in enumerate(texts) if text and _PROBE.startswith(text)), 0)

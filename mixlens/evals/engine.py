@@ -1,4 +1,4 @@
-"""Evaluations by an engine in this process, with the requests of a local model and the engine's forward passes."""
+"""Evaluations with an engine in this process, which runs the forwards of a LocalLM."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from mixlens.trace.trace import Trace
 
 
 class EngineLM(LocalLM):
-    """A LocalLM that uses an engine, with the engine's own prefix cache.
+    """A LocalLM whose forwards run in an engine, which caches prefixes internally.
 
-    read  (tokens, those of the prompt, routing) of every row, in the order of `seen`
+    read  (tokens, number of prompt tokens, routing) of every row, in the order of `seen`
     """
 
     def __init__(self, engine: VLLM, tokenizer: Any, **options: Any) -> None:
@@ -70,7 +70,7 @@ class EngineLM(LocalLM):
         return answers
 
     def trace(self, seen: Sequence[dict[str, Any]]) -> Trace:
-        """Return the routing of the rows that were read, as named by `seen`."""
+        """Return the routing of the rows that were read, named by `seen`."""
         layers, checker = moe_layers(self.model), Checker(Routers.of(self.model))
         found = [Routed(rows.ids, n, len(ids) + 1 - n, ids, None, 0, "vllm") for ids, n, rows in self.read]
         columns = columns_of_answers(found, checker)
@@ -82,6 +82,6 @@ class EngineLM(LocalLM):
 
 
 def _places(ids: tuple[int, ...], continuation: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """Return (position, id) of the tokens of a continuation that ends after `ids`."""
+    """Yield (position, id) of the tokens of a continuation, the last of which follows `ids`."""
     begin = len(ids) + 1 - len(continuation)
     return zip(range(begin, len(ids) + 1), continuation, strict=True)

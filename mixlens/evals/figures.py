@@ -1,7 +1,7 @@
 """Figures and tables of evaluations: scores against published ones, and paired differences.
 
-Scores are drawn in per cent with their 95 % intervals. A published score is drawn next to one only if protocol, metric,
-average and number of questions are equal; all others are in the table, with the reason.
+Scores are in per cent with 95 % intervals. A published score is drawn only if protocol, metric, average and number of
+questions are the same; the table lists all others with the reason.
 """
 
 from __future__ import annotations
@@ -109,7 +109,8 @@ def scores(
 def paired_differences(compared: LogComparison, ax: Axes | None = None, *, title: str | None = None) -> Axes:
     """Draw a forest plot of paired differences, second minus first.
 
-    A point is filled if the difference survives adjustment for the number of benchmarks, or of tasks within one.
+    A point is filled if the difference survives correction for the number of benchmarks, or of tasks within a
+    benchmark.
 
     Parameters
     ----------
@@ -237,7 +238,7 @@ def _by_protocol(benchmark: str, protocol: str) -> str:
 
 
 def _chance(log: Log, rows: Mapping[str, str]) -> dict[str, float]:
-    """Return the per cent that guessing gets right, by row, for tasks that are a choice among texts."""
+    """Return the score of guessing in per cent, by row, for multiple-choice tasks."""
     choices = [
         (rows[r["task"]], 100 / len(r["choices"])) for r in log.records if r["gold"] is not None and r["choices"]
     ]

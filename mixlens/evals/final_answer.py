@@ -1,4 +1,4 @@
-"""Extract the final answer of worked text: marked by ####, a box, "the answer is", tags, type, or its position."""
+"""Extraction of the final answer of a worked text, marked by ####, a box, a phrase, tags, type or its position."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mixlens.evals.readings import Found
 
 NOTHING, LAST_LINE = Found("", "none"), "the last line"
 _MINERVA = re.compile(r"[Tt]he final answer is:?\s*((?:(?!\n\n).)+?)\s*\.?\s*I hope it is correct", re.DOTALL)
-# A heading of Markdown may begin so too, also one with a number: "#### 1. The eggs".
+# A Markdown heading may also begin like this, even with a number: "#### 1. The eggs".
 _LEAD = r"(?:[^\w\n]|[A-Z]{1,3}\b\.?|[a-z]\b(?=\s*=)|Rs\.?|(?:a total of|exactly|about|is)\b){0,4}"  # before a number
 _MARK = re.compile(rf"####(?![ \t]*\d+[.):][ \t]+[A-Za-z])[ \t]*(?={_LEAD}[\d\\.])([^\n]*\S)")
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox|answer)\b\s*")
@@ -53,10 +53,10 @@ _VULGAR = {"½": "1/2", "⅓": "1/3", "⅔": "2/3", "¼": "1/4", "¾": "3/4", "�
 
 
 def final_answer(text: str) -> Found:
-    """Return the final answer of worked text, verbatim; NOTHING if it is empty.
+    """Return the final answer of a worked text, verbatim; NOTHING if the text is empty.
 
     Tried in order: the sentence of Lewkowycz et al. 2022, the mark of GSM8K, the last box, the last tag, the last JSON
-    key, the last phrase like "the answer is", mathematics in the last line, the last line. Reasoning between <think>
+    key, the last phrase such as "the answer is", mathematics in the last line, the last line. Reasoning between <think>
     tags is ignored.
     """
     text = _HTML.sub("", without_thinking(text)[0] or text)
@@ -86,9 +86,9 @@ def final_answer(text: str) -> Found:
 
 
 def number_in(found: Found) -> str:
-    """Return the number in a final answer, without units, currency, separators or trailing zeros; "" if there is none.
+    """Return the number in a final answer without units, currency, separators or trailing zeros; "" if there is none.
 
-    For an equation, it is the side that is a single number. Otherwise it is the first number, or the last one of an
+    In an equation it is the side that is a single number. Otherwise it is the first number, or the last one in an
     unmarked last line.
     """
     text = _plain(found)
@@ -104,7 +104,7 @@ def number_in(found: Found) -> str:
 
 
 def as_latex(result: str) -> str:
-    """Convert a result to LaTeX: Unicode signs replaced, without thousands separators, dollar and per cent signs."""
+    """Return a result with Unicode symbols as LaTeX and without thousands separators."""
     for sign, latex in _SIGNS.items():
         result = result.replace(sign, latex)
     for sign, fraction in _VULGAR.items():
@@ -133,7 +133,7 @@ def _last_box(text: str) -> str | None:
 
 
 def _json_value(text: str) -> str:
-    """Return a JSON value as text; LaTeX commands in it may lack their second backslash."""
+    """Return a JSON value as text; LaTeX commands in it may lack the second backslash."""
     if re.search(r"(?<!\\)\\[A-Za-z]{2}", text):
         return text
     try:
@@ -143,7 +143,7 @@ def _json_value(text: str) -> str:
 
 
 def _clause(text: str) -> str:
-    """Return the clause after a phrase: mathematics at its start, or the text up to the end of the sentence."""
+    """Return the mathematics at the beginning of the text after a phrase, else the rest of the sentence."""
     text = text[_BEFORE.match(text).end() :]  # type: ignore[union-attr]
     if (found := _MATH.search(text)) and _SENTENCE.split(text[: found.start()])[0] == text[: found.start()]:
         return _bare(found.group(0))
@@ -151,20 +151,20 @@ def _clause(text: str) -> str:
 
 
 def _bare(text: str) -> str:
-    """Strip mathematics signs, bold type, quotes, unmatched brackets and a full stop from a text."""
+    """Strip math delimiters, bold type, quotes, unmatched brackets and final punctuation."""
     before = None
     while before != text:
         before, text = text, text.strip().rstrip(".,;:!").strip("#*_`\"“”'").strip()
         if (found := _MATH.fullmatch(text)) is not None:
             text = next(filter(None, found.groups()))
-        for opening, closing in (("{", "}"), ("([", ")]")):  # of an interval either kind closes either
+        for opening, closing in (("{", "}"), ("([", ")]")):  # in an interval either bracket closes either
             if text[-1:] in (*closing,) and sum(map(text.count, closing)) > sum(map(text.count, opening)):
                 text = text[:-1]
     return text
 
 
 def _plain(text: str) -> str:
-    """Rewrite the numbers of a clause so that Python can parse them."""
+    """Rewrite the numbers of a clause in Python syntax."""
     text = text.replace("−", "-").replace("–", "-")
     text = _GAP.sub("", text.replace(" ", "") if _SPACED.fullmatch(text) else text)
     text = _POWER_OF_UNIT.sub("", _POWER_OF_TEN.sub(r"e\1", text))
@@ -176,7 +176,7 @@ def _plain(text: str) -> str:
 
 
 def _written(number: str) -> str:
-    """Return a number in the shortest form: integer, decimal if exact, or fraction."""
+    """Return a number in its shortest exact form: an integer, else a decimal, else a fraction."""
     top, _, bottom = number.replace(" ", "").partition("/")
     try:
         value = Fraction(top) / Fraction(bottom or "1")

@@ -1,4 +1,4 @@
-"""Generation for evaluations: rows end at stop strings, and each sampled row has its own noise."""
+"""Generation for evaluations: each row stops at its stop strings, and each sampled row has its own noise."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _KNOWN = {"do_sample", "temperature", "top_p", "top_k", "max_gen_toks", "until"}
 
 
 def check_sampling(given: Mapping[str, Any], max_new_tokens: int) -> dict[str, Any]:
-    """Return a task's generation_kwargs with until, max_gen_toks and temperature (0.0 for greedy) always set.
+    """Return the generation_kwargs of a task with until, max_gen_toks and temperature (0.0 for greedy) filled in.
 
-    max_new_tokens  if the task sets none; lm-eval's default of 256 would cut worked answers short
+    max_new_tokens  default for tasks without a limit; lm-eval's 256 would cut worked answers short
 
-    Raises BadInput for arguments that would otherwise be ignored silently.
+    Raises BadInput for an argument that would be ignored silently.
     """
     asked: dict[str, Any] = dict(normalize_gen_kwargs(dict(given), max_new_tokens))
     if unknown := sorted(set(asked) - _KNOWN):
@@ -45,7 +45,7 @@ def check_sampling(given: Mapping[str, Any], max_new_tokens: int) -> dict[str, A
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling settings: temperature, then top-k, then top-p, with one seed per row. No seeds means greedy."""
+    """Sampling by temperature, then top-k, then top-p, with one seed per row. Without seeds, decoding is greedy."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -54,7 +54,7 @@ class Sampling:
 
     @classmethod
     def of(cls, asked: Mapping[str, Any], seeds: Sequence[int]) -> Sampling:
-        """Build the settings from the result of check_sampling."""
+        """Create from the result of check_sampling."""
         if not asked["temperature"]:
             return GREEDY
         return cls(asked["temperature"], float(asked.get("top_p") or 1.0), int(asked.get("top_k") or 0), tuple(seeds))
@@ -72,9 +72,9 @@ GREEDY = Sampling()
 
 
 class SeededNoise(LogitsProcessor):
-    """Gumbel noise, one stream per row: the largest noisy logit is a draw from the softmax (Gumbel-max trick).
+    """Gumbel noise with one stream per row: the largest noisy logit is a draw from the softmax (Gumbel-max trick).
 
-    With torch's single stream, draws would depend on the batch, and a resumed run would differ.
+    Draws from a shared stream would depend on which rows share a batch, and a resumed run would differ.
     """
 
     def __init__(self, seeds: Sequence[int]) -> None:
@@ -86,11 +86,11 @@ class SeededNoise(LogitsProcessor):
 
 
 class StopStrings(StoppingCriteria):
-    """End a row once the tail of its answer, decoded as for grading, contains a stop string."""
+    """Stop a row once the tail of its answer, decoded as for grading, contains a stop string."""
 
     def __init__(self, lm: Any, until: Sequence[str], prompt_columns: int) -> None:
         self.lm, self.until, self.start = lm, [stop for stop in until if stop], prompt_columns
-        # However the text is tokenized, each token holds at least a byte.
+        # Every token has at least one byte.
         self.tail = 1 + max([len(stop.encode()) for stop in self.until], default=0)
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> Any:
@@ -104,7 +104,7 @@ class StopStrings(StoppingCriteria):
 def generate(
     lm: Any, ids: torch.Tensor, mask: torch.Tensor, *, max_new_tokens: int, until: Sequence[str], sampling: Sampling
 ) -> list[list[int]]:
-    """Return the token ids that the model adds to each row of left-padded prompts [rows, columns]."""
+    """Return the token ids that the model appends to each row of left-padded prompts [rows, columns]."""
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,  # draws come from SeededNoise

@@ -1,4 +1,4 @@
-"""Benchmarks on the Hub: repository, commit and splits of each."""
+"""Benchmarks on the Hub: their repositories, the commits that an evaluation reads, and their splits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mixlens.core.hub import FAULTS, fault_of
 from mixlens.errors import BadInput
 from mixlens.models.hub import commit_of
 
-# By the name that task files give it (metadata: hub).
+# Keys are the names in task files (metadata: hub).
 HUB = {
     "mmlu": "cais/mmlu",
     "humaneval": "openai/openai_humaneval",
@@ -29,12 +29,12 @@ HUB = {
 
 
 def commits_of(benchmarks: Collection[str], asked: Mapping[str, str], kept: Mapping[str, str]) -> dict[str, str]:
-    """Return the commit of the repository of every benchmark.
+    """Return the commit to read for the repository of every benchmark.
 
-    asked   requested branches, tags or commits, by repository
-    kept    commits for repositories without a request; the others are read at main
+    asked   branches, tags or commits, by repository
+    kept    commits of repositories not in `asked`; all others are read at main
 
-    Raises BadInput for a repository that no benchmark uses, or that the Hub does not have.
+    Raises BadInput for a repository that no benchmark reads, or that cannot be reached on the Hub.
     """
     repositories = sorted({HUB[benchmark] for benchmark in benchmarks})
     if strangers := sorted(set(asked) - set(repositories)):
@@ -49,9 +49,9 @@ def commits_of(benchmarks: Collection[str], asked: Mapping[str, str], kept: Mapp
 
 
 def splits_of(benchmark: str, subset: str, revisions: Mapping[str, str] | None) -> dict[str, datasets.Dataset]:
-    """Return the splits of one subset by name, from the cache if it holds the commit.
+    """Return the splits of one subset, by name, from the cache if it has the commit.
 
-    revisions  commits by repository, as from commits_of; None, as in lm-eval without mixlens, is main
+    revisions  commits by repository from commits_of; None, as in lm-eval without mixlens, reads main
 
     Raises BadInput if neither the cache nor the Hub has them.
     """
@@ -66,9 +66,9 @@ def splits_of(benchmark: str, subset: str, revisions: Mapping[str, str] | None) 
         if builder.hash == commit:
             builder.download_and_prepare()
             return dict(builder.as_dataset())
-    except Exception as error:  # of datasets, of the Hub's client, of pyarrow
+    except Exception as error:  # from datasets, the Hub client or pyarrow
         raise _not_given(what, error) from error
-    raise BadInput(  # datasets takes another commit from its cache where the Hub does not answer
+    raise BadInput(  # datasets falls back to another cached commit if the Hub does not answer
         f"Cannot read the data set {what}: the Hub did not answer, and only {builder.hash} is cached. Check the "
         "network, or pass that commit (EvalSettings(revisions=...), --data-revision).",
         argument="revisions",
@@ -79,17 +79,17 @@ def splits_of(benchmark: str, subset: str, revisions: Mapping[str, str] | None) 
 def _commit(repository: str, revision: str | None) -> str:
     try:
         return commit_of(repository, revision, kind="dataset")
-    except Exception as error:  # the client raises many classes of errors
+    except Exception as error:  # the Hub client raises many unrelated classes
         raise _not_given(repository, error) from error
 
 
 def _not_given(what: str, error: Exception) -> BadInput:
     said = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-    found, do = fault_of(error) or (said, "Check the network, or give a local folder.")
-    if "is a gated dataset" in said:  # where datasets has put its own exception in the place of the client's
+    found, do = fault_of(error) or (said, "Check the network, or pass a local folder as data=.")
+    if "is a gated dataset" in said:  # datasets replaces the exception of the client
         found, do = FAULTS["GatedRepoError"]
-    if found == FAULTS["RepositoryNotFoundError"][0]:  # the name is not the caller's
-        do = "Give a folder that holds the benchmark in its original format (data=)."
+    if found == FAULTS["RepositoryNotFoundError"][0]:  # the caller did not choose the name
+        do = "Pass a folder with the benchmark in its original format as data=."
     return BadInput(
         f"Cannot read the data set {what} from the Hub: {found}. {do}",
         argument="data",

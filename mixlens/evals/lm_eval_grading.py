@@ -1,6 +1,6 @@
-"""Grade stored answers with lm-eval's own filters and metrics.
+"""Grading of collected answers with lm-eval's filters and metrics.
 
-Graders of MATH need the main thread (they time out by a signal, and return False elsewhere), so off the main thread
+The graders of MATH need the main thread: they use a signal as timeout, and return False elsewhere. Off the main thread,
 this module runs in a separate process: `python -m mixlens.evals.lm_eval_grading FOLDER`.
 """
 
@@ -30,14 +30,14 @@ from mixlens.evals.response_cache import Answers, Key
 
 @dataclass(frozen=True)
 class Job:
-    """Plain description of an evaluation, from which another process can build the same tasks and requests.
+    """Plain values from which another process can rebuild the same tasks and requests.
 
-    tasks, protocol  as given to evaluate
+    tasks, protocol  as passed to evaluate
     root     local folder of benchmark data, None for the Hub
-    revisions  branch, tag or commit of data sets on the Hub, by repository; at_commits makes them commits
+    revisions  branch, tag or commit of data sets on the Hub, by repository; at_commits resolves them to commits
     limit    documents of every task, None for all
-    seed     of the choice of shots, where a task chooses at random
-    tokenizer  folder of the tokenizer whose chat template is applied; None where no task wants one
+    seed     seed for tasks that draw few-shot examples at random
+    tokenizer  folder of the tokenizer whose chat template is applied; None if no task needs one
     """
 
     tasks: tuple[str, ...]
@@ -50,15 +50,15 @@ class Job:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Job:
-        """Build a job from its values as read from JSON."""
+        """Create from values read back from JSON."""
         return cls(**{**values, "tasks": tuple(values["tasks"])})
 
     def at_commits(self, kept: Mapping[str, str]) -> Job:
         """Return the job with a fixed commit for every data set that its protocols read from the Hub.
 
-        kept  commits of a run to resume; requested revisions take precedence
+        kept  commits of the run that this job resumes; requested revisions take precedence
 
-        Raises BadInput for revisions that no protocol reads, or that the Hub does not have.
+        Raises BadInput for revisions of data sets that no protocol reads, and if the Hub does not have them.
         """
         protocols, _ = resolve(self.tasks, self.protocol)
         hubs = {str(p.about["hub"]) for p in protocols if p.about.get("hub")} if self.root is None else set()
@@ -67,7 +67,7 @@ class Job:
 
 @dataclass
 class Loaded:
-    """The lm-eval tasks of a job, with the protocol of each; None for tasks of lm-eval itself."""
+    """Tasks of a job as lm-eval objects, with the protocol of each; None for a task from lm-eval itself."""
 
     tasks: dict[str, Any] = field(default_factory=dict)
     protocols: dict[str, Protocol | None] = field(default_factory=dict)
@@ -77,20 +77,20 @@ class Loaded:
         return bool(protocol is not None and protocol.about.get("chat"))
 
     def add(self, tasks: Mapping[str, Any], protocol: Protocol | None) -> None:
-        """Add tasks, once each. Raises BadInput for different tasks of the same name."""
+        """Add tasks, each once. Raises BadInput for two different tasks of the same name."""
         for name, task in tasks.items():
             if name not in self.tasks:
                 self.tasks[name], self.protocols[name] = task, protocol
             elif task.dump_config() != self.tasks[name].dump_config():
                 raise BadInput(
                     f"Cannot evaluate two different tasks named {name!r}: their answers would be mixed up. Rename one "
-                    "(task: in its file), or evaluate them separately.",
+                    "of them (task: in its file), or evaluate them separately.",
                     argument="tasks",
                     value=name,
                 )
 
     def build(self, job: Job, chat_template: Any = None) -> list[Any]:
-        """Return every request of every task, repeated as often as the task asks."""
+        """Return every request of every task, each repeated as often as the task requires."""
         requests = []
         for name, task in self.tasks.items():
             chat = self.chat(name)
@@ -107,7 +107,7 @@ class Loaded:
 
 
 def load_tasks(job: Job) -> Loaded:
-    """Load the tasks of a job with their data. Raises BadInput for an unknown task or missing data."""
+    """Load the tasks of a job with their data. Raises BadInput for unknown tasks and missing data."""
     from lm_eval.tasks import TaskManager
 
     protocols, others = resolve(job.tasks, job.protocol)
@@ -126,7 +126,7 @@ def load_tasks(job: Job) -> Loaded:
 
 
 def _add_lm_eval_tasks(loaded: Loaded, names: Sequence[str], metadata: Any) -> None:
-    """Add lm-eval tasks and task files by name. Only groups and tags make it parse all of its 14,000 files (20 s)."""
+    """Add task files, and lm-eval's tasks by name. All 14,000 files are parsed (20 s) only for groups and tags."""
     from lm_eval.tasks import TaskManager
 
     files = {name: name for name in names if is_task_file(name)}
@@ -151,18 +151,18 @@ def _load(manager: Any, name: str, configs: list[Any]) -> dict[str, Any]:
         return manager.load(configs)["tasks"]
     except MixlensError:
         raise
-    except Exception as error:  # of lm-eval, of a task's own functions, of datasets and of the Hub's client
+    except Exception as error:  # from lm-eval, the functions of a task, datasets or the Hub client
         said = (str(error).strip().splitlines() or [""])[0][:300].rstrip(".")
         raise BadInput(
             f"Cannot load {name} with lm-eval: {type(error).__name__}: {said}. Check the task file, and that its data "
-            "is reachable and has the fields that it names.",
+            "is reachable and has the fields that the task uses.",
             argument="tasks",
             value=name,
         ) from error
 
 
 def grade(job: Job, loaded: Loaded, answers: Mapping[Key, Any], chat_template: Any = None) -> dict[str, Any]:
-    """Return {"samples": records as in Log, "results": lm-eval's own}, graded on a main thread."""
+    """Grade on a main thread; return {"samples": records as in Log, "results": results of lm-eval}."""
     if threading.current_thread() is threading.main_thread():
         return _grade(job, loaded, answers, chat_template)
     with tempfile.TemporaryDirectory(prefix="mixlens-grade-") as folder:
@@ -174,7 +174,7 @@ def grade(job: Job, loaded: Loaded, answers: Mapping[Key, Any], chat_template: A
         if done.returncode != 0:
             raise RunError(
                 "Cannot grade the answers: the process that runs MATH's graders, which need a main thread, ended "
-                f"with {done.stderr.strip().splitlines()[-1:] or 'no message'}. Evaluate from a script, or try again.",
+                f"with {done.stderr.strip().splitlines()[-1:] or 'no message'}. Evaluate from a script, or retry.",
                 argument="answers",
                 value=done.returncode,
             )
@@ -200,7 +200,7 @@ def _grade(job: Job, loaded: Loaded, answers: Mapping[Key, Any], chat_template: 
                 bootstrap_iters=1000,
                 apply_chat_template=chat,
                 fewshot_as_multiturn=chat,
-                confirm_run_unsafe_code=True,  # load_tasks takes only our protocols, which run code in the sandbox
+                confirm_run_unsafe_code=True,  # load_tasks admits only tasks that run code in the sandbox
             )
         for name, task in tasks.items():
             samples += _records(name, task, found["samples"][name])
@@ -216,7 +216,7 @@ def _replay(answers: Mapping[Key, Any], chat_template: Any) -> Any:
     from mixlens.evals.model import repeats_of
 
     class Replay(LM):
-        """A model that returns the stored answer for every request."""
+        """Model object that replays the collected answers."""
 
         @property
         def tokenizer_name(self) -> str:
@@ -239,7 +239,7 @@ def key_of(request: Any, repeat: int) -> Key:
 
 
 def _records(name: str, task: Any, samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Convert lm-eval's one record per document and filter to one per document."""
+    """Merge lm-eval's samples, one per document and filter, into one record per document."""
     filters = list(dict.fromkeys(sample["filter"] for sample in samples))
     records: dict[int, dict[str, Any]] = {}
     for sample in samples:
@@ -285,7 +285,7 @@ def _record(name: str, task: Any, sample: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _number(value: Any) -> float | None:
-    """Return a metric of one sample as a number; None if it is not one (pairs, for perplexities and F1)."""
+    """Return a metric of one sample as a number; None for other values, such as lm-eval's pairs for F1."""
     if isinstance(value, bool | int | float | np.number) and np.isfinite(value):
         return float(value)
     return None

@@ -1,4 +1,4 @@
-"""Log: a finished evaluation, in memory or on disk, with scores computed from its samples."""
+"""Log: a finished evaluation, in memory or from its run directory, with scores computed from its samples."""
 
 from __future__ import annotations
 
@@ -31,26 +31,30 @@ class Log:
     Parameters
     ----------
     records : Sequence[dict[str, Any]]
-        One dict a sample, as lines of results.jsonl: task       lm-eval's name of the task, such as
-        "mmlu_5shot_anatomy" sample_id  index in the data set's split; (task, sample_id) is unique doc_hash
-        sha256 of the document, so that two logs can be seen to hold the same question group      subject or
-        language, None where the benchmark has none prompt     what the model was given, as one text target
-        the gold answer, as text response   the first generated answer, or the text of the choice with the highest
-        log-probability responses  every generated answer before any filter; None for a log-likelihood task
-        choices    texts whose log-probability was asked for; None for a generative task logprobs   of the
-        choices, in natural units (sum over tokens) gold       index of the right choice; None where there is none
-        finish     reason given for the end of the first answer, None where none is known
-        non_answer why the first answer has no text ("length", "filtered", "reasoning only", "empty"), else None
-        replies    of every answer, what came beside its text: model, reasoning, token counts, attempts
-        readings   of every answer, the form in which a grader found what it grades; of a program, how it ended
-        metrics    {metric: value}; a value is None where the sample could not be scored correct    the value of
-        the task's primary metric.
+        One dict per sample, as in the lines of results.jsonl. Values that do not apply are None.
+
+        - task: name of the task in lm-eval, such as "mmlu_5shot::anatomy"
+        - sample_id: index in the split of the data set; (task, sample_id) is unique
+        - doc_hash: sha256 of the document, which identifies the same question in two logs
+        - group: subject or language
+        - prompt: input of the model as one text
+        - target: gold answer as text
+        - response: first generated answer, or text of the choice with the highest log-probability
+        - responses: every generated answer before any filter
+        - choices, logprobs: scored texts, and their log-probabilities in nats, summed over tokens
+        - gold: index of the right choice
+        - finish: finish reason of the first answer
+        - non_answer: reason why the first answer has no text: "length", "filtered", "reasoning only" or "empty"
+        - replies: model, reasoning, token counts and attempts of every answer
+        - readings: form in which a grader found every answer; for a program, its outcome
+        - metrics: {metric: value}; a value is None if the sample could not be scored
+        - correct: value of the primary metric of the task
     meta : dict[str, Any]
-        Model, tasks (by task: benchmark, protocol, metrics, primary, data), settings, versions, date.
+        Model, tasks (by task: benchmark, protocol, metrics, primary, data), settings, versions and date.
     path : Path, optional
-        Of the run directory, None in memory.
+        Run directory; None in memory.
     routing : Trace, optional
-        A Trace of every row that the model read (see mixlens.evals.routing); None where it was not recorded.
+        Trace of every row that the model read (see mixlens.evals.routing); None if not recorded.
     """
 
     kind = "eval"
@@ -61,14 +65,14 @@ class Log:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, check: bool = True) -> Log:
-        """Open the evaluation in a folder. Raises RunError where there is none, or a run of another kind.
+        """Open the evaluation in a folder. Raises RunError if there is none, or a run of another kind.
 
         Parameters
         ----------
         path : str or os.PathLike
-            The folder.
+            Run directory.
         check : bool, optional
-            Verify the checksum of each file when it is first read; False verifies sizes only.
+            Whether to compare every file with its checksum when it is first read; False compares only sizes.
         """
         run = open_run(path, "eval", check=check)
         with run.file(RESULTS).open(encoding="utf-8") as file:
@@ -80,19 +84,19 @@ class Log:
 
     @cached_property
     def samples(self) -> pd.DataFrame:
-        """One row per sample: the fields of a record, and a column for every metric; NaN if it was not scored."""
+        """One row per sample with the fields of a record and a column for every metric, NaN if not scored."""
         frame = pd.DataFrame([{k: v for k, v in r.items() if k != "metrics"} | r["metrics"] for r in self.records])
         numeric = [name for name in [*self.metrics, "correct"] if name in frame]
         return frame.astype(dict.fromkeys(numeric, float)) if numeric else frame
 
     @cached_property
     def scores(self) -> pd.DataFrame:
-        """One row per task and metric with its 95 % interval, then micro and macro averages, as scoring.score_table."""
+        """One row per task and metric with its 95 % interval, then micro and macro averages (`scoring.score_table`)."""
         return score_table(self.samples, self.meta["tasks"])
 
     @cached_property
     def near_ties(self) -> pd.DataFrame:
-        """Samples decided by rounding: task, sample_id, first, second, gap, as scoring.near_ties."""
+        """Samples whose answer depends on rounding: task, sample_id, first, second, gap (`scoring.near_ties`)."""
         by_length = {name for name, task in self.meta["tasks"].items() if task["primary"] == "acc_norm"}
         return near_ties(self.samples, by_length)
 
@@ -106,7 +110,7 @@ class Log:
         return list(dict.fromkeys(name for about in self.meta["tasks"].values() for name in about["metrics"]))
 
     def remarks(self) -> list[str]:
-        """Return the remarks that belong to the scores: model, number of samples, versions, and source of the data."""
+        """Return remarks on the scores: model, number of samples, versions, and sources of the data."""
         model, versions = self.meta["model"], self.meta["versions"]
         limit = self.meta["settings"].get("limit")
         cut = "" if limit is None else f" Only the first {limit} samples of every task: no score of the benchmark."
@@ -138,7 +142,7 @@ class Log:
         return f"<div class='mixlens-log'>{self._shown().to_html(border=0, index=False)}{said}</div>"
 
     def _shown(self) -> pd.DataFrame:
-        """Scores as text; only averages for benchmarks of several tasks."""
+        """Format the scores as text; a benchmark with several tasks is shown by its averages."""
         of_protocol = self.scores.groupby(["benchmark", "protocol"])["task"]
         several = {key for key, n in of_protocol.nunique().items() if n > 1}
         rows = []

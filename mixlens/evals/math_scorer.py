@@ -1,4 +1,4 @@
-"""Grade worked answers: MATH and GSM8K in any form, and majority votes over answers with a result."""
+"""Grading of worked answers to MATH and GSM8K in any form, and majority votes over answers with a result."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _WORD = re.compile(r"(?<!\\)\b[A-Za-z]{2,}\b")
 
 
 def grade(document: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """Grade an answer to a MATH problem by three graders.
+    """Grade an answer to a MATH problem with three graders.
 
-    math_equal   the result in any form (see final_answer), equal to the gold one after Lewkowycz et al. 2022's
-                 normalisation, by sympy, or by math_verify
-    exact_match  lm-eval's minerva_math: the form "Final Answer: The final answer is ..." alone
-    math_verify  lm-eval's: math_verify on the whole answer, in any form that it finds
+    math_equal   the result in any form (see final_answer) equals the gold one after the normalisation of Lewkowycz et
+                 al. 2022, by sympy, or by math_verify
+    exact_match  minerva_math of lm-eval: accepts only the form "Final Answer: The final answer is ..."
+    math_verify  math_verify of lm-eval on the whole answer, in any form that it finds
     """
     from lm_eval.tasks.minerva_math.utils import process_results
 
@@ -38,7 +38,7 @@ def read(answers: Sequence[Sequence[str]], documents: Iterable[Mapping[str, Any]
 
 
 def result_of(text: str) -> Found:
-    """Return the result of an answer to a MATH problem; for unmarked prose, its number, if there is one."""
+    """Return the result of an answer to a MATH problem; for an unmarked last line of prose, the number in it."""
     found = final_answer(text)
     if found.form == LAST_LINE and _WORD.search(found):
         return Found(number_in(found), found.form)
@@ -46,7 +46,7 @@ def result_of(text: str) -> Found:
 
 
 def equal(result: str, gold: str) -> bool:
-    """Return True if two results are equivalent."""
+    """Check whether two results are mathematically equal."""
     from lm_eval.tasks.minerva_math.utils import is_equiv
     from math_verify import parse, verify
 
@@ -59,18 +59,18 @@ def equal(result: str, gold: str) -> bool:
 
 
 def math_majority(answers: Sequence[Sequence[str]], documents: Iterable[Mapping[str, Any]]) -> list[Found]:
-    """Return an answer of each document with the most frequent result; the first one for ties."""
+    """Return for each document the first answer with the most frequent result."""
     voted = [_majority(given, lambda text: _normal(as_latex(result_of(text)))) for given in answers]
     return [Found(text, result_of(text).form) for text in voted]
 
 
 def gsm8k(answers: Sequence[Sequence[str]], documents: Iterable[Mapping[str, Any]]) -> list[list[Found]]:
-    """Return the number in every answer, in whatever form; "" if it has none."""
+    """Return the final number of every answer, in any form; "" if it has none."""
     return [[_number(text) for text in given] for given in answers]
 
 
 def gsm8k_majority(answers: Sequence[Sequence[str]], documents: Iterable[Mapping[str, Any]]) -> list[Found]:
-    """Return the most frequent number among the answers of a document; "" if none has one."""
+    """Return the most frequent final number of each document's answers; "" if no answer has one."""
     return [_number(_majority(given, _number)) for given in answers]
 
 

@@ -1,4 +1,4 @@
-"""lm-eval's interface to a local model: one BOS, padding masks, exact decoding, no truncation."""
+"""Local model for lm-eval with one BOS, padding masks, decoding that keeps the first space, and no truncation."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from mixlens.models.layout import CACHE
 
 # lm-eval's decorator hides the class from type checkers.
 _Base: Any = HFLM
-# Shorter prefixes are not worth a separate forward pass.
+# A shorter prefix is not worth a separate forward.
 _SHORTEST_PREFIX = 48
 
 
 @dataclass(frozen=True)
 class Row:
-    """Tokens of one row of a forward pass, and the outputs read from it.
+    """Tokens in one row of a forward, and the requests that it answers.
 
     asked  (number of the request, tokens whose log-probability after the row's context is requested)
     """
@@ -40,9 +40,9 @@ class Row:
 
 @dataclass
 class Batch:
-    """Rows of one forward pass, or prompts of one generate call; fixed by the requests alone.
+    """Rows of one forward, or prompts of one generate call. The division of requests into batches is fixed.
 
-    prefix  tokens shared by all rows, read once and kept as a key-value cache; () for none
+    prefix  tokens shared by all rows, read once and kept in a key-value cache; () for none
     """
 
     requests: list[int]
@@ -53,13 +53,13 @@ class Batch:
 class LocalLM(_Base):
     """A loaded transformers model for lm-eval.
 
-    batch_size    rows of a forward
-    max_length    tokens that prompt and answer may have together; None is the model's context
-    seed          of sampled answers: every answer has noise of its own, whatever batch it is in
-    max_new_tokens  of an answer, where a task does not say
-    share_prefix  read shots that the questions of a task have in common once, and keep their key-value cache
+    batch_size    rows per forward
+    max_length    maximum tokens of prompt and answer together; None for the context length of the model
+    seed          seed of sampled answers; the noise of an answer does not depend on its batch
+    max_new_tokens  maximum tokens of an answer for tasks without a limit
+    share_prefix  whether to read the shots shared by the questions of a task once and keep their key-value cache
 
-    `seen` names every row that a forward read, in order, for whoever records them.
+    `seen` lists every row that a forward read, in order, for recorders.
     """
 
     def __init__(
@@ -73,8 +73,8 @@ class LocalLM(_Base):
         seed: int = 0,
         share_prefix: bool = True,
     ) -> None:
-        # lm-eval sets a padding token on the tokenizer; the caller's stays as it is.
-        with redirect_stderr(io.StringIO()):  # it warns that arguments we do not give are ignored
+        # lm-eval sets a padding token on the tokenizer, so it gets a copy.
+        with redirect_stderr(io.StringIO()):  # it warns about arguments that are not passed here
             super().__init__(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
         self._max_length = max_length or int(model.config.max_position_embeddings)
         self._max_new_tokens, self.seed, self.share_prefix = max_new_tokens, seed, share_prefix
@@ -89,7 +89,7 @@ class LocalLM(_Base):
     # ------------------------------------------------------------------ text and tokens
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Return token ids with exactly one BOS, which a chat template may have written already."""
+        """Encode with exactly one BOS, which a chat template may already contain."""
         ids = self.tokenizer.encode(string, add_special_tokens=False)
         bos = self.tokenizer.bos_token_id
         if add_special_tokens is False or bos is None:
@@ -97,10 +97,10 @@ class LocalLM(_Base):
         return ids if ids[:1] == [bos] else [bos, *ids]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of generated tokens as it appears after a prompt.
+        """Decode generated tokens as the continuation of a prompt.
 
-        SentencePiece tokenizers drop the first space of a continuation decoded alone, so it is decoded after a newline,
-        which is then removed.
+        With SentencePiece tokenizers a continuation decoded alone loses its first space. It is therefore decoded after
+        a newline, which is then removed.
         """
         options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
         text = self.tokenizer.decode([self._newline, *ids], **options)
@@ -110,14 +110,14 @@ class LocalLM(_Base):
         return self.decode([tokens] if isinstance(tokens, int) else list(tokens))
 
     def finish(self, ids: Sequence[int], until: Sequence[str]) -> str:
-        """Return the graded text of an answer: up to its end of sequence, and up to its first stop string."""
+        """Decode an answer for grading, cut at its end of sequence and its first stop string."""
         ends = self.stop_ids
         length = next((place for place, token in enumerate(ids) if token in ends), len(ids))
         return cut(self.decode(ids[:length]), until)
 
     @property
     def stop_ids(self) -> frozenset[int]:
-        """Ids that end an answer, from the tokenizer and the model's generation config."""
+        """Token ids that end an answer, from the tokenizer and from the generation config of the model."""
         config = getattr(self.model, "generation_config", None)
         listed = getattr(config, "eos_token_id", None)
         listed = [] if listed is None else [listed] if isinstance(listed, int) else list(listed)
@@ -126,7 +126,7 @@ class LocalLM(_Base):
     # ------------------------------------------------------------------ requests in fixed batches
 
     def encode_request(self, request: Any) -> tuple[list[int], list[int]]:
-        """Return context and continuation of a log-likelihood request, or prompt and nothing of a generative one."""
+        """Encode context and continuation of a log-likelihood request; for a generative one, the prompt and []."""
         if request.request_type != "loglikelihood":
             return self.tok_encode(request.args[0]), []
         context, continuation = request.args[0], request.args[1]
@@ -135,7 +135,7 @@ class LocalLM(_Base):
         return [self.prefix_token_id], self.tok_encode(continuation, add_special_tokens=False)
 
     def batches(self, kind: str, requests: Sequence[Any]) -> list[Batch]:
-        """Return all requests of one kind in batches that depend only on the requests."""
+        """Divide all requests of one kind into batches that depend only on the requests."""
         if kind == "loglikelihood_rolling":
             return [Batch([number]) for number in range(len(requests))]
         if kind == "generate_until":
@@ -153,7 +153,7 @@ class LocalLM(_Base):
 
     def _row_batches(self, rows: list[Row]) -> list[Batch]:
         prefix = self._common_prefix(rows) if self.share_prefix else ()
-        # Rows behind a prefix are short: more of them make a forward of about the same work.
+        # Rows after a prefix are short, so that a forward can take more of them.
         size = self.batch_size if not prefix else 4 * self.batch_size
         rows = sorted(rows, key=lambda row: (-len(row.ids), row.ids))
         parts = [rows[start : start + size] for start in range(0, len(rows), size)]
@@ -182,9 +182,9 @@ class LocalLM(_Base):
         return batches
 
     def answer(self, kind: str, requests: Sequence[Any], batch: Batch, repeats: Sequence[int]) -> list[Any]:
-        """Return answers to the requests of a batch, in the batch's order.
+        """Return the answers to the requests of a batch, in the order of the batch.
 
-        repeats  index of each request among its repeated answers; decides the noise of a sampled one
+        repeats  for every request, the index of its repeated answer, which determines the noise of a sampled one
         """
         if kind == "loglikelihood_rolling":
             return [self._rolling(requests[number]) for number in batch.requests]
@@ -197,7 +197,7 @@ class LocalLM(_Base):
 
     @torch.inference_mode()
     def _scored(self, batch: Batch, requests: Sequence[Any] | None = None) -> dict[int, tuple[float, bool]]:
-        """Return the log-probability of every continuation of a batch, and whether it is the greedy one."""
+        """Return the log-probability of every continuation of a batch, and whether greedy decoding would produce it."""
         cache, n_prefix = self._cached(batch, requests), len(batch.prefix)
         rests = [row.ids[n_prefix:] for row in batch.rows]
         ids, mask = self._left_padded(rests)
@@ -232,7 +232,7 @@ class LocalLM(_Base):
         return found
 
     def _cached(self, batch: Batch, requests: Sequence[Any] | None) -> Any:
-        """Return a key-value cache of the batch's prefix for all its rows; None without a prefix."""
+        """Return a key-value cache of the batch's prefix, expanded to its rows; None without a prefix."""
         if not batch.prefix:
             return None
         if self._prefix[0] != batch.prefix:
@@ -247,7 +247,7 @@ class LocalLM(_Base):
         return cache
 
     def _rolling(self, request: Any) -> float:
-        """Return the log-probability of a whole text, read in windows of the model's context."""
+        """Return the log-probability of a whole text, in windows of the maximum length."""
         windows = map(
             make_disjoint_window,
             get_rolling_token_windows(
@@ -273,7 +273,7 @@ class LocalLM(_Base):
         ]
 
     def ended(self, ids: Sequence[int], until: Sequence[str], most: int) -> bool:
-        """Return True if an answer ended by itself, rather than at its length limit."""
+        """Check whether an answer ended before the length limit."""
         return len(ids) < most or bool(self.stop_ids & set(ids)) or any(s in self.decode(ids) for s in until if s)
 
     def _left_padded(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -299,7 +299,7 @@ class LocalLM(_Base):
             alone = one.request_type == "loglikelihood" and len(row.asked) == 1
             self.seen.append(named(one, repeats[number] if len(repeats) else -1, scored=alone))
 
-    # ------------------------------------------------------------------ lm-eval's own way in
+    # ------------------------------------------------------------------ interface of lm-eval
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         return self._all("loglikelihood", requests)
@@ -319,7 +319,7 @@ class LocalLM(_Base):
 
 
 def named(request: Any, repeat: int, *, scored: bool) -> dict[str, Any]:
-    """Return the name of a recorded row: its sample, and its choice if its answer is `scored`."""
+    """Return the columns that identify a recorded row: its sample, and its choice if it is `scored`."""
     choice = request.idx if scored else -1
     return {
         "role": "sample",
@@ -331,13 +331,13 @@ def named(request: Any, repeat: int, *, scored: bool) -> dict[str, Any]:
 
 
 def cut(text: str, until: Sequence[str]) -> str:
-    """Cut a text at the first stop string."""
+    """Cut a text at the first stop string in it."""
     places = [place for stop in until if stop and (place := text.find(stop)) >= 0]
     return text[: min(places)] if places else text
 
 
 def repeats_of(requests: Sequence[Any]) -> list[int]:
-    """Return for every request the number of identical earlier ones."""
+    """Count for every request how often the same one occurred before it."""
     counts: dict[int, int] = {}
     repeats = []
     for request in requests:
@@ -347,7 +347,7 @@ def repeats_of(requests: Sequence[Any]) -> list[int]:
 
 
 def tokenizer_of(model: Any, tokenizer: Any = None) -> Any:
-    """Return the given tokenizer, or that of the given name, or else the one stored with the model's weights.
+    """Return the given tokenizer, the one with the given name, or the one beside the weights of the model.
 
     Raises BadInput if there is none.
     """
@@ -380,7 +380,7 @@ def _seed(seed: int, prompt: str, repeat: int) -> int:
 
 
 def chat_template_of(folder: str) -> Any:
-    """Return apply_chat_template of the tokenizer in a folder, with lm-eval's signature."""
+    """Return apply_chat_template of the tokenizer in a folder, with the signature of lm-eval."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

@@ -1,4 +1,4 @@
-"""compare_logs: compare two evaluations of the same samples, with tests against chance."""
+"""Paired comparison of two evaluations of the same samples, with tests of their difference."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COLUMNS = [
 _SHOWN = ("prompt", "target", "choices", "gold")
 _OF_EACH = ("response", "logprobs", "correct")
 _LEADS = "the exact test leads, since at any number of flips it is wrong in at most 5 % of cases without a difference."
-# By whether the test tells the two apart.
+# Keys: whether the test finds a difference.
 _DISAGREE = {
     False: f"The interval alone leaves out 0; {_LEADS}",
     True: f"The interval does not leave out 0; {_LEADS}",
@@ -34,10 +34,10 @@ _DISAGREE = {
 def compare_logs(log_a: Log, log_b: Log, *, bootstrap: Bootstrap = DEFAULT) -> LogComparison:
     """Compare two evaluations of the same samples, joined by task and sample.
 
-    Tasks in only one log are named, not compared. Samples that either could not score are left out and counted.
+    Tasks in only one log are listed but not compared. A sample without a score in either log is left out and counted.
 
-    Raises BadInput if a benchmark used different protocols or versions, or a chat template in only one log; if no task
-    is in both; or if a sample's document differs.
+    Raises BadInput if a benchmark was run with different protocols or versions, or with a chat template in only one
+    log; if no task is in both logs; or if the document of a sample differs.
     """
     common = _common_tasks(log_a.meta["tasks"], log_b.meta["tasks"])
     joined = _joined(log_a.samples, log_b.samples, common)
@@ -68,16 +68,16 @@ class LogComparison:
     names : tuple[str, str]
         Names of the evaluations.
     table : pandas.DataFrame
-        One row a benchmark, and one a task where a benchmark has several: score_a, score_b, difference (b less a)
-        with its interval, p_value of the exact McNemar test (of the interval, for a metric that
-        is not right or wrong), q (p_value adjusted for the number of benchmarks, or of tasks within a benchmark,
-        after Benjamini and Hochberg 1995), survives (whether q is at most one less the level), only_a and only_b
-        (samples that one alone got right; NaN for such a metric), n, left_out (in one log, or not scored).
+        One row per benchmark, and one per task of a benchmark with several: score_a, score_b, difference (b minus a)
+        with its interval, p_value of the exact McNemar test (of the interval, for a metric that is not right or wrong),
+        q (p_value adjusted for the number of benchmarks, or of tasks within a benchmark, after Benjamini and Hochberg
+        1995), survives (whether q is at most one minus the level), only_a and only_b (samples right in only one
+        evaluation; NaN for a metric that is not right or wrong), n, left_out (samples in one log only, or not scored).
     flips : pandas.DataFrame
-        Samples that one got right and the other wrong: task, sample_id, change ("lost" or "gained", in b),
-        prompt, target, choices, gold, and response, logprobs, correct of each.
+        Samples right in one evaluation and wrong in the other: task, sample_id, change ("lost" or "gained", in b),
+        prompt, target, choices, gold, and response, logprobs and correct of each.
     joined : pandas.DataFrame
-        Every sample that both have.
+        Samples of the common tasks.
     alone : list[str]
         Tasks in only one log.
     """
@@ -95,15 +95,15 @@ class LogComparison:
 
     @property
     def meta(self) -> dict[str, Any]:
-        """Return where both evaluations come from."""
+        """Metadata of both evaluations."""
         return {"model": {"name": " and ".join(self.names)}, "a": self.log_a.meta, "b": self.log_b.meta}
 
     def verdicts(self) -> list[str]:
-        """Return one sentence per row of the table with its conclusion."""
+        """Return one sentence per row of the table with its result."""
         return [self._verdict(row) for row in self.table.to_dict("records")]
 
     def remarks(self) -> list[str]:
-        """Return the remarks that belong to the table."""
+        """Return the remarks on the table."""
         said = [
             f"Difference: {self.names[1]} less {self.names[0]}, on the same samples; {self.bootstrap.level:.0%} "
             "intervals over samples within tasks (Bonett and Price 2012); exact McNemar test, whose q is adjusted "
@@ -149,11 +149,11 @@ class LogComparison:
 
 
 def _with_survivors(table: pd.DataFrame, bootstrap: Bootstrap) -> pd.DataFrame:
-    """Return the table with q and survives: benchmarks form one family of tests, the tasks of each benchmark another.
+    """Add q and survives to the table: benchmarks are one family of tests, the tasks of each benchmark another.
 
-    If McNemar's test and the interval disagree, the test decides: its false alarms are at most 5 % for any number of
-    flips, at the price of lower power (Fagerland, Lydersen and Laake 2013, doi:10.1186/1471-2288-13-91), while an
-    interval has its level only on average over rates of flips.
+    If McNemar's test and the interval disagree, the test decides: its false positive rate is at most 5 % at every
+    number of flips, at the price of lower power (Fagerland, Lydersen and Laake 2013, doi:10.1186/1471-2288-13-91). An
+    interval keeps its level only on average over the rate of flips.
     """
     table["q"] = table.groupby("family")["p_value"].transform(lambda p: adjusted(p.to_numpy(float)))
     table["survives"] = table["q"] <= 1 - bootstrap.level
@@ -165,11 +165,11 @@ def _leaves_out_0(row: Mapping[Any, Any]) -> bool:
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
-    """Return the two-sided p value of an imbalance of discordant pairs; 1.0 without any.
+    """Return the two-sided p value of the exact McNemar test (1947) for discordant pairs; 1.0 without any.
 
-    min(1, 2 P(X <= min(b, c))) with X binomial (b + c, 1/2): McNemar 1947 in its exact form.
+    min(1, 2 P(X <= min(b, c))) with X binomial (b + c, 1/2).
     """
-    from scipy.special import bdtr  # imported here: takes a quarter of a second
+    from scipy.special import bdtr  # imported here because it takes a quarter of a second
 
     n, least = only_a + only_b, min(only_a, only_b)
     if n == 0:
@@ -178,12 +178,12 @@ def mcnemar(only_a: int, only_b: int) -> float:
 
 
 def paired_difference(a: np.ndarray, b: np.ndarray, task: np.ndarray, level: float) -> tuple[float, float, float]:
-    """Return the mean of b minus a with its interval; samples vary within a fixed set of tasks.
+    """Return the mean of b minus a over samples, with its interval; samples vary within tasks, and tasks are fixed.
 
-    For right and wrong answers, the interval of Bonett and Price (2012): Wald's after adding one gained and one lost
-    sample, so that models with equal answers still have uncertainty. For other scores, Student's t.
+    For right and wrong answers the interval is that of Bonett and Price (2012): Wald's with one more sample gained and
+    one more lost, so that it has a width even for two models with the same answers. For other scores it is Student's t.
     """
-    from scipy.special import stdtrit  # imported here: takes a quarter of a second
+    from scipy.special import stdtrit  # imported here because it takes a quarter of a second
 
     difference, n = b - a, len(a)
     names, number = np.unique(task, return_inverse=True)
@@ -251,7 +251,7 @@ def _common_tasks(a: Mapping[str, Mapping[str, Any]], b: Mapping[str, Mapping[st
 
 
 def _joined(a: pd.DataFrame, b: pd.DataFrame, tasks: list[str]) -> pd.DataFrame:
-    """Join samples of both logs by task and number, with the suffixes _a and _b."""
+    """Join the samples of both logs by task and sample_id, with suffixes _a and _b."""
     key = ["task", "sample_id"]
     kept = [*key, "doc_hash", *_SHOWN, *_OF_EACH]
     sides = [frame[frame["task"].isin(tasks)].reindex(columns=kept) for frame in (a, b)]
@@ -298,7 +298,7 @@ def _probability(name: str, value: float) -> str:
 
 
 def _names(a: Log, b: Log) -> tuple[str, str]:
-    """Return names of the folders, or else of the models; equal names are numbered."""
+    """Return the names of the folders, else of the models, made distinct if they are equal."""
     first, second = (
         log.path.name if log.path is not None else str(log.meta["model"]["name"]).rsplit("/", 1)[-1] for log in (a, b)
     )

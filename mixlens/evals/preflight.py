@@ -1,4 +1,4 @@
-"""Checks before an evaluation starts, each of which refuses with a reason rather than give a wrong score."""
+"""Checks before an evaluation, which raise an error instead of letting scores come out silently wrong."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from mixlens.evals.generating import check_sampling
 from mixlens.evals.lm_eval_grading import Job, Loaded, grade, key_of
 from mixlens.evals.model import Batch, cut, repeats_of
 
-# Documents of every task whose gold answers are graded before the model runs.
+# Documents of every task whose gold answers are graded before the first request.
 _GOLD_DOCUMENTS = 4
-# A data set may hold a question twice; a task whose shots are its documents has more than this share.
+# Tolerated share of prompts with their own gold answer, as a data set may contain a question twice.
 _LEAKS = 0.01
 
 
 def check(
     backend: Any, job: Job, loaded: Loaded, work: Mapping[str, tuple[Sequence[Any], Sequence[Batch]]]
 ) -> list[dict[str, Any]]:
-    """Refuse evaluations that would give wrong scores, and return findings of probe questions to a server.
+    """Raise an error for anything that would silently give wrong scores, and return findings (see `questions`).
 
-    work  by kind of request: the requests, and the batches that a backend made of them
+    work  by kind of request: the requests, and their batches from the backend
 
-    Raises BadInput if a prompt has no BOS or two, prompt and answer do not fit, decoding does not invert encoding, a
-    grader fails gold answers, or a server cannot score; SandboxError if code cannot be run.
+    Raises BadInput if a prompt has no BOS or two, prompt and answer do not fit, encoding and decoding lose text, a
+    grader does not pass gold answers, or a server cannot score; SandboxError if code cannot be run.
     """
     for kind, (requests, batches) in work.items():
         _check_backend(backend, loaded, kind, requests)
@@ -47,32 +47,32 @@ def check_template(backend: Any, tasks: Sequence[str]) -> None:
     """Raise BadInput if the chat template that these tasks need is missing or fails."""
     try:
         written = backend.chat_template([{"role": "user", "content": "Hi"}])
-    except Exception as error:  # transformers, jinja and lm-eval raise errors of their own
+    except Exception as error:  # from transformers, jinja, or any model object of lm-eval
         said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")
         raise BadInput(
-            f"Cannot evaluate {tasks[0]}: its chat template cannot be applied: {said}. Use an instruct model, give "
-            "its tokenizer in EvalSettings(tokenizer=...), or choose a protocol without a template.",
+            f"Cannot evaluate {tasks[0]}: its chat template cannot be applied: {said}. Use an instruct model, pass "
+            "its tokenizer as EvalSettings(tokenizer=...), or choose a protocol without a template.",
             argument="chat_template",
             value=list(tasks),
         ) from error
     if "Hi" not in str(written):
         raise BadInput(
-            f"Cannot evaluate {tasks[0]}: its chat template leaves out the message. Correct the tokenizer's "
-            "chat_template.",
+            f"Cannot evaluate {tasks[0]}: its chat template omits the message. Correct the chat_template of the "
+            "tokenizer.",
             argument="chat_template",
             value=list(tasks),
         )
 
 
 def _check_findings(findings: list[dict[str, Any]], backend: Any, loaded: Loaded, requests: Sequence[Any]) -> None:
-    """Raise BadInput for findings that invalidate scores: cut prompts, another BOS, lost blanks."""
+    """Raise BadInput for findings that make scores wrong: truncated prompts, wrong BOS, lost spaces."""
     wrong = {one["question"]: one["found"] for one in findings if one["holds"] is False}
     tasks = dict.fromkeys(request.task_name for request in requests)
     continued = [task for task in tasks if (p := loaded.protocols[task]) is not None and p.about.get("continues")]
     refused = {
-        "long prompts": "Use fewer shots, or a server of longer context.",
+        "long prompts": "Use fewer shots, or a server with a longer context.",
         "tokens of a prompt": "Let the server add special tokens once, or pass the tokenizer of its model.",
-        "first blank": "Use a server that decodes answers behind their prompt, or a chat protocol.",
+        "first blank": "Use a server that decodes answers as continuations of the prompt, or a chat protocol.",
     }
     for question, remedy in refused.items():
         if (
@@ -81,15 +81,15 @@ def _check_findings(findings: list[dict[str, Any]], backend: Any, loaded: Loaded
             and (question != "tokens of a prompt" or getattr(backend, "completes", True))
         ):
             raise BadInput(
-                f"Cannot evaluate {(continued or list(tasks))[0]}: a question to the server came out wrong: "
-                f"{question}: {wrong[question]}. {remedy}",
+                f"Cannot evaluate {(continued or list(tasks))[0]}: the server failed a check: {question}: "
+                f"{wrong[question]}. {remedy}",
                 argument=question,
                 value=wrong[question],
             )
 
 
 def _check_shots(loaded: Loaded, work: Mapping[str, tuple[Sequence[Any], Sequence[Batch]]]) -> None:
-    """Raise BadInput if prompts include their own question with its gold answer as a shot."""
+    """Raise BadInput if prompts contain their own question with its gold answer as a shot."""
     held: dict[str, int] = {}
     total: dict[str, int] = {}
     for requests, _ in work.values():
@@ -102,16 +102,16 @@ def _check_shots(loaded: Loaded, work: Mapping[str, tuple[Sequence[Any], Sequenc
     for name, n in held.items():
         if n > _LEAKS * total[name]:
             raise BadInput(
-                f"Cannot evaluate {name}: {n} of {total[name]} prompts hold their own question and its gold answer "
-                "among the shots, which come from the documents that are evaluated. Set fewshot_split in the task file "
-                "to another split, or num_fewshot to 0.",
+                f"Cannot evaluate {name}: {n} of {total[name]} prompts contain their own question and gold answer "
+                "among the shots, which are drawn from the evaluated documents. Set fewshot_split in the task file to "
+                "another split, or num_fewshot to 0.",
                 argument="fewshot_split",
                 value=(name, n),
             )
 
 
 def _shots_are_evaluated(task: Any) -> bool:
-    """Return True if lm-eval draws the shots of a task from the split that it evaluates."""
+    """Check whether lm-eval draws the shots of a task from the evaluated split."""
     config = task.config
     if isinstance(config.fewshot_config, dict) and config.fewshot_config.get("samples") is not None:
         return False
@@ -130,7 +130,7 @@ def _holds_its_gold(task: Any, request: Any) -> bool:
 
 
 def _check_backend(backend: Any, loaded: Loaded, kind: str, requests: Sequence[Any]) -> None:
-    """Check that an endpoint supports these tasks."""
+    """Raise BadInput for tasks that an endpoint cannot run."""
     from mixlens.evals.endpoints import EndpointBackend
 
     if not isinstance(backend, EndpointBackend):
@@ -165,7 +165,7 @@ def _check_rows(lm: Any, kind: str, requests: Sequence[Any], batches: Sequence[B
 
 
 def _check_requests(lm: Any, kind: str, requests: Sequence[Any]) -> None:
-    """Apply _check_rows to a model object of lm-eval, if it shows how it encodes a text."""
+    """Check prompts as _check_rows, for a model object of lm-eval that exposes its encoding."""
     if getattr(lm, "tokenizer", None) is None or not hasattr(lm, "tok_encode") or kind == "loglikelihood_rolling":
         return
     for request in requests:
@@ -176,13 +176,14 @@ def _check_requests(lm: Any, kind: str, requests: Sequence[Any]) -> None:
 
 
 def _check_prompt(lm: Any, request: Any, ids: Sequence[int], new: int) -> None:
-    """Check for one BOS, and for room for `new` tokens after the prompt."""
+    """Raise BadInput unless a prompt has one BOS and fits with `new` tokens after it."""
     bos = getattr(lm.tokenizer, "bos_token_id", None)
     if bos is not None and (ids[0] != bos or list(ids[1:2]) == [bos]):
         found = "none" if ids[0] != bos else "two"
         raise BadInput(
             f"Cannot evaluate {request.task_name}: prompt {request.doc_id} begins with {found} "
-            "beginning-of-sequence tokens. Correct the tokenizer, its chat template or add_bos_token: it must be one.",
+            "beginning-of-sequence tokens, but must have one. Correct the tokenizer, its chat template or "
+            "add_bos_token.",
             argument="tokenizer",
             value=list(ids[:2]),
         )
@@ -190,8 +191,8 @@ def _check_prompt(lm: Any, request: Any, ids: Sequence[int], new: int) -> None:
         answer = f" and {new} for the answer" if new else ""
         raise BadInput(
             f"Cannot evaluate {request.task_name}: prompt {request.doc_id} has {len(ids):,} tokens"
-            f"{answer}; the model reads {lm.max_length:,}, and a prompt that is cut is another protocol. Use "
-            "fewer shots or a model of longer context, or leave this task out.",
+            f"{answer}, but the model reads at most {lm.max_length:,}, and a truncated prompt would be another "
+            "protocol. Use fewer shots or a model with a longer context, or leave out this task.",
             argument="tasks",
             value=(request.task_name, request.doc_id, len(ids) + new, lm.max_length),
         )
@@ -200,7 +201,7 @@ def _check_prompt(lm: Any, request: Any, ids: Sequence[int], new: int) -> None:
 def _check_gold(
     backend: Any, job: Job, loaded: Loaded, work: Mapping[str, tuple[Sequence[Any], Sequence[Batch]]]
 ) -> None:
-    """Check that gold answers, encoded and decoded like answers of the model, are graded as right."""
+    """Raise BadInput unless gold answers are graded as right after being encoded and decoded like answers."""
     ours = {name: task for name, task in loaded.tasks.items() if loaded.protocols[name] is not None}
     limit = min(_GOLD_DOCUMENTS, job.limit or _GOLD_DOCUMENTS)
     answers = {}
@@ -217,16 +218,16 @@ def _check_gold(
         primary = "" if protocol is None else str(protocol.about["primary"])
         if record["metrics"].get(primary) != 1.0:
             raise BadInput(
-                f"Cannot evaluate {record['task']}: its grader ({primary}) does not pass the gold answer of "
-                f"document {record['sample_id']}: {record['target'][:80]!r} came out as "
-                f"{str(record['response'])[:80]!r}. Look at the tokenizer and at the data; scores would be too low.",
+                f"Cannot evaluate {record['task']}: its grader ({primary}) does not pass the gold answer of document "
+                f"{record['sample_id']}, {record['target'][:80]!r}, read as {str(record['response'])[:80]!r}, so that "
+                "scores would be too low. Check the tokenizer and the data.",
                 argument="grader",
                 value=(record["task"], record["sample_id"]),
             )
 
 
 def gold_of(backend: Any, task: Any, kind: str, request: Any) -> Any:
-    """Return the answer of a perfect model."""
+    """Return the answer that a perfect model would give."""
     if kind != "generate_until":
         gold = task.doc_to_target(request.doc)
         choices = task.doc_to_choice(request.doc)
@@ -244,7 +245,7 @@ def gold_of(backend: Any, task: Any, kind: str, request: Any) -> Any:
         raise BadInput(
             f"Cannot evaluate {request.task_name}: the gold answer of document {request.doc_id} does not survive "
             f"encoding and decoding: {expected[at : at + 20]!r} becomes {found[at : at + 20]!r}. Use the tokenizer "
-            "that the model was trained with; this one loses text.",
+            "that the model was trained with.",
             argument="tokenizer",
             value=(request.task_name, request.doc_id),
         )

@@ -1,4 +1,4 @@
-"""Progress of an evaluation: a bar on stderr, or the caller's function."""
+"""Progress of an evaluation: a bar on stderr, or a function of the caller."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
-# (requests answered, requests in all)
+# (requests answered, total requests)
 Progress = Callable[[int, int], None]
 
 
 @contextmanager
 def reporting(progress: bool | Progress) -> Iterator[Progress]:
-    """Yield a function of (done, total), called at the start and after every batch; its exceptions end the evaluation.
+    """Yield a function to call with (done, total) at the start and after every batch; its exceptions are not caught.
 
-    progress  True for a bar, shown from the first call on; False for nothing; or the function itself
+    progress  True for a bar, shown from the first call; False for none; or the function
     """
     if callable(progress):
         yield progress

@@ -1,4 +1,4 @@
-"""Protocols: one task file each, found by name; suites map a benchmark to one of them."""
+"""Protocols, each a task file found by name, and suites, which map benchmarks to protocols."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from typing import Any
 
 from mixlens.errors import BadInput
 
-# Keys of lm-eval's group files that are not keys of a task.
+# Keys of group files in lm-eval that are not keys of a task.
 _GROUP_KEYS = ("group", "group_alias", "task", "aggregate_metric_list", "metadata")
 _TASK = re.compile(r"""^["']?task["']?:[ \t]*["']?([^\s"'\[{#]+)["']?[ \t]*$""", re.MULTILINE)
 
 
 def tasks_folder() -> Path:
-    """Return the folder of task files: next to the sources, or inside the installed package."""
+    """Return the folder of task files, in the installed package or beside the sources."""
     package = Path(__file__).parent.parent
     installed = package / "_tasks"
     return installed if installed.exists() else package.parent / "evals"
@@ -28,10 +28,10 @@ def tasks_folder() -> Path:
 
 @dataclass(frozen=True)
 class Protocol:
-    """A task file, which defines how a benchmark is asked and graded.
+    """Prompts and grading of a benchmark, defined by one task file.
 
-    name       of the file, such as "mmlu_5shot"
-    subjects   of a benchmark that has several tasks; those chosen, in the file's order
+    name       name of the file, such as "mmlu_5shot"
+    subjects   selected tasks of a benchmark with several, in the order of the file; None for all
     """
 
     name: str
@@ -46,11 +46,11 @@ class Protocol:
 
     @property
     def about(self) -> dict[str, Any]:
-        """benchmark, title, primary metric, hub (key of data.HUB), chat (True if the chat template is applied)."""
+        """Metadata: benchmark, title, primary metric, hub (key of HUB), chat (whether to apply the chat template)."""
         return self.config["metadata"]
 
     def task_configs(self) -> list[dict[str, Any]]:
-        """Return lm-eval's configuration of every task of this protocol, one per subject if there are several."""
+        """Return the lm-eval configuration of every task of this protocol, one per subject if it has several."""
         if "group" not in self.config:
             return [dict(self.config)]
         shared = {key: value for key, value in self.config.items() if key not in _GROUP_KEYS}
@@ -62,7 +62,7 @@ class Protocol:
 
 
 def protocol_names() -> list[str]:
-    """Return the names of all protocols that have a task file in mixlens."""
+    """Return the names of all protocols with a task file in mixlens."""
     return sorted(path.stem for path in tasks_folder().glob("*.yaml") if not path.stem.startswith("_"))
 
 
@@ -78,20 +78,20 @@ def suites() -> dict[str, dict[str, str]]:
 
 
 def resolve(tasks: Sequence[str], protocol: str | None = None) -> tuple[list[Protocol], list[str]]:
-    """Return the protocols named by `tasks`, and the names that may be lm-eval's own tasks.
+    """Return the protocols named by `tasks`, and the remaining names, which may be tasks of lm-eval.
 
     tasks     names of benchmarks ("mmlu"), protocols ("mmlu_5shot"), one subject of a protocol ("mmlu_5shot::anatomy"),
-              suites ("mixtral-paper": everything in it), tasks of lm-eval, or task files of your own ("my.yaml")
-    protocol  a suite that says which protocol a benchmark means, or the name of a protocol of that benchmark
+              suites ("mixtral-paper": everything in it), tasks of lm-eval, or your own task files ("my.yaml")
+    protocol  suite that maps benchmarks to protocols, or the name of a protocol of the benchmark
 
-    Raises BadInput for a benchmark that has several protocols when none is chosen, and for an unknown suite.
+    Raises BadInput for a benchmark with several protocols if none is chosen, and for an unknown suite.
     """
     chosen: dict[str, Protocol] = {}
     others: list[str] = []
     names, known = protocol_names(), suites()
     if protocol is not None and protocol not in known and protocol not in names:
         raise BadInput(
-            f"Cannot find the protocol {protocol!r}: no suite or protocol has that "
+            f"Cannot find the protocol {protocol!r}: no suite or protocol has this "
             f"name{near(protocol, [*known, *names])}. Pass a suite ({', '.join(known)}) or the name of a task file.",
             argument="protocol",
             value=protocol,
@@ -111,24 +111,24 @@ def resolve(tasks: Sequence[str], protocol: str | None = None) -> tuple[list[Pro
 
 
 def is_task_file(name: str) -> bool:
-    """Return True for a task file in lm-eval's format."""
+    """Check whether `name` is a task file in the format of lm-eval."""
     return name.endswith((".yaml", ".yml")) and Path(name).is_file()
 
 
 def check_tasks(tasks: Sequence[str], protocol: str | None = None) -> None:
-    """Raise BadInput as `resolve`, and for a task that neither mixlens nor lm-eval has, without importing lm-eval."""
+    """Raise BadInput as `resolve` does, and for a task unknown to mixlens and lm-eval, without importing lm-eval."""
     others = [name for name in resolve(tasks, protocol)[1] if not is_task_file(name)]
     files = lm_eval_task_files() if others else {}
     for name in others:
-        # A group or tag of lm-eval's is a word in one of its task files.
+        # A group or tag of lm-eval occurs as a word in one of its task files.
         word = re.compile(rf"(?<![\w-]){re.escape(name)}(?![\w-])")
         if name not in files and not any(word.search(text) for _, text in _lm_eval_texts()):
             raise unknown_task(name, list(files))
 
 
 def lm_eval_task_files() -> dict[str, str]:
-    """Return the files of lm-eval's own tasks by name, read as text; groups and tags are left out."""
-    texts = ((path, text) for path, text in _lm_eval_texts() if path.suffix)  # those without one are included by others
+    """Return the files of lm-eval's tasks by name, read as text, without groups and tags."""
+    texts = ((path, text) for path, text in _lm_eval_texts() if path.suffix)  # others are only included by these
     return {named[1]: str(path) for path, text in texts if (named := _TASK.search(text))}
 
 
@@ -145,7 +145,7 @@ def unknown_task(name: str, lm_eval_names: Sequence[str]) -> BadInput:
     known = sorted({*protocol_names(), *map(_benchmark, protocol_names()), *suites(), *lm_eval_names})
     return BadInput(
         f"Cannot find the task {name!r}: neither mixlens nor lm-eval has it{near(name, known)}. List the protocols "
-        "with mixlens eval --list; lm-eval's own tasks go by lm-eval's names.",
+        "with mixlens eval --list; tasks of lm-eval have the names that they have there.",
         argument="tasks",
         value=name,
     )
@@ -178,17 +178,17 @@ def _pick(benchmark: str, members: list[str], protocol: str | None, known: dict[
         return known[str(protocol)][benchmark]
     if protocol is None and len(members) == 1:
         return members[0]
-    asked = "no protocol was named" if protocol is None else f"{protocol!r} has none for it"
+    asked = "none is given" if protocol is None else f"{protocol!r} is not one of them"
     raise BadInput(
         f"Cannot choose a protocol for {benchmark!r}: it has several, and {asked}; scores of different protocols are "
-        f"not comparable. Pass one of {', '.join(members)}, or protocol= one of {', '.join(known)}.",
+        f"not comparable. Pass one of {', '.join(members)}, or one of {', '.join(known)} as protocol=.",
         argument="protocol",
         value=benchmark,
     )
 
 
 def _benchmark(name: str) -> str:
-    """Return the benchmark of a protocol, read from its file as text, because importing lm-eval takes seconds."""
+    """Return the benchmark of a protocol from its file, read as text because importing lm-eval takes seconds."""
     for line in (tasks_folder() / f"{name}.yaml").read_text("utf-8").splitlines():
         if line.startswith("  benchmark:"):
             return line.split(":", 1)[1].strip()
@@ -196,6 +196,6 @@ def _benchmark(name: str) -> str:
 
 
 def near(name: str, known: Sequence[str]) -> str:
-    """Return similar names in parentheses; empty if there are none."""
+    """Return similar names in brackets; "" if there are none."""
     found = get_close_matches(name, known, n=3, cutoff=0.5)
     return f" (near: {', '.join(found)})" if found else ""

@@ -1,4 +1,4 @@
-"""Published scores with their sources, compared with a score if the protocols are equal."""
+"""Published scores with their sources, and their comparison with evaluations under the same protocol."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COLUMNS = [
     "model", "quantization", "benchmark", "protocol", "shots", "split", "metric", "scorer", "average", "score", "n",
     "source", "page", "status", "note",
 ]  # fmt: skip
-# Properties that define a protocol, besides its name; most sources omit the last two.
+# Parts of a protocol that must agree; most sources do not state the last two.
 _PARTS = ("protocol", "shots", "split", "metric", "n", "scorer", "average")
 _SELDOM_STATED = ("scorer", "average")
 BESIDE = [
@@ -26,27 +26,27 @@ BESIDE = [
 
 
 def references(model: str | None = None, *, benchmark: str | None = None) -> pd.DataFrame:
-    """Return published scores in per cent (perplexities unchanged), with conflicting sources side by side.
+    """Return published scores in percent (perplexities unscaled), with conflicting sources side by side.
 
     Parameters
     ----------
     model : str, optional
-        A name on the Hub, such as "mistralai/Mixtral-8x7B-v0.1"; None for all.
+        Name on the Hub, such as "mistralai/Mixtral-8x7B-v0.1". By default all models.
     benchmark : str, optional
-        Such as "mmlu"; None for all.
+        Name of the benchmark, such as "mmlu". By default all benchmarks.
 
     Returns
     -------
     DataFrame
-        Model, quantization, benchmark, protocol, shots, split (that is scored), metric (by its name in the task
-        file), scorer (the program that graded), average ("macro" where the source says so), score, n (of the
-        benchmark), source, page (the table, figure or configuration in the source), status ("official",
-        "reproduction", "quantized"), note; what is not stated is None or NaN.
+        model, quantization, benchmark, protocol, shots, split (scored split), metric (name in the task file), scorer
+        (grading program), average ("macro" if stated), score, n (number of questions), source, page (table, figure or
+        configuration in the source), status ("official", "reproduction" or "quantized") and note. Values that the
+        source does not state are None or NaN.
 
     Raises
     ------
     BadInput
-        For a model or a benchmark that has none.
+        If there are no scores of the model or the benchmark.
 
     Examples
     --------
@@ -72,26 +72,26 @@ def references(model: str | None = None, *, benchmark: str | None = None) -> pd.
 
 
 def beside(log: Log, *, model: str | None = None) -> pd.DataFrame:
-    """Join every score with published ones; `comparable` only if the protocols are equal, else the reason.
+    """Compare every score with the published ones, or state why they are not comparable.
 
     A published score is comparable if its source states protocol, shots, split, metric and number of questions, and all
-    equal those of the log; no limit left out questions; and no chat endpoint added its template. The grading program
-    and, for a benchmark of several tasks, the average must not differ either; if the source omits them, as papers often
-    do, `note` says so. Differences and unknowns are named.
+    of them agree with the log; if no limit left out samples; and if no chat endpoint put its template around the
+    prompts. The grading program and, for a benchmark with several tasks, the kind of average must not differ either; if
+    the source does not state them, as is common in papers, `note` says so.
 
     Parameters
     ----------
     log : Log
         The evaluation.
     model : str, optional
-        Whose published scores; None for the evaluated model's own, by its name.
+        Model of the published scores. By default the evaluated model, found by its name.
 
     Returns
     -------
     DataFrame
-        One row a score and published statement, in percent: benchmark, protocol, metric, score, ci_low, ci_high,
-        n, published, published_protocol, comparable, why_not, difference (NaN unless comparable), source, status,
-        quantization, note; published is NaN where there is none.
+        One row per score and published score, in percent: benchmark, protocol, metric, score, ci_low, ci_high, n,
+        published (NaN if there is none), published_protocol, comparable, why_not (differing and unknown parts),
+        difference (NaN unless comparable), source, status, quantization, note.
 
     Examples
     --------
@@ -116,7 +116,7 @@ def beside(log: Log, *, model: str | None = None) -> pd.DataFrame:
 
 
 def _as_stated(log: Log, score: dict[str, Any], entry: dict[Any, Any]) -> dict[str, Any]:
-    """Return the log's score by the metric and average that a source states, if the log has it."""
+    """Return the score of the log under the metric and average stated by a source, if the log has it."""
     wanted = {key: entry[key] if isinstance(entry[key], str) else score[key] for key in ("metric", "average")}
     if all(score[key] == value for key, value in wanted.items()):
         return {}
@@ -139,7 +139,7 @@ def _compared(log: Log, row: dict[str, Any], entry: dict[str, Any]) -> dict[str,
     about = next(task for task in log.meta["tasks"].values() if task["protocol"] == row["protocol"])
     ours = {part: about.get(part) for part in _PARTS} | {part: row[part] for part in ("protocol", "metric", "n")}
     ours["average"] = row["average"]
-    # An average matters only for several tasks.
+    # The average matters only for a benchmark with several tasks.
     skipped = {"average": not row["average"], "n": limit is not None}
     ours = {part: mine for part, mine in ours.items() if not skipped.get(part)}
     known = {part: (entry[part], mine) for part, mine in ours.items() if _stated(entry[part]) and _stated(mine)}
@@ -170,5 +170,5 @@ def _shown(value: Any) -> str:
 
 
 def _plain(name: str) -> str:
-    """Return a name without owner, folder and case: Mixtral-8x7B-v0.1 for any location."""
+    """Return a name in lower case without owner and folder."""
     return name.rstrip("/").rsplit("/", 1)[-1].lower()

@@ -1,7 +1,7 @@
-"""Probe questions with known outcome, put to a server before an evaluation; the findings accompany the scores.
+"""Preflight questions with known outcome, sent to a server before an evaluation and reported with its scores.
 
-They are derived from a prompt of the evaluation and need no knowledge of the model: its answer to a prompt determines
-the answers to a shorter request or a longer prompt.
+They are derived from a prompt of the evaluation and require no knowledge of the model: its answer to the prompt
+determines its answer if the prompt is longer or the answer shorter.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from mixlens.errors import BadInput, EndpointError
 _TOKENS, _LONG_PROMPT = 16, 2000
 # A server may count the end of a sequence too.
 _MORE = 1
-# BOS and the word; every template adds more.
+# BOS and the word; every chat template adds more tokens.
 _BARE = 3
-# Tokens that a server adds round two halves of a prompt, and those that a cut through a word makes.
+# Upper bound on the tokens that a server adds around two halves of a prompt, and that cutting a word adds.
 _AROUND = 64
 
 
 @dataclass(frozen=True)
 class Said:
-    """An answer to a question: its text, and the token counts that came with it, or None."""
+    """An answer to a question: its text, and token counts, None if not reported."""
 
     text: str
     output_tokens: int | None = None
@@ -32,7 +32,7 @@ class Said:
 
 
 class Ask(Protocol):
-    """Signature of questions to a backend; `again` distinguishes otherwise equal questions."""
+    """Function that sends a question to a backend; `again` distinguishes otherwise identical questions."""
 
     def __call__(
         self, prompt: Any, max_tokens: int, *, stop: str = "", seed: int | None = None, again: str = ""
@@ -41,11 +41,11 @@ class Ask(Protocol):
 
 @dataclass(frozen=True)
 class Finding:
-    """The finding of a question.
+    """Result of a question.
 
-    question  what was looked at, such as "max_tokens"
-    holds     whether it is as it should be; None where that cannot be told
-    found     in words
+    question  tested property, such as "max_tokens"
+    holds     whether the server behaves as expected; None if unknown
+    found     description of the result
     """
 
     question: str
@@ -58,11 +58,12 @@ def ask_all(
 ) -> list[dict[str, Any]]:
     """Return findings on max_tokens, stop strings, repeated answers, seeds, first blanks and prompt tokens, as dicts.
 
-    can        of "continue" (prompts are continued, as texts, rather than answered, as messages), "stop" (stop strings
-               are sent) and "seed" (seeds are), those that hold
-    n_tokens   how many tokens a prompt has by the tokenizer of the model, special ones included; None where not known
+    can        those that apply of "continue" (prompts are continued as texts rather than answered as messages), "stop"
+               (stop strings are sent) and "seed" (seeds are sent)
+    n_tokens   function that counts the tokens of a prompt, including special ones, with the tokenizer of the model;
+               None if unknown
     """
-    from mixlens.evals.generating import check_sampling  # torch, which who reads a log does not need
+    from mixlens.evals.generating import check_sampling  # imports torch, which readers of a log do not need
 
     prompt, asked = requests[0].args
     asked = check_sampling(asked, _TOKENS)
@@ -185,7 +186,7 @@ def _cut(ask: Ask, prompt: str) -> Finding:
 
 
 def finding_remarks(findings: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Yield one sentence on what was checked, and one on each negative finding."""
+    """Yield a sentence on the passed questions, one on the inconclusive ones, and one for each failure."""
     if good := [one["question"] for one in findings if one["holds"]]:
         yield f"Preflight, as it should be: {', '.join(good)}."
     if unknown := [f"{one['question']} ({one['found'].rstrip('.')})" for one in findings if one["holds"] is None]:

@@ -1,4 +1,4 @@
-"""Readings of graders: the form in which the graded part of an answer was found, and its outcome."""
+"""Readings of answers by graders: the form in which an answer was found, and the outcome of a program."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-# Of answers that would be graded otherwise if more could cross between two processes, or had more room.
+# Outcomes that other limits, or other types that cross between processes, could change.
 _TOLD = {
     "not plain": "gave or took what cannot cross between two processes",
     "timeout": "were stopped at the limit of time",
@@ -16,7 +16,7 @@ _TOLD = {
 
 
 class Graded(float):
-    """Score 1.0 if the program of an answer passed, else 0.0, with its form and outcome."""
+    """1.0 if the program of an answer passed, else 0.0, with the form in which it was found and its outcome."""
 
     form: str
     outcome: str
@@ -39,7 +39,7 @@ class Found(str):
 
 
 def readings_of(filtered: Any) -> list[dict[str, str]]:
-    """Return by answer the readings of the filters of a task."""
+    """Return the readings of a task's filters, one per answer."""
     return [
         {"form": one.form} | ({"outcome": one.outcome} if isinstance(one, Graded) else {"found": str(one)})
         for one in _leaves(filtered)
@@ -56,7 +56,7 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 
 def reading_remarks(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return sentences on programs stopped at a limit, and on the forms of answers."""
+    """Return sentences on programs stopped at a limit, and on the forms in which answers were found."""
     readings = [one for record in records for one in record.get("readings") or []]
     ended = Counter(one.get("outcome") for one in readings)
     programs = sum("outcome" in one for one in readings)

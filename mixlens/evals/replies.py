@@ -1,4 +1,4 @@
-"""Metadata of generated answers: finish reasons, answering models, and non-answers."""
+"""Metadata of generated answers: finish reasons, answering models, and missing answers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mixlens.endpoints.protocols import calls_tool, is_cut, is_filtered, is_unkn
 from mixlens.evals.response_cache import Key
 from mixlens.evals.scoring import primary_rows, score_table
 
-# Fewer answers than this say nothing of how all begin.
+# Minimum number of answers to judge how all of them begin.
 _SEVERAL = 5
 
 
@@ -42,7 +42,7 @@ def _non_answer(record: Mapping[str, Any], reply: Mapping[str, Any]) -> str | No
 
 
 def reply_remarks(records: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> list[str]:
-    """Return sentences on shares of answers that a score alone would hide."""
+    """Return sentences on cut, filtered, missing and other irregular answers, which a score alone would hide."""
     generated = [record for record in records if record.get("responses")]
     n = len(generated)
     found = [*_without_non_answers(records, meta)]
@@ -69,7 +69,7 @@ def reply_remarks(records: Sequence[Mapping[str, Any]], meta: Mapping[str, Any])
 
 
 def _without_non_answers(records: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> list[str]:
-    """Return scores with and without non-answers, if there are any."""
+    """Return a sentence with the scores without missing answers, if there are any."""
     empty = Counter(record["non_answer"] for record in records if record.get("non_answer"))
     if not empty:
         return []
@@ -90,7 +90,7 @@ def _without_non_answers(records: Sequence[Mapping[str, Any]], meta: Mapping[str
 
 
 def _lost_blanks(generated: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> list[str]:
-    """Return tasks whose gold answers all begin with blanks, if no answer of the server does."""
+    """Return sentences on tasks in which a server seems to drop or add the leading space of every answer."""
     if meta["model"].get("backend") != "endpoint":
         return []
     found = []

@@ -1,4 +1,4 @@
-"""Stores of answers: in memory, in a file for resuming, and a cache of server answers by content."""
+"""Storage of answers: in memory, in a file from which an evaluation resumes, and in a cache of server answers."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from typing import Any
 from mixlens.core.run_dir import UNFINISHED, now
 from mixlens.endpoints.calls import Completion
 
-# Task, number of the document, number of its request (a choice), which of its repeated answers.
+# Task, index of the document, index of its request (a choice), index of the repeated answer.
 Key = tuple[str, int, int, int]
 PARTIAL = f"{UNFINISHED}/answers.jsonl"
-# Rounding lifts a log-probability no further above zero than this.
+# Rounding may put a log-probability above zero by at most this much.
 ABOVE_ZERO = 1e-2
 
 
 class Reply(str):
     """A generated answer with its metadata.
 
-    about  finish, model, reasoning and token counts, if known
+    about  finish, model, reasoning and token counts, as far as known
     """
 
     about: Mapping[str, Any]
@@ -37,9 +37,9 @@ class Reply(str):
 
 
 class Scored(tuple):
-    """A log-probability and whether it is of the likeliest tokens, with what is remarkable about the answer.
+    """A log-probability, and whether its tokens are the most likely ones, with remarkable metadata.
 
-    about  model where another one than asked answered, attempts where there were several
+    about  model if another one than requested answered, attempts if more than one
     """
 
     about: Mapping[str, Any]
@@ -51,9 +51,9 @@ class Scored(tuple):
 
 
 class Answers:
-    """Answers of the model, by request; a line of the file is one batch, valid once complete.
+    """Answers of the model by request. One line of the file is one batch; an incomplete line is discarded.
 
-    path  file of the run directory; None stores them in memory
+    path  file of the run directory; None keeps the answers in memory
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -70,7 +70,7 @@ class Answers:
             try:
                 batch = json.loads(line)
             except ValueError:
-                break  # the process was killed while it wrote this line
+                break  # the process was killed while writing this line
             if not line.endswith(b"\n"):
                 break
             whole += len(line)
@@ -86,7 +86,7 @@ class Answers:
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"batch": batch, "answers": listed}, ensure_ascii=False) + "\n")
-        # As they come back from JSON, so that a resumed run cannot differ from one that was not stopped.
+        # Read back from JSON, so that a resumed run cannot differ from an uninterrupted one.
         self._keep(batch, json.loads(json.dumps(listed)))
 
     def _keep(self, batch: str, answers: Sequence[Sequence[Any]]) -> None:
@@ -98,16 +98,16 @@ class Answers:
 
 
 class ResponseCache:
-    """Disk cache of the answers of one server, by content of the request, which survives interrupted evaluations.
+    """Disk cache of the answers of one server by content of the request, so that interruptions lose no answers.
 
     Parameters
     ----------
     place : bool or str or os.PathLike
-        Folder; False for none; True for "answers" in MIXLENS_CACHE, else for "mixlens/answers" in the user's cache.
+        Folder; False for no cache; True for "answers" in MIXLENS_CACHE, else "mixlens/answers" in the user's cache.
     server : Mapping[str, Any]
-        Identity of the server and its model, without keys.
+        Values that identify the server and its model, without keys.
 
-    `reused` counts answers from disk, `since` is the date of the oldest, `problem` says why nothing is stored.
+    `reused` counts answers from disk, `since` is the date of the oldest, and `problem` the reason why none are stored.
     """
 
     def __init__(self, place: bool | str | os.PathLike[str], server: Mapping[str, Any]) -> None:
@@ -121,7 +121,7 @@ class ResponseCache:
             with path.open("a+b") as file:
                 file.seek(0)
                 whole = file.read()
-                file.write(b"\n" if whole and not whole.endswith(b"\n") else b"")  # of a process that was killed
+                file.write(b"\n" if whole and not whole.endswith(b"\n") else b"")  # ends the line of a killed process
         except OSError as error:
             self.problem = f"{type(error).__name__}: {error.strerror}"
             return
@@ -134,7 +134,7 @@ class ResponseCache:
                 continue
 
     def answer(self, request: Any, ask: Callable[[], Completion]) -> Completion:
-        """Return the answer to a request, from disk or by `ask`; new answers are stored before they are returned."""
+        """Return the answer to a request from disk, or from `ask`, storing it on disk first."""
         name = _sha256(request)
         if (kept := self._kept.get(name)) is not None:
             with self._lock:
@@ -157,12 +157,12 @@ class ResponseCache:
                 self._path, self.problem = None, f"{type(error).__name__}: {error.strerror}"
 
     def about(self) -> dict[str, Any]:
-        """Return the part of the cache's state that belongs with the scores."""
+        """Return the metadata to store with the scores."""
         return {"reused": self.reused, "since": self.since or None, "problem": self.problem or None}
 
 
 def cache_remarks(about: Mapping[str, Any]) -> list[str]:
-    """Return sentences on reused answers, and on answers that could not be stored."""
+    """Return sentences on answers reused from the cache, and on answers that could not be stored."""
     found = []
     if about.get("reused"):
         found.append(
@@ -194,7 +194,7 @@ def _sha256(value: Any) -> str:
 
 
 def _writable(answer: Any) -> Any:
-    """Replace lone surrogates, which a server's JSON may contain and UTF-8 files cannot."""
+    """Replace lone surrogates, which JSON may contain but UTF-8 cannot encode."""
     return answer.encode("utf-8", "replace").decode("utf-8") if isinstance(answer, str) else answer
 
 

@@ -1,4 +1,4 @@
-"""Routing of an evaluation's samples, recorded batch by batch and joined by sample."""
+"""Routing of the samples of an evaluation, recorded batch by batch and joined by sample."""
 
 from __future__ import annotations
 
@@ -21,38 +21,38 @@ from mixlens.trace.trace import Trace, concat
 
 
 class SampleRecorder:
-    """Recorder of a model's routing during an evaluation, batch by batch, so that a resumed run is complete.
+    """Recorder of the routing of a model while it answers, batch by batch, so that a resumed run has all of it.
 
-    backend  whose `recording` records the routing of answers in a block, one sequence for every row
-    writer   of the evaluation's run; None keeps the routing in memory
+    backend  backend whose `recording` keeps the routing of the answers in a block, one sequence per row
+    writer   writer of the evaluation; None keeps the routing in memory
 
-    Raises BadInput for a backend without access to routing; ModelError if the model has no experts.
+    Raises BadInput if the routing of the backend is not accessible, and ModelError if the model has no experts.
     """
 
     def __init__(self, backend: Any, writer: RunWriter | None) -> None:
         if not hasattr(backend, "recording"):
             raise BadInput(
-                "Cannot record the routing of the samples: this model runs elsewhere, and its routing is out of "
-                "reach. Evaluate a loaded model (ml.load), an engine (ml.engines.vllm), or a server that returns "
-                "routing (ml.Endpoint(..., routing=True)), or leave routing out.",
+                "Cannot record the routing of the samples: this model runs elsewhere, and its routing is not "
+                "accessible. Evaluate a loaded model (ml.load), an engine (ml.engines.vllm), or a server that returns "
+                "routing (ml.Endpoint(..., routing=True)), or leave out routing.",
                 argument="routing",
             )
         self.backend, self.writer = backend, writer
         self._parts: dict[str, Trace] = {}
 
     def answer(self, name: str, ask: Callable[[], list[Any]]) -> list[Any]:
-        """Return the answers of `ask`, and store their routing under the batch's name."""
+        """Return the answers of `ask`, and keep their routing under the name of the batch."""
         with self.backend.recording() as recorded:
             answers = ask()
         trace = recorded()
         if self.writer is not None:
-            shutil.rmtree(self._place(name), ignore_errors=True)  # of a process that was killed before it answered
+            shutil.rmtree(self._place(name), ignore_errors=True)  # left by a process that was killed while answering
             trace = trace.save(self._place(name))
         self._parts[name] = trace
         return answers
 
     def finish(self, names: Sequence[str], records: Sequence[dict[str, Any]], tasks: dict[str, Any]) -> Trace:
-        """Return all batches in order as one trace, joined with their samples; saved if there is a folder."""
+        """Join all batches in order to one trace with the outcomes of its samples; save it if there is a folder."""
         parts = [self._parts.get(name) or Trace.open(self._place(name)) for name in names]
         whole = concat(parts)
         whole._vocabulary = self.backend.vocabulary()
@@ -65,7 +65,7 @@ class SampleRecorder:
         if self.writer is None:
             return trace
         folder = self.writer.path / ROUTING
-        shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed before it had finished
+        shutil.rmtree(folder, ignore_errors=True)  # left by a process that was killed while saving
         return trace.save(folder)
 
     def _place(self, name: str) -> Path:
@@ -76,11 +76,11 @@ class SampleRecorder:
 def with_samples(
     sequences: pd.DataFrame, records: Sequence[dict[str, Any]], tasks: dict[str, dict[str, Any]]
 ) -> pd.DataFrame:
-    """Add the outcome of their samples to sequences.
+    """Add the outcomes of their samples to sequences.
 
-    Adds  benchmark; group (subject or language); outcome ("right", "wrong", "partly", "unscored", "shots");
-          document_id, one for all rows of a sample, which the bootstrap resamples; and counted, True for the one row
-          that stands for its sample: the only one, or that of the gold answer where every choice had a row
+    The columns are benchmark; group (subject or language); outcome ("right", "wrong", "partly", "unscored", "shots");
+    document_id, one for all rows of a sample, which the bootstrap resamples; and counted, True for the row that
+    represents its sample: the only one, or that of the gold answer if every choice has a row.
     """
     samples = {(record["task"], record["sample_id"]): record for record in records}
     columns: dict[str, list[Any]] = {name: [] for name in ("benchmark", "group", "outcome", "document_id", "counted")}
@@ -98,10 +98,10 @@ def with_samples(
 def sample_share(
     log: Log, *, by: str = "group", cluster: str | None = None, bootstrap: Bootstrap = DEFAULT
 ) -> xr.Dataset:
-    """Compute the share of the choices that fall on each expert over the samples of an evaluation.
+    """Compute the share of choices of each expert over the samples of an evaluation.
 
     Every sample counts once: its prompt with its generated answer, or with the gold choice. Shots that samples share
-    are not counted. Otherwise as stats.expert_share; intervals over samples.
+    are not counted. Otherwise the result is that of `stats.expert_share`, with intervals over samples.
 
     Parameters
     ----------
@@ -110,7 +110,7 @@ def sample_share(
     by : str, optional
         "group" (subject or language), "task", "benchmark", or "outcome" (right against wrong answers).
     cluster : str, optional
-        Column of the samples, such as "group", whose values vary independently where samples do not.
+        Column of the samples whose values are independent if samples are not, such as "group".
     bootstrap : Bootstrap, optional
         Settings of the intervals.
 
@@ -121,7 +121,7 @@ def sample_share(
     Raises
     ------
     MissingSignal
-        For an evaluation that was run without routing.
+        If the evaluation was run without routing.
 
     Examples
     --------
@@ -136,7 +136,7 @@ def sample_share(
 def flipped_routing(
     log_a: Log, log_b: Log, *, cluster: str | None = None, bootstrap: Bootstrap = DEFAULT
 ) -> xr.Dataset:
-    """Measure how alike two evaluations route the same samples, by how their answers changed.
+    """Measure the agreement of the routing of two evaluations on the same samples, by change of the answer.
 
     Parameters
     ----------
@@ -145,22 +145,22 @@ def flipped_routing(
     log_b : Log
         The second evaluation.
     cluster : str, optional
-        Column of the samples, such as "group", whose values vary independently where samples do not.
+        Column of the samples whose values are independent if samples are not, such as "group".
     bootstrap : Bootstrap, optional
         Settings of the intervals.
 
     Returns
     -------
     Dataset
-        As stats.agreement over the tokens of prompts and gold choices, by change: "same" (right in both or wrong
-        in both), "lost" (right in the first only), "gained"; intervals over samples.
+        As `stats.agreement` over the tokens of prompts and gold choices, by change: "same" (right in both or wrong in
+        both), "lost" (right only in the first) or "gained", with intervals over samples.
 
     Raises
     ------
     MissingSignal
-        If either was run without routing.
+        If either evaluation was run without routing.
     BadInput
-        If they did not read the same rows.
+        If the evaluations did not read the same rows.
 
     Examples
     --------
@@ -180,7 +180,7 @@ def flipped_routing(
 
 
 def samples_of(log: Log) -> Trace:
-    """Return one row per sample of an evaluation's trace. Raises MissingSignal without routing."""
+    """Return the rows of an evaluation's trace that represent its samples. Raises MissingSignal without routing."""
     if not isinstance(log, Log):
         raise BadInput(
             f"Cannot read the routing of a {type(log).__name__}: expected an evaluation. Pass the result of "

@@ -1,4 +1,4 @@
-"""evaluate: run benchmarks by protocol with lm-eval, into a resumable run directory."""
+"""Evaluation of models on benchmarks with lm-eval, under fixed protocols and in a resumable run directory."""
 
 from __future__ import annotations
 
@@ -43,35 +43,33 @@ class EvalSettings:
     Parameters
     ----------
     batch_size : int, optional
-        Rows of a forward.
+        Rows per forward pass, or concurrent requests to an endpoint.
     max_length : int, optional
-        Most tokens in a prompt and its answer; None is the model's context.
+        Maximum tokens of a prompt and its answer together. By default the context length of the model.
     max_new_tokens : int, optional
-        Of an answer, where a task does not say.
+        Maximum tokens of an answer for tasks without a limit.
     seed : int, optional
-        Of sampled answers.
+        Seed of sampled answers.
     shots_seed : int, optional
-        Of shots where a task draws them; 1234 draws those of lm-eval.
+        Seed of few-shot examples that a task draws; 1234 gives those of lm-eval.
     share_prefix : bool, optional
-        Read the shots that a task's questions have in common once (local models).
+        Whether to read the shots shared by the questions of a task only once (local models).
     tokenizer : Any, optional
-        A tokenizer, or the name or folder of one; None is the one beside the model's weights.
+        A tokenizer, or the name or folder of one. By default the one beside the weights of the model.
     revisions : Mapping[str, str], optional
         Branch, tag or commit of data sets on the Hub, by repository: {"openai/gsm8k": "main"}.
     routing : bool, optional
-        Record what every expert does while the model answers, as Log.routing (local models).
+        Whether to record the routing while the model answers, as Log.routing.
     loading : Mapping[str, Any], optional
-        Options of ml.load for a model that is given by name, such as {"quantization": "nf4"}.
+        Options of ml.load for a model given by name, such as {"quantization": "nf4"}.
     cache : bool or str or os.PathLike, optional
-        Keep every answer of an endpoint on disk as it comes, by the content of the request, and take it from there when
-        the same is asked again: True for the user's cache folder, a folder, or False to ask afresh. Log.remarks tells
-        how many came from there.
+        Store every answer of an endpoint on disk and reuse it for an identical request: True for the user's cache
+        folder, a path for another folder, False for no cache. Log.remarks reports the number of reused answers.
     verify_prompts : bool, optional
-        Print the first prompt of every task whole, on stderr, before anything is asked.
+        Whether to print the full first prompt of every task to stderr before the first request.
     progress : bool or Progress, optional
-        True for a progress bar, False for none, or a function of (requests answered, requests in all) that is
-        called at the start and after every answered batch; what it raises ends the evaluation, and what was
-        answered stays in `out`.
+        True for a progress bar, False for none, or a function of (requests answered, total requests) that is called at
+        the start and after every batch. An exception in it ends the evaluation; answers so far are kept in `out`.
 
     Examples
     --------
@@ -109,29 +107,30 @@ def evaluate(
 ) -> Log:
     """Score a model on benchmarks, and record every sample and the protocol of each score.
 
-    Checks before the run: one BOS, decoding inverts encoding, prompts and answers fit, and graders accept gold answers.
+    Before the first request, a preflight checks that prompts have one BOS, that encoding and decoding lose no text,
+    that prompts and answers fit, and that graders pass gold answers.
 
     Parameters
     ----------
     model : Any
-        A loaded transformers model (ml.load), an ml.Endpoint, or a model object of lm-eval's, such as its VLLM;
-        or what ml.load takes ("demo", a name on the Hub, a folder): then a process of its own loads it, evaluates
-        and gives its memory back, and ends when this one ends or is interrupted.
+        A loaded transformers model (ml.load), an ml.Endpoint, an engine, or a model object of lm-eval, such as its
+        VLLM. A model given by name as for ml.load ("demo", a name on the Hub, a folder) is loaded and evaluated in a
+        separate process, which frees its memory afterwards, and ends if this process ends or is interrupted.
     tasks : str or Sequence[str]
         Benchmarks ("mmlu", "humaneval", "math"), protocols ("mmlu_5shot", or one subject of it,
-        "mmlu_5shot::anatomy"), a suite ("mixtral-paper"), tasks of lm-eval by its names, or task files in its
-        format ("my_task.yaml").
+        "mmlu_5shot::anatomy"), a suite ("mixtral-paper"), tasks of lm-eval by name, or task files in its format
+        ("my_task.yaml").
     protocol : str, optional
-        Which protocol a benchmark means: a suite, or a protocol's name.
+        Protocol of benchmarks: a suite, or the name of a protocol.
     out : str or os.PathLike, optional
-        Run directory; a stopped evaluation there goes on where it stopped, with the same scores. None keeps
-        everything in memory.
+        Run directory. An interrupted evaluation there is resumed, with the same scores. By default everything is kept
+        in memory.
     data : str or os.PathLike, optional
-        Folder with the benchmarks in their original formats; None loads them from the Hub.
+        Folder with the benchmarks in their original formats. By default they are loaded from the Hub.
     limit : int, optional
         Only the first documents of every task.
     settings : EvalSettings, optional
-        How documents are read.
+        Batch size, seeds, tokenizer and other settings.
 
     Returns
     -------
@@ -140,10 +139,10 @@ def evaluate(
     Raises
     ------
     BadInput
-        Saying which, when one fails; for an unknown task or protocol; for files in `data` that are not the
-        benchmark's; and for a log-likelihood task on an endpoint without log-probabilities. Raises.
+        If a preflight check fails; if a task or protocol is unknown; if files in `data` are not those of the benchmark;
+        or for a log-likelihood task on an endpoint without log-probabilities.
     RunError
-        If `out` holds something else.
+        If `out` contains another run.
 
     Examples
     --------
@@ -163,8 +162,8 @@ def _evaluate(model: Any, job: Job, out: str | os.PathLike[str] | None, settings
         return evaluate_apart(os.fspath(model), job, out, settings)
     if settings.loading:
         raise BadInput(
-            f"Cannot apply loading={dict(settings.loading)} to a {type(model).__name__}: it is loaded already. Pass "
-            "the name of the model instead, or leave loading out.",
+            f"Cannot apply loading={dict(settings.loading)} to a {type(model).__name__}: it is already loaded. Pass "
+            "the name of the model instead, or leave out loading.",
             argument="loading",
             value=dict(settings.loading),
         )
@@ -172,7 +171,7 @@ def _evaluate(model: Any, job: Job, out: str | os.PathLike[str] | None, settings
 
 
 def run(model_of: Callable[[], Any], job: Job, out: str | os.PathLike[str] | None, settings: EvalSettings) -> Log:
-    """Evaluate in this process; `model_of` loads the model, once tasks and data are available."""
+    """Evaluate in this process; `model_of` loads the model after tasks and data are loaded."""
     with ExitStack() as stack:
         job = job.at_commits({} if out is None else plan_at(out).get("data", {}))
         loaded = load_tasks(job)
@@ -228,7 +227,7 @@ def job_of(
     limit: int | None,
     settings: EvalSettings,
 ) -> Job:
-    """Return a plain description of the evaluation. Raises BadInput if it is empty, or with several processes."""
+    """Return the checked job. Raises BadInput for invalid arguments, and if several processes are running."""
     if not isinstance(settings, EvalSettings):
         raise BadInput(
             f"Cannot evaluate with settings of type {type(settings).__name__}: expected EvalSettings. Pass "
@@ -243,15 +242,15 @@ def job_of(
     wrong |= {name: n for name, n in counts.items() if not (isinstance(n, int) and n >= 1)}
     for argument, value in wrong.items():
         raise BadInput(
-            f"Cannot evaluate {list(names)} with limit={limit} and batch_size={settings.batch_size}. Name at least "
-            "one task, and pass whole numbers from 1.",
+            f"Cannot evaluate {list(names)} with limit={limit} and batch_size={settings.batch_size}. Pass the name of "
+            "at least one task, and whole numbers of at least 1.",
             argument=argument,
             value=value,
         )
     if data is not None and not Path(data).is_dir():
         raise BadInput(
-            f"Cannot read benchmark data from {data}: no such folder. Pass the folder that holds mmlu, humaneval and "
-            "so on, or leave data= out to load from the Hub.",
+            f"Cannot read benchmark data from {data}: no such folder. Pass the folder that contains mmlu, humaneval "
+            "and so on, or leave out data= to load from the Hub.",
             argument="data",
             value=str(data),
         )
@@ -275,13 +274,13 @@ def job_of(
 
 
 def _with_tokenizer(job: Job, backend: Any, folder: str) -> Job:
-    """Return the job with a copy of the tokenizer, for a process that applies the chat template."""
+    """Return the job with a copy of the tokenizer, for a separate process that applies the chat template."""
     backend.save_tokenizer(folder)
     return Job(**{**job.__dict__, "tokenizer": folder})
 
 
 def _print_first(requests: Sequence[Any]) -> None:
-    """Print the first prompt of every task verbatim, between two separator lines."""
+    """Print the first prompt of every task, between two marker lines."""
     for request in {request.task_name: request for request in reversed(requests)}.values():
         shown = "".join(
             c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in request.args[0]
@@ -290,7 +289,7 @@ def _print_first(requests: Sequence[Any]) -> None:
 
 
 def _plan(job: Job, loaded: Loaded, requests: Sequence[Any], backend: Any, settings: EvalSettings) -> dict[str, Any]:
-    """Return everything that decides the answers; a folder with another plan is refused, so models cannot be mixed."""
+    """Return everything that determines the answers; a folder with another plan is refused."""
     digest = hashlib.sha256()
     for request in requests:
         asked = [request.task_name, request.doc_id, request.idx, request.args, request.doc]
@@ -312,7 +311,7 @@ def _plan(job: Job, loaded: Loaded, requests: Sequence[Any], backend: Any, setti
 
 
 def _work(backend: Any, requests: Sequence[Any]) -> dict[str, tuple[list[Any], list[Batch]]]:
-    """Group requests by kind, with the fixed batches of the backend."""
+    """Return the requests by kind, with their batches from the backend."""
     kinds: dict[str, list[Any]] = {}
     for request in requests:
         kinds.setdefault(request.request_type, []).append(request)
@@ -326,7 +325,7 @@ def _ask(
     recorder: SampleRecorder | None,
     progress: bool | Progress,
 ) -> None:
-    """Ask every batch that has no answer yet."""
+    """Answer every batch that is not yet answered."""
     total = sum(len(requests) for requests, _ in work.values())
     with reporting(progress) as report:
         report(len(answers.by_key), total)
@@ -344,7 +343,7 @@ def _ask(
 
 
 def _check_finite(kind: str, requests: Sequence[Any], given: Sequence[Any]) -> None:
-    """Raises BadInput for log-probabilities that are none, whoever gave them: they would be compared as if."""
+    """Raise BadInput for invalid log-probabilities of any backend."""
     if kind == "generate_until":
         return
     for request, answer in zip(requests, given, strict=True):
@@ -352,7 +351,7 @@ def _check_finite(kind: str, requests: Sequence[Any], given: Sequence[Any]) -> N
         if not math.isfinite(float(value)) or value > ABOVE_ZERO:
             raise BadInput(
                 f"Cannot score {request.task_name}: the log-probability of {str(request.args[-1])[:40]!r} for document "
-                f"{request.doc_id} is {value}. The weights or the server are broken; answers so far are kept in out=.",
+                f"{request.doc_id} is {value}. Check the weights or the server; answers so far are kept in out=.",
                 argument="logprobs",
                 value=(request.task_name, request.doc_id),
             )
@@ -379,7 +378,7 @@ def _about_tasks(
     records: Sequence[dict[str, Any]],
     results: dict[str, Any],
 ) -> dict[str, Any]:
-    """Describe every task: benchmark, protocol, metrics and their averages, and the origin of its data."""
+    """Return for every task its benchmark, protocol, metrics and their aggregation, and the source of its data."""
     metrics: dict[str, list[str]] = {name: [] for name in loaded.tasks}
     for record in records:
         metrics[record["task"]] += [m for m in record["metrics"] if m not in metrics[record["task"]]]
@@ -406,7 +405,7 @@ def _about_tasks(
 
 
 def _scorer(task: Any) -> str:
-    """Return the grader: lm-eval's own metrics, or the module of functions named in the task file."""
+    """Return the name of the grading package: lm-eval, or that of functions named by the task file."""
     functions = [task.config.process_results, *(each["metric"] for each in task.config.metric_list or [])]
     own = {function.__module__.partition(".")[0] for function in functions if callable(function)} - {"lm_eval"}
     return ", ".join(sorted(own)) or "lm-evaluation-harness"

@@ -1,7 +1,7 @@
-"""Run code written by a model without network, files or time beyond its limit, and judge it from outside.
+"""Sandbox for model-written code, without network or files of the user, with limits, and judged from outside.
 
-run_code   a program, and its outcome
-run_check  an answer in one process and its tests in another, so that the answer cannot access the verdict
+run_code   runs a program and returns its outcome
+run_check  runs an answer in one process and its tests in another, so that the answer cannot read or forge the verdict
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ _SCRATCH = "/scratch"
 _STOPPED = ("timeout", "memory", "output")
 _STARTUP_S, _CHECK_EVERY_S, _LAST_WORDS_S = 60.0, 0.05, 1.0
 _INODE_BYTES = 1 << 10
-# Of the system, read-only: the interpreter's own libraries. Neither /etc nor /home, /tmp, /var or /run.
+# Read-only system paths with the libraries of the interpreter; not /etc, /home, /tmp, /var or /run.
 _SYSTEM = ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache")
-_KEYS = ("/proc/keys", "/proc/key-users")  # of the caller; seccomp refuses the calls that use them
+_KEYS = ("/proc/keys", "/proc/key-users")  # kernel keys of the caller; seccomp refuses the calls that use them
 _NAMESPACES = ("--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try")
 
 
@@ -46,11 +46,11 @@ _NAMESPACES = ("--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts
 class Limits:
     """Resource limits of a program.
 
-    seconds         wall-clock time from its first line; the same again of processor time for each process
-    memory_bytes    address space of each process, and resident memory of all of them together with their files
-    scratch_bytes   its folder and its temporary files together, which are in memory
-    output_bytes    what it prints, both streams together; a program that prints more is stopped
-    processes       processes and threads at a time
+    seconds         wall-clock time from its first line, and CPU time of each process
+    memory_bytes    address space of each process, and total resident memory of all processes and their files
+    scratch_bytes   total size of its folder and temporary files, which are in memory
+    output_bytes    total output of both streams; a program that prints more is stopped
+    processes       concurrent processes and threads
     """
 
     seconds: float = 10.0
@@ -64,9 +64,9 @@ class Limits:
 class CodeResult:
     """Outcome of a program, or of the check of an answer.
 
-    outcome  "completed": its last line was reached; "raised": an exception, named in `error`; "exited": it ended
-             before its last line (exit(), a signal); "timeout", "memory", "output": stopped at that limit; "not plain":
-             the answer gave, or the tests passed, what cannot cross between two processes, named in `error`
+    outcome  "completed": the last line was reached; "raised": an exception, named in `error`; "exited": ended before
+             the last line (exit(), a signal); "timeout", "memory", "output": stopped at this limit; "not plain": the
+             answer returned, or the tests passed, a value that cannot cross between processes, named in `error`
     """
 
     outcome: str
@@ -84,10 +84,10 @@ class CodeResult:
 class Check:
     """An answer and its tests.
 
-    answer   Python source that a model wrote
+    answer   Python source written by a model
     tests    Python source that raises unless the answer is right
-    names    what the tests use of the answer, such as ("add",); all else that they use is their own
-    helpers  source that the tests stand on, run before them on their side
+    names    names that the tests take from the answer, such as ("add",); all others are their own
+    helpers  source that the tests need, run before them in the same process
     """
 
     answer: str
@@ -97,16 +97,16 @@ class Check:
 
 
 def run_code(program: str, *, limits: Limits = Limits(), unsafe_without_sandbox: bool = False) -> CodeResult:
-    """Run `program`, Python source, in a separate sandbox.
+    """Run `program`, Python source, in a sandbox.
 
-    It has no network, an empty environment, a scratch folder in memory, the system's libraries read-only and only the
-    standard library. Nothing outlives it, because its process namespace ends with it. An early exit() does not pass. A
-    program written to forge its own report could pass; `run_check` judges from outside.
+    The program has no network, an empty environment, a scratch folder in memory, read-only system libraries, and only
+    the standard library. Its process namespace ends with it, so that no child process outlives it. An early exit() is
+    not a pass. A malicious program could forge its own report; `run_check` judges from outside.
 
-    unsafe_without_sandbox  run it where bubblewrap cannot be used, with limits on each process but with the network
-                            and every file of this user. For code that you have read.
+    unsafe_without_sandbox  run without bubblewrap, with limits on each process but with access to the network and to
+                            every file of this user. Only for code that you have read.
 
-    Raises SandboxError if there is no sandbox on this machine.
+    Raises SandboxError if this machine has no sandbox.
     """
     with _Program(program, limits, unsafe_without_sandbox) as running:
         running.watch.follow()
@@ -116,11 +116,11 @@ def run_code(program: str, *, limits: Limits = Limits(), unsafe_without_sandbox:
 def run_check(check: Check, *, limits: Limits = Limits(), unsafe_without_sandbox: bool = False) -> CodeResult:
     """Run the tests in one sandbox and the answer in another; calls, arguments and results cross as plain data.
 
-    Numbers, strings and containers are rebuilt on the side of the tests as values of Python's own types, so the answer
-    cannot affect comparisons, built-in functions or modules there, nor see expected values. Results of other types can
-    be called, iterated, measured and asked for attributes, but never compared.
+    The process of the tests rebuilds numbers, strings and containers as values of built-in types. Changes of the answer
+    to comparisons, built-in functions or modules therefore have no effect on the tests, and expected values stay hidden
+    from the answer. A result of another type supports calls, iteration, len and attributes, but never comparison.
 
-    `limits` applies to each process. stdout and stderr are those of the answer. Raises as run_code.
+    `limits` apply to each process. stdout and stderr are those of the answer. Raises as run_code.
     """
     ours, theirs = socket.socketpair()
     plan = {"answer": check.answer, "tests": check.tests, "names": check.names, "helpers": check.helpers}
@@ -133,13 +133,13 @@ def run_check(check: Check, *, limits: Limits = Limits(), unsafe_without_sandbox
             answering = threading.Thread(target=judged.follow_to_its_end)
             answering.start()
             judge.follow_to_its_end()
-            answering.join(_LAST_WORDS_S)  # nobody asks it any more, and so it ends
+            answering.join(_LAST_WORDS_S)  # it ends because the judge has closed the channel
             judged.watch.kill()
             answering.join()
     verdict, answer = judge.result(), judged.result()
     outcome, error = verdict.outcome, verdict.error
     name, _, text = error.partition(": ")
-    stopped = answer.outcome if answer.outcome in _STOPPED else ""  # its own report is not trusted
+    stopped = answer.outcome if answer.outcome in _STOPPED else ""  # other reports of the answer are not trusted
     if name == "NotPlain":
         outcome, error = "not plain", text
     elif name == "TooMuch":
@@ -152,13 +152,13 @@ def run_check(check: Check, *, limits: Limits = Limits(), unsafe_without_sandbox
 
 
 def run_checks(checks: Sequence[Check], *, limits: Limits = Limits(), workers: int | None = None) -> list[CodeResult]:
-    """Run run_check on each, `workers` at a time; None for one per core."""
+    """Run run_check for each check with `workers` threads, by default one per core."""
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
         run = [pool.submit(run_check, check, limits=limits) for check in checks]
         try:
             return [future.result() for future in run]
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C the rest would still be run, and waited for
+            pool.shutdown(wait=False, cancel_futures=True)  # else the rest would still run after Ctrl-C
 
 
 def check_sandbox() -> None:
@@ -167,7 +167,7 @@ def check_sandbox() -> None:
 
 
 class _Program:
-    """A program in a sandbox, from its start to the end of everything it started."""
+    """A running program in a sandbox, from its start to the end of all its processes."""
 
     def __init__(
         self, program: str, limits: Limits, unsafe_without_sandbox: bool, channel: socket.socket | None = None
@@ -177,7 +177,7 @@ class _Program:
         self.folder = tempfile.TemporaryDirectory() if unsafe_without_sandbox else None
         passed = [] if channel is None else [channel.fileno()]
         plan = {**asdict(limits), "token": self.token, "uid": bound, "channel": passed}
-        if unsafe_without_sandbox:  # without a namespace, a limit counts all processes of the user
+        if unsafe_without_sandbox:  # without a namespace the limit counts all processes of this user
             plan["processes"] += _threads_of_this_user()
         report, report_end = os.pipe()
         with tempfile.TemporaryFile() as source, tempfile.TemporaryFile() as calls:
@@ -216,7 +216,7 @@ class _Program:
             self.folder.cleanup()
 
     def follow_to_its_end(self) -> None:
-        """Wait for the end, then kill everything it started, so that no caller waits for an answer."""
+        """Follow the program to its end, then kill its processes, so that the other side stops waiting."""
         try:
             self.watch.follow()
         finally:
@@ -234,7 +234,7 @@ def _refused_calls() -> bytes:
 
 
 def _bubblewrap(limits: Limits, refused_calls: int) -> list[str]:
-    """Return the command before python's: everything unshared, only the scratch folder writable."""
+    """Return the bwrap command to put before python, with only the scratch folder writable."""
     found = shutil.which("bwrap")
     if found is None:
         raise _no_sandbox("bubblewrap (bwrap) is not installed")
@@ -244,7 +244,7 @@ def _bubblewrap(limits: Limits, refused_calls: int) -> list[str]:
         above = [str(folder) for folder in reversed(Path(home).parents)][1:]  # else closed to all but root
         mounts += [part for folder in above for part in ("--perms", "0755", "--dir", folder)]
         mounts += ["--ro-bind", home, home]
-    # A limit on processes does not apply to root, so root drops its rights inside, under another user's id.
+    # Process limits do not apply to root, so root drops its privileges inside and takes another user id.
     rights = (
         ["--unshare-user", "--disable-userns"]
         if os.getuid()
@@ -264,7 +264,7 @@ def _bubblewrap(limits: Limits, refused_calls: int) -> list[str]:
 
 @dataclass
 class _Watch:
-    """Read the output and reports of a running program, and stop it at a limit."""
+    """Reader of the output and report of a running program, which stops it at a limit."""
 
     process: subprocess.Popen[bytes]
     report_fd: int
@@ -277,7 +277,7 @@ class _Watch:
     )
 
     def follow(self) -> None:
-        """Read until the program has ended or was stopped at a limit."""
+        """Read until the program ends, or reaches a limit."""
         assert self.process.stdout is not None
         assert self.process.stderr is not None
         begun = time.monotonic()
@@ -299,7 +299,7 @@ class _Watch:
             self.seconds = time.monotonic() - (self.started or begun)
 
     def kill(self) -> None:
-        """Kill whatever is left; the process namespace ends with its first process."""
+        """Kill all remaining processes; the process namespace ends with its first process."""
         for kill in (lambda: os.killpg(self.process.pid, signal.SIGKILL), self.process.kill):
             try:
                 kill()
@@ -325,7 +325,7 @@ class _Watch:
         return bool(chunk)
 
     def _rest(self, streams: list[selectors.SelectorKey]) -> None:
-        """Read the rest of the pipes of an ended program; never wait, because a stray process could hold them open."""
+        """Read the rest of an ended program's pipes without blocking, as a stray process could hold them open."""
         for key in streams:
             os.set_blocking(key.fd, False)
             try:
@@ -359,7 +359,7 @@ def _held_bytes(pid: int) -> int:
 
 
 def _files_bytes(folder: Path) -> int:
-    """Return the memory of an in-memory folder, including the kernel's overhead per file."""
+    """Return the memory of a tmpfs folder, including the kernel's overhead per file."""
     if not folder.is_mount():
         return 0
     found = os.statvfs(folder)
@@ -387,9 +387,9 @@ def _result(watch: _Watch, token: str) -> CodeResult:
 
 def _no_sandbox(found: str) -> SandboxError:
     return SandboxError(
-        f"Cannot run code that a model wrote: there is no sandbox, because {found}. Install bubblewrap 0.8 or newer "
-        "(Debian, Ubuntu: apt-get install bubblewrap) on a Linux that allows user namespaces, or insist with "
-        "unsafe_without_sandbox=True, which gives the code your network and your files.",
+        f"Cannot run model-written code: there is no sandbox, because {found}. Install bubblewrap 0.8 or newer "
+        "(Debian, Ubuntu: apt-get install bubblewrap) on a Linux that allows user namespaces, or pass "
+        "unsafe_without_sandbox=True, which gives the code access to your network and your files.",
         argument="bwrap",
         value=found,
     )

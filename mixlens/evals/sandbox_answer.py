@@ -1,6 +1,6 @@
-"""The answer's process, which holds model-written code and executes requests of the judge over a channel.
+"""Process with the model-written code, which executes the requests of the judge over a channel.
 
-Its source runs after sandbox_plain.py, inside the sandbox. It knows neither the tests nor the expected results.
+This source runs after sandbox_plain.py inside the sandbox. It has neither the tests nor their expected values.
 """
 
 # ruff: noqa: F821
@@ -10,8 +10,8 @@ import os
 import socket
 import sys
 
-namespace = {"__name__": "answer", "__builtins__": __builtins__}  # whose examples under __main__ are not run
-held: dict = {}  # objects without a plain form, by number; the judge has only the numbers
+namespace = {"__name__": "answer", "__builtins__": __builtins__}  # not __main__, so that its examples are not run
+held: dict = {}  # objects without a plain form, by number; the judge has only their numbers
 
 
 def hold(value):

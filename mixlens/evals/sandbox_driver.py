@@ -1,6 +1,6 @@
-"""The first code inside the sandbox: drop rights, set limits, run the program, report its outcome.
+"""Driver inside the sandbox: drop privileges, set limits, run the program, and report its outcome.
 
-Its source is passed to `python -c`; it imports nothing of mixlens, which is not available there.
+This source is passed to `python -c` and cannot import mixlens, which does not exist inside the sandbox.
 """
 
 import json
@@ -14,7 +14,7 @@ def main() -> None:
     plan = json.loads(sys.stdin.buffer.readline())
     program = sys.stdin.buffer.read()
     nothing = os.open("/dev/null", os.O_RDONLY)
-    os.dup2(nothing, 0)  # the plan could be read again from its file
+    os.dup2(nothing, 0)  # else the program could read the plan from its file
     os.close(nothing)
     if plan["uid"]:
         os.setgid(plan["uid"])
@@ -33,7 +33,7 @@ def main() -> None:
     own = os.getpid()
     sys.argv = ["program", *map(str, plan["channel"])]
     outcome, error = run(program)
-    if os.getpid() != own:  # a fork of the program has come out here
+    if os.getpid() != own:  # this is a fork of the program
         os._exit(0)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,7 +1,7 @@
-"""The judge: a process that runs the tests of an answer in another process, and alone decides.
+"""Judge: a process that runs the tests of an answer in another process, and alone decides the verdict.
 
-Its source runs after sandbox_plain.py, inside a separate sandbox, preceded by PLAN and CHANNEL. Calls of the tests go
-to the other process; values that they compare are of Python's own types, created here.
+This source runs after sandbox_plain.py inside a separate sandbox, with PLAN set before it. Calls of the tests are sent
+to the other process; comparisons use values of built-in types, created here.
 """
 
 # ruff: noqa: F821
@@ -38,7 +38,7 @@ def main(plan):
         return value
 
     class Object:
-        """An object of the answer without a plain form. It can be used but never compared, as it is untrusted."""
+        """Object of the answer without a plain form. It can be used but not compared, as its result is not trusted."""
 
         def __init__(self, target, name):
             vars(self).update(_target=target, _name=name)
@@ -91,9 +91,9 @@ def main(plan):
 
 
 def raised(name, text):
-    """Return an exception of the same name, if Python has one; the tests may expect it.
+    """Return a built-in exception of the same name if there is one, since the tests may expect it.
 
-    Exceptions that end loops would end those of the tests early, as in all(map(f, cases)).
+    StopIteration is replaced, because it would end the loops of the tests early, as in all(map(f, cases)).
     """
     if name in ("StopIteration", "StopAsyncIteration"):
         return RuntimeError(f"{name}: {text}")

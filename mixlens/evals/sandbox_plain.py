@@ -1,7 +1,7 @@
-"""Values exchanged between judge and answer, as JSON: numbers, strings, containers and Python's own types.
+"""JSON encoding of values that cross between judge and answer: numbers, strings, containers and built-in types.
 
-Its source runs before sandbox_answer.py and sandbox_judge.py, inside the sandbox. The reader gets values of Python's
-own types, whatever the other side sent.
+This source runs before sandbox_answer.py and sandbox_judge.py inside the sandbox. Readers get only values of built-in
+types, whatever the other side sends.
 """
 
 import builtins
@@ -10,15 +10,15 @@ from typing import Any
 
 
 class NotPlain(BaseException):
-    """A value that has no plain form."""
+    """Raised for a value without a plain form."""
 
 
 class Gone(BaseException):
-    """The other side has ended."""
+    """Raised when the other side has ended."""
 
 
 class TooMuch(BaseException):
-    """The other side sends without end."""
+    """Raised when the other side sends too much."""
 
 
 _FIXED = (tuple, frozenset)
@@ -27,12 +27,12 @@ _MOST_BYTES = 1 << 24
 
 
 class Crossing:
-    """Encoder of a question and its reply: their values to JSON, and back to values of Python's own types.
+    """Codec for the values of a request and its reply, to JSON and back to built-in types.
 
-    Mutable containers are numbered on both sides in order of transfer, so that aliases stay aliases, and changes made
-    by the call appear in the original.
+    Mutable containers are numbered on both sides in the order in which they cross. A container that occurs twice
+    therefore stays one object, and changes by a call are applied to the original.
 
-    pack_other, unpack_other  for values without a plain form
+    pack_other, unpack_other  functions for values without a plain form
     """
 
     def __init__(self, pack_other: Any, unpack_other: Any) -> None:
@@ -41,10 +41,10 @@ class Crossing:
         self.numbers: dict = {}  # of containers, by id
 
     def packed(self, value: Any) -> Any:
-        """Encode a value for JSON. Values of subclasses are sent as their base."""
+        """Encode a value for JSON; a value of a subclass is sent as its base class."""
         if value is None or value is True or value is False:
             return value
-        if isinstance(value, int):  # in base 16, which has no limit of digits
+        if isinstance(value, int):  # in base 16, which has no digit limit
             return {"int": format(int.__index__(value), "x")}
         if isinstance(value, float):
             return {"float": float.hex(value)}
@@ -66,7 +66,7 @@ class Crossing:
         return self.pack_other(value)
 
     def content(self, container: Any) -> Any:
-        """Return the content of a container for JSON."""
+        """Encode the content of a container for JSON."""
         if isinstance(container, bytearray):
             return bytearray.hex(container)
         if isinstance(container, dict):
@@ -75,7 +75,7 @@ class Crossing:
         return [self.packed(item) for item in kind.__iter__(container)]
 
     def unpacked(self, data: Any) -> Any:
-        """Decode a value encoded by `packed`, as Python's own types."""
+        """Decode a value from `packed` into built-in types."""
         if data is None or type(data) in (bool, str):
             return data
         ((kind, content),) = data.items()
@@ -105,7 +105,7 @@ class Crossing:
         return self.unpack_other(kind, content)
 
     def fill(self, container: Any, content: Any) -> None:
-        """Fill a container with the result of `content`."""
+        """Replace the items of a container by those encoded by `content`."""
         if isinstance(container, bytearray):
             items: Any = bytes.fromhex(content)
         elif isinstance(container, dict):
@@ -121,7 +121,7 @@ class Crossing:
 
 
 class Channel:
-    """Messages over a socket, one line of JSON each."""
+    """Channel for messages over a socket, one line of JSON each."""
 
     def __init__(self, socket: Any) -> None:
         self.socket = socket

@@ -1,4 +1,4 @@
-"""Scores from samples: means with intervals, micro and macro averages, on plain tables."""
+"""Scores from tables of samples: means with intervals, micro and macro averages."""
 
 from __future__ import annotations
 
@@ -14,29 +14,31 @@ COLUMNS = [
 ]  # fmt: skip
 NEAR_TIES = ["task", "sample_id", "first", "second", "gap"]
 _LEVEL = 0.95
-# Log-probabilities in float32 differ by some 1e-5 between batch shapes.
+# Log-probabilities in float32 differ by about 1e-5 between batch shapes.
 _NEAR = 1e-4
 
 
 def score_table(samples: pd.DataFrame, tasks: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
-    """Return a row per task and metric, then micro and macro averages of each benchmark by protocol.
+    """Compute scores by task and metric, and micro and macro averages over the tasks of each protocol.
 
-    samples
-        one row a sample: task, and a column for every metric, NaN where a sample could not be scored.
-    tasks
-        by task: benchmark, protocol, and metrics, each {"aggregation": name, "score", "stderr": lm-eval's own}.
+    The score is the mean over scored samples, in [0, 1] for a fraction correct. For a metric that lm-eval does not
+    average (aggregation other than "mean" or "nanmean") it is the score of lm-eval. "micro" weighs samples equally,
+    "macro" tasks. 95 % intervals are Wilson's for a fraction; Student's t, with samples that vary within tasks, for
+    other means and for macro; and from the standard error of lm-eval for its aggregations. The score of a task without
+    scored samples is NaN, never 0.
 
-    score is the mean over scored samples, in [0, 1] for a fraction correct; for a metric that lm-eval does not average
-    (aggregation other than "mean", "nanmean") it is lm-eval's own. "micro" weighs samples alike, "macro" tasks alike.
-    Intervals of 95 %: Wilson's for a fraction; Student's t, with samples that vary within tasks, for other means and
-    for macro; lm-eval's standard error for its own aggregations. A task without a scored sample is NaN, never 0.
+    Parameters
+    ----------
+    samples : pandas.DataFrame
+        One row per sample: task, and a column for every metric, NaN if the sample could not be scored.
+    tasks : Mapping[str, Mapping[str, Any]]
+        By task: benchmark, protocol, and metrics, each {"aggregation": name, "score", "stderr": those of lm-eval}.
 
     Returns
     -------
-    xarray.Dataset
-        DataFrame benchmark, task, metric, average ("", "micro", "macro"), score, ci_low, ci_high, n, unscored,
-        interval, protocol.
-
+    pandas.DataFrame
+        benchmark, task, metric, average ("", "micro" or "macro"), score, ci_low, ci_high, n, unscored, interval,
+        protocol.
     """
     rows: list[dict[str, Any]] = []
     by_task = {str(name): frame for name, frame in samples.groupby("task", sort=False)} if len(samples) else {}
@@ -62,20 +64,21 @@ def score_table(samples: pd.DataFrame, tasks: Mapping[str, Mapping[str, Any]]) -
 
 
 def near_ties(samples: pd.DataFrame, by_length: Collection[str] = ()) -> pd.DataFrame:
-    """Return samples whose two most likely choices differ by less than 1e-4, so that rounding and batching decide.
+    """Return samples whose two most likely choices differ by less than 1e-4, so that rounding decides between them.
 
-    samples
-        one row per sample: task, sample_id, choices and their logprobs (None if it has none).
-    by_length
-        tasks that compare log-probabilities a character, as acc_norm does; their gaps are times the shorter
-        choice, in which a rounding error of either weighs most.
+    Parameters
+    ----------
+    samples : pandas.DataFrame
+        One row per sample: task, sample_id, choices and their logprobs (None if it has none).
+    by_length : Collection[str], optional
+        Tasks that compare log-probabilities per character, as acc_norm does. Their gaps are multiplied by the length of
+        the shorter choice, where rounding errors weigh most.
 
     Returns
     -------
-    xarray.Dataset
-        DataFrame task, sample_id, first and second (the two choices, the likelier first), gap (of their log-
-        probabilities, in natural units).
-
+    pandas.DataFrame
+        task, sample_id, first and second (the two choices, the more likely first), gap (difference of their
+        log-probabilities in nats).
     """
     rows = []
     for sample in samples.to_dict("records"):
@@ -84,7 +87,7 @@ def near_ties(samples: pd.DataFrame, by_length: Collection[str] = ()) -> pd.Data
             continue
         lengths = [len(choice.removeprefix(" ")) for choice in choices] if sample["task"] in by_length else 1
         values = np.array(logprobs, float) / lengths
-        first, second = np.argsort(-values, kind="stable")[:2]  # what could not be scored comes last
+        first, second = np.argsort(-values, kind="stable")[:2]  # NaN comes last
         gap = (values[first] - values[second]) * np.broadcast_to(lengths, values.shape)[[first, second]].min()
         if gap < _NEAR:
             rows.append((sample["task"], sample["sample_id"], choices[first], choices[second], gap))
@@ -92,7 +95,7 @@ def near_ties(samples: pd.DataFrame, by_length: Collection[str] = ()) -> pd.Data
 
 
 def primary_rows(scores: pd.DataFrame, tasks: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the main row of each protocol of a benchmark: its primary metric, micro average for several tasks."""
+    """Return one row per benchmark and protocol: its primary metric, micro-averaged if it has several tasks."""
     rows = []
     for (benchmark, protocol), members in tasks_by_protocol(tasks).items():
         primary, average = tasks[members[0]]["primary"], "micro" if len(members) > 1 else ""
@@ -113,7 +116,7 @@ def wilson(successes: float, n: int, level: float = _LEVEL) -> tuple[float, floa
 
 
 def tasks_by_protocol(tasks: Mapping[str, Mapping[str, Any]]) -> dict[tuple[str, str], list[str]]:
-    """Group tasks by benchmark and protocol; only these may be averaged, since protocols measure different things."""
+    """Group the names of tasks by benchmark and protocol; only scores within a group may be averaged."""
     members: dict[tuple[str, str], list[str]] = {}
     for name, about in tasks.items():
         members.setdefault((about["benchmark"], about["protocol"]), []).append(name)
@@ -121,7 +124,7 @@ def tasks_by_protocol(tasks: Mapping[str, Mapping[str, Any]]) -> dict[tuple[str,
 
 
 def _mean(columns: list[np.ndarray], *, macro: bool = False) -> dict[str, Any]:
-    from scipy.special import stdtrit  # imported here: takes a quarter of a second
+    from scipy.special import stdtrit  # imported here because it takes a quarter of a second
 
     scored = [column[np.isfinite(column)] for column in columns]
     n, unscored = sum(map(len, scored)), sum(map(len, columns)) - sum(map(len, scored))
@@ -134,7 +137,7 @@ def _mean(columns: list[np.ndarray], *, macro: bool = False) -> dict[str, Any]:
         return {"score": score, "ci_low": low, "ci_high": high, "interval": "Wilson", **counts}
     if n == len(scored):
         return {"score": score, "ci_low": np.nan, "ci_high": np.nan, "interval": "", **counts}
-    # Every task has its own mean; tasks are weighted equally.
+    # Every task has its own mean, and tasks have equal weights.
     within = sum(((column - column.mean()) ** 2).sum() / len(column) ** 2 for column in scored)
     half = stdtrit(n - len(scored), (1 + _LEVEL) / 2) * np.sqrt(within * n / (n - len(scored))) / len(scored)
     fractions = all(((column >= 0) & (column <= 1)).all() for column in scored)
@@ -143,7 +146,7 @@ def _mean(columns: list[np.ndarray], *, macro: bool = False) -> dict[str, Any]:
 
 
 def _own(column: np.ndarray, how: Mapping[str, Any]) -> dict[str, Any]:
-    """Return lm-eval's aggregate, such as a perplexity or an F1, which is not a mean over samples."""
+    """Return the aggregate of lm-eval, such as a perplexity or an F1, which is not a mean over samples."""
     score, error = how.get("score"), how.get("stderr")
     score = np.nan if score is None else float(score)
     half = NormalDist().inv_cdf((1 + _LEVEL) / 2) * (np.nan if error is None else float(error))

@@ -1,13 +1,13 @@
-"""Filter of system calls that the sandbox refuses (Linux seccomp, classic BPF)."""
+"""Seccomp filter (classic BPF) of the system calls that a sandbox refuses."""
 
 from __future__ import annotations
 
 import platform
 import struct
 
-# Numbers of the calls: asm/unistd_64.h of x86-64, asm-generic/unistd.h of arm64.
-# Memory, queues and semaphores that are in no process's count (a page lent to a pipe keeps its huge page); keys; other
-# processes; the clock; namespaces and mounts; large interfaces to the kernel that no answer needs.
+# Call numbers from asm/unistd_64.h for x86-64 and asm-generic/unistd.h for arm64.
+# Refused: memory, queues and semaphores not accounted to any process (a page lent to a pipe keeps its huge page); keys;
+# access to other processes; the clock; namespaces and mounts; large kernel interfaces that no answer needs.
 _REFUSED = {
     "memfd_create": (319, 279), "memfd_secret": (447, 447), "vmsplice": (278, 75), "shmget": (29, 194),
     "semget": (64, 190), "msgget": (68, 186), "mq_open": (240, 180),
@@ -23,14 +23,14 @@ _SOCKET, _SOCKETPAIR, _AF_UNIX = (41, 198), (53, 199), 1
 _SETSOCKOPT, _SNDBUF, _SNDBUFFORCE = (54, 208), 7, 32
 _MMAP, _MAP_SHARED = (9, 222), 1  # MAP_SHARED_VALIDATE has the bit too
 _NEW_USER_NAMESPACE = 0x10000000
-_X32 = 0x40000000  # calls of x86-64 by another numbering
+_X32 = 0x40000000  # x86-64 calls with x32 numbering
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _KILL, _ERROR = 0x7FFF0000, 0x80000000, 0x00050000
 _EPERM, _ENOSYS = 1, 38
 
 
 def seccomp_filter() -> bytes | None:
-    """Return the filter for this processor in bubblewrap's format; None for an unknown architecture."""
+    """Return the filter for the processor of this machine in bubblewrap's format; None if its numbers are unknown."""
     if platform.machine() not in _ARCHITECTURES:
         return None
     which, architecture = _ARCHITECTURES[platform.machine()]
@@ -45,12 +45,12 @@ def seccomp_filter() -> bytes | None:
     program += [_jump(_EQUAL, _CLONE3, 0, 1), missing]  # its flags are in memory; the C library then uses clone
     new_namespace = _jump(_ANY_BIT, _NEW_USER_NAMESPACE, 0, 1)
     program += [_jump(_EQUAL, _CLONE[which], 0, 3), _argument(0), new_namespace, refuse, call]
-    # Shared mappings can hold memory that is in no process's count. Whatever falls back to reading a file still works.
+    # Shared mappings can hold unaccounted memory. Programs that fall back to reading files still work.
     program += [_jump(_EQUAL, _MMAP[which], 0, 3), _argument(3), _jump(_ANY_BIT, _MAP_SHARED, 0, 1), refuse, call]
-    # Other families reach the hypervisor (vsock), the kernel's crypto (alg), or hold memory in buffers of their own.
+    # Other families reach the hypervisor (vsock) or the kernel's crypto (alg), or hold memory in separate buffers.
     for sockets in (_SOCKET, _SOCKETPAIR):
         program += [_jump(_EQUAL, sockets[which], 0, 3), _argument(0), _jump(_EQUAL, _AF_UNIX, 1, 0), refuse, call]
-    # What lies unread in a socket is in no process's count; with buffers as they come it is little.
+    # Unread data in a socket is not accounted to any process, but is small with default buffer sizes.
     larger = [_jump(_EQUAL, _SNDBUF, 1, 0), _jump(_EQUAL, _SNDBUFFORCE, 0, 1), refuse]
     program += [_jump(_EQUAL, _SETSOCKOPT[which], 0, 5), _argument(2), *larger, call]
     return b"".join([*program, _statement(_RETURN, _ALLOW)])

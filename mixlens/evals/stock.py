@@ -1,4 +1,4 @@
-"""Differences between mixlens' tasks and lm-eval's tasks of the same name, in prompts and shots."""
+"""Comparison of tasks with those of stock lm-eval under the same name: differences in prompts and shots."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from mixlens.evals.protocols import Protocol
 
-# Of lm_eval.simple_evaluate, for the shots that a task draws.
+# Default of lm_eval.simple_evaluate for shots that a task draws.
 STOCK_SHOTS_SEED = 1234
 _ALWAYS = (
     "output_type",
@@ -26,11 +26,12 @@ _DEFAULTS = {"target_delimiter": " ", "fewshot_delimiter": "\n\n", "description"
 def stock_remarks(
     names: Sequence[str], tasks: Mapping[str, Any], chosen: Mapping[str, Protocol | None], seed: int
 ) -> list[str]:
-    """Return sentences on names that lm-eval defines otherwise, and on shots that it would draw otherwise.
+    """Return sentences on names with another meaning in lm-eval, and on shots that it would draw differently.
 
-    names   as they were asked for
-    tasks   lm-eval's tasks that are evaluated, by name; chosen  the protocol of each, None for one of lm-eval's own
-    seed    of the shots that tasks draw
+    names   names as passed by the user
+    tasks   evaluated lm-eval tasks by name
+    chosen  protocol of each task; None for a task from lm-eval itself
+    seed    seed of the shots that tasks draw
     """
     drawn = [name for name, task in tasks.items() if chosen[name] is None and _draws(task)]
     found = list(_other_names(names, [p for p in chosen.values() if p is not None]))
@@ -43,7 +44,7 @@ def stock_remarks(
 
 
 def _draws(task: Any) -> bool:
-    """Return True if a task draws its shots at random."""
+    """Check whether a task draws its shots at random."""
     config = task.config.fewshot_config
     sampler = config.get("sampler", "default") if isinstance(config, dict) else "default"
     return bool(task.get_config("num_fewshot")) and sampler != "first_n"
@@ -78,13 +79,13 @@ def _config(file: Path) -> dict[str, Any]:
 
 
 def _differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """Return the keys that decide prompts and answers and differ; those of shots only if there are shots."""
+    """Return differing keys that affect prompts and answers; keys of shots only if there are shots."""
     shots = any(config.get("num_fewshot") for config in (ours, theirs))
     return [key for key in _ALWAYS + _WITH_SHOTS * shots if _value(ours, key) != _value(theirs, key)]
 
 
 def _value(config: Mapping[str, Any], key: str) -> str:
     value = config.get(key)
-    if key == "fewshot_split":  # as lm-eval chooses where none is named
+    if key == "fewshot_split":  # the default of lm-eval
         value = value or config.get("training_split") or config.get("validation_split")
     return str(_DEFAULTS.get(key) if value is None else value)

@@ -1,8 +1,8 @@
-"""Evaluate a model, given by name, in a separate process.
+"""Evaluation of a model given by name in a separate process.
 
-The caller writes one line of JSON to the process's stdin and keeps it open. Lines of JSON come back: {"progress":
-[done, total]}, at the end {"error": [class, text, what it names]} or {"done": true}. When its stdin closes, the process
-stops as on Ctrl-C. Nothing is pickled, and answers are stored in the run directory.
+The caller writes one line of JSON to the stdin of the worker and keeps it open. The worker writes lines of JSON:
+{"progress": [done, total]}, and at the end {"error": [class, text, attributes]} or {"done": true}. When its stdin
+closes, the evaluation ends as after Ctrl-C. Nothing is pickled, and answers are in the run directory.
 """
 
 from __future__ import annotations
@@ -28,25 +28,21 @@ from mixlens import errors
 from mixlens.errors import BadInput, RunError
 
 _LOADING = ("device_map", "dtype", "revision", "experts", "quantization")
-# Time for a process to leave its forward pass after it was told to end.
+# Time for the worker to finish the current forward when asked to end.
 _GRACE_S = 10.0
 
 
 def evaluate_apart(model: str, job: Any, out: str | os.PathLike[str] | None, settings: Any) -> Any:
-    """Run runner.run in another process, for the model of this name.
+    """Evaluate the model with this name in another process.
 
-    Returns
-    -------
-    xarray.Dataset
-        Log opened from `out`; from a temporary folder, kept as long as this process, where out is None Raises
-        what the evaluation raises there; RunError when that process ends without a word.
-
+    Return the Log opened from `out`; if `out` is None, from a temporary folder that is kept as long as this process.
+    Raises the error of the evaluation, or RunError if the process ends without one.
     """
     from mixlens.evals.log import Log
 
     place = tempfile.mkdtemp(prefix="mixlens-eval-") if out is None else os.fspath(out)
     if out is None:
-        atexit.register(shutil.rmtree, place, ignore_errors=True)  # routing is read from there when it is asked for
+        atexit.register(shutil.rmtree, place, ignore_errors=True)  # routing is read from there on demand
     asked = _asked(model, job, place, settings)
     ended = _follow(asked, settings.progress, shown=settings.progress is True or settings.verify_prompts)
     if "error" in ended:
@@ -77,7 +73,7 @@ def _asked(model: str, job: Any, place: str, settings: Any) -> str:
         "model": model,
         "loading": dict(settings.loading),
         "verbose": settings.progress is True,
-        "threads": torch.get_num_threads(),  # which the last digits of a sum on the CPU follow
+        "threads": torch.get_num_threads(),  # the last digits of sums on the CPU depend on it
         "job": job.__dict__,
         "out": place,
         "settings": kept,
@@ -86,7 +82,7 @@ def _asked(model: str, job: Any, place: str, settings: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Convert a value that JSON lacks to a form that the other process accepts."""
+    """Convert a value that JSON cannot represent for the other process."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, Mapping):
@@ -96,15 +92,15 @@ def _plain(value: Any) -> Any:
     if type(value).__module__ == "torch":  # a dtype or a device
         return str(value).removeprefix("torch.")
     raise BadInput(
-        f"Cannot send a {type(value).__name__} among the settings to the process of the evaluation. Pass plain "
-        "values, or a model that you load: ml.load(...).",
+        f"Cannot send a {type(value).__name__} in the settings to the process of the evaluation. Pass plain values, or "
+        "load the model yourself: ml.load(...).",
         argument="settings",
         value=type(value).__name__,
     )
 
 
 def _follow(asked: str, progress: Any, *, shown: bool) -> dict[str, Any]:
-    """Return the last message of the other process, which has ended whatever happens here."""
+    """Return the last event of the other process, which has always ended when this function does."""
     from mixlens.evals.progress import reporting
 
     process = subprocess.Popen(
@@ -112,7 +108,7 @@ def _follow(asked: str, progress: Any, *, shown: bool) -> dict[str, Any]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        start_new_session=True,  # Ctrl-C reaches the caller alone, who ends the other
+        start_new_session=True,  # Ctrl-C reaches only the caller, which ends the worker
     )
     assert process.stdin is not None
     assert process.stdout is not None
@@ -126,7 +122,7 @@ def _follow(asked: str, progress: Any, *, shown: bool) -> dict[str, Any]:
         with reporting(progress) as report:
             for line in process.stdout:
                 if not line.endswith(b"\n"):
-                    break  # it was killed while it wrote this
+                    break  # the worker was killed while writing this line
                 event = json.loads(line)
                 if "progress" not in event:
                     return event
@@ -139,8 +135,8 @@ def _follow(asked: str, progress: Any, *, shown: bool) -> dict[str, Any]:
 
 
 def _listen(stream: Any, said: bytearray, shown: bool) -> None:
-    """Copy the other process's stderr to this one's if `shown`, and store its end."""
-    text = codecs.getincrementaldecoder("utf-8")("replace")  # a part may end inside a character
+    """Forward the stderr of the worker to this process if `shown`, and keep its end in `said`."""
+    text = codecs.getincrementaldecoder("utf-8")("replace")  # a part may end within a character
     with stream:
         while part := stream.read1(65_536):
             said[:] = (said + part)[-4000:]
@@ -163,7 +159,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def _ended(status: int, said: str) -> RunError:
     how = f"with status {status}" if status >= 0 else f"by {signal.Signals(-status).name}"
-    memory = ", as the system ends one when memory runs out" if status == -signal.SIGKILL else ""
+    memory = ", possibly because memory ran out" if status == -signal.SIGKILL else ""
     last = (said.strip().splitlines() or ["nothing"])[-1].strip()[:300]
     return RunError(
         f"The process of the evaluation ended {how}{memory}; its last message: {last}. Answers are kept if out= was "

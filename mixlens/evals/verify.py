@@ -1,4 +1,4 @@
-"""Verify a folder of benchmark data by row counts and known checksums."""
+"""Verification of a folder of benchmark data by row counts and known checksums."""
 
 from __future__ import annotations
 
@@ -18,17 +18,25 @@ from mixlens.evals.protocols import tasks_folder
 
 
 def verify(folder: Path) -> pd.DataFrame:
-    """Return every known file of the benchmarks in `folder`, with its faults.
+    """Verify every known file of the benchmarks in `folder`.
 
-    Rows are counted and checksums compared with evals/data.json, and with a SHA256SUMS beside the files. A benchmark
-    without a folder here is left out.
+    Row counts and checksums are compared with evals/data.json, and with SHA256SUMS beside the files if there is one. A
+    benchmark without a folder is skipped.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder with benchmarks in their original formats.
 
     Returns
     -------
-    xarray.Dataset
-        DataFrame benchmark, file, rows, expected (NaN where not known), fault ("" where all is well) Raises
-        BadInput where the folder holds no benchmark that is known.
+    pandas.DataFrame
+        benchmark, file, rows, expected (NaN if unknown), fault ("" if there is none).
 
+    Raises
+    ------
+    BadInput
+        If the folder contains no known benchmark.
     """
     known = json.loads((tasks_folder() / "data.json").read_text("utf-8"))
     here = [name for name in known if (folder / name).is_dir()]
@@ -44,19 +52,19 @@ def verify(folder: Path) -> pd.DataFrame:
 
 
 def verified_sums(folder: Path, benchmarks: Collection[str]) -> dict[str, dict[str, str]]:
-    """Return sha256 of the files of these benchmarks, by benchmark and pattern; missing files are skipped.
+    """Return the sha256 of the files of these benchmarks, by benchmark and pattern; missing files are skipped.
 
-    A pattern with several files gets the checksum of their lines in sha256sum's format.
+    For a pattern with several files it is that of the lines that sha256sum prints for them.
 
-    Raises BadInput if files differ from the known ones.
+    Raises BadInput if files differ from the released ones.
     """
     known = json.loads((tasks_folder() / "data.json").read_text("utf-8"))
     rows = {name: _verified(folder / name, name, known[name]) for name in known if name in benchmarks}
     every = [row for of_benchmark in rows.values() for row in of_benchmark]
     if wrong := [f"{row['file']}: {row['fault']}" for row in every if row["fault"] not in ("", "missing")]:
         raise BadInput(
-            f"Cannot use the benchmark data in {folder}: it differs from the released data: {'; '.join(wrong)}. Get "
-            "the files again (mixlens data verify DIR lists them), or leave data= out to load from the Hub.",
+            f"Cannot use the benchmark data in {folder}: it differs from the released data: {'; '.join(wrong)}. "
+            "Download the files again (mixlens data verify DIR lists them), or leave out data= to load from the Hub.",
             argument="data",
             value=wrong,
         )
@@ -64,7 +72,7 @@ def verified_sums(folder: Path, benchmarks: Collection[str]) -> dict[str, dict[s
 
 
 def _verified(folder: Path, name: str, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return one row for each group of related files, such as the 57 of MMLU's test split."""
+    """Return one row per group of files, such as the 57 files of MMLU's test split."""
     sums = _listed_sums(folder)
     rows = []
     for group in groups:
@@ -84,10 +92,10 @@ def _verified(folder: Path, name: str, groups: Sequence[dict[str, Any]]) -> list
             faults.append(f"{row['rows']:,} rows where there are {group['rows']:,}")
         found = {file.relative_to(folder).as_posix(): sha256_file(file) for file in files}
         if wrong := [Path(name).name for name, digest in found.items() if sums.get(name, digest) != digest]:
-            faults.append(f"{', '.join(wrong[:3])} not as SHA256SUMS has it")
+            faults.append(f"{', '.join(wrong[:3])} differs from SHA256SUMS")
         row["sha256"] = _sum_of(found)
         if len(files) == 1 and group.get("sha256") not in (None, row["sha256"]):
-            faults.append("another file than the one that mixlens was tested with")
+            faults.append("differs from the file that mixlens was tested with")
         rows.append(row | {"fault": "; ".join(faults)})
     return rows
 

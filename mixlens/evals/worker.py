@@ -1,4 +1,4 @@
-"""The process in which `subprocess` evaluates a model; its task is one line of JSON on stdin."""
+"""Worker process of `subprocess`, which reads the evaluation to run as one line of JSON from stdin."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from mixlens.models.load import load
 def _main() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     events = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # whatever a library prints is no event
+    os.dup2(2, 1)  # output of libraries must not mix with the events
 
     def tell(**event: Any) -> None:
         events.write(json.dumps(event, default=str) + "\n")
         events.flush()
 
     def end(**event: Any) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # from here on there is nothing to stop
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to interrupt
         tell(**event)
 
     asked = json.loads(sys.stdin.buffer.readline())
@@ -65,7 +65,7 @@ def _told(error: MixlensError) -> tuple[str, str, dict[str, Any]]:
 def _unforeseen(error: Exception) -> RunError:
     return RunError(
         f"The process of the evaluation raised {type(error).__name__}: {str(error).strip()[:500]}. Answers are kept "
-        "if out= was given; evaluate a model that you load, ml.load(...), to see where.",
+        "if out= was given. Evaluate a loaded model, ml.load(...), to see where it was raised.",
         argument="own_process",
         value=type(error).__name__,
     )
