@@ -1,4 +1,4 @@
-"""Speed of endpoints and loaded models: load generation, records of requests, and metrics computed from them."""
+"""Benchmarks of endpoints and loaded models: load generation, records of requests, and metrics."""
 
 from mixlens.core.lazy import exports
 

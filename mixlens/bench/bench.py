@@ -25,7 +25,7 @@ from mixlens.errors import visible
 from mixlens.trace.trace import Trace
 
 RESULTS = "results.jsonl"
-ROUTING = "routing"  # folder of the routing returned by the server
+ROUTING = "routing"  # folder of the routing that the server returned
 # Columns of the overview: heading, metric, statistic, factor, decimals.
 _OVERVIEW = (
     ("TTFT p50 [ms]", "ttft_s", "p50", 1e3, 0),
@@ -77,7 +77,7 @@ class Bench:
         count_tokens: CountTokens | None = None,
     ) -> None:
         self.records, self.meta, self.path, self.count_tokens = list(records), meta, path, count_tokens
-        self.routing: Trace | None = None  # of an Endpoint(routing=True)
+        self.routing: Trace | None = None  # set for Endpoint(routing=True)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, check: bool = True) -> Bench:

@@ -1,4 +1,4 @@
-"""Bytes read and operations done by each forward pass of a call, from its recorded routing."""
+"""Bytes read and operations performed by each forward pass of a call, from its recorded routing."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from mixlens.recording.compiled import CompiledRecorder
 from mixlens.trace.shards import PROMPT
 
 Step = dict[str, Any]
-_PROBED = 3  # tokens of the forward pass that measures the cache
+_PROBED = 3  # tokens of the forward pass that shows what a cache stores
 
 
 @dataclass(frozen=True)
 class Audits:
-    """Audits of a model and of the parts that a forward pass reads in special ways."""
+    """Audits of a model, its embedding table and the experts of each layer."""
 
     whole: Audit
     embedding: Audit
@@ -46,7 +46,7 @@ class Audits:
 
 
 class Work:
-    """Counts the bytes and operations of a model's forward passes, from the actual sizes of its tensors."""
+    """Counts the bytes and operations of a model's forward passes from the actual sizes of its tensors."""
 
     def __init__(self, model: Any, audits: Audits | None = None) -> None:
         audits = audits or Audits.of(model)
@@ -55,7 +55,7 @@ class Work:
         self.weights = weights_of(model, audits)
 
     def cached_bytes(self, tokens: int) -> int:
-        """Return the bytes of one row's cache after a number of tokens."""
+        """Return the bytes that the cache of one row holds after `tokens` tokens."""
         return self.sizes.kept(tokens) * self._value_bytes
 
     def of_call(
@@ -65,7 +65,7 @@ class Work:
 
         lengths   number of prompt tokens of each row
         forwards  number of forward passes
-        complete  whether generate ran to its end, so that the recorder has every forward pass
+        complete  whether generate ran to its end, so that the recorder holds every forward pass
         """
         flops = [self.sizes.flops(lengths)] * min(forwards, 1)
         for step in range(1, forwards):
@@ -89,11 +89,12 @@ class Work:
 
 
 def sizes_of(model: Any, audits: Audits | None = None) -> Sizes:
-    """Return the parameters of a loaded model of any family by who reads them, and the size of its cache.
+    """Return the parameter counts of a loaded model by component, and the size of its cache, for any family.
 
-    Parameters are those of its modules. The cache is measured in a forward pass of the same model without weights.
+    Parameters are those of the model's modules. The cache size comes from a forward pass of the same model without
+    weights.
 
-    Raises ModelError if experts are not called one by one.
+    Raises ModelError if the model does not call its experts individually.
     """
     audits = audits or Audits.of(model)
     whole, embedding = audits.whole.weights, audits.embedding.weights
@@ -115,11 +116,11 @@ def sizes_of(model: Any, audits: Audits | None = None) -> Sizes:
 
 
 def _kept_by(model: Any) -> tuple[list[Context], int]:
-    """Return the values that each attention layer caches per token, and the values of all states."""
+    """Return the cached values per token of each attention layer, and the total number of state values."""
     with torch.device("meta"), torch.no_grad():
         bare = type(unwrapped(model))(copy.deepcopy(unwrapped(model).config)).eval()
         for layer in moe_layers(bare):
-            layer.experts.forward = _as_it_is  # type: ignore[method-assign]  which experts would run takes numbers
+            layer.experts.forward = _as_it_is  # type: ignore[method-assign]  routing needs real numbers
         cache = getattr(bare(torch.ones(1, _PROBED, dtype=torch.long), use_cache=True), CACHE)
     contexts, state = [], sum(map(torch.Tensor.numel, _tensors_of(vars(cache))))
     for kept, layer in zip(cache.layers, decoder_of(bare).layers, strict=False):
@@ -143,7 +144,7 @@ def _tensors_of(values: dict[str, Any]) -> Iterator[torch.Tensor]:
 
 
 def _query_values(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> int:
-    """Return heads times the mean width of keys and values in attention; latent attention expands its cache."""
+    """Return heads times the mean width of expanded keys and values; latent attention caches fewer values."""
     attention = next((m for m in layer.modules() if hasattr(m, "num_key_value_groups")), layer)
     heads = getattr(attention, "num_heads", None) or keys.shape[1] * getattr(attention, "num_key_value_groups", 1)
     widths = getattr(attention, "qk_head_dim", keys.shape[-1]), getattr(attention, "v_head_dim", values.shape[-1])
@@ -151,13 +152,13 @@ def _query_values(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> int:
 
 
 def weights_of(model: Any, audits: Audits | None = None) -> Weights:
-    """Return the bytes of a model's weights as counted by the audit, which uses the shapes of offloaded weights.
+    """Return the bytes of a model's weights, as counted by the audit, which uses the shapes of offloaded weights.
 
     Assumes that all experts of a layer have the same size.
     """
     audits = audits or Audits.of(model)
     experts = np.array([one.bytes for one in audits.experts])
-    # A tied embedding table is also the head, and so every forward pass reads it.
+    # A tied embedding table is also the head, so every forward pass reads it.
     tied = bool(config_of(model).tie_word_embeddings)
     dense = audits.whole.bytes - experts.sum() - (0 if tied else audits.embedding.bytes)
     count = n_experts(model)

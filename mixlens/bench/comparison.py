@@ -28,7 +28,7 @@ _METRICS = (
     "scheduled_e2e_s",
     "output_tokens_per_s",
 )
-_CACHED = 0.05  # shares of cached tokens further apart are unlike
+_CACHED = 0.05  # shares of cached tokens that differ by more make loads unlike
 _SHOWN = (("ttft_s", "p50"), ("tpot_s", "p50"), ("e2e_token_s", "p50"), ("system_output_tokens_per_s", "rate"))
 
 
@@ -44,7 +44,7 @@ class BenchComparison:
     remarks : tuple[str, ...]
         Remarks that qualify the numbers.
     unlike : tuple[str, ...], optional
-        Loads whose shares of cached input tokens differ, so that the ratio is not a difference of speed.
+        Loads at which the shares of cached input tokens differ, so that the ratio does not measure speed.
 
     Examples
     --------
@@ -95,13 +95,13 @@ class BenchComparison:
 
 
 def compare_benches(a: Bench, b: Bench, *, bootstrap: Bootstrap = DEFAULT) -> BenchComparison:
-    """Compute how much slower or faster b is than a, at each load that both have.
+    """Compute the ratio of b's metrics to a's at each load that both have.
 
     ratio = statistic of b / statistic of a, over the measured requests that succeeded. Intervals come from a bootstrap
     over requests. If the two were measured in turns (`benchmark_together`), the bootstrap draws pairs of successful
-    requests with the same number, so that a drift affects both. Otherwise it draws the requests of each separately, and
-    a drift between the runs shifts the ratio without widening the interval. System throughput is paired by turn if
-    there were turns; else its interval is that of the ratio of two independent rates (see _system). The 99th percentile
+    requests with the same number, so that drift affects both. Otherwise it draws the requests of each separately, and
+    drift between the runs shifts the ratio without widening the interval. System throughput is paired by turn if there
+    were turns; otherwise its interval is that of the ratio of two independent rates (see _system). The 99th percentile
     has no row below 100 requests.
 
     Raises BadInput if the benchmarks share no load or differ in prompts or lengths. The seed may differ.
@@ -166,7 +166,7 @@ def _requests(
         weights_a = bootstrap.draw(len(a))
         weights_b = weights_a if paired else bootstrap.draw(len(b), stream=1)
         ratios = _drawn(b, weights_b) / _drawn(a, weights_a)
-        # Expanded percentiles (Hesterberg 2015, section 5.2): plain ones cover too little with few requests.
+        # Expanded percentiles (Hesterberg 2015, section 5.2): plain percentiles undercover with few requests.
         tail = 100 * NormalDist().cdf(-float(bootstrap.reach(np.array([float(min(len(a), len(b)))]))[0]))
         low = np.minimum(np.percentile(ratios, tail, axis=0), estimate)
         high = np.maximum(np.percentile(ratios, 100 - tail, axis=0), estimate)
@@ -187,11 +187,11 @@ def _requests(
 
 
 def _system(a: Bench, b: Bench, levels: list[str]) -> pd.DataFrame:
-    """Compute ratios of system rates: paired by turn if possible, else of two independent rates.
+    """Compute ratios of system rates, paired by turn if possible and otherwise of two independent rates.
 
     For independent rates, the variance of ln(b / a) is the sum of the variances of ln a and ln b. In turns, with T_i
     tokens (or requests) in S_i seconds of turn i, the rate is sum T / sum S, and turn i moves ln(b / a) by
-    d_i = T_i / sum T - S_i / sum S of b, minus the same of a; a drift that both share in a turn cancels. The variance
+    d_i = T_i / sum T - S_i / sum S of b, minus the same of a; drift that both share in a turn cancels. The variance
     is n / (n - 1) * sum d_i^2 (delta method), with a t interval of n - 1 degrees of freedom.
     """
     both = a.throughput().merge(b.throughput(), on=["level", "metric"], suffixes=("_a", "_b"))
@@ -227,7 +227,7 @@ def _system(a: Bench, b: Bench, levels: list[str]) -> pd.DataFrame:
 
 
 def _with_survivors(table: pd.DataFrame, bootstrap: Bootstrap) -> pd.DataFrame:
-    """Test every ratio against 1 on the scale of its logarithm; all rows are one family."""
+    """Test every ratio against 1 on the log scale, with all rows as one family."""
     logs = np.log(table[["ratio", "ci_low", "ci_high"]].to_numpy(float))
     estimate, low, high = logs.T
     p = p_against(estimate, low, high, 0.0, table["units"].to_numpy(float), bootstrap.level)
@@ -269,7 +269,7 @@ def _reach_of_turns(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _statistics(values: np.ndarray) -> np.ndarray:
-    """Compute STATISTICS over the last axis [..., statistic]."""
+    """Compute STATISTICS over the last axis; the result is [..., statistic]."""
     percentiles = np.percentile(values, [50, 90, 95, 99], axis=-1)
     return np.stack([values.mean(-1), *percentiles], axis=-1)
 

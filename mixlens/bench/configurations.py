@@ -120,7 +120,7 @@ def _measured(
         return Subject(loaded, fit, settings, keep_failures=True).measure(requests, kept) if fit else ({}, None)
     except KeyboardInterrupt:
         return {}, "an interrupt"
-    except Exception as error:  # a library may raise anything, and the other configurations must still run
+    except Exception as error:  # a library may raise anything; the other configurations must still run
         begun = {record.level for record in kept.records}
         for one in loads:
             if one.name not in begun:

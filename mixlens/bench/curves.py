@@ -1,4 +1,4 @@
-"""Data of the benchmark figures: distributions, and throughput against latency."""
+"""Data of the benchmark figures: latency distributions, and throughput against latency."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def distribution(bench: Bench, metric: str, *, level: float = 0.95) -> pd.DataFr
     Raises
     ------
     BadInput
-        If requests do not have the metric.
+        If requests do not have the metric `metric`.
     """
     _known(metric, [name for name in METRICS if name not in ("itl_s", "inter_chunk_s")])
     parts = [pd.DataFrame(columns=["level", "value", "fraction", "ci_low", "ci_high", "n"])]

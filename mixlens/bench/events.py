@@ -1,4 +1,4 @@
-"""Records of requests: when a request was sent, when each event of its answer arrived, and its outcome."""
+"""Records of requests: send time, arrival time of each event of the answer, and outcome."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ OUTCOMES = {
 }
 _BOM = b"\xef\xbb\xbf"
 _WHOLE = (b"{", b"[", b"<")
-# Events before one that repeats them all; an answer of fewer may repeat itself.
+# An event that repeats the whole answer is recognized after this many events; a shorter answer may repeat itself.
 _SEVERAL = 3
-# Faults that the transport can report; the events determine all other outcomes.
+# Faults that the transport can report; all other outcomes follow from the events.
 FAULTS = ("timeout", "connect", "tls", "malformed", "cut", "oversized")
 
 
@@ -63,17 +63,17 @@ class Record:
     phase       "warm-up" (recorded, and excluded from all statistics) or "measured"
     outcome     one of OUTCOMES
     events      events of the stream in order of arrival
-    started_s   start of the client, including the time to open a connection if none was open
+    started_s   start of the client, including the time to open a connection if necessary
     connected_s time at which a new connection was ready; None if the connection was already open
     sent_s      time at which the client began to write the request
-    headers_s   time at which status line and headers of the answer had arrived
-    ended_s     end of the stream, or time at which the fault was known
+    headers_s   time at which the status line and headers of the answer had arrived
+    ended_s     end of the stream, or time at which the fault was detected
     scheduled_s time at which the request was due (open loop)
     status      HTTP status
     retry_after_s  wait requested by a refusal; requests are never retried
     detail      description of the failure
-    form        "stream", or "json" for an answer that came whole and has no time to a first token
-    rows        number of sequences generated together; a token event is one token of each
+    form        "stream", or "json" for an answer that arrived in one piece and has no time to first token
+    rows        number of sequences generated together; a token event holds one token of each
     peak_vram_bytes, peak_rss_bytes  peak memory of the accelerators, or of the process on a CPU, during the request,
                 including the model's weights (loaded models only)
     """
@@ -104,12 +104,12 @@ class Record:
 
     @property
     def reasoning(self) -> str:
-        """The complete text of the reasoning that was shown."""
+        """The complete text of the visible reasoning."""
         return "".join(event.reasoning for event in self.events)
 
     @property
     def finish(self) -> str | None:
-        """The reason given for the end of the answer."""
+        """The finish reason of the answer."""
         return next((event.finish for event in reversed(self.events) if event.finish), None)
 
     def to_json(self) -> str:
@@ -144,23 +144,23 @@ class StreamReader:
         self.events: list[Event] = []
         self._model: str | None = None
         self._choices: set[int | None] = set()
-        self._refused = False  # some servers name another reason for the end of a refusal
-        self._chars = 0  # total text of the events
+        self._refused = False  # some servers give a refusal another finish reason
+        self._chars = 0  # total characters of the events
         self._body: bytearray | None = bytearray()  # of an answer that is not a stream, or has not begun
         self._body_s, self._begun = 0.0, False
-        self.done_s: float | None = None  # time of the event that ends the answer by name
-        self.routing: str | None = None  # the message that brought routing, as JSON
+        self.done_s: float | None = None  # time of the explicit end event
+        self.routing: str | None = None  # the message that holds routing, as JSON
 
     @property
     def ended_s(self) -> float | None:
-        """Time at which the answer ended: by name, or with the last event after a reason; None if it did not."""
+        """Time of the explicit end, or of the last event after a finish reason; None if the answer did not end."""
         if self.done_s is not None or not any(event.finish for event in self.events):
             return self.done_s
         return next(event.at_s for event in reversed(self.events) if event.kind != COMMENT)
 
     @property
     def form(self) -> str:
-        """Return "json" for an answer that begins like JSON or HTML, whatever its header says; else "stream"."""
+        """Return "json" for an answer that begins like JSON or HTML, regardless of its headers; otherwise "stream"."""
         return "json" if self._body is not None and self._begun else "stream"
 
     def feed(self, piece: bytes, at_s: float) -> None:
@@ -182,11 +182,11 @@ class StreamReader:
             raise TooLarge(f"the answer is longer than {MAX_BODY_BYTES:,} bytes")
 
     def close(self, at_s: float, *, cut: bool = False) -> None:
-        """Parse the rest of the answer after its end, mask the key, and tell reasoning between tags from text.
+        """Parse the rest of the answer after its end, mask the key, and separate tagged reasoning from text.
 
-        cut  True if the stream ended early: half of an unstreamed answer is then no event
+        cut  whether the answer ended early; half an answer that is not a stream is then ignored
         """
-        with suppress(TooLarge):  # an answer beyond the limits was refused before
+        with suppress(TooLarge):  # an answer beyond the limits has already been refused
             body = bytes(self._body or b"").decode("utf-8-sig", "replace") if self.form == "json" else ""
             if body and not (cut and decode(Message(at_s, False, "", body), self._protocol).kind == MALFORMED):
                 self._keep([Message(self._body_s, False, "", body)])
@@ -237,7 +237,7 @@ class StreamReader:
         self.events[last] = dataclasses.replace(self.events[last], kind=kind, text="")
 
     def _mask(self, key: str) -> None:
-        """Mask a key that is split over events: of the answer, of the reasoning, and of all others."""
+        """Mask a key that is split across events: in the answer, in the reasoning, and in comments."""
         for chosen, field in (((TOKEN,), "text"), ((TOKEN, REASONING), "reasoning"), ((COMMENT,), "text")):
             where = [at for at, event in enumerate(self.events) if event.kind in chosen]
             given = [getattr(self.events[at], field) for at in where]
@@ -250,7 +250,7 @@ def outcome_of(events: Iterable[Event], *, status: int | None, fault: str | None
     """Determine the outcome of a request from its events and the report of the transport.
 
     status  HTTP status; None without an answer
-    fault   one of FAULTS or None; "cut" is a connection that ended within an answer
+    fault   one of FAULTS or None; "cut" means that the connection ended within an answer
 
     A fault after the explicit end of an answer has no effect, because the answer is complete.
     """
@@ -281,7 +281,7 @@ def records_bytes(records: Iterable[Record]) -> bytes:
 
 
 def read_records(path: str | os.PathLike[str]) -> Iterator[Record]:
-    """Read records from JSON Lines, skipping an incomplete last line, as a killed run leaves it.
+    """Read records from JSON Lines, skipping an incomplete last line, as left by a killed run.
 
     Raises BadInput if any other line is not a record.
     """

@@ -61,14 +61,14 @@ _EVENTS = (
     (DONE, "s", 2.6, "end"),
 )
 _MOST_ROWS = 24
-_FAULT = "#b3261e"  # of a request that failed; read as text, too
+_FAULT = "#b3261e"  # for failed requests; readable as text
 
 
 @takes_run("benchmark", "requests", "records")
 def latency_cdf(bench: Bench, ax: Axes | None = None, *, metric: str = "ttft_s", title: str | None = None) -> Axes:
     """Draw the distribution of a latency over requests: one curve per load, with a confidence band.
 
-    The band covers the whole curve at once at 95 % (Dvoretzky-Kiefer-Wolfowitz).
+    The band covers the whole curve simultaneously at 95 % (Dvoretzky-Kiefer-Wolfowitz).
 
     Parameters
     ----------
@@ -77,7 +77,7 @@ def latency_cdf(bench: Bench, ax: Axes | None = None, *, metric: str = "ttft_s",
     ax : matplotlib.axes.Axes, optional
         Axes to draw on. By default a new figure in paper style.
     metric : str, optional
-        "ttft_s", "tpot_s", "e2e_token_s" or another column of ``mixlens.bench.metrics.METRICS`` that a request has.
+        "ttft_s", "tpot_s", "e2e_token_s" or another per-request column of ``mixlens.bench.metrics.METRICS``.
     title : str, optional
         Title. By default the message, where one was computed, or what is drawn.
 
@@ -194,17 +194,17 @@ def throughput_latency_curve(
     statistic: str = "p50",
     title: str | None = None,
 ) -> Axes:
-    """Draw the throughput of the system against a latency of its requests, one point per load.
+    """Draw system throughput against request latency, one point per load.
 
     Parameters
     ----------
     benches : Bench or sequence of Bench
-        One benchmark or several, labelled by endpoint and model. A benchmark of several configurations has one line for
-        each.
+        One benchmark or several, labelled by endpoint and model. A benchmark of several configurations has one line per
+        configuration.
     ax : matplotlib.axes.Axes, optional
         Axes to draw on. By default a new figure in paper style.
     metric, statistic : str, optional
-        The latency, of ``METRICS`` and ``STATISTICS`` in ``mixlens.bench.metrics``.
+        Latency metric and statistic, from ``METRICS`` and ``STATISTICS`` in ``mixlens.bench.metrics``.
     title : str, optional
         Title. By default the message, where one was computed, or what is drawn.
 
@@ -328,7 +328,7 @@ def token_timeline(
             at = [(e.at_s - zero, row) for row, record in enumerate(shown) for e in record.events if e.kind == kind]
             if at:
                 colour = SERIES_COLOURS[0] if kind == TOKEN else INK
-                # Kinds without events would leave an empty entry in the legend; they are skipped.
+                # Kinds without events would leave an empty entry in the legend.
                 ax.plot(*np.array(at).T, marker, ms=size, color=colour, mew=0.6, label=label, linestyle="", zorder=3)
         ax.set_ylim(len(shown) - 0.4, -0.6)
         ax.set_yticks([0, len(shown) - 1] if len(shown) > 1 else [0])
@@ -380,7 +380,7 @@ def _lost(*benches: Bench) -> str:
 
 
 def _short(levels: Sequence[str]) -> dict[str, str]:
-    """Shorten loads to what distinguishes them: "batch 4, 256 + 128 tokens" to its batch if lengths are equal."""
+    """Shorten loads to what distinguishes them: "batch 4, 256 + 128 tokens" to "batch 4" if lengths are equal."""
     parts = {level: level.split(", ") for level in levels}
     shared = set.intersection(*map(set, parts.values())) if len(parts) > 1 else set()
     told = {level: ", ".join(part for part in of if part not in shared) for level, of in parts.items()}

@@ -1,4 +1,4 @@
-"""The device of a model: clock, memory, and measured rates."""
+"""Clock, memory and measured rates of a model's device."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Device:
         return time.perf_counter() - self._zero
 
     def leave_out(self, since_s: float) -> None:
-        """Set the clock back to `since_s`, to exclude bookkeeping from the model's time."""
+        """Set the clock back to `since_s`, to exclude bookkeeping from the measured time."""
         gap = time.perf_counter() - self._zero - since_s
         self._zero += gap
         self._left_out_s += gap
@@ -56,7 +56,7 @@ class Device:
         return self.now() + self._left_out_s
 
     def reset_peak(self) -> None:
-        """Start a new peak of memory."""
+        """Reset the peak memory counter."""
         try:
             for device in self._accelerators:
                 torch.accelerator.reset_peak_memory_stats(device)
@@ -76,9 +76,9 @@ class Device:
             return {}
 
     def room(self) -> int | None:
-        """Return the bytes that are free for a batch; None on an accelerator.
+        """Return the bytes available for a batch; None on an accelerator.
 
-        An accelerator raises an error when its memory is full; the system of a CPU would kill the process.
+        An accelerator raises an error when its memory is full; on a CPU, the operating system would kill the process.
         """
         return None if self._accelerators else psutil.virtual_memory().available
 
@@ -89,9 +89,9 @@ class Device:
 
 
 def measure(device: Device, dtype: torch.dtype, *, before: Machine | None = None) -> Machine:
-    """Measure the rates of a device: memory bandwidth, as the better of a copy and a sum, and matrix products.
+    """Measure the rates of a device: memory bandwidth (the better of a copy and a sum) and matrix products.
 
-    before   result of an earlier measurement, which is repeated and combined with the new one
+    before   result of an earlier measurement; it is repeated and combined with the new one
     """
     on_cpu = device.main.type == "cpu"
     times = 1 if on_cpu else 10
@@ -139,7 +139,7 @@ def _arrays(device: Device, values: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Return whether an error reports that a device, or the machine, is out of memory."""
+    """Return whether an error reports that a device or the host is out of memory."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 

@@ -1,4 +1,4 @@
-"""benchmark_together: several endpoints under the same loads, in turns, so that drift affects all alike."""
+"""benchmark_together: measure several endpoints under the same loads in turns, so that drift affects all alike."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mixlens.core.run_dir import META
 from mixlens.endpoints.endpoint import Endpoint
 from mixlens.errors import BadInput
 
-# Turns per endpoint and load: enough to spread a drift over all endpoints, and few enough to load each in its turn.
+# Turns per endpoint and load: enough to spread drift over all endpoints, few enough that each turn is a real load.
 _TURNS = 4
 _WORKLOAD, _SETTINGS = Workload(), BenchSettings()
 
@@ -97,7 +97,7 @@ def benchmark_together(
     total = len(levels) * requests
     made: dict[str, Session] = {}
     with ExitStack() as held:
-        # Existing folders come first: if one holds another run, Session raises before new folders are created.
+        # Existing folders come first: if one holds another run, Session raises before it creates new folders.
         for name in sorted(names, key=lambda name: not (out is not None and (Path(out) / name).exists())):
             others = {"names": names, "name": name, "turns": _TURNS, "requests": requests}
             session = Session(

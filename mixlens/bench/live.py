@@ -1,4 +1,4 @@
-"""The live view of a benchmark: latency curves."""
+"""Interactive latency curves of a benchmark."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _METRICS = {
 
 
 def latency(bench: Bench | Mapping[str, Bench]) -> View:
-    """Show the share of requests against their latency: one curve per load, or per load of each named benchmark.
+    """Show the cumulative distribution of latency, with one curve per load, or per load of each named benchmark.
 
-    Failed requests are in no curve, because the time to a failure is not a latency; the view states their number.
+    Failed requests are excluded, since the time to a failure is not a latency; the view states their number.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Load generation: requests in a closed loop of given concurrency or an open loop of given rate, within caps."""
+"""Load generators: a closed loop of given concurrency or an open loop of given rate, within caps."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class Caps:
 
 @dataclass
 class Driver:
-    """Sends the requests of one level after the other and passes each record to `keep` when its request ends."""
+    """Sends the requests of each level in turn and passes each record to `keep` when its request ends."""
 
     sender: Sender
     workload: Workload
@@ -114,7 +114,7 @@ class Driver:
     keep: Keep
     salt: str = ""
     _number: Iterator[int] = field(default_factory=count)
-    _took_s: dict[str, list[float]] = field(default_factory=dict)  # by load, of warm-up requests
+    _took_s: dict[str, list[float]] = field(default_factory=dict)  # durations of warm-up requests by load
 
     async def run(self, levels: Sequence[Level], requests: int, warmup: int) -> None:
         """Send the warm-up requests and then `requests` measured requests of each level."""
@@ -128,18 +128,18 @@ class Driver:
         await self._closed(self._jobs(level, "warm-up", range(warmup * slots)), slots)
 
     async def part(self, level: Level, numbers: range) -> None:
-        """Send the measured requests with these numbers; in an open loop at their due times, the first at once."""
+        """Send the measured requests with these numbers; an open loop sends them when due, the first immediately."""
         jobs = self._jobs(level, "measured", numbers)
         if level.rate:
             due = level.due(numbers.stop, self.workload.seed)[numbers.start :]
             await self._open(jobs, [at - due[0] for at in due])
         else:
-            # All places at once would queue for the first prefill, and nowhere else in the run.
+            # Starting all slots at once would queue them for the first prefill, which happens nowhere else in the run.
             took = self._took_s.get(level.name)
             await self._closed(jobs, level.concurrency or 1, ramp_s=median(took) if took else 0.0)
 
     async def _closed(self, jobs: list[Job], slots: int, *, ramp_s: float = 0.0) -> None:
-        """Keep `slots` requests in flight; the first ones start evenly over `ramp_s`."""
+        """Keep `slots` requests in flight, starting the first ones evenly over `ramp_s` seconds."""
         waiting = iter(jobs)
 
         async def worker(after_s: float) -> None:

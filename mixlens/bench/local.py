@@ -1,9 +1,9 @@
-"""Benchmark a loaded model: time generate token by token on its own device.
+"""Benchmarks of a loaded model: generate, timed token by token on its device.
 
-Every call of generate is recorded like a request to an endpoint, with `rows` for its batch: sent when generate begins,
-with a token event when the device has finished a step, so that time to first token is the prefill and time per output
-token is the decode. Answers have full length: nothing ends one early. The first warm-up call of a load is its cold one,
-including compilation if requested.
+Every call of generate is a record like a request to an endpoint, with `rows` for its batch. It is sent when generate
+begins and has a token event for each step that the device finishes, so time to first token is the prefill and time per
+output token is the decode. No answer ends early. The first warm-up call of a load is its cold call, which includes
+compilation if enabled.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ def benchmark_model(
     settings: Any = None,
     device: Device | None = None,
 ) -> Bench:
-    """Benchmark the generation of a loaded model; implements `mixlens.benchmark`.
+    """Measure how fast a loaded model generates; called by `mixlens.benchmark`.
 
-    batch     rows of a batch, one or several values
+    batch     rows per batch, one or several
     requests  measured calls of generate per load
-    device    clock and memory; created for the model by default
+    device    clock and memory; None creates one for the model
 
-    Raises BadInput for impossible loads, prompts and answers longer than the context, unknown experts implementations;
-    ModelError if the model is not a mixture of experts; RunError as for an endpoint.
+    Raises BadInput for invalid loads, prompts and answers longer than the context, and unknown experts
+    implementations; ModelError if the model is not a mixture of experts; RunError as for an endpoint.
     """
     settings = LocalSettings() if settings is None else settings
     if not isinstance(settings, LocalSettings) or not hasattr(model, "generate"):
@@ -86,7 +86,7 @@ def benchmark_model(
 
 
 def finished(kept: Kept, writer: RunWriter | None, meta: dict[str, Any]) -> Bench:
-    """Return a Bench of the records, complete on disk if there is a run directory; re-raises an interrupt."""
+    """Complete the run directory, if any, and return the Bench of all records. Raises an interrupt again."""
     meta |= {
         "counts": {"requests": len(kept.records), "succeeded": sum(r.outcome == "ok" for r in kept.records)},
         "versions": versions(*PACKAGES),
@@ -101,11 +101,11 @@ def finished(kept: Kept, writer: RunWriter | None, meta: dict[str, Any]) -> Benc
 class Subject:
     """A loaded model to be measured under some loads.
 
-    device         clock and memory; created for the model by default
-    keep_failures  turn the exception of a load into a record, and go on to the next load
+    device         clock and memory; None creates one for the model
+    keep_failures  whether an error of a load becomes a record, so that the next load is still measured
 
-    Raises BadInput for experts implementations that the model does not support, and prompts and answers longer than its
-    context; ModelError if it is not a mixture of experts.
+    Raises BadInput for unsupported experts implementations, and for prompts and answers longer than the model's
+    context; ModelError if the model is not a mixture of experts.
     """
 
     def __init__(
@@ -135,17 +135,17 @@ class Subject:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """Return the identity of the model that decides the numbers, computed once, because it reads every weight."""
+        """Everything that determines the model's outputs; cached, since computing it reads every weight."""
         return identity(self._model, self._described)
 
     def measure(self, requests: int, kept: Kept) -> tuple[dict[str, Any], str | None]:
-        """Return metadata on the model and its device, and the reason why calls stopped early, if they did."""
+        """Run all calls; return the metadata of the model and device, and what stopped the calls, if anything."""
         device = self._device or Device(self._model)
         machine = measure(device, self._model.dtype)
         caller = _Caller(self._model, device, self._settings, self._audits)
         stopped = self._run(caller, requests, kept)
         if stopped != "an interrupt":
-            with suppress(RuntimeError, MemoryError, ModelError):  # what was measured before stands alone
+            with suppress(RuntimeError, MemoryError, ModelError):  # the first measurement is enough
                 machine = measure(device, self._model.dtype, before=machine)
         told = self.prompts[self._loads[0].name].plan()["ids"]
         local = {
@@ -159,7 +159,7 @@ class Subject:
         return {"model": self._described | self.identity, "machine": asdict(machine), "local": local}, stopped
 
     def _run(self, caller: _Caller, requests: int, kept: Kept) -> str | None:
-        """Run all calls of all loads; return why they stopped, if they did. Loads that do not fit are skipped."""
+        """Run all calls of all loads; return what stopped them, if anything. A load that does not fit is left."""
         for load in self._loads:
             try:
                 self._measure(caller, load, requests, kept)
@@ -175,7 +175,7 @@ class Subject:
         return None
 
     def _measure(self, caller: _Caller, load: Load, requests: int, kept: Kept) -> None:
-        """Run the calls of one load, decoded as set, or in the way that the first calls show to be faster."""
+        """Run the calls of one load, compiled or not as set, or whichever the first calls show to be faster."""
         columns, warmup, compiled = self.prompts[load.name].columns, self._settings.warmup, self._settings.compiled
         calls = partial(self._calls, caller, load, kept)
         with caller.ready(load, columns, compiled=bool(compiled)):
@@ -194,7 +194,7 @@ class Subject:
                 choice = replace(choice, compiled_step_s=_step_s(warm), compile_s=compile_s)
             except (_Stopped, KeyboardInterrupt):
                 raise
-            except Exception as error:  # a compiler may raise anything, and the model decodes without it
+            except Exception as error:  # a compiler may raise anything; the model decodes without it
                 fault = str(error).strip().split("\n")[0][:300]
                 choice = replace(choice, fault=f"{type(error).__name__}: {fault}")
             self.choices[load.name] = choice
@@ -220,7 +220,7 @@ class Subject:
 
 
 class _Stopped(Exception):
-    """No further call of this load may follow; the reason says whether other loads may."""
+    """Raised when no other call of this load may follow, and, if `by` is set, none of any load."""
 
     def __init__(self, by: str | None) -> None:
         self.by = by
@@ -231,7 +231,7 @@ def _call_s(record: Record | None) -> float:
 
 
 def _step_s(record: Record | None) -> float | None:
-    """Return the decode step of a call in seconds; None if it failed or wrote a single token."""
+    """Return the mean seconds per decode step; None for a failed call, or one with a single token."""
     if record is None or record.outcome != "ok" or len(record.events) < 2:
         return None
     return (record.events[-1].at_s - record.events[0].at_s) / (len(record.events) - 1)
@@ -244,7 +244,7 @@ def failed(load: Load, error: Exception) -> Record:
 
 
 class _Stamps(BaseStreamer):
-    """Time stamps of each token of the batch on the host, except the prompt, which comes first."""
+    """Times at which generate delivered each token of the batch to the host; skips the prompt, which comes first."""
 
     def __init__(self, device: Device) -> None:
         self._device, self._prompt = device, True
@@ -260,7 +260,7 @@ class _Stamps(BaseStreamer):
 
 
 class _Caller:
-    """Calls generate, and turns calls into records."""
+    """Calls generate and records each call."""
 
     def __init__(self, model: Any, device: Device, settings: LocalSettings, audits: Audits) -> None:
         self.model, self.device, self.settings = model, device, settings
@@ -270,7 +270,7 @@ class _Caller:
 
     @contextmanager
     def ready(self, load: Load, columns: int, *, compiled: bool) -> Iterator[None]:
-        """Configure the model for a load, and restore it afterwards."""
+        """Set up the model for the load, and restore it afterwards."""
         with ExitStack() as stack:
             stack.callback(setattr, self.model, "generation_config", self.model.generation_config)
             self.model.generation_config = self._generation(load, compiled)
@@ -288,7 +288,7 @@ class _Caller:
                 self._recorder = None
 
     def call(self, load: Load, ids: torch.Tensor, mask: torch.Tensor, index: int, phase: str) -> Record:
-        """Return the record of one call of generate, however it ends."""
+        """Call generate once and return its record, whatever the outcome."""
         outcome, detail, stamps = "ok", "", _Stamps(self.device)
         ids, mask = ids.to(self.device.main), mask.to(self.device.main)
         self.device.reset_peak()
@@ -330,7 +330,7 @@ class _Caller:
         return config
 
     def _check_room(self, load: Load, columns: int) -> None:
-        """Raise if memory is short: on a CPU the system would kill the process, and the run would be lost."""
+        """Raise MemoryError if the batch does not fit; on a CPU the operating system would kill the process."""
         needed = load.rows * self._work.cached_bytes(columns + load.workload.output_tokens)
         room = self.device.room()
         if room is not None and needed > room:

@@ -1,4 +1,4 @@
-"""Settings and loads for benchmarks of a loaded model, checked before anything runs."""
+"""Settings and loads for the benchmark of a loaded model, checked before anything runs."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ class LocalSettings:
     Parameters
     ----------
     warmup : int, optional
-        Calls before each load that are recorded but not counted; the first of them is the cold one.
+        Number of warm-up calls before each load, which are recorded but not counted. The first is the cold call.
     experts : str or Sequence[str], optional
         Experts implementations to measure in turn, such as "eager" or "grouped_mm"; None for the model's own.
     static_cache : bool, optional
-        Keys and values in memory set aside for the longest sequence.
+        Whether to preallocate the cache of keys and values for the longest sequence.
     compiled : bool, optional
-        Decode as within `ml.compiled_decoding`. None compiles where what remains of a load would take longer than a
-        minute otherwise, and keeps what is faster; the remarks of the result say which, with both times.
+        Whether to decode as in `ml.compiled_decoding`. None compiles if the rest of a load would otherwise take more
+        than a minute, and keeps the faster way; the remarks of the result state the choice with both times.
     recording : bool, optional
-        Routing recorded in every call, from which the bytes that it must read are known.
+        Whether to record routing in every call, which gives the bytes that the call must read.
     max_seconds : float, optional
-        After which no call starts; None for no cap.
+        Time in seconds after which no call starts; None for no cap.
     progress : bool, optional
         Whether to show a progress bar.
 
@@ -55,9 +55,9 @@ class LocalSettings:
 
 @dataclass(frozen=True)
 class Load:
-    """A load: rows of one workload, with one experts implementation (None: the model's own).
+    """A load: rows per batch, workload and experts implementation (None: the model's own).
 
-    configuration  in which the model was loaded, if there are several
+    configuration  label of the configuration in which the model was loaded, if there are several
     """
 
     rows: int
@@ -74,12 +74,12 @@ class Load:
 
 
 def settings_plan(settings: LocalSettings) -> dict[str, Any]:
-    """Return everything that decides a measurement, as plain values."""
+    """Return the settings that determine a measurement, as plain values."""
     return {name: value for name, value in asdict(settings).items() if name != "progress"}
 
 
 def check_calls(requests: int, settings: LocalSettings) -> None:
-    """Raise BadInput for invalid numbers of calls or seconds."""
+    """Raise BadInput for an invalid number of calls or seconds."""
     seconds = settings.max_seconds
     if (
         not isinstance(requests, int)
@@ -101,7 +101,7 @@ def loads_of(
     settings: LocalSettings,
     configuration: str = "",
 ) -> list[Load]:
-    """Combine every batch size with every workload and experts implementation. Raises BadInput for invalid loads."""
+    """Combine every batch size with every workload and experts implementation. Raises BadInput for an invalid load."""
     rows = [batch] if isinstance(batch, int) else list(batch or [1])
     workloads = [workload] if isinstance(workload, Workload) else list(workload)
     experts = [settings.experts] if isinstance(settings.experts, str | None) else list(settings.experts)
@@ -118,7 +118,7 @@ def loads_of(
 
 
 def check_loads(model: Any, loads: Sequence[Load]) -> None:
-    """Raise BadInput for loads that the model cannot run; needs no weights."""
+    """Raise BadInput for loads that the model cannot run; its weights are not needed."""
     for name in dict.fromkeys(load.experts for load in loads):
         check_experts(model, name)
     for load in loads:

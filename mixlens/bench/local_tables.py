@@ -1,4 +1,4 @@
-"""Tables of benchmarks of local models: cold and warm calls, memory, the roofline."""
+"""Tables and remarks for benchmarks of a loaded model: cold and warm calls, memory, roofline."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ LOOP = "Experts are separate Linears, called in a Python loop: these are the loo
 
 
 def in_a_loop(model: Mapping[str, Any]) -> bool:
-    """Return True if experts run one after the other in Python, as quantized ones do without compilation."""
+    """Return whether a model's experts run one by one in Python, as quantized experts do without compilation."""
     rows = (model.get("audit") or {}).get("rows", [])
     quantized = any(row["kind"] == "experts" and row["scheme"] not in _FLOATS for row in rows)
     return quantized and model.get("experts_implementation") == "eager"
 
 
 def compiled_at(level: str, local: Mapping[str, Any]) -> bool:
-    """Return True if a load decoded through a compiled graph."""
+    """Return whether a load was decoded through a compiled graph."""
     chosen = local.get("decode", {}).get(level)
     return bool(local.get("compiled")) if chosen is None else chosen["compiled"]
 
 
 def in_configuration(configuration: str, load: str) -> str:
-    """Return the name of a load in a benchmark of several configurations, or of one without a name."""
+    """Return the name of a load, prefixed by its configuration unless that is empty."""
     return f"{configuration}: {load}" if configuration else load
 
 
 def parts(records: Sequence[Record], meta: Mapping[str, Any]) -> dict[str, tuple[list[Record], dict[str, Any]]]:
-    """Split records and meta by configuration, as if each had been measured alone."""
+    """Return records and metadata of each configuration that ran, as if it had been measured alone."""
     if "configurations" not in meta:
         return {"": (list(records), dict(meta))}
     rest = {name: value for name, value in meta.items() if name != "configurations"}
@@ -58,7 +58,7 @@ def parts(records: Sequence[Record], meta: Mapping[str, Any]) -> dict[str, tuple
 
 
 def rooflines(records: Sequence[Record], meta: Mapping[str, Any], *, bootstrap: Bootstrap = DEFAULT) -> pd.DataFrame:
-    """The roofline of every configuration against the device as it was measured with it, as roofline.roofline."""
+    """Compute `roofline` of every configuration against the rates of the device measured with it."""
     tables, missing = [], None
     for label, (own, about) in parts(records, meta).items():
         try:
@@ -78,14 +78,13 @@ def rooflines(records: Sequence[Record], meta: Mapping[str, Any], *, bootstrap: 
 
 
 def cold_and_warm(records: Iterable[Record], *, bootstrap: Bootstrap = DEFAULT) -> pd.DataFrame:
-    """Compare the first call of each load, including one-time work such as compilation, with the measured calls.
+    """Compare the first call of each load, including one-time work and compilation, with its measured calls.
 
     Returns
     -------
-    xarray.Dataset
-        DataFrame level, state (cold, warm), metric (ttft_s, tpot_s, e2e_token_s), estimate (mean), ci_low,
-        ci_high, n (calls); NaN without calls that succeeded, and bounds NaN for a single one.
-
+    DataFrame
+        level, state (cold, warm), metric (ttft_s, tpot_s, e2e_token_s), estimate (mean), ci_low, ci_high, n (calls);
+        NaN without successful calls, and NaN bounds for a single one.
     """
     groups: dict[tuple[str, str], list[Record]] = {}
     for record in records:
@@ -102,7 +101,7 @@ def cold_and_warm(records: Iterable[Record], *, bootstrap: Bootstrap = DEFAULT) 
 
 
 def peak_memory(records: Iterable[Record]) -> pd.DataFrame:
-    """Return peak memory by load: level, memory (peak_vram_bytes, peak_rss_bytes), bytes, n (calls)."""
+    """Return the peak memory of each load: level, memory (peak_vram_bytes, peak_rss_bytes), bytes, n (calls)."""
     found: dict[tuple[str, str], list[int]] = {}
     for record in records:
         for name in _PEAKS:
@@ -124,7 +123,7 @@ def machine_of(meta: Mapping[str, Any]) -> Machine:
 
 
 def columns(records: Sequence[Record], meta: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """Return extra columns of an overview by level and heading; n/a for missing values. Empty for an endpoint."""
+    """Return extra columns of an overview, by level and heading, with n/a for no value; empty for an endpoint."""
     told: dict[str, dict[str, str]] = {}
     try:
         table = rooflines(records, meta).to_dict("records")
@@ -149,7 +148,7 @@ def columns(records: Sequence[Record], meta: Mapping[str, Any]) -> dict[str, dic
 
 
 def remarks(meta: Mapping[str, Any]) -> list[str]:
-    """Describe where and how a model was measured, and against which limits, by configuration."""
+    """Describe model, settings and device of a benchmark, for each configuration."""
     if "configurations" not in meta:
         return _remarks(meta)
     rest = {name: value for name, value in meta.items() if name != "configurations"}
@@ -160,7 +159,7 @@ def remarks(meta: Mapping[str, Any]) -> list[str]:
 
 
 def failures(records: Iterable[Record]) -> list[str]:
-    """Return sentences on loads that could not be measured, with the reason."""
+    """Describe the loads that failed on this machine, with the reasons."""
     by_reason: dict[str, list[str]] = {}
     for record in records:
         if record.outcome == "failed":

@@ -1,4 +1,4 @@
-"""Metrics of requests: pure functions of records, so that saved runs can be recomputed."""
+"""Metrics of requests: pure functions of records, so that metrics of saved runs can be recomputed."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ STATISTICS = ("mean", "p50", "p90", "p95", "p99")
 QUANTILES = (0.5, 0.9, 0.95, 0.99)
 # With fewer samples the 99th percentile is little more than the maximum.
 P99_SAMPLES = 100
-# Tokens of an event that are several, and events so few that those of the first weigh.
+# Tokens per event from which events hold several, and the number of events below which the first one matters.
 SEVERAL_TOKENS, FEW_EVENTS = 1.5, 8
-# Tokens that an answer may have besides its text: the end of a sequence, marks of a template.
+# Tokens that an answer may have besides its text, such as the end of sequence or template markers.
 _BESIDE_TEXT = 8
 # Number of slices of a level's window, for the interval of its throughput.
 _SLICES = 10
@@ -74,12 +74,12 @@ def output_tokens(record: Record, count_tokens: CountTokens | None = None) -> tu
 
 
 def paced(record: Record, count_tokens: CountTokens | None = None) -> tuple[np.ndarray, float]:
-    """Return the time stamps used for a pace, and the number of tokens after the first of them.
+    """Return the time stamps that the pace is measured over, and the number of tokens that followed the first stamp.
 
-    The stamps are those of the answer, excluding reasoning tokens; of reasoning and answer together if reasoning is
-    shown and not counted separately; and of reasoning if there is no answer. The first event holds as many tokens as
-    the server's running count, else one; if few events hold several tokens each, as many as its share of the text. If
-    the server counts more tokens than its text can have, an event is one token.
+    The stamps are those of the answer, whose tokens are all tokens minus those of reasoning. If reasoning is shown but
+    its tokens are not counted separately, reasoning and answer count together; without an answer, reasoning alone. The
+    first event holds the tokens of the server's running count, or else one; if there are few events of several tokens
+    each, its share of the text. If the server counts more tokens than the text can have, each event is one token.
     """
     n, source = output_tokens(record, count_tokens)
     answer = [event for event in record.events if event.kind == TOKEN]
@@ -114,9 +114,9 @@ def paced(record: Record, count_tokens: CountTokens | None = None) -> tuple[np.n
 
 
 def beyond_text(record: Record, count_tokens: CountTokens | None = None) -> bool:
-    """Return True if a server counts more tokens than its text has bytes, or twice as many as `count_tokens`.
+    """Return whether the server counts more tokens than its text has bytes, or than twice `count_tokens` of it.
 
-    It then reasons, or skips tokens, without reporting the number.
+    Such a server counts hidden reasoning, or skips tokens, without reporting how many.
     """
     n, source = output_tokens(record, count_tokens)
     if source not in (USAGE, CHUNK_USAGE):
@@ -129,7 +129,7 @@ def beyond_text(record: Record, count_tokens: CountTokens | None = None) -> bool
 
 
 def at_once(record: Record) -> bool:
-    """Return True if a stream was replayed: its chunks came faster than any model writes, within 0.1 ms each."""
+    """Return whether a stream was replayed: its chunks arrived faster than any model writes, 0.1 ms each or less."""
     stamps = token_stamps(record)
     return record.form == "json" or (len(stamps) >= 4 and stamps[-1] - stamps[0] < 1e-4 * len(stamps))
 
@@ -202,9 +202,9 @@ def summary(
 ) -> xr.Dataset:
     """Compute mean and percentiles of every metric over the measured requests that succeeded, by level.
 
-    Percentiles interpolate linearly between order statistics. Their bounds are order statistics too, and infinite where
-    there are too few requests to bound them (36 for the 90th percentile, 72 for the 95th); gaps between the chunks of
-    one request count for fewer. The 99th percentile is NaN below 100 samples.
+    Percentiles interpolate linearly between order statistics. Their bounds are order statistics too, and infinite if
+    there are too few requests to bound them (36 for the 90th percentile, 72 for the 95th). Gaps between the chunks of
+    one request are dependent, so they count for fewer. The 99th percentile is NaN below 100 samples.
 
     Returns
     -------
@@ -375,7 +375,7 @@ def token_sources(records: Iterable[Record], count_tokens: CountTokens | None = 
 
 
 def cached_frac(records: Iterable[Record]) -> dict[str, float]:
-    """Return the share of the input tokens that came from a prefix cache, by level; NaN where none are counted."""
+    """Return the share of input tokens from a prefix cache, by level; NaN if the server does not count them."""
     found = {}
     for level, measured in _by_level(records).items():
         table = request_table(record for record in measured if record.outcome == "ok")
@@ -394,14 +394,14 @@ def _by_level(records: Iterable[Record]) -> dict[str, list[Record]]:
 
 
 def token_stamps(record: Record) -> np.ndarray:
-    """Return the times at which events that carry tokens arrived."""
+    """Return the arrival times of the events that carry tokens."""
     return np.array([event.at_s for event in record.events if event.kind in (TOKEN, REASONING)])
 
 
 def _samples(
     metric: str, records: Sequence[Record], table: pd.DataFrame, count_tokens: CountTokens | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the values of a metric and the request that each belongs to."""
+    """Return the values of a metric and the request of each value."""
     if metric not in ("inter_chunk_s", "itl_s"):
         values = table[metric].to_numpy(float)
         owner = np.flatnonzero(np.isfinite(values))
@@ -418,7 +418,7 @@ def _samples(
 
 
 def _estimates(values: np.ndarray, owner: np.ndarray, bootstrap: Bootstrap) -> np.ndarray:
-    """Return estimate, lower and upper bound [3, statistic], over whole requests."""
+    """Return estimate, lower and upper bound [3, statistic], resampling whole requests."""
     result = np.full((3, len(STATISTICS)), np.nan)
     if not len(values):
         return result
@@ -440,7 +440,7 @@ def _weighted_stamps(record: Record, count_tokens: CountTokens | None) -> list[t
     if beyond_text(record, count_tokens):
         n = len(stamps)
     hidden = last_of(record.events, "reasoning_tokens")
-    if isinstance(hidden, int) and not record.reasoning:  # what is not shown did not arrive
+    if isinstance(hidden, int) and not record.reasoning:  # hidden reasoning did not arrive
         n = max(n - hidden, 0)
     return [(float(stamp), record.rows * n / len(stamps)) for stamp in stamps]
 
@@ -464,7 +464,7 @@ def _rate(
 
 
 def last_of(events: Sequence[Event], name: str) -> object:
-    """Return the last value that events give of a field; None where none does."""
+    """Return the last value of a field that is not None among the events; None if there is none."""
     return next((value for event in reversed(events) if (value := getattr(event, name)) is not None), None)
 
 

@@ -86,7 +86,7 @@ class Workload:
         number : int
             Number of the request.
         salt : str, optional
-            What tells the prompts of one run from those of another.
+            Text that makes the prompts of a run differ from those of other runs.
 
         Returns
         -------
@@ -148,8 +148,8 @@ def read_prompts(
 ) -> list[str]:
     """Read prompts from a file or a data set, for Workload(prompts=...).
 
-    documents  path of a text file (one prompt per line) or of JSON Lines, told by its name or by its lines; or texts,
-               dicts, a datasets.Dataset
+    documents  path of a text file (one prompt per line) or of JSON Lines, recognized by name or content; or texts,
+               dicts, or a datasets.Dataset
     column     name of the text column of JSON Lines, dicts and data sets
 
     Raises BadInput if a file cannot be read, a line is not JSON, or a document lacks the column.

@@ -17,7 +17,7 @@ PARTIAL = f"{UNFINISHED}/results.jsonl"
 class Kept:
     """Collects records in memory, appends each to a file, and advances the progress bar.
 
-    A killed benchmark is measured again from its start, because its halves are not comparable.
+    A killed benchmark starts again from the beginning, because its two halves would not be comparable.
     """
 
     def __init__(self, writer: RunWriter | None, total: int, *, show: bool) -> None:

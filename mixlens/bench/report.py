@@ -1,4 +1,4 @@
-"""Report sections on a benchmark."""
+"""Sections of a report on a benchmark."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PROVENANCE = (
     "counts",
     "versions",
 )
-# What is found of a benchmark: heading of the section, metric, statistic, name, unit, factor, decimals.
+# Findings of a benchmark: heading of the section, metric, statistic, name, unit, factor, decimals.
 _FOUND = (
     ("Latency", "ttft_s", "p50", "Median time to the first token", "ms", 1e3, 0),
     ("Latency", "tpot_s", "p50", "Median time per output token after the first", "ms", 1e3, 1),
@@ -46,7 +46,7 @@ def speed_sections(bench: Bench, _name: str = "") -> dict[str, str]:
 
 
 def speed_findings(bench: Bench) -> list[tuple[str, str]]:
-    """Return the medians of latency and the throughput, of the loads where they are least and most, with headings."""
+    """Return the lowest and highest median latencies and throughput over loads, with section headings."""
     table = bench.table()
     said = []
     for heading, metric, statistic, name, unit, factor, decimals in _FOUND:

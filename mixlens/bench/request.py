@@ -1,4 +1,4 @@
-"""One request of a benchmark. Times are taken before parsing, and requests are never retried."""
+"""One request of a benchmark. Time stamps are taken before parsing; requests are never retried."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mixlens.endpoints.protocols import MALFORMED, OTHER, error_message
 from mixlens.endpoints.transport import Answer, Fault, Timeouts, Transport
 from mixlens.endpoints.waits import asked_wait
 
-# How long a connection is read after the last event of an answer, so that it can be used again.
+# How long to read a connection after the last event of an answer, so that it can be reused.
 _GRACE_S = 0.05
 
 
@@ -39,7 +39,7 @@ class Sender:
         self._endpoint, self._clock = endpoint, clock
         self._key = endpoint.key()
         self._transport = Transport(endpoint, timeouts)
-        self.routing: list[tuple[Record, str]] = []  # of measured requests, the message that brought it
+        self.routing: list[tuple[Record, str]] = []  # measured requests with the message that held their routing
 
     async def __aenter__(self) -> Sender:
         return self
@@ -107,7 +107,7 @@ class Sender:
             record["retry_after_s"] = asked_wait(answer.headers, body)
 
     async def _read_stream(self, answer: Answer, reader: StreamReader) -> None:
-        """Read a stream until its last event: some servers keep the connection open after it."""
+        """Feed a stream up to its last event; some servers keep the connection open after it."""
         with suppress(TimeoutError):
             async with asyncio.timeout(None) as until:
                 async for piece in answer.pieces():

@@ -1,4 +1,4 @@
-"""Roofline: bytes read and operations done by forward passes, relative to measured limits of the device."""
+"""Roofline: bytes that a forward pass must read and its operations, against the measured rates of the device."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mixlens.endpoints.protocols import TOKEN, Event
 from mixlens.errors import MissingSignal
 
 PHASES = ("prefill", "decode")
-# What a forward of a phase did, on average over the measured calls.
+# Metrics of a forward pass in each phase, averaged over the measured calls.
 METRICS = {
     "forward_s": "time of one forward",
     "tokens_per_s": "tokens of all rows over time: read in prefill, written in decode",
@@ -34,12 +34,12 @@ METRICS = {
 
 @dataclass(frozen=True)
 class Context:
-    """Cache of one layer, and the cost of attending to a cached token.
+    """Cache size and attention cost of one layer per past token.
 
-    cached    cached values per token
-    attended  values of a query, heads times the mean width of keys and values: what one attended token costs, in pairs
-              of multiplication and addition, twice (scores and sum)
-    window    number of cached tokens; None for all
+    cached    values that the layer caches per token
+    attended  values per query, heads times the mean width of keys and values; each attended token takes as many
+              multiply-adds twice (scores and weighted sum)
+    window    number of tokens cached; None for all
     """
 
     cached: int
@@ -50,21 +50,21 @@ class Context:
         return tokens if self.window is None else min(tokens, self.window)
 
     def reached(self, tokens: int, past: int) -> int:
-        """Return the tokens that `tokens` new ones attend to, after `past` others: all before each and itself."""
+        """Return the number of attended tokens of `tokens` new ones after `past` others, each including itself."""
         growing = tokens if self.window is None else min(max(self.window - past, 0), tokens)
         return growing * past + growing * (growing + 1) // 2 + (tokens - growing) * self.kept(past + tokens)
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Parameters of a mixture of experts by who reads them.
+    """Parameter counts of a mixture of experts by component.
 
-    layers     those with experts
-    dense      all that every token passes, shared experts among it, and the head; not the embedding table
-    expert     one expert of one layer
-    embedding  the table; 0 where the head is the same one
-    contexts   of the layers that attend
-    state      values of the states that other layers keep instead, whatever the length
+    layers     number of layers with experts
+    dense      parameters that every token uses, including shared experts and the head, excluding the embedding table
+    expert     parameters of one expert of one layer
+    embedding  parameters of the embedding table; 0 if tied to the head
+    contexts   one Context per attention layer
+    state      state values of the other layers, independent of length
     """
 
     layers: int
@@ -79,7 +79,7 @@ class Sizes:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Sizes:
-        """Build from the config.json of a Mixtral; `sizes_of` supports every loaded model."""
+        """Return the sizes of a Mixtral from the content of its config.json; `sizes_of` handles every loaded model."""
         layers, hidden, inner = (config[k] for k in ("num_hidden_layers", "hidden_size", "intermediate_size"))
         heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
         width = config.get("head_dim") or hidden // heads
@@ -99,23 +99,23 @@ class Sizes:
 
     @property
     def total(self) -> int:
-        """Parameters of the model."""
+        """Number of parameters of the model."""
         return self.dense + self.embedding + self.layers * self.experts * self.expert
 
     @property
     def read_a_token(self) -> int:
-        """Parameters that one token must read, without the embedding table."""
+        """Number of parameters that one token must read, excluding the embedding table."""
         return self.dense + self.layers * self.top_k * self.expert
 
     def kept(self, tokens: int) -> int:
-        """Return the cached values of one row after a number of tokens."""
+        """Return the number of values that the cache of one row holds after `tokens` tokens."""
         return self.state + sum(one.cached * one.kept(tokens) for one in self.contexts)
 
     def flops(self, lengths: Sequence[int], past: int = 0) -> int:
-        """Return the operations of a forward pass of rows with these numbers of new tokens, after `past` cached tokens.
+        """Return the operations of a forward pass over rows with `lengths` new tokens, after `past` cached tokens.
 
-        2 for each parameter of a matrix and token, 4 for each value of a query and attended token, and 4 for each
-        value of a state and token (it is updated and read); the head is asked for each row's last token alone.
+        Each matrix parameter costs 2 per token, each query value 4 per attended token, and each state value 4 per token
+        (it is updated and read). The head runs only on the last token of each row.
         """
         tokens = sum(lengths)
         a_token = self.dense - self.head + self.layers * self.top_k * self.expert
@@ -125,9 +125,9 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights in bytes as stored, from the tensors of a model, or from a config and bytes per parameter.
+    """Bytes of weights in memory, from the tensors of a model, or from sizes and bytes per parameter.
 
-    dense_bytes   read by every forward; see Sizes.dense
+    dense_bytes   read by every forward pass; see Sizes.dense
     expert_bytes  [layer, expert]
     """
 
@@ -136,12 +136,12 @@ class Weights:
 
     @classmethod
     def of(cls, sizes: Sizes, bytes_a_parameter: float = 2) -> Weights:
-        """Build with the same size for all parameters, such as 2 bytes for bfloat16."""
+        """Return the bytes if all parameters have the same type, such as bfloat16 (2 bytes)."""
         experts = np.full((sizes.layers, sizes.experts), round(sizes.expert * bytes_a_parameter))
         return cls(round(sizes.dense * bytes_a_parameter), experts)
 
     def read(self, expert_id: np.ndarray) -> tuple[int, int]:
-        """Return the bytes of the weights that one forward pass must read, and the number of its distinct experts.
+        """Return the bytes of the weights that one forward pass must read, and the number of experts over all layers.
 
         expert_id  [token, layer, slot] of all tokens of the forward pass
 
@@ -154,9 +154,9 @@ class Weights:
 
 @dataclass(frozen=True)
 class Measured:
-    """A rate of a device: the mean of n runs with its 95 % interval, the method, and the rates of all runs.
+    """A rate of a device: the mean of n runs with its 95 % interval, the operation, and the rates of all runs.
 
-    bursts  runs in direct succession; a benchmark has one burst before its loads and one after them
+    bursts  runs grouped into bursts of consecutive runs; a benchmark has one burst before its loads and one after
     """
 
     estimate: float
@@ -168,11 +168,11 @@ class Measured:
 
     @classmethod
     def of(cls, bursts: Sequence[Sequence[float]], how: str) -> Measured:
-        """Return the mean of all runs +- t(n - 1) * s / sqrt(n), widened to contain the mean of every burst.
+        """Return the mean of all runs +- t(n - 1) * s / sqrt(n), widened to include the mean of every burst.
 
-        Runs within a burst are too close in time to show drift, which the bursts show.
+        Runs of one burst follow each other too closely to show the drift of a device; separate bursts do.
         """
-        from scipy.special import stdtrit  # imported here: takes a quarter of a second
+        from scipy.special import stdtrit  # imported here because it takes a quarter of a second
 
         rates = np.concatenate([np.asarray(burst, float) for burst in bursts])
         n, mean, means = len(rates), float(rates.mean()), [float(np.mean(burst)) for burst in bursts]
@@ -183,9 +183,9 @@ class Measured:
 
 @dataclass(frozen=True)
 class Machine:
-    """Measured limits of a device, before and after the loads of a benchmark.
+    """Measured rates of a device, before and after the loads of a benchmark.
 
-    bandwidth_bytes_per_s  bytes read a second
+    bandwidth_bytes_per_s  bytes read per second
     matmul_flops_per_s     operations per second of a large matrix product in the model's dtype
     """
 
@@ -195,7 +195,7 @@ class Machine:
 
     @classmethod
     def of(cls, plain: Mapping[str, Any]) -> Machine:
-        """Build from the JSON values of `dataclasses.asdict`."""
+        """Create from the JSON values of `dataclasses.asdict`."""
         rates = {key: Measured(**plain[key]) for key in ("bandwidth_bytes_per_s", "matmul_flops_per_s")}
         return cls(plain["name"], **rates)
 
@@ -203,20 +203,23 @@ class Machine:
 def roofline(
     records: Iterable[Record], machine: Machine, *, layers: int, bootstrap: Bootstrap = DEFAULT
 ) -> pd.DataFrame:
-    """Compare every load with the limits of the device, separately for prefill and decode: METRICS over measured calls.
+    """Compute how close every load came to the limits of the device, by phase: METRICS over the measured calls.
 
-    Sums over calls are divided, as in sum of bytes / sum of seconds; intervals come from a jackknife over calls on the
-    logarithmic scale, with t. Those of mbu_frac, mfu_frac and roof_tokens_per_s include the interval of the device's
-    rate, by the method of variance estimates recovery on logarithms (Zou and Donner 2008): for m = r / b
-    with r in [r-, r+] and b in [b-, b+] the bounds are m / exp(sqrt(ln(r / r-)^2 + ln(b+ / b)^2)) and
+    Metrics are ratios of sums over calls, such as sum of bytes / sum of seconds. Intervals are jackknife t intervals
+    over calls, on logarithms. Those of mbu_frac, mfu_frac and roof_tokens_per_s include the interval of the device's
+    rate by the method of variance estimates recovery on logarithms (Zou and Donner 2008): for m = r / b with r in
+    [r-, r+] and b in [b-, b+] the bounds are m / exp(sqrt(ln(r / r-)^2 + ln(b+ / b)^2)) and
     m * exp(sqrt(ln(r+ / r)^2 + ln(b / b-)^2)).
 
     Returns
     -------
-    xarray.Dataset
-        DataFrame level, phase, metric, estimate, ci_low, ci_high, n (calls); NaN where routing was not recorded
-        Raises MissingSignal if no record has the reads of its forward passes, as for an endpoint.
+    DataFrame
+        level, phase, metric, estimate, ci_low, ci_high, n (calls); NaN if routing was not recorded.
 
+    Raises
+    ------
+    MissingSignal
+        If no record has the bytes or operations of its forward passes, as with an endpoint.
     """
     groups: dict[str, list[np.ndarray]] = {}
     for record in records:
@@ -243,7 +246,7 @@ _SECONDS, _FORWARDS, _TOKENS, _EXPERTS, _BYTES, _FLOPS = range(6)
 
 
 def _sums(record: Record) -> np.ndarray:
-    """Return [phase, 6] of a call: seconds, forward passes, tokens, experts of all layers, bytes and operations."""
+    """Return the sums of a call [phase, 6]: seconds, forwards, tokens, experts of all layers, bytes, operations."""
     events = [event for event in record.events if event.kind == TOKEN]
     stamps = [event.at_s for event in events]
     assert record.sent_s is not None
@@ -274,7 +277,7 @@ def _with_interval(
 def _with_device(
     estimate: np.ndarray, low: np.ndarray, high: np.ndarray, machine: Machine
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return bounds of METRICS; those relative to a rate of the device include the uncertainty of that rate."""
+    """Widen the bounds of the METRICS that depend on a rate of the device by the interval of that rate."""
     at = {name: i for i, name in enumerate(METRICS)}
     bandwidth, product = machine.bandwidth_bytes_per_s, machine.matmul_flops_per_s
     ridge = product.estimate / bandwidth.estimate
@@ -297,7 +300,7 @@ def _with_device(
 
 
 def _metrics(totals: np.ndarray, machine: Machine, layers: int) -> np.ndarray:
-    """Return METRICS [metric, replicate] from sums over calls [6, replicate]."""
+    """Compute METRICS [metric, replicate] from sums over calls [6, replicate]."""
     seconds, forwards, tokens, experts, read, flops = totals
     bandwidth, peak = machine.bandwidth_bytes_per_s.estimate, machine.matmul_flops_per_s.estimate
     with np.errstate(divide="ignore", invalid="ignore"):

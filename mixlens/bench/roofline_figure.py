@@ -1,4 +1,4 @@
-"""Roofline figure: the achieved performance of loads below the measured limits of the device."""
+"""Roofline figure: achieved rates of a model's loads, below the measured limits of its device."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from mixlens.plot.style import INK, MARKERS, MUTED, PAGE, drawing, heading, in_l
 def roofline(bench: Bench, ax: Axes | None = None, *, title: str | None = None) -> Axes:
     """Draw operations per second against operations per byte of every load, for prefill (filled) and decode (hollow).
 
-    The slanted line is the measured bandwidth, the flat one the measured matrix throughput; whiskers are 95 %
-    intervals. The distance of a mark below the line is what is left to gain.
+    The slanted line is the measured bandwidth and the flat line the measured matrix throughput; whiskers are 95 %
+    intervals. The distance of a marker below the line is the possible speedup.
 
     Parameters
     ----------
     bench : Bench
-        Of a loaded model, measured with recording.
+        Benchmark of a loaded model, measured with recording.
     ax : matplotlib.axes.Axes, optional
         Axes to draw on. By default a new figure in paper style.
     title : str, optional
@@ -99,7 +99,7 @@ def roofline(bench: Bench, ax: Axes | None = None, *, title: str | None = None) 
 
 
 def _roof(ax: Axes, x: np.ndarray, machine: Machine, style: str, dtype: str) -> None:
-    """Draw what a device allows at each number of operations per byte, with the intervals of both of its rates."""
+    """Draw the limit of a device at each number of operations per byte, with the intervals of both rates."""
     bandwidth, peak = machine.bandwidth_bytes_per_s, machine.matmul_flops_per_s
     said = f"{bandwidth.estimate / 1e9:,.4g} GB/s measured", f"{peak.estimate / 1e9:,.4g} GFLOP/s measured"
     label = printable(f"{', '.join(said)}, {dtype}") if dtype else None

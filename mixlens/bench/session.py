@@ -1,4 +1,4 @@
-"""Session: the benchmark of one endpoint, from the plan on disk to the Bench; several sessions can take turns."""
+"""Session: the benchmark of one endpoint, from the plan on disk to the Bench. Several sessions can take turns."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ class Session:
         return bench
 
     def _routing(self) -> tuple[Trace | None, str]:
-        """Return the routing of the measured requests, or the reason why it is missing; times are stored anyway."""
+        """Return the routing of the measured requests, or why there is none; the times are kept in any case."""
         if self._skeleton is None:
             return None, ""
         from mixlens.engines.server import answered
@@ -185,7 +185,7 @@ class Session:
 
 
 def _skeleton_of(endpoint: Endpoint) -> Any:
-    """Return the served model without weights, before anything is measured. torch takes seconds to import."""
+    """Return the served model without weights, so that errors come before the measurement. Importing torch is slow."""
     from mixlens.engines.server import architecture_name
     from mixlens.models.load import skeleton
 
@@ -193,7 +193,7 @@ def _skeleton_of(endpoint: Endpoint) -> Any:
 
 
 def routed_answer(record: Record, message: str) -> dict[str, Any]:
-    """Return the message with routing as an unstreamed answer; for a stream, with the last token counts."""
+    """Return the message that held routing as a complete answer; for a stream, with the last reported token counts."""
     answer = json.loads(message)
     if record.form == "json":
         return answer
@@ -209,7 +209,7 @@ def routed_answer(record: Record, message: str) -> dict[str, Any]:
 
 
 def measure(sessions: Sequence[Session], schedule: Callable[[], Coroutine[Any, Any, None]]) -> list[Bench]:
-    """Run `schedule`, which drives the sessions. An interrupt is raised again after the runs have been saved."""
+    """Run `schedule`, which drives the sessions. An interrupt is raised again once the runs are saved."""
 
     async def drive() -> None:
         async with AsyncExitStack() as senders:

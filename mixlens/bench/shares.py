@@ -1,4 +1,4 @@
-"""Remarks on answers that a benchmark's numbers hide: sentences with the share of each."""
+"""Remarks on answers that would make a benchmark's numbers misleading, with the share of each kind."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from mixlens.endpoints.protocols import TOKEN, calls_tool, is_cut, is_filtered, 
 
 
 def unfinished(records: Iterable[Record]) -> int:
-    """Count measured successes without a finish reason, if any success has one: the server may have cut them off."""
+    """Count measured successes without a finish reason if any success has one; the server may have cut them off."""
     good = [(r.phase, any(event.finish for event in r.events)) for r in records if r.outcome == "ok"]
     return good.count(("measured", False)) if any(named for _, named in good) else 0
 
 
 def shares(records: Iterable[Record], asked: str | None = None) -> list[str]:
-    """Return sentences on shares of measured answers that differ from what the numbers suggest; empty if none do.
+    """Return one sentence for each kind of measured answer that can mislead, with its count.
 
     asked  the requested model
     """
@@ -80,7 +80,7 @@ def shares(records: Iterable[Record], asked: str | None = None) -> list[str]:
 
 
 def clumped(record: Record) -> bool:
-    """Return True if most of the gaps between chunks are near zero, as when a proxy buffers the stream."""
+    """Return whether most gaps between the chunks of a stream are near zero, as if a proxy buffers it."""
     gaps = np.diff(token_stamps(record))
     return len(gaps) >= 8 and not at_once(record) and bool((gaps < 0.1 * gaps.mean()).mean() > 0.5)
 
@@ -100,6 +100,6 @@ def _undercounted(record: Record) -> bool:
 
 
 def _repeating(record: Record) -> bool:
-    """Return True if each event repeats the text of the one before: the server sends the whole text each time."""
+    """Return whether each of at least four events begins with the text of the previous one."""
     texts = [event.text for event in record.events if event.kind == TOKEN]
     return len(texts) >= 4 and all(after != before and after.startswith(before) for before, after in pairwise(texts))

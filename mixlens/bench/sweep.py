@@ -1,4 +1,4 @@
-"""find_knee: find the load of an endpoint beyond which more load only adds waiting."""
+"""load_sweep and knee: find the load beyond which an endpoint gains more latency than throughput."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mixlens.endpoints.endpoint import Endpoint
 from mixlens.endpoints.protocols import TOKEN
 from mixlens.errors import BadInput
 
-# The sweep ends when the power has fallen at this many loads in a row, because one fall may be noise.
+# The sweep ends after this many loads without a new maximum of power; a single fall may be noise.
 _FALLS = 2
 _WORKLOAD, _SETTINGS = Workload(), BenchSettings()
 
@@ -33,7 +33,7 @@ def load_sweep(
     workload: Workload = _WORKLOAD,
     settings: BenchSettings = _SETTINGS,
 ) -> Bench:
-    """Benchmark concurrencies 1, 2, 4 ... until the power has fallen twice in a row.
+    """Benchmark concurrencies 1, 2, 4, ... until two loads in a row do not exceed the highest power.
 
     Parameters
     ----------
@@ -42,9 +42,9 @@ def load_sweep(
     most : int, optional
         Highest concurrency.
     requests : int, optional
-        Measured requests of each load, at least twice its concurrency, so that each place is used twice.
+        Measured requests per load, at least twice its concurrency, so that each slot is used twice.
     out, workload, settings : str or os.PathLike, optional
-        As of `benchmark`; a cap ends the sweep.
+        As in `benchmark`; a cap ends the sweep.
 
     Returns
     -------
@@ -53,7 +53,7 @@ def load_sweep(
     Raises
     ------
     BadInput
-        For a highest concurrency below 1.
+        If `most` is below 1.
 
     Examples
     --------
@@ -62,7 +62,7 @@ def load_sweep(
     check_requests(requests, settings)
     if most < 1:
         raise BadInput(
-            f"Cannot sweep up to concurrency {most}. Pass 1 or more.",
+            f"Cannot sweep up to concurrency {most}: the lowest concurrency is 1. Pass 1 or more.",
             argument="most",
             value=most,
         )
@@ -91,13 +91,13 @@ def load_sweep(
 
 
 def knee(bench: Bench, *, bootstrap: Bootstrap = DEFAULT) -> pd.DataFrame:
-    """Find the load with the greatest power, where throughput costs the least latency.
+    """Find the load with the highest power, where throughput costs the least latency.
 
-    power = output tokens per second of the system / median end to end seconds (Kleinrock 1979, "Power and deterministic
-    rules of thumb for probabilistic problems in computer communications"). Below the knee a load doubles throughput for
-    little more latency; beyond it latency doubles for little more throughput. `chosen_frac` is the share of bootstrap
-    resamples, over requests, in which a load has the greatest power: close to 1 the knee is well told from its
-    neighbours.
+    power = output tokens per second of the system / median end-to-end seconds (Kleinrock 1979, "Power and deterministic
+    rules of thumb for probabilistic problems in computer communications"). Below the knee, doubling the load almost
+    doubles throughput and adds little latency; beyond it, latency almost doubles and throughput hardly grows.
+    `chosen_frac` is the share of bootstrap resamples, over requests, in which a load has the highest power: close to 1,
+    the knee is clearly separated from its neighbours.
 
     Parameters
     ----------
@@ -109,7 +109,7 @@ def knee(bench: Bench, *, bootstrap: Bootstrap = DEFAULT) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        Level, tokens_per_s, e2e_s, power, chosen_frac, knee (bool), n; NaN where none succeeded.
+        level, tokens_per_s, e2e_s, power, chosen_frac, knee (bool), n; NaN if no request succeeded.
 
     Examples
     --------
@@ -139,9 +139,9 @@ def knee(bench: Bench, *, bootstrap: Bootstrap = DEFAULT) -> pd.DataFrame:
 def _resampled_power(
     times: np.ndarray, tokens: np.ndarray, rate: float, bootstrap: Bootstrap, stream: int
 ) -> np.ndarray:
-    """Return the power of resampled requests: their median time, and the rate in proportion to their tokens.
+    """Return the power in every resample of requests: their rate, estimated as below, over their median time.
 
-    In a closed loop, each slot delivers the tokens of a request in the seconds of a request.
+    In a closed loop, throughput is the number of slots times tokens per request / seconds per request.
     """
     n = len(times)
     if not n:
