@@ -1,4 +1,4 @@
-"""What providers charge, and quality against cost and speed."""
+"""Provider prices, and quality against cost and speed."""
 
 from mixlens.core.lazy import exports
 

@@ -1,4 +1,4 @@
-"""The figure of quality against cost and speed."""
+"""Figure of quality against cost and speed."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def quality_cost_speed(
 ) -> Axes:
     """Draw quality against cost, with speed as the area of a point.
 
-    Candidates on the frontier are filled, those that another beats are hollow.
+    Candidates on the Pareto frontier are filled, all others hollow.
 
     Parameters
     ----------
     runs : sequence of Log, Bench or Candidate, or pandas.DataFrame
-        Evaluations and benchmarks of the same models, as ``[log, bench]``, which `pricing.candidates` combines;
-        Candidates made by hand; or the result of `pricing.frontier`.
+        Evaluations and benchmarks of the same models, such as ``[log, bench]``, which `pricing.candidates` combines;
+        Candidates; or the result of `pricing.frontier`.
     ax : matplotlib.axes.Axes, optional
         Axes to draw on. By default a new figure in paper style.
     score : str, optional
@@ -55,7 +55,7 @@ def quality_cost_speed(
     Raises
     ------
     BadInput
-        If `pricing.candidates` or `pricing.frontier` refuses `runs`, or no candidate has a score, a price and a speed.
+        If `pricing.candidates` or `pricing.frontier` rejects `runs`, or no candidate has a score, a price and a speed.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Forms of one model, such as schemes, prunings and providers, and the measurements of each."""
+"""Forms of one model, such as quantization schemes, prunings and providers, with the measurements of each."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from mixlens.trace.trace import Trace
 Kind = Literal["quality", "size", "speed", "price"]
 KINDS: tuple[Kind, ...] = ("quality", "size", "speed", "price")
 Measured = Trace | Log | Bench | Impact | Pareto | Judgement
-# Kind, direction and unit of measured quantities, besides scores of benchmarks.
+# Kind, whether more is better, and unit of each quantity; benchmark scores have columns of their own.
 QUANTITIES: dict[str, tuple[Kind, bool, str]] = {
     "kl": ("quality", False, "nats"),
     "loss_difference": ("quality", False, "nats"),
@@ -54,9 +54,9 @@ _PRECISIONS = {*SCHEMES, "float32", "bfloat16", "float16"}
 
 @dataclass(frozen=True)
 class Column:
-    """A quantity under given circumstances; only values measured alike share a column.
+    """A quantity and its setting. Only measurements under the same setting share a column.
 
-    setting  corpus, protocol and samples, or load and machine; "" if it depends on nothing
+    setting  corpus, protocol and samples, or load and machine; "" if the quantity depends on none
     """
 
     quantity: str
@@ -72,13 +72,13 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """A measurement of one form by one run.
+    """One quantity that a run measured for one form.
 
-    low, high  the interval; minus and plus infinity if there is none
-    n          samples, tokens, calls or statements of a price
-    run        where it comes from
-    data       the evaluation or the trace, with which a paired difference can be computed
-    change     of a run that measured the difference from its original: estimate, low, high
+    low, high  bounds of the interval; minus and plus infinity if unknown
+    n          number of samples, tokens, calls or price statements
+    run        run that measured it
+    data       the evaluation or trace, for paired differences
+    change     difference from the original if the run measured it: estimate, low, high
     """
 
     column: Column
@@ -93,11 +93,11 @@ class Cell:
 
 @dataclass
 class Form:
-    """One way to run the model: its weights, or the server that holds them.
+    """One way to run the model: a set of weights, or a server that holds them.
 
-    held    what its runs say of the model
-    run     the first of them
-    judged  the verdict of each judgement that it was subject to, by the limits there
+    held    metadata of the model from its runs
+    run     first of its runs
+    judged  verdict of each judgement of the form, by the limits of the judgement
     """
 
     name: str
@@ -109,7 +109,7 @@ class Form:
 
 @dataclass(frozen=True)
 class _Part:
-    """The measurements of one form in a run, and the reason why part of it is left out."""
+    """Measurements of one form in one run, with remarks on what was left out."""
 
     run: str
     held: Mapping[str, Any]
@@ -120,7 +120,7 @@ class _Part:
 
     @cached_property
     def key(self) -> tuple[Any, ...]:
-        """Identity of the form. Raises BadInput if the run does not identify its weights."""
+        """Key that identifies the form. Raises BadInput if the run does not identify its weights."""
         if endpoint := self.held.get("endpoint"):
             return endpoint["url"], endpoint["model"], str(endpoint.get("extra") or {})
         if not self.held.get("weights_checksum"):
@@ -136,24 +136,24 @@ class _Part:
 def forms_of(
     claims: Sequence[tuple[str | None, Measured]], usd_per_hour: float | Mapping[str, float] | None = None
 ) -> tuple[list[Form], list[str]]:
-    """Group measurements by form of the model, with remarks on what was left out.
+    """Group the measurements of runs by form of the model, and return remarks on what was left out.
 
-    Two runs belong to one form if checksum of weights, adapters and edits agree; at an endpoint, if address, model and
-    provider do.
+    Two runs measure the same form if their weight checksum, adapters and edits are equal; for endpoints, if address,
+    model and provider are equal.
 
-    claims  runs, each with the name of its form, or None where its weights tell. A name vouches that the form is an
-            alternative, whatever the model is called there; it is refused where the weights are those of another form.
-    usd_per_hour  of the machines of benchmarks, as in hourly_of
+    claims  runs, each with the name of its form, or None to identify the form by its weights. A name asserts that the
+            form is an alternative, whatever the run calls its model; it is rejected if the weights are another form's.
+    usd_per_hour  prices of the benchmarks' machines, as in hourly_of
 
-    Raises BadInput for runs of several models or revisions, runs that do not identify their weights, and names that
-    contradict the weights.
+    Raises BadInput for runs of several models or revisions, for runs that do not identify their weights, and for names
+    that contradict the weights.
     """
     benches = [part for _, run in claims if isinstance(run, Bench) for part in run.configurations().values()]
     hourly = hourly_of(benches, usd_per_hour)
     forms: dict[tuple[Any, ...], Form] = {}
     remarks: list[str] = []
     named = [(name, part) for name, run in claims for part in _parts(run, name, hourly)]
-    for claimed, part in sorted(named, key=lambda one: one[0] is not None):  # what names itself comes first
+    for claimed, part in sorted(named, key=lambda one: one[0] is not None):  # runs without a given name come first
         form = forms.get(part.key)
         if claimed is not None:
             _check_claim(claimed, part, form, forms.values())
@@ -175,10 +175,10 @@ def forms_of(
 
 
 def change(cell: Cell, base: Cell) -> tuple[float, float, float]:
-    """Compute how far a cell lies above that of the baseline: estimate, low, high.
+    """Compute the difference between a cell and the cell of the baseline: estimate, low, high.
 
-    Paired over samples, documents or tokens where both runs read the same; else of independent estimates, whose
-    intervals add up as in Zou and Donner 2008 (doi:10.1002/sim.3095).
+    The difference is paired over samples, documents or tokens if both runs read the same ones. Otherwise the estimates
+    are independent, and their intervals are combined as in Zou and Donner 2008 (doi:10.1002/sim.3095).
     """
     if cell is base:
         return 0.0, 0.0, 0.0
@@ -281,7 +281,7 @@ def _of_impact(run: Impact) -> Iterator[_Part]:
 
 
 def _of_judgement(run: Judgement, *, alone: bool) -> Iterator[_Part]:
-    """Yield the changed model, with its largest losses, and the original unless `alone`."""
+    """Yield the changed model with its worst losses, and before it the original unless `alone` is set."""
     before, after = ({**run.meta[side], "endpoint": None} for side in ("before", "after"))
     text = f"judged by {', '.join(f'{kind} within {limit:g}' for kind, limit in sorted(run.limits.items()))}"
     sides: list[list[Cell]] = [[], []]
@@ -302,7 +302,7 @@ def _of_judgement(run: Judgement, *, alone: bool) -> Iterator[_Part]:
 
 
 def _scores(log: Log) -> Iterator[Cell]:
-    """Yield the primary metric of every benchmark and protocol, in one column per set of samples."""
+    """Yield the primary metric of every benchmark and protocol, with one column per set of samples."""
     by_task = {str(task): frame for task, frame in log.samples.groupby("task")}
     for row in primary_rows(log.scores, log.meta["tasks"]):
         members = [name for name, about in log.meta["tasks"].items() if about["protocol"] == row["protocol"]]
@@ -331,7 +331,7 @@ def _speeds(bench: Bench, called: str, hourly: Mapping[str, float]) -> Iterator[
         if row["estimate"] == row["estimate"] and not _loops(bench, row["level"]):
             yield Cell(column, *_bounded(row["estimate"], row["ci_low"], row["ci_high"]), int(row["n"]), called)
     for level, peaks in groupby(bench.peak_memory().itertuples(index=False, name=None), key=lambda row: row[0]):
-        _, memory, held, n = next(peaks)  # of the device, before that of the process
+        _, memory, held, n = next(peaks)  # device memory comes before process memory
         setting = ", ".join([level, memory.removeprefix("peak_").removesuffix("_bytes"), *where(level)])
         yield from _exact("memory_bytes", held, called, setting, n)
     yield from _price(bench, called, hourly)
@@ -350,9 +350,9 @@ def _passed_over(name: str, run: str) -> tuple[str, ...]:
 
 
 def _price(bench: Bench, called: str, hourly: Mapping[str, float]) -> Iterator[Cell]:
-    """Yield the price of a million tokens: by the hour if the machine has such a price, else as listed."""
+    """Yield the cost per million tokens of the workload, from the hourly price of its machine or the list price."""
     usd_per_hour = hourly.get(place(bench))
-    if usd_per_hour is not None and _any_loop(bench):  # what it costs by the hour follows from its speed
+    if usd_per_hour is not None and _any_loop(bench):  # a price by the hour depends on the speed, which is invalid
         return
     price = listed(bench) if usd_per_hour is None else rented(bench, usd_per_hour)
     if price is not None:
@@ -373,15 +373,15 @@ def _exact(quantity: str, value: float | None, run: str, setting: str = "", n: i
 
 
 def _corpus(plan: Mapping[str, Any]) -> str:
-    """Describe documents, and how they were read."""
+    """Describe the documents and how they were read."""
     told = [plan.get(name) for name in ("input_sha256", "tokenizer_sha256", "max_length", "overlong")]
     return f"{plan.get('documents')} documents {sha256(str(told).encode()).hexdigest()[:6]}"
 
 
 def _check_model(part: _Part, forms: Iterable[Form]) -> None:
-    """Raise BadInput if a form has another model or revision than earlier ones, or almost the same weights.
+    """Raise BadInput if a form is of another model or revision than earlier forms, or has almost the same weights.
 
-    Forms that agree in all but the checksum count as one form.
+    Forms that differ in nothing but the checksum were meant as one form.
     """
     for form in forms:
         at_server = "endpoint" in part.held or "endpoint" in form.held
@@ -400,7 +400,7 @@ def _check_model(part: _Part, forms: Iterable[Form]) -> None:
 
 
 def _check_claim(claimed: str, part: _Part, form: Form | None, forms: Iterable[Form]) -> None:
-    """Raise BadInput if a run is claimed for a form but has the weights of another."""
+    """Raise BadInput if a run is given the name of a form but has the weights of another."""
     called = next((one for one in forms if one.name == claimed), None)
     if called is not None and called is not form:
         differs = [what for what in WEIGHTS if _said(what, called.held) != _said(what, part.held)]
@@ -432,7 +432,7 @@ def _said(what: str, held: Mapping[str, Any]) -> Any:
 
 
 def _told_apart(forms: Iterable[Form]) -> Iterator[Form]:
-    """Yield the forms, adding the differences of their weights to equal names."""
+    """Yield the forms, and append an identifier of the weights to names that occur more than once."""
     known = list(forms)
     names = [form.name for form in known]
     for form in known:
@@ -472,10 +472,10 @@ def _of_dataset(cell: Any) -> tuple[float, float, float]:
 
 
 def _bounded(estimate: float, low: float, high: float) -> tuple[float, float, float]:
-    """Replace unknown bounds by infinity."""
+    """Return estimate and bounds, with infinity for an unknown bound."""
     return float(estimate), -np.inf if low != low else float(low), np.inf if high != high else float(high)
 
 
 def _scaled(base: float, ratio: float, low: float, high: float) -> tuple[float, float, float]:
-    """Convert a ratio to a baseline into units of the baseline."""
+    """Convert a ratio to a baseline into a difference in units of the baseline."""
     return _bounded(base * (ratio - 1), base * (low - 1), base * (high - 1))

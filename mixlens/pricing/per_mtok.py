@@ -1,4 +1,4 @@
-"""Cost per million tokens of a benchmark's workload, by price list or by the hour of a machine."""
+"""Cost per million tokens of a benchmark's workload, from a provider's list price or the hourly price of a machine."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from mixlens.errors import BadInput
 
 @dataclass(frozen=True)
 class Price:
-    """Dollars per million tokens of a workload, input and output together.
+    """Dollars per million input and output tokens of a workload.
 
-    n       statements of the price, or timed requests
-    source  of the price
+    n       number of price statements, or of timed requests
+    source  origin of the price
     """
 
     workload: str
@@ -32,10 +32,10 @@ class Price:
 
 
 def listed(bench: Bench) -> Price | None:
-    """Return the price of the workload by the snapshot, from the cheapest to the most expensive statement, the
-    estimate.
+    """Return the price of the workload in the snapshot. The interval runs from the lowest price to the highest.
 
-    None for a model on this machine, a prompt of unknown length, or a provider that the snapshot does not have.
+    The estimate is the highest price. None for a model on this machine, a prompt of unknown length, or a provider that
+    is missing in the snapshot.
     """
     workload = bench.meta.get("workload") or {}
     read, written = workload.get("prompt_tokens"), workload.get("output_tokens")
@@ -54,12 +54,12 @@ def listed(bench: Bench) -> Price | None:
 
 
 def rented(bench: Bench, usd_per_hour: float) -> Price | None:
-    """Return the price of the workload on a machine rented by the hour and never idle, at its cheapest load.
+    """Return the price of the workload on a machine billed by the hour and never idle, at its cheapest load.
 
-    usd = (dollars per hour / 3600) / (requests per second * tokens of a request, read and written) * 1e6
+    usd = (dollars per hour / 3600) / (requests per second * input and output tokens per request) * 1e6
 
-    The bounds are those of the requests per second; infinite where these have none. None where no request succeeded, or
-    tokens were not counted.
+    The bounds follow from those of the requests per second, and are infinite if those are unknown. None if no request
+    succeeded or tokens were not counted.
     """
     rates = bench.throughput().query("metric == 'requests_per_s'")
     requests = bench.requests().query("phase == 'measured' and outcome == 'ok'")
@@ -68,7 +68,7 @@ def rented(bench: Bench, usd_per_hour: float) -> Price | None:
     for rate in rates.to_dict("records"):
         tokens = requests.loc[requests["level"] == rate["level"], ["input_tokens", "output_tokens"]].mean()
         each = usd_per_hour / 3600 * 1e6 / tokens.sum(skipna=False)
-        if not each / rate["estimate"] > 0:  # NaN where tokens are not known, or nothing succeeded
+        if not each / rate["estimate"] > 0:  # NaN if tokens are unknown or no request succeeded
             continue
         low = each / rate["ci_high"] if rate["ci_high"] > 0 else -math.inf
         high = each / rate["ci_low"] if rate["ci_low"] > 0 else math.inf
@@ -82,10 +82,10 @@ def rented(bench: Bench, usd_per_hour: float) -> Price | None:
 
 
 def hourly_of(benches: Iterable[Bench], usd_per_hour: float | Mapping[str, float] | None) -> dict[str, float]:
-    """Return dollars per hour by name of a machine or address of a server.
+    """Return dollars per hour by machine name or server address.
 
-    A single number applies to the one machine that models were loaded on, or to the local server. Raises BadInput if
-    that is ambiguous, and for names that no benchmark has.
+    A single number applies to the one machine on which models were loaded, or to the server on this machine. Raises
+    BadInput if several or no machines fit, for names that no benchmark has, and for invalid prices.
     """
     if usd_per_hour is None:
         return {}
@@ -111,7 +111,7 @@ def hourly_of(benches: Iterable[Bench], usd_per_hour: float | Mapping[str, float
             )
         if isinstance(usd, bool) or not isinstance(usd, Real) or not 0 < float(usd) < math.inf:
             raise BadInput(
-                f"Cannot reckon with {usd!r} dollars per hour. Pass a number above 0.",
+                f"Cannot use {usd!r} as a price by the hour: it is not a positive number. Pass dollars above 0.",
                 argument="usd_per_hour",
                 value=usd,
             )
@@ -119,7 +119,7 @@ def hourly_of(benches: Iterable[Bench], usd_per_hour: float | Mapping[str, float
 
 
 def place(bench: Bench) -> str:
-    """Return the place of a benchmark: the name of the machine, or the address of the server."""
+    """Return the name of the machine or the address of the server on which a benchmark was measured."""
     server, machine = bench.meta.get("endpoint", {}), bench.meta.get("machine", {})
     return str(server.get("url") or machine.get("name") or "")
 

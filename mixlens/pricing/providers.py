@@ -1,4 +1,4 @@
-"""Compare providers: current listings, published statements, and local measurements."""
+"""Comparison of providers: current listings, published prices, and benchmarks measured here."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mixlens.endpoints.probe import Probe
 from mixlens.errors import BadInput, EndpointError
 
 OPENROUTER = "https://openrouter.ai/api/v1"
-# Columns inserted next to a statement, by the column that they follow.
+# Columns added to those of a statement, by the column that they follow.
 _BESIDE = {
     "model": ("kind", "load"),
     "output_tokens_per_s": ("output_tokens_per_s_low", "output_tokens_per_s_high"),
@@ -29,33 +29,33 @@ _BESIDE = {
 }
 COLUMNS = tuple(column for said in STATEMENT for column in (said, *_BESIDE.get(said, ())))
 _NUMBERS = [name for name in COLUMNS if name not in (*WORDS, "kind", "load", "n", "contradicted")]
-# What two statements of one provider can contradict each other in.
+# Columns in which two statements of one provider can contradict each other.
 _STATED = ("input_usd_per_mtok", "output_usd_per_mtok", "context_tokens", "output_tokens_per_s", "ttft_s")
 
 
 def listed_prices(model: str, *, url: str = OPENROUTER) -> pd.DataFrame:
-    """Return OpenRouter's public list, one row per provider of the model. Needs no key.
+    """Return OpenRouter's public price list, with one row per provider that serves the model. Needs no key.
 
-    Prices come as strings of dollars per token, and are given per million; a discount that the list names is in the
-    note and not taken off. Its latency and throughput are left out: it gives none without a key, and its units are
-    documented in two ways.
+    The list gives prices as strings in dollars per token; they are returned per million tokens. Discounts are noted but
+    not subtracted. Latency and throughput are omitted: they need a key, and the documentation of their units is
+    inconsistent.
 
     Parameters
     ----------
     model : str
-        Any of its names.
+        Any name of the model.
     url : str, optional
         Address of the list.
 
     Returns
     -------
     DataFrame
-        Prices.STATEMENT; attrs["date"]; NaN for what is not a price.
+        Columns of prices.STATEMENT, NaN for an invalid price; the date is in attrs["date"].
 
     Raises
     ------
     EndpointError
-        If there is no list, or it has another form.
+        If there is no list, or its format is unknown.
 
     Examples
     --------
@@ -102,7 +102,7 @@ def _listed(row: Mapping[str, Any], model: str, date: str) -> dict[str, Any]:
 
 
 def _dollars(value: Any) -> float:
-    """Convert a price per token from a string; NaN for anything else, and for -1, which means that it varies."""
+    """Parse a price per token, given as a string; NaN if invalid, or -1, which means that the price varies."""
     try:
         price = float(value)
     except (TypeError, ValueError):
@@ -117,32 +117,32 @@ def provider_table(
     listed: pd.DataFrame | None = None,
     probes: Mapping[str, Probe] | None = None,
 ) -> pd.DataFrame:
-    """Return the providers of a model: measured first, then listed now, then as published. No sources are averaged.
+    """Tabulate the providers of a model: measured first, then listed now, then as published. Sources are not averaged.
 
-    `charged_usd_per_mtok` is what the server's usage says was billed for the measured requests, in dollars per million
-    of their tokens, read and written together; `list_usd_per_mtok` is what the same tokens cost at the price that the
-    run reckoned with. `contradicted` says where statements of one provider about one model differ, with every value.
+    `charged_usd_per_mtok` is the amount billed for the measured requests, as reported by the server, in dollars per
+    million input and output tokens together; `list_usd_per_mtok` is the cost of the same tokens at the price that the
+    run used. `contradicted` names the columns in which statements of one provider differ, with all values.
 
     Parameters
     ----------
     measured : Mapping[str, Bench], optional
-        Benchmarks by provider name: a row for each load, each request's speed and TTFT as medians.
+        Benchmarks by provider name; one row per load, with the medians of output speed and TTFT per request.
     model : str, optional
-        Any of its names; None for all.
+        Any name of the model; None for all models.
     listed : pandas.DataFrame, optional
-        From `listed_prices`.
+        Result of `listed_prices`.
     probes : Mapping[str, Probe], optional
-        By the same names as `measured`; the parameters that are honoured are shown.
+        Probes by the same names as `measured`, for the column of honoured parameters.
 
     Returns
     -------
     DataFrame
-        COLUMNS; NaN and "" for what a source does not say, n of a published figure is 0.
+        COLUMNS; NaN and "" if a source lacks the value; n is 0 for a published figure.
 
     Raises
     ------
     BadInput
-        For a model that the snapshot does not have.
+        If the snapshot does not have the model.
 
     Examples
     --------
@@ -203,7 +203,7 @@ def _measured(name: str, bench: Bench, probe: Probe | None) -> list[dict[str, An
 
 
 def _charged(requests: pd.DataFrame, price: Sequence[float] | None) -> tuple[dict[str, float], list[str]]:
-    """Return the cost of successful requests per million tokens, by usage and by price, with remarks."""
+    """Return the cost per million tokens of successful requests, as billed and at a price, with notes."""
     good = requests[requests["outcome"] == "ok"].dropna(subset=["input_tokens", "output_tokens"])
     billed = good.dropna(subset=["cost_usd"])
     read, written = (good[name].sum() for name in ("input_tokens", "output_tokens"))

@@ -13,9 +13,9 @@ from mixlens.pricing.tradeoff import candidates, frontier
 
 
 def tradeoff_sections(runs: Sequence[Log | Bench]) -> dict[str, str]:
-    """Return quality, cost and speed of models that were evaluated and benchmarked as HTML, by title.
+    """Return the HTML section on quality, cost and speed of evaluated and benchmarked models, by title.
 
-    Returns nothing unless `runs` has both an evaluation and a benchmark.
+    Empty unless `runs` has both an evaluation and a benchmark.
     """
     if len({type(run) for run in runs}) < 2:
         return {}

@@ -1,4 +1,4 @@
-"""Quality, cost and speed of served models, from evaluations and benchmarks or given by hand."""
+"""Quality, cost and speed of served models, from evaluations and benchmarks or given directly."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from mixlens.evals.scoring import primary_rows
 
 @dataclass(frozen=True)
 class Candidate:
-    """A served model: its score, its cost and its speed. NaN for what is unknown.
+    """Score, cost and speed of a served model. NaN for an unknown number.
 
     Parameters
     ----------
     name : str
-        Name shown in the figure.
+        Label in the figure.
     score : tuple[float, float, float]
-        With its interval (estimate, low, high), of one benchmark and protocol; higher is better.
+        Score in one benchmark and protocol with its interval (estimate, low, high); higher is better.
     usd_per_mtok : float
-        Dollars per million tokens of the workload in question.
+        Dollars per million tokens of the workload.
     tokens_per_s : tuple[float, float, float]
         Output speed with its interval (estimate, low, high).
     source : str, optional
-        Where the numbers come from.
+        Origin of the numbers.
     benchmark : str, optional
-        What the score is; the same for all that are compared.
+        Name of the score; it must be the same for all candidates in a comparison.
 
     Examples
     --------
@@ -60,26 +60,25 @@ def candidates(
 ) -> list[Candidate]:
     """Combine each load of each benchmark with the score of the evaluation of the same model.
 
-    Models are the same by routers and weights where both are known, else by name and alias; what is known of both (how
-    weights are held, revision) must be equal. The score is that of the primary metric with its interval, in percent;
-    speed is the median output speed of a request with its interval, of a load. Each statement of a price is a candidate
-    of its own; a model on this machine has none.
+    Models match if their routers and weights are the same, or, if those are unknown, their names and aliases. Weight
+    format and revision must be equal if both are known. The score is that of the primary metric with its interval, in
+    percent; the speed is the median output speed per request with its interval, at one load. Each price statement gives
+    a candidate; the price of a model on this machine is unknown.
 
     Parameters
     ----------
     runs : Sequence[Log or Bench]
-        Evaluations and benchmarks in any order; every benchmark needs an evaluation of its model, and the other
-        way round.
+        Evaluations and benchmarks in any order. Every benchmark needs an evaluation of its model, and vice versa.
     score : str, optional
-        Benchmark or protocol to take; None where the evaluations have one in common.
+        Benchmark or protocol to use; None if the evaluations have exactly one in common.
     names : Mapping[str, str], optional
-        What the caller vouches for: the model that a name of a benchmark or an evaluation stands for, as
-        {"mixtral": "mistralai/Mixtral-8x7B-Instruct-v0.1"} for a server that calls it so.
+        Model names by the name used in a benchmark or an evaluation, such as
+        {"mixtral": "mistralai/Mixtral-8x7B-Instruct-v0.1"} for a server with an alias.
     tokens : tuple[int, int], optional
-        Read and written by a request, which weigh the two prices.
+        Input and output tokens per request, which weight the two prices.
     table : pandas.DataFrame, optional
-        Prices to reckon with, as from listed_prices or by hand, with provider, model and prices; None for the
-        snapshot. A server of one's own goes by its host.
+        Prices with provider and model, such as the result of listed_prices; None for the snapshot. The provider of
+        your own server is its host.
 
     Returns
     -------
@@ -88,8 +87,8 @@ def candidates(
     Raises
     ------
     BadInput
-        By name, for a model that has only one of the two, evaluations that share no benchmark, protocol and
-        metric, edited models, and metrics of which less is better.
+        If a model was evaluated but not benchmarked or vice versa, the evaluations share no benchmark, protocol and
+        metric, a model was edited, or lower is better for the metric.
 
     Examples
     --------
@@ -127,10 +126,10 @@ def candidates(
 
 
 def frontier(given: Sequence[Candidate]) -> pd.DataFrame:
-    """Set candidates side by side, with those that no other beats in score, price and speed together.
+    """Tabulate candidates and mark the Pareto frontier of score, price and speed.
 
-    A candidate is on the frontier when no other is at least as good in all three and better in one (Pareto). For one
-    that lacks a number that is unknown, and it is compared with none.
+    A candidate is on the frontier if no other is at least as good in all three and better in one. A candidate that
+    lacks a number is compared with none.
 
     Parameters
     ----------
@@ -140,13 +139,13 @@ def frontier(given: Sequence[Candidate]) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        Name, score, score_low, score_high, usd_per_mtok, tokens_per_s, tokens_per_s_low, tokens_per_s_high,
-        frontier (True, False, or NA where a number is lacking), source, benchmark.
+        name, score, score_low, score_high, usd_per_mtok, tokens_per_s, tokens_per_s_low, tokens_per_s_high,
+        frontier (True, False, or NA if a number is missing), source, benchmark.
 
     Raises
     ------
     BadInput
-        If there is no candidate, two have one name, or scores are of several benchmarks.
+        If there is no candidate, two have the same name, or the scores are of several benchmarks.
 
     Examples
     --------
@@ -193,7 +192,7 @@ def frontier(given: Sequence[Candidate]) -> pd.DataFrame:
 
 
 def _log_of(bench: Bench, logs: Sequence[Log], names: Mapping[str, str]) -> Log:
-    """Return the evaluation of the benchmarked model."""
+    """Return the only evaluation of the benchmarked model."""
     why = [_difference(log, bench, names) for log in logs]
     found = [log for log, reason in zip(logs, why, strict=True) if not reason]
     if len(found) == 1:
@@ -214,7 +213,7 @@ def _log_of(bench: Bench, logs: Sequence[Log], names: Mapping[str, str]) -> Log:
 
 
 def _difference(log: Log, bench: Bench, names: Mapping[str, str]) -> str:
-    """Explain why an evaluation does not belong to the benchmarked model; "" if it does."""
+    """Return why an evaluation is not of the benchmarked model; "" if it is."""
     one, other = log.meta["model"], bench.meta["model"]
     if one.get("edits"):
         return f"{_called(log)} was evaluated with edits"
@@ -235,7 +234,7 @@ def _held(model: Mapping[str, Any]) -> str | None:
 
 
 def _scores(logs: Sequence[Log], asked: str | None) -> list[dict[str, Any]]:
-    """Return the common score of each evaluation, with its description as "what"."""
+    """Return the row of each evaluation for the one score that all share, with a description in "what"."""
     by_log = []
     for log in logs:
         limit = log.meta["settings"].get("limit")
@@ -266,8 +265,8 @@ def _scores(logs: Sequence[Log], asked: str | None) -> list[dict[str, Any]]:
         about = next(one for one in log.meta["tasks"].values() if one["protocol"] == row["protocol"])
         if not about["metrics"][row["metric"]].get("higher_is_better", True):
             raise BadInput(
-                f"Cannot compare quality, cost and speed by {row['what']}: of that metric less is better. Name a "
-                "benchmark by score= of which more is better.",
+                f"Cannot compare quality, cost and speed by {row['what']}: lower is better for this metric. Name a "
+                "benchmark by score= for which higher is better.",
                 argument="score",
                 value=row["what"],
             )
@@ -284,7 +283,7 @@ def _scores(logs: Sequence[Log], asked: str | None) -> list[dict[str, Any]]:
 def _candidates(
     bench: Bench, score: Mapping[str, Any], names: Mapping[str, str], priced: tuple[tuple[int, int], pd.DataFrame]
 ) -> list[Candidate]:
-    """Return one candidate for each load and each statement of a price."""
+    """Create one candidate per load and price statement."""
     (read, written), table = priced
     model, where, rows = _model(bench, names), "this machine", pd.DataFrame()
     if "endpoint" in bench.meta:
