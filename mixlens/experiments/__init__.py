@@ -1,4 +1,4 @@
-"""Measurements that intervene: importance, contributions, the number of experts, quantization impact, trade-offs."""
+"""Experiments that intervene in a model: importance, contributions, top-k, quantization impact, trade-offs."""
 
 from mixlens.core.lazy import exports
 

@@ -1,4 +1,4 @@
-"""Ablator: the cost of each token with each expert removed in turn, recomputing only what changes."""
+"""Ablator: the change in loss of every token without each expert, computing only what the ablation changes."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ _ROWS = 1024
 class Costs:
     """Sums over the predicted tokens of each sequence.
 
-    tokens  int64 [sequence], tokens that have one before them
+    tokens  int64 [sequence], number of tokens with a preceding token
     value   float64 [sequence], of the whole model
-    change  float64 [sequence, layer, expert], value without the expert less value of the whole model
-    chosen  int64 [sequence, layer, expert], tokens that chose the expert, first ones included
+    change  float64 [sequence, layer, expert], value without the expert minus value of the whole model
+    chosen  int64 [sequence, layer, expert], number of tokens that chose the expert, including first tokens
     """
 
     tokens: np.ndarray
@@ -54,19 +54,20 @@ class Costs:
 
 
 class Ablator:
-    """Measures sequences with each expert of `layers` taken out in turn.
+    """Measures sequences without each expert of `layers` in turn.
 
     layers  layer numbers
-    how     "reroute", "zero", or "mean" with `means`, as edits.ablate takes them; or a quantization scheme, in which
-            an expert is held in its turn
-    metric  from logits [n, vocabulary] and the tokens that came [n] to a number for each [n]; None for the loss in nats
+    how     "reroute", "zero", or "mean" with `means`, as in edits.ablate; or a quantization scheme to which each expert
+            is converted in turn
+    metric  function of logits [n, vocabulary] and the next tokens [n] that returns one number per token [n]; None for
+            the loss in nats
 
-    An ablation in layer l leaves everything below l as it is, so hidden states are kept and only the layers from l on
-    run again; in layer l itself only the tokens that it changes do, where the layer is known to add what its experts
-    put out to the residual stream as it is. Rows without such a token are not run at all, and tokens before the first
-    such token keep their value.
+    An ablation in layer l does not affect lower layers, so hidden states are kept and only the layers from l on run
+    again. In layer l itself only the affected tokens run, if the layer is known to add the output of its experts to the
+    residual stream unchanged. Rows without an affected token are skipped, and tokens before the first affected token
+    keep their value.
 
-    Raises BadInput under edits of single tokens or of the residual stream, which kept hidden states would not follow.
+    Raises BadInput under edits of single tokens or of the residual stream, which kept hidden states would not reflect.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class Ablator:
 
     @torch.inference_mode()
     def measure(self, sequences: list[np.ndarray], batch_tokens: int) -> Costs:
-        """Costs of whole sequences, in their order, read in batches of about `batch_tokens`.
+        """Return the Costs of whole sequences, in their order, read in batches of about `batch_tokens` tokens.
 
         A longer sequence is read in chunks of that size, with a key-value cache.
         """
@@ -114,7 +115,7 @@ class Ablator:
         for row, tokens in enumerate(sequences):
             ids[row, : len(tokens)] = torch.from_numpy(tokens)
             valid[row, : len(tokens)] = True
-        predicts = torch.zeros_like(valid)  # places whose next token is known
+        predicts = torch.zeros_like(valid)  # positions whose next token is known
         predicts[:, :-1] = valid[:, 1:]
         target = torch.roll(ids, -1, dims=1)
         values = np.full((len(self.layers), self.n_experts, *ids.shape), np.nan)
@@ -138,12 +139,12 @@ class Ablator:
         states = self._run(hidden, self._depth)
         whole[predicts.numpy()] = self._value(states[predicts.to(states.device)], target[predicts])
         costs.tokens[rows] = predicts.sum(1).numpy()
-        # What has no value there adds nothing; a NaN that the model or the metric gave stays.
+        # Positions without a value contribute nothing; a NaN from the model or the metric stays.
         costs.value[rows] = np.where(predicts.numpy(), whole, 0.0).sum(1)
         costs.change[rows] = np.moveaxis(np.where(reached, values - whole, 0.0).sum(-1), -1, 0)
 
     def _spreads(self, index: int) -> bool:
-        """Whether an expert that is gone changes tokens that did not choose it, by its group's rank or a softmax."""
+        """Return whether removing an expert affects tokens that did not choose it, through group ranks or a softmax."""
         rule = self.moe_layers[index].rule
         return self.how == "reroute" and rule is not None and not rule.alone
 
@@ -152,7 +153,7 @@ class Ablator:
         return len(decoder_of(self.model).layers)
 
     def _layer_by_layer(self, hidden: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, Any, torch.Tensor]]:
-        """(layer, its input, what the Tap saw in it, its output), from the first layer to the last."""
+        """Yield (layer, its input, the arrays of the Tap, its output) from the first layer to the last."""
         layers = decoder_of(self.model).layers
         with closing(Tap(self.model, self._signals)) as tap:
             for index in range(self._depth):
@@ -182,7 +183,7 @@ class Ablator:
         reached: torch.Tensor,
         target: torch.Tensor,
     ) -> np.ndarray:
-        """What tokens cost that the ablation can reach, in the order of `reached` [row, column]."""
+        """Return the values of the tokens that the ablation can affect, in the order of `reached` [row, column]."""
         rows = reached.any(1)
         if self._direct:
             after: torch.Tensor = raw["resid_post"][index].clone()
@@ -200,7 +201,7 @@ class Ablator:
 
     @contextmanager
     def _taken_out(self, index: int, expert: int) -> Iterator[None]:
-        """The model without an expert, or with the weights that it has in a scheme."""
+        """Remove an expert from the model, or round its weights to the scheme, while the context is open."""
         if self.scheme is None:
             with edit(self.model, ablate(index, expert, how=self.how, mean=self.means)):
                 yield
@@ -216,12 +217,12 @@ class Ablator:
                 weight.copy_(whole)
 
     def _run(self, hidden: torch.Tensor, start: int) -> torch.Tensor:
-        """[row, column, H] after the layers from `start` on and the last norm."""
+        """Return the states [row, column, H] after the layers from `start` on and the last norm."""
         parts = list(self._chunks(hidden, start, self._depth))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def _chunks(self, hidden: torch.Tensor, start: int, stop: int, tap: Tap | None = None) -> Iterator[torch.Tensor]:
-        """[row, columns, H] after layers `start` to `stop` - 1 and the last norm, chunk by chunk; `tap` listens."""
+        """Yield [row, columns, H] after layers `start` to `stop` - 1 and the last norm by chunk; `tap` records them."""
         long = hidden.shape[1] > self._columns
         cache = _CacheFrom(start) if long else None
         with only_layers(self.model, start, stop) as run:
@@ -258,24 +259,24 @@ def _first(output: Any) -> torch.Tensor:
 
 
 def quantized_expert(weights: list[torch.Tensor], scheme: Scheme) -> list[nn.Module]:
-    """The Linears of one expert in a scheme, from its matrices."""
+    """Return the Linears of one expert in a scheme, from its matrices."""
     require(scheme, {weights[0].device})
     return [quantize_linear(weight, scheme, weight.device, weight.dtype) for weight in weights]
 
 
 def refuse_quantized(model: nn.Module) -> None:
-    """Raises ModelError where experts are no plain fused weights that can be rounded in place."""
+    """Raise ModelError unless experts are plain fused weights that can be rounded in place."""
     if any(is_unfused(layer.experts) for layer in moe_layers(model)):
         raise ModelError(
-            "Cannot hold experts in a scheme one by one: those of this model are quantized already, or Linears of "
-            "their own. Load the original, without quantization.",
+            "Cannot quantize experts one by one: the experts of this model are already quantized, or separate Linears. "
+            "Load the original without quantization.",
             argument="model",
             value=type(model).__name__,
         )
 
 
 def refuse_rounded_inputs(scheme: Scheme) -> None:
-    """Raises BadInput for a scheme that rounds what experts read, too, which its weights do not tell."""
+    """Raise BadInput for a scheme that also rounds the inputs of experts, which weights do not show."""
     if scheme.name in ("int8", "fp8"):
         raise BadInput(
             f"Cannot measure {scheme.name} expert by expert: it rounds inputs too, which weights alone do not show. "
@@ -286,7 +287,7 @@ def refuse_rounded_inputs(scheme: Scheme) -> None:
 
 
 class _CacheFrom(DynamicCache):
-    """A key-value cache of the layers from `start` on, which alone run."""
+    """A key-value cache for the layers from `start` on, when only these run."""
 
     def __init__(self, start: int) -> None:
         super().__init__()
@@ -297,7 +298,7 @@ class _CacheFrom(DynamicCache):
 
 
 def _joined(seen: list[Any]) -> dict[str, dict[int, torch.Tensor]]:
-    """What was seen of the chunks of one row, as of one forward: gates [T, ...], sites [1, T, H]."""
+    """Join the arrays of several chunks of one row as if from one forward pass: gates [T, ...], sites [1, T, H]."""
     return {
         name: {
             layer: torch.cat([raw[name][layer] for raw in seen], dim=0 if name in ("expert_id", "weight") else 1)

@@ -1,4 +1,4 @@
-"""Outputs of chosen experts: norms, means, super experts, and contributions to the logit of the next token."""
+"""Outputs of chosen experts: sizes, means, super experts, and what each adds to the logit of the next token."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def expert_outputs(
     tokenizer: Any = None,
     settings: RecordSettings = SETTINGS,
 ) -> xr.Dataset:
-    """Measure the outputs of every expert over the tokens that chose it, before their weight.
+    """Measure the outputs of every expert over the tokens that chose it, before weighting.
 
     Parameters
     ----------
@@ -52,21 +52,20 @@ def expert_outputs(
     documents : Iterable[Any]
         Strings, mappings with a text column, or a datasets.Dataset.
     tokenizer : Any, optional
-        None for the one that belongs to the model.
+        Tokenizer; None for the model's own.
     settings : RecordSettings, optional
         How documents are read.
 
     Returns
     -------
     Dataset
-        Max_abs, the largest absolute value it put out; norm, mean Euclidean norm; weighted_norm, mean norm after the
-        weight; mean [layer, expert, hidden], for ablation by the mean; n, tokens [layer, expert]. NaN where
-        nobody chose the expert.
+        max_abs, largest absolute output; norm, mean Euclidean norm; weighted_norm, mean norm after weighting;
+        mean [layer, expert, hidden], for mean ablation; n, tokens [layer, expert]. NaN if no token chose the expert.
 
     Raises
     ------
     BadInput
-        For documents that cannot be read as asked.
+        If documents cannot be read with these settings.
 
     Examples
     --------
@@ -116,10 +115,10 @@ def measure_contributions(
 ) -> xr.Dataset:
     """Measure the contribution of every chosen expert to the logit of the next token (direct logit attribution).
 
-    w o . (s * (u_next - mean_v u_v)): the expert's weighted output w o, projected through the last norm, with its scale
-    s at this token fixed, onto the unembedding row of the next token minus the mean row. Summed over all experts, all
-    attention layers and the embedding, this is the next token's logit minus the mean logit. Effects through later
-    layers are not included.
+    The contribution is w o . (s * (u_next - mean_v u_v)): the expert's weighted output w o, scaled by the last norm
+    with its scale s fixed at this token, times the unembedding row of the next token minus the mean row. Summed over
+    all experts, all attention layers and the embedding, contributions give the next token's logit minus the mean logit.
+    Effects through later layers are not included.
 
     Parameters
     ----------
@@ -128,29 +127,29 @@ def measure_contributions(
     documents : Iterable[Any]
         Strings, mappings with a text column, or a datasets.Dataset.
     out : str or os.PathLike, optional
-        Run directory; None keeps the result in memory. An interrupted run resumes.
-        Under `accelerate launch` every process then reads its share of the shards, and each returns the whole.
+        Run directory; None keeps the result in memory. A stopped run resumes where it stopped. Under
+        `accelerate launch` each process reads its share of the shards, and each returns the complete result.
     tokenizer : Any, optional
-        None for the one that belongs to the model.
+        Tokenizer; None for the model's own.
     settings : RecordSettings, optional
         How documents are read.
 
     Returns
     -------
     xarray.Dataset
-        [token, layer, slot], slots strongest first: ``logit``, what the expert adds to the next token's logit, NaN at
-        the end of a sequence; ``norm``, Euclidean norm of its weighted output; ``peak``, largest absolute value of its
-        output before the weight; ``expert_id``; ``weight``. Coordinates along token, in input order: document_id and
-        the documents' other columns, sequence (counted from 0), position, token_id, next_id (-1 at the end of a
-        sequence) and piece, the token's text. Select a sequence with ``data.isel(token=data.sequence.values == 3)``;
-        stats.expert_contribution computes means with intervals, by expert.
+        Variables [token, layer, slot], slots strongest first: ``logit``, contribution to the next token's logit, NaN
+        at the end of a sequence; ``norm``, Euclidean norm of the weighted output; ``peak``, largest absolute value of
+        the output before weighting; ``expert_id``; ``weight``. Coordinates along token, in input order: document_id
+        and the other columns of the documents, sequence (counted from 0), position, token_id, next_id (-1 at the end
+        of a sequence) and piece, the token's text. Select a sequence with
+        ``data.isel(token=data.sequence.values == 3)``; stats.expert_contribution computes means with intervals.
 
     Raises
     ------
     BadInput
-        For documents that cannot be read as asked.
+        If documents cannot be read with these settings.
     RunError
-        As record.
+        As for record.
 
     Examples
     --------
@@ -179,7 +178,7 @@ def measure_contributions(
 
 @torch.inference_mode()
 def _contributions(model: nn.Module, shard: Shard, signals: Signals, batch_tokens: int) -> dict[str, np.ndarray]:
-    """Return arrays over the tokens of a shard, and the length of every document."""
+    """Return arrays along the tokens of a shard, and the length of every document."""
     sequences, lengths = [piece.ids for piece in shard.pieces], lengths_of(shard)
     position = np.concatenate([np.arange(length) for length in lengths])
     token_id = np.concatenate(sequences)

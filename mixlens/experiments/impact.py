@@ -1,4 +1,4 @@
-"""measure_impact: compare a model with a changed copy, also with exchanged routing."""
+"""measure_impact: a model and a changed copy of it side by side, also with each other's routing."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from mixlens.trace.trace import Trace
 from mixlens.trace.vocabulary import same_tokenizer
 
 SETTINGS = RecordSettings(shard_tokens=16_384)
-_ROWS = 256  # tokens whose predictions over the whole vocabulary are held at a time, four of each
+_ROWS = 256  # tokens per chunk, since each needs four predictions over the whole vocabulary
 
 
 def measure_impact(
@@ -57,28 +57,28 @@ def measure_impact(
     tokenizer: Any = None,
     settings: RecordSettings = SETTINGS,
 ) -> Impact:
-    """Measure the effect of changed weights on predictions, routing and every expert, and split it by cause.
+    """Measure how changed weights affect predictions, routing and every expert, and separate the causes.
 
     Every document is read four times: by each model with its own routing, and by each with the experts that the other
-    chose for the same tokens in every layer. This splits the change in quality into changed routing and everything
-    else, which is called weights only if both models compute in the same dtype with the same kinds of layers. If the
-    dtypes differ, a copy of the first model in the dtype of the second, which takes memory, reads the documents a fifth
-    time to measure the effect of arithmetic alone. A first model that is quantized or split across devices is not
-    copied.
+    chose for the same tokens, in every layer. This splits the change in quality into the part of changed routing and
+    the rest, which is attributed to weights only if both models compute in the same dtype with the same kinds of
+    layers. If the dtypes differ, a copy of the first model in the dtype of the second reads the documents a fifth time,
+    to isolate the effect of arithmetic; the copy takes memory. It is omitted if the first model is quantized or spread
+    over several devices.
 
     Parameters
     ----------
     model_a, model_b : torch.nn.Module
-        The original and the changed one, loaded at the same time; devices may differ.
+        The original and the changed model, both loaded; their devices may differ.
     documents : Iterable[Any]
         As for record.
     out : str or os.PathLike, optional
-        Run directory; None keeps the result in memory. An interrupted run resumes.
+        Run directory; None keeps the result in memory. A stopped run resumes where it stopped.
     force_weights : bool, optional
-        Under the other's routing also use the other's router weights (kept in half precision); else the running
-        model weighs the experts it is given.
+        Whether a model with the other's routing also uses the other's router weights (kept in half precision);
+        otherwise it weights the given experts itself.
     tokenizer : Any, optional
-        None for the one that belongs to model_a.
+        Tokenizer; None for that of model_a.
     settings : RecordSettings, optional
         How documents are read.
 
@@ -89,9 +89,9 @@ def measure_impact(
     Raises
     ------
     BadInput
-        For models of different shapes or tokenizers and for documents that cannot be read as asked.
+        If the models differ in shape or tokenizer, or documents cannot be read with these settings.
     RunError
-        If `out` holds something else or cannot be written.
+        If `out` holds another run or cannot be written.
 
     Examples
     --------
@@ -120,7 +120,7 @@ def measure_impact(
 
 @dataclass(frozen=True)
 class _Pass:
-    """Outputs of a model for some tokens: last states [token, H], experts [token, layer, slot] and their weights."""
+    """Result of a forward pass: last states [token, H], experts [token, layer, slot] and their weights."""
 
     states: torch.Tensor
     ids: np.ndarray
@@ -129,7 +129,7 @@ class _Pass:
 
 @dataclass(frozen=True)
 class _Batch:
-    """Sequences read together, as one flat token axis.
+    """Sequences that are read together, on one flat token axis.
 
     sequence   [token] number within the batch
     token_id   [token]
@@ -161,14 +161,14 @@ class _Pair:
 
     @torch.no_grad()  # torchao's weights cannot be detached in inference mode
     def measure(self, shard: Shard) -> dict[str, np.ndarray]:
-        """Return sums per document of a shard, as in Impact."""
+        """Return sums over every document of a shard, in the form that Impact expects."""
         sequences, lengths = [piece.ids for piece in shard.pieces], lengths_of(shard)
         totals = self._zeros(len(sequences))
         for rows in batches(lengths, self.batch_tokens):
             for name, values in self._measure_batch(_Batch.of([sequences[row] for row in rows])).items():
                 totals[name][rows] = values
         summed = {name: sum_documents(shard, values) for name, values in totals.items()}
-        # The weight error belongs to no document, so it is measured and stored once, with the first shard.
+        # Weight errors belong to no document: they are measured once and stored with the first shard.
         errors = self._weight_errors() if shard.index == 0 else np.empty((0, len(self.layers), self.n_experts, 3))
         return summed | {"length": sum_documents(shard, lengths), "weight_error": errors}
 
@@ -182,7 +182,7 @@ class _Pair:
         }
 
     def _measure_batch(self, batch: _Batch) -> dict[str, np.ndarray]:
-        """Return sums per sequence of the batch."""
+        """Return sums over every sequence of the batch."""
         sums = self._zeros(len(batch.sequences))
         a = self._read(self.a, batch, outputs=sums)
         b = self._read(self.b, batch)
@@ -202,7 +202,7 @@ class _Pair:
         return sums
 
     def _read(self, model: Any, batch: _Batch, outputs: dict[str, np.ndarray] | None = None) -> _Pass:
-        """Run the batch through a model in its current state; add errors of expert outputs to the sums `outputs`."""
+        """Read the batch with a model in its current state; add errors of expert outputs to the sums `outputs`."""
         order, states, ids, weights = [], [], [], []
         signals = parse_signals([] if outputs is None else ["moe_in"], [layer.index for layer, _ in self.layers])
         with Reader(model, signals, self.batch_tokens) as reader:
@@ -223,7 +223,7 @@ class _Pair:
         return replay(trace, weights=self.force_weights)
 
     def _predictions(self, states: list[torch.Tensor | None], following: np.ndarray) -> dict[str, np.ndarray]:
-        """Return loss, kl, same_top [predicted token, condition], computing few rows of logits at a time."""
+        """Return loss, kl and same_top [predicted token, condition], computing a few rows of logits at a time."""
         predicts = torch.from_numpy(np.flatnonzero(following >= 0))
         target = torch.from_numpy(following)[predicts]
         found = {name: np.full((len(predicts), len(CONDITIONS)), np.nan) for name in ("loss", "kl", "same_top")}
@@ -247,11 +247,11 @@ class _Pair:
     def _add_output_errors(
         self, raw: Raw, picked: torch.Tensor, sequence: np.ndarray, sums: dict[str, np.ndarray]
     ) -> None:
-        """Add squared errors and sizes of the outputs of every chosen expert, in both models, for its input in a."""
+        """Add squared errors and sizes of the output of every chosen expert, for both models given the input in a."""
         for row, (layer, other) in enumerate(self.layers):
             hidden, chosen = raw["moe_in"][layer.index].flatten(0, -2), raw["expert_id"][layer.index]
             hidden, chosen = hidden[picked.to(hidden.device)], chosen[picked.to(chosen.device)]
-            # accelerate keeps an offloaded layer's weights on the meta device and records its compute device.
+            # accelerate keeps offloaded weights on the meta device and stores their execution device in the hook.
             hook = getattr(other.experts, "_hf_hook", None)
             there = getattr(hook, "execution_device", None)
             there = other.router_weight.device if there is None else there
@@ -266,7 +266,7 @@ class _Pair:
                 np.add.at(sums["chosen"][:, row], (sequence, expert), 1)
 
     def _weight_errors(self) -> np.ndarray:
-        """Return ||W_b - W_a|| / ||W_a|| [1, layer, expert, matrix]; NaN in layers with offloaded weights."""
+        """Return ||W_b - W_a|| / ||W_a|| [1, layer, expert, matrix]; NaN in layers whose weights are offloaded."""
         found = np.full((1, len(self.layers), self.n_experts, len(MATRICES)), np.nan)
         for row, (layer, other) in enumerate(self.layers):
             try:
@@ -281,7 +281,7 @@ class _Pair:
 
 
 def _computes(model: Any) -> tuple[Any, ...]:
-    """Return the properties that decide how a model rounds: dtype, expert and attention kernels, kinds of layers."""
+    """Return what determines a model's rounding: dtype, experts and attention implementation, and kinds of layers."""
     ways = (getattr(model.config, f"_{of}_implementation", None) for of in ("experts", "attn"))
     return (model.dtype, *ways, sorted({type(module).__qualname__ for module in model.modules()}))
 
@@ -312,7 +312,7 @@ def _same_shape(model_a: Any, model_b: Any) -> None:
 
 
 def _vocabulary_of(model: nn.Module) -> pd.Series | None:
-    """Return the pieces of the model's tokenizer; None if it has none."""
+    """Return the vocabulary of a model's own tokenizer; None if it has no tokenizer."""
     try:
         return vocabulary_of(tokenizer_of(model))
     except BadInput:

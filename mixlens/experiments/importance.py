@@ -1,4 +1,4 @@
-"""Importance of experts: maps over every layer and expert, from documents to intervals."""
+"""Importance of experts: the change in loss without each expert of each layer, with intervals over documents."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ SETTINGS = RecordSettings(shard_tokens=4096)
 
 @dataclass(frozen=True)
 class Ablation:
-    """Ablation applied to each expert in turn, and the metric measured.
+    """Settings of an ablation: how each expert is removed, and the metric.
 
     Parameters
     ----------
     how : str, optional
-        "reroute" (never chosen), "zero", or "mean" with `means`, as edits.ablate; or a quantization scheme such as
-        "hqq2", as in load, applied to each expert in turn, for decisions.allocate_bits.
+        "reroute" (never chosen), "zero", or "mean" with `means`, as in edits.ablate; or a quantization scheme such as
+        "hqq2", as in load, to which each expert is converted in turn, for decisions.allocate_bits.
     means : Any, optional
-        Xarray [layer, expert, hidden], as expert_outputs(...)["mean"].
+        Mean outputs [layer, expert, hidden], such as expert_outputs(...)["mean"].
     metric : Metric, optional
-        From logits [n, vocabulary] and the tokens that came [n] to a number for each [n]; None for the loss in
-        nats.
+        Function of logits [n, vocabulary] and the next tokens [n] that returns one number per token [n]; None for the
+        loss in nats.
     layers : int or Sequence[int], optional
         Layer numbers; None for all.
 
@@ -81,9 +81,9 @@ def expert_importance(
     tokenizer: Any = None,
     settings: RecordSettings = SETTINGS,
 ) -> xr.Dataset:
-    """Measure the change in loss without each expert of each layer, with paired intervals over documents.
+    """Compute the change in loss without each expert of each layer, with paired intervals over documents.
 
-    Combines measure_importance and stats.expert_importance, whose arguments and errors it shares.
+    Applies stats.expert_importance to the result of measure_importance; see these for arguments and errors.
     """
     measured = measure_importance(model, documents, out=out, ablation=ablation, tokenizer=tokenizer, settings=settings)
     return stats.expert_importance(measured, by=by)
@@ -107,28 +107,28 @@ def measure_importance(
     documents : Iterable[Any]
         As for record; sequences longer than settings.batch_tokens are read in chunks.
     out : str or os.PathLike, optional
-        Run directory; None keeps the result in memory. A run that was stopped goes on where it stopped. Under
-        `accelerate launch` every process then measures its share of the shards, and each returns the whole.
+        Run directory; None keeps the result in memory. A stopped run resumes where it stopped. Under
+        `accelerate launch` each process measures its share of the shards, and each returns the complete result.
     ablation : Ablation, optional
-        What is done to each expert.
+        How experts are ablated.
     tokenizer : Any, optional
-        None for the one that belongs to the model.
+        Tokenizer; None for the model's own.
     settings : RecordSettings, optional
         How documents are read.
 
     Returns
     -------
     Dataset
-        Change, chosen [document, layer, expert]; value, tokens (predicted), length [document]; the documents'
-        columns as coordinates.
+        change, chosen [document, layer, expert]; value, tokens (predicted), length [document]; the columns of the
+        documents as coordinates.
 
     Raises
     ------
     BadInput
-        For documents that cannot be read as asked, unknown layers, and with `out` for a metric that is no
-        function of its own.
+        If documents cannot be read with these settings, a layer is unknown, or `out` is given with a metric that is not
+        a self-contained function.
     RunError
-        As record.
+        As for record.
 
     Examples
     --------
@@ -159,7 +159,7 @@ def measure_importance(
 
 
 def _bytes(ablator: Ablator) -> dict[str, int]:
-    """Return the bytes of an expert in the scheme and in the original; empty for ablations."""
+    """Return the bytes of an expert in the scheme and in the original; empty if experts are ablated."""
     if ablator.scheme is None:
         return {}
     weights = [matrix[0] for matrix in expert_weights(next(iter(ablator.moe_layers.values())))]
@@ -168,7 +168,7 @@ def _bytes(ablator: Ablator) -> dict[str, int]:
 
 
 def _digest_of(metric: Metric) -> str | None:
-    """Return a digest of a metric's code; None if its result depends on more than that."""
+    """Return a digest of a metric's code; None if its result depends on more than its code."""
     if not isinstance(metric, FunctionType):
         return None
     code = metric.__code__

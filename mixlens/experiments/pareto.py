@@ -1,4 +1,4 @@
-"""measure_pareto: quality, size and speed of one model in several quantization schemes, in one run."""
+"""measure_pareto: quality, bytes and speed of one model in several quantization schemes, in one run."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Speed:
-    """Settings of speed measurements: calls of generate, each with one prompt; 0 calls skip them.
+    """Settings of the speed measurement: calls of generate with one prompt each; 0 calls skip it.
 
     Parameters
     ----------
     calls : int, optional
-        Timed calls.
+        Number of timed calls.
     prompt_tokens : int, optional
         Tokens per prompt.
     output_tokens : int, optional
-        Tokens that are generated.
+        Tokens generated per call.
 
     Examples
     --------
@@ -76,23 +76,23 @@ def measure_pareto(
 ) -> Pareto:
     """Measure quality, bytes and speed of a model in several quantization schemes and unquantized.
 
-    The original stays loaded beside one scheme at a time.
+    The original stays loaded next to one scheme at a time.
 
     Parameters
     ----------
     model : str or os.PathLike
         As for load.
     documents : Iterable[Any]
-        As for record; quality is measured on them by measure_impact.
+        Documents on which measure_impact measures quality, as for record.
     schemes : Sequence[Scheme]
-        As load takes them (names or mappings), or a dtype such as "bfloat16".
+        Schemes as in load (names or mappings), or a dtype such as "bfloat16".
     out : str or os.PathLike
-        Run directory: table.parquet, pareto.png and pareto.pdf, and in a folder a scheme its impact and its
-        benchmark, each a run of its own. A run that was stopped or killed goes on at the scheme where it stopped.
+        Run directory: table.parquet, pareto.png and pareto.pdf, and a folder per scheme with its impact and its
+        benchmark, each a run. A stopped or killed run resumes at the scheme where it stopped.
     loading : Mapping[str, Any], optional
         Further arguments of load, such as device_map, dtype and revision.
     speed : Speed, optional
-        How speed is measured.
+        Settings of the speed measurement.
     settings : RecordSettings, optional
         How documents are read.
 
@@ -103,9 +103,9 @@ def measure_pareto(
     Raises
     ------
     BadInput
-        For no or unknown schemes, one named twice, or the original's own.
+        If there is no scheme, one is unknown or repeated, or equals that of the original.
     ModelError
-        For one that cannot run here, before anything is measured; and as load, measure_impact and benchmark.
+        If a scheme cannot run on this machine, before anything is measured; and as load, measure_impact and benchmark.
 
     Examples
     --------
@@ -122,7 +122,7 @@ def measure_pareto(
     names = [_name(scheme) for scheme in schemes]
     if not names or len(set(names)) != len(names):
         raise BadInput(
-            f"Cannot compare the schemes {', '.join(names) or '(none)'}. Pass one or several, each once.",
+            f"Cannot compare the schemes {', '.join(names) or '(none)'}: none is given, or one twice. Pass each once.",
             argument="schemes",
             value=names,
         )
@@ -158,7 +158,7 @@ def measure_pareto(
 
 
 def _finite(value: Any) -> Any:
-    """Convert a number for JSON: "inf" for an infinite bound, None if it is missing."""
+    """Convert a number to JSON: "inf" for an infinite bound, None for a missing one."""
     if not isinstance(value, float) or math.isfinite(value):
         return value
     return None if math.isnan(value) else str(value)
@@ -166,7 +166,7 @@ def _finite(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Sides:
-    """The original model, and the settings to measure schemes against it."""
+    """The original model, and everything needed to measure a scheme next to it."""
 
     original: Any
     model: str | os.PathLike[str]
@@ -177,9 +177,9 @@ class _Sides:
     writer: RunWriter
 
     def measure(self, index: int, name: str, scheme: Scheme | None) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """Return rows of the table and the description of the model, for one scheme or the original.
+        """Measure one scheme, or the original; return rows of the table and the metadata of the model.
 
-        The original's quality comes with the first scheme.
+        The quality of the original is measured with the first scheme.
         """
         folder = self.writer.path / f"{index:02d}-{''.join(c if c.isalnum() else '-' for c in name)}"
         folder.mkdir(exist_ok=True)
@@ -235,7 +235,7 @@ def _quality(name: str, found: Impact) -> list[dict[str, Any]]:
 
 
 def _quality_of_original(original: Any, found: Impact) -> list[dict[str, Any]]:
-    """Return its perplexity, and the values that are exact because it is compared with itself."""
+    """Return the perplexity of the original and its exact values, since it agrees with itself."""
     name, cell = audit(original).label, found.quality().sel(measure="perplexity_a")
     exact = {"loss_difference": 0.0, "kl": 0.0, "kl_from_routing": 0.0, "same_top": 1.0, "overlap": 1.0}
     n = {"n": int(cell.n)}

@@ -1,4 +1,4 @@
-"""Rerun the tokens of any trace on a local model, with its own routing and with that of the trace."""
+"""Rerun of a trace: its tokens read again by a local model, with the model's own routing and with the trace's."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from mixlens.trace.trace import Trace, from_parts
 
 @dataclass(frozen=True)
 class Rerun:
-    """A sample of a trace, and a local model's reading of the same tokens.
+    """A sample of a trace, and traces of the same tokens read again by a model.
 
     theirs        the sample
-    here          the model's own routing and probabilities
+    here          the model with its own routing
     with_ids      the model with the experts of the sample
-    with_weights  and with their weights as well; None where the trace has no weights
+    with_weights  the model with the experts and weights of the sample; None if the trace has no weights
     """
 
     theirs: Trace
@@ -38,23 +38,23 @@ class Rerun:
 
 
 def rerun(trace: Trace, model: nn.Module, *, sample: int = 64, seed: int = 0) -> Rerun:
-    """Read documents of a trace again with a model of transformers.
+    """Read documents of a trace again with a transformers model.
 
     Parameters
     ----------
     trace : Trace
-        With token ids, of whole sequences.
+        Trace with token ids of whole sequences.
     model : torch.nn.Module
-        The same model, or another of its shape.
+        The recorded model, or another of the same shape.
     sample : int, optional
-        How many documents at most, drawn without replacement.
+        Maximum number of documents, drawn without replacement.
     seed : int, optional
-        Of the draw.
+        Seed of the draw.
 
     Raises
     ------
     BadInput
-        For a trace without whole sequences, and for a model of another shape.
+        If the trace does not have whole sequences, or the model has another shape.
     """
     theirs = _in_memory(trace, sample, seed)
     layers = [layer.index for layer in moe_layers(model)]
@@ -96,11 +96,11 @@ def rerun(trace: Trace, model: nn.Module, *, sample: int = 64, seed: int = 0) ->
 
 
 def _in_memory(trace: Trace, sample: int, seed: int) -> Trace:
-    """Return documents of a trace in memory, with sequences numbered from 0."""
+    """Load a sample of documents of a trace, with sequences numbered from 0."""
     trace.require("compare", "expert_id", "token_id", "position")
     if not isinstance(sample, int) or sample < 1:
         raise BadInput(
-            f"Cannot compare a sample of {sample!r} documents. Pass a whole number from 1.",
+            f"Cannot compare a sample of {sample!r} documents: it is not a positive integer. Pass 1 or more.",
             argument="sample",
             value=sample,
         )

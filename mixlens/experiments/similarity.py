@@ -1,4 +1,4 @@
-"""Similarity of the weights of experts, which tells upcycled models from those trained from scratch."""
+"""Similarity of the experts' weights in a layer, which distinguishes upcycled from newly trained models."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def measure_similarity(
 ) -> xr.Dataset:
     """Compute cosines between the experts of each layer, and between their router vectors.
 
-    A neuron is the concatenation of its row of w1, its row of w3 and its column of w2. Experts copied from one
-    feed-forward layer and then trained have similar neurons in the same positions; experts trained from scratch have
-    cosines near 0 in every matrix, whatever the order of their neurons.
+    A neuron is the concatenation of its row of w1, its row of w3 and its column of w2. Two experts copied from one
+    feed-forward layer and then trained separately have similar neurons in the same places. Experts trained from scratch
+    have cosines near 0 in every matrix, whatever the order of their neurons.
 
     Parameters
     ----------
@@ -36,22 +36,22 @@ def measure_similarity(
     layers : int or Sequence[int], optional
         Layer numbers; None for all.
     match : bool, optional
-        Also pair up the neurons of every two experts by linear assignment (Crouse 2016). For the 14,336 neurons
-        of 8x7B this takes 30 seconds of a core and 4 GB a pair, and a layer has 28 pairs: name the layers.
+        Whether to match the neurons of every pair of experts by linear assignment (Crouse 2016). For the 14,336 neurons
+        of 8x7B this takes 30 seconds on one core and 4 GB per pair, and a layer has 28 pairs, so restrict the layers.
 
     Returns
     -------
     Dataset
-        Cosine [layer, matrix (w1, w2, w3), expert, expert_j]; router_cosine [layer, expert, expert_j];
-        router_norm [layer, expert]; with match also in_place and matched [layer, expert, expert_j], the mean
-        cosine of neurons of equal number, and of matched ones; the diagonals are 1.
+        cosine [layer, matrix (w1, w2, w3), expert, expert_j]; router_cosine [layer, expert, expert_j];
+        router_norm [layer, expert]; with match also in_place and matched [layer, expert, expert_j], the mean cosine of
+        neurons with the same number, and of matched neurons; diagonals are 1.
 
     Raises
     ------
     BadInput
-        For unknown layers.
+        If a layer is unknown.
     ModelError
-        If weights have an unknown layout.
+        If the layout of the weights is unknown.
 
     Examples
     --------
@@ -89,7 +89,7 @@ def measure_similarity(
 
 
 def _cosines(vectors: torch.Tensor) -> np.ndarray:
-    """Return the cosines [E, E] of E tensors, each taken as one vector, converted piece by piece to save memory."""
+    """Return the cosines [E, E] of E tensors as vectors, converting chunks to save memory."""
     flat = vectors.reshape(len(vectors), -1)
     products = torch.zeros(len(flat), len(flat), dtype=torch.float64)
     for start in range(0, flat.shape[1], _CHUNK):
@@ -116,13 +116,13 @@ def _matched(w1: torch.Tensor, w2: torch.Tensor, w3: torch.Tensor) -> dict[str, 
 
 
 def _sum_of_squares(expert: int, matrices: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return the sum of squares [row] over the rows of all matrices [expert, row, column]."""
+    """Return the sum of squares of each row [row] over all matrices [expert, row, column]."""
     return torch.stack([matrix[expert].float().pow(2).sum(-1) for matrix in matrices]).sum(0)
 
 
 @contextmanager
 def _at_hand(*modules: nn.Module) -> Iterator[None]:
-    """Load weights that accelerate offloads, fused or in separate Linears, within the block."""
+    """Load weights that accelerate offloads, fused or in separate Linears, while the context is open."""
     with ExitStack() as stack:
         for module in modules:
             for part in module.modules():

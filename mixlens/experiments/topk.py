@@ -1,4 +1,4 @@
-"""Loss and routing with every number of experts per token, from documents to intervals."""
+"""Loss and routing when every token chooses k experts, for each k, with intervals over documents."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def topk_sweep(
     tokenizer: Any = None,
     settings: RecordSettings = SETTINGS,
 ) -> xr.Dataset:
-    """Measure the loss at every k, and its change from the model's own k, on the same tokens.
+    """Compute the loss at every k, and its change against the model's own k on the same tokens.
 
-    Combines measure_topk and stats.topk_sweep, whose arguments and errors it shares.
+    Applies stats.topk_sweep to the result of measure_topk; see these for arguments and errors.
     """
     measured = measure_topk(model, documents, ks=ks, out=out, tokenizer=tokenizer, settings=settings)
     return stats.topk_sweep(measured, by=by)
@@ -60,27 +60,27 @@ def measure_topk(
     documents : Iterable[Any]
         Strings, mappings with a text column, or a datasets.Dataset.
     ks : int or Iterable[int], optional
-        Numbers of experts a token chooses; None for 1 to all. The model's own is measured in any case.
+        Numbers of experts per token; None for 1 to all. The model's own k is always measured.
     out : str or os.PathLike, optional
-        Run directory; None keeps the result in memory. A run that was stopped goes on where it stopped. Under
-        `accelerate launch` every process then measures its share of the shards, and each returns the whole.
+        Run directory; None keeps the result in memory. A stopped run resumes where it stopped. Under
+        `accelerate launch` each process measures its share of the shards, and each returns the complete result.
     tokenizer : Any, optional
-        None for the one that belongs to the model.
+        Tokenizer; None for the model's own.
     settings : RecordSettings, optional
         How documents are read.
 
     Returns
     -------
     Dataset
-        Loss in nats, over the predicted tokens [document, k]; first_weight, of the strongest expert [document, k,
-        layer]; chosen [document, k, layer, expert]; tokens (predicted), length [document].
+        loss in nats, over the predicted tokens [document, k]; first_weight, weight of the strongest expert [document,
+        k, layer]; chosen [document, k, layer, expert]; tokens (predicted), length [document].
 
     Raises
     ------
     BadInput
-        For a k the model has not, and documents that cannot be read as asked.
+        If a k is out of range, or documents cannot be read with these settings.
     RunError
-        As record.
+        As for record.
 
     Examples
     --------
@@ -105,7 +105,7 @@ def measure_topk(
 
 
 def checked_ks(model: nn.Module, ks: int | Iterable[int] | None) -> list[int]:
-    """Return the numbers of experts to choose, by default all. Raises BadInput for numbers out of range."""
+    """Return the requested values of k, by default all. Raises BadInput for values out of range."""
     count = n_experts(model)
     asked = list(range(1, count + 1)) if ks is None else sorted(set(whole_numbers(ks)))
     if not asked or not 1 <= asked[0] <= asked[-1] <= count:
