@@ -1,6 +1,6 @@
-"""Decisions based on routing: reads per step, caching, placement, pruning and bit allocation.
+"""Decisions from routing: experts read per step, caches, placement, pruning, bit allocation and steering.
 
-Every function returns a verdict in ``attrs["verdict"]``, judged on documents that were not used for fitting.
+Every function returns a verdict in ``attrs["verdict"]``, judged on documents on which nothing was fitted.
 """
 
 from mixlens.core.lazy import exports

@@ -1,4 +1,4 @@
-"""allocate_bits: choose a bit width for every expert within a budget, from measured costs."""
+"""allocate_bits: the quantization scheme of every expert within a budget of bytes, from measured costs."""
 
 from __future__ import annotations
 
@@ -22,38 +22,38 @@ WHOLE = "none"
 def allocate_bits(
     importance: Mapping[str, xr.Dataset], *, budget_bytes: float, bootstrap: Bootstrap = DECISION
 ) -> xr.Dataset:
-    """Choose a quantization scheme for every expert that minimises the loss within a budget of bytes.
+    """Choose a quantization scheme for every expert that minimizes the loss within a budget of bytes.
 
-    The sum over experts of their individual costs is minimised exactly, as a multiple-choice knapsack with one class
-    per expert. Joint costs are not additive, so the loss of the whole model is only predicted: load the model in the
-    mixed scheme, and `judge` it.
+    The sum of the individual costs of the experts is minimal within the budget: a knapsack with one class per expert,
+    solved exactly. The joint cost of experts is not the sum of their costs, so the total loss is only predicted: load
+    the model in the mixed scheme, and `judge` it.
 
-    The verdict compares the mixed scheme with the best uniform one that fits. Both are chosen on one half of the
-    documents and judged on the other, in both directions; the returned scheme is chosen on all documents.
+    The verdict compares the mixed scheme with the best single scheme that fits. Both are chosen on one half of the
+    documents and judged on the other, and vice versa; the returned scheme is chosen on all documents.
 
     Parameters
     ----------
     importance : Mapping[str, xarray.Dataset]
-        By scheme, what measure_importance gives for ``Ablation(how=scheme)`` on the same documents. "none" need not
-        be measured: weights as they are cost nothing.
+        Results of measure_importance for ``Ablation(how=scheme)`` by scheme, on the same documents. "none" need not be
+        measured: the original weights cost nothing.
     budget_bytes : float
-        Bytes for all experts together; attention, embeddings and routers are not counted.
+        Bytes for all experts together, excluding attention, embeddings and routers.
     bootstrap : Bootstrap, optional
-        How intervals are computed, and the seed of the halves.
+        Settings of the intervals, and the seed of the halves.
 
     Returns
     -------
     xarray.Dataset
-        ``scheme``, ``estimate`` (loss of the expert in it, nats per token) and ``bytes`` ``[layer, expert]``; attrs
-        quantization, for ``ml.load(quantization=)``; single, the best single scheme that fits; predicted_loss;
-        verdict, and gain with gain_low and gain_high: loss of the single scheme less that of the mixed one, nats a
-        token.
+        ``scheme``, ``estimate`` (loss due to the expert in its scheme, nats per token) and ``bytes``
+        ``[layer, expert]``; attrs quantization, for ``ml.load(quantization=)``; single, the best single scheme that
+        fits; predicted_loss; verdict, and gain with gain_low and gain_high: loss of the single scheme minus that of the
+        mixed one, nats per token.
 
     Raises
     ------
     BadInput
-        For measurements of different models, documents or layers, a budget below the smallest schemes, and fewer than
-        two documents.
+        If measurements differ in model, documents or layers, the budget is below that of the smallest schemes, or
+        there are fewer than two documents.
 
     Examples
     --------
@@ -108,7 +108,7 @@ def allocate_bits(
 
 
 def _measured(importance: Mapping[str, xr.Dataset]) -> tuple[list[str], np.ndarray, list[int], np.ndarray]:
-    """Return (schemes; loss [scheme, document, expert of all layers]; bytes per expert in each; tokens [document])."""
+    """Return schemes, loss [scheme, document, expert of all layers], bytes per expert in each, tokens [document]."""
     if not isinstance(importance, Mapping) or not importance:
         raise BadInput(
             "Cannot allocate bits without measurements. Pass a mapping from schemes to what measure_importance found, "
@@ -133,7 +133,7 @@ def _measured(importance: Mapping[str, xr.Dataset]) -> tuple[list[str], np.ndarr
             )
     if first.sizes["document"] < 2:
         raise BadInput(
-            "Cannot allocate bits by one document: what is fitted on some is judged on others. Measure more.",
+            "Cannot allocate bits by one document: schemes fitted on some are judged on others. Measure more.",
             argument="documents",
             value=first.sizes["document"],
         )
@@ -148,9 +148,9 @@ def _measured(importance: Mapping[str, xr.Dataset]) -> tuple[list[str], np.ndarr
 
 
 def allocated(costs: np.ndarray, sizes: list[int], budget: float) -> np.ndarray:
-    """Return the scheme of each expert that minimises the sum of costs [scheme, expert] within a budget of bytes.
+    """Return the scheme of each expert [expert] that minimizes total costs [scheme, expert] within a budget of bytes.
 
-    An integer program, solved to optimality by HiGHS.
+    Solves an integer program to optimality with HiGHS.
     """
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_array, kron
@@ -170,7 +170,7 @@ def allocated(costs: np.ndarray, sizes: list[int], budget: float) -> np.ndarray:
 
 
 def _single(costs: np.ndarray, sizes: list[int], budget: float) -> int:
-    """Return the cheapest scheme in which all experts fit the budget."""
+    """Return the cheapest single scheme in which all experts fit the budget."""
     total = np.where(np.array(sizes) * costs.shape[1] <= budget, costs.sum(1), np.inf)
     return int(total.argmin())
 

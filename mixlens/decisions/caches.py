@@ -41,60 +41,60 @@ def cache(
 ) -> xr.Dataset:
     """Compute the hit rate of a cache that holds a number of experts per layer.
 
-    Every sequence begins with an empty cache. The experts of a token are looked up and loaded together, and do not
-    evict each other. Policies:
+    Every sequence begins with an empty cache. The experts of a token are looked up and loaded together, and none of
+    them evicts another. Policies:
 
-    - lru: evict the least recently used expert
-    - lfu: evict the expert used least often since it was loaded, and among ties the least recently used
-    - fixed: the most frequent experts of one half of the documents, loaded from the start
-    - least-stale: one pool of slots x layers; an expert that the token at hand did not use leaves first, of those one
+    - lru: evicts the least recently used expert
+    - lfu: evicts the expert used least often since it was loaded, and among equals the least recently used
+    - fixed: holds the most frequent experts of one half of the documents from the start
+    - least-stale: one pool of slots x layers; evicts experts that the current token did not use first, among these one
       of the layer whose turn comes last, then the least recently used (after Hoang et al. 2026, arXiv:2602.03921)
-    - prefetch: lru, and while a layer computes the next layer's experts are loaded that its router would choose for
+    - prefetch: lru that, while a layer computes, also loads the experts that the next layer's router would choose for
       this layer's input (Eliseev and Mazur 2023, arXiv:2312.17238)
-    - optimum: evict the expert needed last: no policy that loads on demand has more hits (Belady 1966)
+    - optimum: evicts the expert needed last; no policy that loads on demand has more hits (Belady 1966)
 
     The verdict says whether the policy has more hits than the fixed set ("do it") or fewer ("do not"), on average over
-    the sizes, on the half of the documents that nothing was fitted on. The fixed set is judged against any set of its
-    size, whose hits are slots / experts. The optimum is a bound and no policy, and never "do it"; prefetch buys its
-    hits with loads in vain, which `loads` counts and the verdict does not. Only tokens that find the cache filled
-    count for the verdict, since a fixed set takes no filling.
+    the sizes, on the half of the documents on which nothing was fitted. The fixed set is compared with an arbitrary set
+    of its size, whose hit rate is slots / experts. The optimum is a bound, not a policy, and never gets "do it".
+    Prefetch gains hits by useless loads, which `loads` includes and the verdict ignores. Only tokens that find the
+    cache full count for the verdict, since a fixed set does not need filling.
 
     Parameters
     ----------
     trace : Trace
-        The recording. Needs ``expert_id``, uint8 or uint16 [token, layer, slot]; for prefetch also the activations of
+        Recording with ``expert_id``, uint8 or uint16 [token, layer, slot]; for prefetch also the activations of
         ``moe_in`` of all tokens.
     slots : int or Sequence[int], optional
-        Experts that the cache holds, a layer; None for all numbers from those of a token to all. The time of lru and
-        prefetch hardly depends on how many sizes there are.
+        Number of experts that the cache holds per layer; None for all numbers from top-k to all experts. The runtime of
+        lru and prefetch hardly depends on the number of sizes.
     policy : str, optional
-        One of those above.
+        One of the policies above.
     model : transformers.PreTrainedModel, optional
-        The model that was recorded, for its routers (prefetch) and the bytes of its experts.
+        The recorded model, for its routers (prefetch) and the bytes of its experts.
     expert_bytes : float, optional
-        Bytes of one expert; those of `model` if it is given.
+        Bytes per expert; by default those of `model`, if given.
     link_bytes_per_s : float, optional
-        What loads experts, such as 25e9 for PCIe 4.0 with 16 lanes.
+        Bandwidth of the link that loads experts, such as 25e9 for PCIe 4.0 with 16 lanes.
     cluster, bootstrap
         As for `distinct_experts`; the seed also draws the halves.
 
     Returns
     -------
     xarray.Dataset
-        ``estimate`` (share of hits), ci_low, ci_high ``[slots]``; by_layer, by_layer_low, by_layer_high ``[slots,
-        layer]``; loads (experts loaded a token, in all layers), loads_low, loads_high; gain, gain_low, gain_high
-        (share of hits); fixed (hits of the fixed set on the judging half), in_sample (the same set fitted and judged on
-        all documents) and chance ``[slots]``; kept ``[slots, layer, expert]``, the fixed set. With the bytes of an
-        expert bytes_per_token, with a link also tokens_per_s, tokens_per_s_low, tokens_per_s_high: predicted, and what
-        the link allows if nothing else takes time. n (tokens), n_documents; attrs verdict, gain, gain_low, gain_high.
+        ``estimate`` (hit rate), ci_low, ci_high ``[slots]``; by_layer, by_layer_low, by_layer_high ``[slots, layer]``;
+        loads (experts loaded per token, over all layers), loads_low, loads_high; gain, gain_low, gain_high (in hit
+        rate); fixed (hit rate of the fixed set on the judging half), in_sample (the same set fitted and judged on all
+        documents) and chance ``[slots]``; kept ``[slots, layer, expert]``, the fixed set. With expert bytes also
+        bytes_per_token, and with a link tokens_per_s, tokens_per_s_low, tokens_per_s_high: predictions if only the link
+        takes time. n (tokens), n_documents; attrs verdict, gain, gain_low, gain_high.
 
     Raises
     ------
     BadInput
-        For an unknown policy, slots that do not hold a token's experts or exceed those of a layer, or bytes and rates
-        that are not above 0.
+        If the policy is unknown, slots are fewer than top-k or more than the experts of a layer, or bytes and rates
+        are not above 0.
     MissingSignal
-        For prefetch without a model or without ``moe_in``.
+        If prefetch lacks a model or ``moe_in``.
 
     Examples
     --------
@@ -109,7 +109,7 @@ def cache(
     e, k, n_layers = trace.n_experts, trace.top_k, trace.n_layers
     documents = Documents.of(trace, bootstrap)
     tokens, judging, of_token = documents.tokens, documents.judging, documents.of_token
-    # Layers are read one by one: each of them lies together in memory.
+    # Layers are read one by one, because each is contiguous in memory.
     ids = np.ascontiguousarray(trace.read("expert_id").swapaxes(0, 1), np.int64).swapaxes(0, 1)
 
     codes = (of_token[:, None] * e + ids[:, i] for i in range(n_layers))
@@ -227,8 +227,9 @@ def _tallied(
     full: Callable[[int], np.ndarray],
     kept: np.ndarray,
 ) -> np.ndarray:
-    """Return hits, loads, extra hits and choices [4, document, size, layer] of each document.
-    Extra hits are those over the fixed set, of tokens that find a full cache.
+    """Return hits, loads, extra hits over the fixed set and the choices behind them [4, document, size, layer].
+
+    The last two count only tokens that find the cache full.
     """
     each = []
     for layer, (hits, loads) in enumerate(zip(found, loaded, strict=True)):
@@ -241,7 +242,7 @@ def _tallied(
 def _replay(
     trace: Trace, ids: np.ndarray, first: np.ndarray, sizes: Sequence[int], policy: Policy, kept: np.ndarray, model: Any
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return cached experts and loaded experts [layer, size, token]."""
+    """Return the numbers of cached experts and of loaded experts [layer, size, token]."""
     e, layers = trace.n_experts, range(trace.n_layers)
     if policy == "prefetch":
         each = [
@@ -269,14 +270,14 @@ def _of_set(kept: np.ndarray, ids: np.ndarray) -> np.ndarray:
 
 
 def _predicted(trace: Trace, model: Any) -> list[np.ndarray | None]:
-    """Return the experts that each layer's router chooses for the previous layer's input [token, slot]; else None."""
+    """Return by layer the experts [token, slot] that its router chooses for the previous layer's input, or None."""
     import torch
 
     from mixlens.models.layout import moe_layers
 
     if model is None or "moe_in" not in trace.sites:
         raise MissingSignal(
-            "Cannot replay a cache with prefetch: it takes the model's routers and the layers' inputs. Record with "
+            "Cannot replay a cache with prefetch: it needs the model's routers and the layers' inputs. Record with "
             'signals=["moe_in"], and pass the model as model=.',
             argument="model" if model is None else "moe_in",
         )
@@ -299,13 +300,13 @@ def _predicted(trace: Trace, model: Any) -> list[np.ndarray | None]:
 
 
 def _most_used(used: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
-    """Mask the most used experts [size, layer, expert], given uses [layer, expert]."""
+    """Return the most used experts [size, layer, expert] by their counts [layer, expert]."""
     rank = np.argsort(np.argsort(-used, axis=-1, kind="stable"), axis=-1, kind="stable")
     return rank < np.asarray(sizes)[:, None, None]
 
 
 def _bytes(trace: Trace, model: Any, expert_bytes: float | None) -> np.ndarray | float | None:
-    """Return the bytes of one expert, per layer if the model is given."""
+    """Return the bytes of one expert, per layer if a model is given."""
     if expert_bytes is not None or model is None:
         return expert_bytes
     from mixlens.models.layout import moe_layers
@@ -316,7 +317,7 @@ def _bytes(trace: Trace, model: Any, expert_bytes: float | None) -> np.ndarray |
 
 
 def _sizes(trace: Trace, slots: int | Sequence[int] | None, policy: str) -> list[int]:
-    """Return the requested cache sizes. Raises BadInput for impossible ones and for an unknown policy."""
+    """Return the requested cache sizes. Raises BadInput for invalid sizes or an unknown policy."""
     if policy not in get_args(Policy):
         raise BadInput(
             f"Cannot replay the cache policy {policy!r}: policies are {', '.join(get_args(Policy))}. Pass one of them.",

@@ -1,4 +1,4 @@
-"""Save a model as a checkpoint that plain transformers loads, with a card that describes its origin."""
+"""save: write a model as a checkpoint that plain transformers loads, with a model card."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from mixlens.stats.judgement import Judgement
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str], *, judgement: Judgement | None = None) -> Path:
-    """Save a model as safetensors under the Hub's names for its family, with its tokenizer and a card.
+    """Save a model as safetensors with the Hub's parameter names for its family, its tokenizer and a model card.
 
-    ``AutoModelForCausalLM.from_pretrained(folder)`` and ``ml.load(folder, quantization=...)`` then return the same
-    model. The folder is written atomically.
+    ``AutoModelForCausalLM.from_pretrained(folder)`` and ``ml.load(folder, quantization=...)`` then give the same model.
+    The folder is written completely or not at all.
 
     Parameters
     ----------
     model : torch.nn.Module
-        A model that `prune` made, or any other that is not quantized.
+        A model made by `prune`, or any other model that is not quantized.
     folder : str or os.PathLike
-        New or empty.
+        A new or empty folder.
     judgement : Judgement, optional
-        What `judge` found for this model, for the card.
+        Result of `judge` for this model, for the card.
 
     Returns
     -------
@@ -44,12 +44,12 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, judgement: Judgeme
     Raises
     ------
     ModelError
-        For a model that is quantized, sharded, offloaded or under edits, or has means in the place of experts, which
-        no checkpoint of its family can hold.
+        If the model is quantized, sharded, offloaded or under edits, or has means in place of experts, which no
+        checkpoint of its family supports.
     BadInput
-        For a judgement of another model.
+        If the judgement is of another model.
     RunError
-        If the folder holds anything, or cannot be written.
+        If the folder is not empty, or cannot be written.
 
     Examples
     --------
@@ -80,7 +80,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, judgement: Judgeme
         with TemporaryDirectory(dir=path.parent, prefix=".mixlens-") as work, progress_bar(shown=False):
             whole = Path(work) / "model"
             inner.save_pretrained(whole)
-            with suppress(OSError, ValueError):  # a model without a tokenizer of its own
+            with suppress(OSError, ValueError):  # the model has no tokenizer
                 tokenizer_beside(inner).save_pretrained(whole)
             (whole / "README.md").write_text(visible(_card(inner, judgement)), "utf-8")
             sync(sorted(whole.iterdir()))
@@ -96,7 +96,7 @@ def _refuse(model: Any) -> None:
     refuse_edited(model, "save")
     if any(isinstance(layer.moe.experts, WithMeans) for layer in moe_layers(model)):
         raise ModelError(
-            "Cannot save a model with means in the place of experts: checkpoints of its family have no place for them. "
+            "Cannot save a model with means in place of experts: checkpoints of its family do not support them. "
             "Prune without means=.",
             argument="means",
             value=type(model).__name__,

@@ -1,4 +1,4 @@
-"""Distinct experts: the number of experts a step reads, for a batch of sequences or a window of tokens."""
+"""Distinct experts: number of experts that a step reads, for a batch of sequences or a window of tokens."""
 
 from __future__ import annotations
 
@@ -28,29 +28,29 @@ def distinct_experts(
     cluster: str | None = None,
     bootstrap: Bootstrap = DECISION,
 ) -> xr.Dataset:
-    """Compute the number of experts of a layer that one step reads.
+    """Count the distinct experts of a layer that one step reads.
 
-    A step takes the next `window` tokens of each of `batch` sequences: one token of each when a batch decodes, several
-    of one in speculative decoding, a chunk of one in prefill. The estimate is the mean over all batches that the
-    sequences of the trace can form, each stepped through until its shortest sequence ends, counted exactly: of D
-    sequences that reach a step, of which n read an expert, C(D - n, batch) of C(D, batch) batches do not read it.
+    A step takes the next `window` tokens of each of `batch` sequences: one token of each in batched decoding, several
+    of one sequence in speculative decoding, a chunk of one in prefill. The estimate is the exact mean over all batches
+    of the trace's sequences, each stepped through until its shortest sequence ends: of D sequences that reach a step,
+    of which n read an expert, C(D - n, batch) of C(D, batch) batches do not read it.
 
-    Two figures stand beside it, both for n = batch window tokens that know nothing of each other: random_tokens, sum_e
-    1 - (1 - p_e)^n, drawn from all tokens of the trace, which choose expert e with p_e; and formula, E (1 - (1 - k /
-    E)^n), where every expert is chosen as often. The verdict says whether to plan with fewer experts than random tokens
-    read ("do it") or with more ("do not"). Nothing is fitted, so that all documents judge.
+    Two references assume n = batch * window independent tokens: random_tokens, sum_e 1 - (1 - p_e)^n, drawn from all
+    tokens of the trace, which choose expert e with probability p_e; and formula, E (1 - (1 - k / E)^n), if every expert
+    is equally likely. The verdict says whether to plan with fewer experts than random tokens read ("do it") or with
+    more ("do not"). Nothing is fitted, so all documents judge.
 
     Parameters
     ----------
     trace : Trace
-        The recording. Needs ``expert_id``, uint8 or uint16 [token, layer, slot]; position. To decode is to generate:
-        select ``phase="generated"`` where there is such a phase.
+        Recording with ``expert_id``, uint8 or uint16 [token, layer, slot], and position. For decoding, select
+        ``phase="generated"`` if the trace has this phase.
     batch : int, optional
-        Sequences of a step.
+        Number of sequences per step.
     window : int, optional
-        Consecutive tokens of each sequence.
+        Number of consecutive tokens of each sequence.
     cluster : str, optional
-        Column of the sequences to cluster by, such as "author", if documents are not independent.
+        Column of the sequences whose values are independent if documents are not, such as "author".
     bootstrap : Bootstrap, optional
         Settings of the intervals.
 
@@ -58,12 +58,12 @@ def distinct_experts(
     -------
     xarray.Dataset
         ``estimate`` (experts), ci_low, ci_high, random_tokens ``[layer]``; n (windows), n_documents; attrs formula,
-        verdict, and gain with gain_low and gain_high: random_tokens less the estimate, on average over layers.
+        verdict, and gain with gain_low and gain_high: random_tokens minus the estimate, averaged over layers.
 
     Raises
     ------
     BadInput
-        For a batch or window below 1 or that no sequences of the trace fill.
+        If batch or window is below 1, or no sequences of the trace fill them.
 
     Examples
     --------
@@ -94,37 +94,38 @@ def decode_time(
     cluster: str | None = None,
     bootstrap: Bootstrap = DECISION,
 ) -> xr.Dataset:
-    """Predict the bytes read by a decoding step, and from them its time or its share of the bandwidth.
+    """Predict the bytes that a decoding step reads, and from them its time or its share of the bandwidth.
 
-    read_bytes = all weights but the embedding table and the experts + bytes of the distinct experts of each layer +
-    keys and values of `context` tokens of each sequence, as a benchmark counts those of its own forwards. The time is
-    read_bytes / bandwidth, which no step beats. Predict from text like that to come: ``phase="generated"``.
+    read_bytes = all weights except the embedding table and the experts + bytes of the distinct experts of each layer +
+    keys and values of `context` tokens of each sequence, as in benchmarks of loaded models. The time is
+    read_bytes / bandwidth, a lower bound. Predict from text like the expected text: ``phase="generated"``.
 
     Parameters
     ----------
     trace : Trace
-        The recording, of all layers of the model. Needs ``expert_id`` and position.
+        Recording of all layers of the model, with ``expert_id`` and position.
     model : transformers.PreTrainedModel
-        The model that is to run, whose tensors have the bytes.
+        The model to run, whose tensors determine the bytes.
     batch, window, cluster, bootstrap
         As for `distinct_experts`.
     context : int
-        Tokens that each sequence attends to.
+        Number of tokens that each sequence attends to.
     bandwidth_bytes_per_s : float
-        Of the device's memory, best as measured: ``bench.meta["machine"]["bandwidth_bytes_per_s"]["estimate"]``.
+        Memory bandwidth of the device, preferably measured:
+        ``bench.meta["machine"]["bandwidth_bytes_per_s"]["estimate"]``.
     step_s : float, optional
-        Measured time of a step, for the share of the bandwidth that it used (MBU).
+        Measured time of a step in seconds, to compute the share of the bandwidth that it used (MBU).
 
     Returns
     -------
     xarray.Dataset
-        ``estimate``, ci_low, ci_high ``[quantity]`` of read_bytes, decode_s, tokens_per_s and, with `step_s`, mbu_frac;
-        all predicted; attrs verdict and gain as of `distinct_experts`.
+        Predicted ``estimate``, ci_low, ci_high ``[quantity]`` of read_bytes, decode_s, tokens_per_s and, with `step_s`,
+        mbu_frac; attrs verdict and gain as in `distinct_experts`.
 
     Raises
     ------
     BadInput
-        As `distinct_experts`, for numbers that are not above 0, and for a trace that lacks layers of the model.
+        As for `distinct_experts`, if a number is not above 0, or if the trace lacks layers of the model.
 
     Examples
     --------
@@ -161,26 +162,25 @@ def decode_time(
 def tensor_overrides(found: xr.Dataset, *, on_gpu: int) -> str:
     """Return llama.cpp's ``--override-tensor`` that keeps the experts of some layers on the GPU, the others on the CPU.
 
-    GGUF files store the experts of a layer in one tensor, so layers can be placed but single experts cannot. The layers
-    whose steps read most experts stay on the GPU; for a single sequence, all read the same number, and the first layers
-    stay.
+    GGUF files hold the experts of a layer in one tensor, so only whole layers can be placed. The layers whose steps
+    read most experts stay on the GPU; for a single sequence, all layers read the same number, and the first ones stay.
 
     Parameters
     ----------
     found : xarray.Dataset
-        From `distinct_experts`.
+        Result of `distinct_experts`.
     on_gpu : int
-        Layers whose experts fit on the GPU.
+        Number of layers whose experts fit on the GPU.
 
     Returns
     -------
     str
-        Pattern and buffer type, for ``llama-server -ngl 99 --override-tensor``; empty where all layers fit.
+        Pattern and buffer type, for ``llama-server -ngl 99 --override-tensor``; empty if all layers fit.
 
     Raises
     ------
     BadInput
-        If `found` is not a count of distinct experts, or layers do not exist.
+        If `found` is not a result of `distinct_experts`, or `on_gpu` is out of range.
 
     Examples
     --------
@@ -202,7 +202,7 @@ def tensor_overrides(found: xr.Dataset, *, on_gpu: int) -> str:
 
 @dataclass(frozen=True)
 class _Counted:
-    """Return experts read by a step and by random tokens [layer, 1 + unit], over all units and without each."""
+    """Experts read by a step and by random tokens [layer, 1 + unit], over all units and without each."""
 
     trace: Trace
     steps: Steps

@@ -1,4 +1,4 @@
-"""judge: compare a changed model with the original on held-out text and benchmarks, against the user's limits."""
+"""judge: compare a model with a changed copy on held-out text and benchmarks, against given limits."""
 
 from __future__ import annotations
 
@@ -51,32 +51,32 @@ def judge(
     settings: RecordSettings = SETTINGS,
     evaluation: EvalSettings = EVAL_SETTINGS,
 ) -> Judgement:
-    """Judge a changed model by its worst result on text and questions that were not used for fitting.
+    """Judge a changed model by its worst losses, on text and questions on which nothing was fitted.
 
     Both models read the same documents and answer the same questions. The verdict is "do it" if in every group of
-    documents and every subject even the worse end of the interval is within the user's limits; "do not" if in one of
-    them even the better end exceeds them; else "not enough evidence". The intervals hold for all rows at once.
-    Documents used to choose experts must not be among those of the gate.
+    documents and every subject the loss is within the limits at the worse end of its interval; "do not" if in any of
+    them it exceeds the limits at the better end; otherwise "not enough evidence". The intervals hold simultaneously for
+    all rows. Documents used to choose experts must not be among those of the gate.
 
     Parameters
     ----------
     before, after : torch.nn.Module
-        The original and the changed model, with one vocabulary: pruned, quantized, or fine-tuned.
+        The original and the changed model (pruned, quantized, or fine-tuned), with the same vocabulary.
     suites : str or Sequence[str] or tuple[Log, Log], optional
-        Benchmarks, protocols or suites as evaluate takes them; or evaluations of both models.
+        Benchmarks, protocols or suites as in evaluate; or a pair of evaluations of the two models.
     documents : Iterable[Any], optional
         Held-out documents, as for record.
     limits : Mapping[str, float]
-        How far in any group the "loss" may rise, in nats per token, and the "score" fall, as a fraction:
+        Maximum rise of the "loss" in any group, in nats per token, and maximum fall of the "score", as a fraction:
         ``{"loss": 0.05, "score": 0.02}``.
     by : str, optional
-        Column of the documents that tells groups apart.
+        Column of the documents that defines groups.
     out : str or os.PathLike, optional
-        Run directory, with both evaluations in it; None keeps the result in memory.
+        Run directory, including both evaluations; None keeps the result in memory.
     tokenizer : Any, optional
-        None for the one that belongs to `before`.
+        Tokenizer; None for that of `before`.
     bootstrap : Bootstrap, optional
-        Level of the intervals together.
+        Simultaneous level of the intervals.
     settings, evaluation
         As for record, and for evaluate.
 
@@ -87,10 +87,10 @@ def judge(
     Raises
     ------
     BadInput
-        For a missing limit, neither documents nor suites, models of different vocabularies, documents without the
-        column, and as record and evaluate.
+        If a limit is missing, there are neither documents nor suites, vocabularies differ, documents lack the column,
+        and as for record and evaluate.
     RunError
-        If `out` holds something else.
+        If `out` holds another run.
 
     Examples
     --------
@@ -105,7 +105,7 @@ def judge(
     kinds = [kind for kind, wanted in ((TEXT, documents is not None), (SCORE, logs or tasks)) if wanted]
     if not kinds:
         raise BadInput(
-            "Cannot judge a model: no data was given. Pass held-out documents=, benchmarks as suites=, or both.",
+            "Cannot judge a model: there are no documents and no benchmarks. Pass documents=, suites=, or both.",
             argument="documents",
             value=None,
         )

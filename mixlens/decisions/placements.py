@@ -1,4 +1,4 @@
-"""Placement of experts on devices, judged by the busiest device per step on held-out documents."""
+"""Placement of experts on devices, judged by the busiest device of a step on held-out documents."""
 
 from __future__ import annotations
 
@@ -36,37 +36,37 @@ def placement(
     cluster: str | None = None,
     bootstrap: Bootstrap = DECISION,
 ) -> xr.Dataset:
-    """Compute the load of the busiest device of a step relative to the mean, for several placements.
+    """Compute the load imbalance between devices for several placements of the experts.
 
-    A step is a number of consecutive tokens of a sequence, or its remainder, and takes as long as its busiest device:
-    the estimate is sum of max load / sum of mean load over steps and layers, 1 for perfect balance. The tokens of an
-    expert with several copies are shared between them. Placements:
+    A step is `step` consecutive tokens of a sequence, or the remaining ones, and takes as long as its busiest device.
+    The estimate is sum of max load / sum of mean load over steps and layers, which is 1 if all devices always have the
+    same load. Copies of an expert share its tokens. Placements:
 
-    - contiguous: the experts of a layer in order, the same number on each device; no copies
-    - packed: experts by decreasing load, each to the least loaded device with room; no copies
-    - uninformed: copies and places as `eplb` chooses from as many tokens that go to experts by chance; only with copies
+    - contiguous: the experts of a layer in order, equally many per device; no copies
+    - packed: experts by descending load, each on the least loaded device with room; no copies
+    - uninformed: copies and places that `eplb` chooses from as many tokens with random experts; only with copies
     - eplb: DeepSeek's Expert Parallelism Load Balancer: the expert with the largest load per copy gets the next copy,
-      and copies are packed; where `nodes` divides `groups`, groups to nodes first, then within nodes
+      and copies are packed; if `nodes` divides `groups`, groups are assigned to nodes first, then experts within nodes
 
     All are fitted on one half of the documents and judged on the other. The verdict says whether eplb is worth a trial:
-    "do it" where it is more even than uninformed, or than contiguous without copies; "do not" where it is less even.
+    "do it" if it is more balanced than uninformed, or than contiguous without copies; "do not" if it is less balanced.
 
     Parameters
     ----------
     trace : Trace
-        The recording. Needs ``expert_id``, uint8 or uint16 [token, layer, slot].
+        Recording with ``expert_id``, uint8 or uint16 [token, layer, slot].
     ranks : int
-        Devices that share the experts of a layer; divides experts and copies together.
+        Number of devices that share the experts of a layer; must divide the number of experts and copies together.
     redundant : int, optional
-        Extra copies of experts.
+        Number of additional copies of experts.
     step : int, optional
-        Tokens of a step.
+        Tokens per step.
     nodes : int, optional
-        Number of machines with the same number of devices each.
+        Number of machines with equally many devices each.
     groups : int, optional
-        Groups of experts that a router chooses among, such as 8 of DeepSeek-V3; 1 for a Mixtral.
+        Number of expert groups that the router chooses among, such as 8 in DeepSeek-V3; 1 for Mixtral.
     hidden_bytes : float, optional
-        Bytes of a token's hidden state, for the traffic between nodes.
+        Bytes of a token's hidden state, to compute the traffic between nodes.
     cluster, bootstrap
         As for `distinct_experts`; the seed also draws the halves.
 
@@ -75,16 +75,16 @@ def placement(
     xarray.Dataset
         ``estimate`` (max over mean), ci_low, ci_high ``[placement]``; by_layer, by_layer_low, by_layer_high
         ``[placement, layer]``; physical ``[layer, physical]``, the expert of each place under eplb, device by device;
-        load ``[layer, expert]``, tokens of the fitting half; regret ``[placement]``, what a placement is worse than the
-        best one known afterwards, by trying all, NaN where they are more than 5000 or there are copies. With several
-        nodes remote ``[placement]``, nodes other than its own (any of them) that a token is sent to, added up over
-        layers; moves ``[placement]``, how often its first choice is on another node than that of the layer before;
-        with `hidden_bytes` bytes_per_token, there and back. n (steps), n_documents; attrs verdict, gain, judged_on.
+        load ``[layer, expert]``, tokens of the fitting half; regret ``[placement]``, excess over the best placement in
+        hindsight by exhaustive search, NaN if there are more than 5000 placements, or copies. With several nodes remote
+        ``[placement]``, number of nodes other than its own (any node) that a token is sent to, summed over layers;
+        moves ``[placement]``, how often its first choice is on another node than in the previous layer; with
+        `hidden_bytes` bytes_per_token, both ways. n (steps), n_documents; attrs verdict, gain, judged_on.
 
     Raises
     ------
     BadInput
-        For ranks, copies, nodes or groups that do not divide what they share.
+        If ranks, copies, nodes or groups do not divide the experts or devices.
 
     Examples
     --------
@@ -147,18 +147,18 @@ def placement(
 def save_placement(
     found: xr.Dataset, path: str | os.PathLike[str], *, engine: Literal["sglang", "vllm-ascend"] = "sglang"
 ) -> Path:
-    """Write the eplb placement as JSON for an engine to load at startup.
+    """Write the eplb placement as the JSON that an inference engine loads at startup.
 
     Parameters
     ----------
     found : xarray.Dataset
-        From `placement`.
+        Result of `placement`.
     path : str or os.PathLike
-        The file, ending in .json.
+        File name, ending in .json.
     engine : str, optional
         "sglang" for ``--init-expert-location``, with ``--ep-num-redundant-experts`` for the copies; "vllm-ascend" for
-        its ``expert_map_path``. Layers without experts, or left out of the trace, have their experts in order for
-        SGLang, which counts all layers; vLLM-Ascend counts those with experts.
+        its ``expert_map_path``. SGLang counts all layers; those without experts, or missing in the trace, get their
+        experts in order. vLLM-Ascend counts only layers with experts.
 
     Returns
     -------
@@ -167,7 +167,7 @@ def save_placement(
     Raises
     ------
     BadInput
-        If `found` is not a placement, or the engine is unknown.
+        If `found` is not a result of `placement`, or the engine is unknown.
 
     Examples
     --------
@@ -190,7 +190,7 @@ def save_placement(
         ]}  # fmt: skip
     else:
         raise BadInput(
-            f"Cannot save a placement for {engine!r}: its format is not known. Pass sglang or vllm-ascend.",
+            f"Cannot save a placement for {engine!r}: its format is unknown. Pass sglang or vllm-ascend.",
             argument="engine",
             value=engine,
         )
@@ -200,7 +200,7 @@ def save_placement(
 def _placements(
     load: np.ndarray, ranks: int, redundant: int, nodes: int, groups: int, seed: int
 ) -> dict[str, np.ndarray]:
-    """Return the expert of each slot [layer, slot], device by device, of each placement."""
+    """Return the expert of each place [layer, place], device by device, for each placement."""
 
     def each(of: np.ndarray, copies: int, *hierarchy: int) -> np.ndarray:
         return np.stack([eplb(row, ranks, copies, *hierarchy) for row in of])
@@ -216,7 +216,7 @@ def _placements(
 
 
 def _between_nodes(ids: np.ndarray, physical: np.ndarray, n_experts: int, nodes: int) -> tuple[float, float]:
-    """Return the number of other nodes a token is sent to, and moves of its first choice between nodes, over layers."""
+    """Return remote nodes per token, and moves of its first choice between nodes, both summed over layers."""
     remote = moves = 0.0
     before: np.ndarray | None = None
     for layer, row in enumerate(physical):
@@ -230,7 +230,7 @@ def _between_nodes(ids: np.ndarray, physical: np.ndarray, n_experts: int, nodes:
 
 
 def _check(n_experts: int, ranks: int, redundant: int, step: int, nodes: int, groups: int) -> None:
-    """Raise BadInput for numbers that do not divide evenly."""
+    """Raise BadInput for numbers that do not divide what they share."""
     check_whole("a placement", ranks=ranks, step=step, nodes=nodes, groups=groups)
     check_whole("a placement", 0, redundant=redundant)
     for name, value, whole, of, shared in (

@@ -1,4 +1,4 @@
-"""prune: remove experts from a model, or replace them by their mean output."""
+"""prune: remove some experts of a model, or replace them by their mean output."""
 
 from __future__ import annotations
 
@@ -23,36 +23,37 @@ RECORD = "mixlens_pruned"
 
 
 def prune(model: nn.Module, keep: Mapping[int, Iterable[int]] | xr.DataArray, *, means: Any = None) -> Any:
-    """Make a model with only some of the experts.
+    """Create a model with only some of the experts.
 
-    Other experts are removed with their rows of the router, so that tokens choose the next best; unchanged weights are
-    shared with `model`, which is not modified. With `means`, the router stays whole, and removed experts output their
-    mean; such a model cannot be saved as a checkpoint of its family.
+    Other experts are removed with their router rows, so that tokens choose the next best. Unchanged weights are shared
+    with `model`, which is not modified. With `means`, the router stays complete and removed experts return their mean
+    output; such a model runs in mixlens, but no checkpoint of its family supports it.
 
     Parameters
     ----------
     model : torch.nn.Module
-        A loaded model, not quantized, whose routers decide by a rule that mixlens knows.
+        A loaded model without quantization, whose routing rule mixlens knows.
     keep : Mapping[int, Iterable[int]] or xarray.DataArray
-        Experts by layer; or booleans [layer, expert], as `strongest` gives them. Without `means` every layer keeps as
-        many as the others, since a config has one number for all.
+        Experts by layer, or booleans [layer, expert], as from `strongest`. Without `means`, every layer must keep the
+        same number, since the config has one number for all layers.
     means : xarray.DataArray, optional
-        Mean outputs [layer, expert, hidden], as ``expert_outputs(...)["mean"]``; layers that `keep` lacks stay whole.
+        Mean outputs [layer, expert, hidden], such as ``expert_outputs(...)["mean"]``; layers missing in `keep` stay
+        complete.
 
     Returns
     -------
     Any
-        A model of the same class. ``config.mixlens_pruned`` says what it was made from, and the numbers that its
-        experts had there.
+        A model of the same class. ``config.mixlens_pruned`` records the original model and the numbers of the kept
+        experts in it.
 
     Raises
     ------
     BadInput
-        For unknown layers or experts, different numbers of experts, fewer than a token chooses, and means that are
-        missing.
+        If layers or experts are unknown, layers keep different numbers of experts or fewer than a token chooses, or
+        means are missing.
     ModelError
-        For a model that is sharded, offloaded, quantized, under edits or adapters, or whose routers are limited to
-        groups or follow no known rule.
+        If the model is sharded, offloaded, quantized, under edits or adapters, or its routers are limited to groups or
+        follow an unknown rule.
 
     Examples
     --------
@@ -84,7 +85,7 @@ def prune(model: nn.Module, keep: Mapping[int, Iterable[int]] | xr.DataArray, *,
 
 
 class WithMeans(nn.Module):
-    """Experts of which some are replaced by their mean output; called with the original expert numbers."""
+    """Experts of which some are replaced by their mean output; called with the router's expert numbers."""
 
     place: torch.Tensor
     means: torch.Tensor
@@ -98,7 +99,7 @@ class WithMeans(nn.Module):
         self.register_buffer("means", means)
 
     def forward(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Return outputs [T, H] for hidden states [T, H], chosen experts [T, k] and their weights [T, k]."""
+        """Return [T, H] from hidden states [T, H], chosen experts [T, k] and their weights [T, k]."""
         place = self.place[ids]
         gone = place < 0
         output = self.kept(hidden, place.clamp(min=0), weights.masked_fill(gone, 0))
@@ -118,7 +119,7 @@ def refuse_edited(model: nn.Module, what: str) -> None:
 
 
 def _kept(layers: list[MoeLayer], keep: Any, count: int, *, whole: bool) -> dict[int, list[int]]:
-    """Return {layer: kept experts, ascending} for every layer; with `whole`, `keep` may omit layers."""
+    """Return {layer: kept experts, ascending} of every layer; with `whole`, omitted layers stay complete."""
 
     def refused(why: str, value: Any) -> BadInput:
         return BadInput(f"Cannot prune: {why}.", argument="keep", value=value)
@@ -133,7 +134,7 @@ def _kept(layers: list[MoeLayer], keep: Any, count: int, *, whole: bool) -> dict
     known = {layer.index: layer.top_k for layer in layers}
     asked = {layer: sorted(set(whole_numbers(experts))) for layer, experts in keep.items()}
     if unknown := sorted(set(asked) - set(known)):
-        raise refused(f"layers {unknown} are none of {numbered(list(known))}, which have experts. Pass those", unknown)
+        raise refused(f"layers {unknown} have no experts; {numbered(list(known))} do. Pass those", unknown)
     kept = {layer: asked.get(layer, list(range(count))) for layer in known}
     for layer, own in kept.items():
         if own and not 0 <= own[0] <= own[-1] < count:
@@ -171,7 +172,7 @@ def _means_of(means: Any, layer: int, kept: list[int], model: Any) -> torch.Tens
 
 
 def _record(model: Any, kept: dict[int, list[int]], place: str) -> dict[str, Any]:
-    """Return the record of a pruned model; experts have the numbers of the original model."""
+    """Return the pruning record of a model, with experts numbered as in the model first pruned."""
     earlier = getattr(model.config, RECORD, None)
     named = {str(layer): own for layer, own in kept.items()}
     if earlier is not None:

@@ -1,4 +1,4 @@
-"""steer: push the experts that differ between two sets of documents, and verify the effect."""
+"""steer: push the experts that differ between two sets of documents, and measure the effect."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from mixlens.trace.trace import Trace
 SETTINGS = RecordSettings()
 TEXTS = ("behaviour", "held_out")
 ARMS = ("chosen", "random", "chosen_less_random")
-_NEAREST = 3  # experts of about the same frequency, among which a random one is drawn
+_NEAREST = 3  # number of experts with similar frequency from which a random one is drawn
 
 Place = tuple[int, int]
 
@@ -49,47 +49,47 @@ def steer(
     """Push the experts that differ between two sets of documents, and measure the effect on behaviour and other text.
 
     Of the cells that survive the contrast, the `experts` with the largest differences are pushed: a dose is added to
-    their router logits where the first set uses them more, and subtracted where it uses them less (edits.add). The same
-    is done to random experts of the same layers and about the same frequencies.
+    their router logits if the first set uses them more, and subtracted if it uses them less (edits.add). As a control,
+    random experts of the same layers with similar frequencies are pushed in the same way.
 
-    The verdict is "do it" where, at the dose that is best on one half of the documents, the other half shows that the
-    behaviour's loss falls, that it falls further than with random experts, and that the other text's loss rises by no
-    more than `limit`; "do not" where one of these is refuted; else "not enough evidence", as where no expert differs.
+    The verdict uses the dose that is best on one half of the documents. It is "do it" if the other half shows that the
+    behaviour's loss falls, that it falls further than with random experts, and that the other text's loss rises by at
+    most `limit`; "do not" if any of these is refuted; otherwise, or if no expert differs, "not enough evidence".
 
     Parameters
     ----------
     model : torch.nn.Module
         A loaded model.
     contrast : xarray.Dataset
-        Result of ``stats.contrast(trace, stats.expert_share, ...)``, from documents that are not used here.
+        Result of ``stats.contrast(trace, stats.expert_share, ...)`` on documents that are not used here.
     behaviour : Iterable[Any]
-        Documents of the first set, as for record: text that shows the desired behaviour.
+        Documents that show the desired behaviour, like those of the first set, as for record.
     held_out : Iterable[Any]
         Other text, which should not get worse.
     limit : float
-        How far the loss of the other text may rise, nats per token.
+        Maximum rise of the loss of the other text, nats per token.
     doses : Sequence[float], optional
-        What is added to router logits.
+        Values to add to router logits.
     experts : int, optional
-        How many are pushed at most, over all layers.
+        Maximum number of experts to push, over all layers.
     draws : int, optional
-        Sets of random experts, over which their effect is averaged.
+        Number of sets of random experts, over which their effect is averaged.
     tokenizer, settings
         As for record.
     bootstrap : Bootstrap, optional
-        How intervals are computed; its seed draws the random experts and the halves.
+        Settings of the intervals; its seed draws the random experts and the halves.
 
     Returns
     -------
     xarray.Dataset
-        ``estimate`` (change in loss, nats per token), ci_low, ci_high ``[text, arm, dose]``, paired over documents, of
-        all of them; n (documents) ``[text]``; chosen ``[layer, expert]``, the sign of the push; attrs verdict, and
-        dose, the one that was judged. NaN throughout where no expert differs.
+        ``estimate`` (change in loss, nats per token), ci_low, ci_high ``[text, arm, dose]``, paired over all documents;
+        n (documents) ``[text]``; chosen ``[layer, expert]``, the sign of the push; attrs verdict, and dose, the dose
+        that was judged. NaN throughout if no expert differs.
 
     Raises
     ------
     BadInput
-        For anything else than a contrast of [layer, expert], and doses that are not above 0.
+        If `contrast` is not a contrast of [layer, expert], or a dose is not above 0.
 
     Examples
     --------
@@ -178,7 +178,7 @@ def _chosen(contrast: xr.Dataset, experts: int) -> dict[Place, float]:
 
 
 def _matched(chosen: dict[Place, float], share: xr.DataArray, rng: np.random.Generator) -> dict[Place, float]:
-    """Draw for every expert a distinct random one of the same layer with similar use."""
+    """Draw for every expert another of its layer with a similar frequency, without repetition."""
     found: dict[Place, float] = {}
     for (layer, expert), sign in chosen.items():
         own = share.sel(layer=layer).values
@@ -194,14 +194,14 @@ def _edits(places: dict[Place, float], dose: float) -> list[Edit]:
 
 
 def _mean(change: np.ndarray, tokens: np.ndarray) -> Difference:
-    """Return the change per token [arm, dose] from changes summed over documents [arm, dose, document]."""
+    """Return the change per token [arm, dose] from sums over documents [arm, dose, document]."""
     return Difference(leaving_out(np.moveaxis(change, -1, 0)), leaving_out(tokens))
 
 
 def _judged(
     change: Sequence[np.ndarray], whole: Sequence[_Losses], limit: float, bootstrap: Bootstrap
 ) -> tuple[int | None, str]:
-    """Return the dose that is best on one half, and its result on the other half."""
+    """Return the best dose on one half, and the judgement of the other half on it."""
     if np.isnan(change[0]).all() or min((~of.judging).sum() for of in whole) < 1:
         return None, UNKNOWN
     behaviour, other = (
@@ -209,7 +209,7 @@ def _judged(
     )
     allowed = np.where(other <= limit, behaviour, np.inf)
     dose = int(allowed.argmin()) if np.isfinite(allowed).any() else 0
-    level = level_of_each(bootstrap.level, 3)  # three claims, which hold at once
+    level = level_of_each(bootstrap.level, 3)  # three claims must hold simultaneously
     ways = []
     for text, arm, needed in ((0, 0, 0.0), (0, 2, 0.0), (1, 0, -limit)):
         judges, tokens = whole[text].judging, whole[text].tokens

@@ -1,4 +1,4 @@
-"""health: follow routing over a training run, and detect whether it collapses."""
+"""health: detect routing collapse during training from a series of recordings of the same text."""
 
 from __future__ import annotations
 
@@ -24,24 +24,25 @@ from mixlens.trace.trace import Trace
 
 
 def health(traces: Mapping[int, Trace], *, limit_bits: float = 0.5, bootstrap: Bootstrap = DECISION) -> xr.Dataset:
-    """Follow routing over a training run by recordings of one probe text.
+    """Follow routing over a training run through recordings of the same text, the probe.
 
     load_entropy
-        entropy of the expert shares, in bits; 0 if one expert takes everything (see stats.load_entropy).
+        entropy of the expert load in bits; 0 if one expert takes everything (see stats.load_entropy).
     max_over_mean
         tokens of the busiest expert over the mean.
     routing_entropy
-        mean entropy of single choices, bits.
+        mean entropy of single choices in bits.
     dead
-        experts that no token of the probe chooses, counted.
+        number of experts that no token of the probe chooses.
     saturation_first, saturation_last
-        share of the experts chosen that the first, or the last, checkpoint chooses for the same token.
+        share of the chosen experts that the first, or the last, checkpoint chooses for the same token.
 
-    Beside them drift, by how much the loss of the probe has changed since the first checkpoint, nats per token, paired.
+    In addition, drift is the paired change in the loss of the probe since the first checkpoint, in nats per token.
 
-    The verdict is about going on: "do it" where in no layer load_entropy has fallen by more than `limit_bits` between
-    the first and the last checkpoint, "do not" where in one it has, at the end of the interval that speaks against it;
-    else "not enough evidence". The intervals of the verdict are paired and hold for all layers at once.
+    The verdict says whether to continue: "do it" if load_entropy has fallen by at most `limit_bits` in every layer
+    between the first and the last checkpoint, at the worse end of the interval; "do not" if it has fallen further in
+    any layer, at the better end; otherwise "not enough evidence". These intervals are paired and hold simultaneously
+    for all layers.
 
     Parameters
     ----------
@@ -49,7 +50,7 @@ def health(traces: Mapping[int, Trace], *, limit_bits: float = 0.5, bootstrap: B
         Recordings of the same documents by training step, in order. Each needs ``expert_id`` [token, layer, slot],
         router_logits [token, layer, expert] and logprob [token].
     limit_bits : float, optional
-        How far the entropy of the load may fall in any layer.
+        Maximum fall of the load entropy in any layer.
     bootstrap : Bootstrap, optional
         Settings of the intervals.
 
@@ -62,9 +63,9 @@ def health(traces: Mapping[int, Trace], *, limit_bits: float = 0.5, bootstrap: B
     Raises
     ------
     BadInput
-        For fewer than two recordings, or of different text.
+        If there are fewer than two recordings, or they are of different text.
     MissingSignal
-        If one lacks router logits or log-probabilities.
+        If a recording lacks router logits or log-probabilities.
 
     Examples
     --------
@@ -73,7 +74,7 @@ def health(traces: Mapping[int, Trace], *, limit_bits: float = 0.5, bootstrap: B
     """
     if not isinstance(traces, Mapping) or len(traces) < 2:
         raise BadInput(
-            "Cannot follow a training run by fewer than two recordings. Pass a mapping from steps to traces.",
+            "Cannot follow a training run: it has fewer than two recordings. Pass a mapping from steps to traces.",
             argument="traces",
             value=len(traces) if isinstance(traces, Mapping) else type(traces).__name__,
         )
@@ -91,7 +92,7 @@ def health(traces: Mapping[int, Trace], *, limit_bits: float = 0.5, bootstrap: B
 
 
 def _change(first: Trace, last: Trace, bootstrap: Bootstrap) -> dict[str, Any]:
-    """Return the change of load_entropy [layer] and its paired bounds, simultaneous over layers."""
+    """Return the change of load_entropy [layer] with paired bounds that hold simultaneously for all layers."""
     sides = [summed_by(load_entropy, trace) for trace in (first, last)]
     values: list[Any] = [side.statistic({"chosen": leaving_out(side.totals["chosen"])}).values for side in sides]
     each = replace(bootstrap, level=level_of_each(bootstrap.level, first.n_layers))
@@ -103,5 +104,5 @@ def _change(first: Trace, last: Trace, bootstrap: Bootstrap) -> dict[str, Any]:
 
 
 def open_health(path: str | os.PathLike[str], *, check: bool = True) -> xr.Dataset:
-    """Return the health of a training run that a Watch followed into a folder. Raises RunError as open_checkpoints."""
+    """Compute the health of a training run that a Watch recorded in a folder; raises RunError as open_checkpoints."""
     return health(open_checkpoints(path, check=check))

@@ -1,4 +1,4 @@
-"""Shared code of decisions: judging documents, verdicts of gains, variables with bounds, argument checks."""
+"""Shared parts of decisions: judging documents, the verdict of a gain, variables with bounds, argument checks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mixlens.stats.verdicts import verdict
 if TYPE_CHECKING:
     from mixlens.trace.trace import Trace
 
-# A decision is acted upon, so that its intervals miss the truth in 1 of 100 cases and not in 5.
+# Decisions have consequences, so their intervals miss the truth in 1 of 100 cases instead of 5.
 DECISION = Bootstrap(level=0.99)
 _BOUNDS = ("ci_low", "ci_high")
 
@@ -38,7 +38,7 @@ def judged(gain: Quantity, sizes: np.ndarray, bootstrap: Bootstrap) -> dict[str,
 def bounded(
     name: str, dims: tuple[str, ...], quantity: Quantity, sizes: np.ndarray, bootstrap: Bootstrap
 ) -> dict[str, Any]:
-    """Return the variables of a quantity and its bounds, name_low and name_high, or of an estimate."""
+    """Return Dataset variables for a quantity and its bounds: name, name_low and name_high, or those of an estimate."""
     names = (name, *(_BOUNDS if name == "estimate" else (f"{name}_low", f"{name}_high")))
     found = with_bounds(quantity, sizes, bootstrap.level)
     return {own: (dims[: values.ndim], values) for own, values in zip(names, found, strict=True)}
@@ -46,39 +46,39 @@ def bounded(
 
 @contextmanager
 def groups_compared() -> Iterator[None]:
-    """Suppress the remark that documents share a column: its groups are compared by design."""
+    """Suppress the remark that documents share a column, since its groups are compared by design."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Several documents have the same", UserWarning)
         yield
 
 
 def check_positive(what: str, **numbers: float | None) -> None:
-    """Raise BadInput for a number that is not positive; None is ignored."""
+    """Raise BadInput for a number that is not above 0; None is allowed."""
     for name, value in numbers.items():
         if value is not None and not value > 0:
             raise BadInput(
-                f"Cannot compute {what} with {name}={value!r}: it must be above 0.",
+                f"Cannot compute {what} with {name}={value!r}: it is not a number above 0. Pass one.",
                 argument=name,
                 value=value,
             )
 
 
 def check_whole(what: str, least: int = 1, **numbers: int) -> None:
-    """Raise BadInput for a number that is not an integer of at least `least`."""
+    """Raise BadInput for a number that is not an integer, or below `least`."""
     for name, value in numbers.items():
         if not isinstance(value, int | np.integer) or value < least:
             raise BadInput(
-                f"Cannot compute {what} with {name}={value!r}: it must be an integer of at least {least}.",
+                f"Cannot compute {what} with {name}={value!r}: it is not an integer from {least}. Pass one.",
                 argument=name,
                 value=value,
             )
 
 
 def check_found(found: Any, statistic: str, argument: str = "found") -> None:
-    """Raise BadInput for anything but a result of the given statistic."""
+    """Raise BadInput for anything other than the result of `statistic`."""
     if not isinstance(found, xr.Dataset) or found.attrs.get("statistic") != statistic:
         raise BadInput(
-            f"Cannot use a {type(found).__name__} in place of the result of {statistic}. Pass that result.",
+            f"Cannot use a {type(found).__name__}: expected the result of {statistic}. Pass that.",
             argument=argument,
             value=type(found).__name__,
         )
@@ -86,10 +86,10 @@ def check_found(found: Any, statistic: str, argument: str = "found") -> None:
 
 @dataclass(frozen=True)
 class Documents:
-    """Sequences of a trace, their documents (or clusters), and the half of them that judges.
+    """Sequences of a trace, their documents (or clusters), and the half that judges.
 
-    first    [token] place of the first token of its sequence
-    starts   [sequence] its first token
+    first    [token] index of the first token of its sequence
+    starts   [sequence] index of its first token
     unit     [sequence] document
     judging  [document] whether nothing is fitted on it
     """
@@ -103,7 +103,7 @@ class Documents:
     def of(cls, trace: Trace, bootstrap: Bootstrap) -> Documents:
         if not trace.n_tokens:
             raise BadInput(
-                "Cannot decide anything from a trace without tokens. Select fewer conditions, or record documents.",
+                "Cannot decide from a trace without tokens. Select fewer conditions, or record documents.",
                 argument="trace",
                 value=0,
             )
@@ -117,11 +117,11 @@ class Documents:
 
     @property
     def tokens(self) -> np.ndarray:
-        """Number of tokens [document]."""
+        """Number of tokens of each document [document]."""
         return self.sum(np.ones((1, len(self.first))))[:, 0]
 
     def sum(self, values: np.ndarray) -> np.ndarray:
-        """Sum numbers [..., token] within each document [document, ...]."""
+        """Sum numbers [..., token] over each document [document, ...]."""
         out = np.zeros((len(self.judging), *values.shape[:-1]))
         np.add.at(out, self.unit, np.moveaxis(np.add.reduceat(values, self.starts, axis=-1, dtype=np.float64), -1, 0))
         return out
