@@ -1,4 +1,4 @@
-"""Routing from engines, servers and files, validated before use."""
+"""Routing from engines, servers and files, checked before use."""
 
 from mixlens.core.lazy import exports
 

@@ -1,7 +1,8 @@
-"""Validation of routing from an engine, a server or a file.
+"""Checks of routing from an engine, a server or a file.
 
-Ten known faults of real engines are tested. Faults that can be corrected without guessing (padding at the ends, layers
-without routers, slots of shared experts, a row for the last token) are corrected and noted; others are refused by name.
+The checks cover ten faults that real engines have had. What can be corrected without guessing (padding at the ends,
+layers without routers, slots of shared experts, a row for the last token) is corrected and counted; anything else is
+refused with the name of the fault.
 """
 
 from __future__ import annotations
@@ -29,30 +30,30 @@ FAULTS = {
 }
 _SHAPE = "ids are whole numbers [token, layer, slot]"
 _SENTINELS = (-1, 2**8 - 1, 2**15 - 1, 2**16 - 1, 2**31 - 1)
-# Eight rows in a row with the routing of eight other tokens: never by chance in 23,961 tokens of the bundled model, not
-# even if it had two layers; with a single layer sixteen.
+# Eight consecutive rows with the routing of eight other tokens never occur by chance in 23,961 tokens of the bundled
+# model, even with only two of its layers; with a single layer, sixteen rows are needed.
 _WINDOW, _WINDOW_OF_ONE_LAYER = 8, 16
-_REPEATED, _VARIED = 16, 4  # tokens, and different choices among them, for which two layers never agree throughout
+_REPEATED, _VARIED = 16, 4  # tokens, and distinct choices among them, for which two layers never agree by chance
 _REMEMBERED = 32_768
 _BY_CHANCE = 1e-3
-_EXPLAINED = 0.9  # share of choices that a fault has to explain
-_REPLICAS = 0.01  # from this share of ids on, those beyond the experts are copies rather than a slip
+_EXPLAINED = 0.9  # minimum share of choices that a fault must explain
+_REPLICAS = 0.01  # minimum share of ids beyond the experts that indicates copies rather than an error
 
 
 @dataclass(frozen=True)
 class Routers:
-    """Known properties of a model's routers.
+    """Shape of a model's routers.
 
     Parameters
     ----------
     n_experts, top_k : int
-        Experts of a layer, and those that a token chooses.
+        Experts per layer, and experts per token.
     layers : tuple[int, ...]
-        Numbers of the layers that have routers, counted through all layers.
+        Numbers of the layers with routers, counted over all layers.
     n_layers : int
-        All layers, with those that have none.
+        Number of all layers, including those without routers.
     n_physical : int, optional
-        Experts and their copies, where a server balances its load with copies.
+        Number of experts including copies, if a server balances its load with copies.
     """
 
     n_experts: int
@@ -63,14 +64,14 @@ class Routers:
 
     @classmethod
     def of(cls, model: Any) -> Routers:
-        """Of a model, which may be one without weights.
+        """Read the shape of the routers from a model, whose weights are not needed.
 
         Raises
         ------
         SourceError
-            If its layers choose different numbers of experts, which the ids of servers cannot say.
+            If its layers choose different numbers of experts, which the ids of servers cannot represent.
         """
-        from mixlens.models.layout import config_of, moe_layers, n_experts  # torch takes seconds to import
+        from mixlens.models.layout import config_of, moe_layers, n_experts  # imported here because torch is slow
 
         found = moe_layers(model)
         chosen = {layer.top_k for layer in found}
@@ -86,12 +87,12 @@ class Routers:
 
 
 class Checker:
-    """Checks the routing of one request after the other, and remembers rows, to know them again.
+    """Checks the routing of requests in sequence, and remembers rows to detect stale ones.
 
     Parameters
     ----------
     routers : Routers
-        Of the model that the requests are read by.
+        Routers of the model that reads the requests.
 
     Examples
     --------
@@ -121,34 +122,34 @@ class Checker:
         prompt_rows: int | None = None,
         start: int = 0,
     ) -> np.ndarray:
-        """Return the routing of a request, one row for every token that a forward read.
+        """Return the routing of a request, with one row for every token that a forward pass read.
 
         Parameters
         ----------
         ids : Any
-            Integers [row, layer, slot] as they came.
+            Received ids as integers [row, layer, slot].
         prompt, generated : int
-            Tokens of the prompt and of the answer, the last of which no forward reads.
+            Number of tokens of the prompt and of the answer; no forward pass reads the last token of the answer.
         token_ids : Any, optional
-            Ids of all these tokens; without them stale rows cannot be found.
+            Ids of all these tokens; without them, stale rows cannot be detected.
         prompt_rows : int, optional
-            How many of the rows came as those of the prompt, where that was said.
+            Number of rows received for the prompt, if reported.
         start : int, optional
-            Tokens at the beginning that have no rows because they were not asked for.
+            Number of tokens at the beginning whose rows were not requested.
 
         Returns
         -------
         numpy.ndarray
-            uint8, or uint16 above 256 experts [token, layer, slot], for the layers that have routers.
+            Integers [token, layer, slot] for the layers with routers; uint8, or uint16 above 256 experts.
 
         Raises
         ------
         SourceError
-            Whose `argument` is one of FAULTS, or "shape" for what is no array of ids.
+            If the routing is faulty; `argument` is one of FAULTS, or "shape" if `ids` is not an array of ids.
         """
         ids = np.asarray(ids)
         if ids.ndim != 3 or ids.dtype.kind not in "iu" or self.routers.n_experts > MOST_EXPERTS:
-            raise self._fault("shape", f"ids of shape {ids.shape} and dtype {ids.dtype} came")
+            raise self._fault("shape", f"ids have shape {ids.shape} and dtype {ids.dtype}")
         ids = ids.astype(np.int64)
         corrected: dict[str, int] = {}
         ids = self._slots(self._layers(ids, corrected), corrected)
@@ -167,7 +168,7 @@ class Checker:
         return ids.astype(id_dtype(self.routers.n_experts))
 
     def about(self) -> dict[str, Any]:
-        """Return what was checked and corrected since this was last asked, as plain JSON values."""
+        """Return what was checked and corrected since the previous call, as plain JSON values."""
         unchecked = {}
         if self._rows_without_tokens:
             unchecked["stale_rows"] = "rows came without token ids"
@@ -191,19 +192,19 @@ class Checker:
     # ------------------------------------------------------------------ one fault each
 
     def _layers(self, ids: np.ndarray, corrected: dict[str, int]) -> np.ndarray:
-        """Remove layers without a router, which must be empty, unlike the others."""
+        """Remove the layers without a router, which must be empty; the others must not be."""
         known, width = self.routers, ids.shape[1]
         wanted = np.asarray(known.layers)
         if width not in (len(wanted), known.n_layers):
-            raise self._fault("layers", f"{width} layers came, and {len(wanted)} of {known.n_layers} have routers")
+            raise self._fault("layers", f"{width} layers came, but {len(wanted)} of {known.n_layers} have routers")
         counted_in = width > len(wanted)
         of_dense = np.setdiff1d(np.arange(known.n_layers), wanted) if counted_in else np.zeros(0, int)
         routed = ids[:, wanted] if counted_in else ids
         filled = of_dense[~_empty(ids[:, of_dense]).all(0)] if len(ids) else []
         blank = wanted[_unwritten(routed, known.n_experts).all(0)] if len(ids) else []
         if len(filled) or 0 < len(blank) < len(wanted):
-            where = [f"layers {[int(n) for n in filled]}, which have no router, have ids"] if len(filled) else []
-            where += [f"layers {[int(n) for n in blank]}, which have one, have none"] if len(blank) else []
+            where = [f"layers {[int(n) for n in filled]} without a router have ids"] if len(filled) else []
+            where += [f"layers {[int(n) for n in blank]} with a router have none"] if len(blank) else []
             raise self._fault("layers", "; ".join(where))
         if len(of_dense):
             corrected["layers"] = len(of_dense)
@@ -214,11 +215,11 @@ class Checker:
         experts, k = self.routers.n_experts, self.routers.top_k
         extra = ids.shape[2] - k
         if extra < 0:
-            raise self._fault("shape", f"{ids.shape[2]} experts a token came, and a token chooses {k}")
+            raise self._fault("shape", f"{ids.shape[2]} experts per token were received, but a token chooses {k}")
         marks = ids[..., k:]
         constant = len(ids) > 0 and (marks == marks[:1, :1]).all() and not ((marks >= 0) & (marks < experts)).any()
         if extra and not constant:
-            raise self._fault("shared_experts", f"{ids.shape[2]} experts a token came, and a token chooses {k}")
+            raise self._fault("shared_experts", f"{ids.shape[2]} experts per token were received instead of {k}")
         kept = ids[..., :k]
         always = ((kept >= experts) & (kept < experts + k)).all((0, 1)) & (len(ids) > 0) & (k > 1)
         if always.any() and not always.all():
@@ -229,7 +230,7 @@ class Checker:
         return kept
 
     def _whole(self, ids: np.ndarray, wanted: int, corrected: dict[str, int]) -> np.ndarray:
-        """Remove empty rows before and after the tokens, leaving one row per token."""
+        """Return one row per token, without empty rows before or after them."""
         extra = len(ids) - wanted
         if extra < 0:
             raise self._fault("missing_rows", f"{len(ids)} rows came for {wanted} tokens")
@@ -241,7 +242,7 @@ class Checker:
             if alike or _unwritten(rest, self.routers.n_experts).all():
                 corrected[name] = extra
                 return kept
-        raise self._fault(name, f"{len(ids)} rows came for {wanted} tokens, and none of them are empty")
+        raise self._fault(name, f"{len(ids)} rows came for {wanted} tokens, and none is empty")
 
     def _values(self, ids: np.ndarray) -> None:
         known = self.routers
@@ -253,7 +254,7 @@ class Checker:
             worst = int(ids[beyond].max())
             most = 2 * known.n_experts if known.n_physical is None else known.n_physical
             copies = (ids >= 0).all() and worst < most
-            copies &= known.n_physical is not None or (beyond.mean() >= _REPLICAS and (ids == 0).any())  # else from 1
+            copies &= known.n_physical is not None or (beyond.mean() >= _REPLICAS and (ids == 0).any())  # no 0: from 1
             where = f"{_place(beyond, known.layers)}: {worst}, and there are {known.n_experts} experts"
             raise self._fault("physical_ids" if copies else "out_of_range", where)
         ordered = np.sort(ids, axis=-1)
@@ -263,7 +264,7 @@ class Checker:
             raise self._fault("duplicates", f"{_place(twice, known.layers)}: {ids[token, layer].tolist()}")
 
     def _repeated(self, ids: np.ndarray) -> None:
-        """Refuse a layer with the ids of the previous one for many tokens, which never happens by chance."""
+        """Refuse a layer with the ids of the previous layer for many tokens, which never happens by chance."""
         same = (np.sort(ids[:, 1:], -1) == np.sort(ids[:, :-1], -1)).all((0, 2))
         for at in np.flatnonzero(same) if len(ids) >= _REPEATED else []:
             if len(np.unique(np.sort(ids[:, at], -1), axis=0)) >= _VARIED:
@@ -271,7 +272,7 @@ class Checker:
                 raise self._fault("layers", f"layers {pair} have the same ids for all of {len(ids)} tokens")
 
     def _stale(self, ids: np.ndarray, tokens: np.ndarray) -> None:
-        """Refuse windows of rows that repeat an earlier window with other tokens."""
+        """Refuse windows of rows that equal those of an earlier window although their tokens differ."""
         n, window = len(ids) - self._window + 1, self._window
         if n < 1:
             return
@@ -281,7 +282,7 @@ class Checker:
         rows = (ids.reshape(len(ids), -1).astype(np.uint64) * weights).sum(1, dtype=np.uint64)
         _, counts = np.unique(rows, return_counts=True)
         alike = (counts * (counts - 1)).sum() / max(len(rows) * (len(rows) - 1), 1)
-        if alike**window * (len(self._hashes) + n) ** 2 > _BY_CHANCE:  # as of routers that have collapsed
+        if alike**window * (len(self._hashes) + n) ** 2 > _BY_CHANCE:  # as with collapsed routers
             self._rows_alike += len(rows)
             return
         hashes = np.zeros(n, np.uint64)
@@ -290,7 +291,7 @@ class Checker:
         read = np.lib.stride_tricks.sliding_window_view(tokens, window)
         every, of = np.concatenate([self._hashes, hashes]), np.concatenate([self._tokens, read])
         order = np.argsort(every, kind="stable")
-        # Pair each window with the previous one with the same rows.
+        # Compare each window with the previous window that has the same rows.
         same = np.flatnonzero(every[order[1:]] == every[order[:-1]])
         earlier, later = order[same], order[same + 1]
         other = (of[earlier] != of[later]).sum(1) >= window * 3 // 4
@@ -314,13 +315,13 @@ _REMEDIES: Mapping[str, str] = {
     ),
     **dict.fromkeys(("out_of_range", "layers", "shape"), "Check that the model named is the one that was served."),
     "sentinels": "The recorder did not see these tokens: update the server, or record with a local model.",
-    "stale_rows": "Switch off prefix caching and transfers of the cache, or update the server.",
-    "physical_ids": "Switch off load balancing of experts, or have the server return logical ids.",
+    "stale_rows": "Disable prefix caching and cache transfers, or update the server.",
+    "physical_ids": "Disable load balancing of experts, or have the server return logical ids.",
 }
 
 
 def combined(checks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Combine several checks for `Trace.meta["source_check"]`: everything corrected or not checkable."""
+    """Combine several checks for `Trace.meta["source_check"]`: everything that any corrected or could not check."""
     corrected: dict[str, int] = {}
     for check in checks:
         for name, n in check["corrected"].items():
@@ -335,12 +336,12 @@ def combined(checks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _empty(ids: np.ndarray) -> np.ndarray:
-    """Mask [row, layer] of rows with the same number everywhere, as in a layer that never writes."""
+    """Return whether all slots of all rows hold the same number, as if never written: bool [row, layer]."""
     return (ids == ids[:1, :, :1]).all(-1)
 
 
 def _unwritten(ids: np.ndarray, n_experts: int) -> np.ndarray:
-    """Mask [row, layer] of rows that hold only sentinels, or one number in all slots, which no real choice does."""
+    """Return whether all slots hold sentinels or one number, which no real choice has: bool [row, layer]."""
     sentinel = (np.isin(ids, _SENTINELS) & ((ids < 0) | (ids >= n_experts))).all(-1)
     return np.asarray(sentinel | (ids == ids[..., :1]).all(-1) if ids.shape[-1] > 1 else sentinel)
 
@@ -351,21 +352,21 @@ def _place(found: np.ndarray, layers: tuple[int, ...]) -> str:
 
 
 def explained(ids: np.ndarray, others: np.ndarray, position: np.ndarray) -> tuple[str, str] | None:
-    """Return the fault that explains a difference in routing from a local model, with its description; else None.
+    """Find the fault that explains why routing differs from that of a local model.
 
-    Covers faults that ids alone do not show: renumbered experts, shifted layers or tokens.
+    Covers faults that ids alone do not show: renumbered experts, and shifted layers or tokens.
 
     Parameters
     ----------
     ids, others : numpy.ndarray
-        What came, and what a model here chooses for the same tokens [token, layer, slot].
+        Received ids, and the choices of a local model for the same tokens [token, layer, slot].
     position : numpy.ndarray
-        Of each token in its sequence.
+        Position of each token in its sequence.
 
     Returns
     -------
     tuple[str, str] or None
-        Name of the fault, and in words what was found.
+        Name of the fault and a description; None if no fault explains the difference.
     """
     if _alike(ids, others) > _EXPLAINED:
         return None
@@ -392,7 +393,7 @@ def _shifted(ids: np.ndarray, by: int, axis: int) -> np.ndarray:
 
 
 def _renamed(ids: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Renumber the ids of one layer [token, slot] by the experts most often chosen with them."""
+    """Renumber the ids of one layer [token, slot], replacing each expert by the one most often chosen with it."""
     n = int(max(ids.max(), others.max())) + 1
     together = np.zeros((n, n), np.int64)
     np.add.at(together, (ids[:, :, None], others[:, None, :]), 1)

@@ -1,4 +1,4 @@
-"""Columns of routing in foreign files, read in pieces, and traces over them."""
+"""Columns of routing in external files, read in pieces, and the trace over them."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from mixlens.trace.trace import Trace, from_parts
 
 _LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
 _OF_REQUESTS = ("missing_rows", "last_token", "padding", "stale_rows")
-_PART = 1 << 20  # tokens of a part of the trace
+_PART = 1 << 20  # tokens per part of the trace
 UNKNOWN = "unknown"
 
 
 class Columns(Protocol):
-    """Arrays along one token axis, of which any piece can be read."""
+    """Arrays with a common token axis that can be read in pieces."""
 
     n_tokens: int
 
@@ -37,7 +37,7 @@ class Columns(Protocol):
 
 
 class Arrays:
-    """Arrays in memory, or mapped from disk."""
+    """Columns from arrays in memory or memory-mapped files."""
 
     def __init__(self, arrays: Mapping[str, Any]) -> None:
         self.arrays = dict(arrays)
@@ -49,7 +49,7 @@ class Arrays:
 
 
 def _length(shapes: Sequence[Sequence[int]]) -> int:
-    """Return the common length of the token axis of arrays."""
+    """Return the common length of the token axis. Raises SourceError if lengths differ."""
     lengths = {shape[0] if len(shape) else None for shape in shapes} or {0}
     if len(lengths) > 1 or None in lengths:
         raise _unfit(f"its arrays have the shapes {sorted(map(tuple, shapes))}", "tokens")
@@ -57,7 +57,7 @@ def _length(shapes: Sequence[Sequence[int]]) -> int:
 
 
 def piece(columns: Columns, name: str, start: int, stop: int) -> np.ndarray:
-    """Return part of a column. Raises SourceError if its file cannot be read."""
+    """Read part of a column. Raises SourceError if its file cannot be read."""
     try:
         return columns.read(name, start, stop)
     except Exception as error:
@@ -65,7 +65,7 @@ def piece(columns: Columns, name: str, start: int, stop: int) -> np.ndarray:
 
 
 class Safetensors:
-    """Tensors of a safetensors file."""
+    """Columns from the tensors of a safetensors file."""
 
     def __init__(self, path: str) -> None:
         check_safetensors(path)
@@ -79,18 +79,18 @@ class Safetensors:
 
 
 def parquet_file(path: str) -> pq.ParquetFile:
-    """Open a Parquet file, local or at an address that fsspec knows."""
+    """Open a Parquet file from a path or an fsspec URL."""
     file = fsspec.core.url_to_fs(path)[0].open(path)
     check_parquet(file)
     return pq.ParquetFile(file)
 
 
 class Parquet:
-    """Columns of consecutive Parquet files; lists become the axes after the first.
+    """Columns from Parquet files, concatenated in order; lists become the axes after the first.
 
-    files    paths, or addresses that fsspec knows
+    files    paths or fsspec URLs
     columns  {name here: name in the files}
-    rows     rows per token, if each has one for every layer and slot
+    rows     number of rows per token, if files have one row for every layer and slot
     """
 
     def __init__(self, files: Sequence[str], columns: Mapping[str, str], *, rows: int = 1) -> None:
@@ -114,7 +114,7 @@ class Parquet:
         return np.concatenate(found) if found else self._group(name, 0)[:0]
 
     def _group(self, name: str, index: int) -> np.ndarray:
-        """Return one row group of a column, caching the last one."""
+        """Read one row group of a column, caching the last one."""
         if self._kept.get(name, (-1, None))[0] != index:
             file, number = self._groups[index]
             column = file.read_row_group(number, columns=[self._columns[name]]).column(0).combine_chunks()
@@ -134,7 +134,7 @@ def _array(column: Any) -> np.ndarray:
 
 
 class ColumnsPart:
-    """A slice of columns as a part of a trace. `routing` has the ids; layers may have separate columns."""
+    """A slice of columns as a part of a trace. `routing` holds the ids; each layer may have its own columns."""
 
     def __init__(
         self,
@@ -194,27 +194,27 @@ def trace_over(
     tokens_a_sequence: int,
     document_id: Sequence[Any] | None = None,
 ) -> Trace:
-    """Build a trace over columns that stay in their files.
+    """Create a trace over columns without loading them.
 
     Parameters
     ----------
     routing : Sequence[Columns]
-        expert_id, and weight or router_logits [token, layer, slot]; or [token, slot] of each layer.
+        expert_id, and weight or router_logits [token, layer, slot]; or [token, slot] for each layer.
     tokens : Columns, optional
-        Columns of the token axis. With "sequence" they say where sequences are, else these have a fixed length.
+        Columns of the token axis. "sequence" defines the sequences; without it they have a fixed length.
     routers : Routers
-        What is known of the model.
+        Routers of the model.
     about : Mapping[str, Any]
-        The trace's meta.
+        Metadata of the trace.
     tokens_a_sequence : int
-        Where sequences are not known.
+        Tokens per sequence if sequences are unknown.
     document_id : Sequence[Any], optional
-        Of each sequence. Where documents are not known all tokens are of one, so that no interval is given; the
-        sequences have a column "window", for `cluster=`.
+        Document of each sequence. If unknown, all tokens belong to one document, so no intervals are available; the
+        sequences then have a column "window", for `cluster=`.
     """
     if not isinstance(tokens_a_sequence, int) or not 0 < tokens_a_sequence < 2**63:
         raise BadInput(
-            f"Cannot cut a file into sequences of {tokens_a_sequence!r} tokens. Pass a whole number from 1.",
+            f"Cannot cut a file into sequences of {tokens_a_sequence!r} tokens: expected an integer from 1. Pass one.",
             argument="tokens_a_sequence",
             value=tokens_a_sequence,
         )
@@ -244,24 +244,24 @@ def trace_over(
     checked = {
         "requests": 1,
         "rows": n,
-        "checked": [name for name in FAULTS if name not in _OF_REQUESTS],  # each block, when it is read
+        "checked": [name for name in FAULTS if name not in _OF_REQUESTS],  # each block is checked when read
         "partly_checked": {"physical_ids": "ids that are permuted, and not beyond the experts, look like others"},
         "corrected": {},
     }
     meta = {"n_experts": routers.n_experts, "top_k": routers.top_k, "source_check": checked, **about}
     trace = from_parts(parts, frame, meta, list(routers.layers))
-    first_block = next(trace.blocks("expert_id"))["expert_id"]  # a file that cannot be routing is refused at once
+    first_block = next(trace.blocks("expert_id"))["expert_id"]  # refuse a file without valid routing early
     assert first_block.dtype == id_dtype(routers.n_experts)
     return trace
 
 
 def known_routers(shape: Sequence[int], n_experts: Any, layers: Any) -> Routers:
-    """Return what a file and its reader know about the routers; `layers` are those in the file."""
+    """Return the routers that a file and its reader define; `layers` are the numbers of the layers in the file."""
     if len(shape) != 3:
         raise _unfit(f"its ids have the shape {tuple(shape)}", "expert_id")
     if not isinstance(n_experts, int) or isinstance(n_experts, bool) or n_experts < 1:
         raise BadInput(
-            "Cannot open these arrays as a trace: they do not say how many experts a layer has. Pass n_experts=.",
+            "Cannot open these arrays as a trace: the number of experts per layer is unknown. Pass n_experts=.",
             argument="n_experts",
             value=n_experts,
         )
@@ -274,7 +274,7 @@ def listed(about: Mapping[str, Any], name: str, kind: type) -> Any:
     try:
         found = json_value(about[name]) if name in about else None
     except (ValueError, TypeError, RecursionError) as error:
-        raise _unfit(f"its metadata {name!r} is no JSON", name) from error
+        raise _unfit(f"its metadata {name!r} is not JSON", name) from error
     if found is not None and not isinstance(found, kind):
         raise _unfit(f"its metadata {name!r} is a {type(found).__name__}, not a {kind.__name__}", name)
     return found

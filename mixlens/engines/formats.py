@@ -1,4 +1,4 @@
-"""Foreign files as traces: one function per format, and the facts that each provides."""
+"""Readers for external trace files, one function per format."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ _WINDOW = 2048
 
 
 def open_flame(path: str, *, iteration: int | None = None, tokens_a_sequence: int = _WINDOW) -> Trace:
-    """Open one checkpoint of FLAME-MoE-Traces (arXiv 2505.20225): the folder of a model, here or on the Hub.
+    """Open one checkpoint of FLAME-MoE-Traces (arXiv 2505.20225): a model folder, local or on the Hub.
 
-    `samples/` has token ids, `actives/iter_NNNN/layer_NN.parquet` the experts of every token and their probabilities,
-    which are those of a softmax over all experts. Documents, text and the other probabilities are not known.
+    `samples/` holds token ids, and `actives/iter_NNNN/layer_NN.parquet` the experts of every token with their
+    probabilities under a softmax over all experts. Documents, text and the other probabilities are unknown.
     """
     files, prefix = fsspec.core.url_to_fs(path)
     protocol = "" if "file" in files.protocol else "hf://"
@@ -52,7 +52,7 @@ def open_flame(path: str, *, iteration: int | None = None, tokens_a_sequence: in
         )
     chosen = max(found) if iteration is None else iteration
     actives = _numbered(files.glob(f"{found[chosen]}/layer_*.parquet"))
-    if not actives or min(actives) < 1:  # they are counted from 1 there
+    if not actives or min(actives) < 1:  # layers are counted from 1
         raise SourceError(
             f"Cannot open {path} as a checkpoint of FLAME-MoE: iteration {chosen} has the layers "
             f"{', '.join(map(str, actives)) or '(none)'}. Pass a folder that was downloaded whole.",
@@ -84,13 +84,13 @@ def _numbered(paths: Iterable[str]) -> dict[int, str]:
 def open_safetensors(
     path: str, *, n_experts: int | None = None, layers: Any = None, tokens_a_sequence: int = _WINDOW
 ) -> Trace:
-    """Open expert_id [token, layer, slot] of a file, with other columns of a trace."""
+    """Open expert_id [token, layer, slot] of a file, with any other columns of a trace in it."""
     columns = Safetensors(path)
     return _of_arrays(columns, columns.about, n_experts, layers, tokens_a_sequence, f"safetensors {Path(path).name}")
 
 
 def open_npy(path: str, *, n_experts: int | None = None, layers: Any = None, tokens_a_sequence: int = _WINDOW) -> Trace:
-    """Open expert_id [token, layer, slot] of one .npy file, or a folder with a file for every column."""
+    """Open expert_id [token, layer, slot] of one .npy file, or a folder with one file per column."""
     place = Path(path)
     files = {one.stem: one for one in sorted(place.glob("*.npy"))} if place.is_dir() else {"expert_id": place}
     about: dict[str, str] = {}
@@ -98,7 +98,7 @@ def open_npy(path: str, *, n_experts: int | None = None, layers: Any = None, tok
         if place.is_dir() and (place / "about.json").exists():
             about = read_json(place / "about.json")
         arrays = {name: np.lib.format.open_memmap(one, mode="r") for name, one in files.items()}
-    except Exception as error:  # whatever a header makes of NumPy's parser
+    except Exception as error:  # NumPy's parser may raise anything for a broken header
         raise SourceError(
             f"Cannot open {place} as arrays: {error}. Pass a .npy file, or a folder of them.",
             argument="path",
@@ -111,9 +111,9 @@ def open_npy(path: str, *, n_experts: int | None = None, layers: Any = None, tok
 def open_parquet(
     path: str, *, n_experts: int | None = None, layers: Any = None, tokens_a_sequence: int = _WINDOW
 ) -> Trace:
-    """Open a table with a row for every token, layer and slot, in this order, or for every token, with lists.
+    """Open a table with one row for every token, layer and slot, in this order, or one per token with lists.
 
-    The long form is that of `Trace.to_parquet`; with lists, expert_id is [layer][slot].
+    The long form is that of `Trace.to_parquet`; in the form with lists, expert_id is [layer][slot].
     """
     table = parquet_file(path)
     schema = table.schema_arrow
@@ -126,7 +126,7 @@ def open_parquet(
         return _of_arrays(columns, about, n_experts, layers, tokens_a_sequence, f"parquet {Path(path).name}")
     batch = next(table.iter_batches(4096, columns=["layer", "slot"]), None)
     if batch is None:
-        raise SourceError(f"Cannot open {path}: it has no rows. Pass one a token.", argument="tokens", value=path)
+        raise SourceError(f"Cannot open {path}: it has no rows. Pass one per token.", argument="tokens", value=path)
     head = batch.to_pandas()
     again = np.flatnonzero((head == head.iloc[0]).all(axis=1).to_numpy()[1:])
     rows = int(again[0]) + 1 if len(again) else len(head)
@@ -139,7 +139,7 @@ def open_parquet(
 
 
 class _Long:
-    """A table with a row for every token, layer and slot."""
+    """A table with one row for every token, layer and slot."""
 
     def __init__(self, table: Parquet, shape: tuple[int, int]) -> None:
         self._table, self._shape = table, shape
@@ -174,17 +174,16 @@ def _of_arrays(
 
 
 def open_replies(path: str, *, model: Any) -> Trace:
-    """Open answers of vLLM or SGLang, one JSON object per line, as `replies.routed` reads them.
+    """Open answers of vLLM or SGLang, one JSON object per line, as read by `replies.routed`.
 
-    Routing is also passed to trainers that replay it (R3) in this format: ids by position, with optional
-    "routed_weights".
+    Trainers that replay routing (R3) use the same form: ids by position, optionally with "routed_weights".
 
     Parameters
     ----------
     path : str
-        The file.
+        File to open.
     model : Any
-        Name or folder of the model that answered, or a loaded one: servers do not say how many experts it has.
+        Name or folder of the model that answered, or a loaded model; answers lack the number of experts.
     """
     checker = Checker(Routers.of(skeleton(model) if isinstance(model, str | Path) else model))
     found: list[Routed] = []
@@ -211,7 +210,7 @@ def open_replies(path: str, *, model: Any) -> Trace:
         rows.append({"document_id": name})
         weights.append(answer.get("routed_weights"))
     if not found:
-        raise SourceError(f"Cannot open {path}: it has no answers. Pass one a line.", argument="path", value=path)
+        raise SourceError(f"Cannot open {path}: it has no answers. Pass one per line.", argument="path", value=path)
     columns = columns_of_answers(found, checker)
     if all(weight is not None for weight in weights):
         ends = np.cumsum(np.bincount(columns["sequence"]))[:-1]
@@ -245,7 +244,7 @@ def _lines(path: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
                 number += 1
         except (ValueError, RecursionError) as error:
             raise SourceError(
-                f"Cannot open {path}: line {number} is no JSON ({short(str(error))}). Write one answer a line.",
+                f"Cannot open {path}: line {number} is not JSON ({short(str(error))}). Write one answer per line.",
                 argument="path",
                 value=number,
             ) from error

@@ -1,8 +1,8 @@
-"""Routing in the answers of servers: vLLM's and SGLang's own fields.
+"""Routing in the answers of vLLM and SGLang servers.
 
-vLLM sends an array in NumPy's format, since 0.22 of all tokens in `choices[].routed_experts` and before that of the
-prompt apart, in `prompt_routed_experts`. SGLang sends the bytes of int32 alone, in `meta_info` or `sglext`, so that
-their shape has to be known.
+vLLM sends an array in NumPy's format: since 0.22 for all tokens in `choices[].routed_experts`, and before that for the
+prompt separately in `prompt_routed_experts`. SGLang sends the raw bytes of int32 in `meta_info` or `sglext`, so the
+shape must be known.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _MAGIC = b"\x93NUMPY"
 
 @dataclass(frozen=True)
 class Routed:
-    """The unvalidated routing of one answer.
+    """The routing of one answer, as received.
 
     ids            integers [row, layer, slot]
-    prompt         tokens of the prompt
-    generated      tokens of the answer
-    token_ids      of both, None if the server omits them
-    prompt_rows    rows sent as the prompt's, None if all came together
-    start          leading tokens that were not requested
+    prompt         number of tokens of the prompt
+    generated      number of tokens of the answer
+    token_ids      ids of both; None if the server does not return them
+    prompt_rows    number of rows received for the prompt; None if rows were not separate
+    start          number of tokens at the beginning whose rows were not requested
     form           "vllm" or "sglang"
     """
 
@@ -47,7 +47,7 @@ class Routed:
     form: str
 
     def checked(self, checker: Checker) -> np.ndarray:
-        """Return the validated ids of every token that was read, as from `Checker.check`."""
+        """Return the checked ids of every token that a forward pass read, as from `Checker.check`."""
         return checker.check(
             self.ids,
             prompt=self.prompt,
@@ -64,21 +64,21 @@ def routed(answer: Mapping[str, Any], routers: Routers, *, prompt_ids: Sequence[
     Parameters
     ----------
     answer : Mapping[str, Any]
-        The JSON of an answer that was not streamed: of the completions or chat API, or of SGLang's /generate.
+        JSON of an answer that was not streamed, from the completions or chat API, or from SGLang's /generate.
     routers : Routers
-        Of the model that answered.
+        Routers of the model that answered.
     prompt_ids : Sequence[int], optional
-        Ids of the prompt, where it was sent as ids.
+        Ids of the prompt, if it was sent as ids.
 
     Returns
     -------
     Routed or None
-        None where the answer has no routing.
+        None if the answer has no routing.
 
     Raises
     ------
     SourceError
-        With argument "shape", if what came is no array of ids, or without the numbers of its tokens.
+        If the routing is not an array of ids, or token counts are missing; the argument is "shape".
     """
     choices = answer.get("choices")
     choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
@@ -112,7 +112,7 @@ def routed(answer: Mapping[str, Any], routers: Routers, *, prompt_ids: Sequence[
 
 
 def columns_of_answers(found: Sequence[Routed], checker: Checker) -> dict[str, np.ndarray]:
-    """Return the tokens of answers and their checked ids, one sequence each, as columns of a trace [token, ...]."""
+    """Return tokens and checked ids of answers as trace columns [token, ...], one sequence per answer."""
     checked = [one.checked(checker) for one in found]
     lengths = [len(ids) for ids in checked]
     position = np.concatenate([one.start + np.arange(n) for one, n in zip(found, lengths, strict=True)])
@@ -137,10 +137,10 @@ def trace_of_answers(
     source: str,
     model: Mapping[str, Any],
 ) -> Trace:
-    """Build a trace of answers.
+    """Create the trace of answers.
 
-    columns  as `columns_of_answers` gives them, and others beside them
-    about    columns of each answer's sequence
+    columns  result of `columns_of_answers`, and any further columns
+    about    columns of the sequence of each answer
     """
     routers = checker.routers
     meta = {
@@ -163,18 +163,18 @@ def decoded(sent: Any, argument: str = "shape") -> bytes:
 
 
 def array_in(raw: bytes, kinds: str, argument: str = "shape") -> np.ndarray:
-    """Parse an array in NumPy's format, with a dtype of one of `kinds`."""
+    """Read an array in NumPy's format whose dtype kind is in `kinds`."""
     try:
         found = np.lib.format.read_array(io.BytesIO(raw), allow_pickle=False)
-    except Exception as error:  # whatever a header makes of NumPy's parser
-        raise _unreadable(f"it is no array in NumPy's format ({error})", argument) from error
+    except Exception as error:  # NumPy's parser may raise anything for a broken header
+        raise _unreadable(f"it is not an array in NumPy's format ({error})", argument) from error
     if found.dtype.kind not in kinds:
         raise _unreadable(f"its numbers are of type {found.dtype}", argument)
     return found
 
 
 def _reshaped(raw: bytes, rows: int, routers: Routers) -> np.ndarray:
-    """Reshape int32 to [row, layer, slot]: all layers or those with routers, and extra slots for shared experts."""
+    """Reshape int32 to [row, layer, slot]: all layers or those with routers, with extra slots for shared experts."""
     flat = np.frombuffer(raw[: len(raw) // 4 * 4], "<i4")
     widths = list(dict.fromkeys((routers.n_layers, len(routers.layers))))
     if flat.any() and not (flat % 2**24).any():
@@ -199,7 +199,7 @@ def _count(about: Mapping[str, Any], name: str) -> int:
 
 
 def _ids(*given: Any) -> list[int] | None:
-    """Return the first list of token ids; None if there is none."""
+    """Return the first list of token ids among those given; None if there is none."""
     ids = next((ids for ids in given if ids is not None), None)
     if ids is None:
         return None

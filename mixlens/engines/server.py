@@ -1,4 +1,4 @@
-"""Record routing through a server, as a trace of expert ids."""
+"""Traces of expert ids for documents, through a server that returns routing."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from mixlens.trace.signals import Signals
 from mixlens.trace.trace import Trace
 
 _AT_A_TIME = 8
-_ROUNDED_UP = 1e-3  # the logarithm of a probability that is 1 in fewer bits
+_ROUNDED_UP = 1e-3  # largest log-probability above 0 that rounding in low precision explains
 
 
 class Server:
-    """A server as a source of routing. It reads token ids, and generates one more token, which has no routing."""
+    """A server as a source of routing. It reads token ids and generates one more token, which has no routing."""
 
     signals = frozenset({"logprob"})
 
@@ -60,23 +60,23 @@ class Server:
 def answered(
     answers: Sequence[Mapping[str, Any]], about: Sequence[Mapping[str, Any]], endpoint: Endpoint, model: Any
 ) -> Trace:
-    """Return the routing of answers to any requests, prompts and generated tokens, one sequence each.
+    """Create the trace of answers to any requests, with prompt and answer of each as one sequence.
 
     Parameters
     ----------
     answers : Sequence[Mapping[str, Any]]
-        The JSON of each.
+        JSON of each answer.
     about : Sequence[Mapping[str, Any]]
-        Columns of its sequence.
+        Columns of the sequence of each answer.
     endpoint : Endpoint
-        Who answered.
+        Endpoint that answered.
     model : torch.nn.Module
-        The same model, which may be one without weights.
+        The served model, whose weights are not needed.
 
     Raises
     ------
     SourceError
-        For routing that is not there, or that cannot be that of its tokens.
+        If routing is missing, or does not fit its tokens.
     """
     checker = Checker(Routers.of(model))
     found = [routed(answer, checker.routers) for answer in answers]
@@ -88,7 +88,7 @@ def answered(
 
 
 class ServerReader:
-    """Reads sequences by sending them; the returned ids are checked, request by request, in order."""
+    """Reads sequences by sending them to the server, and checks the returned ids request by request, in order."""
 
     rule = "unchecked"
 
@@ -136,8 +136,8 @@ class ServerReader:
             raise no_routing(self.endpoint)
         if found.token_ids is not None and found.token_ids[: len(ids)] != ids.tolist():
             raise SourceError(
-                f"Cannot use the routing from {self.endpoint.host}: it read other tokens than were sent. Switch off "
-                "what changes prompts there.",
+                f"Cannot use the routing from {self.endpoint.host}: it read other tokens than were sent. Disable "
+                "changes to prompts on the server.",
                 argument="token_ids",
                 value=found.token_ids[: len(ids)],
             )
@@ -145,7 +145,7 @@ class ServerReader:
 
 
 def architecture_name(endpoint: Endpoint, tokenizer: Any) -> str:
-    """Return the location of the served model's config: with the tokenizer, as listed by the server, or by its name."""
+    """Locate the config of the served model: next to the tokenizer, as the server reports, or by its name."""
     if given := str(getattr(tokenizer, "name_or_path", "") or ""):
         return given
     listed = next((one for one in endpoint.models() if one.get("id") == endpoint.model), {})
@@ -155,7 +155,7 @@ def architecture_name(endpoint: Endpoint, tokenizer: Any) -> str:
 def columns_of(
     sequences: Sequence[np.ndarray], first_sequence: int, phases: Sequence[np.ndarray | None] | None
 ) -> dict[str, np.ndarray]:
-    """Return the columns of tokens known in advance: sequence, position, token_id, phase."""
+    """Return the token columns that do not depend on the model: sequence, position, token_id, phase."""
     lengths = np.array([len(ids) for ids in sequences])
     starts = np.cumsum(lengths) - lengths
     given = phases or [None] * len(sequences)
@@ -179,7 +179,7 @@ def no_routing(endpoint: Endpoint) -> SourceError:
 
 
 def prompt_logprobs(answer: Mapping[str, Any], ids: np.ndarray) -> np.ndarray | None:
-    """Return vLLM's log-probability of every token given its predecessors, NaN for the first; None if missing."""
+    """Return the log-probability of every token, from vLLM; NaN for the first. None if there are none."""
     listed = answer["choices"][0].get("prompt_logprobs", answer.get("prompt_logprobs"))
     if not isinstance(listed, list) or len(listed) != len(ids):
         return None

@@ -1,4 +1,4 @@
-"""Sources of routing outside this process's models: an Endpoint, or an engine."""
+"""Sources of routing outside transformers: an Endpoint, or an engine in this process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mixlens.trace.signals import DEFAULT, Signals, Site, parse_signals
 
 
 class SourceReader(Protocol):
-    """Reads sequences as `recording.reader.Reader` does."""
+    """Reads sequences with the interface of `recording.reader.Reader`."""
 
     signals: Signals
 
@@ -28,16 +28,16 @@ class SourceReader(Protocol):
         self, sequences: list[np.ndarray], first_sequence: int = 0, phases: Sequence[np.ndarray | None] | None = None
     ) -> MemoryPart: ...
     def check(self) -> dict[str, Any]:
-        """Return the checks since the last call."""
+        """Return what was checked since the previous call."""
         ...
 
 
 class Source(Protocol):
-    """A model that runs elsewhere.
+    """A model that runs outside transformers.
 
-    skeleton  the same transformers model without weights
-    name      the source name in traces, such as "vllm 0.32.0"
-    signals   available besides expert ids
+    skeleton  the same model in transformers, without weights
+    name      source named in traces, such as "vllm 0.32.0"
+    signals   available signals other than expert ids
     """
 
     @property
@@ -51,26 +51,27 @@ class Source(Protocol):
 
 
 def source_of(target: Any, tokenizer: Any = None) -> Source | None:
-    """Return the source for a target; None for other objects, such as a loaded model."""
+    """Return the source of a target; None if it has none, such as a loaded model."""
     if isinstance(target, Endpoint):
         return Server(target, tokenizer)
     return target if isinstance(target, VLLM) else None
 
 
 def signals_of(source: Source, asked: Iterable[str | Site], layers: Sequence[int]) -> Signals:
-    """Return the signals to record: requested ones must be available, defaults are used if they are.
+    """Return the signals to record: all that are requested by name, or the available ones of the default.
 
     Raises
     ------
     MissingSignal
-        For a signal that is asked for, and that the source cannot tell.
+        If a requested signal is not available from the source.
     """
     wanted = [name for name in asked if asked is not DEFAULT or name in source.signals]
     names = [name.name if isinstance(name, Site) else name for name in wanted]
     if lacking := [name for name in names if name not in source.signals]:
         raise MissingSignal(
-            f"Cannot record {lacking[0]}: {source.name} tells {', '.join(sorted({'expert_id', *source.signals}))}. "
-            "Leave it out, or record with a local model, ml.load(...).",
+            f"Cannot record {lacking[0]}: {source.name} only provides "
+            f"{', '.join(sorted({'expert_id', *source.signals}))}. Leave it out, or record "
+            "with a local model, ml.load(...).",
             argument=lacking[0],
             value=source.name,
         )

@@ -24,13 +24,13 @@ from mixlens.trace.signals import Signals
 TRIED = ("0.32.0",)
 _WORKER = "mixlens.engines.vllm_worker.RecordingWorker"
 _DESCRIBED = ("name", "revision", "config_sha256", "class")
-# What was not tried, or is known to give rows that belong to no token.
+# Untested, or known to return rows that belong to no token.
 _ALONE = ("pipeline_parallel_size", "data_parallel_size")
-_REMEMBERED_BYTES = 2**29  # of routing, for tokens served by the prefix cache
+_REMEMBERED_BYTES = 2**29  # routing kept for tokens that the prefix cache skips
 
 
 def vllm(model: str, **engine_args: Any) -> VLLM:
-    """Start vLLM with a model, as a target of `record` and `evaluate` that keeps routing.
+    """Start vLLM with a model, as a target of `record` and `evaluate` that returns routing.
 
     Parameters
     ----------
@@ -42,14 +42,14 @@ def vllm(model: str, **engine_args: Any) -> VLLM:
     Returns
     -------
     VLLM
-        Close it, or use it in a ``with`` block, to end its processes.
+        The engine. Close it, or use it in a ``with`` block, to end its processes.
 
     Raises
     ------
     ModelError
-        If vLLM is not installed, or its version is none of those that were tried.
+        If vLLM is not installed, or its version is not supported.
     BadInput
-        For an argument that does not go with recording.
+        If an argument is incompatible with recording.
 
     Examples
     --------
@@ -61,7 +61,7 @@ def vllm(model: str, **engine_args: Any) -> VLLM:
 
 @dataclass(frozen=True)
 class Rows:
-    """Routing of one request: every token that was read, in order.
+    """Routing of one request, for every token that a forward pass read, in order.
 
     ids      [token, layer, slot]
     logits   float32 [token, layer, expert]
@@ -79,7 +79,7 @@ class Rows:
 
 
 class VLLM:
-    """vLLM with a worker that records. Made by `vllm`."""
+    """vLLM with a recording worker. Created by `vllm`."""
 
     signals = frozenset({"router_logits", "logprob"})
 
@@ -89,7 +89,7 @@ class VLLM:
             value = engine_args.get(name)
             if value is not None and not (name in _ALONE and value == 1):
                 raise BadInput(
-                    f"Cannot record with {name}={value!r}: it was not tried, and rows could be those of other tokens. "
+                    f"Cannot record with {name}={value!r}: it is untested, and rows could be those of other tokens. "
                     "Leave it out.",
                     argument=name,
                     value=value,
@@ -118,7 +118,7 @@ class VLLM:
         return f"VLLM({self.describe()['name']!r}, dtype={self.dtype!r})"
 
     def close(self) -> None:
-        """End the engine and its processes."""
+        """Stop the engine and its processes."""
         self.llm.llm_engine.engine_core.shutdown()
 
     @property
@@ -126,7 +126,7 @@ class VLLM:
         return f"vllm {self._version}"
 
     def describe(self) -> dict[str, Any]:
-        """Provenance, as of a loaded model: its config, its dtype, and the engine with its arguments."""
+        """Return the provenance as of a loaded model: config, dtype, and the engine with its arguments."""
         about = describe(self.skeleton)
         args = {name: str(value) for name, value in sorted(self._args.items())}
         engine = {"name": "vllm", "version": self._version, "args": args}
@@ -136,19 +136,19 @@ class VLLM:
         return EngineReader(self, signals)
 
     def generate(self, prompts: Sequence[Sequence[int]], params: Any) -> tuple[list[Any], list[Rows]]:
-        """Generate from prompts of token ids, with the routing of each prompt and of its answer except the last token.
+        """Generate from prompts of token ids, with the routing of each prompt and answer, except its last token.
 
         Parameters
         ----------
         prompts : Sequence[Sequence[int]]
             Token ids.
         params : Any
-            ``vllm.SamplingParams``, for all or one for each.
+            One ``vllm.SamplingParams`` for all prompts, or one for each.
 
         Returns
         -------
         tuple[list[Any], list[Rows]]
-            ``vllm.RequestOutput``, and routing; in the order of the prompts.
+            ``vllm.RequestOutput`` and routing, in the order of the prompts.
         """
         given = list(params) if isinstance(params, list | tuple) else [params] * len(prompts)
         outputs = self._run(prompts, given)
@@ -157,7 +157,7 @@ class VLLM:
         for output in outputs:
             tokens = np.asarray([*output.prompt_token_ids, *output.outputs[0].token_ids[:-1]], np.int64)
             rows.append(self._rows(parts.pop(output.request_id, []), tokens))
-        # Tokens served by vLLM's cache whose routing is no longer stored are read again.
+        # Read again what vLLM's cache skipped and is no longer remembered here.
         lost = [number for number, one in enumerate(rows) if one is None]
         if lost:
             again = [[*outputs[n].prompt_token_ids, *outputs[n].outputs[0].token_ids[:-1]] for n in lost]
@@ -181,7 +181,7 @@ class VLLM:
         return self.llm.generate(asked, params, use_tqdm=False)
 
     def _take(self) -> dict[str, list[Any]]:
-        """Return the parts of each request by its outer name: vLLM appends a dash and eight characters inside."""
+        """Return the parts of each request by its external name; vLLM appends a dash and eight characters to it."""
         return {name.rpartition("-")[0]: parts for name, parts in self.llm.collective_rpc("mixlens_take")[0].items()}
 
     def _rows(self, parts: list[Any], tokens: np.ndarray) -> Rows | None:
@@ -189,7 +189,7 @@ class VLLM:
         routers = self._routers
         ids = np.full((len(tokens), len(routers.layers), routers.top_k), -1, np.int32)
         logits = np.zeros((len(tokens), len(routers.layers), routers.n_experts), np.float32)
-        for first, count, some_ids, some_logits in parts:  # what was preempted is read again, and counts as last read
+        for first, count, some_ids, some_logits in parts:  # preempted tokens are read again; the last reading counts
             kept = max(min(count, len(tokens) - first), 0)
             of_ids = np.frombuffer(some_ids, np.int32).reshape(count, *ids.shape[1:])
             of_logits = np.frombuffer(some_logits, np.float32).reshape(count, *logits.shape[1:])
@@ -206,7 +206,7 @@ class VLLM:
 
 
 class EngineReader:
-    """Reads sequences through the engine, like `recording.reader.Reader` for transformers models."""
+    """Reads sequences through the engine, with the interface of `recording.reader.Reader`."""
 
     def __init__(self, engine: VLLM, signals: Signals) -> None:
         self.engine, self.signals = engine, signals
@@ -229,7 +229,7 @@ class EngineReader:
     def read(
         self, sequences: list[np.ndarray], first_sequence: int = 0, phases: Sequence[np.ndarray | None] | None = None
     ) -> MemoryPart:
-        # If log-probabilities are requested, vLLM reads a prompt whole, whatever its cache holds.
+        # With log-probabilities requested, vLLM reads a prompt completely and ignores its prefix cache.
         scored = {"prompt_logprobs": 0} if self.signals.logprob else {}
         params = self.engine.params(max_tokens=1, temperature=0, detokenize=False, **scored)
         outputs, rows = self.engine.generate([ids.tolist() for ids in sequences], params)
@@ -251,7 +251,7 @@ class EngineReader:
 
 
 class Prefixes:
-    """Store of routing of sequences, looked up by their leading tokens, block by block."""
+    """Routing of sequences already read, looked up by prefix in blocks of tokens."""
 
     def __init__(self, block: int) -> None:
         self._block = block
@@ -272,7 +272,7 @@ class Prefixes:
                     del self._places[name]
 
     def find(self, tokens: np.ndarray, n: int) -> Rows | None:
-        """Return the routing of the first n tokens of a sequence; None if it is not stored."""
+        """Return the routing of the first n tokens from a sequence with the same beginning; None if there is none."""
         names = self._names(tokens[: -(-n // self._block) * self._block])
         number = self._places.get(names[-1]) if names and len(names) * self._block >= n else None
         if number is None:
@@ -280,7 +280,7 @@ class Prefixes:
         return self._sequences[number][1].first(n)
 
     def _names(self, tokens: np.ndarray) -> list[bytes]:
-        """Return a name for the tokens up to the end of every complete block."""
+        """Return a digest of the tokens up to the end of every complete block."""
         digest, names = hashlib.blake2b(digest_size=16), []
         for end in range(self._block, len(tokens) + 1, self._block):
             digest.update(np.ascontiguousarray(tokens[end - self._block : end], np.int64).tobytes())
@@ -289,7 +289,7 @@ class Prefixes:
 
 
 def weights_of(layers: Sequence[Any], logits: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """Return the weights [token, layer, slot] that the family's rule gives to the chosen experts."""
+    """Return the weights [token, layer, slot] of the chosen experts under the routing rule of the family."""
     found = [
         layer.rule.weights(torch.from_numpy(logits[:, at]), torch.from_numpy(ids[:, at].astype(np.int64)))
         for at, layer in enumerate(layers)
@@ -311,8 +311,8 @@ def _tried_version() -> str:
             continue
         if found not in TRIED:
             raise ModelError(
-                f"Cannot record with {package} {found}: its inside changes from version to version, and mixlens was "
-                f"tried with {', '.join(TRIED)}. Install one of these.",
+                f"Cannot record with {package} {found}: its internals change between versions, and mixlens was "
+                f"tested with {', '.join(TRIED)}. Install one of these.",
                 argument=package,
                 value=found,
             )

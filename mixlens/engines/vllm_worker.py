@@ -1,7 +1,7 @@
 """A vLLM worker that records the routing of every token. vLLM imports it by name in its worker processes.
 
-Taps are bound when the weights are loaded, before anything is compiled or captured as a graph, and write only to
-buffers of fixed size, so that compiled code and graphs record too.
+Taps are attached when the weights are loaded, before anything is compiled or captured as a graph. They write only to
+buffers of fixed size, so compiled code and graphs record too.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class RecordingWorker(Worker):
         return output
 
     def _keep(self, n: int, scheduled: dict[str, int]) -> None:
-        """Store the rows of this step, in the order of the runner's batch."""
+        """Return the rows of this step, in the order of the runner's batch."""
         ids, logits = self._ids[:n].cpu(), self._logits[:n].cpu()
         if (ids < 0).any():
             raise RuntimeError("mixlens cannot record this model: a layer routed where its router was not asked")
@@ -62,7 +62,7 @@ class RecordingWorker(Worker):
             row += count
 
     def mixlens_take(self) -> dict[str, list[tuple[int, int, bytes, bytes]]]:
-        """Return the records since the last call, by request: (first position, rows, ids, logits)."""
+        """Return recordings since the previous call: for each request (first position, rows, ids, logits)."""
         taken, self._parts = self._parts, {}
         return taken
 
