@@ -130,8 +130,8 @@ def compare_benches(a: Bench, b: Bench, *, bootstrap: Bootstrap = DEFAULT) -> Be
     for level in unlike:
         one, other = (f"{_known(side[level]):.0%}" for side in shares)
         remarks.append(
-            f"At {level} {one} of a's input tokens came from a prefix cache and {other} of b's: the ratios are no "
-            "difference of speed. Measure both with prompts of their own."
+            f"At {level} {one} of a's input tokens came from a prefix cache and {other} of b's: the ratios do "
+            "not measure speed. Measure both with different prompts."
         )
     return BenchComparison(table, tuple(remarks), unlike)
 

@@ -32,16 +32,16 @@ from mixlens.errors import BadInput
 
 # Outcomes of a request.
 OUTCOMES = {
-    "ok": "answered, to a named end",
+    "ok": "answered up to an explicit end",
     "http": "an answer with a status of 300 or more",
     "error": "an error inside an answer with status 200",
-    "malformed": "no HTTP, or an event that is no JSON or not of the form asked for",
-    "oversized": "headers, an event, their number or the whole beyond what an answer may have",
+    "malformed": "not HTTP, or an event that is not JSON or not in the expected format",
+    "oversized": "headers, an event, the number of events or the whole answer exceed the limits",
     "truncated": "the stream stopped before a finish reason or an end event",
     "empty": "answered without a single token",
     "timeout": "no byte for longer than allowed, or not done in time",
     "connect": "the connection was refused, or lost before an answer",
-    "tls": "no trusted encrypted connection",
+    "tls": "the encrypted connection could not be established or is not trusted",
     "memory": "a batch on this machine that did not fit into memory",
     "failed": "a model on this machine that could not be loaded or run in this configuration",
     "interrupted": "stopped from outside while it ran on this machine",
@@ -220,7 +220,7 @@ class StreamReader:
             if event.kind in (TOKEN, REASONING):
                 self._choices.add(event.choice)
             if len(self._choices) > 1:
-                event = Event(event.at_s, MALFORMED, "several answers to one request, of which one is read")
+                event = Event(event.at_s, MALFORMED, "several answers to one request; only one is supported")
             if event.kind == DONE and not event.finish and self.done_s is None:
                 self.done_s = event.at_s
             self._chars += len(event.text) + len(event.reasoning)

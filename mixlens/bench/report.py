@@ -88,22 +88,22 @@ def _latency(bench: Bench) -> str:
 
 
 def _requests(bench: Bench) -> str:
-    text = "Every stream event of the requests of one load: what came before the first token is no token."
+    text = "Every stream event of the requests of one load: events before the first token are not tokens."
     outcomes = frame_table(bench.outcomes(), "How requests ended")
     rows = bench.requests()
     return (
         _figure(figures.token_timeline, bench, text)
         + outcomes
-        + details("Requests", frame_table(rows, "One row a request"))
+        + details("Requests", frame_table(rows, "One row per request"))
     )
 
 
 def _roofline(bench: Bench) -> str:
-    text = "Operations a second against operations per byte of every load, under what the device was measured to do."
+    text = "Operations per second against operations per byte of every load, below the measured limits of the device."
     return (
         _figure(roofline, bench, text)
-        + frame_table(bench.cold_and_warm(), "First call of each load, and the measured ones; mean times in seconds")
-        + frame_table(bench.peak_memory(), "Most memory that a call held")
+        + frame_table(bench.cold_and_warm(), "First call and measured calls of each load; mean times in seconds")
+        + frame_table(bench.peak_memory(), "Peak memory of a call")
         + details("Bytes and operations", _rooflines(bench))
     )
 

@@ -220,9 +220,9 @@ def _parts(run: Any, name: str | None, hourly: Mapping[str, float]) -> Iterator[
         raise BadInput(
             f"Cannot decide by {_called(run)}: "
             + (
-                f"it holds several forms, and was given as {name!r}. Leave out the name."
+                f"it holds several forms, but was given the name {name!r}. Leave out the name."
                 if several
-                else "it is no recording, evaluation, benchmark, impact or pareto run or judgement. Pass some of these."
+                else "it is not a recording, evaluation, benchmark, impact or Pareto run, or judgement. Pass one."
             ),
             argument="runs",
             value=_called(run),

@@ -29,6 +29,4 @@ def tradeoff_sections(runs: Sequence[Log | Bench]) -> dict[str, str]:
         figure = picture(quality_cost_speed(frame), text, text)
     except BadInput as error:
         figure = paragraphs(f"Not drawn: {error}")
-    return {
-        title: figure + frame_table(frame, "Candidates, and which no other beats in score, price and speed together")
-    }
+    return {title: figure + frame_table(frame, "Candidates, and the Pareto frontier of score, price and speed")}
