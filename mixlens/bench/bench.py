@@ -35,8 +35,8 @@ _OVERVIEW = (
     ("a request [tok/s]", "output_tokens_per_s", "p50", 1.0, 1),
 )
 _UNFINISHED = (
-    "Without a finish reason, which others have: {} of {} successes. The server may have broken them off, and end "
-    "to end is then too short."
+    "Without a finish reason, which others have: {} of {} successes. The server may have cut them off, which makes "
+    "their end-to-end times too short."
 )
 _SYSTEM = (("system [tok/s]", "output_tokens_per_s"), ("system [requests/s]", "requests_per_s"))
 
@@ -442,7 +442,7 @@ class Bench:
         failed = Counter((r.outcome, r.phase) for r in self.records if r.outcome != "ok")
         told = [f"{n} {outcome} ({phase})" for (outcome, phase), n in failed.items()]
         several = any(r.level.startswith("concurrency") and r.level != "concurrency 1" for r in warm)
-        ramp = "; the places of a load then fill over the time of one of them" if several else ""
+        ramp = "; the slots of a load then fill over the duration of one of them" if several else ""
         if "endpoint" not in self.meta:
             where = local_tables.remarks(self.meta)
         else:

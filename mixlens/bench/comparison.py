@@ -296,7 +296,7 @@ def _remarks(a: Bench, b: Bench, paired: bool, bootstrap: Bootstrap) -> tuple[st
         "Measured in turns: requests of the same number are pairs, of which both must have succeeded; throughput of "
         "the system is paired by turn"
         if paired
-        else "Measured one after the other: what drifted between them is in the ratios, and in no interval"
+        else "Measured one after the other: the ratios include drift between the runs, the intervals do not"
     )
     sides = (f"{name}: {bench.remarks()[0]}" for name, bench in (("a", a), ("b", b)))
     return (

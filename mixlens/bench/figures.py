@@ -119,7 +119,7 @@ def latency_cdf(bench: Bench, ax: Axes | None = None, *, metric: str = "ttft_s",
         ax.set_ylim(0, 1.02)
         ax.set_xlim(left=0)
         ax.yaxis.set_major_formatter(percent)
-        ax.set_ylabel("requests at most so long")
+        ax.set_ylabel("share of requests")
         ax.set_xlabel(f"{_NAMES[metric]} [{unit}]")
         legend_below(ax)
         heading(
@@ -376,7 +376,7 @@ def _whose(bench: Bench) -> str:
 def _lost(*benches: Bench) -> str:
     measured = [record for bench in benches for record in bench.records if record.phase == "measured"]
     failed = sum(record.outcome != "ok" for record in measured)
-    return f"{failed} of {len(measured)} requests failed and are in no curve"
+    return f"{failed} of {len(measured)} requests failed and are not shown"
 
 
 def _short(levels: Sequence[str]) -> dict[str, str]:

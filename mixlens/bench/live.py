@@ -69,7 +69,7 @@ def latency(bench: Bench | Mapping[str, Bench]) -> View:
         metrics.append({"name": title, "curves": curves})
     failed = sum(int((rows["outcome"] != "ok").sum()) for rows in groups.values())
     total = sum(len(rows) for rows in groups.values())
-    note = f"n = {total:,} measured requests, {failed:,} failed and in no curve; warm-up left out."
+    note = f"n = {total:,} measured requests, {failed:,} failed and not shown; warm-up excluded."
     header = {"title": "Latency", "metrics": metrics, "note": note, "colours": series_colours(max(8, len(groups)))}
     caption = f"Latency of {' and '.join(dict.fromkeys(b.meta['model']['name'] for b in named.values()))}. {note}"
     table = static_table(_quantiles(groups), "Time to first token by load")

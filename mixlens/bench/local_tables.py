@@ -22,7 +22,7 @@ _PEAKS = {"peak_vram_bytes": "peak VRAM [MB]", "peak_rss_bytes": "peak RSS [MB]"
 
 
 _FLOATS = ("float32", "bfloat16", "float16")
-LOOP = "Experts are separate Linears, called in a Python loop: these are the loop's speeds, not the scheme's."
+LOOP = "Experts are separate Linears called in a Python loop: speeds are those of the loop, not of the scheme."
 
 
 def in_a_loop(model: Mapping[str, Any]) -> bool:
@@ -191,9 +191,9 @@ def _remarks(meta: Mapping[str, Any]) -> list[str]:
         f"{cache[0].upper()}{cache[1:]}{decode}; prompts: {local['prompts']}.",
         *[f"{level}: {one['why']}." for level, one in chosen.items()],
         *([LOOP] if in_a_loop(model) and not static else []),
-        f"Measured of the device: {said}. MBU and MFU are shares of these, and their intervals hold both.",
+        f"Measured rates of the device: {said}. MBU and MFU are shares of these; their intervals include both errors.",
         *[
-            f"{remark} They are brought to the device for every forward, by way of less than its bandwidth."
+            f"{remark} They are copied to the device for every forward pass, over a link slower than its memory."
             for remark in offloaded
         ],
         f"Routing {recorded}.",

@@ -62,7 +62,7 @@ def speed_findings(bench: Bench) -> list[tuple[str, str]]:
     measured = [record for record in bench.records if record.phase == "measured"]
     if failed := len(measured) - bench.succeeded:
         said.append(
-            ("Requests", f"{failed:,} of {len(measured):,} measured requests failed; they are in no other number.")
+            ("Requests", f"{failed:,} of {len(measured):,} measured requests failed; no other number includes them.")
         )
     return said
 

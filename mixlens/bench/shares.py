@@ -49,32 +49,32 @@ def shares(records: Iterable[Record], asked: str | None = None) -> list[str]:
     ends = Counter(r.finish for r in good if is_unknown(r.finish))
     return [
         *told(sum(is_cut(r.finish) for r in good), "Cut at the length limit"),
-        *told(sum(is_filtered(r.finish) for r in good), "Cut by a filter, or refused"),
-        *told(
-            sum(calls_tool(r.finish) for r in good), "Called a tool, whose name and arguments are counted as the text"
-        ),
+        *told(sum(is_filtered(r.finish) for r in good), "Cut by a content filter, or refused"),
+        *told(sum(calls_tool(r.finish) for r in good), "Called a tool, whose name and arguments count as text"),
         *(
-            told(ends.total(), f"Ended for a reason that may have cut them ({', '.join(map(str, ends))})")
+            told(ends.total(), f"Ended for a reason that may mean truncation ({', '.join(map(str, ends))})")
             if ends
             else []
         ),
         *told(sum(not r.text for r in good), "Reasoning without an answer"),
-        *told(len(hidden), "Billed for reasoning that was not shown, which is in no rate"),
-        *told(sum(r.form == "json" for r in good), "Not streamed, so that it has no time to a first token"),
-        *told(sum(r.form != "json" and at_once(r) for r in good), "Sent at once, so that it has no TPOT"),
-        *told(sum(map(clumped, good)), "Sent in clumps, with most gaps near zero: TPOT is that of whoever sends them"),
+        *told(len(hidden), "Billed for hidden reasoning, which no rate includes"),
+        *told(sum(r.form == "json" for r in good), "Not streamed, so without a time to first token"),
+        *told(sum(r.form != "json" and at_once(r) for r in good), "Sent all at once, so without a TPOT"),
+        *told(
+            sum(map(clumped, good)), "Sent in clumps, with most gaps near zero, so TPOT measures the sender's buffering"
+        ),
         *told(
             sum(map(beyond_text, good)),
-            "Counted by the server with more tokens than the text can have, so that each event is taken as one token",
+            "Counted by the server with more tokens than the text can have, so each event counts as one token",
         ),
         *told(
             sum(map(_in_chunks, good)),
-            f"Counted with several tokens an event, of which the first is taken as one token, or as its share of the "
-            f"text where there are fewer than {FEW_EVENTS}; reasoning that is hidden looks the same",
+            "Counted with several tokens per event; the first event counts as one token, or with fewer than "
+            f"{FEW_EVENTS} events as its share of the text. Hidden reasoning looks the same",
         ),
-        *told(sum(map(_undercounted, good)), "Counted by the server with fewer tokens than events that carry text"),
-        *told(sum(map(_repeating, good)), "Every event repeats the text before it, so that the text is too long"),
-        *([f"Answered by another model than {asked}: {others}."] if others else []),
+        *told(sum(map(_undercounted, good)), "Counted by the server with fewer tokens than events with text"),
+        *told(sum(map(_repeating, good)), "Every event repeats the previous text, so the text is too long"),
+        *([f"Answered by a model other than {asked}: {others}."] if others else []),
         *([f"From the server's prefix cache: {cached / given:.0%} of the input tokens."] if cached else []),
     ]
 

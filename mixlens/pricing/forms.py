@@ -346,7 +346,7 @@ def _loops(bench: Bench, level: str) -> bool:
 
 
 def _passed_over(name: str, run: str) -> tuple[str, ...]:
-    return (f"Speeds of {name} in {run} do not count: its experts ran in a Python loop, whose speed they are.",)
+    return (f"Speeds of {name} in {run} do not count: its experts ran in a Python loop, which determined the speed.",)
 
 
 def _price(bench: Bench, called: str, hourly: Mapping[str, float]) -> Iterator[Cell]:
