@@ -79,7 +79,7 @@ def latency_cdf(bench: Bench, ax: Axes | None = None, *, metric: str = "ttft_s",
     metric : str, optional
         "ttft_s", "tpot_s", "e2e_token_s" or another per-request column of ``mixlens.bench.metrics.METRICS``.
     title : str, optional
-        Title. By default the message, where one was computed, or what is drawn.
+        Title. By default the main finding, if one was computed, or a description of the figure.
 
     Returns
     -------
@@ -143,7 +143,7 @@ def latency_cdfs(
     metrics : sequence of str, optional
         As in `latency_cdf`.
     title : str, optional
-        Title. By default the message, where one was computed, or what is drawn.
+        Title. By default the main finding, if one was computed, or a description of the figure.
 
     Returns
     -------
@@ -206,7 +206,7 @@ def throughput_latency_curve(
     metric, statistic : str, optional
         Latency metric and statistic, from ``METRICS`` and ``STATISTICS`` in ``mixlens.bench.metrics``.
     title : str, optional
-        Title. By default the message, where one was computed, or what is drawn.
+        Title. By default the main finding, if one was computed, or a description of the figure.
 
     Returns
     -------
@@ -291,7 +291,7 @@ def token_timeline(
     most : int, optional
         Maximum number of requests; the first ones are drawn.
     title : str, optional
-        Title. By default the message, where one was computed, or what is drawn.
+        Title. By default the main finding, if one was computed, or a description of the figure.
 
     Returns
     -------

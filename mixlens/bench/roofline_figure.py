@@ -28,7 +28,7 @@ def roofline(bench: Bench, ax: Axes | None = None, *, title: str | None = None) 
     ax : matplotlib.axes.Axes, optional
         Axes to draw on. By default a new figure in paper style.
     title : str, optional
-        Title. By default the message, where one was computed, or what is drawn.
+        Title. By default the main finding, if one was computed, or a description of the figure.
 
     Returns
     -------

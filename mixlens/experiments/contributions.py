@@ -54,7 +54,7 @@ def expert_outputs(
     tokenizer : Any, optional
         Tokenizer; None for the model's own.
     settings : RecordSettings, optional
-        How documents are read.
+        Settings for reading the documents.
 
     Returns
     -------
@@ -132,7 +132,7 @@ def measure_contributions(
     tokenizer : Any, optional
         Tokenizer; None for the model's own.
     settings : RecordSettings, optional
-        How documents are read.
+        Settings for reading the documents.
 
     Returns
     -------

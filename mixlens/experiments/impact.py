@@ -80,7 +80,7 @@ def measure_impact(
     tokenizer : Any, optional
         Tokenizer; None for that of model_a.
     settings : RecordSettings, optional
-        How documents are read.
+        Settings for reading the documents.
 
     Returns
     -------

@@ -114,7 +114,7 @@ def measure_importance(
     tokenizer : Any, optional
         Tokenizer; None for the model's own.
     settings : RecordSettings, optional
-        How documents are read.
+        Settings for reading the documents.
 
     Returns
     -------

@@ -94,7 +94,7 @@ def measure_pareto(
     speed : Speed, optional
         Settings of the speed measurement.
     settings : RecordSettings, optional
-        How documents are read.
+        Settings for reading the documents.
 
     Returns
     -------

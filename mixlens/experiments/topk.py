@@ -67,7 +67,7 @@ def measure_topk(
     tokenizer : Any, optional
         Tokenizer; None for the model's own.
     settings : RecordSettings, optional
-        How documents are read.
+        Settings for reading the documents.
 
     Returns
     -------

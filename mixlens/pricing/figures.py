@@ -46,7 +46,7 @@ def quality_cost_speed(
         For evaluations, the benchmark or protocol to use if they share several. For Candidates without a benchmark, the
         name of their score.
     title : str, optional
-        Title. By default the message, where one was computed, or what is drawn.
+        Title. By default the main finding, if one was computed, or a description of the figure.
 
     Returns
     -------
