@@ -420,7 +420,7 @@ REMARKED = {
     "a turn that goes on": ([*content(*THREE), *end("pause_turn")], "pause_turn"),
     "several tokens an event": (
         [*content("word " * 9, "word " * 9), *end(usage=USED | {"completion_tokens": 18})],
-        "several tokens an event",
+        "several tokens per event",
     ),
     "more tokens than bytes": ([*content(*THREE), *end(usage=USED | {"completion_tokens": 403})], "more tokens than"),
     "a context that was full": ([*content(*THREE), *end("model_context_window_exceeded")], "length limit"),
@@ -430,10 +430,10 @@ REMARKED = {
     "reasoning alone": (answered({"reasoning": "Hm"}, finish="length"), "without an answer"),
     "hidden reasoning": (
         [*content(*THREE), *end(usage=USED | {"completion_tokens": 9, "reasoning_tokens": 6})],
-        "not shown",
+        "hidden reasoning",
     ),
     "a tool": (answered({"tool_calls": [{"function": {"name": "a", "arguments": "{}"}}]}, finish="tool_calls"), "tool"),
-    "another model": ([*content(*THREE), *end(model="smaller")], "another model"),
+    "another model": ([*content(*THREE), *end(model="smaller")], "a model other than"),
     "a prefix cache": ([*content(*THREE), *end(usage=USED | {"cached_tokens": 8})], "prefix cache"),
     "fewer tokens than events": ([*content(*THREE), *end(usage={"completion_tokens": 1})], "fewer tokens"),
     "all of the text each time": ([*content("a", "ab", "abc", "abcd", "abcde"), *end()], "repeats"),
