@@ -15,7 +15,6 @@ from mixlens.interventions.masks import Seen, seen_by, seen_by_columns
 from mixlens.interventions.places import Batch, Call
 from mixlens.interventions.transforms import refuse_without_values
 from mixlens.models.layout import cache_in, decoder_of, input_device, moe_layers, n_experts, top_k
-from mixlens.models.provenance import describe
 from mixlens.recording.hooks import Raw, Tap, widened
 from mixlens.recording.recorder import Recorder
 from mixlens.trace.signals import Site
@@ -110,7 +109,7 @@ class CompiledRecorder(Recorder):
     def __enter__(self) -> CompiledRecorder:
         self._tracker.refuse_open()
         torch.compiler.reset()
-        self._buffers, self._about = self._allocated(), describe(self.model)
+        self._buffers = self._allocated()
         self.paused = self._paused
         with ExitStack() as stack:
             self._tap = Tap(self.model, self.signals, threads=False, into=self._of_a_forward())

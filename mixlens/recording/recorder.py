@@ -165,7 +165,7 @@ class Recorder:
         meta = {
             "source": "recorder",
             "created": now(),
-            "model": self._about,
+            "model": self._about or describe(self.model),  # a CompiledRecorder may never be asked for it
             "versions": versions(*PACKAGES),
             "settings": {"signals": self.signals.plan(), **({"edits": list(self._edits)} if self._edits else {})},
             "n_experts": n_experts(self.model),
