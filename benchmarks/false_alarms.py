@@ -132,7 +132,7 @@ FAMILIES: dict[str, Family] = {
     "contrast of two traces": lambda rng, n, s: ml.stats.contrast(*disturbed(rng, n, s), ml.stats.expert_share),
     "moved": lambda rng, n, s: ml.stats.moved(*disturbed(rng, n, s))[["survives"]].sel(measure="share_change"),
     "expert_importance": changes,
-    "repetition": lambda rng, n, s: ml.stats.repetition(routed(rng, n, s)),
+    "repetition": lambda rng, n, s: ml.stats.repetition(routed(rng, n, s))[["survives"]].sel(choice="either"),
     "coactivation": lambda rng, n, s: ml.stats.coactivation(routed(rng, n, s)),
     "transitions": lambda rng, n, s: ml.stats.transitions(routed(rng, n, s)),
     "flips": lambda rng, n, s: ml.stats.flips(*disturbed(rng, n, s)),
