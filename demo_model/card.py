@@ -32,14 +32,14 @@ def compression(evaluation: dict[str, Any]) -> str:
 
 
 def positions(evaluation: dict[str, Any]) -> str:
-    """Bits a token by position, and what late positions cost the same tokens."""
+    """Bits per token by position, and what late positions cost the same tokens."""
     data = evaluation["by_position"]
     heads = ["positions", *(f"{first}-{last - 1}" for first, last in data["bins"])]
-    row = ["bits a token", *(f"{value:.2f}" for value in data["bits_per_token"])]
+    row = ["bits per token", *(f"{value:.2f}" for value in data["bits_per_token"])]
     cost, error = data["last_quarter_whole_less_half_window"], data["standard_error"]
     return (
         f"{table(heads, [row])}\n\nWhat stands at a position differs from bin to bin. The last 1,024 tokens of the same"
-        f" windows, read with all 3,072 tokens\nbefore them instead of only 1,024, cost {cost:+.3f} bits a token "
+        f" windows, read with all 3,072 tokens\nbefore them instead of only 1,024, cost {cost:+.3f} bits per token "
         f"(standard error {error:.3f}, {data['windows']} windows)."
     )
 

@@ -21,7 +21,7 @@ def main() -> None:
     figure = Figure(figsize=(8, 7.5), layout="constrained")
     loss, validation, balance = figure.subplots(3, sharex=True)
     loss.plot(tokens, [line["loss"] for line in log], color="C0")
-    loss.set(ylabel="training loss (nats a token)", ylim=(None, 6))
+    loss.set(ylabel="training loss (nats per token)", ylim=(None, 6))
     rate = loss.twinx()
     rate.plot(tokens, [line["lr_scale"] for line in log], color="0.6", linestyle=":")
     rate.set(ylabel="learning rate / peak", ylim=(0, 1.1))

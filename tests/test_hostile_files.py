@@ -105,7 +105,7 @@ def test_a_command_shows_hostile_names_of_files_and_domains_as_escapes(tmp_path,
         assert cli.main(["info", str(run), "--verify"]) != 0
     told = capsys.readouterr()
     assert plain_in_a_terminal(told.out + told.err)
-    assert "\\x1b[2K\\r is no part" in told.err
+    assert "stray\\x1b[2K\\r" in told.err
 
 
 def test_a_cell_of_a_spreadsheet_is_no_formula(tmp_path):

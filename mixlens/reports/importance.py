@@ -32,7 +32,7 @@ def importance_sections(measured: xr.Dataset, name: str) -> dict[str, str]:
 def importance_findings(measured: xr.Dataset) -> list[tuple[str, str]]:
     """Return the largest changes that survive, with the heading of their section."""
     whole = expert_importance(measured)
-    said = cells_apart(whole, f"{whole.attrs['unit']} a token")
+    said = cells_apart(whole, f"{whole.attrs['unit']} per token")
     return [("Importance of experts", f"Without {sentence}") for sentence in said[1:]] or [
         ("Importance of experts", said[0])
     ]
@@ -51,7 +51,7 @@ def _whole(data: xr.Dataset) -> str:
     )
     return (
         paragraphs(intro)
-        + bullets(cells_apart(data, f"{data.attrs['unit']} a token"))
+        + bullets(cells_apart(data, f"{data.attrs['unit']} per token"))
         + _figure(show.expert_importance(data), f"Change without each expert, by layer. {_SCALE}")
         + _figure(show.importance_against_share(data), "Change without an expert against how often it is chosen.")
         + details("Table", html_table(data, "Importance of experts"))
@@ -60,7 +60,7 @@ def _whole(data: xr.Dataset) -> str:
 
 def _by_domain(data: xr.Dataset) -> str:
     return (
-        bullets(cells_apart(data, f"{data.attrs['unit']} a token"))
+        bullets(cells_apart(data, f"{data.attrs['unit']} per token"))
         + _figure(show.importance_by_domain(data), f"Change without each expert, a row a domain. {_SCALE}")
         + details("Table", html_table(data, "Importance by domain"))
     )
@@ -93,7 +93,7 @@ def _use(cell: xr.Dataset) -> str:
 
 def _value(data: xr.Dataset) -> str:
     name = str(data.attrs["metric"]).rsplit(".", 1)[-1]
-    return f"With all experts the {name} is {float(data['value']):.3f} {data.attrs['unit']} a token"
+    return f"With all experts the {name} is {float(data['value']):.3f} {data.attrs['unit']} per token"
 
 
 def _figure(ax, text: str) -> str:

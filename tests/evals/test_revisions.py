@@ -60,7 +60,7 @@ def test_a_revision_of_a_data_set_that_no_task_reads_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("number", "said"),
-    [(errno.ENOSPC, "is full"), (errno.EDQUOT, "is full"), (errno.EACCES, "cannot be written"), (errno.ENOENT, None)],
+    [(errno.ENOSPC, "is full"), (errno.EDQUOT, "is full"), (errno.EACCES, "not writable"), (errno.ENOENT, None)],
 )
 def test_a_cache_that_cannot_be_written_is_told_from_a_hub_out_of_reach(number, said):
     error = ValueError("wrapped")

@@ -208,6 +208,7 @@ def test_every_symbol_of_a_formula_is_defined(trace):
         "sorted",
         "sum",
         "less",
+        "minus",
         "its",
         "under",
         "domains",

@@ -33,7 +33,7 @@ def groups(domain: str | None = None) -> tuple[list[int], int]:
 def test_the_facts(page):
     facts = dict(zip(page.texts("dt")[:7], page.texts("dd")[:7], strict=True))
     assert (facts["tokens"], facts["sequences"], facts["documents"]) == ("58", "7", "6")
-    assert (facts["domains"], facts["layers"], facts["experts"]) == ("3", "3", "5, top 2")
+    assert (facts["values of domain"], facts["layers"], facts["experts"]) == ("3", "3", "5, top 2")
 
 
 def test_shares_in_per_cent_with_their_counts(page):
