@@ -168,9 +168,12 @@ def cache(
 def save_fixed_set(found: xr.Dataset, path: str | os.PathLike[str], *, slots: int) -> Path:
     """Write the fixed set as the activation counts by which KTransformers chooses the experts that stay on the GPU.
 
-    The set's experts count 1 and all others 0, so that KTransformers, which keeps the highest counts of all layers
-    together, keeps the set that was judged: ``sglang.launch_server --kt-expert-placement-strategy frequency
-    --init-expert-location PATH --kt-num-gpu-experts SLOTS``. The trace has to have all layers with experts.
+    The set's experts count 1 and all others 0. KTransformers keeps the highest counts of all layers together, so that
+    it keeps the set that was judged: ``sglang.launch_server --kt-expert-placement-strategy frequency
+    --init-expert-location PATH --kt-num-gpu-experts SLOTS``. This command is from its documentation and has not been
+    run. The trace has to have all layers with experts.
+
+    KTransformers reads the file with ``torch.load``, so it is a pickle. mixlens itself reads none.
 
     Parameters
     ----------

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import nn
@@ -403,8 +404,10 @@ def _modules_sha256(model: nn.Module) -> str:
         own = {} if not kind.__module__.startswith("transformers.models.") else vars(module)
         numbers = {key: value for key, value in own.items() if isinstance(value, int | float) and key not in _STATE}
         buffers = {} if _logical_weights(module) else dict(module.named_buffers(recurse=False))
-        values = {key: [f"{x:.4g}" for x in value.flatten().tolist()] for key, value in buffers.items()}
-        digest.update(json.dumps([name, kind.__name__, numbers, values], sort_keys=True).encode())
+        digest.update(json.dumps([name, kind.__name__, numbers, sorted(buffers)], sort_keys=True).encode())
+        for key in sorted(buffers):
+            mantissa, exponent = np.frexp(buffers[key].double().cpu().numpy())
+            digest.update(np.round(mantissa * 1e4).astype(np.int64).tobytes() + exponent.tobytes())
     return digest.hexdigest()
 
 
