@@ -165,7 +165,7 @@ def importance_against_share(data: xr.Dataset, ax: Axes | None = None, *, title:
         ax.xaxis.set_major_formatter(percent)
         ax.xaxis.set_major_locator(MaxNLocator(5))
         ax.set_xlabel("share of assignments")
-        ax.set_ylabel(_label(data))
+        ax.set_ylabel(_label(data).replace(", ", ",\n"))  # in one line it is longer than the axis
         if data.sizes["layer"] <= len(MARKERS):
             legend_below(ax, 4)
         if estimate.size <= _FEW_POINTS:
@@ -182,7 +182,7 @@ def importance_against_share(data: xr.Dataset, ax: Axes | None = None, *, title:
 def _label(data: xr.Dataset) -> str:
     if data.attrs["unit"] == "nats":
         return "change in loss, nats per token"
-    return printable(f"change in {str(data.attrs['metric']).rsplit('.', 1)[-1]}, a token")
+    return printable(f"change in {str(data.attrs['metric']).rsplit('.', 1)[-1]}, per token")
 
 
 def _note(data: xr.Dataset, unit: str) -> str:
